@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 from orchestrator.analyze.curve_shape import SCORE_EPSILON
 
@@ -21,10 +22,10 @@ class PointOutcome:
     num_stopped: int
     """How many runs a scheduler stopped."""
 
-    def pessimistic_mean(self, floor: float) -> float | None:
-        """Return the mean score with every stopped run at the floor; None without a score."""
+    def pessimistic_mean(self, floor: float) -> float:
+        """Return the mean score with every stopped run at the floor; minus infinity without a score."""
         if not self.scores:
-            return None
+            return -math.inf
         total = math.fsum(self.scores) + self.num_stopped * floor
         return total / (len(self.scores) + self.num_stopped)
 
@@ -45,13 +46,7 @@ def eligible_points(points: Sequence[PointOutcome], floor: float) -> list[bool]:
     """
     complete = [not point.num_stopped and bool(point.scores) for point in points]
     means = [point.pessimistic_mean(floor) for point in points]
-    complete_means = [
-        mean for mean, is_complete in zip(means, complete, strict=True) if is_complete and mean is not None
-    ]
-    best = max((mean for mean in means if mean is not None), default=floor)
-    if best <= max([floor, *complete_means]) + SCORE_EPSILON:
+    best = max(means, default=floor)
+    if best <= max([floor, *compress(means, complete)]) + SCORE_EPSILON:
         return complete
-    return [
-        is_complete or (mean is not None and mean >= best - SCORE_EPSILON)
-        for is_complete, mean in zip(complete, means, strict=True)
-    ]
+    return [whole or mean >= best - SCORE_EPSILON for whole, mean in zip(complete, means, strict=True)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.analyze import curve_shape
 from orchestrator.analyze.censored import PointOutcome, eligible_points
-from orchestrator.analyze.results import REFERENCE_VARIANT, CurvePoint, Run
+from orchestrator.analyze.results import TOLERANCE, CurvePoint, Run, is_reference
 
 
 @dataclass(frozen=True)
@@ -68,32 +69,28 @@ class PanelStatistics:
     average_rate: float | None
     """The rate that is best on average over the variants."""
 
+    @property
+    def common_rate(self) -> float | None:
+        """LoRA's best rate, or else the rate that is best on average."""
+        return self.average_rate if self.reference_rate is None else self.reference_rate
+
 
 def panel_statistics(
-    points: Mapping[str, Sequence[CurvePoint]],
-    variants: Mapping[str, str],
-    floor: float,
-    tolerance: float,
-    without_seed: int | None = None,
+    points: Mapping[str, Sequence[CurvePoint]], floor: float, without_seed: int | None = None
 ) -> PanelStatistics:
     """Compute the statistics of a panel.
 
     Args:
         points: Label -> the points of the curve.
-        variants: Label -> the variant.
         floor: The score of a constant or untrained answer.
-        tolerance: How far below the best score a rate still counts as good.
         without_seed: A seed to leave out. Seeds are paired, so it is left out of all curves at once, and the
             rates at which the curves are compared are chosen again.
-
-    Returns:
-        The statistics.
     """
     means = {label: _curve_means(own, floor, without_seed) for label, own in points.items()}
-    reference = _reference_curve(means, variants)
+    reference = _reference_curve(means)
     rate = None if reference is None else means[reference].best_rate
     average = _average_best_rate(means)
-    curves = {label: _curve_statistics(m, floor, tolerance, rate, average) for label, m in means.items()}
+    curves = {label: _curve_statistics(m, floor, rate, average) for label, m in means.items()}
     return PanelStatistics(means, curves, reference, rate, average)
 
 
@@ -124,48 +121,45 @@ def _curve_means(points: Sequence[CurvePoint], floor: float, without_seed: int |
 
 
 def _curve_statistics(
-    m: CurveMeans, floor: float, tolerance: float, reference_rate: float | None, average_rate: float | None
+    m: CurveMeans, floor: float, reference_rate: float | None, average_rate: float | None
 ) -> CurveStatistics:
-    if m.best is None:
+    if m.best is None or (best := m.y[m.best]) is None:
         return CurveStatistics()
-    best = m.y[m.best]
-    assert best is not None
 
     def regret(rate: float | None) -> float | None:
         score = None if rate is None else curve_shape.score_at(m.x, m.y, math.log10(rate))
         return None if score is None else best - score
 
+    width_90 = None
+    if best > floor + curve_shape.SCORE_EPSILON:
+        width_90 = curve_shape.width(m.x, m.y, m.best, floor + 0.9 * (best - floor))
     return CurveStatistics(
         best_rate=m.rates[m.best],
         interpolated_log_rate=curve_shape.parabola_peak(m.x, m.y, m.best),
-        width=curve_shape.width(m.x, m.y, m.best, best - tolerance),
-        width_90=curve_shape.width(m.x, m.y, m.best, floor + 0.9 * (best - floor))
-        if best > floor + curve_shape.SCORE_EPSILON
-        else None,
+        width=curve_shape.width(m.x, m.y, m.best, best - TOLERANCE),
+        width_90=width_90,
         half_decade_regret=curve_shape.mean_regret(m.x, m.y, m.best),
         regret_at_reference=regret(reference_rate),
         regret_at_average=regret(average_rate),
     )
 
 
-def _reference_curve(means: Mapping[str, CurveMeans], variants: Mapping[str, str]) -> str | None:
+def _reference_curve(means: Mapping[str, CurveMeans]) -> str | None:
     """Return the label of LoRA's curve; the best one if a study has several, say of several alphas."""
     scores = {
-        label: m.y[m.best] or 0.0
-        for label, m in means.items()
-        if variants[label] == REFERENCE_VARIANT and m.best is not None
+        label: m.y[m.best] or 0.0 for label, m in means.items() if is_reference(label) and m.best is not None
     }
     return max(sorted(scores), key=lambda label: scores[label]) if scores else None
 
 
 def _average_best_rate(means: Mapping[str, CurveMeans]) -> float | None:
     """Return the rate with the highest mean over variants, among those at which every variant has a score."""
-    scores_by_rate: dict[float, list[float]] = {}
+    scores_by_rate: dict[float, list[float]] = defaultdict(list)
     scored = [m for m in means.values() if m.best is not None]
     for m in scored:
         for rate, score in zip(m.rates, m.y, strict=True):
             if score is not None:
-                scores_by_rate.setdefault(rate, []).append(score)
+                scores_by_rate[rate].append(score)
     shared = [rate for rate in sorted(scores_by_rate) if len(scores_by_rate[rate]) == len(scored)]
     if not shared:
         return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from orchestrator.record.schema import FINAL_STATES, Record
 
@@ -15,6 +16,8 @@ Value = float | int | str | None
 # one of them has, and the numerics number. These columns split curves; all others split panels.
 _VARIANT_COLUMN_PREFIXES = ("alpha", "variant_")
 _NON_SPLITTING_COLUMNS = ("learning_rate", "seed", "variant")
+_SHAREABLE_COLUMNS = ("rank", "dropout", "targets")  # variants of one comparison may differ in these
+_Row = tuple[Record, dict[str, Value]]
 
 
 def deduplicate_records(records: Iterable[Record]) -> list[Record]:
@@ -33,10 +36,17 @@ def deduplicate_records(records: Iterable[Record]) -> list[Record]:
 class CurveRecords:
     """The records of one curve."""
 
-    label: str
+    variant: str
     varied: Mapping[str, Value]
     """What tells the curve from the other curves of its variant: column -> value, usually empty."""
-    records: tuple[Record, ...]
+    records: Sequence[Record]
+
+    @property
+    def label(self) -> str:
+        """The variant and what tells the curve from its other curves."""
+        return " ".join(
+            [self.variant, *(f"{k.removeprefix('variant_')}={v}" for k, v in self.varied.items())]
+        )
 
 
 def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value], list[CurveRecords]]]:
@@ -50,26 +60,26 @@ def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value],
         For each panel what tells it from the other panels of its task and model (column -> value, usually
         empty), and its curves.
     """
-    by_task: dict[tuple[str, str], list[tuple[Record, dict[str, Value]]]] = defaultdict(list)
+    by_task: dict[tuple[str, str], list[_Row]] = defaultdict(list)
     for record in records:
-        task = record.configuration.task
-        columns: dict[str, Value] = {
-            **record.configuration.to_columns(),
-            "metric": task.metric,
-            "floor": task.floor,
-        }
-        by_task[(task.name, record.configuration.model.name)].append((record, columns))
+        task, model = record.configuration.task, record.configuration.model
+        columns: dict[str, Value] = {**record.configuration.to_columns()}
+        columns |= {"metric": task.metric, "floor": task.floor}
+        by_task[task.name, model.name].append((record, columns))
+    return [
+        (varied, _group_into_curves(own))
+        for _, rows in sorted(by_task.items(), key=itemgetter(0))
+        for varied, own in _split_rows(rows, _splitting_columns([columns for _, columns in rows]))
+    ]
 
-    grouped = []
-    for key in sorted(by_task):
-        members = by_task[key]
-        varied = _splitting_columns([columns for _, columns in members])
-        split: dict[tuple[Value, ...], list[tuple[Record, dict[str, Value]]]] = defaultdict(list)
-        for record, columns in members:
-            split[tuple(columns.get(c) for c in varied)].append((record, columns))
-        for values in sorted(split, key=lambda v: tuple(_sort_key(x) for x in v)):
-            grouped.append((dict(zip(varied, values, strict=True)), _group_into_curves(split[values])))
-    return grouped
+
+def _split_rows(rows: Sequence[_Row], names: Sequence[str]) -> Iterator[tuple[dict[str, Value], list[_Row]]]:
+    """Yield the rows of each combination of values in the columns `names`, with these values."""
+    split: dict[tuple[Value, ...], list[_Row]] = defaultdict(list)
+    for record, columns in rows:
+        split[tuple(columns.get(name) for name in names)].append((record, columns))
+    for values in sorted(split, key=lambda values: tuple(map(_sort_key, values))):
+        yield dict(zip(names, values, strict=True)), split[values]
 
 
 def _sort_key(value: Value) -> tuple[float, str]:
@@ -82,34 +92,30 @@ def _splitting_columns(rows: Sequence[Mapping[str, Value]]) -> list[str]:
     for row in rows:
         for column, value in row.items():
             by_variant[row["variant"]][column].add(value)
-    columns = [
-        c for c in rows[0] if c not in _NON_SPLITTING_COLUMNS and not c.startswith(_VARIANT_COLUMN_PREFIXES)
-    ]
-    # Variants of one comparison may differ in these.
-    shareable_columns = ("rank", "dropout", "targets")
+    seen_values = by_variant.values()
     return [
         c
-        for c in columns
-        if any(len(seen[c]) > 1 for seen in by_variant.values())
-        or (c not in shareable_columns and len({v for seen in by_variant.values() for v in seen[c]}) > 1)
+        for c in rows[0]
+        if c not in _NON_SPLITTING_COLUMNS
+        and not c.startswith(_VARIANT_COLUMN_PREFIXES)
+        and (
+            any(len(seen[c]) > 1 for seen in seen_values)
+            or (c not in _SHAREABLE_COLUMNS and len(set().union(*(seen[c] for seen in seen_values))) > 1)
+        )
     ]
 
 
-def _group_into_curves(members: Sequence[tuple[Record, Mapping[str, Value]]]) -> list[CurveRecords]:
-    rows: dict[str, list[Mapping[str, Value]]] = defaultdict(list)
-    for _, columns in members:
-        rows[str(columns["variant"])].append(columns)
-    differing = {}
-    for name, own in rows.items():
-        keys = sorted({k for row in own for k in row if k.startswith(_VARIANT_COLUMN_PREFIXES)})
-        differing[name] = [k for k in keys if len({row.get(k) for row in own}) > 1]
-    lines: dict[str, tuple[dict[str, Value], list[Record]]] = {}
-    for record, columns in members:
-        name = str(columns["variant"])
-        varied = {k: columns.get(k) for k in differing[name]}
-        label = " ".join([name, *(f"{k.removeprefix('variant_')}={v}" for k, v in varied.items())])
-        lines.setdefault(label, (varied, []))[1].append(record)
-    return [CurveRecords(label, lines[label][0], tuple(lines[label][1])) for label in sorted(lines)]
+def _group_into_curves(rows: Sequence[_Row]) -> list[CurveRecords]:
+    by_variant: dict[str, list[_Row]] = defaultdict(list)
+    for record, columns in rows:
+        by_variant[str(columns["variant"])].append((record, columns))
+    curves = []
+    for variant, own in by_variant.items():
+        keys = sorted({k for _, row in own for k in row if k.startswith(_VARIANT_COLUMN_PREFIXES)})
+        differing = [k for k in keys if len({row.get(k) for _, row in own}) > 1]
+        for varied, members in _split_rows(own, differing):
+            curves.append(CurveRecords(variant, varied, [record for record, _ in members]))
+    return sorted(curves, key=lambda curve: curve.label)
 
 
 def count_provenance(records: Iterable[Record]) -> dict[str, dict[str, int]]:
@@ -122,13 +128,8 @@ def count_provenance(records: Iterable[Record]) -> dict[str, dict[str, int]]:
     for record in records:
         if record.state not in FINAL_STATES:
             continue
-        provenance = record.provenance
-        columns = {
-            "commit": provenance.commit,
-            "device": provenance.device,
-            "workers": str(provenance.workers),
-            **provenance.versions,
-        }
+        p = record.provenance
+        columns = {"commit": p.commit, "device": p.device, "workers": str(p.workers), **p.versions}
         for column, value in columns.items():
             counts[column][str(value)] += 1
     return {c: dict(sorted(counts[c].items(), key=lambda kv: (-kv[1], kv[0]))) for c in counts}
@@ -139,9 +140,7 @@ def mixed_provenance_warnings(provenance: Mapping[str, Mapping[str, int]]) -> li
     warnings = []
     for column, values in provenance.items():
         if len(values) > 1:
-            shown = ", ".join(
-                f"{_shorten_commit(value)} ({count})" for value, count in list(values.items())[:4]
-            )
+            shown = ", ".join(f"{_shorten_commit(v)} ({count})" for v, count in list(values.items())[:4])
             more = f" and {len(values) - 4} more" if len(values) > 4 else ""
             warnings.append(f"The records mix {column}: {shown}{more}. Differences may come from that.")
     return warnings

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.analyze import formatting, panels, selection, verdict
-from orchestrator.analyze.comparison import ChosenPoint, TunedChoice
-from orchestrator.analyze.results import Curve, Panel, Summary
+from orchestrator.analyze.comparison import TunedChoice
+from orchestrator.analyze.results import Summary
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import StudyFile
@@ -60,12 +60,12 @@ def write_report(
         OSError: The folder cannot be written.
     """
     records = panels.deduplicate_records(records)
-    tuning_choices = _read_tuning_choices(folder.parent / study.tuning) if study.tuning else {}
+    first_stage = selection.read_choice(folder.parent / study.tuning, TunedChoice) if study.tuning else None
     summary = summarize(
         records,
         baseline=study.baseline,
         margin=study.margin,
-        tuning_choices=tuning_choices,
+        tuning_choices=first_stage.variants if first_stage else {},
         looks=study.looks,
         is_search=study.searched,
     )
@@ -78,7 +78,7 @@ def write_report(
         notes=tuple(notes),
     )
     pictures = _render_pictures(summary)
-    numbers = json.dumps(summary_to_json(summary, about), indent=1)
+    numbers = json.dumps(_summary_to_json(summary, about), indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     for picture, content in pictures.items():
         atomic_files.write_atomically(folder / picture, content)
@@ -102,13 +102,7 @@ def _render_pictures(summary: Summary) -> dict[str, bytes]:
     return pictures
 
 
-def _read_tuning_choices(tuning_folder: Path) -> Mapping[str, ChosenPoint | None]:
-    """Read what the first stage of a comparison has chosen; empty if its folder has no choice."""
-    saved = selection.read_choice(tuning_folder, TunedChoice)
-    return saved.variants if saved else {}
-
-
-def summary_to_json(summary: Summary, about: StudyInfo) -> dict[str, Any]:
+def _summary_to_json(summary: Summary, about: StudyInfo) -> dict[str, Any]:
     """Return the content of `summary.json`: every number of the report, as JSON's own types, without NaN."""
     from pydantic import TypeAdapter
 
@@ -121,31 +115,24 @@ def summary_to_json(summary: Summary, about: StudyInfo) -> dict[str, Any]:
     return data
 
 
-def reproduction_command(about: StudyInfo, panel: Panel, curve: Curve, rates: Sequence[float]) -> str:
-    """Return the command that trains one curve of a panel at some learning rates."""
-    return formatting.narrow_command(about.command, curve.variant, rates, {**panel.varied, **curve.varied})
-
-
 def _render_html(
     summary: Summary, about: StudyInfo, records: Sequence[Record], pictures: Mapping[str, bytes]
 ) -> str:
     # The usual rule for autoescape goes by the ending .html and would skip these templates.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
-        loader=PackageLoader("orchestrator.analyze", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = PackageLoader("orchestrator.analyze", ".")
+    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, autoescape=True, **options)
     return environment.get_template("report.html.jinja").render(
         about=about,
         summary=summary,
         formatting=formatting,
         verdict=verdict,
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
-        reproduce=lambda panel, curve, rates: reproduction_command(about, panel, curve, rates),
+        reproduce=lambda panel, curve, rates: formatting.narrow_command(
+            about.command, curve.variant, rates, {**panel.varied, **curve.varied}
+        ),
         unfinished_runs=_unfinished_runs(summary, records),
         mlflow_ui_command=mlflow_ui_command(about.tracking_uri),
     )
@@ -160,17 +147,13 @@ def _unfinished_runs(summary: Summary, records: Sequence[Record]) -> dict[str, l
         for point in curve.points
         for run in point.runs
     }
-    runs_by_state: dict[str, list[tuple[str, str, Record]]] = {"failed": [], "stopped": [], "diverged": []}
-    for r in records:
-        if r.state in runs_by_state:
+    runs: dict[str, list[tuple[str, str, Record]]] = {"failed": [], "stopped": [], "diverged": []}
+    for r in sorted(records, key=lambda r: (r.configuration.optimizer.learning_rate, r.configuration.seed)):
+        if r.state in runs:
             c = r.configuration
             label, title = where.get(r.fingerprint, (c.variant.name, f"{c.task.name} on {c.model.name}"))
-            runs_by_state[r.state].append((label, title, r))
-    for runs in runs_by_state.values():
-        runs.sort(
-            key=lambda e: (e[1], e[0], e[2].configuration.optimizer.learning_rate, e[2].configuration.seed)
-        )
-    return runs_by_state
+            runs[r.state].append((label, title, r))
+    return {state: sorted(own, key=lambda run: (run[1], run[0])) for state, own in runs.items()}
 
 
 def mlflow_ui_command(tracking_uri: str) -> str:

@@ -17,13 +17,18 @@ from orchestrator.analyze.comparison import TunedComparison
 from orchestrator.analyze.curve_shape import BracketStatus
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.panels import Value
-from orchestrator.analyze.search_results import SearchResult
+from orchestrator.analyze.tuning import SearchResult
 from orchestrator.record.schema import RecordState
 
 REFERENCE_VARIANT = "lora"
 """The variant that the others are compared with."""
 TOLERANCE = 0.01
 """How far below the best score a rate still counts as good: one point on a metric from 0 to 1."""
+
+
+def is_reference(label: str) -> bool:
+    """Return whether a curve's label is that of a curve of `REFERENCE_VARIANT`."""
+    return label.partition(" ")[0] == REFERENCE_VARIANT
 
 
 @dataclass(frozen=True)

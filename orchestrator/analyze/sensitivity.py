@@ -9,7 +9,7 @@ every stopped run, see `censored.eligible_points`. A failed run is missing. All 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from orchestrator.analyze import curve_shape, panels
@@ -32,13 +32,13 @@ from orchestrator.analyze.intervals import (
     wilson_interval,
 )
 from orchestrator.analyze.results import TOLERANCE, Curve, CurvePoint, Panel, Run, Spread, Summary
-from orchestrator.analyze.search_results import summarize_search
+from orchestrator.analyze.scores import finite_score, last_validation, mean_untrained_score, untrained_score
+from orchestrator.analyze.tuning import summarize_search
 from orchestrator.record.schema import Record
 
 
 def summarize(
     records: Iterable[Record],
-    tolerance: float = TOLERANCE,
     *,
     baseline: str = "",
     margin: float = TOLERANCE,
@@ -50,34 +50,26 @@ def summarize(
 
     Args:
         records: The records of a study, in any order.
-        tolerance: How far below the best score a rate still counts as good.
         baseline: The variant that the others are compared with. If given, the records are those of the second
             stage of a comparison.
         margin: The smallest difference of the test score that matters in the comparison.
         tuning_choices: Variant -> the point that the first stage has chosen.
         looks: The numbers of seeds from which a verdict was read before.
         is_search: Whether a search has sampled the points.
-
-    Returns:
-        The summary.
     """
     distinct_records = panels.deduplicate_records(records)
-    by_task: dict[tuple[str, str], list[Record]] = {}
+    by_task: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in distinct_records:
-        key = record.configuration.task.name, record.configuration.model.name
-        by_task.setdefault(key, []).append(record)
+        by_task[record.configuration.task.name, record.configuration.model.name].append(record)
     comparisons, searches, grids = [], [], []
-    for key in sorted(by_task):
-        own = by_task[key]
+    for _, own in sorted(by_task.items()):
         if baseline and (result := compare_tuned(own, baseline, margin, tuning_choices, looks)) is not None:
             comparisons.append(result)
         elif is_search:
             searches.append(summarize_search(own))
         else:
             grids += own
-    shown = tuple(
-        _summarize_panel(varied, lines, tolerance) for varied, lines in panels.group_into_panels(grids)
-    )
+    shown = tuple(_summarize_panel(varied, lines) for varied, lines in panels.group_into_panels(grids))
     provenance = panels.count_provenance(distinct_records)
     warnings = [
         *panels.mixed_provenance_warnings(provenance),
@@ -85,54 +77,48 @@ def summarize(
         *(w for s in searches for w in search_caveats(s)),
         *(w for c in comparisons for w in comparison_caveats(c)),
     ]
-    states = {
-        s: sum(r.state == s for r in distinct_records) for s in ("finished", "diverged", "stopped", "failed")
-    }
-    return Summary(shown, states, provenance, tuple(warnings), tolerance, tuple(searches), tuple(comparisons))
-
-
-def _finite_or_none(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    counts = Counter(r.state for r in distinct_records)
+    return Summary(
+        panels=shown,
+        states={s: counts[s] for s in ("finished", "diverged", "stopped", "failed")},
+        provenance=provenance,
+        warnings=tuple(warnings),
+        searches=tuple(searches),
+        comparisons=tuple(comparisons),
+    )
 
 
 def _summarize_run(record: Record) -> Run:
-    metric = record.configuration.task.metric
-    seen = [e.scores.get(metric) for e in record.evaluations if e.split == "validation"]
     return Run(
         record.configuration.seed,
         record.fingerprint,
         record.state,
-        _finite_or_none(record.score("validation")),
-        _finite_or_none(record.score("test")),
-        _finite_or_none(seen[-1]) if seen else None,
-        _finite_or_none(record.baseline_scores.get("test", {}).get(metric)),
+        finite_score(record, "validation"),
+        finite_score(record, "test"),
+        last_validation(record),
+        untrained_score(record, "test"),
     )
 
 
 def _summarize_points(records: Sequence[Record]) -> tuple[CurvePoint, ...]:
-    by_rate: dict[float, list[Run]] = {}
+    by_rate: dict[float, list[Run]] = defaultdict(list)
     for record in records:
-        by_rate.setdefault(record.configuration.optimizer.learning_rate, []).append(_summarize_run(record))
-    runs_at = {rate: sorted(by_rate[rate], key=lambda r: (r.seed, r.fingerprint)) for rate in sorted(by_rate)}
-    eligible = eligible_points(
-        [point_outcome(runs) for runs in runs_at.values()], records[0].configuration.task.floor
-    )
-    return tuple(
-        _summarize_point(rate, runs, is_eligible)
-        for (rate, runs), is_eligible in zip(runs_at.items(), eligible, strict=True)
-    )
+        by_rate[record.configuration.optimizer.learning_rate].append(_summarize_run(record))
+    rates = sorted(by_rate)
+    runs_at = [sorted(by_rate[rate], key=lambda r: (r.seed, r.fingerprint)) for rate in rates]
+    eligible = eligible_points([*map(point_outcome, runs_at)], records[0].configuration.task.floor)
+    return tuple(map(_summarize_point, rates, runs_at, eligible))
 
 
 def _summarize_point(rate: float, runs: Sequence[Run], is_eligible: bool) -> CurvePoint:
     states = Counter(r.state for r in runs)
     ended = states["finished"] + states["diverged"]
+    finished = [r.validation for r in runs if r.validation is not None and r.state == "finished"]
     return CurvePoint(
         learning_rate=rate,
         validation=estimate_mean([r.validation for r in runs if r.validation is not None]),
         test=estimate_mean([r.test for r in runs if r.test is not None]),
-        without_diverged=estimate_mean(
-            [r.validation for r in runs if r.validation is not None and r.state == "finished"]
-        ),
+        without_diverged=estimate_mean(finished),
         states=dict(sorted(states.items())),
         diverged_share=states["diverged"] / ended if ended else None,
         diverged_interval=wilson_interval(states["diverged"], ended),
@@ -142,30 +128,30 @@ def _summarize_point(rate: float, runs: Sequence[Run], is_eligible: bool) -> Cur
 
 
 def _summarize_panel(
-    varied: Mapping[str, panels.Value], curve_records: Sequence[panels.CurveRecords], tolerance: float
+    varied: Mapping[str, panels.Value], curve_records: Sequence[panels.CurveRecords]
 ) -> Panel:
     first = curve_records[0].records[0].configuration
-    floor, metric = first.task.floor, first.task.metric
+    task = first.task
     points = {line.label: _summarize_points(line.records) for line in curve_records}
-    curves, statistics = _summarize_curves(curve_records, points, floor, tolerance)
-    reference_rate, average_rate = statistics.reference_rate, statistics.average_rate
+    statistics = panel_statistics(points, task.floor)
+    curves = _summarize_curves(curve_records, points, statistics, task.floor)
     # Both spreads are over the same variants.
     compared = [c for c in curves if c.test_at_common_rate is not None and c.best_test.mean is not None]
     records = [record for line in curve_records for record in line.records]
     return Panel(
-        task=first.task.name,
+        task=task.name,
         model=first.model.name,
-        metric=metric,
-        floor=floor,
+        metric=task.metric,
+        floor=task.floor,
         varied=varied,
         curves=tuple(curves),
-        untrained_validation=_untrained_mean(records, "validation", metric),
-        untrained_test=_untrained_mean(records, "test", metric),
+        untrained_validation=mean_untrained_score(records, "validation"),
+        untrained_test=mean_untrained_score(records, "test"),
         reference=statistics.reference,
-        reference_best_rate=reference_rate,
-        average_best_rate=average_rate,
-        common_rate=average_rate if reference_rate is None else reference_rate,
-        common_rate_label="the rate best on average" if reference_rate is None else "LoRA's best rate",
+        reference_best_rate=statistics.reference_rate,
+        average_best_rate=statistics.average_rate,
+        common_rate=statistics.common_rate,
+        common_rate_label="LoRA's best rate" if statistics.reference else "the rate best on average",
         spread_at_common=_score_spread({c.label: c.test_at_common_rate for c in compared}),
         spread_at_best=_score_spread({c.label: c.best_test.mean for c in compared}),
     )
@@ -174,38 +160,25 @@ def _summarize_panel(
 def _summarize_curves(
     curve_records: Sequence[panels.CurveRecords],
     points: Mapping[str, tuple[CurvePoint, ...]],
+    statistics: PanelStatistics,
     floor: float,
-    tolerance: float,
-) -> tuple[list[Curve], PanelStatistics]:
-    """Summarize all curves of a panel, the best first. Returns the panel's statistics as well."""
-    variants = {line.label: line.records[0].configuration.variant.name for line in curve_records}
-    statistics = panel_statistics(points, variants, floor, tolerance)
+) -> list[Curve]:
+    """Summarize all curves of a panel, the best first."""
     seeds_of = {
         label: {r.seed for point in own for r in point.runs if r.validation is not None}
         for label, own in points.items()
     }
     without_seed = {
-        seed: panel_statistics(points, variants, floor, tolerance, seed).curves
-        for seed in sorted(set().union(*seeds_of.values()))
+        seed: panel_statistics(points, floor, seed).curves for seed in sorted(set().union(*seeds_of.values()))
     }
-    common_rate = statistics.reference_rate
-    if common_rate is None:
-        common_rate = statistics.average_rate
     curves = []
     for line in curve_records:
         label = line.label
         leave_one_out = [own[label] for seed, own in without_seed.items() if seed in seeds_of[label]]
         jackknife = _Jackknife(statistics.curves[label], leave_one_out, statistics.means[label], floor)
-        curves.append(_summarize_curve(line, points[label], jackknife, common_rate))
+        curves.append(_summarize_curve(line, points[label], jackknife, statistics.common_rate))
     curves.sort(key=lambda c: (-(c.best_validation.mean or 0.0) if c.best_rate else math.inf, c.label))
-    return curves, statistics
-
-
-def _untrained_mean(records: Sequence[Record], split: str, metric: str) -> float | None:
-    values = sorted(
-        v for r in records if (v := _finite_or_none(r.baseline_scores.get(split, {}).get(metric))) is not None
-    )
-    return math.fsum(values) / len(values) if values else None
+    return curves
 
 
 def _score_spread(scores: Mapping[str, float | None]) -> Spread | None:
@@ -236,9 +209,8 @@ class _Jackknife:
             return None
         log_rates = [each.interpolated_log_rate for each in self.leave_one_out]
         interval = jackknife_interval(log_rate, log_rates, (x[0], x[-1]))
-        return CurveStatistic(
-            10**log_rate, Interval(10**interval.low, 10**interval.high) if interval else None
-        )
+        rates = Interval(10**interval.low, 10**interval.high) if interval else None
+        return CurveStatistic(10**log_rate, rates)
 
     def width(self, of: Callable[[CurveStatistics], tuple[float, bool] | None]) -> CurveStatistic | None:
         """Return a width. A lower bound has no interval."""
@@ -247,10 +219,8 @@ class _Jackknife:
             return None
         value, is_lower_bound = found
         widths = [None if width is None else width[0] for width in map(of, self.leave_one_out)]
-        interval = None
-        if not is_lower_bound:
-            interval = jackknife_interval(value, widths, (0.0, self.means.x[-1] - self.means.x[0]))
-        return CurveStatistic(value, interval, is_lower_bound)
+        interval = jackknife_interval(value, widths, (0.0, self.means.x[-1] - self.means.x[0]))
+        return CurveStatistic(value, None if is_lower_bound else interval, is_lower_bound)
 
     def regret(self, of: Callable[[CurveStatistics], float | None]) -> CurveStatistic | None:
         """Return a regret. It cannot be larger than the curve is high."""
@@ -263,13 +233,11 @@ class _Jackknife:
 
 
 def _summarize_curve(
-    line: panels.CurveRecords,
-    points: tuple[CurvePoint, ...],
-    jackknife: _Jackknife,
-    common_rate: float | None,
+    line: panels.CurveRecords, points: tuple[CurvePoint, ...], jackknife: _Jackknife, common: float | None
 ) -> Curve:
     full, m = jackknife.full, jackknife.means
     best = next((p for p in points if p.learning_rate == full.best_rate), None)
+    common_x = None if common is None else math.log10(common)
     cliff = None if m.best is None else curve_shape.cliff_index(m.y, m.diverged, m.best, jackknife.floor)
     gains = [
         r.test - r.untrained_test
@@ -277,7 +245,7 @@ def _summarize_curve(
         if r.test is not None and r.untrained_test is not None
     ]
     return Curve(
-        variant=line.records[0].configuration.variant.name,
+        variant=line.variant,
         label=line.label,
         varied=line.varied,
         points=points,
@@ -295,7 +263,5 @@ def _summarize_curve(
         regret_at_average_best=jackknife.regret(lambda s: s.regret_at_average),
         cliff=None if cliff is None else m.rates[cliff],
         gain_over_untrained=estimate_mean(gains),
-        test_at_common_rate=None
-        if common_rate is None
-        else curve_shape.score_at(m.x, m.test, math.log10(common_rate)),
+        test_at_common_rate=None if common_x is None else curve_shape.score_at(m.x, m.test, common_x),
     )

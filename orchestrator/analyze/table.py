@@ -10,18 +10,8 @@ from rich.text import Text
 from orchestrator.analyze import formatting, verdict
 from orchestrator.analyze.comparison import TunedComparison
 from orchestrator.analyze.results import Curve, Panel, Summary
-from orchestrator.analyze.search_results import SearchResult
+from orchestrator.analyze.tuning import SearchResult
 
-_COLUMNS = (
-    "variant",
-    "best\nrate",
-    "validation",
-    "test",
-    "brack-\neted",
-    "width",
-    "diver-\nged",
-    "regret\n@LoRA",
-)
 _BRACKET_TEXT = {"yes": "yes", "low edge": "low edge", "high edge": "high edge", "both edges": "flat"}
 
 
@@ -47,19 +37,16 @@ def render_summary(summary: Summary) -> Group:
     return Group(*parts)
 
 
+def _new_table(title: str) -> Table:
+    return Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+
+
 def _panel_table(panel: Panel) -> Table:
-    table = Table(
-        box=SIMPLE_HEAD, title=formatting.panel_title(panel), title_justify="left", padding=(0, 1, 0, 0)
-    )
-    for name in _COLUMNS:
-        left = name in ("variant", _COLUMNS[4])
-        table.add_column(
-            name,
-            justify="left" if left else "right",
-            overflow="fold",
-            min_width=13 if name == "variant" else None,
-            no_wrap=name != "variant" and not left,
-        )
+    table = _new_table(formatting.panel_title(panel))
+    table.add_column("variant", overflow="fold", min_width=13)
+    for name in ("best\nrate", "validation", "test", "brack-\neted", "width", "diver-\nged", "regret\n@LoRA"):
+        left = name == "brack-\neted"
+        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for curve in panel.curves:
         table.add_row(*_curve_row(curve))
     if panel.untrained_validation is not None:
@@ -84,51 +71,38 @@ def _curve_row(c: Curve) -> tuple[str, ...]:
 
 def _comparison_table(result: TunedComparison) -> Table:
     c = result.comparison
-    title = f"{result.task} on {result.model}: test score against tuned {c.baseline.label}"
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    table = _new_table(f"{result.task} on {result.model}: test score against tuned {c.baseline.label}")
     table.add_column("variant", overflow="fold", min_width=10)
     table.add_column("tuned point", overflow="fold")
     table.add_column("test", justify="right")
     table.add_column("difference", justify="right", no_wrap=True)
     table.add_column("95 % interval", justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
-    for label, pair in ((c.baseline.label, None), *((p.label, p) for p in c.pairs)):
-        arm = c.baseline if pair is None else next(a for a in c.arms if a.label == label)
-        chosen = result.chosen.get(label)
-        point = verdict.chosen_point_text(chosen, result.configurations[label].optimizer.learning_rate)
-        row = [label, point, formatting.number(arm.test.mean)]
+    for arm, pair in ((c.baseline, None), *zip(c.arms, c.pairs, strict=True)):
+        rate = result.configurations[arm.label].optimizer.learning_rate
+        point = verdict.chosen_point_text(result.chosen.get(arm.label), rate)
+        row = [arm.label, point, formatting.number(arm.test.mean)]
         if pair is None:
-            row += ["", "", "baseline"]
-        else:
-            ends = pair.interval
-            needs = verdict.undecided_text(pair)
-            row += [
-                verdict.signed_number(pair.difference),
-                "-"
-                if ends is None
-                else f"{verdict.signed_number(ends.low)} {verdict.signed_number(ends.high)}",
-                pair.outcome + (f": {needs}" if needs else ""),
-            ]
-        table.add_row(*row, style="dim" if pair is None else None)
+            table.add_row(*row, "", "", "baseline", style="dim")
+            continue
+        ends = (pair.interval.low, pair.interval.high) if pair.interval else ()
+        outcome = ": ".join(filter(None, [pair.outcome, verdict.undecided_text(pair)]))
+        interval = " ".join(map(verdict.signed_number, ends)) or "-"
+        table.add_row(*row, verdict.signed_number(pair.difference), interval, outcome)
     return table
 
 
 def _search_table(search: SearchResult) -> Table:
-    title = f"{search.task} on {search.model}: the best of each search"
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    table = _new_table(f"{search.task} on {search.model}: the best of each search")
     for name in ("variant", "best point", "validation", "test", "points", "ended", "steps"):
         left = name in ("variant", "best point", "ended")
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     for v in search.variants:
-        best = v.best
         row = ["no score yet", "-", "-"]
-        if best is not None:
+        if v.best is not None:
             edge = f" (edge: {', '.join(v.edges)})" if v.edges else ""
-            row = [
-                verdict.settings_text(best.settings) + edge,
-                formatting.number(best.validation.mean),
-                formatting.number(best.test.mean),
-            ]
+            scores = formatting.number(v.best.validation.mean), formatting.number(v.best.test.mean)
+            row = [verdict.settings_text(v.best.settings) + edge, *scores]
         ended = ", ".join(f"{n} {state}" for state, n in v.states.items())
         table.add_row(v.variant, *row, f"{len(v.points)}", ended, f"{v.steps}/{v.max_steps}")
     return table

@@ -21,6 +21,7 @@ from orchestrator.analyze import curve_shape
 from orchestrator.analyze.censored import PointOutcome, eligible_points
 from orchestrator.analyze.intervals import Estimate, estimate_mean
 from orchestrator.analyze.panels import Value
+from orchestrator.analyze.scores import count_states, finite_score, last_validation, mean_untrained_score
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 
@@ -95,46 +96,39 @@ def summarize_tuning(records: Sequence[Record]) -> tuple[TuningResult, ...]:
 def _summarize_variant(variant: str, records: Sequence[Record]) -> TuningResult:
     rows = [r.configuration.to_columns() for r in records]
     keys = sorted({key for row in rows for key in row} - set(_NON_HYPERPARAMETER_COLUMNS))
-    varied = [
-        "learning_rate",
-        *(k for k in keys if k != "learning_rate" and len({row.get(k) for row in rows}) > 1),
-    ]
+    varied = [k for k in keys if k != "learning_rate" and len({row.get(k) for row in rows}) > 1]
+    varied = ["learning_rate", *varied]
     by_point: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_point[replace(record.configuration, seed=0).fingerprint].append(record)
     points = _mark_eligible([_summarize_point(own, varied) for own in by_point.values()])
     points.sort(key=lambda p: (p.started, p.learning_rate, p.configuration.fingerprint))
-    best = best_point(points)
+    best = _highest_mean(points, {i: p.validation.mean for i, p in enumerate(points) if p.eligible})
     return TuningResult(
         variant,
         tuple(varied),
         tuple(points),
         best,
-        _edge_hyperparameters(points, best, varied),
+        _edge_hyperparameters(points, best, varied) if best else (),
         sum(p.steps for p in points),
         sum(r.configuration.lr_schedule.steps for r in records),
-        dict(sorted(Counter(r.state for r in records).items())),
+        count_states(records),
     )
 
 
 def _summarize_point(records: Sequence[Record], varied: Sequence[str]) -> TuningPoint:
     records = sorted(records, key=lambda r: r.configuration.seed)
-    first = records[0].configuration
-    columns = first.to_columns()
-    scores = {
-        r.configuration.seed: s
-        for r in records
-        if (s := r.score("validation")) is not None and math.isfinite(s)
-    }
-    tests = [s for r in records if (s := r.score("test")) is not None and math.isfinite(s)]
+    columns = records[0].configuration.to_columns()
+    scores = {r.configuration.seed: s for r in records if (s := finite_score(r, "validation")) is not None}
+    tests = [s for r in records if (s := finite_score(r, "test")) is not None]
     seen = [last for r in records if (last := _last_validation(r)) is not None]
     return TuningPoint(
-        first,
+        records[0].configuration,
         {k: columns.get(k) for k in varied},
         estimate_mean(list(scores.values())),
         estimate_mean(tests),
         math.fsum(seen) / len(seen) if seen else None,
-        dict(sorted(Counter(r.state for r in records).items())),
+        count_states(records),
         False,
         sum(r.steps for r in records),
         scores,
@@ -144,11 +138,7 @@ def _summarize_point(records: Sequence[Record], varied: Sequence[str]) -> Tuning
 
 
 def _last_validation(record: Record) -> float | None:
-    if record.state == "diverged":
-        return record.score("validation")
-    metric = record.configuration.task.metric
-    seen = [e.scores[metric] for e in record.evaluations if e.split == "validation" and metric in e.scores]
-    return seen[-1] if seen and math.isfinite(seen[-1]) else None
+    return record.score("validation") if record.state == "diverged" else last_validation(record)
 
 
 def _mark_eligible(points: Sequence[TuningPoint]) -> list[TuningPoint]:
@@ -157,16 +147,11 @@ def _mark_eligible(points: Sequence[TuningPoint]) -> list[TuningPoint]:
     return [replace(p, eligible=may) for p, may in zip(points, eligible, strict=True)]
 
 
-def best_point(points: Sequence[TuningPoint]) -> TuningPoint | None:
-    """Return the eligible point with the highest validation mean; None without a score.
+def _highest_mean(points: Sequence[TuningPoint], means: Mapping[int, float | None]) -> TuningPoint | None:
+    """Return the point with the highest of `means`, which are by index; None without a mean.
 
     Among equals it is the one with the lowest learning rate, which is the farthest from divergence.
     """
-    means = {i: p.validation.mean for i, p in enumerate(points) if p.eligible}
-    return _highest_mean(points, means)
-
-
-def _highest_mean(points: Sequence[TuningPoint], means: Mapping[int, float | None]) -> TuningPoint | None:
     known = {i: mean for i, mean in means.items() if mean is not None}
     if not known:
         return None
@@ -207,40 +192,58 @@ def selection_frequencies(result: TuningResult) -> list[tuple[TuningPoint, float
 
 
 def _edge_hyperparameters(
-    points: Sequence[TuningPoint], best: TuningPoint | None, varied: Sequence[str]
+    points: Sequence[TuningPoint], best: TuningPoint, varied: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return the hyperparameters whose best value is at the edge of what was tried, and at which edge."""
-    if best is None:
-        return ()
-    found = []
-    for name in varied:
-        ends = _edge_side(points, best, name)
-        if len(varied) == 1:  # the points form a curve, where an equal score at an end counts as an edge
-            rates = sorted(points, key=lambda p: p.learning_rate)
-            side = curve_shape.bracket_status(
-                [p.validation.mean if p.eligible else None for p in rates], rates.index(best)
-            )
-            ends = side if side != "yes" else ends
-        if ends is not None:
-            found.append(f"{name} ({ends})")
-    return tuple(found)
+    """Return the hyperparameters whose best value is at an edge of the tried values, and at which edge."""
+    sides = {name: _edge_side(points, best, name) for name in varied}
+    if len(varied) == 1:  # the points form a curve, where an equal score at an end counts as an edge
+        rates = sorted(points, key=lambda p: p.learning_rate)
+        scores = [p.validation.mean if p.eligible else None for p in rates]
+        side = curve_shape.bracket_status(scores, rates.index(best))
+        if side != "yes":
+            sides[varied[0]] = side
+    return tuple(f"{name} ({side})" for name, side in sides.items() if side is not None)
 
 
 def _edge_side(points: Sequence[TuningPoint], best: TuningPoint, name: str) -> str | None:
     """Return at which edge of the tried values the best value lies, None if it is at none or has no order."""
-    values = [p.settings[name] for p in points]
-    numbers = sorted({float(v) for v in values if isinstance(v, int | float)})
+    numbers = sorted({float(v) for p in points if isinstance(v := p.settings[name], int | float)})
     value = best.settings[name]
-    is_rate = name == "learning_rate"
-    if not isinstance(value, int | float) or len(numbers) < (1 if is_rate else _MIN_VALUES_FOR_RANGE):
+    min_values = 1 if name == "learning_rate" else _MIN_VALUES_FOR_RANGE
+    if not isinstance(value, int | float) or len(numbers) < min_values:
         return None
-    logs = numbers[0] > 0 and numbers[-1] / numbers[0] >= 10
-    scale = math.log10 if logs else float
+    scale = math.log10 if numbers[0] > 0 and numbers[-1] / numbers[0] >= 10 else float
     low, high, position = scale(numbers[0]), scale(numbers[-1]), scale(float(value))
-    at_low, at_high = (
-        position - low <= EDGE_FRACTION * (high - low),
-        high - position <= EDGE_FRACTION * (high - low),
-    )
+    reach = EDGE_FRACTION * (high - low)
+    at_low, at_high = position - low <= reach, high - position <= reach
     if at_low and at_high:
         return "both edges"
     return "low edge" if at_low else "high edge" if at_high else None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A search on one task and base model. A sampler has chosen its points, so they form no curve."""
+
+    task: str
+    model: str
+    metric: str
+    floor: float
+    """The score of a constant or untrained answer."""
+    variants: tuple[TuningResult, ...]
+    """The variants, the best validation score first."""
+    untrained_validation: float | None
+    """The mean validation score of the untrained base model."""
+
+
+def summarize_search(records: Sequence[Record]) -> SearchResult:
+    """Summarize the records of a search, at least one, all of one task and model."""
+
+    def best_validation(result: TuningResult) -> float:
+        mean = result.best.validation.mean if result.best else None
+        return -math.inf if mean is None else mean
+
+    variants = sorted(summarize_tuning(records), key=lambda t: (-best_validation(t), t.variant))
+    task, model = records[0].configuration.task, records[0].configuration.model
+    untrained = mean_untrained_score(records, "validation")
+    return SearchResult(task.name, model.name, task.metric, task.floor, tuple(variants), untrained)

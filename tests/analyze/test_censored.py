@@ -42,7 +42,7 @@ def test_the_choice_beats_every_complete_point_whatever_its_stopped_runs_would_h
     points: list[PointOutcome], ends: st.DataObject
 ) -> None:
     may = eligible_points(points, 0.0)
-    whole = [p.pessimistic_mean(0.0) or 0.0 for p in points if p.scores and not p.num_stopped]
+    whole = [p.pessimistic_mean(0.0) for p in points if p.scores and not p.num_stopped]
     for point, usable in zip(points, may, strict=True):
         if point.scores and not point.num_stopped:
             assert usable

@@ -8,12 +8,10 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from orchestrator.analyze import formatting, verdict
 from orchestrator.analyze.comparison import TunedComparison
-from orchestrator.analyze.intervals import Interval
-from orchestrator.analyze.plots.style import RC_PARAMS, figure_layout, render_png
+from orchestrator.analyze.plots import style
 from orchestrator.analyze.significance import PairedComparison
 
 # Blue is better, orange worse, green no difference that matters. The colours differ for any colour vision,
@@ -36,13 +34,13 @@ def plot_forest(comparisons: Sequence[TunedComparison]) -> bytes:
     Returns:
         A PNG, 1200 pixels wide.
     """
-    with rc_context(RC_PARAMS):
+    with rc_context(style.RC_PARAMS):
         rows = [max(2, len(c.comparison.pairs)) + 1.6 for c in comparisons]
-        figure = Figure(figsize=(12, 1.0 + 0.52 * sum(rows) + 0.8 * len(rows)), layout=figure_layout())
+        figure = style.new_figure(1.0 + 0.52 * sum(rows) + 0.8 * len(rows))
         grid = figure.subplots(max(1, len(rows)), 1, squeeze=False, height_ratios=rows or None)
         for axes, comparison in zip(grid.flat, comparisons, strict=False):
             _draw_comparison(axes, comparison)
-        return render_png(figure)
+        return style.render_png(figure)
 
 
 def _draw_comparison(axes: Axes, result: TunedComparison) -> None:
@@ -60,9 +58,7 @@ def _draw_comparison(axes: Axes, result: TunedComparison) -> None:
         labels.append(f"{pair.label}\n{verdict.chosen_point_text(result.chosen.get(pair.label), rate)}")
     axes.set_yticks(range(len(pairs)), labels)
     axes.set_ylim(-0.6, max(len(pairs), 2) - 0.4)
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0, pad=9)
-    axes.spines["left"].set_visible(False)
+    style.hide_y_axis(axes, pad=9)
     who = "tuned LoRA's" if c.baseline.label == "lora" else f"tuned {c.baseline.label}'s"
     metric = result.metric.replace("_", " ")
     base = formatting.estimate(c.baseline.test)
@@ -73,39 +69,34 @@ def _draw_comparison(axes: Axes, result: TunedComparison) -> None:
 
 def _draw_pair(axes: Axes, y: int, pair: PairedComparison, left: float, right: float) -> None:
     colour = OUTCOME_COLOURS[pair.outcome]
-    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "color": colour}
+    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "color": colour, "va": "center"}
     why = verdict.undecided_text(pair)
-    axes.text(1.012, y + 0.14 * bool(why), pair.outcome, va="center", fontsize=11, weight="bold", **beside)
-    axes.text(1.012, y - 0.18, why, va="center", fontsize=9, **beside)
+    axes.text(1.012, y + 0.14 * bool(why), pair.outcome, fontsize=11, weight="bold", **beside)
+    axes.text(1.012, y - 0.18, why, fontsize=9, **beside)
     if pair.difference is None:
         return
-    value = verdict.signed_number(pair.difference)
+    value, interval = verdict.signed_number(pair.difference), pair.interval
     note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9.5, "color": colour}
     if not left <= pair.difference <= right:  # beyond the axes: an arrow and the number
         end, arrow, side = (left, "<", 1) if pair.difference < left else (right, ">", -1)
         axes.plot(end, y, arrow, markersize=10, color=colour, zorder=4, clip_on=False)
-        alignment: dict[str, Any] = {"ha": "left" if side > 0 else "right", "va": "center"}
-        text = value if pair.interval is None else f"{value}  {_interval_text(pair.interval)}"
-        axes.annotate(text, (end, y), (12 * side, 0), **alignment, **note)
+        if interval is not None:
+            value += f"  [{verdict.signed_number(interval.low)}, {verdict.signed_number(interval.high)}]"
+        note |= {"ha": "left" if side > 0 else "right", "va": "center"}
+        axes.annotate(value, (end, y), (12 * side, 0), **note)
         return
-    if pair.interval is not None:
-        low, high = max(left, pair.interval.low), min(right, pair.interval.high)
+    if interval is not None:
+        low, high = max(left, interval.low), min(right, interval.high)
         axes.hlines(y, low, high, color=colour, linewidth=3.4, zorder=3)
-        for end, is_inside, arrow in (
-            (low, pair.interval.low >= left, "<"),
-            (high, pair.interval.high <= right, ">"),
-        ):
-            marker, size = ("|", 11) if is_inside else (arrow, 8)
-            width = 2.4 if is_inside else 1.0
-            style: dict[str, Any] = {"markersize": size, "markeredgewidth": width, "clip_on": False}
-            axes.plot(end, y, marker, color=colour, zorder=3, **style)
-    style = {"markerfacecolor": colour if pair.interval is not None else "white", "markeredgewidth": 2}
-    axes.plot(pair.difference, y, "o", markersize=10, color=colour, zorder=4, **style)
+        for end, is_inside, arrow in ((low, interval.low >= left, "<"), (high, interval.high <= right, ">")):
+            cap: dict[str, Any] = {"marker": arrow, "markersize": 8, "markeredgewidth": 1.0}
+            if is_inside:
+                cap = {"marker": "|", "markersize": 11, "markeredgewidth": 2.4}
+            axes.plot(end, y, color=colour, zorder=3, clip_on=False, **cap)
+    face = colour if interval is not None else "white"
+    dot: dict[str, Any] = {"markersize": 10, "markerfacecolor": face, "markeredgewidth": 2}
+    axes.plot(pair.difference, y, "o", color=colour, zorder=4, **dot)
     axes.annotate(value, (pair.difference, y), (0, 9), ha="center", **note)
-
-
-def _interval_text(interval: Interval) -> str:
-    return f"[{verdict.signed_number(interval.low)}, {verdict.signed_number(interval.high)}]"
 
 
 def x_limits(pairs: Sequence[PairedComparison], margin: float) -> tuple[float, float]:
@@ -115,11 +106,12 @@ def x_limits(pairs: Sequence[PairedComparison], margin: float) -> tuple[float, f
     no room to tell the others apart.
     """
     means = sorted(abs(p.difference) for p in pairs if p.difference is not None)
-    widths = sorted(p.interval.high - p.interval.low for p in pairs if p.interval is not None)
+    intervals = [p.interval for p in pairs if p.interval is not None]
+    widths = sorted(interval.high - interval.low for interval in intervals)
     usual = widths[(len(widths) - 1) // 2] if widths else margin
     most = means[math.ceil(2 / 3 * len(means)) - 1] if means else margin
     reach = max(4 * margin, 1.2 * usual, most + 0.75 * usual)
-    ends = [end for p in pairs if p.interval is not None for end in (p.interval.low, p.interval.high)]
+    ends = [end for interval in intervals for end in (interval.low, interval.high)]
     ends += [p.difference for p in pairs if p.difference is not None]
     low = max(-reach, min([-2 * margin, *ends]))
     high = min(reach, max([2 * margin, *ends]))

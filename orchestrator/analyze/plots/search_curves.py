@@ -8,21 +8,12 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from orchestrator.analyze import formatting
-from orchestrator.analyze.plots.style import (
-    GREY,
-    RC_PARAMS,
-    CurveStyle,
-    figure_layout,
-    render_png,
-    styles_by_label,
-)
-from orchestrator.analyze.search_results import SearchResult
-from orchestrator.analyze.tuning import TuningPoint, TuningResult
+from orchestrator.analyze.plots import style
+from orchestrator.analyze.plots.style import GREY, CurveStyle
+from orchestrator.analyze.tuning import SearchResult, TuningPoint, TuningResult
 
 
 def plot_search(searches: tuple[SearchResult, ...]) -> bytes:
@@ -35,16 +26,15 @@ def plot_search(searches: tuple[SearchResult, ...]) -> bytes:
     Returns:
         A PNG, 1200 pixels wide.
     """
-    with rc_context(RC_PARAMS):
-        figure = Figure(figsize=(12, 5.6 * max(1, len(searches))), layout=figure_layout())
+    with rc_context(style.RC_PARAMS):
+        figure = style.new_figure(5.6 * max(1, len(searches)))
         grid = figure.subplots(max(1, len(searches)), 2, squeeze=False, width_ratios=(3, 2), sharey="row")
         for (left, right), search in zip(grid, searches, strict=False):
-            names = [v.variant for v in search.variants]
-            styles = styles_by_label(names)
+            styles = style.styles_by_label(v.variant for v in search.variants)
             _plot_points(left, search, styles)
             _plot_running_best(right, search, styles)
             _add_legend(right, search, styles)
-        return render_png(figure)
+        return style.render_png(figure)
 
 
 def _plot_points(axes: Axes, search: SearchResult, styles: Mapping[str, CurveStyle]) -> None:
@@ -56,37 +46,34 @@ def _plot_points(axes: Axes, search: SearchResult, styles: Mapping[str, CurveSty
             _plot_point(axes, point, styles[variant.variant], search.floor)
         best = variant.best
         if best is not None and best.validation.mean is not None:
-            ring: dict[str, Any] = {"markersize": 15, "markerfacecolor": "none", "markeredgewidth": 1.8}
             colour = styles[variant.variant].colour
-            axes.plot(best.learning_rate, best.validation.mean, "o", markeredgecolor=colour, zorder=5, **ring)
+            ring = {**style.RING, "markersize": 15, "markeredgewidth": 1.8, "markeredgecolor": colour}
+            axes.plot(best.learning_rate, best.validation.mean, linestyle="", zorder=5, **ring)
     axes.set_title(f"{search.task} on {search.model}", pad=10)
     axes.set_xlabel("learning rate (log scale)")
     axes.set_ylabel(f"{search.metric.replace('_', ' ')} (validation)")
 
 
-def _plot_point(axes: Axes, point: TuningPoint, curve_style: CurveStyle, floor: float) -> None:
-    x = point.learning_rate
+def _plot_point(axes: Axes, point: TuningPoint, look: CurveStyle, floor: float) -> None:
+    x, mark = point.learning_rate, {"marker": look.marker, "color": look.colour}
     if point.states.get("diverged") and not point.states.get("finished"):
-        axes.plot(x, floor, "x", color=curve_style.colour, markersize=8, zorder=4, clip_on=False)
+        axes.plot(x, floor, "x", color=look.colour, markersize=8, zorder=4, clip_on=False)
     elif point.states.get("stopped") and point.last_validation is not None:
-        style: dict[str, Any] = {"markerfacecolor": "white", "markersize": 6, "zorder": 2.5}
-        axes.plot(x, point.last_validation, curve_style.marker, color=curve_style.colour, **style)
+        hollow: dict[str, Any] = {"markerfacecolor": "white", "markersize": 6, **mark}
+        axes.plot(x, point.last_validation, linestyle="", zorder=2.5, **hollow)
     elif point.validation.mean is not None:
-        style = {"alpha": 0.8, "markersize": 7, "markeredgewidth": 0, "zorder": 3}
-        axes.plot(x, point.validation.mean, curve_style.marker, color=curve_style.colour, **style)
+        dot: dict[str, Any] = {"alpha": 0.8, "markersize": 7, "markeredgewidth": 0, **mark}
+        axes.plot(x, point.validation.mean, linestyle="", zorder=3, **dot)
 
 
 def _plot_running_best(axes: Axes, search: SearchResult, styles: Mapping[str, CurveStyle]) -> None:
-    most = max((len(v.points) for v in search.variants), default=1)
     for variant in search.variants:
-        best = running_best(variant)
-        colour = styles[variant.variant].colour
-        axes.plot(range(1, len(best) + 1), best, drawstyle="steps-post", color=colour, linewidth=2, zorder=3)
+        best, look = running_best(variant), styles[variant.variant]
+        steps: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 2, "zorder": 3}
+        axes.plot(range(1, len(best) + 1), best, color=look.colour, **steps)
         if best and math.isfinite(best[-1]):
-            axes.plot(
-                len(best), best[-1], styles[variant.variant].marker, color=colour, markersize=7, zorder=4
-            )
-    axes.set_xlim(0.5, most + 0.8)
+            axes.plot(len(best), best[-1], look.marker, color=look.colour, markersize=7, zorder=4)
+    axes.set_xlim(0.5, max((len(v.points) for v in search.variants), default=1) + 0.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("points of each variant, as they were begun")
     axes.set_title("best so far", pad=10)
@@ -105,26 +92,20 @@ def running_best(variant: TuningResult) -> list[float]:
 
 
 def _add_legend(axes: Axes, search: SearchResult, styles: Mapping[str, CurveStyle]) -> None:
-    handles = []
+    entries = []
     for v in search.variants:
         best = "no score yet"
         if v.best is not None:
             best = f"best at {formatting.rate(v.best.learning_rate)}{' (edge)' if v.edges else ''}"
-        style = styles[v.variant]
-        handles.append(Line2D([], [], color=style.colour, marker=style.marker, label=f"{v.variant}\n{best}"))
-    grey: dict[str, Any] = {"color": GREY, "linestyle": ""}
-    ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}
+        look = styles[v.variant]
+        text = f"{v.variant}\n{best}"
+        entries.append(style.legend_entry(text, look.colour, marker=look.marker, linestyle="-"))
     states = {state for v in search.variants for p in v.points for state in p.states}
-    handles.append(Line2D([], [], label="best point", **ring, **grey))
+    entries.append(style.legend_entry("best point", **style.RING))
     if "stopped" in states:
-        handles.append(Line2D([], [], label="stopped early", **ring | {"markersize": 6}, **grey))
+        entries.append(style.legend_entry("stopped early", **{**style.RING, "markersize": 6}))
     if "diverged" in states:
-        handles.append(Line2D([], [], marker="x", label="diverged (floor)", **grey))
+        entries.append(style.legend_entry("diverged (floor)", marker="x"))
     if search.untrained_validation is not None:
-        handles.append(Line2D([], [], color=GREY, linestyle=":", label="untrained base"))
-    legend_position: dict[str, Any] = {
-        "loc": "upper left",
-        "bbox_to_anchor": (1.02, 1.02),
-        "borderaxespad": 0,
-    }
-    axes.legend(handles=handles, frameon=False, fontsize=9.5, labelspacing=0.65, **legend_position)
+        entries.append(style.legend_entry("untrained base", linestyle=":"))
+    style.add_legend(axes, entries, 1.02)

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from orchestrator.analyze import formatting
-from orchestrator.analyze.plots.style import (
-    GREY,
-    RC_PARAMS,
-    CurveStyle,
-    clip_to_score_range,
-    curve_styles,
-    figure_layout,
-    render_png,
-    score_range,
-)
+from orchestrator.analyze.plots import style
+from orchestrator.analyze.plots.style import GREY, CurveStyle
 from orchestrator.analyze.results import Panel, Spread, Summary
 
 
@@ -31,61 +23,46 @@ def plot_spread(summary: Summary) -> bytes:
     Returns:
         A PNG, 1200 pixels wide.
     """
-    with rc_context(RC_PARAMS):
+    with rc_context(style.RC_PARAMS):
         rows = [max(3, len(p.curves)) + 2.4 for p in summary.panels]
-        figure = Figure(figsize=(12, max(3.6, 0.42 * sum(rows) + 1.0 * len(rows))), layout=figure_layout())
-        styles = curve_styles(summary)
+        figure = style.new_figure(max(3.6, 0.42 * sum(rows) + 1.0 * len(rows)))
+        styles = style.curve_styles(summary)
         if summary.panels:
             grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)
             for axes, panel in zip(grid.flat, summary.panels, strict=True):
                 _plot_dumbbells(axes, panel, styles)
-        return render_png(figure)
+        return style.render_png(figure)
 
 
 def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) -> None:
-    shown = sorted(
-        panel.curves, key=lambda c: (c.best_test.mean is not None, c.best_test.mean or 0.0, c.label)
-    )
+    tests = {c.label: c.best_test.mean for c in panel.curves}
+    shown = sorted(panel.curves, key=lambda c: (tests[c.label] is not None, tests[c.label] or 0.0, c.label))
+    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
     for y, c in enumerate(shown):
         colour = styles[c.label].colour
         own, common = c.best_test.mean, c.test_at_common_rate
         if own is None:
-            axes.text(0.5, y, "no score yet", transform=axes.get_yaxis_transform(), va="center", color=GREY)
+            axes.text(0.5, y, "no score yet", color=GREY, **beside)
             continue
         if c.best_test.interval is not None:
-            low, high = clip_to_score_range(c.best_test.interval, panel)
+            low, high = style.clip_to_score_range(c.best_test.interval, panel)
             axes.hlines(y, low, high, color=colour, alpha=0.22, linewidth=9, zorder=1.5)
         if common is not None:
             axes.hlines(y, min(own, common), max(own, common), color=colour, linewidth=2, zorder=2)
             axes.plot(common, y, "o", markersize=10, color=colour, markerfacecolor="white", markeredgewidth=2)
         axes.plot(own, y, "o", markersize=9, color=colour, zorder=4)
-        rate_text = f"own {formatting.best_rate_text(c)}"
-        axes.text(
-            1.012,
-            y,
-            rate_text,
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            fontsize=9.5,
-            color="#444444",
-        )
+        rate = f"own {formatting.best_rate_text(c)}"
+        axes.text(1.012, y, rate, fontsize=9.5, color="#444444", **beside)
     axes.set_yticks(range(len(shown)), [c.label for c in shown])
     top = len(shown)
     axes.set_ylim(-0.6, top + 1.5)
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    bounds = score_range(panel)
-    if bounds:
+    style.hide_y_axis(axes)
+    if bounds := style.score_range(panel):
         axes.set_xlim(bounds[0] - 0.03, bounds[1] + 0.03)
     axes.set_xlabel(f"{panel.metric.replace('_', ' ')} (test)")
     axes.set_title(formatting.panel_title(panel), pad=8)
-    _plot_spread_bracket(
-        axes,
-        top + 0.9,
-        panel.spread_at_common,
-        f"at {panel.common_rate_label}, {formatting.rate(panel.common_rate)} (hollow)",
-    )
+    common_rate = f"{panel.common_rate_label}, {formatting.rate(panel.common_rate)}"
+    _plot_spread_bracket(axes, top + 0.9, panel.spread_at_common, f"at {common_rate} (hollow)")
     _plot_spread_bracket(axes, top, panel.spread_at_best, "each at its own best rate (filled)")
 
 
@@ -93,9 +70,8 @@ def _plot_spread_bracket(axes: Axes, y: float, spread: Spread | None, text: str)
     """Draw the range of a spread with its size and `text`."""
     if spread is None:
         return
-    axes.plot(
-        [spread.low, spread.high], [y, y], "|-", color=GREY, markersize=9, linewidth=1.5, markeredgewidth=1.5
-    )
+    bracket: dict[str, Any] = {"markersize": 9, "linewidth": 1.5, "markeredgewidth": 1.5}
+    axes.plot([spread.low, spread.high], [y, y], "|-", color=GREY, **bracket)
     left, right = axes.get_xlim()
     relative_position = ((spread.low + spread.high) / 2 - left) / (right - left)
     x, side = (spread.high, "right") if relative_position > 0.6 else (spread.low, "left")

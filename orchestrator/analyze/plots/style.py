@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 
 from orchestrator.analyze.intervals import Interval
-from orchestrator.analyze.results import REFERENCE_VARIANT, Panel, Summary
+from orchestrator.analyze.results import Panel, Summary, is_reference
 
 # Okabe and Ito's colours, told apart with any colour vision; yellow is too pale on white and is replaced by
 # olive.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
 _MARKERS = "osD^vPX*"
 GREY = "#6b6b6b"
+RING: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}
+"""The marker of a best rate or point in a legend."""
 RC_PARAMS: Any = {
     "font.size": 11.0,
     "axes.spines.top": False,
@@ -51,7 +55,7 @@ def curve_styles(summary: Summary) -> dict[str, CurveStyle]:
 
 def styles_by_label(labels: Iterable[str]) -> dict[str, CurveStyle]:
     """Return label -> style. LoRA is black, the others get colours in the order of their names."""
-    ordered = sorted(labels, key=lambda label: (label.partition(" ")[0] != REFERENCE_VARIANT, label))
+    ordered = sorted(labels, key=lambda label: (not is_reference(label), label))
     return {
         label: CurveStyle(COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)])
         for i, label in enumerate(ordered)
@@ -63,15 +67,9 @@ def score_range(panel: Panel) -> tuple[float, float] | None:
 
     Intervals are not drawn beyond the range.
     """
-    scores = [
-        v
-        for c in panel.curves
-        for p in c.points
-        for r in p.runs
-        for v in (r.last_validation, r.test)
-        if v is not None
-    ]
-    return (0.0, 1.0) if all(0.0 <= v <= 1.0 for v in [*scores, panel.floor]) else None
+    runs = [r for c in panel.curves for p in c.points for r in p.runs]
+    scores = [panel.floor, *(s for r in runs for s in (r.last_validation, r.test) if s is not None)]
+    return (0.0, 1.0) if all(0.0 <= s <= 1.0 for s in scores) else None
 
 
 def clip_to_score_range(interval: Interval, panel: Panel) -> tuple[float, float]:
@@ -80,9 +78,27 @@ def clip_to_score_range(interval: Interval, panel: Panel) -> tuple[float, float]
     return max(low, interval.low), min(high, interval.high)
 
 
-def figure_layout() -> ConstrainedLayoutEngine:
-    """Return the layout engine of a figure."""
-    return ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+def hide_y_axis(axes: Axes, **ticks: float) -> None:
+    """Leave only the labels of the y axis."""
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0, **ticks)
+    axes.spines["left"].set_visible(False)
+
+
+def legend_entry(label: str, colour: str = GREY, **style: Any) -> Line2D:
+    """Return an entry of a legend: a marker, or a line if `style` names a line style."""
+    return Line2D([], [], label=label, color=colour, **{"linestyle": "", **style})
+
+
+def add_legend(axes: Axes, entries: Sequence[Line2D], x: float) -> None:
+    """Draw a legend at the right of the axes, `x` widths of the axes from their left side."""
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (x, 1.02), "borderaxespad": 0}
+    axes.legend(handles=entries, frameon=False, fontsize=9.5, labelspacing=0.65, **place)
+
+
+def new_figure(height: float) -> Figure:
+    """Return an empty figure, 12 inches wide."""
+    return Figure(figsize=(12, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
 
 
 def render_png(figure: Figure) -> bytes:
