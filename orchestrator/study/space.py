@@ -139,8 +139,8 @@ class Dimension:
         """SPEC of this dimension, in one spelling."""
         if self.choices:
             return ",".join(format_value(each) for each in self.choices)
-        kind = {(False, False): "", (True, False): "log:", (False, True): "int:", (True, True): "logint:"}
-        return f"{kind[self.log, self.has_integer_steps]}{self.low:.10g}:{self.high:.10g}"
+        kind = "log" * self.log + "int" * self.has_integer_steps
+        return f"{kind}{':' * bool(kind)}{self.low:.10g}:{self.high:.10g}"
 
 
 @dataclass(frozen=True)

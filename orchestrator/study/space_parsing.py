@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 from orchestrator.study.space import (
     HYPERPARAMETERS,
@@ -26,7 +26,7 @@ EXAMPLE = "For example: learning_rate=log:1e-4:1e-2 rank=4,8,16 lora_plus.ratio=
 def parse_space(
     words: Sequence[str],
     variants: Sequence[str],
-    variant_defaults: VariantDefaults,
+    defaults: VariantDefaults,
     learning_rates: Sequence[float],
     fixed_names: Sequence[str] = (),
 ) -> Space:
@@ -37,208 +37,197 @@ def parse_space(
     Args:
         words: The NAME=SPEC words.
         variants: Names of the variants.
-        variant_defaults: Settings of each variant.
+        defaults: Settings of each variant.
         learning_rates: Unless named or fixed, the learning rate is varied from the lowest to the highest.
         fixed_names: Names to which --set gives a value.
 
     Raises:
         UsageError: A word is malformed, out of bounds, or conflicts with another.
     """
-    shared: dict[str, Dimension] = {}
-    variant_dimensions: dict[tuple[str, str], Dimension] = {}
+    found: dict[str, Dimension] = {}
     for word in words:
-        name, spec = _split_argument("--space", word)
-        variant, name = _parse_name("--space", name, variants, variant_defaults)
-        dimension = _parse_dimension(word, variant, name, spec, variant_defaults)
-        if dimension.key in {d.key for d in (*shared.values(), *variant_dimensions.values())}:
-            raise UsageError(f"--space {word!r}: {dimension.key} occurs twice; name it once.")
-        if dimension.key in fixed_names:
-            raise UsageError(f"--space {word!r}: --set has fixed {dimension.key}; take one of the two away.")
-        if variant:
-            variant_dimensions[variant, name] = dimension
-        else:
-            shared[name] = dimension
-    if "learning_rate" not in shared and "learning_rate" not in fixed_names and len(learning_rates) > 1:
+        argument = _parse_argument("--space", word, variants, defaults)
+        dimension = argument.parse_dimension()
+        if argument.key in found:
+            raise argument.error(f"{argument.key} occurs twice; name it once.")
+        if argument.key in fixed_names:
+            raise argument.error(f"--set has fixed {argument.key}; take one of the two away.")
+        found[argument.key] = dimension
+    if "learning_rate" not in (*found, *fixed_names) and len(learning_rates) > 1:
         default = Dimension("learning_rate", low=min(learning_rates), high=max(learning_rates), log=True)
-        shared = {"learning_rate": default, **shared}
+        found = {"learning_rate": default, **found}
     dimensions: dict[str, tuple[Dimension, ...]] = {}
     for variant in variants:
-        own_dimensions = {name: d for (whose, name), d in variant_dimensions.items() if whose == variant}
-        replaced = {name for name in own_dimensions if _find_hyperparameter(variant, name, variant_defaults)}
-        dimensions[variant] = tuple(
-            dimension
-            for name, dimension in shared.items()
-            if (name not in VARIANT_HYPERPARAMETERS or name in variant_defaults(variant))
-            and name not in replaced
-            and (
-                f"{variant}.{name}" not in fixed_names
-                or not _find_hyperparameter(variant, name, variant_defaults)
-            )
-        ) + tuple(own_dimensions.values())
+        own = [d for d in found.values() if d.variant == variant]
+        named = [key.rpartition(".")[2] for key in fixed_names if key.rpartition(".")[0] == variant]
+        replaced = {n for n in (*(d.name for d in own), *named) if _find_hyperparameter(variant, n, defaults)}
+        missing = VARIANT_HYPERPARAMETERS - set(defaults(variant))
+        shared = [d for d in found.values() if not d.variant and d.name not in replaced | missing]
+        dimensions[variant] = (*shared, *own)
     return Space(dimensions)
 
 
 def parse_fixed_values(
-    words: Sequence[str], variants: Sequence[str], variant_defaults: VariantDefaults
+    words: Sequence[str], variants: Sequence[str], defaults: VariantDefaults
 ) -> dict[str, Value]:
     """Return the values that --set fixes, by NAME or VARIANT.NAME.
 
     Args:
         words: The NAME=VALUE words.
         variants: Names of the variants.
-        variant_defaults: Settings of each variant.
+        defaults: Settings of each variant.
 
     Raises:
         UsageError: A word is malformed or out of bounds, or a name occurs twice.
     """
     fixed_values: dict[str, Value] = {}
     for word in words:
-        name, text = _split_argument("--set", word)
-        variant, name = _parse_name("--set", name, variants, variant_defaults)
-        key = f"{variant}.{name}" if variant else name
-        if key in fixed_values:
-            raise UsageError(f"--set {word!r}: {key} occurs twice; name it once.")
-        fixed_values[key] = _parse_value("--set", word, variant, name, text, variant_defaults)
+        argument = _parse_argument("--set", word, variants, defaults)
+        if argument.key in fixed_values:
+            raise argument.error(f"{argument.key} occurs twice; name it once.")
+        fixed_values[argument.key] = argument.parse_value(argument.text)
     return fixed_values
 
 
-def _split_argument(option: str, word: str) -> tuple[str, str]:
-    name, found, text = word.partition("=")
-    if not found or not name or not text:
-        form = "NAME=SPEC" if option == "--space" else "NAME=VALUE"
-        example = EXAMPLE if option == "--space" else "For example: weight_decay=0.01 lora_plus.ratio=4."
-        raise UsageError(f"{option} {word!r}: must be {form}. {example}")
-    return name.replace("-", "_"), text
-
-
-def _parse_name(
-    option: str, key: str, variants: Sequence[str], variant_defaults: VariantDefaults
-) -> tuple[str, str]:
-    """Return the variant (or "") and the name of a key."""
-    variant, dot, name = key.rpartition(".")
-    if not dot:
-        if key not in HYPERPARAMETERS:
-            known = [
-                *HYPERPARAMETERS,
-                *(f"{each}.{name}" for each in variants for name in variant_defaults(each)),
-            ]
-            raise UsageError(f"{option}: no hyperparameter {key!r}. {suggest_nearest(key, known)}")
-        return "", key
-    if variant not in variants:
-        raise UsageError(
-            f"{option} {key}: {variant!r} is not in this study. {suggest_nearest(variant, variants)}"
-        )
-    known = [
-        *variant_defaults(variant),
-        *(name for name in HYPERPARAMETERS if name not in VARIANT_HYPERPARAMETERS),
-    ]
-    if name not in known:
-        raise UsageError(f"{option} {key}: {variant} has no {name!r}. {suggest_nearest(name, known)}")
-    return variant, name
-
-
-def _find_hyperparameter(variant: str, name: str, variant_defaults: VariantDefaults) -> Hyperparameter | None:
+def _find_hyperparameter(variant: str, name: str, defaults: VariantDefaults) -> Hyperparameter | None:
     """Return the hyperparameter; None for a variant's own setting (ReLoRA has a `warmup` of its own)."""
-    is_variant_setting = variant and name in variant_defaults(variant) and name not in VARIANT_HYPERPARAMETERS
+    is_variant_setting = variant and name in defaults(variant) and name not in VARIANT_HYPERPARAMETERS
     return None if is_variant_setting else HYPERPARAMETERS[name]
 
 
-def _parse_value(
-    option: str, word: str, variant: str, name: str, text: str, variant_defaults: VariantDefaults
-) -> Value:
-    """Return one value, of the hyperparameter's type."""
-    hyperparameter = _find_hyperparameter(variant, name, variant_defaults)
-    default = variant_defaults(variant)[name] if hyperparameter is None else None
-    if isinstance(default, bool):
-        if text not in ("true", "false"):
-            raise UsageError(f"{option} {word!r}: {text!r} must be true or false.")
-        return text == "true"
-    if isinstance(default, str) or (hyperparameter and hyperparameter.choices):
+def _parse_argument(option: str, word: str, variants: Sequence[str], defaults: VariantDefaults) -> _Argument:
+    """Split a word and look up its name."""
+    key, found, text = word.partition("=")
+    key = key.replace("-", "_")
+    if not found or not key or not text:
+        form, example = "NAME=VALUE", "For example: weight_decay=0.01 lora_plus.ratio=4."
+        if option == "--space":
+            form, example = "NAME=SPEC", EXAMPLE
+        raise UsageError(f"{option} {word!r}: must be {form}. {example}")
+    variant, dot, name = key.rpartition(".")
+    if dot and variant not in variants:
+        hint = suggest_nearest(variant, variants)
+        raise UsageError(f"{option} {key}: {variant!r} is not in this study. {hint}")
+    if dot:
+        known = {*defaults(variant), *(HYPERPARAMETERS.keys() - VARIANT_HYPERPARAMETERS)}
+        if name not in known:
+            raise UsageError(f"{option} {key}: {variant} has no {name!r}. {suggest_nearest(name, known)}")
+    elif key not in HYPERPARAMETERS:
+        known = {*HYPERPARAMETERS, *(f"{each}.{setting}" for each in variants for setting in defaults(each))}
+        raise UsageError(f"{option}: no hyperparameter {key!r}. {suggest_nearest(key, known)}")
+    hyperparameter = _find_hyperparameter(variant, name, defaults)
+    default = None if hyperparameter else defaults(variant)[name]
+    return _Argument(option, word, variant, name, text, hyperparameter, default)
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """A word of --space or --set: its parts, and the hyperparameter or variant setting that it names."""
+
+    option: str
+    word: str
+    variant: str
+    """The variant in front of the name; empty for all variants."""
+    name: str
+    text: str
+    """The part after "="."""
+    hyperparameter: Hyperparameter | None
+    """None for a variant's own setting."""
+    default: Value | None
+    """The default of a variant's own setting; its type is the setting's type."""
+
+    @property
+    def key(self) -> str:
+        """NAME, or VARIANT.NAME."""
+        return f"{self.variant}.{self.name}" if self.variant else self.name
+
+    @property
+    def is_int(self) -> bool:
+        return self.hyperparameter.is_int if self.hyperparameter else isinstance(self.default, int)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the values are names or true and false."""
+        return isinstance(self.default, (str, bool)) or bool(
+            self.hyperparameter and self.hyperparameter.choices
+        )
+
+    def error(self, message: str) -> UsageError:
+        return UsageError(f"{self.option} {self.word!r}: {message}")
+
+    def parse_value(self, text: str) -> Value:
+        """Return one value, of the hyperparameter's type."""
+        if isinstance(self.default, bool):
+            if text not in ("true", "false"):
+                raise self.error(f"{text!r} must be true or false.")
+            return text == "true"
         value: Value = text
-    else:
-        number = _parse_number(option, word, text)
-        is_int = hyperparameter.is_int if hyperparameter else isinstance(default, int)
-        if is_int and number != int(number):
-            nearest = max(1, round(number))
-            raise UsageError(f"{option} {word!r}: {text!r} must be a whole number; take {nearest}.")
-        value = int(number) if is_int else number
-    rule = hyperparameter or (INT_SETTING_RULE if isinstance(value, int) else None)
-    broken = rule.find_violation(value) if rule else None
-    if broken:
-        hint = (
-            f" {suggest_nearest(text, hyperparameter.choices)}"
-            if hyperparameter and hyperparameter.choices
-            else ""
-        )
-        raise UsageError(f"{option} {word!r}: {text!r} {broken}.{hint}")
-    return value
+        if not self.is_text:
+            value = self._parse_number(text)
+            if self.is_int and value != int(value):
+                raise self.error(f"{text!r} must be a whole number; take {max(1, round(value))}.")
+            value = int(value) if self.is_int else value
+        self._check_rule(text, value)
+        return value
 
+    def _parse_number(self, text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise self.error(f"{text!r} is not a number.") from None
+        if not math.isfinite(value):
+            raise self.error(f"{text!r} must be finite.")
+        return value
 
-def _parse_number(option: str, word: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise UsageError(f"{option} {word!r}: {text!r} is not a number.") from None
-    if not math.isfinite(value):
-        raise UsageError(f"{option} {word!r}: {text!r} must be finite.")
-    return value
+    def _check_rule(self, text: str, value: Value) -> None:
+        rule = self.hyperparameter or (INT_SETTING_RULE if self.is_int else None)
+        if rule and (broken := rule.find_violation(value)):
+            hint = f" {suggest_nearest(text, rule.choices)}" if rule.choices else ""
+            raise self.error(f"{text!r} {broken}.{hint}")
 
+    def parse_dimension(self) -> Dimension:
+        """Return the dimension that the word describes: choices, or an interval."""
+        return self._parse_interval() if ":" in self.text else self._parse_choices()
 
-def _parse_dimension(
-    word: str, variant: str, name: str, spec: str, variant_defaults: VariantDefaults
-) -> Dimension:
-    hyperparameter = _find_hyperparameter(variant, name, variant_defaults)
-    if ":" not in spec:
-        return _parse_choices(word, variant, name, spec, variant_defaults)
-    default = None if hyperparameter else variant_defaults(variant)[name]
-    if isinstance(default, (str, bool)) or (hyperparameter and hyperparameter.choices):
-        few = ",".join(hyperparameter.choices[:2]) if hyperparameter else format_value(default or "")
-        raise UsageError(f"--space {word!r}: {name} has no range; take a choice, for example {name}={few}.")
-    *kind, low_text, high_text = spec.split(":")
-    kinds = {(): (False, False), ("log",): (True, False), ("int",): (False, True), ("logint",): (True, True)}
-    if tuple(kind) not in kinds:
-        forms = "low:high, log:low:high, int:low:high, logint:low:high or a choice a,b,c"
-        hint = f" {suggest_nearest(kind[0], ('log', 'int', 'logint'))}" if len(kind) == 1 else ""
-        raise UsageError(f"--space {word!r}: {spec!r} must be {forms}.{hint}")
-    log, has_integer_steps = kinds[tuple(kind)]
-    is_int = hyperparameter.is_int if hyperparameter else isinstance(default, int)
-    if is_int and not has_integer_steps:
-        better = f"{'logint' if log else 'int'}:{low_text}:{high_text}"
-        raise UsageError(f"--space {word!r}: {name} is a whole number; take {better}.")
-    low, high = _parse_number("--space", word, low_text), _parse_number("--space", word, high_text)
-    if has_integer_steps and (low != int(low) or high != int(high)):
-        raise UsageError(f"--space {word!r}: the ends must be whole numbers.")
-    if low > high:
-        better = ":".join([*kind, high_text, low_text])
-        raise UsageError(f"--space {word!r} is reversed; did you mean {better}?")
-    if low == high:
-        raise UsageError(
-            f"--space {word!r} has one value only; take --set {word.partition('=')[0]}={low_text}."
-        )
-    if log and low <= 0:
-        raise UsageError(f"--space {word!r}: {low_text!r} must be above 0 for a logarithm.")
-    rule = hyperparameter or (INT_SETTING_RULE if is_int else None)
-    for text, end in ((low_text, low), (high_text, high)):
-        broken = rule.find_violation(end) if rule else None
-        if broken:
-            raise UsageError(f"--space {word!r}: {text!r} {broken}.")
-    digits = hyperparameter.significant_digits if hyperparameter else SIGNIFICANT_DIGITS
-    return Dimension(name, variant, low, high, log, has_integer_steps, is_int, digits)
+    def _parse_interval(self) -> Dimension:
+        if self.is_text:
+            few = ",".join(self.hyperparameter.choices[:2]) if self.hyperparameter else self.default
+            example = f"{self.name}={format_value(few or '')}"
+            raise self.error(f"{self.name} has no range; take a choice, for example {example}.")
+        *kinds, low_text, high_text = self.text.split(":")
+        kind = ":".join(kinds)
+        if kind not in ("", "log", "int", "logint"):
+            forms = "low:high, log:low:high, int:low:high, logint:low:high or a choice a,b,c"
+            hint = f" {suggest_nearest(kind, ('log', 'int', 'logint'))}" if len(kinds) == 1 else ""
+            raise self.error(f"{self.text!r} must be {forms}.{hint}")
+        log, has_integer_steps = kind.startswith("log"), kind.endswith("int")
+        if self.is_int and not has_integer_steps:
+            raise self.error(f"{self.name} is a whole number; take {kind}int:{low_text}:{high_text}.")
+        low, high = self._parse_number(low_text), self._parse_number(high_text)
+        if has_integer_steps and (low != int(low) or high != int(high)):
+            raise self.error("the ends must be whole numbers.")
+        if low > high:
+            raise self.error(f"it is reversed; did you mean {':'.join([*kinds, high_text, low_text])}?")
+        if low == high:
+            raise self._single_value_error(low_text)
+        if log and low <= 0:
+            raise self.error(f"{low_text!r} must be above 0 for a logarithm.")
+        self._check_rule(low_text, low)
+        self._check_rule(high_text, high)
+        digits = self.hyperparameter.significant_digits if self.hyperparameter else SIGNIFICANT_DIGITS
+        return Dimension(self.name, self.variant, low, high, log, has_integer_steps, self.is_int, digits)
 
+    def _parse_choices(self) -> Dimension:
+        texts = [text for text in self.text.split(",") if text]
+        if len(texts) <= self.text.count(","):
+            typed = f"take {self.key}={','.join(texts)}." if texts else f"name two values or more. {EXAMPLE}"
+            raise self.error(f"one of its values is empty; {typed}")
+        values = list(dict.fromkeys(map(self.parse_value, texts)))
+        if len(values) < 2:
+            raise self._single_value_error(texts[0])
+        if not self.is_text:
+            values.sort(key=float)
+        return Dimension(self.name, self.variant, choices=tuple(values))
 
-def _parse_choices(
-    word: str, variant: str, name: str, spec: str, variant_defaults: VariantDefaults
-) -> Dimension:
-    texts = [text for text in spec.split(",") if text]
-    typed = word.partition("=")[0]
-    if len(texts) <= spec.count(","):
-        better = f"take {typed}={','.join(texts)}." if texts else f"name two values or more. {EXAMPLE}"
-        raise UsageError(f"--space {word!r}: one of its values is empty; {better}")
-    values = [_parse_value("--space", word, variant, name, text, variant_defaults) for text in texts]
-    distinct = list(dict.fromkeys(values))
-    if len(distinct) < 2:
-        raise UsageError(f"--space {word!r} has one value only; take --set {typed}={texts[0]}.")
-    dimension = Dimension(name, variant, choices=tuple(distinct))
-    if dimension.is_numeric:
-        dimension = replace(dimension, choices=tuple(sorted(distinct)))
-    return dimension
+    def _single_value_error(self, text: str) -> UsageError:
+        return self.error(f"it has one value only; take --set {self.key}={text}.")
