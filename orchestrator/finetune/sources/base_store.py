@@ -36,16 +36,10 @@ def content_hash(folder: Path) -> str:
         UsageError: The folder contains no config.json.
     """
     if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"Model folder {str(folder)!r} has no config.json: give a folder made by save_pretrained."
-        )
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path.suffix != ".md"
-    )
-    stats = [path.stat() for path in files]
-    return _hash_files(tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in zip(files, stats, strict=True)))
+        problem = "has no config.json: give a folder made by save_pretrained."
+        raise UsageError(f"Model folder {str(folder)!r} {problem}")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != "." and p.suffix != ".md")
+    return _hash_files(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
 
 
 @lru_cache(maxsize=32)

@@ -75,20 +75,16 @@ def find_cell_problem(value: Any, cell_type: CellType) -> str | None:
     """
     if cell_type is None:
         return None
-    expected = (
-        f"a class from {cell_type.start} to {cell_type.stop - 1}"
-        if isinstance(cell_type, range)
-        else _TYPE_NAMES[cell_type]
-    )
     if isinstance(cell_type, range):
         is_valid = type(value) is int and value in cell_type
-    elif cell_type is float:
-        is_valid = type(value) in (int, float) and math.isfinite(value)
-    elif cell_type is int:
-        is_valid = type(value) is int
+        expected = f"a class from {cell_type[0]} to {cell_type[-1]}"
     else:
-        is_valid = value is not None and isinstance(value, cell_type)
-    return None if is_valid else f"must be {expected}, it is {_abbreviate(value)}"
+        expected = _TYPE_NAMES[cell_type]
+        if cell_type is float:
+            is_valid = type(value) in (int, float) and math.isfinite(value)
+        else:
+            is_valid = type(value) is int if cell_type is int else isinstance(value, cell_type)
+    return None if is_valid and value is not None else f"must be {expected}, it is {_abbreviate(value)}"
 
 
 def _read_checked(path: Path, columns: Mapping[str, CellType]) -> Iterator[dict[str, Any]]:
@@ -100,25 +96,22 @@ def _read_checked(path: Path, columns: Mapping[str, CellType]) -> Iterator[dict[
         for row, (line_number, cells) in enumerate(reader(path, columns), 1):
             position = f"row {row}" + (f" (line {line_number})" if line_number not in (None, row) else "")
             if not isinstance(cells, dict):
-                raise MalformedDataError(
-                    f"{position} must be an object with {', '.join(columns)}, it is {_abbreviate(cells)}"
-                )
+                rule = f"must be an object with {', '.join(columns)}"
+                raise MalformedDataError(f"{position} {rule}, it is {_abbreviate(cells)}")
             for name, kind in columns.items():
                 if name not in cells and kind is not None:
-                    raise MalformedDataError(
-                        f"{position} has no {name!r}; it has {', '.join(map(str, cells)) or 'nothing'}"
-                    )
+                    present = ", ".join(map(str, cells)) or "nothing"
+                    raise MalformedDataError(f"{position} has no {name!r}; it has {present}")
                 if (problem := find_cell_problem(cells.get(name), kind)) is not None:
                     raise MalformedDataError(f"{position}: {name!r} {problem}")
             yield {name: cells.get(name) for name in columns}
     except OSError as error:  # pyarrow's error for a truncated Parquet file is one, too
-        raise MalformedDataError(
-            f"cannot be read ({error.strerror or _first_line(error)}){_after_row(row)}"
-        ) from None
+        reason = error.strerror or first_line(error)
+        raise MalformedDataError(f"cannot be read ({reason}){_after_row(row)}") from None
     except UnicodeDecodeError as error:
         raise MalformedDataError(f"is not UTF-8 at byte {error.start}") from None
     except (ValueError, csv.Error) as error:  # of json, csv and pyarrow
-        raise MalformedDataError(f"does not parse ({_first_line(error)}){_after_row(row)}") from None
+        raise MalformedDataError(f"does not parse ({first_line(error)}){_after_row(row)}") from None
     if row == 0:
         raise MalformedDataError("has no rows")
 
@@ -134,9 +127,8 @@ def _read_json_lines(path: Path, columns: Mapping[str, CellType]) -> Iterator[tu
                 yield line, json.loads(text.rstrip())
             except json.JSONDecodeError as error:
                 at = f" (line {line})" if line != row else ""
-                raise MalformedDataError(
-                    f"row {row}{at} is no JSON ({error.msg} at column {error.colno})"
-                ) from None
+                problem = f"is no JSON ({error.msg} at column {error.colno})"
+                raise MalformedDataError(f"row {row}{at} {problem}") from None
 
 
 def _read_json(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[int | None, Any]]:
@@ -157,10 +149,8 @@ def _read_csv(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[int
         reader = csv.DictReader(file, dialect="excel-tab" if path.suffix == ".tsv" else "excel", strict=True)
         for row, cells in enumerate(reader, 1):
             if None in cells or None in cells.values():
-                many = "more" if None in cells else "fewer"
-                raise MalformedDataError(
-                    f"row {row} (line {reader.line_num}) has {many} cells than there are columns"
-                )
+                problem = f"has {'more' if None in cells else 'fewer'} cells than there are columns"
+                raise MalformedDataError(f"row {row} (line {reader.line_num}) {problem}")
             yield reader.line_num, {n: _parse_number(text, columns.get(n)) for n, text in cells.items()}
 
 
@@ -185,20 +175,16 @@ def _read_parquet(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple
         yield from ((None, row) for row in batch.to_pylist())
 
 
-_READERS = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}
+_READERS = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
+_READERS[".parquet"] = _read_parquet
 
 
 def _after_row(row: int) -> str:
     return f" after row {row}" if row else ""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that is not empty, or else its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -16,11 +16,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.finetune.sources.base_store import base_entries
-from orchestrator.finetune.sources.data_files import CellType, find_cell_problem, find_file_problem
+from orchestrator.finetune.sources.data_files import (
+    CellType,
+    find_cell_problem,
+    find_file_problem,
+    first_line,
+)
+from orchestrator.finetune.sources.hub_models import find_commit
 from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,11 +59,7 @@ class Table:
     revision: str | None = None
 
     def __str__(self) -> str:
-        return (
-            f"{self.repository} ({self.subset}, {self.split})"
-            if self.subset
-            else f"{self.repository} ({self.split})"
-        )
+        return f"{self.repository} ({', '.join(filter(None, (self.subset, self.split)))})"
 
 
 def set_pin_folder(folder: Path, add_pins: bool = True) -> None:
@@ -88,17 +91,15 @@ def load_table(table: Table, task: str) -> Dataset:
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        cache_dir = None if revision is not None else _cache_folder(Path(source))
-        found: Any = load_dataset(
-            source, table.subset, split=table.split, revision=revision, cache_dir=cache_dir
-        )
+        options = {"cache_dir": _cache_folder(Path(source))} if revision is None else {"revision": revision}
+        found: Any = load_dataset(source, table.subset, split=table.split, **options)
     except Exception as error:  # readers raise many classes, such as StopIteration for an empty file
         if revision is not None and _is_hub_error(error):
             raise _unreachable_error(table, task, error) from None
-        reason = _first_line(error.__cause__ or error)
-        problem = (
-            _find_file_problem(table, source, revision) or f"{table} in {source} does not load ({reason})"
-        )
+        # Without the list of 200 file extensions that `datasets` adds.
+        reason = first_line(error.__cause__ or error).partition(" with any supported extension")[0]
+        problem = _find_file_problem(table, source, revision)
+        problem = problem or f"{table} in {source} does not load ({reason})"
         raise UsageError(f"Task {task!r}: {problem}.") from None
     if missing := [column for column in table.columns if column not in found.column_names]:
         raise UsageError(
@@ -127,35 +128,20 @@ def _cache_folder(folder: Path) -> str:
 
 
 def _find_cell_problem(dataset: Dataset, table: Table) -> str | None:
-    """Return what is wrong with the first bad cell, None if there is none; columns are checked as a whole."""
-    import pyarrow as pa
+    """Return what is wrong with the first bad cell, None if there is none."""
     from pyarrow import compute
 
-    for name, kind in table.columns.items():
+    for name, cell_type in table.columns.items():
         # `dataset.data` ignores an index mapping (of a shuffle or filter); a newly loaded dataset has none.
         cells = dataset.data.column(name)
-        if kind is None or len(cells) == 0:
-            continue
-        if cells.null_count:
-            row = compute.index(compute.is_null(cells), True).as_py() + 1
-            return f"row {row}: {name!r} {find_cell_problem(None, kind)}"
-        is_whole = pa.types.is_integer(cells.type)
-        if kind is str and not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
-            return f"{name!r} must be text, it is {cells.type}"
-        if str(dataset.features[name]).startswith("Json") and kind is not object:
+        if cell_type is object:  # cells of any size, such as images, whose content is not read
+            cells = compute.if_else(compute.is_valid(cells), True, None)
+        elif cell_type is not None and str(dataset.features[name]).startswith("Json"):
             return f"{name!r} has cells of several kinds"
-        if (kind is int or isinstance(kind, range)) and not is_whole:
-            return f"{name!r} must be whole numbers, it is {cells.type}"
-        if kind is float and not (is_whole or pa.types.is_floating(cells.type)):
-            return f"{name!r} must be numbers, it is {cells.type}"
-        if kind is float and not compute.all(compute.is_finite(cells)).as_py():
-            row = compute.index(compute.is_finite(cells), False).as_py() + 1
-            return f"row {row}: {name!r} {find_cell_problem(cells[row - 1].as_py(), kind)}"
-        if isinstance(kind, range):
-            outside = compute.or_(compute.less(cells, kind.start), compute.greater_equal(cells, kind.stop))
-            if compute.any(outside).as_py():
-                row = compute.index(outside, True).as_py() + 1
-                return f"row {row}: {name!r} {find_cell_problem(cells[row - 1].as_py(), kind)}"
+        values = chain.from_iterable(chunk.to_pylist() for chunk in cells.chunks)
+        for row, value in enumerate(values if cell_type is not None else (), start=1):
+            if (problem := find_cell_problem(value, cell_type)) is not None:
+                return f"row {row}: {name!r} {problem}"
     return None
 
 
@@ -198,42 +184,28 @@ def _resolve_source(table: Table, task: str) -> tuple[str, str | None]:
     commit = table.revision
     if commit is None and _pin_folder is not None:
         commit = base_entries(_pin_folder).read_entry(key, "commit")
-    found, cached = _resolve_commit(table, task, commit)
+    found, cached = _find_commit(table, task, commit)
     if commit is None and _pin_folder is not None and _add_pins:
         data = {"name": table.repository, "commit": found}
         pinned = base_entries(_pin_folder).write_entry(key, data, "commit")
         if pinned != found:  # another process was faster and found another commit
-            found, cached = _resolve_commit(table, task, pinned)
+            found, cached = _find_commit(table, task, pinned)
     return (table.repository, found) if cached is None else (str(cached), None)
 
 
-def _resolve_commit(table: Table, task: str, commit: str | None) -> tuple[str, Path | None]:
+def _find_commit(table: Table, task: str, commit: str | None) -> tuple[str, Path | None]:
     """Return the commit, and its folder in the local cache if the hub cannot be reached.
 
     `load_dataset` reads that folder without asking the hub.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     try:
-        # dataset_info fails after one attempt; load_dataset makes six, which take 23 s without a network.
-        found = HfApi().dataset_info(table.repository, revision=commit, timeout=10).sha
-        assert found is not None
-        return found, None
+        return find_commit(table.repository, "dataset", commit)
     except Exception as error:  # of many classes: no network, no such dataset, gated, disabled
-        try:
-            cached = Path(
-                snapshot_download(
-                    table.repository, repo_type="dataset", revision=commit, local_files_only=True
-                )
-            )
-        except LocalEntryNotFoundError:
-            raise _unreachable_error(table, task, error) from None
-        return cached.name, cached
+        raise _unreachable_error(table, task, error) from None
 
 
 def _is_hub_error(error: BaseException | None) -> bool:
-    """Return whether the hub refused a request or was lost after it had returned the commit.
+    """Return whether the hub refused a request, or became unreachable after it had returned the commit.
 
     A gated dataset returns its commit to everybody, but no files.
     """
@@ -250,9 +222,3 @@ def _unreachable_error(table: Table, task: str, error: Exception) -> UsageError:
         "HF_TOKEN if it is gated, HF_HUB_OFFLINE=1 with the dataset in the local cache, or "
         f"{DATA_FOLDER_VARIABLE} to a folder that has {table.repository}/ as the hub has it."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of the message, without the list of 200 file extensions that `datasets` adds."""
-    found = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return found.partition(" with any supported extension")[0]

@@ -1,7 +1,8 @@
 """Base models of the Hugging Face hub: `organization/model`, or `organization/model@revision`.
 
 A name is pinned to a commit when it is first prepared, in an entry beside the other base models; every worker
-loads that commit from its own cache or from the hub. To move to a newer commit, remove the entry.
+loads that commit from its own cache or from the hub. If the entry is removed, the next study uses the newest
+commit.
 """
 
 from __future__ import annotations
@@ -62,35 +63,40 @@ def resolve_commit(name: str, commit: str | None = None) -> str:
         UsageError: The model cannot be read.
     """
     repository, _, revision = name.partition("@")
-    requested = commit or revision or None
     try:
-        return _fetch_commit(repository, requested)
+        return find_commit(repository, "model", commit or revision or None)[0]
     except Exception as error:  # of many classes: no network, no such model, gated, disabled
-        cached = _cached_commit(repository, requested)
-        if cached is None:
-            raise unreachable_error(name, error) from error
-        return cached
+        raise unreachable_error(name, error) from error
 
 
-def _fetch_commit(repository: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi, hf_hub_download
+def find_commit(repository: str, repo_type: str, revision: str | None) -> tuple[str, Path | None]:
+    """Return a commit, and its folder in the local cache if the hub cannot be reached.
 
-    # model_info fails after one attempt; hf_hub_download makes six, which take 23 s without a network.
-    commit = HfApi().model_info(repository, revision=revision, timeout=10).sha
-    assert commit is not None
-    hf_hub_download(repository, "config.json", revision=commit)
-    return commit
+    Args:
+        repository: The name on the hub: `organization/name`.
+        repo_type: "model" or "dataset".
+        revision: A commit or a branch. Default: the newest commit.
 
-
-def _cached_commit(repository: str, revision: str | None) -> str | None:
-    from huggingface_hub import hf_hub_download
+    Raises:
+        Exception: The hub's error, if the local cache does not have the revision either.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        path = hf_hub_download(repository, "config.json", revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        return None
-    return Path(path).parent.name  # the cache keeps the files of a commit in snapshots/<commit>/
+        # repo_info fails after one attempt; a download makes six, which take 23 s without a network.
+        commit = HfApi().repo_info(repository, repo_type=repo_type, revision=revision, timeout=10).sha
+        assert commit is not None
+        if repo_type == "model":
+            hf_hub_download(repository, "config.json", revision=commit)
+        return commit, None
+    except Exception as error:
+        options = {"repo_type": repo_type, "revision": revision, "local_files_only": True}
+        try:
+            folder = Path(snapshot_download(repository, **options))
+        except LocalEntryNotFoundError:
+            raise error from None
+        return folder.name, folder
 
 
 def cached_snapshot(name: str, commit: str) -> Path | None:

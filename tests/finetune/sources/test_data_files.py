@@ -13,7 +13,7 @@ from pyarrow import parquet
 from orchestrator.finetune.sources import data_files
 from orchestrator.util.errors import UsageError
 
-KINDS: dict[str, Any] = {"text": str, "label": range(2)}
+COLUMNS: dict[str, Any] = {"text": str, "label": range(2)}
 ROWS = [{"text": "good soup", "label": 1}, {"text": "", "label": 0}, {"text": 'ü, "x"\n', "label": 1}]
 
 
@@ -36,33 +36,33 @@ def write(path: Path, rows: Any) -> Path:
 
 def test_a_csv_cell_may_be_long(tmp_path: Path) -> None:
     row = {"text": "x" * 200_000, "label": 1}
-    assert data_files.read(write(tmp_path / "a.csv", [row]), KINDS, "mine") == [row]
+    assert data_files.read(write(tmp_path / "a.csv", [row]), COLUMNS, "mine") == [row]
 
 
-def refusal(path: Path, kinds: dict[str, Any] = KINDS) -> str:
+def error_message(path: Path, columns: dict[str, Any] = COLUMNS) -> str:
     with pytest.raises(UsageError) as caught:
-        data_files.read(path, kinds, "mine")
-    said = str(caught.value)
-    assert said.startswith(f"Task 'mine': {path}: ")
-    assert "\n" not in said
-    return said.removeprefix(f"Task 'mine': {path}: ")
+        data_files.read(path, columns, "mine")
+    message = str(caught.value)
+    assert message.startswith(f"Task 'mine': {path}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"Task 'mine': {path}: ")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_every_file_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"mail.{suffix}", [{**row, "more": "x"} for row in ROWS])
-    assert data_files.read(path, KINDS, "mine") == ROWS, "with the requested columns only"
+    assert data_files.read(path, COLUMNS, "mine") == ROWS, "with the requested columns only"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_a_class_out_of_range_is_named_with_its_row(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"mail.{suffix}", [*ROWS[:2], {"text": "x", "label": 7}])
     line = " (line 4)" if suffix == "csv" else ""
-    assert refusal(path) == f"row 3{line}: 'label' must be a class from 0 to 1, it is 7."
+    assert error_message(path) == f"row 3{line}: 'label' must be a class from 0 to 1, it is 7."
 
 
 @pytest.mark.parametrize(
-    ("kind", "value", "words"),
+    ("cell_type", "value", "message"),
     [
         (str, None, "must be text, it is null"),
         (str, 5, "must be text, it is 5"),
@@ -76,11 +76,13 @@ def test_a_class_out_of_range_is_named_with_its_row(tmp_path: Path, suffix: str)
         (object, None, "must be there, it is null"),
     ],
 )
-def test_a_cell_of_the_wrong_type_is_described(tmp_path: Path, kind: Any, value: Any, words: str) -> None:
+def test_a_cell_of_the_wrong_type_is_described(
+    tmp_path: Path, cell_type: Any, value: Any, message: str
+) -> None:
     path = tmp_path / "x.jsonl"
-    good = {"a": 1} if kind is not str else {"a": "x"}
+    good = {"a": 1} if cell_type is not str else {"a": "x"}
     path.write_text(json.dumps(good) + "\n\n" + json.dumps({"a": value}) + "\n")
-    assert refusal(path, {"a": kind}) == f"row 2 (line 3): 'a' {words}."
+    assert error_message(path, {"a": cell_type}) == f"row 2 (line 3): 'a' {message}."
     assert data_files.read(path, {"a": None}, "mine")[0] == good
 
 
@@ -90,11 +92,11 @@ def test_csv_cells_are_parsed_as_numbers_in_columns_of_numbers(tmp_path: Path) -
     read = data_files.read(path, {"a": int, "b": float, "c": str}, "mine")
     assert read == [{"a": 1, "b": 2.0, "c": "3"}, {"a": 4, "b": 5.5, "c": "6"}]
     path.write_text("a,b,c\n1,2,3\n4,,6\n")
-    assert refusal(path, {"b": float}) == "row 2 (line 3): 'b' must be a finite number, it is null."
+    assert error_message(path, {"b": float}) == "row 2 (line 3): 'b' must be a finite number, it is null."
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         (
             "x.jsonl",
@@ -114,18 +116,18 @@ def test_csv_cells_are_parsed_as_numbers_in_columns_of_numbers(tmp_path: Path) -
     ],
 )
 def test_the_error_for_a_malformed_file_names_the_place(
-    tmp_path: Path, name: str, content: bytes, words: str
+    tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    assert refusal(tmp_path / name).startswith(words)
+    assert error_message(tmp_path / name).startswith(message)
 
 
 def test_a_parquet_file_whose_pages_are_junk_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", [{"text": f"text {i}", "label": 1} for i in range(5000)])
     data = path.read_bytes()
     path.write_bytes(data[:4] + b"\x99" * 3000 + data[3004:])
-    assert refusal(path).startswith(("cannot be read (", "does not parse ("))
+    assert error_message(path).startswith(("cannot be read (", "does not parse ("))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "gone.jsonl") == "cannot be read (No such file or directory)."
+    assert error_message(tmp_path / "gone.jsonl") == "cannot be read (No such file or directory)."

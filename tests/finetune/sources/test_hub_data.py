@@ -22,7 +22,7 @@ from orchestrator.finetune.sources.hub_data import Table
 from orchestrator.util.errors import UsageError
 
 ORGANISATION = "org"
-KINDS: dict[str, Any] = {"text": str, "label": range(2)}
+COLUMNS: dict[str, Any] = {"text": str, "label": range(2)}
 GOOD = {"text": ["a", "b"], "label": [0, 1]}
 
 
@@ -33,31 +33,31 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-def table(folder: Path, files: dict[str, Any], **more: Any) -> Table:
+def write_table(folder: Path, files: dict[str, Any], **more: Any) -> Table:
     """Return a table of a dataset with these files, given as text, bytes, or columns of a Parquet file."""
-    where = folder / ORGANISATION / "set"
-    where.mkdir(parents=True)
+    dataset_folder = folder / ORGANISATION / "set"
+    dataset_folder.mkdir(parents=True)
     for name, content in files.items():
         if isinstance(content, dict):
-            parquet.write_table(pa.table(content), where / name)
+            parquet.write_table(pa.table(content), dataset_folder / name)
         else:
-            (where / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return Table(f"{ORGANISATION}/set", "train", KINDS, **more)
+            (dataset_folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return Table(f"{ORGANISATION}/set", "train", COLUMNS, **more)
 
 
-def refusal(of: Table) -> str:
+def error_message(table: Table) -> str:
     with pytest.raises(UsageError) as caught:
-        hub_data.load_table(of, "mine")
-    said = str(caught.value)
-    assert "\n" not in said
-    assert len(said) < 400
-    assert said.startswith("Task 'mine': ")
-    return said.removeprefix("Task 'mine': ")
+        hub_data.load_table(table, "mine")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    assert message.startswith("Task 'mine': ")
+    return message.removeprefix("Task 'mine': ")
 
 
 def test_a_table_is_read_with_the_requested_columns_only(folder: Path) -> None:
     files = {"train-0.parquet": {**GOOD, "more": [1, 2]}, "train-1.parquet": {**GOOD, "more": [1, 2]}}
-    read = hub_data.load_table(table(folder, files), "mine")
+    read = hub_data.load_table(write_table(folder, files), "mine")
     assert read[:] == {"text": ["a", "b"] * 2, "label": [0, 1] * 2}
 
 
@@ -75,9 +75,9 @@ BAD_SECOND_FILE = {
 
 @pytest.mark.parametrize("case", BAD_SECOND_FILE)
 def test_a_malformed_parquet_file_is_named_among_several(folder: Path, case: str) -> None:
-    content, words = BAD_SECOND_FILE[case]
-    said = refusal(table(folder, {"train-0.parquet": GOOD, "train-1.parquet": content}))
-    assert said.startswith(f"{folder / ORGANISATION / 'set' / 'train-1.parquet'}: {words}")
+    content, expected = BAD_SECOND_FILE[case]
+    message = error_message(write_table(folder, {"train-0.parquet": GOOD, "train-1.parquet": content}))
+    assert message.startswith(f"{folder / ORGANISATION / 'set' / 'train-1.parquet'}: {expected}")
 
 
 LINE = '{"text": "a", "label": 1}\n'
@@ -92,37 +92,37 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("case", BAD_LINES)
 def test_a_malformed_line_is_named(folder: Path, case: str) -> None:
-    content, words = BAD_LINES[case]
-    said = refusal(table(folder, {"train.jsonl": content, "test.jsonl": LINE}))
-    assert said == f"{folder / ORGANISATION / 'set' / 'train.jsonl'}: {words}."
+    content, expected = BAD_LINES[case]
+    message = error_message(write_table(folder, {"train.jsonl": content, "test.jsonl": LINE}))
+    assert message == f"{folder / ORGANISATION / 'set' / 'train.jsonl'}: {expected}."
 
 
 def test_a_label_without_a_class_name_in_the_dataset_is_named(folder: Path) -> None:
     names = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n"
     names += "      class_label:\n        names:\n          '0': ham\n          '1': spam\n"
     files = {"train.parquet": {"text": ["a"], "label": [7]}, "README.md": f"---\n{names}---\n"}
-    assert refusal(table(folder, files)).endswith(f"train.parquet: row 1: {CLASS} 7.")
+    assert error_message(write_table(folder, files)).endswith(f"train.parquet: row 1: {CLASS} 7.")
 
 
 def test_a_deleted_file_is_named(folder: Path) -> None:
     listed = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: gone.jsonl\n"
-    said = refusal(table(folder, {"README.md": f"---\n{listed}---\n"}))
-    assert f"{folder / ORGANISATION / 'set' / 'gone.jsonl'}" in said
+    message = error_message(write_table(folder, {"README.md": f"---\n{listed}---\n"}))
+    assert f"{folder / ORGANISATION / 'set' / 'gone.jsonl'}" in message
 
 
 def test_the_error_for_a_missing_split_names_the_existing_ones(folder: Path) -> None:
-    said = refusal(table(folder, {"test.parquet": GOOD}))
-    assert "Unknown split \"train\". Should be one of ['test']" in said
+    message = error_message(write_table(folder, {"test.parquet": GOOD}))
+    assert "Unknown split \"train\". Should be one of ['test']" in message
 
 
 def test_the_error_for_a_missing_column_names_the_existing_ones(folder: Path) -> None:
-    said = refusal(table(folder, {"train.parquet": {"text": ["a"], "labels": [1]}}))
-    assert said.endswith("must have a column 'label'; it has text, labels.")
+    message = error_message(write_table(folder, {"train.parquet": {"text": ["a"], "labels": [1]}}))
+    assert message.endswith("must have a column 'label'; it has text, labels.")
 
 
 # -- a hub out of reach --------------------------------------------------------------------------------------
 
-READ = """
+READ_SCRIPT = """
 import json, sys, time
 waits = []
 time.sleep = waits.append
@@ -140,15 +140,15 @@ for name in sys.argv[1:]:
 """
 
 
-def elsewhere(home: Path, endpoint: str, *names: str) -> list[Any]:
+def read_in_subprocess(home: Path, endpoint: str, *names: str) -> list[Any]:
     """Read datasets in another process, each without and with a given commit, and return the results.
 
     This asserts that no attempt waits to try again, as `datasets` itself does.
     """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ORCHESTRATOR_"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ORCHESTRATOR_"))}
     done = subprocess.run(
-        [sys.executable, "-c", READ, *names],
-        env={**kept, "HF_HOME": str(home), "HF_ENDPOINT": endpoint},
+        [sys.executable, "-c", READ_SCRIPT, *names],
+        env={**environment, "HF_HOME": str(home), "HF_ENDPOINT": endpoint},
         capture_output=True,
         text=True,
         timeout=250,
@@ -158,21 +158,21 @@ def elsewhere(home: Path, endpoint: str, *names: str) -> list[Any]:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == 2 * len(names)
     assert all(waits == [] for _, waits in found)
-    return [what for what, _ in found]
+    return [result for result, _ in found]
 
 
 def test_without_a_hub_a_cached_dataset_is_read_or_the_error_says_what_to_set(tmp_path: Path) -> None:
-    place = tmp_path / "hub" / "datasets--org--set"
-    snapshot = place / "snapshots" / ("a" * 40)  # as written by `hf download`
+    cache = tmp_path / "hub" / "datasets--org--set"
+    snapshot = cache / "snapshots" / ("a" * 40)  # as written by `hf download`
     snapshot.mkdir(parents=True)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text("a" * 40)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
     parquet.write_table(pa.table(GOOD), snapshot / "train.parquet")
-    *cached, said, pinned = elsewhere(tmp_path, "http://127.0.0.1:1", "org/set", "org/none")
+    *cached, newest, pinned = read_in_subprocess(tmp_path, "http://127.0.0.1:1", "org/set", "org/none")
     assert cached == [GOOD, GOOD]
-    assert said == pinned
-    assert said.startswith("Task 'mine': org/none cannot be read from the data hub (ConnectError).")
-    assert all(name in said for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "ORCHESTRATOR_DATA"))
+    assert newest == pinned
+    assert newest.startswith("Task 'mine': org/none cannot be read from the data hub (ConnectError).")
+    assert all(name in newest for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "ORCHESTRATOR_DATA"))
 
 
 @contextmanager
@@ -186,14 +186,14 @@ def hub() -> Iterator[str]:
     class Gated(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             files = {"siblings": [{"rfilename": "train.parquet"}]}
-            asked, _, commit = self.path.partition("?")[0].partition("/revision/")
-            moving = asked == "/api/datasets/org/moving"
-            tells = moving or asked.startswith("/api/datasets/org/set")
-            sha = commit or next(newest) * 40 if moving else "a" * 40
-            said = {"id": "org/set", "sha": sha, "gated": "auto", **files} if tells else {"error": "no"}
-            body = json.dumps(said).encode()
-            self.send_response(200 if tells else 403)
-            self.send_header("X-Error-Code", "" if tells else "GatedRepo")
+            dataset_path, _, commit = self.path.partition("?")[0].partition("/revision/")
+            is_moving = dataset_path == "/api/datasets/org/moving"
+            is_known = is_moving or dataset_path.startswith("/api/datasets/org/set")
+            sha = commit or next(newest) * 40 if is_moving else "a" * 40
+            message = {"id": "org/set", "sha": sha, "gated": "auto", **files} if is_known else {"error": "no"}
+            body = json.dumps(message).encode()
+            self.send_response(200 if is_known else 403)
+            self.send_header("X-Error-Code", "" if is_known else "GatedRepo")
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -214,7 +214,7 @@ def hub() -> Iterator[str]:
         server.server_close()
 
 
-PLACED = """
+PIN_SCRIPT = """
 import json, sys
 from pathlib import Path
 from orchestrator.finetune.sources import hub_data
@@ -234,7 +234,7 @@ def test_a_commit_is_pinned_in_the_store_and_read_by_processes_that_add_no_pins(
     """The hub has a new commit whenever the newest one is requested."""
     with hub() as endpoint:
         done = subprocess.run(
-            [sys.executable, "-c", PLACED, str(tmp_path / "bases")],
+            [sys.executable, "-c", PIN_SCRIPT, str(tmp_path / "bases")],
             env={**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint},
             capture_output=True,
             text=True,
@@ -248,8 +248,8 @@ def test_a_commit_is_pinned_in_the_store_and_read_by_processes_that_add_no_pins(
 def test_the_error_for_a_gated_dataset_names_the_token(tmp_path: Path) -> None:
     names = ("org/set", "org/hidden")
     with hub() as endpoint:
-        found = elsewhere(tmp_path, endpoint, *names)
-    for name, said in zip((n for n in names for _ in range(2)), found, strict=True):
-        assert said.startswith(f"Task 'mine': {name} cannot be read from the data hub")
-        assert "HF_TOKEN" in said
-        assert "\n" not in said
+        found = read_in_subprocess(tmp_path, endpoint, *names)
+    for name, message in zip((n for n in names for _ in range(2)), found, strict=True):
+        assert message.startswith(f"Task 'mine': {name} cannot be read from the data hub")
+        assert "HF_TOKEN" in message
+        assert "\n" not in message
