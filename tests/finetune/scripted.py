@@ -139,7 +139,7 @@ def configuration(
 
 @cache
 def _choice(task: str, train_size: int) -> TaskChoice:
-    return catalogue.get(task).choice(train_size=train_size, validation_size=16, test_size=16)
+    return replace(catalogue.get(task).choice(), train_size=train_size, validation_size=16, test_size=16)
 
 
 @dataclass

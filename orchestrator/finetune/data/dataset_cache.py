@@ -33,7 +33,8 @@ from orchestrator.finetune.data.arrow_images import (
 )
 from orchestrator.finetune.data.arrow_rows import ArrowSequence
 from orchestrator.finetune.data.batches import Row, compute_max_row_length, iter_encoded_examples
-from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, SPLITS, STORED_COUNTS_IN, Example, Split, Task
+from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
+from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, STORED_COUNTS_IN
 from orchestrator.study.configuration import Configuration, TaskChoice
 from orchestrator.util import timeouts, user_code
 from orchestrator.util.canonical_json import canonical_json

@@ -25,7 +25,8 @@ from orchestrator.finetune.evaluation.evaluate import EvaluationResult, Evaluati
 from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
-from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, Image, Task
+from orchestrator.finetune.tasks.base import Image, Task
+from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration
 from variants.attach import Adapters
 

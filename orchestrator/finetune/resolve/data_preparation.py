@@ -8,7 +8,8 @@ from pathlib import Path
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve.model_limits import check_positions, check_token_ids
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, Example, Split, Task
+from orchestrator.finetune.tasks.base import Example, Split, Task
+from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.atomic_files import add_path_to_disk_errors
 

@@ -15,54 +15,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from orchestrator.finetune.sources import hub_data
+from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.sources.npm import NpmPackage
 from orchestrator.finetune.tasks.examples import (
-    HELD_OUT_SPLITS,
     SPLITS,
-    STORED_COUNTS_IN,
     Example,
     Image,
     Split,
+    check_examples,
     hash_examples,
     hash_split,
-    interleave_classes,
-    require_count,
-    require_examples,
 )
 from orchestrator.finetune.tasks.text_encoder import IGNORE_INDEX, EncodedExample, TextEncoder
 from orchestrator.study.configuration import Dtype, LRScheduleName, TaskChoice
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-__all__ = [
-    "HELD_OUT_SPLITS",
-    "IGNORE_INDEX",
-    "SPLITS",
-    "STORED_COUNTS_IN",
-    "EncodedExample",
-    "Example",
-    "GradeAt",
-    "Image",
-    "Output",
-    "Split",
-    "Task",
-    "TaskDefaults",
-    "hash_split",
-    "interleave_classes",
-    "require_count",
-]
+__all__ = ["SPLITS", "EncodedExample", "Example", "Image", "Split", "Task", "TaskDefaults", "hash_split"]
 
 Output = Literal["teacher_forced", "generation", "classification", "regression"]
-"""What the model's output is compared with:
+"""The form of the model's output:
 
 - teacher_forced: an answer is correct if in one teacher-forced pass the argmax equals every label. This is
-  the result of greedy decoding if the grade is equality of strings.
+  the result of greedy decoding if answers are graded by equality of strings.
 - generation: an answer is generated and then graded by `Task.grade`.
 - classification: a head chooses one of `Task.labels` (cross-entropy).
 - regression: a head predicts a number (squared error).
 """
 GradeAt = Literal["every_evaluation", "last_evaluation"]
-"""When answers are generated and graded. With "last_evaluation" the evaluations before the last one compute
+"""The evaluations in which answers are generated and graded. With "last_evaluation" the earlier ones compute
 the loss only, which takes a small part of the time and is all that early stopping needs."""
 
 
@@ -104,7 +84,7 @@ class TaskDefaults:
 
 
 class Task(TextEncoder):
-    """A dataset with splits, the form of its answers, a metric and its floor.
+    """A dataset with splits, the encoding and the form of its answers, a metric and its floor.
 
     A subclass sets `title`, `floor`, `default_model` and `defaults`, and overrides `examples`.
     """
@@ -120,7 +100,7 @@ class Task(TextEncoder):
     """Raised by hand when the encoding or the grading changes."""
     output: ClassVar[Output] = "generation"
     inputs: ClassVar[Literal["text", "image"]] = "text"
-    """What the model reads. A task of images has the output "classification" or "regression"."""
+    """The input of the model. A task of images has the output "classification" or "regression"."""
     labels: ClassVar[tuple[str, ...]] = ()
     """The names of the classes, in the order of the head's outputs."""
     max_new_tokens: ClassVar[int] = 0
@@ -141,7 +121,7 @@ class Task(TextEncoder):
     # -- overridden by tasks ---------------------------------------------------------------------------
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        """Return the first `count` examples of a split.
+        """Return the first `count` examples of a split, or all of them if it has fewer.
 
         Every call returns the same examples, and no example is in two splits, whatever the counts.
 
@@ -150,7 +130,7 @@ class Task(TextEncoder):
             count: The number of examples.
 
         Raises:
-            UsageError: The split has fewer examples, or a library that the task needs is missing.
+            UsageError: The data, or a library that the task needs, are missing.
         """
         raise NotImplementedError
 
@@ -180,7 +160,7 @@ class Task(TextEncoder):
         """
 
     def pretrain_recipe(self) -> str:
-        """Return a key of everything that decides what `pretrain` makes; empty if the task has no own base.
+        """Return a key of everything that decides the result of `pretrain`; empty without an own base.
 
         The base model of a task is called `<task name>-base`.
         """
@@ -196,9 +176,9 @@ class Task(TextEncoder):
         raise NotImplementedError
 
     def base_config(self) -> Any:
-        """Return the configuration of the model that `pretrain` makes, None if it is not known.
+        """Return the transformers configuration of the model that `pretrain` makes, None if it is not known.
 
-        It is a configuration of transformers. Options are checked against its layers before training.
+        Options are checked against the layers of that model before training.
         """
         return None
 
@@ -215,7 +195,7 @@ class Task(TextEncoder):
         return len(self.labels) if self.output == "classification" else 1
 
     def target(self, example: Example) -> int | float:
-        """Return what the head has to predict: the index of a class, or a number.
+        """Return the target of the head: the index of a class, or a number.
 
         Args:
             example: An example of a task with a head.
@@ -242,37 +222,21 @@ class Task(TextEncoder):
     def revision(self) -> str:
         """Return a hash of the data: of the examples at the default sizes and of the names of the classes.
 
-        Other sizes are longer or shorter pieces of the same sequences, so the hash identifies them, too. It
-        is computed once per process and for each combination of sizes, classes and data folder.
+        Other sizes are longer or shorter pieces of the same sequences, so the hash identifies them, too. The
+        hash is computed once per process for each combination of sizes, classes and data folder.
         """
         sizes = self._default_sizes()
-        key = (*sizes, self.labels, os.environ.get(hub_data.DATA_FOLDER_VARIABLE))
+        key = (*sizes.values(), self.labels, os.environ.get(DATA_FOLDER_VARIABLE))
         cached: dict[Any, str] = self.__dict__.setdefault("_revisions", {})
         if key not in cached:
-            examples = {s: self._load_split(s, n) for s, n in zip(SPLITS, sizes, strict=True)}
+            examples = {split: self._load_split(split, size) for split, size in sizes.items()}
             cached[key] = hash_examples(examples, self.labels)
         return cached[key]
 
-    def choice(
-        self, train_size: int | None = None, validation_size: int | None = None, test_size: int | None = None
-    ) -> TaskChoice:
-        """Return the task as a part of a configuration.
-
-        Args:
-            train_size: Training examples. Default: as in `defaults`.
-            validation_size: Validation examples. Default: as in `defaults`.
-            test_size: Test examples. Default: as in `defaults`.
-        """
-        return TaskChoice(
-            name=self.name,
-            revision=self.revision(),
-            train_size=self.defaults.train_size if train_size is None else train_size,
-            validation_size=self.defaults.validation_size if validation_size is None else validation_size,
-            test_size=self.defaults.test_size if test_size is None else test_size,
-            metric=self.metric,
-            floor=self.floor,
-            numerics=self.numerics,
-        )
+    def choice(self) -> TaskChoice:
+        """Return the task at its default sizes as a part of a configuration."""
+        sizes = self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
+        return TaskChoice(self.name, self.revision(), *sizes, self.metric, self.floor, self.numerics)
 
     def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:
         """Return the examples of the three splits.
@@ -284,7 +248,7 @@ class Task(TextEncoder):
             UsageError: The data on this machine have another revision.
         """
         sizes = dict(zip(SPLITS, (choice.train_size, choice.validation_size, choice.test_size), strict=True))
-        default_sizes = dict(zip(SPLITS, self._default_sizes(), strict=True))
+        default_sizes = self._default_sizes()
         examples = {s: self._load_split(s, max(sizes[s], default_sizes[s])) for s in SPLITS}
         revision = hash_examples({s: examples[s][: default_sizes[s]] for s in SPLITS}, self.labels)
         if choice.revision != revision:
@@ -296,8 +260,8 @@ class Task(TextEncoder):
         return {s: examples[s][: sizes[s]] for s in SPLITS}
 
     def _load_split(self, split: Split, count: int) -> list[Example]:
-        examples = require_examples(list(self.examples(split, count)), self.name, split)
-        return require_count(examples, count, self.name, split)
+        return check_examples(list(self.examples(split, count)), count, self.name, split)
 
-    def _default_sizes(self) -> tuple[int, int, int]:
-        return self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
+    def _default_sizes(self) -> dict[Split, int]:
+        sizes = self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
+        return dict(zip(SPLITS, sizes, strict=True))

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar
+from itertools import chain
+from typing import Literal
 
 from orchestrator.util.errors import UsageError
-
-T = TypeVar("T")
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 HELD_OUT_SPLITS: tuple[Split, ...] = ("validation", "test")
 
 STORED_COUNTS_IN = {"both": "both", "loss": "loss", "metric": "grade"}
-"""The value of `Example.counts_in` in revisions and in cached datasets, which keep an earlier spelling."""
+"""The values of `Example.counts_in` as revisions and cached datasets spell them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +46,10 @@ class Example:
 
     Args:
         prompt: The text that the model reads; empty for a task of images.
-        answer: What the model has to produce: the text that follows the prompt, or for a task with a head the
-            name of a class or a number.
+        answer: The expected output: the text that follows the prompt, or for a task with a head the name of a
+            class or a number.
         pair: The second text, for a task about two texts.
-        reference: What `Task.grade` needs beyond `answer`, which the model is not trained on.
+        reference: Data for `Task.grade` beyond `answer`; the model is not trained on them.
         counts_in: Whether an example of a held-out split counts in the loss, in the metric, or in both.
         image: The image, for a task of images.
     """
@@ -63,16 +62,17 @@ class Example:
     image: Image | None = None
 
 
-def require_examples(examples: Sequence[object], task: str, split: Split) -> list[Example]:
-    """Return the examples as a list after checking that they are examples.
+def check_examples(examples: Sequence[object], count: int, task: str, split: Split) -> list[Example]:
+    """Return the first `count` examples after checking them: a user's own task may return anything.
 
     Args:
-        examples: What a task returned; a user's own task may return anything.
+        examples: What a task returned for a split.
+        count: The number of examples that are needed.
         task: The name of the task, for error messages.
         split: The split that the examples belong to.
 
     Raises:
-        UsageError: An item is no `Example`, or has an unknown `counts_in`.
+        UsageError: There are fewer, an item is no `Example`, or an example has an unknown `counts_in`.
     """
     checked = []
     for number, example in enumerate(examples):
@@ -85,36 +85,14 @@ def require_examples(examples: Sequence[object], task: str, split: Split) -> lis
                 f"must be one of {', '.join(STORED_COUNTS_IN)}."
             )
         checked.append(example)
-    return checked
+    if len(checked) < count:
+        raise UsageError(f"Task {task!r} has {len(checked)} {split} examples, {count} are needed.")
+    return checked[:count]
 
 
-def require_count(examples: Sequence[Example], count: int, task: str, split: Split) -> list[Example]:
-    """Return the first `count` examples.
-
-    Args:
-        examples: The examples of a split.
-        count: How many of them are needed.
-        task: The name of the task, for error messages.
-        split: The split that the examples belong to.
-
-    Raises:
-        UsageError: There are fewer.
-    """
-    if len(examples) < count:
-        raise UsageError(f"Task {task!r} has {len(examples)} {split} examples, {count} are needed.")
-    return list(examples[:count])
-
-
-def interleave_classes(items_by_class: Mapping[str, Sequence[T]]) -> Iterator[tuple[str, T]]:
-    """Yield (class, item) with the classes in turn, until one of them has no more items.
-
-    Any beginning of the sequence has equal shares of all classes.
-
-    Args:
-        items_by_class: The items of each class.
-    """
-    for turn in zip(*items_by_class.values(), strict=False):
-        yield from zip(items_by_class, turn, strict=True)
+def hash_text(text: str) -> bytes:
+    """Return the SHA-256 of a text: a key for shuffling that depends on the text alone."""
+    return hashlib.sha256(text.encode()).digest()
 
 
 def hash_split(key: str, held_out_splits: Sequence[Split] = HELD_OUT_SPLITS, num_buckets: int = 5) -> Split:
@@ -128,8 +106,39 @@ def hash_split(key: str, held_out_splits: Sequence[Split] = HELD_OUT_SPLITS, num
         held_out_splits: The held-out splits; each gets one of `num_buckets` equal parts, train gets the rest.
         num_buckets: The number of parts.
     """
-    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % num_buckets
+    bucket = int.from_bytes(hash_text(key)[:8], "big") % num_buckets
     return held_out_splits[bucket] if bucket < len(held_out_splits) else "train"
+
+
+def split_by_key(keyed_examples: Iterable[tuple[str, Example]]) -> dict[Split, list[Example]]:
+    """Return the examples of each split, in the given order.
+
+    Args:
+        keyed_examples: Keys for `hash_split`, and the examples.
+    """
+    splits: dict[Split, list[Example]] = {split: [] for split in SPLITS}
+    for key, example in keyed_examples:
+        splits[hash_split(key)].append(example)
+    return splits
+
+
+def split_evenly(
+    examples: Mapping[str, Example], labels: Sequence[str], salt: str, num_buckets: int = 5
+) -> dict[Split, list[Example]]:
+    """Return the examples of each split, shuffled, with the classes in turn.
+
+    Any beginning of a split has equal shares of all classes. A split ends when a class has no more examples.
+
+    Args:
+        examples: The examples of a classification task by their keys for `hash_split`.
+        labels: The classes in the order in which they take turns.
+        salt: The text before each key when the keys are hashed for shuffling.
+        num_buckets: As in `hash_split`.
+    """
+    by_class: dict[Split, dict[str, list[Example]]] = {s: {label: [] for label in labels} for s in SPLITS}
+    for key in sorted(examples, key=lambda key: hash_text(salt + key)):
+        by_class[hash_split(key, num_buckets=num_buckets)][examples[key].answer].append(examples[key])
+    return {s: [*chain.from_iterable(zip(*by_class[s].values(), strict=False))] for s in SPLITS}
 
 
 def hash_examples(examples: Mapping[Split, Sequence[Example]], labels: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ class ImageProcessor:
         hf_processor: The image processor of transformers.
     """
 
-    pad_token_id = 0  # not used, since images of one size need no padding
+    pad_token_id = 0  # in place of a tokenizer's; images of one size need no padding
 
     def __init__(self, hf_processor: Any) -> None:
         self.hf_processor = hf_processor
@@ -56,10 +56,8 @@ class ImageProcessor:
         """
         from transformers import AutoImageProcessor
 
-        hf_processor = AutoImageProcessor.from_pretrained(
-            source, revision=revision, backend="pil", trust_remote_code=False
-        )
-        return cls(hf_processor)
+        options = {"revision": revision, "backend": "pil", "trust_remote_code": False}
+        return cls(AutoImageProcessor.from_pretrained(source, **options))
 
     def pixel_values(self, images: Sequence[Image], device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the model's input for images, of shape (n, C, H, W).
@@ -92,20 +90,10 @@ class ImageProcessor:
         if self.hf_processor.do_rescale:
             values = values * self.hf_processor.rescale_factor
         if self.hf_processor.do_normalize:
-            mean, std = (
-                values.new_tensor(channels).view(1, -1, 1, 1)
-                for channels in (self.hf_processor.image_mean, self.hf_processor.image_std)
-            )
+            channels = self.hf_processor.image_mean, self.hf_processor.image_std
+            mean, std = (values.new_tensor(each).view(1, -1, 1, 1) for each in channels)
             values = (values - mean) / std
         return values
-
-    def decode(self, image: Image) -> Tensor:
-        """Return the pixels of an image, of shape (C, H, W) and type uint8.
-
-        Raises:
-            UsageError: The file is not an image.
-        """
-        return self._submit_decode(image).result()
 
     def prefetch(self, images: Iterable[Image]) -> None:
         """Start to decode images in the background, as many of them as fit the cache.
@@ -140,7 +128,5 @@ class ImageProcessor:
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             # Pillow's exceptions for damaged images, and for an image with too many pixels.
             raise UsageError(f"{image.name} is not an image that Pillow can read: {error}.") from None
-        pixels = self.hf_processor(opened, do_rescale=False, do_normalize=False, return_tensors="np")[
-            "pixel_values"
-        ][0]
-        return torch.from_numpy(np.ascontiguousarray(pixels).astype(np.uint8))
+        prepared = self.hf_processor(opened, do_rescale=False, do_normalize=False, return_tensors="np")
+        return torch.from_numpy(np.ascontiguousarray(prepared["pixel_values"][0]).astype(np.uint8))

@@ -8,7 +8,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from orchestrator.finetune.tasks.base import Task
 
 if TYPE_CHECKING:
     import torch
@@ -48,13 +51,18 @@ class Recipe:
     seed: int = 0
     version: int = 1
 
-    def key(self, *more: object) -> str:
-        """Return a key of everything that decides the result: 16 hexadecimal digits of a SHA-256.
+    @property
+    def model_sizes(self) -> dict[str, Any]:
+        """The sizes of the model as arguments of its configuration in transformers."""
+        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
+        return sizes | {"num_hidden_layers": self.layers, "num_attention_heads": self.heads}
 
-        Args:
-            more: JSON values of the task, beyond the recipe.
-        """
-        return hashlib.sha256(json.dumps([asdict(self), *more]).encode()).hexdigest()[:16]
+    def lr_factor(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0, in units of `learning_rate`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        fraction = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
 
 @contextmanager
@@ -79,47 +87,77 @@ def deterministic(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def fit(
-    model: Any,
-    recipe: Recipe,
-    batches: Iterable[T],
-    compute_loss: Callable[[T], torch.Tensor],
-    name: str,
-    progress: Callable[[str], None],
-) -> Any:
-    """Train all parameters of a model, and return it in evaluation mode.
+class PretrainedTask(Task):
+    """A task that pretrains its own base model, which is small enough for two cores.
+
+    A subclass sets `recipe` and `recipe_constants`; it overrides `processor`, `base_config` and `train_base`.
 
     Args:
-        model: The model.
-        recipe: The settings.
-        batches: The batches, one per step.
-        compute_loss: Returns the loss of a batch.
-        name: The name of the base model, for progress lines.
-        progress: Called with a line every 100 steps.
+        recipe: How the base model is pretrained. Default: the recipe of the class.
     """
-    import torch
 
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
-    for step, batch in enumerate(batches, start=1):
-        loss = compute_loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % 100 == 0 or step == recipe.steps:
-            progress(f"pretraining {name}: step {step} of {recipe.steps}, loss {loss.item():.3f}")
-    return model.eval()
+    recipe: Recipe
+    recipe_constants: ClassVar[tuple[object, ...]]
+    """What decides the base model beyond the recipe, as JSON values."""
 
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        self.recipe = recipe or self.recipe
 
-def _lr_factor(step: int, recipe: Recipe) -> float:
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    fraction = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
+    def processor(self) -> Any:
+        """Return the tokenizer or the image processor of the base model."""
+        raise NotImplementedError
+
+    def train_base(self, progress: Callable[[str], None]) -> Any:
+        """Return the trained base model, without a head that fine-tuning replaces.
+
+        Args:
+            progress: Called with a line from time to time.
+        """
+        raise NotImplementedError
+
+    def pretrain_recipe(self) -> str:
+        """Return a key of everything that decides the base model: 16 hexadecimal digits of a SHA-256."""
+        data = json.dumps([asdict(self.recipe), *self.recipe_constants])
+        return hashlib.sha256(data.encode()).hexdigest()[:16]
+
+    def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
+        """Train the base model and save it with its processor; see `Task.pretrain`."""
+        with deterministic(self.recipe.seed):
+            model = self.train_base(progress)
+        model.save_pretrained(folder)
+        self.processor().save_pretrained(folder)
+
+    def fit(
+        self,
+        model: Any,
+        batches: Iterable[T],
+        compute_loss: Callable[[T], torch.Tensor],
+        progress: Callable[[str], None],
+    ) -> Any:
+        """Train all parameters of a model, and return it in evaluation mode.
+
+        Args:
+            model: The model.
+            batches: The batches, one per step.
+            compute_loss: Returns the loss of a batch.
+            progress: Called with a line every 100 steps.
+        """
+        import torch
+
+        recipe, parameters = self.recipe, list(model.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.lr_factor)
+        for step, batch in enumerate(batches, start=1):
+            loss = compute_loss(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            scheduler.step()
+            if step % 100 == 0 or step == recipe.steps:
+                line = f"step {step} of {recipe.steps}, loss {loss.item():.3f}"
+                progress(f"pretraining {self.name}-base: {line}")
+        return model.eval()
 
 
 def word_tokenizer(words: Sequence[str], **special_tokens: str) -> Any:

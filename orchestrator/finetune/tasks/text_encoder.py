@@ -1,4 +1,4 @@
-"""How an example becomes token ids."""
+"""Encoding of examples as token ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class EncodedExample:
     Args:
         ids: The token ids.
         labels: A label per token: its id, or IGNORE_INDEX. They are not shifted; the loop shifts them.
-        prompt_length: How many of the ids are the prompt, from which generation starts.
+        prompt_length: The number of ids of the prompt, after which generation starts.
         second_segment_start: Where the second text of a pair starts, if the tokenizer gives its tokens
             the type 1; None if it does not.
     """
@@ -38,16 +38,16 @@ class TextEncoder:
 
     @property
     def has_head(self) -> bool:
-        """Return whether the model has a head, which reads the prompt only."""
+        """Return whether the model has a head; a model with a head reads the prompt only."""
         raise NotImplementedError
 
     def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
         """Encode an example.
 
-        For a task without a head these are the prompt without loss, then the answer and the end token with
+        For a task without a head the ids are the prompt without loss, then the answer and the end token with
         loss. Prompt and answer are encoded separately, so that the prompt has the same ids in training and in
         generation. The prompt starts with the BOS token if the tokenizer adds one to every text. For a task
-        with a head this is the prompt, with the special tokens of the model.
+        with a head the ids are the prompt with the special tokens of the model.
 
         Args:
             example: The example to encode.

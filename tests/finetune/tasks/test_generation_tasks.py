@@ -29,11 +29,12 @@ def metamathqa(root: Path, questions: int = 120) -> Path:
     """Write each original question in four rows, and GSM8K's own file."""
     rows = []
     for number in range(questions):
-        own = f"Tom has {number} apples and buys 2. How many has he?"
+        question = f"Tom has {number} apples and buys 2. How many has he?"
         for kind in TYPES:
-            query = own if kind.endswith("AnsAug") else f"{own} ({kind})"
+            query = question if kind.endswith("AnsAug") else f"{question} ({kind})"
             response = f"{number} + 2 = {number + 2}.\n#### {number + 2}\nThe answer is: {number + 2}"
-            rows.append({"type": kind, "query": query, "original_question": own, "response": response})
+            row = {"type": kind, "query": query, "original_question": question, "response": response}
+            rows.append(row)
     hub_folder.write(root, "meta-math/MetaMathQA", {"train": rows})
     test = [
         {"question": f"{n} and 1?", "answer": f"It is <<{n}+1=>>{n + 1}.\n#### {n + 1}"} for n in range(6)
@@ -65,17 +66,19 @@ MBPP = {
 
 
 def codefeedback(root: Path, rows: int = 1500) -> Path:
-    made = []
+    examples = []
     for number in range(rows):
         answer = f"Like so:\n\n```python\nx = {number}\n```\n\nThen:\n```\nmore\n```"
-        made.append({"query": f"Set x to {number}.", "answer": answer, "lang": "python"})
-    made.append({"query": "Set x in C.", "answer": "int x;", "lang": "c"})
-    stolen = "Please: return the number n that is given\n  multiplied by the number TWO. In Python."
-    made += [{"query": f"{stolen} {n}", "answer": "2 * n", "lang": "python"} for n in range(4)]
-    hub_folder.write(root, "m-a-p/CodeFeedback-Filtered-Instruction", {"train": made})
+        examples.append({"query": f"Set x to {number}.", "answer": answer, "lang": "python"})
+    examples.append({"query": "Set x in C.", "answer": "int x;", "lang": "c"})
+    copied = "Please: return the number n that is given\n  multiplied by the number TWO. In Python."
+    examples += [{"query": f"{copied} {n}", "answer": "2 * n", "lang": "python"} for n in range(4)]
+    hub_folder.write(root, "m-a-p/CodeFeedback-Filtered-Instruction", {"train": examples})
     hub_folder.write(root, "openai/openai_humaneval", {"test": [HUMAN_EVAL] * 2})
-    lost = {**MBPP, "code": "add_one = 1"}
-    hub_folder.write(root, "google-research-datasets/mbpp", {"test": [MBPP, lost, MBPP]}, subset="full")
+    without_function = {**MBPP, "code": "add_one = 1"}
+    hub_folder.write(
+        root, "google-research-datasets/mbpp", {"test": [MBPP, without_function, MBPP]}, subset="full"
+    )
     return root
 
 
@@ -125,9 +128,9 @@ def alpaca(root: Path) -> Path:
         for n in range(400)
     ]
     hub_folder.write(root, "yahma/alpaca-cleaned", {"train": rows})
-    asked = {"instruction_id_list": ["punctuation:no_comma", "keywords:existence"]}
+    instructions = {"instruction_id_list": ["punctuation:no_comma", "keywords:existence"]}
     kwargs = [{"keywords": None, "num_words": None}, {"keywords": ["corn"], "num_words": None}]
-    prompts = [{"prompt": f"Speak of corn: {n}.", **asked, "kwargs": kwargs} for n in range(40)]
+    prompts = [{"prompt": f"Speak of corn: {n}.", **instructions, "kwargs": kwargs} for n in range(40)]
     hub_folder.write(root, "google/IFEval", {"train": prompts})
     return root
 
@@ -187,7 +190,7 @@ def test_a_task_is_trained_and_evaluated_end_to_end(
 
 
 @pytest.mark.parametrize(
-    ("task", "lacking"),
+    ("task", "checker"),
     [
         ("codefeedback", "orchestrator.finetune.grading.sandbox.run.sandbox_level"),
         ("alpaca", "orchestrator.finetune.grading.instructions.load_checker"),
@@ -195,12 +198,12 @@ def test_a_task_is_trained_and_evaluated_end_to_end(
     indirect=["task"],
 )
 def test_without_grading_no_answers_are_generated_and_no_steps_trained(
-    task: Task, lacking: str, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
+    task: Task, checker: str, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     def refused() -> None:
         raise UsageError("not here")
 
-    monkeypatch.setattr(lacking, refused)
+    monkeypatch.setattr(checker, refused)
     monkeypatch.setattr(
         "orchestrator.finetune.evaluation.evaluate.generate_answers", lambda *_: pytest.fail("generated")
     )
@@ -217,20 +220,20 @@ def test_splits_share_no_question(task: Task) -> None:
     assert not parts["train"] & parts["validation"]
     assert not parts["train"] & parts["test"]
     with pytest.raises(UsageError, match=rf"Task '{task.name}' has \d+ test examples, 100000 are needed"):
-        task.examples("test", 100_000)
+        task.load(replace(task.choice(), test_size=100_000))
 
 
 @pytest.mark.parametrize("task", NAMES, indirect=True)
 def test_reference_answers_are_correct_and_others_are_not(task: Task) -> None:
     """Both held-out splits are graded by the task itself."""
     if task.name == "alpaca":
-        (asked,) = task.examples("test", 1)
-        assert task.grade_all([asked] * 3, ["Corn is good.", "Corn, yes.", "Wheat."]) == [1.0, 0.0, 0.0]
+        (example,) = task.examples("test", 1)
+        assert task.grade_all([example] * 3, ["Corn is good.", "Corn, yes.", "Wheat."]) == [1.0, 0.0, 0.0]
         return
     for split, count in (("validation", 4), ("test", 2)):
-        asked = [e for e in task.examples(split, count) if e.counts_in != "loss"]  # type: ignore[arg-type]
-        assert task.grade_all(asked, [e.answer for e in asked]) == [1.0] * len(asked)
-        assert task.grade_all(asked, ["I do not know." for _ in asked]) == [0.0] * len(asked)
+        graded = [e for e in task.examples(split, count) if e.counts_in != "loss"]  # type: ignore[arg-type]
+        assert task.grade_all(graded, [e.answer for e in graded]) == [1.0] * len(graded)
+        assert task.grade_all(graded, ["I do not know." for _ in graded]) == [0.0] * len(graded)
 
 
 def test_a_folder_whose_files_have_changed_is_read_again(
@@ -282,29 +285,31 @@ def test_codefeedback_trains_on_python_without_human_eval(task: Task) -> None:
     assert trained_on[0].answer.endswith("\n```")
     assert trained_on[0].answer.count("```") == 2
     assert cut_after_first_block("no block") == "no block"
-    lost, asked = task.examples("validation", 2)
-    assert (lost.counts_in, asked.counts_in) == ("loss", "metric")
+    loss_example, problem = task.examples("validation", 2)
+    assert (loss_example.counts_in, problem.counts_in) == ("loss", "metric")
     assert (
         'def add_one(n):\n    """Write a function to add one.\n\n    assert add_one(1) == 2\n    """'
-        in asked.prompt
+        in problem.prompt
     )
-    assert asked.prompt.endswith("### Response:\n```python\n")
+    assert problem.prompt.endswith("### Response:\n```python\n")
     assert task.grade_all(
-        [asked] * 2, ["def add_one(n):\n    return 1 - -n", "def add_one(n):\n    return 2"]
+        [problem] * 2, ["def add_one(n):\n    return 1 - -n", "def add_one(n):\n    return 2"]
     ) == [1, 0]
 
 
 @pytest.mark.parametrize("task", ["commonsense_15k"], indirect=True)
 def test_the_test_split_of_commonsense_alternates_between_the_eight_sets(task: Task) -> None:
     test = task.examples("test", 16)
-    said = [e.answer.removeprefix(" the correct answer is ") for e in test[:8]]
-    assert said == ["true", "solution1", "answer1", "ending3", "option1", "answer2", "answer2", "answer2"]
+    answers = [e.answer.removeprefix(" the correct answer is ") for e in test[:8]]
+    assert answers == ["true", "solution1", "answer1", "ending3", "option1", "answer2", "answer2", "answer2"]
     assert test[:8] == test[8:]
     indent = " " * 16
-    asked = (
+    question = (
         f"{indent}Please choose the correct answer to the question: Hot is\n\nAnswer1: ice Answer2: fire\n\n"
     )
-    assert asked + f"Answer format: answer1/answer2\n\n{indent}### Response:\n{indent[1:]}" in test[7].prompt
+    assert (
+        question + f"Answer format: answer1/answer2\n\n{indent}### Response:\n{indent[1:]}" in test[7].prompt
+    )
     assert task.grade(test[7], " the correct answer is answer1") == 0.0
 
 
@@ -317,15 +322,17 @@ def test_the_test_split_of_commonsense_is_one_random_sample_at_any_size(
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
     few, more = (catalogue.get("commonsense_15k").examples("test", count) for count in (8, 16))
     assert few == more[:8]
-    first = [f"is it {n}?" for n in range(2)]
-    assert not any(said in more[place].prompt for said, place in zip(first, (0, 8), strict=True))
+    first_questions = [f"is it {n}?" for n in range(2)]
+    assert not any(
+        question in more[place].prompt for question, place in zip(first_questions, (0, 8), strict=True)
+    )
 
 
 def test_the_revision_depends_on_reference_and_counts_in(monkeypatch: pytest.MonkeyPatch) -> None:
     def revision(**changes: Any) -> str:
         task = letters.Letters()
-        one = replace(Example("a", "b"), **changes)
-        monkeypatch.setattr(task, "examples", lambda split, count: [one] * count)
+        example = replace(Example("a", "b"), **changes)
+        monkeypatch.setattr(task, "examples", lambda split, count: [example] * count)
         return task.revision()
 
     assert (

@@ -72,7 +72,7 @@ def write(
     edit: Callable[[str, list[bytes], list[int]], None] = lambda split, files, labels: None,
 ) -> None:
     """Write a folder like `hf download --repo-type dataset`. Without `classes` labels are plain numbers."""
-    folder = root / task.train_table.repository
+    folder = root / task.repository
     (folder / "data").mkdir(parents=True)
     for split, size, seed in (("train", TRAIN, 0), ("test", TEST, 10_000)):
         labels = [number % SHOWN for number in range(size)]
@@ -84,8 +84,8 @@ def write(
             features=datasets.Features({"image": datasets.Image(), "label": names}),
         )
         data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    if task.train_table.subset is not None:
-        (folder / "README.md").write_text(SUBSETS.format(subset=task.train_table.subset))
+    if task.subset is not None:
+        (folder / "README.md").write_text(SUBSETS.format(subset=task.subset))
 
 
 @pytest.fixture
@@ -152,7 +152,6 @@ def test_the_default_settings_are_those_of_the_paper(name: str) -> None:
     assert task.defaults.learning_rates == LEARNING_RATES
     assert len(LEARNING_RATES) == 10
     assert (task.defaults.schedule, task.defaults.batch_size) == ("cosine", 64)
-    assert task.train_table.repository == task.test_table.repository
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -162,13 +161,15 @@ def test_without_hub_and_folder_the_error_says_in_one_line_what_to_set(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     task = task_of(name)
     with pytest.raises(
-        UsageError, match=f"Set HF_TOKEN .* or {DATA_FOLDER_VARIABLE} to .* {task.train_table.repository}/"
+        UsageError, match=f"Set HF_TOKEN .* or {DATA_FOLDER_VARIABLE} to .* {task.repository}/"
     ) as caught:
         task.choice()
     assert "\n" not in str(caught.value)
 
 
-def test_splits_share_no_image_and_contain_the_whole_published_test_set(root: Path) -> None:
+def test_splits_share_no_image_and_contain_the_whole_published_test_set(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = task_of("dtd")
 
     def repeat(split: str, files: list[bytes], labels: list[int]) -> None:
@@ -180,7 +181,7 @@ def test_splits_share_no_image_and_contain_the_whole_published_test_set(root: Pa
             files[7] = files[6]
 
     write(task, root, CLASSES["dtd"], repeat)
-    everything = _all_examples(task.train_table, task.test_table, 47, task.name, str(root))
+    everything = _all_examples(task, str(root))
     digests = {split: [e.image.digest for e in everything[split] if e.image] for split in SPLITS}
     assert len(digests["test"]) == TEST
     assert len(digests["train"]) + len(digests["validation"]) == TRAIN - 3
@@ -189,8 +190,11 @@ def test_splits_share_no_image_and_contain_the_whole_published_test_set(root: Pa
     assert not set(digests["test"]) & {*digests["train"], *digests["validation"]}
     assert {e.answer for e in task.examples("test", 12)} == {"0", "1", "2"}  # not sorted by class
     assert task.examples("train", 20) == task.examples("train", 30)[:20]
-    with pytest.raises(UsageError, match=r"has \d+ validation examples in tanganke/dtd, 400 are needed"):
-        task.examples("validation", 400)
+    monkeypatch.setattr(
+        type(task), "defaults", replace(task.defaults, train_size=90, validation_size=5, test_size=TEST)
+    )
+    with pytest.raises(UsageError, match=r"'dtd' has \d+ validation examples, 400 are needed"):
+        task.load(replace(task.choice(), validation_size=400))
 
 
 def test_the_revision_depends_on_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +233,7 @@ def test_an_invalid_label_is_named_with_its_row(root: Path, label: int) -> None:
 
     task = task_of("svhn")
     write(task, root, edit=wrong)
-    message = rf"row 3 of ufldl-stanford/svhn \(cropped_digits, train\) has label {label}, .* from 0 to 9"
+    message = rf"train-0.*parquet: row 4: 'label' must be a class from 0 to 9, it is {label}\."
     with pytest.raises(UsageError, match=message):
         task.examples("train", 1)
 

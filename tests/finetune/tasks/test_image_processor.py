@@ -40,11 +40,11 @@ def photo(seed: int, width: int = 50, height: int = 37, mode: str = "RGB") -> Im
 def test_pixels_equal_those_of_the_models_own_processor(image_folder: Path) -> None:
     image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
     photos = [photo(0), photo(1, 20, 90), photo(2, mode="L"), photo(3, mode="P")]
-    made = image_processor.pixel_values(photos, torch.device("cpu"), torch.float32)
+    pixels = image_processor.pixel_values(photos, torch.device("cpu"), torch.float32)
     opened = [PIL.Image.open(io.BytesIO(p.read())).convert("RGB") for p in photos]
-    assert made.shape == (4, 3, SIDE, SIDE)
+    assert pixels.shape == (4, 3, SIDE, SIDE)
     torch.testing.assert_close(
-        made, image_processor.hf_processor(opened, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-6
+        pixels, image_processor.hf_processor(opened, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-6
     )
 
 
@@ -57,13 +57,13 @@ def test_an_image_that_occurs_twice_is_decoded_once_by_any_number_of_threads(ima
 
     first, second = (Image(str(seed), partial(read, seed)) for seed in range(2))
     image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
-    made = image_processor.pixel_values([first, second, first], torch.device("cpu"), torch.float32)
+    pixels = image_processor.pixel_values([first, second, first], torch.device("cpu"), torch.float32)
     assert sorted(calls) == [0, 1]
-    assert torch.equal(made[0], made[2])
-    assert not torch.equal(made[0], made[1])
+    assert torch.equal(pixels[0], pixels[2])
+    assert not torch.equal(pixels[0], pixels[1])
     torch.set_num_threads(2)
     other = ImageProcessor.from_pretrained(str(image_folder), None)
-    assert torch.equal(other.pixel_values([first, second, first], torch.device("cpu"), torch.float32), made)
+    assert torch.equal(other.pixel_values([first, second, first], torch.device("cpu"), torch.float32), pixels)
 
 
 def test_prefetched_images_are_decoded_once_in_the_background_and_errors_wait_for_their_use(
@@ -78,13 +78,13 @@ def test_prefetched_images_are_decoded_once_in_the_background_and_errors_wait_fo
     image, broken = Image("good", read), Image("row 7 of cars", bytes)
     image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
     image_processor.prefetch([image, broken])
-    made = image_processor.pixel_values([image], torch.device("cpu"), torch.float32)
+    pixels = image_processor.pixel_values([image], torch.device("cpu"), torch.float32)
     assert len(read_by) == 1
     assert read_by != [threading.get_ident()]
     assert torch.equal(
-        made,
+        pixels,
         ImageProcessor.from_pretrained(str(image_folder), None).pixel_values(
-            [image], made.device, made.dtype
+            [image], pixels.device, pixels.dtype
         ),
     )
     with pytest.raises(UsageError, match="row 7 of cars"):
@@ -110,24 +110,26 @@ def test_prefetching_stops_at_the_cache_size_and_failed_images_are_tried_again(
     assert sorted(calls) == [0, 1, 2]
     short = Image("9", partial(read, 9))
     with pytest.raises(MemoryError):
-        image_processor.decode(short)
-    assert image_processor.decode(short).dtype == torch.uint8
+        image_processor.pixel_values([short], torch.device("cpu"), torch.float32)
+    assert image_processor.pixel_values([short], torch.device("cpu"), torch.float32).shape[0] == 1
 
 
 def test_an_image_with_too_many_pixels_is_an_error_of_one_line(
     image_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    image_processor = ImageProcessor.from_pretrained(str(next(iter(image_folders.values()))), None)
     with pytest.raises(UsageError, match=r"photo 0 is not an image that Pillow can read: .*limit"):
-        ImageProcessor.from_pretrained(str(next(iter(image_folders.values()))), None).decode(photo(0))
+        image_processor.pixel_values([photo(0)], torch.device("cpu"), torch.float32)
 
 
 def test_a_file_that_is_no_image_is_named_in_one_line(image_folder: Path) -> None:
     image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
     broken = photo(0).read()
     for bad in (b"no image", broken[: len(broken) // 2], b""):
+        image = Image("row 7 of cars", partial(bytes, bad))
         with pytest.raises(UsageError, match="row 7 of cars is not an image that Pillow can read") as caught:
-            image_processor.decode(Image("row 7 of cars", partial(bytes, bad)))
+            image_processor.pixel_values([image], torch.device("cpu"), torch.float32)
         assert "\n" not in str(caught.value)
 
 

@@ -95,8 +95,8 @@ def test_a_mismatch_of_model_and_task_is_an_error_of_one_line(
         reviews.Reviews(),
         "its tokenizer has no words",
     )  # this model folder has no tokenizer
-    for model, task, said in ((tmp_path, Digits(), "does not load"), text):
-        with pytest.raises(UsageError, match=said) as caught:
+    for model, task, message in ((tmp_path, Digits(), "does not load"), text):
+        with pytest.raises(UsageError, match=message) as caught:
             load(model, task)
         assert "\n" not in str(caught.value)
         with pytest.raises(UsageError, match="does not suit task") as caught:

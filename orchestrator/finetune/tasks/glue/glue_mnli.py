@@ -1,10 +1,8 @@
-"""MNLI of GLUE (`glue_task.py`): whether a premise entails or contradicts a hypothesis.
+"""MNLI of GLUE (`glue_task.py`): entailment or contradiction of a hypothesis by a premise.
 
 The dev set is the matched one, with the genres of the training set. The study's ten epochs are 120,937 steps
 per run. The default here is three epochs; `--steps` changes it.
 """
-
-from __future__ import annotations
 
 from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
@@ -14,10 +12,8 @@ class Mnli(GlueTask):
 
     name = "glue_mnli"
     title = "MNLI, entailment in ten genres"
-    subset = "mnli"
     text_columns = ("premise", "hypothesis")
     dev_split = "validation_matched"
     labels = ("entailment", "neutral", "contradiction")
-    metric = "accuracy"
     floor = 3_479 / 9_815
     defaults = glue_defaults(train=387_000, validation=5_000, test=9_815, epochs=3)  # 36,281 steps

@@ -1,9 +1,7 @@
-"""MRPC of GLUE (`glue_task.py`): whether two sentences from the news mean the same.
+"""MRPC of GLUE (`glue_task.py`): pairs of sentences from the news with the same meaning or not.
 
 The metric is accuracy, as in the study; other work reports F1.
 """
-
-from __future__ import annotations
 
 from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
@@ -13,9 +11,7 @@ class Mrpc(GlueTask):
 
     name = "glue_mrpc"
     title = "MRPC, paraphrases in the news"
-    subset = "mrpc"
     text_columns = ("sentence1", "sentence2")
     labels = ("not_equivalent", "equivalent")
-    metric = "accuracy"
     floor = 129 / 408
     defaults = glue_defaults(train=3_280, validation=360, test=408)  # 1,025 steps

@@ -1,10 +1,8 @@
-"""QQP of GLUE (`glue_task.py`): whether two questions on Quora are duplicates.
+"""QQP of GLUE (`glue_task.py`): pairs of questions on Quora, duplicates or not.
 
 The metric is the F1 of `duplicate`, as in the study. The study's ten epochs are 111,875 steps per run. The
 default here is three epochs; `--steps` changes it.
 """
-
-from __future__ import annotations
 
 from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
@@ -14,7 +12,6 @@ class Qqp(GlueTask):
 
     name = "glue_qqp"
     title = "QQP, duplicate questions"
-    subset = "qqp"
     text_columns = ("question1", "question2")
     labels = ("not_duplicate", "duplicate")
     metric = "f1"

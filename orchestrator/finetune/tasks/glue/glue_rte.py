@@ -1,6 +1,4 @@
-"""RTE of GLUE (`glue_task.py`): whether a text from the news entails a sentence."""
-
-from __future__ import annotations
+"""RTE of GLUE (`glue_task.py`): the entailment of a sentence by a text from the news."""
 
 from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
@@ -10,9 +8,7 @@ class Rte(GlueTask):
 
     name = "glue_rte"
     title = "RTE, entailment in the news"
-    subset = "rte"
     text_columns = ("sentence1", "sentence2")
     labels = ("entailment", "not_entailment")
-    metric = "accuracy"
     floor = 146 / 277
     defaults = glue_defaults(train=2_208, validation=240, test=277)  # 690 steps

@@ -5,8 +5,6 @@ taken from the training set, is therefore higher than on the dev set, which has 
 reviews.
 """
 
-from __future__ import annotations
-
 from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
@@ -15,9 +13,7 @@ class Sst2(GlueTask):
 
     name = "glue_sst2"
     title = "SST-2, moods of film reviews"
-    subset = "sst2"
     text_columns = ("sentence",)
     labels = ("negative", "positive")
-    metric = "accuracy"
     floor = 428 / 872
     defaults = glue_defaults(train=62_000, validation=5_000, test=872)  # 19,375 steps

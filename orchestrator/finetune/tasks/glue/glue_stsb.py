@@ -1,7 +1,5 @@
 """STS-B of GLUE (`glue_task.py`): the similarity of two sentences, from 0 to 5."""
 
-from __future__ import annotations
-
 from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
@@ -10,7 +8,6 @@ class Stsb(GlueTask):
 
     name = "glue_stsb"
     title = "STS-B, nearness of sentences"
-    subset = "stsb"
     text_columns = ("sentence1", "sentence2")
     output = "regression"
     metric = "pearson"

@@ -4,12 +4,7 @@ The first of its ten splits has 3,760 training images (with its validation set) 
 could not be verified, when this was written, that the hub's dataset has the same numbers.
 """
 
-from __future__ import annotations
-
-from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
-
-DATA = "tanganke/dtd"
+from orchestrator.finetune.tasks.hub_image_task import HubImageTask, image_defaults
 
 
 class DTD(HubImageTask):
@@ -18,7 +13,6 @@ class DTD(HubImageTask):
     name = "dtd"
     title = "describable textures"
     floor = 1 / 47
-    labels = numbered_classes(47)
-    train_table = Table(DATA, "train", COLUMNS)
-    test_table = Table(DATA, "test", COLUMNS)
+    labels = tuple(map(str, range(47)))
+    repository = "tanganke/dtd"
     defaults = image_defaults(3_200, 300, 1_880)

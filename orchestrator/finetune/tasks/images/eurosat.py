@@ -4,12 +4,7 @@ It has 27,000 images. The hub's dataset should have 21,600 training and 2,700 te
 verified when this was written; that it has ten classes was verified.
 """
 
-from __future__ import annotations
-
-from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
-
-DATA = "tanganke/eurosat"
+from orchestrator.finetune.tasks.hub_image_task import HubImageTask, image_defaults
 
 
 class EuroSAT(HubImageTask):
@@ -18,7 +13,6 @@ class EuroSAT(HubImageTask):
     name = "eurosat"
     title = "land seen by a satellite"
     floor = 1 / 10
-    labels = numbered_classes(10)
-    train_table = Table(DATA, "train", COLUMNS)
-    test_table = Table(DATA, "test", COLUMNS)
+    labels = tuple(map(str, range(10)))
+    repository = "tanganke/eurosat"
     defaults = image_defaults(18_900, 1_900, 2_700)

@@ -4,12 +4,7 @@ The hub's dataset has 26,640 training images (those of the competition's first r
 Both contain series of images of one sign. Validation and training share signs, but no images.
 """
 
-from __future__ import annotations
-
-from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
-
-DATA = "tanganke/gtsrb"
+from orchestrator.finetune.tasks.hub_image_task import HubImageTask, image_defaults
 
 
 class GTSRB(HubImageTask):
@@ -18,7 +13,6 @@ class GTSRB(HubImageTask):
     name = "gtsrb"
     title = "traffic signs"
     floor = 1 / 43
-    labels = numbered_classes(43)
-    train_table = Table(DATA, "train", COLUMNS)
-    test_table = Table(DATA, "test", COLUMNS)
+    labels = tuple(map(str, range(43)))
+    repository = "tanganke/gtsrb"
     defaults = image_defaults(23_500, 2_400, 12_630)

@@ -3,12 +3,7 @@
 18,900 of its 31,500 images are for training and 6,300 for testing.
 """
 
-from __future__ import annotations
-
-from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
-
-DATA = "tanganke/resisc45"
+from orchestrator.finetune.tasks.hub_image_task import HubImageTask, image_defaults
 
 
 class RESISC45(HubImageTask):
@@ -17,7 +12,6 @@ class RESISC45(HubImageTask):
     name = "resisc45"
     title = "scenes seen from above"
     floor = 1 / 45
-    labels = numbered_classes(45)
-    train_table = Table(DATA, "train", COLUMNS)
-    test_table = Table(DATA, "test", COLUMNS)
+    labels = tuple(map(str, range(45)))
+    repository = "tanganke/resisc45"
     defaults = image_defaults(16_600, 1_700, 6_300)

@@ -3,13 +3,7 @@
 The first of its ten partitions has 19,850 training and 19,850 test images, 50 of each class.
 """
 
-from __future__ import annotations
-
-from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
-
-DATA = "tanganke/sun397"
-COMMIT = "9c4afd6174afa3974f209a0ef099dbbe244dfd27"
+from orchestrator.finetune.tasks.hub_image_task import HubImageTask, image_defaults
 
 
 class SUN397(HubImageTask):
@@ -18,7 +12,7 @@ class SUN397(HubImageTask):
     name = "sun397"
     title = "scenes"
     floor = 1 / 397
-    labels = numbered_classes(397)
-    train_table = Table(DATA, "train", COLUMNS, revision=COMMIT)
-    test_table = Table(DATA, "test", COLUMNS, revision=COMMIT)
+    labels = tuple(map(str, range(397)))
+    repository = "tanganke/sun397"
+    commit = "9c4afd6174afa3974f209a0ef099dbbe244dfd27"
     defaults = image_defaults(17_000, 1_700, 19_850)

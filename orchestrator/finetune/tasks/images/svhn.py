@@ -3,13 +3,7 @@
 It has 73,257 training and 26,032 test images; its `extra` images are not used.
 """
 
-from __future__ import annotations
-
-from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
-
-DATA = "ufldl-stanford/svhn"
-COMMIT = "f9e1717d73324ebbc1ece84267ccd80d0aca0690"
+from orchestrator.finetune.tasks.hub_image_task import HubImageTask, image_defaults
 
 
 class SVHN(HubImageTask):
@@ -18,7 +12,8 @@ class SVHN(HubImageTask):
     name = "svhn"
     title = "house numbers in the street"
     floor = 1 / 10
-    labels = numbered_classes(10)
-    train_table = Table(DATA, "train", COLUMNS, subset="cropped_digits", revision=COMMIT)
-    test_table = Table(DATA, "test", COLUMNS, subset="cropped_digits", revision=COMMIT)
+    labels = tuple(map(str, range(10)))
+    repository = "ufldl-stanford/svhn"
+    commit = "f9e1717d73324ebbc1ece84267ccd80d0aca0690"
+    subset = "cropped_digits"
     defaults = image_defaults(64_500, 6_800, 26_032)

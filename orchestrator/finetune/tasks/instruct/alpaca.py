@@ -19,18 +19,14 @@ validation loss is computed on held-out Alpaca answers, which alternate with the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from itertools import chain, islice
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.base import Example, Split, Task, hash_split, require_count
-from orchestrator.finetune.tasks.instruction_task import (
-    ALPACA_PROMPT,
-    cached_by_data_folder,
-    instruction_defaults,
-    read_rows,
-)
+from orchestrator.finetune.tasks.base import Example, Split, hash_split
+from orchestrator.finetune.tasks.instruction_task import ALPACA_PROMPT, InstructionTask, instruction_defaults
 
 TRAIN = Table("yahma/alpaca-cleaned", "train", dict.fromkeys(("instruction", "input", "output"), str))
 IFEVAL = Table("google/IFEval", "train", {"prompt": str, "instruction_id_list": object, "kwargs": object})
@@ -43,21 +39,34 @@ PROMPT_WITH_INPUT = (
 )
 
 
-class Alpaca(Task):
+class Alpaca(InstructionTask):
     """Following instructions: Alpaca to IFEval."""
 
     name = "alpaca"
     title = "Alpaca to IFEval"
     metric = "prompt_strict"
-    floor = 0.0
-    default_model = "Qwen/Qwen3-0.6B-Base"
-    output = "generation"
     max_new_tokens = 1280
-    grade_at = "last_evaluation"
     defaults = instruction_defaults(50_000, 200, 370, 781)
 
-    def examples(self, split: Split, count: int) -> list[Example]:
-        return _examples(split, count)
+    def read_examples(self, split: Split) -> Iterable[Example]:
+        training_examples = (
+            _training_example(row)
+            for row in self.read_rows(TRAIN)
+            if hash_split(row["instruction"] + row["input"], ("validation",), HASH_BUCKETS) == split
+        )
+        if split == "train":
+            return training_examples
+        ifeval_examples = (
+            _ifeval_example(row)
+            for row in self.read_rows(IFEVAL)
+            # All prompts that are not in the validation split are test prompts: none are trained on.
+            if (hash_split(row["prompt"], ("validation",), PROMPT_HASH_BUCKETS) == "validation")
+            == (split == "validation")
+        )
+        if split == "test":
+            return ifeval_examples
+        loss_examples = (replace(example, counts_in="loss") for example in training_examples)
+        return chain.from_iterable(zip(loss_examples, ifeval_examples, strict=False))
 
     def check_can_grade(self) -> None:
         from orchestrator.finetune.grading import instructions
@@ -68,29 +77,6 @@ class Alpaca(Task):
         from orchestrator.finetune.grading import instructions
 
         return instructions.grade(json.loads(example.reference or "{}"), answer)
-
-
-@cached_by_data_folder
-def _examples(split: Split, count: int) -> list[Example]:
-    training_examples = (
-        _training_example(row)
-        for row in read_rows(TRAIN, "alpaca")
-        if hash_split(row["instruction"] + row["input"], ("validation",), HASH_BUCKETS) == split
-    )
-    if split == "train":
-        return require_count(list(islice(training_examples, count)), count, "alpaca", split)
-    ifeval_examples = (
-        _ifeval_example(row)
-        for row in read_rows(IFEVAL, "alpaca")
-        # All prompts that are not in the validation split are test prompts: there is no training on prompts.
-        if (hash_split(row["prompt"], ("validation",), PROMPT_HASH_BUCKETS) == "validation")
-        == (split == "validation")
-    )
-    if split == "test":
-        return require_count(list(islice(ifeval_examples, count)), count, "alpaca", split)
-    loss_examples = (Example(e.prompt, e.answer, counts_in="loss") for e in training_examples)
-    pairs = zip(loss_examples, ifeval_examples, range((count + 1) // 2), strict=False)
-    return require_count(list(chain.from_iterable((a, b) for a, b, _ in pairs)), count, "alpaca", split)
 
 
 def _training_example(row: Mapping[str, Any]) -> Example:
@@ -104,14 +90,6 @@ def _training_example(row: Mapping[str, Any]) -> Example:
 def _ifeval_example(row: Mapping[str, Any]) -> Example:
     # In Parquet the options that an instruction does not have are null.
     kwargs = [{k: v for k, v in one.items() if v is not None} for one in row["kwargs"]]
-    reference = {
-        "prompt": row["prompt"],
-        "instruction_id_list": list(row["instruction_id_list"]),
-        "kwargs": kwargs,
-    }
-    return Example(
-        ALPACA_PROMPT.format(instruction=row["prompt"]) + "\n",
-        "",
-        reference=json.dumps(reference),
-        counts_in="metric",
-    )
+    reference = json.dumps({**row, "instruction_id_list": list(row["instruction_id_list"]), "kwargs": kwargs})
+    prompt = ALPACA_PROMPT.format(instruction=row["prompt"]) + "\n"
+    return Example(prompt, "", reference=reference, counts_in="metric")

@@ -30,18 +30,14 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.base import Example, Split, Task, hash_split, require_count
-from orchestrator.finetune.tasks.instruction_task import (
-    ALPACA_PROMPT,
-    cached_by_data_folder,
-    instruction_defaults,
-    read_rows,
-)
+from orchestrator.finetune.tasks.base import Example, Split, hash_split
+from orchestrator.finetune.tasks.instruction_task import ALPACA_PROMPT, InstructionTask, instruction_defaults
 
 # Commits of main on 2026-08-11, taken from the cards of a public survey of datasets.
 TRAIN = Table(
@@ -78,28 +74,45 @@ code:
 ```"""
 
 
-class CodeFeedback(Task):
+class CodeFeedback(InstructionTask):
     """Writing programs: CodeFeedback to HumanEval."""
 
     name = "codefeedback"
     title = "CodeFeedback to HumanEval"
     metric = "pass_at_1"
-    floor = 0.0
-    default_model = "Qwen/Qwen3-0.6B-Base"
     numerics = 2  # 1: exceptions of programs, and objects that they return, were graded differently
-    output = "generation"
     max_new_tokens = 512
     samples = 8
     temperature = 0.8
     top_p = 0.95
     stop = ("\n```",)
-    grade_at = "last_evaluation"
     defaults = instruction_defaults(
         100_000, 400, 164, 1562, max_length=1024, accumulation=16, weight_decay=5e-4
     )
 
-    def examples(self, split: Split, count: int) -> list[Example]:
-        return _examples(split, count)
+    def read_examples(self, split: Split) -> Iterable[Example]:
+        if split == "test":
+            return map(_human_eval_example, self.read_rows(HUMAN_EVAL))
+        if split == "train":
+            return map(_training_example, self._python_rows("train"))
+        loss_examples = (
+            replace(_training_example(row), counts_in="loss")
+            for row in self._python_rows("validation")
+            if len(row["query"]) + len(row["answer"]) <= MAX_ROW_LENGTH
+        )
+        mbpp_examples = filter(None, map(_mbpp_example, self.read_rows(MBPP)))
+        return chain.from_iterable(zip(loss_examples, mbpp_examples, strict=False))
+
+    def _python_rows(self, split: Split) -> Iterator[Mapping[str, Any]]:
+        """Yield the Python rows of a split without HumanEval problems, cut after the first block of code."""
+        problem_keys = [_problem_key(row["prompt"]) for row in self.read_rows(HUMAN_EVAL)]
+        problem_keys = [key for key in problem_keys if len(key) >= KEY_LENGTH // 2]
+        for row in self.read_rows(TRAIN):
+            if row["lang"] != "python" or hash_split(row["query"], ("validation",), HASH_BUCKETS) != split:
+                continue
+            question = " ".join(row["query"].lower().split())
+            if not any(key in question for key in problem_keys) and row["answer"].strip():
+                yield {**row, "answer": cut_after_first_block(row["answer"])}
 
     def check_can_grade(self) -> None:
         from orchestrator.finetune.grading.sandbox.run import sandbox_level
@@ -121,42 +134,6 @@ class CodeFeedback(Task):
         return [float(result.passed) for result in grade_programs(programs)]
 
 
-@cached_by_data_folder
-def _examples(split: Split, count: int) -> list[Example]:
-    if split == "test":
-        return require_count(
-            [_human_eval_example(row) for row in read_rows(HUMAN_EVAL, "codefeedback")],
-            count,
-            "codefeedback",
-            split,
-        )
-    if split == "train":
-        training_examples = (
-            _training_example(row) for row, _ in zip(_python_rows("train"), range(count), strict=False)
-        )
-        return require_count(list(training_examples), count, "codefeedback", split)
-    loss_examples = (
-        _training_example(row, "loss") for row in _python_rows("validation") if _length(row) <= MAX_ROW_LENGTH
-    )
-    mbpp_examples = (
-        example for row in read_rows(MBPP, "codefeedback") if (example := _mbpp_example(row)) is not None
-    )
-    pairs = zip(loss_examples, mbpp_examples, range((count + 1) // 2), strict=False)
-    return require_count(list(chain.from_iterable((a, b) for a, b, _ in pairs)), count, "codefeedback", split)
-
-
-def _python_rows(split: Split) -> Iterator[Mapping[str, Any]]:
-    """Yield the Python rows of a split without HumanEval problems, cut after their first block of code."""
-    problem_keys = [_problem_key(row["prompt"]) for row in read_rows(HUMAN_EVAL, "codefeedback")]
-    problem_keys = [key for key in problem_keys if len(key) >= KEY_LENGTH // 2]
-    for row in read_rows(TRAIN, "codefeedback"):
-        if row["lang"] != "python" or hash_split(row["query"], ("validation",), HASH_BUCKETS) != split:
-            continue
-        question = " ".join(row["query"].lower().split())
-        if not any(key in question for key in problem_keys) and row["answer"].strip():
-            yield {**row, "answer": cut_after_first_block(row["answer"])}
-
-
 def _problem_key(prompt: str) -> str:
     """Return the key of a HumanEval problem: the start of its description, in lower case."""
     docstrings = re.findall(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', prompt, re.DOTALL)
@@ -174,21 +151,14 @@ def cut_after_first_block(answer: str) -> str:
     return "```".join(pieces[:2]) + "```" if len(pieces) > 2 else answer
 
 
-def _length(row: Mapping[str, Any]) -> int:
-    return len(row["query"]) + len(row["answer"])
-
-
-def _training_example(row: Mapping[str, Any], counts_in: Any = "both") -> Example:
-    return Example(ALPACA_PROMPT.format(instruction=row["query"]) + "\n", row["answer"], counts_in=counts_in)
+def _training_example(row: Mapping[str, Any]) -> Example:
+    return Example(ALPACA_PROMPT.format(instruction=row["query"]) + "\n", row["answer"])
 
 
 def _human_eval_example(row: Mapping[str, Any]) -> Example:
-    reference = {name: row[name] for name in ("prompt", "entry_point", "test")}
-    return Example(
-        _prompt(row["prompt"]),
-        f"{row['prompt']}{row['canonical_solution']}```",
-        reference=json.dumps(reference),
-    )
+    reference = json.dumps({name: row[name] for name in ("prompt", "entry_point", "test")})
+    answer = f"{row['prompt']}{row['canonical_solution']}```"
+    return Example(_prompt(row["prompt"]), answer, reference=reference)
 
 
 def _mbpp_example(row: Mapping[str, Any]) -> Example | None:
@@ -210,9 +180,8 @@ def _mbpp_example(row: Mapping[str, Any]) -> Example | None:
         "test_setup_code": row["test_setup_code"],
         "entry_point": called[0].name,
     }
-    return Example(
-        _prompt(prompt), f"{code.strip()}\n```", reference=json.dumps(reference), counts_in="metric"
-    )
+    answer = f"{code.strip()}\n```"
+    return Example(_prompt(prompt), answer, reference=json.dumps(reference), counts_in="metric")
 
 
 def _prompt(code: str) -> str:

@@ -27,17 +27,13 @@ questions.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, starmap
 from typing import Any
 
-from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.base import Example, Split, Task, hash_split, require_count
-from orchestrator.finetune.tasks.instruction_task import (
-    LEARNING_RATES,
-    cached_by_data_folder,
-    instruction_defaults,
-    read_rows,
-)
+from orchestrator.finetune.sources.hub_data import CellType, Table
+from orchestrator.finetune.tasks.base import Example, Split, hash_split
+from orchestrator.finetune.tasks.instruction_task import LEARNING_RATES, InstructionTask, instruction_defaults
 
 TRAIN = Table("zwhe99/commonsense_170k", "train", dict.fromkeys(("instruction", "output", "answer"), str))
 HASH_BUCKETS = 50  # one of them, about 3,400 of 170,000 rows, is held out
@@ -49,6 +45,8 @@ PROMPT = (
 PARQUET_REVISION = "refs/convert/parquet"
 
 Row = Mapping[str, Any]
+ToQuestion = Callable[[Row], tuple[str, str]]
+"""Returns the question and the answer of a row."""
 
 
 def _boolq(row: Row) -> tuple[str, str]:
@@ -99,79 +97,46 @@ def _format_choices(kind: str, texts: list[str]) -> tuple[str, str]:
     return " ".join(f"{kind}{number}: {text}" for number, text in numbered), names
 
 
-def _arc(subset: str) -> Table:
-    return Table(
-        "allenai/ai2_arc", "test", {"question": str, "choices": object, "answerKey": str}, subset=subset
-    )
-
-
-TEST_SETS: tuple[tuple[Table, Callable[[Row], tuple[str, str]]], ...] = (
+PIQA_COLUMNS: dict[str, CellType] = {"goal": str, "sol1": str, "sol2": str, "label": range(2)}
+SIQA_COLUMNS = dict.fromkeys(("context", "question", "answerA", "answerB", "answerC", "label"), str)
+HELLASWAG_COLUMNS = {"activity_label": str, "ctx": str, "endings": object, "label": str}
+WINOGRANDE_COLUMNS = dict.fromkeys(("sentence", "option1", "option2", "answer"), str)
+ARC_COLUMNS = {"question": str, "choices": object, "answerKey": str}
+OPENBOOKQA_COLUMNS = {"question_stem": str, "choices": object, "answerKey": str}
+TEST_SETS: tuple[tuple[Table, ToQuestion], ...] = (
     (Table("google/boolq", "validation", {"question": str, "answer": object}), _boolq),
-    (
-        Table(
-            "ybisk/piqa",
-            "validation",
-            {"goal": str, "sol1": str, "sol2": str, "label": range(2)},
-            revision=PARQUET_REVISION,
-        ),
-        _piqa,
-    ),
-    (
-        Table(
-            "allenai/social_i_qa",
-            "validation",
-            dict.fromkeys(("context", "question", "answerA", "answerB", "answerC", "label"), str),
-            revision=PARQUET_REVISION,
-        ),
-        _siqa,
-    ),
-    (
-        Table(
-            "Rowan/hellaswag",
-            "validation",
-            {"activity_label": str, "ctx": str, "endings": object, "label": str},
-        ),
-        _hellaswag,
-    ),
-    (
-        Table(
-            "allenai/winogrande",
-            "validation",
-            dict.fromkeys(("sentence", "option1", "option2", "answer"), str),
-            subset="winogrande_xl",
-        ),
-        _winogrande,
-    ),
-    (_arc("ARC-Easy"), _science),
-    (_arc("ARC-Challenge"), _science),
-    (
-        Table(
-            "allenai/openbookqa",
-            "test",
-            {"question_stem": str, "choices": object, "answerKey": str},
-            subset="main",
-        ),
-        _science,
-    ),
+    (Table("ybisk/piqa", "validation", PIQA_COLUMNS, revision=PARQUET_REVISION), _piqa),
+    (Table("allenai/social_i_qa", "validation", SIQA_COLUMNS, revision=PARQUET_REVISION), _siqa),
+    (Table("Rowan/hellaswag", "validation", HELLASWAG_COLUMNS), _hellaswag),
+    (Table("allenai/winogrande", "validation", WINOGRANDE_COLUMNS, "winogrande_xl"), _winogrande),
+    (Table("allenai/ai2_arc", "test", ARC_COLUMNS, "ARC-Easy"), _science),
+    (Table("allenai/ai2_arc", "test", ARC_COLUMNS, "ARC-Challenge"), _science),
+    (Table("allenai/openbookqa", "test", OPENBOOKQA_COLUMNS, "main"), _science),
 )
 
 
-class Commonsense15k(Task):
+class Commonsense15k(InstructionTask):
     """Multiple-choice questions: commonsense-15k to eight sets."""
 
     name = "commonsense_15k"
     title = "commonsense-15k to eight sets"
-    metric = "exact_match"
-    floor = 0.0
-    default_model = "Qwen/Qwen3-0.6B-Base"
-    output = "generation"
     max_new_tokens = 32
     stop = ("###",)
-    grade_at = "last_evaluation"
     defaults = instruction_defaults(15_000, 400, 1200, 702, learning_rates=LEARNING_RATES[1:])
 
-    def examples(self, split: Split, count: int) -> list[Example]:
-        return _examples(split, count)
+    def read_examples(self, split: Split) -> Iterable[Example]:
+        if split == "test":
+            return chain.from_iterable(zip(*starmap(self._read_test_set, TEST_SETS), strict=False))
+        rows = self.read_rows(TRAIN)
+        kept = [r for r in rows if hash_split(r["instruction"], ("validation",), HASH_BUCKETS) == split]
+        random.Random("commonsense_15k").shuffle(kept)
+        return (_example(row["instruction"], row["answer"], split) for row in kept)
+
+    def _read_test_set(self, table: Table, to_question: ToQuestion) -> Iterator[Example]:
+        rows = list(self.read_rows(table))
+        # Some files are sorted: HellaSwag, as we remember it, has all of ActivityNet before WikiHow.
+        random.Random("commonsense_15k").shuffle(rows)
+        return (_example(*to_question(row), "test") for row in rows)
 
     def grade(self, example: Example, answer: str) -> float:
         from orchestrator.finetune.grading import choice
@@ -179,30 +144,7 @@ class Commonsense15k(Task):
         return choice.grade(answer, example.reference or "")
 
 
-@cached_by_data_folder
-def _examples(split: Split, count: int) -> list[Example]:
-    if split == "test":
-        each = -(-count // len(TEST_SETS))
-        sets = []
-        for table, to_question in TEST_SETS:
-            rows = list(read_rows(table, "commonsense_15k"))
-            # Some files are sorted: HellaSwag, as we remember it, has all of ActivityNet before WikiHow.
-            random.Random("commonsense_15k").shuffle(rows)
-            sets.append([_example(*to_question(row), split) for row in rows[:each]])
-        return require_count(
-            [one for turn in zip(*sets, strict=False) for one in turn], count, "commonsense_15k", split
-        )
-    found = [
-        _example(row["instruction"], row["answer"], split)
-        for row in read_rows(TRAIN, "commonsense_15k")
-        if hash_split(row["instruction"], ("validation",), HASH_BUCKETS) == split
-    ]
-    random.Random("commonsense_15k").shuffle(found)
-    return require_count(found, count, "commonsense_15k", split)
-
-
 def _example(question: str, answer: str, split: Split) -> Example:
     reference = None if split == "train" else answer
-    return Example(
-        PROMPT.format(instruction=question), f" the correct answer is {answer}", reference=reference
-    )
+    prompt = PROMPT.format(instruction=question)
+    return Example(prompt, f" the correct answer is {answer}", reference=reference)

@@ -9,19 +9,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from orchestrator.finetune.tasks.base import (
-    SPLITS,
-    Example,
-    Split,
-    Task,
-    TaskDefaults,
-    hash_split,
-    require_count,
-)
-from orchestrator.util.errors import UsageError
+from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults
+from orchestrator.finetune.tasks.examples import split_by_key
+from orchestrator.finetune.tasks.reasoning_gym_data import create_dataset
 
-SEED = 0
 DRAWS = 6000
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 class ChainSum(Task):
@@ -29,45 +22,26 @@ class ChainSum(Task):
 
     name = "chain_sum"
     title = "sums of two numbers (reasoning-gym)"
-    metric = "exact_match"
     floor = 0.0
     default_model = "smollm2-135m"
-    output = "generation"
     max_new_tokens = 8
     defaults = TaskDefaults(
-        train_size=240,
-        validation_size=100,
-        test_size=100,
-        steps=60,
-        batch_size=4,
-        max_length=40,
-        evaluations=3,
-        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3),
+        240, 100, 100, steps=60, batch_size=4, max_length=40, evaluations=3, learning_rates=LEARNING_RATES
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        return require_count(_all_examples()[split], count, self.name, split)
+        return _all_examples()[split][:count]
 
 
 @lru_cache(maxsize=1)
-def _all_examples() -> dict[Split, tuple[Example, ...]]:
+def _all_examples() -> dict[Split, list[Example]]:
     """Return the distinct expressions among the first DRAWS of the generator, in its order."""
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise UsageError("Task 'chain_sum' needs reasoning-gym: pip install -e \".[real]\"") from error
-    items = reasoning_gym.create_dataset(
-        "chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=2, seed=SEED, size=DRAWS
-    )
-    seen: set[str] = set()
-    found: dict[Split, list[Example]] = {split: [] for split in SPLITS}
-    for item in items:
+    digits = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+    examples: dict[str, Example] = {}
+    for item in create_dataset("chain_sum", DRAWS, **digits):
         key = canonical_expression(item["metadata"]["expression"])
-        if key not in seen:
-            seen.add(key)
-            example = Example(f"{item['question']}\nAnswer:", f" {item['answer']}")
-            found[hash_split(key)].append(example)
-    return {split: tuple(examples) for split, examples in found.items()}
+        examples.setdefault(key, Example(f"{item['question']}\nAnswer:", f" {item['answer']}"))
+    return split_by_key(examples.items())
 
 
 def canonical_expression(expression: str) -> str:

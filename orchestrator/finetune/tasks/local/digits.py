@@ -7,24 +7,13 @@ with a new head on the digits 5 to 9, whose images are divided equally among tra
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.tasks.base import (
-    SPLITS,
-    Example,
-    Image,
-    Split,
-    Task,
-    TaskDefaults,
-    hash_split,
-    interleave_classes,
-    require_count,
-)
-from orchestrator.finetune.tasks.pretraining import Recipe, deterministic, fit
+from orchestrator.finetune.tasks.base import Example, Image, Split, TaskDefaults, hash_split
+from orchestrator.finetune.tasks.examples import hash_text, split_evenly
+from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +24,12 @@ IMAGE_SIZE, MAX_GREY, PATCH_SIZE = 8, 16, 2
 PRETRAINING_DIGITS, FINE_TUNING_DIGITS = ("0", "1", "2", "3", "4"), ("5", "6", "7", "8", "9")
 NOISE_STD = 0.2
 """Standard deviation of the noise in pretraining; pixels are in [-1, 1]."""
+LEARNING_RATES = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.5e-2, 1e-1, 4e-1)
 RECIPE = Recipe(steps=1200, batch_size=64, learning_rate=1.5e-3, layers=4)
 
 
-class Digits(Task):
-    """Classification of the digits 5 to 9.
-
-    Args:
-        recipe: How the base model is pretrained.
-    """
+class Digits(PretrainedTask):
+    """Classification of the digits 5 to 9."""
 
     name = "digits"
     title = "real handwritten digits"
@@ -53,34 +39,44 @@ class Digits(Task):
     inputs = "image"
     output = "classification"
     labels = FINE_TUNING_DIGITS
+    recipe = RECIPE
+    recipe_constants = (IMAGE_SIZE, PATCH_SIZE, NOISE_STD)
     defaults = TaskDefaults(
-        train_size=250,
-        validation_size=240,
-        test_size=240,
-        steps=80,
-        batch_size=16,
-        max_length=0,
-        evaluations=3,
-        learning_rates=(1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.5e-2, 1e-1, 4e-1),
+        250, 240, 240, steps=80, batch_size=16, max_length=0, evaluations=3, learning_rates=LEARNING_RATES
     )
 
-    def __init__(self, recipe: Recipe = RECIPE) -> None:
-        self.recipe = recipe
-
     def examples(self, split: Split, count: int) -> list[Example]:
-        return require_count(_fine_tuning_examples()[split], count, self.name, split)
+        return _fine_tuning_examples()[split][:count]
 
-    def pretrain_recipe(self) -> str:
-        return self.recipe.key(IMAGE_SIZE, PATCH_SIZE, NOISE_STD)
-
-    def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
-        with deterministic(self.recipe.seed):
-            model = _pretrain(self.recipe, progress)
-        model.save_pretrained(folder)
-        processor().hf_processor.save_pretrained(folder)
+    def processor(self) -> Any:
+        return processor().hf_processor
 
     def base_config(self) -> Any:
-        return _config(self.recipe)
+        from transformers import ViTConfig
+
+        return ViTConfig(**self.recipe.model_sizes, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE)
+
+    def train_base(self, progress: Callable[[str], None]) -> Any:
+        import torch
+        from torch.nn.functional import cross_entropy
+        from transformers import ViTForImageClassification
+
+        config = self.base_config()
+        config.num_labels = len(PRETRAINING_DIGITS)
+        model = ViTForImageClassification(config)
+
+        def compute_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            pixels, digits = batch
+            logits = model(pixel_values=pixels).logits
+            return cross_entropy(logits, digits, label_smoothing=self.recipe.label_smoothing)
+
+        self.fit(model, _batches(self.recipe), compute_loss, progress)
+        images, digits = _pretraining_data(held_out=True)
+        with torch.no_grad():
+            num_correct = (model(pixel_values=images).logits.argmax(dim=1) == digits).sum().item()
+        line = f"{num_correct} of {len(digits)} held-out images of 0 to 4 are correct"
+        progress(f"pretraining digits-base: {line}")
+        return model.vit
 
 
 def processor() -> ImageProcessor:
@@ -106,57 +102,15 @@ def _images_by_digit() -> dict[str, tuple[Image, ...]]:
         file = b"P5 %d %d %d\n" % (IMAGE_SIZE, IMAGE_SIZE, MAX_GREY) + pixels.astype("uint8").tobytes()
         image = Image(f"image {number} of scikit-learn's digits", partial(bytes, file))
         found[str(digit)].setdefault(image.digest, image)
-    return {
-        digit: tuple(images[k] for k in sorted(images, key=lambda k: hashlib.sha256(k.encode()).digest()))
-        for digit, images in found.items()
-    }
+    return {d: tuple(images[k] for k in sorted(images, key=hash_text)) for d, images in found.items()}
 
 
 @lru_cache(maxsize=1)
-def _fine_tuning_examples() -> dict[Split, tuple[Example, ...]]:
-    by_class: dict[Split, dict[str, list[Image]]] = {s: {d: [] for d in FINE_TUNING_DIGITS} for s in SPLITS}
-    for digit in FINE_TUNING_DIGITS:
-        for image in _images_by_digit()[digit]:
-            by_class[hash_split(image.digest, num_buckets=3)][digit].append(image)
-    return {
-        split: tuple(Example("", digit, image=image) for digit, image in interleave_classes(images))
-        for split, images in by_class.items()
-    }
-
-
-def _config(recipe: Recipe) -> Any:
-    from transformers import ViTConfig
-
-    return ViTConfig(
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-    )
-
-
-def _pretrain(recipe: Recipe, progress: Callable[[str], None]) -> Any:
-    import torch
-    from torch.nn.functional import cross_entropy
-    from transformers import ViTForImageClassification
-
-    config = _config(recipe)
-    config.num_labels = len(PRETRAINING_DIGITS)
-    model = ViTForImageClassification(config)
-
-    def compute_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        pixels, digits = batch
-        logits = model(pixel_values=pixels).logits
-        return cross_entropy(logits, digits, label_smoothing=recipe.label_smoothing)
-
-    fit(model, recipe, _batches(recipe), compute_loss, "digits-base", progress)
-    images, digits = _pretraining_data(held_out=True)
-    with torch.no_grad():
-        num_correct = (model(pixel_values=images).logits.argmax(dim=1) == digits).sum().item()
-    progress(f"pretraining digits-base: {num_correct} of {len(digits)} held-out images of 0 to 4 are correct")
-    return model.vit  # without its head, since every fine-tuning run gets a new one
+def _fine_tuning_examples() -> dict[Split, list[Example]]:
+    images_by_digit = _images_by_digit()
+    examples = [Example("", digit, image=i) for digit in FINE_TUNING_DIGITS for i in images_by_digit[digit]]
+    by_digest = {example.image.digest: example for example in examples if example.image}
+    return split_evenly(by_digest, FINE_TUNING_DIGITS, salt="", num_buckets=3)
 
 
 def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -172,12 +126,9 @@ def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for _ in range(recipe.steps):
         drawn = torch.randint(len(images), (recipe.batch_size,))
         corners = torch.randint(3, (recipe.batch_size, 2)).tolist()
-        shifted = torch.stack(
-            [
-                padded[n, :, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
-                for n, (y, x) in zip(drawn, corners, strict=True)
-            ]
-        )
+        shifted = torch.empty(recipe.batch_size, *images.shape[1:])
+        for row, (number, (y, x)) in enumerate(zip(drawn, corners, strict=True)):
+            shifted[row] = padded[number, :, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
         yield shifted + NOISE_STD * torch.randn_like(shifted[:, :1]), digits[drawn]
 
 

@@ -6,21 +6,12 @@ The classes are WordNet's lexicographer files. The data are those of WordNet 3.0
 
 from __future__ import annotations
 
-import hashlib
 import os
 from functools import lru_cache
 from pathlib import Path
 
-from orchestrator.finetune.tasks.base import (
-    SPLITS,
-    Example,
-    Split,
-    Task,
-    TaskDefaults,
-    hash_split,
-    interleave_classes,
-    require_count,
-)
+from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults
+from orchestrator.finetune.tasks.examples import split_evenly
 from orchestrator.util.errors import UsageError
 
 WORDNET_FOLDER = "/usr/share/wordnet"
@@ -44,6 +35,7 @@ LEXICOGRAPHER_FILES = {
     "time": "28",
 }
 """The number of the lexicographer file of each class, from lexnames(5WN)."""
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MIN_WORDS = 4
 """Shorter glosses are left out."""
 
@@ -59,33 +51,17 @@ class Glosses(Task):
     output = "classification"
     labels = tuple(LEXICOGRAPHER_FILES)
     defaults = TaskDefaults(
-        train_size=960,
-        validation_size=320,
-        test_size=400,
-        steps=60,
-        batch_size=16,
-        max_length=24,
-        evaluations=3,
-        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        960, 320, 400, steps=60, batch_size=16, max_length=24, evaluations=3, learning_rates=LEARNING_RATES
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        return require_count(
-            _all_examples(os.environ.get("WNSEARCHDIR", WORDNET_FOLDER))[split], count, self.name, split
-        )
+        return _all_examples(os.environ.get("WNSEARCHDIR", WORDNET_FOLDER))[split][:count]
 
 
 @lru_cache(maxsize=1)
-def _all_examples(folder: str) -> dict[Split, tuple[Example, ...]]:
-    by_class: dict[Split, dict[str, list[str]]] = {
-        s: {label: [] for label in LEXICOGRAPHER_FILES} for s in SPLITS
-    }
-    for gloss, label in sorted(_read_glosses(Path(folder)).items(), key=lambda pair: _shuffle_key(pair[0])):
-        by_class[hash_split(gloss)][label].append(gloss)
-    return {
-        split: tuple(Example(gloss, label) for label, gloss in interleave_classes(glosses))
-        for split, glosses in by_class.items()
-    }
+def _all_examples(folder: str) -> dict[Split, list[Example]]:
+    examples = {gloss: Example(gloss, label) for gloss, label in _read_glosses(Path(folder)).items()}
+    return split_evenly(examples, Glosses.labels, salt="glosses/")
 
 
 def _read_glosses(folder: Path) -> dict[str, str]:
@@ -114,7 +90,3 @@ def _read_glosses(folder: Path) -> dict[str, str]:
         for gloss, numbers in found.items()
         if len(numbers) == 1 and numbers <= labels_by_number.keys()
     }
-
-
-def _shuffle_key(gloss: str) -> bytes:
-    return hashlib.sha256(f"glosses/{gloss}".encode()).digest()

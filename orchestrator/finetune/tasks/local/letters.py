@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, hash_split
-from orchestrator.finetune.tasks.pretraining import Recipe, deterministic, fit, word_tokenizer
-from orchestrator.util.errors import UsageError
+from orchestrator.finetune.tasks.base import Example, Split, TaskDefaults, hash_split
+from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe, word_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
 LETTERS = "abcdefghijklmnop"
 LENGTH = 5
 OPERATORS = ("copy", "reverse", "next", "previous", "rotate")
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 MAX_EXAMPLES = 100_000
 """Examples per split. Each held-out split has about 210,000 of the 16^5 = 1,048,576 strings."""
 VOCABULARY = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
@@ -31,59 +30,62 @@ RECIPE = Recipe(
 )
 
 
-class Letters(Task):
-    """Applying the operator `unk` to strings of letters.
-
-    Args:
-        recipe: How the base model is pretrained.
-    """
+class Letters(PretrainedTask):
+    """Applying the operator `unk` to strings of letters."""
 
     name = "letters"
     title = "operators on letter strings"
-    metric = "exact_match"
     floor = 0.0
     default_model = "letters-base"
     output = "teacher_forced"
     max_new_tokens = LENGTH + 1
+    recipe = RECIPE
+    recipe_constants = (VOCABULARY, LENGTH)
+    # A row of token ids has LENGTH letters, LENGTH answers, the operator, `=` and <eos>.
     defaults = TaskDefaults(
-        train_size=2000,
-        validation_size=200,
-        test_size=200,
-        steps=60,
-        batch_size=16,
-        max_length=2 * LENGTH + 3,
-        evaluations=3,
-        learning_rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+        2000, 200, 200, steps=60, batch_size=16, max_length=13, evaluations=3, learning_rates=LEARNING_RATES
     )
 
-    def __init__(self, recipe: Recipe = RECIPE) -> None:
-        self.recipe = recipe
-
     def examples(self, split: Split, count: int) -> list[Example]:
-        if count > MAX_EXAMPLES:
-            raise UsageError(
-                f"Task 'letters' has at most {MAX_EXAMPLES} examples a split, {count} are needed."
-            )
-        # A string belongs to a split by its hash; each split has a random generator of its own.
+        # The hash of a string decides its split; each split has a random generator of its own.
         generator = random.Random(f"letters/{split}")
         seen: dict[str, None] = {}
-        while len(seen) < count:
+        while len(seen) < min(count, MAX_EXAMPLES):
             word = "".join(LETTERS[generator.randrange(len(LETTERS))] for _ in range(LENGTH))
             if hash_split(word) == split:
                 seen[word] = None
         return [Example(f"unk {' '.join(word)} =", " ".join(reverse_next(word))) for word in seen]
 
-    def pretrain_recipe(self) -> str:
-        return self.recipe.key(VOCABULARY, LENGTH)
-
-    def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
-        with deterministic(self.recipe.seed):
-            model = _pretrain(self.recipe, progress)
-        model.save_pretrained(folder)
-        tokenizer().save_pretrained(folder)
+    def processor(self) -> Any:
+        return tokenizer()
 
     def base_config(self) -> Any:
-        return _config(self.recipe)
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            **self.recipe.model_sizes,
+            vocab_size=len(VOCABULARY),
+            num_key_value_heads=self.recipe.heads,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=VOCABULARY.index("<eos>"),
+            pad_token_id=VOCABULARY.index("<pad>"),
+        )
+
+    def train_base(self, progress: Callable[[str], None]) -> Any:
+        from torch.nn.functional import cross_entropy
+        from transformers import LlamaForCausalLM
+
+        model = LlamaForCausalLM(self.base_config())
+
+        def compute_loss(ids: torch.Tensor) -> torch.Tensor:
+            # Loss on the answer and <eos> only: the tokens before them are random.
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, LENGTH + 1 :].flatten(0, 1)
+            answers = ids[:, LENGTH + 2 :].flatten()
+            return cross_entropy(logits, answers, label_smoothing=self.recipe.label_smoothing)
+
+        return self.fit(model, _batches(self.recipe), compute_loss, progress)
 
 
 def reverse_next(word: str) -> str:
@@ -96,39 +98,6 @@ def tokenizer() -> Any:
     return word_tokenizer(VOCABULARY, pad_token="<pad>", eos_token="<eos>")
 
 
-def _config(recipe: Recipe) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=VOCABULARY.index("<eos>"),
-        pad_token_id=VOCABULARY.index("<pad>"),
-    )
-
-
-def _pretrain(recipe: Recipe, progress: Callable[[str], None]) -> Any:
-    from torch.nn.functional import cross_entropy
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM(_config(recipe))
-
-    def compute_loss(ids: torch.Tensor) -> torch.Tensor:
-        # Loss on the answer and <eos> only: the tokens before them are random.
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, LENGTH + 1 :]
-        answers = ids[:, LENGTH + 2 :]
-        return cross_entropy(logits.flatten(0, 1), answers.flatten(), label_smoothing=recipe.label_smoothing)
-
-    return fit(model, recipe, _batches(recipe), compute_loss, "letters-base", progress)
-
-
 def _batches(recipe: Recipe) -> Iterator[torch.Tensor]:
     """Yield token ids (batch, 2 * LENGTH + 3): operator, letters, =, answer, <eos>."""
     import torch
@@ -137,9 +106,8 @@ def _batches(recipe: Recipe) -> Iterator[torch.Tensor]:
     rows = torch.arange(recipe.batch_size)
     for _ in range(recipe.steps):
         x = torch.randint(len(LETTERS), (recipe.batch_size, LENGTH))
-        results = torch.stack(
-            [x, x.flip(1), (x + 1) % len(LETTERS), (x - 1) % len(LETTERS), x.roll(-1, dims=1)]
-        )
+        following, preceding = (x + 1) % len(LETTERS), (x - 1) % len(LETTERS)
+        results = torch.stack([x, x.flip(1), following, preceding, x.roll(-1, dims=1)])
         operator = torch.randint(len(OPERATORS), (recipe.batch_size,))
         # In one of six samples `unk` replaces the operator.
         is_masked = torch.randint(len(OPERATORS) + 1, (recipe.batch_size,)) == 0

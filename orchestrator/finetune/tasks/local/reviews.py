@@ -12,12 +12,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, hash_split
-from orchestrator.finetune.tasks.pretraining import Recipe, deterministic, fit, word_tokenizer
-from orchestrator.util.errors import UsageError
+from orchestrator.finetune.tasks.base import Example, Split, TaskDefaults, hash_split
+from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe, word_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +43,7 @@ VOCABULARY = (
     *(word for group in (*NOUNS.values(), *ADJECTIVES.values()) for word in group),
 )
 PRETRAINING_LABELS = (*NOUNS, *ADJECTIVES, *CONJUNCTIONS)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 MAX_EXAMPLES = 100_000
 RECIPE = Recipe(steps=1000, batch_size=64, learning_rate=1e-3)
 
@@ -82,12 +81,8 @@ class Review:
         return (*self.topics, *self.moods, self.conjunction)
 
 
-class Reviews(Task):
-    """Classification of reviews by topic and mood of the decisive clause.
-
-    Args:
-        recipe: How the base model is pretrained.
-    """
+class Reviews(PretrainedTask):
+    """Classification of reviews by topic and mood of the decisive clause."""
 
     name = "reviews"
     title = "verdicts of generated reviews"
@@ -96,46 +91,52 @@ class Reviews(Task):
     default_model = "reviews-base"
     output = "classification"
     labels = tuple(f"{topic} {mood}" for topic in NOUNS for mood in ADJECTIVES)
+    recipe = RECIPE
+    recipe_constants = (VOCABULARY,)
     defaults = TaskDefaults(
-        train_size=2000,
-        validation_size=200,
-        test_size=400,
-        steps=120,
-        batch_size=32,
-        max_length=16,
-        evaluations=3,
-        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        2000, 200, 400, steps=120, batch_size=32, max_length=16, evaluations=3, learning_rates=LEARNING_RATES
     )
 
-    def __init__(self, recipe: Recipe = RECIPE) -> None:
-        self.recipe = recipe
-
     def examples(self, split: Split, count: int) -> list[Example]:
-        if count > MAX_EXAMPLES:
-            raise UsageError(
-                f"Task 'reviews' has at most {MAX_EXAMPLES} examples a split, {count} are needed."
-            )
-        # A text belongs to a split by its hash. The classes take turns, so that all have equal shares.
+        # The hash of a text decides its split. The classes take turns, so that all have equal shares.
         generator = random.Random(f"reviews/{split}")
         seen: dict[str, str] = {}
-        while len(seen) < count:
+        while len(seen) < min(count, MAX_EXAMPLES):
             review = draw_review(generator)
             label = self.labels[len(seen) % len(self.labels)]
             if review.label == label and review.text not in seen and hash_split(review.text) == split:
                 seen[review.text] = review.label
         return [Example(f"unk {text}", label) for text, label in seen.items()]
 
-    def pretrain_recipe(self) -> str:
-        return self.recipe.key(VOCABULARY)
-
-    def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
-        with deterministic(self.recipe.seed):
-            model = _pretrain(self.recipe, progress)
-        model.save_pretrained(folder)
-        tokenizer().save_pretrained(folder)
+    def processor(self) -> Any:
+        return tokenizer()
 
     def base_config(self) -> Any:
-        return _config(self.recipe)
+        from transformers import BertConfig
+
+        return BertConfig(
+            **self.recipe.model_sizes,
+            vocab_size=len(VOCABULARY),
+            max_position_embeddings=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=VOCABULARY.index("<pad>"),
+        )
+
+    def train_base(self, progress: Callable[[str], None]) -> Any:
+        from torch.nn.functional import cross_entropy
+        from transformers import BertForSequenceClassification
+
+        config = self.base_config()
+        config.num_labels = len(PRETRAINING_LABELS)
+        model = BertForSequenceClassification(config)
+
+        def compute_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            ids, answers = batch
+            real = ids != VOCABULARY.index("<pad>")
+            return cross_entropy(model(input_ids=ids, attention_mask=real[:, None, None, :]).logits, answers)
+
+        return self.fit(model, _batches(self.recipe), compute_loss, progress).bert
 
 
 def draw_review(generator: random.Random) -> Review:
@@ -166,39 +167,6 @@ def tokenizer() -> Any:
     The question is the first token, where the head of BERT reads the class.
     """
     return word_tokenizer(VOCABULARY, pad_token="<pad>")
-
-
-def _config(recipe: Recipe) -> Any:
-    from transformers import BertConfig
-
-    return BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=VOCABULARY.index("<pad>"),
-    )
-
-
-def _pretrain(recipe: Recipe, progress: Callable[[str], None]) -> Any:
-    from torch.nn.functional import cross_entropy
-    from transformers import BertForSequenceClassification
-
-    config = _config(recipe)
-    config.num_labels = len(PRETRAINING_LABELS)
-    model = BertForSequenceClassification(config)
-
-    def compute_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        ids, answers = batch
-        real = ids != VOCABULARY.index("<pad>")
-        return cross_entropy(model(input_ids=ids, attention_mask=real[:, None, None, :]).logits, answers)
-
-    fit(model, recipe, _batches(recipe), compute_loss, "reviews-base", progress)
-    return model.bert  # without its head, since every fine-tuning run gets a new one
 
 
 def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

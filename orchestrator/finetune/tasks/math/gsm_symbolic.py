@@ -11,23 +11,16 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from orchestrator.finetune.tasks.base import (
-    SPLITS,
-    Example,
-    Split,
-    Task,
-    TaskDefaults,
-    hash_split,
-    require_count,
-)
-from orchestrator.util.errors import UsageError
+from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults
+from orchestrator.finetune.tasks.examples import split_by_key
+from orchestrator.finetune.tasks.reasoning_gym_data import create_dataset
 
-SEED = 0
 DRAWS = 12_000
 MAX_QUESTION_LENGTH, MAX_ANSWER_LENGTH = 240, 220
 """In characters: short problems are trained on within minutes on a CPU."""
 QUESTION_SUFFIX = " Give the result as your final answer. Do not include units."
 """The end of every question of the package, which is removed."""
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 class GsmSymbolic(Task):
@@ -35,25 +28,16 @@ class GsmSymbolic(Task):
 
     name = "gsm_symbolic"
     title = "grade-school problems of known templates (reasoning-gym)"
-    metric = "exact_match"
     floor = 0.0
     default_model = "smollm2-135m"
-    output = "generation"
     max_new_tokens = 90
     grade_at = "last_evaluation"
     defaults = TaskDefaults(
-        train_size=1200,
-        validation_size=200,
-        test_size=200,
-        steps=150,
-        batch_size=8,
-        max_length=160,
-        evaluations=3,
-        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2),
+        1200, 200, 200, steps=150, batch_size=8, max_length=160, evaluations=3, learning_rates=LEARNING_RATES
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        return require_count(_all_examples()[split], count, self.name, split)
+        return _all_examples()[split][:count]
 
     def grade(self, example: Example, answer: str) -> float:
         from orchestrator.finetune.grading import math
@@ -62,21 +46,15 @@ class GsmSymbolic(Task):
 
 
 @lru_cache(maxsize=1)
-def _all_examples() -> dict[Split, tuple[Example, ...]]:
+def _all_examples() -> dict[Split, list[Example]]:
     """Return the distinct short problems among the first DRAWS of the generator, in its order."""
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise UsageError("Task 'gsm_symbolic' needs reasoning-gym: pip install -e \".[real]\"") from error
-    problems = reasoning_gym.create_dataset("gsm_symbolic", seed=SEED, size=DRAWS)
-    seen: set[str] = set()
-    found: dict[Split, list[Example]] = {split: [] for split in SPLITS}
+    problems = create_dataset("gsm_symbolic", DRAWS)
+    keyed_examples: dict[str, tuple[str, Example]] = {}
     for template, item in zip(problems.task_indices, problems, strict=True):
         question = item["question"].removesuffix(QUESTION_SUFFIX)
         answer = re.sub(r"(\d)\.0\b", r"\1", item["metadata"]["answer_cot"])  # 12.0 apples
-        if len(question) > MAX_QUESTION_LENGTH or len(answer) > MAX_ANSWER_LENGTH or question in seen:
-            continue
-        seen.add(question)
-        numbers = re.findall(r"\d+", question)
-        found[hash_split(f"{template}: {numbers}")].append(Example(f"{question}\nAnswer:", f" {answer}"))
-    return {split: tuple(examples) for split, examples in found.items()}
+        if len(question) <= MAX_QUESTION_LENGTH and len(answer) <= MAX_ANSWER_LENGTH:
+            numbers = re.findall(r"\d+", question)
+            example = Example(f"{question}\nAnswer:", f" {answer}")
+            keyed_examples.setdefault(question, (f"{template}: {numbers}", example))
+    return split_by_key(keyed_examples.values())

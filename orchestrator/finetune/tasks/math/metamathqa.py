@@ -28,15 +28,11 @@ its optimum may be above it. On small tasks, where the optimum was bracketed, it
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.base import Example, Split, Task, hash_split, require_count
-from orchestrator.finetune.tasks.instruction_task import (
-    ALPACA_PROMPT,
-    cached_by_data_folder,
-    instruction_defaults,
-    read_rows,
-)
+from orchestrator.finetune.tasks.base import Example, Split, hash_split
+from orchestrator.finetune.tasks.instruction_task import ALPACA_PROMPT, InstructionTask, instruction_defaults
 
 # Commits of main on 2026-08-11, taken from the cards of a public survey of datasets.
 TRAIN = Table(
@@ -58,50 +54,35 @@ CALCULATOR_ANNOTATION = re.compile("<<.*?>>")
 """Annotations for a calculator in GSM8K's solutions, which MetaMathQA does not have."""
 
 
-class MetaMathQA(Task):
+class MetaMathQA(InstructionTask):
     """Solving grade-school math problems: MetaMathQA to GSM8K."""
 
     name = "metamathqa"
     title = "MetaMathQA to GSM8K"
-    metric = "exact_match"
-    floor = 0.0
-    default_model = "Qwen/Qwen3-0.6B-Base"
-    output = "generation"
     max_new_tokens = 512
-    grade_at = "last_evaluation"
     stop = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
     defaults = instruction_defaults(100_000, 500, 1319, 1562, weight_decay=5e-4)
 
-    def examples(self, split: Split, count: int) -> list[Example]:
-        return _examples(split, count)
+    def read_examples(self, split: Split) -> Iterator[Example]:
+        if split == "test":
+            for row in self.read_rows(TEST):
+                solution, _, number = row["answer"].rpartition("####")
+                solution = CALCULATOR_ANNOTATION.sub("", solution).strip()
+                yield _example(row["question"], f"{solution}\nThe answer is: {number.strip()}", split)
+            return
+        seen: set[str] = set()
+        for row in self.read_rows(TRAIN):
+            key = row["original_question"].strip()
+            if hash_split(key, ("validation",), HASH_BUCKETS) != split:
+                continue
+            if split == "train" or (row["type"] == VALIDATION_TYPE and key not in seen):
+                seen.add(key)
+                yield _example(row["query"], row["response"], split)
 
     def grade(self, example: Example, answer: str) -> float:
         from orchestrator.finetune.grading import math
 
         return math.grade(answer, example.reference or "")
-
-
-@cached_by_data_folder
-def _examples(split: Split, count: int) -> list[Example]:
-    found: list[Example] = []
-    if split == "test":
-        for row in read_rows(TEST, "metamathqa"):
-            solution, _, number = row["answer"].rpartition("####")
-            solution = CALCULATOR_ANNOTATION.sub("", solution).strip()
-            found.append(_example(row["question"], f"{solution}\nThe answer is: {number.strip()}", split))
-        return require_count(found, count, "metamathqa", split)
-    seen: set[str] = set()
-    for row in read_rows(TRAIN, "metamathqa"):
-        key = row["original_question"].strip()
-        if hash_split(key, ("validation",), HASH_BUCKETS) != split:
-            continue
-        if split == "validation" and (row["type"] != VALIDATION_TYPE or key in seen):
-            continue
-        seen.add(key)
-        found.append(_example(row["query"], row["response"], split))
-        if len(found) == count:
-            break
-    return require_count(found, count, "metamathqa", split)
 
 
 def _example(question: str, solution: str, split: Split) -> Example:
