@@ -91,12 +91,13 @@ def find_commit(repository: str, repo_type: str, revision: str | None) -> tuple[
             hf_hub_download(repository, "config.json", revision=commit)
         return commit, None
     except Exception as error:
-        options = {"repo_type": repo_type, "revision": revision, "local_files_only": True}
         try:
-            folder = Path(snapshot_download(repository, **options))
+            path = snapshot_download(
+                repository, repo_type=repo_type, revision=revision, local_files_only=True
+            )
         except LocalEntryNotFoundError:
             raise error from None
-        return folder.name, folder
+        return Path(path).name, Path(path)
 
 
 def cached_snapshot(name: str, commit: str) -> Path | None:
