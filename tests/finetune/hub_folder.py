@@ -1,5 +1,4 @@
-"""A folder of the hub's schema, a random small model, and a task's whole way through the loop on them: load,
-format, train a few steps, evaluate, grade."""
+"""Helpers that run a task of the hub end to end, on a data folder with the hub's schema and a random model."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ STEPS = 10
 
 
 def write(root: Path, repository: str, splits: Mapping[str, Rows], subset: str | None = None) -> Path:
-    """`root/<repository>/` with one Parquet file a split, as the hub has it; again for one more subset."""
+    """Write a dataset as the hub has it, with one Parquet file per split; called once per subset."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
@@ -55,7 +54,7 @@ def write(root: Path, repository: str, splits: Mapping[str, Rows], subset: str |
 
 
 def tokenizer() -> Any:
-    """One token a byte, so that it has every text."""
+    """Return a tokenizer with one token per byte, which can encode every text."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -68,7 +67,7 @@ def tokenizer() -> Any:
 
 
 def llama(folder: Path) -> Path:
-    """Two layers, hidden 32, random weights, always the same."""
+    """Save a Llama of two layers with hidden size 32 and the same random weights each time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     words = tokenizer()
@@ -94,13 +93,13 @@ def llama(folder: Path) -> Path:
 
 
 def small(task: Task, monkeypatch: pytest.MonkeyPatch, train: int, validation: int, test: int) -> None:
-    """The folder holds fewer rows than the hub: the task's own sizes follow."""
+    """Reduce the task's default sizes to the number of rows in the folder, which has fewer than the hub."""
     sizes = {"train_size": train, "validation_size": validation, "test_size": test}
     monkeypatch.setattr(type(task), "defaults", replace(task.defaults, **sizes))
 
 
 def configuration(task: Task, model: Path, bases: Path, seed: int = 0, **changes: Any) -> Configuration:
-    """LoRA of rank 4 on the model in that folder, `STEPS` steps, two evaluations."""
+    """Return a configuration: LoRA of rank 4 on the model in a folder, `STEPS` steps, two evaluations."""
     content = model_catalogue.prepare_base_model(str(model), bases)
     made = Configuration(
         VariantChoice("lora", rank=4, alpha=8.0, numerics=variants.get("lora").numerics),
@@ -124,7 +123,7 @@ def through_the_loop(
     seeds: Sequence[int] = (0,),
     **options: Any,
 ) -> list[Record]:
-    """One record a seed, of lanes that trained together."""
+    """Train one lane per seed in one lane group, and return their records."""
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(data))
     store = Store(work / "store")
     made = [configuration(task, model, store.bases, seed) for seed in seeds]
@@ -138,8 +137,13 @@ def through_the_loop(
 
 
 def assert_went_through(record: Record, task: Task, graded: Mapping[str, int] | None = None) -> None:
-    """Trained to the end, scored on both splits with finite numbers, an outcome for every item that counts in
-    the metric (`graded` a split; all where not given)."""
+    """Assert that a lane was trained to its end and scored on both splits, with an outcome per graded item.
+
+    Args:
+        record: The record of the lane.
+        task: The task.
+        graded: The number of items of each split that count in the metric. Default: all items.
+    """
     assert record.state == "finished", record.reason
     assert record.steps == len(record.curve) == STEPS
     assert record.curve[-1].loss < record.curve[0].loss

@@ -98,7 +98,7 @@ class PretrainedTask(Task):
 
     recipe: Recipe
     recipe_constants: ClassVar[tuple[object, ...]]
-    """What decides the base model beyond the recipe, as JSON values."""
+    """JSON values beyond the recipe that decide the base model."""
 
     def __init__(self, recipe: Recipe | None = None) -> None:
         self.recipe = recipe or self.recipe

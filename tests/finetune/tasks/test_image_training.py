@@ -127,8 +127,7 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a data folder for all models: their images are read from files, and heads of zeros guess
-    alike."""
+    """Return a data folder that all models share: its content does not depend on the model."""
     return tmp_path_factory.mktemp("data")
 
 

@@ -1,3 +1,5 @@
+"""The catalogue of tasks, the parts that all tasks share, and the tasks letters, chain_sum and gsm_symbolic."""
+
 from __future__ import annotations
 
 import importlib.util
