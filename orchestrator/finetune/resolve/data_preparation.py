@@ -15,10 +15,7 @@ from orchestrator.util.atomic_files import add_path_to_disk_errors
 
 
 def prepare_datasets(
-    configurations: Sequence[Configuration],
-    bases: Path,
-    folder: Path,
-    progress: Callable[[str], None],
+    configurations: Sequence[Configuration], bases: Path, folder: Path, progress: Callable[[str], None]
 ) -> None:
     """Write the examples and token ids of all configurations to the store, as far as they are missing.
 
@@ -71,5 +68,5 @@ def report_train_overlap(
         if shared:
             progress(
                 f"{Path(task.name).stem}: {shared} of {len(examples[split])} {split} examples are train "
-                "examples as well; their scores show what was learnt by heart"
+                "examples as well; their scores measure memorisation"
             )
