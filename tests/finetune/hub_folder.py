@@ -1,4 +1,4 @@
-"""Helpers that run a task of the hub end to end, on a data folder with the hub's schema and a random model."""
+"""Helpers that run a task of the hub end to end, with a data folder of the hub's schema and a small model."""
 
 from __future__ import annotations
 

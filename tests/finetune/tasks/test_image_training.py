@@ -127,7 +127,11 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a data folder that all models share: its content does not depend on the model."""
+    """Return a data folder that all models share.
+
+    Its content is the same for all of them: images are stored as files, and heads of zeros give the same
+    baseline scores.
+    """
     return tmp_path_factory.mktemp("data")
 
 

@@ -73,7 +73,7 @@ def test_mails_with_the_same_beginning_are_duplicates() -> None:
 
 
 def archive(mails: dict[str, str]) -> bytes:
-    """Return the archive of a package with `mails` (`group/name` -> text) and the other files of the real one."""
+    """Return the archive of a package with these e-mails (`group/name` -> text) and the other usual files."""
     files = {f"package/data/{name}.json": json.dumps({"text": mail}) for name, mail in mails.items()}
     files |= {f"package/data/{name}.txt": mail for name, mail in mails.items()}
     files["package/data/file_list.json"] = "[]"

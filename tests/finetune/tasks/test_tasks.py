@@ -1,4 +1,4 @@
-"""The catalogue of tasks, the parts that all tasks share, and the tasks letters, chain_sum and gsm_symbolic."""
+"""The catalogue of tasks, what all tasks share, and the tasks letters, chain_sum and gsm_symbolic."""
 
 from __future__ import annotations
 
