@@ -33,7 +33,7 @@ from orchestrator.util.errors import UsageError
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.(stopped|failed))?\.json")
-# What `_serialize` puts first, so that the state can be read without parsing the file.
+# `_serialize` writes these fields first, so that the state can be read without parsing the file.
 _HEAD = re.compile(rb'\{"schema_version":(\d+),"fingerprint":"([0-9a-f]{64})","state":"([a-z]+)",')
 _HEAD_BYTES = 256
 _SUFFIXES: Mapping[RecordState, str] = {
@@ -90,7 +90,7 @@ class Store:
             new_failures: For a failed record, the number of failures to add to the stored number.
 
         Returns:
-            Whether the record was stored.
+            True if the record was stored.
 
         Raises:
             OSError: The disk is full or cannot be used.
@@ -230,7 +230,7 @@ class Store:
         return self.records_folder / fingerprint[:2] / f"{fingerprint}{'.' + kind if kind else ''}.json"
 
     def _read_state(self, path: Path) -> RecordState | None:
-        """Return the state in a file's first bytes, if the file has a whole record's end; else parse it."""
+        """Return the state from the first bytes of a file. A file without the end of a record is parsed."""
         try:
             with path.open("rb") as file:
                 head = _HEAD.match(file.read(_HEAD_BYTES))

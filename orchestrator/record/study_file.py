@@ -54,7 +54,7 @@ class StudyFile:
     tuning: str = ""
     """Name of the study, in the same output folder, that chose the configurations of such a study."""
     searched: bool = False
-    """Whether a search chose the points, so that they form no grid and no curve."""
+    """True if a search chose the points, so that they form no grid and no curve."""
     looks: tuple[int, ...] = ()
     """Numbers of seeds, ascending, at which a study with fresh seeds has shown a verdict. If seeds are added
     after such a look, the error rate of 5 % no longer holds exactly."""

@@ -52,9 +52,9 @@ class MlflowWriter:
         self.error = ""
         """The last error; it stays after the record has been logged."""
         self.is_damaged = False
-        """Whether `error` is about a damaged SQLite file."""
+        """True if `error` is about a damaged SQLite file."""
         self.is_finished = False
-        """Whether the study's parent run has ended."""
+        """True when the study's parent run has ended."""
         self._thread = threading.Thread(target=self._run, name="mlflow-writer", daemon=True)
         self._thread.start()
 
