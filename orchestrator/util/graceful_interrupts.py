@@ -22,7 +22,7 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a cluster manager sends the second one
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # cluster managers send SIGTERM
 _SHOW_CURSOR = "\x1b[?25h"  # a study's live line hides it
 
 

@@ -6,7 +6,7 @@ The command returns at once and leaves a process that watches the raylet on this
 `ray down` terminates machines; where it cannot (provider `local`), it ends Ray on the head alone. A raylet on
 another machine then waits a minute for its head, and some of its agents wait for minutes more. The watchdog
 ends them when the head's machine has refused connections for some seconds. A head that cannot be reached
-refuses nothing: a node that is cut off keeps running until Ray itself gives it up.
+refuses no connection: a node that is cut off keeps running until Ray itself gives it up.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def watch(raylet: Raylet) -> None:
     processes: dict[int, psutil.Process] = {}
     refusals = 0
     while raylet in raylets.find_local_raylets() and refusals < MAX_REFUSALS:
-        # psutil recognizes a later process with the same id as another one.
+        # A `psutil.Process` is never confused with a later process of the same id.
         processes.update((process.pid, process) for process in _node_processes(raylet))
         refusals = refusals + 1 if is_connection_refused(raylet.gcs_address) else 0
         time.sleep(timeouts.HEAD_POLL_SECONDS)

@@ -33,7 +33,7 @@ def find_local_raylets() -> set[Raylet]:
     """
     found = set()
     for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or [""]  # a process that has ended has none
+        words = process.info["cmdline"] or [""]  # None for a process that has ended
         flags = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
         if Path(words[0]).name == "raylet" and {"--node_id", "--gcs-address"} <= flags.keys():
             found.add(Raylet(flags["--node_id"], flags["--gcs-address"]))

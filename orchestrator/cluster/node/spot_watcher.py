@@ -21,7 +21,7 @@ from orchestrator.util import timeouts
 
 
 class SpotWatcher:
-    """Asks the metadata service and drains nodes. Remembers which nodes are drained."""
+    """Client of the metadata service that drains nodes and remembers which of them are drained."""
 
     def __init__(self) -> None:
         self._metadata = MetadataClient()
@@ -61,7 +61,7 @@ class SpotWatcher:
         return timeouts.DRAIN_RETRY_SECONDS
 
     def _report_problem(self, problem: str) -> None:
-        """Log a problem, a lasting one once. An empty text means that there is none."""
+        """Log a problem, unless the last poll has met the same one. An empty text means no problem."""
         if problem and problem != self._last_problem:
             log_line(problem)
         self._last_problem = problem

@@ -27,7 +27,8 @@ def read_parameter(name: str) -> str:
         StudyError: AWS does not answer, or refuses.
     """
     value = os.environ.get("LORA_" + name.upper().replace("-", "_"))
-    if value is not None or not os.environ.get("AWS_DEFAULT_REGION"):  # the second: not on AWS
+    is_on_aws = bool(os.environ.get("AWS_DEFAULT_REGION"))
+    if value is not None or not is_on_aws:
         return value or ""
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError

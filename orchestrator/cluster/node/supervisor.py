@@ -70,14 +70,14 @@ class Supervisor:
 
     def run(self) -> None:
         """Run the command until SIGTERM, or the end of Ray. The command has ended then."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they wait until `sigtimedwait` takes them
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # for `sigtimedwait`, which receives them
         backoff, is_stopping = timeouts.INITIAL_BACKOFF_SECONDS, False
         while not is_stopping:
             started = time.monotonic()
             child = self._start_command()
             log_line(f"{self.name} started (process {child.pid})")
             is_stopping = self._wait_for_command(child, started)
-            end_processes(self.name)  # including children that outlive a dead server
+            end_processes(self.name)  # also children that outlive a dead server
             log_line(f"{self.name} ended ({child.wait()})")
             is_stable = time.monotonic() - started > timeouts.STABLE_SECONDS
             backoff = min(2 * backoff, timeouts.MAX_BACKOFF_SECONDS)

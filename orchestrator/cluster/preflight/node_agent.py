@@ -1,4 +1,4 @@
-"""A small Ray actor on every node, through which the driver looks at the node."""
+"""Ray actors, one on every node, through which the driver calls functions there."""
 
 from __future__ import annotations
 

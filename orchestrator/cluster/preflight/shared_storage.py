@@ -1,8 +1,8 @@
 """Check whether every node reads and writes the same store.
 
-The driver writes a file into a temporary folder in the store. Each node reads it and leaves a file of its own
-in the way in which records are written: written, renamed, linked. Then all look for all files by their names,
-as a record is looked up: listings of a network file system may lag behind.
+The driver writes a file into a temporary folder in the store. Each node reads this file and leaves a file of its
+own, which it writes, renames and links like a record. Then the driver and all nodes look for all files by their
+names, as a record is looked up: listings of a network file system may lag behind.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _has_content(file: Path, content: str) -> bool:
 
 
 def check_storage(agents: NodeAgents, store: Path) -> str:
-    """Let every node write a file into the store, then look from everywhere for everyone's files."""
+    """Let every node write a file into the store, then check that every node and the driver see all files."""
     with create_check_folder(store) as folder:
         faults = agents.call(write_node_file, lambda name: (folder, name))
         writers = [name for name, fault in faults.items() if not fault]
