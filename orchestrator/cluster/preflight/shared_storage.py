@@ -1,8 +1,8 @@
 """Check whether every node reads and writes the same store.
 
-The driver writes a file into a temporary folder in the store. Each node reads this file and leaves a file of its
-own, which it writes, renames and links like a record. Then the driver and all nodes look for all files by their
-names, as a record is looked up: listings of a network file system may lag behind.
+The driver writes a file into a temporary folder in the store. Each node reads this file and leaves a file of
+its own, which it writes, renames and links like a record. Then the driver and all nodes look for all files by
+their names, as a record is looked up: listings of a network file system may lag behind.
 """
 
 from __future__ import annotations
