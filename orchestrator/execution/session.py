@@ -29,9 +29,7 @@ MAX_TRIAL_FAILURES = 20
 
 
 def train(
-    context: SessionContext,
-    configurations: Sequence[Configuration],
-    search: PerVariantSearcher | None = None,
+    context: SessionContext, configurations: Sequence[Configuration], search: PerVariantSearcher | None = None
 ) -> int:
     """Train configurations in the given order, until all have ended or the budget is used up.
 

@@ -117,9 +117,7 @@ def test_one_lane_raises_and_the_others_of_its_pack_finish(
     arguments = (*SMALL, "--variants", "lora", "--task", task)
     with no_room():
         process = study.start(
-            output,
-            *(*arguments, "--learning-rates", "1e-3", str(RAISES), "3e-3"),
-            address=connected.address,
+            output, *(*arguments, "--learning-rates", "1e-3", str(RAISES), "3e-3"), address=connected.address
         )
         study.wait_for(lambda: "joined Ray" in study.log(output), process)
         data.unlink()

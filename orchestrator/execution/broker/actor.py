@@ -6,16 +6,15 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import ray
 
-from orchestrator.execution.broker.assignment import parse_trainer_name
 from orchestrator.execution.broker.client import BROKER_NAME
 from orchestrator.execution.broker.core import BrokerCore
 from orchestrator.execution.broker.failure_policy import ExitKind
-from orchestrator.execution.broker.lane_entry import HeldLane, LaneEntry
+from orchestrator.execution.broker.lane_entry import HeldLanes, LaneEntry
 from orchestrator.execution.ray.runtime import driver_node_affinity
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
@@ -110,24 +109,16 @@ class Broker:
     # -- trainers
 
     async def lease(
-        self,
-        trainer_id: str,
-        group_key: str | None,
-        free_slots: int,
-        held: Mapping[str, HeldLane],
-        steps_taken: int,
+        self, trainer_id: str, group_key: str | None, capacity: int, held: HeldLanes, steps_taken: int
     ) -> LeaseGrant:
         """Exchange, then lease lanes; see `BrokerCore.lease`."""
         await self.exchange(trainer_id, held, steps_taken)
-        return self.core.lease(trainer_id, group_key, free_slots, self.clock())
+        return self.core.lease(trainer_id, group_key, capacity, self.clock())
 
-    async def exchange(
-        self, trainer_id: str, held: Mapping[str, HeldLane], steps_taken: int
-    ) -> dict[str, Directive]:
+    async def exchange(self, trainer_id: str, held: HeldLanes, steps_taken: int) -> dict[str, Directive]:
         """Take a trainer's reports and return the directives for its lanes; see `BrokerCore.exchange`."""
         directives = self.core.exchange(trainer_id, held, steps_taken, self.clock())
-        for fingerprint in held:
-            self._wake_trials(fingerprint)
+        self._wake_trials(held)
         return directives
 
     async def heartbeat(self, trainer_id: str) -> None:
@@ -145,19 +136,12 @@ class Broker:
     async def end_lease(self, trainer_id: str, fingerprint: str, attempt: int, state: RecordState) -> None:
         """Note how a lane has ended on a trainer; its record, if any, is in the store."""
         self.core.end_lease(trainer_id, fingerprint, attempt, state, self.clock())
-        self._wake_trials(fingerprint)
+        self._wake_trials([fingerprint])
 
     async def trainer_exited(self, trainer_name: str, exit_kind: ExitKind, reason: str = "") -> None:
         """Remove all incarnations of a trainer that has ended; see `BrokerCore.trainer_exited`."""
-        held = [
-            f
-            for trainer_id, view in self.core.trainers.items()
-            if parse_trainer_name(trainer_id) == trainer_name
-            for f in view.lanes
-        ]
         self.core.trainer_exited(trainer_name, self.clock(), exit_kind, reason)
-        for fingerprint in held:
-            self._wake_trials(fingerprint)
+        self._wake_trials(self.core.entries)  # a lane that has crashed its trainers has failed
 
     async def drain(self, trainer_name: str | None) -> None:
         """Make a trainer, or all if the name is None, save their lanes, give them back and end."""
@@ -180,7 +164,8 @@ class Broker:
             of hung trainers; "abort_reason": why no more trainers should be started, or "".
         """
         self.core.tick(self.clock())
-        num_ended, num_lines = (num_ended, num_lines) if incarnation == self.incarnation else (0, 0)
+        if incarnation != self.incarnation:
+            num_ended = num_lines = 0
         return {
             "incarnation": self.incarnation,
             "ended": self.core.ended_lanes[num_ended:],
@@ -198,13 +183,11 @@ class Broker:
     async def abort(self) -> None:
         """Answer all waiting trials, because the study cannot go on."""
         self.is_aborted = True
-        for event in self.lane_events.values():
-            event.set()
+        self._wake_trials(self.lane_events)
 
-    def _wake_trials(self, fingerprint: str) -> None:
-        event = self.lane_events.get(fingerprint)
-        if event is not None:
-            event.set()
+    def _wake_trials(self, fingerprints: Iterable[str]) -> None:
+        for fingerprint in self.lane_events.keys() & fingerprints:
+            self.lane_events[fingerprint].set()
 
 
 def _newest_attempt(store: Store, fingerprint: str) -> int:

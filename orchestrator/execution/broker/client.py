@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from orchestrator.execution.broker.lane_entry import HeldLane
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
@@ -39,12 +39,10 @@ class BrokerClient:
         self.last_call_time = time.monotonic()
         threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
-    def lease(self, group_key: str | None, free_slots: int, steps_taken: int) -> LeaseGrant:
-        """Lease up to `free_slots` lanes; see `LaneSource.lease`."""
+    def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
+        """Lease up to `capacity` lanes; see `LaneSource.lease`."""
         self.steps_taken = steps_taken
-        grant: LeaseGrant = self._call(
-            "lease", self.trainer_id, group_key, free_slots, self.held, steps_taken
-        )
+        grant: LeaseGrant = self._call("lease", self.trainer_id, group_key, capacity, self.held, steps_taken)
         for lease in grant.leases:
             self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
         return grant
@@ -60,12 +58,12 @@ class BrokerClient:
             return Directive.DROP
         attempt, configuration, _ = self.held[fingerprint]
         self.held[fingerprint] = (attempt, configuration, report)
-        directives: dict[str, Directive] = self._call(
-            "exchange", self.trainer_id, self.held, self.steps_taken
-        )
-        if directives[fingerprint] is Directive.DROP:
+        directive: Directive = self._call("exchange", self.trainer_id, self.held, self.steps_taken)[
+            fingerprint
+        ]
+        if directive is Directive.DROP:
             del self.held[fingerprint]
-        return directives[fingerprint]
+        return directive
 
     def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
         """Return the directives for all lanes that the trainer holds, by fingerprint."""
@@ -116,7 +114,7 @@ def retry_until_lost(call: Callable[[], Result]) -> Result:
         The answer.
 
     Raises:
-        ActorUnavailableError, RayActorError, GetTimeoutError: The last call raised it.
+        RayActorError, GetTimeoutError: Raised by the last call.
     """
     # The largest gap of the clock is below the limit, so a jump during one call cannot exceed it.
     clock = SuspendTolerantClock(max_gap=timeouts.BROKER_LOST_SECONDS * 2 / 3)
@@ -124,7 +122,7 @@ def retry_until_lost(call: Callable[[], Result]) -> Result:
     while True:
         try:
             return call()
-        except (ActorUnavailableError, RayActorError, GetTimeoutError):
+        except (RayActorError, GetTimeoutError):
             if clock() > deadline:
                 raise
             time.sleep(0.5)

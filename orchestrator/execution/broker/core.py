@@ -8,7 +8,7 @@ trials submit again and trainers announce the lanes that they hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from orchestrator.execution.broker.assignment import (
     MAX_GROUP_FAILURES,
@@ -20,7 +20,7 @@ from orchestrator.execution.broker.assignment import (
     select_lanes,
 )
 from orchestrator.execution.broker.failure_policy import ExitKind, FailurePolicy
-from orchestrator.execution.broker.lane_entry import HeldLane, LaneEntry, LeasePhase
+from orchestrator.execution.broker.lane_entry import HeldLanes, LaneEntry, LeasePhase
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.record.schema import Record, RecordState
@@ -117,14 +117,14 @@ class BrokerCore:
 
     # -- trainers
 
-    def lease(self, trainer_id: str, group_key: str | None, free_slots: int, now: float) -> LeaseGrant:
-        """Return lanes for a trainer that has just announced, by `exchange`, what it holds.
+    def lease(self, trainer_id: str, group_key: str | None, capacity: int, now: float) -> LeaseGrant:
+        """Return lanes for a trainer that has just announced the lanes that it holds, by `exchange`.
 
         Args:
             trainer_id: The trainer's name and incarnation.
             group_key: The group key of the trainer's lane group; None for any, if the group is empty or has
                 been paused as a whole for long.
-            free_slots: The largest number of lanes to return.
+            capacity: The largest number of lanes to return.
             now: Time on the broker's clock.
         """
         view = self._update_contact(trainer_id, now)
@@ -142,7 +142,7 @@ class BrokerCore:
             group_key, view.draining_for = choose_group_key(view, waiting, self.failures_by_group), None
         elif view.draining_for is not None:
             return LeaseGrant()
-        selected = select_lanes(waiting, group_key, joined, free_slots)
+        selected = select_lanes(waiting, group_key, joined, capacity)
         return LeaseGrant(
             tuple(self._lease_entry(entry, trainer_id, view) for entry in selected),
             closed=self.closed and not waiting,
@@ -164,14 +164,13 @@ class BrokerCore:
             self.trainers[trainer_id].last_contact = now
 
     def exchange(
-        self, trainer_id: str, held: Mapping[str, HeldLane], steps_taken: int, now: float
+        self, trainer_id: str, held: HeldLanes, steps_taken: int, now: float
     ) -> dict[str, Directive]:
         """Take a trainer's reports and return the directives for its lanes, by fingerprint.
 
-        A lane that the trainer should hold and does not announce never reached it, and goes back to the
-        queue. A
-        lane that it announces and that nobody else was leased meanwhile, it keeps: the broker may have
-            restarted, or have taken the trainer for dead.
+        A lane that the trainer should hold and does not announce has never reached it, and returns to the
+        queue. The trainer keeps a lane that it announces and that no other trainer has leased meanwhile: the
+        broker may have restarted, or have taken the trainer for dead.
 
         Args:
             trainer_id: The trainer's name and incarnation.
@@ -297,7 +296,7 @@ class BrokerCore:
                 why = f"the trainer's process died while the lane trained alone: {cause}"
                 state = self.write_failure(entry, self.configurations[entry.fingerprint], why)
                 self.failure_policy.on_faulty_lane()
-                entry.abandon(state)
+                entry.end(state)
                 self._close_entry(entry.fingerprint, state)
             else:
                 self._requeue_lost(trainer_id, entry.fingerprint, now)
@@ -321,17 +320,12 @@ class BrokerCore:
 
     # -- the driver
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> Counter[str]:
         """Return the number of lanes in each phase, and of "trainers"."""
         counts = Counter(str(entry.phase) for entry in self.open_entries.values())
-        if ended := len(self.entries) - len(self.open_entries):
-            counts[str(LeasePhase.ENDED)] = ended
-        return {**counts, "trainers": len(self.trainers)}
-
-    @property
-    def num_suspects(self) -> int:
-        """The number of lanes that are suspected of a crash."""
-        return sum(entry.max_group_size is not None for entry in self.open_entries.values())
+        counts["ended"] = len(self.entries) - len(self.open_entries)
+        counts["trainers"] = len(self.trainers)
+        return counts
 
     # -- helpers
 

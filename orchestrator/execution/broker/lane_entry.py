@@ -17,6 +17,7 @@ and fails.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import nan
@@ -27,6 +28,8 @@ from orchestrator.study.configuration import Configuration
 
 HeldLane = tuple[int, Configuration, Report | None]
 """A lane as its trainer announces it: attempt, configuration, last report of this attempt."""
+HeldLanes = Mapping[str, HeldLane]
+"""The lanes that a trainer announces, by fingerprint."""
 
 
 class LeasePhase(StrEnum):
@@ -144,7 +147,7 @@ class LaneEntry:
             for e in record.evaluations
             if e.split == "validation" and e.step <= last
         ]
-        self._end(record.state)
+        self.end(record.state)
 
     # -- trainers
 
@@ -175,7 +178,7 @@ class LaneEntry:
         newer = not self.reports or report.step > self.reports[-1].step
         if newer:
             self.reports.append(report)
-            self.clear_suspicion()
+            self.max_group_size, self.solo_crashes = None, 0
         if self.pauses_after_report and self.resume_after_step < report.step:
             self.phase = LeasePhase.PAUSED
         return newer
@@ -221,14 +224,6 @@ class LaneEntry:
         """Return whether the lane has crashed trainers, or failed, too often to be tried again."""
         return self.solo_crashes > 0 and self.solo_crashes + self.failures >= MAX_FAILURES
 
-    def clear_suspicion(self) -> None:
-        """Let the lane train in lane groups of any size again."""
-        self.max_group_size, self.solo_crashes = None, 0
-
-    def abandon(self, state: RecordState) -> None:
-        """End the lane in the state of the record that counts, without trying it again."""
-        self._end(state)
-
     def end_lease(self, trainer_id: str, attempt: int, state: RecordState, now: float) -> None:
         """Note how the lane ended on a trainer.
 
@@ -237,16 +232,16 @@ class LaneEntry:
         if self.phase is LeasePhase.ENDED:
             return
         if state in FINAL_STATES:
-            self._end(state)
+            self.end(state)
         elif self.is_held_by(trainer_id, attempt):
             self.max_group_size = None
             if state == "failed":
                 self.failures += 1
                 if self.failures >= MAX_FAILURES:
-                    self._end("failed")
+                    self.end("failed")
                     return
             elif not self.is_wanted(now):
-                self._end("stopped")
+                self.end("stopped")
                 return
             self.requeue(now)
 
@@ -257,5 +252,6 @@ class LaneEntry:
             self.phase = LeasePhase.RETURNED if held_back else LeasePhase.WAITING
             self.trainer_id, self.waiting_since = "", now
 
-    def _end(self, state: RecordState) -> None:
+    def end(self, state: RecordState) -> None:
+        """End the lane in the state of the record that counts."""
         self.phase, self.trainer_id, self.state, self.max_group_size = LeasePhase.ENDED, "", state, None

@@ -161,10 +161,7 @@ def _changed_numerics(point: Point, now: Configuration) -> str:
     variant, task, loop = now.variant.numerics, now.task.numerics, now.loop_numerics
     for a, b, c in product(range(1, variant + 1), range(1, task + 1), range(1, loop + 1)):
         earlier = replace(
-            now,
-            variant=replace(now.variant, numerics=a),
-            task=replace(now.task, numerics=b),
-            loop_numerics=c,
+            now, variant=replace(now.variant, numerics=a), task=replace(now.task, numerics=b), loop_numerics=c
         )
         if earlier.fingerprint == point.fingerprint:
             pairs = ((f"variant {now.variant.name}", a < variant), ("task", b < task), ("loop", c < loop))

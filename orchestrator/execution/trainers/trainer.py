@@ -115,9 +115,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
             store,
             model_loader(spec, store.bases, device),
             settings=LoopSettings(
-                spec.lanes_per_trainer,
-                timeouts.IDLE_TRAINER_SECONDS,
-                save_adapter=spec.save_adapters,
+                spec.lanes_per_trainer, timeouts.IDLE_TRAINER_SECONDS, save_adapter=spec.save_adapters
             ),
             provenance=provenance.current_provenance,
             process_group=process_group,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from points import configuration, record
+from points import configuration, count_suspects, record
 
 from orchestrator.execution.broker.assignment import MAX_GROUP_FAILURES
 from orchestrator.execution.broker.core import BrokerCore
@@ -252,7 +252,7 @@ def test_a_trainer_that_gives_up_leaves_no_suspects_and_one_whose_worker_died_do
             core.submit(f"t{rate}", configuration(rate=rate), 0.0)
         core.lease("trainer-0.x", None, 2, 0.0)
         core.trainer_exited("trainer-0", 0.0, how)
-        assert core.num_suspects == suspected
+        assert count_suspects(core) == suspected
         assert core.failure_policy.failures_without_step == (how is ExitKind.FAILED)
 
 
