@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +16,7 @@ from orchestrator.execution.broker.lane_entry import LeasePhase
 from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.session_context import SessionContext
-from orchestrator.execution.trainers.pool import LaneCounts, TrainerPool
+from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.tune.trial_events import ABORTED, PendingStops
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.util import timeouts
@@ -44,7 +45,9 @@ class StudyMonitor(threading.Thread):
         self.is_drained = False
         self.stop_requested = threading.Event()
         self.trials_ended, self.stops_recorded = threading.Event(), threading.Event()
-        self.num_ended_read, self.num_lines_read, self.broker_incarnation = 0, 0, ""
+        self.num_ended_read, self.num_lines_read = 0, 0
+        self.incarnation = ""
+        """The incarnation of the broker that both numbers refer to."""
         self.steps_taken: dict[str, int] = {}
         """Optimizer steps by trainer."""
         self.error: Exception | None = None
@@ -114,47 +117,51 @@ class StudyMonitor(threading.Thread):
     def _poll(self) -> None:
         trials_ended = self.trials_ended.is_set()
         updates = ray.get(
-            self.broker.get_updates.remote(self.num_ended_read, self.num_lines_read, self.broker_incarnation),
+            self.broker.get_updates.remote(self.num_ended_read, self.num_lines_read, self.incarnation),
             timeout=10,
         )
-        if updates["incarnation"] != self.broker_incarnation:
+        if updates["incarnation"] != self.incarnation:
             self._resume_after_restart(updates["incarnation"])
         self._forget_recorded_stops()
         self._read_ended_lanes(updates)
-        counts = updates["counts"]
-        self._show_counts(updates)
-        self._enforce_budget(counts["trainers"])
-        has_open_lanes = any(
-            counts.get(str(phase), 0) for phase in LeasePhase if phase is not LeasePhase.ENDED
-        )
-        if trials_ended and not self.pending_stops and not has_open_lanes:
+        counts, progress = updates["counts"], self.progress
+        self._show_counts(counts)
+        self._enforce_budget(progress.live_trainers)
+        num_open = sum(counts[phase] for phase in LeasePhase if phase is not LeasePhase.ENDED)
+        if trials_ended and not self.pending_stops and not num_open:
             self.stops_recorded.set()
         if not self.stop_requested.is_set() and self.draining_since is None:
-            self._update_pool(updates)
-        self.progress.waiting_for = self.pool.waiting_for
-        self.progress.refresh()
+            self.pool.update(
+                progress.waiting,
+                progress.training,
+                progress.live_trainers,
+                placed=frozenset(map(parse_trainer_name, self.steps_taken)),
+                hung=updates["hung"],
+                abort_reason=updates["abort_reason"],
+            )
+        progress.waiting_for = self.pool.waiting_for
+        progress.refresh()
 
     def _resume_after_restart(self, incarnation: str) -> None:
         """Repeat the pending stops to a new broker, whose lists of ended lanes and lines begin anew."""
         for trial, stopped in list(self.pending_stops.items()):
             ray.get(self.broker.stop.remote(trial, *stopped), timeout=10)
-        self.num_ended_read, self.num_lines_read, self.broker_incarnation = 0, 0, incarnation
+        self.num_ended_read, self.num_lines_read, self.incarnation = 0, 0, incarnation
 
     def _forget_recorded_stops(self) -> None:
         store = self.context.store
         for trial, (configuration, _) in list(self.pending_stops.items()):
             fingerprint = configuration.fingerprint
             settings = scheduler_settings(self.context.scheduler, configuration)
-            is_recorded = store.get_reusable(fingerprint, settings) is not None
-            if is_recorded or store.count_failures(fingerprint) >= MAX_FAILURES:
+            if store.get_reusable(fingerprint, settings) or store.count_failures(fingerprint) >= MAX_FAILURES:
                 del self.pending_stops[trial]
 
     def _read_ended_lanes(self, updates: dict[str, Any]) -> None:
         """Pass on the records of lanes that have ended, the lines of trainers, and the steps taken."""
         for fingerprint, _ in updates["ended"]:
-            is_new = fingerprint not in self.context.cached
-            record = self.context.store.get(fingerprint) if is_new else None
-            if record is not None:
+            if fingerprint in self.context.cached:
+                continue
+            if record := self.context.store.get(fingerprint):
                 self.progress.add_record(record)
                 self.context.on_record(record)
         self.num_ended_read += len(updates["ended"])
@@ -164,26 +171,14 @@ class StudyMonitor(threading.Thread):
         for trainer_id, steps_taken in updates["steps_taken"].items():
             self.steps_taken[trainer_id] = max(steps_taken, self.steps_taken.get(trainer_id, 0))
 
-    def _show_counts(self, updates: dict[str, Any]) -> None:
-        progress, counts = self.progress, updates["counts"]
+    def _show_counts(self, counts: Counter[str]) -> None:
+        progress = self.progress
         progress.steps_taken = sum(self.steps_taken.values())
-        progress.training = counts.get(str(LeasePhase.LEASED), 0) + counts.get(str(LeasePhase.PAUSED), 0)
-        progress.waiting = counts.get(str(LeasePhase.WAITING), 0)
+        progress.training = counts[LeasePhase.LEASED] + counts[LeasePhase.PAUSED]
+        progress.waiting = counts[LeasePhase.WAITING]
         progress.live_trainers = counts["trainers"]
         if progress.training and progress.first_lane_at is None:
             progress.first_lane_at = time.monotonic()
-
-    def _update_pool(self, updates: dict[str, Any]) -> None:
-        self.pool.update(
-            LaneCounts(
-                self.progress.waiting,
-                self.progress.training,
-                updates["counts"]["trainers"],
-                placed={parse_trainer_name(trainer_id) for trainer_id in self.steps_taken},
-                hung=updates["hung"],
-                abort_reason=updates["abort_reason"],
-            )
-        )
 
     def _enforce_budget(self, live_trainers: int) -> None:
         """Let trainers save their lanes once the budget is used up, and note when no lane trains any more."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import io
 import time
+from collections import Counter
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 from rich.control import Control
@@ -37,15 +37,6 @@ class _LogFile(io.TextIOWrapper):
 
 
 @dataclass
-class BestResult:
-    """The configuration with the best validation score so far."""
-
-    score: float
-    variant: str
-    learning_rate: float
-
-
-@dataclass
 class Progress:
     """The numbers and messages that the user of a running study sees.
 
@@ -60,17 +51,15 @@ class Progress:
     """Number of those whose results were known before the run."""
     console: Console
     """Console that writes to its own file, so that the redirection does not affect it."""
-    num_ended: int = 0
-    """Number of lanes that ended in this run, in any state."""
-    diverged: int = 0
-    stopped: int = 0
-    failed: int = 0
+    ended: Counter[str] = field(default_factory=Counter)
+    """Number of lanes that ended in this run, by state."""
     training: int = 0
     waiting: int = 0
     live_trainers: int = 0
     waiting_for: str = ""
     """The kind of node that is missing before a trainer can start; empty if none is."""
-    best: BestResult | None = None
+    best: tuple[float, str] | None = None
+    """The best validation score so far, and the variant and learning rate that reached it."""
     started: float = field(default_factory=time.monotonic)
     first_lane_at: float | None = None
     steps_taken: int = 0
@@ -89,9 +78,7 @@ class Progress:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def notify(self, text: str) -> None:
@@ -106,16 +93,13 @@ class Progress:
         if record.fingerprint in self._seen:
             return
         self._seen.add(record.fingerprint)
-        self.num_ended += 1
-        self.diverged += record.state == "diverged"
-        self.stopped += record.state == "stopped"
-        self.failed += record.state == "failed"
+        self.ended[record.state] += 1
         self._ended_steps += record.steps
         score = record.score("validation")
         rate = record.configuration.optimizer.learning_rate
         name = record.configuration.variant.name
-        if score is not None and (self.best is None or score > self.best.score):
-            self.best = BestResult(score, name, rate)
+        if score is not None and (self.best is None or score > self.best[0]):
+            self.best = score, f"{name} {rate:g}"
         self._write_log(
             f"{record.fingerprint[:12]} {name} lr={rate:g} seed={record.configuration.seed} {record.state}"
             + ("" if score is None else f" validation={score:.4f}")
@@ -125,15 +109,10 @@ class Progress:
     def refresh(self) -> None:
         """Refresh the live line, or print a plain line from time to time where there is no terminal."""
         if self.console.is_terminal:
-            if (
-                self._live is None
-            ):  # starting it earlier would overwrite the message of a Ctrl-C during Ray's start
+            # Starting it earlier would overwrite the message of a Ctrl-C during Ray's start.
+            if self._live is None:
                 live = Live(
-                    console=self.console,
-                    refresh_per_second=4,
-                    transient=True,
-                    redirect_stdout=False,
-                    redirect_stderr=False,
+                    console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
                 )
                 self._live = self._stack.enter_context(live)
             self._live.update(Text(self.status_line(), no_wrap=True, overflow="ellipsis"))
@@ -147,22 +126,18 @@ class Progress:
         return next((line for line in lines if len(line) <= MAX_LINE_LENGTH), lines[-1])
 
     def _format_status(self, num_omitted: int) -> str:
-        parts = [f"{self.cached + self.num_ended}/{self.total} done"]
+        parts = [f"{self.cached + self.ended.total()}/{self.total} done"]
         if num_omitted < 2:
             parts.append(f"{self.training} training")
         if self.live_trainers == 0:
             parts.append(f"waiting for {self.waiting_for}" if self.waiting_for else "trainers start")
-        if self.diverged:
-            parts.append(f"{self.diverged} diverged")
-        if self.stopped:
-            parts.append(f"{self.stopped} stopped")
-        if self.failed:
-            parts.append(f"{self.failed} failed")
+        for state in ("diverged", "stopped", "failed"):
+            if self.ended[state]:
+                parts.append(f"{self.ended[state]} {state}")
         if self.best is not None and num_omitted < 3:
-            where = f" {self.best.variant} {self.best.learning_rate:g}" if not num_omitted else ""
-            parts.append(f"best {self.best.score:.3f}{where}")
-        left = self.seconds_left()
-        if left is not None:
+            score, name = self.best
+            parts.append(f"best {score:.3f}" if num_omitted else f"best {score:.3f} {name}")
+        if (left := self.seconds_left()) is not None:
             parts.append(f"{format_duration(left)} left")
         return " | ".join(parts)
 
@@ -172,12 +147,12 @@ class Progress:
         Lanes in training count in parts. Steps that an earlier run has taken make the estimate too long,
         repeated steps make it too short.
         """
-        if self.first_lane_at is None or not self.num_ended:
+        num_ended = self.ended.total()
+        if self.first_lane_at is None or not num_ended:
             return None
-        under_way = max(0, self.steps_taken - self._ended_steps) / max(
-            1.0, self._ended_steps / self.num_ended
-        )
-        done = self.num_ended + min(under_way, self.training)
+        steps_per_lane = max(1.0, self._ended_steps / num_ended)
+        under_way = max(0, self.steps_taken - self._ended_steps) / steps_per_lane
+        done = num_ended + min(under_way, self.training)
         left = max(0.0, self.total - self.cached - done)
         return (time.monotonic() - self.first_lane_at) / done * left
 

@@ -74,10 +74,11 @@ def train_pending(
         progress.notify(_describe_pool(cluster, pool_config))
         began = time.monotonic()
         steps = _run_session(context, work, cluster, pool_config, scratch, progress, on_record)
-        early = f", {progress.stopped} of them stopped early" if progress.stopped else ""
+        num_stopped = progress.ended["stopped"]
+        early = f", {num_stopped} of them stopped early" if num_stopped else ""
         used = f", {context.budget.format_usage()}" if context.budget.gpus_per_trainer else ""
         duration = format_duration(time.monotonic() - began)
-        progress.notify(f"{progress.num_ended} trained in {duration}{early}{used}")
+        progress.notify(f"{progress.ended.total()} trained in {duration}{early}{used}")
         sampled = [c for c in work.requested[num_requested:] if c.fingerprint not in reused]
         max_steps = sum(c.lr_schedule.steps for c in [*work.pending, *sampled])
         progress.notify(f"{steps} optimizer steps of {max_steps} for all configurations to the end")

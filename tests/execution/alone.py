@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from orchestrator.execution.trainers.trainer import TrainerSpec, model_loader
+from orchestrator.execution.trainers.trainer import TrainerSpec, load_base_model
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.record import provenance
@@ -54,14 +55,14 @@ def train(configurations: Iterable[Configuration], bases: Path, folder: Path) ->
         bases: the folder of base models.
         folder: where a store is made.
     """
-    store = Store(folder)
+    store, spec = Store(folder), TrainerSpec(LANES, 0.0, str(folder), str(folder))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         loop.run(
             _Queue(configurations),
             store,
-            model_loader(TrainerSpec(LANES, 0.0, str(folder), str(folder)), bases, torch.device("cpu")),
+            partial(load_base_model, spec, bases, torch.device("cpu")),
             loop.LoopSettings(max_lanes=LANES, idle_seconds=0.0),
             provenance=provenance.current_provenance,
         )

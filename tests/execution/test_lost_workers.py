@@ -25,8 +25,8 @@ from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.execution.broker.failure_policy import ExitKind
+from orchestrator.execution.ray.private import remove_orphaned_placement_groups
 from orchestrator.execution.ray.runtime import driver_node_affinity
-from orchestrator.execution.trainers import placement_groups
 from orchestrator.execution.trainers.exit_status import has_worker_on_lost_node
 from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.execution.trainers.trainer_run import TrainerRun
@@ -99,7 +99,7 @@ def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> N
     study.wait_for(lambda: is_dead(worker))  # it ends with what has started it
 
     def clear() -> int:
-        placement_groups.remove_orphaned_placement_groups()
+        remove_orphaned_placement_groups()
         return groups()
 
     study.wait_for(lambda: clear() == 1)
@@ -139,7 +139,7 @@ def test_a_killed_run_ends_and_leaves_no_controller(connected: Cluster, tmp_path
     study.wait_for(lambda: not controllers("ALIVE", "PENDING_CREATION", "DEPENDENCIES_UNREADY"))
 
     def clear() -> int:
-        placement_groups.remove_orphaned_placement_groups()
+        remove_orphaned_placement_groups()
         return groups()
 
     study.wait_for(lambda: clear() == 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.execution import progress as progress_module
-from orchestrator.execution.progress import BestResult, Progress, format_duration
+from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.util import timeouts
 
 NOW = 100_000.0
@@ -36,13 +37,13 @@ def test_clock(seconds: float, said: str) -> None:
 
 def test_the_line_fits_80_columns_when_everything_is_long(tmp_path: Path) -> None:
     progress = Progress(tmp_path, 5000, 4000, Console(file=io.StringIO(), width=80))
-    progress.num_ended, progress.training, progress.live_trainers = 999, 64, 8
-    progress.diverged, progress.stopped, progress.failed = 120, 250, 3
-    progress.best = BestResult(0.987, "rslora", 3.16e-4)
+    progress.training, progress.live_trainers = 64, 8
+    progress.ended = Counter(finished=626, diverged=120, stopped=250, failed=3)
+    progress.best = 0.987, "rslora 0.000316"
     progress.first_lane_at = progress.started - 7000
     assert len(progress.status_line()) <= 80
-    progress.total = progress.cached = 99_000
-    progress.diverged, progress.stopped, progress.failed = 12_000, 25_000, 300
+    progress.total, progress.cached = 99_300, 62_000
+    progress.ended = Counter(diverged=12_000, stopped=25_000, failed=300)
     progress.first_lane_at = progress.started - 70_000
     assert len(progress.status_line()) <= 80
 

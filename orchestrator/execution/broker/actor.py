@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import ray
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 class Broker:
     """The actor between the trials, the trainers and the driver of a study.
 
-    Every method is a coroutine, so only one of them touches the core at a time.
+    Every method is a coroutine, so at most one of them uses the core at a time.
 
     Args:
         root: Folder of the store.
@@ -48,17 +49,14 @@ class Broker:
                 store.discard_checkpoints(record.fingerprint)
             return record
 
-        def write_failure(entry: LaneEntry, configuration: Configuration, why: str) -> RecordState:
-            return _write_failure_record(store, entry, configuration, why)
-
         self.clock = SuspendTolerantClock()
         self.core = BrokerCore(
-            lambda fingerprint: _newest_attempt(store, fingerprint),
+            partial(_newest_attempt, store),
             store.count_failures,
             find_record,
             scheduler,
-            write_failure,
-            lambda fingerprint: _newest_checkpoint_step(store, fingerprint),
+            partial(_write_failure_record, store),
+            partial(_newest_checkpoint_step, store),
         )
         self.is_aborted = False
         self.incarnation = uuid.uuid4().hex
@@ -219,9 +217,8 @@ def _write_failure_record(
         provenance=provenance.current_provenance("none", attempt=entry.attempt, ended=time.time()),
     )
     try:
-        if not store.put(record, new_failures=entry.solo_crashes):
-            first = store.get(entry.fingerprint)
-            return first.state if first is not None else "failed"
+        if not store.put(record, new_failures=entry.solo_crashes) and (first := store.get(entry.fingerprint)):
+            return first.state
     except OSError as error:  # the next study trains the lane again
         log.warning("%s: its record cannot be written: %s", entry.fingerprint[:12], error)
     return "failed"
@@ -233,8 +230,5 @@ def start_broker(store: Store, scheduler: str) -> Any:
     A broker that dies is started again, with an empty state. The concurrency is high because every trial
     waits in a call of its own. Worker nodes come and go, so the broker stays with the driver.
     """
-    actor: Any = ray.remote(Broker)
-    options = {"name": BROKER_NAME, "num_cpus": 0, "max_restarts": -1, "max_concurrency": 10_000}
-    return actor.options(scheduling_strategy=driver_node_affinity(), **options).remote(
-        str(store.root), scheduler
-    )
+    actor: Any = ray.remote(name=BROKER_NAME, num_cpus=0, max_restarts=-1, max_concurrency=10_000)(Broker)
+    return actor.options(scheduling_strategy=driver_node_affinity()).remote(str(store.root), scheduler)

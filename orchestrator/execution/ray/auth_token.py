@@ -47,15 +47,8 @@ def _ray_creates_token() -> bool:
 
 
 def _create_token_file(path: Path) -> None:
-    """Create the file with a new token in one step, unless another process has created it meanwhile."""
+    """Create the file with a new token in one step. A lock lets one study at a time start Ray."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(secrets.token_hex(TOKEN_BYTES))
-        try:
-            atomic_files.link_if_absent(part, path)
-        except OSError:  # no hard links here; a lock lets one study at a time start Ray
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_files.replace_atomically(path) as draft:
+        draft.touch(mode=0o600)
+        draft.write_text(secrets.token_hex(TOKEN_BYTES))

@@ -36,15 +36,15 @@ def adapt_options(options: StudyOptions) -> StudyOptions:
     The study waits for such nodes instead of training on the head. Options that the user has set stay, and a
     dry run starts no machine unless asked to.
     """
-    if runtime.running_cluster_address() is None or not any(
-        kind.has_gpus for kind in load_node_types() or ()
-    ):
+    is_joined = runtime.running_cluster_address() is not None
+    if not is_joined or not any(kind.has_gpus for kind in load_node_types() or ()):
         return options
-    gpus = 1.0 if options.gpus_per_worker is None and not options.dry_run else options.gpus_per_worker
-    seconds = (
-        timeouts.NODE_START_SECONDS if options.trainer_timeout is None and gpus else options.trainer_timeout
-    )
-    return replace(options, gpus_per_worker=gpus, trainer_timeout=seconds)
+    gpus, timeout = options.gpus_per_worker, options.trainer_timeout
+    if gpus is None and not options.dry_run:
+        gpus = 1.0
+    if timeout is None and gpus:
+        timeout = timeouts.NODE_START_SECONDS
+    return replace(options, gpus_per_worker=gpus, trainer_timeout=timeout)
 
 
 def load_node_types() -> tuple[NodeType, ...] | None:
@@ -63,19 +63,14 @@ def parse_node_types(data: Mapping[str, Any]) -> tuple[NodeType, ...]:
 
     `ray up` has filled in `max_workers` for every type, with 0 for a head.
     """
-    most = int(data.get("max_workers") or 0)
     found = []
     for name, kind in (data.get("available_node_types") or {}).items():
-        count = int(kind.get("max_workers") or 0)
-        if min(count, most) > 0:
-            found.append(NodeType(name, min(count, most), _parse_node(kind.get("resources") or {})))
+        count = min(int(kind.get("max_workers") or 0), int(data.get("max_workers") or 0))
+        resources = kind.get("resources") or {}
+        cpus, gpus, memory = (float(resources.get(key, 0)) for key in ("CPU", "GPU", "memory"))
+        if count > 0:
+            found.append(NodeType(name, count, Node(cpus, gpus, memory) if "CPU" in resources else None))
     return tuple(found)
-
-
-def _parse_node(resources: Mapping[str, Any]) -> Node | None:
-    if "CPU" not in resources:
-        return None
-    return Node(float(resources["CPU"]), float(resources.get("GPU", 0)), float(resources.get("memory", 0)))
 
 
 def worker_capacity(node_types: Sequence[NodeType], gpus_per_worker: float) -> int | None:

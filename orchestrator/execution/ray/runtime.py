@@ -27,13 +27,22 @@ TRAINER_MEMORY_BYTES = 2 * 2**30
 LOCAL_RAY_IN_USE = (  # two Rays on one machine can end each other's Train runs
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
+RAY_ENVIRONMENT = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about later versions
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # no call may start Ray implicitly
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # these loggers write files that nobody reads
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # a study is resumed from its records
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the driver has its own handler of Ctrl-C
+}
+"""Environment variables of every study, unless the user has set them. Ray and Tune read them on import."""
 LOCAL_RAY_ENVIRONMENT = {
     # In spite of its name, Ray reads this variable on Linux as well. With 0 the node's address is 127.0.0.1
     # and Ray's processes listen there only. Otherwise they listen on all addresses of the machine.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_metrics_collection": "0",  # no port for Prometheus that nobody has asked for
 }
-"""Environment variables of a Ray that is started here, which serves this machine only."""
+"""Further variables for a Ray that is started here, which serves this machine only."""
 MAX_ADDRESS_LENGTH = 300
 """Length of the longest host name with a port."""
 CONNECT_ATTEMPTS = 3
@@ -203,57 +212,53 @@ def connect(before_exit: Callable[[], object] = lambda: None) -> Iterator[Cluste
 
 
 def _connect(cluster_address: str | None, before_exit: Callable[[], object]) -> Iterator[Cluster]:
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # silences a warning about later versions
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # no call may start Ray implicitly
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # writes files that nobody reads
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # a study is resumed from its records
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours
-    auth_token.restrict_token_file(create_if_missing=cluster_address is None)
-    if cluster_address is None:
-        for name, value in LOCAL_RAY_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+    is_local = cluster_address is None
+    auth_token.restrict_token_file(create_if_missing=is_local)
+    variables = RAY_ENVIRONMENT | (LOCAL_RAY_ENVIRONMENT if is_local else {})
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
     with exit_on_interrupt(before_exit):  # an exception would interrupt imports, too
         import ray
 
     namespace = f"study-{uuid.uuid4().hex[:12]}"
-    init_arguments: dict[str, Any] = {
-        "namespace": namespace,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
+    options = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
     processes_before = cleanup.child_processes()
-    if cluster_address is None:
-        with exit_on_interrupt(before_exit):
-            _start_local_ray(init_arguments, processes_before)
-    else:
-        host, _, port = cluster_address.rpartition(":")
-        # Ray itself would retry for minutes, even where nothing listens.
-        is_plain = port.isdigit() and "/" not in host
-        if is_plain and not any(is_listening(host, int(port)) for _ in range(CONNECT_ATTEMPTS)):
-            raise _join_error(cluster_address, "nothing answers there")
-        try:
-            with exit_on_interrupt(before_exit):
-                ray.init(address=cluster_address, **init_arguments)
-        except (ConnectionError, RuntimeError) as error:
-            raise _join_error(cluster_address, str(error).splitlines()[0]) from None
-    with cleanup.cleanup_guard(processes_before) if cluster_address is None else nullcontext():
+    with exit_on_interrupt(before_exit):
+        if cluster_address is None:
+            _start_local_ray(options, processes_before)
+        else:
+            _join_ray(cluster_address, options)
+    with cleanup.cleanup_guard(processes_before) if is_local else nullcontext():
         try:
             gcs_address = ray.get_runtime_context().gcs_address
-            yield Cluster(
-                usable_nodes(), namespace=namespace, local=cluster_address is None, gcs_address=gcs_address
-            )
+            yield Cluster(usable_nodes(), namespace, is_local, gcs_address)
         finally:
             ray.shutdown()
 
 
-def _start_local_ray(init_arguments: Mapping[str, Any], processes_before: Collection[psutil.Process]) -> None:
+def _join_ray(cluster_address: str, options: Mapping[str, Any]) -> None:
+    """Join a cluster. Raises UsageError if that is impossible."""
+    import ray
+
+    host, _, port = cluster_address.rpartition(":")
+    # Ray itself would retry for minutes, even where nothing listens.
+    is_plain = port.isdigit() and "/" not in host
+    try:
+        if is_plain and not any(is_listening(host, int(port)) for _ in range(CONNECT_ATTEMPTS)):
+            raise ConnectionError("nothing answers there")
+        ray.init(address=cluster_address, **options)
+    except (ConnectionError, RuntimeError) as error:
+        raise UsageError(
+            f"RAY_ADDRESS {cluster_address!r} cannot be joined ({str(error).splitlines()[0]}); start that "
+            "cluster, or unset RAY_ADDRESS to start Ray here."
+        ) from None
+
+
+def _start_local_ray(options: Mapping[str, Any], processes_before: Collection[psutil.Process]) -> None:
     """Start a local Ray, with a second attempt after a time-out.
 
     Args:
-        init_arguments: Further arguments of `ray.init`.
+        options: Further arguments of `ray.init`.
         processes_before: Descendants of this process that are not Ray's.
 
     Raises:
@@ -261,14 +266,10 @@ def _start_local_ray(init_arguments: Mapping[str, Any], processes_before: Collec
     """
     import ray
 
+    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     for _ in range(START_ATTEMPTS):
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **init_arguments,
-            )
+            ray.init(address="local", **local, **options)
             return
         except Exception as error:  # Ray 2.60 raises bare Exceptions here
             if "timed out" not in str(error).lower():
@@ -296,13 +297,6 @@ def _refuse_other_source_tree() -> None:
             )
 
 
-def _join_error(cluster_address: str, reason: str) -> UsageError:
-    return UsageError(
-        f"RAY_ADDRESS {cluster_address!r} cannot be joined ({reason}); start that cluster, or unset "
-        "RAY_ADDRESS to start Ray here."
-    )
-
-
 @contextmanager
 def exclusive_lock(file: Path, refusal: str) -> Iterator[None]:
     """Hold a file lock, which the system releases when this process ends.
@@ -310,15 +304,12 @@ def exclusive_lock(file: Path, refusal: str) -> Iterator[None]:
     Raises:
         UsageError: Another process holds the lock; `refusal` is the message.
     """
-    lock = FileLock(file, timeout=5)
     try:
-        lock.acquire()
+        lock = FileLock(file, timeout=5).acquire()
     except Timeout:
         raise UsageError(refusal) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def is_listening(host: str, port: int) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.execution.search.journal import EARLIER_FILE, JOURNAL_FILE, Point, read_points
 from orchestrator.execution.search.samplers import (
@@ -21,6 +22,9 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Space, Value
 from orchestrator.util.errors import UsageError
 
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
 
 class SearchBudget:
     """The points of a search: the same number for each variant, counted over all runs of the study.
@@ -30,8 +34,9 @@ class SearchBudget:
         configurations: The configurations of all points by fingerprint, in the order in which they were asked
             for.
         points: The points in the same order.
-        num_asked: How many points of each variant were asked for.
-        on_point: Called with the configuration of each new point after it was written.
+        num_asked: Number of points that were asked for, by variant.
+        other_trials: Trials of variants that earlier runs have searched and this run does not, by variant.
+        on_point: Called with the configuration of each new point after the point was written.
     """
 
     def __init__(
@@ -51,14 +56,16 @@ class SearchBudget:
         self.configurations: dict[str, Configuration] = {}
         self.points: dict[str, Point] = {}
         self.num_asked: Counter[str] = Counter()
+        self.other_trials: Mapping[str, list[FrozenTrial]] = {}
         self.on_point: Callable[[Configuration], None] = lambda configuration: None
 
-    def restore(self, points: Sequence[Point]) -> None:
+    def restore(self) -> None:
         """Count the points of earlier runs.
 
         Raises:
-            UsageError: A point would be another configuration now.
+            UsageError: The journal is damaged, or a point would be another configuration now.
         """
+        points, self.other_trials = read_points(self.folder, self.space, self.file.spaces)
         for point in points:
             if point.fingerprint in self.configurations:
                 continue
@@ -104,21 +111,22 @@ class SearchBudget:
                 configuration = self.build(variant, parameters)
                 assert configuration is not None, "draw_design leaves these out"
                 if self.num_remaining(variant) and configuration.fingerprint not in self.configurations:
-                    task = configuration.task.name
-                    self._register(Point(variant, task, parameters, configuration.fingerprint), configuration)
+                    self.add_point(variant, parameters, configuration)
 
     def mark_exhausted(self, variant: str) -> None:
-        """Write down that no further point of this variant was found."""
-        self._save(replace(self.file, exhausted=(*self.file.exhausted, variant)))
+        """Record in the settings that no further point of this variant was found."""
+        self.file = replace(self.file, exhausted=(*self.file.exhausted, variant))
+        self.save()
 
     def save(self) -> None:
         """Write the settings of the search."""
-        self._save(self.file)
+        self.file.write(self.folder)
 
     def update_usage(self, store: Store) -> Mapping[str, VariantUsage]:
         """Write down what each variant has spent, by the records in `store`, and return it."""
         usage = {variant: self._variant_usage(variant, store) for variant in self.space.variants}
-        self._save(replace(self.file, spent={**self.file.spent, **usage}))
+        self.file = replace(self.file, spent={**self.file.spent, **usage})
+        self.save()
         return usage
 
     def _variant_usage(self, variant: str, store: Store) -> VariantUsage:
@@ -134,10 +142,6 @@ class SearchBudget:
     def _register(self, point: Point, configuration: Configuration) -> None:
         self.configurations[point.fingerprint], self.points[point.fingerprint] = configuration, point
         self.num_asked[point.variant] += 1
-
-    def _save(self, file: SearchFile) -> None:
-        file.write(self.folder)
-        self.file = file
 
 
 def _mismatch_reason(point: Point, now: Configuration | None) -> str:
@@ -198,7 +202,7 @@ def open_search(
     else:
         file = before.resume(sampler, points, space, folder.name)
     budget = SearchBudget(file, folder, space, build, steps_per_point)
-    budget.restore(read_points(folder, space, file.spaces)[0])
+    budget.restore()
     for variant, usage in file.spent.items():
         if variant in space.variants and budget.num_asked[variant] < usage.asked:
             raise UsageError(

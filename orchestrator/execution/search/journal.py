@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.execution.search.samplers import from_optuna_params, to_optuna_params
-from orchestrator.study.space import Space, Value
+from orchestrator.execution.search.samplers import distributions, from_optuna_params, to_optuna_params
+from orchestrator.study.space import Dimension, Space, Value
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, format_error
 
@@ -162,20 +162,17 @@ def open_studies(folder: Path, samplers: Mapping[str, BaseSampler]) -> dict[str,
     }
 
 
-def make_trial(point: Point, order: int, space: Space, **state: Any) -> FrozenTrial:
+def make_trial(point: Point, order: int, dimensions: Sequence[Dimension], **state: Any) -> FrozenTrial:
     """Make the trial of a point.
 
     Args:
-        point: The point. What Optuna knows of its earlier trial (the sampler's notes) is kept.
+        point: The point. The system attributes of its earlier trial, which samplers write, are kept.
         order: The point's number among all points.
-        space: The space that is searched.
+        dimensions: The space of the point's variant.
         **state: `state`, `value` and `intermediate_values` of `optuna.create_trial`.
     """
     from optuna.trial import create_trial
 
-    from orchestrator.execution.search.samplers import distributions
-
-    dimensions = space.variants[point.variant]
     return create_trial(
         params=point.trial.params if point.trial else to_optuna_params(dimensions, point.parameters),
         distributions=distributions(dimensions),

@@ -12,6 +12,7 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Dimension, Space, Value
 
 if TYPE_CHECKING:
+    from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
@@ -87,13 +88,18 @@ def random_points(dimensions: Sequence[Dimension], seed: int) -> Iterator[dict[s
                 found[d.key] = d.choices[at] if d.choices else d.to_value(d.low + at)
             yield found
         return
-    from optuna import create_study, logging
     from optuna.samplers import RandomSampler
 
-    logging.set_verbosity(logging.WARNING)  # a line about each study otherwise
-    study, made_of = create_study(sampler=RandomSampler(seed=seed)), distributions(dimensions)
+    study, made_of = _create_study(RandomSampler(seed=seed)), distributions(dimensions)
     for _ in range(MAX_RANDOM_DRAWS):
         yield from_optuna_params(dimensions, study.ask(fixed_distributions=made_of).params)
+
+
+def _create_study(sampler: BaseSampler) -> Study:
+    from optuna import create_study, logging
+
+    logging.set_verbosity(logging.WARNING)  # otherwise Optuna logs a line for each study
+    return create_study(sampler=sampler)
 
 
 def make_sampler(
@@ -147,13 +153,11 @@ def draw_design(
     Returns:
         The points of each variant.
     """
-    from optuna import create_study, logging
     from optuna.trial import create_trial
 
     dimensions = space.dimensions
     made_of = distributions(dimensions)
-    logging.set_verbosity(logging.WARNING)  # a line about each study otherwise
-    study = create_study(sampler=make_sampler(sampler_name, points, 0))
+    study = _create_study(make_sampler(sampler_name, points, 0))
     ends = {key: each.to_external_repr(float(getattr(each, "low", 0))) for key, each in made_of.items()}
     # QMC learns the space from the first point; of its own it would draw that one at random.
     study.add_trial(create_trial(params=ends, distributions=made_of, value=0.0))

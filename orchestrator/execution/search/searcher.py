@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PointResult:
-    """What a sampler is told about a point."""
+    """The result of a point, as its sampler receives it."""
 
     state: str
-    """`complete`, `stopped` (early) or `failed`."""
+    """The name of an Optuna trial state: COMPLETE, PRUNED (stopped early) or FAIL."""
     score: float | None = None
-    """The validation score; of a point that was stopped early the last one, of a failed one None."""
+    """The validation score: the last one if the point was stopped early, None if it failed."""
     scores: tuple[float, ...] = ()
-    """Of a point that was stopped early: all validation scores that the scheduler has seen."""
+    """If the point was stopped early: all validation scores that the scheduler has seen."""
 
 
 @dataclass
@@ -67,11 +67,12 @@ class _SearchTrial:
             self.reports += 1
 
     def tell(self, state: str, score: float | None = None) -> None:
-        """Pass the final result to Optuna. `state` is the name of an Optuna trial state."""
+        """Pass the final result to Optuna, which takes a score of a COMPLETE trial only."""
         if self.trial is not None:
             from optuna.trial import TrialState
 
-            self.search.study.tell(self.trial, score, state=TrialState[state])
+            value = score if state == "COMPLETE" else None
+            self.search.study.tell(self.trial, value, state=TrialState[state])
 
 
 _NewPoint = tuple["Trial", dict[str, Value], Configuration]
@@ -105,7 +106,7 @@ class PerVariantSearcher(Searcher):
         self.results = {
             f: result for f, c in budget.configurations.items() if (result := self._stored_result(c))
         }
-        cached.update(f for f, result in self.results.items() if result.state != "failed")
+        cached.update(f for f, result in self.results.items() if result.state != "FAIL")
         self.variant_searches = self._open_variant_searches()
         self.to_resubmit = deque(self._points_to_resubmit())
         self.turn_order, self.points_this_turn = deque(self.variant_searches.values()), 0
@@ -163,15 +164,11 @@ class PerVariantSearcher(Searcher):
         logging.set_verbosity(logging.WARNING)  # otherwise it prints a line for each study
         budget, folder = self.budget, self.budget.folder
         order = {fingerprint: number for number, fingerprint in enumerate(budget.points)}
-        trials: dict[str, list[FrozenTrial]] = journal.read_points(folder, budget.space, budget.file.spaces)[
-            1
-        ]
-        made = {}
+        trials, made, file = dict(budget.other_trials), {}, budget.file
         for variant in budget.space.variants:
             own = [self._restore_trial(p, order[p.fingerprint]) for p in budget.points_of(variant)]
             trials[variant] = own
             complete = [trial for trial in own if trial.value is not None and trial.state.name == "COMPLETE"]
-            file = budget.file
             made[variant] = samplers.make_sampler(file.sampler, file.points, len(own), complete)
         journal.write_journal(folder, trials)
         studies = journal.open_studies(folder, made)
@@ -181,21 +178,14 @@ class PerVariantSearcher(Searcher):
         """Return the Optuna trial of a point of an earlier run; it waits where the point has no result."""
         from optuna.trial import TrialState
 
-        result = self.results.get(point.fingerprint)
-        if result is None:
-            return journal.make_trial(point, order, self.budget.space, state=TrialState.WAITING)
-        states = {"complete": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
-        state = TrialState[states[result.state]]
-        before = point.trial
+        result = self.results.get(point.fingerprint, PointResult("WAITING"))
+        state, before = TrialState[result.state], point.trial
         if before is not None and (before.state, before.value) == (state, result.score):
             return before  # with its times
+        seen = dict(enumerate(result.scores))
+        dimensions = self.budget.space.variants[point.variant]
         return journal.make_trial(
-            point,
-            order,
-            self.budget.space,
-            state=state,
-            value=result.score,
-            intermediate_values=dict(enumerate(result.scores)),
+            point, order, dimensions, state=state, value=result.score, intermediate_values=seen
         )
 
     def _stored_result(self, configuration: Configuration) -> PointResult | None:
@@ -203,17 +193,16 @@ class PerVariantSearcher(Searcher):
         fingerprint, task = configuration.fingerprint, configuration.task
         record = self.store.get_reusable(fingerprint, scheduler_settings(self.scheduler, configuration))
         if record is None:
-            failed = self.store.count_failures(fingerprint) >= MAX_FAILURES
-            return PointResult("failed") if failed else None
+            return PointResult("FAIL") if self.store.count_failures(fingerprint) >= MAX_FAILURES else None
         if record.state != "stopped":
-            return PointResult("complete", record.score("validation"))
+            return PointResult("COMPLETE", record.score("validation"))
         seen = [
             e.scores.get(task.metric, task.floor)  # what the trial has reported
             for e in record.evaluations
             if e.split == "validation" and e.step <= (record.stopped_at or record.steps)
         ]
         scores = tuple(score for score in seen if math.isfinite(score))
-        return PointResult("stopped", scores[-1] if scores else None, scores)
+        return PointResult("PRUNED", scores[-1] if scores else None, scores)
 
     def _points_to_resubmit(self) -> Iterator[Configuration]:
         """Yield points of earlier runs in the order in which Tune gets them (see rungs.submission_order)."""
@@ -260,12 +249,14 @@ class PerVariantSearcher(Searcher):
         trial.set_user_attr(journal.ORDER, len(self.budget.points))
         trial.set_user_attr(journal.FINGERPRINT, configuration.fingerprint)  # from here on it counts
         self.budget.add_point(search.variant, parameters, configuration)
-        result = self._stored_result(configuration)
+        result, search_trial = self._stored_result(configuration), _SearchTrial(search, trial)
         if result is None:
-            self.trials[trial_id] = _SearchTrial(search, trial)
+            self.trials[trial_id] = search_trial
             return configuration
-        self._tell_result(_SearchTrial(search, trial), result)
-        if result.state == "failed":
+        for number, score in enumerate(result.scores, 1):
+            search_trial.report({"score": score, "step": number})
+        search_trial.tell(result.state, result.score)
+        if result.state == "FAIL":
             return None
         self.cached.add(configuration.fingerprint)
         if self.scheduler == "none":
@@ -299,12 +290,3 @@ class PerVariantSearcher(Searcher):
         configuration = self.budget.build(search.variant, parameters)
         is_known = configuration is None or configuration.fingerprint in self.budget.configurations
         return None if is_known else configuration
-
-    def _tell_result(self, trial: _SearchTrial, result: PointResult) -> None:
-        """Tell Optuna the result that the store has of a new point."""
-        for number, score in enumerate(result.scores, 1):
-            trial.report({"score": score, "step": number})
-        if result.state == "complete":
-            trial.tell("COMPLETE", result.score)
-        else:
-            trial.tell("FAIL" if result.state == "failed" else "PRUNED")

@@ -41,16 +41,14 @@ def classify_exit(error: Exception, controller: Any = None) -> ExitStatus:
         return _classify_worker_errors(error)
     kind = ExitKind.FAILED  # the controller died, which ends its workers, or it gave up
     if isinstance(error, ControllerError):
-        failure = error.controller_failure
-        if private.is_placement_timeout(failure):
+        placement_timeout, startup_failure = private.startup_errors()
+        if isinstance(error.controller_failure, placement_timeout):
             kind = ExitKind.PLACEMENT_TIMEOUT
         elif (
-            # A worker died during startup; Train does not say which one.
-            (private.is_startup_failure(failure) or isinstance(failure, RayActorError))
-            and controller is not None
-            and has_worker_on_lost_node(controller)
+            isinstance(error.controller_failure, (startup_failure, RayActorError)) and controller is not None
         ):
-            kind = ExitKind.NODE_LOST
+            # A worker died during startup; Train does not say which one.
+            kind = ExitKind.NODE_LOST if has_worker_on_lost_node(controller) else kind
     return ExitStatus(kind, format_ray_error(error))
 
 
@@ -63,15 +61,13 @@ def _classify_worker_errors(error: WorkerGroupError) -> ExitStatus:
 
     health_errors = private.health_check_errors(error)
     deaths = [death for death in health_errors if isinstance(death, RayActorError)]
-    ends = [ExitStatus(_classify_worker_death(death), format_ray_error(death)) for death in deaths]
-    for end in ends:
-        if end.kind is ExitKind.NODE_LOST:
-            return end
+    reasons = {_classify_worker_death(death): format_ray_error(death) for death in reversed(deaths)}
+    if ExitKind.NODE_LOST in reasons:
+        return ExitStatus(ExitKind.NODE_LOST, reasons[ExitKind.NODE_LOST])
     if any(isinstance(health_error, OutOfMemoryError) for health_error in health_errors):
         return ExitStatus(ExitKind.OUT_OF_MEMORY, "its machine was short of memory, and Ray killed it")
-    for end in ends:
-        if end.kind is ExitKind.CRASHED:
-            return ExitStatus(end.kind, end.reason.partition(" Some common causes")[0])
+    if ExitKind.CRASHED in reasons:
+        return ExitStatus(ExitKind.CRASHED, reasons[ExitKind.CRASHED].partition(" Some common causes")[0])
     raised = private.training_function_errors(error)
     for exception in raised:
         if isinstance(exception, TrainerBrokenError):
@@ -127,8 +123,8 @@ def _is_on_lost_node(row: private.ActorRow) -> bool:
     node_id = row["Address"]["NodeID"]
     if not node_id.strip("f"):  # the actor was never placed
         return False
-    node = next((n for n in ray.nodes() if n["NodeID"] == node_id), None)
-    if node is None or not node["Alive"] or node_id in private.draining_node_ids():
+    node = next((n for n in ray.nodes() if n["NodeID"] == node_id and n["Alive"]), None)
+    if node is None or node_id in private.draining_node_ids():
         return True
     # Ray takes a while to notice that a node is gone.
     return not is_listening(node["NodeManagerAddress"], node["NodeManagerPort"])

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 
 from orchestrator.execution.broker.failure_policy import ExitKind
+from orchestrator.execution.ray import private
 from orchestrator.execution.ray.runtime import Cluster, usable_nodes
-from orchestrator.execution.trainers import placement_groups
 from orchestrator.execution.trainers.exit_status import ExitStatus
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer import TrainerSpec
@@ -33,21 +33,6 @@ class PoolConfig:
     """Whether the number of trainers follows the cluster's nodes; `num_trainers` is then the first number."""
     autoscaler_capacity: int = 0
     """The number of trainers that fit on the nodes which an autoscaler may have at most."""
-
-
-@dataclass(frozen=True)
-class LaneCounts:
-    """What the broker says about its lanes and trainers."""
-
-    waiting: int
-    training: int
-    live_trainers: int
-    placed: Collection[str] = ()
-    """Names of all trainers that have ever called the broker, which means that Ray has placed them."""
-    hung: Collection[str] = ()
-    """Names of hung trainers."""
-    abort_reason: str = ""
-    """Why no more trainers should be started; empty while they should."""
 
 
 class TrainerPool:
@@ -92,30 +77,49 @@ class TrainerPool:
         half. None before the nodes were counted."""
         self._last_node_count = self._cleanup_until = -float("inf")
 
-    def update(self, counts: LaneCounts) -> None:
+    def update(
+        self,
+        waiting: int,
+        training: int,
+        live_trainers: int,
+        placed: frozenset[str],
+        hung: Collection[str],
+        abort_reason: str,
+    ) -> None:
         """Start, replace and remove trainers. The driver calls this at every poll of the broker.
 
         The first trainers start at once, since known results may be replayed before a lane waits. Later ones
         start when lanes have waited at two polls in a row.
+
+        Args:
+            waiting: Number of lanes without a trainer.
+            training: Number of lanes on trainers.
+            live_trainers: Number of trainers that call the broker.
+            placed: Names of all trainers that have ever called the broker, which means that Ray has placed
+                them.
+            hung: Names of hung trainers.
+            abort_reason: Why no more trainers should be started; empty while they should.
         """
         now = self.clock()
-        self.placed = frozenset(counts.placed)
-        self.failure_reason = self.failure_reason or counts.abort_reason
-        self._remove_ended_trainers(now)
-        self._kill_hung_trainers(counts.hung, now)
+        self.placed = placed
+        self.failure_reason = self.failure_reason or abort_reason
+        self._remove_ended_trainers(hung, now)
         if now - self._last_node_count > timeouts.NODE_COUNT_INTERVAL_SECONDS:
             self._last_node_count = now
             self._count_nodes()
-        should_start = not self.num_started or (counts.waiting and self.had_waiting_lanes)
+        should_start = not self.num_started or (waiting and self.had_waiting_lanes)
         if should_start and not self.failure_reason:
-            for _ in range(self.num_to_start(counts.waiting, counts.training, self._free_trainers())):
-                self._start_trainer()
-        self.had_waiting_lanes = bool(counts.waiting)
-        self._check_start_timeout(counts, now)
+            for _ in range(self.num_to_start(waiting, training, self._free_trainers())):
+                run = TrainerRun(f"trainer-{self.num_started}", self.spec, self.namespace)
+                run.start()
+                self.num_started += 1
+                self.running[run.name] = run
+        self.had_waiting_lanes = bool(waiting)
+        self._check_start_timeout(not live_trainers and bool(waiting or training), now)
 
-    def _check_start_timeout(self, counts: LaneCounts, now: float) -> None:
+    def _check_start_timeout(self, is_missing: bool, now: float) -> None:
         """Give up when lanes have been without any trainer for longer than the start timeout."""
-        if counts.live_trainers or not (counts.waiting or counts.training):
+        if not is_missing:
             self.no_trainer_since = None
         elif self.no_trainer_since is None:
             self.no_trainer_since = now
@@ -152,40 +156,39 @@ class TrainerPool:
             run.join(max(0.0, deadline - time.monotonic()))
         self.running.clear()
 
-    def num_to_start(self, waiting_lanes: int, training_lanes: int, free_trainers: int) -> int:
+    def num_to_start(self, waiting: int, training: int, free: int) -> int:
         """Return how many trainers to start; 0 or less for none.
 
         Args:
-            waiting_lanes: Number of lanes without a trainer.
-            training_lanes: Number of lanes on trainers.
-            free_trainers: Number of trainers that would find a place now. An elastic pool respects it,
+            waiting: Number of lanes without a trainer.
+            training: Number of lanes on trainers.
+            free: Number of trainers that would find a place now. An elastic pool respects this number,
                 because others may use the cluster too.
         """
         lanes, running = self.spec.lanes_per_trainer, len(self.running)
         unplaced = sum(name not in self.placed for name in self.running)
-        wanted = -(-waiting_lanes // lanes) - unplaced if self.num_started else self.config.num_trainers
+        wanted = -(-waiting // lanes) - unplaced if self.num_started else self.config.num_trainers
         if self.max_trainers is not None:
             wanted = min(wanted, self.max_trainers - running)
         if not self.config.elastic:
             return min(wanted, self.config.num_trainers - running)
         room = self.cluster.trainer_capacity(self.spec.gpus_per_worker, self.spec.workers_per_trainer)
-        startable_now = min(wanted, room - running, free_trainers - unplaced)
+        startable_now = min(wanted, room - running, free - unplaced)
         # An autoscaler's nodes cost money. So the first trainer must be placed before more are requested, and
         # none is requested for lanes that a placed trainer is about to lease.
         more = max(0, self.config.autoscaler_capacity - room) if self.placed else 0
-        lanes_about_to_be_leased = max(0, (running - unplaced) * lanes - training_lanes)
-        useful_later = min(wanted, -(-(waiting_lanes - lanes_about_to_be_leased) // lanes) - unplaced)
-        startable_later = min(useful_later, room + more - running, free_trainers + more - unplaced)
+        about_to_be_leased = max(0, (running - unplaced) * lanes - training)
+        useful_later = min(wanted, -(-(waiting - about_to_be_leased) // lanes) - unplaced)
+        startable_later = min(useful_later, room + more - running, free + more - unplaced)
         least = 0 if running else 1  # one waiting trainer makes an autoscaler act
         return max(least, startable_now, startable_later)
 
     def _free_trainers(self) -> int:
         """Estimate how many trainers the unused resources allow, without looking at single nodes."""
         free = ray.available_resources()
-        workers = [
-            int(free.get(name, 0.0) / each + 1e-9) for name, each in self.spec.resources_per_worker.items()
-        ]
-        return min(workers) // self.spec.workers_per_trainer
+        needs = self.spec.resources_per_worker.items()
+        workers = min(int(free.get(name, 0.0) / need + 1e-9) for name, need in needs)
+        return workers // self.spec.workers_per_trainer
 
     def _count_nodes(self) -> None:
         """Read the cluster's nodes, and report those that joined or left."""
@@ -217,26 +220,17 @@ class TrainerPool:
                 "GiB is for that; take a larger one, or more --lanes-per-trainer"
             )
 
-    def _start_trainer(self) -> None:
-        name = f"trainer-{self.num_started}"
-        self.num_started += 1
-        run = TrainerRun(name, self.spec, self.namespace)
-        run.start()
-        self.running[name] = run
-
-    def _kill_hung_trainers(self, names: Collection[str], now: float) -> None:
-        """Kill trainers that hang, since they do not end by themselves and occupy a place."""
-        for name in [name for name in self.running if name in names]:
-            self.running.pop(name).kill()
-            self._handle_exit(name, ExitStatus(ExitKind.FAILED, "it hung, and was ended"), now)
-
-    def _remove_ended_trainers(self, now: float) -> None:
-        ended = {name: run.exit_status for name, run in self.running.items() if run.exit_status is not None}
-        for name, exit_status in ended.items():
-            self.running.pop(name).kill()
-            self._handle_exit(name, exit_status, now)
+    def _remove_ended_trainers(self, hung: Collection[str], now: float) -> None:
+        """Remove trainers that ended, and kill those that hang: they do not end by themselves."""
+        for name, run in list(self.running.items()):
+            exit_status = run.exit_status
+            if exit_status is None and name in hung:
+                exit_status = ExitStatus(ExitKind.FAILED, "it hung, and was ended")
+            if exit_status is not None:
+                self.running.pop(name).kill()
+                self._handle_exit(name, exit_status, now)
         if now < self._cleanup_until:
-            placement_groups.remove_orphaned_placement_groups()
+            private.remove_orphaned_placement_groups()
 
     def _handle_exit(self, name: str, exit_status: ExitStatus, now: float) -> None:
         self.broker.trainer_exited.remote(name, exit_status.kind, exit_status.reason)

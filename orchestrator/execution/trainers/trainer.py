@@ -11,8 +11,9 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
         pkgutil.resolve_name(spec.train_loop)(
             source,
             store,
-            model_loader(spec, store.bases, device),
+            partial(load_base_model, spec, store.bases, device),
             settings=LoopSettings(
                 spec.lanes_per_trainer, timeouts.IDLE_TRAINER_SECONDS, save_adapter=spec.save_adapters
             ),
@@ -122,26 +123,26 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
         )
 
 
-def model_loader(spec: TrainerSpec, bases: Path, device: Any) -> Callable[[ModelChoice, Task], BaseModel]:
-    """Return the function with which a worker loads a base model.
+def load_base_model(
+    spec: TrainerSpec, bases: Path, device: Any, model_choice: ModelChoice, task: Task
+) -> BaseModel:
+    """Load a base model in a worker.
 
     Args:
         spec: The properties of the trainer.
         bases: Folder of the base models.
         device: The worker's torch device.
+        model_choice: The base model.
+        task: The task that the model is trained on.
     """
     from orchestrator.finetune.models import loading
     from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
 
-    def load(model_choice: ModelChoice, task: Task) -> BaseModel:
-        base_model = loading.load_base_model(model_choice, bases, device, task)
-        if spec.gradient_checkpointing:
-            enable_activation_checkpointing(base_model.model)
-        if not spec.uses_gpus:
-            return base_model
-        return replace(base_model, memory_fraction=min(1.0, spec.gpus_per_worker))
-
-    return load
+    base_model = loading.load_base_model(model_choice, bases, device, task)
+    if spec.gradient_checkpointing:
+        enable_activation_checkpointing(base_model.model)
+    fraction = min(1.0, spec.gpus_per_worker)
+    return replace(base_model, memory_fraction=fraction) if spec.uses_gpus else base_model
 
 
 def _exit_with_raylet() -> None:

@@ -23,7 +23,8 @@ from orchestrator.execution.trainers.exit_status import ExitStatus, classify_exi
 from orchestrator.execution.trainers.trainer import MALLOC_ENVIRONMENT, TrainerSpec, train_loop_per_worker
 
 UNUSED_CALLBACKS = (
-    "PlacementGroupCleanerCallback",  # `placement_groups.py` replaces it; its actor outlives a killed driver
+    # `private.remove_orphaned_placement_groups` replaces this one, whose actor outlives a killed driver.
+    "PlacementGroupCleanerCallback",
     "DatasetsCallback",  # serves Ray Data, which trainers do not use
 )
 """Default callbacks of Ray Train that each start one more process per trainer."""
@@ -92,9 +93,14 @@ class TrainerRun(threading.Thread):
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process per trainer; workers watch their node
             "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # the value that Train sets itself
         }
-        base: Any = TorchTrainer  # type checkers see the class of Train's first version
+        # Type checkers see the classes of Train's first version, which lack methods and arguments.
+        base: Any = TorchTrainer
+        run_config: Any = RunConfig
+        failure_config: Any = FailureConfig
         actor: Any = ray.remote(train_controller_class())
-        backend = "nccl" if spec.uses_gpus else "gloo"
+        torch_config = TorchConfig("nccl" if spec.uses_gpus else "gloo")
+        if spec.workers_per_trainer == 1:
+            torch_config = SingleWorkerTorchConfig()
 
         class Trainer(base):
             def _create_default_callbacks(self) -> list[Any]:
@@ -108,11 +114,8 @@ class TrainerRun(threading.Thread):
 
                 This replaces Train's own method, which does not expose the actor's handle that `kill` needs.
                 """
-                placed = actor.options(
-                    num_cpus=0,
-                    scheduling_strategy=driver_node_affinity(),
-                    runtime_env={"env_vars": environment},
-                )
+                affinity, runtime_env = driver_node_affinity(), {"env_vars": environment}
+                placed = actor.options(num_cpus=0, scheduling_strategy=affinity, runtime_env=runtime_env)
                 with trainer_run._lock:
                     if trainer_run._killed:
                         raise RuntimeError("the trainer was killed before it started")
@@ -120,8 +123,8 @@ class TrainerRun(threading.Thread):
                 ray.get(controller.run.remote())
                 return ray.get(controller.get_result.remote())
 
-        run_config: Any = RunConfig
-        failure_config: Any = FailureConfig
+        # The driver replaces a dead trainer as a whole.
+        no_retries = failure_config(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
         return Trainer(
             train_loop_per_worker,
             train_loop_config={"name": self.name, "spec": asdict(spec)},
@@ -130,16 +133,11 @@ class TrainerRun(threading.Thread):
                 use_gpu=spec.gpus_per_worker > 0,
                 resources_per_worker=spec.resources_per_worker,
             ),
-            torch_config=TorchConfig(backend=backend)
-            if spec.workers_per_trainer > 1
-            else SingleWorkerTorchConfig(),
+            torch_config=torch_config,
             run_config=run_config(
                 name=f"{self.namespace}-{self.name}",
                 storage_path=spec.scratch,
                 worker_runtime_env={} if spec.uses_gpus else {"env_vars": MALLOC_ENVIRONMENT},
-                # The driver replaces a dead trainer as a whole.
-                failure_config=failure_config(
-                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-                ),
+                failure_config=no_retries,
             ),
         )

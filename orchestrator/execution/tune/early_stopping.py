@@ -90,10 +90,6 @@ class PerVariantScheduler(LiveTrialFIFOScheduler):
         chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in self.schedulers.values())
         return next((trial for trial in chosen if trial is not None), None)
 
-    def debug_string(self) -> str:
-        """Return one line per variant and task."""
-        return "\n".join(f"{group}: {each.debug_string()}" for group, each in self.schedulers.items())
-
 
 class _HyperBand(HyperBandScheduler):
     """HyperBand without a fault of Ray 2.60, which never clears the mark of a bracket being processed.
@@ -111,24 +107,13 @@ class _HyperBand(HyperBandScheduler):
 
 def _make_scheduler(name: str, configuration: Configuration) -> TrialScheduler:
     """Return Tune's scheduler for one variant and task; it never stops a lane at its last step."""
-    steps, first = configuration.lr_schedule.steps, first_rung(configuration)
-    loss: dict[str, Any] = {"metric": "loss", "mode": "min"}
-    if name == "asha":
-        last = last_rung(configuration)
-        return AsyncHyperBandScheduler(
-            "step",
-            **loss,
-            max_t=last,
-            grace_period=first,
-            reduction_factor=REDUCTION_FACTOR[name],
-            stop_last_trials=False,
-        )
+    first = first_rung(configuration)
+    options: dict[str, Any] = {"metric": "loss", "mode": "min"}
     if name == "median":
-        never: Any = inf  # pausing a trial in favour of others would cost a process and free no lane
-        return MedianStoppingRule(
-            "step", **loss, grace_period=first, min_samples_required=MIN_SAMPLES, min_time_slice=never
-        )
-    units = evaluation_index(configuration, steps)
-    return _HyperBand(
-        "evaluation", **loss, max_t=units, reduction_factor=REDUCTION_FACTOR[name], stop_last_trials=False
-    )
+        options["min_time_slice"] = inf  # pausing a trial for others would cost a process and free no lane
+        return MedianStoppingRule("step", grace_period=first, min_samples_required=MIN_SAMPLES, **options)
+    options |= {"reduction_factor": REDUCTION_FACTOR[name], "stop_last_trials": False}
+    if name == "asha":
+        return AsyncHyperBandScheduler("step", grace_period=first, max_t=last_rung(configuration), **options)
+    units = evaluation_index(configuration, configuration.lr_schedule.steps)
+    return _HyperBand("evaluation", max_t=units, **options)

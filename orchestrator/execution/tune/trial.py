@@ -38,7 +38,6 @@ class LaneTrainable(tune.Trainable):
         """Take the configuration, which `config` has as JSON under "configuration"."""
         self.broker = ray.get_actor(BROKER_NAME)
         self.configuration = Configuration.from_json(config["configuration"])
-        self.name = self.trial_id
         self.reported_step = 0
         self.last_metrics: dict[str, Any] = {}
 
@@ -47,9 +46,9 @@ class LaneTrainable(tune.Trainable):
         while True:
             try:
                 reference: Any = self.broker.next_report.remote(
-                    self.name, self.configuration, self.reported_step, timeouts.REPORT_WAIT_SECONDS
+                    self.trial_id, self.configuration, self.reported_step, timeouts.REPORT_WAIT_SECONDS
                 )
-                news: Any = ray.get(reference)  # Report | State | None
+                news: Any = ray.get(reference)  # Report | RecordState | None
             except ActorUnavailableError:  # the broker restarts; the next call submits again
                 time.sleep(0.5)
                 continue
@@ -82,10 +81,7 @@ class LaneTrainable(tune.Trainable):
         """
         step = self.reported_step
         if state == "diverged":
-            step = next(
-                (each for each in lane_evaluation_steps(self.configuration) if each > self.reported_step),
-                self.reported_step,
-            )
+            step = next((s for s in lane_evaluation_steps(self.configuration) if s > step), step)
         elif self.last_metrics:
             return self.last_metrics
         task = self.configuration.task
