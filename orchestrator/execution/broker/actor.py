@@ -230,5 +230,7 @@ def start_broker(store: Store, scheduler: str) -> Any:
     A broker that dies is started again, with an empty state. The concurrency is high because every trial
     waits in a call of its own. Worker nodes come and go, so the broker stays with the driver.
     """
-    actor: Any = ray.remote(name=BROKER_NAME, num_cpus=0, max_restarts=-1, max_concurrency=10_000)(Broker)
-    return actor.options(scheduling_strategy=driver_node_affinity()).remote(str(store.root), scheduler)
+    actor: Any = ray.remote(Broker)
+    options = {"name": BROKER_NAME, "num_cpus": 0, "max_restarts": -1, "max_concurrency": 10_000}
+    placed = actor.options(scheduling_strategy=driver_node_affinity(), **options)
+    return placed.remote(str(store.root), scheduler)
