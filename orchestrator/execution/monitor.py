@@ -31,14 +31,12 @@ class StudyMonitor(threading.Thread):
         context: The settings, storage and observers of the session.
         broker: The handle of the broker's actor.
         pool: The trainers.
-        pending_stops: Stopped trials whose lanes have no record yet; `BrokerCallback` adds to them.
+        stops: Stopped trials whose lanes have no record yet; `BrokerCallback` adds to them.
     """
 
-    def __init__(
-        self, context: SessionContext, broker: Any, pool: TrainerPool, pending_stops: PendingStops
-    ) -> None:
+    def __init__(self, context: SessionContext, broker: Any, pool: TrainerPool, stops: PendingStops) -> None:
         super().__init__(name="monitor", daemon=True)
-        self.context, self.broker, self.pool, self.pending_stops = context, broker, pool, pending_stops
+        self.context, self.broker, self.pool, self.pending_stops = context, broker, pool, stops
         self.budget, self.progress = context.budget, context.progress
         self.draining_since: float | None = None
         """When the trainers were told to save their lanes because the study ends."""
@@ -116,10 +114,8 @@ class StudyMonitor(threading.Thread):
 
     def _poll(self) -> None:
         trials_ended = self.trials_ended.is_set()
-        updates = ray.get(
-            self.broker.get_updates.remote(self.num_ended_read, self.num_lines_read, self.incarnation),
-            timeout=10,
-        )
+        call = self.broker.get_updates.remote(self.num_ended_read, self.num_lines_read, self.incarnation)
+        updates = ray.get(call, timeout=10)
         if updates["incarnation"] != self.incarnation:
             self._resume_after_restart(updates["incarnation"])
         self._forget_recorded_stops()

@@ -108,17 +108,15 @@ class Progress:
 
     def refresh(self) -> None:
         """Refresh the live line, or print a plain line from time to time where there is no terminal."""
-        if self.console.is_terminal:
-            # Starting it earlier would overwrite the message of a Ctrl-C during Ray's start.
-            if self._live is None:
-                live = Live(
-                    console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
-                )
-                self._live = self._stack.enter_context(live)
-            self._live.update(Text(self.status_line(), no_wrap=True, overflow="ellipsis"))
-        elif time.monotonic() - self._last_plain > timeouts.PLAIN_LINE_INTERVAL_SECONDS:
-            self._last_plain = time.monotonic()
-            self.notify(self.status_line())
+        if not self.console.is_terminal:
+            if time.monotonic() - self._last_plain > timeouts.PLAIN_LINE_INTERVAL_SECONDS:
+                self._last_plain = time.monotonic()
+                self.notify(self.status_line())
+            return
+        if self._live is None:  # an earlier start would overwrite the message of a Ctrl-C during Ray's start
+            live = Live(console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._live = self._stack.enter_context(live)
+        self._live.update(Text(self.status_line(), no_wrap=True, overflow="ellipsis"))
 
     def status_line(self) -> str:
         """Return the live line, without its least important parts if it is longer than 80 columns."""

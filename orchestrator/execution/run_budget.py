@@ -43,8 +43,7 @@ class RunBudget:
         """
         if self.max_gpu_hours is not None and not gpus_per_trainer:
             raise UsageError(
-                f"--max-gpu-hours {self.max_gpu_hours:g}: the trainers of this study hold no GPU; take "
-                "--max-hours."
+                f"--max-gpu-hours {self.max_gpu_hours:g}: the trainers hold no GPU; take --max-hours."
             )
         self.gpus_per_trainer = gpus_per_trainer
 
@@ -80,9 +79,8 @@ class RunBudget:
             now: Monotonic time in seconds.
         """
         if self._last_update is not None:
-            self.used_gpu_hours += (
-                self.gpus_per_trainer * self._live_trainers * (now - self._last_update) / 3600
-            )
+            elapsed = now - self._last_update
+            self.used_gpu_hours += self.gpus_per_trainer * self._live_trainers * elapsed / 3600
         self._last_update, self._live_trainers = now, live_trainers
         if self.max_hours is not None and now - self.started_at >= self.max_hours * 3600:
             self.request_stop(f"--max-hours {self.max_hours:g}")

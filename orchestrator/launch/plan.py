@@ -7,14 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from orchestrator.execution.progress import format_duration
 from orchestrator.execution.ray import runtime
 from orchestrator.execution.rungs import scheduler_settings
-from orchestrator.execution.search.budget import SearchBudget
-from orchestrator.execution.search.search_file import VariantUsage
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.launch import cost
@@ -25,6 +24,10 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
 from orchestrator.util.graceful_interrupts import format_command
+
+if TYPE_CHECKING:
+    from orchestrator.execution.search.budget import SearchBudget
+    from orchestrator.execution.search.search_file import VariantUsage
 
 STARTUP_SECONDS = 25.0
 """How long Ray and the first trainer take to start."""

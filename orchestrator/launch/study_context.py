@@ -13,7 +13,6 @@ from rich.console import Console
 from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.execution.rungs import scheduler_settings
-from orchestrator.execution.search.budget import open_search
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.launch.experiment import Experiment
@@ -56,6 +55,8 @@ class StudyContext:
             seeds = range(self.options.seed_count)
             grid = build_grid(self.templates, self.resolved.learning_rates, seeds)
             return StudyWork.from_store(grid, None, self.store, self.options)
+        from orchestrator.execution.search.budget import open_search  # imports Optuna, which takes a second
+
         search = open_search(
             self.folder,
             self.options.search_method,

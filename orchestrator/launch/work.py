@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from orchestrator.execution.rungs import scheduler_settings
-from orchestrator.execution.search.budget import SearchBudget
-from orchestrator.execution.search.samplers import BuildConfiguration
 from orchestrator.finetune.resolve.templates import find_settings_error
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store
@@ -15,6 +14,10 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import training_order
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
 from orchestrator.study.space import Value, apply_values
+
+if TYPE_CHECKING:
+    from orchestrator.execution.search.budget import SearchBudget
+    from orchestrator.execution.search.samplers import BuildConfiguration
 
 
 @dataclass(frozen=True)

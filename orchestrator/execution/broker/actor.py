@@ -55,7 +55,7 @@ class Broker:
             store.count_failures,
             find_record,
             scheduler,
-            partial(_write_failure_record, store),
+            partial(_write_failure, store),
             partial(_newest_checkpoint_step, store),
         )
         self.is_aborted = False
@@ -199,9 +199,7 @@ def _newest_checkpoint_step(store: Store, fingerprint: str) -> int:
     return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
-def _write_failure_record(
-    store: Store, entry: LaneEntry, configuration: Configuration, why: str
-) -> RecordState:
+def _write_failure(store: Store, entry: LaneEntry, configuration: Configuration, why: str) -> RecordState:
     """Write the record of a lane that crashes every trainer.
 
     Returns:

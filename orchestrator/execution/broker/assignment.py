@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.execution.broker.lane_entry import LaneEntry
@@ -55,22 +55,19 @@ def can_join(entry: LaneEntry, group: Sequence[LaneEntry]) -> bool:
     return not limits or (len(group) < min(limits) and all(one.crash_id == entry.crash_id for one in group))
 
 
-def choose_group_key(
-    view: TrainerView, waiting: Iterable[LaneEntry], failures_by_group: Mapping[str, int]
-) -> str | None:
+def choose_group_key(view: TrainerView, waiting: list[LaneEntry], failures: Counter[str]) -> str | None:
     """Return the group key for an empty lane group, or None if no lane waits.
 
     The group key that the trainer drained for comes first, then the one with the fewest failures, so that
     what can be trained is trained early, then one with a suspect, then the one with the most waiting lanes.
     """
-    waiting = list(waiting)
     counts = Counter(entry.group_key for entry in waiting)
     if view.draining_for in counts:
         return view.draining_for
     suspects = {entry.group_key for entry in waiting if entry.max_group_size is not None}
     return min(
         counts,
-        key=lambda key: (failures_by_group.get(key, 0), key not in suspects, -counts[key]),
+        key=lambda key: (failures[key], key not in suspects, -counts[key]),
         default=None,
     )
 
@@ -78,7 +75,7 @@ def choose_group_key(
 def assign_starved_groups(
     entries: Iterable[LaneEntry],
     views: Sequence[TrainerView],
-    failures_by_group: Mapping[str, int],
+    failures: Counter[str],
     now: float,
 ) -> None:
     """Let trainers drain for lanes that have waited longer than STARVATION_SECONDS.
@@ -89,7 +86,7 @@ def assign_starved_groups(
     Args:
         entries: All lanes that have not ended.
         views: The trainers that are not about to leave. `draining_for` is set for those that are chosen.
-        failures_by_group: Failures in a row by group key.
+        failures: Failures in a row by group key.
         now: Time on the broker's clock.
     """
     drained_for = {view.draining_for for view in views}
@@ -101,7 +98,7 @@ def assign_starved_groups(
         if entry.max_group_size is not None:
             is_starved = key not in drained_for
         else:
-            is_starved = key not in served and failures_by_group.get(key, 0) < MAX_GROUP_FAILURES
+            is_starved = key not in served and failures[key] < MAX_GROUP_FAILURES
         busy = [view for view in views if view.lanes and view.draining_for is None]
         if is_starved and busy:
             min(busy, key=lambda view: len(view.lanes)).draining_for = key

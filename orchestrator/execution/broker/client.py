@@ -58,12 +58,10 @@ class BrokerClient:
             return Directive.DROP
         attempt, configuration, _ = self.held[fingerprint]
         self.held[fingerprint] = (attempt, configuration, report)
-        directive: Directive = self._call("exchange", self.trainer_id, self.held, self.steps_taken)[
-            fingerprint
-        ]
-        if directive is Directive.DROP:
+        answer: Directive = self._call("exchange", self.trainer_id, self.held, self.steps_taken)[fingerprint]
+        if answer is Directive.DROP:
             del self.held[fingerprint]
-        return directive
+        return answer
 
     def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
         """Return the directives for all lanes that the trainer holds, by fingerprint."""

@@ -68,9 +68,8 @@ class BrokerCore:
         """Optimizer steps of every trainer, also of those that have ended."""
         self.closed = False
         """Whether no more lanes will be submitted."""
-        self.draining: set[str] = set()
-        """Names of trainers that must give back their lanes and end."""
-        self.is_draining_all = False
+        self.draining: set[str | None] = set()
+        """Names of trainers that must return their lanes and end; None stands for all trainers."""
         self.num_crashes = 0
         self.failure_policy = FailurePolicy()
         self.failures_by_group: Counter[str] = Counter()
@@ -163,9 +162,7 @@ class BrokerCore:
         if trainer_id in self.trainers:
             self.trainers[trainer_id].last_contact = now
 
-    def exchange(
-        self, trainer_id: str, held: HeldLanes, steps_taken: int, now: float
-    ) -> dict[str, Directive]:
+    def exchange(self, trainer_id: str, held: HeldLanes, steps: int, now: float) -> dict[str, Directive]:
         """Take a trainer's reports and return the directives for its lanes, by fingerprint.
 
         A lane that the trainer should hold and does not announce has never reached it, and returns to the
@@ -175,13 +172,13 @@ class BrokerCore:
         Args:
             trainer_id: The trainer's name and incarnation.
             held: All lanes that the trainer holds, by fingerprint.
-            steps_taken: The trainer's optimizer steps so far; see `LaneSource`.
+            steps: The trainer's optimizer steps so far; see `LaneSource`.
             now: Time on the broker's clock.
         """
         view = self._update_contact(trainer_id, now)
-        if steps_taken > self.steps_taken.get(trainer_id, 0):
+        if steps > self.steps_taken.setdefault(trainer_id, 0):
             self.failure_policy.on_step()
-        self.steps_taken[trainer_id] = max(steps_taken, self.steps_taken.get(trainer_id, 0))
+            self.steps_taken[trainer_id] = steps
         for fingerprint, (attempt, configuration, report) in held.items():
             orphan = fingerprint not in self.entries
             entry = self._entry_for(configuration, now)
@@ -242,10 +239,7 @@ class BrokerCore:
         Args:
             trainer_name: The trainer, in all present and future incarnations; None for all trainers.
         """
-        if trainer_name is None:
-            self.is_draining_all = True
-        else:
-            self.draining.add(trainer_name)
+        self.draining.add(trainer_name)
 
     def trainer_exited(self, trainer_name: str, now: float, exit_kind: ExitKind, reason: str = "") -> None:
         """Remove all incarnations of a trainer that has ended, and count its failure.
@@ -258,10 +252,8 @@ class BrokerCore:
         """
         self.silent_since.pop(trainer_name, None)
         trainer_ids = [t for t in self.trainers if parse_trainer_name(t) == trainer_name]
-        narrows_suspects = [self.remove_trainer(t, now, exit_kind, reason) for t in trainer_ids]
-        if exit_kind in (ExitKind.DONE, ExitKind.PLACEMENT_TIMEOUT, ExitKind.NODE_LOST) or any(
-            narrows_suspects
-        ):
+        narrowed = [self.remove_trainer(t, now, exit_kind, reason) for t in trainer_ids]
+        if exit_kind in (ExitKind.DONE, ExitKind.PLACEMENT_TIMEOUT, ExitKind.NODE_LOST) or any(narrowed):
             return
         if exit_kind is ExitKind.REPEATED_LANE_FAILURES and any(
             self.failures_by_group[entry.group_key] < MAX_GROUP_FAILURES
@@ -331,14 +323,11 @@ class BrokerCore:
 
     def _entries_held_by(self, trainer_id: str) -> list[LaneEntry]:
         lanes = self.trainers[trainer_id].lanes if trainer_id in self.trainers else ()
-        return [
-            entry
-            for f in sorted(lanes)
-            if (entry := self.entries.get(f)) is not None and entry.trainer_id == trainer_id
-        ]
+        held = (self.entries.get(fingerprint) for fingerprint in sorted(lanes))
+        return [entry for entry in held if entry is not None and entry.trainer_id == trainer_id]
 
     def _must_drain(self, trainer_id: str) -> bool:
-        return self.is_draining_all or parse_trainer_name(trainer_id) in self.draining
+        return not self.draining.isdisjoint((None, parse_trainer_name(trainer_id)))
 
     def _update_contact(self, trainer_id: str, now: float) -> TrainerView:
         view = self.trainers.setdefault(trainer_id, TrainerView(now))
@@ -355,9 +344,7 @@ class BrokerCore:
         """Return the entry for `configuration`, created with the store's failure count and record."""
         fingerprint = configuration.fingerprint
         if fingerprint not in self.entries:
-            entry = LaneEntry(
-                fingerprint, configuration.group_key, now, pauses_after_report=self.scheduler != "none"
-            )
+            entry = LaneEntry(fingerprint, configuration.group_key, now, self.scheduler != "none")
             entry.failures = self.count_failures(fingerprint)
             self.entries[fingerprint] = self.open_entries[fingerprint] = entry
             self.configurations[fingerprint] = configuration

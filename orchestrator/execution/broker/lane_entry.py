@@ -113,9 +113,8 @@ class LaneEntry:
     @property
     def _awaits_trial(self) -> bool:
         """Return whether the lane has reported and no trial has asked for the next report."""
-        return (
-            self.pauses_after_report and bool(self.reports) and self.resume_after_step < self.reports[-1].step
-        )
+        last_step = self.reports[-1].step if self.reports else -1
+        return self.pauses_after_report and self.resume_after_step < last_step
 
     def is_wanted(self, now: float) -> bool:
         """Return whether a trial wants the lane, or may still claim it after a restart of the broker."""
@@ -153,9 +152,7 @@ class LaneEntry:
 
     def lease(self, trainer_id: str, attempt: int) -> None:
         """Give a waiting lane to a trainer."""
-        assert self.phase is LeasePhase.WAITING, (
-            f"{self.fingerprint[:12]} is {self.phase}, only a waiting lane is leased"
-        )
+        assert self.phase is LeasePhase.WAITING, f"{self.fingerprint[:12]} is {self.phase}, not waiting"
         self.phase, self.trainer_id, self.attempt = LeasePhase.LEASED, trainer_id, attempt
         self.last_reported_step = 0
 

@@ -30,8 +30,6 @@ from orchestrator.util.errors import UsageError
 
 ProcessIdentity = tuple[int, float]
 """A process: its PID, and its start in seconds since the boot (`start_time_since_boot`)."""
-NO_PROCESS: ProcessIdentity = (0, -1.0)
-"""Placeholder for the driver of an unreadable file."""
 
 
 def state_folder() -> Path:
@@ -67,9 +65,7 @@ def record_processes(processes_before: Collection[psutil.Process] = ()) -> None:
     Args:
         processes_before: The descendants before Ray was started, which are not Ray's processes.
     """
-    rays = [
-        process for process in child_processes() if process.is_running() and process not in processes_before
-    ]
+    rays = [p for p in child_processes() if p.is_running() and p not in processes_before]
     atomic_files.write_atomically(_state_file(), serialize_processes([psutil.Process(), *rays]).encode())
 
 
@@ -79,9 +75,8 @@ def serialize_processes(processes: Sequence[psutil.Process]) -> str:
     Args:
         processes: A driver, then the processes of its Ray.
     """
-    return json.dumps(
-        {"boot": boot_id(), "processes": [(p.pid, start_time_since_boot(p)) for p in processes]}
-    )
+    identities = [(p.pid, start_time_since_boot(p)) for p in processes]
+    return json.dumps({"boot": boot_id(), "processes": identities})
 
 
 def _read_processes(file: Path) -> list[ProcessIdentity]:
@@ -121,8 +116,7 @@ def _find_process(pid: int, started_since_boot: float) -> psutil.Process | None:
 def _find_running_process(pid: int, started_since_boot: float) -> psutil.Process | None:
     with suppress(psutil.Error):
         process = _find_process(pid, started_since_boot)
-        if process is not None and process.status() != psutil.STATUS_ZOMBIE:
-            return process
+        return process if process and process.status() != psutil.STATUS_ZOMBIE else None
     return None
 
 
@@ -153,24 +147,22 @@ def end_orphaned_rays() -> None:
         UsageError: The folder of the lists is not safe; see `state_folder`.
     """
     for file in state_folder().glob("*.json"):
-        driver, *rays = _read_processes(file) or [NO_PROCESS]
+        driver, *rays = _read_processes(file) or [(0, -1.0)]  # an unreadable file has no living driver
         if _find_running_process(*driver) is None:
             _kill_processes(rays)
             file.unlink(missing_ok=True)
 
 
-def _kill_processes(ray_processes: Sequence[ProcessIdentity]) -> None:
+def _kill_processes(rays: Sequence[ProcessIdentity]) -> None:
     """Kill processes, and the workers of raylets among them.
 
     A PID that belongs to another process by now is left alone. In containers whose first process does not
     reap dead children, the workers of a dead raylet take it for alive and train on; they are found by their
     raylet's PID in their environment.
     """
-    raylets = {
-        str(pid) for pid, born in ray_processes if not psutil.pid_exists(pid) or _find_process(pid, born)
-    }
-    doomed = [process for identity in ray_processes if (process := _find_running_process(*identity))]
-    for process in psutil.process_iter() if ray_processes else ():
+    raylets = {str(pid) for pid, start in rays if not psutil.pid_exists(pid) or _find_process(pid, start)}
+    doomed = [process for identity in rays if (process := _find_running_process(*identity))]
+    for process in psutil.process_iter() if rays else ():
         with suppress(psutil.Error):  # a worker keeps this variable when another process adopts it
             if process.environ().get("RAY_RAYLET_PID") in raylets and _shares_pid_namespace(process.pid):
                 doomed.append(process)
@@ -182,12 +174,8 @@ def _kill_processes(ray_processes: Sequence[ProcessIdentity]) -> None:
 
 def kill_new_children(processes_before: Collection[psutil.Process]) -> None:
     """Kill the descendants of this process that are new, such as those of a Ray that failed to start."""
-    _kill_processes(
-        [
-            (process.pid, start_time_since_boot(process))
-            for process in child_processes() - frozenset(processes_before)
-        ]
-    )
+    new = child_processes() - frozenset(processes_before)
+    _kill_processes([(process.pid, start_time_since_boot(process)) for process in new])
 
 
 @contextmanager
@@ -211,9 +199,8 @@ def cleanup_guard(processes_before: Collection[psutil.Process] = ()) -> Iterator
     try:
         yield
     finally:
-        _kill_processes(
-            _read_processes(_state_file())[1:]
-        )  # Ray's shutdown leaves processes that hang, and workers of a dead raylet
+        # Ray's shutdown leaves processes that hang, and workers of a dead raylet.
+        _kill_processes(_read_processes(_state_file())[1:])
         guard.kill()
         guard.wait()
         _state_file().unlink(missing_ok=True)

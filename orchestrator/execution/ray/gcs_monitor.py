@@ -33,9 +33,7 @@ def watch_gcs(
         before_exit: Called before the process ends.
     """
     stop = threading.Event()
-    thread = threading.Thread(
-        target=_watch, args=(cluster, notify, before_exit, stop), name="control store", daemon=True
-    )
+    thread = threading.Thread(target=_watch, args=(cluster, notify, before_exit, stop), daemon=True)
     thread.start()
     try:
         yield

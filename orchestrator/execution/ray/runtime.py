@@ -9,7 +9,7 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,13 +200,11 @@ def connect(before_exit: Callable[[], object] = lambda: None) -> Iterator[Cluste
     """
     _refuse_other_source_tree()
     cluster_address = running_cluster_address()
+    lock: AbstractContextManager[None] = nullcontext()
     if cluster_address is None:
         cleanup.state_folder().mkdir(mode=0o700, exist_ok=True)  # `state_folder` then checks its owner
-    with (
-        exclusive_lock(cleanup.state_folder() / "lock", LOCAL_RAY_IN_USE)
-        if cluster_address is None
-        else nullcontext()
-    ):
+        lock = exclusive_lock(cleanup.state_folder() / "lock", LOCAL_RAY_IN_USE)
+    with lock:
         cleanup.end_orphaned_rays()
         yield from _connect(cluster_address, before_exit)
 

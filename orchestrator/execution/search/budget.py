@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from optuna.trial import FrozenTrial
 
 from orchestrator.execution.search.journal import EARLIER_FILE, JOURNAL_FILE, Point, read_points
 from orchestrator.execution.search.samplers import (
@@ -21,9 +22,6 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Space, Value
 from orchestrator.util.errors import UsageError
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
 
 
 class SearchBudget:
@@ -152,8 +150,7 @@ def _mismatch_reason(point: Point, now: Configuration | None) -> str:
             "and their results do not count with new ones; take another --study."
         )
     return (
-        "points with other settings (steps, rank, model, ...) than these; repeat its options, or take "
-        "another --study."
+        "points with other settings (steps, rank, model, ...); repeat its options, or take another --study."
     )
 
 

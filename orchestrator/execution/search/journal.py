@@ -11,18 +11,18 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from optuna import Study, create_study, load_study
+from optuna.samplers import BaseSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.trial import FrozenTrial, create_trial
 
 from orchestrator.execution.search.samplers import distributions, from_optuna_params, to_optuna_params
 from orchestrator.study.space import Dimension, Space, Value
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, format_error
-
-if TYPE_CHECKING:
-    from optuna import Study
-    from optuna.samplers import BaseSampler
-    from optuna.storages import JournalStorage
-    from optuna.trial import FrozenTrial
 
 JOURNAL_FILE = "optuna.journal"
 EARLIER_FILE = "search.jsonl"
@@ -96,7 +96,7 @@ def read_trials(path: Path) -> dict[str, list[FrozenTrial]]:
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
         _log.warning("%s: its last line is torn: left out", path)
-    storage = _in_memory([json.loads(line) for line in lines])
+    storage = JournalStorage(_ListBackend([json.loads(line) for line in lines]))
     studies = storage.get_all_studies()
     return {study.study_name: storage.get_all_trials(study._study_id) for study in studies}
 
@@ -116,30 +116,26 @@ def _points_only(trials: Iterable[FrozenTrial]) -> Iterator[FrozenTrial]:
             raise ValueError(f"trial {trial.number} has no fingerprint")
 
 
-def _in_memory(logs: list[dict[str, Any]]) -> JournalStorage:
-    """Return Optuna's journal storage over a list, which appends to it."""
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import BaseJournalBackend
+class _ListBackend(BaseJournalBackend):
+    """Backend of Optuna's journal storage that keeps the journal in a list."""
 
-    class ListBackend(BaseJournalBackend):
-        def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-            return iter(logs[log_number_from:])
+    def __init__(self, logs: list[dict[str, Any]]) -> None:
+        self.logs = logs
 
-        def append_logs(self, new: list[dict[str, Any]]) -> None:
-            logs.extend(new)
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        return iter(self.logs[log_number_from:])
 
-    return JournalStorage(ListBackend())
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.logs.extend(logs)
 
 
 def write_journal(folder: Path, trials: Mapping[str, Iterable[FrozenTrial]]) -> None:
     """Replace a study's journal at once by one with these trials, by variant, in this order."""
-    from optuna import create_study
-
-    logs: list[dict[str, Any]] = []
-    storage = _in_memory(logs)
+    backend = _ListBackend([])
+    storage = JournalStorage(backend)
     for variant, each in trials.items():
         create_study(storage=storage, study_name=variant, direction="maximize").add_trials(each)
-    text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+    text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in backend.logs)
     atomic_files.write_atomically(folder / JOURNAL_FILE, text.encode())
     (folder / EARLIER_FILE).unlink(missing_ok=True)
 
@@ -149,17 +145,10 @@ def open_studies(folder: Path, samplers: Mapping[str, BaseSampler]) -> dict[str,
 
     The caller holds the study's lock, so that a lock of Optuna's is left from a process that was killed.
     """
-    from optuna import load_study
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
     path = folder / JOURNAL_FILE
     Path(f"{path}.lock").unlink(missing_ok=True)
     storage = JournalStorage(JournalFileBackend(str(path)))
-    return {
-        variant: load_study(study_name=variant, storage=storage, sampler=sampler)
-        for variant, sampler in samplers.items()
-    }
+    return {v: load_study(study_name=v, storage=storage, sampler=s) for v, s in samplers.items()}
 
 
 def make_trial(point: Point, order: int, dimensions: Sequence[Dimension], **state: Any) -> FrozenTrial:
@@ -171,8 +160,6 @@ def make_trial(point: Point, order: int, dimensions: Sequence[Dimension], **stat
         dimensions: The space of the point's variant.
         **state: `state`, `value` and `intermediate_values` of `optuna.create_trial`.
     """
-    from optuna.trial import create_trial
-
     return create_trial(
         params=point.trial.params if point.trial else to_optuna_params(dimensions, point.parameters),
         distributions=distributions(dimensions),

@@ -6,16 +6,22 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from optuna import create_study, logging, samplers
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import ExperimentalWarning
+from optuna.trial import FrozenTrial, create_trial
 
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Dimension, Space, Value
 
-if TYPE_CHECKING:
-    from optuna import Study
-    from optuna.distributions import BaseDistribution
-    from optuna.samplers import BaseSampler
-    from optuna.trial import FrozenTrial
+logging.set_verbosity(logging.WARNING)  # otherwise Optuna logs a line for each study
 
 NON_ADAPTIVE_SAMPLERS = ("random", "qmc")
 """Samplers that do not use results: all their points can be drawn beforehand."""
@@ -37,8 +43,6 @@ BuildConfiguration = Callable[[str, Mapping[str, Value]], Configuration | None]
 
 def distributions(dimensions: Sequence[Dimension]) -> dict[str, BaseDistribution]:
     """Return Optuna's distributions by name. A choice of numbers is drawn by its index: the order counts."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
     made: dict[str, BaseDistribution] = {}
     for d in dimensions:
         if d.choices and d.is_numeric:
@@ -88,23 +92,14 @@ def random_points(dimensions: Sequence[Dimension], seed: int) -> Iterator[dict[s
                 found[d.key] = d.choices[at] if d.choices else d.to_value(d.low + at)
             yield found
         return
-    from optuna.samplers import RandomSampler
-
-    study, made_of = _create_study(RandomSampler(seed=seed)), distributions(dimensions)
+    study, made_of = create_study(sampler=samplers.RandomSampler(seed=seed)), distributions(dimensions)
     for _ in range(MAX_RANDOM_DRAWS):
         yield from_optuna_params(dimensions, study.ask(fixed_distributions=made_of).params)
 
 
-def _create_study(sampler: BaseSampler) -> Study:
-    from optuna import create_study, logging
-
-    logging.set_verbosity(logging.WARNING)  # otherwise Optuna logs a line for each study
-    return create_study(sampler=sampler)
-
-
 def make_sampler(
     sampler_name: str, points: int, num_asked: int, completed: Sequence[FrozenTrial] = ()
-) -> BaseSampler:
+) -> samplers.BaseSampler:
     """Make the sampler of one variant's search.
 
     Args:
@@ -114,9 +109,6 @@ def make_sampler(
             draws after a restart.
         completed: The complete trials, from which CMA-ES starts if there are enough of them.
     """
-    from optuna import samplers
-    from optuna.exceptions import ExperimentalWarning
-
     seed = random.Random(f"{SEED}/{num_asked}").getrandbits(31)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -153,11 +145,9 @@ def draw_design(
     Returns:
         The points of each variant.
     """
-    from optuna.trial import create_trial
-
     dimensions = space.dimensions
     made_of = distributions(dimensions)
-    study = _create_study(make_sampler(sampler_name, points, 0))
+    study = create_study(sampler=make_sampler(sampler_name, points, 0))
     ends = {key: each.to_external_repr(float(getattr(each, "low", 0))) for key, each in made_of.items()}
     # QMC learns the space from the first point; of its own it would draw that one at random.
     study.add_trial(create_trial(params=ends, distributions=made_of, value=0.0))

@@ -99,6 +99,4 @@ class SearchFile:
 
 def space_specs(space: Space) -> dict[str, dict[str, str]]:
     """Return the specification of each dimension, as it was typed, by variant and name."""
-    return {
-        variant: {d.key: d.spec_text for d in dimensions} for variant, dimensions in space.variants.items()
-    }
+    return {variant: {d.key: d.spec_text for d in each} for variant, each in space.variants.items()}

@@ -6,8 +6,10 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from optuna import Study, Trial
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from orchestrator.execution.rungs import scheduler_settings
@@ -17,10 +19,6 @@ from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Dimension, Value
-
-if TYPE_CHECKING:
-    from optuna import Study, Trial
-    from optuna.trial import FrozenTrial
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,11 @@ class _SearchTrial:
     def tell(self, state: str, score: float | None = None) -> None:
         """Pass the final result to Optuna, which takes a score of a COMPLETE trial only."""
         if self.trial is not None:
-            from optuna.trial import TrialState
-
             value = score if state == "COMPLETE" else None
             self.search.study.tell(self.trial, value, state=TrialState[state])
 
 
-_NewPoint = tuple["Trial", dict[str, Value], Configuration]
+_NewPoint = tuple[Trial, dict[str, Value], Configuration]
 
 
 class PerVariantSearcher(Searcher):
@@ -103,9 +99,7 @@ class PerVariantSearcher(Searcher):
         self.points_per_turn, self.cached = points_per_turn, cached
         self.trials: dict[str, _SearchTrial] = {}
         # Looked up once: trainers of a driver that was killed may still be writing.
-        self.results = {
-            f: result for f, c in budget.configurations.items() if (result := self._stored_result(c))
-        }
+        self.results = {f: r for f, c in budget.configurations.items() if (r := self._stored_result(c))}
         cached.update(f for f, result in self.results.items() if result.state != "FAIL")
         self.variant_searches = self._open_variant_searches()
         self.to_resubmit = deque(self._points_to_resubmit())
@@ -113,9 +107,7 @@ class PerVariantSearcher(Searcher):
 
     # -- Tune's interface -------------------------------------------------------------------------------
 
-    def set_search_properties(
-        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
-    ) -> bool:
+    def set_search_properties(self, *properties: Any, **spec: Any) -> bool:
         """Accept whatever Tune sets: metric, mode and space are known already."""
         return True
 
@@ -128,9 +120,7 @@ class PerVariantSearcher(Searcher):
         """Pass an intermediate result to the sampler."""
         self.trials[trial_id].report(result)
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Pass the end of a trial to the sampler."""
         trial = self.trials.pop(trial_id, None)
         if trial is None:
@@ -159,9 +149,6 @@ class PerVariantSearcher(Searcher):
 
     def _open_variant_searches(self) -> dict[str, _VariantSearch]:
         """Write the journal anew, with the results that the store has, and open its studies."""
-        from optuna import logging
-
-        logging.set_verbosity(logging.WARNING)  # otherwise it prints a line for each study
         budget, folder = self.budget, self.budget.folder
         order = {fingerprint: number for number, fingerprint in enumerate(budget.points)}
         trials, made, file = dict(budget.other_trials), {}, budget.file
@@ -176,8 +163,6 @@ class PerVariantSearcher(Searcher):
 
     def _restore_trial(self, point: journal.Point, order: int) -> FrozenTrial:
         """Return the Optuna trial of a point of an earlier run; it waits where the point has no result."""
-        from optuna.trial import TrialState
-
         result = self.results.get(point.fingerprint, PointResult("WAITING"))
         state, before = TrialState[result.state], point.trial
         if before is not None and (before.state, before.value) == (state, result.score):

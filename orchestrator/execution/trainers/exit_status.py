@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
+from ray.train import ControllerError, WorkerGroupError
 
 from orchestrator.execution.broker.failure_policy import ExitKind
 from orchestrator.execution.ray import private
 from orchestrator.execution.ray.errors import format_ray_error
+from orchestrator.execution.ray.runtime import is_listening
 from orchestrator.finetune.failures import BrokenKind, TrainerBrokenError
 from orchestrator.util import timeouts
-
-if TYPE_CHECKING:
-    from ray.exceptions import RayActorError
-    from ray.train import WorkerGroupError
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,6 @@ def classify_exit(error: Exception, controller: Any = None) -> ExitStatus:
         controller: The handle of the run's Train controller, or None if none was created. With None, a worker
             that was lost during startup counts as FAILED instead of NODE_LOST.
     """
-    from ray.exceptions import RayActorError
-    from ray.train import ControllerError, WorkerGroupError
-
     if isinstance(error, WorkerGroupError):
         return _classify_worker_errors(error)
     kind = ExitKind.FAILED  # the controller died, which ends its workers, or it gave up
@@ -57,8 +55,6 @@ def _classify_worker_errors(error: WorkerGroupError) -> ExitStatus:
 
     When one worker dies, the others fail in their next collective operation, so their errors explain nothing.
     """
-    from ray.exceptions import OutOfMemoryError, RayActorError
-
     health_errors = private.health_check_errors(error)
     deaths = [death for death in health_errors if isinstance(death, RayActorError)]
     reasons = {_classify_worker_death(death): format_ray_error(death) for death in reversed(deaths)}
@@ -82,8 +78,6 @@ def _classify_worker_death(error: RayActorError) -> ExitKind:
 
     Ray calls a lost worker unavailable until it knows whether its process or its node died.
     """
-    from ray.exceptions import ActorDiedError
-
     deadline = time.monotonic() + timeouts.UNREACHABLE_TIMEOUT_SECONDS
     while True:
         is_dead = isinstance(error, ActorDiedError) or (
@@ -114,10 +108,6 @@ def _died_with_node(error: RayActorError) -> bool:
 
 
 def _is_on_lost_node(row: private.ActorRow) -> bool:
-    import ray
-
-    from orchestrator.execution.ray.runtime import is_listening
-
     if private.died_with_node(row):
         return True
     node_id = row["Address"]["NodeID"]

@@ -39,9 +39,7 @@ class StorageVisibility:
         for node in nodes:
             if node.id not in self.can_see and node.address not in driver_addresses:
                 self._check_node(node)
-        return tuple(
-            node for node in nodes if node.address in driver_addresses or self.can_see.get(node.id, False)
-        )
+        return tuple(n for n in nodes if n.address in driver_addresses or self.can_see.get(n.id, False))
 
     def _check_node(self, node: Node) -> None:
         if node.id not in self.pending_checks:

@@ -92,8 +92,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     gpu = spec.uses_gpus
     if gpu and not torch.cuda.is_available():
         raise RuntimeError(
-            f"Ray gave this trainer a GPU that torch {torch.__version__} cannot use; install a torch for its "
-            "driver"
+            f"Ray gave this trainer a GPU that torch {torch.__version__} cannot use; install another torch"
         )
     device = get_device() if gpu else torch.device("cpu")  # `cuda:0` may be another worker's GPU
     if gpu:
@@ -123,22 +122,20 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
         )
 
 
-def load_base_model(
-    spec: TrainerSpec, bases: Path, device: Any, model_choice: ModelChoice, task: Task
-) -> BaseModel:
+def load_base_model(spec: TrainerSpec, bases: Path, device: Any, model: ModelChoice, task: Task) -> BaseModel:
     """Load a base model in a worker.
 
     Args:
         spec: The properties of the trainer.
         bases: Folder of the base models.
         device: The worker's torch device.
-        model_choice: The base model.
+        model: The base model.
         task: The task that the model is trained on.
     """
     from orchestrator.finetune.models import loading
     from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
 
-    base_model = loading.load_base_model(model_choice, bases, device, task)
+    base_model = loading.load_base_model(model, bases, device, task)
     if spec.gradient_checkpointing:
         enable_activation_checkpointing(base_model.model)
     fraction = min(1.0, spec.gpus_per_worker)

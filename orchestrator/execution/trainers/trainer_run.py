@@ -105,9 +105,8 @@ class TrainerRun(threading.Thread):
         class Trainer(base):
             def _create_default_callbacks(self) -> list[Any]:
                 """Return Train's default callbacks except UNUSED_CALLBACKS."""
-                return [
-                    c for c in super()._create_default_callbacks() if type(c).__name__ not in UNUSED_CALLBACKS
-                ]
+                callbacks = super()._create_default_callbacks()
+                return [c for c in callbacks if type(c).__name__ not in UNUSED_CALLBACKS]
 
             def _initialize_and_run_controller(self, **arguments: Any) -> Any:
                 """Create the controller actor and wait for its result.

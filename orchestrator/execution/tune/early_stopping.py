@@ -48,14 +48,12 @@ class PerVariantScheduler(LiveTrialFIFOScheduler):
         """Give the trial to the scheduler of its variant and task, which is created for its first trial."""
         super().on_trial_add(tune_controller, trial)
         configuration = Configuration.from_json(trial.config["configuration"])
-        variant_key = (configuration.task.name, configuration.variant.name)
-        if variant_key not in self.schedulers:
-            self.schedulers[variant_key] = _make_scheduler(self.scheduler, configuration)
-        self.scheduler_of_trial[trial.trial_id] = (
-            self.schedulers[variant_key],
-            configuration.fingerprint in self.cached,
-        )
-        self.schedulers[variant_key].on_trial_add(tune_controller, trial)
+        key = configuration.task.name, configuration.variant.name
+        if key not in self.schedulers:
+            self.schedulers[key] = _make_scheduler(self.scheduler, configuration)
+        is_cached = configuration.fingerprint in self.cached
+        self.scheduler_of_trial[trial.trial_id] = self.schedulers[key], is_cached
+        self.schedulers[key].on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return the scheduler's decision; a known result is noted and always continues."""
