@@ -65,18 +65,11 @@ def choose_group_key(view: TrainerView, waiting: list[LaneEntry], failures: Coun
     if view.draining_for in counts:
         return view.draining_for
     suspects = {entry.group_key for entry in waiting if entry.max_group_size is not None}
-    return min(
-        counts,
-        key=lambda key: (failures[key], key not in suspects, -counts[key]),
-        default=None,
-    )
+    return min(counts, key=lambda key: (failures[key], key not in suspects, -counts[key]), default=None)
 
 
 def assign_starved_groups(
-    entries: Iterable[LaneEntry],
-    views: Sequence[TrainerView],
-    failures: Counter[str],
-    now: float,
+    entries: Iterable[LaneEntry], views: Sequence[TrainerView], failures: Counter[str], now: float
 ) -> None:
     """Let trainers drain for lanes that have waited longer than STARVATION_SECONDS.
 
