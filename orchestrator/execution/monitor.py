@@ -1,4 +1,4 @@
-"""The driver's thread beside `Tuner.fit`, which blocks: it follows the broker and manages the trainers."""
+"""The driver's thread that follows the broker and manages the trainers while `Tuner.fit` blocks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StudyMonitor(threading.Thread):
         self.context, self.broker, self.pool, self.pending_stops = context, broker, pool, stops
         self.budget, self.progress = context.budget, context.progress
         self.draining_since: float | None = None
-        """When the trainers were told to save their lanes because the study ends."""
+        """Time at which the trainers were told to save their lanes because the study ends; None before."""
         self.is_drained = False
         self.stop_requested = threading.Event()
         self.trials_ended, self.stops_recorded = threading.Event(), threading.Event()
@@ -50,7 +50,7 @@ class StudyMonitor(threading.Thread):
         """Optimizer steps by trainer."""
         self.error: Exception | None = None
         self.clock = SuspendTolerantClock()
-        # The broker has yet to start, for which it gets as long as a trainer.
+        # The broker may take as long to start as a trainer.
         self.last_contact = self.clock() + pool.spec.start_timeout
 
     def run(self) -> None:
@@ -63,10 +63,10 @@ class StudyMonitor(threading.Thread):
                 if self.clock() - self.last_contact > timeouts.BROKER_LOST_SECONDS:
                     self.pool.failure_reason = (
                         f"The broker has been lost for {timeouts.BROKER_LOST_SECONDS:g} s: "
-                        f"{format_ray_error(error)}. What is done is kept; run the command again."
+                        f"{format_ray_error(error)}. Finished work is kept; run the command again."
                     )
                 self._enforce_budget(self.progress.live_trainers)
-            except Exception as error:  # a full disk, a closed pipe: without a monitor the study would hang
+            except Exception as error:  # such as a full disk: without its monitor the study would hang
                 self.error = error
             if self.error is not None or self.pool.failure_reason or self.is_drained:
                 self._abort()
@@ -79,7 +79,7 @@ class StudyMonitor(threading.Thread):
             pass
 
     def close(self) -> None:
-        """End the trainers and the broker. The main thread calls this after `fit`, however that ended."""
+        """End the trainers and the broker. The main thread calls this after `fit` has returned or raised."""
         self.stop_requested.set()
         self.join(timeout=10)
         try:
@@ -104,7 +104,7 @@ class StudyMonitor(threading.Thread):
             interrupt_main_thread()  # Tune would wait up to five seconds for its trials
 
     def _poll_last_updates(self) -> None:
-        """Poll once more. An error of Ray here must not hide what ended the study."""
+        """Poll once more, and ignore errors of Ray, which would hide the error that ended the study."""
         try:
             self._poll()
         except RayError:
@@ -139,7 +139,7 @@ class StudyMonitor(threading.Thread):
         progress.refresh()
 
     def _resume_after_restart(self, incarnation: str) -> None:
-        """Repeat the pending stops to a new broker, whose lists of ended lanes and lines begin anew."""
+        """Repeat the pending stops to a restarted broker, whose lists of ended lanes and lines are empty."""
         for trial, stopped in list(self.pending_stops.items()):
             ray.get(self.broker.stop.remote(trial, *stopped), timeout=10)
         self.num_ended_read, self.num_lines_read, self.incarnation = 0, 0, incarnation
@@ -153,7 +153,7 @@ class StudyMonitor(threading.Thread):
                 del self.pending_stops[trial]
 
     def _read_ended_lanes(self, updates: dict[str, Any]) -> None:
-        """Pass on the records of lanes that have ended, the lines of trainers, and the steps taken."""
+        """Process the records of ended lanes, the lines of the trainers, and the numbers of steps."""
         for fingerprint, _ in updates["ended"]:
             if fingerprint in self.context.cached:
                 continue
@@ -177,7 +177,7 @@ class StudyMonitor(threading.Thread):
             progress.first_lane_at = time.monotonic()
 
     def _enforce_budget(self, live_trainers: int) -> None:
-        """Let trainers save their lanes once the budget is used up, and note when no lane trains any more."""
+        """Once a limit is reached, let trainers save their lanes and detect when no lane trains any more."""
         now = time.monotonic()
         if not self.budget.update(live_trainers, now) or self.stop_requested.is_set():
             return

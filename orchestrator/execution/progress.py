@@ -48,7 +48,7 @@ class Progress:
     total: int
     """Number of configurations of the study."""
     cached: int
-    """Number of those whose results were known before the run."""
+    """Number of configurations whose results were known before the run."""
     console: Console
     """Console that writes to its own file, so that the redirection does not affect it."""
     ended: Counter[str] = field(default_factory=Counter)
@@ -57,7 +57,7 @@ class Progress:
     waiting: int = 0
     live_trainers: int = 0
     waiting_for: str = ""
-    """The kind of node that is missing before a trainer can start; empty if none is."""
+    """The kind of node without which no trainer can start; empty if no node is missing."""
     best: tuple[float, str] | None = None
     """The best validation score so far, and the variant and learning rate that reached it."""
     started: float = field(default_factory=time.monotonic)
@@ -142,8 +142,8 @@ class Progress:
     def seconds_left(self) -> float | None:
         """Estimate the remaining seconds from the pace so far, or return None before the first result.
 
-        Lanes in training count in parts. Steps that an earlier run has taken make the estimate too long,
-        repeated steps make it too short.
+        A lane in training counts by the share of its steps that it has taken. Steps of an earlier run make
+        the estimate too long, and repeated steps make it too short.
         """
         num_ended = self.ended.total()
         if self.first_lane_at is None or not num_ended:

@@ -15,9 +15,9 @@ INTERRUPTED = "Ctrl-C"
 
 @dataclass
 class RunBudget:
-    """The hours that a run may take, and why it has to stop.
+    """The time limits of a run, and the reason to stop it.
 
-    The driver updates it at every poll. Earlier runs of the same study do not count.
+    The driver calls `update` at every poll. Earlier runs of the same study do not count.
     """
 
     max_hours: float | None = None
@@ -29,9 +29,9 @@ class RunBudget:
     used_gpu_hours: float = 0.0
     """GPU hours that trainers have reserved so far, from their first to their last call of the broker."""
     stop_reason: str = ""
-    """Why the run has to stop: the limit as the user typed it, or INTERRUPTED; empty while it goes on."""
+    """The reason to stop: the limit as the user typed it, or INTERRUPTED; empty while the run continues."""
     interrupted_at: float | None = None
-    """Time of Ctrl-C."""
+    """Monotonic time of Ctrl-C in seconds; None without Ctrl-C."""
     _last_update: float | None = None
     _live_trainers: int = 0
 
@@ -49,7 +49,7 @@ class RunBudget:
 
     @property
     def is_interrupted(self) -> bool:
-        """Return whether the user has interrupted the run."""
+        """True if the user has interrupted the run."""
         return self.interrupted_at is not None
 
     @property
@@ -72,7 +72,8 @@ class RunBudget:
     def update(self, live_trainers: int, now: float) -> str:
         """Add the GPU hours since the last update, and return the stop reason.
 
-        A trainer that started since the last update counts from now on, one that ended counts until now.
+        A trainer that has started since the last update counts from now on. A trainer that has ended since
+        then counts until now.
 
         Args:
             live_trainers: Number of trainers that are alive.

@@ -1,7 +1,7 @@
 """The steps at which early stopping compares lanes, and the text form of its settings. No Ray is imported.
 
-All schedulers compare validation losses; lower is better. None compares before the first evaluation after the
-warm-up, because a high learning rate shows its effect only then.
+All schedulers compare validation losses; lower is better. No scheduler compares before the first evaluation
+after the warm-up, because a high learning rate shows its effect only then.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from orchestrator.study.grid import training_order
 from orchestrator.study.lr_schedule import warmup_steps
 
 REDUCTION_FACTOR = {"asha": 4, "hyperband": 3}
-"""One lane in so many goes on to the next rung; see docs/early_stopping.md."""
+"""One lane in this many continues to the next rung; see docs/early_stopping.md."""
 LAST_RUNG_DIVISOR = 3
-"""ASHA's last rung lies at this part of the steps at the latest, unless it is also the first."""
+"""ASHA's last rung lies at a lane's number of steps divided by this number, or at the first rung if later."""
 MIN_SAMPLES = 3
-"""Lanes that must have come as far before median stopping compares with the median of their losses."""
+"""Number of lanes that must have reached a step before median stopping compares other lanes with them."""
 
 
 def lane_evaluation_steps(configuration: Configuration) -> tuple[int, ...]:
@@ -67,11 +67,11 @@ def submission_order(
 ) -> list[Configuration]:
     """Return the configurations that Tune gets, in order.
 
-    Tune keeps no rungs between runs, so the known results are replayed. They come first, so that they count
-    from the first decision on. Hyperband fills its brackets in the order of entry, so there each
-    configuration keeps its place in the order of the whole grid. In an extended grid a lane may come into
-    another bracket; if it was stopped before, it counts with the evaluations that it has and is not trained
-    further.
+    Tune keeps no rungs between runs, so known results are replayed. They come first, so that they count from
+    the first decision on. Hyperband fills its brackets in the order of submission, so under Hyperband each
+    configuration keeps its place in the order of the whole grid. When a grid is extended, a lane may enter
+    another bracket. A lane that was stopped before then counts with its recorded evaluations and is not
+    trained further.
 
     Args:
         scheduler: The study's early stopping, or "none".

@@ -35,15 +35,15 @@ def train(
 
     Args:
         context: The settings, storage and observers of the session.
-        configurations: What to train; known results among them are replayed to the scheduler.
-        search: Names the configurations instead, one after the other.
+        configurations: The configurations to train; known results among them are replayed to the scheduler.
+        search: The searcher that suggests the configurations one by one; `configurations` is then unused.
 
     Returns:
         The number of optimizer steps that the trainers have taken.
 
     Raises:
-        StudyError: No trainer could be started, or the broker was lost. Trainers and broker have ended then
-            too.
+        StudyError: No trainer could be started, or the broker was lost. The trainers and the broker have
+            ended by then.
     """
     ABORTED.clear()
     progress = context.progress
@@ -76,13 +76,13 @@ def _make_tuner(
 ) -> tune.Tuner:
     max_concurrent, memory = trial_limits(context.pool, context.cluster, context.scheduler)
     if search and max_concurrent:
-        # A trial that waits was suggested before the results of the lanes in training were known.
+        # A waiting trial was suggested without the results of the lanes that are in training.
         max_concurrent = max(1, max_concurrent // 2)
     return tune.Tuner(
         tune.with_resources(LaneTrainable, tune.PlacementGroupFactory([{"memory": memory}])),
         tune_config=tune.TuneConfig(
             search_alg=search or ConfigurationListGenerator(configurations, max_concurrent),
-            num_samples=-1 if search else 1,  # the search itself says when it is done
+            num_samples=-1 if search else 1,  # the searcher ends the experiment
             max_concurrent_trials=max_concurrent if search else None,
             scheduler=LiveTrialFIFOScheduler()
             if context.scheduler == "none"

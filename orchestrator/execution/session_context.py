@@ -1,4 +1,4 @@
-"""What all parts of a running session share."""
+"""The settings, storage and observers that all parts of a session share."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class SessionContext:
     pool: PoolConfig
     store: Store
     scratch: Path
-    """Folder in the store for Ray's own files, which exists as long as the session."""
+    """Folder in the store for Ray's own files. It exists as long as the session."""
     progress: Progress
     budget: RunBudget
-    """When it is used up, trainers save their lanes and the session ends."""
+    """The limits of the run. When one is reached, trainers save their lanes and the session ends."""
     on_record: Callable[[Record], None] = lambda record: None
     """Called with each new record, from another thread."""
     cached: Collection[str] = ()
-    """Fingerprints with known results, which are replayed to the scheduler. A search adds to them."""
+    """Fingerprints with known results, which are replayed to the scheduler. A search adds fingerprints."""

@@ -96,7 +96,7 @@ def test_a_joined_cluster_has_nearly_as_long_as_ray_itself_would_wait(
 
 
 def test_of_a_joined_cluster_no_more_is_said_than_is_known(watch: Watch) -> None:
-    assert ": its process is gone. What is done is kept; to go on: python " in watch(LOCAL, [False] * 99)[2]
+    assert ": its process is gone. Finished work is kept; to go on: python " in watch(LOCAL, [False] * 99)[2]
     _, _, line = watch(JOINED, [False] * 99)
     assert " has not answered for 54 s: it has ended, or the network to it is down. What is done" in line
     assert "; to go on once it answers: python " in line

@@ -61,7 +61,7 @@ class Broker:
         self.is_aborted = False
         self.incarnation = uuid.uuid4().hex
         self.lane_events: dict[str, asyncio.Event] = {}
-        """Wakes the trials that wait for a lane, by fingerprint."""
+        """Events that wake the trials that wait for a lane, by fingerprint."""
         self.lines: list[str] = []
         """Lines from the trainers that the driver shows to the user."""
 
@@ -74,7 +74,7 @@ class Broker:
 
         Args:
             trial: Name of the trial.
-            configuration: The configuration; submitting it again does no harm.
+            configuration: The configuration; submitting it again is harmless.
             after: Step of the last report that the trial has seen.
             timeout: Longest wait in seconds.
 
@@ -132,7 +132,7 @@ class Broker:
         self.lines.append(line)
 
     async def end_lease(self, trainer_id: str, fingerprint: str, attempt: int, state: RecordState) -> None:
-        """Note how a lane has ended on a trainer; its record, if any, is in the store."""
+        """Note the state in which a lane has ended on a trainer; its record, if any, is in the store."""
         self.core.end_lease(trainer_id, fingerprint, attempt, state, self.clock())
         self._wake_trials([fingerprint])
 
@@ -148,18 +148,19 @@ class Broker:
     # -- the driver
 
     async def get_updates(self, num_ended: int, num_lines: int, incarnation: str) -> dict[str, Any]:
-        """Return what is new for the driver.
+        """Return the updates for the driver since its last call.
 
         Args:
             num_ended: Number of ended lanes that the driver has read.
             num_lines: Number of lines of the trainers that it has read.
-            incarnation: The incarnation of the broker that both numbers refer to. All ended lanes and lines
-                are returned if it is another one.
+            incarnation: The incarnation of the broker that both numbers refer to. If it differs from this
+                incarnation, all ended lanes and lines are returned.
 
         Returns:
-            "incarnation": this incarnation; "ended" and "lines": the new ones; "counts": the lanes in each
-            phase and the live trainers; "steps_taken": the optimizer steps of each trainer; "hung": the names
-            of hung trainers; "abort_reason": why no more trainers should be started, or "".
+            "incarnation": this incarnation; "ended" and "lines": the new ended lanes and lines; "counts": the
+            number of lanes in each phase and of live trainers; "steps_taken": the optimizer steps of each
+            trainer; "hung": the names of hung trainers; "abort_reason": the reason why no more trainers
+            should be started, or "".
         """
         self.core.tick(self.clock())
         if incarnation != self.incarnation:
@@ -225,8 +226,8 @@ def _write_failure(store: Store, entry: LaneEntry, configuration: Configuration,
 def start_broker(store: Store, scheduler: str) -> Any:
     """Start the broker's actor in the study's Ray namespace, on the driver's node.
 
-    A broker that dies is started again, with an empty state. The concurrency is high because every trial
-    waits in a call of its own. Worker nodes come and go, so the broker stays with the driver.
+    Ray restarts a broker that dies, with an empty state. The concurrency is high because every trial waits in
+    a call of its own. The broker runs on the driver's node because worker nodes come and go.
     """
     actor: Any = ray.remote(Broker)
     options = {"name": BROKER_NAME, "num_cpus": 0, "max_restarts": -1, "max_concurrency": 10_000}

@@ -1,4 +1,4 @@
-"""Which waiting lanes a trainer may take next, as functions of the broker's state."""
+"""The choice of the waiting lanes that a trainer may lease next, as functions of the broker's state."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from orchestrator.execution.broker.lane_entry import LaneEntry
 from orchestrator.util import timeouts
 
 MAX_GROUP_FAILURES = 3
-"""Failures in a row of the lanes of one group key, after which the other group keys go first. As many end a
-trainer; see `finetune/engine/loop.py`."""
+"""Failures in a row of the lanes of one group key, after which the other group keys go first. The same number
+ends a trainer; see `finetune/engine/loop.py`."""
 
 
 @dataclass
 class TrainerView:
-    """What the broker knows of one incarnation of a trainer."""
+    """The broker's state of one incarnation of a trainer."""
 
     last_contact: float
     """Time of the trainer's last call, on the broker's clock."""
     group_key: str | None = None
     draining_for: str | None = None
-    """The group key that the trainer will take when its present lane group is empty; it gets no lanes
-    before."""
+    """The group key that the trainer takes once its present lane group is empty. Until then the trainer gets
+    no lanes."""
     lanes: set[str] = field(default_factory=set)
     """Fingerprints of the lanes that the trainer holds."""
 
@@ -58,8 +58,9 @@ def can_join(entry: LaneEntry, group: Sequence[LaneEntry]) -> bool:
 def choose_group_key(view: TrainerView, waiting: list[LaneEntry], failures: Counter[str]) -> str | None:
     """Return the group key for an empty lane group, or None if no lane waits.
 
-    The group key that the trainer drained for comes first, then the one with the fewest failures, so that
-    what can be trained is trained early, then one with a suspect, then the one with the most waiting lanes.
+    The group key that the trainer has drained for comes first. The other keys are ordered by fewest failures,
+    so that lanes that can be trained are trained early, then keys with a suspect first, then by most waiting
+    lanes.
     """
     counts = Counter(entry.group_key for entry in waiting)
     if view.draining_for in counts:
@@ -73,12 +74,12 @@ def assign_starved_groups(
 ) -> None:
     """Let trainers drain for lanes that have waited longer than STARVATION_SECONDS.
 
-    A group key that no trainer serves gets the trainer with the fewest lanes; so does a suspect, which may
-    join no lane group. A group key whose lanes fail in a row gets none.
+    A group key that no trainer serves gets the trainer with the fewest lanes, and so does a suspect that may
+    not join a lane group. A group key whose lanes fail in a row gets no trainer.
 
     Args:
         entries: All lanes that have not ended.
-        views: The trainers that are not about to leave. `draining_for` is set for those that are chosen.
+        views: The trainers that are not about to end. `draining_for` is set for the chosen trainers.
         failures: Failures in a row by group key.
         now: Time on the broker's clock.
     """

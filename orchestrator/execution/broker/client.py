@@ -24,8 +24,8 @@ Result = TypeVar("Result")
 class BrokerClient:
     """The `LaneSource` of a trainer's fine-tuning loop.
 
-    Every lease, report and exchange names all lanes that the trainer holds, each with its last report. A lost
-    reply or a restart of the broker is thereby repaired by the next call.
+    Every lease, report and exchange names all lanes that the trainer holds, each with its last report. The
+    next call thereby repairs the effects of a lost reply or of a restart of the broker.
 
     Args:
         trainer_id: The trainer's name and incarnation; a new process is a new incarnation.
@@ -50,7 +50,7 @@ class BrokerClient:
     def report(self, report: Report) -> Directive:
         """Send a report and return the directive for its lane.
 
-        The exchange also returns directives for the other lanes. They are ignored here because the next
+        The exchange also returns directives for the other lanes. This method ignores them, because the next
         exchange repeats them.
         """
         fingerprint = report.fingerprint
@@ -102,8 +102,8 @@ class BrokerClient:
 def retry_until_lost(call: Callable[[], Result]) -> Result:
     """Call the broker until it answers.
 
-    One call counts as at most two thirds of BROKER_LOST_SECONDS, so at least two are made. The broker is
-    given up after BROKER_LOST_SECONDS if calls fail at once, and after twice that if they time out.
+    One call counts as at most two thirds of BROKER_LOST_SECONDS, so at least two calls are made. The broker
+    is given up after BROKER_LOST_SECONDS if calls fail at once, and after twice that time if calls time out.
 
     Args:
         call: A call of the broker, which may take up to BROKER_LOST_SECONDS.

@@ -1,7 +1,7 @@
-"""The broker's decisions: which trainer trains which lane, as a state machine without I/O.
+"""The broker's decisions about trainers and lanes, as a state machine without I/O.
 
 Lanes are keyed by fingerprint, trainers by incarnation: a new process is a new trainer. Time is an argument
-of every method. Nothing here is the truth, which is in the store's records: after a restart of the broker,
+of every method. The records in the store are authoritative, not this state: after a restart of the broker,
 trials submit again and trainers announce the lanes that they hold.
 """
 
@@ -33,7 +33,7 @@ class BrokerCore:
 
     Args:
         newest_attempt: Returns the highest attempt of a fingerprint that has left checkpoints. The next lease
-            gets a higher number, so that it has a checkpoint folder of its own.
+            gets a higher number, so that each attempt has a checkpoint folder of its own.
         count_failures: Returns how often a fingerprint has failed according to the store.
         find_record: Returns the record that answers a request for a configuration, if there is one.
         scheduler: The study's early stopping. With any, lanes pause after each report.
@@ -63,11 +63,11 @@ class BrokerCore:
         self.configurations: dict[str, Configuration] = {}
         self.trainers: dict[str, TrainerView] = {}
         self.ended_lanes: list[tuple[str, RecordState]] = []
-        """Every lane that ended, in order; the driver reads on from its last position."""
+        """Every lane that ended, in order; the driver reads from its last position on."""
         self.steps_taken: dict[str, int] = {}
-        """Optimizer steps of every trainer, also of those that have ended."""
+        """Optimizer steps of every trainer, including trainers that have ended."""
         self.closed = False
-        """Whether no more lanes will be submitted."""
+        """True once no more lanes will be submitted."""
         self.draining: set[str | None] = set()
         """Names of trainers that must return their lanes and end; None stands for all trainers."""
         self.num_crashes = 0
@@ -75,14 +75,14 @@ class BrokerCore:
         self.failures_by_group: Counter[str] = Counter()
         """Failures in a row of the lanes of a group key, and crashes of their trainers."""
         self.silent_since: dict[str, float] = {}
-        """Time at which a trainer, by name, was taken for dead; it has been silent since."""
+        """Time at which a trainer that is still silent was taken for dead, by name."""
 
     # -- trials
 
     def submit(self, trial: str, configuration: Configuration, now: float) -> None:
         """Register a trial for a configuration.
 
-        It joins the lane if that is in training, and gets the reports of the record if there is one.
+        The trial joins the lane if the lane is in training, and gets the reports of the record if one exists.
         """
         self._entry_for(configuration, now).add_trial(trial, now)
 
@@ -121,8 +121,8 @@ class BrokerCore:
 
         Args:
             trainer_id: The trainer's name and incarnation.
-            group_key: The group key of the trainer's lane group; None for any, if the group is empty or has
-                been paused as a whole for long.
+            group_key: The group key of the trainer's lane group. None allows any group key: the group is
+                empty, or all of its lanes have been paused for long.
             capacity: The largest number of lanes to return.
             now: Time on the broker's clock.
         """
@@ -247,7 +247,7 @@ class BrokerCore:
         Args:
             trainer_name: The trainer's name.
             now: Time on the broker's clock.
-            exit_kind: Why it ended.
+            exit_kind: The reason for the end.
             reason: The reason in one line, for the record of a faulty lane.
         """
         self.silent_since.pop(trainer_name, None)
@@ -268,7 +268,7 @@ class BrokerCore:
         """Requeue the lanes of a trainer that has ended; after a crash they are suspects.
 
         Returns:
-            Whether the end narrows down which lane is faulty.
+            True if the end narrows down the faulty lane.
         """
         held = self._entries_held_by(trainer_id)
         self.trainers.pop(trainer_id, None)
@@ -304,8 +304,8 @@ class BrokerCore:
     def hung_trainers(self, now: float) -> list[str]:
         """Return the names of trainers that were taken for dead and have been silent for as long again.
 
-        They occupy their place for nothing. The second wait protects against a broker that stood still
-        itself: it hears from the living trainers in between.
+        Such trainers occupy their place for nothing. The second wait protects against a pause of the broker
+        itself, because living trainers call the broker in the meantime.
         """
         limit = timeouts.TRAINER_SILENT_SECONDS
         return [name for name, since in self.silent_since.items() if now - since > limit]
@@ -367,7 +367,7 @@ class BrokerCore:
     def _discard_unwanted(self, fingerprint: str) -> None:
         """Forget a lane that no trainer holds and no trial wants.
 
-        A trainer that holds such a lane learns it from its next directive.
+        A trainer that holds such a lane gets DROP as its next directive.
         """
         entry = self.entries[fingerprint]
         is_unheld = entry.phase in (LeasePhase.WAITING, LeasePhase.RETURNED)

@@ -1,15 +1,15 @@
-"""How trainers end, and how many failures end the study."""
+"""The kinds of ends of trainers, and the number of failures that ends the study."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
 MAX_TRAINER_FAILURES = 3
-"""Failures in a row, without a step in between, that a study survives."""
+"""Number of failures in a row, without a step in between, that a study survives."""
 
 
 class ExitKind(StrEnum):
-    """Why a trainer ended."""
+    """The reason for which a trainer ended."""
 
     DONE = "done"
     """The trainer ended by itself, because no lane was left or because it was drained."""
@@ -20,11 +20,11 @@ class ExitKind(StrEnum):
     CRASHED = "crashed"
     """A worker process died, or lost its device, on a node that lives."""
     OUT_OF_MEMORY = "out_of_memory"
-    """Ray killed a worker because the node was short of memory. No lane is to blame, since processes of
-    others may have taken the memory, but a smaller lane group may fit."""
+    """Ray killed a worker because the node was short of memory. No lane is proved faulty, since other
+    processes may have used the memory, but a smaller lane group may fit."""
     REPEATED_LANE_FAILURES = "repeated_lane_failures"
-    """A worker gave up after several lanes in a row failed with the same message. Their common property or
-    the machine is the cause. Other lanes that the trainer held were not tried."""
+    """A worker gave up after several lanes in a row had failed with the same message. The cause is a property
+    that these lanes share, or the machine. The trainer's other lanes were not tried."""
     FAILED = "failed"
     """A worker raised another error, or Ray Train's controller died."""
 
@@ -40,8 +40,8 @@ class FailurePolicy:
         self.failures_without_step = 0
         """Failures since a trainer last took a step or a lane was found faulty."""
         self.failures_without_progress = 0
-        """Failures since a lane last made progress. Faulty lanes count as failures here: where every lane is
-        faulty, the cause lies elsewhere."""
+        """Failures since a lane last made progress. Faulty lanes count as failures here: if every lane seems
+        faulty, the cause is elsewhere."""
         self.max_live_trainers = 1
         """The largest number of trainers that were alive at once."""
 
@@ -61,7 +61,8 @@ class FailurePolicy:
     def on_trainer_failure(self) -> None:
         """Record a failure that does not help to find a faulty lane.
 
-        Failures that do are not counted: halving a lane group and retrying a single lane bounds their number.
+        Failures that do help are not counted, because halving lane groups and retrying single lanes bound
+        their number.
         """
         self.failures_without_step += 1
         self.failures_without_progress += 1

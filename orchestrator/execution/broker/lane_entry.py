@@ -7,8 +7,8 @@
 
 Trials join and leave by name. When the scheduler stops the last trial, the trainer ends the lane early and
 writes its record; a lane that no trainer holds is leased once more for this. A lane that lost its trials for
-another reason is dropped and forgotten. Every answer follows from the state alone, so a repeated call does no
-harm.
+another reason is dropped and forgotten. Every answer depends on the state alone, so a repeated call is
+harmless.
 
 A lane whose trainer crashed is a suspect: it trains in a lane group of half the size, then of a quarter,
 until it is alone or has a new report. A lane that crashes trainers repeatedly while it trains alone is faulty
@@ -33,7 +33,7 @@ HeldLanes = Mapping[str, HeldLane]
 
 
 class LeasePhase(StrEnum):
-    """Where a lane is on its way through the broker."""
+    """The phase of a lane in the broker."""
 
     WAITING = "waiting"
     """No trainer holds the lane; it may be leased."""
@@ -55,7 +55,7 @@ class LaneEntry:
     waiting_since: float
     """Start of the wait for a trainer, in seconds on the broker's clock."""
     pauses_after_report: bool = False
-    """Whether a scheduler sees every report before the lane trains on."""
+    """True if a scheduler sees every report before the lane continues."""
     phase: LeasePhase = LeasePhase.WAITING
     trainer_id: str = ""
     attempt: int = 0
@@ -66,17 +66,18 @@ class LaneEntry:
     resume_after_step: int = -1
     """The last step after which a trial has asked for the next report."""
     is_stopped: bool = False
-    """Whether a scheduler has stopped the lane, whose record is not written yet."""
+    """True if a scheduler has stopped the lane and the lane's record is not written yet."""
     stop_step: int = 0
-    """The step of the last report that this scheduler saw."""
+    """The step of the last report that the scheduler saw before it stopped the lane."""
     last_reported_step: int = 0
     """The step of the holder's last report."""
     orphan_until: float = 0.0
-    """Until when the lane is kept without a trial, on the broker's clock."""
+    """Time until which the lane is kept without a trial, on the broker's clock."""
     crash_id: int = 0
-    """The last crash that the lane is suspected of; 0 before the first."""
+    """Number of the last crash that the lane is suspected of; 0 before the first crash."""
     max_group_size: int | None = None
-    """The largest lane group that a suspect may train in, itself included; None without suspicion."""
+    """The largest lane group that a suspect may train in, including itself; None if the lane is no
+    suspect."""
     solo_crashes: int = 0
     """Crashes of a trainer that held only this lane, since its last new report or checkpoint."""
     checkpoint_step: int = 0
@@ -95,7 +96,7 @@ class LaneEntry:
     def next_report(self, after: int, now: float) -> Report | RecordState | None:
         """Return the first report after step `after`, or the final state of a lane without one.
 
-        Where neither exists, None is returned, and the lane may train on beyond `after`.
+        If neither exists, None is returned, and the lane may train beyond step `after`.
         """
         for report in self.reports:
             if report.step > after:
@@ -167,7 +168,7 @@ class LaneEntry:
         A new attempt repeats the reports since its checkpoint; these are not stored again.
 
         Returns:
-            Whether the report is newer than all before.
+            True if the report is newer than all earlier reports.
         """
         if not self.is_held_by(trainer_id, report.attempt):
             return False
@@ -183,8 +184,8 @@ class LaneEntry:
     def directive(self, trainer_id: str, attempt: int, now: float) -> Directive:
         """Return what the trainer should do with the lane now.
 
-        A lane that is to be stopped continues until it has reported all that the scheduler saw, because its
-        record must contain that.
+        A lane that is to be stopped continues until it has reported everything that the scheduler saw,
+        because the record must contain these reports.
         """
         if not self.is_held_by(trainer_id, attempt):
             return Directive.DROP
@@ -198,7 +199,7 @@ class LaneEntry:
         """Note the lane's newest checkpoint after its trainer died.
 
         Returns:
-            Whether the lane got further than before; then its earlier crashes no longer count.
+            True if the lane got further than before; its earlier crashes then no longer count.
         """
         further = checkpoint_step > self.checkpoint_step
         if further:
@@ -211,7 +212,7 @@ class LaneEntry:
         Args:
             crash_id: Number of the crash, shared by all its suspects.
             group_size: Number of lanes that the trainer held.
-            is_proof: Whether the crash proves the lane guilty if it trained alone.
+            is_proof: True if the crash proves the lane faulty, provided that the lane trained alone.
         """
         self.crash_id, self.max_group_size = crash_id, max(1, group_size // 2)
         self.solo_crashes += is_proof and group_size == 1
@@ -224,7 +225,7 @@ class LaneEntry:
     def end_lease(self, trainer_id: str, attempt: int, state: RecordState, now: float) -> None:
         """Note how the lane ended on a trainer.
 
-        A final record counts whoever wrote it. Other states count only from the holder of the lease.
+        A final state counts from any trainer. Other states count only from the holder of the lease.
         """
         if self.phase is LeasePhase.ENDED:
             return

@@ -1,8 +1,8 @@
-"""Watch over Ray's control store (GCS), without which Ray cannot go on.
+"""A watch over Ray's control store (GCS), without which Ray cannot continue.
 
-When the GCS is gone, every call to Ray that needs it blocks in C++ for a minute, and then Ray ends the
-process with a message of its own. The thread here notices this earlier and ends the study with one line that
-says what happened and which command goes on.
+Without the GCS, every call to Ray that needs it blocks in C++ for a minute. Ray then ends the process with a
+message of its own. The thread in this module notices the loss earlier, and ends the study with one line that
+names the problem and the command that continues the study.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def watch_gcs(
 def _timeout_seconds(cluster: Cluster) -> float:
     """Return how many seconds the GCS may be silent.
 
-    Nobody restarts the GCS of a local Ray. That of a joined cluster may be restarted, for which Ray itself
-    waits before it ends the process; nine tenths of that time are used here.
+    Nobody restarts the GCS of a local Ray. The GCS of a joined cluster may be restarted, and Ray waits for a
+    restart before it ends the process. This function returns nine tenths of that time.
     """
     if cluster.local:
         return timeouts.LOCAL_CONTROL_STORE_SECONDS
@@ -74,12 +74,12 @@ def _watch(
 
 
 def _error_message(cluster: Cluster, timeout: float) -> str:
-    """Return the error line, with what is known and the command that goes on."""
+    """Return the error line: the likely cause, and the command that continues the study."""
     if cluster.local:
         why, how = "its process is gone", "to go on"
     else:
         why, how = "it has ended, or the network to it is down", "to go on once it answers"
     return (
         f"Ray's control store (GCS, {cluster.gcs_address}) has not answered for {timeout:g} s: {why}. "
-        f"What is done is kept; {how}: {format_command(sys.orig_argv[1:])}"
+        f"Finished work is kept; {how}: {format_command(sys.orig_argv[1:])}"
     )

@@ -1,4 +1,4 @@
-"""How many points a search has asked for, and how many it may still ask for. Knows no Ray."""
+"""The points that a search has asked for, and the number of points that remain. No Ray is imported."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class SearchBudget:
         Args:
             file: The settings of the search.
             folder: The study's folder.
-            space: What is searched now.
-            build: Makes a configuration from a variant and values, or None where the variant refuses them.
+            space: The space that is searched now.
+            build: Makes a configuration from a variant and values; returns None if the variant refuses them.
             steps_per_point: Optimizer steps of a point that is not stopped early.
         """
         self.file, self.folder, self.space, self.build = file, folder, space, build
@@ -78,7 +78,7 @@ class SearchBudget:
         return [point for point in self.points.values() if point.variant == variant]
 
     def num_remaining(self, variant: str) -> int:
-        """Return how many points of this variant may still be asked for."""
+        """Return the number of points of this variant that may still be asked for."""
         if variant in self.file.exhausted:
             return 0
         budget = min(self.file.points, self.space.size(variant))
@@ -86,7 +86,7 @@ class SearchBudget:
 
     @property
     def total(self) -> int:
-        """The number of points, those still to be asked for included."""
+        """The number of points, including those that may still be asked for."""
         return len(self.configurations) + sum(map(self.num_remaining, self.space.variants))
 
     def add_point(self, variant: str, parameters: Mapping[str, Value], configuration: Configuration) -> None:
@@ -98,8 +98,8 @@ class SearchBudget:
     def add_design(self) -> None:
         """Ask for all remaining points of a sampler that does not use results.
 
-        Where a further variant has brought dimensions of its own, the sampler's sequence is another one: the
-        other variants then take their missing points from that.
+        The sampler's sequence changes when a further variant adds dimensions of its own. The other variants
+        then take their missing points from the new sequence.
         """
         if not any(map(self.num_remaining, self.space.variants)):
             return
@@ -143,7 +143,7 @@ class SearchBudget:
 
 
 def _mismatch_reason(point: Point, now: Configuration | None) -> str:
-    """Say why a point of an earlier run is another configuration now."""
+    """Return the reason why a point of an earlier run is another configuration now."""
     if now is not None and (raised := _changed_numerics(point, now)):
         return (
             f"points under earlier numerics of the {raised}: this program computes otherwise, "
@@ -155,9 +155,9 @@ def _mismatch_reason(point: Point, now: Configuration | None) -> str:
 
 
 def _changed_numerics(point: Point, now: Configuration) -> str:
-    """Name the numerics that were raised since: with the lower ones the configuration would be the point.
+    """Return the names of the numerics whose lower numbers would make the configuration that of the point.
 
-    Returns an empty string where something else differs.
+    Returns an empty string if something else differs.
     """
     variant, task, loop = now.variant.numerics, now.task.numerics, now.loop_numerics
     for a, b, c in product(range(1, variant + 1), range(1, task + 1), range(1, loop + 1)):
@@ -181,12 +181,12 @@ def open_search(
         folder: The study's folder.
         sampler: The sampler's name.
         points: Points of each variant.
-        space: What is searched.
+        space: The space that is searched.
         build: Makes a configuration from a variant and values.
         steps_per_point: Optimizer steps of a point that is not stopped early.
 
     Raises:
-        UsageError: The study has searched otherwise, or a file of its search is damaged or gone.
+        UsageError: The study has searched with other settings, or a file of its search is damaged or gone.
     """
     before = SearchFile.read(folder)
     if before is None:

@@ -26,11 +26,11 @@ from orchestrator.util.errors import UsageError, format_error
 
 JOURNAL_FILE = "optuna.journal"
 EARLIER_FILE = "search.jsonl"
-"""Where versions before 2026-11-27 kept the points, one sealed JSON object per line. It is read once."""
+"""File in which versions before 2026-11-27 kept the points: one JSON object with a checksum per line."""
 FINGERPRINT, TASK, ORDER = "fingerprint", "task", "order"
-"""User attributes of a point's trial. ORDER counts the points of all variants as they were asked for."""
+"""User attributes of a point's trial. ORDER is the point's number among the points of all variants."""
 REJECTED = "rejected"
-"""User attribute of a suggestion that is no point: it was asked for before, or the variant refuses it."""
+"""User attribute of a suggestion that is no point: a known point, or values that the variant refuses."""
 _READ_ERROR_WORDS = ("a search", "take another --study")
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Point:
     parameters: Mapping[str, Value]
     fingerprint: str
     trial: FrozenTrial | None = field(default=None, compare=False)
-    """The trial as the journal has it; None for a point that is not in the journal yet."""
+    """The trial in the journal; None for a point that is not in the journal yet."""
 
 
 def read_points(
@@ -62,8 +62,8 @@ def read_points(
         other variants, which earlier runs have searched.
 
     Raises:
-        UsageError: The file is damaged. A torn last line is not: nobody was given its content. It is left
-            out with a warning.
+        UsageError: The file is damaged. A torn last line is skipped with a warning, because nobody was given
+            its content.
     """
     path = folder / JOURNAL_FILE
     if not path.exists():
@@ -92,7 +92,7 @@ def read_points(
 
 
 def read_trials(path: Path) -> dict[str, list[FrozenTrial]]:
-    """Replay a journal file. Returns the trials of each Optuna study by its name, which is the variant's."""
+    """Replay a journal file. Returns the trials by Optuna study, which has the name of its variant."""
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
         _log.warning("%s: its last line is torn: left out", path)
@@ -130,7 +130,7 @@ class _ListBackend(BaseJournalBackend):
 
 
 def write_journal(folder: Path, trials: Mapping[str, Iterable[FrozenTrial]]) -> None:
-    """Replace a study's journal at once by one with these trials, by variant, in this order."""
+    """Replace a study's journal atomically by one with the given trials of each variant in this order."""
     backend = _ListBackend([])
     storage = JournalStorage(backend)
     for variant, each in trials.items():
@@ -143,7 +143,7 @@ def write_journal(folder: Path, trials: Mapping[str, Iterable[FrozenTrial]]) -> 
 def open_studies(folder: Path, samplers: Mapping[str, BaseSampler]) -> dict[str, Study]:
     """Open the Optuna studies of the variants in a study's journal, each with its sampler.
 
-    The caller holds the study's lock, so that a lock of Optuna's is left from a process that was killed.
+    The caller holds the study's lock, so an existing lock of Optuna belongs to a killed process.
     """
     path = folder / JOURNAL_FILE
     Path(f"{path}.lock").unlink(missing_ok=True)
@@ -170,7 +170,7 @@ def make_trial(point: Point, order: int, dimensions: Sequence[Dimension], **stat
 
 
 def _read_earlier_points(path: Path) -> list[Point]:
-    """Read the points of a search by an earlier version. Returns none where the file does not exist."""
+    """Read the points of a search by an earlier version; none if the file does not exist."""
     try:
         *lines, rest = path.read_bytes().split(b"\n")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Optuna's samplers, and designs: all points of a sampler that does not use results."""
+"""Optuna's samplers, and designs. A design holds all points of a sampler that does not use results."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ NON_ADAPTIVE_SAMPLERS = ("random", "qmc")
 """Samplers that do not use results: all their points can be drawn beforehand."""
 SEED = 0
 MAX_REJECTED_SUGGESTIONS = 8
-"""After so many suggestions in a row that are known or refused, a point is drawn without the sampler."""
+"""After this many known or refused suggestions in a row, a point is drawn without the sampler."""
 MAX_ENUMERATED_POINTS = 10_000
-"""Spaces of at most so many points are searched point by point for one that is new."""
+"""Spaces of at most this many points are searched point by point for a new point."""
 MAX_RANDOM_DRAWS = 1000
-"""In larger spaces so many points are drawn at random."""
+"""Number of points that are drawn at random in larger spaces."""
 MAX_IDLE_DRAWS = 100
-"""A design ends after so many draws in a row without a new point."""
+"""A design ends after this many draws in a row without a new point."""
 MIN_WARM_START_TRIALS = 10
-"""CMA-ES starts from the best tenth of the complete trials: at least one."""
+"""CMA-ES starts from the best tenth of the complete trials if there are at least this many."""
 
 BuildConfiguration = Callable[[str, Mapping[str, Value]], Configuration | None]
 """Makes a configuration from a variant and values; returns None where the variant refuses them."""
 
 
 def distributions(dimensions: Sequence[Dimension]) -> dict[str, BaseDistribution]:
-    """Return Optuna's distributions by name. A choice of numbers is drawn by its index: the order counts."""
+    """Return Optuna's distributions by name. A choice of numbers is drawn by its index, to keep its order."""
     made: dict[str, BaseDistribution] = {}
     for d in dimensions:
         if d.choices and d.is_numeric:
@@ -52,7 +52,7 @@ def distributions(dimensions: Sequence[Dimension]) -> dict[str, BaseDistribution
 
 
 def from_optuna_params(dimensions: Sequence[Dimension], params: Mapping[str, Any]) -> dict[str, Value]:
-    """Return the values that Optuna has drawn as a configuration has them."""
+    """Convert Optuna's parameters to values of a configuration."""
     found: dict[str, Value] = {}
     for d in dimensions:
         if d.choices:
@@ -63,7 +63,7 @@ def from_optuna_params(dimensions: Sequence[Dimension], params: Mapping[str, Any
 
 
 def to_optuna_params(dimensions: Sequence[Dimension], found: Mapping[str, Value]) -> dict[str, Any]:
-    """Return values of a configuration as Optuna has them: the inverse of `from_optuna_params`."""
+    """Convert values of a configuration to Optuna's parameters, the inverse of `from_optuna_params`."""
     return {
         d.key: d.choices.index(found[d.key]) if d.choices and d.is_numeric else found[d.key]
         for d in dimensions
@@ -71,12 +71,12 @@ def to_optuna_params(dimensions: Sequence[Dimension], found: Mapping[str, Value]
 
 
 def random_points(dimensions: Sequence[Dimension], seed: int) -> Iterator[dict[str, Value]]:
-    """Yield points for a sampler that only suggests known ones.
+    """Yield random points, for a sampler that suggests only known points.
 
     Args:
-        dimensions: The space. Each point of a small one comes once, in random order; of a larger one
-            MAX_RANDOM_DRAWS points are drawn, some of them twice perhaps.
-        seed: Decides the order, together with the sizes of the dimensions.
+        dimensions: The space. Each point of a small space comes once, in random order. In a larger space
+            MAX_RANDOM_DRAWS points are drawn, and a point may come twice.
+        seed: Seed of the order. The order also depends on the sizes of the dimensions.
     """
     size = math.prod(d.size or math.inf for d in dimensions)
     if size <= MAX_ENUMERATED_POINTS:
@@ -99,9 +99,9 @@ def make_sampler(
 
     Args:
         sampler_name: `tpe`, `cma-es`, `qmc` or `random`.
-        points: How many points the variant may have.
-        num_asked: How many were asked for. The seed follows from it, so that a sampler does not repeat its
-            draws after a restart.
+        points: Number of points that the variant may have.
+        num_asked: Number of points that were asked for. The seed follows from this number, so that a sampler
+            does not repeat its draws after a restart.
         completed: The complete trials, from which CMA-ES starts if there are enough of them.
     """
     seed = random.Random(f"{SEED}/{num_asked}").getrandbits(31)
@@ -116,9 +116,9 @@ def make_sampler(
             return samplers.CmaEsSampler(seed=seed, source_trials=warm, warn_independent_sampling=False)
         return samplers.TPESampler(
             seed=seed,
-            n_startup_trials=min(10, max(4, points // 4)),  # of few points most should learn from the others
+            n_startup_trials=min(10, max(4, points // 4)),  # with few points, most should use results
             multivariate=True,
-            constant_liar=True,  # lanes in training keep the next suggestions away from themselves
+            constant_liar=True,  # suggestions keep a distance from points in training
         )
 
 
@@ -127,15 +127,15 @@ def draw_design(
 ) -> dict[str, list[dict[str, Value]]]:
     """Draw the points of a sampler that does not use results.
 
-    All variants take their values from one sequence over the whole space, so that what they share is alike.
-    A design of more points begins with the same ones. Once the sequence only repeats itself, the rest comes
-    from `random_points`.
+    All variants take their values from one sequence over the whole space, so that variants have equal values
+    of the dimensions that they share. A larger design begins with the points of a smaller design. Once the
+    sequence only repeats itself, the remaining points come from `random_points`.
 
     Args:
         sampler_name: `qmc` or `random`.
-        space: What is searched.
-        points: How many points each variant gets, fewer where its space has no more.
-        build: Makes a configuration from a variant and values, or None where the variant refuses them.
+        space: The space that is searched.
+        points: Number of points for each variant. A smaller space gives fewer points.
+        build: Makes a configuration from a variant and values, or returns None if the variant refuses them.
 
     Returns:
         The points of each variant.
@@ -144,7 +144,7 @@ def draw_design(
     made_of = distributions(dimensions)
     study = create_study(sampler=make_sampler(sampler_name, points, 0))
     ends = {key: each.to_external_repr(float(getattr(each, "low", 0))) for key, each in made_of.items()}
-    # QMC learns the space from the first point; of its own it would draw that one at random.
+    # QMC infers the space from the first trial, and would draw a first trial of its own at random.
     study.add_trial(create_trial(params=ends, distributions=made_of, value=0.0))
     found: dict[str, dict[str, dict[str, Value]]] = {variant: {} for variant in space.variants}
 

@@ -1,4 +1,4 @@
-"""The settings of a search and what it has spent, kept in `<study>/search.json`.
+"""The settings of a search and the points and steps that it has spent, kept in `<study>/search.json`.
 
 The points themselves are in Optuna's journal beside it (journal.py).
 
@@ -23,14 +23,14 @@ SEARCH_FILE = "search.json"
 
 @dataclass(frozen=True)
 class VariantUsage:
-    """What one variant's part of a search has spent so far."""
+    """The points and steps that a search has spent on one variant so far."""
 
     points: int
-    """The points that the variant may have."""
+    """Number of points that the variant may have."""
     asked: int
-    """The points that were asked for."""
+    """Number of points that were asked for."""
     states: Mapping[str, int]
-    """How many of these have a record in each state."""
+    """Number of these points by the state of their record; "missing" without a record."""
     steps: int
     """Optimizer steps in these records."""
     most_steps: int
@@ -52,10 +52,10 @@ class SearchFile:
     spent: Mapping[str, VariantUsage] = field(default_factory=dict)
 
     def resume(self, sampler: str, points: int, space: Space, study: str) -> SearchFile:
-        """Return this search continued with the variants of `space` and `points` points of each.
+        """Return the settings for continuing this search with `points` points of each variant of `space`.
 
         Raises:
-            UsageError: It would be another search: another sampler, another space, or fewer points.
+            UsageError: The sampler or the space differs, or there are fewer points.
         """
         other = "take another --study"
         if sampler != self.sampler:
@@ -76,20 +76,20 @@ class SearchFile:
                 f"--points {points}: study {study!r} asks for {self.points} of each variant, and budgets "
                 f"stay equal; take {self.points} or more, or another --study."
             )
-        # A large space is not searched exhaustively: another run may find further points in it.
+        # A large space is not searched exhaustively, so another run may find further points.
         exhausted = tuple(
             v for v in self.exhausted if v not in space.variants or space.size(v) <= MAX_ENUMERATED_POINTS
         )
         return replace(self, points=points, spaces={**self.spaces, **space_specs(space)}, exhausted=exhausted)
 
     def write(self, folder: Path) -> None:
-        """Replace `folder`/search.json at once."""
+        """Replace `folder`/search.json atomically."""
         text = json.dumps(asdict(self), indent=1)
         atomic_files.write_atomically(folder / SEARCH_FILE, atomic_files.add_checksum(text))
 
     @classmethod
     def read(cls, folder: Path) -> SearchFile | None:
-        """Read `folder`/search.json. Returns None where it does not exist.
+        """Read `folder`/search.json. Returns None if the file does not exist.
 
         Raises:
             UsageError: The file is damaged.

@@ -1,4 +1,4 @@
-"""Ray Tune's searcher of a study: Optuna's samplers, one Optuna study per variant, equal budgets."""
+"""Ray Tune's searcher of a study: Optuna's samplers, one Optuna study per variant, and equal budgets."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class _VariantSearch:
 
 @dataclass
 class _SearchTrial:
-    """A trial of Tune's, with Optuna's trial of the same point."""
+    """Optuna's trial of the point that a trial of Tune trains."""
 
     search: _VariantSearch
     trial: Trial | None
-    """None: Optuna has the result already, and only the scheduler sees the point again."""
+    """None if Optuna has the result already, and only the scheduler sees the point again."""
     last_reported_step: int = 0
     reports: int = 0
 
     def report(self, result: Mapping[str, Any]) -> None:
-        """Pass an intermediate score to Optuna, once: a trial whose process died reports it again."""
+        """Pass an intermediate score to Optuna, unless a restarted trial process repeats it."""
         if self.trial is not None and result["step"] > self.last_reported_step:
             self.last_reported_step = result["step"]
             self.trial.report(result["score"], self.reports)
@@ -75,11 +75,12 @@ _NewPoint = tuple[Trial, dict[str, Value], Configuration]
 
 
 class PerVariantSearcher(Searcher):
-    """Tune's searcher: points of earlier runs first, then new ones, one variant in turn after the other.
+    """Tune's searcher, which suggests points of earlier runs, then new points of each variant in turn.
 
-    Points of earlier runs that have no result are trained; under early stopping those that have one are
-    replayed for the scheduler, whose rungs they fill. Then each variant in turn gets as many new points as
-    fill a lane group. Tune restores nothing of this: the study's folder and the store hold all of it.
+    Points of earlier runs that have no result are trained. Under early stopping, points with a result are
+    replayed to the scheduler, whose rungs they fill. Then each variant in turn gets as many new points as
+    fill a lane group. Tune saves and restores nothing of the search: the study's folder and the store
+    contain its whole state.
     """
 
     def __init__(
@@ -91,14 +92,14 @@ class PerVariantSearcher(Searcher):
             budget: The points of the search.
             store: The store of records.
             scheduler: The name of the early stopping scheduler.
-            points_per_turn: How many new points of one variant are asked for in a row.
-            cached: Fingerprints with a usable result. New points that have one already are added.
+            points_per_turn: Number of new points of one variant that are asked for in a row.
+            cached: Fingerprints with a usable result. New points that have a result already are added.
         """
         super().__init__(metric="score", mode="max")
         self.budget, self.store, self.scheduler = budget, store, scheduler
         self.points_per_turn, self.cached = points_per_turn, cached
         self.trials: dict[str, _SearchTrial] = {}
-        # Looked up once: trainers of a driver that was killed may still be writing.
+        # The results are looked up once, because trainers of a killed driver may still write records.
         self.results = {f: r for f, c in budget.configurations.items() if (r := self._stored_result(c))}
         cached.update(f for f, result in self.results.items() if result.state != "FAIL")
         self.variant_searches = self._open_variant_searches()
@@ -108,7 +109,7 @@ class PerVariantSearcher(Searcher):
     # -- Tune's interface -------------------------------------------------------------------------------
 
     def set_search_properties(self, *properties: Any, **spec: Any) -> bool:
-        """Accept whatever Tune sets: metric, mode and space are known already."""
+        """Accept the properties that Tune sets: metric, mode and space are known already."""
         return True
 
     def suggest(self, trial_id: str) -> Any:  # Tune's own type leaves out FINISHED
@@ -130,20 +131,20 @@ class PerVariantSearcher(Searcher):
             trial.tell("FAIL")
         elif result and state != "training":
             trial.tell("COMPLETE", result["score"])
-        else:  # the scheduler has stopped it at this result
+        else:  # the scheduler has stopped the trial at this result
             if result:
                 trial.report(result)
             trial.tell("PRUNED")
 
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: see the class."""
+        """Save nothing; see the class."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Refuse: see the class."""
-        raise NotImplementedError("a search goes on by its study's command")
+        """Raise NotImplementedError; see the class."""
+        raise NotImplementedError("a search is continued by the command of its study")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its settings into its scratch folder
+        return {}  # Tune pickles the searcher into its scratch folder
 
     # -- points -----------------------------------------------------------------------------------------
 
@@ -162,11 +163,11 @@ class PerVariantSearcher(Searcher):
         return {v: _VariantSearch(v, budget.space.variants[v], study) for v, study in studies.items()}
 
     def _restore_trial(self, point: journal.Point, order: int) -> FrozenTrial:
-        """Return the Optuna trial of a point of an earlier run; it waits where the point has no result."""
+        """Return the Optuna trial of an earlier run's point, in state WAITING if the point has no result."""
         result = self.results.get(point.fingerprint, PointResult("WAITING"))
         state, before = TrialState[result.state], point.trial
         if before is not None and (before.state, before.value) == (state, result.score):
-            return before  # with its times
+            return before  # this trial has its start and end times
         seen = dict(enumerate(result.scores))
         dimensions = self.budget.space.variants[point.variant]
         return journal.make_trial(
@@ -174,7 +175,7 @@ class PerVariantSearcher(Searcher):
         )
 
     def _stored_result(self, configuration: Configuration) -> PointResult | None:
-        """Return the result that the store has; None where the point is to be trained."""
+        """Return the result in the store, or None if the point is to be trained."""
         fingerprint, task = configuration.fingerprint, configuration.task
         record = self.store.get_reusable(fingerprint, scheduler_settings(self.scheduler, configuration))
         if record is None:
@@ -182,7 +183,7 @@ class PerVariantSearcher(Searcher):
         if record.state != "stopped":
             return PointResult("COMPLETE", record.score("validation"))
         seen = [
-            e.scores.get(task.metric, task.floor)  # what the trial has reported
+            e.scores.get(task.metric, task.floor)  # as the trial has reported it
             for e in record.evaluations
             if e.split == "validation" and e.step <= (record.stopped_at or record.steps)
         ]
@@ -190,7 +191,7 @@ class PerVariantSearcher(Searcher):
         return PointResult("PRUNED", scores[-1] if scores else None, scores)
 
     def _points_to_resubmit(self) -> Iterator[Configuration]:
-        """Yield points of earlier runs in the order in which Tune gets them (see rungs.submission_order)."""
+        """Yield points of earlier runs in the order of their submission; see `rungs.submission_order`."""
         if self.scheduler != "none":
             yield from (c for f, c in self.budget.configurations.items() if f in self.cached)
         yield from (c for f, c in self.budget.configurations.items() if f not in self.results)
@@ -198,13 +199,13 @@ class PerVariantSearcher(Searcher):
     def _next_resubmitted(self, trial_id: str) -> Configuration:
         configuration = self.to_resubmit.popleft()
         search = self.variant_searches[configuration.variant.name]
-        # Optuna gives out the trials that wait in the order of their numbers: this very point.
+        # Optuna returns waiting trials in the order of their numbers, so this trial is that of the point.
         trial = None if configuration.fingerprint in self.cached else search.ask()[0]
         self.trials[trial_id] = _SearchTrial(search, trial)
         return configuration
 
     def _next_new(self, trial_id: str) -> Configuration | None:
-        """Return a new point of the variant whose turn it is, or of the next one that has points left."""
+        """Return a new point of the variant whose turn it is, or of the next variant with points left."""
         while remaining := [g for g in self.turn_order if self.budget.num_remaining(g.variant)]:
             while self.turn_order[0] is not remaining[0]:
                 self.turn_order.rotate(-1)
@@ -222,8 +223,8 @@ class PerVariantSearcher(Searcher):
         """Ask for one new point.
 
         Returns:
-            Its configuration; None where there is no further point, or its result exists and the scheduler
-            need not see it.
+            The configuration of the point. None if there is no further point, or if the result of the point
+            exists and the scheduler need not see it.
         """
         found = self._suggest_point(search) or self._random_point(search)
         if found is None:
@@ -232,7 +233,7 @@ class PerVariantSearcher(Searcher):
         trial, parameters, configuration = found
         trial.set_user_attr(journal.TASK, configuration.task.name)
         trial.set_user_attr(journal.ORDER, len(self.budget.points))
-        trial.set_user_attr(journal.FINGERPRINT, configuration.fingerprint)  # from here on it counts
+        trial.set_user_attr(journal.FINGERPRINT, configuration.fingerprint)  # this makes the trial a point
         self.budget.add_point(search.variant, parameters, configuration)
         result, search_trial = self._stored_result(configuration), _SearchTrial(search, trial)
         if result is None:
@@ -250,20 +251,20 @@ class PerVariantSearcher(Searcher):
         return configuration
 
     def _suggest_point(self, search: _VariantSearch) -> _NewPoint | None:
-        """Return a point that the sampler suggests; None when it suggests only known or refused ones."""
+        """Return a point that the sampler suggests, or None if it suggests only known or refused points."""
         for _ in range(samplers.MAX_REJECTED_SUGGESTIONS):
             trial, parameters = search.ask()
             configuration = self._build_if_new(search, parameters)
             if configuration is not None:
                 return trial, parameters, configuration
             trial.set_user_attr(journal.REJECTED, True)
-            # As a failure: a sampler that is told a good result twice returns to that point all the more.
+            # The suggestion counts as failed: a good result twice would draw the sampler to its point.
             _SearchTrial(search, trial).tell("FAIL")
         return None
 
     def _random_point(self, search: _VariantSearch) -> _NewPoint | None:
-        """Return a point at random, for a sampler that keeps suggesting its best points."""
-        seed = len(self.budget.configurations)  # another one each time, also after a restart
+        """Return a random point, for a sampler that keeps suggesting its best points."""
+        seed = len(self.budget.configurations)  # another seed each time, also after a restart
         for parameters in samplers.random_points(search.dimensions, seed):
             configuration = self._build_if_new(search, parameters)
             if configuration is not None:

@@ -1,4 +1,4 @@
-"""How many trials run at once, and how much memory each of them reserves."""
+"""The number of concurrent trials, and the memory that each of them reserves."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from orchestrator.execution.trainers.pool import PoolConfig
 from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
 MIN_AUTOSCALED_TRAINERS = 8
-"""Number of trainers that a growing cluster is planned for: those of one node with eight GPUs."""
+"""Number of trainers that the limit for an autoscaled cluster allows for, as on one node with eight GPUs."""
 
 
 def trial_limits(pool: PoolConfig, cluster: Cluster, scheduler: str) -> tuple[int | None, int]:
-    """Return the number of trials that run at once, and the bytes that each reserves in Ray.
+    """Return the number of concurrent trials, and the bytes that each of them reserves in Ray.
 
-    The number covers the lanes of all trainers and one lane group each to lease next. It is limited by the
-    memory of the trial processes, which get half of what Ray may promise; the trainers get the other half.
-    Tune's limit cannot be raised later, so an elastic pool on a cluster of GPUs gets one for twice its
+    The number covers the lanes of all trainers, and for each trainer one lane group to lease next. The trial
+    processes together may use half of the memory that Ray manages; the other half is for trainers. Tune's
+    limit cannot be raised later, so an elastic pool on a cluster with GPUs gets a limit for twice its
     trainers.
 
-    Hyperband pauses a trial until all of its bracket have come as far, and Tune's limit counts paused trials.
-    There the number is None, and the reserved bytes keep the same limit.
+    Hyperband pauses a trial until all trials of its bracket have reached the same evaluation, and Tune's
+    limit counts paused trials. Under Hyperband the number is therefore None, and the reserved bytes limit the
+    trials.
     """
     num_trainers = pool.num_trainers
     if pool.elastic and not cluster.local and pool.spec.gpus_per_worker:

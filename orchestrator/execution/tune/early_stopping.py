@@ -1,4 +1,4 @@
-"""Early stopping with Tune's schedulers, one for each variant and task, so that all are tuned equally."""
+"""Early stopping with one of Tune's schedulers for each variant and task, so that all are tuned equally."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class PerVariantScheduler(LiveTrialFIFOScheduler):
 
     Args:
         scheduler: "asha", "hyperband" or "median".
-        cached: Fingerprints of known results, which are replayed; a search adds to them. They fill the rungs
-            that other trials are compared with, and are never stopped. Under Hyperband they are members of
-            brackets.
+        cached: Fingerprints of known results, which are replayed; a search adds fingerprints. Trials with
+            known results fill the rungs that other trials are compared with, and are never stopped. Under
+            Hyperband they are ordinary members of brackets.
     """
 
     _metric = "loss"
@@ -56,7 +56,7 @@ class PerVariantScheduler(LiveTrialFIFOScheduler):
         self.schedulers[key].on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return the scheduler's decision; a known result is noted and always continues."""
+        """Return the scheduler's decision; a trial with a known result is noted and always continues."""
         scheduler, is_cached = self.scheduler_of_trial[trial.trial_id]
         if not is_cached:
             return scheduler.on_trial_result(tune_controller, trial, result)
@@ -80,8 +80,8 @@ class PerVariantScheduler(LiveTrialFIFOScheduler):
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Return the trial to start next.
 
-        Under Hyperband it is the first that any of the schedulers chooses, since it decides which paused
-        trials go on. Other schedulers take trials in their order of arrival.
+        Hyperband decides which paused trials continue, so under Hyperband the first choice of any scheduler
+        is returned. The other schedulers take trials in their order of arrival.
         """
         if self.scheduler != "hyperband":
             return super().choose_trial_to_run(tune_controller)
@@ -90,10 +90,10 @@ class PerVariantScheduler(LiveTrialFIFOScheduler):
 
 
 class _HyperBand(HyperBandScheduler):
-    """HyperBand without a fault of Ray 2.60, which never clears the mark of a bracket being processed.
+    """HyperBand with a fix for Ray 2.60, which never clears a bracket's flag `is_being_processed`.
 
-    With the mark, a trial that ends by itself (a diverged lane) after its bracket was halved would leave the
-    paused trials of the bracket paused for ever.
+    With the flag set, the paused trials of a bracket stay paused for ever if a trial ends by itself (a
+    diverged lane) after the bracket was halved.
     """
 
     def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:

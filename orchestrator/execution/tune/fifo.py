@@ -1,6 +1,6 @@
 """Generator and scheduler that run trials in a given order.
 
-Tune's own ones do the same, at a cost that grows with the square of the number of trials.
+Tune's own classes do the same at a cost that grows with the square of the number of trials.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from orchestrator.study.configuration import Configuration
 class ConfigurationListGenerator(BasicVariantGenerator):
     """Generate one trial per configuration, in the given order.
 
-    It replaces `grid_search`, for which Ray 2.60 copies the whole grid once per trial; that takes 0.36 s a
-    trial for 5,000 configurations.
+    This class replaces `grid_search`, for which Ray 2.60 copies the whole grid once per trial. A copy takes
+    0.36 s with 5,000 configurations.
 
     Args:
         configurations: The configurations.
-        max_concurrent: The largest number of unfinished trials; None for as many as there is room for.
+        max_concurrent: The largest number of unfinished trials; None for no limit.
     """
 
     _trial_generator: Any
@@ -35,7 +35,7 @@ class ConfigurationListGenerator(BasicVariantGenerator):
         self.configurations = configurations
 
     def add_configurations(self, experiments: Any) -> None:
-        """Take Tune's single experiment, whose trainable every trial runs."""
+        """Take the experiment from Tune, which gives exactly one."""
         (experiment,) = experiments
         self._total_samples = len(self.configurations)
         self._trial_generator = self._generate_trials(experiment.spec)
@@ -61,7 +61,7 @@ class LiveTrialFIFOScheduler(FIFOScheduler):
         self._arrival_order: dict[str, int] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Put the trial last in the order, also if it was in it before and is tried again."""
+        """Put the trial last in the order, even if the trial is tried again."""
         self._arrival_order[trial.trial_id] = next(self._counter)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:

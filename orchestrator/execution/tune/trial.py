@@ -29,9 +29,9 @@ WORST_LOSS = 1e9
 class LaneTrainable(tune.Trainable):
     """Trainable whose every `step` waits for the lane's next report.
 
-    A step lets the lane go on if it was paused after its last report. The last result has `done` and the
-    state in which the lane ended. The trainable never releases its lane, because its process may be paused or
-    reused for another trial when it ends; the driver tells the broker which trials have ended.
+    A step lets the lane continue if the lane was paused after its last report. The last result has `done` and
+    the state in which the lane ended. The trainable never releases its lane, because its process may be
+    paused or reused for another trial; `BrokerCallback` tells the broker which trials have ended.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ class LaneTrainable(tune.Trainable):
             except ActorUnavailableError:  # the broker restarts; the next call submits again
                 time.sleep(0.5)
                 continue
-            except ActorDiedError:  # it does not come back: the driver ends the study
+            except ActorDiedError:  # the broker is lost for good: the driver ends the study
                 news = "failed"
             if isinstance(news, Report):
                 self.reported_step = news.step
@@ -74,9 +74,9 @@ class LaneTrainable(tune.Trainable):
     def _final_metrics(self, state: str) -> dict[str, Any]:
         """Return the metrics of the last result.
 
-        They repeat the last report. A diverged lane gets the worst metrics, at the evaluation that it did not
-        reach, because other lanes are compared with it. A lane that failed or was stopped before its first
-        report gets the worst metrics at step 0, which no scheduler compares; its record says that it has no
+        They repeat the last report. A diverged lane gets the worst metrics at its next evaluation, which it
+        did not reach, because other lanes are compared with it. A lane that failed or was stopped before its
+        first report gets the worst metrics at step 0, which no scheduler compares; its record contains no
         score.
         """
         step = self.reported_step
@@ -93,7 +93,7 @@ class LaneTrainable(tune.Trainable):
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Return what Tune has seen, for a pause; the lane has checkpoints of its own."""
+        """Return the last report that Tune has seen, for a pause; the lane has checkpoints of its own."""
         return {"reported_step": self.reported_step, "last_metrics": self.last_metrics}
 
     def load_checkpoint(self, checkpoint: Any) -> None:

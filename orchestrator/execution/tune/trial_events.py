@@ -1,4 +1,4 @@
-"""What Tune's loop tells the broker about its trials, and how the monitor ends that loop."""
+"""Tune's callback that informs the broker about trials, and the stopper with which the monitor ends Tune."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ABORTED = threading.Event()
 """Set when the study cannot go on. It is a global, because Tune pickles its stoppers."""
 
 PendingStops = dict[str, tuple[Configuration, int]]
-"""Trials that the scheduler has stopped and whose lanes have no record yet: the configuration and the step of
-the last report that the scheduler saw. The driver keeps them, since a broker that restarts has forgotten
-them."""
+"""Trials that the scheduler has stopped and whose lanes have no record yet. The value is the configuration
+and the step of the last report that the scheduler saw. The driver keeps these trials, because a broker that
+restarts has forgotten them."""
 
 
 class AbortStopper(tune.Stopper):
@@ -58,12 +58,12 @@ class BrokerCallback(tune.Callback):
         self._call_broker(self.broker.release, trial.trial_id)
 
     def _call_broker(self, method: Any, *args: Any) -> None:
-        """Call the broker and wait, because it counts the open lanes when all trials have ended."""
+        """Call the broker and wait for its answer: when `fit` returns, the broker must know of every end."""
         while not ABORTED.is_set():
             try:
                 ray.get(method.remote(*args))
                 return
             except ActorUnavailableError:  # the broker restarts
                 time.sleep(0.5)
-            except ActorDiedError:  # it does not come back; the monitor ends the study
+            except ActorDiedError:  # it is lost for good; the monitor ends the study
                 return
