@@ -1,8 +1,8 @@
-"""Keep the file with Ray's authentication token readable by its user only.
+"""Protection of the file with Ray's authentication token, which only its user may read.
 
-Ray 2.60 writes a new token to `~/.ray/auth_token` when it starts a local Ray and there is none. The user of
-a remote cluster copies that cluster's token there. Ray creates the file with the permissions of the umask,
-and on most systems these let every user read it.
+Ray 2.60 writes a new token to `~/.ray/auth_token` when it starts a local Ray and the file does not exist. The
+user of a remote cluster copies that cluster's token to this file. Ray creates the file with the permissions
+of the umask, which on most systems let every user read the file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ OTHER_USERS_MASK = 0o077
 def restrict_token_file(create_if_missing: bool) -> None:
     """Take the permissions of other users away from the token file.
 
-    Where that is impossible (no home folder or one that cannot be written, a file of another user), nothing
-    happens: Ray then reads or creates the file by itself.
+    If that is impossible (no writable home folder, a file of another user), nothing happens: Ray then reads
+    or creates the file by itself.
 
     Args:
-        create_if_missing: Whether to create the file where it is missing, because a local Ray is about to
-            start.
+        create_if_missing: True to create a missing file, because a local Ray is about to start.
     """
     with suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
         path = Path.home() / ".ray" / "auth_token"
@@ -41,7 +40,7 @@ def restrict_token_file(create_if_missing: bool) -> None:
 
 
 def _ray_creates_token() -> bool:
-    """Return whether Ray would create the file: no variable gives a token or turns tokens off."""
+    """Return whether Ray would create the file, because no variable sets a token or turns tokens off."""
     named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     return not named and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
 

@@ -22,19 +22,19 @@ class NodeType:
     name: str
     max_nodes: int
     node: Node | None
-    """Resources of one node; None if the file does not give them, as for existing machines."""
+    """Resources of one node; None if the file does not specify them, as for existing machines."""
 
     @property
     def has_gpus(self) -> bool:
-        """Return whether the nodes have GPUs, as far as the file says."""
+        """True if the file specifies GPUs for the nodes."""
         return self.node is not None and self.node.gpus > 0
 
 
 def adapt_options(options: StudyOptions) -> StudyOptions:
     """Return the options with defaults for a joined cluster whose autoscaler can start GPU nodes.
 
-    The study waits for such nodes instead of training on the head. Options that the user has set stay, and a
-    dry run starts no machine unless asked to.
+    With these defaults the study waits for GPU nodes instead of training on the head. Options that the user
+    has set stay. A dry run requests no GPU by default, so that it starts no machine.
     """
     is_joined = runtime.running_cluster_address() is not None
     if not is_joined or not any(kind.has_gpus for kind in load_node_types() or ()):

@@ -1,10 +1,10 @@
-"""Ending of the processes that a killed driver leaves of the Ray which it started.
+"""Cleanup of the processes of a Ray whose driver was killed.
 
-A driver that dies by kill -9 cannot end its Ray. Most of Ray's processes then end by themselves, but its
-agents do not within a minute, and two Rays on one machine can end each other's Train runs. So a driver lists
-the processes of its Ray in a file. A second process, the guard, ends them once the driver is gone. The next
-driver does the same, in case the guard has died too. A driver that is not killed ends what Ray's own shutdown
-leaves.
+A driver that dies by kill -9 cannot end the Ray that it has started. Most of Ray's processes then end by
+themselves, but Ray's agents live for more than a minute, and two Rays on one machine can end each other's
+Train runs. So a driver lists the processes of its Ray in a file. A second process, the guard, ends the listed
+processes once the driver is gone. The next driver does the same, in case the guard has died too. A driver
+that is not killed ends the processes that Ray's own shutdown leaves.
 
     python -m orchestrator.execution.ray.cleanup      runs the guard, which waits for the end of its standard
     input
@@ -91,7 +91,7 @@ def _read_processes(file: Path) -> list[ProcessIdentity]:
 def start_time_since_boot(process: psutil.Process) -> float:
     """Return the seconds from the boot of the machine to the start of a process.
 
-    On Linux, setting the clock changes `psutil`'s `create_time` but not this value.
+    On Linux, a change of the system clock changes `create_time` of psutil, but not this value.
     """
     began = psutil.boot_time()  # first, since older versions of psutil use its last result in `create_time`
     return process.create_time() - began
@@ -105,7 +105,7 @@ def boot_id() -> str:
 
 
 def _find_process(pid: int, started_since_boot: float) -> psutil.Process | None:
-    """Return the process, alive or dead and not yet reaped, or None."""
+    """Return the process, which may be a zombie, or None if it has ended."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
         if abs(start_time_since_boot(process) - started_since_boot) < 1.0:
@@ -123,8 +123,8 @@ def _find_running_process(pid: int, started_since_boot: float) -> psutil.Process
 def _shares_pid_namespace(pid: int) -> bool:
     """Return whether a process is in the Linux PID namespace of this process.
 
-    The environment of a process in a container holds the PID of its raylet, which is valid in the namespace
-    of the container only. Here the same number belongs to an unrelated process or to none.
+    The environment of a process in a container holds the PID of its raylet, which is valid only in the
+    namespace of the container. In another namespace the number belongs to an unrelated process or to none.
 
     Args:
         pid: The process, as numbered in the namespace of this process.
@@ -135,7 +135,7 @@ def _shares_pid_namespace(pid: int) -> bool:
     Raises:
         PermissionError: The process belongs to another user.
     """
-    with suppress(FileNotFoundError):  # outside of Linux, or of a process that has ended
+    with suppress(FileNotFoundError):  # on other systems, or for a process that has ended
         return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
     return True
 
@@ -156,14 +156,14 @@ def end_orphaned_rays() -> None:
 def _kill_processes(rays: Sequence[ProcessIdentity]) -> None:
     """Kill processes, and the workers of raylets among them.
 
-    A PID that belongs to another process by now is left alone. In containers whose first process does not
-    reap dead children, the workers of a dead raylet take it for alive and train on; they are found by their
-    raylet's PID in their environment.
+    A process that has reused a listed PID is left alone. In a container whose first process does not reap
+    dead children, a dead raylet stays a zombie, and its workers continue to train. These workers are found by
+    the PID of their raylet in their environment.
     """
     raylets = {str(pid) for pid, start in rays if not psutil.pid_exists(pid) or _find_process(pid, start)}
     doomed = [process for identity in rays if (process := _find_running_process(*identity))]
     for process in psutil.process_iter() if rays else ():
-        with suppress(psutil.Error):  # a worker keeps this variable when another process adopts it
+        with suppress(psutil.Error):  # an orphaned worker keeps this variable
             if process.environ().get("RAY_RAYLET_PID") in raylets and _shares_pid_namespace(process.pid):
                 doomed.append(process)
     for process in doomed:
@@ -180,10 +180,10 @@ def kill_new_children(processes_before: Collection[psutil.Process]) -> None:
 
 @contextmanager
 def cleanup_guard(processes_before: Collection[psutil.Process] = ()) -> Iterator[None]:
-    """End what is left of the Ray that this process has just started.
+    """End the remaining processes of the Ray that this process has just started.
 
-    Should this process be killed inside the context, a second process, the guard, does so. Otherwise this
-    process does so when it leaves the context.
+    This process does so when it leaves the context. If it is killed inside the context, a second process, the
+    guard, does so.
 
     Args:
         processes_before: The descendants before Ray was started, which are not Ray's processes.
@@ -191,10 +191,10 @@ def cleanup_guard(processes_before: Collection[psutil.Process] = ()) -> Iterator
     record_processes(processes_before)
     guard = subprocess.Popen(
         [sys.executable, "-m", __name__],
-        stdin=subprocess.PIPE,  # ends when this process does
+        stdin=subprocess.PIPE,  # closed when this process ends
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is the driver's
+        start_new_session=True,  # Ctrl-C must reach the driver only
     )
     try:
         yield

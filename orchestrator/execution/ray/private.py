@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
 ActorRow = dict[str, Any]
-"""One actor in the table of Ray's control store."""
+"""The row of one actor in the table of Ray's control store."""
 
 
 def actor_row(actor_id: str) -> ActorRow:
@@ -49,7 +49,7 @@ def died_with_node(row: ActorRow) -> bool:
 
 
 def draining_node_ids() -> frozenset[str]:
-    """Return the ids of the nodes that Ray drains (`ray drain-node`, an autoscaler, a spot notice)."""
+    """Return the ids of the nodes that Ray drains, for example after `ray drain-node` or a spot notice."""
     from ray._private.state import state
 
     return frozenset(state.get_draining_nodes())
@@ -93,7 +93,7 @@ def train_environment() -> dict[str, str]:
 
 
 def startup_errors() -> tuple[type[Exception], type[Exception]]:
-    """Return two errors that end a Ray Train run: of workers not placed in time, and of one that died."""
+    """Return the errors for a placement timeout and for a death of a worker at the start of a Train run."""
     from ray.train.v2._internal.exceptions import (
         WorkerGroupStartupFailedError,
         WorkerGroupStartupTimeoutError,
@@ -145,7 +145,7 @@ def withhold_cloud_credentials_from_trials() -> None:
 
 
 def prepare_cluster_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a cluster description with Ray's defaults, as `ray up` makes it.
+    """Return a cluster description with Ray's defaults, as `ray up` uses it.
 
     Raises:
         ValueError, RuntimeError, NotImplementedError, KeyError, ImportError: Ray refuses the description.

@@ -23,7 +23,7 @@ from orchestrator.util.errors import StudyError, UsageError, format_error
 from orchestrator.util.graceful_interrupts import exit_on_interrupt
 
 TRAINER_MEMORY_BYTES = 2 * 2**30
-"""Memory to plan for a trainer; worker and controller use about 1 GiB with a small model."""
+"""Memory to plan for a trainer, whose worker and controller use about 1 GiB with a small model."""
 LOCAL_RAY_IN_USE = (  # two Rays on one machine can end each other's Train runs
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
@@ -37,8 +37,8 @@ RAY_ENVIRONMENT = {
 }
 """Environment variables of every study, unless the user has set them. Ray and Tune read them on import."""
 LOCAL_RAY_ENVIRONMENT = {
-    # In spite of its name, Ray reads this variable on Linux as well. With 0 the node's address is 127.0.0.1
-    # and Ray's processes listen there only. Otherwise they listen on all addresses of the machine.
+    # In spite of the name, Ray reads this variable on Linux as well. With 0 the node's address is 127.0.0.1,
+    # and Ray's processes listen only there. Otherwise they listen on all addresses of the machine.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_metrics_collection": "0",  # no port for Prometheus that nobody has asked for
 }
@@ -73,9 +73,9 @@ class Cluster:
     namespace: str = ""
     """The Ray namespace of the study."""
     local: bool = True
-    """Whether the study has started this Ray; a joined cluster may grow."""
+    """True if the study has started this Ray; a joined cluster may grow."""
     gcs_address: str = ""
-    """Address of its GCS, HOST:PORT."""
+    """Address of the GCS, HOST:PORT."""
 
     @property
     def memory(self) -> float:
@@ -152,8 +152,8 @@ def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
 def running_cluster_address() -> str | None:
     """Return the address of the running cluster that a study would join.
 
-    It is RAY_ADDRESS, else the address in the file that `ray start` writes to the temporary folder, where
-    something answers at that address.
+    The address is RAY_ADDRESS or, without RAY_ADDRESS, the one in the file that `ray start` writes to the
+    temporary folder, provided that a process listens at that address.
 
     Raises:
         UsageError: The file belongs neither to this user nor to root. Any user can write to that folder.
@@ -167,7 +167,7 @@ def running_cluster_address() -> str | None:
             return None
         found, owner = file.read(MAX_ADDRESS_LENGTH).strip(), status.st_uid
         host, _, port = found.rpartition(":")
-        # A connection, which sends nothing, distinguishes a running cluster from a left-over file.
+        # A connection, over which nothing is sent, distinguishes a running cluster from a left-over file.
         if found and is_listening(host, int(port)):
             if owner not in (0, os.getuid()):
                 raise UsageError(
@@ -186,10 +186,10 @@ def _open_untrusted(path: str, flags: int) -> int:
 
 @contextmanager
 def connect(before_exit: Callable[[], object] = lambda: None) -> Iterator[Cluster]:
-    """Join or start Ray, and end on exit what the study has started.
+    """Join or start Ray. On exit, end the Ray that was started.
 
     Args:
-        before_exit: Called when Ctrl-C ends the process during Ray's start, which raises no exception.
+        before_exit: Called when Ctrl-C ends the process during Ray's start, without an exception.
 
     Yields:
         The cluster.
@@ -215,7 +215,7 @@ def _connect(cluster_address: str | None, before_exit: Callable[[], object]) -> 
     variables = RAY_ENVIRONMENT | (LOCAL_RAY_ENVIRONMENT if is_local else {})
     for name, value in variables.items():
         os.environ.setdefault(name, value)
-    with exit_on_interrupt(before_exit):  # an exception would interrupt imports, too
+    with exit_on_interrupt(before_exit):  # an exception could interrupt an import
         import ray
 
     namespace = f"study-{uuid.uuid4().hex[:12]}"
@@ -235,11 +235,15 @@ def _connect(cluster_address: str | None, before_exit: Callable[[], object]) -> 
 
 
 def _join_ray(cluster_address: str, options: Mapping[str, Any]) -> None:
-    """Join a cluster. Raises UsageError if that is impossible."""
+    """Join a cluster.
+
+    Raises:
+        UsageError: The cluster cannot be joined.
+    """
     import ray
 
     host, _, port = cluster_address.rpartition(":")
-    # Ray itself would retry for minutes, even where nothing listens.
+    # Ray itself would retry for minutes, even if nothing listens at the address.
     is_plain = port.isdigit() and "/" not in host
     try:
         if is_plain and not any(is_listening(host, int(port)) for _ in range(CONNECT_ATTEMPTS)):
@@ -276,12 +280,12 @@ def _start_local_ray(options: Mapping[str, Any], processes_before: Collection[ps
             cleanup.kill_new_children(processes_before)
     raise StudyError(
         f"Ray did not start within its 30 s, {START_ATTEMPTS} times ({message}); the load of this machine is "
-        f"{os.getloadavg()[0]:.0f}: run the command again when other work is done."
+        f"{os.getloadavg()[0]:.0f}; run the command again when the machine is less busy."
     )
 
 
 def _refuse_other_source_tree() -> None:
-    """Refuse a working folder with another copy of this code, since Ray's workers would import that one.
+    """Refuse a working folder with another copy of this code, which Ray's workers would import.
 
     Raises:
         UsageError: There is another copy.
@@ -291,7 +295,7 @@ def _refuse_other_source_tree() -> None:
         if here != source_folder and (here / package / "__init__.py").is_file():
             raise UsageError(
                 f"{here} has another {package!r} than {source_folder}, which runs this command, and Ray's "
-                "workers would import that one; run the command in another folder, or the one of that copy."
+                "workers would import the wrong copy; run the command in another folder, or run that copy."
             )
 
 
@@ -335,8 +339,8 @@ def usable_nodes() -> tuple[Node, ...]:
 def driver_node_affinity() -> Any:
     """Return the scheduling strategy that places an actor on the driver's node.
 
-    Worker nodes may be lost, and the driver's node ends with the study. The strategy is not soft, because Ray
-    2.60 would then place actors without resources on any node.
+    Worker nodes may be lost; the study cannot outlive the driver's node. The strategy is not soft, because
+    with a soft strategy Ray 2.60 would place actors without resources on any node.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -1,4 +1,4 @@
-"""Why a trainer ended, from the exception that its Ray Train run raised and from Ray's table of actors."""
+"""The reason for a trainer's end, from the exception of its Ray Train run and from Ray's table of actors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ExitStatus:
 
 
 def classify_exit(error: Exception, controller: Any = None) -> ExitStatus:
-    """Return why a trainer ended. This function asks Ray how the actors of the run died.
+    """Return the reason for a trainer's end. Ray is asked for the state of the run's actors.
 
     Args:
         error: The exception that `TorchTrainer.fit` raised.
@@ -37,7 +37,7 @@ def classify_exit(error: Exception, controller: Any = None) -> ExitStatus:
     """
     if isinstance(error, WorkerGroupError):
         return _classify_worker_errors(error)
-    kind = ExitKind.FAILED  # the controller died, which ends its workers, or it gave up
+    kind = ExitKind.FAILED  # the controller died, which ends its workers, or has given up
     if isinstance(error, ControllerError):
         placement_timeout, startup_failure = private.startup_errors()
         if isinstance(error.controller_failure, placement_timeout):
@@ -51,9 +51,10 @@ def classify_exit(error: Exception, controller: Any = None) -> ExitStatus:
 
 
 def _classify_worker_errors(error: WorkerGroupError) -> ExitStatus:
-    """Return why the workers of a run ended, from the most to the least specific error.
+    """Return the reason for the end of a run's workers, from the most specific error.
 
-    When one worker dies, the others fail in their next collective operation, so their errors explain nothing.
+    After the death of one worker, the others fail in their next collective operation, so their errors are not
+    the cause.
     """
     health_errors = private.health_check_errors(error)
     deaths = [death for death in health_errors if isinstance(death, RayActorError)]
@@ -74,9 +75,9 @@ def _classify_worker_errors(error: WorkerGroupError) -> ExitStatus:
 
 
 def _classify_worker_death(error: RayActorError) -> ExitKind:
-    """Return why a worker died, after Ray has found it out.
+    """Return the reason for a worker's death, after waiting until Ray knows it.
 
-    Ray calls a lost worker unavailable until it knows whether its process or its node died.
+    Ray reports a lost worker as unavailable until Ray knows whether the process or the node died.
     """
     deadline = time.monotonic() + timeouts.UNREACHABLE_TIMEOUT_SECONDS
     while True:

@@ -30,23 +30,24 @@ class PoolConfig:
     num_trainers: int
     spec: TrainerSpec
     elastic: bool = False
-    """Whether the number of trainers follows the cluster's nodes; `num_trainers` is then the first number."""
+    """True if the number of trainers follows the cluster's nodes, starting from `num_trainers`."""
     autoscaler_capacity: int = 0
-    """The number of trainers that fit on the nodes which an autoscaler may have at most."""
+    """Number of trainers that fit on the largest set of nodes which an autoscaler may start."""
 
 
 class TrainerPool:
     """Keep as many trainers as the waiting lanes can use.
 
-    A pool of fixed size has up to `num_trainers`. An elastic pool has as many as the nodes have room for;
-    with an autoscaler, once the first trainer is placed, as many as its nodes would have room for, because an
-    autoscaler starts no node that nobody waits for. Trainers without a place wait and reserve nothing.
+    A pool of fixed size has up to `num_trainers` trainers. An elastic pool has as many trainers as fit on the
+    nodes. With an autoscaler, once the first trainer is placed, an elastic pool also requests trainers for
+    nodes that may still be started, because an autoscaler starts a node only for waiting requests. Trainers
+    without a place wait and reserve nothing.
 
     Args:
         config: The number of trainers and the properties of each.
         namespace: The Ray namespace of the study.
         broker: The handle of the broker's actor.
-        visibility: Tells which nodes see the store.
+        visibility: Checks which nodes can access the store.
         notify: Called with lines for the user.
     """
 
@@ -69,12 +70,12 @@ class TrainerPool:
         self.no_trainer_since: float | None = None
         self.had_waiting_lanes = False
         self.failure_reason = ""
-        """Why no trainer can be had; empty while one may still come."""
+        """The reason why no trainer will start any more; empty while a trainer may still start."""
         self.cluster = Cluster(())
         """The nodes that can take a trainer."""
         self.max_trainers: int | None = None
-        """The number of Train controllers that fit in half of the driver node's memory; trials use the other
-        half. None before the nodes were counted."""
+        """Number of Train controllers that fit in half of the memory of the driver's node; trials use the
+        other half. None until the nodes have been counted."""
         self._last_node_count = self._cleanup_until = -float("inf")
 
     def update(
@@ -98,7 +99,7 @@ class TrainerPool:
             placed: Names of all trainers that have ever called the broker, which means that Ray has placed
                 them.
             hung: Names of hung trainers.
-            abort_reason: Why no more trainers should be started; empty while they should.
+            abort_reason: The reason to start no more trainers; empty while trainers should be started.
         """
         now = self.clock()
         self.placed = placed
@@ -133,13 +134,13 @@ class TrainerPool:
 
     @property
     def waiting_for(self) -> str:
-        """The kind of node that is missing before a trainer can start; empty if none is."""
+        """The kind of node without which no trainer can start; empty if no node is missing."""
         if self.cluster.trainer_capacity(self.spec.gpus_per_worker, self.spec.workers_per_trainer):
             return ""
         return "a GPU node" if self.spec.gpus_per_worker else "a node"
 
     def shut_down(self, timeout: float) -> None:
-        """End all trainers, which were told that no more lanes come.
+        """End all trainers, after the broker was told that no more lanes come.
 
         Args:
             timeout: Seconds that placed trainers get to end by themselves before they are killed.
@@ -174,8 +175,8 @@ class TrainerPool:
             return min(wanted, self.config.num_trainers - running)
         room = self.cluster.trainer_capacity(self.spec.gpus_per_worker, self.spec.workers_per_trainer)
         startable_now = min(wanted, room - running, free - unplaced)
-        # An autoscaler's nodes cost money. So the first trainer must be placed before more are requested, and
-        # none is requested for lanes that a placed trainer is about to lease.
+        # An autoscaler's nodes cost money. So the first trainer must be placed before more nodes are
+        # requested, and no node is requested for lanes that a placed trainer is about to lease.
         more = max(0, self.config.autoscaler_capacity - room) if self.placed else 0
         about_to_be_leased = max(0, (running - unplaced) * lanes - training)
         useful_later = min(wanted, -(-(waiting - about_to_be_leased) // lanes) - unplaced)
@@ -208,7 +209,7 @@ class TrainerPool:
             )
 
     def _limit_by_driver_memory(self, driver_node_id: str) -> None:
-        """Set `max_trainers` once, from the memory of the driver's node, where all Train controllers run."""
+        """Set `max_trainers` once, by the memory of the driver's node, where all Train controllers run."""
         memory = next((node.memory for node in self.cluster.nodes if node.id == driver_node_id), None)
         if memory is None or self.max_trainers is not None:  # the node is draining, or was counted before
             return

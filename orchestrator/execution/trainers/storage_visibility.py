@@ -1,4 +1,4 @@
-"""Which nodes can access the study's store. Nodes that join later are checked when they do."""
+"""The check whether a node can access the study's store, which covers nodes that join later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StorageVisibility:
     Args:
         folder: A folder in the store that exists as long as the driver.
         visible: Nodes that are known to see the folder.
-        notify: Called with one line for each node that does not.
+        notify: Called with one line for each node that does not see the folder.
     """
 
     def __init__(self, folder: Path, visible: Iterable[Node], notify: Callable[[str], None]) -> None:
@@ -51,12 +51,12 @@ class StorageVisibility:
         reason = ""
         try:
             self.can_see[node.id] = ray.get(self.pending_checks.pop(node.id))
-        except Exception as error:  # no trainer could work on such a node either
+        except Exception as error:  # a trainer would fail on such a node as well
             self.can_see[node.id], reason = False, f" ({format_ray_error(error)})"
         if not self.can_see[node.id]:
             self.notify(
                 f"the node on {node.address} does not see this study's folder {self.folder}{reason}: it is "
-                "not counted; mount there what the other nodes have, and start Ray there again"
+                "not counted; mount the store there as on the other nodes, and start Ray there again"
             )
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MALLOC_ENVIRONMENT = {
-    # By default glibc returns large blocks to the system at every free. On a CPU, the page faults of the next
-    # step would take a sixth of a small model's time.
+    # By default glibc returns large blocks to the system at every free. On a CPU, the resulting page faults
+    # take a sixth of the step time of a small model.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_TOP_PAD_": str(2**26),
@@ -51,7 +51,7 @@ class TrainerSpec:
     workers_per_trainer: int = 1
     gradient_checkpointing: bool = False
     device: str = "auto"
-    """With "cpu", workers reserve GPUs in Ray but compute on the CPU."""
+    """With "cpu", workers compute on the CPU even if they reserve GPUs in Ray."""
     train_loop: str = "orchestrator.finetune.engine.loop:run"
     """The function that each worker runs, "module:function"; benchmarks replace it."""
 
@@ -98,13 +98,13 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     if gpu:
         torch.cuda.set_device(device)
     else:
-        # Trainers share the cores: two threads each made a pretraining 17 times slower.
+        # Trainers share the cores: with two threads per trainer, pretraining was 17 times slower.
         torch.set_num_threads(1)
     if not Path(spec.scratch).is_dir():
         raise RuntimeError(f"this node does not see the study's store {spec.store}: mount it here, too")
     store = Store(Path(spec.store))
     process_group = TorchProcessGroup() if spec.workers_per_trainer > 1 else SINGLE_PROCESS_GROUP
-    # A new process is a new incarnation, which does not own the lanes of its predecessor.
+    # A new process is a new incarnation, which does not hold the lanes of its predecessor.
     source = BrokerClient(f"{config['name']}.{uuid.uuid4().hex[:8]}") if process_group.rank == 0 else None
     threading.Thread(target=_exit_with_raylet, name="end with Ray", daemon=True).start()
     threading.Thread(target=_drain_with_node, args=[config["name"]], name="drain", daemon=True).start()
@@ -145,7 +145,7 @@ def load_base_model(spec: TrainerSpec, bases: Path, device: Any, model: ModelCho
 def _exit_with_raylet() -> None:
     """End this worker when its raylet has died.
 
-    The raylet dies with a driver that was killed. Ray lets a worker that computes live on for half a minute.
+    The raylet dies with a killed driver, but Ray ends a computing worker only half a minute later.
     """
     raylet = os.getppid()
     while os.getppid() == raylet:
@@ -170,7 +170,7 @@ def _drain_with_node(trainer_name: str) -> None:
         try:
             if node_id in draining_node_ids():
                 ray.get_actor(BROKER_NAME).drain.remote(trainer_name)
-        except Exception as error:  # usually passing: the broker restarts or Ray is busy
+        except Exception as error:  # usually temporary: the broker restarts or Ray is busy
             if not has_warned:  # a new version of Ray may also have changed the call
                 log.warning("cannot see whether this node is draining: %s: %s", type(error).__name__, error)
             has_warned = True

@@ -1,4 +1,4 @@
-"""The Ray Train run of one trainer, held by a thread of the driver.
+"""The Ray Train run of one trainer, in a thread of the driver.
 
 The workers of a run train lane groups (`trainer.py`). `pool.py` decides how many runs there are.
 """
@@ -27,7 +27,7 @@ UNUSED_CALLBACKS = (
     "PlacementGroupCleanerCallback",
     "DatasetsCallback",  # serves Ray Data, which trainers do not use
 )
-"""Default callbacks of Ray Train that each start one more process per trainer."""
+"""Default callbacks of Ray Train that each start one additional process per trainer."""
 
 
 class SingleWorkerTorchConfig(TorchConfig):
@@ -55,7 +55,7 @@ class TrainerRun(threading.Thread):
         super().__init__(name=name, daemon=True)
         self.spec, self.namespace = spec, namespace
         self.exit_status: ExitStatus | None = None
-        """How the run ended; None while it lasts."""
+        """The end of the run; None until then."""
         self._controller: Any = None
         self._killed = False
         self._lock = threading.Lock()
