@@ -54,7 +54,7 @@ def test_starts_that_all_take_too_long_are_one_line(monkeypatch: pytest.MonkeyPa
     before = set(psutil.Process().children(recursive=True))
     with (
         stopped_raylets(START_ATTEMPTS),
-        pytest.raises(StudyError, match=r"^Ray did not start within its 30 s, 2 times .*: run the command"),
+        pytest.raises(StudyError, match=r"^Ray did not start within its 30 s, 2 times .*; run the command"),
         connect(),
     ):
         pass
