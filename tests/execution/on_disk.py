@@ -10,8 +10,11 @@ from pathlib import Path
 
 
 def opened(root: Path) -> dict[str, list[str]]:
-    """kind -> files under `root`. Raises AssertionError with the name of each file that is of no known kind,
-    or not what its name says."""
+    """Return the files under `root` by kind.
+
+    Raises:
+        AssertionError: The content of a file does not match its name, or the kind is unknown.
+    """
     found: dict[str, list[str]] = {}
     strange = []
     for path in sorted(p for p in root.rglob("*") if p.is_file()):

@@ -1,4 +1,4 @@
-"""Configurations and records that the broker's tests speak of."""
+"""Configurations and records for the tests of the broker."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def space(*words: str, variants: tuple[str, ...] = ("lora", "hira")) -> Space:
 
 
 def score(point: Configuration) -> float:
-    """Best at a learning rate of 1e-2 and rank 16."""
+    """Return a score that is highest at a learning rate of 1e-2 and rank 16."""
     rate = abs(math.log10(point.optimizer.learning_rate) + 2)
     return round(1 - rate / 4 - abs(point.variant.rank - 16) / 64, 6)
 
@@ -63,7 +63,7 @@ def asked(folder: Path) -> list[str]:
 
 
 class Drive:
-    """Tune, as the delegate sees it. `known` plays run.py's part."""
+    """Drive a searcher as Ray Tune does."""
 
     def __init__(
         self,
@@ -77,11 +77,11 @@ class Drive:
         self.store = Store(folder / "store")
         self.study = folder / "study"
         self.study.mkdir(exist_ok=True)
-        self.ledger: SearchBudget = open_search(self.study, sampler, points, over, build, STEPS)
-        self.ledger.save()
+        self.budget: SearchBudget = open_search(self.study, sampler, points, over, build, STEPS)
+        self.budget.save()
         asha = ASHA if scheduler == "asha" else ""
-        known = {f for f in self.ledger.configurations if self.store.get_reusable(f, asha)}
-        self.search = PerVariantSearcher(self.ledger, self.store, scheduler, lanes, known)
+        known = {f for f in self.budget.configurations if self.store.get_reusable(f, asha)}
+        self.search = PerVariantSearcher(self.budget, self.store, scheduler, lanes, known)
         self.running: dict[str, Configuration] = {}
         self.given: list[Configuration] = []
         self.calls = 0
@@ -98,7 +98,7 @@ class Drive:
         return point
 
     def end(self, trial: str, state: str = "finished") -> None:
-        """The lane ends; its record comes first."""
+        """Write the record of a lane, then report the end of its trial."""
         point = self.running.pop(trial)
         self.store.put(record(point, state))
         result: dict[str, Any] = {"step": 30, "score": score(point), "state": "training"}
@@ -110,7 +110,7 @@ class Drive:
         self.search.on_trial_complete(trial, {**result, "step": STEPS, "state": state, "score": value})
 
     def all(self, at_once: int = 4) -> Counter[str]:
-        """Runs to the end; the points of each variant."""
+        """Run the search to its end, and return the number of points of each variant."""
         while True:
             found = self.ask() if len(self.running) < at_once else None
             if found == Searcher.FINISHED and not self.running:
@@ -123,7 +123,7 @@ class Drive:
         """Return the fingerprints in the journal on disk, in the order in which they were asked for."""
         return asked(self.study)
 
-    def told(self, variant: str) -> list[Any]:
+    def optuna_trials(self, variant: str) -> list[Any]:
         """Return the trials in a variant's Optuna study, but for rejected suggestions."""
         trials = self.search.variant_searches[variant].study.trials
         return [trial for trial in trials if journal.REJECTED not in trial.user_attrs]

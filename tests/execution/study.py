@@ -125,13 +125,13 @@ def records(output: Path) -> dict[str, Record]:
 
 
 def course(record: Record) -> tuple[Any, ...]:
-    """All that a configuration decides: the same to the bit whatever happened while it was trained."""
+    """Return the results that depend on the configuration only, which no disturbance of training changes."""
     curve = [(step.step, step.loss, step.gradient_norm) for step in record.curve]
     return record.state, record.steps, curve, [(e.step, e.split, e.scores) for e in record.evaluations]
 
 
 def log(output: Path) -> str:
-    """What the study in this folder has said so far."""
+    """Return the text of the study's log so far."""
     return "".join(path.read_text() for path in output.glob("*/study.log"))
 
 
@@ -145,7 +145,8 @@ def saved(output: Path) -> dict[str, int]:
 
 
 def half_trained(output: Path, at_most: int) -> set[str]:
-    """Those that have no final record, and a checkpoint after `at_most` steps or less."""
+    """Return the fingerprints without a final record whose newest checkpoint is at step `at_most` or
+    earlier."""
     store = Store(output / "store")
     return {f for f, step in saved(output).items() if step <= at_most and store.get_reusable(f) is None}
 
@@ -175,7 +176,7 @@ def _is_a_ray(process: psutil.Process) -> bool:
 
 
 def titled(title: str, below: psutil.Process | None = None) -> list[psutil.Process]:
-    """Ray's processes of this name (ray::NAME), the oldest first."""
+    """Return Ray's processes of this name (ray::NAME), the oldest first."""
     found = []
     for process in (below or psutil.Process()).children(recursive=True):
         try:
@@ -195,18 +196,18 @@ def _runs(output: Path, study: str) -> tuple[Any, list[Any]]:
 
 
 def children(output: Path, study: str) -> list[tuple[str, str]]:
-    """(fingerprint, status) of every MLflow child of the study."""
+    """Return the fingerprint and status of each of the study's child runs in MLflow."""
     runs = _runs(output, study)[1]
     return [(r.data.tags["fingerprint"], r.info.status) for r in runs if "fingerprint" in r.data.tags]
 
 
 def parents(output: Path, study: str) -> list[str]:
-    """Status of the study's parent runs: one is right."""
+    """Return the status of each of the study's parent runs; there should be exactly one."""
     return [r.info.status for r in _runs(output, study)[1] if "fingerprint" not in r.data.tags]
 
 
 def artifacts(output: Path, study: str) -> set[str]:
-    """What the parent run keeps."""
+    """Return the paths of the parent run's artifacts."""
     client, runs = _runs(output, study)
     (parent,) = [r for r in runs if "fingerprint" not in r.data.tags]
     return {file.path for file in client.list_artifacts(parent.info.run_id)}
@@ -228,7 +229,7 @@ def run_here(
         The exit code.
 
     Raises:
-        BadInput: as the script does.
+        UsageError: An option is wrong, as in the script itself.
     """
     spec = importlib.util.spec_from_file_location(Path(script).stem, EXPERIMENTS / script)
     assert spec is not None

@@ -1,4 +1,4 @@
-"""Who may read the token of a Ray that is started here. A test with a real Ray is in test_leftovers.py."""
+"""The permissions of the token file of a local Ray. A test with a real Ray is in test_leftovers.py."""
 
 from __future__ import annotations
 

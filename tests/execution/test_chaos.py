@@ -65,7 +65,7 @@ def test_a_command_that_ends_by_itself_is_wrong(tmp_path: Path) -> None:
 def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    """As in a container whose first process reaps no dead children: workers take a dead raylet for alive.
+    """In a container whose first process reaps no dead children, workers take a dead raylet for alive.
     Meanwhile the machine's clock is set by `jump` seconds, which changes the boot time that Linux reports."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     driver, raylet = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"])

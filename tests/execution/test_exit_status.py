@@ -1,4 +1,4 @@
-"""How errors of Ray Train are classified. test_chaos.py and test_nodes.py cause real deaths."""
+"""The classification of errors of Ray Train. test_chaos.py and test_nodes.py cause real deaths."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def raised(*errors: BaseException) -> WorkerGroupError:
     return WorkerGroupError("what they said", failures)
 
 
-def short_of_memory() -> WorkerGroupError:
+def out_of_memory() -> WorkerGroupError:
     """Return the error of a Train run whose worker was killed by Ray's memory monitor."""
     ended = OutOfMemoryError("Task was killed due to the node running low on memory.")
     return WorkerGroupError("they died", {0: WorkerHealthCheckFailedError("no answer", ended)})
 
 
 @pytest.mark.parametrize(
-    ("error", "how", "reason"),
+    ("error", "kind", "reason"),
     [
         (ControllerError(WorkerGroupStartupTimeoutError(1)), ExitKind.PLACEMENT_TIMEOUT, "startup timed out"),
         (ControllerError(RuntimeError("a callback")), ExitKind.FAILED, "a callback"),
@@ -55,43 +55,43 @@ def short_of_memory() -> WorkerGroupError:
             ExitKind.REPEATED_LANE_FAILURES,
             "a data file",
         ),
-        (short_of_memory(), ExitKind.OUT_OF_MEMORY, "short of memory"),
+        (out_of_memory(), ExitKind.OUT_OF_MEMORY, "short of memory"),
         (raised(StoreFullError("no space left on /store")), ExitKind.FAILED, "no space left on /store"),
         (raised(ActorUnavailableError("the broker", None)), ExitKind.FAILED, "the broker"),  # no worker died
         (ActorUnavailableError("the controller", None), ExitKind.FAILED, "the controller"),
     ],
 )
-def test_end(error: Exception, how: ExitKind, reason: str) -> None:
+def test_an_error_gives_its_exit_kind(error: Exception, kind: ExitKind, reason: str) -> None:
     end = classify_exit(error)
-    assert end.kind is how
+    assert end.kind is kind
     assert reason in end.reason
     assert "\n" not in end.reason
 
 
 def test_deaths_without_a_step_end_the_study_soon_and_without_a_gain_in_the_end() -> None:
-    deaths = FailurePolicy()
+    policy = FailurePolicy()
     for _ in range(MAX_TRAINER_FAILURES):
-        deaths.on_trainer_failure()
-    assert not deaths.abort_reason
-    deaths.on_step()
-    deaths.on_trainer_failure()
-    assert not deaths.abort_reason
+        policy.on_trainer_failure()
+    assert not policy.abort_reason
+    policy.on_step()
+    policy.on_trainer_failure()
+    assert not policy.abort_reason
     for _ in range(MAX_TRAINER_FAILURES):
-        deaths.on_trainer_failure()
-    assert "without taking a step" in deaths.abort_reason
-    deaths.on_progress()
+        policy.on_trainer_failure()
+    assert "without taking a step" in policy.abort_reason
+    policy.on_progress()
     for trainers in (1, 4):
-        deaths.max_live_trainers = trainers
+        policy.max_live_trainers = trainers
         for _ in range(MAX_TRAINER_FAILURES * (1 + trainers)):
-            deaths.on_step()
-            deaths.on_trainer_failure()
-            assert not deaths.abort_reason
-        deaths.on_step()
-        deaths.on_trainer_failure()
-        assert "no lane got any further" in deaths.abort_reason
-        deaths.on_progress()
-        assert not deaths.abort_reason
+            policy.on_step()
+            policy.on_trainer_failure()
+            assert not policy.abort_reason
+        policy.on_step()
+        policy.on_trainer_failure()
+        assert "no lane got any further" in policy.abort_reason
+        policy.on_progress()
+        assert not policy.abort_reason
     for _ in range(MAX_TRAINER_FAILURES * (1 + trainers) + 1):
-        assert not deaths.abort_reason
-        deaths.on_faulty_lane()
-    assert deaths.abort_reason, "where all lanes are guilty, it is not the lanes"
+        assert not policy.abort_reason
+        policy.on_faulty_lane()
+    assert policy.abort_reason, "where all lanes are guilty, it is not the lanes"

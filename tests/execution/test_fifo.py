@@ -22,7 +22,7 @@ class Nothing(tune.Trainable):
 
 
 def trials(search: ConfigurationListGenerator, folder: Path) -> list[Any]:
-    """As many as it gives now."""
+    """Return all trials that the generator gives now."""
     if not search.total_samples:
         search.add_configurations([Experiment("test", Nothing, storage_path=str(folder))])
     return list(iter(search.next_trial, None))
@@ -37,7 +37,7 @@ def test_every_configuration_is_one_trial_in_the_order_given(tmp_path: Path) -> 
     assert search.is_finished()
 
 
-def test_no_more_trials_than_may_be_alive(tmp_path: Path) -> None:
+def test_the_number_of_unfinished_trials_is_limited(tmp_path: Path) -> None:
     search = ConfigurationListGenerator(POINTS, max_concurrent=2)
     first = trials(search, tmp_path)
     assert len(first) == 2
@@ -48,8 +48,8 @@ def test_no_more_trials_than_may_be_alive(tmp_path: Path) -> None:
 
 
 class Controller:
-    """As much of Tune's as a scheduler that stops nobody asks for: all trials in the order in which they came
-    and, in none, those that have not ended."""
+    """The part of Tune's controller that a FIFO scheduler uses: all trials in order of arrival, and the set
+    of unfinished trials."""
 
     def __init__(self, trials: list[Trial]) -> None:
         self.trials = trials

@@ -145,7 +145,7 @@ def test_a_store_of_which_a_part_cannot_be_written(run: Run, disk: Disk, known: 
     assert "No space left on device" in done.stderr
 
 
-def test_a_librarys_own_error_about_a_full_disk_is_told_as_such(disk: Disk, tmp_path: Path) -> None:
+def test_a_librarys_error_on_a_full_disk_names_the_disk(disk: Disk, tmp_path: Path) -> None:
     """Ray Tune, for example, raises one about a missing file that it could not write before."""
 
     def fails() -> None:

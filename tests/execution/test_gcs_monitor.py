@@ -42,9 +42,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     monkeypatch.delenv("RAY_gcs_rpc_server_reconnect_timeout_s", raising=False)
 
     def run(
-        cluster: Cluster, answers: Iterable[bool], say: Callable[[str], None] | None = None
+        cluster: Cluster, answers: Iterable[bool], notify: Callable[[str], None] | None = None
     ) -> tuple[list[str], float | None, str]:
-        looks, said, line = Looks(answers), list[str](), ""
+        looks, lines, line = Looks(answers), list[str](), ""
 
         class Ended(BaseException):
             pass
@@ -59,18 +59,18 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
             patch.setattr(gcs_monitor, "is_listening", lambda host, port: looks.last)
             patch.setattr(gcs_monitor, "exit_with_error", end_with)
             try:
-                gcs_monitor._watch(cluster, say or said.append, lambda: None, looks)  # type: ignore[arg-type]
+                gcs_monitor._watch(cluster, notify or lines.append, lambda: None, looks)  # type: ignore[arg-type]
             except Ended:
-                return said, looks.now, line
-        return said, None, line
+                return lines, looks.now, line
+        return lines, None, line
 
     return run
 
 
-def test_one_that_answers_again_is_said_and_ends_nothing(watch: Watch) -> None:
-    said, ended, _ = watch(LOCAL, [True, False, False, True, True])
+def test_a_gcs_that_answers_again_is_reported_and_ends_no_study(watch: Watch) -> None:
+    lines, ended, _ = watch(LOCAL, [True, False, False, True, True])
     assert ended is None
-    assert said == [
+    assert lines == [
         f"Ray's control store ({WHERE}) does not answer; waiting 30 s",
         f"Ray's control store ({WHERE}) answers again",
     ]
@@ -95,7 +95,7 @@ def test_a_joined_cluster_has_nearly_as_long_as_ray_itself_would_wait(
     assert least < ended < most
 
 
-def test_of_a_joined_cluster_no_more_is_said_than_is_known(watch: Watch) -> None:
+def test_the_error_line_of_a_joined_cluster_names_both_possible_causes(watch: Watch) -> None:
     assert ": its process is gone. Finished work is kept; to go on: python " in watch(LOCAL, [False] * 99)[2]
     _, _, line = watch(JOINED, [False] * 99)
     assert " has not answered for 54 s: it has ended, or the network to it is down. What is done" in line
@@ -103,7 +103,7 @@ def test_of_a_joined_cluster_no_more_is_said_than_is_known(watch: Watch) -> None
 
 
 def test_a_line_that_cannot_be_shown_does_not_end_the_watch(watch: Watch) -> None:
-    def say(line: str) -> None:
+    def notify(line: str) -> None:
         raise BrokenPipeError
 
-    assert watch(LOCAL, [False] * 99, say)[1] is not None
+    assert watch(LOCAL, [False] * 99, notify)[1] is not None

@@ -1,5 +1,5 @@
-"""A task may have its answers graded at its last evaluation only: until then Tune hears the loss, and the
-floor in place of a score."""
+"""A task may be graded at its last evaluation only. Before, Tune receives the loss, and the floor as
+score."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from points import configuration
 from orchestrator.execution.tune.trial import LaneTrainable
 
 
-def test_tune_is_told_finite_numbers_on_the_way() -> None:
+def test_metrics_before_the_last_evaluation_are_finite() -> None:
     trial = object.__new__(LaneTrainable)  # Tune's own start would begin a process
     trial.configuration = configuration()
     task = trial.configuration.task

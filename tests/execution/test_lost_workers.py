@@ -1,4 +1,4 @@
-"""How a real Ray describes the death of a worker, shown with actors that own each other like Train's.
+"""The death of a worker as a real Ray reports it, with actors that own each other like the actors of Train.
 
 One actor stands for Train's controller, and the actor that it creates for its worker.
 """
@@ -44,7 +44,7 @@ class Worker:
 
 
 class Controller:
-    """Its worker is on another node, or in a placement group that it has made."""
+    """Actor that creates a worker on another node or in a placement group of its own."""
 
     def start(self, group: bool) -> tuple[int, Any]:
         actor: Any = ray.remote(Worker)
@@ -111,7 +111,7 @@ def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> N
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_killed_run_ends_and_leaves_no_controller(connected: Cluster, tmp_path: Path, begun: bool) -> None:
-    """The run waits for a GPU that no node has, and would do so for an hour."""
+    """The run would wait for an hour for a GPU that no node has."""
     plan = TrainerSpec(
         lanes_per_trainer=1,
         gpus_per_worker=1.0,

@@ -31,7 +31,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0, "0 s"), (59.4, "59 s"), (61, "1:01"), (7384, "2:03:04"), (-3, "0 s")]
 )
-def test_clock(seconds: float, said: str) -> None:
+def test_durations_are_formatted(seconds: float, said: str) -> None:
     assert format_duration(seconds) == said
 
 

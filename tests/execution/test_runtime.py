@@ -1,4 +1,4 @@
-"""How many trainers fit on a cluster, and the errors for more."""
+"""The number of trainers that fit on a cluster, and the errors if more are requested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GPUS = Cluster((Node(32, 4, 200 * GIB), Node(32, 3, 200 * GIB)))
 
 
 @pytest.mark.parametrize(
-    ("cluster", "wanted", "gpus", "workers", "given"),
+    ("cluster", "requested", "gpus", "workers", "expected"),
     [
         (LAPTOP, None, None, 1, (6, 0.0)),
         (LAPTOP, 2, None, 1, (2, 0.0)),
@@ -30,14 +30,14 @@ GPUS = Cluster((Node(32, 4, 200 * GIB), Node(32, 3, 200 * GIB)))
         (GPUS, None, 0.0, 4, (16, 0.0)),
     ],
 )
-def test_room(
-    cluster: Cluster, wanted: int | None, gpus: float | None, workers: int, given: tuple[int, float]
+def test_trainers_that_fit(
+    cluster: Cluster, requested: int | None, gpus: float | None, workers: int, expected: tuple[int, float]
 ) -> None:
-    assert cluster.plan_trainers(wanted, gpus, workers) == given
+    assert cluster.plan_trainers(requested, gpus, workers) == expected
 
 
 @pytest.mark.parametrize(
-    ("nodes", "wanted", "gpus", "workers", "given"),
+    ("nodes", "requested", "gpus", "workers", "expected"),
     [
         (LAPTOP.nodes, 7, None, 1, (7, 0.0)),
         (LAPTOP.nodes, None, 1.0, 1, (1, 1.0)),
@@ -47,13 +47,17 @@ def test_room(
     ],
 )
 def test_a_joined_cluster_may_grow(
-    nodes: tuple[Node, ...], wanted: int | None, gpus: float | None, workers: int, given: tuple[int, float]
+    nodes: tuple[Node, ...],
+    requested: int | None,
+    gpus: float | None,
+    workers: int,
+    expected: tuple[int, float],
 ) -> None:
-    assert Cluster(nodes, local=False).plan_trainers(wanted, gpus, workers) == given
+    assert Cluster(nodes, local=False).plan_trainers(requested, gpus, workers) == expected
 
 
 @pytest.mark.parametrize(
-    ("cluster", "wanted", "gpus", "workers", "said"),
+    ("cluster", "requested", "gpus", "workers", "parts"),
     [
         (LAPTOP, 7, None, 1, ["--trainers 7", "a CPU and 2 GiB", "8 CPUs", "take --trainers 6"]),
         (LAPTOP, 4, None, 2, ["--trainers 4 --workers-per-trainer 2", "2 times a CPU", "take --trainers 3"]),
@@ -68,12 +72,12 @@ def test_a_joined_cluster_may_grow(
         (GPUS, None, None, 8, ["--workers-per-trainer 8", "1 GPU and a CPU", "take --workers-per-trainer 7"]),
     ],
 )
-def test_no_room(
-    cluster: Cluster, wanted: int | None, gpus: float | None, workers: int, said: list[str]
+def test_more_trainers_than_fit_are_refused(
+    cluster: Cluster, requested: int | None, gpus: float | None, workers: int, parts: list[str]
 ) -> None:
     with pytest.raises(UsageError) as error:
-        cluster.plan_trainers(wanted, gpus, workers)
-    for part in said:
+        cluster.plan_trainers(requested, gpus, workers)
+    for part in parts:
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 

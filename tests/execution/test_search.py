@@ -1,4 +1,4 @@
-"""What the search asks for, counts and writes down, without a cluster."""
+"""The points that a search asks for, counts and writes to its journal, without a cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.execution.search.search_file import SEARCH_FILE, SearchFile
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
-def test_every_variant_gets_as_many_points_in_blocks_of_a_pack(tmp_path: Path, sampler: str) -> None:
+def test_every_variant_gets_as_many_points_in_blocks_of_a_lane_group(tmp_path: Path, sampler: str) -> None:
     drive = Drive(tmp_path, space("rank=4,8,16"), points=16, sampler=sampler, lanes=4)
     assert drive.all() == {"lora": 16, "hira": 16}
     assert len({point.fingerprint for point in drive.given}) == 32
@@ -22,29 +22,29 @@ def test_every_variant_gets_as_many_points_in_blocks_of_a_pack(tmp_path: Path, s
     assert drive.asked() == [point.fingerprint for point in drive.given]
 
 
-def test_tpe_looks_where_it_was_good(tmp_path: Path) -> None:
+def test_tpe_draws_points_near_good_results(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space(variants=("lora",)), points=40)
     drive.all(at_once=2)
     late = [abs(math.log10(p.optimizer.learning_rate) + 2) for p in drive.given[20:]]
     assert sorted(late)[len(late) // 2] < 0.7, "uniform in four decades: 1.0"
 
 
-def test_a_point_is_written_down_before_anyone_gets_it(tmp_path: Path) -> None:
+def test_a_point_is_in_the_journal_before_it_is_returned(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space())
     seen: list[list[str]] = []
-    drive.ledger.on_point = lambda point: seen.append(drive.asked())
+    drive.budget.on_point = lambda point: seen.append(drive.asked())
     drive.all()
     assert [len(each) for each in seen] == list(range(1, 13))
     assert [each[-1] for each in seen] == [point.fingerprint for point in drive.given]
 
 
-def test_what_failed_three_times_counts_and_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_point_that_failed_three_times_counts_and_is_not_tried_again(tmp_path: Path) -> None:
     first = Drive(tmp_path, space(variants=("lora",)))
     first.ask()
     for _ in range(3):
         first.store.put(record(first.given[0], "failed"))
     second = Drive(tmp_path, space(variants=("lora",)))
-    assert [t.state.name for t in second.told("lora")] == ["FAIL"]
+    assert [t.state.name for t in second.optuna_trials("lora")] == ["FAIL"]
     assert second.all() == {"lora": 5}
 
 
@@ -55,20 +55,20 @@ def test_a_result_of_another_study_counts_and_is_not_trained(tmp_path: Path) -> 
         (other.study / file).unlink()
     drive = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=6)
     assert drive.all() == {"lora": 3}
-    assert len(drive.ledger.configurations) == 6
+    assert len(drive.budget.configurations) == 6
     known = {point.fingerprint for point in other.given}
     assert drive.search.cached == known
-    values = [t.value for t in drive.told("lora") if t.state.name == "COMPLETE"]
-    assert sorted(values) == sorted(score(point) for point in drive.ledger.configurations.values())
+    values = [t.value for t in drive.optuna_trials("lora") if t.state.name == "COMPLETE"]
+    assert sorted(values) == sorted(score(point) for point in drive.budget.configurations.values())
 
 
-def test_the_spent_budget_is_written_down(tmp_path: Path) -> None:
+def test_the_spent_budget_is_written_to_the_search_file(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
     for _ in range(3):
         drive.ask()
     drive.end("t0", "stopped")
     drive.end("t1")
-    spent = drive.ledger.update_usage(drive.store)["lora"]
+    spent = drive.budget.update_usage(drive.store)["lora"]
     assert (spent.points, spent.asked) == (6, 3)
     assert spent.states == {"stopped": 1, "finished": 1, "missing": 1}
     assert (spent.steps, spent.most_steps) == (30 + STEPS, 6 * STEPS)
@@ -85,7 +85,7 @@ def test_a_new_point_is_appended_and_no_file_is_written_again(tmp_path: Path) ->
     assert len(drive.asked()) == 12
 
 
-def test_tune_gets_no_pickle_of_it(tmp_path: Path) -> None:
+def test_the_searcher_is_not_pickled_for_tune(tmp_path: Path) -> None:
     import pickle
 
     drive = Drive(tmp_path, space())

@@ -18,7 +18,7 @@ from orchestrator.study.space_parsing import parse_space
 def test_a_small_space_is_used_up_and_said_to_be(tmp_path: Path) -> None:
     over = parse_space(["rank=4,8,16"], ("lora", "full"), OWN.__getitem__, (1e-2,), ("learning_rate",))
     drive = Drive(tmp_path, over, points=9)
-    assert drive.ledger.total == 4
+    assert drive.budget.total == 4
     assert drive.all() == {"lora": 3, "full": 1}
     assert Drive(tmp_path, over, points=9).ask() == Searcher.FINISHED
 
@@ -57,11 +57,11 @@ def test_choices_give_as_many_different_points_as_were_asked_for(
     drive = Drive(tmp_path, over, points, sampler)
     assert drive.all() == {"lora": points, "hira": points}
     assert len({point.fingerprint for point in drive.given}) == 2 * points
-    assert not drive.ledger.file.exhausted
+    assert not drive.budget.file.exhausted
     for variant in over.variants:
-        told = [t for t in drive.told(variant) if t.state.name == "COMPLETE"]
+        optuna_trials = [t for t in drive.optuna_trials(variant) if t.state.name == "COMPLETE"]
         mine = [p for p in drive.given if p.variant.name == variant]
-        assert sorted(t.value for t in told) == sorted(map(score, mine)), "each is told once"
+        assert sorted(t.value for t in optuna_trials) == sorted(map(score, mine)), "each is told once"
 
 
 def test_a_point_that_the_sampler_does_not_find_is_asked_and_counts(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_point_that_the_sampler_does_not_find_is_asked_and_counts(tmp_path: Pa
     assert Drive(tmp_path, over, points=30).all() == {"lora": 1}
     last = Drive(tmp_path, over, points=30)
     assert last.ask() == Searcher.FINISHED
-    assert len(last.ledger.configurations) == last.ledger.total == 20
+    assert len(last.budget.configurations) == last.budget.total == 20
 
 
 def with_one_rank(folder: Path, rank: int) -> Drive:
@@ -84,7 +84,7 @@ def with_one_rank(folder: Path, rank: int) -> Drive:
 
     over = parse_space(["rank=int:1:2000"], ("lora",), OWN.__getitem__, (1e-2,), ("learning_rate",))
     drive = Drive(folder, over, points=2)
-    drive.ledger.build = picky
+    drive.budget.build = picky
     return drive
 
 
@@ -92,24 +92,24 @@ def test_the_only_point_that_a_variant_takes_is_found(tmp_path: Path) -> None:
     drive = with_one_rank(tmp_path, 7)
     drive.all()
     assert [point.variant.rank for point in drive.given] == [7]
-    assert drive.ledger.file.exhausted == ("lora",)
+    assert drive.budget.file.exhausted == ("lora",)
 
 
 def test_a_large_space_that_is_refused_throughout_ends(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space(variants=("lora",)), points=2)
-    drive.ledger.build = lambda variant, values: None
+    drive.budget.build = lambda variant, values: None
     assert drive.ask() == Searcher.FINISHED
-    assert drive.ledger.file.exhausted == ("lora",)
+    assert drive.budget.file.exhausted == ("lora",)
 
 
 def test_a_variant_that_refuses_most_points_ends(tmp_path: Path) -> None:
     drive = with_one_rank(tmp_path, 8)
     drive.all()
-    assert drive.ledger.file.exhausted == ("lora",)
-    assert drive.ledger.total == len(drive.given) <= 1
+    assert drive.budget.file.exhausted == ("lora",)
+    assert drive.budget.total == len(drive.given) <= 1
 
 
 def test_a_large_space_that_seemed_used_up_is_looked_through_again(tmp_path: Path) -> None:
     first = Drive(tmp_path, space(variants=("lora",)), points=2)
-    first.ledger.mark_exhausted("lora")
+    first.budget.mark_exhausted("lora")
     assert Drive(tmp_path, space(variants=("lora",)), points=2).all() == {"lora": 2}

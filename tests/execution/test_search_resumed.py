@@ -24,7 +24,7 @@ from orchestrator.util.errors import UsageError
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
-def test_it_goes_on_after_its_death_asks_nothing_again_and_keeps_to_the_budget(
+def test_a_killed_search_continues_asks_for_no_point_twice_and_keeps_to_the_budget(
     tmp_path: Path, sampler: str
 ) -> None:
     over = space("rank=4,8,16")
@@ -38,12 +38,12 @@ def test_it_goes_on_after_its_death_asks_nothing_again_and_keeps_to_the_budget(
 
     second = Drive(tmp_path, over, points=20, sampler=sampler)
     for variant in ("lora", "hira"):
-        values = [t.value for t in second.told(variant) if t.state.name == "COMPLETE"]
+        values = [t.value for t in second.optuna_trials(variant) if t.state.name == "COMPLETE"]
         mine = [p for p in first.given if p.variant.name == variant and p.fingerprint not in lost]
         assert sorted(values) == sorted(0.0 if p is first.given[3] else score(p) for p in mine)
     again = [second.ask() for _ in range(4)]
     assert {point.fingerprint for point in again if isinstance(point, Configuration)} == lost
-    waiting = [t.state.name for v in ("lora", "hira") for t in second.told(v)]
+    waiting = [t.state.name for v in ("lora", "hira") for t in second.optuna_trials(v)]
     assert waiting.count("RUNNING") == 4
     second.all()
     asked = [*first.given, *second.given[4:]]
@@ -58,17 +58,17 @@ def test_it_goes_on_after_its_death_asks_nothing_again_and_keeps_to_the_budget(
     assert more.all() == {"lora": 1, "hira": 1}
 
 
-def test_what_was_stopped_is_told_as_pruned_at_once_and_after_a_restart(tmp_path: Path) -> None:
+def test_stopped_points_are_pruned_at_once_and_after_a_restart(tmp_path: Path) -> None:
     first = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
     for _ in range(3):
         first.ask()
     first.end("t0", "stopped")
     first.end("t1", "finished")
-    pruned = [t for t in first.told("lora") if t.state.name == "PRUNED"]
+    pruned = [t for t in first.optuna_trials("lora") if t.state.name == "PRUNED"]
     assert [t.intermediate_values for t in pruned] == [{0: score(first.given[0])}]
 
     second = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
-    again = [t for t in second.told("lora") if t.state.name == "PRUNED"]
+    again = [t for t in second.optuna_trials("lora") if t.state.name == "PRUNED"]
     assert [(t.value, t.intermediate_values) for t in again] == [
         (t.value, t.intermediate_values) for t in pruned
     ]
@@ -77,7 +77,7 @@ def test_what_was_stopped_is_told_as_pruned_at_once_and_after_a_restart(tmp_path
     del second.running["t0"]
     second.search.on_trial_result("t0", {"step": 30, "score": 0.0})
     second.search.on_trial_complete("t0", {"step": 30, "score": 0.0, "state": "training", "done": True})
-    assert [t.value for t in second.told("lora") if t.state.name == "PRUNED"] == [pruned[0].value]
+    assert [t.value for t in second.optuna_trials("lora") if t.state.name == "PRUNED"] == [pruned[0].value]
     assert second.all() == {"lora": 6}
 
     full = Drive(tmp_path, space(variants=("lora",)))
@@ -85,16 +85,18 @@ def test_what_was_stopped_is_told_as_pruned_at_once_and_after_a_restart(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"over": space("rank=4,8")}, "lora's rank in 4,8,16, now it would be 4,8"),
         ({"over": space()}, "rank in 4,8,16, now it would be nothing"),
         ({"sampler": "cma-es"}, "has searched with tpe, not cma-es"),
     ],
 )
-def test_another_space_or_sampler_is_another_study(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_another_space_or_sampler_is_another_study(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     Drive(tmp_path, space("rank=4,8,16")).all()
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         Drive(tmp_path, **({"over": space("rank=4,8,16")} | change))
     assert "take another --study" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -128,7 +130,7 @@ def test_a_further_variant_joins_with_the_same_budget(tmp_path: Path) -> None:
     assert Drive(tmp_path, space()).all() == {"hira": 6}
 
 
-def test_a_torn_last_line_was_given_to_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torn_last_line_of_the_journal_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = Drive(tmp_path, space(variants=("lora",)))
     for _ in range(4):
         first.ask()
@@ -149,7 +151,7 @@ def test_no_flipped_bit_of_the_journal_makes_another_point(tmp_path: Path) -> No
     for _ in range(2):
         drive.ask()
     drive.end("t0")
-    path, points = drive.study / JOURNAL_FILE, list(drive.ledger.configurations)
+    path, points = drive.study / JOURNAL_FILE, list(drive.budget.configurations)
     whole, noticed = path.read_bytes(), 0
     last = whole.rindex(b'{"op_code"', 0, whole.rindex(points[1].encode()))
     for place in range(0, len(whole), 3):
@@ -178,7 +180,7 @@ def test_points_of_an_earlier_version_are_carried_over_once(tmp_path: Path) -> N
     drive = Drive(tmp_path, space("rank=4,8,16"), points=4)
     drive.all()
     lines = []
-    for point in drive.ledger.points.values():
+    for point in drive.budget.points.values():
         kept = {"variant": point.variant, "task": point.task, "parameters": dict(point.parameters)}
         lines.append(add_checksum(json.dumps({**kept, "fingerprint": point.fingerprint})))
     (drive.study / JOURNAL_FILE).unlink()
@@ -187,16 +189,16 @@ def test_points_of_an_earlier_version_are_carried_over_once(tmp_path: Path) -> N
     second = Drive(tmp_path, space("rank=4,8,16"), points=5)
     assert not (drive.study / EARLIER_FILE).exists()
     assert second.asked() == [point.fingerprint for point in drive.given]
-    assert Counter(t.state.name for v in ("lora", "hira") for t in second.told(v)) == {"COMPLETE": 8}
+    assert Counter(t.state.name for v in ("lora", "hira") for t in second.optuna_trials(v)) == {"COMPLETE": 8}
     assert second.all() == {"lora": 1, "hira": 1}
 
 
 def test_a_design_keeps_to_its_budget_when_another_variant_brings_a_dimension(tmp_path: Path) -> None:
     first = Drive(tmp_path, space(variants=("full",)), points=16, sampler="qmc")
-    assert len(first.ledger.configurations) == 16
+    assert len(first.budget.configurations) == 16
     second = Drive(tmp_path, space("rank=4,8", variants=("full", "lora")), points=32, sampler="qmc")
-    assert second.ledger.num_asked == {"full": 32, "lora": 32}
-    assert list(second.ledger.configurations)[:16] == list(first.ledger.configurations)
+    assert second.budget.num_asked == {"full": 32, "lora": 32}
+    assert list(second.budget.configurations)[:16] == list(first.budget.configurations)
 
 
 @pytest.mark.parametrize("sampler", ["qmc", "random"])
@@ -205,10 +207,10 @@ def test_a_design_is_trained_as_a_whole_and_a_larger_one_goes_on_from_it(
 ) -> None:
     few = Drive(tmp_path, space(), points=2, sampler=sampler)
     assert few.all() == {"lora": 2, "hira": 2}
-    assert few.given == list(few.ledger.configurations.values())
+    assert few.given == list(few.budget.configurations.values())
     many = Drive(tmp_path, space(), points=4, sampler=sampler)
     assert many.all() == {"lora": 2, "hira": 2}
-    assert list(many.ledger.configurations.values()) == [*few.given, *many.given]
+    assert list(many.budget.configurations.values()) == [*few.given, *many.given]
 
 
 def test_fewer_points_than_before_are_refused(tmp_path: Path) -> None:
@@ -218,25 +220,25 @@ def test_fewer_points_than_before_are_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_seats_of_a_killed_driver_have_written_meanwhile_is_known(tmp_path: Path) -> None:
+def test_records_that_trainers_of_a_killed_driver_wrote_are_used(tmp_path: Path) -> None:
     first = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
     for _ in range(2):
         first.ask()
     second = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
     known: set[str] = set()  # run.py looked before the record was there
     second.store.put(record(first.given[1]))
-    second.search = PerVariantSearcher(second.ledger, second.store, "asha", 2, known)
+    second.search = PerVariantSearcher(second.budget, second.store, "asha", 2, known)
     assert known == {first.given[1].fingerprint}
     assert [second.ask() for _ in range(2)] == [first.given[1], first.given[0]]
-    assert Counter(t.state.name for t in second.told("lora")) == {"COMPLETE": 1, "RUNNING": 1}
+    assert Counter(t.state.name for t in second.optuna_trials("lora")) == {"COMPLETE": 1, "RUNNING": 1}
 
 
 @pytest.mark.parametrize("loss", ["the last point", "all lines", "the file", "the file beside it"])
-def test_lost_points_of_an_ended_search_are_told(tmp_path: Path, loss: str) -> None:
+def test_lost_points_of_an_ended_search_are_reported(tmp_path: Path, loss: str) -> None:
     """An older copy, a cut at the end of a line: more points would be asked than the budget has."""
     drive = Drive(tmp_path, space())
     drive.all()
-    drive.ledger.update_usage(drive.store)
+    drive.budget.update_usage(drive.store)
     path = drive.study / JOURNAL_FILE
     lines = path.read_bytes().splitlines(keepends=True)
     if loss == "the file beside it":

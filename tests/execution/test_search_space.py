@@ -181,7 +181,7 @@ WORDS = ["rank=int:2:8", "alpha=log:1:64", "dropout=0:0.2", "batch_size=8,16", "
 
 @pytest.mark.parametrize("variant", ["lora_plus", "hira", "full"])
 def test_the_command_for_one_point_is_that_point_without_the_search(bases: Path, variant: str) -> None:
-    """What `show` says, read back by the command line."""
+    """The command that `show` prints is parsed again."""
     import shlex
 
     import tyro

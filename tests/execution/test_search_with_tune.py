@@ -1,5 +1,5 @@
-"""A search beside early stopping in Tune's own loop, without seats: nothing waits for ever, and the budgets
-are equal whatever the scheduler stops."""
+"""A search with early stopping in Tune's own loop, without trainers: no trial waits for ever, and the budgets
+are equal whichever trials the scheduler stops."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerVa
         def load_checkpoint(self, checkpoint: Any) -> None:
             self.at = checkpoint["at"]
 
-    ledger = open_search(folder, "tpe", POINTS, space("rank=4,8,16"), build, STEPS)
-    search = PerVariantSearcher(ledger, Store(folder / "store"), scheduler, 2, set())
+    budget = open_search(folder, "tpe", POINTS, space("rank=4,8,16"), build, STEPS)
+    search = PerVariantSearcher(budget, Store(folder / "store"), scheduler, 2, set())
     tuner = tune.Tuner(
         tune.with_resources(Lane, tune.PlacementGroupFactory([{"CPU": 2 / at_once}])),
         param_space={},
@@ -69,24 +69,24 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerVa
     )
     results = tuner.fit()
     assert not results.errors
-    return ledger, search, [result.metrics for result in results]
+    return budget, search, [result.metrics for result in results]
 
 
 @pytest.mark.ray
 def test_a_search_and_a_scheduler_end_with_equal_budgets(connected: Cluster, tmp_path: Path) -> None:
-    ledger, search, metrics = run(tmp_path, "asha", 4)
-    assert Counter(point.variant for point in ledger.points.values()) == {"lora": POINTS, "hira": POINTS}
+    budget, search, metrics = run(tmp_path, "asha", 4)
+    assert Counter(point.variant for point in budget.points.values()) == {"lora": POINTS, "hira": POINTS}
     assert len(metrics) == 2 * POINTS
     ended = Counter(m["state"] for m in metrics)
     assert set(ended) == {"finished", "training"}, "some were stopped, some came to their end"
-    told = [
+    optuna_trials = [
         t
         for group in search.variant_searches.values()
         for t in group.study.trials
         if FINGERPRINT in t.user_attrs
     ]
-    states = Counter(trial.state.name for trial in told)
+    states = Counter(trial.state.name for trial in optuna_trials)
     assert (states["COMPLETE"], states["PRUNED"]) == (ended["finished"], ended["training"])
     assert not states["RUNNING"]
-    assert all(t.intermediate_values for t in told if t.state.name == "PRUNED")
+    assert all(t.intermediate_values for t in optuna_trials if t.state.name == "PRUNED")
     assert not search.trials

@@ -34,9 +34,9 @@ class Trainer:
     def refill(self, core: BrokerCore) -> None:
         answers = core.exchange(self.name, self.held, self.taken, 0.0)
         assert set(answers.values()) <= {Directive.CONTINUE}
-        shape = next((point.group_key for _, point, _ in self.held.values()), None)
-        offer = core.lease(self.name, shape, self.places - len(self.held), 0.0)
-        for lease in offer.leases:
+        group_key = next((point.group_key for _, point, _ in self.held.values()), None)
+        grant = core.lease(self.name, group_key, self.places - len(self.held), 0.0)
+        for lease in grant.leases:
             self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
 
     def step(self, core: BrokerCore, fingerprint: str, saved: dict[str, int]) -> None:
@@ -51,29 +51,29 @@ class Trainer:
 
 
 @given(
-    guilty=st.dictionaries(st.integers(0, len(POINTS) - 1), st.integers(1, STEPS), max_size=4),
+    faulty=st.dictionaries(st.integers(0, len(POINTS) - 1), st.integers(1, STEPS), max_size=4),
     lanes=st.integers(1, 8),
     count=st.integers(1, 3),
     data=st.data(),
 )
-def test_the_guilty_fail_and_the_innocent_finish(
-    guilty: dict[int, int], lanes: int, count: int, data: st.DataObject
+def test_faulty_lanes_fail_and_all_others_finish(
+    faulty: dict[int, int], lanes: int, count: int, data: st.DataObject
 ) -> None:
     """`guilty` maps a lane to the step at which it crashes its trainer, every time."""
     written: dict[str, str] = {}
 
-    def give_up(life: LaneEntry, point: Configuration, why: str) -> RecordState:
-        written[life.fingerprint] = why
+    def write_failure(entry: LaneEntry, point: Configuration, why: str) -> RecordState:
+        written[entry.fingerprint] = why
         return "failed"
 
-    core = BrokerCore(write_failure=give_up)
+    core = BrokerCore(write_failure=write_failure)
     for number, point in enumerate(POINTS):
         core.submit(f"t{number}", point, 0.0)
-    fatal = {POINTS[number].fingerprint: step for number, step in guilty.items()}
+    crash_steps = {POINTS[number].fingerprint: step for number, step in faulty.items()}
     names = (f"trainer-{n}.x" for n in itertools.count())
     trainers = [Trainer(next(names), lanes) for _ in range(count)]
     saved: dict[str, int] = {}
-    deaths, turns = 0, 0
+    num_crashes, turns = 0, 0
     while any(core.next_report(point.fingerprint, STEPS, 0.0) is None for point in POINTS):
         turns += 1
         assert turns < 1000, "it comes to no end"
@@ -86,29 +86,29 @@ def test_the_guilty_fail_and_the_innocent_finish(
             if not trainer.held:
                 continue
         fingerprint = data.draw(st.sampled_from(sorted(trainer.held)))
-        if saved.get(fingerprint, 0) + 1 == fatal.get(fingerprint):
+        if saved.get(fingerprint, 0) + 1 == crash_steps.get(fingerprint):
             core.trainer_exited(trainer.name.partition(".")[0], 0.0, ExitKind.CRASHED, "SIGABRT")
-            deaths += 1
+            num_crashes += 1
             assert not core.failure_policy.abort_reason, "the driver would end the study"
             trainers[trainers.index(trainer)] = Trainer(next(names), lanes)
         else:
             trainer.step(core, fingerprint, saved)
     ends = dict(core.ended_lanes)
-    assert {f for f, state in ends.items() if state == "failed"} == set(fatal)
+    assert {f for f, state in ends.items() if state == "failed"} == set(crash_steps)
     assert len(ends) == len(core.ended_lanes) == len(POINTS)
-    assert set(written) == set(fatal)
+    assert set(written) == set(crash_steps)
     assert all("while the lane trained alone: SIGABRT" in why for why in written.values())
-    assert deaths <= len(fatal) * (lanes.bit_length() - 1 + MAX_FAILURES)
+    assert num_crashes <= len(crash_steps) * (lanes.bit_length() - 1 + MAX_FAILURES)
     assert count_suspects(core) == 0
 
 
-def crashed(lanes: int, how: ExitKind = ExitKind.CRASHED) -> BrokerCore:
+def crashed(lanes: int, exit_kind: ExitKind = ExitKind.CRASHED) -> BrokerCore:
     """Return a broker whose only trainer died with so many lanes."""
     core = BrokerCore()
     for number, point in enumerate(POINTS[:lanes]):
         core.submit(f"t{number}", point, 0.0)
     core.lease("trainer-0.x", None, lanes, 0.0)
-    core.remove_trainer("trainer-0.x", 0.0, how)
+    core.remove_trainer("trainer-0.x", 0.0, exit_kind)
     return core
 
 
@@ -117,27 +117,27 @@ def test_two_trainers_take_the_halves_at_once_and_nobody_else_joins_them() -> No
     for number, point in enumerate(POINTS[8:]):
         core.submit(f"late{number}", point, 0.0)
     for name in ("trainer-1.x", "trainer-2.x"):
-        offer = core.lease(name, None, 8, 0.0)
-        assert len(offer.leases) == 4
-        assert names(offer) <= {point.fingerprint for point in POINTS[:8]}
+        grant = core.lease(name, None, 8, 0.0)
+        assert len(grant.leases) == 4
+        assert names(grant) <= {point.fingerprint for point in POINTS[:8]}
         assert core.lease(name, POINTS[0].group_key, 4, 0.0).leases == ()
     late = names(core.lease("trainer-3.x", None, 8, 0.0))
     assert late == {point.fingerprint for point in POINTS[8:]}
 
 
-def names(offer: LeaseGrant) -> set[str]:
-    return {lease.configuration.fingerprint for lease in offer.leases}
+def names(grant: LeaseGrant) -> set[str]:
+    return {lease.configuration.fingerprint for lease in grant.leases}
 
 
-def test_a_new_report_clears_and_one_told_before_does_not() -> None:
+def test_a_new_report_clears_suspicion_and_a_repeated_one_does_not() -> None:
     core = BrokerCore()
     point = POINTS[0]
     core.submit("t", point, 0.0)
     for attempt, step in ((1, 1), (2, 1), (3, 2)):
         trainer = f"trainer-{attempt}.x"
         core.lease(trainer, None, 1, 0.0)
-        said = {point.fingerprint: (attempt, point, Report(point.fingerprint, attempt, step, {}, 1.0))}
-        core.exchange(trainer, said, 1, 0.0)
+        held_lanes = {point.fingerprint: (attempt, point, Report(point.fingerprint, attempt, step, {}, 1.0))}
+        core.exchange(trainer, held_lanes, 1, 0.0)
         assert count_suspects(core) == (attempt == 2)
         core.remove_trainer(trainer, 0.0, ExitKind.CRASHED)
     assert count_suspects(core) == 1
@@ -150,7 +150,7 @@ def test_a_trainer_that_was_killed_or_lost_with_its_node_suspects_nobody() -> No
     assert len(core.lease("trainer-1.x", None, 8, 0.0).leases) == 8
 
 
-def test_a_suspect_takes_the_place_of_a_pack_that_is_parked_as_a_whole() -> None:
+def test_a_suspect_takes_the_place_of_a_lane_group_that_is_parked_as_a_whole() -> None:
     core = BrokerCore(scheduler="asha")
     for number, point in enumerate(POINTS[:2]):
         core.submit(f"t{number}", point, 0.0)
@@ -160,9 +160,9 @@ def test_a_suspect_takes_the_place_of_a_pack_that_is_parked_as_a_whole() -> None
     core.entries[suspect.fingerprint].mark_suspect(1, 2)
     assert core.exchange("trainer-0.x", held, 1, 0.0) == {parked.fingerprint: Directive.PARK}
     assert core.lease("trainer-0.x", parked.group_key, 1, 0.0).leases == (), "it may not join"
-    offer = core.lease("trainer-0.x", None, 1, 0.0)
-    assert [lease.configuration for lease in offer.leases] == [suspect]
-    assert offer.requires_empty_group
+    grant = core.lease("trainer-0.x", None, 1, 0.0)
+    assert [lease.configuration for lease in grant.leases] == [suspect]
+    assert grant.requires_empty_group
 
 
 def test_the_broker_writes_the_record_of_a_lane_that_no_trainer_can(tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_the_broker_writes_the_record_of_a_lane_that_no_trainer_can(tmp_path: Pa
         waiting = asyncio.create_task(broker.next_report("t", point, 0, 30.0))
         await asyncio.sleep(0)
         for number in range(MAX_FAILURES):
-            offer = await broker.lease(f"trainer-{number}.x", None, 1, {}, 0)
-            assert len(offer.leases) == 1
+            grant = await broker.lease(f"trainer-{number}.x", None, 1, {}, 0)
+            assert len(grant.leases) == 1
             assert not waiting.done()
             await broker.trainer_exited(f"trainer-{number}", ExitKind.CRASHED, "killed by SIGABRT")
         return await waiting
@@ -229,13 +229,13 @@ def test_a_trainer_that_crashes_on_everything_ends_the_study_before_all_is_spoil
         core = BrokerCore()
         for number, point in enumerate(points):
             core.submit(f"t{number}", point, 0.0)
-        deaths = 0
+        num_crashes = 0
         while not core.failure_policy.abort_reason:
-            assert core.lease(f"trainer-{deaths}.x", None, lanes, 0.0).leases
-            core.trainer_exited(f"trainer-{deaths}", 0.0, ExitKind.CRASHED, "SIGSEGV")
-            deaths += 1
+            assert core.lease(f"trainer-{num_crashes}.x", None, lanes, 0.0).leases
+            core.trainer_exited(f"trainer-{num_crashes}", 0.0, ExitKind.CRASHED, "SIGSEGV")
+            num_crashes += 1
         assert len(core.ended_lanes) == 2 * MAX_TRAINER_FAILURES + 1
-        assert deaths <= len(core.ended_lanes) * MAX_FAILURES + 2 * lanes, "halving costs some more"
+        assert num_crashes <= len(core.ended_lanes) * MAX_FAILURES + 2 * lanes, "halving costs some more"
 
 
 def test_a_trainer_that_dies_before_it_takes_a_lane_ends_the_study() -> None:
@@ -280,7 +280,7 @@ def test_trainers_may_die_as_often_as_they_like_while_their_lanes_get_on() -> No
     assert core.failure_policy.abort_reason
 
 
-def test_where_memory_is_short_a_pack_is_halved_and_nobody_is_guilty() -> None:
+def test_out_of_memory_halves_the_lane_group_and_marks_no_lane_faulty() -> None:
     core = BrokerCore()
     for number, point in enumerate(POINTS[:4]):
         core.submit(f"t{number}", point, 0.0)
@@ -312,9 +312,9 @@ def test_a_suspect_that_waits_too_long_gets_a_trainer_that_drains() -> None:
         for _ in range(STEPS):
             trainer.step(core, fingerprint, saved)
         before = set(trainer.held)
-        shape = POINTS[0].group_key if trainer.held else None
-        offer = core.lease(trainer.name, shape, 2 - len(trainer.held), now)
-        for lease in offer.leases:
+        group_key = POINTS[0].group_key if trainer.held else None
+        grant = core.lease(trainer.name, group_key, 2 - len(trainer.held), now)
+        for lease in grant.leases:
             trainer.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
         return set(trainer.held) - before
 
@@ -325,7 +325,7 @@ def test_a_suspect_that_waits_too_long_gets_a_trainer_that_drains() -> None:
     assert len(finish_one(late) & suspects) == len(trainer.held) == 1
 
 
-def test_two_guilty_lanes_in_a_row_at_one_lane_a_trainer_do_not_end_the_study() -> None:
+def test_two_faulty_lanes_in_a_row_with_one_lane_per_trainer_do_not_end_the_study() -> None:
     core = BrokerCore()
     for number, point in enumerate(POINTS[:2]):
         core.submit(f"t{number}", point, 0.0)

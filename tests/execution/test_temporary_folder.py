@@ -1,4 +1,4 @@
-"""What other users of a machine leave in its temporary folder is not taken for this user's own."""
+"""Files of other users in the temporary folder of a machine are not trusted."""
 
 from __future__ import annotations
 
@@ -58,25 +58,27 @@ def writable(path: Path) -> None:
     path.chmod(0o777)
 
 
-@pytest.mark.parametrize("planted", [another_users, writable, linked])
+@pytest.mark.parametrize("plant", [another_users, writable, linked])
 def test_a_list_of_processes_that_another_user_may_have_written_ends_none(
-    temporary: Path, sleeper: subprocess.Popen[bytes], planted: Callable[[Path], None]
+    temporary: Path, sleeper: subprocess.Popen[bytes], plant: Callable[[Path], None]
 ) -> None:
     folder = temporary / f"lora-orchestrator-{os.getuid()}"
     folder.mkdir(mode=0o700)
     (folder / "1.json").write_text(list_of(sleeper))
-    planted(folder)
+    plant(folder)
     with pytest.raises(UsageError) as refused:
         cleanup.end_orphaned_rays()
-    said = str(refused.value)
-    assert said.startswith(f"{folder} is not a folder that only you can write to (")
-    assert said.endswith("; remove it, or set TMPDIR to a folder of your own.")
-    assert "\n" not in said
+    message = str(refused.value)
+    assert message.startswith(f"{folder} is not a folder that only you can write to (")
+    assert message.endswith("; remove it, or set TMPDIR to a folder of your own.")
+    assert "\n" not in message
     assert sleeper.poll() is None
     assert (folder / "1.json").exists()
 
 
-def test_a_list_of_ones_own_is_followed(temporary: Path, sleeper: subprocess.Popen[bytes]) -> None:
+def test_the_processes_in_a_users_own_list_are_ended(
+    temporary: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
     folder = temporary / f"lora-orchestrator-{os.getuid()}"
     assert cleanup.state_folder() == folder
     folder.mkdir(mode=0o700)
@@ -104,13 +106,13 @@ def test_a_list_that_is_written_again_stays_whole_for_its_readers(
 
 
 def test_a_cluster_that_another_user_has_announced_is_not_joined_unasked(temporary: Path) -> None:
-    word = temporary / "ray" / "ray_current_cluster"
-    word.parent.mkdir()
+    address_file = temporary / "ray" / "ray_current_cluster"
+    address_file.parent.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         where = f"127.0.0.1:{listener.getsockname()[1]}"
-        word.write_text(where)
+        address_file.write_text(where)
         assert runtime.running_cluster_address() == where
-        another_users(word)
+        another_users(address_file)
         with pytest.raises(UsageError) as refused:
             runtime.running_cluster_address()
     assert f"RAY_ADDRESS={where}" in str(refused.value)
@@ -118,30 +120,30 @@ def test_a_cluster_that_another_user_has_announced_is_not_joined_unasked(tempora
     assert runtime.running_cluster_address() is None, "one that does not answer is nobody's"
 
 
-def pipe(word: Path) -> None:
-    os.mkfifo(word)
+def pipe(address_file: Path) -> None:
+    os.mkfifo(address_file)
 
 
-def link(word: Path) -> None:
-    word.with_name("elsewhere").write_text("127.0.0.1:1")
-    word.symlink_to("elsewhere")
+def link(address_file: Path) -> None:
+    address_file.with_name("elsewhere").write_text("127.0.0.1:1")
+    address_file.symlink_to("elsewhere")
 
 
-def text(word: Path) -> None:
-    word.write_text("no address")
+def text(address_file: Path) -> None:
+    address_file.write_text("no address")
 
 
 @pytest.mark.timeout(60)  # a pipe without a writer would be waited for without end
-@pytest.mark.parametrize("planted", [pipe, link, Path.mkdir, text])
-def test_a_word_that_names_no_cluster_is_none(
-    temporary: Path, monkeypatch: pytest.MonkeyPatch, planted: Callable[[Path], None]
+@pytest.mark.parametrize("plant", [pipe, link, Path.mkdir, text])
+def test_an_address_file_without_an_address_names_no_cluster(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[Path], None]
 ) -> None:
     monkeypatch.setattr(runtime, "is_listening", lambda host, port: True)
-    word = temporary / "ray" / "ray_current_cluster"
-    word.parent.mkdir()
-    planted(word)
+    address_file = temporary / "ray" / "ray_current_cluster"
+    address_file.parent.mkdir()
+    plant(address_file)
     assert runtime.running_cluster_address() is None
 
 
-def test_a_port_that_is_none_does_not_listen() -> None:
+def test_an_invalid_port_does_not_listen() -> None:
     assert not runtime.is_listening("127.0.0.1", 10**30)

@@ -109,7 +109,7 @@ def noted(output: Path) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.nightly
-def test_one_lane_raises_and_the_others_of_its_pack_finish(
+def test_one_lane_raises_and_the_others_of_its_lane_group_finish(
     connected: Cluster, output: Path, tmp_path: Path
 ) -> None:
     """Their data go away once the study has begun, and nothing happens: the examples are in the store."""
@@ -186,7 +186,7 @@ def test_data_that_go_away_with_the_stores_copy_are_named_in_the_records(
     assert set(found) == {1e-3, 1e-2}
     for record in found.values():
         assert record.state == "failed"
-        assert record.reason.startswith("BadInput: Task file ")
+        assert record.reason.startswith("UsageError: Task file ")
         assert "gives no examples: FileNotFoundError: " in record.reason
         assert str(data) in record.reason
         assert "\n" not in record.reason

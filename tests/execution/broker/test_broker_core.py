@@ -1,4 +1,4 @@
-"""What the broker does in given orders of events; test_broker_orders.py generates random orders."""
+"""The broker under fixed orders of events; test_broker_orders.py generates random orders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 
 
-def test_a_trainer_refills_its_shape_then_takes_the_shape_with_most_waiting() -> None:
+def test_a_trainer_refills_its_lane_group_then_takes_the_group_key_with_most_waiting_lanes() -> None:
     core = BrokerCore()
     for i, (variant, rate) in enumerate(
         [("lora", 1e-3), ("hira", 1e-3), ("hira", 1e-2), ("lora", 1e-2), ("hira", 1e-1)]
@@ -24,28 +24,30 @@ def test_a_trainer_refills_its_shape_then_takes_the_shape_with_most_waiting() ->
         core.submit(f"t{i}", configuration(variant, rate), 0.0)
     first = core.lease("a", None, 2, 0.0)
     assert [lease.configuration.variant.name for lease in first.leases] == ["hira", "hira"]
-    shape = first.leases[0].configuration.group_key
-    assert [lease.configuration.variant.name for lease in core.lease("a", shape, 2, 0.0).leases] == ["hira"]
-    assert core.lease("a", shape, 1, 0.0).leases == ()
+    group_key = first.leases[0].configuration.group_key
+    assert [lease.configuration.variant.name for lease in core.lease("a", group_key, 2, 0.0).leases] == [
+        "hira"
+    ]
+    assert core.lease("a", group_key, 1, 0.0).leases == ()
     assert [lease.configuration.variant.name for lease in core.lease("b", None, 4, 0.0).leases] == [
         "lora",
         "lora",
     ]
 
 
-def test_a_shape_that_waits_too_long_gets_the_trainer_with_fewest_lanes() -> None:
+def test_a_group_key_that_waits_too_long_gets_the_trainer_with_fewest_lanes() -> None:
     core = BrokerCore()
     for i, rate in enumerate((1e-4, 1e-3, 1e-2)):
         core.submit(f"t{i}", configuration("lora", rate), 0.0)
-    shape = core.lease("a", None, 2, 0.0).leases[0].configuration.group_key
+    group_key = core.lease("a", None, 2, 0.0).leases[0].configuration.group_key
     core.lease("b", None, 1, 0.0)
     core.submit("t8", configuration("hira"), 0.0)
     core.submit("t9", configuration("lora", 1e-1), 0.0)
     late = timeouts.STARVATION_SECONDS + 1
     held = {f: (core.entries[f].attempt, core.configurations[f], None) for f in core.trainers["a"].lanes}
     core.exchange("a", held, 0, late)
-    assert core.lease("b", shape, 1, late).leases == (), "b drains its lane group for the unserved shape"
-    assert len(core.lease("a", shape, 1, late).leases) == 1, "a goes on with its own"
+    assert core.lease("b", group_key, 1, late).leases == (), "b drains its lane group for the unserved shape"
+    assert len(core.lease("a", group_key, 1, late).leases) == 1, "a goes on with its own"
     (fingerprint,) = core.trainers["b"].lanes
     core.end_lease("b", fingerprint, core.entries[fingerprint].attempt, "finished", late)
     assert [lease.configuration.variant.name for lease in core.lease("b", None, 2, late).leases] == ["hira"]
@@ -56,30 +58,30 @@ def restarted() -> tuple[BrokerCore, Configuration]:
     return BrokerCore(scheduler="asha"), configuration()
 
 
-def test_a_report_that_is_the_first_word_after_a_restart_is_kept_and_parks() -> None:
+def test_a_report_as_first_call_after_a_restart_is_kept_and_parks_its_lane() -> None:
     core, point = restarted()
-    said = {point.fingerprint: (1, point, Report(point.fingerprint, 1, 2, {}, 1.0))}
-    assert core.exchange("a", said, 2, 0.0) == {point.fingerprint: Directive.PARK}
+    held_lanes = {point.fingerprint: (1, point, Report(point.fingerprint, 1, 2, {}, 1.0))}
+    assert core.exchange("a", held_lanes, 2, 0.0) == {point.fingerprint: Directive.PARK}
     core.submit("t", point, 1.0)
-    answer = core.next_report(point.fingerprint, 1, 1.0)
-    assert isinstance(answer, Report)
-    assert answer.step == 2
-    assert core.exchange("a", said, 2, 1.0) == {point.fingerprint: Directive.PARK}
+    report = core.next_report(point.fingerprint, 1, 1.0)
+    assert isinstance(report, Report)
+    assert report.step == 2
+    assert core.exchange("a", held_lanes, 2, 1.0) == {point.fingerprint: Directive.PARK}
     assert core.next_report(point.fingerprint, 2, 2.0) is None
-    assert core.exchange("a", said, 2, 2.0) == {point.fingerprint: Directive.CONTINUE}
+    assert core.exchange("a", held_lanes, 2, 2.0) == {point.fingerprint: Directive.CONTINUE}
 
 
-def test_a_report_that_died_with_the_broker_is_told_again_before_the_lane_goes_on() -> None:
+def test_a_report_lost_with_the_broker_is_repeated_before_the_lane_continues() -> None:
     core, point = restarted()
     core.submit("t", point, 0.0)
     assert core.next_report(point.fingerprint, 1, 0.0) is None, "its trial waits for what the old broker had"
-    said = {point.fingerprint: (1, point, Report(point.fingerprint, 1, 2, {}, 1.0))}
-    assert core.exchange("a", said, 2, 1.0) == {point.fingerprint: Directive.PARK}
+    held_lanes = {point.fingerprint: (1, point, Report(point.fingerprint, 1, 2, {}, 1.0))}
+    assert core.exchange("a", held_lanes, 2, 1.0) == {point.fingerprint: Directive.PARK}
     assert isinstance(core.next_report(point.fingerprint, 1, 1.0), Report)
 
 
-def test_a_stop_that_is_told_again_after_a_restart_ends_the_lane_where_the_scheduler_saw_it() -> None:
-    """Its checkpoint is further, and all that it holds is owed again."""
+def test_a_stop_repeated_after_a_restart_ends_the_lane_at_the_step_that_the_scheduler_saw() -> None:
+    """The lane's checkpoint is newer than the stop, and its earlier reports have to be repeated."""
     for told_before in (0, 1):  # what its trainer says before the broker is told again
         core, point = restarted()
         reports = [Report(point.fingerprint, 1, step, {}, 1.0) for step in (1, 2, 3)]
@@ -90,11 +92,11 @@ def test_a_stop_that_is_told_again_after_a_restart_ends_the_lane_where_the_sched
         core.stop("t", point, 2, 0.0)
         if not told_before:
             assert core.lease("a", None, 1, 0.0).leases[0].attempt == 1
-        answers = []
+        directives = []
         for report in reports:
-            answers += core.exchange("a", {point.fingerprint: (1, point, report)}, 3, 0.0).values()
+            directives += core.exchange("a", {point.fingerprint: (1, point, report)}, 3, 0.0).values()
             assert (core.counts().get("leased") == 1) == (report.step == 1), "it does not park before"
-        assert answers == [Directive.CONTINUE, Directive.STOP, Directive.STOP]
+        assert directives == [Directive.CONTINUE, Directive.STOP, Directive.STOP]
         core.end_lease("a", point.fingerprint, 1, "stopped", 0.0)
         assert core.ended_lanes == [(point.fingerprint, "stopped")]
 
@@ -121,7 +123,7 @@ def test_a_failed_lane_is_tried_again_twice_at_most() -> None:
     assert core.ended_lanes == [(point.fingerprint, "failed")]
 
 
-def test_closed_is_said_only_when_nothing_waits() -> None:
+def test_a_grant_is_closed_only_if_no_lane_waits() -> None:
     core = BrokerCore()
     core.submit("t", configuration(), 0.0)
     core.closed = True
@@ -129,7 +131,7 @@ def test_closed_is_said_only_when_nothing_waits() -> None:
     assert core.lease("a", configuration().group_key, 1, 0.0).closed
 
 
-def test_a_zombie_is_told_to_drop_its_lane_and_counts_for_nothing_but_a_final_record() -> None:
+def test_a_trainer_taken_for_dead_must_drop_its_lane_and_only_its_final_record_counts() -> None:
     core = BrokerCore()
     point = configuration()
     core.submit("t", point, 0.0)
@@ -153,7 +155,7 @@ def test_a_zombie_is_told_to_drop_its_lane_and_counts_for_nothing_but_a_final_re
     assert core.exchange("b", held, 0, 3.0) == {point.fingerprint: Directive.DROP}
 
 
-def test_vacated_trainers_give_everything_back_and_get_nothing_more() -> None:
+def test_drained_trainers_return_all_lanes_and_get_no_more() -> None:
     for name, stays in (("trainer-0", "trainer-1.b"), (None, "")):
         core = BrokerCore(scheduler="asha")
         points = [configuration(rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
@@ -188,7 +190,7 @@ def test_vacated_trainers_give_everything_back_and_get_nothing_more() -> None:
             assert core.lease("trainer-1.b", None, 3, 0.0).closed
 
 
-def fails_alike(core: BrokerCore, name: str) -> set[str]:
+def fail_all_lanes(core: BrokerCore, name: str) -> set[str]:
     """Let every lane of a trainer with one slot fail until the trainer gives up; return their variants."""
     variants = set()
     for _ in range(MAX_GROUP_FAILURES):
@@ -222,9 +224,9 @@ def test_a_variant_that_fails_is_left_until_the_others_are_trained_and_kills_no_
         core.end_lease("trainer-1.x", good.fingerprint, 1, "finished", late)
     for number in (2, 3, 4, 5):
         assert not core.failure_policy.abort_reason
-        assert fails_alike(core, f"trainer-{number}") == {"hira"}
+        assert fail_all_lanes(core, f"trainer-{number}") == {"hira"}
     assert core.failure_policy.abort_reason, "nothing else is left: before all of them are spoilt"
-    assert any(life.needs_trainer for life in core.open_entries.values())
+    assert any(entry.needs_trainer for entry in core.open_entries.values())
 
 
 def test_a_machine_that_fails_every_variant_ends_the_study() -> None:
@@ -232,15 +234,15 @@ def test_a_machine_that_fails_every_variant_ends_the_study() -> None:
     for rate in (10.0**-n for n in range(8)):
         for variant in ("hira", "lora"):
             core.submit(f"{variant}{rate}", configuration(variant, rate), 0.0)
-    deaths = 0
+    num_exits = 0
     while not core.failure_policy.abort_reason:
-        fails_alike(core, f"trainer-{deaths}")
-        deaths += 1
-    assert deaths <= 5
+        fail_all_lanes(core, f"trainer-{num_exits}")
+        num_exits += 1
+    assert num_exits <= 5
 
 
 def test_a_trainer_that_gives_up_leaves_no_suspects_and_one_whose_worker_died_does() -> None:
-    for how, suspected in (
+    for exit_kind, suspected in (
         (ExitKind.REPEATED_LANE_FAILURES, 0),
         (ExitKind.FAILED, 0),
         (ExitKind.NODE_LOST, 0),
@@ -251,9 +253,9 @@ def test_a_trainer_that_gives_up_leaves_no_suspects_and_one_whose_worker_died_do
         for rate in (1e-3, 1e-2):
             core.submit(f"t{rate}", configuration(rate=rate), 0.0)
         core.lease("trainer-0.x", None, 2, 0.0)
-        core.trainer_exited("trainer-0", 0.0, how)
+        core.trainer_exited("trainer-0", 0.0, exit_kind)
         assert count_suspects(core) == suspected
-        assert core.failure_policy.failures_without_step == (how is ExitKind.FAILED)
+        assert core.failure_policy.failures_without_step == (exit_kind is ExitKind.FAILED)
 
 
 def test_a_hung_trainer_is_named_and_one_that_speaks_again_is_not() -> None:

@@ -49,12 +49,13 @@ class FakeTrainer:
 
 
 class Broker(RuleBasedStateMachine):
-    """Trials and trainers in any order of events. `saved` stands for checkpoints, `records` for the store."""
+    """Trials and trainers under any order of events. `saved` models checkpoints, `records` the store."""
 
-    @initialize(gated=st.booleans(), in_step=st.booleans())
-    def start(self, gated: bool, in_step: bool) -> None:
-        """`in_step`: in the end, as under Hyperband, no trial asks on before all have come as far."""
-        self.gated, self.in_step = gated, in_step
+    @initialize(pauses=st.booleans(), in_lockstep=st.booleans())
+    def start(self, pauses: bool, in_lockstep: bool) -> None:
+        """Start a broker; with `in_lockstep`, trials ask for their next reports together in the end, as in
+        Hyperband."""
+        self.pauses, self.in_lockstep = pauses, in_lockstep
         self.records: dict[str, Record] = {}
         self.saved: dict[str, int] = {}
         self.now = 0.0
@@ -64,19 +65,19 @@ class Broker(RuleBasedStateMachine):
         self.trials: dict[str, tuple[Configuration, int]] = {}  # trial -> (what it wants, last step it saw)
         self.trial_names = (f"t{i}" for i in itertools.count())
         # As the driver has it: trials that the scheduler stopped, whose record is to come.
-        self.owed: dict[str, tuple[Configuration, int]] = {}
+        self.pending_stops: dict[str, tuple[Configuration, int]] = {}
         self.asked: dict[str, int] = {}  # the last step beyond which a trial has asked
-        self.told: BrokerCore | None = None  # which broker the driver has told what is owed
+        self.is_reported: BrokerCore | None = None  # which broker the driver has told what is owed
         self.broker_restarts()
         for index in (0, 1, 2):  # not empty: what matters happens between trainers and trials that are there
             self.submit(index)
         self.new_trainer()
         self.refill(self.trainers[0])
 
-    def known(self, configuration: Configuration) -> Record | None:
+    def find_record(self, configuration: Configuration) -> Record | None:
         return self.records.get(configuration.fingerprint)
 
-    def final(self, fingerprint: str) -> bool:
+    def is_final(self, fingerprint: str) -> bool:
         return fingerprint in self.records and self.records[fingerprint].state != "stopped"
 
     # -- trials
@@ -86,7 +87,7 @@ class Broker(RuleBasedStateMachine):
         trial = next(self.trial_names)
         self.trials[trial] = (POINTS[index], 0)
         self.core.submit(trial, POINTS[index], self.now)
-        self.forget_owed(POINTS[index])
+        self.forget_pending_stops(POINTS[index])
 
     @precondition(lambda self: self.trials)
     @rule(data=st.data())
@@ -100,7 +101,7 @@ class Broker(RuleBasedStateMachine):
             answer = self.core.next_report(fingerprint, seen, self.now)
         except KeyError:  # the broker restarted
             self.core.submit(trial, point, self.now)
-            self.forget_owed(point)
+            self.forget_pending_stops(point)
             return
         self.asked[fingerprint] = max(seen, self.asked.get(fingerprint, 0))
         if isinstance(answer, Report):
@@ -119,26 +120,32 @@ class Broker(RuleBasedStateMachine):
         del self.trials[trial]
         self.core.release(trial)
 
-    @precondition(lambda self: self.gated and self.trials)
+    @precondition(lambda self: self.pauses and self.trials)
     @rule(data=st.data())
     def scheduler_stops(self, data: st.DataObject) -> None:
         trial = data.draw(st.sampled_from(sorted(self.trials)))
         point, seen = self.trials.pop(trial)
         self.core.stop(trial, point, seen, self.now)
         if not any(point == other for other, _ in self.trials.values()):
-            self.owed[trial] = (point, seen)
+            self.pending_stops[trial] = (point, seen)
 
-    def forget_owed(self, point: Configuration) -> None:
-        """It is wanted again: what was stopped need not end."""
-        self.owed = {trial: stopped for trial, stopped in self.owed.items() if stopped[0] != point}
+    def forget_pending_stops(self, point: Configuration) -> None:
+        """Forget the stops of a configuration that a trial wants again, so that it need not end."""
+        self.pending_stops = {
+            trial: stopped for trial, stopped in self.pending_stops.items() if stopped[0] != point
+        }
 
     @rule()
     def driver_looks(self) -> None:
-        if self.told is not self.core:
-            for trial, stopped in self.owed.items():
+        if self.is_reported is not self.core:
+            for trial, stopped in self.pending_stops.items():
                 self.core.stop(trial, *stopped, self.now)
-            self.told = self.core
-        self.owed = {t: owed for t, owed in self.owed.items() if owed[0].fingerprint not in self.records}
+            self.is_reported = self.core
+        self.pending_stops = {
+            t: pending_stops
+            for t, pending_stops in self.pending_stops.items()
+            if pending_stops[0].fingerprint not in self.records
+        }
 
     # -- trainers
 
@@ -148,46 +155,46 @@ class Broker(RuleBasedStateMachine):
         self.trainers.append(FakeTrainer(next(self.names)))
 
     @precondition(lambda self: self.trainers)
-    @rule(data=st.data(), reply_lost=st.booleans(), spilling=st.booleans())
-    def lease(self, data: st.DataObject, reply_lost: bool, spilling: bool) -> None:
-        self.refill(data.draw(st.sampled_from(self.trainers)), reply_lost, spilling)
+    @rule(data=st.data(), reply_lost=st.booleans(), evict_parked=st.booleans())
+    def lease(self, data: st.DataObject, reply_lost: bool, evict_parked: bool) -> None:
+        self.refill(data.draw(st.sampled_from(self.trainers)), reply_lost, evict_parked)
 
-    def refill(self, trainer: FakeTrainer, reply_lost: bool = False, spilling: bool = True) -> None:
-        """As the loop does it: lanes that have been parked for long make way for those that are leased."""
+    def refill(self, trainer: FakeTrainer, reply_lost: bool = False, evict_parked: bool = True) -> None:
+        """Lease lanes as the loop does: lanes that have been parked for long leave for the new lanes."""
         self.core.exchange(trainer.name, trainer.held, trainer.taken, self.now)
-        shape = next((lane.configuration.group_key for lane in trainer.lanes.values()), None)
-        late = [f for f, lane in trainer.lanes.items() if lane.parked] if spilling else []
+        group_key = next((lane.configuration.group_key for lane in trainer.lanes.values()), None)
+        long_parked = [f for f, lane in trainer.lanes.items() if lane.parked] if evict_parked else []
         free = 3 - len(trainer.lanes)
-        if free + len(late) == 0:
+        if free + len(long_parked) == 0:
             return
-        offer = self.core.lease(trainer.name, shape, free + len(late), self.now)
-        assert len(offer.leases) <= free + len(late)
-        if not offer.leases and shape is not None and len(late) == len(trainer.lanes):
-            shape = None
-            offer = self.core.lease(trainer.name, None, 1, self.now)
-            assert len(offer.leases) <= 1
-        leases = offer.leases
-        assert not leases or not offer.closed
-        shapes = {lease.configuration.group_key for lease in leases}
-        assert len(shapes | {shape} - {None}) <= 1
+        grant = self.core.lease(trainer.name, group_key, free + len(long_parked), self.now)
+        assert len(grant.leases) <= free + len(long_parked)
+        if not grant.leases and group_key is not None and len(long_parked) == len(trainer.lanes):
+            group_key = None
+            grant = self.core.lease(trainer.name, None, 1, self.now)
+            assert len(grant.leases) <= 1
+        leases = grant.leases
+        assert not leases or not grant.closed
+        group_keys = {lease.configuration.group_key for lease in leases}
+        assert len(group_keys | {group_key} - {None}) <= 1
         if reply_lost:
             return
         # Given up for dead and leased again, to the same trainer: the newer lease counts.
-        gone = {lease.configuration.fingerprint for lease in leases} & set(trainer.lanes)
-        late = [f for f in late if f not in gone]
+        replaced = {lease.configuration.fingerprint for lease in leases} & set(trainer.lanes)
+        long_parked = [f for f in long_parked if f not in replaced]
         if (
-            shapes == {lane.configuration.group_key for lane in trainer.lanes.values()}
-            and not offer.requires_empty_group
+            group_keys == {lane.configuration.group_key for lane in trainer.lanes.values()}
+            and not grant.requires_empty_group
         ):
-            late = late[: max(0, len(leases) - len(gone) - free)]
-        for fingerprint in late if leases else []:
+            long_parked = long_parked[: max(0, len(leases) - len(replaced) - free)]
+        for fingerprint in long_parked if leases else []:
             self.core.return_lease(
                 trainer.name, fingerprint, trainer.lanes.pop(fingerprint).attempt, self.now
             )
         for lease in leases:
             fingerprint = lease.configuration.fingerprint
             assert fingerprint not in trainer.lanes or lease.attempt > trainer.lanes[fingerprint].attempt
-            assert lease.scheduler.startswith("asha" if self.gated else "")
+            assert lease.scheduler.startswith("asha" if self.pauses else "")
             step = self.saved.get(fingerprint, 0)
             trainer.lanes[fingerprint] = Lane(lease.attempt, lease.configuration, step)
         assert len(trainer.lanes) <= 3
@@ -197,72 +204,81 @@ class Broker(RuleBasedStateMachine):
         data=st.data(),
         after_restart=st.sampled_from([False, False, False, True]),
         end=st.sampled_from(["finished", "diverged", "failed"]),
-        told=st.booleans(),
-        whole=st.booleans(),
+        is_reported=st.booleans(),
+        is_saved=st.booleans(),
     )
-    def train(self, data: st.DataObject, after_restart: bool, end: str, told: bool, whole: bool) -> None:
-        """One report that is owed or one step of one lane, a zombie's perhaps, and its report, or the end.
-        It may be the first that a broker which has restarted hears."""
+    def train(
+        self, data: st.DataObject, after_restart: bool, end: str, is_reported: bool, is_saved: bool
+    ) -> None:
+        """Repeat a report of one lane, or take one step and report it, or end the lane.
+
+        The trainer may have been taken for dead, and the call may be the first to a restarted broker.
+        """
         trainer = data.draw(st.sampled_from([s for s in self.trainers + self.zombies if s.lanes]))
         free = [f for f, lane in sorted(trainer.lanes.items()) if not lane.parked]
         if after_restart:
             self.broker_restarts()
         if free:
-            self.turn(trainer, data.draw(st.sampled_from(free)), end, told, whole)
+            self.turn(trainer, data.draw(st.sampled_from(free)), end, is_reported, is_saved)
 
     def turn(
-        self, trainer: FakeTrainer, fingerprint: str, end: str, told: bool = True, whole: bool = True
+        self,
+        trainer: FakeTrainer,
+        fingerprint: str,
+        end: str,
+        is_reported: bool = True,
+        is_saved: bool = True,
     ) -> None:
         lane = trainer.lanes[fingerprint]
         if lane.reported == lane.step:
-            if self.gated:
+            if self.pauses:
                 assert self.asked.get(fingerprint, 0) >= lane.step, "it runs ahead of Tune"
             if lane.step == STEPS:
-                self.end(trainer, fingerprint, end, told)
+                self.end(trainer, fingerprint, end, is_reported)
                 return
             lane.step += 1
             trainer.taken += 1
-            if whole:  # a torn checkpoint: the next attempt repeats some reports
+            if is_saved:  # a torn checkpoint: the next attempt repeats some reports
                 self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
         lane.reported += 1
-        answers = self.core.exchange(trainer.name, trainer.held, trainer.taken, self.now)
-        self.obey(trainer, fingerprint, answers[fingerprint])
+        directives = self.core.exchange(trainer.name, trainer.held, trainer.taken, self.now)
+        self.obey(trainer, fingerprint, directives[fingerprint])
 
-    def end(self, trainer: FakeTrainer, fingerprint: str, end: str, told: bool) -> None:
+    def end(self, trainer: FakeTrainer, fingerprint: str, end: str, is_reported: bool) -> None:
         lane = trainer.lanes[fingerprint]
-        if end != "failed" and not self.final(fingerprint):
+        if end != "failed" and not self.is_final(fingerprint):
             self.records[fingerprint] = record(lane.configuration, end)
-        if end == "failed" or told:  # a record may be there before anyone is told, and the teller die
+        if end == "failed" or is_reported:  # a record may be there before anyone is told, and the teller die
             del trainer.lanes[fingerprint]
             state = end if end == "failed" else self.records[fingerprint].state
-            life = self.core.entries.get(fingerprint)
-            before = (life.phase, life.failures, life.trainer_id, life.attempt) if life else None
+            entry = self.core.entries.get(fingerprint)
+            before = (entry.phase, entry.failures, entry.trainer_id, entry.attempt) if entry else None
             self.core.end_lease(trainer.name, fingerprint, lane.attempt, state, self.now)
             if before and end == "failed" and before[2:] != (trainer.name, lane.attempt):
-                assert (life.phase, life.failures) == before[:2], "a zombie's failure counts for nothing"
+                assert (entry.phase, entry.failures) == before[:2], "a zombie's failure counts for nothing"
 
     @precondition(lambda self: self.trainers + self.zombies)
     @rule(data=st.data())
     def exchange(self, data: st.DataObject) -> None:
-        self.sign_of_life(data.draw(st.sampled_from(self.trainers + self.zombies)))
+        self.exchange_once(data.draw(st.sampled_from(self.trainers + self.zombies)))
 
-    def sign_of_life(self, trainer: FakeTrainer) -> None:
-        answers = self.core.exchange(trainer.name, trainer.held, trainer.taken, self.now)
-        assert set(answers) == set(trainer.lanes)
+    def exchange_once(self, trainer: FakeTrainer) -> None:
+        directives = self.core.exchange(trainer.name, trainer.held, trainer.taken, self.now)
+        assert set(directives) == set(trainer.lanes)
         assert self.core.steps_taken[trainer.name] == trainer.taken
-        for fingerprint, answer in answers.items():
+        for fingerprint, answer in directives.items():
             self.obey(trainer, fingerprint, answer)
 
     def obey(self, trainer: FakeTrainer, fingerprint: str, answer: Directive) -> None:
         lane = trainer.lanes[fingerprint]
-        life = self.core.entries.get(fingerprint)
-        if answer is not Directive.DROP and life is not None:
-            assert (life.trainer_id, life.attempt) == (trainer.name, lane.attempt), (
+        entry = self.core.entries.get(fingerprint)
+        if answer is not Directive.DROP and entry is not None:
+            assert (entry.trainer_id, entry.attempt) == (trainer.name, lane.attempt), (
                 "only the holder may go on"
             )
             if answer in (Directive.CONTINUE, Directive.PARK):
-                assert (answer is Directive.PARK) == (life.phase is LeasePhase.PAUSED)
-            assert answer is not Directive.STOP or life.is_stopped
+                assert (answer is Directive.PARK) == (entry.phase is LeasePhase.PAUSED)
+            assert answer is not Directive.STOP or entry.is_stopped
             assert answer is Directive.STOP or (answer is Directive.YIELD) == (
                 trainer.name in self.core.draining
             )
@@ -273,34 +289,34 @@ class Broker(RuleBasedStateMachine):
                 self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
                 self.core.return_lease(trainer.name, fingerprint, lane.attempt, self.now)
             if answer is Directive.STOP:
-                assert lane.reported >= life.stop_step, "the record has what the scheduler saw"
-                if not self.final(fingerprint):
+                assert lane.reported >= entry.stop_step, "the record has what the scheduler saw"
+                if not self.is_final(fingerprint):
                     self.records[fingerprint] = record(lane.configuration, "stopped", lane.reported)
                 state = self.records[fingerprint].state
                 self.core.end_lease(trainer.name, fingerprint, lane.attempt, state, self.now)
 
     @precondition(lambda self: self.trainers)
-    @rule(data=st.data(), noticed=st.booleans(), how=st.sampled_from(ExitKind), zombie=st.booleans())
-    def die(self, data: st.DataObject, noticed: bool, how: ExitKind, zombie: bool) -> None:
+    @rule(data=st.data(), noticed=st.booleans(), exit_kind=st.sampled_from(ExitKind), zombie=st.booleans())
+    def die(self, data: st.DataObject, noticed: bool, exit_kind: ExitKind, zombie: bool) -> None:
         trainer = data.draw(st.sampled_from(self.trainers))
         self.trainers.remove(trainer)
         if noticed:
-            self.core.trainer_exited(trainer.name, self.now, how)
+            self.core.trainer_exited(trainer.name, self.now, exit_kind)
             assert trainer.name not in self.core.trainers
         if zombie:
             self.zombies.append(trainer)
 
     @precondition(lambda self: self.trainers)
     @rule(data=st.data())
-    def vacate(self, data: st.DataObject) -> None:
-        """It is given nothing more, and has nothing when it has heard of it."""
+    def drain(self, data: st.DataObject) -> None:
+        """A drained trainer gets no more lanes, and holds none after its next exchange."""
         trainer = data.draw(st.sampled_from(self.trainers))
         self.core.drain(trainer.name)
         assert self.core.lease(trainer.name, None, 3, self.now).closed
-        self.sign_of_life(trainer)
+        self.exchange_once(trainer)
         assert not trainer.lanes
-        self.sign_of_life(trainer)  # what it was told to drop, it no longer names
-        assert not any(life.trainer_id == trainer.name for life in self.core.entries.values())
+        self.exchange_once(trainer)  # what it was told to drop, it no longer names
+        assert not any(entry.trainer_id == trainer.name for entry in self.core.entries.values())
 
     @rule()
     def wait_long(self) -> None:
@@ -311,8 +327,8 @@ class Broker(RuleBasedStateMachine):
     def broker_restarts(self) -> None:
         self.core = BrokerCore(
             lambda f: self.saved.get(f, 0),
-            find_record=self.known,
-            scheduler="asha" if self.gated else "none",
+            find_record=self.find_record,
+            scheduler="asha" if self.pauses else "none",
             checkpoint_step=lambda f: self.saved.get(f, 0),
         )
 
@@ -321,35 +337,36 @@ class Broker(RuleBasedStateMachine):
     @invariant()
     def a_lane_has_one_trainer(self) -> None:
         core = self.core
-        for fingerprint, life in core.entries.items():
-            leased = life.phase in (LeasePhase.LEASED, LeasePhase.PAUSED)
+        for fingerprint, entry in core.entries.items():
+            leased = entry.phase in (LeasePhase.LEASED, LeasePhase.PAUSED)
             holders = [
                 name
                 for name, view in core.trainers.items()
-                if fingerprint in view.lanes and name == life.trainer_id
+                if fingerprint in view.lanes and name == entry.trainer_id
             ]
             assert len(holders) == leased
-            assert life.phase not in (LeasePhase.PAUSED, LeasePhase.RETURNED) or life.pauses_after_report
-            assert life.failures <= MAX_FAILURES
-            steps = [report.step for report in life.reports]
+            assert entry.phase not in (LeasePhase.PAUSED, LeasePhase.RETURNED) or entry.pauses_after_report
+            assert entry.failures <= MAX_FAILURES
+            steps = [report.step for report in entry.reports]
             assert steps == sorted(set(steps))
 
     @invariant()
     def every_lane_on_no_trainer_is_wanted_or_owes_its_record(self) -> None:
-        for life in self.core.entries.values():
-            if life.phase is LeasePhase.WAITING:
-                assert life.trials or life.is_stopped
+        for entry in self.core.entries.values():
+            if entry.phase is LeasePhase.WAITING:
+                assert entry.trials or entry.is_stopped
                 assert (
-                    life.is_stopped
-                    or not life.pauses_after_report
-                    or life.resume_after_step >= max((r.step for r in life.reports), default=-1)
+                    entry.is_stopped
+                    or not entry.pauses_after_report
+                    or entry.resume_after_step >= max((r.step for r in entry.reports), default=-1)
                 )
-            if life.phase is LeasePhase.RETURNED:
-                assert life.trials
-                assert life.resume_after_step < life.reports[-1].step
+            if entry.phase is LeasePhase.RETURNED:
+                assert entry.trials
+                assert entry.resume_after_step < entry.reports[-1].step
 
     def teardown(self) -> None:
-        """Left alone with one good trainer, every trial learns how its lane ended, and no record is owed."""
+        """With one living trainer, every trial gets the end of its lane, and no stopped lane lacks a
+        record."""
         if not hasattr(self, "core"):
             return
         self.driver_looks()
@@ -360,19 +377,19 @@ class Broker(RuleBasedStateMachine):
         for _ in range(60 * len(POINTS)):
             least = min((seen for _, seen in self.trials.values()), default=0)
             for trial, (_, seen) in list(self.trials.items()):
-                if not self.in_step or seen == least:
+                if not self.in_lockstep or seen == least:
                     self.asks(trial)
             self.refill(trainer)
-            self.sign_of_life(trainer)
+            self.exchange_once(trainer)
             for fingerprint, lane in list(trainer.lanes.items()):
                 if not lane.parked:
                     self.turn(trainer, fingerprint, "finished")
         assert not self.trials, "a trial waits for ever"
         assert not trainer.lanes
-        assert all(life.phase is LeasePhase.ENDED for life in self.core.entries.values())
-        failed = {f for f, life in self.core.entries.items() if life.state == "failed"}
-        owed = {point.fingerprint for point, _ in self.owed.values()}
-        assert owed <= set(self.records) | failed, "a stopped lane has no record"
+        assert all(entry.phase is LeasePhase.ENDED for entry in self.core.entries.values())
+        failed = {f for f, entry in self.core.entries.items() if entry.state == "failed"}
+        pending_stops = {point.fingerprint for point, _ in self.pending_stops.values()}
+        assert pending_stops <= set(self.records) | failed, "a stopped lane has no record"
 
 
 Broker.TestCase.settings = settings(stateful_step_count=60)
