@@ -1,4 +1,4 @@
-"""Trains configurations in this process, without Ray: what a study records when nothing disturbs it."""
+"""Training of configurations in this process, without Ray, for the records of an undisturbed study."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def train(configurations: Iterable[Configuration], bases: Path, folder: Path) ->
     """Return the records of `configurations`, by fingerprint.
 
     Args:
-        configurations: what is trained, on the CPU as a trainer does it.
-        bases: the folder of base models.
-        folder: where a store is made.
+        configurations: Configurations to train on the CPU as a trainer does.
+        bases: Folder of the base models.
+        folder: Folder in which a store is created.
     """
     store, spec = Store(folder), TrainerSpec(LANES, 0.0, str(folder), str(folder))
     threads = torch.get_num_threads()

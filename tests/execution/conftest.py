@@ -1,4 +1,4 @@
-"""The Ray cluster that studies join, its nodes, the steps that studies take; fixtures of tests/study."""
+"""Fixtures: the Ray cluster that studies join, its nodes, and the steps that studies take."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SharedCluster:
 
     def start(self) -> Cluster:
         if self.cluster is None:
-            # The log monitor would go on reading the logs of all workers that have ended, for nobody.
+            # The log monitor would keep reading the logs of ended workers, which no test needs.
             head: dict[str, Any] = {"num_cpus": 2, "include_log_monitor": False, "include_dashboard": False}
             self.cluster = Cluster(initialize_head=True, head_node_args=head)
         return self.cluster
@@ -52,19 +52,19 @@ def shared_cluster() -> Iterator[SharedCluster]:
 
 @pytest.fixture
 def cluster(shared_cluster: SharedCluster) -> Cluster:
-    """Return the running cluster that most studies join: that costs less than a Ray instance a study."""
+    """Return the running cluster that most studies join, which costs less than one Ray per study."""
     return shared_cluster.start()
 
 
 @pytest.fixture(scope="module")
 def no_cluster(shared_cluster: SharedCluster) -> None:
-    """Stop the shared cluster: the module's tests start Ray instances of their own."""
+    """Stop the shared cluster, because the module's tests start Rays of their own."""
     shared_cluster.stop()
 
 
 @pytest.fixture(scope="module")
 def connected(shared_cluster: SharedCluster) -> Iterator[Cluster]:
-    """Connect this process to the shared cluster, for tests that ask Ray what there is."""
+    """Connect this process to the shared cluster, for tests that query Ray."""
     cluster = shared_cluster.start()
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     yield cluster
@@ -73,7 +73,7 @@ def connected(shared_cluster: SharedCluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def machines(connected: Cluster) -> Iterator[Machines]:
-    """Return what adds nodes with GPUs to the shared cluster; they leave it with the test."""
+    """Return a manager that adds nodes with GPUs to the shared cluster, and removes them after the test."""
     machines = Machines(connected)
     yield machines
     machines.remove_all()
@@ -81,7 +81,7 @@ def machines(connected: Cluster) -> Iterator[Machines]:
 
 @pytest.fixture
 def steps() -> Iterator[Steps]:
-    """Return the steps of a study that trains `steps.TASK`; none is taken yet, and none is slow."""
+    """Return the step counter of a study that trains `steps.TASK`, reset before and after the test."""
     steps = Steps(Path(os.environ[FOLDER]))
     steps.clear()
     yield steps

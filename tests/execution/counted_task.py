@@ -26,16 +26,16 @@ class CountedLetters(Letters):
     defaults = replace(Letters.defaults, evaluations=10, validation_size=50, test_size=50)
 
     def pretrain_recipe(self) -> str:
-        return ""  # it trains on the letters task's base and has none of its own
+        return ""  # this task uses the base model of the letters task
 
 
 def taken(folder: Path) -> int:
-    """Return how many steps all processes together have taken."""
+    """Return the number of steps that all processes together have taken."""
     return sum(file.stat().st_size for file in folder.glob("[0-9]*")) // MOMENT.size
 
 
 def waits(folder: Path) -> float:
-    """Return how many seconds a process waits after a step: 0 unless the test wants them slow by now."""
+    """Return the seconds that a process waits after a step: 0 unless the test slows the steps down."""
     try:
         after, seconds = (folder / SLOW).read_text().split()
     except FileNotFoundError:
@@ -44,7 +44,7 @@ def waits(folder: Path) -> float:
 
 
 def count(folder: Path) -> None:
-    """Count the steps of this process, by torch's own hook, and wait after each as long as `waits` says."""
+    """Count the steps of this process with torch's hook, and after each step wait as `waits` says."""
     mine = folder / str(os.getpid())
 
     def step(optimizer: Any, args: Any, kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The letters task, held in the middle of a study: `study.hold` copies this file and says where.
+"""The letters task, held in the middle of a study. `study.hold` copies this file beside its settings.
 
 A trainer is held after an optimizer step, so that a test has all the time that it needs to look at the study,
 or to kill it. The file `held` beside this one appears then; the trainer goes on when `released` appears. Only
@@ -28,7 +28,7 @@ class HeldLetters(Letters):
     defaults = replace(Letters.defaults, validation_size=50, test_size=50)
 
     def pretrain_recipe(self) -> str:
-        return ""  # it trains on the letters task's base and has none of its own
+        return ""  # this task uses the base model of the letters task
 
 
 def hold(records: Path, count: int, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Nodes of a cluster that come, are drained and are lost. Their GPUs are Ray's book-keeping only."""
+"""Nodes of a cluster that join, are drained and are lost. Their GPUs exist only in Ray's book-keeping."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group, remove_placement_group
 
 GPUS = ("--device", "cpu", "--gpus-per-worker", "1")
-"""The options of a study that holds such GPUs and trains on the CPU."""
+"""The options of a study that reserves these GPUs and trains on the CPU."""
 
 
 class Machines:
-    """Nodes beside the one of `cluster`, which has no GPU. This process is connected to it."""
+    """Additional nodes of `cluster`, to which this process is connected. Its first node has no GPU."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.address = cluster, cluster.address
@@ -34,7 +34,7 @@ class Machines:
         return node
 
     def lose(self, node: Node) -> None:
-        """End a node and its processes at once, as a spot machine that is taken away."""
+        """End a node and its processes at once, like the loss of a spot machine."""
         self.nodes.remove(node)
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         processes = [raylet, *raylet.children(recursive=True)]
@@ -45,14 +45,14 @@ class Machines:
         study.wait_for(lambda: not any(map(_is_alive, processes)))
 
     def drain(self, node: Node, seconds: int) -> None:
-        """Announce that a node goes in `seconds`."""
+        """Announce that a node will be removed in `seconds`."""
         command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.address]
         command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
         command += ["--reason-message", "a spot machine", "--deadline-remaining-seconds", str(seconds)]
         subprocess.run(command, check=True, capture_output=True)
 
     def remove_all(self) -> None:
-        """Leave the cluster as it was."""
+        """Remove all added nodes."""
         for node in list(self.nodes):
             self.nodes.remove(node)
             self.cluster.remove_node(node)
@@ -67,7 +67,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def trainers(node: Node) -> int:
-    """Return how many workers of trainers live on a node."""
+    """Return the number of living trainer workers on a node."""
     alive = actors(actor_state_name="ALIVE").values()
     return sum(
         a["ActorClassName"] == "RayTrainWorker" and a["Address"]["NodeID"] == node.node_id for a in alive
@@ -76,7 +76,7 @@ def trainers(node: Node) -> int:
 
 @contextmanager
 def no_room() -> Iterator[None]:
-    """Hold all CPUs of the cluster that this process is connected to: no trainer starts meanwhile."""
+    """Reserve all CPUs of the connected cluster, so that no trainer starts inside the context."""
     group = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
     ray.get(group.ready())
     yield

@@ -1,4 +1,4 @@
-"""Opens every file that a study leaves, without running any code that a file may hold."""
+"""Opening of every file of a study, without running any code that a file may contain."""
 
 from __future__ import annotations
 

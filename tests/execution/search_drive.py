@@ -1,4 +1,4 @@
-"""The searcher with real Optuna and a real store, driven as Ray Tune does. The objective is a formula."""
+"""A driver of the searcher in place of Ray Tune, with real Optuna, a real store and a formula as score."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def record(point: Configuration, state: str = "finished") -> Record:
 
 
 def asked(folder: Path) -> list[str]:
-    """Return the fingerprints in the journal of the study in `folder`, in the order of asking."""
+    """Return the fingerprints in the journal of the study in `folder`, in the order of the suggestions."""
     trials = [t for each in journal.read_trials(folder / journal.JOURNAL_FILE).values() for t in each]
     points = [trial.user_attrs for trial in trials if journal.FINGERPRINT in trial.user_attrs]
     return [each[journal.FINGERPRINT] for each in sorted(points, key=lambda each: each[journal.ORDER])]

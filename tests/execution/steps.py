@@ -1,4 +1,4 @@
-"""The optimizer steps of the processes that train `counted_task.py`, seen and slowed down by a test."""
+"""The test's side of `counted_task.py`: counts and slows down the optimizer steps of training processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 TASK = Path(__file__).with_name("counted_task.py")
 FOLDER = "STEPS_FOLDER"
-"""The environment variable that names the folder. Ray hands its own to its workers."""
+"""The environment variable with the folder. Ray passes its own environment on to its workers."""
 MOMENT = struct.Struct("d")  # what counted_task.py writes for each step
 SLOW_SECONDS = 2.0
 
@@ -18,8 +18,8 @@ SLOW_SECONDS = 2.0
 class Steps:
     """The steps that were taken by all processes whose STEPS_FOLDER is `folder`.
 
-    A study is slowed down, rather than held, where its lanes have to hear after each step what they are told.
-    It needs so many steps that it would take minutes to its end, which no test waits for.
+    A study is slowed down, and not held, if its lanes must receive directives after each step. Such a study
+    has so many steps that it would take minutes to its end, for which no test waits.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,11 +32,11 @@ class Steps:
         return [file for file in self.folder.glob("[0-9]*") if file.stat().st_size >= MOMENT.size]
 
     def taken(self) -> int:
-        """Return how many steps all processes together have taken."""
+        """Return the number of steps that all processes together have taken."""
         return sum(file.stat().st_size // MOMENT.size for file in self.files())
 
     def firsts(self) -> list[float]:
-        """Return when each process took its first step, in seconds since the epoch."""
+        """Return the time of each process's first step, in seconds since the epoch."""
         return [MOMENT.unpack(file.read_bytes()[: MOMENT.size])[0] for file in self.files()]
 
     def slow_after(self, count: int, seconds: float = SLOW_SECONDS) -> None:
@@ -47,12 +47,12 @@ class Steps:
         os.replace(draft, self.folder / "slow")
 
     def run_free(self) -> None:
-        """Slow nothing down any more."""
+        """Stop slowing steps down."""
         self.limit = math.inf
         (self.folder / "slow").unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget all steps, and slow nothing down."""
+        """Forget all steps, and stop slowing steps down."""
         self.run_free()
         for file in self.folder.iterdir():
             file.unlink()

@@ -1,4 +1,4 @@
-"""Runs a study as a user does, in a process of its own, and looks at what it leaves."""
+"""Helpers that run a study as a user does, in a process of its own, and read its results."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def altered(folder: Path, *before: str) -> str:
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    """Wait until `what` holds; fail when the study's `process` ends before, or after `HANG_SECONDS`."""
+    """Wait until `what` is true. Fail if the study's `process` ends before, or after `HANG_SECONDS`."""
     deadline = time.monotonic() + HANG_SECONDS
     while True:
         asked = time.monotonic()
@@ -113,7 +113,7 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = N
             end(process)[1:]
         )
         assert time.monotonic() < deadline, f"did not happen within {HANG_SECONDS:g} s"
-        time.sleep(min(max(0.1, 4 * took), 2.0))  # asking Ray may cost as much CPU time as the study
+        time.sleep(min(max(0.1, 4 * took), 2.0))  # a query of Ray may cost as much CPU time as the study
 
 
 def finals(output: Path) -> int:
@@ -216,7 +216,7 @@ def artifacts(output: Path, study: str) -> set[str]:
 def run_here(
     output: Path, *arguments: str, address: str | None = None, script: str = "lr_sensitivity.py"
 ) -> int:
-    """Run a script in this process: a new one needs 10 s of CPU time for its imports alone.
+    """Run a script in this process, because a new process needs 10 s of CPU time for its imports alone.
 
     Args:
         output: the option `--output`.
@@ -235,7 +235,7 @@ def run_here(
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their types
+    sys.modules[spec.name] = module  # dataclasses look up their types there
     spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patch:
         command = [str(EXPERIMENTS / script), "--dry-run", "--output", str(output), *arguments]
@@ -254,7 +254,7 @@ def run_here(
 
 
 def hold(folder: Path, store: Store, records: int, step: int) -> Path:
-    """Return the file of a task whose study is held once the store has so many records; see held_task.py."""
+    """Return the file of a task whose study is held once the store has `records` records. See held_task."""
     folder.mkdir(exist_ok=True)
     where = {"records": str(store.records_folder), "count": records, "step": step}
     (folder / "hold.json").write_text(json.dumps(where))
@@ -262,12 +262,12 @@ def hold(folder: Path, store: Store, records: int, step: int) -> Path:
 
 
 def held(task: Path) -> bool:
-    """Tell whether a trainer of the study is held now, or was."""
+    """Return whether a trainer of the study is or was held."""
     return task.with_name("held").exists()
 
 
 def release(task: Path) -> None:
-    """Let the trainer that is held go on."""
+    """Let the held trainer continue."""
     task.with_name("released").touch()
 
 

@@ -1,4 +1,4 @@
-"""Clocks that jump, as after the suspension of a machine, do not make one process give up another."""
+"""A clock that jumps, as after a suspension of the machine, makes no process give up another process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Jump = Callable[[float], None]
 
 @pytest.fixture
 def jump(monkeypatch: pytest.MonkeyPatch) -> Jump:
-    """Return a function that sets the monotonic clock of this process forward by so many seconds."""
+    """Return a function that sets the monotonic clock of this process forward by some seconds."""
     real, ahead = time.monotonic, [0.0]
 
     def set_forward(seconds: float) -> None:
@@ -68,7 +68,7 @@ def test_no_trainer_is_taken_for_dead_because_the_brokers_clock_jumps(tmp_path: 
     assert asyncio.run(trainers()) == 1
     jump(HOUR)
     assert asyncio.run(trainers()) == 1
-    for _ in range(10):  # it says nothing, however often the clock is looked at
+    for _ in range(10):  # the trainer is silent, however often the clock is read
         jump(10.0)
         left = asyncio.run(trainers())
     assert left == 0
@@ -105,8 +105,8 @@ def test_no_broker_is_lost_because_the_drivers_clock_jumps(tmp_path: Path, jump:
 
 
 def test_no_trainer_gives_up_its_lanes_because_its_clock_jumps(jump: Jump) -> None:
-    """The first call of the broker has no answer, while the clock jumps; the second and third ones have none,
-    the fourth one has."""
+    """The first three calls of the broker get no answer, and the clock jumps during the first; the fourth
+    call gets an answer."""
     calls: list[int] = []
 
     def call() -> str:

@@ -72,7 +72,7 @@ def test_the_next_trial_is_the_one_that_tunes_own_scheduler_takes(statuses: list
         scheduler.on_trial_add(controller, trial)
     for trial, status in zip(came, statuses, strict=True):
         trial.set_status(status)
-    if came:  # it failed and is tried again: Tune puts it at the end of its list, and adds it once more
+    if came:  # a trial that is tried again: Tune moves it to the end of its list, and adds it again
         again = data.draw(st.sampled_from(came))
         came.remove(again)
         came.append(again)

@@ -1,4 +1,4 @@
-"""A disk that is full, or lets nobody write, ends a command with one line.
+"""A full or read-only disk ends a command with one line.
 
 What trainers do then is in tests/finetune/engine/test_failures.py.
 """
@@ -64,7 +64,7 @@ def test_a_report_that_cannot_be_written(
     why: str,
     advice: str,
 ) -> None:
-    """The disk with the studies' folders refuses writes after the records are read, before the report."""
+    """The disk with the studies' folders refuses writes between the reading of the records and the report."""
     write = reporting.write_parquet
 
     def write_parquet(store: Any) -> None:
@@ -90,7 +90,7 @@ def test_a_report_that_cannot_be_written(
 def test_a_disk_that_refuses_from_the_start(
     run: Run, disk: Disk, tmp_path: Path, refuse: Callable[[Disk], None], option: str, said: str
 ) -> None:
-    """The value of the option is not wrong: the same command goes on when the disk does."""
+    """The option is right, so the exit code is 1: the same command continues once the disk works."""
     refuse(disk)
     at = {"--output": tmp_path / "output", "--store": tmp_path / "store"} | {option: disk.folder / "mine"}
     done = run(SWEEP, *ONE, "--plan", *(str(word) for each in at.items() for word in each))
@@ -123,7 +123,7 @@ def test_a_studys_folder_that_finds_no_space(
 
 
 def test_a_study_file_that_finds_no_space(run: Run, disk: Disk, known: Path) -> None:
-    """The file is named, not the temporary one that was to become it; what was there before is whole."""
+    """The error names the file, not its temporary file, and the earlier content is unchanged."""
     at = ("--output", str(disk.folder), "--store", str(known))
     assert run(SWEEP, *ONE, *at).returncode == 0
     (file,) = disk.folder.glob("*/study.json")
@@ -146,7 +146,7 @@ def test_a_store_of_which_a_part_cannot_be_written(run: Run, disk: Disk, known: 
 
 
 def test_a_librarys_error_on_a_full_disk_names_the_disk(disk: Disk, tmp_path: Path) -> None:
-    """Ray Tune, for example, raises one about a missing file that it could not write before."""
+    """Ray Tune, for example, raises an error about a missing file that it could not write before."""
 
     def fails() -> None:
         with atomic_files.report_unwritable_folders(tmp_path, disk.folder):
@@ -179,7 +179,7 @@ def test_a_librarys_error_on_a_full_disk_names_the_disk(disk: Disk, tmp_path: Pa
 def test_a_store_that_refuses_for_long_ends_the_study_with_one_line(
     cluster: Cluster, letters_bases: Path, tmp_path: Path, refuse: Callable[[Disk], None], said: str
 ) -> None:
-    """It refuses while a lane trains, for longer than a trainer tries to write a record."""
+    """The disk refuses writes while a lane trains, for longer than a trainer tries to write a record."""
     with mounted(tmp_path / "disk", megabytes=64) as disk:
         output = disk.folder / "results"
         shutil.copytree(letters_bases, output / "store" / "bases")

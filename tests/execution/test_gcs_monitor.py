@@ -17,7 +17,7 @@ JOINED = Cluster((), local=False, gcs_address=WHERE)
 
 
 class Looks:
-    """The event that stops a watch: to wait for it takes no time, and moves the clock."""
+    """The event that stops a watch. A wait for the event takes no time and advances the clock."""
 
     def __init__(self, answers: Iterable[bool]) -> None:
         self.answers, self.now, self.last = iter(answers), 0.0, False
@@ -34,7 +34,7 @@ Watch = Callable[..., tuple[list[str], float | None, str]]
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """Return a function that watches a cluster whose GCS answers as told, one look after the other.
+    """Return a function that watches a cluster whose GCS gives the listed answers, one per poll.
 
     It returns the lines that were said, how long the GCS was silent when the study was ended (None: it was
     not), and the error line.

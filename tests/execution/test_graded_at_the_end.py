@@ -11,7 +11,7 @@ from orchestrator.execution.tune.trial import LaneTrainable
 
 
 def test_metrics_before_the_last_evaluation_are_finite() -> None:
-    trial = object.__new__(LaneTrainable)  # Tune's own start would begin a process
+    trial = object.__new__(LaneTrainable)  # the constructor of Tune would start a process
     trial.configuration = configuration()
     task = trial.configuration.task
     on_the_way = trial._metrics(4, {"loss": 1.5})

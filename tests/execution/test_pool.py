@@ -40,22 +40,27 @@ def make_pool(
 @pytest.mark.parametrize(
     ("pool", "waiting", "free", "start"),
     [
-        (make_pool(2, 2, started=False), 0, 2, 2),  # the first ones at once
-        (make_pool(2, 2, started=False), 0, 0, 1),  # another study has all: one waits in line
-        (make_pool(1, 0, started=False), 0, 0, 1),  # no GPU yet: what is asked for makes an autoscaler act
+        (make_pool(2, 2, started=False), 0, 2, 2),  # the first trainers start at once
+        (make_pool(2, 2, started=False), 0, 0, 1),  # another study holds all GPUs: one trainer waits
+        (make_pool(1, 0, started=False), 0, 0, 1),  # no GPU yet: one request makes an autoscaler act
         (make_pool(1, 0, unplaced=1), 8, 0, 0),
         (make_pool(1, 3, placed=1), 16, 2, 2),  # two nodes joined
-        (make_pool(1, 3, placed=1), 4, 2, 1),  # no more than what waits can fill
-        (make_pool(1, 3, placed=1, unplaced=1), 16, 2, 1),  # one of them is on its way
-        (make_pool(3, 1, placed=2), 16, 0, 0),  # a node was lost or drains, its trainer has yet to go
-        (make_pool(1, 0, unplaced=1, startable=8), 16, 0, 0),  # the first one shows that they can be had
-        (make_pool(1, 1, placed=1, startable=8), 16, 0, 4),  # an autoscaler gets as many as can be filled
-        (make_pool(1, 1, placed=1, startable=3), 16, 0, 2),  # and no more than it may start
+        (make_pool(1, 3, placed=1), 4, 2, 1),  # as many as the waiting lanes fill
+        (make_pool(1, 3, placed=1, unplaced=1), 16, 2, 1),  # one trainer has no place yet
+        (make_pool(3, 1, placed=2), 16, 0, 0),  # a node was lost or drains, and its trainer has not ended yet
+        (make_pool(1, 0, unplaced=1, startable=8), 16, 0, 0),  # no second request before the first is placed
+        (make_pool(1, 1, placed=1, startable=8), 16, 0, 4),  # as many requests as the waiting lanes fill
+        (make_pool(1, 1, placed=1, startable=3), 16, 0, 2),  # at most as many as the autoscaler may start
         (make_pool(1, 1, placed=1, unplaced=2, startable=8), 16, 0, 2),
         (make_pool(1, 3, placed=3, startable=3), 16, 0, 0),
-        (make_pool(1, 3, placed=1, startable=3), 16, 0, 0),  # there, and in use by another study
+        (make_pool(1, 3, placed=1, startable=3), 16, 0, 0),  # the nodes exist, and another study uses them
         (make_pool(1, 1, placed=2, startable=2), 16, 0, 0),
-        (make_pool(3, 3, placed=1, unplaced=1, elastic=False), 16, 0, 1),  # asked for: it waits for a node
+        (
+            make_pool(3, 3, placed=1, unplaced=1, elastic=False),
+            16,
+            0,
+            1,
+        ),  # a fixed number was requested: the trainer waits for a node
         (make_pool(3, 3, placed=3, elastic=False), 16, 8, 0),
     ],
 )

@@ -57,9 +57,9 @@ def test_the_time_left_counts_lanes_under_way(tmp_path: Path, now: SimpleNamespa
             progress.add_record(points.record(points.configuration(seed=seed), "diverged", steps=500))
         assert progress.seconds_left() == pytest.approx(4000)
         progress.first_lane_at = NOW - 7000
-        progress.steps_taken = 3500  # three quarters of the other four
+        progress.steps_taken = 3500  # three quarters of the steps of the other four lanes
         assert progress.seconds_left() == pytest.approx(1000)
-        progress.steps_taken = 5000  # some were repeated: no more than all that train are nearly done
+        progress.steps_taken = 5000  # repeated steps count as at most all lanes in training
         assert progress.seconds_left() == 0.0
 
 

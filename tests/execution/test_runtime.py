@@ -25,7 +25,7 @@ GPUS = Cluster((Node(32, 4, 200 * GIB), Node(32, 3, 200 * GIB)))
         (GPUS, None, None, 1, (7, 1.0)),
         (GPUS, None, 0.5, 1, (14, 0.5)),
         (GPUS, None, 0.3, 1, (21, 0.3)),
-        (GPUS, None, None, 2, (3, 1.0)),  # one of them on both nodes
+        (GPUS, None, None, 2, (3, 1.0)),  # one trainer on both nodes
         (GPUS, 1, 1.0, 7, (1, 1.0)),
         (GPUS, None, 0.0, 4, (16, 0.0)),
     ],
@@ -86,7 +86,7 @@ def test_more_trainers_than_fit_are_refused(
 def test_no_study_starts_in_a_folder_with_another_copy_of_this_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    """Ray's workers import from the folder in which the command runs before they look anywhere else."""
+    """Ray's workers import from the working folder of the command first."""
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").touch()
     monkeypatch.chdir(tmp_path)

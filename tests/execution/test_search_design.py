@@ -1,4 +1,4 @@
-"""Designs, drawn beforehand: evenly spread, alike for all variants, each the beginning of a larger one."""
+"""Designs are evenly spread, equal for all variants, and the beginning of larger designs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_space_with_few_points_gives_them_all() -> None:
 
 @pytest.mark.parametrize("name", ["qmc", "random"])
 def test_many_choices_are_all_found(name: str) -> None:
-    """Of 240 points the last ones come up once in 240 draws each."""
+    """Each of the last of 240 points comes up once in 240 draws."""
     words = ["rank=int:1:60", "schedule=linear,cosine", "batch_size=8,16"]
     over = parse_space(words, ("lora", "hira"), OWN.__getitem__, (1e-2,), ("learning_rate",))
     found = draw_design(name, over, 240, build)

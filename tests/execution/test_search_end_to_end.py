@@ -1,4 +1,4 @@
-"""A search on the whole path, with real Ray, Tune and Optuna: killed in the middle, and gone on with."""
+"""A search on the whole path, with real Ray, Tune and Optuna, is killed and continued."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search in a space that is small, or of which a variant refuses most, without a cluster."""
+"""The search in a small space, or in a space of which a variant refuses most points, without a cluster."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_small_space_is_used_up_and_said_to_be(tmp_path: Path) -> None:
 def test_choices_give_as_many_different_points_as_were_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int, sampler: str, seed: int
 ) -> None:
-    """Samplers come back to their best points: of twenty they suggest ten."""
+    """Samplers return to their best points: alone they suggest ten points of twenty."""
     monkeypatch.setattr(samplers, "SEED", seed)
     over = parse_space(
         ["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora", "hira"), OWN.__getitem__, ()
@@ -65,7 +65,7 @@ def test_choices_give_as_many_different_points_as_were_asked_for(
 
 
 def test_a_point_that_the_sampler_does_not_find_is_asked_and_counts(tmp_path: Path) -> None:
-    """A driver's death after 19 of 20: the last one is found, and only then is the space used up."""
+    """A driver dies after 19 of 20 points. The last point is found, and then the space is exhausted."""
     over = parse_space(
         ["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora",), OWN.__getitem__, ()
     )

@@ -1,4 +1,4 @@
-"""The search that goes on after its driver's death, or is started with other options, without a cluster."""
+"""A search after the death of its driver, or with other options, without a cluster."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_stopped_points_are_pruned_at_once_and_after_a_restart(tmp_path: Path) -
     assert [(t.value, t.intermediate_values) for t in again] == [
         (t.value, t.intermediate_values) for t in pruned
     ]
-    # What is known comes first, for the scheduler's rungs; then what was lost; the sampler hears of it once.
+    # Known points come first, for the scheduler's rungs, then the lost point; the sampler gets a result once.
     assert [second.ask() for _ in range(3)] == first.given
     del second.running["t0"]
     second.search.on_trial_result("t0", {"step": 30, "score": 0.0})
@@ -161,7 +161,7 @@ def test_no_flipped_bit_of_the_journal_makes_another_point(tmp_path: Path) -> No
         except UsageError:
             noticed += 1
             continue
-        # In the line that makes the last suggestion a point, a bit may undo that: nobody was given it then.
+        # A bit in the line that makes the last suggestion a point may undo this: nobody has this point then.
         assert list(found.configurations) == points or (place >= last and points[0] in found.configurations)
     assert noticed > 0.2 * len(whole) / 3
 
@@ -225,7 +225,7 @@ def test_records_that_trainers_of_a_killed_driver_wrote_are_used(tmp_path: Path)
     for _ in range(2):
         first.ask()
     second = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
-    known: set[str] = set()  # run.py looked before the record was there
+    known: set[str] = set()  # the store was read before the record was written
     second.store.put(record(first.given[1]))
     second.search = PerVariantSearcher(second.budget, second.store, "asha", 2, known)
     assert known == {first.given[1].fingerprint}
@@ -235,7 +235,7 @@ def test_records_that_trainers_of_a_killed_driver_wrote_are_used(tmp_path: Path)
 
 @pytest.mark.parametrize("loss", ["the last point", "all lines", "the file", "the file beside it"])
 def test_lost_points_of_an_ended_search_are_reported(tmp_path: Path, loss: str) -> None:
-    """An older copy, a cut at the end of a line: more points would be asked than the budget has."""
+    """With an older or cut journal, more points would be asked for than the budget has."""
     drive = Drive(tmp_path, space())
     drive.all()
     drive.budget.update_usage(drive.store)

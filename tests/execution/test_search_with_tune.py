@@ -22,7 +22,7 @@ POINTS = 9
 
 
 def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerVariantSearcher, list[Any]]:
-    """Lanes with a loss that falls with the score; each is evaluated after 30, 60 and 90 steps."""
+    """Search with lanes whose loss falls with the score, evaluated after 30, 60 and 90 steps."""
     from ray import tune
 
     from orchestrator.execution.tune.early_stopping import PerVariantScheduler

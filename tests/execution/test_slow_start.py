@@ -1,4 +1,4 @@
-"""A Ray that does not start in the 30 s that it gives itself, as on a machine with much other work."""
+"""A Ray that does not start within its own limit of 30 s, as on a busy machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(600)]
 
 @contextmanager
 def stopped_raylets(most: int) -> Iterator[list[int]]:
-    """Stop the first raylets that are started below this process; yield their numbers, more as they come."""
+    """Stop the first raylets below this process. Yields the list of their PIDs, which grows."""
     found: list[int] = []
     done = threading.Event()
 

@@ -59,7 +59,7 @@ class Trainer:
 def test_faulty_lanes_fail_and_all_others_finish(
     faulty: dict[int, int], lanes: int, count: int, data: st.DataObject
 ) -> None:
-    """`guilty` maps a lane to the step at which it crashes its trainer, every time."""
+    """`faulty` maps the index of a lane to the step at which the lane always crashes its trainer."""
     written: dict[str, str] = {}
 
     def write_failure(entry: LaneEntry, point: Configuration, why: str) -> RecordState:
@@ -81,7 +81,7 @@ def test_faulty_lanes_fail_and_all_others_finish(
         trainer.refill(core)
         suspects = [f for f in trainer.held if core.entries[f].max_group_size is not None]
         assert all(len(trainer.held) <= core.entries[f].max_group_size for f in suspects)  # type: ignore[operator]
-        if not trainer.held:  # another has what is left: drawn again and again, this one would never end it
+        if not trainer.held:  # another trainer holds the remaining lanes
             trainer = next((one for one in trainers if one.held), trainer)
             if not trainer.held:
                 continue
@@ -103,7 +103,7 @@ def test_faulty_lanes_fail_and_all_others_finish(
 
 
 def crashed(lanes: int, exit_kind: ExitKind = ExitKind.CRASHED) -> BrokerCore:
-    """Return a broker whose only trainer died with so many lanes."""
+    """Return a broker whose only trainer has died with `lanes` lanes."""
     core = BrokerCore()
     for number, point in enumerate(POINTS[:lanes]):
         core.submit(f"t{number}", point, 0.0)
@@ -166,7 +166,7 @@ def test_a_suspect_takes_the_place_of_a_lane_group_that_is_parked_as_a_whole() -
 
 
 def test_the_broker_writes_the_record_of_a_lane_that_no_trainer_can(tmp_path: Path) -> None:
-    """Its methods alone, without Ray."""
+    """The methods of the broker are called without Ray."""
     broker = Broker(str(tmp_path), "none")
     point = POINTS[0]
 
@@ -248,7 +248,7 @@ def test_a_trainer_that_dies_before_it_takes_a_lane_ends_the_study() -> None:
 
 
 def test_a_trainer_that_is_killed_time_and_again_while_its_lane_gets_on_is_no_crash() -> None:
-    """Hours between reports, and checkpoints in between."""
+    """Reports are hours apart, with checkpoints in between."""
     saved = {POINTS[0].fingerprint: 0}
     core = BrokerCore(checkpoint_step=saved.__getitem__)
     core.submit("t", POINTS[0], 0.0)
@@ -307,7 +307,7 @@ def test_a_suspect_that_waits_too_long_gets_a_trainer_that_drains() -> None:
     saved: dict[str, int] = {}
 
     def finish_one(now: float) -> set[str]:
-        """Returns what came in its place."""
+        """Finish one lane, and return the fingerprints of the lanes that are leased in its place."""
         fingerprint = min(trainer.held)
         for _ in range(STEPS):
             trainer.step(core, fingerprint, saved)

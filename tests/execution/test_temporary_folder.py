@@ -35,7 +35,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def list_of(process: subprocess.Popen[bytes]) -> str:
-    """Return the list that a driver has written which is dead now, with `process` as its Ray."""
+    """Return the process list of a dead driver, with `process` as its Ray."""
     with subprocess.Popen(["true"]) as driver:
         driver.wait()
     known = json.loads(cleanup.serialize_processes([psutil.Process(process.pid)] * 2))
@@ -133,7 +133,7 @@ def text(address_file: Path) -> None:
     address_file.write_text("no address")
 
 
-@pytest.mark.timeout(60)  # a pipe without a writer would be waited for without end
+@pytest.mark.timeout(60)  # opening a pipe without a writer would block for ever
 @pytest.mark.parametrize("plant", [pipe, link, Path.mkdir, text])
 def test_an_address_file_without_an_address_names_no_cluster(
     temporary: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[Path], None]

@@ -83,7 +83,7 @@ SMALL = ("--seeds", "1", "--steps", "12", "--trainers", "1", "--model", "letters
 
 
 def tripping(folder: Path) -> tuple[Path, str]:
-    """Return the file that the task in `folder` reads its examples from, and the task's own."""
+    """Return the data file that the task in `folder` reads, and the file of the task."""
     data, task = folder / "letters.txt", folder / "tripping.py"
     data.write_text("abc\n")
     task.write_text(TASK.format(raises=RAISES, aborts=ABORTS, data=str(data)))
@@ -112,7 +112,7 @@ def noted(output: Path) -> dict[str, tuple[str, str]]:
 def test_one_lane_raises_and_the_others_of_its_lane_group_finish(
     connected: Cluster, output: Path, tmp_path: Path
 ) -> None:
-    """Their data go away once the study has begun, and nothing happens: the examples are in the store."""
+    """The data are deleted once the study has begun, without effect, because the store has the examples."""
     data, task = tripping(tmp_path)
     arguments = (*SMALL, "--variants", "lora", "--task", task)
     with no_room():
@@ -161,7 +161,7 @@ def test_one_lane_takes_its_trainer_with_it_and_the_others_finish(
     assert aborted.state == "failed"
     assert Store(output / "store").count_failures(aborted.fingerprint) >= MAX_FAILURES
     assert "the trainer's process died while the lane trained alone: " in aborted.reason
-    # Halved from four to one, and three times alone.
+    # The lane group is halved from four lanes to one, and the lane crashes three times alone.
     assert 3 <= (out + err).count(" died: ") <= 5, out + err
     runs = noted(output)
     assert {f for f, (status, _) in runs.items() if status == "FAILED"} == {aborted.fingerprint}
@@ -196,7 +196,7 @@ def test_data_that_go_away_with_the_stores_copy_are_named_in_the_records(
 def test_data_that_one_variant_needs_goes_away_and_the_other_is_trained(
     connected: Cluster, output: Path, tmp_path: Path
 ) -> None:
-    """A whole lane group fails with the same words and takes its trainer with it, three times."""
+    """A whole lane group fails with the same message and ends its trainer, three times."""
     data, task = tmp_path / "letters.txt", tmp_path / "wanted.py"
     data.write_text("abc\n")
     task.write_text(WANTED_BY_DORA.format(data=str(data)))

@@ -21,7 +21,7 @@ GPU = (*GPUS, "--trainers", "1", "--variants", "lora", "--seeds", "1", "--task",
 
 
 def seconds_at_work(output: Path, name: str) -> float:
-    """Return how long the study had a trainer or asked for one, by its own log, or up to a second more."""
+    """Return the seconds in which the study had or requested a trainer, rounded up, by its log."""
     lines = (output / name / "study.log").read_text().splitlines()
     (began,) = [line[:STAMP] for line in lines if "joined Ray" in line]
     (ended,) = [line[:STAMP] for line in lines if re.search(r"\d+ trained in ", line)]
@@ -35,7 +35,7 @@ def test_two_studies_at_once_share_what_they_know_and_both_finish(
 ) -> None:
     machines.add(gpus=2)
     before = study.rays()
-    # None diverges: each record has as many steps as were taken for it.
+    # No lane diverges, so each record has as many steps as were taken for its lane.
     rates = {"a": ("1e-3", "3e-3"), "b": ("3e-3", "1e-2")}
     taken, length = 0, 60
     steps.slow_after(1)
@@ -62,7 +62,7 @@ def test_two_studies_at_once_share_what_they_know_and_both_finish(
         assert "0 of 2 known" in out
         hours = re.search(r"(\d+) trained in .*, ([\d.e-]+) GPU hours", out)
         assert hours, out
-        most = 1.01 * seconds_at_work(output, name) / 3600  # hours are told to three digits
+        most = 1.01 * seconds_at_work(output, name) / 3600  # hours are printed with three digits
         assert 0 < float(hours[2]) < most, "of one GPU"
         assert int(hours[1]) == 2
         counted = re.search(r"(\d+) optimizer steps of", out)
@@ -79,7 +79,7 @@ def test_two_studies_at_once_share_what_they_know_and_both_finish(
     store = Store(output / "store")
     assert len(list(store.records_folder.glob("*/*.json"))) == 3
     assert not list(store.checkpoints.iterdir())
-    # What both asked for is taken twice, if both trained it at once, or met by the other's record.
+    # A configuration of both studies is trained twice if both trained it at once, else taken from the store.
     twice = taken - len(records) * length
     assert 0 <= twice <= length
     for name, of in rates.items():

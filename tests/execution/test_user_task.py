@@ -1,4 +1,4 @@
-"""A user's own task in one file beside its data, outside the package, without any other change."""
+"""A user's task in one file beside its data, outside of the package, works without any other change."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_users_task_runs_in_a_study(
     cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All paths are relative to the folder in which the command is run."""
+    """All paths are relative to the working folder of the command."""
     arguments = ("--task", "mail_task.py", "--model", "./base", "--variants", "lora", "--seeds", "1")
     output = folder / "results"
     monkeypatch.chdir(folder)

@@ -53,7 +53,7 @@ def test_a_worker_that_dies_takes_its_trainer_with_it_and_nothing_is_lost(
 
 
 def they_are_as_of_one_worker(both: Mapping[str, Record], bases: Path, folder: Path) -> None:
-    """Both lanes have finished, with the losses that one worker computes."""
+    """Check that both lanes have finished with the losses that one worker computes."""
     assert [record.state for record in both.values()] == ["finished"] * 2
     expected = alone.train((record.configuration for record in both.values()), bases, folder)
     for fingerprint, record in both.items():

@@ -82,7 +82,7 @@ def test_a_report_lost_with_the_broker_is_repeated_before_the_lane_continues() -
 
 def test_a_stop_repeated_after_a_restart_ends_the_lane_at_the_step_that_the_scheduler_saw() -> None:
     """The lane's checkpoint is newer than the stop, and its earlier reports have to be repeated."""
-    for told_before in (0, 1):  # what its trainer says before the broker is told again
+    for told_before in (0, 1):  # reports that arrive before the stop is repeated
         core, point = restarted()
         reports = [Report(point.fingerprint, 1, step, {}, 1.0) for step in (1, 2, 3)]
         for report in reports[:told_before]:

@@ -21,7 +21,7 @@ from orchestrator.util import timeouts
 
 @dataclass
 class Lane:
-    """A lane on a trainer. After a resumption it reports again what its checkpoint contains."""
+    """A lane on a trainer. After a resumption the lane repeats the reports since its checkpoint."""
 
     attempt: int
     configuration: Configuration
@@ -62,14 +62,14 @@ class Broker(RuleBasedStateMachine):
         self.names = (f"s{i}" for i in itertools.count())
         self.trainers: list[FakeTrainer] = []
         self.zombies: list[FakeTrainer] = []
-        self.trials: dict[str, tuple[Configuration, int]] = {}  # trial -> (what it wants, last step it saw)
+        self.trials: dict[str, tuple[Configuration, int]] = {}  # trial -> (configuration, last step seen)
         self.trial_names = (f"t{i}" for i in itertools.count())
-        # As the driver has it: trials that the scheduler stopped, whose record is to come.
+        # The driver's list of stopped trials whose lanes have no record yet.
         self.pending_stops: dict[str, tuple[Configuration, int]] = {}
         self.asked: dict[str, int] = {}  # the last step beyond which a trial has asked
-        self.is_reported: BrokerCore | None = None  # which broker the driver has told what is owed
+        self.informed_broker: BrokerCore | None = None  # the broker that knows the driver's pending stops
         self.broker_restarts()
-        for index in (0, 1, 2):  # not empty: what matters happens between trainers and trials that are there
+        for index in (0, 1, 2):  # the interesting orders need trials and a trainer
             self.submit(index)
         self.new_trainer()
         self.refill(self.trainers[0])
@@ -137,10 +137,10 @@ class Broker(RuleBasedStateMachine):
 
     @rule()
     def driver_looks(self) -> None:
-        if self.is_reported is not self.core:
+        if self.informed_broker is not self.core:
             for trial, stopped in self.pending_stops.items():
                 self.core.stop(trial, *stopped, self.now)
-            self.is_reported = self.core
+            self.informed_broker = self.core
         self.pending_stops = {
             t: pending_stops
             for t, pending_stops in self.pending_stops.items()
@@ -179,7 +179,7 @@ class Broker(RuleBasedStateMachine):
         assert len(group_keys | {group_key} - {None}) <= 1
         if reply_lost:
             return
-        # Given up for dead and leased again, to the same trainer: the newer lease counts.
+        # A lane of a trainer taken for dead may be leased to the same trainer again; the newer lease counts.
         replaced = {lease.configuration.fingerprint for lease in leases} & set(trainer.lanes)
         long_parked = [f for f in long_parked if f not in replaced]
         if (
@@ -248,7 +248,7 @@ class Broker(RuleBasedStateMachine):
         lane = trainer.lanes[fingerprint]
         if end != "failed" and not self.is_final(fingerprint):
             self.records[fingerprint] = record(lane.configuration, end)
-        if end == "failed" or is_reported:  # a record may be there before anyone is told, and the teller die
+        if end == "failed" or is_reported:  # a trainer may die between its record and its call
             del trainer.lanes[fingerprint]
             state = end if end == "failed" else self.records[fingerprint].state
             entry = self.core.entries.get(fingerprint)
@@ -315,7 +315,7 @@ class Broker(RuleBasedStateMachine):
         assert self.core.lease(trainer.name, None, 3, self.now).closed
         self.exchange_once(trainer)
         assert not trainer.lanes
-        self.exchange_once(trainer)  # what it was told to drop, it no longer names
+        self.exchange_once(trainer)  # the trainer no longer names the dropped lanes
         assert not any(entry.trainer_id == trainer.name for entry in self.core.entries.values())
 
     @rule()

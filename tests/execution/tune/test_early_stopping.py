@@ -1,4 +1,4 @@
-"""The rungs, their settings, and the delegate over Tune's schedulers: with real Tune, without trainers."""
+"""The rungs, their settings, and the scheduler per variant, with real Tune and without trainers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_trials_leave_half_of_the_memory_to_trainers_under_hyperband_too(nodes: 
 
 @dataclass(frozen=True)
 class EndsEarly:
-    """The lane of this rate ends by itself after so many evaluations, when the `others` wait for it."""
+    """The lane of this rate ends by itself after `after` evaluations, once the `others` wait for it."""
 
     rate: float
     after: int
@@ -104,7 +104,7 @@ def mark_when_paused(ends: EndsEarly, ready: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """(scheduler, points, known, ends, at once) -> the last evaluation of each variant and rate."""
+    """Return a function that runs Tune, and returns the last evaluation of each variant and rate."""
     from ray import tune
 
     from orchestrator.execution.tune.early_stopping import PerVariantScheduler
@@ -185,7 +185,7 @@ def test_a_replayed_result_fills_the_rungs_and_is_not_stopped_itself(tune_run: A
     other = lane(1.0, variant="hira")
     known = {point.fingerprint for point in (good, worse)}
     found = tune_run("asha", [good, worse, bad, other], known, at_once=1)
-    # Rungs after 1, 3 and 9; alone, `bad` would be compared with nobody. HiRA is another group.
+    # Rungs lie after 1, 3 and 9 steps. Without the replay, `bad` would be compared with no lane.
     assert found == {("lora", 1e-3): 9, ("lora", 2e-1): 9, ("lora", 1e-1): 1, ("hira", 1.0): 9}
 
 
