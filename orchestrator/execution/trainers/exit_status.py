@@ -39,12 +39,10 @@ def classify_exit(error: Exception, controller: Any = None) -> ExitStatus:
         return _classify_worker_errors(error)
     kind = ExitKind.FAILED  # the controller died, which ends its workers, or has given up
     if isinstance(error, ControllerError):
-        placement_timeout, startup_failure = private.startup_errors()
-        if isinstance(error.controller_failure, placement_timeout):
+        failure, (placement_timeout, startup_failure) = error.controller_failure, private.startup_errors()
+        if isinstance(failure, placement_timeout):
             kind = ExitKind.PLACEMENT_TIMEOUT
-        elif (
-            isinstance(error.controller_failure, (startup_failure, RayActorError)) and controller is not None
-        ):
+        elif controller is not None and isinstance(failure, (startup_failure, RayActorError)):
             # A worker died during startup; Train does not say which one.
             kind = ExitKind.NODE_LOST if has_worker_on_lost_node(controller) else kind
     return ExitStatus(kind, format_ray_error(error))
