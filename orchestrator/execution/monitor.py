@@ -54,7 +54,7 @@ class StudyMonitor(threading.Thread):
         self.last_contact = self.clock() + pool.spec.start_timeout
 
     def run(self) -> None:
-        """Poll until `close` is called, the trainers are drained, or the study cannot go on."""
+        """Poll until `close` is called, the trainers are drained, or the study cannot continue."""
         while not self.stop_requested.wait(timeouts.SESSION_POLL_SECONDS):
             try:
                 self._poll()

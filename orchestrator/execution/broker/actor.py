@@ -180,7 +180,7 @@ class Broker:
         self.core.closed = True
 
     async def abort(self) -> None:
-        """Answer all waiting trials, because the study cannot go on."""
+        """Answer all waiting trials, because the study cannot continue."""
         self.is_aborted = True
         self._wake_trials(self.lane_events)
 

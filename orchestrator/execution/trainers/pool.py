@@ -241,6 +241,6 @@ class TrainerPool:
         if exit_status.kind is ExitKind.PLACEMENT_TIMEOUT:
             self.notify(f"{name} found no room for {self.spec.start_timeout:g} s")
         elif exit_status.kind is ExitKind.NODE_LOST:
-            self.notify(f"{name} was lost with a node; its lanes go on elsewhere")
+            self.notify(f"{name} was lost with a node; its lanes continue elsewhere")
         else:
             self.notify(f"{name} died: {exit_status.reason}")

@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from orchestrator.study.configuration import Configuration
 
 ABORTED = threading.Event()
-"""Set when the study cannot go on. It is a global, because Tune pickles its stoppers."""
+"""Set when the study cannot continue. It is a global, because Tune pickles its stoppers."""
 
 PendingStops = dict[str, tuple[Configuration, int]]
 """Trials that the scheduler has stopped and whose lanes have no record yet. The value is the configuration
