@@ -98,7 +98,7 @@ def test_a_joined_cluster_has_nearly_as_long_as_ray_itself_would_wait(
 def test_the_error_line_of_a_joined_cluster_names_both_possible_causes(watch: Watch) -> None:
     assert ": its process is gone. Finished work is kept; to go on: python " in watch(LOCAL, [False] * 99)[2]
     _, _, line = watch(JOINED, [False] * 99)
-    assert " has not answered for 54 s: it has ended, or the network to it is down. What is done" in line
+    assert " has not answered for 54 s: it has ended, or the network to it is down. Finished work" in line
     assert "; to go on once it answers: python " in line
 
 
