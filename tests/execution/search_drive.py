@@ -51,7 +51,7 @@ def record(point: Configuration, state: str = "finished") -> Record:
         Evaluation(s, "validation", {"loss": 1.0, "exact_match": score(point)})
         for s in range(30, steps + 1, 30)
     )
-    stopped = {"scheduler": ASHA, "stopped_at": 30} if state == "stopped" else {}
+    stopped = {"stopping_settings": ASHA, "stopped_at": 30} if state == "stopped" else {}
     return Record(point.fingerprint, point, state, steps, evaluations=seen, **stopped)  # type: ignore[arg-type]
 
 
