@@ -82,7 +82,7 @@ def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
 
 
 def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str) -> None:
-    """Write a folder from which `PeftModel.from_pretrained(base, folder)` computes what the lane computes.
+    """Export a lane to a folder that `PeftModel.from_pretrained(base, folder)` loads.
 
     Args:
         adapters: The adapters that hold the lane.
@@ -120,8 +120,8 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def load_peft(model: nn.Module, folder: Path, lane: str = "peft", seed: int = 0) -> Adapters:
-    """Attach the adapter in a folder that PEFT or `save_peft` wrote as one lane of the matching variant.
+def load_peft(model: nn.Module, folder: Path, lane: str = "peft") -> Adapters:
+    """Attach an adapter that PEFT or `save_peft` wrote, as one lane of the matching variant.
 
     The modules that PEFT saved in full (`modules_to_save`) become the lane's head. An exported PiSSA adapter
     becomes a LoRA of twice the rank.
@@ -130,7 +130,6 @@ def load_peft(model: nn.Module, folder: Path, lane: str = "peft", seed: int = 0)
         model: The base model, without adapters.
         folder: The folder with adapter_config.json and adapter_model.safetensors.
         lane: The lane's name.
-        seed: The lane's seed.
 
     Raises:
         UnsupportedError: No variant matches, or the adapter uses a feature that the variants do not have.
@@ -163,7 +162,7 @@ def load_peft(model: nn.Module, folder: Path, lane: str = "peft", seed: int = 0)
     initial |= {name: InitialTensors(tensors_by_module[name]) for name in heads}
     trainable = {f"{name}.{key}": t for name, each in initial.items() for key, t in each.trainable.items()}
     frozen = {f"{name}.{key}": t for name, each in initial.items() for key, t in each.frozen.items()}
-    adapters.restore_lane(lane, trainable, frozen, settings, seed)
+    adapters.restore_lane(lane, trainable, frozen, settings)
     return adapters
 
 
