@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,7 +17,7 @@ from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.launch import cost
 from orchestrator.launch.estimate import TimeEstimate, estimate_times
 from orchestrator.launch.work import StudyWork
-from orchestrator.record.show import narrow_command
+from orchestrator.record.show import narrow_command, replace_options
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
@@ -196,16 +194,9 @@ def _single_point_command(pending: Sequence[Configuration]) -> str:
 
     The lowest learning rate is taken, because the time of a lane that diverges early says nothing.
     """
-    from orchestrator.analyze import formatting
-
     point = min(pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
-    command = narrow_command(format_command(sys.argv), point)
-    # The plain script, in a study of its own: a script of two stages would make its choice of this point.
-    command = formatting.narrow_command(command, point.variant.name, [point.optimizer.learning_rate], {})
-    pairs = pairwise(["", *shlex.split(command)])
-    return shlex.join(
-        word for before, word in pairs if before != "--study" and not word.startswith(("--study", "--plan"))
-    )
+    # In a study of its own: a script of two stages would make its choice of this point.
+    return replace_options(narrow_command(format_command(sys.argv), point), {"--study": [], "--plan": []})
 
 
 def print_point_shortfall(console: Console, usage: Mapping[str, VariantUsage], points: int) -> None:

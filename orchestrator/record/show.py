@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,9 @@ from orchestrator.record.study_file import StudyFile, read_studies
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import format_value, get_value
 from orchestrator.util.errors import UsageError
+
+_TWO_STAGE_SCRIPT = re.compile(r"(tuned_comparison|early_stopping)\.py$")
+_TWO_STAGE_OPTIONS = ("--confirm-seeds", "--margin")  # the plain script lacks them
 
 
 def format_record(store: Store, output: Path, prefix: str) -> str:
@@ -71,13 +75,18 @@ def narrow_command(command: str, configuration: Configuration) -> str:
 
 
 def replace_options(command: str, replacements: Mapping[str, Sequence[str]]) -> str:
-    """Give some options of a command other values, behind the options that stay.
+    """Give some options of a study's command other values, behind the options that stay.
+
+    A script with two stages keeps its choice and refuses to train a part of its configurations, so it is
+    replaced by the plain script.
 
     Args:
-        command: The command.
+        command: The study's command.
         replacements: Option to its new values; an option without values is removed.
     """
-    kept = [word for option, word in _words_by_option(command) if option not in replacements]
+    removed = (*replacements, *_TWO_STAGE_OPTIONS)
+    words = [word for option, word in _words_by_option(command) if option not in removed]
+    kept = [_TWO_STAGE_SCRIPT.sub("lr_sensitivity.py", word) for word in words]
     return shlex.join([*kept, *(w for o, values in replacements.items() if values for w in (o, *values))])
 
 
@@ -168,8 +177,10 @@ def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Ite
     if not studies:
         yield f"No study under {output} requests this configuration, so no command trains it again."
     else:
-        yield f"To train it again (study {studies[0].name}):"
-        yield f"  {narrow_command(studies[0].command, record.configuration)}"
+        study = studies[0]
+        yield f"To train it again (study {study.name}):"
+        # The script of a study with fresh seeds trains only those of them that have no record yet.
+        yield f"  {study.command if study.baseline else narrow_command(study.command, record.configuration)}"
 
 
 def _wrap_pairs(pairs: Sequence[str]) -> str:

@@ -153,7 +153,7 @@ def test_an_unknown_time_is_reported_with_the_command_that_measures_it(store: St
     assert "Time            unknown: no lane of this task and model has been trained on such a device" in said
     assert "GPU hours       unknown\n" in said
     assert "Price           0.45 (spot) to 1.01 (on demand) USD a GPU hour, g5.xlarge" in said
-    command = "experiments/lr_sensitivity.py --seeds 1 --variants lora --learning-rates 3e-5"
+    command = "experiments/lr_sensitivity.py --variants lora --learning-rates 3e-05 --seeds 1"
     assert said.endswith(f"train one of them, then plan again:\n  python {command}\n")
 
 

@@ -258,6 +258,23 @@ def test_narrowing_a_command_keeps_its_other_options(make_record):
     )
 
 
+def test_a_command_of_two_stages_is_narrowed_to_the_plain_script(make_record):
+    command = "python experiments/tuned_comparison.py --confirm-seeds 5 --margin=0.02 --study s"
+    options = "--study s --variants lora --learning-rates 3e-05 --seeds 1"
+    narrowed = narrow_command(command, make_record(seed=0, rate=3e-5).configuration)
+    assert narrowed == f"python experiments/lr_sensitivity.py {options}"
+
+
+def test_show_of_a_fresh_seed_has_the_whole_command_of_its_comparison(run, results, make_record):
+    command = "python experiments/tuned_comparison.py --variants lora hira"
+    record = make_record(seed=1000)
+    Store(results / "results" / "store").put(record)
+    comparison = StudyFile("c-confirm", "", command, (record.fingerprint,), baseline="lora")
+    comparison.write(results / "results" / "c-confirm")
+    printed = run(ORCHESTRATOR, "show", record.fingerprint[:12]).stdout
+    assert printed.rstrip().endswith(f"(study c-confirm):\n  {command}")
+
+
 def test_a_growing_study_keeps_its_list_of_reused_configurations(tmp_path):
     study = StudyFile("s", "", "x").with_configurations(["a", "b", "a"], cached=["a"])
     assert (study.configurations, study.reused) == (("a", "b"), ("a",))
