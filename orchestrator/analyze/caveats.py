@@ -1,4 +1,4 @@
-"""Warnings: what limits the conclusions from a panel, a search or a comparison, one line each."""
+"""Warnings: limits of the conclusions from a panel, a search or a comparison, one line each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _curve_caveats(c: Curve) -> Iterator[tuple[str, str]]:
     if any(r != c.best_rate for r in c.best_rates_leave_one_out):
         yield "without one of the seeds another rate would have been chosen", ""
     if count := best.states.get("diverged"):
-        caveat = "seeds diverge at the best rate itself, read the share and the mean of the rest instead"
+        caveat = "seeds diverge at the best rate itself, so read their share and the mean of the others"
         yield caveat, f" ({count} of {best.validation.n})"
     if best.states.get("stopped"):
         yield f"{_STOPPED} rate", ""
@@ -73,15 +73,15 @@ def comparison_caveats(result: TunedComparison) -> list[str]:
     """Return the caveats of a comparison."""
     found = [*_tuning_caveats(result), *_pair_caveats(result.comparison)]
     if not result.chosen:
-        found.append("the choice of the first stage is not at hand.")
+        found.append("the choice of the first stage is not available.")
     return [f"{result.task} on {result.model}: {caveat}" for caveat in found]
 
 
 def _tuning_caveats(result: TunedComparison) -> Iterator[str]:
-    """Yield what limits the choice of the points and of the seeds."""
+    """Yield the limits of the choice of points and seeds."""
     edges = [f"{v} {', '.join(chosen.edges)}" for v, chosen in result.chosen.items() if chosen.edges]
     if edges:
-        yield f"not bracketed, tuned further it might do better: {'; '.join(edges)}."
+        yield f"not bracketed, so further tuning might improve it: {'; '.join(edges)}."
     if len({chosen.points for chosen in result.chosen.values()}) > 1:
         each = ", ".join(f"{v} {chosen.points}" for v, chosen in result.chosen.items())
         yield f"tuned with different numbers of points ({each})."
@@ -93,12 +93,12 @@ def _tuning_caveats(result: TunedComparison) -> Iterator[str]:
     if result.looks:
         look = f"look {len(result.looks) + 1} at {len(result.seeds)} seeds"
         seeds = ", ".join(map(str, result.looks))
-        rule = "seeds that are added until it decides no longer hold the 5 % exactly"
+        rule = "if seeds are added until the comparison decides, its error rate may exceed 5 %"
         yield f"{look}, after a verdict at {seeds}: {rule}."
 
 
 def _pair_caveats(c: Comparison) -> Iterator[str]:
-    """Yield which pairs are not compared as the others are, and which variants have diverged seeds."""
+    """Yield the pairs that are not compared as the others are, and the variants with diverged seeds."""
     for arm, pair in zip(c.arms, c.pairs, strict=True):
         if pair.reason and not arm.diverged:
             yield f"{pair.label}: {pair.reason}."

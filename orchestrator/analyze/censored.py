@@ -1,6 +1,6 @@
-"""Which points may be chosen if some of their runs were stopped early.
+"""Selection among points some of whose runs were stopped early, and are therefore censored.
 
-A point is all runs that differ in the seed alone: one rate of a grid, or one point of a search.
+A point is the set of all runs that differ in the seed alone: one rate of a grid, or one point of a search.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from orchestrator.analyze.curve_shape import SCORE_EPSILON
 
 @dataclass(frozen=True)
 class PointOutcome:
-    """How the runs of one point ended."""
+    """The outcome of the runs of one point."""
 
     scores: Sequence[float]
     """The scores of the runs that finished, and the floor for each run that diverged."""
     num_stopped: int
-    """How many runs a scheduler stopped."""
+    """Number of runs that a scheduler stopped."""
 
     def pessimistic_mean(self, floor: float) -> float:
         """Return the mean score with every stopped run at the floor; minus infinity without a score."""
@@ -31,18 +31,16 @@ class PointOutcome:
 
 
 def eligible_points(points: Sequence[PointOutcome], floor: float) -> list[bool]:
-    """Decide which points may be chosen as the best.
+    """Return, for each point, whether it may be chosen as the best.
 
-    A point without stopped runs may. The mean of a point with stopped runs is taken over the surviving seeds
-    only and so is too high. Such a point may be chosen only if it is the best of all even with the floor for
-    every stopped run, and better than the floor: then no outcome of these runs could make another point win.
+    A point without stopped runs may be chosen. The mean of a point with stopped runs is taken over the other
+    seeds only, so it is too high. Such a point may be chosen only if it is better than the floor, and the
+    best of all points even if every stopped run counts as the floor. Then no outcome of the stopped runs
+    could have made another point the best.
 
     Args:
         points: The outcomes.
         floor: The score of a constant or untrained answer.
-
-    Returns:
-        For each point whether it may be chosen.
     """
     complete = [not point.num_stopped and bool(point.scores) for point in points]
     means = [point.pessimistic_mean(floor) for point in points]

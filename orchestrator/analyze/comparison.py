@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 
 from orchestrator.analyze.panels import Value
+from orchestrator.analyze.scores import finite_score
 from orchestrator.analyze.selection import Choice
 from orchestrator.analyze.significance import Comparison, SeedScore, compare_to_baseline
 from orchestrator.analyze.tuning import TuningResult, selection_frequencies
@@ -19,11 +21,12 @@ from orchestrator.study.configuration import Configuration
 
 CONTROLS = ("full", "head_only")
 """Variants that are not variants of LoRA: compared, but not counted in the claim about most variants."""
+SettingsShare = tuple[Mapping[str, Value], float]
 
 
 @dataclass(frozen=True)
 class ChosenPoint:
-    """The point that tuning chose for a variant, and what tuning took. A part of `choice.json`."""
+    """The point that tuning chose for a variant, and the cost of tuning. A part of `choice.json`."""
 
     configuration: Configuration
     """The chosen configuration, with seed 0."""
@@ -32,21 +35,19 @@ class ChosenPoint:
     validation: float
     """The validation score of the chosen point, the mean over seeds."""
     edges: tuple[str, ...]
-    """Hyperparameters whose chosen value is at the edge of what was tried, see `TuningResult.edges`."""
+    """Hyperparameters whose chosen value is at an edge of the tried values, see `TuningResult.edges`."""
     points: int
-    """How many points were tried."""
+    """Number of points that were tried."""
     seeds: int
-    """How many seeds each point was tried with."""
+    """Number of seeds with which each point was tried."""
     states: Mapping[str, int]
     """State -> number of runs."""
     steps: int
     """The optimizer steps of all runs."""
     max_steps: Annotated[int, Field(alias="most_steps")]
     """The optimizer steps that all runs would take without early stopping."""
-    selection_frequencies: Annotated[
-        tuple[tuple[Mapping[str, Value], float], ...], Field(alias="otherwise")
-    ] = ()
-    """How often resampled seeds would choose each point: settings and share. Empty with one seed."""
+    selection_frequencies: Annotated[tuple[SettingsShare, ...], Field(alias="otherwise")] = ()
+    """Settings of a point, and the share of resampled sets of seeds that choose it. Empty with one seed."""
 
     @classmethod
     def from_tuning(cls, result: TuningResult) -> ChosenPoint | None:
@@ -91,20 +92,20 @@ class TunedComparison:
     seeds: tuple[int, ...]
     """The fresh seeds."""
     failed: int
-    """How many runs failed."""
+    """Number of failed runs."""
     comparison: Comparison
     configurations: Mapping[str, Configuration]
     """Variant -> the configuration that was trained, with seed 0."""
     chosen: Mapping[str, ChosenPoint]
-    """Variant -> what tuning chose; empty if the first stage's choice cannot be read here."""
+    """Variant -> its chosen point; empty if the choice of the first stage is not available."""
     item_errors: Mapping[str, float]
-    """Variant -> standard error of its mean difference that is due to the size of the test split."""
+    """Variant -> standard error of its mean difference over the items of the test split."""
     test_items: int
     """The size of the test split."""
     untuned: tuple[str, ...] = ()
     """Variants without a score at any point of the first stage."""
     looks: tuple[int, ...] = ()
-    """The numbers of seeds from which a verdict was read before this one."""
+    """The numbers of seeds at which a verdict was read before this one."""
 
 
 def compare_tuned(
@@ -123,18 +124,18 @@ def compare_tuned(
         margin: The smallest difference of the test score that matters.
         tuning_choices: Variant -> its chosen point. A variant without a record counts as unknown in the
             claim.
-        looks: The numbers of seeds from which a verdict was read, see `StudyFile.looks`.
+        looks: The numbers of seeds at which a verdict was read, see `StudyFile.looks`.
 
     Returns:
         The comparison, or None if the baseline has no score.
     """
     chosen = {variant: point for variant, point in (tuning_choices or {}).items() if point is not None}
-    points = _records_by_variant(records, chosen)
+    points = _select_points(records, chosen)
     scores = {
         variant: {
             r.configuration.seed: SeedScore(value, r.state == "diverged")
             for r in own
-            if (value := r.score("test")) is not None and math.isfinite(value)
+            if (value := finite_score(r, "test")) is not None
         }
         for variant, own in points.items()
     }
@@ -158,17 +159,14 @@ def compare_tuned(
     )
 
 
-def _records_by_variant(
-    records: Sequence[Record], chosen: Mapping[str, ChosenPoint]
-) -> dict[str, list[Record]]:
+def _select_points(records: Sequence[Record], chosen: Mapping[str, ChosenPoint]) -> dict[str, list[Record]]:
     """Return, for every variant, the records of its chosen point or else of the point with most seeds."""
     by_point: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         point = replace(record.configuration, seed=0).fingerprint
         by_point[record.configuration.variant.name][point].append(record)
     selected = {}
-    for variant in sorted(by_point):
-        points = by_point[variant]
+    for variant, points in sorted(by_point.items()):
         preferred = chosen[variant].configuration.fingerprint if variant in chosen else ""
         point = preferred if preferred in points else max(points, key=lambda p: (len(points[p]), p))
         selected[variant] = sorted(points[point], key=lambda r: r.configuration.seed)
@@ -181,8 +179,6 @@ def _item_errors(points: Mapping[str, Sequence[Record]], baseline: str) -> dict[
     An item's difference is its outcome's mean over seeds minus the baseline's. The error is the standard
     deviation of these differences divided by the square root of the number of items.
     """
-    import numpy as np
-
     means = {}
     for variant, own in points.items():
         rows = [r.items["test"].correct for r in own if r.state == "finished" and "test" in r.items]

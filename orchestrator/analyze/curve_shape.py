@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 SCORE_EPSILON = 1e-9
@@ -51,9 +52,9 @@ def parabola_peak(x: Sequence[float], y: CurveScores, best: int) -> float | None
     Returns:
         The peak, or None if the best rate lacks a neighbour with a score, or both have the same score as it.
     """
-    if best == 0 or best == len(y) - 1:
+    if best in (0, len(y) - 1):
         return None
-    left, peak, right = y[best - 1], y[best], y[best + 1]
+    left, peak, right = y[best - 1 : best + 2]
     if left is None or peak is None or right is None:
         return None
     u, v = x[best] - x[best - 1], x[best + 1] - x[best]
@@ -108,13 +109,11 @@ def _distance_to_threshold(
     return abs(x[i] - x[best]), True
 
 
-def mean_regret(
-    x: Sequence[float], y: CurveScores, best: int, reach: float = 0.5
-) -> tuple[float, float] | None:
-    """Return the mean of (best score - score) within `reach` decades of the best rate.
+def mean_regret(x: Sequence[float], y: CurveScores, best: int) -> tuple[float, float] | None:
+    """Return the mean of (best score - score) within half a decade of the best rate.
 
     Returns:
-        The mean, and the decades over which it is taken: less than 2 * `reach` if the grid ends or a censored
+        The mean, and the decades over which it is taken: less than 1 if the grid ends or a censored
         rate comes before. None if it would be taken over nothing.
     """
     first = last = best
@@ -122,17 +121,15 @@ def mean_regret(
         first -= 1
     while last < len(y) - 1 and y[last + 1] is not None:
         last += 1
-    low, high = max(x[first], x[best] - reach), min(x[last], x[best] + reach)
+    low, high = max(x[first], x[best] - 0.5), min(x[last], x[best] + 0.5)
     knots = [low, *(v for v in x if low < v < high), high]
     scores = [score_at(x, y, k) for k in knots]
     peak = y[best]
     if high <= low or peak is None or any(s is None for s in scores):
         return None
     falls = [peak - s for s in scores if s is not None]
-    area = math.fsum(
-        (right - left) * (a + b) / 2
-        for left, right, a, b in zip(knots, knots[1:], falls, falls[1:], strict=False)
-    )
+    segments = zip(pairwise(knots), pairwise(falls), strict=True)
+    area = math.fsum((right - left) * (a + b) / 2 for (left, right), (a, b) in segments)
     return area / (high - low), high - low
 
 

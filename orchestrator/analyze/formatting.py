@@ -1,4 +1,4 @@
-"""Numbers and answers as text, for the table, the plots and the report."""
+"""Formatting of numbers, answers and commands for the table, the plots and the report."""
 
 from __future__ import annotations
 
@@ -51,14 +51,9 @@ def interval(value: Estimate | CurveStatistic | None, digits: int = 3) -> str:
     return f"[{number(value.interval.low, digits)}, {number(value.interval.high, digits)}]"
 
 
-def varied_text(varied: Mapping[str, object]) -> str:
-    """Format what tells a panel from its neighbours: "rank=8, steps_horizon=60"."""
-    return ", ".join(f"{k}={v}" for k, v in varied.items())
-
-
 def panel_title(panel: Panel) -> str:
-    """Return task, model and what tells the panel from its neighbours."""
-    more = varied_text(panel.varied)
+    """Return task, model and the columns in which the panel differs from the other panels."""
+    more = ", ".join(f"{k}={v}" for k, v in panel.varied.items())
     return f"{panel.task} on {panel.model}" + (f" ({more})" if more else "")
 
 
@@ -72,7 +67,7 @@ def best_rate_text(curve: Curve) -> str:
 
 
 def answer(panel: Panel) -> str:
-    """Answer a study's question in two sentences, and say how far to trust the answer."""
+    """Return the answer to a study's question in two sentences, with a caveat."""
     scored = [c for c in panel.curves if c.best_rate is not None]
     # A variant that scores the same at both ends of the grid has no best rate, for example a head with a
     # learning rate of its own.
@@ -92,39 +87,28 @@ def answer(panel: Panel) -> str:
         text = f"All {len(ranked)} variants are best at one rate, {rate(low[0])}."
     else:
         edges = "" if all(c.bracketed == "yes" for c in peaked) else " at least"
-        text = (
-            f"The best rates of {len(ranked)} variants lie{edges} {decades:.1f} decades apart "
-            f"({low[1]} {rate(low[0])}, {high[1]} {rate(high[0])})."
-        )
+        ends = f"({low[1]} {rate(low[0])}, {high[1]} {rate(high[0])})"
+        text = f"The best rates of {len(ranked)} variants lie{edges} {decades:.1f} decades apart {ends}."
     common, own = panel.spread_at_common, panel.spread_at_best
     if common is not None and own is not None and panel.common_rate is not None:
         # Early stopping leaves some variants without a score at a rate that is not their best.
-        few = common.variants < len(scored)
-        whose = (
-            f"the test scores of {common.variants} of {len(scored)} variants" if few else "their test scores"
-        )
-        text += (
-            f" At {panel.common_rate_label} ({rate(panel.common_rate)}) {whose} span "
-            f"{number(common.size, 2)} ({common.worst} {number(common.low, 2)} to {common.best} "
-            f"{number(common.high, 2)}); each at its own best rate, {number(own.size, 2)}."
-        )
+        whose = "their test scores"
+        if common.variants < len(scored):
+            whose = f"the test scores of {common.variants} of {len(scored)} variants"
+        where = f"At {panel.common_rate_label} ({rate(panel.common_rate)})"
+        ends = f"({common.worst} {number(common.low, 2)} to {common.best} {number(common.high, 2)})"
+        spans = f"{number(common.size, 2)} {ends}; each at its own best rate, {number(own.size, 2)}"
+        text += f" {where} {whose} span {spans}."
     return f"{text} {FEW_SEEDS_CAVEAT}"
 
 
 # The option of a study's command that sets a column of its records.
 _OPTION_OF_COLUMN = {
-    "rank": "--rank",
-    "alpha": "--alpha",
-    "dropout": "--dropout",
+    **{name: f"--{name}" for name in ("rank", "alpha", "dropout", "task", "model")},
     "base_dropout": "--base-dropout",
-    "steps_horizon": "--steps",
     "head_learning_rate": "--head-learning-rate",
-    "task": "--task",
-    "model": "--model",
+    "steps_horizon": "--steps",
 }
-# A script with two stages keeps its choice and refuses to train a part of its configurations, so that the
-# command for a part is that of the plain script, which lacks these options.
-_TWO_STAGE_OPTIONS = ("--confirm-seeds", "--margin")
 
 
 def narrow_command(command: str, variant: str, rates: Sequence[float], varied: Mapping[str, object]) -> str:
@@ -135,16 +119,12 @@ def narrow_command(command: str, variant: str, rates: Sequence[float], varied: M
         variant: The variant to train.
         rates: The learning rates to train it at.
         varied: Other columns of the configurations and their values; those without an option are ignored.
-
-    Returns:
-        The command.
     """
-    options = {"--variants": [variant], "--learning-rates": [exact_rate(r) for r in rates]}
-    options |= {
-        _OPTION_OF_COLUMN[k]: [str(v)] for k, v in varied.items() if k in _OPTION_OF_COLUMN and v is not None
-    }
-    plain_script = re.sub(r"(tuned_comparison|early_stopping)\.py(?=\s|$)", "lr_sensitivity.py", command)
-    return replace_options(plain_script, {**options, **dict.fromkeys(_TWO_STAGE_OPTIONS, ())})
+    values = {"--variants": [variant], "--learning-rates": [exact_rate(r) for r in rates]}
+    for column, option in _OPTION_OF_COLUMN.items():
+        if varied.get(column) is not None:
+            values[option] = [str(varied[column])]
+    return replace_options(command, values)
 
 
 def redact_secrets(text: str) -> str:

@@ -37,7 +37,7 @@ class CurveStatistic:
     interval: Interval | None = None
     """None for a lower bound."""
     is_lower_bound: Annotated[bool, Field(alias="at_least")] = False
-    """Whether the true value may be larger: the grid ended before the curve gave it."""
+    """True if the true value may be larger, because the grid ended before the curve gave it."""
 
 
 def _t_quantile(degrees: int) -> float:
@@ -50,8 +50,8 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
     """Compute the mean and its t-interval: mean -+ t(n-1) s / sqrt(n), s the sample standard deviation.
 
     A bootstrap is no alternative: below ten seeds its percentile interval covers far less than it states
-    (75 % with three). The t-interval fails where some of the seeds diverge; the share of diverged seeds says
-    more there.
+    (75 % with three). The t-interval is not valid where some of the seeds diverge; use the share of
+    diverged seeds there.
 
     Args:
         values: One score per seed.

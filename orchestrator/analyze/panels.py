@@ -12,8 +12,8 @@ from orchestrator.record.schema import FINAL_STATES, Record
 Value = float | int | str | None
 """A value in a column of a record."""
 
-# Columns in which two variants of one comparison may differ: alpha (HiRA has none), hyperparameters that only
-# one of them has, and the numerics number. These columns split curves; all others split panels.
+# Columns with these prefixes are alpha (HiRA has none), hyperparameters that only one variant has, and the
+# numerics number. Two variants of one comparison may differ in them, so they split curves, not panels.
 _VARIANT_COLUMN_PREFIXES = ("alpha", "variant_")
 _NON_SPLITTING_COLUMNS = ("learning_rate", "seed", "variant")
 _SHAREABLE_COLUMNS = ("rank", "dropout", "targets")  # variants of one comparison may differ in these
@@ -38,12 +38,13 @@ class CurveRecords:
 
     variant: str
     varied: Mapping[str, Value]
-    """What tells the curve from the other curves of its variant: column -> value, usually empty."""
+    """Columns in which the curve differs from the other curves of its variant: column -> value. Often
+    empty."""
     records: Sequence[Record]
 
     @property
     def label(self) -> str:
-        """The variant and what tells the curve from its other curves."""
+        """The variant and `varied`, for example "lora_plus ratio=4"."""
         return " ".join(
             [self.variant, *(f"{k.removeprefix('variant_')}={v}" for k, v in self.varied.items())]
         )
@@ -57,8 +58,8 @@ def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value],
     in the panel.
 
     Returns:
-        For each panel what tells it from the other panels of its task and model (column -> value, usually
-        empty), and its curves.
+        For each panel the columns in which it differs from the other panels of its task and model (column ->
+        value, often empty), and its curves.
     """
     by_task: dict[tuple[str, str], list[_Row]] = defaultdict(list)
     for record in records:
@@ -142,10 +143,10 @@ def mixed_provenance_warnings(provenance: Mapping[str, Mapping[str, int]]) -> li
         if len(values) > 1:
             shown = ", ".join(f"{_shorten_commit(v)} ({count})" for v, count in list(values.items())[:4])
             more = f" and {len(values) - 4} more" if len(values) > 4 else ""
-            warnings.append(f"The records mix {column}: {shown}{more}. Differences may come from that.")
+            warnings.append(f"The records mix {column}: {shown}{more}. Differences may come from this mix.")
     return warnings
 
 
 def _shorten_commit(value: str) -> str:
-    """Return the first characters of a commit, and whether there were uncommitted changes."""
+    """Return the first 12 characters of a commit, with "-dirty" if there were uncommitted changes."""
     return value[:12] + ("-dirty" if value.endswith("-dirty") else "")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from orchestrator.analyze.power import dunnett_critical_value, sidak_critical_value
 
 VARIANCE_TEST_LEVEL = 0.05
-"""The level of the test by which a variant leaves the pool."""
+"""The significance level of the F test that excludes a variant from the pool."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class DifferenceError:
     critical_value: float
     """Half of the interval's width in standard errors."""
     pooled: bool
-    """Whether the standard deviation is the pooled one."""
+    """True if the standard deviation is the pooled one."""
 
 
 def estimate_errors(d: Mapping[str, Sequence[float]]) -> dict[str, DifferenceError]:
-    """Estimate the error of every variant's mean difference, from the pooled variance where that is allowed.
+    """Estimate the error of every variant's mean difference, from the pooled variance where possible.
 
     Args:
         d: Variant -> its differences from the baseline, one per seed.
@@ -58,7 +58,8 @@ def estimate_errors(d: Mapping[str, Sequence[float]]) -> dict[str, DifferenceErr
 def _poolable_variants(squares: Mapping[str, float], degrees: Mapping[str, int]) -> list[str]:
     """Return the variants whose variances may be pooled.
 
-    The variant with the largest variance leaves as long as it is significantly larger than that of the rest.
+    The variant with the largest variance is excluded, again and again, while its variance is significantly
+    larger than that of the others.
     """
     from scipy import stats
 

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -89,12 +90,9 @@ def holm_correction(p: Mapping[str, float]) -> dict[str, float]:
     Returns:
         Name -> corrected p value.
     """
-    corrected: dict[str, float] = {}
-    highest = 0.0
-    for i, name in enumerate(sorted(p, key=lambda name: (p[name], name))):
-        highest = max(highest, min(1.0, (len(p) - i) * p[name]))
-        corrected[name] = highest
-    return corrected
+    names = sorted(p, key=lambda name: (p[name], name))
+    corrected = (min(1.0, (len(p) - i) * p[name]) for i, name in enumerate(names))
+    return dict(zip(names, accumulate(corrected, max), strict=True))
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,6 @@
-"""The report of a study: `report.html`, `summary.json` and the pictures.
+"""The report of a study: `report.html`, `summary.json` and the plots.
 
-`report.html` is a single file that loads nothing from another host. The pictures are `curves.png` and
+`report.html` is a single file that loads nothing from another host. The plots are `curves.png` and
 `spread.png` of a grid, `search.png` of a search, and `forest.png` of a comparison.
 """
 
@@ -10,7 +10,6 @@ import base64
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +25,14 @@ SCHEMA_VERSION = 1
 """The version of `summary.json`, raised when a field is removed or changes its meaning."""
 
 
-@dataclass(frozen=True)
-class StudyInfo:
-    """What the report shows besides the summary. A part of `summary.json`."""
-
-    name: str
-    question: str
-    command: str
-    """The command of the study."""
-    tracking_uri: str
-    pending: int
-    """How many configurations have no record yet."""
-    notes: tuple[str, ...]
-
-
 def write_report(
     study: StudyFile, records: Sequence[Record], folder: Path, tracking_uri: str, notes: Sequence[str] = ()
 ) -> Summary:
-    """Write the report of a study: `report.html`, its pictures and `summary.json`.
+    """Write the report of a study: `report.html`, its plots and `summary.json`.
 
     Args:
-        study: The study. Its command is what a reader types to get the study.
-        records: The records of the study's configurations, as far as there are any.
+        study: The study, with its command.
+        records: The records of the study's configurations, as far as they exist.
         folder: The study's folder. Every file in it is replaced as a whole or not at all. The choice of the
             first stage of a comparison is read from the folder beside it that `study.tuning` names.
         tracking_uri: Where MLflow has the runs. User and password are left out, here and in the command.
@@ -69,14 +54,14 @@ def write_report(
         looks=study.looks,
         is_search=study.searched,
     )
-    about = StudyInfo(
-        name=study.name,
-        question=study.question,
-        command=formatting.redact_secrets(study.command),
-        tracking_uri=formatting.redact_secrets(tracking_uri),
-        pending=len(set(study.configurations) - {record.fingerprint for record in records}),
-        notes=tuple(notes),
-    )
+    about = {
+        "name": study.name,
+        "question": study.question,
+        "command": formatting.redact_secrets(study.command),
+        "tracking_uri": formatting.redact_secrets(tracking_uri),
+        "pending": len(set(study.configurations) - {record.fingerprint for record in records}),
+        "notes": list(notes),
+    }
     pictures = _render_pictures(summary)
     numbers = json.dumps(_summary_to_json(summary, about), indent=1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +74,7 @@ def write_report(
 
 
 def _render_pictures(summary: Summary) -> dict[str, bytes]:
-    """Return the pictures of a summary: file name -> PNG."""
+    """Return the plots of a summary: file name -> PNG."""
     from orchestrator.analyze.plots import curves, forest, search_curves, spread
 
     pictures = {}
@@ -102,11 +87,11 @@ def _render_pictures(summary: Summary) -> dict[str, bytes]:
     return pictures
 
 
-def _summary_to_json(summary: Summary, about: StudyInfo) -> dict[str, Any]:
+def _summary_to_json(summary: Summary, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of `summary.json`: every number of the report, as JSON's own types, without NaN."""
     from pydantic import TypeAdapter
 
-    data = {"schema_version": SCHEMA_VERSION, **TypeAdapter(StudyInfo).dump_python(about, mode="json")}
+    data = {"schema_version": SCHEMA_VERSION, **about}
     data |= TypeAdapter(Summary).dump_python(summary, mode="json", by_alias=True)
     for panel, entry in zip(summary.panels, data["panels"], strict=True):
         entry["answer"] = formatting.answer(panel)
@@ -116,7 +101,7 @@ def _summary_to_json(summary: Summary, about: StudyInfo) -> dict[str, Any]:
 
 
 def _render_html(
-    summary: Summary, about: StudyInfo, records: Sequence[Record], pictures: Mapping[str, bytes]
+    summary: Summary, about: Mapping[str, Any], records: Sequence[Record], pictures: Mapping[str, bytes]
 ) -> str:
     # The usual rule for autoescape goes by the ending .html and would skip these templates.
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -131,10 +116,10 @@ def _render_html(
         verdict=verdict,
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         reproduce=lambda panel, curve, rates: formatting.narrow_command(
-            about.command, curve.variant, rates, {**panel.varied, **curve.varied}
+            about["command"], curve.variant, rates, {**panel.varied, **curve.varied}
         ),
         unfinished_runs=_unfinished_runs(summary, records),
-        mlflow_ui_command=mlflow_ui_command(about.tracking_uri),
+        mlflow_ui_command=mlflow_ui_command(about["tracking_uri"]),
     )
 
 

@@ -1,8 +1,7 @@
 """The results of the analysis as plain data: runs make points, points curves, curves panels.
 
 Rates are learning rates. Scores are values of the task's metric, for which higher is better. None means that
-the data do not give the value. The JSON names of the fields, in `summary.json`, do not change; where a field
-has been renamed, its JSON name is its alias.
+the data do not give the value. A field with an alias has that name in `summary.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from orchestrator.record.schema import RecordState
 REFERENCE_VARIANT = "lora"
 """The variant that the others are compared with."""
 TOLERANCE = 0.01
-"""How far below the best score a rate still counts as good: one point on a metric from 0 to 1."""
+"""Difference from the best score within which a rate counts as good: 0.01 on a metric from 0 to 1."""
 
 
 def is_reference(label: str) -> bool:
@@ -62,19 +61,19 @@ class CurvePoint:
     diverged_interval: Interval | None
     """Wilson's interval of that share."""
     eligible: Annotated[bool, Field(alias="chosen_from")]
-    """Whether the rate may be chosen as the best and lies on the curve, see `censored.eligible_points`."""
+    """True if the rate may be chosen as the best and lies on the curve, see `censored.eligible_points`."""
     runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The curve of one variant on one task and model, and what is read off it."""
+    """The curve of one variant on one task and model, with its statistics."""
 
     variant: str
     label: str
-    """The variant and what tells the curve from its other curves."""
+    """The variant and `varied`, for example "lora_plus ratio=4"."""
     varied: Mapping[str, Value]
-    """What tells the curve from the variant's other curves: column -> value."""
+    """Columns in which the curve differs from the variant's other curves: column -> value."""
     points: tuple[CurvePoint, ...]
     best_rate: float | None
     """The eligible rate with the highest validation mean."""
@@ -90,13 +89,13 @@ class Curve:
     width_90: CurveStatistic | None
     """Decades of rate around the best that keep 90 % of the way from the floor to the best score."""
     half_decade_regret: CurveStatistic | None
-    """The mean validation score given up within half a decade of the best rate."""
+    """The mean validation score lost within half a decade of the best rate."""
     half_decade_covered: float | None
     """The decades over which that mean is taken: 1 unless the grid ends or a stopped run lies nearer."""
     regret_at_reference_best: CurveStatistic | None
-    """The validation score given up by training at LoRA's best rate."""
+    """The validation score lost by training at LoRA's best rate."""
     regret_at_average_best: CurveStatistic | None
-    """The validation score given up by training at the rate that is best on average over the variants."""
+    """The validation score lost by training at the rate that is best on average over the variants."""
     cliff: float | None
     """The first rate above the best where training breaks down, see `curve_shape.cliff_index`."""
     gain_over_untrained: Annotated[Estimate, Field(alias="gain")]
@@ -123,7 +122,7 @@ class Spread:
     best: str
     """The label of the variant with the highest score."""
     variants: int
-    """How many variants have a score."""
+    """Number of variants with a score."""
 
     @property
     def size(self) -> float:
@@ -144,7 +143,7 @@ class Panel:
     floor: float
     """The score of a constant or untrained answer."""
     varied: Mapping[str, Value]
-    """What tells the panel from the other panels of its task and model: column -> value."""
+    """Columns in which the panel differs from the others of its task and model: column -> value."""
     curves: tuple[Curve, ...]
     untrained_validation: float | None
     untrained_test: float | None
@@ -155,7 +154,7 @@ class Panel:
     common_rate: float | None
     """LoRA's best rate, or else the rate that is best on average."""
     common_rate_label: Annotated[str, Field(alias="common_name")]
-    """Which of the two it is, in words."""
+    """A phrase that says which of these two rates `common_rate` is."""
     spread_at_common: Spread | None
     """The spread at the common rate."""
     spread_at_best: Spread | None

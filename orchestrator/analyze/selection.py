@@ -1,8 +1,8 @@
-"""A choice that a study has made, kept in its folder as `choice.json`.
+"""The choice of a study, kept in its folder as `choice.json`.
 
-What is trained later builds on the choice, so a second run must not silently choose differently. Every script
-defines its own kind of choice, a dataclass that adds fields to `Choice`. The file is its JSON, beginning with
-{"configurations": [fingerprint, ...], ...}.
+Later training builds on the choice, so a second run must not silently choose differently. Every script
+defines its own kind of choice, a dataclass that adds fields to `Choice`. The file holds the dataclass as
+JSON: {"configurations": [fingerprint, ...], ...}.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE = "choice.json"
 
 @dataclass(frozen=True)
 class Choice:
-    """What every kind of choice has."""
+    """The base class of all choices."""
 
     configurations: tuple[str, ...]
     """The fingerprints of all configurations that the choice was made among."""
@@ -43,9 +43,8 @@ def read_choice(folder: Path, choice_type: type[ChoiceT]) -> ChoiceT | None:
     Raises:
         UsageError: The file is damaged, or holds another kind of choice.
     """
-    return atomic_files.read_json(
-        folder / FILE, choice_type, "a choice", "delete it and run the study's command again"
-    )
+    fix = "delete it and run the study's command again"
+    return atomic_files.read_json(folder / FILE, choice_type, "a choice", fix)
 
 
 def load_or_make_choice(
@@ -56,7 +55,7 @@ def load_or_make_choice(
     Args:
         folder: The study's folder.
         choice_type: The kind of choice.
-        make_choice: Makes the choice.
+        make_choice: Function that returns the choice. It is called only if there is no file.
 
     Returns:
         The choice as the file holds it.
@@ -77,14 +76,14 @@ def load_or_make_choice(
 def check_same_candidates(
     folder: Path, study_name: str, fingerprints: Iterable[str], selector: str, explanation: str
 ) -> bool:
-    """Check that a study that has made its choice is not extended afterwards.
+    """Check that the command does not extend a study that has already made its choice.
 
     Args:
         folder: The study's folder.
         study_name: The study's name.
         fingerprints: The configurations of the command.
-        selector: What has made the choice, for the error message.
-        explanation: What is wrong with another choice and what to do, the end of the error message.
+        selector: The stage that has made the choice, for the error message.
+        explanation: The end of the error message: the reason of the refusal, and the fix.
 
     Returns:
         Whether the study has made its choice.
@@ -98,8 +97,6 @@ def check_same_candidates(
     study = StudyFile.read(folder) or StudyFile(study_name, "", "")
     now = set(study.with_configurations(fingerprints, ()).configurations)
     if set(saved.configurations) != now:
-        raise UsageError(
-            f"--study {study_name!r}: {selector} has chosen among {len(saved.configurations)} configurations "
-            f"and now there would be {len(now)}{explanation}."
-        )
+        chosen = f"{selector} has chosen among {len(saved.configurations)} configurations"
+        raise UsageError(f"--study {study_name!r}: {chosen} and now there would be {len(now)}{explanation}.")
     return True

@@ -1,4 +1,4 @@
-"""How a variant's score depends on the learning rate: from records to a summary, with intervals.
+"""Sensitivity of a variant's score to the learning rate: from records to a summary, with intervals.
 
 The rate is chosen by the validation mean over seeds. No choice depends on a test score; the gain and the
 spreads are test scores at the chosen rates. A diverged run counts as the task's floor. A stopped run is
@@ -11,30 +11,22 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-from orchestrator.analyze import curve_shape, panels
+from orchestrator.analyze import curve_shape, curve_statistics, intervals, panels
 from orchestrator.analyze.caveats import comparison_caveats, panel_caveats, search_caveats
 from orchestrator.analyze.censored import eligible_points
 from orchestrator.analyze.comparison import ChosenPoint, compare_tuned
-from orchestrator.analyze.curve_statistics import (
-    CurveMeans,
-    CurveStatistics,
-    PanelStatistics,
-    panel_statistics,
-    point_outcome,
-)
-from orchestrator.analyze.intervals import (
-    CurveStatistic,
-    Estimate,
-    Interval,
-    estimate_mean,
-    jackknife_interval,
-    wilson_interval,
-)
+from orchestrator.analyze.curve_statistics import CurveMeans, CurveStatistics, PanelStatistics
+from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.results import TOLERANCE, Curve, CurvePoint, Panel, Run, Spread, Summary
 from orchestrator.analyze.scores import finite_score, last_validation, mean_untrained_score, untrained_score
 from orchestrator.analyze.tuning import summarize_search
 from orchestrator.record.schema import Record
+
+T = TypeVar("T")
+_Read = Callable[[CurveStatistics], T | None]
 
 
 def summarize(
@@ -46,7 +38,7 @@ def summarize(
     looks: Sequence[int] = (),
     is_search: bool = False,
 ) -> Summary:
-    """Compute everything that the table, the plots and the report show.
+    """Compute all numbers of the table, the plots and the report.
 
     Args:
         records: The records of a study, in any order.
@@ -54,8 +46,8 @@ def summarize(
             stage of a comparison.
         margin: The smallest difference of the test score that matters in the comparison.
         tuning_choices: Variant -> the point that the first stage has chosen.
-        looks: The numbers of seeds from which a verdict was read before.
-        is_search: Whether a search has sampled the points.
+        looks: The numbers of seeds at which a verdict was read before.
+        is_search: True if a search has sampled the points.
     """
     distinct_records = panels.deduplicate_records(records)
     by_task: dict[tuple[str, str], list[Record]] = defaultdict(list)
@@ -106,7 +98,8 @@ def _summarize_points(records: Sequence[Record]) -> tuple[CurvePoint, ...]:
         by_rate[record.configuration.optimizer.learning_rate].append(_summarize_run(record))
     rates = sorted(by_rate)
     runs_at = [sorted(by_rate[rate], key=lambda r: (r.seed, r.fingerprint)) for rate in rates]
-    eligible = eligible_points([*map(point_outcome, runs_at)], records[0].configuration.task.floor)
+    outcomes = [curve_statistics.point_outcome(runs) for runs in runs_at]
+    eligible = eligible_points(outcomes, records[0].configuration.task.floor)
     return tuple(map(_summarize_point, rates, runs_at, eligible))
 
 
@@ -116,12 +109,12 @@ def _summarize_point(rate: float, runs: Sequence[Run], is_eligible: bool) -> Cur
     finished = [r.validation for r in runs if r.validation is not None and r.state == "finished"]
     return CurvePoint(
         learning_rate=rate,
-        validation=estimate_mean([r.validation for r in runs if r.validation is not None]),
-        test=estimate_mean([r.test for r in runs if r.test is not None]),
-        without_diverged=estimate_mean(finished),
+        validation=intervals.estimate_mean([r.validation for r in runs if r.validation is not None]),
+        test=intervals.estimate_mean([r.test for r in runs if r.test is not None]),
+        without_diverged=intervals.estimate_mean(finished),
         states=dict(sorted(states.items())),
         diverged_share=states["diverged"] / ended if ended else None,
-        diverged_interval=wilson_interval(states["diverged"], ended),
+        diverged_interval=intervals.wilson_interval(states["diverged"], ended),
         eligible=is_eligible,
         runs=tuple(runs),
     )
@@ -133,7 +126,7 @@ def _summarize_panel(
     first = curve_records[0].records[0].configuration
     task = first.task
     points = {line.label: _summarize_points(line.records) for line in curve_records}
-    statistics = panel_statistics(points, task.floor)
+    statistics = curve_statistics.panel_statistics(points, task.floor)
     curves = _summarize_curves(curve_records, points, statistics, task.floor)
     # Both spreads are over the same variants.
     compared = [c for c in curves if c.test_at_common_rate is not None and c.best_test.mean is not None]
@@ -164,17 +157,16 @@ def _summarize_curves(
     floor: float,
 ) -> list[Curve]:
     """Summarize all curves of a panel, the best first."""
-    seeds_of = {
-        label: {r.seed for point in own for r in point.runs if r.validation is not None}
-        for label, own in points.items()
-    }
+    runs = {label: [run for point in own for run in point.runs] for label, own in points.items()}
+    seeds = {label: {r.seed for r in own if r.validation is not None} for label, own in runs.items()}
     without_seed = {
-        seed: panel_statistics(points, floor, seed).curves for seed in sorted(set().union(*seeds_of.values()))
+        seed: curve_statistics.panel_statistics(points, floor, seed).curves
+        for seed in sorted(set().union(*seeds.values()))
     }
     curves = []
     for line in curve_records:
         label = line.label
-        leave_one_out = [own[label] for seed, own in without_seed.items() if seed in seeds_of[label]]
+        leave_one_out = [own[label] for seed, own in without_seed.items() if seed in seeds[label]]
         jackknife = _Jackknife(statistics.curves[label], leave_one_out, statistics.means[label], floor)
         curves.append(_summarize_curve(line, points[label], jackknife, statistics.common_rate))
     curves.sort(key=lambda c: (-(c.best_validation.mean or 0.0) if c.best_rate else math.inf, c.label))
@@ -189,13 +181,14 @@ def _score_spread(scores: Mapping[str, float | None]) -> Spread | None:
     return Spread(low, high, worst, best, len(known))
 
 
+@dataclass(frozen=True)
 class _Jackknife:
-    """The statistics of one curve with their jackknife intervals."""
+    """The statistics of one curve, from which jackknife intervals are computed."""
 
-    def __init__(
-        self, full: CurveStatistics, leave_one_out: Sequence[CurveStatistics], means: CurveMeans, floor: float
-    ) -> None:
-        self.full, self.leave_one_out, self.means, self.floor = full, leave_one_out, means, floor
+    full: CurveStatistics
+    leave_one_out: Sequence[CurveStatistics]
+    means: CurveMeans
+    floor: float
 
     def best_rates(self) -> tuple[float, ...]:
         """Return the best rate without each seed in turn; none with a single seed."""
@@ -204,32 +197,33 @@ class _Jackknife:
 
     def interpolated_best_rate(self) -> CurveStatistic | None:
         """Return the rate at the parabola's peak. Its interval is symmetric in the logarithm."""
-        log_rate, x = self.full.interpolated_log_rate, self.means.x
-        if log_rate is None:
-            return None
-        log_rates = [each.interpolated_log_rate for each in self.leave_one_out]
-        interval = jackknife_interval(log_rate, log_rates, (x[0], x[-1]))
-        rates = Interval(10**interval.low, 10**interval.high) if interval else None
-        return CurveStatistic(10**log_rate, rates)
-
-    def width(self, of: Callable[[CurveStatistics], tuple[float, bool] | None]) -> CurveStatistic | None:
-        """Return a width. A lower bound has no interval."""
-        found = of(self.full)
+        found = self._statistic(lambda s: s.interpolated_log_rate, self._grid_ends())
         if found is None:
             return None
-        value, is_lower_bound = found
-        widths = [None if width is None else width[0] for width in map(of, self.leave_one_out)]
-        interval = jackknife_interval(value, widths, (0.0, self.means.x[-1] - self.means.x[0]))
-        return CurveStatistic(value, None if is_lower_bound else interval, is_lower_bound)
+        ends = found.interval
+        return CurveStatistic(10**found.value, Interval(10**ends.low, 10**ends.high) if ends else None)
 
-    def regret(self, of: Callable[[CurveStatistics], float | None]) -> CurveStatistic | None:
+    def width(self, of: _Read[tuple[float, bool]]) -> CurveStatistic | None:
+        """Return a width. A lower bound has no interval."""
+        low, high = self._grid_ends()
+        found = self._statistic(lambda s: None if (width := of(s)) is None else width[0], (0.0, high - low))
+        full = of(self.full)
+        return CurveStatistic(full[0], is_lower_bound=True) if full and full[1] else found
+
+    def regret(self, of: _Read[float]) -> CurveStatistic | None:
         """Return a regret. It cannot be larger than the curve is high."""
+        scores = [self.floor, *(score for score in self.means.y if score is not None)]
+        return self._statistic(of, (0.0, max(scores) - min(scores)))
+
+    def _grid_ends(self) -> tuple[float, float]:
+        return min(self.means.x, default=0.0), max(self.means.x, default=0.0)
+
+    def _statistic(self, of: _Read[float], bounds: tuple[float, float]) -> CurveStatistic | None:
         value = of(self.full)
         if value is None:
             return None
-        scores = [self.floor, *(score for score in self.means.y if score is not None)]
-        bounds = (0.0, max(scores) - min(scores))
-        return CurveStatistic(value, jackknife_interval(value, [*map(of, self.leave_one_out)], bounds))
+        interval = intervals.jackknife_interval(value, [of(each) for each in self.leave_one_out], bounds)
+        return CurveStatistic(value, interval)
 
 
 def _summarize_curve(
@@ -262,6 +256,6 @@ def _summarize_curve(
         regret_at_reference_best=jackknife.regret(lambda s: s.regret_at_reference),
         regret_at_average_best=jackknife.regret(lambda s: s.regret_at_average),
         cliff=None if cliff is None else m.rates[cliff],
-        gain_over_untrained=estimate_mean(gains),
+        gain_over_untrained=intervals.estimate_mean(gains),
         test_at_common_rate=None if common_x is None else curve_shape.score_at(m.x, m.test, common_x),
     )

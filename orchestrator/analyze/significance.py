@@ -1,4 +1,4 @@
-"""Which variants differ from one baseline: test scores of fresh seeds, paired by seed. Plain numbers only.
+"""Comparison of variants with one baseline: test scores of fresh seeds, paired by seed. Plain numbers only.
 
 The difference of variant v at seed s is d(v, s) = score(v, s) - score(baseline, s). The variance of d is
 pooled over the variants v = 1 ... K, of n_v seeds each:
@@ -9,24 +9,24 @@ All d share the baseline's noise, so any two of them are correlated by 1/2. Ther
 times its sum_v (n_v - 1) degrees of freedom (Satterthwaite; all of them if K = 1). The simultaneous intervals
 are Dunnett's: mean d(v) -+ c S / sqrt(n_v), with c from the multivariate t distribution of that correlation.
 
-The outcome of a variant is read off its interval, so that word and picture cannot disagree and all outcomes
-hold at once: better (above 0), worse (below 0), equivalent (within the margin), not inferior (above minus the
-margin). The p values stand beside it. They are those of t tests with Holm's correction over the variants, for
-three questions: difference, equivalence (two one-sided tests) and non-inferiority. Holm's correction can
-reject a little before the interval does.
+The outcome of a variant is read off its interval, so that text and plot agree and all outcomes hold
+simultaneously: better (above 0), worse (below 0), equivalent (within the margin), not inferior (above minus
+the margin). The p values are given in addition. They are those of t tests with Holm's correction over the
+variants, for three questions: difference, equivalence (two one-sided tests) and non-inferiority. Holm's
+correction may reject a hypothesis that the interval does not yet reject.
 
-A variant whose differences vary more than those of the others (F test at 5 %, shared among the variants)
-leaves the pool. It is judged by its own variance, with Sidak's critical value. The simulated simultaneous
-coverage with four variants and ten seeds (3,000 draws) is 95.7 % with equal standard deviations; 94.1 % if
-that of one variant is four times as large and 93.4 % if it is twice as large; 96.6 % if the baseline's is
-three times as large. Without this rule it is 86.1 % in the second case.
+A variant whose differences vary more than those of the others (F test at 5 %, shared among the variants) is
+excluded from the pool. Its interval is from its own variance, with Sidak's critical value. The simulated
+simultaneous coverage with four variants and ten seeds (3,000 draws) is 95.7 % with equal standard deviations;
+94.1 % if that of one variant is four times as large and 93.4 % if it is twice as large; 96.6 % if the
+baseline's is three times as large. Without the exclusion, the coverage in the second case is 86.1 %.
 
 If any seed of a variant or of the baseline diverged, the variant gets no interval and no test: with the floor
 among them the scores have two modes, which no t distribution covers. The share of diverged seeds and the mean
-of the others are given instead, and the claim counts the variant as unknown. So an interval is about runs
-that do not diverge: ten seeds without a divergence leave a share of up to 28 % possible. In simulations with
-four variants, ten seeds and 2,000 draws, one variant diverges with probability 5 %, 15 % and 30 %. For runs
-that do not diverge, all intervals hold in 95, 95 and 94 % of the studies. For the mean that counts a
+of the others are given instead, and the claim counts the variant as unknown. So an interval describes only
+runs that do not diverge: ten seeds without a divergence leave a share of up to 28 % possible. In simulations
+with four variants, ten seeds and 2,000 draws, one variant diverges with probability 5 %, 15 % and 30 %. For
+runs that do not diverge, all intervals hold in 95, 95 and 94 % of the studies. For the mean that counts a
 divergence as the floor they hold in only 41, 77 and 91 %, because in the other studies none of the ten seeds
 happens to diverge.
 """
@@ -42,6 +42,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from orchestrator.analyze import power
 from orchestrator.analyze.intervals import (
     CONFIDENCE_LEVEL,
     Estimate,
@@ -50,14 +51,6 @@ from orchestrator.analyze.intervals import (
     wilson_interval,
 )
 from orchestrator.analyze.pooled_errors import DifferenceError, estimate_errors
-from orchestrator.analyze.power import (
-    dunnett_critical_value,
-    holm_correction,
-    minimum_detectable_effect,
-    one_sided_p_value,
-    seeds_needed,
-    sidak_critical_value,
-)
 
 Outcome = Literal["better", "worse", "equivalent", "not inferior", "undecided"]
 Claim = Literal["supported", "refuted", "undecided"]
@@ -98,7 +91,7 @@ class PairedComparison:
     difference: float | None
     """The mean difference of the test score."""
     reason: str = ""
-    """Why there is no interval, or why it is not from the pooled variance."""
+    """The reason why there is no interval, or why it is not from the pooled variance."""
     interval: Interval | None = None
     """The simultaneous interval of the difference."""
     p_differs: float | None = None
@@ -111,8 +104,8 @@ class PairedComparison:
     minimum_detectable_effect: Annotated[float | None, Field(alias="detectable")] = None
     """The smallest true difference that is detected with probability `power.POWER`."""
     seeds_to_decide: int | None = None
-    """How many seeds decide an undecided comparison with probability `power.POWER` if the observed difference
-    is the true one; None if it takes more than 1,000."""
+    """Number of seeds that decides an undecided comparison with probability `power.POWER` if the observed
+    difference is the true one; None above 1,000."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +124,16 @@ class Comparison:
     correlation: float | None
     """The correlation over seeds of a variant's scores with the baseline's, the mean over variants."""
     pairing_helps: bool | None
-    """Whether seeds differ by more than the noise (F test at 5 %)."""
+    """True if seeds differ by more than the noise (F test at 5 %)."""
     counted: int
-    """How many variants the claim is about. Controls (full fine-tuning, the head alone) do not count."""
+    """Number of variants that the claim is about, without controls (full fine-tuning, the head alone)."""
     baseline_not_inferior_to: Annotated[tuple[int, int], Field(alias="baseline_holds")]
     """The interval on the number of counted variants to which the baseline is not inferior."""
     claim: Claim
-    """Whether the baseline matches or beats most variants."""
+    """The claim that the baseline matches or beats most variants."""
     level: float = CONFIDENCE_LEVEL
     not_compared: Annotated[tuple[str, ...], Field(alias="unknown")] = ()
-    """Variants without any score here. They count as variants of which nothing is known."""
+    """Variants without any score. The claim counts their outcome as unknown."""
 
 
 ScoresBySeed = Mapping[int, SeedScore]
@@ -221,11 +214,11 @@ def _apply_error(
     interval = Interval(mean - half, mean + half)
     outcome = _classify_interval(interval, margin)
     degrees_per_seed = error.degrees / (len(pair.seeds) - 1)
-    critical_value = partial(dunnett_critical_value if error.pooled else sidak_critical_value, count)
+    critical_value = power.dunnett_critical_value if error.pooled else power.sidak_critical_value
     needed = None
     if outcome == "undecided":
-        needed = seeds_needed(mean, margin, error.std, degrees_per_seed, critical_value)
-    detectable = error.standard_error * minimum_detectable_effect(error.critical_value, error.degrees)
+        needed = power.seeds_needed(mean, margin, error.std, degrees_per_seed, partial(critical_value, count))
+    detectable = error.standard_error * power.minimum_detectable_effect(error.critical_value, error.degrees)
     return replace(
         pair,
         reason="" if error.pooled else "its differences vary more than the others': its own variance",
@@ -261,12 +254,12 @@ def _corrected_p_values(
     """Return Holm's p values of the three tests: variant -> field of `PairedComparison` -> p value."""
     differs, equivalent, not_inferior = {}, {}, {}
     for v, error in errors.items():
-        p_above = partial(one_sided_p_value, error=error.standard_error, degrees=error.degrees)
+        p_above = partial(power.one_sided_p_value, error=error.standard_error, degrees=error.degrees)
         differs[v] = min(1.0, 2 * p_above(abs(means[v])))
         not_inferior[v] = p_above(means[v] + margin)
         equivalent[v] = max(not_inferior[v], p_above(margin - means[v]))
     tests = {"p_differs": differs, "p_equivalent": equivalent, "p_not_inferior": not_inferior}
-    corrected = {test: holm_correction(p) for test, p in tests.items()}
+    corrected = {test: power.holm_correction(p) for test, p in tests.items()}
     return {v: {test: p[v] for test, p in corrected.items()} for v in errors}
 
 

@@ -111,6 +111,6 @@ def _search_table(search: SearchResult) -> Table:
 def _legend(summary: Summary) -> str:
     return (
         "± half of the 95 % t-interval over seeds. width: decades of rate within "
-        f"{summary.tolerance:g} of the best. diverged: runs that did (worth the task's floor) of those that "
-        "ended, over the whole grid. regret: validation score given up at LoRA's best rate."
+        f"{summary.tolerance:g} of the best. diverged: diverged runs (they count as the task's floor) of "
+        "those that ended, over the whole grid. regret: validation score lost at LoRA's best rate."
     )

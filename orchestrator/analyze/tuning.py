@@ -1,4 +1,4 @@
-"""The results of tuning: the points that each variant tried, and the one that the validation split chooses.
+"""The results of tuning: the points that each variant tried, and the point with the best validation score.
 
 A point is a configuration without its seed: a point of a grid or of a search. A diverged run counts as the
 floor, a failed run is missing, and a point with a run that was stopped early is chosen only if it is the best
@@ -26,7 +26,7 @@ from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 
 EDGE_FRACTION = 0.05
-"""A best value is at the edge if it lies within this share of the range that was tried from an end."""
+"""A value is at an edge if its distance from an end is at most this fraction of the range of tried values."""
 RESAMPLING_DRAWS = 2000
 _MIN_VALUES_FOR_RANGE = 5  # fewer values are taken for a list of choices, whose ends are no edges
 _NON_HYPERPARAMETER_COLUMNS = ("seed", "variant", "variant_numerics", "loop_numerics")
@@ -39,7 +39,7 @@ class TuningPoint:
     configuration: Configuration
     """The configuration with the first seed."""
     settings: Mapping[str, Value]
-    """The learning rate, and all else in which the variant's points differ."""
+    """The learning rate, and all other columns in which the variant's points differ."""
     validation: Estimate
     test: Estimate
     last_validation: Annotated[float | None, Field(alias="last_seen")]
@@ -47,7 +47,7 @@ class TuningPoint:
     states: Mapping[str, int]
     """State -> number of runs."""
     eligible: Annotated[bool, Field(alias="chosen_from")]
-    """Whether the point may be chosen, see `censored.eligible_points`."""
+    """True if the point may be chosen, see `censored.eligible_points`."""
     steps: int
     """The optimizer steps of its runs."""
     scores: Mapping[int, float]
@@ -55,7 +55,7 @@ class TuningPoint:
     stopped_seeds: Annotated[frozenset[int], Field(alias="stopped")]
     """The seeds that were stopped early."""
     started: Annotated[float, Field(alias="begun")]
-    """When the first of its runs started, in seconds since the epoch."""
+    """Start of the first of its runs, in seconds since the epoch."""
 
     @property
     def learning_rate(self) -> float:
@@ -75,8 +75,8 @@ class TuningResult:
     best: TuningPoint | None
     """The point that the validation split chooses; None without a score."""
     edges: tuple[str, ...]
-    """Hyperparameters whose best value is at the edge of what was tried, for example "learning_rate (high
-    edge)": the optimum may lie beyond. Empty if the best point is bracketed."""
+    """Hyperparameters whose best value is at an edge of the tried values, for example "learning_rate (high
+    edge)". The optimum may lie beyond the edge. Empty if the best point is bracketed."""
     steps: int
     """The optimizer steps of all runs."""
     max_steps: Annotated[int, Field(alias="most_steps")]
@@ -103,7 +103,8 @@ def _summarize_variant(variant: str, records: Sequence[Record]) -> TuningResult:
         by_point[replace(record.configuration, seed=0).fingerprint].append(record)
     points = _mark_eligible([_summarize_point(own, varied) for own in by_point.values()])
     points.sort(key=lambda p: (p.started, p.learning_rate, p.configuration.fingerprint))
-    best = _highest_mean(points, {i: p.validation.mean for i, p in enumerate(points) if p.eligible})
+    means = {i: p.validation.mean for i, p in enumerate(points) if p.eligible}
+    best = None if (index := _highest_mean(points, means)) is None else points[index]
     return TuningResult(
         variant,
         tuple(varied),
@@ -147,8 +148,8 @@ def _mark_eligible(points: Sequence[TuningPoint]) -> list[TuningPoint]:
     return [replace(p, eligible=may) for p, may in zip(points, eligible, strict=True)]
 
 
-def _highest_mean(points: Sequence[TuningPoint], means: Mapping[int, float | None]) -> TuningPoint | None:
-    """Return the point with the highest of `means`, which are by index; None without a mean.
+def _highest_mean(points: Sequence[TuningPoint], means: Mapping[int, float | None]) -> int | None:
+    """Return the index of the point with the highest of `means`, which are by index; None without a mean.
 
     Among equals it is the one with the lowest learning rate, which is the farthest from divergence.
     """
@@ -156,7 +157,7 @@ def _highest_mean(points: Sequence[TuningPoint], means: Mapping[int, float | Non
     if not known:
         return None
     ties = [i for i, mean in known.items() if mean >= max(known.values()) - curve_shape.SCORE_EPSILON]
-    return points[min(ties, key=lambda i: (points[i].learning_rate, points[i].configuration.fingerprint))]
+    return min(ties, key=lambda i: (points[i].learning_rate, points[i].configuration.fingerprint))
 
 
 def selection_frequencies(result: TuningResult) -> list[tuple[TuningPoint, float]] | None:
@@ -177,7 +178,7 @@ def selection_frequencies(result: TuningResult) -> list[tuple[TuningPoint, float
     else:
         rng = random.Random(0)
         draws = [rng.choices(seeds, k=len(seeds)) for _ in range(RESAMPLING_DRAWS)]
-    counts: Counter[str] = Counter()
+    counts: Counter[int] = Counter()
     floor = result.points[0].configuration.task.floor
     for draw in draws:
         scores = [[p.scores[seed] for seed in draw if seed in p.scores] for p in result.points]
@@ -185,16 +186,14 @@ def selection_frequencies(result: TuningResult) -> list[tuple[TuningPoint, float
         eligible = eligible_points([PointOutcome(*each) for each in zip(scores, stopped, strict=True)], floor)
         means = {i: math.fsum(own) / len(own) for i, own in enumerate(scores) if eligible[i]}
         if (best := _highest_mean(result.points, means)) is not None:
-            counts[best.configuration.fingerprint] += 1
-    total = sum(counts.values())
-    by_name = {p.configuration.fingerprint: p for p in result.points}
-    return [(by_name[name], count / total) for name, count in counts.most_common()]
+            counts[best] += 1
+    return [(result.points[i], count / counts.total()) for i, count in counts.most_common()]
 
 
 def _edge_hyperparameters(
     points: Sequence[TuningPoint], best: TuningPoint, varied: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return the hyperparameters whose best value is at an edge of the tried values, and at which edge."""
+    """Return the hyperparameters whose best value is at an edge of the tried values, each with the edge."""
     sides = {name: _edge_side(points, best, name) for name in varied}
     if len(varied) == 1:  # the points form a curve, where an equal score at an end counts as an edge
         rates = sorted(points, key=lambda p: p.learning_rate)
@@ -206,7 +205,7 @@ def _edge_hyperparameters(
 
 
 def _edge_side(points: Sequence[TuningPoint], best: TuningPoint, name: str) -> str | None:
-    """Return at which edge of the tried values the best value lies, None if it is at none or has no order."""
+    """Return the edge of the tried values at which the best value lies, if any; None for names."""
     numbers = sorted({float(v) for p in points if isinstance(v := p.settings[name], int | float)})
     value = best.settings[name]
     min_values = 1 if name == "learning_rate" else _MIN_VALUES_FOR_RANGE

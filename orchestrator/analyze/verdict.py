@@ -21,8 +21,8 @@ OUTCOME_PHRASES = {
 def verdict_text(result: TunedComparison) -> str:
     """Return the verdict in two sentences.
 
-    The first says which variants differ from the tuned baseline, with task, model, seeds and budget. The
-    second says whether the baseline matches or beats most variants.
+    The first sentence says which variants differ from the tuned baseline, with task, model, seeds and budget.
+    The second sentence says whether the baseline matches or beats most variants.
     """
     c = result.comparison
     groups = []
@@ -36,19 +36,19 @@ def verdict_text(result: TunedComparison) -> str:
 
 
 def _variant_phrase(result: TunedComparison, pair: PairedComparison) -> str:
-    """Return the variant and its difference: pissa (+0.030, not bracketed)."""
+    """Return the variant and its difference, for example "pissa (+0.030, not bracketed)"."""
     about = [] if pair.difference is None else [signed_number(pair.difference)]
     about += ["not bracketed"] if _is_at_edge(result, pair.label) else []
     return f"{pair.label} ({', '.join(about)})" if about else pair.label
 
 
 def _is_at_edge(result: TunedComparison, label: str) -> bool:
-    """Return whether the optimum may lie beyond what was tried."""
+    """Return whether the optimum may lie beyond the tried values."""
     return label in result.chosen and bool(result.chosen[label].edges)
 
 
 def _budget_text(result: TunedComparison) -> str:
-    """Return what tuning and confirming took: 7 points x 3 seeds, 10 fresh seeds."""
+    """Return the budget of tuning and confirmation: 7 points x 3 seeds, 10 fresh seeds."""
     seeds = count_text(len(result.seeds), "fresh seed")
     if not result.chosen:
         return f"{seeds}, margin {result.comparison.margin:g}"
@@ -59,7 +59,7 @@ def _budget_text(result: TunedComparison) -> str:
 
 
 def claim_text(result: TunedComparison) -> str:
-    """Return whether the tuned baseline matches or beats most variants, and how many it does."""
+    """Return a sentence: does the tuned baseline match or beat most variants, and how many of them?"""
     c = result.comparison
     if not c.counted:
         return ""
@@ -67,10 +67,8 @@ def claim_text(result: TunedComparison) -> str:
     count = f"{low}" if low == high else f"{low} to {high}"
     name = "LoRA" if c.baseline.label == "lora" else c.baseline.label
     name += " (not bracketed)" if _is_at_edge(result, c.baseline.label) else ""
-    return (
-        f"Tuned {name} matches or beats most variants: {c.claim} (it is not inferior to {count} of "
-        f"{c.counted}, {c.level:.0%} interval)."
-    )
+    why = f"it is not inferior to {count} of {c.counted}, {c.level:.0%} interval"
+    return f"Tuned {name} matches or beats most variants: {c.claim} ({why})."
 
 
 def signed_number(value: float | None, digits: int = 3) -> str:
@@ -84,12 +82,12 @@ def p_value(value: float | None) -> str:
 
 
 def count_text(count: int, what: str) -> str:
-    """Return a count and a noun, in the plural if it has to be."""
+    """Return a count and a noun, in the plural unless the count is 1."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def undecided_text(pair: PairedComparison) -> str:
-    """Return what would decide an undecided comparison; empty for the others."""
+    """Return what would decide an undecided comparison; empty for a decided one."""
     if pair.outcome != "undecided":
         return ""
     if pair.interval is None:
@@ -100,7 +98,7 @@ def undecided_text(pair: PairedComparison) -> str:
 
 
 def pairing_text(c: Comparison) -> str:
-    """Return whether pairing by seed reduced the error."""
+    """Return a sentence on whether pairing by seed reduced the error; empty if that is unknown."""
     if c.correlation is None or c.pairing_helps is None:
         return ""
     r = f"correlation of the scores over seeds {signed_number(c.correlation, 2)}"
@@ -116,27 +114,32 @@ def detectable_text(c: Comparison) -> str:
         return ""
     low, high = formatting.number(min(sizes)), formatting.number(max(sizes))
     size = low if low == high else f"{low} to {high}, by variant"
-    return f"Smallest difference that had an 80 % chance to be found: {size}."
+    return f"Smallest difference that is detected with probability 80 %: {size}."
 
 
 def scope_text(c: Comparison) -> str:
-    """Return for which runs the intervals hold: those that do not diverge."""
+    """Return a sentence on the runs that the intervals describe; empty without an interval."""
     arms = [a for a in (c.baseline, *c.arms) if not a.diverged and a.diverged_interval is not None]
     if not any(p.interval is not None for p in c.pairs):
         return ""
     high = max(a.diverged_interval.high for a in arms if a.diverged_interval is not None)
-    return f"Intervals are of runs that do not diverge; without one so far, up to {high:.0%} still may."
+    return f"Intervals describe runs that do not diverge. Where none has so far, up to {high:.0%} still may."
 
 
 def chosen_point_text(chosen: ChosenPoint | None, rate: float) -> str:
-    """Return a point in short, 3e-3, rank 8, and whether it is at the edge of what was tried."""
+    """Return the settings of a point, for example "3e-3, rank 8 (edge)" at an edge of the tried values.
+
+    Args:
+        chosen: The point; None if it is not known.
+        rate: The learning rate, shown if the point is not known.
+    """
     if chosen is None:
         return formatting.rate(rate)
     return settings_text(chosen.settings) + (" (edge)" if chosen.edges else "")
 
 
 def settings_text(settings: Mapping[str, Value]) -> str:
-    """Format the settings in which a variant's points differ: 3e-3, rank 8."""
+    """Format the settings in which a variant's points differ, for example "3e-3, rank 8"."""
     return ", ".join(
         formatting.rate(v)
         if k == "learning_rate" and isinstance(v, float)
@@ -150,6 +153,6 @@ def _value_text(value: object) -> str:
 
 
 def stability_text(chosen: ChosenPoint) -> str:
-    """Return how often resampled seeds would choose each point; empty with one seed."""
+    """Return the shares of resampled sets of seeds that choose each point; empty with one seed."""
     frequencies = chosen.selection_frequencies[:3]
     return ", ".join(f"{settings_text(settings)} {share:.0%}" for settings, share in frequencies)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from orchestrator.study import bounds
@@ -39,8 +38,7 @@ class ComparisonOptions(StudyOptions, ConfirmationOptions):
                 f"--confirm-seeds {self.confirm_seeds}: must be 2 or more, for an interval; take 10."
             )
         bounds.check_bound("--confirm-seeds", self.confirm_seeds, bounds.MAX_POINTS)
-        if not (math.isfinite(self.margin) and self.margin > 0):
-            raise UsageError(f"--margin {self.margin:g}: must be a finite number above 0, for example 0.01.")
+        bounds.check_positive("--margin", self.margin, "0.01")
         if self.seed_count > FIRST_CONFIRM_SEED:
             raise UsageError(
                 f"--seeds {self.seeds}: seeds from {FIRST_CONFIRM_SEED} on are for the verdict; "

@@ -1,1 +1,1 @@
-"""What is to be tried: configurations, search spaces, grids and the options of a study."""
+"""Definition of a study: configurations, search spaces, grids and options."""

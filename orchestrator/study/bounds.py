@@ -6,6 +6,8 @@ taken for a typing error, because it would fill the memory before anything is tr
 
 from __future__ import annotations
 
+import math
+
 from orchestrator.util.errors import UsageError
 
 MAX_POINTS = 10_000
@@ -37,6 +39,21 @@ def check_bound(option: str, value: int | None, maximum: int) -> None:
         raise UsageError(f"{option} {value}: must be {maximum} or less; take {maximum}.")
 
 
+def check_positive(option: str, value: float | None, example: str) -> None:
+    """Check that an option's value is a finite number above 0.
+
+    Args:
+        option: Name of the option, for the error line.
+        value: Value of the option; None (not given) is accepted.
+        example: The usual value, for the error line.
+
+    Raises:
+        UsageError: The value is infinite, NaN, 0 or less.
+    """
+    if value is not None and not 0 < value < math.inf:
+        raise UsageError(f"{option} {value:g}: must be a finite number above 0, for example {example}.")
+
+
 def check_grid_size(num_seeds: int, num_rates: int) -> None:
     """Check that a grid has at most `MAX_POINTS` points for each variant.
 
@@ -48,7 +65,6 @@ def check_grid_size(num_seeds: int, num_rates: int) -> None:
         UsageError: The grid has more.
     """
     if num_seeds * num_rates > MAX_POINTS:
-        raise UsageError(
-            f"--seeds {num_seeds}: with {num_rates} learning rates each variant has {num_seeds * num_rates} "
-            f"points; must be {MAX_POINTS} or less; take --seeds {MAX_POINTS // num_rates}."
-        )
+        points = f"with {num_rates} learning rates each variant has {num_seeds * num_rates} points"
+        rule = f"must be {MAX_POINTS} or less; take --seeds {MAX_POINTS // num_rates}"
+        raise UsageError(f"--seeds {num_seeds}: {points}; {rule}.")

@@ -102,7 +102,7 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class DivergenceConfig:
-    """The rule by which a lane has diverged.
+    """The rule that decides whether a lane has diverged.
 
     A lane diverges when, after warm-up, its smoothed training loss stays above `loss_ratio` times the
     untrained base's loss for the fraction `share` of all steps, or when a loss or gradient is not finite.
@@ -125,7 +125,7 @@ class Configuration:
     lr_schedule: Annotated[LRSchedule, Field(alias="schedule")]
     batches: BatchConfig
     base_dropout: Literal["on", "off"] = "off"
-    """Whether the base model's own dropout is active in training, with the rates in its config.json."""
+    """Dropout of the base model itself in training, with the rates in its config.json."""
     divergence: DivergenceConfig = DivergenceConfig()
     evaluations: int = 4
     """Number of evenly spaced evaluations on the validation split; the last one is at the end."""
@@ -193,11 +193,8 @@ class Configuration:
         columns |= {k: v for k, v in nested["variant"].items() if k not in ("name", "extra", "numerics")}
         columns |= {f"variant_{k}": v for k, v in nested["variant"]["extra"].items()}
         columns |= nested["optimizer"]
-        columns |= {
-            "schedule": self.lr_schedule.name,
-            "warmup": self.lr_schedule.warmup,
-            "steps_horizon": self.lr_schedule.steps,
-        }
+        schedule = self.lr_schedule
+        columns |= {"schedule": schedule.name, "warmup": schedule.warmup, "steps_horizon": schedule.steps}
         columns |= nested["batches"]
         columns |= {f"task_{k}": v for k, v in nested["task"].items() if k not in ("name", "metric", "floor")}
         columns |= {f"divergence_{k}": v for k, v in nested["divergence"].items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import groupby
 
 from orchestrator.study.configuration import Configuration
 
@@ -41,20 +41,16 @@ def training_order(configurations: Iterable[Configuration], lanes_per_group: int
         configurations: The configurations of a study.
         lanes_per_group: Lanes in a full lane group.
     """
-
-    def block_key(c: Configuration) -> tuple[str, str]:
-        return (c.task.name, c.variant.name)
-
+    by_variant: dict[tuple[str, str], list[Configuration]] = defaultdict(list)
+    for c in configurations:
+        by_variant[c.task.name, c.variant.name].append(c)
     blocks: list[tuple[int, str, list[Configuration]]] = []
-    for key, group in groupby(sorted(configurations, key=block_key), key=block_key):
-        members = list(group)
+    for key, members in by_variant.items():
         seeds = sorted({c.seed for c in members})
-        rates = len(members) / len(seeds)
-        seeds_per_block = max(1, math.ceil(lanes_per_group / rates))
+        seeds_per_block = max(1, math.ceil(lanes_per_group / (len(members) / len(seeds))))
         for start in range(0, len(seeds), seeds_per_block):
             chosen = set(seeds[start : start + seeds_per_block])
             block = sorted((c for c in members if c.seed in chosen), key=lambda c: c.fingerprint)
             random.Random(f"{key}{start}").shuffle(block)
             blocks.append((start, str(key), block))
-    blocks.sort(key=lambda block: block[:2])
-    return [c for _, _, block in blocks for c in block]
+    return [c for _, _, block in sorted(blocks, key=lambda block: block[:2]) for c in block]

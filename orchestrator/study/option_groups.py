@@ -26,7 +26,7 @@ def default_output() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class GridOptions:
-    """What is compared: variants, task, base model, learning rates and seeds."""
+    """Variants, task, base model, learning rates and seeds to compare."""
 
     dry_run: bool = False
     """Rehearse the whole study on this machine, without a GPU: a small task on a base model that is
@@ -41,8 +41,8 @@ class GridOptions:
     learning_rates: tuple[str, ...] | None = None
     """A list (`1e-4 1e-3`), or low:high:points-per-decade (`1e-5:1e-2:2`). Default: the task's grid."""
     seeds: int | None = None
-    """Number of seeds a point: 0, 1, ... Seed k gives every variant the same data order and initial noise.
-    Default: 3 for a grid; a search trains each point once, with seed 0."""
+    """Number of seeds per point; the seeds are 0, 1, ... Seed k gives every variant the same data order and
+    initial noise. Default: 3 for a grid; a search trains each point once, with seed 0."""
     set: tuple[str, ...] = ()
     """Fixed values, NAME=VALUE each; names as in --space, e.g. `lora_plus.ratio=4 weight_decay=0.01`."""
     rank: int = 8
@@ -69,32 +69,29 @@ class GridOptions:
         _check_not_empty("--model", self.model)
         bounds.check_bound("--seeds", self.seeds, bounds.MAX_POINTS)
         bounds.check_bound("--rank", self.rank, bounds.MAX_RANK)
-        if not math.isfinite(self.alpha) or self.alpha <= 0:
-            raise UsageError(
-                f"--alpha {self.alpha}: must be a finite number above 0; the usual choice is 16."
-            )
+        bounds.check_positive("--alpha", self.alpha, "16")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout {self.dropout:g}: must be at least 0 and below 1, for example 0.05.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """How points are found, and which of them are stopped early."""
+    """Search for points, and early stopping."""
 
     search: str = "grid"
-    """How points are found: `grid` (the learning rates), `random`, `qmc` (evenly spread), or `optuna`, which
+    """Source of the points: `grid` (the learning rates), `random`, `qmc` (evenly spread), or `optuna`, which
     learns from earlier results. Each variant gets the same number of points."""
     sampler: str | None = None
     """Sampler of `--search optuna`: tpe (default), cma-es, qmc, random."""
     points: int | None = None
-    """Points that a search gives each variant (default 16), counted over all runs of the study: the same
-    command with more continues it, with fewer is refused."""
+    """Points that a search gives each variant (default 16), counted over all runs of the study. With a larger
+    number, the same command continues the search; a smaller number is refused."""
     space: tuple[str, ...] | None = None
-    """What a search varies, NAME=SPEC each. NAME: learning_rate, rank, alpha, dropout, weight_decay, warmup,
-    batch_size, ..., or VARIANT.NAME for one variant alone, which may also be a setting that only this variant
-    has (`lora_plus.ratio`). SPEC: `low:high`, `log:low:high`, `int:low:high`, `logint:low:high`, or a choice
-    `4,8,16`. A learning rate that is not named is searched between the ends of --learning-rates, unless that
-    is one rate or --set fixes it."""
+    """Hyperparameters that a search varies, NAME=SPEC each. NAME: learning_rate, rank, alpha, dropout,
+    weight_decay, warmup, batch_size, ..., or VARIANT.NAME for one variant alone, which may also be a setting
+    that only this variant has (`lora_plus.ratio`). SPEC: `low:high`, `log:low:high`, `int:low:high`,
+    `logint:low:high`, or a choice `4,8,16`. A learning rate that is not named is searched between the ends of
+    --learning-rates, unless that is one rate or --set fixes it."""
     scheduler: str = "none"
     """Early stopping by validation loss, separately for each variant and task: none, asha, median, hyperband
     (Ray Tune's). Stopped lanes are shown as censored; without early stopping they continue. Extend a grid
@@ -133,7 +130,7 @@ class SearchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How one fine-tune is trained."""
+    """Training of one fine-tune."""
 
     steps: int | None = None
     """Optimizer steps of a fine-tune. Default: the task's."""
@@ -148,11 +145,11 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time, the same numbers."""
     lr_schedule: Literal["constant", "linear", "cosine"] | None = None
-    """Course of the learning rate after a linear warm-up. Default: the task's."""
+    """Learning rate schedule after a linear warm-up. Default: the task's."""
     head_learning_rate: str = "same"
-    """Learning rate of a classification task's head: `same` as all other tensors, or a number."""
+    """Learning rate of a classification task's head: `same` (that of all other tensors), or a number."""
     base_dropout: Literal["on", "off"] | None = None
-    """Whether the base model's own dropout is active in training (0.1 in RoBERTa, BERT, DeBERTa and GPT-2;
+    """Dropout of the base model itself in training: on or off (0.1 in RoBERTa, BERT, DeBERTa and GPT-2;
     Llama and Qwen have none). Default: the task's; on for GLUE's tasks, whose published runs had it."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Data type of the frozen base; adapters are float32. Default: the task's."""
@@ -169,19 +166,17 @@ class TrainingOptions:
         if self.accumulation is not None and self.accumulation < 1:
             raise UsageError(f"--accumulation {self.accumulation}: must be 1 or more.")
         if self.head_learning_rate != "same":
-            rates.parse_positive_number(
-                "--head-learning-rate", self.head_learning_rate, "For example: same, or 1e-3."
-            )
+            example = "For example: same, or 1e-3."
+            rates.parse_positive_number("--head-learning-rate", self.head_learning_rate, example)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceOptions:
-    """Where the study runs, and on what."""
+    """Machines and processes of the study."""
 
     trainers: int | None = None
-    """Number of Ray Train runs, each of which holds the base model. Default: as many as the cluster has room
-    for, while nodes come and go. On a cluster that the study has joined you may ask for more than fit: they
-    wait for nodes."""
+    """Number of Ray Train runs, each of which holds the base model. Default: as many as fit, adapted while
+    nodes come and go. On a cluster that the study has joined, trainers beyond that number wait for nodes."""
     workers_per_trainer: int = 1
     """Workers of a trainer, which split every batch between them. Each holds the base model."""
     lanes_per_trainer: int | None = None
@@ -195,10 +190,11 @@ class ResourceOptions:
     """Seconds after which a study without any trainer ends. Default: 300, or 1800 where GPU nodes have to be
     started first."""
     on: str | None = None
-    """Where the command runs. `cluster.yaml`, the file of a cluster that is up: on its head, with these
-    options. Its output is shown here, Ctrl-C only detaches from it, the same command follows it again, and at
-    the end the reports are copied here. `here`: on this machine. Default: join a Ray that runs here or that
-    RAY_ADDRESS names; else, if a ./cluster.yaml is up, you are asked."""
+    """Machine on which the command runs. The file of a running cluster, such as `cluster.yaml`: the cluster's
+    head. The output is shown here, Ctrl-C only detaches from the study, the same command follows the study
+    again, and at the end the reports are copied here. `here`: this machine. Default: join a Ray that runs
+    here or that RAY_ADDRESS names; otherwise, if ./cluster.yaml describes a running cluster, the program
+    asks."""
     stop: bool = False
     """With --on: end the study that this command has started there. Partial results are kept."""
 
@@ -215,26 +211,22 @@ class ResourceOptions:
         if self.gpus_per_worker is not None:
             _check_gpus_per_worker(self.gpus_per_worker)
             if self.workers_per_trainer > 1 and 0 < self.gpus_per_worker < 1:
+                both = f"--workers-per-trainer {self.workers_per_trainer} with --gpus-per-worker"
+                fix = "take --gpus-per-worker 1, or --workers-per-trainer 1"
                 raise UsageError(
-                    f"--workers-per-trainer {self.workers_per_trainer} with --gpus-per-worker "
-                    f"{self.gpus_per_worker:g}: NCCL refuses two workers on one GPU; take --gpus-per-worker "
-                    "1, or --workers-per-trainer 1."
+                    f"{both} {self.gpus_per_worker:g}: NCCL refuses two workers on one GPU; {fix}."
                 )
-        if self.trainer_timeout is not None and not 0 < self.trainer_timeout < math.inf:
-            raise UsageError(
-                f"--trainer-timeout {self.trainer_timeout:g}: must be a finite number of seconds above 0; "
-                "the default is 300."
-            )
+        bounds.check_positive("--trainer-timeout", self.trainer_timeout, "300")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """Where results go, and what is printed instead of training."""
+    """Files of the study, and output that is printed instead of training."""
 
     study: str | None = None
     """Name of the study. Default: script, task and model. The same name extends a study."""
     output: Path = field(default_factory=default_output)
-    """Folder of the store and, one folder a study, of the reports. Default: ORCHESTRATOR_OUTPUT, else
+    """Output folder, with the store and one folder of reports per study. Default: ORCHESTRATOR_OUTPUT, else
     `results`. With --on: the folder that the reports are copied to."""
     store: Path | None = None
     """Folder of the records, shared by all studies. Default: `store` in the output folder."""
@@ -278,14 +270,14 @@ class OutputOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitOptions:
-    """When a run of the study ends before everything is trained, and what is tried again."""
+    """Limits of a run, and training of failed configurations again."""
 
     max_hours: float | None = None
-    """End the study after so many hours of this run (a script of two studies: of each). Lanes are saved, the
-    report is written, the exit code is 3. The same command continues the study."""
+    """Hours after which this run ends (in a script of two studies: the run of each). Lanes are saved, the
+    report is written, and the exit code is 3. The same command continues the study."""
     max_gpu_hours: float | None = None
-    """The same after so many GPU hours: hours of this run's trainers times the GPUs that each holds. Earlier
-    runs do not count."""
+    """GPU hours after which this run ends in the same way: the hours of its trainers times the GPUs that each
+    holds. Earlier runs do not count."""
     retry_failed: bool = False
     """Train configurations again that have failed three times."""
 
@@ -295,9 +287,8 @@ class LimitOptions:
         Raises:
             UsageError: A limit is not a finite number above 0.
         """
-        for name, hours in (("--max-hours", self.max_hours), ("--max-gpu-hours", self.max_gpu_hours)):
-            if hours is not None and not (math.isfinite(hours) and hours > 0):
-                raise UsageError(f"{name} {hours:g}: must be a finite number above 0, for example 1.5.")
+        bounds.check_positive("--max-hours", self.max_hours, "1.5")
+        bounds.check_positive("--max-gpu-hours", self.max_gpu_hours, "1.5")
 
 
 def _check_not_empty(option: str, value: str | None) -> None:
@@ -312,14 +303,11 @@ def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _check_gpus_per_worker(value: float) -> None:
     if not math.isfinite(value) or value < 0:
-        raise UsageError(
-            f"--gpus-per-worker {value:g}: must be 0 or more, for example 1, or 0.5 for two trainers a GPU."
-        )
-    if value > 1 and value != int(value):
-        raise UsageError(
-            f"--gpus-per-worker {value:g}: must be a fraction below 1 or a whole number; take {int(value)}."
-        )
-    if value > 1:
-        raise UsageError(
-            f"--gpus-per-worker {value:g}: a worker holds its base on one GPU; take 1 and more --trainers."
-        )
+        rule = "must be 0 or more, for example 1, or 0.5 for two trainers a GPU"
+    elif value > 1 and value != int(value):
+        rule = f"must be a fraction below 1 or a whole number; take {int(value)}"
+    elif value > 1:
+        rule = "a worker holds its base on one GPU; take 1 and more --trainers"
+    else:
+        return
+    raise UsageError(f"--gpus-per-worker {value:g}: {rule}.")

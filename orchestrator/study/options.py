@@ -55,10 +55,8 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
         if self.batch_size is not None:
             self.check_batch_size(self.batch_size)
         if self.max_gpu_hours is not None and self.gpus_per_worker == 0:
-            raise UsageError(
-                f"--max-gpu-hours {self.max_gpu_hours:g} with --gpus-per-worker 0: no GPU is held; "
-                "take --max-hours."
-            )
+            limit = f"--max-gpu-hours {self.max_gpu_hours:g}"
+            raise UsageError(f"{limit} with --gpus-per-worker 0: no GPU is held; take --max-hours.")
         if self.stop and (self.on in (None, LOCAL) or self.plan):
             raise UsageError(
                 "--stop ends a study on a cluster: add --on cluster.yaml (here: Ctrl-C), without --plan."
@@ -71,7 +69,7 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
 
     @property
     def seed_count(self) -> int:
-        """Number of seeds a point."""
+        """Number of seeds per point."""
         if self.search != "grid":
             return 1
         return DEFAULT_GRID_SEEDS if self.seeds is None else self.seeds
@@ -88,10 +86,8 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
                 name = word.partition("=")[0].replace("-", "_")
                 own_option = OPTION_OF_HYPERPARAMETER.get(name)
                 if own_option and getattr(self, own_option) != _DEFAULTS[own_option]:
-                    raise UsageError(
-                        f"{option} {word!r} and --{own_option.replace('_', '-')} both set {name}; take one "
-                        "of the two away."
-                    )
+                    both = f"{option} {word!r} and --{own_option.replace('_', '-')}"
+                    raise UsageError(f"{both} both set {name}; take one of the two away.")
 
     def check_batch_size(self, batch_size: int) -> None:
         """Check that a batch can be split into micro-batches and between workers.
@@ -110,11 +106,9 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
             )
         micro_batch_size = batch_size // parts
         if self.workers_per_trainer > micro_batch_size:
-            raise UsageError(
-                f"--workers-per-trainer {self.workers_per_trainer}: every worker needs a row of the "
-                f"{micro_batch_size} in a micro-batch (batch size {batch_size}, accumulation {parts}); take "
-                f"{micro_batch_size}."
-            )
+            rows = f"the {micro_batch_size} in a micro-batch (batch size {batch_size}, accumulation {parts})"
+            rule = f"every worker needs a row of {rows}; take {micro_batch_size}"
+            raise UsageError(f"--workers-per-trainer {self.workers_per_trainer}: {rule}.")
 
     def check_output(self) -> None:
         """Make the folders of results and records, and write a test file into each.

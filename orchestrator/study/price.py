@@ -18,10 +18,7 @@ def parse_price(text: str) -> tuple[float, float]:
     words = text.split(":")
     if len(words) > 2:
         raise UsageError(f"{OPTION}: {text!r} must be LOW:HIGH or one number. {EXAMPLE}")
-    low, high = (
-        parse_positive_number(OPTION, words[0], EXAMPLE),
-        parse_positive_number(OPTION, words[-1], EXAMPLE),
-    )
+    low, high = (parse_positive_number(OPTION, word, EXAMPLE) for word in (words[0], words[-1]))
     if low > high:
         raise UsageError(f"{OPTION}: {text!r} is reversed; did you mean {words[1]}:{words[0]}?")
     return low, high

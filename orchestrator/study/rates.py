@@ -54,29 +54,23 @@ def _parse_rate(word: str) -> float:
 def _parse_range(word: str) -> list[float]:
     parts = word.split(":")
     if len(parts) != 3:
-        raise UsageError(f"--learning-rates: {word!r} must be low:high:points-per-decade. {EXAMPLE}")
+        raise _error(word, "must be low:high:points-per-decade.")
     low, high = _parse_rate(parts[0]), _parse_rate(parts[1])
     # float(), because int() raises on more than 4,300 digits.
     density = float(parts[2]) if parts[2].isdecimal() else 0.0
     if density < 1:
-        raise UsageError(
-            f"--learning-rates: {word!r} has {parts[2]!r} points a decade; it must be 1 or more. {EXAMPLE}"
-        )
+        raise _error(word, f"has {parts[2]!r} points a decade; it must be 1 or more.")
     if low > high:
-        raise UsageError(
-            f"--learning-rates: {word!r} is reversed; did you mean {parts[1]}:{parts[0]}:{parts[2]}?"
-        )
+        raise _error(word, f"is reversed; did you mean {parts[1]}:{parts[0]}:{parts[2]}?")
     decades = math.log10(high) - math.log10(low)
     if decades > MAX_DECADES:
-        raise UsageError(
-            f"--learning-rates: {word!r} spans {decades:.0f} decades; must be {MAX_DECADES} or less. "
-            f"{EXAMPLE}"
-        )
+        raise _error(word, f"spans {decades:.0f} decades; must be {MAX_DECADES} or less.")
     if decades * density > bounds.MAX_POINTS:
-        raise UsageError(
-            f"--learning-rates: {quote_value(word)} has more than {bounds.MAX_POINTS} rates; take fewer "
-            f"points a decade. {EXAMPLE}"
-        )
+        raise _error(word, f"has more than {bounds.MAX_POINTS} rates; take fewer points a decade.")
     count = math.floor(decades * density + 1e-9) + 1 if decades else 1
     # Three digits, so that 1e-4:1e-2:2 is 1e-4, 3.16e-4, 1e-3, ... on every machine.
     return [float(f"{low * 10 ** (i / density):.3g}") for i in range(count)]
+
+
+def _error(word: str, fault: str) -> UsageError:
+    return UsageError(f"--learning-rates: {quote_value(word)} {fault} {EXAMPLE}")

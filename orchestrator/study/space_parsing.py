@@ -6,18 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.study.space import (
-    HYPERPARAMETERS,
-    INT_SETTING_RULE,
-    SIGNIFICANT_DIGITS,
-    VARIANT_HYPERPARAMETERS,
-    Dimension,
-    Hyperparameter,
-    Space,
-    Value,
-    VariantDefaults,
-    format_value,
-)
+from orchestrator.study import space
+from orchestrator.study.space import Dimension, Hyperparameter, Space, Value, VariantDefaults
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 EXAMPLE = "For example: learning_rate=log:1e-4:1e-2 rank=4,8,16 lora_plus.ratio=logint:1:64."
@@ -61,7 +51,7 @@ def parse_space(
         own = [d for d in found.values() if d.variant == variant]
         named = [key.rpartition(".")[2] for key in fixed_names if key.rpartition(".")[0] == variant]
         replaced = {n for n in (*(d.name for d in own), *named) if _find_hyperparameter(variant, n, defaults)}
-        missing = VARIANT_HYPERPARAMETERS - set(defaults(variant))
+        missing = space.VARIANT_HYPERPARAMETERS - set(defaults(variant))
         shared = [d for d in found.values() if not d.variant and d.name not in replaced | missing]
         dimensions[variant] = (*shared, *own)
     return Space(dimensions)
@@ -91,8 +81,8 @@ def parse_fixed_values(
 
 def _find_hyperparameter(variant: str, name: str, defaults: VariantDefaults) -> Hyperparameter | None:
     """Return the hyperparameter; None for a variant's own setting (ReLoRA has a `warmup` of its own)."""
-    is_variant_setting = variant and name in defaults(variant) and name not in VARIANT_HYPERPARAMETERS
-    return None if is_variant_setting else HYPERPARAMETERS[name]
+    is_variant_setting = variant and name in defaults(variant) and name not in space.VARIANT_HYPERPARAMETERS
+    return None if is_variant_setting else space.HYPERPARAMETERS[name]
 
 
 def _parse_argument(option: str, word: str, variants: Sequence[str], defaults: VariantDefaults) -> _Argument:
@@ -100,20 +90,23 @@ def _parse_argument(option: str, word: str, variants: Sequence[str], defaults: V
     key, found, text = word.partition("=")
     key = key.replace("-", "_")
     if not found or not key or not text:
-        form, example = "NAME=VALUE", "For example: weight_decay=0.01 lora_plus.ratio=4."
-        if option == "--space":
-            form, example = "NAME=SPEC", EXAMPLE
-        raise UsageError(f"{option} {word!r}: must be {form}. {example}")
+        rule = "must be NAME=VALUE. For example: weight_decay=0.01 lora_plus.ratio=4."
+        raise UsageError(
+            f"{option} {word!r}: {rule if option == '--set' else f'must be NAME=SPEC. {EXAMPLE}'}"
+        )
     variant, dot, name = key.rpartition(".")
     if dot and variant not in variants:
         hint = suggest_nearest(variant, variants)
         raise UsageError(f"{option} {key}: {variant!r} is not in this study. {hint}")
     if dot:
-        known = {*defaults(variant), *(HYPERPARAMETERS.keys() - VARIANT_HYPERPARAMETERS)}
+        known = {*defaults(variant), *(space.HYPERPARAMETERS.keys() - space.VARIANT_HYPERPARAMETERS)}
         if name not in known:
             raise UsageError(f"{option} {key}: {variant} has no {name!r}. {suggest_nearest(name, known)}")
-    elif key not in HYPERPARAMETERS:
-        known = {*HYPERPARAMETERS, *(f"{each}.{setting}" for each in variants for setting in defaults(each))}
+    elif key not in space.HYPERPARAMETERS:
+        known = {
+            *space.HYPERPARAMETERS,
+            *(f"{each}.{setting}" for each in variants for setting in defaults(each)),
+        }
         raise UsageError(f"{option}: no hyperparameter {key!r}. {suggest_nearest(key, known)}")
     hyperparameter = _find_hyperparameter(variant, name, defaults)
     default = None if hyperparameter else defaults(variant)[name]
@@ -147,7 +140,7 @@ class _Argument:
 
     @property
     def is_text(self) -> bool:
-        """Whether the values are names or true and false."""
+        """True if the values are names, or true and false."""
         return isinstance(self.default, (str, bool)) or bool(
             self.hyperparameter and self.hyperparameter.choices
         )
@@ -180,7 +173,7 @@ class _Argument:
         return value
 
     def _check_rule(self, text: str, value: Value) -> None:
-        rule = self.hyperparameter or (INT_SETTING_RULE if self.is_int else None)
+        rule = self.hyperparameter or (space.INT_SETTING_RULE if self.is_int else None)
         if rule and (broken := rule.find_violation(value)):
             hint = f" {suggest_nearest(text, rule.choices)}" if rule.choices else ""
             raise self.error(f"{text!r} {broken}.{hint}")
@@ -192,7 +185,7 @@ class _Argument:
     def _parse_interval(self) -> Dimension:
         if self.is_text:
             few = ",".join(self.hyperparameter.choices[:2]) if self.hyperparameter else self.default
-            example = f"{self.name}={format_value(few or '')}"
+            example = f"{self.name}={space.format_value(few or '')}"
             raise self.error(f"{self.name} has no range; take a choice, for example {example}.")
         *kinds, low_text, high_text = self.text.split(":")
         kind = ":".join(kinds)
@@ -214,7 +207,7 @@ class _Argument:
             raise self.error(f"{low_text!r} must be above 0 for a logarithm.")
         self._check_rule(low_text, low)
         self._check_rule(high_text, high)
-        digits = self.hyperparameter.significant_digits if self.hyperparameter else SIGNIFICANT_DIGITS
+        digits = self.hyperparameter.significant_digits if self.hyperparameter else space.SIGNIFICANT_DIGITS
         return Dimension(self.name, self.variant, low, high, log, has_integer_steps, self.is_int, digits)
 
     def _parse_choices(self) -> Dimension:

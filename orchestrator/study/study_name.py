@@ -51,10 +51,10 @@ def check_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> None:
     """
     near = nearest_valid_name(name, max_bytes)
     if name != near:
+        characters = f"1 to {max_bytes} bytes of printable characters, none of them '/' or '\\'"
+        ends = "with no '.', '-' or space at the start and no space at the end"
         raise UsageError(
-            f"--study {quote_value(name)}: must be 1 to {max_bytes} bytes of printable characters, none of "
-            f"them '/' or '\\', with no '.', '-' or space at the start and no space at the end; take "
-            f"{quote_value(near)}."
+            f"--study {quote_value(name)}: must be {characters}, {ends}; take {quote_value(near)}."
         )
 
 
@@ -84,8 +84,8 @@ def resolve_study_folder(name: str, output: Path, store: Path) -> Path:
     for taken in (store, output / DEFAULT_STORE_NAME):
         root = Path(os.path.realpath(taken))
         if real == root or any(real.is_relative_to(root / own) for own in STORE_FOLDERS):
+            fault = f"its folder, {found}, is one of the store's own"
             raise UsageError(
-                f"--study {quote_value(name)}: its folder, {found}, is one of the store's own; take another "
-                "--study, or another --output."
+                f"--study {quote_value(name)}: {fault}; take another --study, or another --output."
             )
     return found

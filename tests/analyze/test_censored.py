@@ -1,4 +1,4 @@
-"""Which points with stopped runs may be chosen."""
+"""Eligibility of points with stopped runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POINTS = st.lists(st.builds(PointOutcome, st.lists(SCORES, max_size=4), st.integ
 
 
 @pytest.mark.parametrize(
-    ("points", "may"),
+    ("points", "expected"),
     [
         ([([0.5, 0.5], 0), ([0.6, 0.6], 0)], [True, True]),
         ([([0.5, 0.5], 0), ([0.9], 1)], [True, False]),  # 0.45 is sure, 0.5 is known
@@ -27,9 +27,9 @@ POINTS = st.lists(st.builds(PointOutcome, st.lists(SCORES, max_size=4), st.integ
     ],
 )
 def test_a_point_with_stopped_runs_is_eligible_if_no_outcome_of_them_could_change_the_choice(
-    points: list[tuple[list[float], int]], may: list[bool]
+    points: list[tuple[list[float], int]], expected: list[bool]
 ) -> None:
-    assert eligible_points([PointOutcome(scores, stopped) for scores, stopped in points], 0.0) == may
+    assert eligible_points([PointOutcome(scores, stopped) for scores, stopped in points], 0.0) == expected
 
 
 def test_the_floor_is_the_tasks_own() -> None:
@@ -37,18 +37,18 @@ def test_the_floor_is_the_tasks_own() -> None:
     assert eligible_points(points, 0.3) == [True, True]
 
 
-@given(points=POINTS, ends=st.data())
+@given(points=POINTS, data=st.data())
 def test_the_choice_beats_every_complete_point_whatever_its_stopped_runs_would_have_scored(
-    points: list[PointOutcome], ends: st.DataObject
+    points: list[PointOutcome], data: st.DataObject
 ) -> None:
-    may = eligible_points(points, 0.0)
-    whole = [p.pessimistic_mean(0.0) for p in points if p.scores and not p.num_stopped]
-    for point, usable in zip(points, may, strict=True):
+    eligible = eligible_points(points, 0.0)
+    complete_means = [p.pessimistic_mean(0.0) for p in points if p.scores and not p.num_stopped]
+    for point, usable in zip(points, eligible, strict=True):
         if point.scores and not point.num_stopped:
             assert usable
         elif usable:
-            to_the_end = [ends.draw(SCORES) for _ in range(point.num_stopped)]
-            mean = (sum(point.scores) + sum(to_the_end)) / (len(point.scores) + point.num_stopped)
-            assert all(mean > other for other in whole)
+            final_scores = [data.draw(SCORES) for _ in range(point.num_stopped)]
+            mean = (sum(point.scores) + sum(final_scores)) / (len(point.scores) + point.num_stopped)
+            assert all(mean > other for other in complete_means)
     if any(point.num_stopped == 0 or max(point.scores) > 0.1 for point in points if point.scores):
-        assert any(may)
+        assert any(eligible)

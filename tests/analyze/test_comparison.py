@@ -41,9 +41,11 @@ def fresh(seeds: int = 10, diverged: int = 4, **more: Any) -> list[Record]:
         for s in range(seeds):
             noise = ((7 * s + 3 * len(variant)) % 5 - 2) / 500
             score = 0.9 + SHIFTS[variant] + noise
-            bad = variant == "lora-plus" and s < diverged
+            has_diverged = variant == "lora-plus" and s < diverged
             rate, alpha = chosen.configuration.optimizer.learning_rate, chosen.configuration.variant.alpha
-            found.append(record(variant, rate, 1000 + s, None if bad else score, alpha=alpha, **more))
+            found.append(
+                record(variant, rate, 1000 + s, None if has_diverged else score, alpha=alpha, **more)
+            )
     return found
 
 
@@ -178,9 +180,9 @@ def test_one_diverged_seed_removes_the_interval_and_adds_the_share_and_the_mean_
     (pair,) = [p for p in found.comparison.pairs if p.label == "lora-plus"]
     assert (pair.outcome, pair.interval, pair.p_differs) == ("undecided", None, None)
     assert verdict.undecided_text(pair) == "1 of 10 seeds diverged"
-    (told,) = [w for w in summary.warnings if "lora-plus: 1 of 10" in w]
-    assert "share 0.02 to 0.40" in told
-    assert "mean of the rest 0.7" in told
+    (warning,) = [w for w in summary.warnings if "lora-plus: 1 of 10" in w]
+    assert "share 0.02 to 0.40" in warning
+    assert "mean of the rest 0.7" in warning
     assert "up to 28% still may" in verdict.scope_text(found.comparison)
 
 
@@ -200,7 +202,7 @@ def test_a_comparison_without_its_first_stage_has_a_caveat(tmp_path: Path) -> No
     compared = replace(STUDY_FILE, baseline="lora", margin=0.01, tuning="gone")
     summary = write_report(compared, fresh(), tmp_path, DATABASE)
     assert summary.comparisons[0].chosen == {}
-    assert any("the choice of the first stage is not at hand" in w for w in summary.warnings)
+    assert any("the choice of the first stage is not available" in w for w in summary.warnings)
 
 
 def test_an_outlier_does_not_squeeze_the_other_variants_together() -> None:

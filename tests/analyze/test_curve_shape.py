@@ -31,7 +31,9 @@ def test_the_best_is_the_highest_and_the_lowest_rate_among_equals() -> None:
         ([None, 0.9, None], "yes"),  # stopped early on both sides: they lost
     ],
 )
-def test_bracketed(y: list[float | None], expected: str) -> None:
+def test_the_best_rate_is_bracketed_unless_an_end_of_the_grid_scores_the_same(
+    y: list[float | None], expected: str
+) -> None:
     best = curve_shape.best_index(y)
     assert best is not None
     assert curve_shape.bracket_status(y, best) == expected
@@ -58,9 +60,9 @@ def test_the_score_is_linear_between_rates_and_unknown_beside_a_stopped_one() ->
 
 def test_width_by_hand() -> None:
     # best .8 at -2; .7 is crossed a quarter of the way to .4 and an eighth of the way to 0
-    found, at_least = curve_shape.width(X, [0.0, 0.4, 0.8, 0.0], 2, 0.7)
+    found, is_lower_bound = curve_shape.width(X, [0.0, 0.4, 0.8, 0.0], 2, 0.7)
     assert found == pytest.approx(0.25 + 0.125)
-    assert not at_least
+    assert not is_lower_bound
 
 
 def test_a_width_up_to_the_end_of_the_grid_or_a_stopped_rate_is_a_lower_bound() -> None:
@@ -104,13 +106,13 @@ def test_half_decade_regret_integrates_through_every_rate_in_its_range() -> None
     assert curve_shape.mean_regret(x, y, 3) == (pytest.approx(expected, abs=1e-6), pytest.approx(1.0))
 
 
-def test_cliff() -> None:
-    y, nobody = [0.2, 0.8, 0.5, 0.1], [0.0] * 4
-    assert curve_shape.cliff_index(y, nobody, 1, 0.0) == 3
-    assert curve_shape.cliff_index(y, nobody, 1, 0.2) == 2  # half way down to a higher floor
+def test_the_cliff_is_the_first_rate_above_the_best_at_which_training_breaks_down() -> None:
+    y, no_divergence = [0.2, 0.8, 0.5, 0.1], [0.0] * 4
+    assert curve_shape.cliff_index(y, no_divergence, 1, 0.0) == 3
+    assert curve_shape.cliff_index(y, no_divergence, 1, 0.2) == 2  # half way down to a higher floor
     assert curve_shape.cliff_index(y, [0.0, 0.0, 0.67, 1.0], 1, 0.0) == 2
-    assert curve_shape.cliff_index([0.2, 0.8, 0.7], nobody, 1, 0.0) is None
-    assert curve_shape.cliff_index([0.0, 0.0, 0.0], nobody, 0, 0.0) is None  # nothing was learned
+    assert curve_shape.cliff_index([0.2, 0.8, 0.7], no_divergence, 1, 0.0) is None
+    assert curve_shape.cliff_index([0.0, 0.0, 0.0], no_divergence, 0, 0.0) is None  # nothing was learned
 
 
 @given(curves, st.integers(1, 32).map(lambda n: n / 64), st.integers(-8, 8))

@@ -100,15 +100,15 @@ def test_a_variant_that_scores_the_same_at_both_ends_has_no_best_rate() -> None:
         panel
     )
     assert {c.label: formatting.best_rate_text(c) for c in panel.curves}["head_only"] == "flat"
-    told = " ".join(caveats.panel_caveats(panel))
-    assert "no best rate, the score is the same at both ends of the grid: head_only" in told
+    panel_caveats = " ".join(caveats.panel_caveats(panel))
+    assert "no best rate, the score is the same at both ends of the grid: head_only" in panel_caveats
     assert "No variant of letters" in formatting.answer(summarize(flat).panels[0])
 
 
-# --- words
+# --- numbers and commands
 
 
-def test_rates_read_short_and_exactly() -> None:
+def test_rates_are_short_and_exact_rates_read_back_as_the_same_number() -> None:
     assert [formatting.rate(r) for r in (3e-4, 0.01, 1.1247e-5, 1.0)] == ["3e-4", "1e-2", "1.12e-5", "1e0"]
     assert formatting.exact_rate(3e-4) == "3e-4"
     assert float(formatting.exact_rate(1.1247e-5)) == 1.1247e-5
@@ -116,21 +116,21 @@ def test_rates_read_short_and_exactly() -> None:
 
 
 def test_the_command_is_narrowed_and_other_options_stay() -> None:
-    found = formatting.narrow_command(
+    narrowed = formatting.narrow_command(
         STUDY_FILE.command, "hira", [1e-1], {"rank": 16, "steps_horizon": 80, "floor": 0.0}
     )
     expected = "--dry-run --seeds 3 --variants hira --learning-rates 1e-1 --rank 16 --steps 80"
-    assert found == f"python experiments/lr_sensitivity.py {expected}"
+    assert narrowed == f"python experiments/lr_sensitivity.py {expected}"
 
 
 def test_the_command_for_a_part_of_a_two_stage_study_is_that_of_the_plain_script() -> None:
     command = "python experiments/tuned_comparison.py --dry-run --confirm-seeds 5 --seeds 2 --margin 0.02"
-    found = formatting.narrow_command(command, "hira", [1e-1], {})
+    narrowed = formatting.narrow_command(command, "hira", [1e-1], {})
     options = "--dry-run --seeds 2 --variants hira --learning-rates 1e-1"
-    assert found == f"python experiments/lr_sensitivity.py {options}"
+    assert narrowed == f"python experiments/lr_sensitivity.py {options}"
 
 
-# --- the pictures
+# --- the plots
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,11 @@ def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
 
 def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
     records = [record(v) for v in ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")]
-    looks = style.curve_styles(summarize(records))
-    assert looks["lora"].colour == "#000000"
-    assert len({look.colour for look in looks.values()}) == len({look.marker for look in looks.values()}) == 8
+    styles = style.curve_styles(summarize(records))
+    assert styles["lora"].colour == "#000000"
+    assert (
+        len({each.colour for each in styles.values()}) == len({each.marker for each in styles.values()}) == 8
+    )
 
 
 # --- the report
@@ -260,16 +262,16 @@ def test_every_row_has_its_command(of_study: tuple[Path, Page]) -> None:
 def test_unfinished_runs_are_listed_with_reason_and_fingerprint_and_no_text_becomes_markup(
     tmp_path: Path,
 ) -> None:
-    evil = "<script>alert(1)</script>"
-    failed = record(seed=8, validation=None, state="failed", reason=f"out of memory {evil}")
+    markup = "<script>alert(1)</script>"
+    failed = record(seed=8, validation=None, state="failed", reason=f"out of memory {markup}")
     stopped = record(seed=9, validation=0.1, state="stopped", reason="ASHA at step 30")
     records = [*study(), failed, stopped]
     missing = tuple(f"{i:064x}" for i in range(12))
-    about: dict[str, Any] = {"name": evil, "question": "a & b < c", "configurations": missing}
-    _, page, numbers = written(tmp_path, records, notes=(evil,), **about)
+    about: dict[str, Any] = {"name": markup, "question": "a & b < c", "configurations": missing}
+    _, page, numbers = written(tmp_path, records, notes=(markup,), **about)
     assert "script" not in page.tags
     assert "a & b < c" in page.text
-    for text in (f"out of memory {evil}", "ASHA at step 30", "smoothed training loss", "12 pending"):
+    for text in (f"out of memory {markup}", "ASHA at step 30", "smoothed training loss", "12 pending"):
         assert text in page.text
     for ended in (failed, stopped):
         assert ended.fingerprint[:12] in page.text

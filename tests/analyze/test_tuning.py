@@ -1,4 +1,4 @@
-"""What tuning chooses, for grids and searches, and how the choice is saved."""
+"""The choice of tuning, for grids and searches, and the file that keeps it."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_choice_is_read_back_from_its_file(tmp_path: Path) -> None:
     assert selection.read_choice(tmp_path, TunedChoice) == kept
 
 
-# --- kept
+# --- the file
 
 
 def test_a_choice_is_made_once(tmp_path: Path) -> None:
@@ -197,5 +197,7 @@ def test_a_search_is_one_table_with_everything_it_varied(tmp_path: Path) -> None
     (found,) = summary.searches[0].variants
     assert found.best is not None
     assert found.best.settings == {"learning_rate": 2.47e-2, "rank": 8}
-    assert [p.learning_rate for p in found.points] == [1.12e-1, 2.47e-2, 1.34e-3], "as they were begun"
+    assert [p.learning_rate for p in found.points] == [1.12e-1, 2.47e-2, 1.34e-3], (
+        "in the order of their start"
+    )
     assert found.states == {"diverged": 1, "finished": 2}

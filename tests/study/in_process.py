@@ -16,7 +16,7 @@ from orchestrator.util import graceful_interrupts
 
 ROOT = Path(__file__).parents[2]
 ORCHESTRATOR = ROOT / "orchestrator" / "__main__.py"
-"""What `python -m orchestrator` runs."""
+"""The script that `python -m orchestrator` runs."""
 SWEEP = ROOT / "experiments" / "lr_sensitivity.py"
 
 

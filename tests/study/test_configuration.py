@@ -28,18 +28,18 @@ POINT = Configuration(
 )
 
 
-def test_the_fingerprint_is_what_it_was() -> None:
-    """Every record anybody holds is filed under it: a change here orphans them all."""
+def test_the_fingerprint_does_not_change() -> None:
+    """Records are named by the fingerprint, so a change would make all existing records unfindable."""
     assert POINT.fingerprint == "e1661b66add80704f17b90882cae382b8af77d7b2de0cabbe00f3de05369c0ed"
 
 
-def test_the_fields_of_today_leave_points_of_earlier_numerics_recognizable() -> None:
+def test_new_fields_do_not_change_fingerprints_of_earlier_numerics() -> None:
     """A search of an earlier version is refused because the numerics were raised, and for no other reason."""
     before = replace(POINT, loop_numerics=1)
     assert before.fingerprint == "f3772e6fc07e41559cc1d7750e25c3ee629eec7975b9e1217315539f66130eb1"
 
 
-def test_it_survives_json_and_pickle() -> None:
+def test_a_configuration_survives_json_and_pickle() -> None:
     for copy in (
         Configuration.from_json(json.loads(canonical_json(POINT.to_json()))),
         pickle.loads(pickle.dumps(POINT)),
@@ -48,20 +48,20 @@ def test_it_survives_json_and_pickle() -> None:
         assert copy.fingerprint == POINT.fingerprint
 
 
-def test_one_value_has_one_fingerprint_however_it_is_spelt() -> None:
-    spelt = replace(POINT, variant=replace(POINT.variant, alpha=16))  # an int where a float is meant
-    assert spelt.fingerprint == POINT.fingerprint
+def test_equal_values_of_different_types_have_one_fingerprint() -> None:
+    with_int = replace(POINT, variant=replace(POINT.variant, alpha=16))  # an int where a float is meant
+    assert with_int.fingerprint == POINT.fingerprint
 
 
-def test_a_head_that_learns_as_all_the_rest_does_is_no_other_configuration() -> None:
-    typed = replace(POINT, optimizer=OptimizerConfig(1e-3, head_learning_rate=1e-3))
-    assert typed.fingerprint == POINT.fingerprint
+def test_a_head_learning_rate_equal_to_the_learning_rate_changes_no_fingerprint() -> None:
+    with_head_rate = replace(POINT, optimizer=OptimizerConfig(1e-3, head_learning_rate=1e-3))
+    assert with_head_rate.fingerprint == POINT.fingerprint
 
 
-def test_a_base_is_known_by_its_content_whatever_it_is_called() -> None:
-    elsewhere = replace(POINT, model=replace(POINT.model, name="/models/letters"))
-    assert elsewhere.fingerprint == POINT.fingerprint
-    assert elsewhere.group_key == POINT.group_key
+def test_a_base_model_is_identified_by_its_content_and_not_by_its_name() -> None:
+    renamed = replace(POINT, model=replace(POINT.model, name="/models/letters"))
+    assert renamed.fingerprint == POINT.fingerprint
+    assert renamed.group_key == POINT.group_key
 
 
 CHANGES = {
@@ -88,23 +88,23 @@ CHANGES = {
     "loop numerics": replace(POINT, loop_numerics=POINT.loop_numerics + 1),
     "the base's dropout": replace(POINT, base_dropout="on"),
 }
-MAY_DIFFER_IN_A_PACK = {
+MAY_DIFFER_IN_A_LANE_GROUP = {
     "learning rate", "the head's rate", "decay", "alpha", "schedule", "horizon", "seed", "divergence rule",
     "evaluations",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_whatever_changes_the_numbers_changes_the_fingerprint(what: str) -> None:
-    assert CHANGES[what].fingerprint != POINT.fingerprint
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_field_that_changes_the_numbers_changes_the_fingerprint(change: str) -> None:
+    assert CHANGES[change].fingerprint != POINT.fingerprint
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_pack_holds_what_has_the_same_tensors(what: str) -> None:
-    assert (CHANGES[what].group_key == POINT.group_key) == (what in MAY_DIFFER_IN_A_PACK)
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_group_key_changes_with_everything_that_may_not_differ_in_a_lane_group(change: str) -> None:
+    assert (CHANGES[change].group_key == POINT.group_key) == (change in MAY_DIFFER_IN_A_LANE_GROUP)
 
 
-def test_the_flat_view_names_every_hyperparameter_once() -> None:
+def test_every_field_is_in_a_column() -> None:
     flat = POINT.to_columns()
     assert flat["variant"] == "lora"
     assert flat["learning_rate"] == 1e-3

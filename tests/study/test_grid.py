@@ -51,7 +51,7 @@ def test_a_block_takes_as_many_seeds_as_fill_a_lane_group() -> None:
 
 
 @given(st.lists(st.integers(0, 23), unique=True), st.integers(1, 9))
-def test_the_order_loses_nothing_and_does_not_depend_on_how_it_was_given(
+def test_the_training_order_has_all_configurations_and_does_not_depend_on_the_input_order(
     chosen: list[int], lanes: int
 ) -> None:
     points = build_grid(TEMPLATES, (1e-3, 1e-2), range(4))

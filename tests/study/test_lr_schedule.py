@@ -20,7 +20,7 @@ schedules = st.builds(
 
 
 @given(schedules)
-def test_rises_from_zero_to_the_peak_then_never_rises(schedule: LRSchedule) -> None:
+def test_the_factor_rises_from_zero_to_the_peak_and_never_rises_afterwards(schedule: LRSchedule) -> None:
     factors = [lr_factor(schedule, step) for step in range(schedule.steps)]
     warm = warmup_steps(schedule)
     assert all(0 <= f <= 1 for f in factors)
@@ -33,7 +33,7 @@ def test_rises_from_zero_to_the_peak_then_never_rises(schedule: LRSchedule) -> N
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("steps", "warmup"), [(20, 0.2), (60, 0.05), (1562, 0.03), (5, 0.0), (7, 0.99)])
-def test_as_transformers_schedules(name: str, steps: int, warmup: float) -> None:
+def test_the_factors_are_those_of_transformers_schedules(name: str, steps: int, warmup: float) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     schedule = LRSchedule(steps, name, warmup)  # type: ignore[arg-type]
@@ -76,6 +76,6 @@ def test_warmup_is_rounded_up_but_not_by_rounding_errors() -> None:
 
 
 @pytest.mark.parametrize("step", [-1, 10])
-def test_refuses_steps_outside(step: int) -> None:
+def test_a_step_outside_the_schedule_is_an_error(step: int) -> None:
     with pytest.raises(ValueError, match="outside"):
         lr_factor(LRSchedule(steps=10), step)

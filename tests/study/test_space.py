@@ -1,4 +1,4 @@
-"""What can be typed as a space, and that whatever is drawn from one lies in it and makes a configuration."""
+"""Parsing of search spaces; every point drawn from a space lies in it and makes a configuration."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_the_learning_rate_goes_from_the_lowest_to_the_highest_of_the_grid_unles
     assert parsed("rank=4,8")["lora"] == ["learning_rate=log:0.0001:0.1", "rank=4,8"]
 
 
-def test_what_a_variant_does_not_have_is_left_out_of_its_space() -> None:
+def test_a_hyperparameter_that_a_variant_lacks_is_left_out_of_its_space() -> None:
     found = parsed("rank=8,4,16", "alpha=log:4:64", "weight_decay=0:0.1")
     assert found["lora"][1:] == ["rank=4,8,16", "alpha=log:4:64", "weight_decay=0:0.1"]
     assert found["hira"][1:] == ["rank=4,8,16", "weight_decay=0:0.1"]
     assert found["full"][1:] == ["weight_decay=0:0.1"]
 
 
-def test_a_variants_name_in_front_is_for_it_alone() -> None:
+def test_a_name_with_a_variant_in_front_applies_to_that_variant_alone() -> None:
     found = parsed("rank=4,8", "lora.rank=int:2:16", "relora.merges=1,2,3", "pissa.svd=exact,fast")
     assert found["lora"][1:] == ["lora.rank=int:2:16"]
     assert found["relora"][1:] == ["rank=4,8", "relora.merges=1,2,3"]
@@ -174,23 +174,23 @@ def inside(dimension: Dimension, value: Value) -> bool:
 
 
 @given(st.lists(SPECS, max_size=4, unique_by=lambda w: w.partition("=")[0]), st.integers(0, 2**30))
-def test_every_draw_lies_in_the_space_and_is_what_the_report_will_say(words: list[str], seed: int) -> None:
+def test_every_draw_lies_in_the_space_and_its_spelling_is_its_value(words: list[str], seed: int) -> None:
     found = parse_space(words, VARIANTS, own, RATES)
     again = [f"{d.key}={d.spec_text}" for d in found.dimensions]
     assert parse_space(again, VARIANTS, own, RATES).variants == found.variants, (
-        "a space's own words say it again"
+        "the text of a space parses to the same space"
     )
-    drawing = random.Random(seed)
+    rng = random.Random(seed)
     for variant, dimensions in found.variants.items():
         values: dict[str, Value] = {}
         for d in dimensions:
             if d.choices:
-                values[d.key] = drawing.choice(d.choices)
+                values[d.key] = rng.choice(d.choices)
             elif d.has_integer_steps:
-                values[d.key] = d.to_value(drawing.randint(int(d.low), int(d.high)))
+                values[d.key] = d.to_value(rng.randint(int(d.low), int(d.high)))
             else:
                 low, high = (math.log(d.low), math.log(d.high)) if d.log else (d.low, d.high)
-                number = drawing.uniform(low, high)
+                number = rng.uniform(low, high)
                 values[d.key] = d.to_value(min(d.high, max(d.low, math.exp(number) if d.log else number)))
             assert inside(d, values[d.key]), (d, values[d.key])
         point = apply_values(template(variant), values)

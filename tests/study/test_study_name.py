@@ -1,4 +1,4 @@
-"""Where a study's folder may be."""
+"""Checks of the name and folder of a study."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from orchestrator.util.errors import UsageError
 
 
 @pytest.mark.parametrize("store", ["out", ".", "out/store"])
-def test_studies_may_lie_beside_the_folders_of_a_store_and_not_in_them(store: str, tmp_path: Path) -> None:
+def test_a_study_folder_may_be_beside_the_folders_of_a_store_but_not_inside_them(
+    store: str, tmp_path: Path
+) -> None:
     made = Store(tmp_path / store)
     output = tmp_path / "out"
     assert study_name.resolve_study_folder("mine", output, made.root) == output / "mine"
@@ -25,7 +27,7 @@ def test_studies_may_lie_beside_the_folders_of_a_store_and_not_in_them(store: st
         study_name.resolve_study_folder(made.root.name, made.root.parent, made.root)
 
 
-def test_a_name_of_the_most_bytes_has_room_for_a_stages_ending(tmp_path: Path) -> None:
+def test_the_longest_name_leaves_room_for_the_suffix_of_a_stage(tmp_path: Path) -> None:
     name = "x" * study_name.MAX_NAME_BYTES
     study_name.check_name(name)
     assert (

@@ -1,1 +1,1 @@
-"""The pictures of a report."""
+"""The plots of a report."""

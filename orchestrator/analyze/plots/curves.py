@@ -1,4 +1,4 @@
-"""The picture of a grid: score over learning rate. Drawn without pyplot, which has global state."""
+"""The plot of a grid: score over learning rate. Drawn without pyplot, which has global state."""
 
 from __future__ import annotations
 

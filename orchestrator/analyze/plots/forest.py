@@ -1,4 +1,4 @@
-"""The picture of a tuned comparison: the difference of every variant from the tuned baseline."""
+"""The plot of a tuned comparison: the difference of every variant from the tuned baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of a search: the score of its points, and the best score as points are added."""
+"""The plot of a search: the score of its points, and the best score as points are added."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _plot_running_best(axes: Axes, search: SearchResult, styles: Mapping[str, Cu
             axes.plot(len(best), best[-1], look.marker, color=look.colour, markersize=7, zorder=4)
     axes.set_xlim(0.5, max((len(v.points) for v in search.variants), default=1) + 0.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("points of each variant, as they were begun")
+    axes.set_xlabel("points of each variant, in the order of their start")
     axes.set_title("best so far", pad=10)
 
 

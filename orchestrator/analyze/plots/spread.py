@@ -1,4 +1,4 @@
-"""The picture of what one common learning rate hides: test scores there and at each variant's best rate."""
+"""The plot of test scores at one common learning rate and at each variant's own best rate."""
 
 from __future__ import annotations
 

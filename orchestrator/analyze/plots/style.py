@@ -1,4 +1,4 @@
-"""What all pictures of a report share: colours, markers, layout and the PNG."""
+"""Colours, markers, layout and PNG output, shared by all plots of a report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RC_PARAMS: Any = {
 
 @dataclass(frozen=True)
 class CurveStyle:
-    """How one curve is drawn."""
+    """Colour and marker of a curve."""
 
     colour: str
     marker: str
