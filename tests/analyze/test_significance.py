@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from orchestrator.analyze import significance
+from orchestrator.analyze import power
 from orchestrator.analyze.power import dunnett_critical_value, minimum_detectable_effect
 from orchestrator.analyze.significance import Comparison, PairedComparison, SeedScore, compare_to_baseline
 
@@ -197,7 +197,7 @@ def test_pairing_helps_where_seeds_differ_by_more_than_the_noise() -> None:
 @pytest.fixture
 def no_seeds_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip `seeds_to_decide`, which takes most of a comparison's time and is not simulated."""
-    monkeypatch.setattr(significance, "seeds_needed", lambda *_: None)
+    monkeypatch.setattr(power, "seeds_needed", lambda *_: None)
 
 
 def simulated(draws: int, n: int, spreads: Sequence[float], seed: int) -> tuple[float, float, float]:
