@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from points import configuration
 from ray.cluster_utils import Cluster
-from test_broker_core import configuration
 
 from orchestrator.execution.rungs import (
     evaluation_index,
