@@ -88,12 +88,12 @@ class _SimulatedLaneGroup:
         self.data = SimpleNamespace(untrained=untrained)
         self.curves: dict[str, SimulatedCurve] = {}
 
-    def backward(self, lanes: Sequence[Lane]) -> Sequence[Lane]:
+    def backward(self, lanes: Sequence[Lane]) -> tuple[()]:
         time.sleep(self.seconds_per_step)
         for lane in lanes:
             for parameter in lane.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
-        return lanes
+        return ()
 
     def reduce_gradients(self, lanes: Sequence[Lane]) -> list[BackwardResult]:
         steps = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]

@@ -1,4 +1,4 @@
-"""Classifies an error by its cause: the lane, or the memory, the device or the disk of the machine."""
+"""Classification of errors by cause: the lane, or the memory, the device or the disk of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Fault(StrEnum):
     """The cause of an error."""
 
     LANE = "lane"
-    """The lane, or unknown."""
+    """The lane itself, or an unknown cause."""
     MEMORY = "memory"
     """Out of memory, on the device or on the host; fewer lanes may fit."""
     DEVICE = "device"
@@ -33,7 +33,7 @@ class Fault(StrEnum):
 
 
 class BrokenKind(StrEnum):
-    """Why a trainer's process can train no more lanes."""
+    """The reason for which a trainer's process can train no more lanes."""
 
     DEVICE_LOST = "device lost"
     """The process has lost its device, as after a CUDA error."""
@@ -42,7 +42,7 @@ class BrokenKind(StrEnum):
 
 
 class TrainerBrokenError(RuntimeError):
-    """The trainer's process can train no more lanes, whichever it leases.
+    """The trainer's process can train no more lanes of any configuration.
 
     Args:
         reason: The cause, in one line.
@@ -62,7 +62,7 @@ class StoreFullError(RuntimeError):
 
 
 def classify_error(error: BaseException) -> Fault:
-    """Return the cause of an error, looked for also in the errors from which it was raised."""
+    """Return the cause of an error, taken from the errors that caused it if its own type does not tell."""
     import torch
 
     known = getattr(error, "fault", None)
@@ -74,10 +74,9 @@ def classify_error(error: BaseException) -> Fault:
             return Fault.DISK
         if error.errno == errno.ENOMEM:
             return Fault.MEMORY
-    elif isinstance(error, SafetensorError) and any(
-        f"(os error {code})" in message for code in DISK_FULL_ERRNOS
-    ):
-        return Fault.DISK
+    elif isinstance(error, SafetensorError):
+        if any(f"(os error {code})" in message for code in DISK_FULL_ERRNOS):
+            return Fault.DISK
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return Fault.MEMORY
     elif isinstance(error, RuntimeError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.util.redaction import redact_secrets
@@ -63,25 +63,20 @@ class WorkersOutOfSyncError(RuntimeError):
     """The workers have called different collective operations, so the trainer cannot continue."""
 
 
-class ProcessGroup(Protocol):
-    """The collective operations that the loop uses. All workers must call them in the same order."""
+class ProcessGroup:
+    """The collective operations that the loop uses, for a single worker; `TorchProcessGroup` is for several.
 
-    @property
-    def rank(self) -> int:
-        """This worker's rank, from 0."""
-        ...
+    All workers must call them in the same order.
+    """
 
-    @property
-    def world_size(self) -> int:
-        """The number of workers."""
-        ...
+    rank, world_size = 0, 1
 
     def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
         """Return on every worker the result of `compute` on rank 0; the others do not call it.
 
         An error of `compute` is raised on rank 0 as it is, and as a WorkerError on the others.
         """
-        ...
+        return compute()
 
     def all_gather(self, value: T) -> list[T]:
         """Return the values of all workers, by rank.
@@ -89,7 +84,7 @@ class ProcessGroup(Protocol):
         Raises:
             WorkerError: A worker raised an error before it called this method.
         """
-        ...
+        return [value]
 
     def run_on_all(self, work: Callable[[], T]) -> T:
         """Run `work` on every worker and return this worker's result once all have succeeded.
@@ -97,32 +92,6 @@ class ProcessGroup(Protocol):
         Raises:
             WorkerError: `work` raised an error on one of the workers.
         """
-        ...
-
-    def all_reduce_(self, tensor: Tensor) -> None:
-        """Replace the tensor by the sum over all workers, which is bit-identical on all of them."""
-        ...
-
-    def broadcast_(self, tensor: Tensor) -> None:
-        """Replace the tensor, of any dtype, by the tensor of rank 0."""
-        ...
-
-
-class SingleProcessGroup:
-    """The process group of a single worker."""
-
-    rank, world_size = 0, 1
-
-    def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
-        """See `ProcessGroup`."""
-        return compute()
-
-    def all_gather(self, value: T) -> list[T]:
-        """See `ProcessGroup`."""
-        return [value]
-
-    def run_on_all(self, work: Callable[[], T]) -> T:
-        """See `ProcessGroup`."""
         try:
             return work()
         except WorkerError:
@@ -131,13 +100,16 @@ class SingleProcessGroup:
             raise WorkerError.from_exception(error) from error
 
     def all_reduce_(self, tensor: Tensor) -> None:
-        """See `ProcessGroup`."""
+        """Replace the tensor by the sum over all workers, which is bit-identical on all of them."""
 
     def broadcast_(self, tensor: Tensor) -> None:
-        """See `ProcessGroup`."""
+        """Replace the tensor, of any dtype, by the tensor of rank 0."""
 
 
-class TorchProcessGroup:
+SINGLE_PROCESS_GROUP = ProcessGroup()
+
+
+class TorchProcessGroup(ProcessGroup):
     """The process group of an initialised torch.distributed.
 
     Tensors are sent with its backend, Python objects with gloo, so that they do not wait for the GPU.
@@ -166,10 +138,6 @@ class TorchProcessGroup:
             raise payload[0]
         return payload[0]
 
-    def all_gather(self, value: T) -> list[T]:
-        """See `ProcessGroup`."""
-        return self._all_gather("a value", value)
-
     def run_on_all(self, work: Callable[[], T]) -> T:
         """See `ProcessGroup`."""
         try:
@@ -177,9 +145,9 @@ class TorchProcessGroup:
         except (WorkerError, WorkersOutOfSyncError):  # raised by a collective operation, so on all workers
             raise
         except Exception as error:
-            # The others receive the error in their next `_all_gather`: inside `work`, or the one below.
-            self._all_gather("", WorkerError.from_exception(error))
-        self._all_gather("the end of an attempt", None)
+            # The others receive the error in their next `all_gather`: inside `work`, or the one below.
+            self.all_gather(WorkerError.from_exception(error))
+        self.all_gather(None, "the end of an attempt")
         return result
 
     def all_reduce_(self, tensor: Tensor) -> None:
@@ -190,7 +158,8 @@ class TorchProcessGroup:
         """See `ProcessGroup`."""
         self._distributed.broadcast(tensor, src=0)
 
-    def _all_gather(self, call_site: str, value: T) -> list[T]:
+    def all_gather(self, value: T, call_site: str = "a value") -> list[T]:
+        """See `ProcessGroup`; `call_site` must be the same on all workers."""
         gathered: list[Any] = [None] * self.world_size
         self._distributed.all_gather_object(gathered, (call_site, value), group=self._object_group)
         for _, received in gathered:
@@ -200,6 +169,3 @@ class TorchProcessGroup:
         if len(set(call_sites)) > 1:
             raise WorkersOutOfSyncError(f"the trainer's workers are at {', '.join(call_sites)}")
         return [received for _, received in gathered]
-
-
-SINGLE_PROCESS_GROUP = SingleProcessGroup()

@@ -58,7 +58,7 @@ def _distilbert(config: Mapping[str, Any]) -> Any:
 
 
 def _deberta_v1(config: Mapping[str, Any]) -> Any:
-    """As microsoft/deberta-base."""
+    """Return a small model with the architecture of microsoft/deberta-base."""
     from transformers import DebertaConfig, DebertaForMaskedLM
 
     special = {"relative_attention": True, "max_relative_positions": -1, "pos_att_type": "c2p|p2c"}
@@ -68,7 +68,7 @@ def _deberta_v1(config: Mapping[str, Any]) -> Any:
 
 
 def _deberta(config: Mapping[str, Any]) -> Any:
-    """As microsoft/deberta-v3-base."""
+    """Return a small model with the architecture of microsoft/deberta-v3-base."""
     from transformers import DebertaV2Config, DebertaV2ForMaskedLM
 
     special = {"relative_attention": True, "max_relative_positions": -1, "pos_att_type": "p2c|c2p"}
@@ -78,12 +78,12 @@ def _deberta(config: Mapping[str, Any]) -> Any:
 
 
 def _deberta_conv(config: Mapping[str, Any]) -> Any:
-    """As microsoft/deberta-v2-xlarge."""
+    """Return a small model with the architecture of microsoft/deberta-v2-xlarge."""
     return _deberta({"conv_kernel_size": 3, "conv_act": "gelu", **config})
 
 
 def _bytes(begin: str, pad: str, end: str, unknown: str, mask: str) -> dict[str, int]:
-    """Byte-level BPE without merges: it has every text."""
+    """Return a vocabulary of byte-level BPE without merges, which can encode every text."""
     from tokenizers import pre_tokenizers
 
     words = (begin, pad, end, unknown, *sorted(pre_tokenizers.ByteLevel.alphabet()), mask)

@@ -64,7 +64,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What one worker observed; `weights` maps a lane to all its final parameters in one tensor."""
+    """The observations of one worker; `weights` maps a lane to all its final parameters in one tensor."""
 
     raised: str
     reports: list[tuple[str, int]]

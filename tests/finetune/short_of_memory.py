@@ -1,7 +1,7 @@
-"""Trains lane groups that run out of memory, in a process of their own, and writes what became of them.
+"""Lane groups that run out of memory, trained in a process of their own that writes the results to a file.
 
-The kernel limits the address space of that process, to a size between the peak of half of the lanes and that
-of all lanes.
+The kernel limits the address space of that process to a size between the peak of half of the lanes and the
+peak of all lanes.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 from pyarrow import ipc
 
-from orchestrator.finetune.data.arrow_rows import to_record_batch
 from orchestrator.util import atomic_files
 from orchestrator.util.canonical_json import canonical_json
 from orchestrator.util.errors import UsageError
@@ -36,13 +34,8 @@ from orchestrator.util.keyed_folder import KeyedFolder
 
 T = TypeVar("T")
 
-TEXT, BYTES, INTEGER, INTEGER_LIST, FLOAT_LIST = (
-    pa.large_string(),
-    pa.large_binary(),
-    pa.int32(),
-    pa.large_list(pa.int32()),
-    pa.large_list(pa.float64()),
-)
+TEXT, BYTES, INTEGER = pa.large_string(), pa.large_binary(), pa.int32()
+INTEGER_LIST, FLOAT_LIST = pa.large_list(pa.int32()), pa.large_list(pa.float64())
 RECORD_BATCH_ROWS = 4096
 """The number of rows in a record batch without image files."""
 IMAGE_RECORD_BATCH_ROWS = 128
@@ -60,15 +53,15 @@ class ArrowFile(Generic[T]):
         folder: The cache folder; it need not exist.
         suffix: The end of the file name: "examples" or "rows".
         cache_key: JSON values that decide the content of the file. "task" and "split" are among them.
-        columns: The name and Arrow type of each column, in the order of the dataclass's fields.
-        make_view: Makes a sequence of values from the record batches of the file.
+        columns: The name and Arrow type of each column.
+        make_view: Makes a sequence of values from the table in the file.
     """
 
     folder: Path
     suffix: str
     cache_key: Mapping[str, Any]
     columns: Mapping[str, Any]
-    make_view: Callable[[Sequence[Any]], Sequence[T]]
+    make_view: Callable[[pa.Table], Sequence[T]]
 
     @property
     def schema(self) -> Any:
@@ -83,24 +76,24 @@ class ArrowFile(Generic[T]):
 
     def read(self) -> Sequence[T] | None:
         """Return the values, None if the file does not exist or is not what was written."""
-        batches = read_verified_batches(self.path, self.schema)
-        return None if batches is None else self.make_view(batches)
+        table = read_verified_table(self.path, self.schema)
+        return None if table is None else self.make_view(table)
 
-    def read_or_create(self, make_values: Callable[[], Iterable[object]]) -> Sequence[T]:
+    def read_or_create(self, make_rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Sequence[T]:
         """Return the values of the file, which is created first if necessary.
 
         One process creates the file while others wait. Where storage has no locks across nodes, two nodes may
         create it at once: each of their files is complete, and the first one is kept.
 
         Args:
-            make_values: Makes the dataclass instances to store.
+            make_rows: Makes the rows to store, each with its values by column.
 
         Raises:
             UsageError: A value cannot be stored in its column.
         """
 
         def create() -> Sequence[T]:
-            with self._write_temporary_file(make_values()) as source:
+            with self._write_temporary_file(make_rows()) as source:
                 # An existing file is either damaged or the whole one of another node that was faster.
                 if not atomic_files.link_if_absent(source, self.path) and self.read() is None:
                     with atomic_files.add_path_to_disk_errors(self.path):
@@ -112,28 +105,23 @@ class ArrowFile(Generic[T]):
         return KeyedFolder(self.folder).get_or_create(self.cache_key["task"], self.read, create)
 
     @contextmanager
-    def _write_temporary_file(self, values: Iterable[object]) -> Iterator[Path]:
-        """Yield a synced file with the values, and remove it afterwards.
-
-        `record/gc.py` knows the form of its name and removes files that a killed process left behind.
-        """
-        temporary_file = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+    def _write_temporary_file(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Path]:
+        """Yield a synced file with the rows, and remove it afterwards."""
+        temporary_file = atomic_files.temporary_path(self.path)
         try:
-            with temporary_file.open("xb") as file:
-                with ipc.new_file(file, self.schema) as writer:
-                    self._write_batches(writer, iter(values))
-                file.flush()
-                os.fsync(file.fileno())
+            with temporary_file.open("xb") as file, ipc.new_file(file, self.schema) as writer:
+                self._write_batches(writer, iter(rows))
+            atomic_files.sync_file(temporary_file)
             yield temporary_file
         finally:
             temporary_file.unlink(missing_ok=True)
 
-    def _write_batches(self, writer: Any, values: Iterator[object]) -> None:
+    def _write_batches(self, writer: Any, rows: Iterator[Mapping[str, Any]]) -> None:
         size = IMAGE_RECORD_BATCH_ROWS if BYTES in self.columns.values() else RECORD_BATCH_ROWS
         first_index, count = 0, 0
-        chunk = list(islice(values, size))
+        chunk = list(islice(rows, size))
         while chunk or count == 0:
-            batch, next_chunk = self._to_record_batch(chunk, first_index), list(islice(values, size))
+            batch, next_chunk = self._to_record_batch(chunk, first_index), list(islice(rows, size))
             count += 1
             metadata = {_DIGEST_KEY: _digest(batch)}
             if not next_chunk:
@@ -141,31 +129,29 @@ class ArrowFile(Generic[T]):
             writer.write_batch(batch, custom_metadata=metadata)
             first_index, chunk = first_index + len(chunk), next_chunk
 
-    def _to_record_batch(self, chunk: Sequence[object], first_index: int) -> Any:
+    def _to_record_batch(self, chunk: list[Mapping[str, Any]], first_index: int) -> pa.RecordBatch:
         try:
-            return to_record_batch(chunk, self.schema)
-        except _CONVERSION_ERRORS:
-            for number, value in enumerate(chunk, first_index):
-                try:
-                    to_record_batch([value], self.schema)
-                except _CONVERSION_ERRORS as reason:
-                    what = f"{self.cache_key['split']} example {number} cannot be stored"
-                    raise UsageError(
-                        f"Task {self.cache_key['task']!r}: {what}: {str(reason).splitlines()[0]}"
-                    ) from None
-            raise
+            return pa.RecordBatch.from_pylist(chunk, self.schema)
+        except _CONVERSION_ERRORS as error:
+            if len(chunk) > 1:  # find the row
+                for number, row in enumerate(chunk, first_index):
+                    self._to_record_batch([row], number)
+                raise
+            what = f"{self.cache_key['split']} example {first_index} cannot be stored"
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"Task {self.cache_key['task']!r}: {what}: {reason}") from None
 
 
-def read_verified_batches(path: Path, schema: Any) -> list[Any] | None:
-    """Return the record batches of a file, memory-mapped.
+def read_verified_table(path: Path, schema: pa.Schema) -> pa.Table | None:
+    """Return the table in a file, memory-mapped.
 
     Args:
         path: The file.
         schema: The schema, metadata included, that the file must have.
 
     Returns:
-        The batches, or None if the file does not exist, has another schema, or is cut or damaged. Image
-        files are not verified here.
+        The table, or None if the file does not exist, has another schema, or is cut or damaged. Image files
+        are not verified here.
     """
     try:
         file = ipc.open_file(pa.memory_map(str(path)))
@@ -181,7 +167,7 @@ def read_verified_batches(path: Path, schema: Any) -> list[Any] | None:
             count = metadata.get(_BATCH_COUNT_KEY)
     except (OSError, pa.ArrowException):
         return None
-    return batches if count == str(len(batches)).encode() else None
+    return pa.Table.from_batches(batches, schema) if count == str(len(batches)).encode() else None
 
 
 def _digest(batch: Any) -> bytes:

@@ -1,32 +1,20 @@
-"""Examples and rows of image tasks. The bytes of image files stay on disk until an image is decoded."""
+"""Examples of image tasks. The bytes of image files stay on disk until an image is decoded."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
-from orchestrator.finetune.data.arrow_rows import ArrowSequence, LazySequence
-from orchestrator.finetune.data.batches import Row, to_image_row
+from orchestrator.finetune.data.arrow_rows import ArrowSequence
+from orchestrator.finetune.data.batches import to_image_row
 from orchestrator.finetune.tasks.base import Example, Image, Task
 from orchestrator.util.atomic_files import DamagedFileError
 
 
-@dataclass(frozen=True)
-class SerializedImageExample:
-    """An image example as it is stored: the fields are the columns of an Arrow file."""
-
-    answer: str
-    name: str
-    file: bytes
-    digest: str
-    """SHA-256 (hex) of `file`."""
-
-
-def serialize_image_examples(examples: Iterable[Example], task: Task) -> Iterator[SerializedImageExample]:
-    """Read the image files of examples, one at a time.
+def serialize_image_examples(examples: Iterable[Example], task: Task) -> Iterator[dict[str, Any]]:
+    """Read the image files of examples, one at a time, and yield the values of each example's columns.
 
     Raises:
         UsageError: An example has no image.
@@ -35,24 +23,22 @@ def serialize_image_examples(examples: Iterable[Example], task: Task) -> Iterato
         image = to_image_row(example, task, number).image
         assert image is not None
         file = image.read()
-        yield SerializedImageExample(example.answer, image.name, file, hashlib.sha256(file).hexdigest())
+        digest = hashlib.sha256(file).hexdigest()
+        yield {"answer": example.answer, "name": image.name, "file": file, "digest": digest}
 
 
-def read_image_examples(batches: Sequence[Any]) -> Sequence[Example]:
-    """Return the examples in record batches of `SerializedImageExample`.
+def read_image_examples(table: Any) -> Sequence[Example]:
+    """Return the examples of a table with the columns of `serialize_image_examples`.
 
     Each example is built once, since caches of decoded images use its `Image` object as their key. An image
     file is read, and its digest verified, when `Image.read` is called.
     """
-    labels = ArrowSequence(batches, lambda answer, name: (answer, name), ("answer", "name"))
-    files = ArrowSequence(batches, _verify_image_digest, ("name", "file", "digest"))
-
-    @cache
-    def build_example(index: int) -> Example:
-        answer, name = labels[index]
-        return Example("", answer, image=Image(name, partial(files.__getitem__, index)))
-
-    return LazySequence(len(labels), build_example)
+    files = ArrowSequence(table.select(["name", "file", "digest"]), _verify_image_digest)
+    labels = zip(table["answer"].to_pylist(), table["name"].to_pylist(), strict=True)
+    return [
+        Example("", answer, image=Image(name, partial(files.__getitem__, index)))
+        for index, (answer, name) in enumerate(labels)
+    ]
 
 
 def _verify_image_digest(name: str, file: bytes, digest: str) -> bytes:
@@ -61,8 +47,3 @@ def _verify_image_digest(name: str, file: bytes, digest: str) -> bytes:
             f"image {name}: its file in the store's data folder is not what was written there"
         )
     return file
-
-
-def build_image_rows(examples: Sequence[Example], task: Task) -> Sequence[Row]:
-    """Return one row per image example, built on access."""
-    return LazySequence(len(examples), lambda index: to_image_row(examples[index], task, index))

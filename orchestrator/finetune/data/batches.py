@@ -22,6 +22,10 @@ from torch import Tensor
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Example, Image, Task
 from orchestrator.util.errors import UsageError, format_error, quote_value
 
+MAX_BATCH_ROWS = 64
+"""The largest number of items of a split in a batch."""
+MAX_BATCH_TOKENS = 4096
+"""About the largest number of tokens in a batch of a split."""
 TOKENIZER_BATCH_SIZE = 1024
 """The number of examples that are tokenized in one call."""
 
@@ -62,16 +66,13 @@ class Batch:
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Batch:
         """Return the rows of batches of equal length as one batch."""
+        starts = [b.lengths if b.second_segment_starts is None else b.second_segment_starts for b in batches]
         has_pairs = any(b.second_segment_starts is not None for b in batches)
         return cls(
             torch.cat([b.ids for b in batches]),
             torch.cat([b.targets for b in batches]),
             torch.cat([b.lengths for b in batches]),
-            torch.cat(
-                [b.lengths if b.second_segment_starts is None else b.second_segment_starts for b in batches]
-            )
-            if has_pairs
-            else None,
+            torch.cat(starts) if has_pairs else None,
             tuple(image for b in batches for image in b.images),
         )
 
@@ -113,9 +114,8 @@ class Batch:
         """
         if self.second_segment_starts is None:
             return None
-        return (
-            self.attention_mask & (torch.arange(self.length) >= self.second_segment_starts.unsqueeze(1))
-        ).long()
+        in_second_text = torch.arange(self.length) >= self.second_segment_starts.unsqueeze(1)
+        return (self.attention_mask & in_second_text).long()
 
 
 def bucket_length(length: int, max_row_length: int) -> int:
@@ -178,17 +178,15 @@ def iter_encoded_examples(
     is_empty = True
     for start in range(0, len(examples), TOKENIZER_BATCH_SIZE):
         block = examples[start : start + TOKENIZER_BATCH_SIZE]
-        for number, (example, encoded) in enumerate(
-            zip(block, _encode_block(block, task, processor, start), strict=True), start
-        ):
+        encoded_block = _encode_block(block, task, processor, start)
+        for number, (example, encoded) in enumerate(zip(block, encoded_block, strict=True), start):
             if _has_empty_input(encoded, example, task, held_out=max_length is None):
                 raise UsageError(
                     f"Task {task.name!r}: the prompt of example {number} is empty: the model's tokenizer "
                     "makes no token of it."
                 )
-            is_too_long = max_length is not None and len(encoded.ids) > max_length
-            if is_too_long and task.has_head and example.pair is not None:
-                assert max_length is not None
+            is_head_pair = task.has_head and example.pair is not None
+            if is_head_pair and max_length is not None and len(encoded.ids) > max_length:
                 encoded = task.encode_truncated(example, processor, max_length)
             if (row := _to_row(example, encoded, task, max_length)) is not None:
                 is_empty = False
@@ -266,9 +264,8 @@ def _to_row(example: Example, encoded: EncodedExample, task: Task, max_length: i
         ids = encoded.ids
         if max_length is not None and len(ids) > max_length:
             ids = (*ids[: max_length - 1], ids[-1])
-        return Row(
-            ids, (*[IGNORE_INDEX] * (len(ids) - 1), task.target(example)), ids, encoded.second_segment_start
-        )
+        targets = (*[IGNORE_INDEX] * (len(ids) - 1), task.target(example))
+        return Row(ids, targets, ids, encoded.second_segment_start)
     ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
     if all(label == IGNORE_INDEX for label in labels[1:]):
         return None
@@ -278,16 +275,11 @@ def _to_row(example: Example, encoded: EncodedExample, task: Task, max_length: i
 def pad_rows(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:
     """Pad rows on the right to `length` and return them as a batch."""
     ids = torch.tensor([[*r.ids, *[pad_token_id] * (length - len(r.ids))] for r in rows], dtype=torch.int64)
-    has_float_targets = any(isinstance(r.targets[-1], float) for r in rows)
-    targets = torch.tensor(
-        [[*r.targets, *[IGNORE_INDEX] * (length - len(r.targets))] for r in rows],
-        dtype=torch.float64 if has_float_targets else torch.int64,
-    )
+    dtype = torch.float64 if any(isinstance(r.targets[-1], float) for r in rows) else torch.int64
+    padded_targets = [[*r.targets, *[IGNORE_INDEX] * (length - len(r.targets))] for r in rows]
+    targets = torch.tensor(padded_targets, dtype=dtype)
     lengths = [len(r.ids) for r in rows]
-    segment_starts = [
-        length if r.second_segment_start is None else r.second_segment_start
-        for r, length in zip(rows, lengths, strict=True)
-    ]
+    segment_starts = [len(r.ids) if (n := r.second_segment_start) is None else n for r in rows]
     second_segment_starts = torch.tensor(segment_starts) if segment_starts != lengths else None
     images = tuple(r.image for r in rows if r.image is not None)
     return Batch(ids, targets, torch.tensor(lengths), second_segment_starts, images)
@@ -319,9 +311,8 @@ def shuffled_indices(seed: int, size: int, start: int, count: int) -> list[int]:
         start: The position of the first index in the sequence.
         count: The number of indices.
     """
-    return [
-        int(_permutation(seed, size, index // size)[index % size]) for index in range(start, start + count)
-    ]
+    positions = range(start, start + count)
+    return [int(_permutation(seed, size, position // size)[position % size]) for position in positions]
 
 
 @lru_cache(maxsize=64)
@@ -331,11 +322,7 @@ def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
 
 
 def plan_batches(
-    lengths: Sequence[int],
-    max_row_length: int,
-    max_rows: int = 64,
-    max_tokens: int = 4096,
-    max_new_tokens: int = 0,
+    lengths: Sequence[int], max_row_length: int, max_new_tokens: int = 0
 ) -> list[tuple[int, list[int]]]:
     """Group the items of a split into batches.
 
@@ -345,10 +332,8 @@ def plan_batches(
     Args:
         lengths: The length of each item.
         max_row_length: The largest padded length, except for items that are longer.
-        max_rows: The largest number of items in a batch.
-        max_tokens: About the largest number of tokens in a batch.
         max_new_tokens: The number of tokens that are generated per item. They are read from a cache, so
-            together with them a batch may have eight times `max_tokens`.
+            together with them a batch may have eight times `MAX_BATCH_TOKENS`.
 
     Returns:
         The padded length and the item numbers of each batch.
@@ -359,9 +344,9 @@ def plan_batches(
     plan = []
     for length, items in sorted(by_bucket.items()):
         batch_size = min(
-            max_rows,
-            max(8, max_tokens // max(1, length)),
-            max(8, 8 * max_tokens // max(1, length + max_new_tokens)),
+            MAX_BATCH_ROWS,
+            max(8, MAX_BATCH_TOKENS // max(1, length)),
+            max(8, 8 * MAX_BATCH_TOKENS // max(1, length + max_new_tokens)),
         )
         batch_count = -(-len(items) // batch_size)
         plan += [(length, part.tolist()) for part in np.array_split(items, batch_count)]

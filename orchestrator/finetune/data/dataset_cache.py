@@ -12,25 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.finetune.data.arrow_files import (
-    BYTES,
-    FLOAT_LIST,
-    INTEGER,
-    INTEGER_LIST,
-    TEXT,
-    ArrowFile,
-)
-from orchestrator.finetune.data.arrow_images import (
-    build_image_rows,
-    read_image_examples,
-    serialize_image_examples,
-)
+from orchestrator.finetune.data.arrow_files import BYTES, FLOAT_LIST, INTEGER, INTEGER_LIST, TEXT, ArrowFile
+from orchestrator.finetune.data.arrow_images import read_image_examples, serialize_image_examples
 from orchestrator.finetune.data.arrow_rows import ArrowSequence
 from orchestrator.finetune.data.batches import Row, compute_max_row_length, iter_encoded_examples
 from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
@@ -40,11 +29,9 @@ from orchestrator.util import timeouts, user_code
 from orchestrator.util.canonical_json import canonical_json
 from orchestrator.util.errors import UsageError
 
-# The names of columns are part of files that exist. Each column holds the dataclass's field at its position.
+# The names of columns are part of files that exist.
 EXAMPLE_COLUMNS = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
-"""The columns of `Example`, except its image."""
 IMAGE_COLUMNS = {"answer": TEXT, "name": TEXT, "file": BYTES, "digest": TEXT}
-"""The columns of `SerializedImageExample`."""
 ROW_COLUMNS = {"ids": INTEGER_LIST, "targets": INTEGER_LIST, "prompt": INTEGER_LIST, "second": INTEGER}
 """The columns of `Row`, except its image. Targets of regression tasks are a FLOAT_LIST."""
 
@@ -91,16 +78,16 @@ def prepare_dataset(
     examples_by_split = load_examples(folder, configuration.task, task, progress)
     _check_counts_in(examples_by_split, task)
     if task.inputs == "image":  # decoded and resized when a batch is computed
-        return PreparedDataset(
-            examples_by_split,
-            {split: build_image_rows(examples, task) for split, examples in examples_by_split.items()},
-        )
+        rows = {
+            split: list(iter_encoded_examples(e, task, processor)) for split, e in examples_by_split.items()
+        }
+        return PreparedDataset(examples_by_split, rows)
     max_length = configuration.batches.max_length
     # Held-out examples are truncated only where a head reads them: an answer is scored in full.
     held_out_max_length = compute_max_row_length(task, max_length) if task.has_head else None
     tokenizer_digest = _tokenizer_digest(processor)
     stem = Path(task.name).stem
-    rows: dict[Split, Sequence[Row]] = {}
+    cached_rows: dict[Split, Sequence[Row]] = {}
     for split, examples in examples_by_split.items():
         split_max_length = max_length if split == "train" else held_out_max_length
         cache_key = {
@@ -110,15 +97,20 @@ def prepare_dataset(
             "tokenizer": tokenizer_digest,
             "cut": split_max_length,
         }
-        report_progress = _ProgressReporter(
-            f"{stem}: %d of {len(examples)} {split} examples tokenized", progress
-        )
+        report_progress = _rate_limited(f"{stem}: %d of {len(examples)} {split} examples tokenized", progress)
         columns = {**ROW_COLUMNS, "targets": FLOAT_LIST} if task.output == "regression" else ROW_COLUMNS
         file = ArrowFile(folder, "rows", cache_key, columns, partial(ArrowSequence, factory=Row))
-        rows[split] = file.read_or_create(
-            partial(iter_encoded_examples, examples, task, processor, split_max_length, report_progress)
+        cached_rows[split] = file.read_or_create(
+            partial(_encode_columns, examples, task, processor, split_max_length, report_progress)
         )
-    return PreparedDataset(examples_by_split, rows)
+    return PreparedDataset(examples_by_split, cached_rows)
+
+
+def _encode_columns(*arguments: Any) -> Iterator[dict[str, Any]]:
+    """Tokenize examples as `iter_encoded_examples` does, and yield the values of each row's columns."""
+    for row in iter_encoded_examples(*arguments):
+        values = (row.ids, row.targets, row.prompt, row.second_segment_start)
+        yield dict(zip(ROW_COLUMNS, values, strict=True))
 
 
 def max_token_id(dataset: PreparedDataset) -> int:
@@ -129,19 +121,14 @@ def max_token_id(dataset: PreparedDataset) -> int:
 def compute_max_sequence_length(dataset: PreparedDataset, task: Task) -> int:
     """Return the largest number of tokens that the model reads in one sequence.
 
-    That is the longest row or, where answers are generated, the longest prompt with all but the last token of
-    an answer to it.
+    This is the length of the longest row. If answers are generated, it is at least the length of the longest
+    prompt with all but the last token of the longest answer.
     """
-    rows = {
-        split: sequence for split, sequence in dataset.rows.items() if isinstance(sequence, ArrowSequence)
-    }
-    max_length = max(sequence.max_list_length("ids") for sequence in rows.values())
-    if task.output != "generation":
-        return max_length
-    return max(
-        max_length,
-        *(rows[split].max_list_length("prompt") + task.max_new_tokens - 1 for split in HELD_OUT_SPLITS),
-    )
+    rows = {split: found for split, found in dataset.rows.items() if isinstance(found, ArrowSequence)}
+    lengths = [sequence.max_list_length("ids") for sequence in rows.values()]
+    if task.output == "generation":
+        lengths += [rows[s].max_list_length("prompt") + task.max_new_tokens - 1 for s in HELD_OUT_SPLITS]
+    return max(lengths)
 
 
 def load_examples(
@@ -161,16 +148,14 @@ def load_examples(
     """
     loaded: dict[Split, Sequence[Example]] = {}
 
-    def make_split(split: Split) -> Iterable[object]:
+    def make_split(split: Split) -> Iterable[Mapping[str, Any]]:
         if not loaded:
             progress(f"{Path(task.name).stem}: reading the examples")
             with user_code.report_user_errors(task.name, "gives no examples"):
                 loaded.update(task.load(choice))
-        return (
-            serialize_image_examples(loaded[split], task)
-            if task.inputs == "image"
-            else map(_to_stored, loaded[split])
-        )
+        if task.inputs == "image":
+            return serialize_image_examples(loaded[split], task)
+        return map(_serialize_example, loaded[split])
 
     return {
         split: _example_file(folder, choice, task, split).read_or_create(partial(make_split, split))
@@ -203,20 +188,22 @@ def _example_file(folder: Path, choice: TaskChoice, task: Task, split: Split) ->
     cache_key = _example_cache_key(choice, task, split)
     if task.inputs == "image":
         return ArrowFile(folder, "examples", cache_key, IMAGE_COLUMNS, read_image_examples)
-    return ArrowFile(
-        folder, "examples", cache_key, EXAMPLE_COLUMNS, partial(ArrowSequence, factory=_from_stored)
-    )
+    make_view = partial(ArrowSequence, factory=_deserialize_example)
+    return ArrowFile(folder, "examples", cache_key, EXAMPLE_COLUMNS, make_view)
 
 
-def _to_stored(example: Example) -> Example:
-    """Return the example with the value of `counts_in` that files contain."""
-    stored: Any = STORED_COUNTS_IN.get(example.counts_in, example.counts_in)
-    return replace(example, counts_in=stored)
+def _serialize_example(example: Example) -> dict[str, Any]:
+    """Return the values of an example's columns."""
+    scored = STORED_COUNTS_IN[example.counts_in]
+    values = (example.prompt, example.answer, example.pair, example.reference, scored)
+    return dict(zip(EXAMPLE_COLUMNS, values, strict=True))
 
 
-def _from_stored(prompt: str, answer: str, pair: str | None, truth: str | None, scored: str) -> Example:
+def _deserialize_example(
+    prompt: str, answer: str, pair: str | None, truth: str | None, scored: str
+) -> Example:
     """Return the example of a row of a file; the parameters are its columns."""
-    return Example(prompt, answer, pair, truth, _COUNTS_IN_OF_STORED.get(scored, scored))
+    return Example(prompt, answer, pair, truth, _COUNTS_IN_OF_STORED[scored])
 
 
 def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:
@@ -256,19 +243,19 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(canonical_json(found)).hexdigest()
 
 
-class _ProgressReporter:
-    """Reports how many examples are done, at most every `timeouts.PROGRESS_INTERVAL_SECONDS`.
+def _rate_limited(text: str, progress: Callable[[str], None]) -> Callable[[int], None]:
+    """Return a function that reports how many examples are done, at intervals.
 
     Args:
         text: A line with %d for the number of examples.
         progress: Receives the lines.
     """
+    last_report_time = time.monotonic()
 
-    def __init__(self, text: str, progress: Callable[[str], None]) -> None:
-        self._text, self._progress = text, progress
-        self._last_report_time = time.monotonic()
+    def report(done: int) -> None:
+        nonlocal last_report_time
+        if time.monotonic() - last_report_time > timeouts.PROGRESS_INTERVAL_SECONDS:
+            last_report_time = time.monotonic()
+            progress(text % done)
 
-    def __call__(self, done: int) -> None:
-        if time.monotonic() - self._last_report_time > timeouts.PROGRESS_INTERVAL_SECONDS:
-            self._last_report_time = time.monotonic()
-            self._progress(self._text % done)
+    return report

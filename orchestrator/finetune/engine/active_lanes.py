@@ -7,7 +7,7 @@ from functools import partial
 
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.lane_source import Directive, LaneSource
+from orchestrator.finetune.engine.lane_source import Directive, LaneSource, Lease
 from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.engine.polling import PollInterval
 from orchestrator.finetune.engine.recorder import LaneRecorder
@@ -54,7 +54,8 @@ class ActiveLanes:
 
     def count_free_slots(self) -> int:
         """Return how many more lanes this trainer can hold."""
-        return self.slots.count_free(self.lanes.values(), self.engine.max_lanes)
+        fitting = self.slots.max_lanes_by_group_key.get(self.group_key or "") or self.slots.count
+        return min(self.slots.count, self.engine.max_lanes, fitting) - len(self.lanes)
 
     def in_state(self, state: LaneState) -> list[Lane]:
         """Return the lanes in `state`, in the order in which they were leased."""
@@ -71,8 +72,8 @@ class ActiveLanes:
         """Take the lane off the model; its slot can be leased again at once."""
         lane.transition_to(LaneState.ENDED)
         del self.lanes[lane.fingerprint]
-        self.slots.unpark(lane.fingerprint)
-        self.recorder.forget(lane)
+        self.slots.parked_at.pop(lane.fingerprint, None)
+        self.recorder.saved_progress.pop(lane.fingerprint, None)
         self.engine.remove_lane(lane.fingerprint)
         self.leased_at = NEVER
 
@@ -83,11 +84,11 @@ class ActiveLanes:
         resumes from the one before, at most one checkpoint interval earlier.
         """
         self.recorder.save_checkpoint(lane)
-        self.return_lease(lane)
+        self.return_lease(lane.lease)
 
-    def return_lease(self, lane: Lane) -> None:
-        """Give the lane's lease back to the source without saving the lane. Rank 0 only."""
-        self.source.return_lease(lane.fingerprint, lane.lease.attempt)
+    def return_lease(self, lease: Lease) -> None:
+        """Give a lease back to the source without saving its lane. Rank 0 only."""
+        self.source.return_lease(lease.configuration.fingerprint, lease.attempt)
 
     def _record_end(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> None:
         """Write the record, then send the last report of a finished lane, then end the lease. Rank 0 only."""

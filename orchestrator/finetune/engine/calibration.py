@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from orchestrator.finetune.data.batches import compute_max_row_length, make_training_batch
 from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.lane import variant_settings
 from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
@@ -113,20 +112,10 @@ def _calibration_losses(lane_group: LaneGroup, configuration: Configuration) -> 
     adapters: Adapters = lane_group.adapters
     heads = adapters.init_heads(configuration.seed)
     count = int(adapters.settings.extra["calibration_batches"])
-    with (
-        nullcontext()
-        if adapters.variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
-        else torch.no_grad()
-    ):
+    needs_gradient = adapters.variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
+    with nullcontext() if needs_gradient else torch.no_grad():
         for number in range(count):
-            batch = make_training_batch(
-                lane_group.data.train,
-                configuration.seed,
-                number * configuration.batches.micro_batch_size,
-                configuration.batches.micro_batch_size,
-                compute_max_row_length(lane_group.data.task, configuration.batches.max_length),
-                lane_group.base_model.processor.pad_token_id,
-            )
+            batch = lane_group.micro_batch(configuration, number)
             with adapters.disable_adapters(heads, batch.attention_mask.to(lane_group.base_model.device)):
                 logits, labels = compute_logits(lane_group.base_model, lane_group.data.task, batch)
                 yield compute_losses(logits, labels, lane_group.data.task).mean()

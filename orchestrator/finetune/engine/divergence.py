@@ -45,11 +45,8 @@ class DivergenceDetector:
             return f"gradient norm {gradient_norm} in step {step + 1}"
         previous = loss if self.smoothed_loss is None else self.smoothed_loss
         self.smoothed_loss = self.smoothing * previous + (1.0 - self.smoothing) * loss
-        self.steps_above_limit = (
-            self.steps_above_limit + 1
-            if step >= self.warmup_steps and self.smoothed_loss > self.loss_limit
-            else 0
-        )
+        is_above = step >= self.warmup_steps and self.smoothed_loss > self.loss_limit
+        self.steps_above_limit = self.steps_above_limit + 1 if is_above else 0
         if self.steps_above_limit < self.patience:
             return None
         return (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -44,17 +43,11 @@ class Engine:
         data_folder: Path,
         process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
     ) -> None:
-        self._base_model_loader, self._calibration_folder, self._data_folder, self.process_group = (
-            load_base_model,
-            calibration_folder,
-            data_folder,
-            process_group,
-        )
+        self._base_model_loader, self.process_group = load_base_model, process_group
+        self._calibration_folder, self._data_folder = calibration_folder, data_folder
         self._base_model: tuple[tuple[ModelChoice, str], BaseModel] | None = None
         self._data_by_key: dict[tuple[object, ...], TaskData] = {}
         self._group_key = ""
-        self._model_with_dropout: Any = None
-        """The base model while its own dropout is enabled, else None."""
         self._lane_group: LaneGroup | None = None
         self.variant: Variant
 
@@ -92,13 +85,12 @@ class Engine:
         if self._base_model is not None:
             base_model = self._base_model[1]
             words.append(f"{round(_total_memory(base_model.device) / 2**30)} GiB")
-            words += [f"share {base_model.memory_fraction:g}"] if base_model.memory_fraction < 1 else []
-            words += (
-                ["gradient checkpointing"]
-                if getattr(base_model.model, CHECKPOINTING_ATTRIBUTE, False)
-                else []
-            )
-        words += [f"{self.process_group.world_size} workers"] if self.process_group.world_size > 1 else []
+            if base_model.memory_fraction < 1:
+                words.append(f"share {base_model.memory_fraction:g}")
+            if getattr(base_model.model, CHECKPOINTING_ATTRIBUTE, False):
+                words.append("gradient checkpointing")
+        if self.process_group.world_size > 1:
+            words.append(f"{self.process_group.world_size} workers")
         return ", ".join(words)
 
     def prepare_lane_group(self, configuration: Configuration) -> LaneGroup:
@@ -130,18 +122,11 @@ class Engine:
         has_base_dropout = configuration.base_dropout == "on"
         if has_base_dropout:
             attention_dropout.check_dropout_supported(base_model.model, configuration.model.name)
-        adapters = attach(
-            base_model.model,
-            variant,
-            variant_settings(configuration),
-            choice.targets,
-            base_model.head_names,
-            has_base_dropout,
-        )
+        settings, heads = variant_settings(configuration), base_model.head_names
+        adapters = attach(base_model.model, variant, settings, choice.targets, heads, has_base_dropout)
         key = (configuration.model, configuration.task, configuration.batches.max_length)
         try:
             if has_base_dropout:
-                self._model_with_dropout = base_model.model
                 attention_dropout.enable_lane_dropout(base_model.model)
             if key not in self._data_by_key:
                 self._data_by_key[key] = TaskData.load(
@@ -150,34 +135,27 @@ class Engine:
         except BaseException:
             self._detach(adapters)
             raise
-        self._lane_group, self._group_key, self.variant = (
-            LaneGroup(base_model, adapters, self._data_by_key[key], self.process_group),
-            configuration.group_key,
-            variant,
-        )
+        self._lane_group = LaneGroup(base_model, adapters, self._data_by_key[key], self.process_group)
+        self._group_key, self.variant = configuration.group_key, variant
         return self._lane_group
 
     def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
         """Add the lane to the lane group of its configuration, initialised or from a checkpoint."""
         lane_group, configuration = self.prepare_lane_group(lane.configuration), lane.configuration
-        calibration = (
-            None
-            if checkpoint
-            else load_or_compute_calibration(
+        calibration = None
+        if checkpoint is None:
+            calibration = load_or_compute_calibration(
                 lane_group, configuration, self._calibration_folder, self.process_group
             )
-        )
         untrained = lane_group.data.untrained["validation"]["loss"]
         self.process_group.run_on_all(
             lambda: lane.initialize(lane_group.adapters, untrained, checkpoint, calibration)
         )
         if checkpoint is None and self.process_group.world_size > 1:
             # Another GPU model may compute singular vectors of other signs: rank 0 decides.
+            frozen = lane_group.adapters.frozen(lane.fingerprint)
             with torch.no_grad():
-                for tensor in (
-                    *lane.parameters.values(),
-                    *lane_group.adapters.frozen(lane.fingerprint).values(),
-                ):
+                for tensor in (*lane.parameters.values(), *frozen.values()):
                     self.process_group.broadcast_(tensor)
 
     def _load_base_model(self, choice: ModelChoice, task: Task) -> BaseModel:
@@ -214,9 +192,8 @@ class Engine:
 
     def _detach(self, adapters: Adapters) -> None:
         """Detach the adapters and disable the base model's own dropout."""
-        if self._model_with_dropout is not None:
-            attention_dropout.disable_lane_dropout(self._model_with_dropout)
-            self._model_with_dropout = None
+        if self._base_model is not None:
+            attention_dropout.disable_lane_dropout(self._base_model[1].model)
         adapters.detach()
 
 

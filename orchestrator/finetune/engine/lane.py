@@ -13,15 +13,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from orchestrator.finetune.engine import lane_state
 from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.engine.divergence import DivergenceDetector
 from orchestrator.finetune.engine.lane_source import Lease, Report
-from orchestrator.finetune.engine.lane_state import (
-    TRANSITIONS,
-    IllegalTransitionError,
-    LaneState,
-    evaluation_steps,
-)
+from orchestrator.finetune.engine.lane_state import TRANSITIONS, IllegalTransitionError, LaneState
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
 from orchestrator.record.schema import Cost, Evaluation, ItemResults, StepMetrics
 from orchestrator.study.configuration import Configuration
@@ -86,9 +82,8 @@ class Lane:
         self.state = LaneState.LEASED
         self.step = 0
         """Optimizer steps taken."""
-        self.evaluation_steps = evaluation_steps(
-            self.configuration.lr_schedule.steps, self.configuration.evaluations
-        )
+        steps = self.configuration.lr_schedule.steps
+        self.evaluation_steps = lane_state.evaluation_steps(steps, self.configuration.evaluations)
         self.curve: list[StepMetrics] = []
         self.evaluations: list[Evaluation] = []
         self.items: dict[str, ItemResults] = {}
@@ -124,7 +119,7 @@ class Lane:
         if self.pending_reports:
             if self.state is not LaneState.REPORTING:
                 self.transition_to(LaneState.REPORTING)
-        elif self.step in self.evaluation_steps and not self.evaluated:
+        elif self.step in self.evaluation_steps and all(e.step != self.step for e in self.evaluations):
             self.transition_to(LaneState.EVALUATING)
         else:
             self.transition_to(LaneState.TRAINING)
@@ -133,11 +128,6 @@ class Lane:
     def is_at_last_step(self) -> bool:
         """Return whether the lane has taken all its steps."""
         return self.step == self.configuration.lr_schedule.steps
-
-    @property
-    def evaluated(self) -> bool:
-        """Return whether the lane has scores after its present step."""
-        return any(e.step == self.step for e in self.evaluations)
 
     # -- initialization ---------------------------------------------------------------------------------
 
@@ -165,13 +155,11 @@ class Lane:
         if checkpoint is None:
             adapters.add_lane(self.fingerprint, self.settings, seed, calibration)
         else:
-            adapters.restore_lane(
-                self.fingerprint, checkpoint.trainable, checkpoint.frozen, self.settings, seed
-            )
+            tensors = checkpoint.trainable, checkpoint.frozen
+            adapters.restore_lane(self.fingerprint, *tensors, self.settings, seed)
         self.parameters = adapters.trainable(self.fingerprint)
-        self.divergence_detector = DivergenceDetector(
-            self.configuration.divergence, self.configuration.lr_schedule, untrained_loss
-        )
+        rule, schedule = self.configuration.divergence, self.configuration.lr_schedule
+        self.divergence_detector = DivergenceDetector(rule, schedule, untrained_loss)
         self.optimizer = self._make_optimizer()
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -188,16 +176,12 @@ class Lane:
                 scale = self.adapters.variant.parameter_lr_scale(name.rpartition(".")[2], self.settings)
             decay = options.weight_decay if has_weight_decay(name, self.adapters) else 0.0
             groups.setdefault((scale, decay), []).append(parameter)
-        return torch.optim.AdamW(
-            [
-                {"params": parameters, "scale": scale, "weight_decay": decay}
-                for (scale, decay), parameters in groups.items()
-            ],
-            lr=options.learning_rate,
-            betas=(options.beta1, options.beta2),
-            eps=options.epsilon,
-            fused=True,
-        )
+        parameter_groups = [
+            {"params": parameters, "scale": scale, "weight_decay": decay}
+            for (scale, decay), parameters in groups.items()
+        ]
+        betas = (options.beta1, options.beta2)
+        return torch.optim.AdamW(parameter_groups, options.learning_rate, betas, options.epsilon, fused=True)
 
     # -- a step -----------------------------------------------------------------------------------------
 
@@ -277,12 +261,8 @@ class Lane:
     @property
     def cost(self) -> Cost:
         """Seconds, tokens and trainable parameters of the lane."""
-        return Cost(
-            self.train_seconds,
-            self.evaluate_seconds,
-            self.tokens,
-            self.adapters.parameter_count(self.fingerprint) if self.parameters else 0,
-        )
+        parameters = self.adapters.parameter_count(self.fingerprint) if self.parameters else 0
+        return Cost(self.train_seconds, self.evaluate_seconds, self.tokens, parameters)
 
     # -- checkpoints ------------------------------------------------------------------------------------
 
@@ -318,11 +298,8 @@ class Lane:
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.divergence_detector.load_state_dict(state["watch"])
         self.train_seconds, self.evaluate_seconds = state["seconds"]
-        self.tokens, self.peak_group_size, self.started = (
-            state["tokens"],
-            state["pack_lanes"],
-            state["started"],
-        )
+        self.tokens, self.peak_group_size = state["tokens"], state["pack_lanes"]
+        self.started = state["started"]
         self.resumed_from = (*state["resumed_from"], checkpoint.step)
         for name, parameter in self.parameters.items():
             if all(name in checkpoint.moments.get(moment, {}) for moment in MOMENTS):

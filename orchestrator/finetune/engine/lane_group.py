@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,20 +12,14 @@ import torch
 from torch import Tensor
 
 from orchestrator.finetune.data import dataset_cache
-from orchestrator.finetune.data.batches import (
-    Batch,
-    Row,
-    compute_max_row_length,
-    make_training_batch,
-    shuffled_indices,
-)
+from orchestrator.finetune.data.batches import Batch, Row, compute_max_row_length, make_training_batch
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.evaluation import baseline_scores
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
 from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
-from orchestrator.finetune.tasks.base import Image, Task
+from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration
 from variants.attach import Adapters
@@ -73,10 +67,9 @@ class TaskData:
         process_group.run_on_all(task.check_can_grade)
         prepared = dataset_cache.prepare_dataset(folder, configuration, task, base_model.processor)
         max_length = compute_max_row_length(task, configuration.batches.max_length)
+        pad_token_id = base_model.processor.pad_token_id
         splits: Mapping[str, EvaluationSplit] = {
-            s: EvaluationSplit(
-                prepared.examples[s], prepared.rows[s], max_length, base_model.processor.pad_token_id
-            )
+            s: EvaluationSplit(prepared.examples[s], prepared.rows[s], max_length, pad_token_id)
             for s in HELD_OUT_SPLITS
         }
 
@@ -92,21 +85,6 @@ class TaskData:
         return cls(task, prepared.rows["train"], splits, untrained)
 
 
-@dataclass(frozen=True)
-class LocalGradients:
-    """The result of this worker's backward passes, before the gradients of all workers are added.
-
-    The gradients themselves are in the lanes' parameters.
-    """
-
-    lanes: Sequence[Lane]
-    flat_tensor: Tensor
-    """The losses of the K lanes, shape (K,). With several workers this tensor continues with one flag for
-    each parameter (1 if it has a gradient here) and with all gradients, flattened."""
-    token_counts: Sequence[int]
-    """Target tokens of each lane's batch, on all workers."""
-
-
 class LaneGroup:
     """Computes losses, gradients and scores of lanes. It uses neither the source nor the store.
 
@@ -120,24 +98,26 @@ class LaneGroup:
     def __init__(
         self, base_model: BaseModel, adapters: Adapters, data: TaskData, process_group: ProcessGroup
     ) -> None:
-        self.base_model, self.adapters, self.data, self.process_group = (
-            base_model,
-            adapters,
-            data,
-            process_group,
-        )
+        self.base_model, self.adapters = base_model, adapters
+        self.data, self.process_group = data, process_group
 
-    def backward(self, lanes: Sequence[Lane]) -> LocalGradients:
+    def backward(self, lanes: Sequence[Lane]) -> tuple[Tensor, Sequence[int]]:
         """Compute this worker's part of the gradients of one optimizer step of every lane.
 
         The gradients are left in the lanes' parameters and nothing else changes, so the call can be repeated
         after an error. The loss of a lane is the sum over its target tokens, divided by the number of target
         tokens in its whole accumulated batch on all workers. One backward pass over the sum of the lanes'
         losses gives each lane its own gradient, because no two lanes share a parameter.
+
+        Returns:
+            The losses of the K lanes, shape (K,), and the target tokens of each lane's batch on all workers.
+            With several workers the tensor continues with one flag for each parameter (1 if it has a gradient
+            here) and with all gradients, flattened.
         """
         if self.data.task.inputs == "image":
+            upcoming = [batch for n in (0, 1) for lane in lanes for batch in self._micro_batches(lane, n)]
             self.base_model.processor.prefetch(
-                image for ahead in (0, 1) for image in self._upcoming_images(lanes, ahead)
+                image for batch in upcoming for image in batch.images[slice(*self._own_rows(len(batch.ids)))]
             )
         micro_batches = [self._micro_batches(lane) for lane in lanes]
         token_counts = [sum(batch.target_count for batch in batches) for batches in micro_batches]
@@ -166,14 +146,15 @@ class LaneGroup:
             has_gradient = flat.new_tensor([float(p.grad is not None) for p in parameters])
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             flat = torch.cat([flat, has_gradient, *(g.flatten().to(flat.dtype) for g in gradients)])
-        return LocalGradients(lanes, flat, token_counts)
+        return flat, token_counts
 
-    def reduce_gradients(self, local: LocalGradients) -> list[BackwardResult]:
+    def reduce_gradients(
+        self, lanes: Sequence[Lane], flat_tensor: Tensor, token_counts: Sequence[int]
+    ) -> list[BackwardResult]:
         """Add the losses and gradients of all workers, with one all-reduce of one flat tensor.
 
-        All workers must call this method.
+        All workers must call this method, with the results of their `backward`.
         """
-        lanes, flat_tensor = local.lanes, local.flat_tensor
         if self.process_group.world_size > 1:
             self.process_group.all_reduce_(flat_tensor)
             parameters = [p for lane in lanes for p in lane.parameters.values()]
@@ -182,46 +163,27 @@ class LaneGroup:
             for parameter, anyone, total in zip(parameters, has_gradient.tolist(), summed, strict=True):
                 parameter.grad = total.view_as(parameter).to(parameter.dtype) if anyone else None
         # One copy from the device for all lanes, because each copy waits for the device.
-        values = torch.cat(
-            [flat_tensor, torch.stack([_gradient_norm(lane) for lane in lanes]).to(flat_tensor.dtype)]
-        ).tolist()
-        count = len(lanes)
-        return [
-            BackwardResult(*three)
-            for three in zip(values[:count], values[count:], local.token_counts, strict=True)
-        ]
+        norms = torch.stack([_gradient_norm(lane) for lane in lanes]).to(flat_tensor.dtype)
+        losses, gradient_norms = torch.stack([flat_tensor, norms]).tolist()
+        return list(map(BackwardResult, losses, gradient_norms, token_counts))
 
-    def _micro_batches(self, lane: Lane) -> list[Batch]:
-        batches = lane.configuration.batches
-        first = lane.step * batches.accumulation_steps
-        return [
-            make_training_batch(
-                self.data.train,
-                lane.configuration.seed,
-                (first + micro) * batches.micro_batch_size,
-                batches.micro_batch_size,
-                compute_max_row_length(self.data.task, batches.max_length),
-                self.base_model.processor.pad_token_id,
-            )
-            for micro in range(batches.accumulation_steps)
-        ]
+    def micro_batch(self, configuration: Configuration, number: int) -> Batch:
+        """Return a micro-batch of a configuration, counted from the start of its training."""
+        count = configuration.batches.micro_batch_size
+        return make_training_batch(
+            self.data.train,
+            configuration.seed,
+            number * count,
+            count,
+            compute_max_row_length(self.data.task, configuration.batches.max_length),
+            self.base_model.processor.pad_token_id,
+        )
 
-    def _upcoming_images(self, lanes: Sequence[Lane], steps_ahead: int) -> Iterator[Image]:
-        """Yield the images of this worker's rows in a later batch; 0 steps ahead is the next batch."""
-        for lane in lanes:
-            batches = lane.configuration.batches
-            first = (lane.step + steps_ahead) * batches.accumulation_steps
-            for micro in range(first, first + batches.accumulation_steps):
-                drawn = shuffled_indices(
-                    lane.configuration.seed,
-                    len(self.data.train),
-                    micro * batches.micro_batch_size,
-                    batches.micro_batch_size,
-                )
-                for number in drawn[slice(*self._own_rows(len(drawn)))]:
-                    image = self.data.train[number].image
-                    assert image is not None
-                    yield image
+    def _micro_batches(self, lane: Lane, steps_ahead: int = 0) -> list[Batch]:
+        """Return the micro-batches of the lane's next step, or of one that many steps later."""
+        count = lane.configuration.batches.accumulation_steps
+        first = (lane.step + steps_ahead) * count
+        return [self.micro_batch(lane.configuration, number) for number in range(first, first + count)]
 
     def _own_rows(self, rows: int) -> tuple[int, int]:
         """Return this worker's rows of a micro-batch of `rows` rows as a half-open range."""
@@ -246,23 +208,19 @@ class LaneGroup:
         first, last = self._own_rows(row_count)
         own_batches = [batch.slice_rows(first, last) for batch in batches]
         joined_batch = Batch.concatenate(own_batches)
+        needs_mask = self.adapters.variant.has_auxiliary_loss
         with self.adapters.activate_lanes(
             [lane.fingerprint for lane in lanes],
             [lane.step for lane in lanes],
             micro,
             rows_per_lane=last - first,
             shard=(first, row_count),
-            attention_mask=joined_batch.attention_mask.to(self.base_model.device)
-            if self.adapters.variant.has_auxiliary_loss
-            else None,
+            attention_mask=joined_batch.attention_mask.to(self.base_model.device) if needs_mask else None,
         ) as now:
             logits, labels = compute_logits(self.base_model, self.data.task, joined_batch)
-            by_lane = compute_losses(logits, labels, self.data.task).split(
-                [batch.target_count for batch in own_batches]
-            )
-            lane_losses = torch.stack(
-                [one.sum() / total for one, total in zip(by_lane, token_counts, strict=True)]
-            )
+            losses = compute_losses(logits, labels, self.data.task)
+            by_lane = losses.split([batch.target_count for batch in own_batches])
+            lane_losses = torch.stack([x.sum() / n for x, n in zip(by_lane, token_counts, strict=True)])
             objective = lane_losses.sum()
             if (extra := now.auxiliary_loss()) is not None:
                 # The auxiliary loss is a mean over these rows: weighted by their share of the step's rows,
@@ -282,11 +240,8 @@ class LaneGroup:
         grades_always = self.data.task.grade_at == "every_evaluation"
         for generate in (False, True):
             due = [lane for lane in lanes if generate == (grades_always or lane.is_at_last_step)]
-            max_together = (
-                MAX_GENERATING_LANES
-                if generate and self.data.task.output == "generation"
-                else max(1, len(due))
-            )
+            generates = generate and self.data.task.output == "generation"
+            max_together = MAX_GENERATING_LANES if generates else max(1, len(due))
             for first in range(0, len(due), max_together):
                 together = due[first : first + max_together]
                 names = [lane.fingerprint for lane in together]

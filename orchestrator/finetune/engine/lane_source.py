@@ -16,7 +16,7 @@ from orchestrator.study.configuration import Configuration
 
 
 class Directive(StrEnum):
-    """What the scheduler wants a trainer to do with a lane."""
+    """An instruction of the scheduler to a trainer about one of its lanes."""
 
     CONTINUE = "continue"
     """Continue to train the lane."""
@@ -47,9 +47,9 @@ class LeaseGrant:
 
     leases: tuple[Lease, ...] = ()
     closed: bool = False
-    """Whether the trainer may end: no lane waits for it and none will."""
+    """If true, the trainer may end: no lane waits for it, and none will."""
     requires_empty_group: bool = False
-    """Whether the lanes of the group, which must all be long parked, leave before these lanes start."""
+    """If true, all lanes of the group, which must be long parked, leave before these lanes start."""
 
 
 @dataclass(frozen=True)
@@ -82,27 +82,21 @@ class LaneSource(Protocol):
             capacity: The largest number of leases.
             steps_taken: Optimizer steps of this trainer.
         """
-        ...
 
     def report(self, report: Report) -> Directive:
-        """Deliver a report; return what to do with the lane."""
-        ...
+        """Deliver a report and return the directive for its lane."""
 
     def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
-        """Send a heartbeat; return the directives for lanes that this trainer holds, by fingerprint."""
-        ...
+        """Send a heartbeat and return directives for lanes of this trainer, by fingerprint."""
 
     def return_lease(self, fingerprint: str, attempt: int) -> None:
-        """Give a lease back: the lane has left the group, saved if possible.
+        """Give back the lease of a lane that has left the group and was saved if possible.
 
-        Any trainer may lease it again, a parked lane only once its trial asks for it to continue.
+        Any trainer may lease the lane again; a parked lane only after its trial has asked to continue.
         """
-        ...
 
     def notify(self, line: str) -> None:
         """Show a line to the users who watch the study."""
-        ...
 
     def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
-        """End a lease: the lane has ended, and its record is in the store."""
-        ...
+        """End the lease of a lane whose record is in the store."""

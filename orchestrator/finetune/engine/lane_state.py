@@ -2,46 +2,41 @@
 
     leased -> training <-> evaluating -> reporting -> training | parked | ended
 
-A lane can end in any state. A parked lane continues in the state that follows from its pending work.
+A lane can end in any state. A parked lane that continues enters the state that its pending work
+requires (`Lane.enter_next_state`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 
 
 class LaneState(StrEnum):
-    """What a lane does next."""
+    """The next action of a lane on its trainer."""
 
     LEASED = "leased"
-    """Is added to the model."""
+    """The lane is added to the model."""
     TRAINING = "training"
-    """Takes an optimizer step."""
+    """The lane takes an optimizer step."""
     EVALUATING = "evaluating"
-    """Is scored, because its step is one of its evaluation steps."""
+    """The lane is scored, because its step is one of its evaluation steps."""
     REPORTING = "reporting"
-    """Sends its pending reports to the source."""
+    """The lane sends its pending reports to the source."""
     PARKED = "parked"
-    """Waits for CONTINUE from the source."""
+    """The lane waits for CONTINUE from the source."""
     ENDED = "ended"
-    """Nothing: it has left the trainer."""
+    """The lane has left the trainer."""
 
 
-TRANSITIONS: Mapping[LaneState, frozenset[LaneState]] = {
+TRANSITIONS: Mapping[LaneState, Collection[LaneState]] = {
     # A lane that resumes from a checkpoint may have reports to send or scores to compute first.
-    LaneState.LEASED: frozenset(
-        {LaneState.TRAINING, LaneState.EVALUATING, LaneState.REPORTING, LaneState.ENDED}
-    ),
-    LaneState.TRAINING: frozenset({LaneState.EVALUATING, LaneState.PARKED, LaneState.ENDED}),
-    LaneState.EVALUATING: frozenset({LaneState.REPORTING, LaneState.PARKED, LaneState.ENDED}),
-    LaneState.REPORTING: frozenset(
-        {LaneState.TRAINING, LaneState.EVALUATING, LaneState.PARKED, LaneState.ENDED}
-    ),
-    LaneState.PARKED: frozenset(
-        {LaneState.TRAINING, LaneState.EVALUATING, LaneState.REPORTING, LaneState.ENDED}
-    ),
-    LaneState.ENDED: frozenset(),
+    LaneState.LEASED: {LaneState.TRAINING, LaneState.EVALUATING, LaneState.REPORTING, LaneState.ENDED},
+    LaneState.TRAINING: {LaneState.EVALUATING, LaneState.PARKED, LaneState.ENDED},
+    LaneState.EVALUATING: {LaneState.REPORTING, LaneState.PARKED, LaneState.ENDED},
+    LaneState.REPORTING: {LaneState.TRAINING, LaneState.EVALUATING, LaneState.PARKED, LaneState.ENDED},
+    LaneState.PARKED: {LaneState.TRAINING, LaneState.EVALUATING, LaneState.REPORTING, LaneState.ENDED},
+    LaneState.ENDED: (),
 }
 """State -> states that may follow it."""
 
@@ -55,7 +50,7 @@ def evaluation_steps(steps: int, evaluations: int) -> tuple[int, ...]:
 
     Args:
         steps: Optimizer steps of the lane.
-        evaluations: The wanted number; at least one and at most one a step are made.
+        evaluations: The requested number of evaluations; it is limited to the range from 1 to `steps`.
     """
     count = max(1, min(evaluations, steps))
     return tuple(steps * i // count for i in range(1, count + 1))

@@ -1,4 +1,4 @@
-"""Leases new lanes from the source, and decides which parked lanes make room for them."""
+"""Leases new lanes from the source and chooses the parked lanes that make room for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
-from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Lease, LeaseGrant
 from orchestrator.finetune.engine.recovery import FailureRecovery
@@ -18,14 +17,14 @@ from orchestrator.finetune.engine.recovery import FailureRecovery
 
 @dataclass(frozen=True)
 class GroupOccupancy:
-    """The facts about the lane group that decide how many lanes are leased and which ones make room."""
+    """The occupancy of a lane group, from which the leases and the lanes that make room are decided."""
 
     fingerprints: tuple[str, ...] = ()
-    """All lanes of the group."""
+    """The lanes of the group."""
     group_key: str | None = None
     """The group key of these lanes; None when there is no lane."""
     free_slots: int = 1
-    """Lanes that the group can take in addition."""
+    """The number of lanes that the group can take in addition."""
     long_parked: tuple[str, ...] = ()
     """The lanes that may make room, the longest parked first."""
 
@@ -45,26 +44,14 @@ class GroupOccupancy:
 
 @dataclass(frozen=True)
 class LeasePlan:
-    """What to do with a grant."""
+    """The leases of a grant to train, and the lanes that leave for them."""
 
     to_start: tuple[Lease, ...] = ()
     """The leases to train."""
     replaced: tuple[str, ...] = ()
-    """Lanes that were leased again to this trainer: the newer lease replaces the lane."""
+    """Fingerprints of lanes that were leased again to this trainer: the newer lease replaces the lane."""
     evicted: tuple[str, ...] = ()
-    """Parked lanes to save and give back."""
-
-
-@dataclass(frozen=True)
-class _LeaseOutcome:
-    """The result of a lease request, which rank 0 broadcasts."""
-
-    to_start: tuple[Lease, ...] = ()
-    leaving: tuple[str, ...] = ()
-    """Fingerprints of the lanes to remove before the new ones start."""
-    closed: bool = False
-    lease_again: bool = False
-    """The first lane has set the group key: ask at once for more of it."""
+    """Fingerprints of parked lanes to save and give back."""
 
 
 def plan_lease(
@@ -101,38 +88,36 @@ class LaneLeasing:
     active: ActiveLanes
     recovery: FailureRecovery
     closed: bool = False
-    """Whether the source has said that no lane waits and none will come."""
+    """If true, the source has said that no lane waits and none will come."""
 
     def lease_lanes(self) -> None:
-        """Ask the source for lanes if there is room: at once after a lane has left, else by `polling.py`."""
+        """Lease lanes if there is room: at once after a lane has left, else at the interval of `polling`."""
         active, again = self.active, True
         while again and (active.count_free_slots() > 0 or active.slots.parked_at):
-            outcome = active.process_group.broadcast_from_rank0(self._request_leases)
-            self.closed = outcome.closed
-            for name in outcome.leaving:
+            plan, self.closed, again = active.process_group.broadcast_from_rank0(self._request_leases)
+            for name in (*plan.replaced, *plan.evicted):
                 active.remove(active.lanes[name])
-            for lease in outcome.to_start:
+            for lease in plan.to_start:
                 if active.count_free_slots() > 0:
                     self._start_lane(lease)
                 else:  # a lane before this one ran out of memory, and the group was halved
-                    active.process_group.broadcast_from_rank0(partial(self._decline_lease, lease))
-            again = outcome.lease_again and bool(active.lanes)
+                    active.process_group.broadcast_from_rank0(partial(active.return_lease, lease))
+            again = again and bool(active.lanes)
 
-    def _occupancy(self, now: float) -> GroupOccupancy:
-        active = self.active
-        return GroupOccupancy(
-            tuple(active.lanes),
-            active.group_key,
-            active.count_free_slots(),
-            tuple(active.slots.list_long_parked(now)),
-        )
+    def _request_leases(self) -> tuple[LeasePlan, bool, bool]:
+        """Request leases, plan, and give back the leases of evicted lanes. Rank 0 only.
 
-    def _request_leases(self) -> _LeaseOutcome:
-        """Ask the source, plan, and give the leases of evicted lanes back. Rank 0 only."""
+        Returns:
+            The plan; True if the source is closed; and True if the next request is due at once, because the
+            first lane has set the group key.
+        """
         active, now = self.active, time.monotonic()
-        occupancy = self._occupancy(now)
+        long_parked = tuple(active.slots.list_long_parked(now))
+        occupancy = GroupOccupancy(
+            tuple(active.lanes), active.group_key, active.count_free_slots(), long_parked
+        )
         if occupancy.capacity <= 0 or not active.poll_interval.is_due(active.leased_at, now):
-            return _LeaseOutcome(closed=self.closed)
+            return LeasePlan(), self.closed, False
         is_any_group_key = not occupancy.fingerprints
         grant = active.source.lease(occupancy.group_key, occupancy.capacity, active.steps_taken)
         active.leased_at = time.monotonic()
@@ -146,7 +131,7 @@ class LaneLeasing:
         lease_again = is_any_group_key and bool(plan.to_start)
         if lease_again:
             active.leased_at = NEVER
-        return _LeaseOutcome(plan.to_start, (*plan.replaced, *plan.evicted), grant.closed, lease_again)
+        return plan, grant.closed, lease_again
 
     def _end_final_leases(self, leases: Sequence[Lease]) -> set[str]:
         """End the leases whose configuration has a final record; return their fingerprints. Rank 0 only."""
@@ -163,54 +148,35 @@ class LaneLeasing:
         """Put a leased lane on the model, resumed from its newest checkpoint if there is one."""
         active, lane = self.active, Lane(lease)
         active.lanes[lane.fingerprint] = lane
-        folder = active.recorder.store.checkpoints / lane.fingerprint
-        found: list[Checkpoint] = []
-
-        def find_newest() -> tuple[int, int] | None:
-            """Rank 0 only. Returns attempt and step."""
-            if (newest := checkpoint.read_newest(folder, active.recorder.warn, lane.fingerprint)) is None:
-                return None
-            found.append(newest)
-            return newest.attempt, newest.step
-
-        attempt_and_step = active.process_group.broadcast_from_rank0(find_newest)
-        path = checkpoint.checkpoint_path(folder, *attempt_and_step) if attempt_and_step is not None else None
-        added = self.recovery.run_isolating_failures(
-            [lane], partial(self._add_lane, saved=next(iter(found), None), path=path)
-        )
+        path = active.process_group.broadcast_from_rank0(partial(self._find_checkpoint, lane.fingerprint))
+        added = self.recovery.run_isolating_failures([lane], partial(self._add_lane, path=path))
         group_key = lane.configuration.group_key
         if added and group_key not in active.slots.max_lanes_by_group_key:
-            read_known_max = partial(active.recorder.read_max_lanes, group_key, active.slots.count)
             active.slots.max_lanes_by_group_key[group_key] = active.process_group.broadcast_from_rank0(
-                read_known_max
+                partial(active.recorder.read_max_lanes, group_key, active.slots.count)
             )
 
-    def _add_lane(self, lanes: Sequence[Lane], saved: Checkpoint | None, path: Path | None) -> Sequence[None]:
+    def _find_checkpoint(self, fingerprint: str) -> Path | None:
+        """Return the file of the newest undamaged checkpoint. Rank 0 only."""
+        folder, warn = self.active.recorder.store.checkpoints / fingerprint, self.active.recorder.warn
+        newest = checkpoint.read_newest(folder, warn, fingerprint)
+        return checkpoint.checkpoint_path(folder, newest.attempt, newest.step) if newest is not None else None
+
+    def _add_lane(self, lanes: Sequence[Lane], path: Path | None) -> Sequence[None]:
         """Add one lane to the engine.
 
         Args:
             lanes: The lane, as a sequence of one.
-            saved: Its newest checkpoint, which rank 0 has read.
-            path: The file of that checkpoint, which the other ranks read.
+            path: The file of its newest checkpoint; None for a lane that starts.
 
         Returns:
             A list with one None: `run_isolating_failures` expects one result per lane.
         """
         (lane,) = lanes
-        if any(
-            other.configuration.group_key != lane.configuration.group_key
-            for other in self.active.lanes.values()
-        ):
-            raise RuntimeError(
-                f"leased a lane of group key {lane.configuration.group_key} into a lane group of another one"
-            )
-        if saved is None and path is not None:
-            saved = checkpoint.read(path)
-        self.active.engine.add_lane(lane, saved)
-        if saved is not None:
-            self.active.recorder.mark_restored(lane)
+        group_key = lane.configuration.group_key
+        if any(other.configuration.group_key != group_key for other in self.active.lanes.values()):
+            raise RuntimeError(f"leased a lane of group key {group_key} into a lane group of another one")
+        self.active.engine.add_lane(lane, checkpoint.read(path) if path is not None else None)
+        if path is not None:
+            self.active.recorder.mark_saved(lane)
         return [None]
-
-    def _decline_lease(self, lease: Lease) -> None:
-        """Give a lease back for which there is no slot. Rank 0 only."""
-        self.active.source.return_lease(lease.configuration.fingerprint, lease.attempt)

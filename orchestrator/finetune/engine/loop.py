@@ -5,7 +5,7 @@ optimizer step with every lane in training, and evaluates the lanes for which th
 join and leave at any round and do not influence each other.
 
 All workers of a trainer run the loop in step (`process_group.py`). Rank 0 alone uses the source, the clock
-and the store, and broadcasts what it finds; from there on all workers do the same.
+and the store, and broadcasts what it finds; then all workers act on the same values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane_source import LaneSource
 from orchestrator.finetune.engine.leasing import LaneLeasing
 from orchestrator.finetune.engine.polling import PollInterval
-from orchestrator.finetune.engine.recorder import LaneRecorder, LaneStore
+from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.engine.recovery import FailureRecovery
 from orchestrator.finetune.engine.rounds import TrainingRounds
 from orchestrator.finetune.engine.slots import LaneSlots
@@ -36,6 +36,7 @@ from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Provenance
+from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice
 
 log = logging.getLogger(__name__)
@@ -58,16 +59,16 @@ class LoopSettings:
     spill_seconds: float = 1.0
     """A lane that has been parked for this long makes room for one that waits."""
     save_adapter: bool = False
-    """Whether the adapters of finished lanes are saved in the store."""
+    """If true, the adapters of finished lanes are saved in the store."""
     checkpoint_seconds: float = 120.0
     """The interval between two checkpoints of a lane; each evaluation is followed by one in addition."""
     store_full_timeout_seconds: float = 60.0
-    """How long a record waits for space on a full disk."""
+    """The longest time that a record waits for space on a full disk."""
 
 
 def run(
     source: LaneSource | None,
-    store: LaneStore,
+    store: Store,
     load_base_model: BaseModelLoader,
     settings: LoopSettings,
     *,
@@ -82,8 +83,8 @@ def run(
     or the store raises ends the loop; the lanes resume from their checkpoints.
 
     Args:
-        source: Leases lanes and receives reports; None on all ranks but 0.
-        store: Receives checkpoints, adapters and records.
+        source: The source of lanes, which receives the reports; None on all ranks but 0.
+        store: The store for checkpoints, adapters and records.
         load_base_model: Loads a base model for a task.
         settings: Limits and intervals.
         provenance: Makes the provenance of a record, called as `provenance(device, lane_group_size=,
@@ -98,28 +99,22 @@ def run(
     """
     engine = make_engine(load_base_model, store.calibration, store.data, process_group)
     notify = source.notify if source is not None else log.warning
-    recorder = LaneRecorder(
-        store, engine, provenance, process_group.world_size, settings.store_full_timeout_seconds, notify
-    )
+    recorder = LaneRecorder(store, engine, provenance, settings.store_full_timeout_seconds, notify)
     slots = LaneSlots(settings.max_lanes, settings.spill_seconds)
     poll_interval = PollInterval(settings.poll_seconds)
     active = ActiveLanes(source, engine, recorder, process_group, slots, poll_interval)
-    is_device_lost = False
     try:
         _run_until_idle(active, settings)
-    except StoreFullError:  # on rank 0
-        for lane in active.lanes.values():
-            active.return_lease(lane)
-        raise
-    except Exception as error:
-        is_device_lost = classify_error(error) is Fault.DEVICE
-        if is_device_lost:
+    except BaseException as error:
+        if classify_error(error) is Fault.DEVICE:
             reason = f"the device is lost to this process: {error}"
             raise TrainerBrokenError(reason, BrokenKind.DEVICE_LOST) from error
+        if isinstance(error, StoreFullError):  # on rank 0
+            for lane in active.lanes.values():
+                active.return_lease(lane.lease)
+        engine.detach_adapters()
         raise
-    finally:
-        if not is_device_lost:
-            engine.detach_adapters()
+    engine.detach_adapters()
 
 
 def _run_until_idle(active: ActiveLanes, settings: LoopSettings) -> None:

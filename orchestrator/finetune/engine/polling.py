@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LATENCY_FACTOR = 20.0
-"""The interval is at least this many times the last answer's latency, so that waiting costs little."""
+"""The interval is at least this many times the last answer's latency, so that a trainer waits little."""
 MAX_SLOWDOWN = 20.0
-"""The interval is at most this many times the shortest one: a stop, a drain or Ctrl-C must be noticed."""
+"""The interval is at most this many times the shortest one, so that a trainer still notices a stop soon."""
 
 
 @dataclass
@@ -20,7 +20,7 @@ class PollInterval:
     min_seconds: float
     """The shortest interval."""
     last_latency: float = 0.0
-    """How long the last answer took."""
+    """The latency of the last answer."""
 
     def record_answer(self, sent_at: float, now: float) -> None:
         """Note that a request sent at `sent_at` was answered at `now`."""

@@ -1,4 +1,4 @@
-"""Writes the checkpoints and records of lanes, and the limits on lanes that were learnt."""
+"""Writes the checkpoints and records of lanes, and the lane limits found by out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 from safetensors import SafetensorError
 
@@ -18,30 +16,9 @@ from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error, is_file_not_found
 from orchestrator.record import lane_capacity
 from orchestrator.record.schema import FINAL_STATES, Provenance, Record, RecordState
+from orchestrator.record.store import Store
 
 log = logging.getLogger(__name__)
-
-
-class LaneStore(Protocol):
-    """The parts of `record.store.Store` that the loop uses."""
-
-    checkpoints: Path
-    adapters: Path
-    calibration: Path
-    data: Path
-    lane_capacity: Path
-
-    def put(self, record: Record) -> bool:
-        """Write a record; return False if there is a final one already."""
-        ...
-
-    def get(self, fingerprint: str) -> Record | None:
-        """Return the record of a configuration, if there is one."""
-        ...
-
-    def discard_checkpoints(self, fingerprint: str) -> None:
-        """Remove all checkpoints of a configuration."""
-        ...
 
 
 @dataclass
@@ -52,19 +29,17 @@ class LaneRecorder:
     record is tried again for `store_full_timeout_seconds`; then StoreFullError is raised.
     """
 
-    store: LaneStore
+    store: Store
     engine: Engine
     provenance: Callable[..., Provenance]
     """Makes the provenance of a record, see `loop.run`."""
-    workers: int
-    """The number of workers of this trainer."""
     store_full_timeout_seconds: float
     notify: Callable[[str], None]
     """Shows a line to the users who watch the study."""
     saved_progress: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Fingerprint -> steps and evaluations in the lane's newest checkpoint."""
     has_warned: bool = False
-    """Whether the last checkpoint could not be written."""
+    """True if the last checkpoint could not be written."""
     store_full_since: float | None = None
     """The time since which the disk has been full."""
 
@@ -73,13 +48,9 @@ class LaneRecorder:
         log.warning("%s", line)
         self.notify(line)
 
-    def mark_restored(self, lane: Lane) -> None:
+    def mark_saved(self, lane: Lane) -> None:
         """Note that the lane equals its newest checkpoint, so that it is not written again."""
         self.saved_progress[lane.fingerprint] = (lane.step, len(lane.evaluations))
-
-    def forget(self, lane: Lane) -> None:
-        """Forget a lane that has left."""
-        self.saved_progress.pop(lane.fingerprint, None)
 
     def save_checkpoint(self, lane: Lane) -> None:
         """Write a checkpoint of the lane, unless its newest one is equal or the lane has not started."""
@@ -87,8 +58,8 @@ class LaneRecorder:
             # The last scores need the outcome of each item, which a checkpoint does not hold: a lane that
             # resumes there is evaluated again.
             lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]
-        progress = (lane.step, len(lane.evaluations))
-        if lane.state is LaneState.LEASED or self.saved_progress.get(lane.fingerprint) == progress:
+        is_saved = self.saved_progress.get(lane.fingerprint) == (lane.step, len(lane.evaluations))
+        if is_saved or lane.state is LaneState.LEASED:
             return
         try:
             self._write_checkpoint(lane)
@@ -100,7 +71,8 @@ class LaneRecorder:
                 self.warn(f"cannot save lanes in {self.store.checkpoints}: {error}; training goes on")
             self.has_warned = True
         else:
-            self.saved_progress[lane.fingerprint], self.has_warned = progress, False
+            self.mark_saved(lane)
+            self.has_warned = False
 
     def _write_checkpoint(self, lane: Lane) -> None:
         folder = self.store.checkpoints / lane.fingerprint
@@ -133,9 +105,7 @@ class LaneRecorder:
         """
         if state == "stopped":
             self.save_checkpoint(lane)
-        if not self._put(
-            build_record(lane, state, self.engine, self.provenance, self.workers, reason, traceback_text)
-        ):
+        if not self._put(self._build_record(lane, state, reason, traceback_text)):
             existing = self.store.get(lane.fingerprint)
             state = existing.state if existing is not None else state
         if state in FINAL_STATES:
@@ -155,7 +125,7 @@ class LaneRecorder:
         return record.state
 
     def write_max_lanes(self, group_key: str, max_lanes: int, failed_lanes: int) -> None:
-        """Remember in the store how many lanes fit into memory.
+        """Write to the store how many lanes fit into memory.
 
         Args:
             group_key: The lanes' group key.
@@ -173,7 +143,7 @@ class LaneRecorder:
         self.warn(f"out of memory with {failed_lanes} lanes, now {max_lanes} at once; {outcome}")
 
     def read_max_lanes(self, group_key: str, requested: int) -> int | None:
-        """Return how many lanes fit into memory if an earlier trainer found out, else None.
+        """Return the number of lanes that fit into memory, None if no trainer has found a limit.
 
         Args:
             group_key: The lanes' group key.
@@ -215,48 +185,29 @@ class LaneRecorder:
                 self.store_full_since = None
                 return is_written
 
-
-def build_record(
-    lane: Lane,
-    state: RecordState,
-    engine: Engine,
-    provenance: Callable[..., Provenance],
-    workers: int = 1,
-    reason: str = "",
-    traceback_text: str = "",
-) -> Record:
-    """Build the record of a lane that ends.
-
-    Args:
-        lane: The lane.
-        state: Its final state.
-        engine: Gives the untrained scores and the device's name.
-        provenance: Makes the provenance, see `loop.run`.
-        workers: The number of workers of the trainer.
-        reason: Why the lane ended, in one line.
-        traceback_text: The traceback of a failed lane.
-    """
-    return Record(
-        fingerprint=lane.fingerprint,
-        configuration=lane.configuration,
-        state=state,
-        steps=lane.step,
-        reason=reason,
-        traceback=traceback_text,
-        curve=tuple(lane.curve),
-        evaluations=tuple(lane.evaluations),
-        baseline_scores=engine.lane_group.data.untrained if engine.has_lane_group else {},
-        items=lane.items,
-        cost=lane.cost,
-        provenance=provenance(
-            engine.device_name,
+    def _build_record(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> Record:
+        provenance = self.provenance(
+            self.engine.device_name,
             lane_group_size=lane.peak_group_size,
-            workers=workers,
+            workers=self.engine.process_group.world_size,
             attempt=lane.lease.attempt,
             resumed_from=lane.resumed_from,
             started=lane.started,
             ended=time.time(),
-        ),
-        stopping_settings=lane.lease.scheduler if state == "stopped" else "",
-        stopped_at=lane.last_reported_step if state == "stopped" else None,
-    )
+        )
+        return Record(
+            fingerprint=lane.fingerprint,
+            configuration=lane.configuration,
+            state=state,
+            steps=lane.step,
+            reason=reason,
+            traceback=traceback_text,
+            curve=tuple(lane.curve),
+            evaluations=tuple(lane.evaluations),
+            baseline_scores=self.engine.lane_group.data.untrained if self.engine.has_lane_group else {},
+            items=lane.items,
+            cost=lane.cost,
+            provenance=provenance,
+            stopping_settings=lane.lease.scheduler if state == "stopped" else "",
+            stopped_at=lane.last_reported_step if state == "stopped" else None,
+        )

@@ -1,4 +1,4 @@
-"""What a trainer does when work on its lanes raises: isolate the lane, halve the lane group, or stop."""
+"""Recovery from errors: isolate the lane that fails, halve the lane group, or stop the trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_IDENTICAL_FAILURES = 3
-"""Lanes that fail in a row with the same message before the trainer stops."""
+"""The number of lanes that fail in a row with the same message before the trainer stops."""
 OUT_OF_MEMORY_ADVICE = "try --gradient-checkpointing, --accumulation, a smaller --batch-size or a larger GPU"
 
 
@@ -72,21 +72,17 @@ class FailureRecovery:
             return self.run_isolating_failures(lanes, work)
         if failed.fault is Fault.MEMORY and len(active.lanes) > 1:
             self.halve_lane_group()
-            return self.run_isolating_failures(self._still_active(lanes), work)
+            remaining = [lane for lane in lanes if lane.fingerprint in active.lanes]
+            return self.run_isolating_failures(remaining, work)
         if len(lanes) == 1:
             self.fail(lanes[0], failed)
             return []
         log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
-        results = [
-            one
-            for lane in lanes
-            if lane.fingerprint in active.lanes
-            for one in self.run_isolating_failures([lane], work)
-        ]
-        return [(lane, one) for lane, one in results if lane.fingerprint in active.lanes]
-
-    def _still_active(self, lanes: Sequence[Lane]) -> list[Lane]:
-        return [lane for lane in lanes if lane.fingerprint in self.active.lanes]
+        results = []
+        for lane in lanes:
+            if lane.fingerprint in active.lanes:
+                results += self.run_isolating_failures([lane], work)
+        return [(lane, result) for lane, result in results if lane.fingerprint in active.lanes]
 
     def halve_lane_group(self, mid_step: Sequence[Lane] = ()) -> None:
         """Halve the lane group after an out-of-memory error, and remember the new maximum in the store.
@@ -103,7 +99,7 @@ class FailureRecovery:
         def return_leases() -> None:
             """Rank 0 only."""
             for lane in mid_step:
-                active.return_lease(lane)
+                active.return_lease(lane.lease)
             for lane in leaving:
                 active.save_and_return_lease(lane)
             active.recorder.write_max_lanes(group_key, max_lanes, failed_lanes)
@@ -137,7 +133,3 @@ class FailureRecovery:
                 f"{len(self.lanes_failed_alike)} configurations in a row failed with {failed.reason}",
                 BrokenKind.REPEATED_LANE_FAILURES,
             ) from failed
-
-    def reset_failure_count(self) -> None:
-        """Forget the failures in a row, after a lane has taken a step."""
-        self.last_failure = ""

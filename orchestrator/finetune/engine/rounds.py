@@ -87,18 +87,17 @@ class TrainingRounds:
             active.end(lane, "stopped", f"stopped by the scheduler after step {reported}{further}")
         elif directive is Directive.PARK and lane.state is not LaneState.PARKED:
             lane.transition_to(LaneState.PARKED)
-            active.slots.park(lane)
+            active.slots.parked_at[lane.fingerprint] = time.monotonic()
         elif directive is Directive.CONTINUE and lane.state in (LaneState.PARKED, LaneState.REPORTING):
             lane.enter_next_state()
-            active.slots.unpark(lane.fingerprint)
+            active.slots.parked_at.pop(lane.fingerprint, None)
 
     def _send_reports(self, lane: Lane) -> None:
         """Send the lane's pending reports in order, until a directive takes it out of `REPORTING`."""
         while lane.state is LaneState.REPORTING:
             report = lane.pending_reports.popleft()
-            self._apply(
-                self.active.process_group.broadcast_from_rank0(partial(self._send_report, report)), lane
-            )
+            directive = self.active.process_group.broadcast_from_rank0(partial(self._send_report, report))
+            self._apply(directive, lane)
 
     def _send_report(self, report: Report) -> Directive:
         """Rank 0 only."""
@@ -131,7 +130,7 @@ class TrainingRounds:
             else:
                 active.steps_taken += 1
         if gradients:
-            self.recovery.reset_failure_count()
+            self.recovery.last_failure = ""  # a lane has taken a step
         share_elapsed_seconds(started, lanes, "train_seconds")
         for lane, reason in diverged:
             active.end(lane, "diverged", reason)
@@ -141,7 +140,7 @@ class TrainingRounds:
     def _compute_gradients(self, lanes: Sequence[Lane]) -> Sequence[BackwardResult]:
         process_group, lane_group = self.active.process_group, self.active.engine.lane_group
         local = process_group.run_on_all(lambda: lane_group.backward(lanes))
-        return process_group.all_gather(lane_group.reduce_gradients(local))[0]
+        return process_group.all_gather(lane_group.reduce_gradients(lanes, *local))[0]
 
     # -- evaluations ------------------------------------------------------------------------------------
 

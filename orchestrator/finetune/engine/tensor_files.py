@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from orchestrator.util.atomic_files import DamagedFileError
+from orchestrator.util.atomic_files import DamagedFileError, replace_atomically
 
 METADATA_KEY = "about"
 """The only key of the file's metadata: safetensors writes several keys in random order, and equal content
@@ -39,16 +37,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: str = "") -> None:
         OSError, SafetensorError: The file cannot be written; an earlier file at `path` is unchanged.
     """
     cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary_path = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        metadata = {"head": header, "sha256": _digest(cpu_tensors, header)}
+    metadata = {METADATA_KEY: json.dumps({"head": header, "sha256": _digest(cpu_tensors, header)})}
+    with replace_atomically(path) as temporary_path:
         # `save_file` and not `save`, which would hold all tensors in memory a second time.
-        safetensors.torch.save_file(cpu_tensors, temporary_path, {METADATA_KEY: json.dumps(metadata)})
-        with open(temporary_path, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary_path, path)
-    finally:
-        temporary_path.unlink(missing_ok=True)
+        safetensors.torch.save_file(cpu_tensors, temporary_path, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], str]:

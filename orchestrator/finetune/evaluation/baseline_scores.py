@@ -60,8 +60,7 @@ def load_or_compute_scores(
     if cached is not None:
         return cached
     computed = compute()
-    contents = {"key": key, "scores": {split: dict(split_scores) for split, split_scores in computed.items()}}
-    sealed = atomic_files.add_checksum(json.dumps(contents))
+    sealed = atomic_files.add_checksum(json.dumps({"key": key, "scores": computed}))
     process_group.run_on_all(
         lambda: atomic_files.write_atomically(file, sealed) if process_group.rank == 0 else None
     )

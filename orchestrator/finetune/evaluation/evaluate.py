@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.data.batches import Batch, Row, encode_examples, pad_rows, plan_batches
+from orchestrator.finetune.data.batches import Batch, Row, pad_rows, plan_batches
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
 from orchestrator.finetune.evaluation.generate import generate_answers
@@ -37,14 +37,6 @@ class EvaluationSplit:
     """The longest padded length, except for rows that are longer."""
     pad_token_id: int
 
-    @classmethod
-    def from_examples(
-        cls, examples: Sequence[Example], task: Task, processor: Any, max_row_length: int
-    ) -> EvaluationSplit:
-        """Tokenize examples. `processor` is the model's tokenizer or image processor."""
-        rows = encode_examples(examples, task, processor, max_row_length if task.has_head else None)
-        return cls(examples, rows, max_row_length, processor.pad_token_id)
-
     @cached_property
     def batch_plan(self) -> Sequence[tuple[int, Sequence[int]]]:
         """The padded length and the item numbers of each batch of items that count in the loss."""
@@ -58,10 +50,9 @@ class EvaluationSplit:
         return pad_rows([self.rows[i] for i in items], length, self.pad_token_id)
 
     @property
-    def batches(self) -> Iterator[tuple[Batch, Sequence[int]]]:
-        """Each batch of the plan with its item numbers."""
-        for number, (_, items) in enumerate(self.batch_plan):
-            yield self.batch(number), items
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the plan."""
+        return (self.batch(number) for number in range(len(self.batch_plan)))
 
     @cached_property
     def flat_targets(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -71,12 +62,13 @@ class EvaluationSplit:
             The targets, (targets,) float64; the number of targets of each item, in the same order; and the
             indices that sort these items by item number.
         """
-        target_parts = [
-            (batch.targets[batch.targets != IGNORE_INDEX], batch.target_counts) for batch, _ in self.batches
-        ]
+        targets: list[Tensor] = []
+        counts: list[int] = []
+        for batch in self.batches:
+            targets.append(batch.targets[batch.targets != IGNORE_INDEX])
+            counts += batch.target_counts
         item_order = np.argsort([item for _, items in self.batch_plan for item in items])
-        targets = torch.cat([targets for targets, _ in target_parts]).double().numpy()
-        return targets, np.array([count for _, counts in target_parts for count in counts]), item_order
+        return torch.cat(targets).double().numpy(), np.array(counts), item_order
 
     @cached_property
     def graded_items(self) -> list[int]:
@@ -145,20 +137,16 @@ def evaluate(
     results = [replace(result, items=replace(result.items, correct=())) for result in results]
     if not (predict_with_generate and split.graded_items):
         return results
-    prompts = [(i, split.rows[i].prompt) for i in split.graded_items]
-    generated = generate_answers(
-        base_model, task, prompts, split.max_row_length, seeds, lane_rows, process_group
-    )
-    grades = _grade_generated(task, split, generated, process_group)
-    return [
-        EvaluationResult(
-            {**result.scores, task.metric: float(lane_grades.mean())},
-            ItemResults(
-                tuple(lane_grades.tolist()), result.items.loss, tuple(samples[0] for samples in answers)
-            ),
-        )
-        for result, lane_grades, answers in zip(results, grades, generated, strict=True)
-    ]
+    prompts, length = [(i, split.rows[i].prompt) for i in split.graded_items], split.max_row_length
+    generated = generate_answers(base_model, task, prompts, length, seeds, lane_rows, process_group)
+    graded = []
+    grades_by_lane = _grade_generated(task, split, generated, process_group)
+    for result, grades, answers in zip(results, grades_by_lane, generated, strict=True):
+        scores = {**result.scores, task.metric: float(grades.mean())}
+        first_samples = tuple(samples[0] for samples in answers)
+        items = ItemResults(tuple(grades.tolist()), result.items.loss, first_samples)
+        graded.append(EvaluationResult(scores, items))
+    return graded
 
 
 def _predict_targets(
@@ -173,22 +161,24 @@ def _predict_targets(
 
     A prediction is the index of the largest logit, or the value that a regression head gives.
     """
-    losses, predictions = [], []
+    values: list[Tensor] = []  # for each batch of this process: losses and predictions, (2, lanes, targets)
     with lane_rows():
         for number in range(process_group.rank, len(split.batch_plan), process_group.world_size):
             batch = split.batch(number)
             logits, labels = compute_logits(base_model, task, Batch.concatenate([batch] * lane_count))
-            losses.append(compute_losses(logits, labels, task).view(lane_count, -1))
-            prediction = logits if task.output == "regression" else logits.argmax(dim=-1)
-            predictions.append(prediction.view(lane_count, -1))
-    rank_parts = process_group.all_gather(
-        np.stack([_concatenate_on_cpu(losses, lane_count), _concatenate_on_cpu(predictions, lane_count)])
-    )
-    _, counts, _ = split.flat_targets
-    batch_ends = np.cumsum([len(items) for _, items in split.batch_plan])[:-1]
-    target_counts = [int(item_counts.sum()) for item_counts in np.split(counts, batch_ends)]
-    merged_losses, merged_predictions = _merge_rank_parts(rank_parts, target_counts)
-    return merged_losses, merged_predictions
+            losses = compute_losses(logits, labels, task)
+            predictions = logits.squeeze(1) if task.output == "regression" else logits.argmax(dim=-1)
+            values.append(torch.stack([losses, predictions.to(losses.dtype)]).view(2, lane_count, -1))
+    # One copy from the device for all batches, because each copy waits for the device.
+    own_batches: list[np.ndarray] = []
+    if values:  # else there are more processes than batches
+        joined = torch.cat(values, dim=-1).cpu().double()
+        own_batches = [part.numpy() for part in joined.split([part.shape[-1] for part in values], dim=-1)]
+    gathered = process_group.all_gather(own_batches)
+    world_size = process_group.world_size
+    in_order = [gathered[i % world_size][i // world_size] for i in range(len(split.batch_plan))]
+    all_losses, all_predictions = np.concatenate(in_order, axis=-1)
+    return all_losses, all_predictions
 
 
 def _score_predictions(
@@ -211,9 +201,8 @@ def _score_predictions(
         scores[task.metric] = metrics.get_metric(task)(predictions, targets)
     elif task.output == "teacher_forced":
         scores[task.metric] = float(correct.mean())
-    return EvaluationResult(
-        scores, ItemResults(tuple(correct.tolist()), tuple(item_losses.tolist()), answers)
-    )
+    items = ItemResults(tuple(correct.tolist()), tuple(item_losses.tolist()), answers)
+    return EvaluationResult(scores, items)
 
 
 def _grade_generated(
@@ -240,49 +229,20 @@ def _grade_generated(
     ]
     own_answers = answers_to_grade[process_group.rank :: process_group.world_size]
     try:
-        own_grades = task.grade_all(
-            [example for example, _ in own_answers], [answer for _, answer in own_answers]
-        )
+        own_grades = task.grade_all([e for e, _ in own_answers], [answer for _, answer in own_answers])
     except SystemExit as error:  # of a user's task; it would end the worker instead of failing the lane
         raise RuntimeError(f"grading ends the process: {format_error(error)}") from error
     if len(own_grades) != len(own_answers):
-        raise UsageError(
-            f"Task {task.name!r}: grade_all gives {len(own_grades)} grades for {len(own_answers)} answers."
-        )
+        problem = f"grade_all gives {len(own_grades)} grades for {len(own_answers)} answers."
+        raise UsageError(f"Task {task.name!r}: {problem}")
     for grade, (_, answer) in zip(own_grades, own_answers, strict=True):
         if not 0 <= grade <= 1:  # refuses NaN as well
-            raise UsageError(
-                f"Task {task.name!r}: the grade of the answer {quote_value(answer)} is {grade!r}; must be a "
-                "number from 0 to 1."
-            )
+            problem = f"the grade of the answer {quote_value(answer)} is {grade!r}"
+            raise UsageError(f"Task {task.name!r}: {problem}; must be a number from 0 to 1.")
     grades = np.zeros(len(answers_to_grade))
     for rank, rank_grades in enumerate(process_group.all_gather(own_grades)):
         grades[rank :: process_group.world_size] = rank_grades
     return grades.reshape(len(generated), len(split.graded_items), -1).mean(axis=2)
-
-
-def _concatenate_on_cpu(batches: Sequence[Tensor], lane_count: int) -> np.ndarray:
-    """Return batches of (lanes, targets) as one float64 array, with a single copy from the device."""
-    if not batches:  # there are more processes than batches
-        return np.zeros((lane_count, 0))
-    return torch.cat(list(batches), dim=1).cpu().double().numpy()
-
-
-def _merge_rank_parts(rank_parts: Sequence[np.ndarray], target_counts: Sequence[int]) -> np.ndarray:
-    """Put the targets of batches that processes have computed in turn into the order of the batch plan.
-
-    Args:
-        rank_parts: The values of each process's batches, (..., targets).
-        target_counts: The number of targets of each batch of the plan.
-    """
-    world_size = len(rank_parts)
-    batches_by_rank = [
-        np.split(part, np.cumsum(target_counts[i::world_size])[:-1], axis=-1)
-        for i, part in enumerate(rank_parts)
-    ]
-    return np.concatenate(
-        [batches_by_rank[i % world_size][i // world_size] for i in range(len(target_counts))], axis=-1
-    )
 
 
 def _closeness(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -90,13 +90,12 @@ def _compute_head_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, T
     if base_model.is_causal:
         model_inputs["use_cache"] = False
     else:
-        attention_mask = batch.attention_mask.to(base_model.device)
+        mask = batch.attention_mask.to(base_model.device)
         if base_model.has_convolution:
-            model_inputs["attention_mask"] = attention_mask.long()
-        else:
-            model_inputs["attention_mask"] = (
-                attention_mask if base_model.has_sliding_window else attention_mask[:, None, None, :]
-            )
+            mask = mask.long()
+        elif not base_model.has_sliding_window:
+            mask = mask[:, None, None, :]
+        model_inputs["attention_mask"] = mask
     labels = batch.targets[batch.targets != IGNORE_INDEX]
     return base_model.model(**model_inputs).logits, labels.to(base_model.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -50,24 +51,18 @@ def generate_answers(
         first stop string.
     """
     own_answers: dict[tuple[int, int], str] = {}  # by lane and entry
-    entries = [(prompt, sample) for prompt in prompts for sample in range(task.samples)]
-    batch_plan = plan_batches(
-        [len(ids) for (_, ids), _ in entries], max_row_length, max_new_tokens=task.max_new_tokens
-    )
+    entries = [(item, ids, sample) for item, ids in prompts for sample in range(task.samples)]
+    batch_plan = plan_batches([len(ids) for _, ids, _ in entries], max_row_length, task.max_new_tokens)
     with lane_rows(), _greedy_decoding(base_model.model, base_model.tokenizer, task.max_new_tokens):
         for length, batch in batch_plan[process_group.rank :: process_group.world_size]:
             texts = _generate_batch(base_model, task, [entries[e] for e in batch], length, seeds)
             for row, text in enumerate(texts):
                 own_answers[row // len(batch), batch[row % len(batch)]] = text
-    all_answers = {
-        answer_key: text
-        for rank_answers in process_group.all_gather(own_answers)
-        for answer_key, text in rank_answers.items()
-    }
+    all_answers = dict(ChainMap(*process_group.all_gather(own_answers)))
     return [
         [
-            tuple(all_answers[lane, number * task.samples + sample] for sample in range(task.samples))
-            for number in range(len(prompts))
+            tuple(all_answers[lane, first + sample] for sample in range(task.samples))
+            for first in range(0, len(entries), task.samples)
         ]
         for lane in range(len(seeds))
     ]
@@ -76,7 +71,7 @@ def generate_answers(
 def _generate_batch(
     base_model: BaseModel,
     task: Task,
-    entries: Sequence[tuple[tuple[int, Sequence[int]], int]],
+    entries: Sequence[tuple[int, Sequence[int], int]],
     length: int,
     seeds: Sequence[int],
 ) -> list[str]:
@@ -85,7 +80,7 @@ def _generate_batch(
     Args:
         base_model: The base model, inside the contexts of lanes and of greedy decoding.
         task: The task.
-        entries: The prompt (item number, token ids) and the sample number of each row.
+        entries: The item number, the token ids of the prompt, and the sample number of each row.
         length: The length that prompts are padded to.
         seeds: The seed of each lane.
 
@@ -94,33 +89,24 @@ def _generate_batch(
     """
     tokenizer, lanes, device = base_model.tokenizer, len(seeds), base_model.device
     # Prompts are padded on the left, so that all answers begin in one column.
-    pad_counts = [length - len(prompt_ids) for (_, prompt_ids), _ in entries]
-    ids = torch.tensor(
-        [
-            [*[tokenizer.pad_token_id] * pads, *prompt_ids]
-            for pads, ((_, prompt_ids), _) in zip(pad_counts, entries, strict=True)
-        ]
-    )
-    mask = torch.tensor([[*[0] * pads, *[1] * (length - pads)] for pads in pad_counts])
+    prompts = [prompt for _, prompt, _ in entries]
+    ids = torch.tensor([[*[tokenizer.pad_token_id] * (length - len(p)), *p] for p in prompts])
+    mask = torch.tensor([[*[0] * (length - len(p)), *[1] * len(p)] for p in prompts])
     logits_processors = []
     if task.temperature > 0:
-        item_samples = [(item, sample) for (item, _), sample in entries]
+        item_samples = [(item, sample) for item, _, sample in entries]
         uniforms = draw_uniform_table(seeds, item_samples, task.max_new_tokens).to(device)
-        logits_processors.append(
-            InverseTransformLogitsProcessor(uniforms, length, task.temperature, task.top_p)
-        )
+        sampler = InverseTransformLogitsProcessor(uniforms, length, task.temperature, task.top_p)
+        logits_processors.append(sampler)
+    stopping = [_StopStringCriteria(tokenizer, task.stop, length)] if task.stop else []
     generated = base_model.model.generate(
         input_ids=ids.repeat(lanes, 1).to(device),
         attention_mask=mask.repeat(lanes, 1).to(device),
         logits_processor=LogitsProcessorList(logits_processors),
-        stopping_criteria=StoppingCriteriaList(
-            [_StopStringCriteria(tokenizer, task.stop, length)] if task.stop else []
-        ),
+        stopping_criteria=StoppingCriteriaList(stopping),
     )
-    return [
-        truncate_at_stop(_decode_answer(new_ids, tokenizer), task.stop)
-        for new_ids in generated[:, length:].tolist()
-    ]
+    answers = generated[:, length:].tolist()
+    return [truncate_at_stop(_decode_answer(answer, tokenizer), task.stop) for answer in answers]
 
 
 def truncate_at_stop(text: str, stops: Sequence[str]) -> str:
@@ -162,12 +148,9 @@ class _StopStringCriteria(StoppingCriteria):
 @contextmanager
 def _greedy_decoding(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
     """Replace the model's generation settings by plain greedy decoding, without sampling or penalties."""
-    original_config = model.generation_config
+    original_config, eos, pad = model.generation_config, tokenizer.eos_token_id, tokenizer.pad_token_id
     model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad
     )
     try:
         yield

@@ -1,4 +1,4 @@
-"""Calibration tensors: computed once for a model, task, variant and seed, equal wherever they are read."""
+"""Calibration tensors are computed once for a model, task, variant and seed, and equal in all lane groups."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def point(variant: str, *, rate: float = 1e-2, seed: int = 0, batches: int = 3) 
     return replace(one, variant=replace(one.variant, extra=extra))
 
 
-def kept(store: Store) -> dict[str, int]:
+def modification_times(store: Store) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in store.calibration.iterdir()}
 
 
-def test_there_are_some_of_every_kind() -> None:
+def test_every_calibration_statistic_has_a_variant() -> None:
     assert {catalogue.get(name).calibration_statistic for name in CALIBRATED} == set(CalibrationStatistic) - {
         CalibrationStatistic.NONE
     }
 
 
 @pytest.mark.parametrize("variant", CALIBRATED)
-def test_one_pass_serves_every_rate_and_each_seed_has_its_own(variant: str, store: Store) -> None:
+def test_all_learning_rates_share_a_file_and_each_seed_has_its_own(variant: str, store: Store) -> None:
     rates = [point(variant, rate=rate) for rate in (1e-3, 1e-2)]
     train(Script(leases(rates)), store)
-    first = kept(store)
+    first = modification_times(store)
     assert len(first) == 1
     train(Script(leases([point(variant, rate=1e-1)])), store)
-    assert kept(store) == first  # read, not written again
+    assert modification_times(store) == first  # read, not written again
     train(Script(leases([point(variant, seed=1)])), store)
-    assert len(kept(store)) == 2
+    assert len(modification_times(store)) == 2
     for c in rates:
         record = store.get(c.fingerprint)
         assert record is not None
@@ -57,7 +57,7 @@ def test_one_pass_serves_every_rate_and_each_seed_has_its_own(variant: str, stor
 @pytest.mark.parametrize(
     "damage", [lambda data: data[: len(data) // 2], lambda data: data[:-9] + bytes(9)], ids=["cut", "zeros"]
 )
-def test_a_damaged_file_is_made_anew(store: Store, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_file_is_computed_again(store: Store, damage: Callable[[bytes], bytes]) -> None:
     train(Script(leases([point("eva")])), store)
     (file,) = store.calibration.iterdir()
     whole = file.read_bytes()
@@ -70,24 +70,24 @@ def test_a_damaged_file_is_made_anew(store: Store, damage: Callable[[bytes], byt
     assert record.state == "finished", record.traceback
 
 
-def test_a_file_in_the_place_of_another_is_made_anew(store: Store, tmp_path: Path) -> None:
+def test_a_file_swapped_with_another_is_computed_again(store: Store, tmp_path: Path) -> None:
     """Two undamaged files were swapped, or one was renamed."""
     train(Script(leases([point("eva")])), store)
-    (mine,) = store.calibration.iterdir()
-    whole = mine.read_bytes()
+    (file,) = store.calibration.iterdir()
+    whole = file.read_bytes()
     train(Script(leases([point("eva", seed=1)])), store)
-    (its,) = set(store.calibration.iterdir()) - {mine}
-    mine.write_bytes(its.read_bytes())
+    (other,) = set(store.calibration.iterdir()) - {file}
+    file.write_bytes(other.read_bytes())
     again = point("eva", rate=1e-3)
     train(Script(leases([again])), store)
-    assert mine.read_bytes() == whole
+    assert file.read_bytes() == whole
     record = store.get(again.fingerprint)
     assert record is not None
     assert numbers_of(record) == numbers_of(solo(again, tmp_path))
 
 
 @pytest.mark.parametrize("variant", CALIBRATED)
-def test_a_lane_starts_in_a_group_where_it_starts_alone(variant: str, store: Store, tmp_path: Path) -> None:
+def test_calibrated_lanes_in_a_group_equal_lanes_alone(variant: str, store: Store, tmp_path: Path) -> None:
     lanes = [point(variant, seed=seed) for seed in range(3)]
     train(Script(leases(lanes)), store)
     for c in lanes:
@@ -97,7 +97,7 @@ def test_a_lane_starts_in_a_group_where_it_starts_alone(variant: str, store: Sto
 
 
 @pytest.mark.parametrize("variant", CALIBRATED)
-def test_its_batches_are_those_that_the_lane_trains_on(variant: str, store: Store) -> None:
+def test_calibration_uses_the_batches_that_the_lane_trains_on(variant: str, store: Store) -> None:
     c = point(variant, batches=2)
     seen: list[torch.Tensor] = []
 
@@ -112,4 +112,4 @@ def test_its_batches_are_those_that_the_lane_trains_on(variant: str, store: Stor
     # Splits are scored in batches of another size.
     batches = [ids for ids in seen if len(ids) == c.batches.micro_batch_size]
     assert len(batches) == 2 + c.lr_schedule.steps
-    assert all(torch.equal(mine, its) for mine, its in zip(batches[:2], batches[2:4], strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(batches[:2], batches[2:4], strict=True))

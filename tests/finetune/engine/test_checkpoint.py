@@ -75,16 +75,16 @@ def test_two_checkpoints_are_kept_of_an_attempt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])
-def test_a_torn_checkpoint_is_skipped_with_a_warning(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_checkpoint_is_skipped_with_a_warning(tmp_path: Path, keep: int) -> None:
     write(tmp_path, make(5))
-    torn = write(tmp_path, make(10))
-    torn.write_bytes(torn.read_bytes()[:keep])
-    said: list[str] = []
-    found = read_newest(tmp_path, said.append)
+    truncated = write(tmp_path, make(10))
+    truncated.write_bytes(truncated.read_bytes()[:keep])
+    warnings: list[str] = []
+    found = read_newest(tmp_path, warnings.append)
     assert found is not None
     assert found.step == 5
-    (line,) = said
-    assert line.startswith(f"skipped the damaged checkpoint {torn}: ")
+    (line,) = warnings
+    assert line.startswith(f"skipped the damaged checkpoint {truncated}: ")
     assert "\n" not in line
 
 
@@ -93,21 +93,24 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
     older = write(tmp_path, make(5, curve=[{"loss": 0.25}]))
     path = write(tmp_path, make(10, curve=[{"loss": 0.25}]))
     whole = path.read_bytes()
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
-        said: list[str] = []
-        found = read_newest(tmp_path, said.append)
-        assert found is not None, place
-        # A bit of the header's padding may be flipped without any harm: then all is as it was written.
-        assert (found.step, len(said)) == (5, 1) or equal(found, make(10)), place
+    for position in range(len(whole)):
+        path.write_bytes(
+            whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :]
+        )
+        warnings: list[str] = []
+        found = read_newest(tmp_path, warnings.append)
+        assert found is not None, position
+        # A flipped bit of the header's padding changes no content.
+        assert (found.step, len(warnings)) == (5, 1) or equal(found, make(10)), position
         assert found.state == {"curve": [{"loss": 0.25}]}
     assert older.exists()
 
 
 def test_files_that_are_no_checkpoints_are_ignored(tmp_path: Path) -> None:
-    place = write(tmp_path, make(5))
-    (place.parent / ".step-00000009.safetensors.77").write_bytes(b"half")  # a writer died before its rename
-    (place.parent / "step-x.safetensors").write_bytes(b"no number")
+    folder = write(tmp_path, make(5)).parent
+    # A writer died before its rename.
+    (folder / ".step-00000009.safetensors.77").write_bytes(b"half")
+    (folder / "step-x.safetensors").write_bytes(b"no number")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "step-00000099.safetensors").write_bytes(b"no attempt")
     found = read_newest(tmp_path, print)
@@ -127,7 +130,7 @@ def test_a_safetensors_file_of_another_program_is_skipped(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("other", ["another lane's", "of another step"])
 def test_a_checkpoint_in_the_place_of_another_is_skipped_with_a_warning(tmp_path: Path, other: str) -> None:
-    """Undamaged files were swapped, renamed, or copied to the place of another."""
+    """Undamaged files were swapped, renamed, or copied to the path of another."""
     mine = tmp_path / ("f" * 64)
     write(mine, make(5))
     path = write(mine, make(10))
@@ -136,10 +139,10 @@ def test_a_checkpoint_in_the_place_of_another_is_skipped_with_a_warning(tmp_path
         path.write_bytes(theirs.read_bytes())
     else:
         path = path.rename(path.with_name("step-00000012.safetensors"))
-    said: list[str] = []
-    found = read_newest(mine, said.append, "f" * 64)
+    warnings: list[str] = []
+    found = read_newest(mine, warnings.append, "f" * 64)
     assert found is not None
     assert found.step == 5
-    (line,) = said
+    (line,) = warnings
     assert line.startswith(f"skipped the damaged checkpoint {path}: ")
     assert ("eeeeeeeeeeee" if other == "another lane's" else "step 10") in line

@@ -21,29 +21,29 @@ def test_a_value_that_is_not_finite_is_reported_at_once_even_in_warmup(bad: floa
 
 
 def test_a_loss_above_the_limit_for_a_tenth_of_the_steps_after_warmup_has_diverged() -> None:
-    watch = DivergenceDetector(RULE, SCHEDULE, 2.0)
-    results = [watch.observe(step, 3.01, 1.0) for step in range(10)]
+    detector = DivergenceDetector(RULE, SCHEDULE, 2.0)
+    results = [detector.observe(step, 3.01, 1.0) for step in range(10)]
     assert results[:9] == [None] * 9  # steps 0-4 are warm-up, 5-8 the first four above
     assert "above 3" in (results[9] or "")
 
 
 def test_exactly_at_the_limit_is_not_above() -> None:
-    watch = DivergenceDetector(DivergenceConfig(loss_ratio=1.5, share=0.1, smoothing=0.0), SCHEDULE, 2.0)
-    assert not any(watch.observe(step, 3.0, 1.0) for step in range(50))
+    detector = DivergenceDetector(DivergenceConfig(loss_ratio=1.5, share=0.1, smoothing=0.0), SCHEDULE, 2.0)
+    assert not any(detector.observe(step, 3.0, 1.0) for step in range(50))
 
 
 def test_one_smoothed_step_below_starts_the_count_anew() -> None:
-    watch = DivergenceDetector(DivergenceConfig(smoothing=0.0), SCHEDULE, 2.0)
+    detector = DivergenceDetector(DivergenceConfig(smoothing=0.0), SCHEDULE, 2.0)
     losses = [9.0] * 9 + [1.0] + [9.0] * 4
-    assert not any(watch.observe(step, loss, 1.0) for step, loss in enumerate(losses))
-    assert watch.observe(14, 9.0, 1.0)
+    assert not any(detector.observe(step, loss, 1.0) for step, loss in enumerate(losses))
+    assert detector.observe(14, 9.0, 1.0)
 
 
 def test_smoothing_is_the_weight_of_the_past() -> None:
-    watch = DivergenceDetector(RULE, SCHEDULE, 2.0)
+    detector = DivergenceDetector(RULE, SCHEDULE, 2.0)
     for step, loss in enumerate([4.0, 2.0, 1.0]):
-        watch.observe(step, loss, 1.0)
-    assert watch.smoothed_loss == pytest.approx(0.8 * (0.8 * 4 + 0.2 * 2) + 0.2 * 1)
+        detector.observe(step, loss, 1.0)
+    assert detector.smoothed_loss == pytest.approx(0.8 * (0.8 * 4 + 0.2 * 2) + 0.2 * 1)
 
 
 def test_a_single_step_schedule_has_a_patience_of_one() -> None:

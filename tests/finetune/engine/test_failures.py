@@ -1,4 +1,4 @@
-"""Failures that no lane causes: out of memory, a full disk, a lost device. They are real where possible."""
+"""Failures that no lane causes: too little memory, a full disk, a lost device. They are real if possible."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def get(store: Store, point: Configuration) -> Record:
 )
 def test_an_error_is_classified_by_its_cause(error: Exception, fault: Fault) -> None:
     assert classify_error(error) is fault
-    outer = RuntimeError("while it was at work")
+    outer = RuntimeError("the error that hides the cause")
     outer.__cause__ = error
     assert classify_error(outer) is fault
     assert WorkerError.from_exception(outer).fault is fault
@@ -84,7 +84,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 
 @pytest.mark.slow
-def test_lanes_that_find_no_memory_train_fewer_at_once_with_the_same_results(
+def test_fewer_lanes_train_after_an_out_of_memory_error_with_equal_results(
     short: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, results = short
@@ -102,7 +102,7 @@ def test_lanes_that_find_no_memory_train_fewer_at_once_with_the_same_results(
 
 
 @pytest.mark.slow
-def test_what_fits_is_remembered_for_the_next_trainer(short: tuple[Path, dict[str, Any]]) -> None:
+def test_the_lane_limit_is_stored_for_the_next_trainer(short: tuple[Path, dict[str, Any]]) -> None:
     folder, results = short
     assert results["later_most"] == LANES // 2
     assert results["later_given_back"] == []
@@ -112,7 +112,7 @@ def test_what_fits_is_remembered_for_the_next_trainer(short: tuple[Path, dict[st
     assert lane_capacity.read_max_lanes(store.lane_capacity, WIDE[0].group_key, place) == LANES // 2
 
 
-def test_a_lane_that_finds_no_memory_alone_fails_and_says_what_to_do(tmp_path: Path) -> None:
+def test_a_lane_that_does_not_fit_alone_fails_with_advice(tmp_path: Path) -> None:
     results = short_of(short_of_memory.alone, tmp_path)
     assert [state for _, _, state in results["ended"]] == ["failed", "finished"]
     record = get(Store(tmp_path / "alone"), HUGE)
@@ -121,7 +121,7 @@ def test_a_lane_that_finds_no_memory_alone_fails_and_says_what_to_do(tmp_path: P
 
 
 @pytest.mark.parametrize("nth", [1, pytest.param(2, marks=pytest.mark.slow), 3])
-def test_lanes_that_find_no_memory_for_their_last_scores_are_scored_later(
+def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
     nth: int, store: Store, tmp_path: Path
 ) -> None:
     """The nth forward pass that scores more than two lanes runs out of memory: in the first split, or in the
@@ -129,14 +129,14 @@ def test_lanes_that_find_no_memory_for_their_last_scores_are_scored_later(
     base_model = tiny_base_model(configuration().model)
     forward, wide = base_model.model.forward, []
 
-    def starves(*args: Any, **kwargs: Any) -> Any:
+    def raises_out_of_memory(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() and len(kwargs["input_ids"]) > 2 * 16:
             wide.append(len(kwargs["input_ids"]))
             if len(wide) == nth:
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
-    base_model.model.forward = starves
+    base_model.model.forward = raises_out_of_memory
     points = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(4)]
     source = Again(leases(points))
     train(source, store, load_base_model=lambda choice, task: base_model)
@@ -147,18 +147,18 @@ def test_lanes_that_find_no_memory_for_their_last_scores_are_scored_later(
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
 
 
-def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_path: Path) -> None:
+def test_lanes_that_do_not_fit_at_their_start_are_leased_again(store: Store, tmp_path: Path) -> None:
     """The fifth lane of six runs out of memory; the lease of the sixth is returned before it starts."""
     base_model = tiny_base_model(configuration().model)
     forward, raised = base_model.model.forward, []
 
-    def starves(*args: Any, **kwargs: Any) -> Any:
+    def raises_out_of_memory(*args: Any, **kwargs: Any) -> Any:
         if len(source.lanes) == 5 and not raised:
             raised.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
-    base_model.model.forward = starves
+    base_model.model.forward = raises_out_of_memory
     points = [configuration(variant="eva", seed=seed, steps=2, evaluations=1) for seed in range(6)]
     few = {**variants.get("eva").extra_defaults, "calibration_batches": 2}
     points = [replace(one, variant=replace(one.variant, extra=few)) for one in points]
@@ -171,7 +171,7 @@ def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_p
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
 
 
-def test_a_learnt_limit_only_falls_and_an_unreadable_file_is_ignored(tmp_path: Path) -> None:
+def test_a_stored_limit_is_only_lowered_and_an_unreadable_file_is_ignored(tmp_path: Path) -> None:
     assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
     path = lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 4, 8)
     lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 6, 12)
@@ -189,21 +189,21 @@ def test_a_learnt_limit_only_falls_and_an_unreadable_file_is_ignored(tmp_path: P
     assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
 
 
-def test_a_lane_that_is_half_way_through_a_step_goes_on_from_its_checkpoint(
+def test_a_lane_interrupted_in_its_optimizer_step_resumes_from_its_checkpoint(
     store: Store, tmp_path: Path
 ) -> None:
-    """Its optimizer ran out of memory in the last of its moments."""
+    """The lane's optimizer runs out of memory after it has changed the parameters."""
     points = [configuration(seed=seed, steps=6, evaluations=3) for seed in range(3)]
     raised = []
 
-    def starve(optimizer: torch.optim.Optimizer, *rest: object) -> None:
-        mine = next((lane for lane in source.lanes.values() if lane.optimizer is optimizer), None)
-        if mine is not None and mine.fingerprint == points[1].fingerprint and mine.step == 4 and not raised:
-            raised.append(mine.step)
+    def raise_out_of_memory(optimizer: torch.optim.Optimizer, *rest: object) -> None:
+        lane = next((lane for lane in source.lanes.values() if lane.optimizer is optimizer), None)
+        if lane is not None and lane.fingerprint == points[1].fingerprint and lane.step == 4 and not raised:
+            raised.append(lane.step)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     source = Again(leases(points))
-    handle = register_optimizer_step_post_hook(starve)
+    handle = register_optimizer_step_post_hook(raise_out_of_memory)
     try:
         train(source, store)
     finally:
@@ -212,8 +212,8 @@ def test_a_lane_that_is_half_way_through_a_step_goes_on_from_its_checkpoint(
     assert (points[1].fingerprint, 1) in source.spilled
     for point in points:
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
-    torn = get(store, points[1])
-    assert torn.provenance.resumed_from == (4,)
+    interrupted = get(store, points[1])
+    assert interrupted.provenance.resumed_from == (4,)
 
 
 # -- a lost device ------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class Broken(letters.Letters):
 '''
 
 
-def test_a_lost_device_ends_the_process_and_is_no_lanes_failure(store: Store, tmp_path: Path) -> None:
+def test_a_lost_device_ends_the_trainer_and_fails_no_lane(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text(BROKEN.format(method="encode"))
     source = Script(leases(configuration(task=str(path), seed=seed, steps=4) for seed in range(4)))
@@ -285,7 +285,7 @@ class Filling(Again):
         return answers
 
 
-def test_a_checkpoint_that_finds_no_space_is_left_out(
+def test_a_checkpoint_on_a_full_disk_is_skipped(
     disk: Disk, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only the checkpoints are on the full disk. A lane that yields meanwhile resumes from an earlier one."""
@@ -308,16 +308,16 @@ def test_a_checkpoint_that_finds_no_space_is_left_out(
         train(source, store)
     said = [record.getMessage() for record in caplog.records]
     assert len([line for line in said if "cannot save lanes" in line and "No space left" in line]) == 1
-    assert not [line for line in said if "skipping" in line], "no torn file under a good name"
-    assert seen[6] == 2, "it trained on and could not be saved"
-    assert seen[11] == 10, "it was saved again when there was space"
+    assert not [line for line in said if "skipping" in line], "no incomplete file under a final name"
+    assert seen[6] == 2, "the lane trained on and could not be saved"
+    assert seen[11] == 10, "the lane was saved again when there was space"
     assert (points[0].fingerprint, 1) in source.spilled
     for point in points:
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
     assert get(store, points[0]).provenance.resumed_from == (2,)
 
 
-def test_a_record_that_finds_no_space_waits_for_it(disk: Disk, tmp_path: Path) -> None:
+def test_a_record_waits_for_space_on_a_full_disk(disk: Disk, tmp_path: Path) -> None:
     store = Store(disk.folder / "store")
     points = [configuration(seed=seed, steps=4, evaluations=1) for seed in range(2)]
     source = Filling(leases(points))
@@ -344,9 +344,7 @@ def test_a_record_that_finds_no_space_waits_for_it(disk: Disk, tmp_path: Path) -
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
 
 
-def test_a_record_that_finds_no_space_for_long_ends_the_trainer_and_loses_nothing(
-    disk: Disk, tmp_path: Path
-) -> None:
+def test_a_disk_that_stays_full_ends_the_trainer_and_loses_no_lane(disk: Disk, tmp_path: Path) -> None:
     store = Store(disk.folder / "store")
     points = [
         configuration(seed=seed, steps=steps, evaluations=1) for seed, steps in ((0, 2), (1, 6), (2, 9))
@@ -371,7 +369,7 @@ def test_a_record_that_finds_no_space_for_long_ends_the_trainer_and_loses_nothin
 
 
 def test_leftover_checkpoints_of_a_final_record_are_discarded(store: Store) -> None:
-    """The writer died before it removed them, or a lane of an older lease was saved afterwards."""
+    """They are left by a writer that died before it removed them, or by a trainer with an older lease."""
     point = configuration(steps=4)
     train(Script(leases([point])), store)
     assert not (store.checkpoints / point.fingerprint).exists()
@@ -384,9 +382,7 @@ def test_leftover_checkpoints_of_a_final_record_are_discarded(store: Store) -> N
     assert not (store.checkpoints / point.fingerprint).exists()
 
 
-def test_a_lane_whose_record_somebody_else_has_written_leaves_no_checkpoint(
-    store: Store, tmp_path: Path
-) -> None:
+def test_a_lane_whose_record_another_trainer_wrote_leaves_no_checkpoint(store: Store, tmp_path: Path) -> None:
     point = configuration(steps=8, evaluations=4)
 
     def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:

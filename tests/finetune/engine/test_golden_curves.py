@@ -1,7 +1,7 @@
-"""Numbers do not change unnoticed: every variant's first losses, against those kept in golden_curves.json.
+"""The first losses of every variant equal those in golden_curves.json, so no change of numbers is unnoticed.
 
-A change that is meant raises `numerics` (the variant's, the task's or the loop's), so that old records no
-longer count, and writes the file anew:  python tests/finetune/engine/test_golden_curves.py
+For an intended change, raise `numerics` (of the variant, the task or the loop), so that old records no longer
+count, and write the file again:  python tests/finetune/engine/test_golden_curves.py
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE = Path(__file__).with_name("golden_curves.json")
 
 
 def point(variant: str) -> Configuration:
-    """A configuration of letters, or of reviews for a variant that trains a head only."""
+    """Return a configuration of letters, or of reviews for a variant that trains a head only."""
     chosen = catalogue.get(variant)
     task = "reviews" if chosen.adaptation_scope is AdaptationScope.HEAD_ONLY else "letters"
     alpha = 8.0 if chosen.uses_alpha else None
@@ -39,9 +39,7 @@ def curve(c: Configuration, folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("variant", catalogue.names())
-def test_the_losses_are_what_they_were_under_these_numerics(
-    variant: str, store: Store, tmp_path: Path
-) -> None:
+def test_the_losses_equal_those_stored_for_these_numerics(variant: str, store: Store, tmp_path: Path) -> None:
     golden = json.loads(FILE.read_text()).get(variant, {})
     c = point(variant)
     assert numerics(c) in golden, f"no golden curve of {variant} with {numerics(c)}: see the top of this file"

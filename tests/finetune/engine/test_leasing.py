@@ -1,4 +1,4 @@
-"""The plan for a grant: which leases are trained, and which lanes make room. No lane is trained here."""
+"""The plan for a grant: the leases to train and the lanes that make room. No lane is trained here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def names(lanes: list[Configuration]) -> tuple[str, ...]:
 
 @st.composite
 def grants(draw: st.DrawFn) -> tuple[GroupOccupancy, LeaseGrant, set[str]]:
-    """A lane group, a grant that a source may answer its request with, and the lanes with a final record."""
+    """Draw a lane group, a grant that answers its request, and the granted lanes with a final record."""
     lanes = SMALL[: draw(st.integers(0, 4), label="lanes")]
     parked = draw(st.permutations(lanes).map(lambda order: order[: draw(st.integers(0, len(lanes)))]))
     occupancy = held(lanes, draw(st.integers(0, 4), label="free"), list(parked))
@@ -55,7 +55,7 @@ def grants(draw: st.DrawFn) -> tuple[GroupOccupancy, LeaseGrant, set[str]]:
 
 
 @given(grants())
-def test_no_lane_is_lost_and_none_is_too_many(case: tuple[GroupOccupancy, LeaseGrant, set[str]]) -> None:
+def test_a_plan_loses_no_lane_and_exceeds_no_limit(case: tuple[GroupOccupancy, LeaseGrant, set[str]]) -> None:
     occupancy, granted, final = case
     plan = plan_lease(occupancy, granted, final)
     leased = [lease.configuration.fingerprint for lease in granted.leases]

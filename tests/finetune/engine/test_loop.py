@@ -71,9 +71,7 @@ def test_dropout_is_a_function_of_the_lanes_own_step(store: Store, tmp_path: Pat
         assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
 
 
-def test_a_lane_that_is_not_finite_leaves_at_once_and_its_mates_never_notice(
-    store: Store, tmp_path: Path
-) -> None:
+def test_a_lane_with_a_nonfinite_loss_ends_and_the_others_are_unchanged(store: Store, tmp_path: Path) -> None:
     good = [configuration(seed=s, steps=8) for s in (0, 1)]
     bad = configuration(seed=0, rate=1e36, steps=8)
     source = Script(leases([good[0], bad, good[1]]))
@@ -113,7 +111,7 @@ def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_brings_the_loss_down(dtype: str, tmp_path: Path) -> None:
+def test_training_lowers_the_loss(dtype: str, tmp_path: Path) -> None:
     record = solo(configuration(rate=1e-2, dtype=dtype, steps=30, batch_size=16), tmp_path)
     assert record.state == "finished"
     assert record.evaluations[-1].scores["loss"] < record.baseline_scores["test"]["loss"] - 0.1
@@ -153,7 +151,9 @@ MORE = [
 
 
 @pytest.mark.parametrize(("stop_at", "variant"), [*FEW, *MORE])
-def test_an_interrupted_lane_goes_on_exactly(stop_at: int, variant: str, store: Store, whole: Store) -> None:
+def test_a_resumed_lane_equals_an_uninterrupted_one(
+    stop_at: int, variant: str, store: Store, whole: Store
+) -> None:
     one = to_be_interrupted(variant)
 
     def die(steps: Mapping[str, int]) -> Mapping[str, Directive]:
@@ -190,7 +190,7 @@ def test_reports_are_sent_again_after_a_resumption(store: Store) -> None:
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: data[:-9] + bytes(9)], ids=["cut", "zeros"]
 )
-def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
+def test_a_lane_with_a_damaged_checkpoint_resumes_from_the_one_before(
     store: Store, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     one = configuration(steps=12, evaluations=4)
@@ -228,7 +228,7 @@ def test_swapped_checkpoints_are_not_used(store: Store, tmp_path: Path) -> None:
 # -- answers ------------------------------------------------------------------------------------------------
 
 
-def test_stopped_lane_keeps_its_checkpoint_and_can_go_on(store: Store, tmp_path: Path) -> None:
+def test_a_stopped_lane_keeps_its_checkpoint_and_can_resume(store: Store, tmp_path: Path) -> None:
     one = configuration(steps=12, evaluations=4)
     source = Script(
         [Lease(one, 1, "asha")], answers=lambda r: Directive.STOP if r.step == 6 else Directive.CONTINUE
@@ -247,7 +247,7 @@ def test_stopped_lane_keeps_its_checkpoint_and_can_go_on(store: Store, tmp_path:
     assert not (store.checkpoints / one.fingerprint).exists()
 
 
-def test_a_resumed_lane_that_is_stopped_at_an_owed_report_says_what_the_scheduler_saw(store: Store) -> None:
+def test_a_resumed_lane_stopped_at_a_repeated_report_names_the_reported_step(store: Store) -> None:
     one = configuration(steps=12, evaluations=4)
 
     with pytest.raises(SimulatedCrashError):
@@ -264,39 +264,39 @@ def test_a_resumed_lane_that_is_stopped_at_an_owed_report_says_what_the_schedule
 
 
 def test_a_lane_can_be_stopped_between_reports(store: Store) -> None:
-    one, mate = configuration(steps=12, evaluations=1), configuration(seed=1, steps=12, evaluations=1)
+    one, other = configuration(steps=12, evaluations=1), configuration(seed=1, steps=12, evaluations=1)
 
     def stop(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         return {one.fingerprint: Directive.STOP} if steps.get(one.fingerprint) == 5 else {}
 
-    train(Script(leases([one, mate]), changes=stop), store)
+    train(Script(leases([one, other]), changes=stop), store)
     assert (get(store, one.fingerprint).state, get(store, one.fingerprint).steps) == ("stopped", 5)
-    assert get(store, mate.fingerprint).state == "finished"
+    assert get(store, other.fingerprint).state == "finished"
 
 
-def test_dropped_lane_is_forgotten(store: Store) -> None:
-    one, mate = configuration(steps=12, evaluations=4), configuration(seed=1, steps=12, evaluations=4)
+def test_a_dropped_lane_has_no_record(store: Store) -> None:
+    one, other = configuration(steps=12, evaluations=4), configuration(seed=1, steps=12, evaluations=4)
     drop = {one.fingerprint: Directive.DROP}
-    source = Script(leases([one, mate]), answers=lambda r: drop.get(r.fingerprint, Directive.CONTINUE))
+    source = Script(leases([one, other]), answers=lambda r: drop.get(r.fingerprint, Directive.CONTINUE))
     train(source, store)
     assert store.get(one.fingerprint) is None
     assert [r.step for r in source.reports if r.fingerprint == one.fingerprint] == [3]
-    assert source.ended == [(mate.fingerprint, 1, "finished")]
+    assert source.ended == [(other.fingerprint, 1, "finished")]
 
 
-def test_a_parked_lane_does_not_train_while_its_mate_goes_on(store: Store, tmp_path: Path) -> None:
-    parked, mate = configuration(steps=8, evaluations=2), configuration(seed=1, steps=8, evaluations=1)
+def test_a_parked_lane_does_not_train_while_another_one_does(store: Store, tmp_path: Path) -> None:
+    parked, other = configuration(steps=8, evaluations=2), configuration(seed=1, steps=8, evaluations=1)
     seen: list[int] = []
 
     def hold(steps: Mapping[str, int]) -> Mapping[str, Directive]:
-        if mate.fingerprint in steps and steps.get(parked.fingerprint) == 4:
-            seen.append(steps[mate.fingerprint])
+        if other.fingerprint in steps and steps.get(parked.fingerprint) == 4:
+            seen.append(steps[other.fingerprint])
             return {parked.fingerprint: Directive.PARK}
         return {parked.fingerprint: Directive.CONTINUE}
 
-    train(Script(leases([parked, mate]), answers=lambda r: Directive.PARK, changes=hold), store)
+    train(Script(leases([parked, other]), answers=lambda r: Directive.PARK, changes=hold), store)
     assert seen == [4, 5, 6, 7]
-    for one in (parked, mate):
+    for one in (parked, other):
         assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
 
 
@@ -394,23 +394,23 @@ def test_only_the_lane_whose_own_step_raises_fails(store: Store, tmp_path: Path)
     path = tmp_path / "poisoned.py"
     path.write_text(POISONED)
     # 5 steps of 8 examples out of 64: some seeds meet example 5, some do not.
-    met = {seed: 5 in order(seed, 64, 0, 40) for seed in range(8)}
-    guilty = [s for s in met if met[s]][:1]
-    innocent = [s for s in met if not met[s]][:2]
-    lanes = {s: configuration(task=str(path), seed=s, steps=5) for s in (*guilty, *innocent)}
+    draws_example_5 = {seed: 5 in order(seed, 64, 0, 40) for seed in range(8)}
+    failing = [s for s in draws_example_5 if draws_example_5[s]][:1]
+    unaffected = [s for s in draws_example_5 if not draws_example_5[s]][:2]
+    lanes = {s: configuration(task=str(path), seed=s, steps=5) for s in (*failing, *unaffected)}
     source = Script(leases(lanes.values()))
     train(source, store)
-    failed = get(store, lanes[guilty[0]].fingerprint)
+    failed = get(store, lanes[failing[0]].fingerprint)
     assert failed.state == "failed"
     assert "IndexError" in failed.reason
-    assert failed.steps == order(guilty[0], 64, 0, 40).index(5) // 8
-    for seed in innocent:
+    assert failed.steps == order(failing[0], 64, 0, 40).index(5) // 8
+    for seed in unaffected:
         record = get(store, lanes[seed].fingerprint)
         assert record.state == "finished"
         assert numbers(record) == numbers(solo(lanes[seed], tmp_path))
 
 
-def test_a_base_that_cannot_be_loaded_fails_its_lanes_and_the_next_model_is_served(store: Store) -> None:
+def test_a_base_model_that_cannot_be_loaded_fails_its_lanes_only(store: Store) -> None:
     missing = replace(configuration(steps=4), model=ModelChoice("gone", "1" * 64))
     good = configuration(steps=4)
 

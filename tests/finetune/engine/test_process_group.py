@@ -1,4 +1,4 @@
-"""A trainer of two workers gives the results of one worker: real processes, gloo, the real loop."""
+"""A trainer of two workers gives the results of one worker. The processes, gloo and the loop are real."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.finetune.data.batches import shuffled_indices as order
 from orchestrator.finetune.engine.lane_source import Directive, Lease, Report
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import (
-    SingleProcessGroup,
+    ProcessGroup,
     TorchProcessGroup,
     WorkerError,
     WorkersOutOfSyncError,
@@ -101,10 +101,10 @@ def poisoned_rows(seed: int, steps: int, size: int = 8) -> list[int]:
 @cache
 def poisoned_seeds(steps: int = 5) -> tuple[int, int, int]:
     """Return seeds: with the first, worker 1 draws example 5; with the others, no worker does."""
-    met = {seed: poisoned_rows(seed, steps) for seed in range(40)}
-    guilty = next(seed for seed in met if met[seed] == [1])
-    innocent = [seed for seed in met if not met[seed]]
-    return guilty, innocent[0], innocent[1]
+    rows_by_seed = {seed: poisoned_rows(seed, steps) for seed in range(40)}
+    failing = next(seed for seed in rows_by_seed if rows_by_seed[seed] == [1])
+    unaffected = [seed for seed in rows_by_seed if not rows_by_seed[seed]]
+    return failing, unaffected[0], unaffected[1]
 
 
 def poisoned(path: str) -> list[Configuration]:
@@ -127,8 +127,8 @@ def unscorable() -> list[Configuration]:
     ]
 
 
-def hungry() -> list[Configuration]:
-    base = ModelChoice("hungry", "3" * 64)
+def limited_memory() -> list[Configuration]:
+    base = ModelChoice("limited_memory", "3" * 64)
     return [replace(configuration(seed=seed, steps=4), model=base) for seed in range(4)]
 
 
@@ -149,20 +149,20 @@ def load_on(rank: int, choice: ModelChoice, task: Task) -> BaseModel:
             return forward(*args, **kwargs)
 
         base_model.model.forward = fails
-    if choice.name == "hungry" and rank == 1:
+    if choice.name == "limited_memory" and rank == 1:
         enough = base_model.model.forward
 
-        def starves(*args: Any, **kwargs: Any) -> Any:
+        def raises_out_of_memory(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled() and len(kwargs["input_ids"]) > 2 * 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return enough(*args, **kwargs)
 
-        base_model.model.forward = starves
+        base_model.model.forward = raises_out_of_memory
     return base_model
 
 
-def out_of_step(group: TorchProcessGroup, folder: Path) -> str:
-    """The workers call different operations; neither may wait for ever."""
+def call_different_operations(group: TorchProcessGroup, folder: Path) -> str:
+    """Call another operation on each worker, and return the message of the error that ends both."""
     try:
         if group.rank == 0:
             group.all_gather(1)
@@ -173,7 +173,7 @@ def out_of_step(group: TorchProcessGroup, folder: Path) -> str:
     return ""
 
 
-def primitives(group: TorchProcessGroup, folder: Path) -> tuple[Any, ...]:
+def call_every_operation(group: TorchProcessGroup, folder: Path) -> tuple[Any, ...]:
     tensor = torch.tensor([1.0, float(group.rank)])
     group.all_reduce_(tensor)
     failed = ""
@@ -181,7 +181,7 @@ def primitives(group: TorchProcessGroup, folder: Path) -> tuple[Any, ...]:
         group.run_on_all(lambda: 1 / (1 - group.rank))
     except WorkerError as error:
         failed = error.reason
-    try:  # one raises before the other's gathering
+    try:  # worker 1 raises before it gathers, worker 0 waits in `all_gather`
         group.run_on_all(lambda: group.all_gather(1 / (1 - group.rank)))
     except WorkerError as error:
         failed += error.reason
@@ -202,11 +202,11 @@ class Lost(Script):
         return super().exchange(steps_taken)
 
 
-class Wild(Script):
+class RandomDirectives(Script):
     """Gives random directives. A lane whose lease is returned waits again at once."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__(leases(wild()))
+        super().__init__(leases(random_lanes()))
         self.random = random.Random(seed)
         self.answers = lambda report: self.random.choice(
             [Directive.CONTINUE, Directive.CONTINUE, Directive.PARK, *Directive]
@@ -218,7 +218,7 @@ class Wild(Script):
         self.leases.append(Lease(self.lanes[fingerprint].configuration, attempt + 1))
 
 
-def wild() -> list[Configuration]:
+def random_lanes() -> list[Configuration]:
     return [
         *(configuration(seed=seed, steps=4, evaluations=2) for seed in range(4)),
         configuration(rate=1e36, steps=4),
@@ -239,26 +239,26 @@ def scenario(name: str, path: str, rank: int) -> Scenario:
         return Scenario(Script(leases(poisoned(path))))
     if name == "parking":
         return Scenario(Queue(leases(parking())), lanes=2, options={"spill_seconds": -1.0})
-    if name == "hungry":
-        return Scenario(Again(leases(hungry())), options={"load_base_model": partial(load_on, rank)})
+    if name == "limited_memory":
+        return Scenario(Again(leases(limited_memory())), options={"load_base_model": partial(load_on, rank)})
     if name in ("base", "unscorable"):
         lanes = broken_base() if name == "base" else unscorable()
         return Scenario(Script(leases(lanes)), options={"load_base_model": partial(load_on, rank)})
-    if name.startswith("wild"):
-        return Scenario(Wild(int(name[4:])), lanes=2, options={"spill_seconds": -1.0})
+    if name.startswith("random"):
+        return Scenario(RandomDirectives(int(name[6:])), lanes=2, options={"spill_seconds": -1.0})
     assert name == "lost"
     return Scenario(Lost(leases([configuration(seed=7, steps=8)])))
 
 
-NAMES = ("uneven", "kinds", "ending", "poisoned", "parking", "base", "unscorable", "hungry", "lost")
-WILD = ("wild0", "wild1")
+NAMES = ("uneven", "kinds", "ending", "poisoned", "parking", "base", "unscorable", "limited_memory", "lost")
+RANDOM = ("random0", "random1")
 VARIANTS = {"kinds": FEW, "more kinds": [name for name in catalogue.names() if name not in FEW]}
 MORE_KINDS = pytest.param("more kinds", marks=pytest.mark.slow)
-MORE_WILD = [pytest.param(f"wild{seed}", marks=pytest.mark.slow) for seed in range(2, 12)]
+MORE_RANDOM = [pytest.param(f"random{seed}", marks=pytest.mark.slow) for seed in range(2, 12)]
 
 
-class Played:
-    """The results of the two workers for each scenario, which runs when it is first needed."""
+class ScenarioResults:
+    """The results of the two workers by scenario. A scenario runs when its results are first needed."""
 
     def __init__(self, pair: Callable[..., Any], folder: Path) -> None:
         self.pair, self.folder = pair, folder
@@ -269,9 +269,8 @@ class Played:
 
     def __getitem__(self, name: str) -> list[Any]:
         if name not in self.results:
-            work = {"out of step": out_of_step, "primitives": primitives}.get(
-                name, partial(play, partial(scenario, name, self.path))
-            )
+            functions = {"out of step": call_different_operations, "every operation": call_every_operation}
+            work = functions.get(name, partial(play, partial(scenario, name, self.path)))
             self.results |= self.pair({name: work}, self.folder)
         return self.results[name]
 
@@ -281,15 +280,15 @@ class Played:
 
 
 @pytest.fixture(scope="module")
-def played(pair: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Played:
-    return Played(pair, tmp_path_factory.mktemp("played"))
+def results(pair: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> ScenarioResults:
+    return ScenarioResults(pair, tmp_path_factory.mktemp("scenarios"))
 
 
-def near(value: Any) -> Any:
+def close_to(value: Any) -> Any:
     return pytest.approx(value, rel=1e-3, abs=1e-5)
 
 
-def assert_alike(record: Record | None, expected: Record) -> None:
+def assert_close(record: Record | None, expected: Record) -> None:
     """Assert that two records agree up to rounding of sums that were added in another order."""
     assert record is not None
     assert (record.state, record.steps, record.reason) == (expected.state, expected.steps, expected.reason)
@@ -297,143 +296,153 @@ def assert_alike(record: Record | None, expected: Record) -> None:
     assert record.cost.trainable_parameters == expected.cost.trainable_parameters
     for mine, theirs in zip(record.curve, expected.curve, strict=True):
         assert (mine.step, mine.learning_rate) == (theirs.step, theirs.learning_rate)
-        assert (mine.loss, mine.gradient_norm) == (near(theirs.loss), near(theirs.gradient_norm))
+        assert (mine.loss, mine.gradient_norm) == (close_to(theirs.loss), close_to(theirs.gradient_norm))
     for mine, theirs in zip(record.evaluations, expected.evaluations, strict=True):
         assert (mine.step, mine.split) == (theirs.step, theirs.split)
-        assert mine.scores == near(dict(theirs.scores))
+        assert mine.scores == close_to(dict(theirs.scores))
     for split, items in record.items.items():
-        assert items.loss == near(expected.items[split].loss)
+        assert items.loss == close_to(expected.items[split].loss)
         assert items.answers == expected.items[split].answers
 
 
-@pytest.mark.parametrize("name", [*NAMES, *WILD, MORE_KINDS, *MORE_WILD])
-def test_both_workers_hold_the_same_bits_and_only_the_first_speaks_to_the_source(
-    played: Played, name: str
+@pytest.mark.parametrize("name", [*NAMES, *RANDOM, MORE_KINDS, *MORE_RANDOM])
+def test_both_workers_have_equal_weights_and_only_the_first_uses_the_source(
+    results: ScenarioResults, name: str
 ) -> None:
-    first, second = played[name]
+    first, second = results[name]
     assert first.taken > 0
     assert (second.reports, second.ended, second.spilled, second.taken) == ([], [], [], 0)
     assert set(first.weights) == set(second.weights)
     for lane, weights in first.weights.items():
-        if (name, len(second.weights[lane])) != ("base", 1):  # worker 1 never had that one
+        if (name, len(second.weights[lane])) != ("base", 1):  # worker 1 never had that lane
             assert torch.equal(weights, second.weights[lane])
 
 
-def test_rows_that_do_not_divide_and_unequal_tokens(played: Played, tmp_path: Path) -> None:
+def test_uneven_rows_and_token_counts_give_the_results_of_one_worker(
+    results: ScenarioResults, tmp_path: Path
+) -> None:
     for one in uneven():
-        record = played.record("uneven", one)
-        assert_alike(record, solo(one, tmp_path))
+        record = results.record("uneven", one)
+        assert_close(record, solo(one, tmp_path))
         assert record is not None
         assert record.provenance.workers == 2
 
 
 @pytest.mark.parametrize("name", ["kinds", MORE_KINDS])
-def test_every_variant_gives_what_one_worker_gives(played: Played, tmp_path: Path, name: str) -> None:
+def test_every_variant_gives_what_one_worker_gives(
+    results: ScenarioResults, tmp_path: Path, name: str
+) -> None:
     for one in kinds(VARIANTS[name]):
-        assert_alike(played.record(name, one), solo(one, tmp_path))
+        assert_close(results.record(name, one), solo(one, tmp_path))
 
 
-def test_lanes_that_end_early(played: Played, tmp_path: Path) -> None:
-    first, _ = played["ending"]
+def test_lanes_that_end_early(results: ScenarioResults, tmp_path: Path) -> None:
+    first, _ = results["ending"]
     lanes = ending()
     assert sorted(state for _, _, state in first.ended) == ["diverged", "finished", "stopped"]
-    assert played.record("ending", lanes["dropped"]) is None
+    assert results.record("ending", lanes["dropped"]) is None
     for name in ("finished", "diverged"):
-        record, expected = played.record("ending", lanes[name]), solo(lanes[name], tmp_path)
+        record, expected = results.record("ending", lanes[name]), solo(lanes[name], tmp_path)
         if name == "finished":
-            assert_alike(record, expected)
+            assert_close(record, expected)
         else:
             assert record is not None
             assert (record.state, record.steps) == (expected.state, expected.steps)
-    stopped = played.record("ending", lanes["stopped"])
+    stopped = results.record("ending", lanes["stopped"])
     assert stopped is not None
     assert (stopped.state, stopped.steps) == ("stopped", 4)
 
 
-def test_what_fails_on_one_worker_fails_on_both_and_alone(played: Played, tmp_path: Path) -> None:
-    guilty, *innocent = poisoned(played.path)
-    assert played["poisoned"][0].raised == ""
-    record = played.record("poisoned", guilty)
+def test_a_lane_that_fails_on_one_worker_fails_on_both_and_no_other_lane_fails(
+    results: ScenarioResults, tmp_path: Path
+) -> None:
+    failing, *unaffected = poisoned(results.path)
+    assert results["poisoned"][0].raised == ""
+    record = results.record("poisoned", failing)
     assert record is not None
     assert record.state == "failed"
     assert "IndexError" in record.reason
     assert "Traceback" in record.traceback
-    assert record.steps == order(guilty.seed, SIZE, 0, 40).index(5) // 8
-    for one in innocent:
-        assert_alike(played.record("poisoned", one), solo(one, tmp_path))
+    assert record.steps == order(failing.seed, SIZE, 0, 40).index(5) // 8
+    for one in unaffected:
+        assert_close(results.record("poisoned", one), solo(one, tmp_path))
 
 
-def test_a_base_that_one_worker_cannot_load_fails_its_lane_and_the_next_is_served(
-    played: Played, tmp_path: Path
+def test_a_base_model_that_one_worker_cannot_load_fails_its_lane_only(
+    results: ScenarioResults, tmp_path: Path
 ) -> None:
     missing, good = broken_base()
-    record = played.record("base", missing)
+    record = results.record("base", missing)
     assert record is not None
     assert (record.state, record.reason) == ("failed", "OSError: no such model here")
-    assert_alike(played.record("base", good), solo(good, tmp_path))
+    assert_close(results.record("base", good), solo(good, tmp_path))
 
 
-def test_lanes_that_one_worker_cannot_score_fail_and_the_next_is_served(
-    played: Played, tmp_path: Path
+def test_lanes_that_one_worker_cannot_score_fail_and_others_do_not(
+    results: ScenarioResults, tmp_path: Path
 ) -> None:
     *bad, good = unscorable()
     for one in bad:
-        record = played.record("unscorable", one)
+        record = results.record("unscorable", one)
         assert record is not None
         assert (record.state, record.reason, record.steps) == ("failed", "OSError: no scores here", 2)
-    assert_alike(played.record("unscorable", good), solo(good, tmp_path))
+    assert_close(results.record("unscorable", good), solo(good, tmp_path))
 
 
-def test_when_one_worker_is_out_of_memory_both_train_fewer_lanes(played: Played, tmp_path: Path) -> None:
-    first, _ = played["hungry"]
+def test_when_one_worker_is_out_of_memory_both_train_fewer_lanes(
+    results: ScenarioResults, tmp_path: Path
+) -> None:
+    first, _ = results["limited_memory"]
     assert first.raised == ""
     assert len(first.spilled) == 2
-    assert first.taken == sum(one.lr_schedule.steps for one in hungry())
-    for one in hungry():
-        assert_alike(played.record("hungry", one), solo(one, tmp_path))
+    assert first.taken == sum(one.lr_schedule.steps for one in limited_memory())
+    for one in limited_memory():
+        assert_close(results.record("limited_memory", one), solo(one, tmp_path))
 
 
-def test_parked_lanes_are_spilled_and_come_back(played: Played, tmp_path: Path) -> None:
-    first, _ = played["parking"]
+def test_parked_lanes_are_spilled_and_come_back(results: ScenarioResults, tmp_path: Path) -> None:
+    first, _ = results["parking"]
     assert first.spilled
     assert first.taken == sum(one.lr_schedule.steps for one in parking())
     for one in parking():
-        assert_alike(played.record("parking", one), solo(one, tmp_path))
+        assert_close(results.record("parking", one), solo(one, tmp_path))
 
 
-def test_what_the_source_raises_ends_the_loop_on_all(played: Played) -> None:
-    assert [result.raised for result in played["lost"]] == [
+def test_an_error_of_the_source_ends_the_loop_on_all_workers(results: ScenarioResults) -> None:
+    assert [result.raised for result in results["lost"]] == [
         "ConnectionError: the broker is lost",
         "WorkerError: ConnectionError: the broker is lost",
     ]
 
 
-@pytest.mark.parametrize("name", [*WILD, *MORE_WILD])
-def test_under_any_directives_both_workers_come_to_the_same_end(played: Played, name: str) -> None:
-    first, second = played[name]
+@pytest.mark.parametrize("name", [*RANDOM, *MORE_RANDOM])
+def test_under_random_directives_the_records_match_the_ended_leases(
+    results: ScenarioResults, name: str
+) -> None:
+    first, second = results[name]
     assert (first.raised, second.raised) == ("", "")
     states = {fingerprint: state for fingerprint, _, state in first.ended}
     assert len(states) == len(first.ended)
-    for one in wild():
-        record = played.record(name, one)
+    for one in random_lanes():
+        record = results.record(name, one)
         if one.fingerprint in states:
             assert record is not None
             assert record.state == states[one.fingerprint]
-        else:  # dropped, be it at its very last report
+        else:  # dropped, perhaps at its last report
             assert record is None or record.state == "finished"
 
 
-def test_workers_that_call_different_operations_end(played: Played) -> None:
-    assert played["out of step"] == ["the trainer's workers are at a value, the end of an attempt"] * 2
+def test_workers_that_call_different_operations_end(results: ScenarioResults) -> None:
+    assert results["out of step"] == ["the trainer's workers are at a value, the end of an attempt"] * 2
 
 
-def test_the_collective_operations(played: Played) -> None:
+def test_the_collective_operations(results: ScenarioResults) -> None:
     failed = "ZeroDivisionError: division by zero"
-    assert played["primitives"] == [(0, [0, 1], [2.0, 1.0], failed * 2)] * 2
+    assert results["every operation"] == [(0, [0, 1], [2.0, 1.0], failed * 2)] * 2
 
 
-def test_alone() -> None:
-    group, tensor = SingleProcessGroup(), torch.ones(2)
+def test_the_group_of_a_single_process() -> None:
+    group, tensor = ProcessGroup(), torch.ones(2)
     assert group.broadcast_from_rank0(lambda: 3) == 3
     assert group.all_gather("a") == ["a"]
     group.all_reduce_(tensor)
@@ -443,7 +452,7 @@ def test_alone() -> None:
     assert "Traceback" in error.value.traceback_text
 
 
-def rank_0s(group: TorchProcessGroup, folder: Path) -> dict[str, torch.Tensor]:
+def broadcast_tensors(group: TorchProcessGroup, folder: Path) -> dict[str, torch.Tensor]:
     """Broadcast a tensor of every dtype that an initialization may have."""
     tensors = {
         str(dtype): torch.arange(5).add(group.rank * 7).to(dtype)
@@ -455,7 +464,7 @@ def rank_0s(group: TorchProcessGroup, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_initial_tensors_of_every_dtype_are_those_of_rank_0(pair: Callable[..., Any], tmp_path: Path) -> None:
-    (found,) = pair({"broadcast": rank_0s}, tmp_path).values()
+    (found,) = pair({"broadcast": broadcast_tensors}, tmp_path).values()
     for name, tensor in found[0].items():
         assert torch.equal(tensor.to(torch.int64), torch.arange(5).to(tensor.dtype).to(torch.int64)), name
         assert torch.equal(tensor, found[1][name]), name

@@ -1,4 +1,4 @@
-"""Parked lanes make room for waiting ones, and come back."""
+"""Parked lanes make room for waiting ones, and resume later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def numbers(store: Store, fingerprint: str) -> Record:
 
 
 @pytest.mark.parametrize("variant", ["lora", pytest.param("pissa", marks=pytest.mark.slow)])
-def test_parked_lanes_make_room_and_come_back(variant: str, store: Store, tmp_path: Path) -> None:
+def test_parked_lanes_make_room_and_resume(variant: str, store: Store, tmp_path: Path) -> None:
     five = [
         configuration(variant=variant, seed=seed, steps=9, evaluations=3, dropout=0.1) for seed in range(5)
     ]
@@ -30,10 +30,10 @@ def test_parked_lanes_make_room_and_come_back(variant: str, store: Store, tmp_pa
     assert source.most == 2
     for one in five:
         assert numbers(store, one.fingerprint) == numbers_of(solo(one, tmp_path))
-    assert source.taken == 5 * 9  # spilled lanes lose no step
+    assert source.taken == 5 * 9  # evicted lanes lose no step
 
 
-def test_a_parked_lane_keeps_its_place_while_nobody_needs_it(store: Store) -> None:
+def test_a_parked_lane_keeps_its_slot_while_no_lane_waits(store: Store) -> None:
     three = [configuration(seed=seed, steps=6, evaluations=3) for seed in range(3)]
     source = Queue(leases(three))
     train(source, store, lanes=3, spill_seconds=-1.0)
@@ -55,7 +55,7 @@ def test_the_longest_parked_lane_makes_room_first_and_no_more_than_needed(store:
 def test_a_group_that_is_parked_as_a_whole_makes_room_for_another_group_key(
     store: Store, tmp_path: Path
 ) -> None:
-    """Otherwise a scheduler that needs reports of the other group key would wait for ever."""
+    """Otherwise a scheduler that needs reports of lanes of the other group key would wait for ever."""
     small, large = configuration(rank=2, steps=4), configuration(rank=4, steps=4)
 
     class Bracket(Queue):
@@ -87,8 +87,8 @@ def test_a_lane_that_is_not_parked_for_long_stays(store: Store) -> None:
     assert len(source.ended) == 3
 
 
-def test_what_was_saved_already_is_not_written_again(store: Store) -> None:
-    """A lane is saved at its evaluations: right after one, or after a resumption, an eviction adds none."""
+def test_a_saved_lane_is_not_written_again(store: Store) -> None:
+    """An eviction right after an evaluation or a resumption writes no checkpoint, because there is one."""
     two = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(2)]
     written: list[tuple[str, int]] = []
 

@@ -21,7 +21,7 @@ from orchestrator.finetune.engine.lane import Lane, has_weight_decay
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.engine.lane_source import Lease
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.process_group import SingleProcessGroup
+from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration, LRSchedule
 from variants import catalogue
@@ -65,13 +65,13 @@ def ours(one: Configuration, folder: Path) -> tuple[list[float], list[float], di
     lane_group = LaneGroup(
         base_model,
         adapters,
-        TaskData.load(one, task, base_model, adapters, SingleProcessGroup(), folder),
-        SingleProcessGroup(),
+        TaskData.load(one, task, base_model, adapters, ProcessGroup(), folder),
+        ProcessGroup(),
     )
     lane = Lane(Lease(one, 1))
     lane.initialize(adapters, math.inf, None)
     for _ in range(STEPS):
-        (taken,) = lane_group.reduce_gradients(lane_group.backward([lane]))
+        (taken,) = lane_group.reduce_gradients([lane], *lane_group.backward([lane]))
         assert lane.take_optimizer_step(taken) is None
     parameters = {name: parameter.detach().clone() for name, parameter in lane.parameters.items()}
     return [s.loss for s in lane.curve], [s.gradient_norm for s in lane.curve], parameters, lane_group

@@ -40,7 +40,7 @@ def lines(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("moment", ["before the file is made", "before it has its name"])
-def test_a_folder_that_somebody_removes_meanwhile_is_made_again(
+def test_a_checkpoint_folder_removed_during_a_write_is_created_again(
     moment: str,
     store: Store,
     tmp_path: Path,
@@ -129,7 +129,7 @@ def test_the_device_key_names_the_memory_and_the_share_of_it(tmp_path: Path) -> 
     assert lane_capacity.read_max_lanes(tmp_path, POINT.group_key, place(1.0, tmp_path)) is None
 
 
-def test_a_trainer_with_a_learnt_limit_says_so_once_and_names_the_file(
+def test_a_stored_limit_is_reported_once_with_its_file(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     points = [configuration(seed=seed, steps=2) for seed in range(4)]

@@ -61,7 +61,7 @@ def test_another_model_dtype_length_or_split_size_has_its_own_scores(tmp_path: P
     [lambda text: text[:-5], lambda text: text.replace('"loss": ', '"loss": 1', 1)],
     ids=["cut", "digit"],
 )
-def test_a_damaged_file_is_found_anew(tmp_path: Path, damage: Callable[[str], str]) -> None:
+def test_damaged_scores_are_computed_again(tmp_path: Path, damage: Callable[[str], str]) -> None:
     first = configuration()
     load_and_count(tmp_path, first)
     (file,) = tmp_path.glob("*.untrained.json")
@@ -72,15 +72,15 @@ def test_a_damaged_file_is_found_anew(tmp_path: Path, damage: Callable[[str], st
     assert load_and_count(tmp_path, first) == (SCORES, 0)
 
 
-def test_a_file_in_the_place_of_another_is_found_anew(tmp_path: Path) -> None:
+def test_scores_of_another_key_are_computed_again(tmp_path: Path) -> None:
     """A whole file was renamed or swapped with another one."""
     first = configuration()
     other = replace(first, model=replace(first.model, content="another"))
     load_and_count(tmp_path, first)
-    (mine,) = tmp_path.glob("*.untrained.json")
+    (file,) = tmp_path.glob("*.untrained.json")
     load_and_count(tmp_path, other)
-    (its,) = set(tmp_path.glob("*.untrained.json")) - {mine}
-    mine.write_bytes(its.read_bytes())
+    (other_file,) = set(tmp_path.glob("*.untrained.json")) - {file}
+    file.write_bytes(other_file.read_bytes())
     assert load_and_count(tmp_path, first) == (SCORES, 1)
     assert load_and_count(tmp_path, first) == (SCORES, 0)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from scripted import WORDS_TASK, tiny_base_model
+from splits import tokenized_split
 from three_lanes import NAMES, three_lanes
 from torch.nn.functional import cross_entropy
 
@@ -25,9 +26,7 @@ from variants.base import VariantSettings
 
 
 def split_of(task: Task, base_model: BaseModel, size: int = 24) -> EvaluationSplit:
-    return EvaluationSplit.from_examples(
-        task.examples("validation", size), task, base_model.tokenizer, max_row_length=31
-    )
+    return tokenized_split(task.examples("validation", size), task, base_model.tokenizer, max_row_length=31)
 
 
 def make_base_model(dtype: str = "float32") -> BaseModel:
@@ -48,14 +47,14 @@ def test_a_lanes_scores_do_not_depend_on_other_lanes(name: str) -> None:
     assert len({one.scores["loss"] for one in alone}) == 3
 
 
-@pytest.mark.parametrize("worth", [float("nan"), 1.5, -0.1, float("inf")])
-def test_a_grade_outside_0_to_1_is_named(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bad_grade", [float("nan"), 1.5, -0.1, float("inf")])
+def test_a_grade_outside_0_to_1_is_named(bad_grade: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a grade would make the lane's score in its record meaningless."""
     base_model, task = make_base_model(), tasks.get(WORDS_TASK)
-    monkeypatch.setattr(type(task), "grade", lambda *_: worth)
+    monkeypatch.setattr(type(task), "grade", lambda *_: bad_grade)
     with (
         three_lanes(base_model) as adapters,
-        pytest.raises(UsageError, match=f"is {worth}; must be a number from 0"),
+        pytest.raises(UsageError, match=f"is {bad_grade}; must be a number from 0"),
     ):
         evaluate(
             base_model, task, split_of(task, base_model), [0], lambda: adapters.activate_lanes(["y"], None)
@@ -114,7 +113,7 @@ def test_generation_and_teacher_forcing_agree_for_exact_match() -> None:
     # After a short training some answers are right and others wrong.
     optimizer = torch.optim.AdamW(adapters.trainable("x").values(), lr=0.1)
     for _ in range(30):
-        for batch, _ in split.batches:
+        for batch in split.batches:
             with adapters.activate_lanes(["x"], None):
                 logits, labels = compute_logits(base_model, generated, batch)
                 cross_entropy(logits, labels).backward()
@@ -145,7 +144,7 @@ def test_disabled_adapters_give_the_scores_of_the_bare_model() -> None:
 
 def test_leaving_out_columns_without_labels_changes_no_logits() -> None:
     base_model, task = make_base_model(), tasks.get(WORDS_TASK)
-    for batch, _ in split_of(task, base_model).batches:
+    for batch in split_of(task, base_model).batches:
         assert accepts_logits_to_keep(type(base_model.model).forward)
         assert (batch.targets != IGNORE_INDEX).any(0).sum() < batch.length
         logits, labels = compute_logits(base_model, task, batch)

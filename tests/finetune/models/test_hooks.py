@@ -16,7 +16,7 @@ from orchestrator.finetune.engine import checkpoint
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.engine.lane_source import Lease
-from orchestrator.finetune.process_group import SingleProcessGroup
+from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
@@ -54,8 +54,8 @@ def open_group(variant: Variant, chosen: list[Configuration], folder: Path) -> L
     base_model = tiny_base_model(one.model)
     settings = VariantSettings(one.variant.rank, one.variant.alpha, one.variant.dropout)
     adapters = attach(base_model.model, variant, settings)
-    data = TaskData.load(one, tasks.get(one.task.name), base_model, adapters, SingleProcessGroup(), folder)
-    return LaneGroup(base_model, adapters, data, SingleProcessGroup())
+    data = TaskData.load(one, tasks.get(one.task.name), base_model, adapters, ProcessGroup(), folder)
+    return LaneGroup(base_model, adapters, data, ProcessGroup())
 
 
 def start_lanes(group: LaneGroup, chosen: list[Configuration]) -> list[Lane]:
@@ -67,7 +67,7 @@ def start_lanes(group: LaneGroup, chosen: list[Configuration]) -> list[Lane]:
 
 def step(group: LaneGroup, lanes: list[Lane]) -> list[float]:
     """Take an optimizer step of each lane, and return the norms of its gradients before clipping."""
-    taken = group.reduce_gradients(group.backward(lanes))
+    taken = group.reduce_gradients(lanes, *group.backward(lanes))
     for lane, one in zip(lanes, taken, strict=True):
         assert lane.take_optimizer_step(one) is None
     return [one.gradient_norm for one in taken]

@@ -14,9 +14,9 @@ import encoders
 import pytest
 from hub_folder import configuration, small, write
 from scripted import Script, leases, train
+from splits import tokenized_split
 
 from orchestrator.finetune.data.batches import encode_examples
-from orchestrator.finetune.evaluation.evaluate import EvaluationSplit
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue, glue_task
@@ -239,15 +239,15 @@ def test_texts_of_very_different_lengths_are_padded_to_buckets(hub_data_folder: 
     from transformers import AutoTokenizer
 
     task, words = task_of("mrpc"), AutoTokenizer.from_pretrained(roberta)
-    split = EvaluationSplit.from_examples(task.examples("test", DEV), task, words, task.defaults.max_length)
+    split = tokenized_split(task.examples("test", DEV), task, words, task.defaults.max_length)
     longest = max(len(row.ids) for row in split.rows)
     assert longest > 2 * min(len(row.ids) for row in split.rows)
     sizes = {8, 16, 24, 32, 48, 64, 96, 128, 192, 256}
-    found = [batch.length for batch, _ in split.batches]
+    found = [batch.length for batch in split.batches]
     assert set(found) <= sizes
     assert len(set(found)) > 2
     # A bucket is at most 1.5 times as long as its texts, so the padding is less than a third.
-    for batch, _ in split.batches:
+    for batch in split.batches:
         assert all(batch.length < 1.6 * length + 8 for length in batch.lengths.tolist())
     long = [Example("word " * 400, task.labels[0], "another " * 300)]
     (row,) = encode_examples(long, task, words, 256)

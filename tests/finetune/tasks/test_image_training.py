@@ -13,11 +13,12 @@ import pytest
 import torch
 from pair import Scenario, play
 from scripted import Script, configuration, leases, numbers_of, solo, train
+from splits import tokenized_split
 from tiny_images import MAKE, choice, load
 from transformers import AutoModel, AutoModelForImageClassification, BertConfig, BertModel
 
 from orchestrator.finetune.data.batches import encode_examples, pad_rows
-from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
+from orchestrator.finetune.evaluation.evaluate import EvaluationResult, evaluate
 from orchestrator.finetune.evaluation.forward import compute_logits
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
@@ -60,7 +61,7 @@ def test_only_the_image_tower_is_loaded_and_it_gets_a_head_of_zeros(image_folder
     assert {n: p.shape for n, p in skeleton.named_parameters()} == {
         n: p.shape for n, p in base_model.model.named_parameters()
     }
-    split = EvaluationSplit.from_examples(task.examples("validation", 20), task, base_model.processor, 0)
+    split = tokenized_split(task.examples("validation", 20), task, base_model.processor, 0)
     adapters = attach(
         base_model.model,
         variants.get("lora"),
@@ -214,7 +215,7 @@ def _scenario(ones: list[Configuration], image_folder: Path, rank: int) -> Scena
 def _on_two(process_group: ProcessGroup, where: Path, image_folder: Path) -> list[EvaluationResult]:
     task = Digits()
     base_model = load(image_folder, task)
-    split = EvaluationSplit.from_examples(task.examples("validation", 90), task, base_model.processor, 0)
+    split = tokenized_split(task.examples("validation", 90), task, base_model.processor, 0)
     with torch.no_grad():
         base_model.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
     adapters = attach(

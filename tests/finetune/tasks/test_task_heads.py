@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_base_model, train
+from splits import tokenized_split
 from three_lanes import NAMES, three_lanes
 from transformers import (
     BertConfig,
@@ -98,9 +99,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_split(task: Task, base_model: BaseModel, size: int = 80) -> EvaluationSplit:
     length = compute_max_row_length(task, task.defaults.max_length)
-    return EvaluationSplit.from_examples(
-        task.examples("validation", size), task, base_model.tokenizer, length
-    )
+    return tokenized_split(task.examples("validation", size), task, base_model.tokenizer, length)
 
 
 # -- data ------------------------------------------------------------------------------------------------
