@@ -2,7 +2,7 @@
 
 A curve is two sequences of the same length. `x` is log10 of the learning rates, strictly ascending. `y` is
 the mean score at each rate, higher is better; it is None where runs were stopped early (censored). Between
-two neighbours with a score the curve is linear in x; elsewhere it is unknown. `best` is the index of the best
+two neighbors with a score the curve is linear in x; elsewhere it is unknown. `best` is the index of the best
 rate, as `best_index` returns it.
 """
 
@@ -43,14 +43,14 @@ def bracket_status(y: CurveScores, best: int) -> BracketStatus:
 
 
 def parabola_peak(x: Sequence[float], y: CurveScores, best: int) -> float | None:
-    """Return the x of the peak of the parabola through the best rate and its two neighbours.
+    """Return the x of the peak of the parabola through the best rate and its two neighbors.
 
-    Let u and v be the distances to the left and the right neighbour, and a, b >= 0 the score's falls towards
+    Let u and v be the distances to the left and the right neighbor, and a, b >= 0 the score's falls towards
     them. Then the peak lies (a v^2 - b u^2) / (2 (a v + b u)) to the right of the best rate, which is never
-    beyond the middle of the gap to a neighbour.
+    beyond the middle of the gap to a neighbor.
 
     Returns:
-        The peak, or None if the best rate lacks a neighbour with a score, or both have the same score as it.
+        The peak, or None if the best rate lacks a neighbor with a score, or both have the same score as it.
     """
     if best in (0, len(y) - 1):
         return None

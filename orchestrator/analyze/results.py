@@ -83,7 +83,7 @@ class Curve:
     """The best rate with each seed left out in turn."""
     bracketed: BracketStatus | None
     interpolated_best_rate: CurveStatistic | None
-    """The peak of the parabola through the best rate and its neighbours."""
+    """The peak of the parabola through the best rate and its neighbors."""
     width: CurveStatistic | None
     """Decades of rate around the best within the tolerance of the best score."""
     width_90: CurveStatistic | None

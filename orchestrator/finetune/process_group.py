@@ -110,7 +110,7 @@ SINGLE_PROCESS_GROUP = ProcessGroup()
 
 
 class TorchProcessGroup(ProcessGroup):
-    """The process group of an initialised torch.distributed.
+    """The process group of an initialized torch.distributed.
 
     Tensors are sent with its backend, Python objects with gloo, so that they do not wait for the GPU.
     """

@@ -159,9 +159,9 @@ def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
 def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
     records = [record(v) for v in ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")]
     styles = style.curve_styles(summarize(records))
-    assert styles["lora"].colour == "#000000"
+    assert styles["lora"].color == "#000000"
     assert (
-        len({each.colour for each in styles.values()}) == len({each.marker for each in styles.values()}) == 8
+        len({each.color for each in styles.values()}) == len({each.marker for each in styles.values()}) == 8
     )
 
 

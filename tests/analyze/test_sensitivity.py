@@ -70,7 +70,7 @@ def test_a_stopped_run_is_in_no_mean_and_is_not_chosen_and_bounds_the_width() ->
     assert last.runs[1].last_validation == 0.2
     assert not last.eligible
     assert found.best_rate == 1e-2
-    assert found.bracketed == "yes"  # the neighbour lost
+    assert found.bracketed == "yes"  # the neighbor lost
     assert found.width is not None
     assert found.width.is_lower_bound
     assert found.width.interval is None

@@ -311,7 +311,7 @@ class Lab(Machine):
         """
 
         def is_reachable() -> bool:
-            self.run("ip", "neighbour", "flush", "dev", "switch")
+            self.run("ip", "neighbor", "flush", "dev", "switch")
             with suppress(CommandError):
                 self.run("bash", "-c", f"echo > /dev/tcp/{host.address}/22", timeout=10)
                 return True

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from orchestrator.analyze import formatting
 from orchestrator.analyze.plots import style
-from orchestrator.analyze.plots.style import COLOURS, GREY, CurveStyle
+from orchestrator.analyze.plots.style import COLORS, GREY, CurveStyle
 from orchestrator.analyze.results import Curve, CurvePoint, Panel, Summary, is_reference
 
 MAX_OVERLAID_CURVES = 8
@@ -77,8 +77,8 @@ def _plot_small_multiples(summary: Summary) -> Figure:
             _set_up_axes(axes, panel, is_small=True)
             for other in panel.curves:
                 _plot_means(axes, other, color="#d0d0d0", linewidth=0.8, zorder=1)
-            colour = COLOURS[0 if is_reference(curve.label) else 1]
-            _plot_curve(axes, panel, curve, CurveStyle(colour, "o"), 0.0)
+            color = COLORS[0 if is_reference(curve.label) else 1]
+            _plot_curve(axes, panel, curve, CurveStyle(color, "o"), 0.0)
             diverged = curve.count_runs("diverged")
             note = f", \N{MULTIPLICATION SIGN}{diverged}" if diverged else ""
             axes.set_title(f"{curve.label}: {formatting.best_rate_text(curve)}{note}", fontsize=9)
@@ -122,25 +122,25 @@ def _plot_means(axes: Axes, curve: Curve, shift: float = 1.0, **line_style: Any)
 
 def _plot_curve(axes: Axes, panel: Panel, curve: Curve, look: CurveStyle, offset: float) -> None:
     shift = 10**offset
-    _plot_means(axes, curve, shift, color=look.colour, linewidth=1.8, zorder=3)
+    _plot_means(axes, curve, shift, color=look.color, linewidth=1.8, zorder=3)
     for point in curve.points:
         x = point.learning_rate * shift
-        _plot_seeds(axes, panel, point, x, look.colour)
+        _plot_seeds(axes, panel, point, x, look.color)
         if not point.eligible or point.validation.mean is None:
             continue
         if point.diverged_share != 1.0:  # else the crosses show it
-            axes.plot(x, point.validation.mean, look.marker, color=look.colour, markersize=6, zorder=4)
+            axes.plot(x, point.validation.mean, look.marker, color=look.color, markersize=6, zorder=4)
         if point.validation.interval is not None:
             low, high = style.clip_to_score_range(point.validation.interval, panel)
-            axes.vlines(x, low, high, color=look.colour, linewidth=1.3, alpha=0.55, zorder=2)
+            axes.vlines(x, low, high, color=look.color, linewidth=1.3, alpha=0.55, zorder=2)
     best = curve.point_at_rate(curve.best_rate)
     if best is not None and best.validation.mean is not None and curve.bracketed != "both edges":
-        ring = {**style.RING, "markersize": 15, "markeredgecolor": look.colour, "markeredgewidth": 1.6}
+        ring = {**style.RING, "markersize": 15, "markeredgecolor": look.color, "markeredgewidth": 1.6}
         axes.plot(best.learning_rate * shift, best.validation.mean, linestyle="", zorder=5, **ring)
 
 
-def _plot_seeds(axes: Axes, panel: Panel, point: CurvePoint, x: float, colour: str) -> None:
-    marks: dict[str, Any] = {"color": colour, "clip_on": False}
+def _plot_seeds(axes: Axes, panel: Panel, point: CurvePoint, x: float, color: str) -> None:
+    marks: dict[str, Any] = {"color": color, "clip_on": False}
     for run in point.runs:
         if run.state == "finished" and run.validation is not None:
             dot: dict[str, Any] = {"markersize": 4, "alpha": 0.4, "markeredgewidth": 0}
@@ -158,7 +158,7 @@ def _plot_diverged_counts(axes: Axes, panel: Panel, styles: Mapping[str, CurveSt
     small = 8 if len(panel.curves) > 5 else 9
     axes.set_yticks(range(len(panel.curves)), [c.label for c in panel.curves], fontsize=small)
     for label, curve in zip(axes.get_yticklabels(), panel.curves, strict=True):
-        label.set_color(styles[curve.label].colour)
+        label.set_color(styles[curve.label].color)
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -166,9 +166,9 @@ def _plot_diverged_counts(axes: Axes, panel: Panel, styles: Mapping[str, CurveSt
         for point in curve.points:
             count, total = point.states.get("diverged", 0), len(point.runs)
             text = f"× {count}/{total}" if count else "·"  # noqa: RUF001
-            colour = styles[curve.label].colour if count else "#bbbbbb"
+            color = styles[curve.label].color if count else "#bbbbbb"
             place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5}
-            axes.text(point.learning_rate, row, text, color=colour, **place)
+            axes.text(point.learning_rate, row, text, color=color, **place)
 
 
 def _add_legend(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) -> None:
@@ -178,7 +178,7 @@ def _add_legend(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) -> N
         look = styles[c.label]
         line: dict[str, Any] = {"marker": look.marker, "linestyle": "-", "linewidth": 1.8}
         text = f"{c.label}\n{formatting.best_rate_text(c)}"
-        entries.append(style.legend_entry(text, look.colour, **line))
+        entries.append(style.legend_entry(text, look.color, **line))
     entries.append(style.legend_entry("best rate", **style.RING))
     entries.append(style.legend_entry("one seed", marker="o", markersize=4, alpha=0.5))
     if any(r.state == "diverged" for r in runs):

@@ -14,16 +14,16 @@ from orchestrator.analyze.comparison import TunedComparison
 from orchestrator.analyze.plots import style
 from orchestrator.analyze.significance import PairedComparison
 
-# Blue is better, orange worse, green no difference that matters. The colours differ for any colour vision,
+# Blue is better, orange worse, green no difference that matters. The colors differ for any color vision,
 # and every outcome is written out as well.
-OUTCOME_COLOURS = {
+OUTCOME_COLORS = {
     "better": "#0072B2",
     "worse": "#D55E00",
     "equivalent": "#009E73",
     "not inferior": "#56B4E9",
     "undecided": "#6b6b6b",
 }
-_MARGIN_COLOUR = "#009E73"
+_MARGIN_COLOR = "#009E73"
 
 
 def plot_forest(comparisons: Sequence[TunedComparison]) -> bytes:
@@ -46,7 +46,7 @@ def plot_forest(comparisons: Sequence[TunedComparison]) -> bytes:
 def _draw_comparison(axes: Axes, result: TunedComparison) -> None:
     c = result.comparison
     pairs = list(reversed(c.pairs))  # the best at the top
-    axes.axvspan(-c.margin, c.margin, color=_MARGIN_COLOUR, alpha=0.13, linewidth=0, zorder=0)
+    axes.axvspan(-c.margin, c.margin, color=_MARGIN_COLOR, alpha=0.13, linewidth=0, zorder=0)
     axes.axvline(0, color="#444444", linewidth=1.2, zorder=1)
     left, right = x_limits(pairs, c.margin)
     axes.set_xlim(left, right)
@@ -68,18 +68,18 @@ def _draw_comparison(axes: Axes, result: TunedComparison) -> None:
 
 
 def _draw_pair(axes: Axes, y: int, pair: PairedComparison, left: float, right: float) -> None:
-    colour = OUTCOME_COLOURS[pair.outcome]
-    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "color": colour, "va": "center"}
+    color = OUTCOME_COLORS[pair.outcome]
+    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "color": color, "va": "center"}
     why = verdict.undecided_text(pair)
     axes.text(1.012, y + 0.14 * bool(why), pair.outcome, fontsize=11, weight="bold", **beside)
     axes.text(1.012, y - 0.18, why, fontsize=9, **beside)
     if pair.difference is None:
         return
     value, interval = verdict.signed_number(pair.difference), pair.interval
-    note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9.5, "color": colour}
+    note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9.5, "color": color}
     if not left <= pair.difference <= right:  # beyond the axes: an arrow and the number
         end, arrow, side = (left, "<", 1) if pair.difference < left else (right, ">", -1)
-        axes.plot(end, y, arrow, markersize=10, color=colour, zorder=4, clip_on=False)
+        axes.plot(end, y, arrow, markersize=10, color=color, zorder=4, clip_on=False)
         if interval is not None:
             value += f"  [{verdict.signed_number(interval.low)}, {verdict.signed_number(interval.high)}]"
         note |= {"ha": "left" if side > 0 else "right", "va": "center"}
@@ -87,15 +87,15 @@ def _draw_pair(axes: Axes, y: int, pair: PairedComparison, left: float, right: f
         return
     if interval is not None:
         low, high = max(left, interval.low), min(right, interval.high)
-        axes.hlines(y, low, high, color=colour, linewidth=3.4, zorder=3)
+        axes.hlines(y, low, high, color=color, linewidth=3.4, zorder=3)
         for end, is_inside, arrow in ((low, interval.low >= left, "<"), (high, interval.high <= right, ">")):
             cap: dict[str, Any] = {"marker": arrow, "markersize": 8, "markeredgewidth": 1.0}
             if is_inside:
                 cap = {"marker": "|", "markersize": 11, "markeredgewidth": 2.4}
-            axes.plot(end, y, color=colour, zorder=3, clip_on=False, **cap)
-    face = colour if interval is not None else "white"
+            axes.plot(end, y, color=color, zorder=3, clip_on=False, **cap)
+    face = color if interval is not None else "white"
     dot: dict[str, Any] = {"markersize": 10, "markerfacecolor": face, "markeredgewidth": 2}
-    axes.plot(pair.difference, y, "o", color=colour, zorder=4, **dot)
+    axes.plot(pair.difference, y, "o", color=color, zorder=4, **dot)
     axes.annotate(value, (pair.difference, y), (0, 9), ha="center", **note)
 
 

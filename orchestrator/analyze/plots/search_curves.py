@@ -46,8 +46,8 @@ def _plot_points(axes: Axes, search: SearchResult, styles: Mapping[str, CurveSty
             _plot_point(axes, point, styles[variant.variant], search.floor)
         best = variant.best
         if best is not None and best.validation.mean is not None:
-            colour = styles[variant.variant].colour
-            ring = {**style.RING, "markersize": 15, "markeredgewidth": 1.8, "markeredgecolor": colour}
+            color = styles[variant.variant].color
+            ring = {**style.RING, "markersize": 15, "markeredgewidth": 1.8, "markeredgecolor": color}
             axes.plot(best.learning_rate, best.validation.mean, linestyle="", zorder=5, **ring)
     axes.set_title(f"{search.task} on {search.model}", pad=10)
     axes.set_xlabel("learning rate (log scale)")
@@ -55,9 +55,9 @@ def _plot_points(axes: Axes, search: SearchResult, styles: Mapping[str, CurveSty
 
 
 def _plot_point(axes: Axes, point: TuningPoint, look: CurveStyle, floor: float) -> None:
-    x, mark = point.learning_rate, {"marker": look.marker, "color": look.colour}
+    x, mark = point.learning_rate, {"marker": look.marker, "color": look.color}
     if point.states.get("diverged") and not point.states.get("finished"):
-        axes.plot(x, floor, "x", color=look.colour, markersize=8, zorder=4, clip_on=False)
+        axes.plot(x, floor, "x", color=look.color, markersize=8, zorder=4, clip_on=False)
     elif point.states.get("stopped") and point.last_validation is not None:
         hollow: dict[str, Any] = {"markerfacecolor": "white", "markersize": 6, **mark}
         axes.plot(x, point.last_validation, linestyle="", zorder=2.5, **hollow)
@@ -70,9 +70,9 @@ def _plot_running_best(axes: Axes, search: SearchResult, styles: Mapping[str, Cu
     for variant in search.variants:
         best, look = running_best(variant), styles[variant.variant]
         steps: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 2, "zorder": 3}
-        axes.plot(range(1, len(best) + 1), best, color=look.colour, **steps)
+        axes.plot(range(1, len(best) + 1), best, color=look.color, **steps)
         if best and math.isfinite(best[-1]):
-            axes.plot(len(best), best[-1], look.marker, color=look.colour, markersize=7, zorder=4)
+            axes.plot(len(best), best[-1], look.marker, color=look.color, markersize=7, zorder=4)
     axes.set_xlim(0.5, max((len(v.points) for v in search.variants), default=1) + 0.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("points of each variant, in the order of their start")
@@ -99,7 +99,7 @@ def _add_legend(axes: Axes, search: SearchResult, styles: Mapping[str, CurveStyl
             best = f"best at {formatting.rate(v.best.learning_rate)}{' (edge)' if v.edges else ''}"
         look = styles[v.variant]
         text = f"{v.variant}\n{best}"
-        entries.append(style.legend_entry(text, look.colour, marker=look.marker, linestyle="-"))
+        entries.append(style.legend_entry(text, look.color, marker=look.marker, linestyle="-"))
     states = {state for v in search.variants for p in v.points for state in p.states}
     entries.append(style.legend_entry("best point", **style.RING))
     if "stopped" in states:

@@ -39,18 +39,18 @@ def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) 
     shown = sorted(panel.curves, key=lambda c: (tests[c.label] is not None, tests[c.label] or 0.0, c.label))
     beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
     for y, c in enumerate(shown):
-        colour = styles[c.label].colour
+        color = styles[c.label].color
         own, common = c.best_test.mean, c.test_at_common_rate
         if own is None:
             axes.text(0.5, y, "no score yet", color=GREY, **beside)
             continue
         if c.best_test.interval is not None:
             low, high = style.clip_to_score_range(c.best_test.interval, panel)
-            axes.hlines(y, low, high, color=colour, alpha=0.22, linewidth=9, zorder=1.5)
+            axes.hlines(y, low, high, color=color, alpha=0.22, linewidth=9, zorder=1.5)
         if common is not None:
-            axes.hlines(y, min(own, common), max(own, common), color=colour, linewidth=2, zorder=2)
-            axes.plot(common, y, "o", markersize=10, color=colour, markerfacecolor="white", markeredgewidth=2)
-        axes.plot(own, y, "o", markersize=9, color=colour, zorder=4)
+            axes.hlines(y, min(own, common), max(own, common), color=color, linewidth=2, zorder=2)
+            axes.plot(common, y, "o", markersize=10, color=color, markerfacecolor="white", markeredgewidth=2)
+        axes.plot(own, y, "o", markersize=9, color=color, zorder=4)
         rate = f"own {formatting.best_rate_text(c)}"
         axes.text(1.012, y, rate, fontsize=9.5, color="#444444", **beside)
     axes.set_yticks(range(len(shown)), [c.label for c in shown])

@@ -1,4 +1,4 @@
-"""Colours, markers, layout and PNG output, shared by all plots of a report."""
+"""Colors, markers, layout and PNG output, shared by all plots of a report."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from matplotlib.lines import Line2D
 from orchestrator.analyze.intervals import Interval
 from orchestrator.analyze.results import Panel, Summary, is_reference
 
-# Okabe and Ito's colours, told apart with any colour vision; yellow is too pale on white and is replaced by
+# Okabe and Ito's colors, told apart with any color vision; yellow is too pale on white and is replaced by
 # olive.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
 _MARKERS = "osD^vPX*"
 GREY = "#6b6b6b"
 RING: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}
@@ -42,9 +42,9 @@ RC_PARAMS: Any = {
 
 @dataclass(frozen=True)
 class CurveStyle:
-    """Colour and marker of a curve."""
+    """Color and marker of a curve."""
 
-    colour: str
+    color: str
     marker: str
 
 
@@ -54,10 +54,10 @@ def curve_styles(summary: Summary) -> dict[str, CurveStyle]:
 
 
 def styles_by_label(labels: Iterable[str]) -> dict[str, CurveStyle]:
-    """Return label -> style. LoRA is black, the others get colours in the order of their names."""
+    """Return label -> style. LoRA is black, the others get colors in the order of their names."""
     ordered = sorted(labels, key=lambda label: (not is_reference(label), label))
     return {
-        label: CurveStyle(COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)])
+        label: CurveStyle(COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)])
         for i, label in enumerate(ordered)
     }
 
@@ -85,9 +85,9 @@ def hide_y_axis(axes: Axes, **ticks: float) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def legend_entry(label: str, colour: str = GREY, **style: Any) -> Line2D:
+def legend_entry(label: str, color: str = GREY, **style: Any) -> Line2D:
     """Return an entry of a legend: a marker, or a line if `style` names a line style."""
-    return Line2D([], [], label=label, color=colour, **{"linestyle": "", **style})
+    return Line2D([], [], label=label, color=color, **{"linestyle": "", **style})
 
 
 def add_legend(axes: Axes, entries: Sequence[Line2D], x: float) -> None:

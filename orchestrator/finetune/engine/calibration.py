@@ -1,4 +1,4 @@
-"""Calibration tensors of variants that initialise from data, such as EVA and LoRA-GA.
+"""Calibration tensors of variants that initialize from data, such as EVA and LoRA-GA.
 
 They are computed once for a model, task, variant and seed, whatever the learning rate, and kept in the store:
 
@@ -49,7 +49,7 @@ def load_or_compute_calibration(
         process_group: The workers of this trainer.
 
     Returns:
-        Layer -> name -> tensor; None for a variant that initialises without data.
+        Layer -> name -> tensor; None for a variant that initializes without data.
     """
     if lane_group.adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
         return None

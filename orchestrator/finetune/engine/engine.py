@@ -140,7 +140,7 @@ class Engine:
         return self._lane_group
 
     def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
-        """Add the lane to the lane group of its configuration, initialised or from a checkpoint."""
+        """Add the lane to the lane group of its configuration, initialized or from a checkpoint."""
         lane_group, configuration = self.prepare_lane_group(lane.configuration), lane.configuration
         calibration = None
         if checkpoint is None:

@@ -55,7 +55,7 @@ def has_weight_decay(name: str, adapters: Adapters) -> bool:
         adapters: The adapters of the model.
 
     Returns:
-        False for biases and for parameters of normalisation layers.
+        False for biases and for parameters of normalization layers.
     """
     return not (
         _NO_DECAY.search(name.lower()) or isinstance(adapters.owning_module(name), torch.nn.LayerNorm)
@@ -138,13 +138,13 @@ class Lane:
         checkpoint: Checkpoint | None,
         calibration: CalibrationTensors | None = None,
     ) -> None:
-        """Add the lane's adapter to the model, initialised or restored, and make its optimizer.
+        """Add the lane's adapter to the model, initialized or restored, and make its optimizer.
 
         Args:
             adapters: The adapters of the model.
             untrained_loss: Validation loss of the base model, for the divergence rule.
             checkpoint: Where the lane resumes; None starts it.
-            calibration: Tensors for variants that initialise from data.
+            calibration: Tensors for variants that initialize from data.
 
         Raises:
             ValueError: The variant refuses the settings.

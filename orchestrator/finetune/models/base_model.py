@@ -43,7 +43,7 @@ class BaseModel:
 
     @cached_property
     def has_sliding_window(self) -> bool:
-        """Return whether a token attends only to its neighbours in some layers."""
+        """Return whether a token attends only to its neighbors in some layers."""
         return any("sliding" in kind for kind in getattr(self.model.config, "layer_types", None) or ())
 
     @cached_property

@@ -188,7 +188,7 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
         if layers > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers is {layers}; must be {MAX_LAYERS} or less")
         if getattr(config, "quantization_config", None) is not None:
-            raise ValueError("its weights are quantised (quantization_config), and lanes need plain floats")
+            raise ValueError("its weights are quantized (quantization_config), and lanes need plain floats")
         for name, value in config_overrides.items():
             setattr(config, name, value)
         with base_store.suppress_transformers_logging(), torch.device("meta"):

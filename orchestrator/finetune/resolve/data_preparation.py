@@ -53,7 +53,7 @@ def report_train_overlap(
 ) -> None:
     """Report how many held-out examples of a user's task are training examples as well.
 
-    Their scores measure memorisation. They are not refused, because data may have a few duplicates.
+    Their scores measure memorization. They are not refused, because data may have a few duplicates.
 
     Args:
         task: The task; nothing is reported for the project's own tasks, whose splits are known.
@@ -68,5 +68,5 @@ def report_train_overlap(
         if shared:
             progress(
                 f"{Path(task.name).stem}: {shared} of {len(examples[split])} {split} examples are train "
-                "examples as well; their scores measure memorisation"
+                "examples as well; their scores measure memorization"
             )

@@ -192,7 +192,7 @@ def test_twenty_steps_of_lora(task: str, schedule: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["letters", "reviews"])
 def test_twenty_steps_of_full_fine_tuning(task: str, tmp_path: Path) -> None:
-    """Biases and parameters of normalisation layers have no weight decay."""
+    """Biases and parameters of normalization layers have no weight decay."""
     one = point(task, "linear", "full")
     losses, _, mine, lane_group = ours(one, tmp_path / "data")
     lane_group.adapters.detach()

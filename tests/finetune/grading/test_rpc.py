@@ -79,7 +79,7 @@ def test_integers_of_any_length_are_copied(ends: tuple[Channel, Channel]) -> Non
         assert send_and_receive(ends, number) == number
 
 
-class Colour(enum.IntEnum):
+class Color(enum.IntEnum):
     RED = 3
 
 
@@ -93,7 +93,7 @@ class Equal(list[int]):
 def test_subclasses_and_numpy_numbers_are_sent_as_builtins(ends: tuple[Channel, Channel]) -> None:
     point = namedtuple("point", "x y")
     for value, plain in (
-        (Colour.RED, 3),
+        (Color.RED, 3),
         (Counter("aab"), {"a": 2, "b": 1}),
         (point(1, 2), (1, 2)),
         (np.float64(0.5), 0.5),

@@ -354,9 +354,9 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
         weight_files.check_weight_files(folder, "m")
 
 
-def test_quantised_weights_are_refused_by_the_configuration(folder: Path, tmp_path: Path) -> None:
+def test_quantized_weights_are_refused_by_the_configuration(folder: Path, tmp_path: Path) -> None:
     change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UsageError, match=r"quantised \(quantization_config\)"):
+    with pytest.raises(UsageError, match=r"quantized \(quantization_config\)"):
         loading.build_meta_model(ModelChoice(str(folder), content_hash(folder)), tmp_path, Letters(RECIPE))
 
 
