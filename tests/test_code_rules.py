@@ -88,3 +88,12 @@ def test_retired_words_are_not_used() -> None:
         if words and name_of(path) not in KEPT:
             found[name_of(path)] = words
     assert found == {}
+
+
+def test_the_files_that_the_architecture_names_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`((?:e|f|orchestrator|variants)/[\w/]+(?:\.py|/))", text)
+    folders = {"e": "orchestrator/execution", "f": "orchestrator/finetune"}
+    paths = {name: ROOT / re.sub(r"^[ef](?=/)", lambda match: folders[match[0]], name) for name in named}
+    assert len(paths) > 40
+    assert [name for name, path in paths.items() if not path.exists()] == []

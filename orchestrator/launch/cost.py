@@ -1,4 +1,4 @@
-"""The GPU hours and the price of what is left to train, as lines of a plan."""
+"""The GPU hours and the price of the remaining training, as lines of a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long one trainer needs for the rest of a study, judged by finished lanes of the same task and model."""
+"""Estimates of the time that a study still needs, from finished lanes of the same task and model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TimeEstimate:
     device: str
     """The device's name, as records give it."""
     measured_lanes: int
-    """How many finished lanes the estimate is based on."""
+    """Number of finished lanes that the estimate is based on."""
     low_seconds: float
     """The lower end, in seconds of one trainer."""
     high_seconds: float
@@ -33,7 +33,7 @@ class TimeEstimate:
 
     @property
     def source_text(self) -> str:
-        """What the estimate is based on, in words."""
+        """The basis of the estimate, in words."""
         guess = ""
         if self.extrapolated_variants:
             guess = f", none of {', '.join(self.extrapolated_variants)} (taken as the others)"
@@ -41,7 +41,7 @@ class TimeEstimate:
 
 
 class _LaneWorkload(NamedTuple):
-    """What decides the time of a lane besides task and model."""
+    """The properties that decide the time of a lane besides task and model."""
 
     variant: str
     steps: int

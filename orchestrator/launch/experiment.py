@@ -1,4 +1,4 @@
-"""What an experiment script adds to the options that all scripts share."""
+"""The question of an experiment script, and its defaults for the options that all scripts share."""
 
 from __future__ import annotations
 

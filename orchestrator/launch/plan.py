@@ -1,4 +1,4 @@
-"""The output of --plan: what a study would train, how long it would take and what it would cost."""
+"""The output of --plan: the configurations of a study, and estimates of their time and cost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.execution.search.search_file import VariantUsage
 
 STARTUP_SECONDS = 25.0
-"""How long Ray and the first trainer take to start."""
+"""Seconds that Ray and the first trainer take to start."""
 UNKNOWN_TIME = "unknown: no lane of this task and model has been trained on such a device yet"
 UNCHECKED_OPTIONS = "--rank and --targets: the base model is not here yet"
 
@@ -41,9 +41,9 @@ class _Hardware:
     """The trainers that a study would get, as far as that is known before it starts."""
 
     num_trainers: int
-    """0 means that the cluster decides."""
+    """Number of trainers; 0 if the cluster decides."""
     gpus_per_worker: float | None
-    """None means that the cluster decides."""
+    """GPUs of each worker; None if the cluster decides."""
     device: str
     """The name of the GPU; empty if there is none or its name is not known."""
     place: str
@@ -61,7 +61,7 @@ class _Hardware:
 def print_plan(
     console: Console, template: Configuration, work: StudyWork, store: Store, options: StudyOptions
 ) -> None:
-    """Print what a study would train and cost. Nothing is started.
+    """Print the configurations, the time and the cost of a study. Nothing is started.
 
     Args:
         console: Where to print.

@@ -1,4 +1,4 @@
-"""What an hour of a GPU costs to rent, from `prices.json`, a small dated table. No cloud is asked."""
+"""Rental prices of a GPU hour, from `prices.json`, a small dated table. No network is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a run: the report, what MLflow gets, and the exit code."""
+"""The end of a run: the report, the last MLflow runs and the exit code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
 def report_and_close(
     context: StudyContext, study: StudyFile, writer: MlflowWriter, status: str, should_report: bool
 ) -> None:
-    """Write the report, then give MLflow time to catch up.
+    """Write the report, then give MLflow time to log the remaining runs.
 
     Ctrl-C does not interrupt the report, and shortens MLflow's time: an exception inside the report could be
     raised in the middle of an import, whose lock Python would then hold for good.
@@ -65,7 +65,7 @@ def report_and_close(
 
 
 def _mlflow_seconds(budget: RunBudget, status: str) -> float:
-    """Return how long MLflow may take to catch up."""
+    """Return the seconds within which MLflow may log the remaining runs."""
     if budget.is_interrupted:
         return min(timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS, max(0.5, budget.interrupt_seconds_left() - 1))
     if status == "FINISHED" or budget.stop_reason:
@@ -74,7 +74,7 @@ def _mlflow_seconds(budget: RunBudget, status: str) -> float:
 
 
 def _print_delay(context: StudyContext, writer: MlflowWriter, num_delayed: int) -> None:
-    """Say what MLflow lacks, why, and the command that logs it."""
+    """Print the number of runs that MLflow lacks, the reason, and the command that logs them."""
     delayed = f"{num_delayed} runs" if num_delayed else "the study's own run"
     command = context.orchestrator_command("sync --rebuild" if writer.is_damaged else "sync")
     reason = writer.error or "it is slow"
@@ -83,7 +83,7 @@ def _print_delay(context: StudyContext, writer: MlflowWriter, num_delayed: int) 
 
 
 def _has_time_to_report(budget: RunBudget, study: StudyFile) -> bool:
-    """Return whether a report can be written before the time that Ctrl-C is promised is over."""
+    """Return whether a report can be written within the time in which Ctrl-C is promised to end the run."""
     return (
         budget.interrupt_seconds_left() > timeouts.MIN_REPORT_SECONDS
         and len(study.configurations) <= MAX_INTERRUPTED_REPORT_CONFIGURATIONS

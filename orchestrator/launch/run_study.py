@@ -1,4 +1,4 @@
-"""A study from its options to its report: what every experiment script calls.
+"""A study from its options to its report: the function that every experiment script calls.
 
 The four parts are `study_context.resolve_study` (options to configurations), `plan.print_plan` (--plan),
 `training.train_pending` (Ray) and `reporting` (report, MLflow, exit code).
@@ -52,7 +52,7 @@ def run_study(
     Raises:
         UsageError: An option has a value that cannot work. Nothing was trained.
         StudyError: Something outside the command failed, for example the cluster.
-        KeyboardInterrupt: The run was interrupted. What is half done is kept.
+        KeyboardInterrupt: The run was interrupted. Unfinished lanes keep their checkpoints.
         OSError: The disk refused a write.
     """
     context = resolve_study(experiment, options, requested)

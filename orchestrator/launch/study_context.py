@@ -1,4 +1,4 @@
-"""Everything about one run of a study that is fixed before anything is trained."""
+"""The context of one run of a study, fixed before anything is trained."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from orchestrator.util.errors import UsageError
 
 @dataclass(frozen=True)
 class StudyContext:
-    """One run of a study: its options with every default filled in, and where its files are."""
+    """One run of a study: its options with every default filled in, and the places of its files."""
 
     experiment: Experiment
     options: StudyOptions

@@ -1,4 +1,4 @@
-"""Train what a study lacks, on the Ray cluster that is joined or started here."""
+"""Training of the pending configurations of a study, on a Ray cluster that is joined or started here."""
 
 from __future__ import annotations
 

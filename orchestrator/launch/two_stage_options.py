@@ -14,7 +14,7 @@ FIRST_CONFIRM_SEED = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmationOptions:
-    """How the chosen points are confirmed."""
+    """Confirmation of the chosen points."""
 
     confirm_seeds: int = 10
     """How many fresh seeds train each chosen point; fix the number before you look."""

@@ -1,4 +1,4 @@
-"""The configurations of a study, sorted by what the store knows about them."""
+"""The configurations of a study, sorted by the records that the store has of them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StudyWork:
-    """The configurations of a study: which have a result, which are to be trained."""
+    """The configurations of a study: those with a result, and those to train."""
 
     requested: list[Configuration]
-    """All of them. A search appends to it while it samples."""
+    """All configurations. A search appends the points that it samples."""
     satisfied: list[Configuration]
-    """Those whose result is in the store."""
+    """The configurations whose result is in the store."""
     retries_exhausted: list[str]
-    """Fingerprints of those that failed too often to be tried again."""
+    """Fingerprints of the configurations that failed too often to be tried again."""
     pending: list[Configuration]
-    """Those to be trained, in the order in which they are submitted."""
+    """The configurations to train, in the order in which they are submitted."""
     search: SearchBudget | None
     """The search that samples more; None for a grid."""
 
