@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 
 import regex
@@ -68,8 +69,9 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def _match_pattern(modules: Mapping[str, nn.Module], targets: str) -> list[str]:
     try:
+        re.compile(targets.removeprefix("re:"))  # PEFT reads an exported pattern with `re`
         pattern = regex.compile(targets.removeprefix("re:"))
-    except regex.error as error:
+    except (re.error, regex.error) as error:
         raise UnsupportedError(f"targets {targets!r}: not a regular expression ({error})") from None
     try:
         return [name for name in modules if pattern.fullmatch(name, timeout=PATTERN_TIMEOUT_SECONDS)]
@@ -88,6 +90,7 @@ def _match_suffixes(modules: Mapping[str, nn.Module], targets: str) -> list[str]
             nearest = _suggest_layer(ending, modules)
             raise UnsupportedError(f"target {ending!r}: no module's name ends with it. {nearest}")
         for name in fits:
+            _check_adaptable(name, modules, match_all=False)
             if not is_linear(modules[name]):
                 kind = type(modules[name]).__name__
                 raise UnsupportedError(

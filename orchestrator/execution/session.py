@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from orchestrator.execution.broker.actor import start_broker
 from orchestrator.execution.monitor import StudyMonitor
 from orchestrator.execution.ray.private import withhold_cloud_credentials_from_trials
-from orchestrator.execution.search.searcher import PerVariantSearcher
 from orchestrator.execution.session_context import SessionContext
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
@@ -21,6 +20,9 @@ from orchestrator.execution.tune.trial import LaneTrainable
 from orchestrator.execution.tune.trial_events import ABORTED, AbortStopper, BrokerCallback, PendingStops
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import StudyError
+
+if TYPE_CHECKING:
+    from orchestrator.execution.search.searcher import PerVariantSearcher
 
 withhold_cloud_credentials_from_trials()
 

@@ -140,7 +140,6 @@ def _run_session(
     on_record: Callable[[Record], None],
 ) -> int:
     """Run Tune until all is trained or a limit is reached. Returns the optimizer steps of all trainers."""
-    from orchestrator.execution.search.searcher import PerVariantSearcher
     from orchestrator.execution.session import train
     from orchestrator.execution.session_context import SessionContext
 
@@ -148,6 +147,8 @@ def _run_session(
     cached = {c.fingerprint for c in work.satisfied}
     searcher = None
     if work.search is not None:
+        from orchestrator.execution.search.searcher import PerVariantSearcher
+
         searcher = PerVariantSearcher(work.search, context.store, scheduler, lanes, cached)
     session = SessionContext(
         scheduler=scheduler,

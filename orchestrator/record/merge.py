@@ -156,7 +156,10 @@ class _Merger:
             for path in files:
                 atomic_files.sync_file(path)
             size = sum(path.stat().st_size for path in files)
-            draft.rename(target)
+            if draft.is_dir():
+                draft.rename(target)
+            elif not atomic_files.link_if_absent(draft, target):
+                return False
         except OSError as error:
             # Another process was faster, or a study that uses the other store has just removed the source.
             if target.exists() or (isinstance(error, FileNotFoundError) and not source.exists()):

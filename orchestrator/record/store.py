@@ -174,7 +174,7 @@ class Store:
         """
         found: dict[str, dict[str, RecordState]] = {}
         seen: dict[_Stamp, RecordState | None] = {}
-        for path in self.records_folder.glob("[0-9a-f][0-9a-f]/*"):
+        for path in self._list_files():
             match = _NAME.fullmatch(path.name)
             if match is None:
                 if not path.name.startswith("."):  # temporary files, and files of the file system
@@ -195,6 +195,12 @@ class Store:
         self._states = seen
         order = ("", "failed", "stopped")
         return {fp: next(kinds[k] for k in order if k in kinds) for fp, kinds in found.items()}
+
+    def _list_files(self) -> Iterator[Path]:
+        """Yield the files of the records; unlike `glob`, raise an error for a folder that cannot be read."""
+        for folder in sorted(self.records_folder.glob("[0-9a-f][0-9a-f]")):
+            if folder.is_dir():
+                yield from folder.iterdir()
 
     def find_by_prefix(self, prefix: str) -> list[str]:
         """Return all fingerprints that start with `prefix`, sorted."""

@@ -189,7 +189,7 @@ class _Argument:
             raise self.error(f"{self.name} has no range; take a choice, for example {example}.")
         *kinds, low_text, high_text = self.text.split(":")
         kind = ":".join(kinds)
-        if kind not in ("", "log", "int", "logint"):
+        if kinds and kind not in ("log", "int", "logint"):
             forms = "low:high, log:low:high, int:low:high, logint:low:high or a choice a,b,c"
             hint = f" {suggest_nearest(kind, ('log', 'int', 'logint'))}" if len(kinds) == 1 else ""
             raise self.error(f"{self.text!r} must be {forms}.{hint}")

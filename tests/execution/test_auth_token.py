@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -34,6 +35,18 @@ def test_a_new_token_is_the_users_alone(token: Path) -> None:
     assert len(first) == 64
     restrict_token_file(create_if_missing=True)
     assert token.read_text() == first
+    assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
+
+
+def test_a_new_token_is_the_users_alone_without_hard_links(
+    token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: Path, path: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source)
+
+    monkeypatch.setattr(os, "link", link)
+    restrict_token_file(create_if_missing=True)
+    assert (mode(token), len(token.read_text())) == (0o600, 64)
     assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
 
 

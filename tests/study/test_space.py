@@ -118,6 +118,7 @@ def test_fixed_values_are_typed_by_the_setting() -> None:
         ("learning_rate=log:1e-4:inf", "finite"),
         ("learning_rate=lgo:1e-4:1", "Did you mean 'log'?"),
         ("learning_rate=log:1e-4:1:3", "must be low:high"),
+        ("learning_rate=:1e-4:1e-2", "must be low:high"),
         ("learning_rate=1:2:3:4:5", "must be low:high"),
         ("dropout=0:1", "'1' must be at least 0 and below 1"),
         ("beta2=0.9,1", "below 1"),

@@ -58,7 +58,7 @@ class MetadataClient:
     """Client of the service. Keeps IMDSv2's session token and replaces it when it has expired."""
 
     def __init__(self) -> None:
-        self.endpoint = os.environ.get(ENDPOINT_VARIABLE, DEFAULT_ENDPOINT).rstrip("/")
+        self.endpoint = (os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT).rstrip("/")
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy would ask the service of its own machine
 

@@ -33,12 +33,11 @@ def read_parameter(name: str) -> str:
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = boto3.client("ssm")
     try:
-        response = client.get_parameter(Name=PREFIX + name, WithDecryption=True)
-    except client.exceptions.ParameterNotFound:
-        return ""
+        response = boto3.client("ssm").get_parameter(Name=PREFIX + name, WithDecryption=True)
     except (BotoCoreError, ClientError) as error:
+        if isinstance(error, ClientError) and error.response["Error"]["Code"] == "ParameterNotFound":
+            return ""
         raise StudyError(f"AWS parameter {PREFIX}{name}: {error}") from None
     return str(response["Parameter"]["Value"]).strip()  # a value read from a file ends with a newline
 

@@ -20,8 +20,11 @@ from typing import Any
 from orchestrator.util.command import main
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-_PROVIDER_KEYS = ("key_pair", "aws_credentials", "disable_launch_config_check", "foreground_node_launch")
-"""Keys of Ray 2.60's AWS provider that its schema lacks."""
+_PROVIDER_KEYS = (
+    *("key_pair", "aws_credentials", "disable_launch_config_check", "foreground_node_launch"),
+    *("use_external_head_ip", "worker_liveness_check"),
+)
+"""Keys of a provider that Ray 2.60 reads on AWS and that its schema lacks."""
 _SECURITY_GROUP_KEYS = ("SecurityGroupIds", "LaunchTemplate", "NetworkInterfaces")
 
 

@@ -46,8 +46,15 @@ def _ray_creates_token() -> bool:
 
 
 def _create_token_file(path: Path) -> None:
-    """Create the file with a new token in one step. A lock lets one study at a time start Ray."""
+    """Create the file with a new token in one step, unless another process has created it meanwhile."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    with atomic_files.replace_atomically(path) as draft:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
         draft.touch(mode=0o600)
         draft.write_text(secrets.token_hex(TOKEN_BYTES))
+        try:
+            atomic_files.link_if_absent(draft, path)
+        except OSError:  # no hard links here; a lock lets one study at a time start Ray
+            os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

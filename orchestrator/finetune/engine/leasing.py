@@ -10,6 +10,7 @@ from pathlib import Path
 
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
+from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Lease, LeaseGrant
 from orchestrator.finetune.engine.recovery import FailureRecovery
@@ -148,26 +149,35 @@ class LaneLeasing:
         """Put a leased lane on the model, resumed from its newest checkpoint if there is one."""
         active, lane = self.active, Lane(lease)
         active.lanes[lane.fingerprint] = lane
-        path = active.process_group.broadcast_from_rank0(partial(self._find_checkpoint, lane.fingerprint))
-        added = self.recovery.run_isolating_failures([lane], partial(self._add_lane, path=path))
+        newest: list[Checkpoint] = []
+        find_checkpoint = partial(self._find_checkpoint, lane.fingerprint, newest)
+        path = active.process_group.broadcast_from_rank0(find_checkpoint)
+        added = self.recovery.run_isolating_failures(
+            [lane], partial(self._add_lane, path=path, newest=newest)
+        )
         group_key = lane.configuration.group_key
         if added and group_key not in active.slots.max_lanes_by_group_key:
             active.slots.max_lanes_by_group_key[group_key] = active.process_group.broadcast_from_rank0(
                 partial(active.recorder.read_max_lanes, group_key, active.slots.count)
             )
 
-    def _find_checkpoint(self, fingerprint: str) -> Path | None:
-        """Return the file of the newest undamaged checkpoint. Rank 0 only."""
+    def _find_checkpoint(self, fingerprint: str, newest: list[Checkpoint]) -> Path | None:
+        """Append the newest undamaged checkpoint to `newest` and return its file, if any. Rank 0 only."""
         folder, warn = self.active.recorder.store.checkpoints / fingerprint, self.active.recorder.warn
-        newest = checkpoint.read_newest(folder, warn, fingerprint)
-        return checkpoint.checkpoint_path(folder, newest.attempt, newest.step) if newest is not None else None
+        if (found := checkpoint.read_newest(folder, warn, fingerprint)) is None:
+            return None
+        newest.append(found)
+        return checkpoint.checkpoint_path(folder, found.attempt, found.step)
 
-    def _add_lane(self, lanes: Sequence[Lane], path: Path | None) -> Sequence[None]:
+    def _add_lane(
+        self, lanes: Sequence[Lane], path: Path | None, newest: Sequence[Checkpoint]
+    ) -> Sequence[None]:
         """Add one lane to the engine.
 
         Args:
             lanes: The lane, as a sequence of one.
             path: The file of its newest checkpoint; None for a lane that starts.
+            newest: That checkpoint, which rank 0 has read; empty on the other ranks, which read the file.
 
         Returns:
             A list with one None: `run_isolating_failures` expects one result per lane.
@@ -176,7 +186,10 @@ class LaneLeasing:
         group_key = lane.configuration.group_key
         if any(other.configuration.group_key != group_key for other in self.active.lanes.values()):
             raise RuntimeError(f"leased a lane of group key {group_key} into a lane group of another one")
-        self.active.engine.add_lane(lane, checkpoint.read(path) if path is not None else None)
+        saved = None
         if path is not None:
+            saved = newest[0] if newest else checkpoint.read(path)
+        self.active.engine.add_lane(lane, saved)
+        if saved is not None:
             self.active.recorder.mark_saved(lane)
         return [None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sqlite3
 import tempfile
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from orchestrator.record.store import Store
 from orchestrator.util import timeouts
@@ -113,8 +113,12 @@ def check_uri(uri: str) -> None:
         raise _refusal(uri, f"unknown scheme {scheme!r}. {suggest_nearest(scheme, SCHEMES)}")
     if scheme == "sqlite":
         _check_sqlite(uri)
+    elif scheme in DATABASES:
+        _run_with_timeout(uri, _check_database)
+    elif not _has_host(uri):
+        raise _refusal(uri, "must be like http://host:5000, with %2F for a slash in a password")
     else:
-        _run_with_timeout(uri, _check_database if scheme in DATABASES else _check_health)
+        _run_with_timeout(uri, _check_health)
 
 
 def _refusal(uri: str, problem: str) -> UsageError:
@@ -149,10 +153,22 @@ def _check_sqlite(uri: str) -> None:
         raise _refusal(uri, f"the file is damaged ({why}); {remedy}")
 
 
-def _check_health(uri: str) -> None:
-    server = re.sub("//[^/]*@", "//", uri).rstrip("/")  # urllib takes no user and password
+def _has_host(uri: str) -> bool:
+    """Return whether a URI has a host and a valid port, because errors of urllib would show a wrong one."""
     try:
-        urllib.request.urlopen(f"{server}/health", timeout=timeouts.TRACKING_SERVER_SECONDS).close()
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number, or an unfinished [IPv6] address
+        return False
+
+
+def _check_health(uri: str) -> None:
+    parts = urlsplit(uri)
+    server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # urllib takes no password
+    try:
+        urllib.request.urlopen(
+            f"{server.rstrip('/')}/health", timeout=timeouts.TRACKING_SERVER_SECONDS
+        ).close()
     except urllib.error.HTTPError as error:
         if error.code >= 500:  # with a lower code it is up: it requires a login, or a proxy hides /health
             raise

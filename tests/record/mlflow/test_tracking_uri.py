@@ -100,6 +100,13 @@ def test_a_refused_connection_is_reported():
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("uri", ["http://me:se/cret@127.0.0.1:5000", "http://me:secret@host:port", "http://"])
+def test_a_uri_without_a_valid_host_is_refused_without_its_password(uri: str) -> None:
+    with pytest.raises(UsageError, match="must be like http://host:5000") as caught:
+        check_uri(uri)
+    assert "cret" not in str(caught.value)
+
+
 def test_a_server_that_never_answers_times_out(monkeypatch):
     monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", 0.3)
     with (
