@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from orchestrator.finetune.sources.base_store import base_entries
@@ -92,12 +93,15 @@ def find_commit(repository: str, repo_type: str, revision: str | None) -> tuple[
         return commit, None
     except Exception as error:
         try:
-            path = snapshot_download(
-                repository, repo_type=repo_type, revision=revision, local_files_only=True
-            )
+            if repo_type == "model":  # transformers knows which other files it needs
+                file = hf_hub_download(repository, "config.json", revision=revision, local_files_only=True)
+                folder = Path(file).parent
+            else:
+                download = partial(snapshot_download, repo_type=repo_type, local_files_only=True)
+                folder = Path(download(repository, revision=revision))
         except LocalEntryNotFoundError:
             raise error from None
-        return Path(path).name, Path(path)
+        return folder.name, folder  # the cache keeps the files of a commit in snapshots/<commit>/
 
 
 def cached_snapshot(name: str, commit: str) -> Path | None:

@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from orchestrator.finetune.sources.data_files import find_cell_problem
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE, CellType, Table, load_table
 from orchestrator.finetune.tasks.base import Example, Image, Split, Task, TaskDefaults, hash_split
 from orchestrator.finetune.tasks.examples import hash_text
@@ -96,7 +97,7 @@ def _read_images(task: HubImageTask, split: Split) -> Iterator[tuple[Image, str]
     from datasets import ClassLabel
     from datasets import Image as Column
 
-    columns: dict[str, CellType] = {"image": object, "label": range(len(task.labels))}
+    columns: dict[str, CellType] = {"image": object, "label": int}
     table = Table(task.repository, split, columns, task.subset, task.commit)
     data = load_table(table, task.name)
     feature = data.features["label"]
@@ -106,7 +107,10 @@ def _read_images(task: HubImageTask, split: Split) -> Iterator[tuple[Image, str]
             f"{len(task.labels)}; take the dataset that it was written for."
         )
     data = data.cast_column("image", Column(decode=False))
+    classes = range(len(task.labels))
     for row, label in enumerate(data["label"]):
+        if problem := find_cell_problem(label, classes):
+            raise UsageError(f"Task {task.name!r}: row {row} of {table}: 'label' {problem}.")
         yield Image(f"Row {row} of {table}", partial(_read_image_file, data, row)), str(label)
 
 

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading, smollm2
-from orchestrator.finetune.sources import base_store
+from orchestrator.finetune.sources import base_store, hub_models
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.local.letters import RECIPE, Letters, tokenizer
 from orchestrator.study.configuration import ModelChoice
@@ -164,7 +164,7 @@ def _write(path: Path, text: str) -> None:
 MAKE_SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from orchestrator.finetune.sources import base_store
+from orchestrator.finetune.sources import base_store, hub_models
 
 def make(folder):
     (folder / "config.json").write_text(json.dumps({"pid": os.getpid()}))
@@ -318,6 +318,18 @@ def test_an_unreachable_hub_model_is_one_line_with_remedies(root: Path, cache: P
     assert message.startswith("Model 'some-lab/some-model' cannot be read from the model hub")
     assert "\n" not in message
     assert all(way in message for way in ("HF_TOKEN", "HF_HUB_OFFLINE=1", "local folder"))
+
+
+@pytest.mark.parametrize("commit", [None, "1" * 40])
+def test_a_cached_folder_without_a_config_is_no_model(root: Path, cache: Path, commit: str | None) -> None:
+    """For example after only a README was downloaded, or after a download that was refused."""
+    repository = cache / "models--some-lab--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1" * 40)
+    (repository / "snapshots" / ("1" * 40)).mkdir(parents=True)
+    (repository / "snapshots" / ("1" * 40) / "README.md").touch()
+    with pytest.raises(UsageError, match="cannot be read from the model hub"):
+        hub_models.resolve_commit("some-lab/some-model", commit)
 
 
 def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root: Path, cache: Path) -> None:

@@ -219,7 +219,11 @@ def test_the_revision_depends_on_the_images(root: Path, monkeypatch: pytest.Monk
 
 def test_a_wrong_number_of_classes_is_an_error_with_both_numbers(root: Path) -> None:
     task = task_of("dtd")
-    write(task, root, 48)
+
+    def beyond(split: str, files: list[bytes], labels: list[int]) -> None:
+        labels[3] = 47
+
+    write(task, root, 48, beyond)
     with pytest.raises(UsageError, match=r"tanganke/dtd \(test\) has 48 classes, the task has 47") as caught:
         task.examples("train", 1)
     assert "\n" not in str(caught.value)
@@ -233,7 +237,7 @@ def test_an_invalid_label_is_named_with_its_row(root: Path, label: int) -> None:
 
     task = task_of("svhn")
     write(task, root, edit=wrong)
-    message = rf"train-0.*parquet: row 4: 'label' must be a class from 0 to 9, it is {label}\."
+    message = rf"row 3 of ufldl-stanford/svhn \(cropped_digits, train\): 'label' .*0 to 9, it is {label}\."
     with pytest.raises(UsageError, match=message):
         task.examples("train", 1)
 

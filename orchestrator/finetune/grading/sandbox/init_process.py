@@ -111,7 +111,7 @@ def _run_payload(spec: dict[str, Any], connection: socket.socket) -> None:
         sys.path[:] = [p for p in sys.path if p != spec["project"]] + spec["packages"]
     except BaseException as error:
         _exit_setup_failed(error)
-    result = os.dup(sys.stdout.fileno())
+    result = os.dup(sys.stdout.fileno()) if spec["runs_tests"] else -1
     _redirect_to_devnull()
     try:
         if spec["runs_tests"]:

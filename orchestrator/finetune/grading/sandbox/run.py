@@ -217,7 +217,13 @@ def _wait_or_kill(launcher: subprocess.Popen[bytes], level: SandboxLevel) -> tup
             launcher.wait(timeout=10.0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(launcher.pid, signal.SIGKILL)
-    return launcher.communicate()
+    try:
+        return launcher.communicate(timeout=3.0)
+    except subprocess.TimeoutExpired as error:  # a program of the same user may hold the pipes open
+        for pipe in filter(None, (launcher.stdout, launcher.stderr)):
+            pipe.close()
+        launcher.wait()
+        return error.output or b"", error.stderr or b""
 
 
 @functools.cache
