@@ -1,8 +1,9 @@
 """A simulated AWS: moto's server in a lab, with a host of the lab for each running machine.
 
-moto answers like AWS and starts no machines. This module adds them: a new machine gets a host at its address,
-with an image of these tests, the public key of its key pair, and a metadata service with its role's keys.
-The host of a machine that has ended is killed. moto enforces no rights, so all requests are recorded.
+moto answers like AWS but starts no machines. This module adds them: for each new machine it creates a host at
+the machine's address, with the public key of the machine's key pair and a metadata service that returns the
+keys of its role. When a machine ends, its host is killed. moto enforces no rights, so all requests are
+recorded for the tests to check.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ class RunningMachine:
 
 
 class Account:
-    """An AWS account, which exists until `close`. The name of a host is the end of its machine's id.
+    """An AWS account, which exists until `close`. A host's name is the end of its machine's id.
 
     Args:
         lab: The lab that gets the hosts.
-        image: Prepares a host like a booted machine of a node type of Ray's.
+        image: Prepares a host like a newly booted machine of a node type in cluster.yaml, given by name.
     """
 
     def __init__(self, lab: Lab, image: Callable[[Host, str], None]) -> None:
@@ -72,7 +73,7 @@ class Account:
         """The environment of the user who runs `ray up`."""
         self.machines: dict[str, RunningMachine] = {}
         self.keys: dict[str, str] = {USER: "user"}
-        """Access key -> role."""
+        """Instance profile (or `user`) of each access key."""
         self._lab, self._image = lab, image
         self._network = lab.network()
         self._clients: dict[str, Any] = {}
@@ -101,7 +102,7 @@ class Account:
         return [i for i in found if not states or i["State"]["Name"] in states]
 
     def of_type(self, name: str) -> dict[str, RunningMachine]:
-        """Return the running machines of a node type of Ray's: id -> machine."""
+        """Return the running machines of a node type in cluster.yaml, by instance id."""
         self.check()
         ids = {i["InstanceId"] for i in self.instances("running") if tags(i)["ray-user-node-type"] == name}
         return {key: machine for key, machine in dict(self.machines).items() if key in ids}
@@ -189,7 +190,7 @@ class Account:
 
 
 def metadata_service(host: Host) -> Service:
-    """Start a metadata service on the host, at the address of EC2's."""
+    """Start a metadata service on the host, at the address that EC2 uses."""
     host.run("ip", "address", "add", f"{METADATA}/32", "dev", "lo")
     network = host.network()
     service = network.submit(Service, 80, METADATA).result()
@@ -216,7 +217,7 @@ def _read(line: str) -> Request:
     headers, body = entry["headers"], entry["body"] or ""
     if entry["body_encoded"]:
         body = base64.b64decode(body).decode(errors="replace")
-    # AWS4-HMAC-SHA256 Credential=KEY/DATE/REGION/SERVICE/aws4_request, ...
+    # The header has the form: AWS4-HMAC-SHA256 Credential=KEY/DATE/REGION/SERVICE/aws4_request, ...
     signed = headers.get("Authorization", "").partition("Credential=")[2].partition(",")[0].split("/")
     key, service = (signed[0], signed[3]) if len(signed) == 5 else ("", "")
     parameters = {name: values[0] for name, values in urllib.parse.parse_qs(body).items()}

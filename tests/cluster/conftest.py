@@ -17,7 +17,7 @@ WORDS = Path(__file__).parents[1] / "finetune" / "words_task.py"
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all nodes see, with a tiny model and a task."""
+    """Return a folder that all nodes see, with a tiny model and a task."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,14 +37,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def can_have_a_lab() -> None:
-    """Skip where namespaces cannot be created, with the requirements as the reason."""
+    """Skip the test where a lab cannot be created. The reason says what is missing."""
     if reason := machines.missing_requirements():
         pytest.skip(reason)
 
 
 @pytest.fixture
 def lab(can_have_a_lab: None, tmp_path: Path) -> Iterator[machines.Lab]:
-    """A lab whose hosts share `tmp_path/shared`. The test fails if processes or mounts are left."""
+    """Yield a lab whose hosts share `tmp_path/shared`. The test fails if processes or mounts remain."""
     folder = tmp_path / "shared"
     folder.mkdir()
     with machines.Lab(read_only=[machines.ROOT], shared=folder) as network:

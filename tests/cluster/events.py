@@ -1,4 +1,4 @@
-"""Waiting for events, and reserving a port for a test."""
+"""Helpers of tests that wait for events or reserve a port."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LIMIT_SECONDS = 240.0
-"""Limit of every wait. No test depends on its length."""
+"""Default time limit of a wait. No test depends on its length."""
 PAUSE_SECONDS = 0.1
 
 
@@ -19,7 +19,7 @@ def until(
 
     Args:
         condition: The condition.
-        otherwise: Returns the details of the error if the time is over.
+        otherwise: Returns details for the error message when the time is over.
         seconds: The time limit.
     """
     deadline = time.monotonic() + seconds
@@ -32,8 +32,8 @@ def until(
 def reserved_port() -> Iterator[int]:
     """Yield a port of 127.0.0.1 that the system gives to no other process meanwhile.
 
-    The port is bound and does not listen: connections to it are refused. A server that sets SO_REUSEADDR, as
-    those of http.server do, can still listen on it, and again after it has been closed.
+    The port is bound and does not listen, so connections to it are refused. A server that sets SO_REUSEADDR,
+    as the servers of http.server do, can still listen on the port, and listen again later.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

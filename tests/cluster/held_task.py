@@ -1,7 +1,7 @@
-"""A small letters task for studies that must not end before the test lets them.
+"""A small version of the letters task, for studies that must not end before the test allows it.
 
-A lane trains to its first checkpoint and waits for the file `go` beside this file. Where the file `slow-HOST`
-exists, lanes on that host take slow steps meanwhile, too few to end during any test.
+A lane trains to its first checkpoint and then waits for the file `go` beside this file. While a file
+`slow-HOST` exists there, lanes on that host do not wait but take slow steps, too few to end during any test.
 """
 
 from __future__ import annotations

@@ -11,20 +11,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Service:
-    """The server. Tests make it forget its tokens, give a notice, or close.
+    """The server. Tests can delete its tokens, make it give a notice, and close it.
 
     Args:
-        port: Default: a free port.
+        port: The port on which it listens, or 0 for any free port.
         address: The address on which it listens.
     """
 
     def __init__(self, port: int = 0, address: str = "127.0.0.1") -> None:
         self.tokens: set[str] = set()
         self.rights: dict[str, str] = {}
-        """Role -> response with its keys, for a machine with an instance profile."""
+        """Response with the keys of each role, for a machine with an instance profile."""
         self.notice: str | None = None
         self.status: int | None = None
-        """Status of every response; None: the regular one."""
+        """HTTP status of every response, or None for the regular status."""
         self.requested_paths: list[str] = []
         service = self
 
@@ -70,7 +70,7 @@ class Service:
         return None
 
     def give_notice(self, seconds: float, action: str = "terminate") -> int:
-        """Give a notice. Returns the announced end in seconds since the epoch."""
+        """Announce the end of the machine, and return its time in seconds since the epoch."""
         at = int(time.time() + seconds)
         named = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
         self.notice = json.dumps({"action": action, "time": named})

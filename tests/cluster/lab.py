@@ -1,12 +1,13 @@
 """A network of hosts with SSH, made of namespaces of this machine and without access to other networks.
 
-A `Lab` is a switch with a machine of its own, on which the tests run commands. `Host`s are connected to it
-while it runs. Each machine has its own network, processes, IPC, host name and root folder. Files that are
-written there are in memory, above this machine's files, and are lost with it. /tmp, /root, /run and /dev/shm
-are empty at first. The interpreter of the tests, and further folders, are visible under the same path and
-read-only. All machines use this machine's kernel, CPUs and memory.
+A `Lab` is a switch with a machine of its own, on which the tests run commands. `Host`s can be connected to
+the switch at any time. Each machine of a lab has its own network, processes, IPC, host name and root folder.
+The root folder shows this machine's files; files that are written there are kept in memory and are lost when
+the lab's machine ends. /tmp, /root, /run and /dev/shm are empty at first. The interpreter of the tests, and
+further folders on request, are visible under the same path and read-only. All machines use this machine's
+kernel, CPUs and memory. "Outside" means: on this machine, not on the machines of a lab.
 
-The kernel ends all processes of a machine when the process that has made it ends.
+The kernel ends all processes of a lab's machine when the process that created the machine ends.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 VENV = Path(sys.prefix)
 ROOT = Path(__file__).parents[2]
 POSTGRESQL = ("/var/lib/postgresql", "/etc/postgresql", "/var/log/postgresql")
-_LIBC = ctypes.CDLL(None, use_errno=True)  # for setns, which Python has since 3.12
+_LIBC = ctypes.CDLL(None, use_errno=True)  # for setns; Python's own os.setns needs 3.12
 
 
 def missing_requirements() -> str:
-    """Return why this machine cannot have a lab, and the remedy; empty if it can."""
+    """Return why this machine cannot run a lab, with the remedy, or an empty string if it can."""
     if os.geteuid() != 0:
         return "a lab of network namespaces needs root"
     missing = {package for program, package in PROGRAMS.items() if _find(program) is None}
@@ -72,7 +73,7 @@ def missing_requirements() -> str:
 
 
 def lacks_postgresql() -> str:
-    """Return why no host can have PostgreSQL, and the remedy; empty if one can."""
+    """Return why hosts cannot run PostgreSQL, with the remedy, or an empty string if they can."""
     if shutil.which("pg_createcluster") is None or shutil.which("pg_ctlcluster") is None:
         return "the PostgreSQL of Debian and Ubuntu is missing: apt-get install postgresql"
     return ""
@@ -87,7 +88,7 @@ def _unshare() -> list[str]:
 
 
 class CommandError(AssertionError):
-    """A command has failed. The message holds its output."""
+    """Failure of a command, with the command's output in the message."""
 
 
 class Machine:
@@ -104,13 +105,13 @@ class Machine:
         assert output == b"ready\n", f"{self.name} did not start"
         parent = self._unshare.pid
         self.pid = int(Path(f"/proc/{parent}/task/{parent}/children").read_text())
-        """Process id of its process 1 outside."""
+        """Process id of the machine's process 1, as seen from outside."""
         self.namespaces = {name: os.readlink(f"/proc/{self.pid}/ns/{name}") for name in NAMESPACES}
         self._killed: list[psutil.Process] = []
-        """The processes that ran on it when it was killed."""
+        """The processes that were running on the machine when it was killed."""
 
     def path(self, path: str) -> Path:
-        """Return the path outside, readable and writable, of a file of this machine."""
+        """Return the path under which processes outside can read and write a file of the machine."""
         return Path(f"/proc/{self.pid}/root{path}")
 
     def start(
@@ -118,7 +119,7 @@ class Machine:
     ) -> subprocess.Popen[bytes]:
         """Start a command as root.
 
-        Its environment has no variables of outside; its PATH begins with the interpreter's folder.
+        The command inherits no environment variables. Its PATH begins with the interpreter's folder.
         """
         variables = {"HOME": "/root", "USER": "root", "LOGNAME": "root", "TERM": "dumb", "LANG": "C.UTF-8"}
         variables |= {"PATH": f"{VENV}/bin:{SYSTEM_PATH}", **environment}
@@ -136,7 +137,7 @@ class Machine:
         cwd: str = "/",
         **environment: str,
     ) -> str:
-        """Return what the command prints on both its outputs. Raises CommandError when it fails."""
+        """Run a command, and return its stdout and stderr. Raises CommandError if the command fails."""
         # The output goes to a file: SSH leaves a process behind that would keep a pipe open.
         with tempfile.TemporaryFile() as output:
             process = self.start(*command, output=output, cwd=cwd, **environment)
@@ -153,7 +154,7 @@ class Machine:
         return text
 
     def network(self) -> ThreadPoolExecutor:
-        """Return a thread of this process whose sockets are in the machine's network."""
+        """Return an executor with one thread of this process, whose sockets are in the machine's network."""
 
         def enter() -> None:
             with open(f"/proc/{self.pid}/ns/net") as space:
@@ -163,20 +164,20 @@ class Machine:
         return ThreadPoolExecutor(1, f"in-{self.name}", enter)
 
     def processes(self) -> dict[int, str]:
-        """Return process id outside -> command line, without process 1."""
+        """Return the command lines of all processes except process 1, by their outside process ids."""
         found = {}
         for pid in _processes_in({"pid": self.namespaces["pid"]}):
             with suppress(OSError):
                 line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if line and pid != self.pid:  # zombies have none
+                if line and pid != self.pid:  # the command line of a zombie is empty
                     found[pid] = line.strip()
         return found
 
     def kill(self) -> None:
-        """Kill the machine as a power cut does: no process ends in order."""
+        """Kill all processes of the machine at once, as a power cut does."""
         import psutil
 
-        if self._unshare.returncode is not None:  # another process may have its id by now
+        if self._unshare.returncode is not None:  # already killed: another process may have the id by now
             return
         for pid in _processes_in(self.namespaces):
             with suppress(psutil.Error):
@@ -189,7 +190,7 @@ class Machine:
             pipe.close()
 
     def survivors(self) -> list[str]:
-        """Return the processes that should have ended with it."""
+        """Return the processes that should have ended with the machine."""
         import psutil
 
         found = []
@@ -216,9 +217,9 @@ class Host(Machine):
         (environment / "finished").touch()
 
     def create_postgresql(self) -> None:
-        """Create a database cluster as Debian's package does, not started.
+        """Create, but do not start, a database cluster as Debian's package does.
 
-        The folders POSTGRESQL of the host must be empty.
+        The host's folders in `POSTGRESQL` must be empty.
         """
         for folder in POSTGRESQL:
             self.run("chown", "postgres:postgres", folder)
@@ -230,9 +231,9 @@ class Lab(Machine):
     """A switch with a machine of its own.
 
     Args:
-        subnet: The network of the lab.
+        subnet: The subnet with the addresses of the lab.
         read_only: Further folders of this machine that the lab's own machine can read.
-        shared: A folder that all hosts have as /shared.
+        shared: A folder of this machine that all hosts see as /shared.
     """
 
     KEY = "/root/lab.pem"
@@ -285,7 +286,7 @@ class Lab(Machine):
             f"link set to-{name} master switch up",
         ):
             subprocess.run(["nsenter", "-t", str(self.pid), "--net", "ip", *command.split()], check=True)
-        # Other machines may remember who had the address before.
+        # Announce the address: other machines may remember the host that had it before.
         host.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/eth0/arp_notify")
         host.run("ip", "address", "add", self._with_prefix(address), "dev", "eth0")
         host.run("ip", "link", "set", "eth0", "up")
@@ -295,7 +296,7 @@ class Lab(Machine):
         return host
 
     def disconnect(self, host: Host) -> None:
-        """Unplug the host from the switch. It keeps running."""
+        """Unplug the host from the switch. The host keeps running."""
         self.run("ip", "link", "set", f"to-{host.name}", "down")
 
     def reconnect(self, host: Host) -> None:
@@ -306,8 +307,8 @@ class Lab(Machine):
     def _wait_until_reachable(self, host: Host) -> None:
         """Wait until the lab's own machine reaches the host.
 
-        The kernel does not use a new link at once, remembers who had an address before, and delays a second
-        search for an address that it did not find.
+        The kernel does not use a new link at once, remembers which host had an address before, and delays a
+        second search for an address that it did not find.
         """
 
         def is_reachable() -> bool:
@@ -320,14 +321,14 @@ class Lab(Machine):
         until(is_reachable, lambda: f"{host.name} cannot be reached")
 
     def kill_host(self, host: Host) -> None:
-        """Kill the host and delete its files. Its name and address are free again."""
+        """Kill the host and delete its files. Its name and address can be used again."""
         del self.hosts[host.name]
         host.kill()
-        self.run("ip", "link", "delete", f"to-{host.name}", check=False)  # the kernel would do it later
+        self.run("ip", "link", "delete", f"to-{host.name}", check=False)  # the kernel deletes it later
         self._write_hosts_files()
 
     def close(self) -> None:
-        """Kill all machines. Raises AssertionError when processes or mounts are left."""
+        """Kill all machines. Raises AssertionError if processes or mounts are left over."""
         for machine in reversed(self._machines):
             machine.kill()
 
@@ -358,12 +359,12 @@ class Lab(Machine):
             "PermitRootLogin": "prohibit-password",
             "PasswordAuthentication": "no",
             "KbdInteractiveAuthentication": "no",
-            "UsePAM": "no",  # PAM refuses an account without a password, which root is in containers
+            "UsePAM": "no",  # in containers, root has no password, and PAM refuses such an account
             "MaxStartups": "50:30:100",
             "MaxSessions": "50",
         }
         host.path("/run/sshd_config").write_text("".join(f"{k} {v}\n" for k, v in options.items()))
-        host.run("/usr/sbin/sshd", "-f", "/run/sshd_config", "-E", "/run/sshd.log")  # returns when it listens
+        host.run("/usr/sbin/sshd", "-f", "/run/sshd_config", "-E", "/run/sshd.log")  # waits until it listens
 
 
 def _interpreter_folders() -> dict[str, str]:
@@ -371,9 +372,9 @@ def _interpreter_folders() -> dict[str, str]:
 
 
 def _project_folders() -> list[str]:
-    """Return the folders of the project. Hosts do not see them, but run the sources that were sent to them.
+    """Return the folders that hosts do not see, so that hosts run the sources that were sent to them.
 
-    They are this file's project and the project to which the interpreter's environment belongs.
+    These folders are this file's project and the project to which the interpreter's environment belongs.
     """
     return [str(path) for path in {ROOT, VENV.parent} if (path / "pyproject.toml").exists()]
 

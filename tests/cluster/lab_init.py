@@ -1,6 +1,6 @@
-"""Process 1 of a machine of the lab: builds the root folder, then reaps orphans until its maker ends.
+"""Process 1 of a lab's machine: builds the root folder, then reaps orphans until the machine's creator ends.
 
-python lab_init.py PLAN      PLAN: a `Plan` as JSON
+Usage: `python lab_init.py PLAN`, where PLAN is a `Plan` as JSON.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MOUNT = "lab-of-the-tests"
-"""Name of the overlays in lists of mounts."""
+"""Name of the lab's file systems in lists of mounts."""
 EMPTY_FOLDERS = ("/tmp", "/root", "/run", "/dev/shm")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Preparations by process 1 before any other process runs on the machine."""
+    """The set-up by process 1, before any other process runs on the machine."""
 
     name: str
     """Host name."""
     empty: Sequence[str] = EMPTY_FOLDERS
     """Folders that are in memory and empty at first."""
     read_only: Mapping[str, str] = field(default_factory=dict)
-    """Path on the machine -> folder outside, which the machine can read."""
+    """Folders outside that the machine can read, by their paths on the machine."""
     shared: Mapping[str, str] = field(default_factory=dict)
-    """Path on the machine -> folder outside, which the machine can read and write."""
+    """Folders outside that the machine can read and write, by their paths on the machine."""
 
 
 def run_process_one(plan: Plan) -> None:
-    """Prepare the machine, print "ready", and wait until the maker's end of stdin is closed."""
+    """Prepare the machine, print "ready", and wait until the creator closes stdin or ends."""
     socket.sethostname(plan.name)
     _run("ip", "link", "set", "lo", "up")
     _build_root(plan)
@@ -46,7 +46,7 @@ def run_process_one(plan: Plan) -> None:
 
 
 def _build_root(plan: Plan) -> None:
-    """Mount a root folder above this machine's, and the plan's folders in it, and change into it."""
+    """Mount an overlay of the outside root folder with the plan's folders, and make it the root folder."""
     base = Path("/mnt")
     _run("mount", "-t", "tmpfs", MOUNT, str(base))
     upper, scratch, root = (base / name for name in ("upper", "scratch", "root"))

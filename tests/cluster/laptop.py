@@ -21,13 +21,14 @@ PROJECT = "/root/project"
 """The user's copy of the project on the laptop."""
 # The variables that cluster.yaml asks for, and authentication with the token.
 ENVIRONMENT = {"RAY_UP_enable_autoscaler_v2": "0", "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-# With these values Ray counts an unreachable node as dead after 15 s instead of a minute, and connections to
-# it fail after 20 s instead of seven minutes. A busy machine may need that long to answer.
+# With these values, Ray counts an unreachable node as dead after 15 s instead of a minute, and connections to
+# such a node fail after 20 s instead of seven minutes. Shorter limits would fail on a busy machine.
 HEALTH = (
     "RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=5000 RAY_health_check_failure_threshold=3"
 )
 KEEPALIVE = "RAY_grpc_client_keepalive_time_ms=10000 RAY_grpc_client_keepalive_timeout_ms=10000"
-# A host has all CPUs and memory of this machine. Ray only counts the GPUs; there are none.
+# Without these options, Ray would count all of this machine's CPUs and memory for each host. The GPUs do not
+# exist; Ray only counts them.
 HEAD_SIZE = "--num-cpus=2 --num-gpus=0 --memory=8000000000"
 WORKER_SIZE = "--num-cpus=1 --num-gpus=1 --memory=2000000000"
 
@@ -36,7 +37,7 @@ LIMIT_SECONDS = 900.0
 
 
 def local_config(cluster: dict[str, Any], head: str, workers: Sequence[str], key: str) -> dict[str, Any]:
-    """Return cluster.yaml for machines that exist already, changed as its comment says, with small nodes."""
+    """Return cluster.yaml for existing machines, changed as the file's comment says, with small nodes."""
     config = copy.deepcopy(cluster)
     config["provider"] = {"type": "local", "head_ip": head, "worker_ips": list(workers)}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": key}
@@ -124,7 +125,7 @@ class TypedCommand:
         return self.out
 
     def wait_for_refusal(self, *words: str) -> None:
-        """Wait for exit code 2 and a single line of error that has these words."""
+        """Wait for exit code 2, and check that stderr is one error line that contains these words."""
         self.wait(2)
         (line,) = self.err.splitlines()
         assert line.startswith("error: ")

@@ -59,7 +59,7 @@ def output_of(command: list[str]) -> str:
 
 
 def _start_ray(command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes] | None:
-    """Return a running `ray start`, or None if Ray gave up, which it does after 30 s on a slow machine."""
+    """Run `ray start`, and return its process, or None if Ray gave up, as after 30 s on a slow machine."""
     with log.open("wb") as file:
         node = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
     until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, log.read_text)

@@ -48,7 +48,7 @@ def found(values: Mapping[str, str], *folders: Path) -> list[str]:
     for path in (p for folder in folders for p in folder.rglob("*")):
         if path.is_symlink() or not path.is_file():
             continue
-        with suppress(FileNotFoundError):  # a file of another process, which has just been deleted
+        with suppress(FileNotFoundError):  # another process has just deleted the file
             for name in {name for data in contents(path) for name, form in forms(values) if form in data}:
                 hits.append(f"{name}: {path}")
     return sorted(hits)

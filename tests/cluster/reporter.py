@@ -1,11 +1,11 @@
 """Report a study's records to the head's MLflow, and check what MLflow holds. Runs on the head.
 
-    python reporter.py report COUNT HALT ...  wait after HALT records until the file `HALT.go` exists
+    python reporter.py report COUNT HALT ...  report records; after HALT of them, wait for the file `HALT.go`
     python reporter.py check COUNT            print the errors as JSON
     python reporter.py spoil                  introduce errors that the check must find
 
-Like a study, it puts each record into the store and hands it to the writer without waiting. The file `logged`
-holds the number of records that the writer has logged.
+Like a study's driver, the script puts each record into the store and passes it to the writer without waiting.
+The file `logged` holds the number of records that the writer has logged.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def report(count: int, *halts: int) -> int:
 
 
 def check(count: int) -> list[str]:
-    """Return the errors, found by MLflow's client and by the number of rows in its database."""
+    """Return the errors that MLflow's client and the number of rows in its database show."""
     from mlflow import MlflowClient
 
     client = MlflowClient(URI, URI)
@@ -126,7 +126,7 @@ def _rows() -> Counter[str]:
 
 
 def spoil() -> None:
-    """Delete a child run, set one to RUNNING, duplicate one, and delete a row of one."""
+    """Delete one child run, set a second to RUNNING, duplicate a third, delete a metric's row of a fourth."""
     from mlflow import MlflowClient
 
     client = MlflowClient(URI, URI)

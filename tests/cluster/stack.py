@@ -13,10 +13,10 @@ TAG = {"Key": "project", "Value": "lora-orchestrator"}
 
 
 def deploy(client: Callable[[str], Any], ssh_from: str = SSH_FROM) -> None:
-    """Deploy as docs/cluster.md says. `client` returns boto3's client of a service."""
+    """Deploy the stack as docs/cluster.md says. `client` returns boto3's client for a service."""
     image = client("ec2").describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
     client("ssm").put_parameter(Name="/test/image", Value=image, Type="String")
-    # moto lacks AWS's public parameters with the images.
+    # moto lacks AWS's public parameters, which name the images.
     body = re.sub(r"Default: /aws/service/\S+", "Default: /test/image", STACK.read_text())
     client("cloudformation").create_stack(
         StackName="lora-orchestrator",

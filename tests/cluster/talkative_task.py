@@ -1,7 +1,8 @@
-"""Letters task whose code prints secrets, as a user's code may do.
+"""A letters task whose code raises an error with secrets, as a user's code may do.
 
-Lanes with rates above 1e-2 fail with an error that has every secret of the environment, and a server's
-address with a password, as errors of database drivers have. All lanes wait for the file TEST_GO.
+Lanes with learning rates above 1e-2 fail with an error that contains every secret of the environment, and a
+server's address with a password, as errors of database drivers do. All lanes wait for the file whose path is
+in the variable TEST_GO.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class TalkativeLetters(Letters):
     defaults = replace(Letters.defaults, steps=12, evaluations=2, validation_size=50, test_size=50)
 
     def pretrain_recipe(self) -> str:
-        return ""  # it uses the base model of the letters task
+        return ""  # the test provides the model
 
 
 def wait_and_fail(optimizer: Any, args: Any, kwargs: Any) -> None:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the key pair's private half there
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the private key there
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
@@ -36,7 +36,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def ingress() -> list[tuple[str, Any]]:
-    """Return the ports of all groups except AWS's default one, and the addresses that may reach them."""
+    """Return the open ports of each security group except the default one, with the permitted sources."""
     found = []
     for group in boto3.client("ec2").describe_security_groups()["SecurityGroups"]:
         for rule in group["IpPermissions"] if group["GroupName"] != "default" else ():
@@ -125,7 +125,7 @@ def test_results_outlive_the_stack() -> None:
 
 @pytest.mark.cluster
 def test_the_stack_passes_cfn_lint() -> None:
-    from cfnlint import api  # what AWS refuses (aliases, unknown properties) moto lets through
+    from cfnlint import api  # moto accepts aliases and unknown properties, which AWS refuses
 
     assert api.lint_file(STACK) == []
 
@@ -148,7 +148,7 @@ def test_a_parameter_is_read_from_the_environment_or_from_the_stack(monkeypatch:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that reads the value behind CloudFormation's tags such as !Ref."""
+    """YAML loader that reads a value with one of CloudFormation's tags, such as !Ref, without the tag."""
 
 
 def _short(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:

@@ -31,7 +31,7 @@ COMMANDS = [c for key, value in CONFIG.items() if key.endswith("_commands") for 
 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the path for a changed cluster file: beside the project's parts, with a token in the home."""
+    """Return a path for a changed cluster file, beside links to the project's files. HOME has a token."""
     for local in CONFIG["file_mounts"].values():
         if not local.startswith("~"):
             (tmp_path / local).symlink_to(ROOT / local)

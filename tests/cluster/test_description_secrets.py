@@ -1,4 +1,4 @@
-"""No secret is in the commands of cluster.yaml, nor in the files that `ray up` derives from it."""
+"""Search for secrets in the commands of cluster.yaml and in the files that `ray up` derives from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def strings(node: Any) -> Iterator[str]:
 
 
 def test_no_command_of_the_cluster_file_has_a_secret_as_a_word() -> None:
-    """Bash replaces a variable's name by its value except in single quotes."""
+    """A variable with a secret is only named inside single quotes; elsewhere bash would insert its value."""
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     commands = [text for key, value in config.items() if key.endswith("_commands") for text in strings(value)]
     assert len(commands) > 15
@@ -83,7 +83,7 @@ def test_the_files_of_ray_up_have_no_secret(tmp_path: Path, monkeypatch: pytest.
     (key,) = (tmp_path / "home/.ssh").glob("*.pem")
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     values["the key pair's private half"] = key.read_text().splitlines()[1]
-    (tmp_path / "head/ray_bootstrap_config.yaml").write_text(yaml.safe_dump(config))  # as Ray sends it there
+    (tmp_path / "head/ray_bootstrap_config.yaml").write_text(yaml.safe_dump(config))  # as on a real head
     hits = found(values, tmp_path)
     assert [hit.partition(":")[0] for hit in hits] == ["the key pair's private half", "the token's file"]
     assert {Path(hit.partition(": ")[2]) for hit in hits} == {key, tmp_path / "home/.ray/auth_token"}

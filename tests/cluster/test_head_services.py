@@ -23,7 +23,7 @@ from lab import POSTGRESQL, ROOT, CommandError, Host, Lab, lacks_postgresql
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 COUNT = 100
 HALTS = FIRST, SECOND = (30, 65)
-"""Numbers of records after which the reporter waits while a service is killed."""
+"""Numbers of records after which the reporter waits, so that the test can kill a service."""
 LIMIT_SECONDS = 600.0
 HEAD, OTHER = "10.77.0.2", "10.77.0.3"
 STATE = "/root/.lora-orchestrator"
@@ -37,7 +37,7 @@ def lab(can_have_a_lab: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def head(lab: Lab) -> Host:
-    """A head with a new PostgreSQL, set up to the point at which its services are started."""
+    """Return a head with a new PostgreSQL, which is set up but does not run its services yet."""
     if reason := lacks_postgresql():
         pytest.skip(reason)
     host = lab.host("head", HEAD, empty=POSTGRESQL)
@@ -49,7 +49,7 @@ def head(lab: Lab) -> Host:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
     host.install_environment("/root/venv")
     for command in CONFIG["setup_commands"]:
-        # Skip the command for AWS, which is missing here, and the installation of packages.
+        # Skip the command that needs AWS, and the installation of packages.
         if "lora_env" in command and "AWS_" not in command:
             shell(host, command)
     for command in CONFIG["head_setup_commands"]:
@@ -59,7 +59,10 @@ def head(lab: Lab) -> Host:
 
 @pytest.fixture(scope="module")
 def services(head: Host) -> Host:
-    """The head with its services, without Ray: the services run without --with-ray, which would end them."""
+    """Start the head's services, and return the head.
+
+    Ray does not run there, so --with-ray, which would end the services, is left out.
+    """
     commands = [c for c in CONFIG["head_start_ray_commands"] if "orchestrator.cluster.node.supervisor" in c]
     assert len(commands) == 2
     for command in commands:
@@ -92,7 +95,7 @@ def kill_all(host: Host, pattern: str) -> int:
     """Kill all processes whose command lines match. Returns their number."""
     pids = [pid for pid, line in host.processes().items() if re.search(pattern, line)]
     for pid in pids:
-        with suppress(ProcessLookupError):  # some end with the first
+        with suppress(ProcessLookupError):  # some processes end when the first is killed
             os.kill(pid, signal.SIGKILL)
     return len(pids)
 
@@ -194,7 +197,7 @@ def test_dead_services_are_restarted_and_nothing_that_was_reported_is_lost(servi
 
     started = log(head, "mlflow").count("mlflow started")
     assert kill_all(head, SERVER) >= 3, "the server and its two workers"
-    reporter.go(FIRST)  # more records arrive while it is down or starts
+    reporter.go(FIRST)  # more records arrive while the server is down or starts
     until(lambda: log(head, "mlflow").count("mlflow started") > started, seconds=LIMIT_SECONDS)
     reporter.until_logged(FIRST)
     assert reporter.logged <= SECOND < COUNT, "the next kill comes before the end, too"

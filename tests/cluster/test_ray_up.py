@@ -39,7 +39,7 @@ LONG = (*ON_HEAD, "--study", "long", "--learning-rates", "2e-3")
 # A study on the workers.
 SHARED = (*TINY, "--seeds", "2", "--gpus-per-worker", "1", "--device", "cpu", "--lanes-per-trainer", "2")
 SHARED += ("--study", "shared", "--learning-rates", "3e-3", "5e-3")
-NOTICE_SECONDS = 1200.0  # AWS's is 120; a busy machine may take longer to save lanes
+NOTICE_SECONDS = 1200.0  # AWS gives 120; a busy machine may take longer to save lanes
 YESTERDAY = time.time() - 86_400
 # Processes that a host has before `ray up`, and PostgreSQL, which belongs to the system.
 NOT_OF_RAY_UP = re.compile(r"^(sshd|postgres:|/usr/lib/postgresql/)")
@@ -54,7 +54,7 @@ def test_the_tested_cluster_file_differs_from_cluster_yaml_only_where_aws_is_nee
     assert set(tested) <= set(CLUSTER)
     assert differing(CLUSTER, tested, "setup_commands") == 1
     assert differing(CLUSTER, tested, "head_start_ray_commands") == 1
-    # The size of the worker, and the spot watcher.
+    # The command with the worker's size and the command of the spot watcher differ.
     assert differing(CLUSTER, tested, "worker_start_ray_commands") == 2
 
 
@@ -78,7 +78,7 @@ class Cluster:
         return Store(self.shared / "results" / "store")
 
     def hold(self) -> None:
-        """Let lanes wait at their first checkpoint until `go`."""
+        """Make lanes wait at their first checkpoint until `go` is called."""
         for file in (self.shared / "go", *self.shared.glob("slow-*")):
             file.unlink(missing_ok=True)
 
@@ -106,8 +106,8 @@ def cluster(
         for host in (head, one, two):
             host.install_environment()
         laptop = Laptop(lab, local_config(CLUSTER, HEAD, list(WORKERS.values()), lab.KEY))
-        # The head has a token of an earlier use of Ray. Its time differs, because rsync takes files of the
-        # same size and second for equal.
+        # The head has a token from an earlier use of Ray. It is dated yesterday, because rsync would not
+        # replace a file of the same size and second.
         head.run("mkdir", "/root/.ray")
         stray = head.path("/root/.ray/auth_token")
         stray.write_text("0" * 64)
@@ -117,7 +117,7 @@ def cluster(
 
 
 def ray_processes(host: Host, name: str = "") -> list[str]:
-    """Return the command lines of Ray's processes on the host, those with `name` in them."""
+    """Return the command lines of Ray's processes on the host that contain `name`."""
     return [
         line
         for line in host.processes().values()
@@ -129,7 +129,7 @@ def drivers(host: Host) -> list[str]:
     return [line for line in host.processes().values() if line.startswith("python experiments/")]
 
 
-# Looking up a cluster that nobody has named has a short time-out; this test's machine may be busy.
+# Without `--on`, the look-up of a running cluster has a time-out that is too short for a busy machine.
 WITH_LONG_LOOKUP = """
 import runpy, sys
 from orchestrator.util import timeouts
@@ -148,7 +148,7 @@ def test_a_remote_study_survives_a_lost_connection_a_lost_worker_a_spot_notice_a
     start = cluster.laptop.start_study
     cluster.hold()
     unnamed = start(*SHARED, python=("python", "-c", WITH_LONG_LOOKUP))
-    study = start(*SHARED, *ON)  # it waits for the workers
+    study = start(*SHARED, *ON)  # the study waits for the workers
     unnamed.wait_for_refusal("lora-orchestrator is up", "--on cluster.yaml", "--on here")
     study.until(lambda: trains(one) and trains(two))
     study.until(lambda: len(half_trained(cluster)) == 4)
@@ -221,7 +221,7 @@ def test_a_remote_study_survives_a_lost_connection_a_lost_worker_a_spot_notice_a
 
 @contextmanager
 def spot_watcher(host: Host) -> Iterator[Service]:
-    """Start the spot watcher by cluster.yaml's command for AWS. Yields the host's metadata service."""
+    """Start the spot watcher with cluster.yaml's command, and yield the host's metadata service."""
     metadata = metadata_service(host)
     (command,) = [command for command in CLUSTER["worker_start_ray_commands"] if "spot_watcher" in command]
     host.run("bash", "--login", "-c", "-i", f"source ~/.bashrc; ({command})")
@@ -255,7 +255,7 @@ def test_a_remote_study_is_stopped_and_run_again_and_its_errors_reach_the_user(c
 
     cluster.go()
     start(*SHORT, *ON).wait(0)
-    # A study whose end has been shown runs again.
+    # A study that has ended, and whose end the user has seen, runs again.
     again = start(*SHORT, "3e-2", "--max-hours", "1e-7", *ON)
     none = start(*ON_HEAD, "--model", "/shared/none", *ON)
     plan = start(*SHORT, "--plan", *ON)
@@ -273,8 +273,8 @@ def test_a_remote_study_is_stopped_and_run_again_and_its_errors_reach_the_user(c
 @pytest.mark.cluster
 @pytest.mark.timeout(1800)
 def test_ray_down_leaves_nothing(cluster: Cluster) -> None:
-    # `ray down` ends Ray on the head only, and a watchdog on each worker notices. The autoscaler restarts the
-    # drained worker: wait until it has its watchdog again.
+    # `ray down` ends Ray on the head only; the watchdogs on the workers notice it and end Ray there. The
+    # autoscaler restarts the drained worker, so wait until both workers have a watchdog.
     for worker in (cluster.one, cluster.two):
         until(lambda worker=worker: any("raylet_watchdog" in line for line in worker.processes().values()))
     cluster.laptop.run("ray", "down", "-y", "cluster.yaml")
@@ -317,7 +317,7 @@ def log(cluster: Cluster) -> str:
 
 
 def children(head: Host) -> list[tuple[str, ...]]:
-    """Return (fingerprint, status) of every run of a configuration, from MLflow's database."""
+    """Return the (fingerprint, status) of every run that has a fingerprint, from MLflow's database."""
     query = "select value, status from tags join runs using (run_uuid) where key = 'fingerprint'"
     rows = head.run("psql", "-At", "-h", "/var/run/postgresql", "mlflow", "-c", query)
     return [tuple(line.split("|")) for line in rows.split()]

@@ -1,7 +1,7 @@
 """A real `ray up` of cluster.yaml against a simulated AWS.
 
 The test covers the set-up of every node, the rights that its machines use, the spot watcher with a metadata
-service, and Ray's own autoscaler. It does not cover the boot of a machine, a real GPU, and refusals by AWS.
+service, and Ray's own autoscaler. It does not cover the boot of a machine, a real GPU, or refusals by AWS.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from test_ray_up import children
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
-# The changes of cluster.yaml that the simulation needs.
+# The changes to cluster.yaml that the simulation needs.
 CHANGES = {
     # The public addresses that moto assigns belong to real machines.
     "  type: aws\n": "  type: aws\n  use_internal_ips: true\n",
@@ -34,13 +34,13 @@ SENT = ("orchestrator", "variants", "experiments")
 SENT += ("constraints.txt", "pyproject.toml", "README.md", "LICENSE")
 PROJECT = "/root/lora-orchestrator"
 """The user's copy of the project on the lab's own machine."""
-# It ends when the test lets it. The head's environment sets its output folder and its time-out.
+# The study ends when the test allows it. The head's environment sets its output folder and its time-out.
 STUDY = (
     "python experiments/lr_sensitivity.py --task /shared/held_task.py --model /shared/model --device cpu "
     "--gpus-per-worker 1 --lanes-per-trainer 2 --variants lora --learning-rates 3e-3 1e-2 --seeds 2"
 )
 HEAD, GPU = "lora-orchestrator-head", "lora-orchestrator-gpu"
-NOTICE_SECONDS = 1200.0  # AWS's is 120; a busy machine may take longer to save lanes
+NOTICE_SECONDS = 1200.0  # AWS gives 120; a busy machine may take longer to save lanes
 LIMIT_SECONDS = 900.0
 
 
@@ -72,7 +72,7 @@ class Study:
 
 
 class Cluster:
-    """A cluster of cluster.yaml, and the user's machine."""
+    """A cluster from cluster.yaml, and the user's machine."""
 
     def __init__(self, lab: Lab, aws: Account, shared: Path) -> None:
         self.lab, self.aws, self.shared = lab, aws, shared
@@ -139,7 +139,7 @@ def cluster(can_have_a_lab: None, tmp_path: Path, shared: Path) -> Iterator[Clus
     folder = tmp_path / "shared"
     shutil.copytree(shared / "model", folder / "model")
     shutil.copy(ROOT / "tests/cluster/held_task.py", folder)
-    # The subnet is that of the stack. The user's machine is in it, because it has no access from outside.
+    # The lab's subnet is the stack's network. It has no access from outside, so the user's machine is in it.
     with Lab("10.77.0.0/16", read_only=[ROOT], shared=folder) as lab:
         aws = Account(lab, lambda host, kind: image(host, kind, aws.url))
         try:
@@ -170,7 +170,7 @@ def test_a_cluster_grows_loses_a_spot_machine_and_ends_without_machines(cluster:
     assert all(environment(pid)["HF_TOKEN"] == "a-token" for pid in workers(taken))
     (cluster.shared / f"slow-{taken.name}").touch()  # the lanes of other machines wait
     take_back(aws, first, study)
-    study.until(lambda: len(cluster.training() - {first}) == 2)  # a third machine has replaced it
+    study.until(lambda: len(cluster.training() - {first}) == 2)  # a third machine has replaced the first
     (cluster.shared / "go").touch()
     output = study.wait()
     records = cluster.records()
@@ -192,7 +192,7 @@ def test_a_cluster_grows_loses_a_spot_machine_and_ends_without_machines(cluster:
 
 
 def take_back(aws: Account, instance_id: str, study: Study) -> None:
-    """Give notice to a spot machine, and end it as soon as it is empty (on AWS: after two minutes)."""
+    """Give notice to a spot machine, and end it once its lanes have left (AWS ends it after two minutes)."""
     host = aws.machines[instance_id].host
     log = host.path("/root/.lora-orchestrator/spot.log")
     aws.give_notice(instance_id, NOTICE_SECONDS)
@@ -203,7 +203,7 @@ def take_back(aws: Account, instance_id: str, study: Study) -> None:
 
 
 def check_requested_machines(aws: Account) -> None:
-    """Check the requests for machines: the head's by the user, the GPU machines' by the autoscaler."""
+    """Check the user's request for the head, and the autoscaler's requests for GPU machines."""
     (group,) = [
         g
         for g in aws.client("ec2").describe_security_groups()["SecurityGroups"]
@@ -233,7 +233,7 @@ def check_requested_machines(aws: Account) -> None:
 
 
 def requested_tags(parameters: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Return type of resource -> its tags, from the parameters of RunInstances."""
+    """Return the tags of each type of resource, from the parameters of RunInstances."""
     found: dict[str, dict[str, str]] = {}
     for name, key in parameters.items():
         if match := re.fullmatch(r"(TagSpecification\.\d+)\.Tag\.(\d+)\.Key", name):

@@ -1,4 +1,4 @@
-"""Secrets in the environment and the options of a real study are found nowhere afterwards.
+"""Search for the secrets in the environment and the options of a real study, during and after the study.
 
 The tests search files, logs, MLflow's fields, output and command lines, and show that the search works.
 """
@@ -41,17 +41,17 @@ class Watch:
 
     values: Mapping[str, str]
     home: Path = Path("/nowhere")
-    """HOME of the processes that are watched."""
+    """HOME of the watched processes."""
     course: dict[str, list[tuple[bool, bool]]] = field(default_factory=dict)
-    """Typed command -> for each reading, whether it held a secret and whether it had children."""
+    """Readings of each typed command: whether it showed a secret, and whether it had child processes."""
     others: set[str] = field(default_factory=set)
     """Names of secrets found in other command lines, with the command lines."""
     looked_at: set[str] = field(default_factory=set)
-    """Words of the command lines of processes with this home."""
+    """The `WORDS` that command lines of processes with this HOME contain."""
     typed: dict[int, str] = field(default_factory=dict)
-    """Process id -> name of a typed command, until it has been waited for."""
+    """Name of each typed command by its process id, until `wait` has seen its end."""
     busy: threading.Lock = field(default_factory=threading.Lock)
-    """Held during a reading, and while `typed` changes."""
+    """Lock that is held during a reading, and while `typed` changes."""
 
     def __enter__(self) -> Watch:
         self._ended = threading.Event()
@@ -64,7 +64,7 @@ class Watch:
         self._thread.join()
 
     def start(self, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        """Start a command as a user types it. It begins after the first reading of its command line."""
+        """Start a command as a user types it, after a first reading of its command line."""
         held = ["sh", "-c", 'read -r _; exec "$@"', "sh", *command]
         with self.busy:
             process = subprocess.Popen(held, stdin=subprocess.PIPE, **options)
@@ -93,7 +93,7 @@ class Watch:
 
     def look(self) -> None:
         for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended
+            with suppress(OSError):  # the process has ended
                 self._look_at(folder)
 
     def _look_at(self, folder: Path) -> None:
@@ -169,7 +169,7 @@ def study(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     try:
         with Watch(values, root / "home") as watch:
             server.start()
-            process = start("study", script, *options)  # its lanes wait for `go`
+            process = start("study", script, *options)  # the study's lanes wait for `go`
             until(lambda: is_in_the_middle(process), (said_in / "study").read_text, LIMIT_SECONDS)
             go.touch()
             end(study=process)
@@ -193,7 +193,7 @@ def study(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def rays() -> list[Path]:
-    """Return the session folders of all Rays on this machine, including those of other users."""
+    """Return the folders of all Ray sessions on this machine, including other users' sessions."""
     return [p for p in Path(tempfile.gettempdir(), "ray").glob("session_2*") if p.is_dir()]
 
 
@@ -251,7 +251,7 @@ def test_no_output_and_no_mlflow_field_has_a_secret(study: Study) -> None:
 def test_no_command_line_has_a_secret(study: Study) -> None:
     assert study.watch.looked_at == set(WORDS)
     assert study.watch.others == set()
-    # A typed secret is visible until the program has read it, which it does before it starts any process.
+    # A typed secret is visible until the program has read and hidden it, before the program starts a process.
     assert set(study.watch.course) == set(study.codes)
     for looks in study.watch.course.values():
         seen = [one for one, _ in looks]

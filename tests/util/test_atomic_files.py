@@ -1,4 +1,4 @@
-"""Reading a JSON file with a checksum gives what was written, or an error in one line."""
+"""JSON files with a checksum: a read returns what was written, or fails with an error in one line."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_no_flipped_bit_gives_something_else(
         except UsageError:
             noticed += 1
             continue
-        # If the bit was in the checksum's own name, the content before it is unchanged.
+        # If the flipped bit is in the key of the checksum, the content before the key is unchanged.
         assert found == expected, place
     assert noticed > 0.6 * len(original)
 
@@ -73,7 +73,7 @@ def test_the_checksum_covers_all_bytes_before_it() -> None:
 
 
 def test_a_file_with_a_checksum_that_another_program_has_rewritten_is_refused(tmp_path: Path) -> None:
-    """Without the refusal, the file would count as one of an earlier version, which has no checksum."""
+    """Without the refusal, the file would count as a file of an earlier version, which had no checksum."""
     path, read = study(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
     with pytest.raises(UsageError, match="another program has rewritten it"):
@@ -91,7 +91,7 @@ def test_only_an_error_of_a_disk_gets_the_name_of_a_folder(error: OSError, tmp_p
 
 
 def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
-    """The error does not name the temporary file beside it, which the user does not know."""
+    """The error names the folder, not the temporary file beside it, which the user does not know."""
     store = Store(tmp_path / "store")
     report, parquet = tmp_path / "report.html", store.root / "records.parquet"
     for path in (report, parquet):
@@ -106,7 +106,7 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_study_file_of_another_study_is_refused(tmp_path: Path) -> None:
-    """Two files were swapped, or one was copied: the name would give another study's results."""
+    """If two files were swapped, or one was copied, the study's name would give another study's results."""
     for name in ("a", "b"):
         StudyFile(name, "", "", (name * 64,)).write(tmp_path / name)
     (tmp_path / "a" / STUDY_FILE).write_bytes((tmp_path / "b" / STUDY_FILE).read_bytes())
@@ -116,7 +116,7 @@ def test_a_study_file_of_another_study_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pointer_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
-    """Two files were swapped, or one was renamed: the recipe would get the base of another one."""
+    """If two files were swapped, or one was renamed, a recipe would get another recipe's base model."""
     for key, content in (("base.r1", "0123456789ab"), ("base.r2", "ba9876543210")):
         base_store.base_entries(tmp_path).write_entry(key, {"name": "base", "content": content}, "content")
     (tmp_path / "base.r2.json").write_bytes((tmp_path / "base.r1.json").read_bytes())

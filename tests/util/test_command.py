@@ -38,7 +38,7 @@ def _start(body: str, *words: str) -> subprocess.Popen[str]:
 
 
 def _line(process: subprocess.Popen[str]) -> str:
-    """Return the next line of its output."""
+    """Return the next line of the process's output."""
     assert process.stdout is not None
     return process.stdout.readline()
 
@@ -85,7 +85,7 @@ def test_another_thread_can_interrupt_work_that_does_not_end():
 
 
 def test_the_second_signal_ends_the_process_and_its_children_at_once():
-    """The main thread may be in a long call of a library, in which Python runs no signal handler."""
+    """The main thread may be in a long call of a library, during which Python runs no signal handler."""
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
     long_call = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
     process = _start(
@@ -101,7 +101,7 @@ def test_the_second_signal_ends_the_process_and_its_children_at_once():
 
 
 def test_signal_handlers_of_a_library_are_replaced():
-    """`ray.init` installs such a handler for SIGTERM."""
+    """The handler that `ray.init` installs for SIGTERM must not stay in place."""
     body = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
     process = _start(f"{body}with graceful_interrupts(done.set):\n    started()\n    {LOOP}\nreturn 4")
     os.kill(process.pid, signal.SIGTERM)
@@ -122,7 +122,7 @@ def patience(seconds):
 interrupt_handler._wait_for_signal = patience
 Dropping()
 """
-"""After a signal the process is ended from outside of the main thread as soon as `dropped` is set."""
+"""Code in which Python drops an interrupt, and another thread ends the process once `dropped` is set."""
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ Dropping()
     ids=["before Ray starts", "elsewhere"],
 )
 def test_an_interrupt_that_python_drops_is_not_lost(then):
-    """It is found when Ray is to be started, and otherwise after a time limit."""
+    """The interrupt takes effect when Ray is to be started, and otherwise after a time limit."""
     process = _start(f"{DROPPED}{then}")
     process.send_signal(signal.SIGINT)
     code, out, err = _end(process)
@@ -207,11 +207,11 @@ progress = Progress(folder, 5, 0, Console(file=sys.stdout))
 def started():
     print("started", file=sys.__stdout__, flush=True)
 """
-"""A study's live line. While it is shown, prints go to a file; `started` prints on the terminal."""
+"""Code that creates a study's live line. While it is shown, prints go to a file, except in `started`."""
 
 
 def _in_a_terminal(folder: Path, body: str) -> Terminal:
-    """Start a process in a terminal whose command is `body`; return when it has printed "started"."""
+    """Run `body` as the command of a process in a terminal, and return once it has printed "started"."""
     program = folder / "x.py"
     program.write_text(f"{HEAD}{LIVE}def run():\n{textwrap.indent(body, '    ')}\nmain(run)\n")
     terminal = Terminal(program)
@@ -253,7 +253,7 @@ def test_a_second_ctrl_c_leaves_neither_live_line_nor_hidden_cursor(tmp_path):
 
 
 def test_the_resume_command_is_not_on_the_live_line(tmp_path):
-    """Python has dropped the interrupt, so another thread than the main one ends the process."""
+    """Python has dropped the interrupt, so a thread other than the main thread ends the process."""
     work = f"progress.refresh()\n{DROPPED}dropped.set()\n{LOOP}"
     terminal = _in_a_terminal(tmp_path, f"with progress:\n{textwrap.indent(work, '    ')}")
     terminal.wait_for("0/5 done")
@@ -282,8 +282,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ids=["study", "command"],
 )
 def test_a_terminal_shows_a_status_line_before_slow_imports(tmp_path, script, arguments):
-    """The line is printed before the first library is imported, and not with `--help`. Where stderr is no
-    terminal nothing is printed: see tests/experiments/test_bad_input.py."""
+    """The line is printed before the first library is imported, and not with `--help`.
+
+    tests/experiments/test_bad_input.py shows that nothing is printed where stderr is not a terminal.
+    """
     program = tmp_path / "x.py"
     program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), *arguments]))
     code, lines = Terminal(program).end()

@@ -1,4 +1,4 @@
-"""Secrets that were typed or are in the environment, in command lines, errors and tracebacks."""
+"""Redaction of secrets, typed or from the environment, in command lines, errors and tracebacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_main(body: str, *arguments: str, **environment: str) -> tuple[str, str, list[str]]:
-    """Run a command. Returns its output, its errors, and the words of its own command line."""
+    """Run a command, and return its stdout, its stderr and the words that its command line shows."""
     program = "from pathlib import Path\nfrom orchestrator.util.command import main\n"
     program += "def run():\n    print(Path('/proc/self/cmdline').read_bytes())\n"
     program += f"    {body}\nmain(run)\n"

@@ -18,7 +18,7 @@ from orchestrator.cluster.node.raylets import Raylet
 from orchestrator.util import timeouts
 
 pytestmark = pytest.mark.cluster
-# As long as a real one: a driver that joins Ray parses the node ids of all raylets on its machine.
+# The id has the length of a real one: a driver that joins Ray parses the ids of all raylets on its machine.
 NODE_ID = "00ff" * 14
 SLEEP = "import subprocess as s, sys, time; len(sys.argv) > 3 and s.Popen(['sleep', '600']); time.sleep(600)"
 
@@ -31,7 +31,7 @@ def head() -> Iterator[socket.socket]:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Return the results of the checks so far: whether the head has refused the connection."""
+    """Return a list to which each check adds its result: whether the head has refused the connection."""
     results: list[bool] = []
     is_refused = raylet_watchdog.is_connection_refused
 
@@ -40,7 +40,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return results[-1]
 
     monkeypatch.setattr(raylet_watchdog, "is_connection_refused", recorded)
-    monkeypatch.setattr(timeouts, "HEAD_POLL_SECONDS", 0.3)  # pause, and time-out of a connection
+    monkeypatch.setattr(timeouts, "HEAD_POLL_SECONDS", 0.3)  # the pause, and a connection's time-out
     return results
 
 
@@ -59,7 +59,7 @@ class Node:
         self.watcher.start()
 
     def is_alive(self) -> bool:
-        """Return whether any of its processes runs."""
+        """Return whether any process of the node is running."""
         return self.raylet.poll() is None or self.agent.poll() is None or _is_running(self.child)
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ def test_a_node_ends_after_its_head_has_ended(head: socket.socket, node: Node, c
 
 
 def test_processes_that_a_raylet_leaves_behind_are_ended(node: Node, checks: list[bool]) -> None:
-    until(lambda: checks)  # before it checks the head, the watchdog finds the node's processes
+    until(lambda: checks)  # the watchdog finds the node's processes before its first check
     node.raylet.kill()
     node.watcher.join(LIMIT_SECONDS)
     until(lambda: not node.is_alive())

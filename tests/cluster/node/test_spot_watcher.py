@@ -31,7 +31,7 @@ NOW = 1_700_000_000.0
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    """Return a running metadata service, whose address the environment names."""
+    """Yield a running metadata service whose address is in the environment."""
     # A busy test process must not count as an unavailable service.
     monkeypatch.setattr(timeouts, "IMDS_REQUEST_SECONDS", LIMIT_SECONDS)
     with reserved_port() as port:
@@ -43,7 +43,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 
 
 class FakeRay:
-    """Stand-in for Ray: accepts or refuses to drain the node `A`, or others."""
+    """Stand-in for Ray with the node `A`, which accepts or refuses requests to drain nodes."""
 
     def __init__(self) -> None:
         self.raylets = {A}
@@ -187,7 +187,7 @@ def test_no_proxy_is_used(service: Service, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_raylet_is_found_by_its_command_line() -> None:
-    """A real process has the command line of a raylet; /proc is not imitated."""
+    """The search reads the real /proc, where a process has the command line of a raylet."""
     raylet = Raylet(secrets.token_hex(28), A.gcs_address)
     arguments = [
         f"--node_id={raylet.node_id}",

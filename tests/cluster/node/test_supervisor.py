@@ -18,7 +18,7 @@ from orchestrator.cluster.node import supervisor
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(supervisor.__file__).parents[3]
-# A server with a child process, like MLflow's. It prints its process id first.
+# A server with a child process, as MLflow's server has. It first prints its process id.
 SERVER = """
 import http.server, os, subprocess, sys
 print("pid", os.getpid(), flush=True)
@@ -31,7 +31,7 @@ import time; time.sleep(600)
 
 
 class Supervised:
-    """A supervised command, under a home directory of its own."""
+    """A supervised command with a home directory of its own."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -41,7 +41,7 @@ class Supervised:
         self._foreground: list[subprocess.Popen[bytes]] = []
 
     def start(self, *options: str, arguments: tuple[str, ...] = ()) -> str:
-        """Start a supervisor in the background. Returns what the command prints."""
+        """Start a supervisor in the background, and return what it prints."""
         command = [sys.executable, "-m", "orchestrator.cluster.node.supervisor", "server", *options]
         command += ["--", sys.executable, "-c", SERVER, *arguments]
         return subprocess.check_output(
@@ -51,7 +51,7 @@ class Supervised:
     def foreground(
         self, script: str, *arguments: str, server: tuple[str, ...] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start a supervisor by a script, which receives `arguments` and the supervised command."""
+        """Start a supervisor from a script, which receives `arguments` and the supervised command."""
         command = [sys.executable, "-c", script, *arguments, sys.executable, "-c", SERVER, *server]
         with self.output.open("wb") as output:
             process = subprocess.Popen(command, env=self.environment(), cwd=ROOT, stdout=output)
@@ -69,7 +69,7 @@ class Supervised:
         return {**os.environ, "HOME": str(self.home)}
 
     def pids(self) -> list[int]:
-        """Return the process ids of the commands so far."""
+        """Return the process ids of all commands that have been started so far."""
         text = self.log.read_text() if self.log.exists() else ""
         return [int(line.split()[1]) for line in text.splitlines() if line.startswith("pid")]
 
@@ -86,7 +86,7 @@ class Supervised:
         return False
 
     def processes(self) -> list[str]:
-        """Return the command lines of all processes that were started here."""
+        """Return the command lines of all running processes with this home directory."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -112,7 +112,7 @@ def test_a_command_that_dies_is_restarted_and_its_children_are_ended(supervised:
     supervised.start()
     os.kill(supervised.wait_for(1), signal.SIGKILL)
     supervised.wait_for(2)
-    # The supervisor, the command and its child; the first child has ended.
+    # The supervisor, the command and its child run; the first child has ended.
     until(lambda: len(supervised.processes()) == 3)
 
 
@@ -126,7 +126,7 @@ def test_the_command_returns_when_the_server_answers(supervised: Supervised) -> 
             assert '"GET / HTTP' in newest
 
 
-# A supervisor with shorter time-outs than on a cluster. It prints when the server has answered.
+# A supervisor with shorter time-outs than on a cluster. It prints "answered" when the server answers.
 SUPERVISE_SERVER = """
 import sys
 from orchestrator.cluster.node import supervisor
@@ -148,10 +148,10 @@ def test_a_server_that_does_not_answer_any_more_is_restarted(supervised: Supervi
         supervised.foreground(SUPERVISE_SERVER, url, server=(str(port),))
         until(lambda: "answered" in supervised.output.read_text())
         first = supervised.pids()[-1]
-        os.kill(first, signal.SIGSTOP)  # it lives and does not answer; it does not react to SIGTERM either
+        os.kill(first, signal.SIGSTOP)  # the server lives, but neither answers nor reacts to SIGTERM
         before = len(supervised.pids())
         supervised.wait_for(before + 1)
-        # The supervisor, the server and its child; the first child has ended.
+        # The supervisor, the server and its child run; the first child has ended.
         until(lambda: len(supervised.processes()) == 3)
         until(lambda: supervisor.is_healthy(url))
         assert "does not answer" in supervised.output.read_text()
@@ -179,7 +179,7 @@ def test_the_command_of_a_killed_supervisor_is_ended_by_the_next_one(supervised:
     until(lambda: len(supervised.processes()) == 3)
 
 
-# A supervisor for which Ray runs while a file exists. It counts its checks in another file.
+# A supervisor that finds Ray running while a file exists, and counts its checks in another file.
 SUPERVISE_WITH_RAY = """
 import sys
 from pathlib import Path

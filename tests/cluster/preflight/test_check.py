@@ -1,6 +1,6 @@
-"""The check as a user calls it: each failure is caused for real, on a real Ray cluster of several nodes.
+"""`python -m orchestrator check` on a real Ray cluster of several nodes, with real causes of each failure.
 
-The nodes are on one machine, each with an address of its own.
+All nodes are on this machine, each with an address of its own.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.util.errors import UsageError
 
 needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mount namespaces")
-# Drivers look for a node at the address that Ray takes for this machine's: the first node has it.
+# Drivers look for a node at the address that Ray finds for this machine, so the first node has that address.
 FIRST, SECOND, ODD = ray.util.get_node_ip_address(), "127.0.0.2", "127.0.0.3"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The home directory of all nodes, where `ray up` leaves its file."""
+    """Yield the home directory of all nodes, where `ray up` would write its cluster file."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("home")
         patch.setenv("HOME", str(folder))
@@ -60,8 +60,8 @@ Check = Callable[..., tuple[int, dict[str, str]]]
 def check(restored: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
     """Return a function that runs `python -m orchestrator check` with RAY_ADDRESS and options.
 
-    It runs in this process, because the imports of a new one take 8 s of CPU time. It returns the exit code
-    and the lines by the names of their checks.
+    The command runs in this process, because the imports of a new process take 8 s of CPU time. The function
+    returns the exit code, and the output line of each check by the check's name.
     """
 
     def check(address: str, *arguments: str) -> tuple[int, dict[str, str]]:
@@ -132,7 +132,7 @@ def test_a_usable_cluster_passes_every_check_and_is_left_unchanged(
 def test_missing_server_model_data_and_gpus_are_failures(cluster: Cluster, shared: Path) -> None:
     away = ["--task", "glosses", "--model", "organisation/model", "--tracking-uri", "http://127.0.0.1:1"]
     output = ["--output", str(shared / "results"), "--gpus-per-worker", "1"]
-    # The libraries read these when they are imported.
+    # The check runs in a new process, because libraries read these variables when they are imported.
     code, lines = check_process(
         cluster.address, *away, *output, WNSEARCHDIR="/nowhere", HF_ENDPOINT="http://127.0.0.1:1"
     )
@@ -149,7 +149,7 @@ def test_missing_server_model_data_and_gpus_are_failures(cluster: Cluster, share
 
 @pytest.mark.cluster
 def test_a_missing_model_folder_and_a_missing_cluster_are_failures(shared: Path, check: Check) -> None:
-    """Ray is not used to join such a cluster: that takes minutes and gives another message."""
+    """The check does not let Ray join such a cluster, which would take minutes and give another message."""
     gone = [word.replace(str(shared / "model"), "/nowhere/model") for word in command(shared)]
     code, lines = check("127.0.0.1:1", *gone)
     assert (code, list(lines)) == (1, ["tracking", "model", "data", "nodes"])
@@ -204,7 +204,7 @@ def test_a_node_that_differs_is_named_and_a_study_refuses_it(
 
         out = study(cluster, *command(shared, "--seeds", "1", "--learning-rates", "1e-2"))
         assert out.returncode == 2, out.stdout + out.stderr
-        errors = [line for line in out.stderr.splitlines() if line.startswith("error: ")]  # without Ray's own
+        errors = [line for line in out.stderr.splitlines() if line.startswith("error: ")]  # not Ray's lines
         for line, name in zip(errors, ("versions", "storage", "clock", "reach"), strict=True):
             assert line.startswith(f"error: {name}: "), errors
         assert not list((shared / "results" / "store" / "records").glob("*/*"))

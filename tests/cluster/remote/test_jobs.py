@@ -1,4 +1,4 @@
-"""Jobs on a real Ray head with its dashboard: the output, the exit code, and a name that exists once."""
+"""Jobs on a real Ray head with its dashboard: their output, exit codes and unique names."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from orchestrator.cluster.remote.jobs import JobClient
 from orchestrator.util.errors import StudyError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-# It sleeps because Ray may write its own lines after the first ones of a program.
+# The program sleeps, because Ray may write lines of its own after the program's first lines.
 PROGRAM = "sh -c 'for i in 1 2 3; do echo line $i; done; echo error: wrong; sleep 3; printf partial; exit 5'"
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobClient]:
     with reserved_port() as port:
-        pass  # the dashboard binds it next
+        pass  # the dashboard binds the port next
     context = ray.init(
         "local", include_dashboard=True, dashboard_port=port, num_cpus=1, logging_level="ERROR"
     )
@@ -30,7 +30,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobClient]:
 def test_a_job_is_followed_twice_and_deleted(jobs: JobClient, capfd: pytest.CaptureFixture[str]) -> None:
     jobs.submit_job(PROGRAM, "study-1")
     with pytest.raises(StudyError):
-        jobs.submit_job(PROGRAM, "study-1")  # the name exists
+        jobs.submit_job(PROGRAM, "study-1")  # a job with this name exists
     for _ in range(2):
         capfd.readouterr()
         assert jobs.follow_job("study-1") == 5

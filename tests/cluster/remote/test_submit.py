@@ -1,6 +1,6 @@
 """`--on cluster.yaml`: commands that are refused before anything runs on the cluster.
 
-test_ray_up.py runs commands there.
+test_ray_up.py tests commands that run on a cluster.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def script() -> Callable[[], int]:
 def refused(script: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Return a function that runs a command and returns its error.
 
-    It runs in a folder whose cluster.yaml describes a cluster that is not up.
+    The command runs in a folder whose cluster.yaml describes a cluster that is not up.
     """
     write_cluster_file(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -125,7 +125,7 @@ def test_without_a_running_cluster_the_user_is_not_asked(
     def patient_find_head(path: Path, config: dict[str, Any], timeout: float) -> str:
         assert timeout == timeouts.CLUSTER_LOOKUP_SECONDS
         lookups.append(path)
-        return find_head(path, config, 600.0)  # on a busy machine it takes longer
+        return find_head(path, config, 600.0)  # a look-up takes longer on a busy machine
 
     monkeypatch.setattr(head, "find_head", patient_find_head)
     assert needs in refused()
