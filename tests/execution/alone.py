@@ -20,7 +20,7 @@ LANES = 4
 
 
 class _Queue:
-    """A source that leases each configuration once."""
+    """A lane source that leases each configuration once."""
 
     def __init__(self, configurations: Iterable[Configuration]) -> None:
         self.waiting = [Lease(configuration, 1) for configuration in configurations]

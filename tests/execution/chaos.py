@@ -3,8 +3,8 @@
     python -m tests.execution.chaos                  5 kills, one of each kind of process
     python -m tests.execution.chaos --kills 20       the run that docs/faults.md reports
 
-The command of the study is started again each time that it ends. A killed process cannot report how many
-steps it took, so `counted_task.py` writes each step to a file when it is taken.
+The command of the study is started again whenever it ends before the study is complete. A killed process
+cannot report how many steps it took, so `counted_task.py` writes each step to a file when the step is taken.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ TITLES = {
 """Kind of process -> the names that Ray gives to its processes. The driver has no such name."""
 KINDS = ("driver", *TITLES)
 RESUMED_KINDS = ("driver", "trainer")
-"""Kinds of processes whose lanes wait until a new process trains them."""
+"""Kinds of processes whose death makes lanes wait until a new process trains them."""
 KILL_SHARE = 0.6
-"""The share of the remaining steps within which the remaining kills happen, so that none comes too late."""
+"""The share of the remaining steps within which the remaining kills happen, so that none is too late."""
 LATE_SHARE = 0.1
 """The share of all steps by which a kill may be late before the study is slowed down for it."""
 STEP_LIMIT_SECONDS = study.HANG_SECONDS
@@ -68,10 +68,11 @@ class Size:
     rates: tuple[str, ...] = ("1e-3", "1e-2")
     seeds: int = 2
     steps: int = 600
-    """Many, because trainers outlive a killed driver by a moment, and may finish short lanes in it."""
+    """Steps of each configuration. They must be many: after the kill of a driver, its trainers live on for a
+    moment, in which they could finish short lanes."""
     trainers: int = 2
     lanes: int = 2
-    """Lanes of a trainer."""
+    """Lanes per trainer."""
 
     @property
     def configurations(self) -> int:
@@ -104,22 +105,22 @@ class Kill:
     steps: int
     """Steps that all processes had taken by then, since the first start of the command."""
     start: int
-    """The number of the start of the command, from 1, whose process was killed."""
+    """Number of the command's start, from 1, to which the killed process belonged."""
     seconds_to_resume: float | None = None
     """Seconds until a new process took a step, for the kinds in `RESUMED_KINDS`."""
 
 
 @dataclass
 class Run:
-    """A study's command, which is started until the study is complete, and its results in `output`."""
+    """A study's command, which is started again until the study is complete, and its results in `output`."""
 
     output: Path
     size: Size
     starts: int = 0
     kills: list[Kill] = field(default_factory=list)
     exits: list[str] = field(default_factory=list)
-    """One sentence for each time that the command ended by itself before the study was complete. There must
-    be none, because only a killed driver has to be started again."""
+    """One sentence for each time that the command ended by itself before the study was complete. The list
+    should stay empty, because the command has to be started again only after its driver was killed."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -151,7 +152,7 @@ class Run:
         return self.process
 
     def end(self) -> None:
-        """Kill the command if it still runs, because this program failed."""
+        """Kill the command if it still runs, as it does if this program failed."""
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -204,11 +205,11 @@ def _kill(
     rng: random.Random,
     progress: Callable[[str], None],
 ) -> subprocess.Popen[bytes]:
-    """Kill a process of a kind, once the command has taken `after` steps since the last kill.
+    """Kill a process of the kind `kind`, once the command has taken `after` steps since the last kill.
 
     Returns:
-        The command's process. It is a new one if the command ended by itself meanwhile; `run.exits` has a
-        sentence about that.
+        The command's process. It is a new process if the command ended by itself meanwhile; `run.exits` then
+        has a sentence about the end.
     """
     steps = run.steps_of(run.starts)
     before = steps.taken()
@@ -225,7 +226,7 @@ def _kill(
             victims = _processes(process.pid, kind)
             if victims:
                 kill = Kill(kind, time.time(), run.steps(), run.starts)
-                with suppress(ProcessLookupError):  # it has just ended: take another one
+                with suppress(ProcessLookupError):  # the process has just ended: choose another one
                     os.kill(rng.choice(victims), signal.SIGKILL)
                     run.kills.append(kill)
                     return process
@@ -247,7 +248,7 @@ def _processes(driver: int, kind: str) -> list[int]:
 def _measure_resumption(run: Run) -> None:
     """Compute for each kill how long it took until a new process trained.
 
-    Trainers outlive a killed driver by a moment, so only trainers of the next start are new ones.
+    After the kill of a driver, its trainers live on for a moment, so only trainers of the next start are new.
     """
     for kill in run.kills:
         start = kill.start + 1 if kill.kind == "driver" else kill.start
@@ -275,7 +276,7 @@ def differences(run: Run, expected: Mapping[str, Record]) -> list[str]:
     found += [f"{f[:12]} has no record" for f in asked - now.keys()]
     found += [f"{f[:12]} was not asked for" for f in now.keys() - asked]
     for name in expected.keys() & now.keys():
-        # Equal to the bit: on a CPU the other lanes do not change a lane with at least 8 rows.
+        # The results are equal to the bit: on a CPU, other lanes do not change a lane with at least 8 rows.
         if (study.course(now[name]), now[name].items) != (study.course(expected[name]), expected[name].items):
             found.append(f"{name[:12]} has other scores")
     files = [path.name for path in run.store.records_folder.rglob("*.json")]
@@ -298,7 +299,7 @@ def differences(run: Run, expected: Mapping[str, Record]) -> list[str]:
 
 
 def max_steps(run: Run) -> int:
-    """Return the most steps allowed: all steps, and for each kill those since the last checkpoints."""
+    """Return the maximum number of steps: all steps, and per kill those since the last checkpoints."""
     record = next(iter(study.records(run.output).values()))
     interval = -(-run.size.steps // record.configuration.evaluations)
     return run.size.all_steps + len(run.kills) * run.size.trainers * run.size.lanes * interval
@@ -311,10 +312,10 @@ def compare(
 
     Args:
         bases: A folder with the base model.
-        folder: Where both store their results.
+        folder: The folder for the results of both.
         size: The size of the study.
         kills: The number of processes to kill.
-        seed: The seed of the moments.
+        seed: The seed of the moments of the kills.
         progress: Called with a line of progress.
 
     Returns:

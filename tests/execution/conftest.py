@@ -1,4 +1,4 @@
-"""Fixtures: the Ray cluster that studies join, its nodes, and the steps that studies take."""
+"""Fixtures: the Ray cluster that studies join, its nodes, and a counter of optimizer steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from steps import FOLDER, Steps
 
 __all__ = ["restored", "run"]
 
-# Before a Ray is started, which hands it on to its workers.
+# Set before Ray is started, because Ray passes its environment on to its workers.
 os.environ[FOLDER] = tempfile.mkdtemp(prefix="steps-")
 
 
 class SharedCluster:
-    """A cluster of one node that is started when a test asks for it, and stopped before one starts its own.
+    """A cluster of one node, started when a test asks for it and stopped before a test starts its own Ray.
 
     Two Ray instances on one machine can end each other's Train runs, so only one exists at a time.
     """
@@ -52,13 +52,13 @@ def shared_cluster() -> Iterator[SharedCluster]:
 
 @pytest.fixture
 def cluster(shared_cluster: SharedCluster) -> Cluster:
-    """Return the running cluster that most studies join, which costs less than one Ray per study."""
+    """Return the shared cluster. Joining it costs less than starting Ray for each study."""
     return shared_cluster.start()
 
 
 @pytest.fixture(scope="module")
 def no_cluster(shared_cluster: SharedCluster) -> None:
-    """Stop the shared cluster, because the module's tests start Rays of their own."""
+    """Stop the shared cluster, because the module's tests start Ray themselves."""
     shared_cluster.stop()
 
 

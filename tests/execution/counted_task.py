@@ -1,8 +1,8 @@
-"""The letters task whose optimizer steps are counted, and can be slowed down by a test.
+"""The letters task with optimizer steps that are counted and that a test can slow down.
 
-`steps.py` is the test's side; the two meet in the folder that the variable STEPS_FOLDER names. A process
-that trains appends the time of each step there to a file of its own, so that the steps of a killed process
-count, too. Scores are due more often than those of the letters task: a lane has more checkpoints.
+`steps.py` is the test's side. Both use the folder that the environment variable STEPS_FOLDER names: each
+process that trains appends the time of each step to a file of its own there, so the steps of a killed process
+count, too. Lanes are evaluated more often than in the letters task, so they have more checkpoints.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def waits(folder: Path) -> float:
 
 
 def count(folder: Path) -> None:
-    """Count the steps of this process with torch's hook, and after each step wait as `waits` says."""
+    """Count the steps of this process with a hook of torch, which also waits for `waits(folder)` seconds."""
     mine = folder / str(os.getpid())
 
     def step(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -57,6 +57,6 @@ def count(folder: Path) -> None:
     register_optimizer_step_post_hook(step)
 
 
-# In a worker of Ray's only: a test may train with this task in its own process, and such steps do not count.
+# Only in a Ray worker: a test may also train with this task in its own process, where steps do not count.
 if "STEPS_FOLDER" in os.environ and "RAY_RAYLET_PID" in os.environ:
     count(Path(os.environ["STEPS_FOLDER"]))

@@ -1,8 +1,9 @@
-"""The letters task, held in the middle of a study. `study.hold` copies this file beside its settings.
+"""The letters task with a trainer that is held in the middle of a study.
 
-A trainer is held after an optimizer step, so that a test has all the time that it needs to look at the study,
-or to kill it. The file `held` beside this one appears then; the trainer goes on when `released` appears. Only
-the first trainer that comes so far is held: one that takes over after a kill is not.
+A trainer is held after an optimizer step, so that a test has all the time that it needs to inspect or kill
+the study. The trainer then creates the file `held` beside this file, and continues when the file `released`
+appears. Only the first trainer that gets this far is held; a trainer that takes over after a kill is not.
+`study.hold` copies this file into a folder and writes its settings beside it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class HeldLetters(Letters):
 
 
 def hold(records: Path, count: int, step: int) -> None:
-    """Hold this process when the store has `count` records, after step `step` of a lane or a later one."""
+    """Hold this process after step `step` of a lane or later, once the store has `count` records."""
     taken: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # each lane has an optimizer of its own
 
     def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -46,7 +47,7 @@ def hold(records: Path, count: int, step: int) -> None:
     register_optimizer_step_post_hook(look)
 
 
-# In a worker of Ray's only: a test loads the task, too, to plan with it.
+# Only in a Ray worker: a test also loads the task, to plan with it.
 if "RAY_RAYLET_PID" in os.environ:
     _where = json.loads((HERE / "hold.json").read_text())
     hold(Path(_where["records"]), _where["count"], _where["step"])

@@ -1,4 +1,4 @@
-"""Nodes of a cluster that join, are drained and are lost. Their GPUs exist only in Ray's book-keeping."""
+"""Nodes that join a cluster, are drained and are lost. Their GPUs exist only in Ray's accounting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GPUS = ("--device", "cpu", "--gpus-per-worker", "1")
 
 
 class Machines:
-    """Additional nodes of `cluster`, to which this process is connected. Its first node has no GPU."""
+    """Additional nodes of `cluster`, whose first node has no GPU. This process is connected to `cluster`."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.address = cluster, cluster.address

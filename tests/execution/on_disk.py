@@ -1,4 +1,4 @@
-"""Opening of every file of a study, without running any code that a file may contain."""
+"""Checks that every file of a study opens without running any code that the file may contain."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _sqlite(path: Path) -> None:
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
         (whole,) = database.execute("pragma integrity_check").fetchone()
         assert whole == "ok", whole
-        # A column could hold pickled objects; MLflow's hold text and numbers.
+        # A binary column could hold pickled objects; the columns of MLflow hold text and numbers.
         tables = [row[0] for row in database.execute("select name from sqlite_master where type = 'table'")]
         for table in tables:
             columns = [row[1] for row in database.execute(f'pragma table_info("{table}")')]

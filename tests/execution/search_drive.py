@@ -63,7 +63,7 @@ def asked(folder: Path) -> list[str]:
 
 
 class Drive:
-    """Drive a searcher as Ray Tune does."""
+    """A driver that calls a searcher as Ray Tune does."""
 
     def __init__(
         self,
@@ -124,6 +124,6 @@ class Drive:
         return asked(self.study)
 
     def optuna_trials(self, variant: str) -> list[Any]:
-        """Return the trials in a variant's Optuna study, but for rejected suggestions."""
+        """Return the trials in a variant's Optuna study, without rejected suggestions."""
         trials = self.search.variant_searches[variant].study.trials
         return [trial for trial in trials if journal.REJECTED not in trial.user_attrs]

@@ -18,8 +18,8 @@ SLOW_SECONDS = 2.0
 class Steps:
     """The steps that were taken by all processes whose STEPS_FOLDER is `folder`.
 
-    A study is slowed down, and not held, if its lanes must receive directives after each step. Such a study
-    has so many steps that it would take minutes to its end, for which no test waits.
+    A test slows a study down, instead of holding it, if the lanes must receive directives after each step.
+    Slowed down, such a study would need minutes for all its steps; no test waits for that.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,7 +28,7 @@ class Steps:
         self.limit = math.inf
 
     def files(self) -> list[Path]:
-        """Return a file for each process that has taken a step."""
+        """Return the files of the processes that have taken a step, one per process."""
         return [file for file in self.folder.glob("[0-9]*") if file.stat().st_size >= MOMENT.size]
 
     def taken(self) -> int:
@@ -40,7 +40,7 @@ class Steps:
         return [MOMENT.unpack(file.read_bytes()[: MOMENT.size])[0] for file in self.files()]
 
     def slow_after(self, count: int, seconds: float = SLOW_SECONDS) -> None:
-        """Make every step take `seconds` once `count` steps were taken by all processes together."""
+        """Make every step take `seconds` once all processes together have taken `count` steps."""
         self.limit = count
         draft = self.folder / f".{uuid.uuid4().hex}"
         draft.write_text(f"{count} {seconds}")

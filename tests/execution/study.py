@@ -28,12 +28,12 @@ from orchestrator.record.store import Store
 from orchestrator.study.grid import build_grid
 from orchestrator.study.options import StudyOptions
 
-# Ray's core says it by itself on a machine without a route to outside.
+# Ray's core prints this line on a machine without a network route to the outside.
 _RAYS_ASIDE = re.compile(r"^.*network_util\.cc:\d+: Failed to determine local IP .*\n", re.MULTILINE)
-# Ends a test that hangs; nothing else depends on it.
+# The time after which a test that hangs fails; no other result depends on it.
 HANG_SECONDS = 600.0
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-# For `altered`: a study that is told to end takes as long as it needs, on the busiest machine.
+# Lines for `altered`: a study that is told to end may then take as long as it needs on a busy machine.
 PATIENT = f"""
 from orchestrator.util import timeouts
 timeouts.INTERRUPT_SAVE_SECONDS = timeouts.SAVE_SECONDS = timeouts.INTERRUPT_DEADLINE_SECONDS = {HANG_SECONDS}
@@ -84,9 +84,10 @@ def run(
 
 
 def altered(folder: Path, *before: str) -> str:
-    """Return a script that runs the lines `before` and then lr_sensitivity.py, for `run` and `start`.
+    """Write a script that runs the lines `before` and then lr_sensitivity.py, and return its path.
 
-    It is for what a test cannot wait for: the seconds of a promise, a moment deep inside of the program.
+    `run` and `start` accept the path as `script`. Tests use such scripts to shorten or extend time limits,
+    and to act at a moment deep inside the program.
     """
     script = folder / f"altered-{uuid.uuid4().hex}.py"
     script.write_text(
@@ -102,7 +103,7 @@ def altered(folder: Path, *before: str) -> str:
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    """Wait until `what` is true. Fail if the study's `process` ends before, or after `HANG_SECONDS`."""
+    """Wait until `what` returns true. Fail if the study's `process` ends first, or after `HANG_SECONDS`."""
     deadline = time.monotonic() + HANG_SECONDS
     while True:
         asked = time.monotonic()
@@ -125,7 +126,7 @@ def records(output: Path) -> dict[str, Record]:
 
 
 def course(record: Record) -> tuple[Any, ...]:
-    """Return the results that depend on the configuration only, which no disturbance of training changes."""
+    """Return the results that depend on the configuration only; no disturbance of training changes them."""
     curve = [(step.step, step.loss, step.gradient_norm) for step in record.curve]
     return record.state, record.steps, curve, [(e.step, e.split, e.scores) for e in record.evaluations]
 
@@ -136,7 +137,7 @@ def log(output: Path) -> str:
 
 
 def saved(output: Path) -> dict[str, int]:
-    """Return the steps that each lane's newest checkpoint holds, by fingerprint."""
+    """Return the step of each lane's newest checkpoint, by fingerprint."""
     steps: dict[str, int] = {}
     for path in Store(output / "store").checkpoints.glob("*/*/step-*.safetensors"):
         fingerprint, step = path.parts[-3], int(path.stem.rpartition("-")[2])
@@ -145,8 +146,10 @@ def saved(output: Path) -> dict[str, int]:
 
 
 def half_trained(output: Path, at_most: int) -> set[str]:
-    """Return the fingerprints without a final record whose newest checkpoint is at step `at_most` or
-    earlier."""
+    """Return the fingerprints of half-trained lanes.
+
+    They have no final record, and their newest checkpoint is at step `at_most` or earlier.
+    """
     store = Store(output / "store")
     return {f for f, step in saved(output).items() if step <= at_most and store.get_reusable(f) is None}
 
@@ -154,7 +157,8 @@ def half_trained(output: Path, at_most: int) -> set[str]:
 def rays() -> set[int]:
     """Return the ids of Ray's processes that this test process or its studies have started.
 
-    They have its temporary folder in their environment or, as some overwrite that by a title, a file there.
+    Such a process has the temporary folder of this test process in its environment. Some processes overwrite
+    their environment with a title; they are recognized by an open file in that folder.
     """
     found = set()
     for process in psutil.process_iter():
@@ -176,7 +180,7 @@ def _is_a_ray(process: psutil.Process) -> bool:
 
 
 def titled(title: str, below: psutil.Process | None = None) -> list[psutil.Process]:
-    """Return Ray's processes of this name (ray::NAME), the oldest first."""
+    """Return Ray's processes with this title (ray::TITLE) below this process or `below`, the oldest first."""
     found = []
     for process in (below or psutil.Process()).children(recursive=True):
         try:
@@ -219,17 +223,17 @@ def run_here(
     """Run a script in this process, because a new process needs 10 s of CPU time for its imports alone.
 
     Args:
-        output: the option `--output`.
-        arguments: other options.
-        address: of the Ray cluster that trains; this process is not connected to it yet. Without one nothing
-            may be left to train.
-        script: a file of `experiments`.
+        output: The option `--output`.
+        arguments: Other options.
+        address: The address of the Ray cluster that trains. This process must not be connected to it yet.
+            Without an address, nothing may be left to train.
+        script: A file of `experiments`.
 
     Returns:
         The exit code.
 
     Raises:
-        UsageError: An option is wrong, as in the script itself.
+        UsageError: An option is wrong; the script itself raises the same error.
     """
     spec = importlib.util.spec_from_file_location(Path(script).stem, EXPERIMENTS / script)
     assert spec is not None
@@ -254,7 +258,10 @@ def run_here(
 
 
 def hold(folder: Path, store: Store, records: int, step: int) -> Path:
-    """Return the file of a task whose study is held once the store has `records` records. See held_task."""
+    """Write the task file of a study that is held, and return its path.
+
+    A trainer is held after step `step` of a lane once the store has `records` records; see held_task.py.
+    """
     folder.mkdir(exist_ok=True)
     where = {"records": str(store.records_folder), "count": records, "step": step}
     (folder / "hold.json").write_text(json.dumps(where))
@@ -276,13 +283,14 @@ def keep_known(
 ) -> set[str]:
     """Put a finished record of each configuration that `options` ask for into the store.
 
-    Returns the fingerprints.
-
     Args:
-        options: those of a grid.
-        loss: the validation loss of all of them, at each evaluation.
-        score: their validation score by the task's metric, at each evaluation.
-        seeds: these in place of those that `options` ask for.
+        options: The options of a grid.
+        loss: The validation loss of each configuration, at each evaluation.
+        score: The validation score of each configuration by the task's metric, at each evaluation.
+        seeds: The seeds, if not those that `options` ask for.
+
+    Returns:
+        The fingerprints of the configurations.
     """
     store = Store(options.store_folder)
     chosen = resolve_options(options, "letters", ("lora",), store.bases)

@@ -1,5 +1,8 @@
-"""Four kills, a process of another kind each time, in one study: it ends as if nothing had happened. And the
-page that promises this, docs/faults.md, names tests that exist."""
+"""Four kills in one study, each of another kind of process, do not change the results.
+
+The file also tests the cleanup of processes that a dead Ray leaves, and that each fault on the page
+docs/faults.md names a test that exists.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ SMALL = chaos.Size(variants=("lora", "hira"), steps=100)
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("no_cluster")
 def test_four_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path: Path) -> None:
-    """`.ci/nightly` kills 20 processes, a trainer's controller among them."""
+    """`.ci/nightly` kills 20 processes, including the controllers of trainers."""
     before = study.rays()
     run, expected = chaos.compare(letters_bases, tmp_path, SMALL, kills=4, seed=SEED, progress=print)
     assert [kill.kind for kill in run.kills] == ["driver", "trainer", "trial", "broker"]
@@ -42,7 +45,7 @@ def test_four_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path
 
 
 class EndsOnce(chaos.Run):
-    """A command that fails at its first start, though nobody has killed anything."""
+    """A command that fails at its first start, although no process was killed."""
 
     def start(self) -> subprocess.Popen[bytes]:
         self.starts += 1
@@ -66,7 +69,9 @@ def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     """In a container whose first process reaps no dead children, workers take a dead raylet for alive.
-    Meanwhile the machine's clock is set by `jump` seconds, which changes the boot time that Linux reports."""
+
+    Meanwhile the machine's clock jumps by `jump` seconds, which changes the boot time that Linux reports.
+    """
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     driver, raylet = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"])
     worker = subprocess.Popen(["sleep", "600"], env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
@@ -111,7 +116,7 @@ for process in left:
 
 
 def test_what_is_left_of_a_ray_after_its_own_end_is_ended_by_the_driver(tmp_path: Path) -> None:
-    """The driver ends what Ray has started, workers included, and nothing that it had started before."""
+    """The driver ends the processes that Ray started, workers included, but no process from before Ray."""
     command = [sys.executable, "-c", LEAVES_A_RAY]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
@@ -121,7 +126,7 @@ def test_what_is_left_of_a_ray_after_its_own_end_is_ended_by_the_driver(tmp_path
 @pytest.mark.cluster
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a PID namespace")
 def test_a_worker_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, the number of a dead raylet of this machine is that of another process."""
+    """In the container, another process may have the process id of a raylet of this machine."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     raylet = subprocess.Popen(["sleep", "600"])
     worker = ["env", f"RAY_RAYLET_PID={raylet.pid}", "sleep", "600"]
@@ -130,7 +135,7 @@ def test_a_worker_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pyte
         study.wait_for(lambda: ["sleep", "600"] in commands_below(container.pid))
         cleanup.state_folder().mkdir(mode=0o700)
         known = json.loads(cleanup.serialize_processes([psutil.Process(raylet.pid)] * 2))
-        known["processes"][0][1] = -1.0  # of a driver that is gone
+        known["processes"][0][1] = -1.0  # no process has this start time, so the driver counts as dead
         (cleanup.state_folder() / "0.json").write_text(json.dumps(known))
         cleanup.end_orphaned_rays()
         assert not psutil.pid_exists(raylet.pid)
@@ -146,7 +151,7 @@ def commands_below(pid: int) -> list[list[str]]:
 
 
 def rows() -> list[str]:
-    """A fault each."""
+    """Return the rows of the page's tables, one per fault."""
     faults = PAGE.read_text().partition("## Figures")[0]
     lines = [line for line in faults.splitlines() if line.startswith("| ")]
     return [line for line in lines if not line.startswith(("| fault |", "| --- |"))]

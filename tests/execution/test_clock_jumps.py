@@ -1,4 +1,4 @@
-"""A clock that jumps, as after a suspension of the machine, makes no process give up another process."""
+"""Jumps of the clock, as after a suspension of the machine, make no process give up another process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The classification of errors of Ray Train. test_chaos.py and test_nodes.py cause real deaths."""
+"""The classification of Ray Train's errors. test_chaos.py and test_nodes.py kill real processes."""
 
 from __future__ import annotations
 

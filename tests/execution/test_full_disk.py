@@ -1,6 +1,6 @@
 """A full or read-only disk ends a command with one line.
 
-What trainers do then is in tests/finetune/engine/test_failures.py.
+tests/finetune/engine/test_failures.py tests what trainers do on such a disk.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_a_report_that_cannot_be_written(
     why: str,
     advice: str,
 ) -> None:
-    """The disk with the studies' folders refuses writes between the reading of the records and the report."""
+    """The disk with the studies' folders refuses writes once the records were read, before the report."""
     write = reporting.write_parquet
 
     def write_parquet(store: Any) -> None:

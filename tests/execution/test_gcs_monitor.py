@@ -1,5 +1,7 @@
-"""When a study is ended because Ray's control store (GCS) is silent, on a clock of the test's own. A real GCS
-is killed in test_leftovers.py."""
+"""The time after which a study ends because Ray's control store (GCS) is silent, on a simulated clock.
+
+test_leftovers.py kills a real GCS.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ Watch = Callable[..., tuple[list[str], float | None, str]]
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """Return a function that watches a cluster whose GCS gives the listed answers, one per poll.
 
-    It returns the lines that were said, how long the GCS was silent when the study was ended (None: it was
-    not), and the error line.
+    The function returns the printed lines, the seconds of silence after which the study was ended (None if it
+    was not ended), and the error line.
     """
     monkeypatch.delenv("RAY_gcs_rpc_server_reconnect_timeout_s", raising=False)
 

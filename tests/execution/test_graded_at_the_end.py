@@ -1,5 +1,7 @@
-"""A task may be graded at its last evaluation only. Before, Tune receives the loss, and the floor as
-score."""
+"""Tasks that are graded at their last evaluation only.
+
+At each earlier evaluation, Tune receives the loss, and the floor as the score.
+"""
 
 from __future__ import annotations
 

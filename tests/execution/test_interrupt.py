@@ -1,6 +1,7 @@
-"""Ctrl-C and SIGTERM, for real: while Ray starts, while lanes train, in the report; and what goes on.
+"""Ctrl-C and SIGTERM in real studies: while Ray starts, while lanes train and while the report is written.
 
-A second Ctrl-C is in test_joined_cluster.py, and signals to other commands in tests/util/test_command.py.
+The same command then continues the study. test_joined_cluster.py tests a second Ctrl-C, and
+tests/util/test_command.py tests signals to other commands.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ STEPS = 200
 RATES = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "3e-3", "1e-2")
 THREE = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--trainers", "1", "--lanes-per-trainer", "2")
 
-# The signal comes at the moment when Ray has put its own handler in the place of ours.
+# The signal comes at the moment when Ray has replaced our signal handler with its own.
 SIGTERM_WHILE_RAY_STARTS = """
 import os, signal
 from orchestrator.util.graceful_interrupts import interrupt_handler
@@ -38,7 +39,7 @@ def and_terminate(number, handler):
 signal.signal = and_terminate
 """
 
-# As a terminal does: to the whole group of processes.
+# Ctrl-C reaches the whole process group, as in a terminal.
 CTRL_C_IN_THE_REPORT = """
 import os, signal
 from orchestrator.launch import reporting
@@ -53,12 +54,12 @@ reporting.write_parquet = write_parquet
 
 
 def go_on(process: subprocess.Popen[str]) -> str:
-    """Return the line that names the command again."""
+    """Return the last line of an interrupted study, with the command that continues it."""
     return f"interrupted; to go on: {shlex.join(['python', *process.args[1:]])}"  # type: ignore[misc, list-item]
 
 
 def test_sigterm_while_ray_starts_is_ours(output: Path, tmp_path: Path) -> None:
-    """Ray would end the process without a word, and leave MLflow's run RUNNING."""
+    """Ray's own handler would end the process without a message and leave the MLflow run as RUNNING."""
     before = study.rays()
     script = study.altered(tmp_path, study.PATIENT, SIGTERM_WHILE_RAY_STARTS)
     process = study.start(output, *THREE, script=script)
@@ -77,7 +78,7 @@ def test_ctrl_c_saves_the_lanes_and_the_same_command_goes_on(
     steps.slow_after(2 * STEPS // 2)  # two lanes train, and one waits
     process = study.start(output, *THREE, script=study.altered(tmp_path, study.PATIENT))
     study.wait_for(lambda: steps.taken() > steps.limit, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group of processes
+    os.killpg(process.pid, signal.SIGINT)  # to the whole process group, as a terminal does
     code, out, err = study.end(process)
     assert (code, err.splitlines()[-1]) == (130, go_on(process)), out + err
     assert "Ctrl-C: the trainers save their lanes; again ends at once\n" in out
@@ -89,7 +90,7 @@ def test_ctrl_c_saves_the_lanes_and_the_same_command_goes_on(
     assert len(saved) == 2
     assert sum(saved.values()) == steps.taken(), "they are saved where they are"
 
-    # To the end, and interrupted again while the report is written: it is there all the same.
+    # The same command trains to the end. It is interrupted in the report, which is written all the same.
     (output / NAME / "report.html").unlink()
     steps.run_free()
     script = study.altered(tmp_path, study.PATIENT, CTRL_C_IN_THE_REPORT)

@@ -1,4 +1,4 @@
-"""A study on a cluster that was there before it: it takes no more than there is and leaves nothing."""
+"""Studies that join an existing cluster leave nothing on it, even if they fail or are interrupted."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 TWO = ("--variants", "lora", "--trainers", "1", "--seeds", "1", "--learning-rates", "3e-3", "1e-2")
 
-# Ray Train 2.60 starts it with the first Train run: one a cluster, detached, without resources. It is the
-# cluster's own from then on, and the Train runs of others may be using it.
+# A detached actor without resources, which Ray Train 2.60 starts with the first Train run on a cluster. It
+# stays on the cluster, because the Train runs of other studies may use it.
 RAYS_OWN = "_AutoscalingCoordinatorActor"
 
 
 def left() -> list[str]:
-    """Return what of a study is still held, for people to read."""
+    """Return descriptions of the actors, placement groups and resources that studies still hold."""
     there = [a for a in actors().values() if a["State"] != "DEAD" and a["ActorClassName"] != RAYS_OWN]
     found = [f"actor {a['ActorClassName']} {a['State']}" for a in there]
     groups = [group["state"] for group in placement_group_table().values()]
@@ -46,7 +46,7 @@ def left() -> list[str]:
 
 
 def workers(before: set[int]) -> set[int]:
-    """Return the Ray processes that came with the study, without the idle workers that a cluster keeps."""
+    """Return the ids of Ray's processes that are not in `before`, without idle workers of the cluster."""
     found = set()
     for pid in study.rays() - before:
         try:
@@ -92,7 +92,7 @@ def test_a_broker_that_dies_for_good_ends_the_study_with_one_line(
 def test_a_broker_that_dies_in_the_middle_of_asha_loses_nothing(
     connected: Cluster, output: Path, steps: Steps
 ) -> None:
-    """Twice: after the first reports, and when lanes have been stopped and others train on."""
+    """The broker is killed twice: after the first reports, and after the first lane was stopped."""
     store, length = Store(output / "store"), 100
     rates = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
     others = ("--task", str(TASK), "--steps", str(length), "--trainers", "2", "--lanes-per-trainer", "2")
@@ -121,7 +121,8 @@ def test_a_broker_that_dies_in_the_middle_of_asha_loses_nothing(
         assert record.stopped_at == (record.steps if record.state == "stopped" else None), "it ran ahead"
     counted = re.search(rf"(\d+) optimizer steps of {5 * length} for all", out)
     assert counted, out
-    # A lane that another trainer asked for before its holder had spoken again is trained again, and counted.
+    # If another trainer leases a lane before its holder has called the restarted broker, the lane is trained
+    # again and the repeated steps are counted.
     assert sum(r.steps for r in found) <= int(counted[1]) < 5 * length
     study.wait_for(lambda: not left())
 
@@ -129,7 +130,7 @@ def test_a_broker_that_dies_in_the_middle_of_asha_loses_nothing(
 def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(
     connected: Cluster, output: Path, tmp_path: Path
 ) -> None:
-    """The first one waits for lanes that are held, and would for as long as the test."""
+    """The first Ctrl-C waits for lanes that are held, and would wait until the end of the test."""
     before = study.rays()
     store = Store(output / "store")
     task = study.hold(tmp_path / "task", store, records=0, step=10)
@@ -156,7 +157,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(
 
 
 def test_a_study_that_gets_no_trainer_says_so_in_one_line(connected: Cluster, output: Path) -> None:
-    """A cluster may grow: what it lacks is waited for."""
+    """A cluster may grow, so a study waits for resources that the cluster lacks."""
     code, out, err = study.run(
         output, *TWO, "--gpus-per-worker", "1", "--trainer-timeout", "1", address=connected.address
     )
@@ -168,9 +169,9 @@ def test_a_study_that_gets_no_trainer_says_so_in_one_line(connected: Cluster, ou
 
 @pytest.mark.nightly
 def test_a_study_that_fails_leaves_nothing_and_says_so(connected: Cluster, output: Path) -> None:
-    """Every lane fails, as the base's weights vanish once the study has begun.
+    """Every lane fails, because the weights of the base model are deleted once the study has begun.
 
-    The trainers are given up before all configurations are spoilt.
+    The study gives up its trainers before all configurations have failed.
     """
     twenty = ("--variants", "lora", "--seeds", "5", "--learning-rates", "1e-3", "3e-3", "1e-2", "3e-2")
     (weights,) = (output / "store" / "bases").glob("letters-base-*/model.safetensors")

@@ -1,6 +1,7 @@
-"""What is left when a study was killed, or its Ray: nothing that runs, and all that it knew.
+"""After the kill of a study or of its Ray, no process remains and all results are kept.
 
-On a cluster that was there before: test_joined_cluster.py (actors, placement groups, resources, processes).
+test_joined_cluster.py tests what studies leave on an existing cluster (actors, placement groups, resources,
+processes).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ONE_PLACE = ("--steps", str(STEPS), "--trainers", "1", "--lanes-per-trainer", "1
 
 
 def ours(output: Path) -> list[str]:
-    """Return the names of processes that have a file of this study open, or in their command line."""
+    """Return the names of processes that have a file of this study open or name one on the command line."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -45,8 +46,10 @@ def ours(output: Path) -> list[str]:
 def test_kill_9_of_the_driver_leaves_nothing_that_runs_and_loses_nothing(
     output: Path, tmp_path: Path
 ) -> None:
-    """The first lane is done, the second one has a checkpoint and two steps more, the third one waits. The
-    disk then damages what would be the newest checkpoint: the user is told, and the one before is used."""
+    """The first lane is done, the second lane is two steps past its checkpoint, and the third lane waits.
+
+    A newer but damaged checkpoint is then added: the study reports it and uses the checkpoint before.
+    """
     before = study.rays()
     task = study.hold(tmp_path / "task", Store(output / "store"), records=1, step=10)
     arguments = (*THREE, *ONE_PLACE, "--task", str(task))
@@ -54,7 +57,7 @@ def test_kill_9_of_the_driver_leaves_nothing_that_runs_and_loses_nothing(
     study.wait_for(lambda: study.held(task), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    study.wait_for(lambda: study.rays() <= before)  # its Ray goes with it
+    study.wait_for(lambda: study.rays() <= before)  # its Ray ends with it
     study.wait_for(lambda: not ours(output))
     done = {f: r.provenance.ended for f, r in study.records(output).items()}
     half = {f: step for f, step in study.saved(output).items() if f not in done}
@@ -100,7 +103,7 @@ def listening(driver: psutil.Process) -> set[str]:
 def test_a_killed_control_store_ends_the_study_and_the_same_command_goes_on(
     output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the kill, it shows what docs/security.md says of addresses and of a new user's token."""
+    """Before the kill, the test checks what docs/security.md says about addresses and a new user's token."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))

@@ -1,6 +1,6 @@
-"""The death of a worker as a real Ray reports it, with actors that own each other like the actors of Train.
+"""The death of a worker as a real Ray reports it, with actors that own each other as in Ray Train.
 
-One actor stands for Train's controller, and the actor that it creates for its worker.
+One actor stands for the controller of Ray Train; the actor that it creates stands for a worker.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Worker:
 
 
 class Controller:
-    """Actor that creates a worker on another node or in a placement group of its own."""
+    """An actor that creates a worker on another node or in a placement group of its own."""
 
     def start(self, group: bool) -> tuple[int, Any]:
         actor: Any = ray.remote(Worker)
@@ -84,7 +84,7 @@ def test_a_worker_is_lost_with_its_node_and_not_when_it_crashes(machines: Machin
         assert not has_worker_on_lost_node(crashing), "the node lives: a crash must count against its trainer"
         return is_dead(worker)
 
-    study.wait_for(known)  # Ray learns of a death bit by bit
+    study.wait_for(known)  # Ray learns the details of a death one by one
     assert known()
     machines.lose(node)
     assert has_worker_on_lost_node(other), "at once, before Ray has marked the node dead"
@@ -96,7 +96,7 @@ def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> N
     _dying, process, worker = controller(group=True)
     assert groups() == 2
     os.kill(process, signal.SIGKILL)
-    study.wait_for(lambda: is_dead(worker))  # it ends with what has started it
+    study.wait_for(lambda: is_dead(worker))  # a worker ends with its controller
 
     def clear() -> int:
         remove_orphaned_placement_groups()

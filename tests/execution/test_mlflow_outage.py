@@ -1,4 +1,4 @@
-"""A tracking server that dies in the middle of a study and comes back; and what the study leaves on disk."""
+"""A tracking server that dies and comes back during a study, and the files that the study leaves."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_mlflow_is_down_in_the_middle_and_misses_nothing(
 ) -> None:
     store, client = Store(output / "store"), MlflowClient(server.uri, server.uri)
     task = study.hold(tmp_path / "task", store, records=2, step=1)
-    # LoRA's first result is known, and better than any other: asha stops the others.
+    # LoRA's first result is known, and better than any other, so ASHA stops the other lanes.
     one = StudyOptions(
         task=str(task), variants=("lora",), learning_rates=(KNOWN,), seeds=1, steps=24, output=output
     )
@@ -61,13 +61,14 @@ def test_mlflow_is_down_in_the_middle_and_misses_nothing(
     server.kill()
     assert len(store.states()) - len(known) <= 2, "at least half of the lanes end while it is down"
     study.release(task)
-    # All others end meanwhile, and nobody hears of it. At its end the study waits for the server.
+    # All other lanes end while the server is down, so none of them is logged yet. At its end the study waits
+    # for the server.
     study.wait_for(lambda: len(store.states()) == 6, process)
     server.start()
     code, out, err = study.end(process)
     assert code == 0, out + err
     assert "Traceback" not in err
-    if "MLflow: " in out:  # it came back so late that the study did not wait for all of it
+    if "MLflow: " in out:  # the server came back too late for the study to log everything
         sync = [sys.executable, "-m", "orchestrator", "sync", "--output", str(output)]
         assert subprocess.run(sync, capture_output=True).returncode == 0
 
@@ -98,7 +99,7 @@ def everything_on_disk_opens_without_running_code(output: Path, server: Server) 
     store = Store(output / "store")
     stopped = [f for f, state in store.states().items() if state == "stopped"]
     assert stopped
-    server.kill()  # with a database that is closed
+    server.kill()  # so that no process has its database open
     found = on_disk.opened(output)
     tensors = found[".safetensors"]
     for folder in ("bases", "adapters", "evidence", f"checkpoints/{stopped[0]}"):
@@ -110,7 +111,7 @@ def everything_on_disk_opens_without_running_code(output: Path, server: Server) 
 
 
 def test_no_code_of_ours_reads_or_writes_pickles() -> None:
-    """Ray's own messages aside, which no file of ours holds."""
+    """Ray pickles its own messages, but no file of this project holds them."""
     house = Path(__file__).parents[2]
     sources = [
         p for room in ("orchestrator", "variants", "experiments") for p in (house / room).rglob("*.py")

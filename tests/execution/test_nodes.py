@@ -1,4 +1,4 @@
-"""Nodes of a GPU cluster that come, are drained and are lost, under a study that trains on them."""
+"""Nodes of a GPU cluster that join, are drained and are lost while a study trains on them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SIX = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--lanes-per-trainer"
 
 
 def held() -> dict[str, float]:
-    """Return what of the cluster is promised to somebody."""
+    """Return how much of each resource of the cluster is reserved."""
     there, free = ray.cluster_resources(), ray.available_resources()
     return {name: there.get(name, 0.0) - free.get(name, 0.0) for name in ("CPU", "GPU", "memory")}
 
 
 def trainers_asked_for() -> list[str]:
-    """Return the states of what a cluster is asked for, GPU and all."""
+    """Return the states of the placement groups that ask for a GPU, as those of trainers do."""
     groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
     return [g["state"] for g in groups if any("GPU" in bundle for bundle in g["bundles"].values())]
 
@@ -49,7 +49,7 @@ def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
     steps.slow_after(20)
     process = study.start(output, *SIX, address=machines.address)
     study.wait_for(lambda: "waiting for a GPU node" in study.log(output), process)
-    study.wait_for(lambda: trainers_asked_for() == ["PENDING"], process)  # what an autoscaler acts on
+    study.wait_for(lambda: trainers_asked_for() == ["PENDING"], process)  # an autoscaler acts on this
 
     def trials_wait() -> bool:
         now = held()

@@ -1,4 +1,4 @@
-"""The live line and the plain lines of a study, under a clock that stands still."""
+"""The live line and the plain lines of a study, with a clock that only the test advances."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOW = 100_000.0
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The time that `Progress` sees; `now.seconds` may be set."""
+    """Return the time that `Progress` sees; a test may set `now.seconds`."""
     now = SimpleNamespace(seconds=NOW)
     fixed = SimpleNamespace(monotonic=lambda: now.seconds, strftime=time.strftime)
     monkeypatch.setattr(progress_module, "time", fixed)
@@ -59,7 +59,7 @@ def test_the_time_left_counts_lanes_under_way(tmp_path: Path, now: SimpleNamespa
         progress.first_lane_at = NOW - 7000
         progress.steps_taken = 3500  # three quarters of the steps of the other four lanes
         assert progress.seconds_left() == pytest.approx(1000)
-        progress.steps_taken = 5000  # repeated steps count as at most all lanes in training
+        progress.steps_taken = 5000  # repeated steps count for at most all lanes in training
         assert progress.seconds_left() == 0.0
 
 

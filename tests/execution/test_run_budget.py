@@ -17,7 +17,8 @@ def test_gpu_hours_count_from_a_trainers_first_call_to_its_last():
     budget.set_gpus_per_trainer(0.5 * 2)  # two workers on half a GPU each
     for trainers, now in ((0, 100.0), (2, 200.0), (2, 1100.0), (1, 2900.0), (0, 4700.0), (0, 9000.0)):
         assert budget.update(trainers, now) == ""
-    # Two trainers for 900 s and for 1800 s until the end of one was seen, then one trainer for 1800 s.
+    # Two trainers ran for 900 s, and for 1800 s until the end of one of them was noticed; then one trainer
+    # ran for 1800 s.
     assert budget.used_gpu_hours == pytest.approx((2 * 900 + 2 * 1800 + 1800) / 3600)
     assert budget.format_usage() == "2 GPU hours"
 

@@ -25,7 +25,7 @@ GPUS = Cluster((Node(32, 4, 200 * GIB), Node(32, 3, 200 * GIB)))
         (GPUS, None, None, 1, (7, 1.0)),
         (GPUS, None, 0.5, 1, (14, 0.5)),
         (GPUS, None, 0.3, 1, (21, 0.3)),
-        (GPUS, None, None, 2, (3, 1.0)),  # one trainer on both nodes
+        (GPUS, None, None, 2, (3, 1.0)),  # seven GPUs are enough for three trainers
         (GPUS, 1, 1.0, 7, (1, 1.0)),
         (GPUS, None, 0.0, 4, (16, 0.0)),
     ],

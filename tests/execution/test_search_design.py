@@ -75,7 +75,7 @@ def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_rand
         strata = [sorted(min(31, int(32 * x[axis])) for x in unit) for axis in (0, 1)]
         if name == "qmc":
             # A Sobol sequence has one of its first 32 points in each of 32 strata of each axis; rounding to
-            # three digits may carry one over an edge.
+            # three digits may move a point into the next stratum.
             assert all(len(set(each)) >= 31 for each in strata)
     assert spread["qmc"] < spread["random"] / 4
 
@@ -95,7 +95,7 @@ def test_a_space_with_few_points_gives_them_all() -> None:
 
 @pytest.mark.parametrize("name", ["qmc", "random"])
 def test_many_choices_are_all_found(name: str) -> None:
-    """Each of the last of 240 points comes up once in 240 draws."""
+    """Random draws alone would hardly find the last points: each comes up once in 240 draws on average."""
     words = ["rank=int:1:60", "schedule=linear,cosine", "batch_size=8,16"]
     over = parse_space(words, ("lora", "hira"), OWN.__getitem__, (1e-2,), ("learning_rate",))
     found = draw_design(name, over, 240, build)

@@ -41,7 +41,7 @@ def test_a_search_killed_in_the_middle_goes_on_with_what_it_asked_for(
     process.communicate()
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     try:
-        study.wait_for(lambda: not left())  # of what the killed driver held on the cluster
+        study.wait_for(lambda: not left())  # the killed driver holds nothing on the cluster any more
     finally:
         ray.shutdown()
     before = asked(output / NAME)

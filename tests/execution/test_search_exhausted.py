@@ -26,7 +26,7 @@ def test_a_small_space_is_used_up_and_said_to_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("points", "sampler", "seed"),
     [
-        # Every pair of values.
+        # These six cases cover every pair of parameter values; the slow cases add the other combinations.
         (12, "tpe", 0),
         (20, "cma-es", 0),
         (20, "tpe", 1),
@@ -49,7 +49,7 @@ def test_a_small_space_is_used_up_and_said_to_be(tmp_path: Path) -> None:
 def test_choices_give_as_many_different_points_as_were_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int, sampler: str, seed: int
 ) -> None:
-    """Samplers return to their best points: alone they suggest ten points of twenty."""
+    """Samplers return to their best points; alone they would suggest only ten of the twenty points."""
     monkeypatch.setattr(samplers, "SEED", seed)
     over = parse_space(
         ["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora", "hira"), OWN.__getitem__, ()

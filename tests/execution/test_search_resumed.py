@@ -72,7 +72,8 @@ def test_stopped_points_are_pruned_at_once_and_after_a_restart(tmp_path: Path) -
     assert [(t.value, t.intermediate_values) for t in again] == [
         (t.value, t.intermediate_values) for t in pruned
     ]
-    # Known points come first, for the scheduler's rungs, then the lost point; the sampler gets a result once.
+    # Known points come first, because they fill the scheduler's rungs, then the lost point. The sampler gets
+    # each result once.
     assert [second.ask() for _ in range(3)] == first.given
     del second.running["t0"]
     second.search.on_trial_result("t0", {"step": 30, "score": 0.0})
@@ -161,7 +162,8 @@ def test_no_flipped_bit_of_the_journal_makes_another_point(tmp_path: Path) -> No
         except UsageError:
             noticed += 1
             continue
-        # A bit in the line that makes the last suggestion a point may undo this: nobody has this point then.
+        # A flipped bit in the line that turns the last suggestion into a point may undo this line; then the
+        # point is missing.
         assert list(found.configurations) == points or (place >= last and points[0] in found.configurations)
     assert noticed > 0.2 * len(whole) / 3
 
@@ -235,7 +237,7 @@ def test_records_that_trainers_of_a_killed_driver_wrote_are_used(tmp_path: Path)
 
 @pytest.mark.parametrize("loss", ["the last point", "all lines", "the file", "the file beside it"])
 def test_lost_points_of_an_ended_search_are_reported(tmp_path: Path, loss: str) -> None:
-    """With an older or cut journal, more points would be asked for than the budget has."""
+    """With an older or truncated journal, the search would ask for more points than its budget allows."""
     drive = Drive(tmp_path, space())
     drive.all()
     drive.budget.update_usage(drive.store)

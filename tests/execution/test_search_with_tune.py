@@ -1,5 +1,7 @@
-"""A search with early stopping in Tune's own loop, without trainers: no trial waits for ever, and the budgets
-are equal whichever trials the scheduler stops."""
+"""A search with early stopping in Tune's own loop, without trainers.
+
+No trial waits for ever, and the budgets of the variants are equal whichever trials the scheduler stops.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerVa
             self.at += 1
             last = self.at > 3
             rate = self.point.optimizer.learning_rate
-            good = 1 - abs(math.log10(rate) + 2) / 4  # of this module alone: others are not on Tune's path
+            # Not `search_drive.score`, because Tune's workers cannot import other test modules.
+            good = 1 - abs(math.log10(rate) + 2) / 4
             result = {"step": 30 * min(3, self.at), "evaluation": min(3, self.at), "score": good}
             return {**result, "loss": 1 - good, "state": "finished" if last else "training", "done": last}
 

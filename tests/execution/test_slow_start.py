@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(600)]
 
 @contextmanager
 def stopped_raylets(most: int) -> Iterator[list[int]]:
-    """Stop the first raylets below this process. Yields the list of their PIDs, which grows."""
+    """Suspend the first `most` raylets below this process, and yield the growing list of their PIDs."""
     found: list[int] = []
     done = threading.Event()
 

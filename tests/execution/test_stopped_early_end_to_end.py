@@ -1,6 +1,6 @@
-"""Early stopping on the whole path, with real Ray and Tune: stopped, again, killed, parked and spilled.
+"""Early stopping on the whole path, with real Ray and Tune: lanes are stopped, resumed, killed and parked.
 
-A lane of 24 steps is evaluated after 8, 16 and 24; a scheduler looks from the first evaluation on.
+A lane of 24 steps is evaluated after 8, 16 and 24 steps. A scheduler may stop it at each evaluation.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from orchestrator.util.errors import UsageError
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "24", "--trainers", "1")
-# The rates from 1e-1 on learn nothing.
+# Lanes with rates of 1e-1 and above learn nothing.
 GRID = ("--learning-rates", "1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
 BETTER = 0.001  # a validation loss that no lane reaches in 24 steps
 
 
 def known(output: Path, *rates: str, task: str = "letters") -> set[str]:
-    """Put results better than any other into the store; return their fingerprints."""
+    """Put results that are better than any other into the store, and return their fingerprints."""
     options = StudyOptions(
         task=task, variants=("lora",), learning_rates=rates, seeds=1, steps=24, output=output
     )
@@ -50,9 +50,9 @@ def steps_said(out: str) -> tuple[int, int]:
 def test_kill_9_in_the_middle_of_asha_loses_nothing(
     cluster: Cluster, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three results are known, and better than those of the four new lanes: asha stops these at their rung.
+    """Three known results are better than the results of four new lanes, so ASHA stops the new lanes.
 
-    On an empty rung a lane would be the first, and go on.
+    On an empty rung, a new lane would be the first one and would go on.
     """
     store = Store(output / "store")
     task = study.hold(tmp_path / "task", store, records=4, step=3)
@@ -102,7 +102,7 @@ def test_kill_9_in_the_middle_of_asha_loses_nothing(
 def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
     cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A place for each lane: none has to make way for another one.
+    # The trainer has a place for each lane, so no lane is returned in favor of another.
     arguments = (*SMALL, *GRID, "--lanes-per-trainer", "5")
     assert study.run_here(output, *arguments, script="early_stopping.py", address=cluster.address) == 0
     out = capsys.readouterr().out
@@ -135,7 +135,7 @@ def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
 def test_hyperband_pauses_more_lanes_than_there_are_places(
     cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its bracket of three waits for lanes that only get a place when others give theirs."""
+    """The bracket of three waits for a lane that gets a place only when another lane gives up its place."""
     arguments = (*SMALL, *GRID, "--lanes-per-trainer", "1", "--scheduler", "hyperband")
     assert study.run_here(output, *arguments, address=cluster.address) == 0
     out = capsys.readouterr().out

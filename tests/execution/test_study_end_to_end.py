@@ -1,6 +1,6 @@
 """The whole path with real Ray, Tune, Train and MLflow: one study, and the same command again.
 
-It starts Ray itself, as a user's first command does.
+The study starts Ray itself, as a user's first command does.
 """
 
 from __future__ import annotations

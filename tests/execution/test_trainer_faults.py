@@ -1,4 +1,4 @@
-"""Lanes that fail or take their trainer with them, and data that goes away: real studies on real Ray."""
+"""Lanes that fail or crash their trainer, and data that are deleted during a study, with real Ray."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ SMALL = ("--seeds", "1", "--steps", "12", "--trainers", "1", "--model", "letters
 
 
 def tripping(folder: Path) -> tuple[Path, str]:
-    """Return the data file that the task in `folder` reads, and the file of the task."""
+    """Write a data file and a task that reads it into `folder`, and return the paths of both."""
     data, task = folder / "letters.txt", folder / "tripping.py"
     data.write_text("abc\n")
     task.write_text(TASK.format(raises=RAISES, aborts=ABORTS, data=str(data)))

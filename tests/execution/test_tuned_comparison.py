@@ -1,6 +1,6 @@
-"""A tuned comparison whose second stage trains on Ray: chosen, confirmed, again, extended.
+"""A tuned comparison whose second stage trains on Ray, is extended by a seed and is repeated.
 
-The first stage is a grid like that of other tests; its results are in the store already.
+The first stage is a grid, as in other tests; its results are already in the store.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_tuned_chosen_on_validation_confirmed_with_fresh_seeds_and_kept(
 
     fresh = of(output, "confirm")
     assert {r.configuration.seed for r in fresh} == {1000, 1001}
-    for variant in ("lora", "pissa"):  # LoRA was not named and is there
+    for variant in ("lora", "pissa"):  # LoRA is included without being named
         rates = {
             r.configuration.optimizer.learning_rate for r in fresh if r.configuration.variant.name == variant
         }

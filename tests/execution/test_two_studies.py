@@ -1,4 +1,7 @@
-"""Two studies on one cluster of two GPUs (in Ray's books only: they train on CPUs), and one with a limit."""
+"""Two studies on one cluster with two GPUs, and one study with a limit.
+
+The GPUs exist only in Ray's accounting; the studies train on CPUs.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ GPU = (*GPUS, "--trainers", "1", "--variants", "lora", "--seeds", "1", "--task",
 
 
 def seconds_at_work(output: Path, name: str) -> float:
-    """Return the seconds in which the study had or requested a trainer, rounded up, by its log."""
+    """Return the seconds in which the study had or requested a trainer, rounded up, from its log."""
     lines = (output / name / "study.log").read_text().splitlines()
     (began,) = [line[:STAMP] for line in lines if "joined Ray" in line]
     (ended,) = [line[:STAMP] for line in lines if re.search(r"\d+ trained in ", line)]
@@ -50,7 +53,7 @@ def test_two_studies_at_once_share_what_they_know_and_both_finish(
 
     def both_train() -> bool:
         assert all(process.poll() is None for process in processes.values()), "neither has ended"
-        return len(steps.files()) == 2  # a process of each
+        return len(steps.files()) == 2  # one process of each study
 
     study.wait_for(both_train)
     steps.run_free()
@@ -79,7 +82,8 @@ def test_two_studies_at_once_share_what_they_know_and_both_finish(
     store = Store(output / "store")
     assert len(list(store.records_folder.glob("*/*.json"))) == 3
     assert not list(store.checkpoints.iterdir())
-    # A configuration of both studies is trained twice if both trained it at once, else taken from the store.
+    # The configuration that both studies ask for is trained twice if both train it at the same time;
+    # otherwise one study takes the result from the store.
     twice = taken - len(records) * length
     assert 0 <= twice <= length
     for name, of in rates.items():
@@ -109,10 +113,10 @@ GPU_HOURS, HOURS = "--max-gpu-hours", "--max-hours"
 def test_a_limit_ends_a_study_cleanly_and_the_same_command_goes_on(
     machines: Machines, output: Path, tmp_path: Path, steps: Steps
 ) -> None:
-    """So many steps that no machine gets through them.
+    """The study has more steps than any machine takes during the test.
 
-    Once the file `pass` is there, an hour passes at each look at the limits. Where one limit has left the
-    lanes, the same command goes on, up to the next one.
+    Once the file `pass` exists, the clock of the limits advances by an hour at each check. The command is run
+    with one limit and then with another; the second run continues from the checkpoints of the first.
     """
     machines.add()
     before = study.rays()

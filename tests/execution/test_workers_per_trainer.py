@@ -1,7 +1,7 @@
-"""A trainer of two Ray Train workers: the results of one, and a trainer that dies as a whole and is replaced.
+"""A trainer of two Ray Train workers gives the results of one worker, and dies and is replaced as a whole.
 
-What cannot be is refused in tests/experiments/test_bad_input.py; the arithmetic is that of
-tests/finetune/engine/test_process_group.py.
+tests/experiments/test_bad_input.py tests that impossible numbers of workers are refused;
+tests/finetune/engine/test_process_group.py tests the arithmetic.
 """
 
 from __future__ import annotations

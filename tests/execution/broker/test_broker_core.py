@@ -149,7 +149,7 @@ def test_a_trainer_taken_for_dead_must_drop_its_lane_and_only_its_final_record_c
     assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Directive.DROP}
     core.end_lease(
         "zombie", point.fingerprint, old.attempt, "finished", 3.0
-    )  # its record is in the store: it counts
+    )  # the record is in the store, so it counts
     assert core.next_report(point.fingerprint, 0, 9.0) == "finished"
     held = {point.fingerprint: (new.attempt, point, None)}
     assert core.exchange("b", held, 0, 3.0) == {point.fingerprint: Directive.DROP}

@@ -53,8 +53,10 @@ class Broker(RuleBasedStateMachine):
 
     @initialize(pauses=st.booleans(), in_lockstep=st.booleans())
     def start(self, pauses: bool, in_lockstep: bool) -> None:
-        """Start a broker; with `in_lockstep`, trials ask for their next reports together in the end, as in
-        Hyperband."""
+        """Start a broker, three trials and a trainer.
+
+        With `in_lockstep`, the trials in `teardown` ask for their next reports together, as under HyperBand.
+        """
         self.pauses, self.in_lockstep = pauses, in_lockstep
         self.records: dict[str, Record] = {}
         self.saved: dict[str, int] = {}
@@ -66,7 +68,7 @@ class Broker(RuleBasedStateMachine):
         self.trial_names = (f"t{i}" for i in itertools.count())
         # The driver's list of stopped trials whose lanes have no record yet.
         self.pending_stops: dict[str, tuple[Configuration, int]] = {}
-        self.asked: dict[str, int] = {}  # the last step beyond which a trial has asked
+        self.asked: dict[str, int] = {}  # the last step after which a trial asked for a report
         self.informed_broker: BrokerCore | None = None  # the broker that knows the driver's pending stops
         self.broker_restarts()
         for index in (0, 1, 2):  # the interesting orders need trials and a trainer
@@ -130,7 +132,7 @@ class Broker(RuleBasedStateMachine):
             self.pending_stops[trial] = (point, seen)
 
     def forget_pending_stops(self, point: Configuration) -> None:
-        """Forget the stops of a configuration that a trial wants again, so that it need not end."""
+        """Forget the stops of a configuration that a trial has submitted again, so its lane need not end."""
         self.pending_stops = {
             trial: stopped for trial, stopped in self.pending_stops.items() if stopped[0] != point
         }
@@ -160,7 +162,7 @@ class Broker(RuleBasedStateMachine):
         self.refill(data.draw(st.sampled_from(self.trainers)), reply_lost, evict_parked)
 
     def refill(self, trainer: FakeTrainer, reply_lost: bool = False, evict_parked: bool = True) -> None:
-        """Lease lanes as the loop does: lanes that have been parked for long leave for the new lanes."""
+        """Lease lanes as the fine-tuning loop does, which returns long-parked lanes if it gets new ones."""
         self.core.exchange(trainer.name, trainer.held, trainer.taken, self.now)
         group_key = next((lane.configuration.group_key for lane in trainer.lanes.values()), None)
         long_parked = [f for f, lane in trainer.lanes.items() if lane.parked] if evict_parked else []
@@ -238,7 +240,7 @@ class Broker(RuleBasedStateMachine):
                 return
             lane.step += 1
             trainer.taken += 1
-            if is_saved:  # a torn checkpoint: the next attempt repeats some reports
+            if is_saved:  # without it, the next attempt repeats some reports, as after a torn checkpoint
                 self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
         lane.reported += 1
         directives = self.core.exchange(trainer.name, trainer.held, trainer.taken, self.now)
@@ -248,7 +250,7 @@ class Broker(RuleBasedStateMachine):
         lane = trainer.lanes[fingerprint]
         if end != "failed" and not self.is_final(fingerprint):
             self.records[fingerprint] = record(lane.configuration, end)
-        if end == "failed" or is_reported:  # a trainer may die between its record and its call
+        if end == "failed" or is_reported:  # a trainer may die after its record, before this call
             del trainer.lanes[fingerprint]
             state = end if end == "failed" else self.records[fingerprint].state
             entry = self.core.entries.get(fingerprint)
@@ -309,7 +311,7 @@ class Broker(RuleBasedStateMachine):
     @precondition(lambda self: self.trainers)
     @rule(data=st.data())
     def drain(self, data: st.DataObject) -> None:
-        """A drained trainer gets no more lanes, and holds none after its next exchange."""
+        """Drain a trainer, which then gets no more lanes and holds none after its next exchange."""
         trainer = data.draw(st.sampled_from(self.trainers))
         self.core.drain(trainer.name)
         assert self.core.lease(trainer.name, None, 3, self.now).closed
@@ -332,7 +334,7 @@ class Broker(RuleBasedStateMachine):
             checkpoint_step=lambda f: self.saved.get(f, 0),
         )
 
-    # -- what must hold
+    # -- invariants
 
     @invariant()
     def a_lane_has_one_trainer(self) -> None:
@@ -365,8 +367,10 @@ class Broker(RuleBasedStateMachine):
                 assert entry.resume_after_step < entry.reports[-1].step
 
     def teardown(self) -> None:
-        """With one living trainer, every trial gets the end of its lane, and no stopped lane lacks a
-        record."""
+        """Check that every trial gets the end of its lane, and every stopped lane a record.
+
+        One living trainer must be enough for this.
+        """
         if not hasattr(self, "core"):
             return
         self.driver_looks()

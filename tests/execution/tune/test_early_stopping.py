@@ -76,12 +76,16 @@ def test_trials_leave_half_of_the_memory_to_trainers_under_hyperband_too(nodes: 
         assert nodes * (memory // asked) * each <= cluster.memory / 2
 
 
-# -- with Tune. A lane of rate r has the losses r, r, ...
+# -- With Tune. Every loss of a lane is equal to the learning rate of the lane.
 
 
 @dataclass(frozen=True)
 class EndsEarly:
-    """The lane of this rate ends by itself after `after` evaluations, once the `others` wait for it."""
+    """A lane that ends by itself while others wait for it.
+
+    The lane with the learning rate `rate` ends after `after` evaluations, once the lanes with the rates
+    `others` are paused at the evaluation `others_at`.
+    """
 
     rate: float
     after: int
@@ -199,8 +203,11 @@ def test_the_median_counts_replayed_results(tune_run: Any) -> None:
 
 @pytest.mark.ray
 def test_hyperband_goes_on_when_a_lane_ends_by_itself_while_its_bracket_waits(tune_run: Any) -> None:
-    """Brackets of 3, 5 and 9 lanes. Of the 9 the best three go on from the first rung to the third
-    evaluation; one of them ends before, when the others are paused there. Another variant has its own."""
+    """There are brackets of 3, 5 and 9 lanes; another variant has brackets of its own.
+
+    Of the 9 lanes, the best three go on from the first rung to the third evaluation. One of the three ends
+    before that evaluation, when the other two are paused there.
+    """
     points = [lane(float(rate)) for rate in range(1, 18)]
     others = [lane(float(rate), variant="hira") for rate in range(21, 29)]
     ends = EndsEarly(rate=9.0, after=2, others=frozenset({10.0, 11.0}), others_at=3)
