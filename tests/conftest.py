@@ -1,4 +1,4 @@
-"""Fixtures, temporary folders and the order of tests that all folders share."""
+"""Fixtures for all tests, their temporary folders, and the order in which the tests run."""
 
 from __future__ import annotations
 
@@ -11,48 +11,51 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# No deadline: an example may be slow on a busy machine. The default examples are the same in every run, so
-# that a failure comes from the change that was made; `--hypothesis-profile=thorough` looks for new ones.
+# There is no deadline, because an example may be slow on a busy machine. The default examples are the same in
+# every run, so that a new failure comes from a change of the code; `--hypothesis-profile=thorough` generates
+# new examples.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=100, derandomize=True)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=600)
 hypothesis.settings.load_profile("default")
 
-# Several test processes share the cores: more threads than one each would slow all of them down.
+# Several test processes share the cores, and more than one thread per process would slow all of them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Ray starts its workers with a low priority (nice 15): beside another busy program a study would hardly
-# train.
+# Ray starts its workers with a low priority (nice 15), with which a study hardly trains while another program
+# is busy.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-# Ray announces a running cluster in the temporary folder. Each test process has a folder of its own, so that
-# it joins neither a cluster of another test process nor one of the user. The path is short because Unix
-# sockets lie below it.
+# Ray writes the address of a running cluster to the temporary folder. Each test process has its own folder,
+# so that it joins neither a cluster of another test process nor one of the user. The path is short because it
+# is part of the paths of Unix sockets.
 os.environ.pop("RAY_ADDRESS", None)
-os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where `tmp_path` stays
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # `tmp_path` stays in this folder.
 _TEMPORARY = tempfile.mkdtemp(prefix="lora-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"])
 os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
 
-# The first handler that is registered runs last: after that of multiprocessing, which has files there.
+# The handler that is registered first runs last, after the handler of multiprocessing, which has files in
+# this folder.
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 
 
 GROUPS = ("cluster", "ray")
 """The groups of long tests, in the order in which they start.
 
-Two workers start them at once; the one that ends first takes the next file of `ray` tests that start a Ray
-instance of their own. A single worker starts the shared cluster of `ray` after the `cluster` tests, which
-could join it by mistake.
+Two workers start both groups at once. The worker that finishes first takes the next file of `ray` tests that
+start their own Ray instance. A single worker starts the shared cluster of `ray` after the `cluster` tests,
+because these could join it by mistake.
 """
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Put the tests of a group on one worker of pytest-xdist, and all others of a file on one worker.
+    """Assign a test to a group; pytest-xdist runs all tests of a group on one worker.
 
-    The `ray` tests that join the shared cluster are one group, those that start a Ray instance of their own
-    a group for each file, and those of the default run (`smoke`) one, so that the other worker has tests that
-    need no Ray. Two Ray instances on one machine were once seen to end each other's Train runs; two workers,
-    with a temporary folder each, have run side by side without that. A file's fixtures are made once a
-    worker.
+    The `cluster` tests are one group. The `ray` tests that join the shared cluster are one group. The tests
+    of the default run that need Ray (`smoke`) are one group, so that the other worker has tests without Ray.
+    All other tests of a file are one group, so that the fixtures of the file are made on one worker only.
+
+    Two Ray instances on one machine have ended each other's Train runs in the past. This has not occurred
+    with two workers that have a temporary folder each.
     """
     joins = {"cluster", "connected"} & set(getattr(item, "fixturenames", ()))
     if item.get_closest_marker("cluster"):
@@ -84,7 +87,7 @@ def _order(item: pytest.Item) -> int:
 def letters_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a `bases` folder with the pretrained base model of `letters` (20 s of CPU time).
 
-    The workers of pytest-xdist share it: the first one pretrains, the others wait for it.
+    The workers of pytest-xdist share the folder: the first worker pretrains, the others wait for it.
     """
     from orchestrator.finetune.models import catalogue as model_catalogue
 
@@ -96,6 +99,6 @@ def letters_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def output(letters_bases: Path, tmp_path: Path) -> Path:
-    """Return an output folder whose store has the base model of `letters` already."""
+    """Return an output folder whose store contains the base model of `letters`."""
     shutil.copytree(letters_bases, tmp_path / "results" / "store" / "bases")
     return tmp_path / "results"

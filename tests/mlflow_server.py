@@ -1,4 +1,4 @@
-"""A real MLflow server that tests can kill and start again, and MLflow's database without its migrations."""
+"""A real MLflow server that tests can kill and start again, and MLflow databases made without migrations."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from orchestrator.util.errors import UsageError
 
 
 def empty_database(path: Path) -> str:
-    """Make the file `path` a SQLite database with MLflow's tables and no run. Returns its URI.
+    """Write a SQLite database with MLflow's tables and no run to `path`. Return its URI.
 
-    The migrations take seconds; they run once a session, and each file is a copy of their result. This is for
-    tests that are not about the migrations themselves.
+    MLflow's migrations take seconds. They run once per test process, and each file is a copy of their result.
+    Tests of the migrations themselves must not use this function.
     """
     path.write_bytes(_tables())
     return f"sqlite:///{path}"
@@ -41,11 +41,11 @@ def _tables() -> bytes:
 
 
 class Server:
-    """`mlflow server` on a free port of this machine, over a SQLite file in `folder` that outlives it."""
+    """`mlflow server` on a free port of this machine, with a SQLite file in `folder` that remains."""
 
     def __init__(self, folder: Path) -> None:
-        # This socket is bound and never listens: nobody else is given the port while the server is down, and
-        # connections are refused. The server can bind the port as well, since both sockets allow that.
+        # This socket is bound to the port but never listens. While the server is down, no other process is
+        # given the port, and connections are refused. SO_REUSEADDR allows the server to bind the same port.
         self._port = socket.socket()
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._port.bind(("127.0.0.1", 0))
@@ -58,15 +58,14 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        # Without the server's job queue, which is seven more processes that nothing here needs, and without a
-        # word to MLflow's makers.
+        # The server's job queue, seven processes that no test needs, and MLflow's telemetry are turned off.
         environment = {
             **os.environ,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         with (self.folder / "server.log").open("ab") as log:
-            # A session of its own: the server has children, and all of them have to be killed.
+            # The server gets its own session, because its child processes have to be killed with it.
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=self.folder, env=environment, start_new_session=True
             )
@@ -89,7 +88,7 @@ class Server:
 
 
 def wait(condition: Callable[[], object], otherwise: str, seconds: float = 240.0) -> None:
-    """Wait until `condition` holds; `seconds` only end a hang."""
+    """Wait until `condition` is true. Fail with the message `otherwise` after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, otherwise

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MAX_LINES, MAX_BYTES, MAX_FUNCTION_LINES = 400, 20_000, 60
 SHARED_NAMES = {"__init__", "__main__", "base", "catalogue", "errors"}
-"""Names that several modules may have: each is the one of its package."""
+"""Names that several modules may have, because each package may have such a module."""
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 RETIRED = {
@@ -23,15 +23,15 @@ RETIRED = {
     "evidence": "calibration",
     "ledger": "budget",
 }
-"""Words of earlier versions, with what they are called now (docs/architecture.md, glossary)."""
+"""Words of earlier versions, with the words that replace them (docs/architecture.md, glossary)."""
 KEPT = {
-    "docs/architecture.md",  # the glossary says what earlier words were
-    "docs/options.md",  # the earlier names of options
+    "docs/architecture.md",  # The glossary lists the earlier words.
+    "docs/options.md",  # The page lists the earlier names of options.
     "orchestrator/study/retired_options.py",
-    "orchestrator/record/store.py",  # the folder `evidence` of a store on disk
-    "orchestrator/study/study_name.py",  # the same folder
+    "orchestrator/record/store.py",  # A store on disk has a folder `evidence`.
+    "orchestrator/study/study_name.py",  # This file names the same folder.
 }
-"""Files where a retired word is on disk or is what a user of an earlier version types."""
+"""Files that need a retired word, because it is a name on disk or an option of an earlier version."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -40,7 +40,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def name_of(path: Path) -> str:
-    """Return the path as it is written in the project."""
+    """Return the path relative to the root of the repository."""
     return path.relative_to(ROOT).as_posix()
 
 
@@ -48,7 +48,7 @@ PROGRAM = sources("orchestrator", "variants", "experiments")
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield the name of each function in a file and its number of lines, from its `def` on."""
+    """Yield the name and the number of lines of each function in a file, without its decorators."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
@@ -72,7 +72,7 @@ def test_no_two_modules_have_one_name() -> None:
 
 
 def test_private_names_of_ray_are_in_one_file() -> None:
-    """`ray._private`, `ray.train.v2._internal`, ...: a new version of Ray may change them unannounced."""
+    """A new version of Ray may change `ray._private`, `ray.train.v2._internal`, ... without notice."""
     found = {
         name_of(path): names
         for path in PROGRAM

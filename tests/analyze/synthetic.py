@@ -1,6 +1,6 @@
 """Synthetic records, so that the analysis is tested without training.
 
-Their scores are those of a dry run: letter strings, five variants, seven rates, three seeds.
+The scores come from a dry run of the task `letters` with five variants, seven rates and three seeds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 NOTHING = (0.0, 0.0, 0.0)
 DIVERGED = (None, None, None)
 
-# Variant -> the scores of three seeds at each rate; None is a diverged run.
+# The scores of three seeds at each rate, by variant. None stands for a diverged run.
 STUDY: dict[str, Sequence[Sequence[float | None]]] = {
     "lora": (NOTHING, (0.01,) * 3, (0.22, 0.25, 0.17), (0.96, 0.95, 0.99), NOTHING, DIVERGED, DIVERGED),
     "rslora": (
@@ -78,8 +78,8 @@ def record(
 ) -> Record:
     """Build a record.
 
-    Without a `validation` score it is diverged, unless `state` is given. `test` is the validation score by
-    default. The validation score of a stopped record is its last one during training.
+    Without a `validation` score the record is diverged, unless `state` is given. By default, `test` equals
+    `validation`. In a stopped record, `validation` is the last validation score during training.
     """
     state = state or ("diverged" if validation is None else "finished")
     configuration = Configuration(
@@ -112,7 +112,7 @@ def record(
 
 
 def study(scores: dict[str, Sequence[Sequence[float | None]]] = STUDY, **more: Any) -> list[Record]:
-    """Build the study. Test scores differ a little from validation scores, as real ones do."""
+    """Build the records of a study, with test scores that differ a little from the validation scores."""
     records = []
     for v, (variant, curve) in enumerate(scores.items()):
         for r, (rate, seeds) in enumerate(zip(RATES, curve, strict=False)):

@@ -16,13 +16,18 @@ POINTS = st.lists(st.builds(PointOutcome, st.lists(SCORES, max_size=4), st.integ
     ("points", "expected"),
     [
         ([([0.5, 0.5], 0), ([0.6, 0.6], 0)], [True, True]),
-        ([([0.5, 0.5], 0), ([0.9], 1)], [True, False]),  # 0.45 is sure, 0.5 is known
-        ([([0.0, 0.0], 0), ([0.9], 1)], [True, True]),  # a bracket kept the worst rate whole
-        ([([0.45, 0.45], 0), ([0.9], 1)], [True, False]),  # no better for sure
+        # The second point reaches at least 0.45, the first one has 0.5.
+        ([([0.5, 0.5], 0), ([0.9], 1)], [True, False]),
+        # The scheduler stopped no run of the worst point.
+        ([([0.0, 0.0], 0), ([0.9], 1)], [True, True]),
+        # The second point reaches at least 0.45, which is not better than the first one.
+        ([([0.45, 0.45], 0), ([0.9], 1)], [True, False]),
         ([([0.9, 0.8], 1), ([0.9, 0.9], 1), ([1.0], 2)], [False, True, False]),
         ([([0.9, 0.9], 1), ([0.9, 0.9], 1)], [True, True]),
-        ([([], 3), ([], 0)], [False, False]),  # all stopped; all failed
-        ([([0.0], 2), ([], 3)], [False, False]),  # one diverged, the others were stopped: nothing was learnt
+        # All runs of the first point were stopped, all runs of the second one failed.
+        ([([], 3), ([], 0)], [False, False]),
+        # One run diverged and the others were stopped, so that no score is above the floor.
+        ([([0.0], 2), ([], 3)], [False, False]),
         ([([0.0, 0.0], 0), ([0.0], 2)], [True, False]),
     ],
 )

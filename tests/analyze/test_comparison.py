@@ -1,4 +1,4 @@
-"""The second stage of a comparison: from records and the saved choice to verdict, picture and report."""
+"""The second stage of a comparison: its verdict, plots and report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHIFTS = {"lora": 0.0, "rslora": -0.1, "pissa": 0.03, "hira": 0.0, "lora-plus": 
 
 
 def fresh(seeds: int = 10, diverged: int = 4, **more: Any) -> list[Record]:
-    """Build the records of fresh seeds; the first `diverged` seeds of LoRA+ diverged."""
+    """Build the records of fresh seeds, of which the first `diverged` seeds of LoRA+ have diverged."""
     found = []
     for variant, chosen in CHOSEN.items():
         for s in range(seeds):
@@ -96,7 +96,7 @@ def test_the_item_error_is_that_of_the_difference() -> None:
     ]
     found = compare_tuned(records, "lora", 0.01)
     assert found is not None
-    # differences 0 -1 1 1: variance .9166..., four items
+    # The differences of the four items are 0, -1, 1 and 1, and their variance is .9166...
     assert found.item_errors == {"dora": pytest.approx((2.75 / 3 / 4) ** 0.5)}
 
 

@@ -1,4 +1,4 @@
-"""Statistics of a curve, by hand and as invariances."""
+"""Statistics of a curve: values computed by hand, and invariances."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_the_best_is_the_highest_and_the_lowest_rate_among_equals() -> None:
         ([0.1, 0.9, 0.2], "yes"),
         ([0.9, 0.5, 0.2], "low edge"),
         ([0.1, 0.5, 0.9], "high edge"),
-        ([0.1, 0.9, 0.9], "high edge"),  # a tie with the edge: the best may lie beyond
+        ([0.1, 0.9, 0.9], "high edge"),  # The edge scores the same, so the best may lie beyond it.
         ([0.0, 0.0, 0.0], "both edges"),
-        ([None, 0.9, None], "yes"),  # stopped early on both sides: they lost
+        ([None, 0.9, None], "yes"),  # Rates that were stopped early count as worse.
     ],
 )
 def test_the_best_rate_is_bracketed_unless_an_end_of_the_grid_scores_the_same(
@@ -59,7 +59,7 @@ def test_the_score_is_linear_between_rates_and_unknown_beside_a_stopped_one() ->
 
 
 def test_width_by_hand() -> None:
-    # best .8 at -2; .7 is crossed a quarter of the way to .4 and an eighth of the way to 0
+    # The best score is .8 at -2. The score .7 is a quarter of the way to .4 and an eighth of the way to 0.
     found, is_lower_bound = curve_shape.width(X, [0.0, 0.4, 0.8, 0.0], 2, 0.7)
     assert found == pytest.approx(0.25 + 0.125)
     assert not is_lower_bound
@@ -72,7 +72,8 @@ def test_a_width_up_to_the_end_of_the_grid_or_a_stopped_rate_is_a_lower_bound() 
 
 
 def test_a_score_exactly_one_point_below_the_best_is_within_one_point_despite_rounding() -> None:
-    assert 0.1 - 0.01 > 0.09  # so .09 would fall short by 1e-17, and the flat stretch with it
+    # Without a tolerance for rounding, the two scores of .09 would be too low by 1e-17.
+    assert 0.1 - 0.01 > 0.09
     assert curve_shape.width(X, [0.09, 0.09, 0.1, 0.0], 2, 0.1 - 0.01) == (pytest.approx(2.1), True)
 
 
@@ -81,10 +82,10 @@ def test_rounding_decides_no_tie_no_edge_and_no_cliff() -> None:
     assert curve_shape.best_index([0.3, almost, 0.1]) == 0
     assert curve_shape.bracket_status([0.3, almost, 0.1], 1) == "low edge"
     assert curve_shape.cliff_index([almost + 0.3, almost], [0.0, 0.0], 0, 0.0) == 1
-    assert curve_shape.cliff_index([0.6, almost], [0.0, 0.0], 0, 0.0) == 1  # half of .6 is .3, a hair below
-    assert (
-        curve_shape.cliff_index([almost, 0.0], [0.0, 0.0], 0, 0.3) is None
-    )  # nothing learned above the floor
+    # Half of .6 is .3, which is less than `almost` by rounding only.
+    assert curve_shape.cliff_index([0.6, almost], [0.0, 0.0], 0, 0.0) == 1
+    # The best score exceeds the floor by rounding only.
+    assert curve_shape.cliff_index([almost, 0.0], [0.0, 0.0], 0, 0.3) is None
 
 
 def test_a_second_hill_beyond_a_dip_does_not_widen() -> None:
@@ -92,7 +93,8 @@ def test_a_second_hill_beyond_a_dip_does_not_widen() -> None:
 
 
 def test_half_decade_regret_by_hand() -> None:
-    # falls .4 a decade to the left and .8 to the right: mean over half a decade .1 and .2, together .15
+    # The score falls by .4 per decade to the left and by .8 to the right. The mean loss over half a decade is
+    # .1 on the left and .2 on the right, and .15 over both.
     found = curve_shape.mean_regret(X, [0.0, 0.4, 0.8, 0.0], 2)
     assert found == (pytest.approx((0.1 + 0.2) / 2), pytest.approx(1.0))
     assert curve_shape.mean_regret(X, [0.0, 0.4, 0.8], 2) == (pytest.approx(0.1), pytest.approx(0.5))
@@ -109,10 +111,12 @@ def test_half_decade_regret_integrates_through_every_rate_in_its_range() -> None
 def test_the_cliff_is_the_first_rate_above_the_best_at_which_training_breaks_down() -> None:
     y, no_divergence = [0.2, 0.8, 0.5, 0.1], [0.0] * 4
     assert curve_shape.cliff_index(y, no_divergence, 1, 0.0) == 3
-    assert curve_shape.cliff_index(y, no_divergence, 1, 0.2) == 2  # half way down to a higher floor
+    # With this floor, the score at index 2 has fallen half of the way.
+    assert curve_shape.cliff_index(y, no_divergence, 1, 0.2) == 2
     assert curve_shape.cliff_index(y, [0.0, 0.0, 0.67, 1.0], 1, 0.0) == 2
     assert curve_shape.cliff_index([0.2, 0.8, 0.7], no_divergence, 1, 0.0) is None
-    assert curve_shape.cliff_index([0.0, 0.0, 0.0], no_divergence, 0, 0.0) is None  # nothing was learned
+    # No score is above the floor.
+    assert curve_shape.cliff_index([0.0, 0.0, 0.0], no_divergence, 0, 0.0) is None
 
 
 @given(curves, st.integers(1, 32).map(lambda n: n / 64), st.integers(-8, 8))
@@ -141,7 +145,7 @@ def test_a_larger_tolerance_never_narrows(y: list[float], tolerance: float) -> N
 
 @given(curves)
 def test_a_mirrored_curve_has_the_same_width_and_regret(y: list[float]) -> None:
-    y = [*y, 2.0, *reversed(y[1:])]  # one peak, so that ties do not choose differently
+    y = [*y, 2.0, *reversed(y[1:])]  # There is one peak, because the choice in a tie depends on the order.
     x = [0.3 * i for i in range(len(y))]
     best, mirrored = curve_shape.best_index(y), curve_shape.best_index(y[::-1])
     assert best is not None

@@ -1,4 +1,4 @@
-"""Confidence intervals over seeds, by hand and against SciPy."""
+"""Confidence intervals over seeds, compared with values computed by hand and with SciPy."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_the_interval_over_seeds_is_scipys_t_interval(values: list[float]) -> No
 
 
 def test_three_seeds_by_hand() -> None:
-    # .96 .95 .99: mean .966667, s = .0208167, t(2) = 4.302653;
-    # half-width 4.302653 x .0208167 / sqrt(3) = .051712
+    # The mean is .966667, s = .0208167 and t(2) = 4.302653, so the half-width is
+    # 4.302653 x .0208167 / sqrt(3) = .051712.
     found = estimate_mean([0.96, 0.95, 0.99])
     assert found.interval is not None
     assert found.interval.high - found.mean == pytest.approx(0.051712, abs=1e-6)  # type: ignore[operator]
@@ -43,7 +43,8 @@ def test_one_seed_has_a_mean_and_no_interval_and_none_has_neither() -> None:
 
 
 def test_wilson_by_hand_and_without_a_trial() -> None:
-    # k = 1, n = 3, z = 1.959964: centre (1/3 + z^2/6) / (1 + z^2/3), half z/(1 + z^2/3) sqrt(2/27 + z^2/36)
+    # With k = 1, n = 3 and z = 1.959964, the center is (1/3 + z^2/6) / (1 + z^2/3) and the half-width is
+    # z / (1 + z^2/3) sqrt(2/27 + z^2/36).
     z = 1.959964
     centre = (1 / 3 + z**2 / 6) / (1 + z**2 / 3)
     half = z / (1 + z**2 / 3) * math.sqrt(2 / 27 + z**2 / 36)

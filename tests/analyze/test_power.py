@@ -24,7 +24,7 @@ from orchestrator.analyze.power import (
 
 @pytest.mark.parametrize(
     ("count", "degrees", "published"),
-    # Dunnett (1964), two-sided 5 %: comparisons with a control, degrees of freedom
+    # Number of comparisons with a control, degrees of freedom, critical value (Dunnett 1964, two-sided 5 %).
     [(2, 10, 2.57), (4, 20, 2.65), (9, 60, 2.77), (3, 5, 3.29)],
 )
 def test_dunnetts_published_values(count: int, degrees: int, published: float) -> None:
@@ -45,7 +45,7 @@ def test_one_comparison_is_the_t_test_and_many_cost_less_than_sidak() -> None:
 
 
 def test_holm_by_hand() -> None:
-    # .01 x 4; .02 x 3 = .06; .03 x 2 = .06; .04 x 1, not below its predecessor
+    # .01 x 4 = .04; .02 x 3 = .06; .03 x 2 = .06; .04 x 1 = .04 is raised to the previous value, .06.
     assert holm_correction({"a": 0.03, "b": 0.01, "c": 0.04, "d": 0.02}) == pytest.approx(
         {"a": 0.06, "b": 0.04, "c": 0.06, "d": 0.06}
     )
@@ -69,7 +69,10 @@ def needed(
 
 
 def decided(n: int, mean: float, draws: int = 40_000) -> float:
-    """The share of simulated studies (one variant, margin 0.01, spread 0.02) whose interval says anything."""
+    """Return the share of simulated studies that reach a decision.
+
+    Each study has one variant, a margin of 0.01 and a standard deviation of 0.02.
+    """
     d = np.random.default_rng(n).normal(mean, 0.02, (draws, n))
     centre, half = d.mean(axis=1), stats.t.ppf(0.975, n - 1) * d.std(axis=1, ddof=1) / math.sqrt(n)
     return float(((centre - half > -0.01) | (centre + half < 0)).mean())
@@ -77,7 +80,7 @@ def decided(n: int, mean: float, draws: int = 40_000) -> float:
 
 @pytest.mark.parametrize("mean", [0.004, 0.0, -0.003, -0.005, -0.012])
 def test_the_seeds_that_decide_are_the_fewest(mean: float) -> None:
-    """By simulation: 80 % of studies with so many seeds decide, and with two less they do not."""
+    """In a simulation, 80 % of studies with this number of seeds decide, and fewer do with two seeds less."""
     n = needed(mean, 0.01)
     assert n is not None
     slack = 4 * math.sqrt(0.8 * 0.2 / 40_000)

@@ -1,4 +1,4 @@
-"""The table, the pictures and the report of a study."""
+"""The table, the plots and the report of a study."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
 
 
 class Page(HTMLParser):
-    """A parsed page: what a browser would fetch, the text, and the elements that are not closed."""
+    """A parsed page, with its links, tags, open elements and text."""
 
     VOID = frozenset({"meta", "img", "br"})
 
@@ -197,7 +197,7 @@ class Page(HTMLParser):
 def written(
     folder: Path, records: list[Record], uri: str = DATABASE, notes: tuple[str, ...] = (), **more: Any
 ) -> tuple[Summary, Page, dict[str, Any]]:
-    """Write a report of STUDY_FILE with the fields `more`; return it as summary, page and numbers."""
+    """Write a report of STUDY_FILE with the fields `more`. Return the summary, the page and summary.json."""
     summary = write_report(replace(STUDY_FILE, **more), records, folder, uri, notes)
     page = Page((folder / "report.html").read_text())
     assert page.open == []
@@ -206,14 +206,14 @@ def written(
 
 @pytest.fixture(scope="module")
 def of_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
-    """Write the report of the synthetic study into a new folder, which tests only read."""
+    """Write the report of the synthetic study. Return its folder, which no test may change, and the page."""
     folder = tmp_path_factory.mktemp("report") / "new" / "study"
     return folder, written(folder, study())[1]
 
 
 def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Page]) -> None:
     folder, _ = of_study
-    summary, page, numbers = written(folder, study())  # for the second time
+    summary, page, numbers = written(folder, study())  # This replaces the first report.
     names = sorted(p.name for p in folder.iterdir())
     assert names == ["curves.png", "report.html", "spread.png", "summary.json"]
     assert formatting.answer(summary.panels[0]) in page.text

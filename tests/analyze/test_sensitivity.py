@@ -1,4 +1,4 @@
-"""Curves and what is read off them, from synthetic records."""
+"""Curves and their statistics, with synthetic records."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_stopped_run_is_in_no_mean_and_is_not_chosen_and_bounds_the_width() ->
     assert last.runs[1].last_validation == 0.2
     assert not last.eligible
     assert found.best_rate == 1e-2
-    assert found.bracketed == "yes"  # the neighbor lost
+    assert found.bracketed == "yes"  # The neighbor, which was stopped early, counts as worse.
     assert found.width is not None
     assert found.width.is_lower_bound
     assert found.width.interval is None
@@ -100,7 +100,8 @@ def test_the_choice_among_stopped_runs_is_repeated_without_each_seed() -> None:
     records += [record(rate=1e-1, seed=s, validation=0.9) for s in (0, 1)]
     records += [record(rate=1e-1, seed=2, validation=0.1, state="stopped")]
     found = only(records).curves[0]
-    assert found.best_rate == 1e-1  # (0.9 + 0.9 + 0) / 3 is more than 0.5; without the first, 0.9 / 2 is less
+    # (0.9 + 0.9 + 0) / 3 is more than 0.5. Without the first seed, (0.9 + 0) / 2 is less than 0.5.
+    assert found.best_rate == 1e-1
     assert found.best_rates_leave_one_out == (1e-2, 1e-2, 1e-1)
     assert any("another rate would have been chosen" in w for w in summarize(records).warnings)
 
@@ -127,7 +128,8 @@ def test_a_failed_run_is_missing_and_the_curve_is_drawn_across_a_rate_of_failed_
     found = only(records).curves[0]
     assert found.points[1].validation.n == 0
     assert found.points[1].diverged_interval is None
-    # linear from .8 at 1e-2 over two decades down to 0 at 1e-4, one decade down to 0 at 1e-1
+    # From .8 at 1e-2, the curve falls linearly to 0 at 1e-4, two decades below, and to 0 at 1e-1, one decade
+    # above.
     assert found.width is not None
     assert found.width.value == pytest.approx(0.01 / 0.4 + 0.01 / 0.8)
     assert found.count_runs("failed") == 2
@@ -158,7 +160,7 @@ def test_one_seed_gives_numbers_without_an_interval_and_a_warning() -> None:
 
 
 def test_the_gain_is_the_test_score_at_the_rate_that_validation_chose() -> None:
-    # On test 1e-3 looks better; validation chooses 1e-2.
+    # The test score is higher at 1e-3, the validation score at 1e-2.
     records = [record(rate=1e-3, seed=s, validation=0.5, test=0.99, untrained=0.2) for s in range(3)]
     tests = (0.6, 0.7, 0.65)
     records += [record(rate=1e-2, seed=s, validation=0.8, test=t, untrained=0.2) for s, t in enumerate(tests)]
@@ -183,7 +185,7 @@ def test_regrets_by_hand() -> None:
     ]
     panel = only(records)
     assert (panel.reference, panel.reference_best_rate) == ("lora", 1e-2)
-    assert panel.average_best_rate == 1e-2  # means over variants .55, .7, .3
+    assert panel.average_best_rate == 1e-2  # The means over the variants are .55, .7 and .3.
     pissa = curve(panel, "pissa")
     assert pissa.regret_at_reference_best is not None
     assert pissa.regret_at_reference_best.value == pytest.approx(0.3)
@@ -207,7 +209,7 @@ def test_a_score_at_the_common_rate_is_interpolated_inside_the_grid_and_unknown_
     assert curve(panel, "pissa").test_at_common_rate is None
     assert panel.average_best_rate is None
     assert panel.spread_at_best is not None
-    assert panel.spread_at_best.best == "lora"  # pissa is in neither spread
+    assert panel.spread_at_best.best == "lora"  # PiSSA has no score at the common rate.
 
 
 def test_without_lora_the_rate_best_on_average_is_the_common_one() -> None:
@@ -222,7 +224,7 @@ def test_leaving_one_seed_out_shows_an_unstable_choice() -> None:
     assert any("rslora" in w and "without one of the seeds" in w for w in summarize(study()).warnings)
 
 
-@settings(max_examples=settings.default.max_examples // 10)  # two summaries of 105 records each
+@settings(max_examples=settings.default.max_examples // 10)  # Each example summarizes 105 records twice.
 @given(st.integers(0, 2**32))
 def test_the_order_of_records_and_repeats_change_nothing(seed: int) -> None:
     records = study()
@@ -231,7 +233,7 @@ def test_the_order_of_records_and_repeats_change_nothing(seed: int) -> None:
     assert summarize(shuffled) == summarize(records)
 
 
-@example([[0, 0, 4], [0, 0, 2]], -2)  # exactly half way down
+@example([[0, 0, 4], [0, 0, 2]], -2)  # The score falls exactly half of the way to the floor.
 @given(
     st.lists(st.lists(st.integers(0, 64), min_size=3, max_size=3), min_size=2, max_size=6),
     st.sampled_from([-2, 1, 4]),
@@ -270,7 +272,7 @@ def test_differences_besides_rate_seed_and_variant_make_panels_or_labelled_curve
         {"rank": k, "steps_horizon": n} for k in (8, 16) for n in (60, 80)
     ]
     assert all(len(p.curves) == 1 and len(p.curves[0].points) == 2 for p in panels)
-    # alpha and a variant's own hyperparameters stay in one panel, to be compared with LoRA
+    # Curves that differ in alpha or a variant's own hyperparameters share a panel with LoRA.
     records = [record(), record("lora-plus", extra={"ratio": 4}), record("lora-plus", extra={"ratio": 16})]
     records += [record("hira", alpha=None), record("dense", rank=192)]
     panel = only(records)

@@ -1,4 +1,4 @@
-"""Comparisons with a baseline: by hand, against SciPy, by simulation, and invariances."""
+"""Comparisons with a baseline: values computed by hand, SciPy, simulations and invariances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Table = Mapping[str, Sequence[float | None]]
 
 
 def compared(table: Table, margin: float = 0.01, **more: object) -> Comparison:
-    """Compare with "lora". `table`: label -> scores of seeds 0, 1, ...; None is a seed that failed."""
+    """Compare with "lora".
+
+    `table` has the scores of seeds 0, 1, ... by label. None stands for a seed that failed.
+    """
     scores = {
         label: {s: SeedScore(v) for s, v in enumerate(row) if v is not None} for label, row in table.items()
     }
@@ -53,8 +56,8 @@ def test_one_variant_is_the_paired_t_test_of_scipy() -> None:
 def test_the_variance_is_pooled_over_variants_with_the_degrees_of_the_shared_baseline() -> None:
     table = {
         "lora": [0.50, 0.52, 0.48, 0.50],
-        "a": [0.51, 0.54, 0.47, 0.52],  # d: .01 .02 -.01 .02, sum of squares .0006
-        "b": [0.53, 0.52, 0.50, 0.51],  # d: .03 .00 .02 .01, sum of squares .0005
+        "a": [0.51, 0.54, 0.47, 0.52],  # d: .01 .02 -.01 .02, with the sum of squares .0006
+        "b": [0.53, 0.52, 0.50, 0.51],  # d: .03 .00 .02 .01, with the sum of squares .0005
     }
     found = compared(table)
     spread = math.sqrt((0.0006 + 0.0005) / 6)
@@ -85,7 +88,8 @@ def test_the_five_outcomes() -> None:
         "undecided": moved(-0.006, 8.0),
     }
     found = {p.label: p for p in compared(table).pairs}
-    # The variants with large variances leave the pool, so that the small variances do not judge them.
+    # Variants with large variances are not pooled with the others, so their tests do not use the small
+    # variances.
     assert {v: p.outcome for v, p in found.items()} == {
         "better": "better",
         "worse": "worse",
@@ -191,7 +195,7 @@ def test_pairing_helps_where_seeds_differ_by_more_than_the_noise() -> None:
     assert single.pairing_helps is False
 
 
-# --- by simulation, with a fixed generator. The bounds are four binomial standard errors wide.
+# --- simulations with a fixed generator. The bounds are four binomial standard errors wide.
 
 
 @pytest.fixture
@@ -204,8 +208,9 @@ def simulated(draws: int, n: int, spreads: Sequence[float], seed: int) -> tuple[
     """Simulate studies without any true difference.
 
     Returns:
-        Three shares of studies: any variant is declared better or worse; all simultaneous intervals hold; any
-        variant at the margin is declared equivalent.
+        The share of studies that declare any variant better or worse, the share in which all simultaneous
+        intervals contain the true difference, and the share that declare any variant at the margin
+        equivalent.
     """
     rng = np.random.default_rng(seed)
     false = held = equal = 0
@@ -234,7 +239,7 @@ def simulated(draws: int, n: int, spreads: Sequence[float], seed: int) -> tuple[
 def test_false_findings_and_coverage_are_near_nominal(
     n: int, spreads: tuple[float, ...], allowed: float
 ) -> None:
-    """`allowed` is the coverage that pooling may cost if the variances are not equal."""
+    """Pooling of unequal variances may reduce the coverage by `allowed`."""
     draws = 400
     false, held, equal = simulated(draws, n, spreads, 11)
     slack = 4 * math.sqrt(0.05 * 0.95 / draws)

@@ -1,4 +1,4 @@
-"""The choice of tuning, for grids and searches, and the file that keeps it."""
+"""The choice that tuning makes, for grids and searches, and the file that stores the choice."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_edges_of_a_grid_and_of_a_range() -> None:
     assert only(curve(0.1, 0.5, 0.2)).edges == ()
     assert only(curve(0.1, 0.2, 0.5)).edges == ("learning_rate (high edge)",)
     assert only(curve(0.5, 0.2, 0.1)).edges == ("learning_rate (low edge)",)
-    # Five values make a range; a choice of two has ends, but no edges.
+    # The six values of alpha are a range with edges. The two values of `rank` are choices without edges.
     points = [
         record(rate=1e-3 * 2**i, alpha=float(2**i), rank=4 + 4 * (i % 2), validation=0.1 * i)
         for i in range(6)
@@ -107,15 +107,18 @@ def test_resampled_seeds_repeat_the_choice_among_points_with_stopped_runs() -> N
     records = [record(rate=1e-3, seed=s, validation=0.5) for s in (0, 1)]
     records += [record(rate=1e-2, seed=0, validation=0.9)]
     records += [record(rate=1e-2, seed=1, validation=0.9, state="stopped")]
-    assert best_rate(records) == 1e-3  # 0.45 is sure
+    # At 1e-2 the mean is at least 0.45, which is below 0.5.
+    assert best_rate(records) == 1e-3
     shares = selection_frequencies(only(records))
     assert shares is not None
     found = {point.learning_rate: share for point, share in shares}
-    assert found == {1e-3: 0.75, 1e-2: 0.25}  # seed 0 alone, drawn twice, knows of no stopped run
+    # Only the draw of seed 0 twice has no stopped run.
+    assert found == {1e-3: 0.75, 1e-2: 0.25}
 
 
 def test_selection_frequencies_by_hand() -> None:
-    # Seeds 0 and 1. At 1e-2: .9 and .1, at 1e-3: .4 both. Draws 00 and 01, 10 choose 1e-2, 11 chooses 1e-3.
+    # Seeds 0 and 1 score .9 and .1 at 1e-2, and .4 each at 1e-3. The draws 00, 01 and 10 choose 1e-2, and 11
+    # chooses 1e-3.
     records = [record(rate=1e-3, seed=s, validation=0.4) for s in (0, 1)]
     records += [record(rate=1e-2, seed=0, validation=0.9), record(rate=1e-2, seed=1, validation=0.1)]
     shares = selection_frequencies(only(records))

@@ -1,4 +1,4 @@
-"""Variants with one deliberate error each; most of these errors occur in published code."""
+"""Variants with one deliberate error each. Most of these errors occur in published code."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class MergesUnscaled(LoRA):
 
 
 class RoundsTheBase(LoRA):
-    """The initialization writes W, here its last bit, as a residual stored in W would at best."""
+    """The initialization changes W, but only the last bit of each weight."""
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         bits = torch.int32 if layer.weight.dtype == torch.float32 else torch.int16
@@ -78,7 +78,7 @@ class MovesFrozen(PiSSA):
 class ForgetsFrozen(LoRA):
     """The initialization draws a random tensor that is not saved."""
 
-    peft_names: ClassVar[Mapping[str, str]] = {}  # with an export, another law would fail too
+    peft_names: ClassVar[Mapping[str, str]] = {}  # With an export, another law would fail too.
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         signs = torch.randn(layer.weight.shape[0], generator=torch.Generator().manual_seed(1)).sign()
@@ -139,7 +139,7 @@ class ExportsWrongAlpha(LoRA):
 
 
 class AttachedNorm(DoRA):
-    """DoRA whose gradient includes the norm: another method, with the same outputs at step 0."""
+    """DoRA with a gradient through the norm, which is another method with the same outputs at step 0."""
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
         a, b = pad_rank_one(params["A"], params["B"])

@@ -1,8 +1,8 @@
-"""Ten optimizer steps of a variant beside those of a trusted implementation, in float64.
+"""Comparison of ten optimizer steps of a variant with a trusted implementation, in float64.
 
-For variants that PEFT has, the reference is PEFT, with its own optimizer, loss term or call after each step
-where it has one. For the two controls it is plain AdamW on the model itself. The initial random values are
-copied between the two, and then all parameters are compared after every step.
+For variants that PEFT has, the reference is PEFT, with PEFT's own optimizer, loss term or call after each
+step where PEFT has one. For the two controls, the reference is plain AdamW on the model itself. The initial
+random values are copied from one side to the other, and then all parameters are compared after every step.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ class Reference:
     """A trusted implementation of a variant."""
 
     config: Callable[[list[str]], PeftConfig] | None
-    """Returns PEFT's config for a list of target layers. None: the reference is the model itself, whose
-    parameters have the lane's names."""
+    """Function that returns PEFT's config for a list of target layers. If None, the reference is the model
+    itself, whose parameters have the lane's names."""
     names: dict[str, str] = field(default_factory=dict)
-    """End of PEFT's name of a tensor -> our name."""
+    """Our name of a tensor, by the end of PEFT's name."""
     residual: bool = False
-    """True if PEFT has written the residual of the initialization into the weight (PiSSA)."""
+    """Whether PEFT writes the residual of the initialization into the weight (PiSSA)."""
     extra: ExtraSettings = field(default_factory=dict)
     """Extra settings of our variant."""
     init: Callable[[PeftModel, Adapters, Case], None] | None = None
-    """Completes the initialization: computes PEFT's (EVA) or copies PEFT's frozen tensors (VeRA)."""
+    """Function that completes the initialization in PEFT (EVA) or copies PEFT's frozen tensors (VeRA)."""
     optimizer: Callable[[PeftModel], torch.optim.Optimizer] | None = None
-    """Makes PEFT's own optimizer (LoRA+); otherwise AdamW is used."""
+    """Function that makes PEFT's own optimizer (LoRA+). If None, AdamW is used."""
     after_step: Callable[[PeftModel, int], None] | None = None
-    """Is called after each step with the number of steps taken (AdaLoRA)."""
+    """Function that is called after each step with the number of steps taken (AdaLoRA)."""
     models: tuple[str, ...] = LANGUAGE_MODELS
     """The models to compare on."""
 
@@ -92,7 +92,7 @@ def _adalora(orthogonality: float, final: int) -> Reference:
 
 
 def _init_eva(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
-    """Initialize PEFT's EVA from the lane's calibration batches and compare ranks and directions."""
+    """Initialize EVA in PEFT with the lane's calibration batches, and compare ranks and directions."""
     with torch.random.fork_rng():
         batches = [{"input_ids": torch.cat([case.rows(0, step) for step in range(3)])}]
         initialize_lora_eva_weights(reference_model, batches, show_progress_bar=False)
@@ -131,7 +131,7 @@ REFERENCES = {
     "head_only": Reference(None, models=("headed",)),
 }
 ADALORA_FIXED_RANKS = _adalora(orthogonality=0.0, final=4)
-"""AdaLoRA with fixed ranks in the last steps. The orthogonality loss is off, as it deviates from PEFT's."""
+"""AdaLoRA with fixed ranks in the last steps, without the orthogonality loss, which differs from PEFT's."""
 
 
 def compare_steps(variant: Variant, reference: Reference, model: str) -> Adapters:
@@ -202,12 +202,12 @@ def _plain_model(case: Case, adapters: Adapters) -> tuple[nn.Module, dict[str, n
 def _peft_model(
     case: Case, adapters: Adapters, reference: Reference
 ) -> tuple[PeftModel, dict[str, nn.Parameter]]:
-    """Return PEFT's model, whose initial values the lane gets, and its parameters by our names."""
+    """Return PEFT's model and its parameters by our names. Copy their initial values to the lane."""
     assert reference.config is not None
-    # PEFT's model is made in float32 and then converted to float64: PEFT's SVD needs float32, and in float64
-    # AdaLoRA's `ranknum` would be trained.
+    # PEFT's model is made in float32 and then converted to float64, because PEFT's SVD needs float32, and
+    # PEFT would train AdaLoRA's `ranknum` in float64.
     base_model = case.build().float()
-    # The loss function of transformers casts to float32.
+    # The loss function of transformers would cast to float32.
     base_model.loss_function = lambda logits, labels, **_: case.loss(logits, labels)
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -258,7 +258,7 @@ def _share_residual(adapters: Adapters, reference_model: PeftModel, expected: Ma
         residual = layer.frozen_layer.weight - scaling * b @ a
         weight = modules[name].base_layer.weight.data  # type: ignore[union-attr]
         stored = weight.t() if is_conv1d(layer.base_layer) else weight
-        # PEFT computed its residual in float32.
+        # The tolerance allows for PEFT's residual, which is computed in float32.
         torch.testing.assert_close(stored, residual, rtol=0, atol=1e-6)
         stored.copy_(residual)
         _assert_same_product(

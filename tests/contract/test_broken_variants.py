@@ -1,4 +1,4 @@
-"""Each law detects a variant that breaks it, and no other law does: no law is empty or redundant."""
+"""Each broken variant is detected by exactly one law, so no law is empty or redundant."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every variant of the catalogue satisfies every law on every case.
 
-The default run has a pairwise cover of this product; the other combinations are marked `slow`.
+The default run has a pairwise cover of all combinations. The other combinations are marked `slow`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def traits(cases: Iterable[Case]) -> set[tuple[str, object]]:
     found: set[tuple[str, object]] = set()
     for case in cases:
         found |= {("model", case.model), ("dtype", case.dtype), ("several lanes", case.lanes > 1)}
-        if not case.is_language_model:  # the language models have fixed shapes and biases
+        if not case.is_language_model:  # Language models have fixed shapes and biases.
             found |= {("tall", case.out_features > case.in_features), ("bias", case.bias)}
     return found
 
 
 @cache
 def cover(cases: tuple[Case, ...], first: Case) -> tuple[Case, ...]:
-    """Return the fewest of `cases` that include `first` and have all traits of `cases`."""
+    """Return a smallest subset of `cases` that includes `first` and has all traits of `cases`."""
     choices = ((first, *more) for size in range(len(cases)) for more in combinations(cases, size))
     return next(chosen for chosen in choices if traits(chosen) == traits(cases))
 
@@ -42,7 +42,7 @@ def applicable_cases(law: str, name: str) -> tuple[Case, ...]:
 
 
 def parameters() -> Iterator[Any]:
-    """Yield the whole product; the cover of each variant and law begins with another case."""
+    """Yield all combinations. The cover starts at a different case for each variant and law."""
     for i, name in enumerate(catalogue.names()):
         # This file has no expensive fixtures, so the workers of pytest-xdist may share it.
         group = pytest.mark.xdist_group(f"laws-{name}")

@@ -1,4 +1,4 @@
-"""On a GPU a lane in a group equals the lane alone up to rounding, as kernels may sum in another order."""
+"""On a GPU, a lane in a group equals the lane alone up to rounding, because the order of sums may differ."""
 
 from __future__ import annotations
 

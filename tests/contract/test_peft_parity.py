@@ -1,4 +1,4 @@
-"""Ten optimizer steps of a variant equal those of PEFT, or those of plain AdamW for the two controls.
+"""Ten optimizer steps of a variant equal ten steps of PEFT or, for the two controls, of plain AdamW.
 
 The models have layers of type Linear (Llama) and Conv1D (GPT-2).
 """

@@ -1,4 +1,4 @@
-"""Rank 1: PyTorch multiplies a single column differently for one lane than for several."""
+"""Lanes of rank 1. PyTorch multiplies a single column differently for one lane than for several."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_a_valid_task_file_is_planned(tmp_path: Path, run: Run) -> None:
 
 
 def without(name: str) -> str:
-    """Return `TASK` without the attribute or method `name`, which is renamed."""
+    """Return `TASK` with the attribute or method `name` renamed, so that it is missing."""
     return TASK.replace(f"    {name} =", f"    not_{name} =").replace(f"def {name}(", f"def not_{name}(")
 
 
@@ -253,7 +253,7 @@ def test_an_invalid_model_is_refused(case: str, tmp_path: Path, base: Path, run:
     folder = shutil.copytree(base, tmp_path / "m")
     spoil, expected = MODELS[case]
     spoil(folder)
-    # A plan needs no tokenizer.
+    # A plan does not load the tokenizer.
     plan = () if "tokenizer" in case else ("--plan",)
     run(SWEEP, "--dry-run", *plan, "--model", "m").assert_refused("Model 'm'", *expected)
 
@@ -278,7 +278,7 @@ def _file(name: str, text: bytes) -> Callable[[Path], Path]:
 
 
 def _folder(name: str) -> Callable[[Path], Path]:
-    """Return a function that makes a folder where a file should be."""
+    """Return a function that makes a folder in place of a file."""
 
     def make(results: Path) -> Path:
         (results / name).mkdir(parents=True)
@@ -288,7 +288,7 @@ def _folder(name: str) -> Callable[[Path], Path]:
 
 
 def _loop(name: str) -> Callable[[Path], Path]:
-    """Return a function that makes a link to itself where a file should be."""
+    """Return a function that makes a link to itself in place of a file."""
 
     def make(results: Path) -> Path:
         path = results / name
@@ -342,7 +342,7 @@ def test_an_invalid_file_of_the_store_is_named(case: str, tmp_path: Path, base: 
 
 
 def test_a_changed_base_model_is_an_error_of_one_line(tmp_path: Path, base: Path, run: Run) -> None:
-    """The store contains the base model and a hash of its files."""
+    """The files of the base model in the store do not match their stored hash."""
     bases = tmp_path / "results" / "store" / "bases"
     shutil.copytree(base, bases / f"letters-base-{'0' * 12}")
     (tmp_path / "results" / POINTER).write_text(json.dumps({"name": "letters-base", "content": "0" * 64}))

@@ -1,7 +1,7 @@
 """Wrong values of options are refused before Ray starts, in one line with exit code 2.
 
-The line has the value, the rule and the nearest right choice. The scripts run in this process unless a test
-says otherwise.
+The line names the value, the rule and the nearest valid choice. The scripts run in the process of the test
+unless a test says otherwise.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def test_an_unknown_or_unparsable_option_is_refused_with_the_right_one(
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """A fresh interpreter is used, because other tests have imported much. Help has to appear at once."""
+    """Use a fresh interpreter, because other tests import these packages. Help has to appear at once."""
     probe = (
         "import runpy, sys\n"
         "for script in sys.argv[1:]:\n"

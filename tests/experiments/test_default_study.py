@@ -12,7 +12,7 @@ from in_process import SWEEP, Run
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write as many rows as the study takes."""
+    """Write data with as many rows as the study uses. Return the folder."""
     root = tmp_path_factory.mktemp("data")
     rows = []
     for number in range(27_500):

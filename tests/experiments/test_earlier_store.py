@@ -1,7 +1,7 @@
 """A store and studies of an earlier version can be read, reported and continued.
 
 `tests/data/earlier_store.tar.gz` was made on 2026-11-27 by these two commands at commit cbc1d90. The archive
-lacks the caches and MLflow's files.
+does not contain the caches and MLflow's files.
 
     python experiments/lr_sensitivity.py --dry-run --variants lora head_only --learning-rates 1e-3 1e-2 \
         --seeds 2 --task reviews --steps 12 --study old-grid

@@ -1,4 +1,4 @@
-"""Option names of earlier versions: refused when typed, translated in stored commands."""
+"""Option names of earlier versions are refused when typed and translated in stored commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulated training: the real loop, and a real study, follow prepared curves."""
+"""Simulated training, in which the real training loop or a real study follows prepared curves."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def get_record(store: Store, point: Configuration) -> Record:
 
 
 def replayed_fields(record: Record) -> tuple[Any, ...]:
-    """Return the parts of a record that a replay must repeat."""
+    """Return the fields of a record that a replay must reproduce."""
     return record.state, record.steps, record.reason, record.curve, record.evaluations, record.baseline_scores
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Configuration]]:
-    """Three configurations that were trained: two finished, one diverged. Tests only read this store."""
+    """Train three configurations, of which two finish and one diverges. Tests must not change this store."""
     store = Store(tmp_path_factory.mktemp("trained"))
     points = [configuration(seed=s, steps=12, evaluations=6) for s in (0, 1)]
     points.append(configuration(rate=1e36, steps=12, evaluations=6))
@@ -102,7 +102,7 @@ def test_a_missing_curve_fails_its_lane(tmp_path: Path) -> None:
 
 
 def test_simulated_lanes_follow_the_directives(tmp_path: Path) -> None:
-    """A script parks, spills, stops and drops lanes."""
+    """Lanes are parked, written to disk, stopped and dropped."""
     store = Store(tmp_path / "store")
     points = [configuration(seed=seed, steps=6, evaluations=3) for seed in range(6)]
     queue = Queue(leases(points))

@@ -37,9 +37,9 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """Return a function that prints a plan on a machine with a GPU of this name.
+    """Return a function that returns the printed plan for a machine with the GPU `gpu`.
 
-    None means no GPU, and an empty name that its name is not known.
+    If `gpu` is None, the machine has no GPU. If `gpu` is empty, the name of the GPU is not known.
     """
 
     def said(gpu: str | None, left: Sequence[Configuration] = HUNDRED, **options: Any) -> str:
@@ -82,11 +82,11 @@ def seconds(store: Store, *left: Configuration, lanes: int = 4, workers: int = 1
 
 def test_hours_and_price_of_configurations_like_those_measured(store: Store, plan: Plan) -> None:
     trained(store)
-    trained(store, seed=1, train=42.0)  # the mean of the two: 36 + 6 s
+    trained(store, seed=1, train=42.0)  # On average, the two lanes take 36 s to train and 6 s to score.
     trained(store, device="cpu", seed=2, train=1e6)
     said = plan(A10G)
-    # 100 lanes of 42 s and up to a quarter more: 4200 to 5250 s on two trainers, 25 s to start; 1.17 to 1.46
-    # hours, at 0.45 to 1.006 USD.
+    # 100 lanes of 42 s take 4200 s to 5250 s, a quarter more. Two trainers take half of this time, and 25 s
+    # to start. The 1.17 to 1.46 GPU hours cost 0.45 to 1.006 USD each.
     assert "Time            about 35:25 to 44:10, on NVIDIA A10G, from 2 lanes trained there\n" in said
     assert "GPU hours       about 1.2 to 1.5 on NVIDIA A10G\n" in said
     rate = "0.45 (spot) to 1.01 (on demand) USD a GPU hour, g5.xlarge, AWS us-east-1 in 2026-06"
@@ -95,7 +95,7 @@ def test_hours_and_price_of_configurations_like_those_measured(store: Store, pla
 
 
 def test_a_given_price_overrides_the_table(store: Store, plan: Plan) -> None:
-    trained(store, train=3594.0)  # an hour with its evaluations
+    trained(store, train=3594.0)  # The lane takes an hour with its evaluations.
     said = plan(A10G, price_per_gpu_hour="2:3.5")
     assert "Price           about 200 to 440 USD, at 2 to 3.5 USD a GPU hour, as given\n" in said
     said = plan(A10G, price_per_gpu_hour="2", scheduler="asha")

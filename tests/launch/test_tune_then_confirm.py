@@ -1,4 +1,4 @@
-"""What a tuned comparison chooses, keeps, refuses and passes to its second stage, without Ray."""
+"""The choice that a tuned comparison makes and passes to its second stage, without Ray."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stage(output: Path, *variants: str, **more: Any) -> TuningStage:
 
 
 def begin_study(output: Path, records: list[Record]) -> list[str]:
-    """Write a study of these records, all of them in the store. Returns their fingerprints."""
+    """Store these records and write a study of them. Return their fingerprints."""
     store = Store(output / "store")
     for each in records:
         store.put(each)
@@ -80,8 +80,10 @@ def test_a_variant_after_the_choice_is_refused_before_it_is_trained(tmp_path: Pa
     choice = choose(tuning)
     assert set(choice.configurations) == set(fingerprints)
     tuning.check(requested)
-    tuning.check(requested[:3])  # a part of the configurations changes nothing
-    # A sampler that learns has asked for no point of the new variant yet: the configurations are the same.
+    # A subset of the configurations is accepted.
+    tuning.check(requested[:3])
+    # A sampler that learns may not have asked for a point of the new variant yet. The configurations are then
+    # the same as before.
     for some in (requested, [each.configuration for each in records_of("lora", "pissa", "hira")]):
         with pytest.raises(UsageError, match=r"--variants hira: .* has chosen for lora pissa alone"):
             stage(tmp_path, "lora", "pissa", "hira").check(some)

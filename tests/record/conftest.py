@@ -1,4 +1,4 @@
-"""Records to keep, `make_record(seed=1, state="diverged")`; the fixtures of tests/study/in_process.py."""
+"""The fixture `make_record`, which makes synthetic records, and the fixtures of tests/study/in_process.py."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def configuration(seed: int = 0, rate: float = 1e-3, variant: str = "lora", **ex
 def record(
     seed: int = 0, rate: float = 1e-3, state: Any = "finished", steps: int = 20, **changes: Any
 ) -> Record:
-    """A record as a lane would leave it; a diverged one ends in losses that are not finite."""
+    """Return a record like one of a real lane. A diverged record ends with losses that are not finite."""
     own = configuration(seed, rate, changes.pop("variant", "lora"), **changes.pop("extra", {}))
     bad = state == "diverged"
     curve = [StepMetrics(s, 3.0 / s, rate * s / steps, 1.0 / s) for s in range(1, steps + 1)]

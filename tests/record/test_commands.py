@@ -30,7 +30,7 @@ COMMAND = (
 
 @pytest.fixture
 def results(tmp_path, make_record) -> Path:
-    """Write four records and two studies. The second study requests one of the records and a missing one."""
+    """Write four records and two studies. The second study asks for one of the records and a missing one."""
     store = Store(tmp_path / "results" / "store")
     made = [make_record(seed=s, state=t) for s, t in enumerate(("finished", "diverged", "stopped", "failed"))]
     for record in made:
@@ -150,7 +150,7 @@ def test_show_prints_one_record(results, make_record):
 def test_show_of_a_failed_record_has_its_traceback(run, results, make_record):
     names = [make_record(seed=3, state="failed").fingerprint[:12], make_record(seed=1).fingerprint[:12]]
     done = run(ORCHESTRATOR, "show", *names)
-    assert "diverged after 20 of 20 steps" in done.stdout  # the second one
+    assert "diverged after 20 of 20 steps" in done.stdout  # This is the second record.
     assert "failed after" in done.stdout
     assert "Traceback: no such tensor" in done.stdout
     assert "exact_match none" in done.stdout
@@ -278,7 +278,7 @@ def test_show_of_a_fresh_seed_has_the_whole_command_of_its_comparison(run, resul
 def test_a_growing_study_keeps_its_list_of_reused_configurations(tmp_path):
     study = StudyFile("s", "", "x").with_configurations(["a", "b", "a"], cached=["a"])
     assert (study.configurations, study.reused) == (("a", "b"), ("a",))
-    # The results of the study itself are known now, but they are not reused ones.
+    # The results of the study itself are also in the store now, but they do not count as reused.
     study = study.with_configurations(["a", "b", "c", "d"], cached=["a", "b", "d"])
     assert (study.configurations, study.reused) == (("a", "b", "c", "d"), ("a", "d"))
     study.write(tmp_path / "s")

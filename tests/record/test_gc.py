@@ -102,7 +102,7 @@ def test_a_stopped_lane_that_may_be_in_use_stays(store, tmp_path, make_record):
     _checkpoint(store, wanted.fingerprint)
     _checkpoint(store, young.fingerprint, age=5)
     StudyFile("rates", "", "", (wanted.fingerprint,)).write(output / "rates")
-    with FileLock(output / "rates" / ".lock"):  # as a running study holds it
+    with FileLock(output / "rates" / ".lock"):  # A running study holds this lock.
         found = collect_garbage(store, output, include_stopped=True)
         assert (_counts(found.removed), _counts(found.skipped)) == ({}, {gc.IN_USE: 2})
     found = collect_garbage(store, output, include_stopped=True)
@@ -136,7 +136,7 @@ def test_old_temporary_files_of_every_writer_are_removed(store, tmp_path, make_r
     for path in old:
         _age(path, LONG_AGO)
     kept = [
-        _file(shard / f".{'e' * 64}.json.{hexes}", age=5),  # a process may be writing it now
+        _file(shard / f".{'e' * 64}.json.{hexes}", age=5),  # A process may be writing this file now.
         _file(shard / ".lock"),
         _file(store.bases / ".letters-base.lock"),
         _file(store.data / ".letters.lock"),
@@ -173,7 +173,7 @@ def test_files_of_a_writer_that_dies_before_its_rename_are_removed(store, tmp_pa
     StudyFile("s", "", "").write(output / "s")
     before = {path for path in output.rglob("*") if path.is_file()}
     if (child := os.fork()) == 0:
-        if "merge" not in writer:  # a merge links records before it copies adapters
+        if "merge" not in writer:  # A merge links records before it copies adapters.
             os.replace = os.link = lambda *names: os._exit(0)
         setattr(Path, "rename", lambda *names: os._exit(0))  # noqa: B010
         write()
@@ -190,7 +190,7 @@ def test_files_of_a_writer_that_dies_before_its_rename_are_removed(store, tmp_pa
 
 
 def test_a_record_beside_a_final_one_is_removed(store, tmp_path, make_record):
-    """The writer died after it had written the final record, before it removed the other one."""
+    """The writer died between writing the final record and removing the stopped record."""
     store.put(make_record(seed=1, state="stopped"))
     (stopped,) = store.records_folder.glob("*/*.stopped.json")
     data = stopped.read_bytes()

@@ -1,4 +1,4 @@
-"""Merging of stores: the result is that of one store, in any order."""
+"""Merging of stores. In any order, the result equals a single store with all records."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_bases_calibrations_and_adapters_of_copied_records_are_copied(stores, ma
         (store.bases / "b.recipe.json").write_text(text)
         store.calibration.mkdir()
         save_file({"a": np.zeros(2)}, store.calibration / f"{text}.safetensors")
-    (there.bases / ".b-abcdefgh").mkdir()  # incomplete
+    (there.bases / ".b-abcdefgh").mkdir()  # This base model is incomplete.
     copied, other = make_record(seed=1), make_record(seed=2, reason="theirs")
     there.put(copied)
     there.put(other)
@@ -202,7 +202,7 @@ def test_the_command_merges_all_and_names_the_next_one(run, tmp_path, make_recor
     run(*merging).assert_refused("name at least one other store")
 
 
-# Seed, state, steps, the second of its end.
+# Each write is a seed, a state, a number of steps, and the second at which the record ended.
 _WRITES = st.lists(
     st.tuples(
         st.integers(0, 3),
@@ -215,11 +215,12 @@ _WRITES = st.lists(
 
 
 def _outcome(store: Store) -> dict[str, tuple[str, int, int]]:
-    """Return state, steps of the current record, and failures of each fingerprint."""
+    """Return the state, the steps of the current record, and the number of failures, by fingerprint."""
     return {f: (s, store.get(f).steps, store.count_failures(f)) for f, s in store.states().items()}
 
 
-@settings(max_examples=settings.default.max_examples // 5)  # six joined stores each
+# Each example joins six stores.
+@settings(max_examples=settings.default.max_examples // 5)
 @given(writes=_WRITES, data=st.data())
 def test_any_split_merged_in_any_order_gives_the_same_store(tmp_path_factory, make_record, writes, data):
     root = tmp_path_factory.mktemp("stores")
@@ -247,7 +248,7 @@ def test_any_split_merged_in_any_order_gives_the_same_store(tmp_path_factory, ma
         assert _files(joined) == before
     assert all(outcome == outcomes[0] for outcome in outcomes)
 
-    # The merged store has a final record where there was one, else the longest stopped record.
+    # The merged store has a final record if any store had one, and otherwise the longest stopped record.
     for fingerprint in {r.fingerprint for r in records}:
         states = {r.state for r in records if r.fingerprint == fingerprint}
         if "finished" in states:

@@ -45,7 +45,7 @@ def test_each_configuration_has_one_row_with_every_hyperparameter(store, make_re
     }
     assert rows[made[0].fingerprint]["validation_accuracy"] == pytest.approx(20 / 30)
     assert rows[made[0].fingerprint]["test_loss"] == 0.2
-    assert rows[made[2].fingerprint]["validation_loss"] == 0.1  # of the last evaluation before the stop
+    assert rows[made[2].fingerprint]["validation_loss"] == 0.1  # This is the last evaluation before the stop.
     assert rows[made[2].fingerprint]["test_loss"] is None
 
 

@@ -20,9 +20,9 @@ def test_the_commit_is_marked_dirty_if_a_source_differs(tmp_path):
     source = tmp_path / "orchestrator" / "__init__.py"
     source.parent.mkdir()
     source.write_text("")
-    assert provenance.read_commit(tmp_path) == "unknown"  # no repository
+    assert provenance.read_commit(tmp_path) == "unknown"  # There is no repository.
     _git(tmp_path, "init", "-q")
-    assert provenance.read_commit(tmp_path) == "unknown"  # a repository that does not track the sources
+    assert provenance.read_commit(tmp_path) == "unknown"  # The repository does not track the sources.
     _git(tmp_path, "add", ".")
     _git(tmp_path, "commit", "-q", "-m", "start")
     head = _git(tmp_path, "rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""Scratch folders: a lock shows if the driver is running, and no other folder is removed."""
+"""Scratch folders. Only folders of drivers that no longer hold their lock are removed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def driver(store: Store) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Start a process that keeps a scratch folder until its standard input ends."""
+    """Start a process that holds a scratch folder until its standard input ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(store.root)],
         stdin=subprocess.PIPE,
@@ -69,12 +69,13 @@ def test_the_folder_of_a_killed_driver_is_removed_by_the_next_command(
 def test_the_folder_of_a_running_driver_stays_even_if_no_process_has_its_number(
     store: Store, driver: tuple[subprocess.Popen[str], Path]
 ) -> None:
-    """A container with this host's name may have made it: no process here has the number in its name."""
+    """The driver may run in a container with this host's name, so no process here has its number."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     _, made = driver
     folder = made.with_name(f"{os.uname().nodename}-{gone.pid}-0123abcd")
-    for suffix in ("", ".lock"):  # the lock belongs to the file, whatever its name is
+    # The driver keeps the lock, because it is a lock of the file, not of its name.
+    for suffix in ("", ".lock"):
         made.with_name(made.name + suffix).rename(folder.with_name(folder.name + suffix))
     scratch.remove_stale_folders(store)
     assert (folder / "tune").exists()

@@ -31,7 +31,7 @@ def test_a_stored_record_is_read_unchanged_with_nan_and_infinities(store, make_r
         record = make_record(state=state, seed=seed)
         assert store.put(record)
         back = store.get(record.fingerprint)
-        assert repr(back) == repr(record)  # compared as text, because NaN is not equal to itself
+        assert repr(back) == repr(record)  # They are compared as text, because NaN is not equal to itself.
     assert math.isnan(store.get(make_record(seed=1).fingerprint).curve[-1].loss)
 
 
@@ -84,7 +84,7 @@ def test_states_and_records_agree(store, make_record):
         store.put(record)
         expected[record.fingerprint] = state
     assert store.states() == expected
-    assert store.states() == expected  # this time from memory
+    assert store.states() == expected  # The second call reads the states from memory.
     assert {r.fingerprint: r.state for r in store.records()} == expected
     assert [r.fingerprint for r in store.records()] == sorted(expected)
 
@@ -97,7 +97,7 @@ def test_states_sees_changes_of_another_process(store, make_record):
 
 
 def test_states_reads_the_head_of_a_record_and_only_once(store, make_record, caplog):
-    """Check that the rest of a file is not parsed, and that an unchanged file is not opened again."""
+    """The rest of a file is not parsed, and an unchanged file is not opened again."""
     expected = {}
     for seed, state in enumerate(("finished", "diverged", "stopped", "failed")):
         record = make_record(seed=seed, state=state)
@@ -114,7 +114,7 @@ def test_states_reads_the_head_of_a_record_and_only_once(store, make_record, cap
 
 
 def _overwrite(files: list[Path], change: Callable[[Path, str], str]) -> None:
-    """Replace the text of each file by one of the same length, and keep the modification time."""
+    """Replace the text of each file by a text of the same length, and keep the modification time."""
     for file in files:
         status = file.stat()
         file.write_text(change(file, file.read_text()))
@@ -148,7 +148,7 @@ def test_a_file_that_is_no_record_is_skipped_with_one_warning(store, make_record
             assert store.get(bad.fingerprint) is None
             assert store.states() == {good.fingerprint: "finished"}
     assert len([m for m in caplog.messages if path.name in m]) == 1
-    assert store.put(bad)  # such a file must not keep the configuration from being recorded
+    assert store.put(bad)  # Such a file must not prevent a new record of the configuration.
     assert store.states() == {good.fingerprint: "finished", bad.fingerprint: "finished"}
 
 
@@ -175,7 +175,7 @@ def test_an_unknown_schema_version_is_named(store, make_record):
 
 
 def test_a_flipped_bit_never_changes_a_record(store, make_record, caplog):
-    """Flip a bit of every third byte in turn: the record is skipped with a warning, or unchanged."""
+    """After a bit of any third byte is flipped, the record is skipped with a warning, or unchanged."""
     record = make_record()
     whole = _text_of(store, record).encode()
     path = _file(store, record)
@@ -260,12 +260,13 @@ def _race(root: Path, barrier, wins, number: int, records: list[Record]) -> None
 
 
 def test_one_of_several_writing_processes_wins(store, make_record):
-    """Let four processes write each record; every second one has an incomplete file in its place."""
+    """Four processes write each record. For every second record there is an incomplete file in its place."""
     records = [make_record(seed=seed) for seed in range(60)]
     for record in records[::2]:
         _file(store, record).parent.mkdir(exist_ok=True)
         _file(store, record).write_text('{"schema_version":1,')
-    context = multiprocessing.get_context("spawn")  # a fork could inherit a lock of another thread
+    # A forked process could inherit a lock that another thread holds.
+    context = multiprocessing.get_context("spawn")
     barrier, wins = context.Barrier(4), context.SimpleQueue()
     arguments = [(store.root, barrier, wins, number, records) for number in range(4)]
     processes = [context.Process(target=_race, args=a) for a in arguments]

@@ -1,4 +1,4 @@
-"""Run a command of this project in the test's own process, which saves an interpreter for each input."""
+"""Fixtures that run a command of this project in the test's own process, which is faster than a new one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SWEEP = ROOT / "experiments" / "lr_sensitivity.py"
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a command, with the attribute names of `subprocess.CompletedProcess`."""
+    """The result of a command, with the attribute names of `subprocess.CompletedProcess`."""
 
     returncode: int
     stdout: str
@@ -41,7 +41,7 @@ Run = Callable[..., Ended]
 
 
 class _LeavesSignals(graceful_interrupts.InterruptHandler):
-    """A handler that takes no signals and starts no thread, which would stay in the test process."""
+    """A handler that takes no signals and starts no thread, because both would outlive the command."""
 
     def install(self) -> None:
         pass
@@ -51,7 +51,7 @@ class _LeavesSignals(graceful_interrupts.InterruptHandler):
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo what a command changes for the rest of its process, and hide GPUs and the user's settings."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # no GPU is the case that is tested, on any machine
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # Tests assume that there is no GPU.
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ORCHESTRATOR_OUTPUT", "ORCHESTRATOR_DATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(graceful_interrupts, "interrupt_handler", _LeavesSignals())
@@ -66,8 +66,8 @@ def run(
 ) -> Run:
     """Return a function that runs a script with arguments, as a user would in the folder `tmp_path`.
 
-    It runs the whole file as `__main__`, so that options are parsed and errors are turned into lines and exit
-    codes by the same code. It asserts that neither Ray nor any other process was started.
+    The function runs the whole file as `__main__`, so that the same code as for a user parses the options and
+    turns errors into lines and exit codes. It asserts that neither Ray nor any other process was started.
     """
     monkeypatch.chdir(tmp_path)
 

@@ -19,7 +19,7 @@ LIMIT_SECONDS = 200.0
 
 
 class Terminal:
-    """A Python program in a terminal of its own.
+    """A Python program in its own terminal.
 
     Attributes:
         shown: All that was written to the terminal so far.
@@ -52,27 +52,27 @@ class Terminal:
 
     def end(self) -> tuple[int, list[str]]:
         """Wait for the end of the program. Return its exit code and the lines on the screen, without empty
-        ones at the end."""
+        lines at the end."""
         while self._read():
             pass
         os.close(self._ours)
         return self._process.wait(LIMIT_SECONDS), screen(self.shown)
 
     def _read(self) -> bool:
-        """Read what comes next; False at the end."""
+        """Read the next output. Return False at the end."""
         assert select.select([self._ours], [], [], LIMIT_SECONDS)[0], (
             f"nothing more was shown: {self.shown!r}"
         )
         try:
             data = os.read(self._ours, 65536)
-        except OSError:  # on Linux, when the other side is closed
+        except OSError:  # Linux raises this when the other side is closed.
             return False
-        self.shown += self._decoder.decode(data)  # a character may come in two parts
+        self.shown += self._decoder.decode(data)  # A character may arrive in two parts.
         return bool(data)
 
 
 def screen(shown: str) -> list[str]:
-    """Return the lines that a terminal shows after all of `shown`, without empty ones at the end."""
+    """Return the lines that a terminal shows after all of `shown`, without empty lines at the end."""
     lines, row, column = [""], 0, 0
     for part in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|[^\x1b]", shown):
         if part == "\r":

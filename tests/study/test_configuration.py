@@ -29,12 +29,12 @@ POINT = Configuration(
 
 
 def test_the_fingerprint_does_not_change() -> None:
-    """Records are named by the fingerprint, so a change would make all existing records unfindable."""
+    """Records are named by fingerprint, so after a change no existing record would be found."""
     assert POINT.fingerprint == "e1661b66add80704f17b90882cae382b8af77d7b2de0cabbe00f3de05369c0ed"
 
 
 def test_new_fields_do_not_change_fingerprints_of_earlier_numerics() -> None:
-    """A search of an earlier version is refused because the numerics were raised, and for no other reason."""
+    """An earlier configuration has another fingerprint only because the numerics were raised."""
     before = replace(POINT, loop_numerics=1)
     assert before.fingerprint == "f3772e6fc07e41559cc1d7750e25c3ee629eec7975b9e1217315539f66130eb1"
 
@@ -49,7 +49,7 @@ def test_a_configuration_survives_json_and_pickle() -> None:
 
 
 def test_equal_values_of_different_types_have_one_fingerprint() -> None:
-    with_int = replace(POINT, variant=replace(POINT.variant, alpha=16))  # an int where a float is meant
+    with_int = replace(POINT, variant=replace(POINT.variant, alpha=16))  # This is an int instead of a float.
     assert with_int.fingerprint == POINT.fingerprint
 
 

@@ -1,7 +1,7 @@
-"""Fingerprints stay what they are: a record that an earlier version has written is found again.
+"""Fingerprints do not change, so that records of an earlier version are found again.
 
-`tests/data/fingerprints.json` lists resolved configurations with their fingerprints and group keys. A change
-that is meant raises one of the `numerics` numbers and writes the file anew:
+`tests/data/fingerprints.json` lists resolved configurations with their fingerprints and group keys. For an
+intended change, raise one of the `numerics` numbers and write the file again with this command:
 
     python tests/study/test_fingerprints.py
 """
@@ -41,10 +41,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def configurations(bases: Path) -> Iterator[tuple[str, Configuration]]:
-    """Yield resolved configurations of tasks whose data are made here, with names that tell them apart.
+    """Yield resolved configurations of tasks without downloaded data, each with a unique name.
 
     Args:
-        bases: An empty folder, so that no base model is prepared and all have the same content.
+        bases: An empty folder, so that no base model is prepared and all count as having the same content.
     """
     for task in TASKS:
         for name, options in OPTIONS.items():

@@ -1,4 +1,4 @@
-"""The options of a search: which go together, and what they are refused for. One line each."""
+"""The options of a search: defaults, and options that are refused in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parsing of search spaces; every point drawn from a space lies in it and makes a configuration."""
+"""Parsing of search spaces. Every point drawn from a space lies in it and gives a valid configuration."""
 
 from __future__ import annotations
 

@@ -8,5 +8,5 @@ import torch
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Give a test the same random numbers whichever tests its process ran before."""
+    """Seed PyTorch, so that a test gets the same random numbers whichever tests ran before it."""
     torch.manual_seed(0)

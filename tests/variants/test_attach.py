@@ -218,7 +218,7 @@ def test_restoring_a_lane_names_tensors_that_do_not_fit() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["lora", "hira", "dora"])
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
-    """The recomputation runs after activate_lanes() has ended and needs the same lanes and masks."""
+    """The recomputation runs after activate_lanes() has ended, and has to use the same lanes and masks."""
     model = Case("llama", model="llama").build().train()
     ids = torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))
     adapters = adapted(model, name=name, settings=VariantSettings(2, 4.0, dropout=0.3))

@@ -24,11 +24,11 @@ CALIBRATED = [
 ]
 BATCHES = 3
 GPT2 = Case("gpt2", model="gpt2")
-"""A model with layers of type Conv1D, those of the attention with shape (32, 96)."""
+"""A model with layers of type Conv1D. The attention layers have the shape (32, 96)."""
 
 
 class Gradients(LoRA):
-    """A variant that keeps the calibration statistic as it is."""
+    """A variant whose calibration tensor is the unchanged statistic."""
 
     calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
 
@@ -85,7 +85,7 @@ def test_calibration_removes_its_hooks_and_gradients(variant: LoRA) -> None:
 
 
 def test_the_mean_gradient_equals_autograd_of_the_plain_model() -> None:
-    """It has the shape (out, in) although the modules of this model store (in, out)."""
+    """The mean gradient has the shape (out, in), although this model's weights have the shape (in, out)."""
     found, _ = calibration(attach(GPT2.build(), Gradients(), VariantSettings(3, 6.0)))
     plain = GPT2.build()
     for batch in range(BATCHES):
@@ -115,7 +115,7 @@ def test_the_first_layer_of_a_frozen_model_gets_a_gradient() -> None:
 
 
 def covariance(x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Return the covariance that `calibrate` computes for inputs x (batches, rows, length, in)."""
+    """Return the covariance that `calibrate` computes for inputs `x` (batches, rows, length, in)."""
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(x.shape[-1], 4)])})
     adapters = attach(model, Inputs(), VariantSettings(2, 4.0))
 
@@ -133,7 +133,7 @@ def covariance(x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
 
 
 def test_inputs_are_centred_over_all_batches() -> None:
-    """The inputs are far from zero, where mean(x x^T) - mean(x) mean(x)^T would lose all digits."""
+    """The inputs are far from zero, so mean(x x^T) - mean(x) mean(x)^T would have no correct digits."""
     x = torch.randn(4, 3, 6, 5) * torch.arange(1.0, 6) + 1000
     expected = torch.cov(x.double().reshape(-1, 5).T, correction=0)
     torch.testing.assert_close(covariance(x).double(), expected, rtol=1e-4, atol=1e-4)

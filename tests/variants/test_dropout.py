@@ -43,7 +43,7 @@ def validated_settings(name: str) -> VariantSettings:
 
 
 def random_calibration(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
-    """Return calibration tensors for random gradients or inputs; None if the variant needs none."""
+    """Return calibration tensors for random gradients or inputs, or None if the variant needs none."""
     variant = adapters.variant
     if variant.calibration_statistic is CalibrationStatistic.NONE:
         return None
@@ -82,10 +82,10 @@ def test_masks_repeat_for_the_same_step_and_differ_otherwise() -> None:
     assert torch.equal(first, update(adapted()))
     for other in (update(adapters, step=1), update(adapters, micro=1), update(adapters, "1")):
         assert not torch.equal(first, other)
-    assert not torch.equal(first[0], first[1])  # each row has its own mask
-    assert torch.equal(
-        update(adapters, step=None), update(adapters, "1", step=None)
-    )  # no dropout in evaluation
+    # Each row has its own mask.
+    assert not torch.equal(first[0], first[1])
+    # Evaluation has no dropout.
+    assert torch.equal(update(adapters, step=None), update(adapters, "1", step=None))
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "hira"])
@@ -138,7 +138,7 @@ def test_dropout_does_not_apply_to_the_frozen_update(name: str) -> None:
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
     with torch.no_grad(), adapters.activate_lanes(["0"], 3) as context:
         found = model(x)
-        context.mask_draws.clear()  # so that the same masks are drawn again
+        context.mask_draws.clear()  # This makes the next draw repeat the same masks.
         masks = draw_dropout_masks(x.unsqueeze(0), settings.dropout, layer.name, context, {"0": 0})
         dropped = x * masks[0]
     assert (dropped == 0).float().mean() > 0.1

@@ -25,7 +25,7 @@ def layer() -> FrozenLayer:
 
 
 def stacked_tensors(lane_settings: VariantSettings, count: int = 2, seed: int = 2) -> dict[str, Tensor]:
-    """Return tensors (K, ...) with a non-zero B and a router whose gates differ."""
+    """Return tensors (K, ...) of K lanes with a non-zero B and a router whose gates differ."""
     noise = torch.Generator().manual_seed(seed)
     initial = [
         VARIANT.init(layer(), lane_settings, torch.Generator().manual_seed(lane)) for lane in range(count)
@@ -50,7 +50,10 @@ def compute(x: Tensor, params: dict[str, Tensor], lane_settings: VariantSettings
 def compute_with_loop(
     x: Tensor, params: dict[str, Tensor], lane: int, lane_settings: VariantSettings
 ) -> Tensor:
-    """Compute one expert after the other, as in the authors' code; with `top_k` only the kept gates count."""
+    """Compute one expert after the other, as in the authors' code.
+
+    If `top_k` is set, only the kept gates count.
+    """
     experts, top_k = params["R"].shape[1], int(lane_settings.extra["top_k"])
     expert_rank = lane_settings.rank // experts
     logits = x[lane] @ params["R"][lane].T
@@ -114,7 +117,7 @@ def test_invalid_settings_are_refused(rank: int, extra: ExtraSettings, message: 
 
 
 def balance(x: Tensor, params: dict[str, Tensor], attention_mask: Tensor | None = None) -> Tensor:
-    """Return the balancing loss of one example per lane, x (K, L, in)."""
+    """Return the balancing loss of one example per lane, for inputs `x` (K, L, in)."""
     attention_mask = torch.ones(x.shape[:2]) if attention_mask is None else attention_mask
     return VARIANT.auxiliary_loss(x.unsqueeze(1), attention_mask.unsqueeze(1), params, layer())
 
@@ -185,7 +188,7 @@ def gradients(adapters: Adapters, names: list[str], x: Tensor) -> dict[str, Tens
 
 @pytest.mark.parametrize(("rank", "top_k"), [(2, 0), (2, 2), (16, 2)])
 def test_lanes_are_independent(rank: int, top_k: int) -> None:
-    """The laws use rank 4 and all gates; here experts have a single rank, and only some gates are kept."""
+    """Unlike in the laws, experts may have rank 1, and only some of the gates may be kept."""
     adapters, x = adapted(rank, top_k=top_k), torch.randn(27, 48)
     with torch.no_grad():
         for lane in adapters.lanes:
@@ -197,8 +200,10 @@ def test_lanes_are_independent(rank: int, top_k: int) -> None:
 
 def test_every_expert_gets_gradients_in_the_first_step() -> None:
     found = gradients(adapted(), ["1"], torch.randn(9, 48))
-    assert found["blocks.0.B"].any(0).all()  # the column of each rank
-    assert found["blocks.0.R"].any(1).all()  # from the balancing loss, since B is still zero
+    # The column of each rank has a gradient.
+    assert found["blocks.0.B"].any(0).all()
+    # This gradient comes from the balancing loss, because B is still zero.
+    assert found["blocks.0.R"].any(1).all()
 
 
 def test_merging_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: the lane's copies replace the model's parameters while the lane is computed."""
+"""Full fine-tuning, in which the lane's copies replace the model's parameters during computation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_copies_are_float32_and_the_model_computes_in_its_own_dtype() -> None:
     adapters.add_lane("0", SETTINGS, seed=0)
     assert {p.dtype for p in adapters.trainable("0").values()} == {torch.float32}
     before = {name: p.detach().clone() for name, p in adapters.trainable("0").items()}
-    take_steps(adapters, 1)  # at a learning rate far below bfloat16's resolution of most weights
+    # The learning rate is far below the resolution of most weights in bfloat16.
+    take_steps(adapters, 1)
     assert all(not torch.equal(p, before[name]) for name, p in adapters.trainable("0").items())
     with torch.no_grad(), adapters.activate_lanes(["0"], None):
         assert adapters.model(input_ids=IDS).logits.dtype == torch.bfloat16

@@ -86,9 +86,8 @@ def test_pissa_takes_the_largest_triplets(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(
         torch.linalg.svdvals(residual)[: len(expected)], expected, rtol=1e-4, atol=1e-5
     )
-    torch.testing.assert_close(
-        start["A"] @ start["A"].T, (start["B"].T @ start["B"])
-    )  # both contain sqrt(S / s)
+    # Both factors contain sqrt(S / s).
+    torch.testing.assert_close(start["A"] @ start["A"].T, (start["B"].T @ start["B"]))
 
 
 def test_randomized_pissa_is_close_to_exact_and_deterministic() -> None:
@@ -123,7 +122,7 @@ def test_pissa_keeps_changes_that_bfloat16_would_round_away() -> None:
 
 
 def test_recomputed_dense_updates_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One lane at a time with recomputation gives the outputs and gradients of all lanes at once."""
+    """Computing one lane at a time with recomputation gives the same bits as computing all lanes at once."""
 
     def gradients() -> list[Tensor]:
         torch.manual_seed(0)

@@ -43,7 +43,7 @@ def shared(adapters: Adapters, lane: str) -> tuple[Tensor, Tensor]:
 
 
 def test_the_shared_matrices_fit_the_largest_layer() -> None:
-    """Their rank exceeds the size of any layer, and they are Kaiming-uniform."""
+    """The shared matrices are Kaiming-uniform, and their rank exceeds the size of any layer."""
     a, b = shared(vera({"a": 0}, VariantSettings(8, None)), "a")
     assert a.shape == (256, 12)
     assert b.shape == (12, 256)

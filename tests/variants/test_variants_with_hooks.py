@@ -126,7 +126,7 @@ def test_relora_reaches_a_higher_rank_and_can_be_merged_and_exported(case: Case,
 
 @pytest.mark.parametrize("model", ["rectangles", "llama"])
 def test_delta_lora_equals_the_papers_stepwise_accumulation(model: str) -> None:
-    """The reference is LoRA whose base weights are written after each step t > K (algorithm 1)."""
+    """The reference is LoRA with base weights that change after each step t > K (algorithm 1)."""
     case, steps = Case(model, model=model, out_features=40, in_features=24, dtype=torch.float64), 12
     adapters, reference = (attach_lanes(case, catalogue.get(name), 1) for name in ("delta_lora", "lora"))
     initial_weights = {name: layer.frozen_layer.weight.clone() for name, layer in adapters.layers.items()}
@@ -161,7 +161,7 @@ def test_delta_lora_has_no_dropout() -> None:
 
 
 def test_adaloras_ranks_follow_the_budget() -> None:
-    """Of 4 layers with 6 triplets each, 16 triplets are kept; t_i = 3 and T - t_f = 17 of 40 steps."""
+    """Of 4 layers with 6 triplets each, 16 triplets are kept. t_i is 3 and T - t_f is 17 of 40 steps."""
     adapters = attach_lanes(RECTANGLES, catalogue.get("adalora"), 2)
     for step in train_steps(RECTANGLES, adapters, 40):
         share = min(1.0, max(0.0, (step - 3) / 14))
@@ -184,7 +184,7 @@ def test_adaloras_ranks_follow_the_budget() -> None:
 
 
 def test_adalora_prunes_the_least_important_of_all_layers() -> None:
-    """A layer whose triplets are set to a high importance keeps all of them at the others' expense."""
+    """A layer whose triplets all have a high importance keeps them, and the other layers lose more."""
     adapters = attach_lanes(RECTANGLES, catalogue.get("adalora"), 1)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 40)
     train_step(RECTANGLES, adapters, {"0": optimizer})

@@ -28,7 +28,7 @@ from orchestrator.record.schema import Evaluation, Record
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory) -> str:
-    """Create one database for all tests; each test has a study of its own."""
+    """Create one database for all tests, each of which has its own study."""
     return empty_database(tmp_path_factory.mktemp("mlflow") / "mlflow.db")
 
 
@@ -38,7 +38,7 @@ def study(request) -> str:
 
 
 def _runs(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
-    """Return the parent run and the children by fingerprint. Deleted runs count: each may exist only once."""
+    """Return the parent run and the children by fingerprint. Check that none exists twice, even deleted."""
     client = MlflowClient(uri, uri)
     experiment = client.get_experiment_by_name(study).experiment_id
     runs = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=1000)
@@ -110,7 +110,8 @@ def test_values_that_are_not_finite_are_logged_as_nan(uri, study, make_record):
     values = [m.value for m in MlflowClient(uri, uri).get_metric_history(child.info.run_id, "train_loss")]
     assert len(values) == 20
     assert all(map(math.isfinite, values[:-2]))
-    assert all(map(math.isnan, values[-2:]))  # infinity would be drawn as 1.8e308
+    # MLflow would plot infinity as 1.8e308.
+    assert all(map(math.isnan, values[-2:]))
 
 
 def test_the_status_of_a_child_follows_from_the_state(uri, study, make_record):
@@ -156,7 +157,7 @@ PROCESSES = multiprocessing.get_context("spawn")
 
 
 def _stop_at(statement: str, times: int, stopped: Event) -> None:
-    """Halt this process before it executes a statement for the given time, and set `stopped`."""
+    """Set `stopped` and halt this process before `statement` is executed for the `times`-th time."""
     numbers = count(1)
 
     @event.listens_for(Engine, "before_cursor_execute")
@@ -167,7 +168,7 @@ def _stop_at(statement: str, times: int, stopped: Event) -> None:
 
 
 def _log(uri: str, study: str, record: Record, stopped: Event) -> None:
-    """Log a record, and halt in the middle of a transaction, when a thousand metrics are there."""
+    """Log a record, and halt in the middle of a transaction after a thousand metrics were written."""
     _stop_at("INSERT INTO metrics", 3, stopped)
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
@@ -175,7 +176,7 @@ def _log(uri: str, study: str, record: Record, stopped: Event) -> None:
 
 
 def test_an_incomplete_child_of_a_killed_driver_is_completed(uri, study, make_record):
-    record = make_record(steps=1000)  # five calls
+    record = make_record(steps=1000)  # Its metrics take several calls.
     stopped = PROCESSES.Event()
     process = PROCESSES.Process(target=_log, args=(uri, study, record, stopped))
     process.start()
@@ -195,7 +196,7 @@ def test_an_incomplete_child_of_a_killed_driver_is_completed(uri, study, make_re
     assert (child.info.status, parent.info.status) == ("FINISHED", "FINISHED")
     for key in ("train_loss", "learning_rate", "gradient_norm"):
         history = MlflowClient(uri, uri).get_metric_history(child.info.run_id, key)
-        assert [m.step for m in history] == list(range(1, 1001))  # none missing, none twice
+        assert [m.step for m in history] == list(range(1, 1001))  # Every step is there once.
     assert len(child.inputs.dataset_inputs) == 3
 
 
@@ -225,7 +226,7 @@ def test_a_newer_record_replaces_its_child(uri, study, make_record):
 
 
 def test_a_configuration_trained_again_after_damage_has_one_child(uri, study, make_record, tmp_path):
-    """The child of the torn record is deleted permanently, with its artifacts."""
+    """The child of the damaged record is deleted permanently, with its artifacts."""
     first = make_record()
     (tmp_path / first.fingerprint).mkdir()
     (tmp_path / first.fingerprint / "adapter_config.json").write_text("{}")
@@ -241,7 +242,7 @@ def test_a_configuration_trained_again_after_damage_has_one_child(uri, study, ma
 
 
 def test_a_child_with_another_value_than_its_record_is_written_again(uri, study, make_record):
-    """A flipped bit in the database, which SQLite does not notice, may have changed the value."""
+    """SQLite does not notice a flipped bit in the database that changes a value."""
     record = make_record()
     for changed, written in ((False, 1), (False, 0), (True, 1), (False, 0)):
         if changed:
@@ -260,7 +261,8 @@ def test_two_runs_of_one_configuration_become_one(uri, study, make_record):
     first.ensure_study(study, "")
     second.ensure_study(study, "")
     first.log_records(study, [record])
-    assert second.log_records(study, [record]) == 1  # it looked before the first one wrote
+    # The second logger has read the children before the first one wrote its child.
+    assert second.log_records(study, [record]) == 1
     MlflowLogger(uri).ensure_study(study, "")
     assert set(_runs(uri, study)[1]) == {record.fingerprint}
 
@@ -304,7 +306,7 @@ def test_an_unreadable_database_counts_as_unavailable(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_create_the_database_at_once_share_it(tmp_path):
-    """Start two interpreters that import everything first and then wait for each other."""
+    """Start two interpreters, which first import everything, and let them create the database at once."""
     code = (
         "import sys, mlflow.store.tracking.sqlalchemy_store\n"
         "from pathlib import Path\n"

@@ -31,7 +31,7 @@ from orchestrator.util.errors import UsageError
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait long enough for every answer, however busy the machine is."""
+    """Raise the time limits, so that a busy machine answers in time."""
     monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", 240.0)
     monkeypatch.setattr(timeouts, "MLFLOW_FLUSH_SECONDS", 240.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "240")
@@ -46,17 +46,17 @@ def _server(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture
 def server(_server: Server) -> Server:
-    """Start the server again if the test before has killed it."""
+    """Return a running server, which is started again if the previous test has killed it."""
     if _server.process is None:
         _server.start()
     return _server
 
 
 class Proxy(ThreadingHTTPServer):
-    """A server that passes requests on to `target`, and keeps the last two parts of their paths in `asked`.
+    """A server that forwards requests to `target` and lists the last two parts of their paths in `asked`.
 
-    The answer to the next request whose path ends in `lose` is lost: `target` has executed the request, and
-    the client sees the connection end.
+    If `lose` is set, the next request whose path ends in `lose` gets no answer: `target` executes the
+    request, and then the connection is closed.
     """
 
     daemon_threads = True
@@ -96,7 +96,7 @@ class _Pass(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_POST = do_GET  # noqa: N815  # the name that http.server calls
+    do_POST = do_GET  # noqa: N815  # http.server calls this name.
 
     def log_message(self, *_: object) -> None:
         pass
@@ -110,7 +110,7 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 
 def _children(uri: str, study: str) -> dict[str, str]:
-    """Return fingerprint -> status. Each child must exist once, under the only parent."""
+    """Return the status of each child by fingerprint. Check that each exists once, under the only parent."""
     client = MlflowClient(uri, uri)
     runs = client.search_runs([client.get_experiment_by_name(study).experiment_id], max_results=1000)
     (parent,) = [r for r in runs if r.data.tags.get("role") == "study"]
@@ -143,7 +143,7 @@ def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path
 
     for name in names[5:8]:
         writer.put(name)
-    server.kill()  # some of these may be under way
+    server.kill()  # Requests for some of these records may be in progress.
     for name in names[8:10]:
         writer.put(name)
     wait(lambda: writer.error, "the writer has not noticed")
@@ -183,7 +183,7 @@ def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path
 
 
 def test_a_record_takes_four_requests_and_a_logged_one_none(proxy, make_record):
-    """A hundred records then take seconds."""
+    """With so few requests, a hundred records take seconds."""
     log, records = MlflowLogger(proxy.uri), [make_record(seed=s, steps=60) for s in range(3)]
     log.ensure_study("counted", "")
     proxy.asked.clear()
@@ -203,7 +203,8 @@ def test_a_lost_answer_makes_no_second_child(server, proxy, make_record, lose):
     with pytest.raises(TrackingUnavailableError):
         log.log_records(study, records)
     assert proxy.lost == 1
-    # The lost update had been executed; after the other requests the child is completed now.
+    # If the answer to the update was lost, the child is complete. After any other lost answer, the child is
+    # completed now.
     assert log.log_records(study, records) == (1 if lose == "runs/update" else 2)
     children = _children(server.uri, study)
     assert children == {"parent": "RUNNING", **{r.fingerprint: "FINISHED" for r in records}}
@@ -220,7 +221,7 @@ def files_with(word: str, folder: Path) -> list[Path]:
 
 @pytest.mark.usefixtures("restored")
 def test_a_password_is_used_but_never_written_or_printed(server, tmp_path, make_record, monkeypatch, capfd):
-    """Check a study whose configurations are all known, and `sync`."""
+    """Check `sync`, and a study whose configurations are all known."""
     uri = server.uri.replace("://", f"://me:{PLANTED}@")
     masked = server.uri.replace("://", "://me:***@")
     monkeypatch.setattr(sys, "argv", ["study.py", "--dry-run", f"--tracking-uri={uri}"])

@@ -56,7 +56,7 @@ def test_a_sqlite_file_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_a_damaged_sqlite_file_is_refused_with_the_command_that_rebuilds_it(tmp_path):
-    """All pages are read only with `every_page`. A file that another program has locked is not damaged."""
+    """Only `every_page` makes the check read all pages. A file locked by another program is not damaged."""
     file = tmp_path / "my runs#1.db"
     with closing(sqlite3.connect(file)) as database:
         database.execute("create table runs (words text)")
@@ -87,13 +87,14 @@ def test_the_default_uri_is_a_file_in_the_store(tmp_path, monkeypatch):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """Wait long enough for every answer, however busy the machine is."""
+    """Raise the time limit, so that a busy machine answers in time."""
     monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", 240.0)
 
 
 @pytest.mark.usefixtures("patient")
 def test_a_refused_connection_is_reported():
-    with socket.socket() as bound:  # so that nobody else listens there; it does not listen either
+    # The bound socket does not listen, and keeps other processes from listening on its port.
+    with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         with pytest.raises(UsageError, match=r"cannot be reached .*refused") as caught:
             check_uri(f"http://me:secret@127.0.0.1:{bound.getsockname()[1]}")
@@ -117,8 +118,9 @@ def test_a_server_that_never_answers_times_out(monkeypatch):
 
 
 def test_a_check_that_blocks_is_abandoned(monkeypatch):
-    """The look-up of a name may block longer than the time-out of the connection."""
-    monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", -0.9)  # a tenth of a second in all
+    """The look-up of a host name may block for longer than the time limit of the connection."""
+    # The check waits for a second more, so a tenth of a second in total.
+    monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", -0.9)
     answered = threading.Event()
     with pytest.raises(UsageError, match=r"'http://slow:5000': cannot be reached \(no answer in time\)"):
         tracking_uri._run_with_timeout("http://slow:5000", lambda uri: answered.wait())

@@ -64,7 +64,7 @@ def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):
     for record in records:
         store.put(record)
     MlflowLogger(uri).ensure_study("picky", "")
-    # An incomplete child has another value of a parameter, and MLflow lets nobody change a parameter.
+    # An incomplete child has another value of a parameter, and MLflow does not allow a parameter to change.
     client = MlflowClient(uri, uri)
     experiment = client.get_experiment_by_name("picky").experiment_id
     tags = {
@@ -90,7 +90,7 @@ def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):
 
 
 def test_a_record_that_fails_like_an_outage_does_not_delay_the_others(uri, store, make_record):
-    # No database can store such a step, and MLflow reports this error like an outage.
+    # No database can store such a large step, and MLflow reports this error like an outage.
     broken = make_record(seed=0, curve=(StepMetrics(2**70, 1.0, 1.0, 1.0),))
     fine = [make_record(seed=s) for s in (1, 2)]
     writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("broken", "", "x"))
@@ -122,7 +122,7 @@ class _Hold(BaseHTTPRequestHandler):
         self.server.released.wait()
         self.send_error(503)
 
-    do_POST = do_GET  # noqa: N815  # the name that http.server calls
+    do_POST = do_GET  # noqa: N815  # http.server calls this name.
 
     def log_message(self, *_: object) -> None:
         pass
