@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Return `Pair.run` of pair.py. The files that use it are one group of pytest-xdist and share it."""
+    """Return `Pair.run` of pair.py. Test files that use it are one pytest-xdist group and share the pair."""
     from pair import started
 
     with started(tmp_path_factory.mktemp("pair")) as run:

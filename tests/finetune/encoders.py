@@ -1,5 +1,7 @@
-"""Random small encoders of the kinds that classification is built on, saved as their checkpoints are: the
-real model and tokenizer classes, two layers, weights as large as trained ones."""
+"""Small encoders with random weights, saved like the published checkpoints that classification starts from.
+
+They have the published model and tokenizer classes, two layers, and weights as large as trained weights.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 
 def save(kind: str, folder: Path, **config: Any) -> Path:
-    """The same weights every time."""
+    """Save a small model of a kind, with the same weights every time, and return the folder."""
     tokenizer, make = KINDS[kind]
     words = tokenizer()
     ids = {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
@@ -25,7 +27,7 @@ def save(kind: str, folder: Path, **config: Any) -> Path:
         model = make({"max_position_embeddings": 258, **ids, **config})
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "LayerNorm" not in name:
-                torch.nn.init.normal_(parameter, std=0.1)  # 0.02 leaves little to see after two layers
+                torch.nn.init.normal_(parameter, std=0.1)  # with 0.02, outputs would hardly differ
         model.save_pretrained(folder)
         words.save_pretrained(folder)
     return folder

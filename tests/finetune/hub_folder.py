@@ -34,7 +34,7 @@ STEPS = 10
 
 
 def write(root: Path, repository: str, splits: Mapping[str, Rows], subset: str | None = None) -> Path:
-    """Write a dataset as the hub has it, with one Parquet file per split; called once per subset."""
+    """Write a dataset in the hub's layout, one Parquet file per split. Each subset needs its own call."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()

@@ -1,7 +1,7 @@
 """Two processes that run the loop as the two workers of a trainer, over gloo.
 
 Starting them takes seconds, so a test session starts them once (the fixture `pair` in conftest.py) and sends
-them one function after another.
+them functions to run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from orchestrator.record.store import Store
 T = TypeVar("T")
 
 WORKERS = 2
-# The server imports these once; each worker is a fork of it.
+# The fork server imports these modules once. Each worker is a fork of the server.
 _PROCESSES = get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     [
@@ -46,8 +46,8 @@ def process(target: Callable[..., None], *arguments: object) -> Any:
     """Start a process that calls `target`; most of its imports are preloaded."""
     made = _PROCESSES.Process(target=target, args=arguments, daemon=True)
     with pytest.MonkeyPatch.context() as patch:
-        # multiprocessing removes its own folder at exit. It must not lie in the one that tests/conftest.py
-        # has removed by then.
+        # multiprocessing removes its own folder at exit, so this folder must not lie in the folder that
+        # tests/conftest.py has removed by then.
         patch.setattr(tempfile, "tempdir", os.environ["PYTEST_DEBUG_TEMPROOT"])
         made.start()
     return made
@@ -64,7 +64,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """The observations of one worker; `weights` maps a lane to all its final parameters in one tensor."""
+    """The observations on one worker; `weights` maps a lane to all its final parameters in one tensor."""
 
     raised: str
     reports: list[tuple[str, int]]
@@ -75,7 +75,7 @@ class WorkerResult:
 
 
 class Pair:
-    """The two processes. They wait for functions to run until `close`."""
+    """The two processes, which run the functions that they receive until `close`."""
 
     def __init__(self, folder: Path) -> None:
         self.workers = []
@@ -89,7 +89,7 @@ class Pair:
     def run(
         self, works: Mapping[str, Callable[[TorchProcessGroup, Path], T]], folder: Path
     ) -> dict[str, list[T]]:
-        """Run each function on both workers and return its two results. It may write to `folder / name`.
+        """Run each function, which may write to `folder / name`, on both workers and return its two results.
 
         Raises RuntimeError with a worker's traceback, or if a worker has died.
         """
@@ -151,7 +151,7 @@ def _serve(rank: int, pipe: Connection, meeting: Path) -> None:
             results = {}, traceback.format_exc()
         pipe.send_bytes(
             pickle.dumps(results)
-        )  # as bytes: a tensor that is sent itself would be shared memory
+        )  # sent as bytes, because `send` would put tensors into shared memory
 
 
 def play(make: Callable[[int], Scenario], group: TorchProcessGroup, folder: Path) -> WorkerResult:

@@ -1,4 +1,4 @@
-"""A tiny model, real tasks, and a source whose leases and directives a test defines in advance."""
+"""A tiny model, real tasks, and a lane source whose leases and directives a test defines in advance."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class Poisoned(Task):
 def tiny_base_model(choice: ModelChoice, task: Task | None = None) -> BaseModel:
     """Return a model with hidden size 32, two layers and always the same weights.
 
-    It is a Llama with the vocabulary of letters, or, for a task with a head, a BERT with that of reviews.
+    For a task with a head it is a BERT with the vocabulary of `reviews`, else a Llama with the vocabulary
+    of `letters`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -144,15 +145,15 @@ def _choice(task: str, train_size: int) -> TaskChoice:
 
 @dataclass
 class Script:
-    """A source in one process, which keeps everything that the loop sends to it."""
+    """A lane source in one process, which keeps everything that the loop sends."""
 
     leases: list[Lease]
     start_at: Mapping[str, int] = field(default_factory=dict)
-    """Fingerprint -> steps that some lane must have before this one is leased."""
+    """Fingerprint -> the step that some lane must have reached before this lane is leased."""
     answers: Callable[[Report], Directive] = lambda report: Directive.CONTINUE
-    """The directive that answers a report. A parked lane continues at the next exchange."""
+    """The function that returns the directive for a report. A parked lane continues at the next exchange."""
     changes: Callable[[Mapping[str, int]], Mapping[str, Directive]] = lambda steps: {}
-    """The directives of an exchange, from the steps of all lanes, which `train` reads from the lanes."""
+    """The function that returns the directives of an exchange for the steps of all lanes."""
     reports: list[Report] = field(default_factory=list)
     ended: list[tuple[str, int, str]] = field(default_factory=list)
     held: list[Mapping[str, int]] = field(default_factory=list)
@@ -208,9 +209,9 @@ class Script:
 
 @dataclass
 class Queue(Script):
-    """Parks every lane at each report but its last, and lets it continue after `park_exchanges` exchanges.
+    """A lane source that parks every lane at each report but its last, for `park_exchanges` exchanges.
 
-    A lane whose lease was returned waits behind all others from then on.
+    A lane whose lease was returned waits behind all other lanes from then on.
     """
 
     park_exchanges: int = 2
@@ -255,11 +256,11 @@ class Queue(Script):
 
 
 class SimulatedCrashError(Exception):
-    """The end of a process, as far as the loop can see it."""
+    """An error with which a test ends the loop as if its process had died."""
 
 
 def dies_at(step: int) -> Callable[[Report], Directive]:
-    """Return `answers` that let lanes continue until one reports from this step, and then raise."""
+    """Return `answers` that let lanes continue, and raise when a lane reports from this step."""
 
     def answer(report: Report) -> Directive:
         if report.step == step:
@@ -286,8 +287,8 @@ def tiny_data() -> Path:
 def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None, **options: Any) -> None:
     """Run the loop with `lanes` lanes at most.
 
-    `data` is a folder of prepared data that this store shares with others of the same model. `options` are
-    fields of `LoopSettings` and arguments of `loop.run`.
+    `data` is a folder of prepared data that stores of the same model share. `options` are fields of
+    `LoopSettings` and arguments of `loop.run`.
     """
     if data is not None:
         store.data = data
@@ -298,7 +299,7 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
     rest = {name: value for name, value in options.items() if name not in settings}
 
     class Seen(Lane):
-        """A lane that registers itself with the script."""
+        """A lane that registers itself with the lane source."""
 
         def __init__(self, lease: Lease) -> None:
             super().__init__(lease)
@@ -316,11 +317,11 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
 
 
 ALONE: dict[str, Record] = {}
-"""Records of `solo`, by fingerprint: a configuration gives the same numbers in every test."""
+"""Fingerprint -> record of `solo`. Tests share it, because a configuration always gives the same results."""
 
 
 def solo(one: Configuration, folder: Path, **options: Any) -> Record:
-    """Return the record of a configuration that trained alone; with `options` tests do not share it."""
+    """Return the record of a configuration that trained alone. Tests share records without `options`."""
     if not options and one.fingerprint in ALONE:
         return ALONE[one.fingerprint]
     store = Store(folder / f"solo-{one.fingerprint[:12]}")

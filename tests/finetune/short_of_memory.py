@@ -1,6 +1,6 @@
-"""Lane groups that run out of memory, trained in a process of their own that writes the results to a file.
+"""Lane groups that run out of memory, trained in a separate process that writes the results to a file.
 
-The kernel limits the address space of that process to a size between the peak of half of the lanes and the
+The kernel limits the address space of this process to a size between the peak of half of the lanes and the
 peak of all lanes.
 """
 
@@ -29,7 +29,7 @@ HUGE = configuration(steps=1, batch_size=2**14, train_size=512)
 
 
 class Again(Script):
-    """A source in which a lane whose lease is returned waits again."""
+    """A lane source in which a lane whose lease is returned waits again."""
 
     def __init__(self, given: list[Lease]) -> None:
         super().__init__(given)
@@ -51,14 +51,14 @@ def limit(size: int) -> None:
 
 
 MALLOPT = {-8: 1, -3: 1 << 20, -1: 0}
-"""M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc: freed memory goes back to the kernel at once,
-so that the next lane group needs as much as the one before."""
+"""Values of M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, with which glibc returns freed memory to the
+kernel at once, so that the next lane group needs as much memory as the previous one."""
 
 
 class Runs:
     """Runs of the loop with one base model, with stores in `folder` that share their data.
 
-    Log lines are in the folder's file `said`, the arguments of `tell` in `results.json`.
+    The folder's file `said` has the log lines, and `results.json` has the arguments of `tell`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class Runs:
 
 
 def together(folder: Path) -> None:
-    """Train a lane group that has memory for half of its lanes, then a second one."""
+    """Train a lane group that has memory for half of its lanes, then a second lane group."""
     if sys.platform == "linux":
         for option, value in MALLOPT.items():
             assert ctypes.CDLL(None).mallopt(option, value) == 1
@@ -92,7 +92,7 @@ def together(folder: Path) -> None:
     for lanes in (LANES // 2, LANES):
         runs.play(f"plenty-{lanes}", lanes, WIDE[:lanes])
         peaks.append(status("VmPeak"))
-    # Nearer to the peak of half of them: the heap may have space that needs no new addresses.
+    # Nearer to the lower peak, because the heap may have free space that needs no new addresses.
     limit(peaks[0] + (peaks[1] - peaks[0]) // 3)
     short = runs.play("short", LANES, WIDE)
     later = runs.play("short", LANES, LATER)
@@ -107,9 +107,9 @@ def together(folder: Path) -> None:
 
 
 def alone(folder: Path) -> None:
-    """Train a lane that runs out of memory even alone, then one that does not."""
+    """Train a lane that runs out of memory even alone, then a lane that does not."""
     runs = Runs(folder)
-    # Tokenising first: its threads need memory of their own, and end the process if there is none.
+    # Tokenize before the limit is set: the tokenizer's threads end the process if they get no memory.
     runs.play("data", 1, [configuration(steps=1, train_size=512), configuration(steps=1)])
     limit(status("VmSize") + 2**28)
     source = runs.play("alone", 1, [HUGE, configuration(steps=2)])

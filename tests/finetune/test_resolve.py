@@ -1,4 +1,4 @@
-"""From the options of the command line to checked configurations and prepared data."""
+"""The way from command-line options to checked configurations and prepared data."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
 
 
 def plan_and_load_calls(folder: Path, root: Path) -> list[Callable[[], object]]:
-    """Return two functions on the model of a folder: one plans a study of `letters`, one loads weights."""
+    """Return two functions for the model in a folder: one plans a `letters` study, one loads the weights."""
     study_options = StudyOptions(task="letters", model=str(folder))
     chosen = resolve_options(study_options, "letters", ("lora",), root)
     content = model_catalogue.prepare_base_model(str(folder), root, lambda text: None)
@@ -175,13 +175,13 @@ def add_end_token(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert", "deberta"])
 def test_an_encoder_is_refused_where_the_answer_is_the_next_tokens(kind: str, tmp_path: Path) -> None:
-    """An encoder attends in both directions and would see the answer. Plan and loader both refuse it."""
+    """An encoder attends in both directions and would see the answer. Both functions refuse it."""
     from transformers import AutoModelForMaskedLM
 
     folder = add_end_token(encoders.save(kind, tmp_path))
     with suppress_transformers_logging():  # the discriminator of ELECTRA has no head for words
         AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
-    # Of the last two transformers has no class for language models.
+    # For DistilBERT and DeBERTa, transformers has no class for language models.
     message = "Unrecognized configuration class" if kind in ("distilbert", "deberta") else SEES_ANSWER
     for refuses in plan_and_load_calls(folder, tmp_path / "bases"):
         assert_refused(refuses, message)
@@ -196,7 +196,7 @@ def test_a_bert_that_is_a_decoder_may_give_the_next_tokens(tmp_path: Path) -> No
 def test_a_decoder_whose_configuration_makes_it_attend_both_ways_is_refused(
     bases: Path, tmp_path: Path
 ) -> None:
-    """LLM2Vec writes such a configuration; its attention modules have is_causal=True nevertheless."""
+    """LLM2Vec writes such a configuration. The attention modules have is_causal=True nevertheless."""
     from transformers import AutoConfig
 
     shutil.copytree(bases / "letters", tmp_path / "m")
@@ -221,7 +221,7 @@ def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_ar
         "dim_ff": 32,
         "num_hidden_layers": 1,
     }
-    # Not every random model of this size attends to its last token; this one does.
+    # Not every random model of this size attends to its last token. With seed 2 the model does.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         model = CpmAntForCausalLM(CpmAntConfig(vocab_size=len(words), **sizes))

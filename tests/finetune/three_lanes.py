@@ -1,4 +1,4 @@
-"""Three lanes of LoRA on a model with a head, each with weights of its own."""
+"""Three lanes of LoRA on a model with a head, each with its own weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models that look at images, saved as they are shared: CLIP with its text tower, and ViT."""
+"""Small image models, saved like published checkpoints: CLIP with its text tower, and ViT."""
 
 from __future__ import annotations
 

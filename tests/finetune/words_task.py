@@ -1,7 +1,7 @@
-"""A task in a user's file: prompts and answers of several lengths, answers to be generated.
+"""A task file as a user would write it, with prompts and generated answers of several lengths.
 
-The answer is `a`, or `b c d` when the last letter before `=` is one of a few; most answers are `a`, so that a
-lane that has learnt little is right on some items and wrong on others.
+The answer is `b c d` if the last letter before `=` is a, b or c, else `a`. Most answers are `a`, so a lane
+that has learned little is right on some items and wrong on others.
 """
 
 from __future__ import annotations

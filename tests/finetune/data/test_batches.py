@@ -43,7 +43,7 @@ def test_buckets() -> None:
     assert sorted(found) == [8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert bucket_length(12, 12) == 12
     assert bucket_length(12, 14) == 14
-    assert bucket_length(20, 12) == 20  # items of evaluation are not truncated
+    assert bucket_length(20, 12) == 20  # evaluation items are not truncated
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))

@@ -46,7 +46,7 @@ texts, prompts = st.text(letters, max_size=20), st.text(letters, min_size=1, max
 
 
 class GivenExamples(Task):
-    """A task of given examples, with one token per character."""
+    """A task with given examples and one token per character."""
 
     name, title, floor, default_model = "given", "given", 0.0, "letters-base"
 
@@ -100,7 +100,7 @@ def tasks(draw: st.DrawFn) -> Task:
 
 
 FEWER = settings.default.max_examples // 5  # type: ignore[union-attr]
-"""A lower number of examples, each of which writes and syncs six files."""
+"""Fewer Hypothesis examples than usual, because each of them writes and syncs six files."""
 
 
 @settings(max_examples=FEWER)
@@ -160,7 +160,7 @@ def test_tokenizing_many_texts_equals_tokenizing_each(number: int) -> None:
     if task.has_head:
         examples[7:9] = [replace(e, pair="the soup was bad") for e in examples[7:9]]
     expected = []
-    for e in examples:  # the expected value, from one text at a time
+    for e in examples:  # the expected result, computed for one text at a time
         if task.has_head:
             ids = tuple(words(e.prompt, e.pair)["input_ids"])
             expected.append(EncodedExample(ids, (-100,) * len(ids), len(ids)))
@@ -212,7 +212,7 @@ def test_a_cut_or_wrong_file_is_made_again(tmp_path: Path, damage: str) -> None:
     for path in paths:
         data = path.read_bytes()
         other = next(p for p in paths if p.suffixes == path.suffixes and p != path).read_bytes()
-        path.unlink()  # not overwritten: the old file is still mapped
+        path.unlink()  # overwriting would change the old file, which is still mapped
         path.write_bytes(
             {"cut": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "another": other}[damage]
         )
@@ -223,7 +223,7 @@ def test_a_cut_or_wrong_file_is_made_again(tmp_path: Path, damage: str) -> None:
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
-    """One bit of every seventh byte of a file is flipped, and no flip gives other values."""
+    """For a bit flip in every seventh byte in turn, the file is refused or its values are unchanged."""
     task, words = Letters(), tokenizer()
     one = configuration()
     one = replace(one, task=replace(one.task, train_size=16))
@@ -235,7 +235,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
         right = ipc.open_file(whole).read_all().to_pydict()
         damaged, noticed = tmp_path / "damaged", 0
         for place in range(0, len(whole), 7):
-            damaged.unlink(missing_ok=True)  # not overwritten: the old file is still mapped
+            damaged.unlink(missing_ok=True)  # overwriting would change the old file, which is still mapped
             flipped = bytes([whole[place] ^ 1 << place % 8])
             damaged.write_bytes(whole[:place] + flipped + whole[place + 1 :])
             found = arrow_files.read_verified_table(damaged, schema)
@@ -273,7 +273,7 @@ def test_a_split_without_loss_or_metric_is_one_line(tmp_path: Path, counts_in: A
 
 
 class Counting(GivenExamples):
-    """A task that counts tokenized examples, and calls `first` at the first one."""
+    """A task that counts the tokenized examples, and calls `first` before it tokenizes the first example."""
 
     def __init__(self, first: Callable[[], object]) -> None:
         super().__init__([Example("ab", "c")] * 5)

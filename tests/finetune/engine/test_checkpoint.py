@@ -59,7 +59,7 @@ def test_the_newest_checkpoint_over_all_attempts_is_read(tmp_path: Path) -> None
         write(tmp_path, make(step, attempt))
     found = read_newest(tmp_path, print)
     assert found is not None
-    assert (found.step, found.attempt) == (30, 10)  # by number: 10 comes after 9 and 2
+    assert (found.step, found.attempt) == (30, 10)  # attempts are ordered as numbers: 2, 9, 10
 
 
 def test_two_checkpoints_are_kept_of_an_attempt(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_safetensors_file_of_another_program_is_skipped(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("other", ["another lane's", "of another step"])
 def test_a_checkpoint_in_the_place_of_another_is_skipped_with_a_warning(tmp_path: Path, other: str) -> None:
-    """Undamaged files were swapped, renamed, or copied to the path of another."""
+    """Undamaged files were swapped, renamed, or copied to the path of another checkpoint."""
     mine = tmp_path / ("f" * 64)
     write(mine, make(5))
     path = write(mine, make(10))

@@ -23,7 +23,7 @@ def test_a_value_that_is_not_finite_is_reported_at_once_even_in_warmup(bad: floa
 def test_a_loss_above_the_limit_for_a_tenth_of_the_steps_after_warmup_has_diverged() -> None:
     detector = DivergenceDetector(RULE, SCHEDULE, 2.0)
     results = [detector.observe(step, 3.01, 1.0) for step in range(10)]
-    assert results[:9] == [None] * 9  # steps 0-4 are warm-up, 5-8 the first four above
+    assert results[:9] == [None] * 9  # steps 0-4 are warm-up, steps 5-8 the first four above the limit
     assert "above 3" in (results[9] or "")
 
 

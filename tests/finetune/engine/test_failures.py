@@ -1,4 +1,7 @@
-"""Failures that no lane causes: too little memory, a full disk, a lost device. They are real if possible."""
+"""Failures that no lane causes: too little memory, a full disk, a lost device.
+
+The tests cause real failures where possible.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ def short_of(work: Callable[[Path], None], folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder of the stores, and the results."""
+    """Return the folder of the stores, and the results."""
     folder = tmp_path_factory.mktemp("short")
     return folder, short_of(short_of_memory.together, folder)
 
@@ -124,8 +127,8 @@ def test_a_lane_that_does_not_fit_alone_fails_with_advice(tmp_path: Path) -> Non
 def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
     nth: int, store: Store, tmp_path: Path
 ) -> None:
-    """The nth forward pass that scores more than two lanes runs out of memory: in the first split, or in the
-    second one, when the scores of the first are there already."""
+    """The nth forward pass that scores more than two lanes runs out of memory. This happens in the first
+    split, or in the second split after the first was scored."""
     base_model = tiny_base_model(configuration().model)
     forward, wide = base_model.model.forward, []
 
@@ -182,7 +185,7 @@ def test_a_stored_limit_is_only_lowered_and_an_unreadable_file_is_ignored(tmp_pa
     lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 6, 12)
     assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") == 6
     other = lane_capacity.write_max_lanes(tmp_path, "another shape", "gpu", 1, 2)
-    other.replace(path)  # of another shape
+    other.replace(path)  # the file of another group key
     assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
     lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 6, 12)
     path.write_bytes(path.read_bytes().replace(b'"lanes": 6', b'"lanes": 2'))  # a flipped bit
@@ -267,7 +270,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 class Filling(Again):
-    """Fills the disk when a lane has reached step `full`, and frees it at step `freed`."""
+    """A lane source that fills the disk when a lane has reached step `full`, and frees it at step `freed`."""
 
     disk: Disk
     full, freed = 0, 0
@@ -288,7 +291,7 @@ class Filling(Again):
 def test_a_checkpoint_on_a_full_disk_is_skipped(
     disk: Disk, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only the checkpoints are on the full disk. A lane that yields meanwhile resumes from an earlier one."""
+    """Only the checkpoints are on the full disk. A lane that yields then resumes from an older checkpoint."""
     store = Store(tmp_path / "store")
     store.checkpoints = disk.folder
     points = [configuration(seed=seed, steps=12, evaluations=6) for seed in range(2)]
@@ -325,7 +328,7 @@ def test_a_record_waits_for_space_on_a_full_disk(disk: Disk, tmp_path: Path) -> 
     said: list[str] = []
 
     class Frees(logging.Handler):
-        """Frees the disk when the loop logs that it waits for space."""
+        """A handler that frees the disk when the loop logs that it waits for space."""
 
         def emit(self, record: logging.LogRecord) -> None:
             if "waiting for space" in record.getMessage():
@@ -369,7 +372,7 @@ def test_a_disk_that_stays_full_ends_the_trainer_and_loses_no_lane(disk: Disk, t
 
 
 def test_leftover_checkpoints_of_a_final_record_are_discarded(store: Store) -> None:
-    """They are left by a writer that died before it removed them, or by a trainer with an older lease."""
+    """A writer that died before it removed them, or a trainer with an older lease, leaves checkpoints."""
     point = configuration(steps=4)
     train(Script(leases([point])), store)
     assert not (store.checkpoints / point.fingerprint).exists()

@@ -1,6 +1,6 @@
-"""The first losses of every variant equal those in golden_curves.json, so no change of numbers is unnoticed.
+"""The first losses of every variant equal the losses in golden_curves.json, so a change is noticed.
 
-For an intended change, raise `numerics` (of the variant, the task or the loop), so that old records no longer
+After an intended change, raise `numerics` of the variant, the task or the loop, so that old records no longer
 count, and write the file again:  python tests/finetune/engine/test_golden_curves.py
 """
 
@@ -21,7 +21,7 @@ FILE = Path(__file__).with_name("golden_curves.json")
 
 
 def point(variant: str) -> Configuration:
-    """Return a configuration of letters, or of reviews for a variant that trains a head only."""
+    """Return a configuration of the task `letters`, or `reviews` for a variant that trains a head only."""
     chosen = catalogue.get(variant)
     task = "reviews" if chosen.adaptation_scope is AdaptationScope.HEAD_ONLY else "letters"
     alpha = 8.0 if chosen.uses_alpha else None

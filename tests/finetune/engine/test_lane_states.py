@@ -134,9 +134,10 @@ def assert_records_and_reports(source: Script, store: Store, lanes: list[Configu
 
 
 class Random(Script):
-    """Continues a parked lane only when the test draws that, and leases waiting lanes once nothing trains.
+    """A lane source that continues a parked lane only when the test draws a directive for that.
 
-    A lane whose lease is returned waits again at once.
+    When the trainer has no lane group, waiting lanes are leased regardless of `start_at`. A lane whose lease
+    is returned waits again at once.
     """
 
     parked_at: dict[str, int]

@@ -1,4 +1,4 @@
-"""The plan for a grant: the leases to train and the lanes that make room. No lane is trained here."""
+"""The plan for a grant: the leases to train and the lanes that make room. These tests train no lane."""
 
 from __future__ import annotations
 

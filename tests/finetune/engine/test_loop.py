@@ -43,7 +43,7 @@ def numbers(record: Record) -> Record:
     return numbers_of(record)
 
 
-# -- lanes do not know of each other ------------------------------------------------------------------------
+# -- lanes are independent ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["letters", WORDS_TASK])
@@ -97,7 +97,7 @@ def test_a_lane_that_stays_above_the_untrained_loss_diverges(store: Store) -> No
     assert record.state == "diverged"
     assert "above" in record.reason
     assert record.steps < 40
-    assert record.steps == len(record.curve) - 1  # the step that showed it was not taken
+    assert record.steps == len(record.curve) - 1  # the step that showed the divergence was not taken
     assert all(math.isfinite(s.loss) for s in record.curve)
 
 
@@ -225,7 +225,7 @@ def test_swapped_checkpoints_are_not_used(store: Store, tmp_path: Path) -> None:
         assert numbers(get(store, each.fingerprint)) == numbers(solo(each, tmp_path))
 
 
-# -- answers ------------------------------------------------------------------------------------------------
+# -- directives ---------------------------------------------------------------------------------------------
 
 
 def test_a_stopped_lane_keeps_its_checkpoint_and_can_resume(store: Store, tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_a_lane_that_cannot_be_added_fails_alone(store: Store) -> None:
 
 
 def test_a_trainer_on_which_every_lane_fails_ends_after_three(store: Store) -> None:
-    """The base model cannot be loaded: three lanes fail with that, the others are left to other trainers."""
+    """The base model cannot be loaded. Three lanes fail with this error, and the others stay in the queue."""
 
     def gone(choice: ModelChoice, task: Task) -> BaseModel:
         raise OSError("the base is gone")
@@ -393,7 +393,7 @@ def test_only_the_lane_whose_own_step_raises_fails(store: Store, tmp_path: Path)
 
     path = tmp_path / "poisoned.py"
     path.write_text(POISONED)
-    # 5 steps of 8 examples out of 64: some seeds meet example 5, some do not.
+    # Five steps use 40 of the 64 examples, so some seeds draw example 5 and others do not.
     draws_example_5 = {seed: 5 in order(seed, 64, 0, 40) for seed in range(8)}
     failing = [s for s in draws_example_5 if draws_example_5[s]][:1]
     unaffected = [s for s in draws_example_5 if not draws_example_5[s]][:2]

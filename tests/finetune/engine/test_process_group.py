@@ -38,7 +38,7 @@ SIZE = 64  # training examples
 
 
 def uneven() -> list[Configuration]:
-    """An odd number of rows, answers of one token and of three, two micro-batches, dropout."""
+    """Return lanes with odd batches, answers of one or three tokens, two micro-batches, and dropout."""
     words = partial(configuration, task=WORDS_TASK, batch_size=7, accumulation=2, dropout=0.1)
     return [
         words(seed=0, steps=9, evaluations=3),
@@ -48,8 +48,8 @@ def uneven() -> list[Configuration]:
 
 
 FEW = ("adalora", "eva", "full", "head_only", "hira", "lora_moe", "pissa")
-"""Variants with hooks, calibration, full fine-tuning, a head only, a dense update, an auxiliary loss, and an
-initialization of their own."""
+"""Variants with hooks, calibration, full fine-tuning, a head only, a dense update, an auxiliary loss, and a
+special initialization."""
 
 
 def kinds(names: Iterable[str]) -> list[Configuration]:
@@ -58,7 +58,7 @@ def kinds(names: Iterable[str]) -> list[Configuration]:
         variant = catalogue.get(name)
         task = "reviews" if variant.adaptation_scope is AdaptationScope.HEAD_ONLY else WORDS_TASK
         one = configuration(variant=name, task=task, batch_size=7, accumulation=2, steps=6, evaluations=1)
-        if task == "reviews":  # a BERT, whose own dropout's masks are those of all rows
+        if task == "reviews":  # a BERT with base dropout, whose masks cover the rows of both workers
             one = replace(one, base_dropout="on")
         if not variant.uses_alpha:
             one = replace(one, variant=replace(one.variant, alpha=None))
@@ -133,8 +133,8 @@ def limited_memory() -> list[Configuration]:
 
 
 def load_on(rank: int, choice: ModelChoice, task: Task) -> BaseModel:
-    """Load a base model on a worker. Worker 1 cannot load one of the models, can train but not score another,
-    and has memory for two lanes of a third."""
+    """Load a base model on a worker. Worker 1 cannot load the model `gone`, can train but not score the model
+    `unscorable`, and has memory for two lanes of the model `limited_memory`."""
     if choice.name == "gone" and rank == 1:
         raise OSError("no such model here")
     base_model = tiny_base_model(choice, task)
@@ -162,7 +162,7 @@ def load_on(rank: int, choice: ModelChoice, task: Task) -> BaseModel:
 
 
 def call_different_operations(group: TorchProcessGroup, folder: Path) -> str:
-    """Call another operation on each worker, and return the message of the error that ends both."""
+    """Call a different operation on each worker, and return the message of the error that ends both."""
     try:
         if group.rank == 0:
             group.all_gather(1)
@@ -194,7 +194,7 @@ def call_every_operation(group: TorchProcessGroup, folder: Path) -> tuple[Any, .
 
 
 class Lost(Script):
-    """A source whose broker does not answer after three steps."""
+    """A lane source whose broker does not answer after three steps."""
 
     def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
         if self.taken >= 3:
@@ -203,7 +203,7 @@ class Lost(Script):
 
 
 class RandomDirectives(Script):
-    """Gives random directives. A lane whose lease is returned waits again at once."""
+    """A lane source that gives random directives. A lane whose lease is returned waits again at once."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(leases(random_lanes()))
@@ -314,7 +314,7 @@ def test_both_workers_have_equal_weights_and_only_the_first_uses_the_source(
     assert (second.reports, second.ended, second.spilled, second.taken) == ([], [], [], 0)
     assert set(first.weights) == set(second.weights)
     for lane, weights in first.weights.items():
-        if (name, len(second.weights[lane])) != ("base", 1):  # worker 1 never had that lane
+        if (name, len(second.weights[lane])) != ("base", 1):  # worker 1 never built this lane
             assert torch.equal(weights, second.weights[lane])
 
 
@@ -428,7 +428,7 @@ def test_under_random_directives_the_records_match_the_ended_leases(
         if one.fingerprint in states:
             assert record is not None
             assert record.state == states[one.fingerprint]
-        else:  # dropped, perhaps at its last report
+        else:  # the lane was dropped, perhaps at its last report
             assert record is None or record.state == "finished"
 
 

@@ -19,11 +19,11 @@ NAMES = {
     ],
     "reviews": catalogue.names(),
 }
-"""Task -> variants: a language model, and an encoder with a head that every lane trains."""
+"""Task -> variants. `letters` has a language model, `reviews` an encoder whose head every lane trains."""
 
 
 def point(variant: str, task: str) -> Configuration:
-    """Return a configuration of eight steps with a checkpoint after every second one. Gradients are clipped
+    """Return a configuration of eight steps with a checkpoint after every second step. Gradients are clipped
     in every step, so that the parameters depend on the order in which the norm is summed."""
     rule = catalogue.get(variant)
     extra = dict(rule.extra_defaults)

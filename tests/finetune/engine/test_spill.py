@@ -45,7 +45,7 @@ def test_the_longest_parked_lane_makes_room_first_and_no_more_than_needed(store:
     early, late = configuration(seed=0, steps=4, evaluations=4), configuration(seed=1, steps=4, evaluations=2)
     third = configuration(seed=2, steps=4, evaluations=1)
     source = Queue(leases([early, late, third]), park_exchanges=4)
-    source.start_at = {third.fingerprint: 2}  # both are parked then, `early` since step 1
+    source.start_at = {third.fingerprint: 2}  # at step 2 both lanes are parked, `early` since step 1
     train(source, store, lanes=2, spill_seconds=-1.0)
     assert source.spilled[0] == (early.fingerprint, 1)
     assert late.fingerprint not in dict(source.spilled[:1])
@@ -55,7 +55,7 @@ def test_the_longest_parked_lane_makes_room_first_and_no_more_than_needed(store:
 def test_a_group_that_is_parked_as_a_whole_makes_room_for_another_group_key(
     store: Store, tmp_path: Path
 ) -> None:
-    """Otherwise a scheduler that needs reports of lanes of the other group key would wait for ever."""
+    """Otherwise a scheduler that needs reports of lanes of the other group key would wait forever."""
     small, large = configuration(rank=2, steps=4), configuration(rank=4, steps=4)
 
     class Bracket(Queue):
@@ -88,7 +88,7 @@ def test_a_lane_that_is_not_parked_for_long_stays(store: Store) -> None:
 
 
 def test_a_saved_lane_is_not_written_again(store: Store) -> None:
-    """An eviction right after an evaluation or a resumption writes no checkpoint, because there is one."""
+    """An eviction right after an evaluation or a resumption writes no checkpoint, because one exists."""
     two = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(2)]
     written: list[tuple[str, int]] = []
 

@@ -1,4 +1,4 @@
-"""Twenty steps of LoRA and of full fine-tuning agree with those of transformers' Trainer and PEFT."""
+"""Twenty steps of LoRA and of full fine-tuning agree with transformers' Trainer and PEFT."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def point(task: str, schedule: str, variant: str = "lora") -> Configuration:
 
 
 def base_model_of(one: Configuration) -> BaseModel:
-    """Return the tiny model in float64, without dropout of its own."""
+    """Return the tiny model in float64, without its own dropout."""
     base_model = tiny_base_model(one.model, tasks.get(one.task.name))
     base_model.model.double()
     for module in base_model.model.modules():
@@ -52,7 +52,7 @@ def base_model_of(one: Configuration) -> BaseModel:
 
 
 def ours(one: Configuration, folder: Path) -> tuple[list[float], list[float], dict[str, Tensor], LaneGroup]:
-    """Train a lane. Returns its losses, gradient norms, parameters at the end, and its lane group."""
+    """Train a lane. Returns its losses, gradient norms, final parameters and lane group."""
     base_model = base_model_of(one)
     choice = one.variant
     adapters = attach(
@@ -92,7 +92,7 @@ class InOrder(transformers.Trainer):
 def theirs(
     model: Any, one: Configuration, lane_group: LaneGroup, folder: Path
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Train the model with transformers' Trainer on the batches of the lane. Returns the same as `ours`."""
+    """Train with transformers' Trainer on the lane's batches. Returns the first three results of `ours`."""
     batches = one.batches
     length = max(len(row.ids) for row in lane_group.data.train)
     examples = []
@@ -110,7 +110,7 @@ def theirs(
         real = torch.nn.functional.pad(batch.attention_mask.long(), (0, width))
         if lane_group.data.task.has_head:
             labels = batch.targets[batch.targets != -100]
-        else:  # already shifted, as `loss_of` wants them
+        else:  # the targets are already shifted, as `loss_of` requires
             labels = torch.nn.functional.pad(batch.targets, (0, width), value=-100)
         examples += [
             {"input_ids": i, "attention_mask": r, "labels": y}
@@ -155,7 +155,7 @@ def name_in_peft(name: str, heads: tuple[str, ...]) -> str:
 
 @pytest.mark.parametrize(("task", "schedule"), [("letters", "cosine"), ("reviews", "linear")])
 def test_twenty_steps_of_lora(task: str, schedule: str, tmp_path: Path) -> None:
-    """A Llama without a head, and a BERT with one."""
+    """The models are a Llama without a head and a BERT with a head."""
     one = point(task, schedule)
     losses, norms, mine, lane_group = ours(one, tmp_path / "data")
     names = list(lane_group.adapters.layers)

@@ -1,6 +1,6 @@
-"""Checkpoints that cannot be written for reasons other than a full disk, and the learnt limits on lanes.
+"""Checkpoints that cannot be written for reasons other than a full disk, and remembered lane capacities.
 
-The full disk is in test_failures.py.
+The tests of a full disk are in test_failures.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_a_checkpoint_folder_removed_during_a_write_is_created_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Remove the folder once while a checkpoint is written, as another study does that ends the same lane."""
+    """The test removes the folder during a write, like another study that ends the same lane."""
     wanted = numbers_of(solo(POINT, tmp_path))
     folder = store.checkpoints / POINT.fingerprint
     removed: list[str] = []
@@ -76,7 +76,8 @@ def test_a_checkpoint_folder_removed_during_a_write_is_created_again(
 def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """Return a folder in which no checkpoint can be written.
 
-    Root ignores permissions, so it is a read-only file system, or a file in the place of the folder.
+    Either a file is in the place of the folder, or the folder is read-only. Root ignores permissions, so for
+    root the folder is a read-only file system.
     """
     folder = tmp_path / "refusing"
     if request.param == "a file":

@@ -73,7 +73,7 @@ def test_damaged_scores_are_computed_again(tmp_path: Path, damage: Callable[[str
 
 
 def test_scores_of_another_key_are_computed_again(tmp_path: Path) -> None:
-    """A whole file was renamed or swapped with another one."""
+    """An undamaged file was renamed or swapped with another file."""
     first = configuration()
     other = replace(first, model=replace(first.model, content="another"))
     load_and_count(tmp_path, first)

@@ -44,7 +44,7 @@ def f1_of(label: float, predictions: np.ndarray, targets: np.ndarray) -> float:
 
 
 def gorodkin(predictions: np.ndarray, targets: np.ndarray) -> float:
-    """Return the covariance of the one-hot codes by their standard deviations (Gorodkin 2004)."""
+    """Return the covariance of the one-hot codes divided by their standard deviations (Gorodkin 2004)."""
     classes = np.union1d(predictions, targets)
     a, b = predictions[:, None] == classes, targets[:, None] == classes
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
@@ -92,9 +92,9 @@ def test_a_metric_is_finite_for_any_predictions(name: str) -> None:
         assert math.isfinite(metric(one, targets))
         assert math.isfinite(metric(one, np.zeros(4)))
     if name in ("matthews", "pearson"):
-        assert metric(np.ones(4), targets) == 0.0  # constant predictions are worth nothing
+        assert metric(np.ones(4), targets) == 0.0  # constant predictions score 0
         assert metric(targets, np.ones(4)) == 0.0
-        assert metric(np.full(4, 0.1), targets) == 0.0  # the mean of 0.1 is rounded
+        assert metric(np.full(4, 0.1), targets) == 0.0  # also when their mean is rounded
     if name == "f1":
         assert metric(np.zeros(4), np.zeros(4)) == 0.0
 

@@ -83,7 +83,7 @@ def test_samples_do_not_depend_on_the_lane_group() -> None:
                 base_model, task, split, [seed], lambda n=name: adapters.activate_lanes([n], None)
             )  # type: ignore[misc]
             assert alone == [one]
-        # The first lane with the second lane's seed gives the answers of neither.
+        # With the second lane's seed, the first lane's answers differ from the answers of both lanes.
         other = evaluate(base_model, task, split, [1], lambda: adapters.activate_lanes([NAMES[0]], None))[0]
     assert other.items.answers != together[0].items.answers
     assert other.items.answers != together[1].items.answers

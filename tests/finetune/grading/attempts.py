@@ -9,13 +9,13 @@ import psutil
 from orchestrator.finetune.grading.sandbox.run import ProgramLimits, ProgramResult, run
 
 WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
-"""For programs that end by themselves, so that a busy machine does not change their result."""
+"""Limits for programs that end by themselves, so wide that a busy machine does not change the result."""
 
 
 def attempt(
     body: str, tests: str = "assert attempt() is None", limits: ProgramLimits = WIDE
 ) -> ProgramResult:
-    """Run a program with a function `attempt` that returns what it has reached, None if nothing."""
+    """Run a program with a function `attempt`, which returns what it could reach, or None."""
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
     return run(f"import os, sys\ndef attempt():\n{lines}\n", tests, limits)
 

@@ -11,7 +11,7 @@ from orchestrator.util.errors import UsageError
 
 
 def _row(*instructions: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    # As on the hub: the options of every instruction have all keys, most of them null.
+    # As on the hub, the options of every instruction have all keys, and most values are null.
     options = {key: None for _, arguments in instructions for key in arguments}
     return {
         "key": 1000,

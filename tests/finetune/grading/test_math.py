@@ -16,7 +16,7 @@ from orchestrator.finetune.grading.math import extract_answer, grade
 HERE = Path(__file__).parent
 
 KNOWN = {("18", "The answer is 18 more than 20, so 38"): "what follows 'answer is' counts"}
-"""Known wrong grades, which docs/grading.md counts."""
+"""(reference, answer) -> reason, for the known wrong grades that docs/grading.md counts."""
 
 
 def _labelled(name: str) -> list[tuple[str, str, bool]]:

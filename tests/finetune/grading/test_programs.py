@@ -1,4 +1,4 @@
-"""Results of programs against labels written by hand, HumanEval's own solutions, programs that never end."""
+"""Results of programs: labeled by hand, HumanEval's own solutions, and programs that never end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from orchestrator.util.errors import UsageError
 
 HERE = Path(__file__).parent
 WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
-"""For programs that end by themselves, so that a busy machine does not change their result."""
+"""Limits for programs that end by themselves, so wide that a busy machine does not change the result."""
 SHORT = ProgramLimits(wall_seconds=0.5, cpu_seconds=1, memory_bytes=512 << 20)
-"""For programs that never end."""
+"""Limits for programs that never end."""
 
 
 def every_nth(number: int) -> Any:
-    """Run with every `number`th program of a list by default, with all of them in the nightly tier."""
+    """Run with every `number`th program of a list by default, and with all programs in the nightly tier."""
     return pytest.mark.parametrize("every", [number, pytest.param(1, marks=pytest.mark.nightly)])
 
 

@@ -1,4 +1,4 @@
-"""For every kind of isolation of the sandbox, a program that tries to evade it."""
+"""Programs that try to evade each kind of isolation of the sandbox."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_program_cannot_reach_abstract_sockets_of_the_machine() -> None:
         listener.bind(name)
         listener.listen()
         with socket.socket(socket.AF_UNIX) as friend:
-            friend.connect(name)  # it is reachable from outside
+            friend.connect(name)  # the socket is reachable outside the sandbox
         assert_nothing_reached(f"""
 import socket
 with socket.socket(socket.AF_UNIX) as s:
@@ -127,7 +127,7 @@ return got or None
 
 
 def test_other_processes_are_neither_visible_nor_reachable() -> None:
-    """A process id may exist outside and inside; the process outside must not be killed."""
+    """The same process id may exist outside and inside; the process outside must not be killed."""
     with subprocess.Popen(["sleep", "1000"]) as outside:
         assert_nothing_reached(f"""
 import signal

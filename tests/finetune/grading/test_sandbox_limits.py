@@ -1,4 +1,4 @@
-"""For every limit of the sandbox, a program that tries to exceed it."""
+"""Programs that try to exceed each limit of the sandbox."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_an_ordinary_user_gets_complete_isolation_or_a_refusal_in_one_line(
 
 
 def test_a_machine_without_namespaces_is_refused_in_one_line() -> None:
-    """The test runs in a user namespace that allows no further one, as with AppArmor and in containers."""
+    """The test runs in a user namespace without further namespaces, as with AppArmor and in containers."""
     script = "from orchestrator.finetune.grading.sandbox.run import sandbox_level\n"
     script += "try: print(sandbox_level())\nexcept Exception as e: print(e)"
     command = f"echo 0 > /proc/sys/user/max_user_namespaces; exec '{sys.executable}' -c '{script}'"
@@ -216,7 +216,7 @@ except StudyError as error:
 def test_the_weaker_sandbox_is_refused_if_its_user_cannot_read_the_interpreter(tmp_path: Path) -> None:
     """If root starts the sandbox, the program belongs to another user, and its imports would fail.
 
-    The script hides the interpreter's folder from other users, in a mount namespace of its own.
+    The script hides the interpreter's folder from other users, in its own mount namespace.
     """
     if os.getuid() != 0:
         pytest.skip("not root: programs run as the user that starts them")

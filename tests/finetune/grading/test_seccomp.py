@@ -16,7 +16,7 @@ WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
 MACHINE = os.uname().machine
 COLUMN = ("x86_64", "aarch64").index(MACHINE)
 HEADERS = ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h")
-"""The headers of the kernel with the numbers of each machine."""
+"""The kernel's headers with the system call numbers of each architecture."""
 
 REQUIRED = {
     *(
@@ -53,7 +53,7 @@ def call(number, *arguments):
 
 
 def assert_in_sandbox(expression: str, body: str = "") -> None:
-    """Assert `expression` in the tests of a program that has `call` and `body`."""
+    """Assert that `expression` is true in the sandbox, after `PRELUDE` and `body` have run."""
     result = run(PRELUDE + body, f"assert {expression}", WIDE)
     assert result.passed, result.reason
 
@@ -106,7 +106,7 @@ def clone3():
 
 
 def test_calls_newer_than_the_filter_are_unknown() -> None:
-    """These are `open_tree_attr` (467), `listns` (470) and an x32 call of x86-64."""
+    """The calls are `open_tree_attr` (467), `listns` (470) and an x32 call of x86-64."""
     for number in (467, 470, 0x40000000 + 250):
         assert_in_sandbox(f"call({number}, -1, -1, -1, -1, -1) == 38, call({number}, -1, -1, -1, -1, -1)")
 

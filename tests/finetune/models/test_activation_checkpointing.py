@@ -37,7 +37,7 @@ def llama() -> nn.Module:
 
 
 def bert() -> nn.Module:
-    """A BERT with dropout of its own, which eval mode turns off."""
+    """Return a BERT with its own dropout, which eval mode turns off."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = BertConfig(
@@ -53,7 +53,7 @@ def bert() -> nn.Module:
 
 
 def deberta() -> nn.Module:
-    """A DeBERTa, whose attention calls some projections twice, with separate masks for each call."""
+    """Return a DeBERTa, whose attention calls some projections twice, with separate masks for each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = DebertaV2Config(

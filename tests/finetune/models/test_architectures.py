@@ -1,7 +1,7 @@
 """Small random models of the text architectures that studies name.
 
-Adapters are on exactly the linear layers that the architecture is published with. Decoders learn, and a lane
-in a lane group gets the numbers that it gets alone; test_encoders.py checks the same for encoders.
+Exactly the linear layers of the published architecture have adapters. Decoders learn, and a lane gives the
+same results in a lane group as alone. test_encoders.py checks the same for encoders.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GROUPED = {**SIZE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embedd
 
 @dataclass(frozen=True)
 class Base:
-    """An architecture.
+    """A text architecture.
 
     `prefix` is the name of the list of blocks, `layers` are the linear layers of a block, and `kind` and
     `options` are the class of the configuration and its arguments.
@@ -133,8 +133,8 @@ def test_adapters_are_on_every_linear_layer_of_the_blocks(name: str, folder: Cal
 
 
 FEW = ("Mistral", "Qwen3", "Gemma3")
-"""The three that differ most: a sliding window, norms of queries and keys, and both with two kinds of
-rotary positions."""
+"""The three architectures that differ most: Mistral has a sliding window, Qwen3 norms of queries and keys,
+and Gemma3 both of these and two kinds of rotary positions."""
 MORE = [
     pytest.param(name, marks=pytest.mark.slow) for name in BASES if BASES[name].causal and name not in FEW
 ]
@@ -154,5 +154,5 @@ def test_lanes_learn_and_a_lane_in_a_group_equals_the_lane_alone(
 
 
 def assert_equal_results(found: Record, wanted: Record) -> None:
-    """Compare two records to the bit, which holds on a CPU for a lane's batch of 8 rows."""
+    """Assert that two records are bit-identical. On a CPU, lanes with batches of 8 rows give such records."""
     assert replace(numbers_of(found), provenance=numbers_of(wanted).provenance) == numbers_of(wanted)

@@ -79,7 +79,7 @@ def lane_with_dropout(model: Any) -> Iterator[Adapters]:
 
 
 class GivenMasks(TorchFunctionMode):
-    """Makes transformers' dropout in training mode use given masks, in their order."""
+    """A mode in which transformers' dropout uses given masks, in their order."""
 
     def __init__(self, masks: list[Tensor]) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class GivenMasks(TorchFunctionMode):
 def test_outputs_equal_those_of_transformers_in_training_mode_with_the_same_masks(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dropout has the places and the rate that it has in transformers, and no two masks are equal."""
+    """Dropout has the same places and the same rate as in transformers, and no two masks are equal."""
     model = model_of(kind, tmp_path)
     ids = torch.randint(5, 25, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     real = torch.arange(LENGTH).expand(ROWS, LENGTH) < torch.tensor([[LENGTH], [LENGTH - 5]] * (ROWS // 2))
@@ -138,7 +138,7 @@ def test_outputs_equal_those_of_transformers_in_training_mode_with_the_same_mask
         with plain.activate_lanes(["lane"], None, rows_per_lane=ROWS), GivenMasks(masks):
             theirs = model(**given).logits
     assert not masks, "transformers used all masks"
-    if kind == "gpt2":  # its logits at padding have no meaning
+    if kind == "gpt2":  # GPT-2's logits at padding have no meaning
         ours, theirs = ours[real], theirs[real]
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 

@@ -99,7 +99,7 @@ def test_a_head_is_initialized_to_zero(kind: str, folders: dict[str, Path]) -> N
 def test_logits_of_one_lane_equal_those_of_transformers_without_padding(
     kind: str, folders: dict[str, Path]
 ) -> None:
-    """transformers' own class computes each text alone, with its tokenizer's types and without a mask."""
+    """transformers' own class computes each text alone, with the tokenizer's token types and no mask."""
     base_model = load(folders[kind])
     own = AutoModelForSequenceClassification.from_pretrained(folders[kind], num_labels=2).eval()
     words = AutoTokenizer.from_pretrained(folders[kind])
@@ -142,7 +142,7 @@ def test_a_text_may_use_all_positions(folders: dict[str, Path]) -> None:
 
 
 def test_a_causal_encoder_is_refused(tmp_path: Path) -> None:
-    """Its head would read the first token, which attends to no other token."""
+    """The head of a causal encoder would read the first token, which attends to no other token."""
     folder = encoders.save("bert", tmp_path / "decoder", is_decoder=True)
     choice = ModelChoice(str(folder), base_store.content_hash(folder))
     for call in (loading.build_meta_model, partial(loading.load_base_model, device="cpu")):

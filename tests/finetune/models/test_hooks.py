@@ -66,7 +66,7 @@ def start_lanes(group: LaneGroup, chosen: list[Configuration]) -> list[Lane]:
 
 
 def step(group: LaneGroup, lanes: list[Lane]) -> list[float]:
-    """Take an optimizer step of each lane, and return the norms of its gradients before clipping."""
+    """Take an optimizer step of each lane, and return the lanes' gradient norms before clipping."""
     taken = group.reduce_gradients(lanes, *group.backward(lanes))
     for lane, one in zip(lanes, taken, strict=True):
         assert lane.take_optimizer_step(one) is None
@@ -78,7 +78,7 @@ def total_norm(gradients: dict[str, Tensor]) -> float:
 
 
 def test_before_step_sees_complete_and_clipped_gradients(tmp_path: Path) -> None:
-    """One batch and two micro-batches of the same rows give equal gradients, clipped to the same norm."""
+    """The same rows in one batch and in two micro-batches give equal gradients, clipped to the same norm."""
     given = []
     for batch_size, accumulation in ((16, 1), (8, 2)):
         variant = Riemannian()

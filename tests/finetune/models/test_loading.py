@@ -37,7 +37,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny random model, saved by transformers, whose tokenizer has no padding token."""
+    """Return the folder of a tiny random transformers model whose tokenizer has no padding token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-# -- a base that a task makes ----------------------------------------------------------------------------
+# -- a base model that a task pretrains ------------------------------------------------------------------
 
 
 def test_a_task_base_model_is_made_once_and_identified_by_content(root: Path) -> None:
@@ -88,7 +88,7 @@ def test_another_recipe_gives_another_base_model(root: Path) -> None:
         model_catalogue.prepare_task_base_model(Letters(recipe), root, silent) for recipe in (QUICK, other)
     )
     assert one != two
-    assert model_catalogue.find_content("letters-base", root) is None  # both recipes differ from the real one
+    assert model_catalogue.find_content("letters-base", root) is None  # neither is the task's own recipe
     assert len([path for path in root.glob("letters-base-*") if path.is_dir()]) == 2
 
 
@@ -128,7 +128,7 @@ def test_a_missing_or_changed_base_model_is_refused(root: Path) -> None:
         loading.load_base_model(ModelChoice("letters-base", content), root, "cpu", Letters(QUICK))
 
 
-# -- making once -----------------------------------------------------------------------------------------
+# -- base models are made once ---------------------------------------------------------------------------
 
 
 def test_a_failed_attempt_leaves_no_files(root: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(folder: Path, root: Path) -
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_folder_without_the_tokenizers_words_is_refused(kind: str, root: Path, tmp_path: Path) -> None:
-    """transformers would make a tokenizer of special tokens alone, to which all texts look the same."""
+    """transformers would make a tokenizer of special tokens alone, which cannot distinguish texts."""
     folder = encoders.save(kind, tmp_path / kind)
     choice = ModelChoice(str(folder), base_store.content_hash(folder))
     assert len(loading.load_processor(choice, root, catalogue.get("reviews"))) > 5
@@ -302,9 +302,9 @@ def test_an_unknown_name_is_refused_with_the_nearest_known_name(name: str, hint:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub cache of a machine that cannot reach the hub.
+    """Return the hub cache of a machine that cannot reach the hub.
 
-    The library reads HF_HUB_OFFLINE and HF_HUB_CACHE on import, so their values are set in it directly.
+    huggingface_hub reads HF_HUB_OFFLINE and HF_HUB_CACHE on import, so the fixture sets its constants.
     """
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -322,7 +322,7 @@ def test_an_unreachable_hub_model_is_one_line_with_remedies(root: Path, cache: P
 
 @pytest.mark.parametrize("commit", [None, "1" * 40])
 def test_a_cached_folder_without_a_config_is_no_model(root: Path, cache: Path, commit: str | None) -> None:
-    """For example after only a README was downloaded, or after a download that was refused."""
+    """A download of the README alone leaves such a folder, and so does a refused download."""
     repository = cache / "models--some-lab--some-model"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("1" * 40)

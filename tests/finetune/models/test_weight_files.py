@@ -1,4 +1,4 @@
-"""Checks of weight files by their headers accept and refuse what transformers accepts and refuses."""
+"""The checks of weight files, which read headers only, accept and refuse the same files as transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from orchestrator.util.errors import UsageError
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small model that was trained for one step."""
+    """Return the folder of a small model that was trained for one step."""
     folder = tmp_path_factory.mktemp("base")
     with suppress_transformers_logging():
         Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(base: Path, tmp_path: Path) -> Path:
-    """A copy of the folder `base`, which a test may change."""
+    """Return a copy of the folder `base`, which a test may change."""
     return Path(shutil.copytree(base, tmp_path / "m"))
 
 
@@ -235,7 +235,7 @@ def test_what_transformers_cannot_load_is_one_line(
     assert message in text
     assert "save_pretrained" in text
     assert "\n" not in text
-    with pytest.raises(Exception):  # noqa: B017, PT011  # of many kinds
+    with pytest.raises(Exception):  # noqa: B017, PT011  # its type depends on the damage
         load_with_transformers(folder)
     assert not (tmp_path / "planted").exists(), "code in a pickle was run"
 
@@ -361,7 +361,7 @@ def test_quantized_weights_are_refused_by_the_configuration(folder: Path, tmp_pa
 
 
 def test_only_headers_are_read(folder: Path) -> None:
-    """The test would time out if it read the file, a sparse one of 64 GiB."""
+    """The weight file is a sparse file of 64 GiB. The test would time out if the check read all of it."""
     size = 64 * 2**30
     header = {"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
     text = json.dumps(header).encode()

@@ -1,4 +1,4 @@
-"""Reading of data files: their rows, or an error of one line that names file and row."""
+"""Reading of data files: it gives their rows, or an error of one line that names the file and the row."""
 
 from __future__ import annotations
 

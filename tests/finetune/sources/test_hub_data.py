@@ -120,7 +120,7 @@ def test_the_error_for_a_missing_column_names_the_existing_ones(folder: Path) ->
     assert message.endswith("must have a column 'label'; it has text, labels.")
 
 
-# -- a hub out of reach --------------------------------------------------------------------------------------
+# -- an unreachable hub --------------------------------------------------------------------------------------
 
 READ_SCRIPT = """
 import json, sys, time
@@ -143,7 +143,7 @@ for name in sys.argv[1:]:
 def read_in_subprocess(home: Path, endpoint: str, *names: str) -> list[Any]:
     """Read datasets in another process, each without and with a given commit, and return the results.
 
-    This asserts that no attempt waits to try again, as `datasets` itself does.
+    Also assert that no attempt waits and tries again; `datasets` itself would do so.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ORCHESTRATOR_"))}
     done = subprocess.run(
@@ -179,7 +179,8 @@ def test_without_a_hub_a_cached_dataset_is_read_or_the_error_says_what_to_set(tm
 def hub() -> Iterator[str]:
     """Serve gated datasets like the hub.
 
-    Everybody gets the commit of org/set, and for org/moving a new one whenever the newest is requested.
+    Every client gets the commit of org/set. For org/moving, each request for the newest commit gets a new
+    commit.
     """
     newest = iter("123456789")
 
@@ -231,7 +232,7 @@ print(json.dumps(found))
 
 
 def test_a_commit_is_pinned_in_the_store_and_read_by_processes_that_add_no_pins(tmp_path: Path) -> None:
-    """The hub has a new commit whenever the newest one is requested."""
+    """The hub has a new commit at each request for the newest commit."""
     with hub() as endpoint:
         done = subprocess.run(
             [sys.executable, "-c", PIN_SCRIPT, str(tmp_path / "bases")],

@@ -26,7 +26,7 @@ NAMES = ("metamathqa", "codefeedback", "commonsense_15k", "alpaca")
 
 
 def metamathqa(root: Path, questions: int = 120) -> Path:
-    """Write each original question in four rows, and GSM8K's own file."""
+    """Write a folder of MetaMathQA with four rows per original question, and a folder of GSM8K."""
     rows = []
     for number in range(questions):
         question = f"Tom has {number} apples and buys 2. How many has he?"
@@ -225,7 +225,7 @@ def test_splits_share_no_question(task: Task) -> None:
 
 @pytest.mark.parametrize("task", NAMES, indirect=True)
 def test_reference_answers_are_correct_and_others_are_not(task: Task) -> None:
-    """Both held-out splits are graded by the task itself."""
+    """The task itself grades both held-out splits."""
     if task.name == "alpaca":
         (example,) = task.examples("test", 1)
         assert task.grade_all([example] * 3, ["Corn is good.", "Corn, yes.", "Wheat."]) == [1.0, 0.0, 0.0]
@@ -239,7 +239,7 @@ def test_reference_answers_are_correct_and_others_are_not(task: Task) -> None:
 def test_a_folder_whose_files_have_changed_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This includes a card that names subsets, for which `datasets` looks up its cache by the card alone."""
+    """The card names a subset. In this case `datasets` itself does not check whether files have changed."""
     table = hub_data.Table("org/set", "test", {"a": int}, subset="main")
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
     for count in (3, 5):
@@ -269,7 +269,7 @@ def test_the_validation_split_of_metamathqa_has_each_gsm8k_question_once(task: T
     for example in validation:
         question = example.prompt.partition("### Instruction:\n")[2].partition("\n\n### Response:")[0]
         assert "(" not in question
-        assert not any(question in other.prompt for other in train)  # in none of its four forms
+        assert not any(question in other.prompt for other in train)  # in any of its four forms
         assert example.prompt.endswith("### Response: Let's think step by step.")
     assert len({e.prompt for e in train}) > 70  # all four types are in the training split
     first = task.examples("test", 1)[0]

@@ -197,7 +197,7 @@ def test_another_folder_and_another_file_are_read_again(
 # -- from the folder to the scores -----------------------------------------------------------------------
 
 FEW = ("cola", "qqp", "stsb")
-"""One of each metric but accuracy; one text and two; classes and values."""
+"""Tasks with each metric but accuracy, with one text and with two, with classes and with values."""
 
 
 @pytest.mark.parametrize(

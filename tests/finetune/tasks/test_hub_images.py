@@ -1,6 +1,6 @@
 """The seven image tasks of the hub, end to end, on folders with the hub's schema.
 
-The model is a small CLIP with random weights, and once a ViT.
+The model is a small CLIP with random weights, and in one case a ViT.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def task_of(name: str) -> HubImageTask:
 
 
 def picture(seed: int, label: int) -> bytes:
-    """Return noise in the color of a class, of any size, in one of the formats on the hub."""
+    """Return an image of noise in the color of a class, with a random size and a format of the hub."""
     source = np.random.RandomState(seed)
     pixels = source.randint(0, 90, (*source.randint(20, 60, 2), 3), dtype=np.uint8)
     pixels[..., label] += 150
@@ -71,7 +71,7 @@ def write(
     classes: int | None = None,
     edit: Callable[[str, list[bytes], list[int]], None] = lambda split, files, labels: None,
 ) -> None:
-    """Write a folder like `hf download --repo-type dataset`. Without `classes` labels are plain numbers."""
+    """Write a folder like `hf download --repo-type dataset`. Without `classes`, labels are plain numbers."""
     folder = root / task.repository
     (folder / "data").mkdir(parents=True)
     for split, size, seed in (("train", TRAIN, 0), ("test", TEST, 10_000)):

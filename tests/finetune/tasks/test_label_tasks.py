@@ -43,7 +43,7 @@ def silent(_: str) -> None:
 
 @cache
 def loaded(task: Task) -> dict[Split, list[Example]]:
-    """Return the data of the task, which are read once."""
+    """Return the data of the task. A test session reads them once."""
     return task.load(task.choice())
 
 

@@ -1,4 +1,4 @@
-"""Tasks with a head: the model's input and output, and lanes with heads of their own."""
+"""Tasks with a head: the model's input and output, and lanes with their own heads."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Lengths(Reviews):
 
 
 def encoder(folder: Path) -> Path:
-    """Save a tiny BERT in the usual form: with a head for masked words and without a pooler."""
+    """Save a tiny BERT in the usual form, with a head for masked words and without a pooler."""
     torch.manual_seed(0)
     with base_store.suppress_transformers_logging():
         BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(folder)
@@ -173,7 +173,7 @@ def test_a_head_starts_with_zeros_so_that_the_base_model_guesses(folder: Path) -
     task = Reviews()
     base_model = load(folder, task)
     assert base_model.is_causal == ("Llama" in type(base_model.model).__name__)
-    # A pooler that the checkpoint lacks is new, too.
+    # A pooler that the checkpoint lacks is part of the new head.
     assert base_model.head_names == (
         ("score",) if base_model.is_causal else ("classifier", "bert.pooler.dense")
     )
@@ -211,7 +211,7 @@ def test_padding_and_neighboring_rows_change_nothing(folder: Path) -> None:
     with three_lanes(base_model) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
         logits, labels = compute_logits(base_model, task, pad_rows(rows, 16, 0))
         assert labels.tolist() == [row.targets[-1] for row in rows]
-        for row, one in zip(rows, logits, strict=True):  # each alone, without padding and mask
+        for row, one in zip(rows, logits, strict=True):  # each row alone, without padding and mask
             alone = base_model.model(input_ids=torch.tensor([row.ids])).logits[0]
             torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-4)
         # Rows without padding are bit-identical beside padded rows and among themselves.
@@ -317,7 +317,7 @@ def _shared(process_group: ProcessGroup, _: Path, bert: Path) -> list[Evaluation
             task = type(task)()
             task.samples, task.temperature, task.top_p = 3, 1.0, 0.9  # type: ignore[misc]
         base_model = load(bert, task) if task.has_head else tiny_base_model(ModelChoice("tiny", "0" * 64))
-        # This includes a split of one batch, of which one worker gets nothing.
+        # The smaller split has one batch, so one worker gets nothing.
         for size in (90, 9):
             split = make_split(task, base_model, size)
             with three_lanes(base_model) as adapters:
