@@ -1,4 +1,4 @@
-"""Lane capacities: how many lanes of a group key fit on a device, learnt from out-of-memory errors.
+"""Lane capacities: how many lanes of a group key fit on a device, learned from out-of-memory errors.
 
     root/limits/<hash of group key and device key>.json    {"shape", "place", "lanes", "tried"}, with checksum
 

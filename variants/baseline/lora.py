@@ -32,7 +32,7 @@ class LoRA(Variant):
     Subclasses may start from a non-zero product (PiSSA, LoRA-GA). If `init` returns frozen copies A0 and B0
     of A and B, then W' = W + s (B A - B0 A0), which is W at step 0. It is computed as
     s (B (A - A0) + (B - B0) A0). This form is exactly zero at step 0 in every dtype, and it does not round
-    the learnt change to the precision of the larger product B0 A0. Dropout applies to the input of B A, and
+    the learned change to the precision of the larger product B0 A0. Dropout applies to the input of B A, and
     not to the input of W - s B0 A0, which is the weight that the papers freeze. LoRA-GA differs: its
     `frozen_update_buffers` is empty.
     """

@@ -168,7 +168,7 @@ def check_head_pooling(model: Any, name: str) -> None:
 
 
 def max_learned_positions(model: Any) -> int | None:
-    """Return the number of learnt position embeddings of a model, with or without weights.
+    """Return the number of learned position embeddings of a model, with or without weights.
 
     The result is None for a model whose positions are rotary or relative, since it has no such embeddings.
     """

@@ -107,7 +107,7 @@ def _check_templates(
             raise UsageError(error)
         if configuration.lr_schedule.steps == warmup_steps(configuration.lr_schedule) == 1:
             raise UsageError(
-                "--steps 1: the only step would be warm-up, at learning rate 0, and nothing would be learnt; "
+                "--steps 1: the only step would be warm-up, at learning rate 0, and nothing would be learned; "
                 "take more steps, or --set warmup=0."
             )
     if has_layer_shapes(templates[0].model):

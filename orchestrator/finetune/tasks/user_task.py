@@ -26,7 +26,7 @@ RENAMED_VALUES = {
     "always": "every_evaluation",
     "at the end": "last_evaluation",
 }
-"""Values of `output` and `grade_at` in earlier versions, and those of now."""
+"""Values of `output` and `grade_at` in earlier versions, and their present values."""
 MAX_EXAMPLES = 1_000_000_000
 MAX_TOKENS = 10_000_000
 
