@@ -107,8 +107,8 @@ def _check_templates(
             raise UsageError(error)
         if configuration.lr_schedule.steps == warmup_steps(configuration.lr_schedule) == 1:
             raise UsageError(
-                "--steps 1: the only step would be warm-up, at learning rate 0, so nothing would be learned; take "
-                "more steps, or --set warmup=0."
+                "--steps 1: the only step would be warm-up, at learning rate 0, so nothing would be learned; "
+                "take more steps, or --set warmup=0."
             )
     if has_layer_shapes(templates[0].model):
         # Building a model without weights takes seconds, so each adapter shape is checked once.
