@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import ray
 from events import reserved_port
+from ray.cluster_utils import Cluster
 
 from orchestrator.cluster.remote.jobs import JobClient
 from orchestrator.util.errors import StudyError
@@ -18,13 +18,19 @@ PROGRAM = "sh -c 'for i in 1 2 3; do echo line $i; done; echo error: wrong; slee
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobClient]:
-    with reserved_port() as port:
-        pass  # the dashboard binds the port next
-    context = ray.init(
-        "local", include_dashboard=True, dashboard_port=port, num_cpus=1, logging_level="ERROR"
+    with reserved_port() as dashboard_port, reserved_port() as agent_port:
+        pass  # Ray binds them next. Another Ray of this machine may have the agent's default port.
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": True,
+            "dashboard_port": dashboard_port,
+            "dashboard_agent_listen_port": agent_port,
+        },
     )
-    yield JobClient(f"http://{context.dashboard_url}", str(tmp_path_factory.mktemp("project")))
-    ray.shutdown()
+    yield JobClient(f"http://{cluster.webui_url}", str(tmp_path_factory.mktemp("project")))
+    cluster.shutdown()
 
 
 def test_a_job_is_followed_twice_and_deleted(jobs: JobClient, capfd: pytest.CaptureFixture[str]) -> None:
