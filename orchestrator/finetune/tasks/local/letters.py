@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.finetune.tasks.base import Example, Split, TaskDefaults, hash_split
 from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe, word_tokenizer
+from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +48,12 @@ class Letters(PretrainedTask):
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
+        if count > MAX_EXAMPLES:  # before they are drawn, which takes a minute
+            raise UsageError(f"Task 'letters' has {MAX_EXAMPLES} {split} examples, {count} are needed.")
         # The hash of a string decides its split; each split has a random generator of its own.
         generator = random.Random(f"letters/{split}")
         seen: dict[str, None] = {}
-        while len(seen) < min(count, MAX_EXAMPLES):
+        while len(seen) < count:
             word = "".join(LETTERS[generator.randrange(len(LETTERS))] for _ in range(LENGTH))
             if hash_split(word) == split:
                 seen[word] = None

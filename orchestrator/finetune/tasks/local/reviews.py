@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.finetune.tasks.base import Example, Split, TaskDefaults, hash_split
 from orchestrator.finetune.tasks.pretraining import PretrainedTask, Recipe, word_tokenizer
+from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -98,10 +99,12 @@ class Reviews(PretrainedTask):
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
+        if count > MAX_EXAMPLES:  # before they are drawn, which takes a minute
+            raise UsageError(f"Task 'reviews' has {MAX_EXAMPLES} {split} examples, {count} are needed.")
         # The hash of a text decides its split. The classes take turns, so that all have equal shares.
         generator = random.Random(f"reviews/{split}")
         seen: dict[str, str] = {}
-        while len(seen) < min(count, MAX_EXAMPLES):
+        while len(seen) < count:
             review = draw_review(generator)
             label = self.labels[len(seen) % len(self.labels)]
             if review.label == label and review.text not in seen and hash_split(review.text) == split:
