@@ -75,7 +75,11 @@ def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value],
 
 
 def _split_rows(rows: Sequence[_Row], names: Sequence[str]) -> Iterator[tuple[dict[str, Value], list[_Row]]]:
-    """Yield the rows of each combination of values in the columns `names`, with these values."""
+    """Group rows by their values in the columns `names`.
+
+    Yields:
+        The values by column name, and the rows that have these values, in the order of the values.
+    """
     split: dict[tuple[Value, ...], list[_Row]] = defaultdict(list)
     for record, columns in rows:
         split[tuple(columns.get(name) for name in names)].append((record, columns))

@@ -235,7 +235,11 @@ def _connect(cluster_address: str | None, before_exit: Callable[[], object]) -> 
 
 
 def _join_ray(cluster_address: str, options: Mapping[str, Any]) -> None:
-    """Join a cluster.
+    """Connect this process to a running Ray cluster.
+
+    Args:
+        cluster_address: HOST:PORT of the cluster's control store, or another address that `ray.init` takes.
+        options: Further arguments of `ray.init`.
 
     Raises:
         UsageError: The cluster cannot be joined.

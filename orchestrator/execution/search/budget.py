@@ -78,7 +78,7 @@ class SearchBudget:
         return [point for point in self.points.values() if point.variant == variant]
 
     def num_remaining(self, variant: str) -> int:
-        """Return the number of points of this variant that may still be asked for."""
+        """Return the number of points that the search may still sample of this variant."""
         if variant in self.file.exhausted:
             return 0
         budget = min(self.file.points, self.space.size(variant))

@@ -23,7 +23,11 @@ class LaneSlots:
     """Fingerprint -> time since which the lane has been parked, in the order of parking."""
 
     def list_long_parked(self, now: float) -> list[str]:
-        """Return the fingerprints of the lanes that may make room, the longest parked first."""
+        """Return the fingerprints of the lanes parked for more than `spill_seconds`, the longest first.
+
+        Args:
+            now: The time of `time.monotonic`, in seconds.
+        """
         return [name for name, since in self.parked_at.items() if now - since > self.spill_seconds]
 
     def halve(self, lanes: Collection[Lane], mid_step: Sequence[Lane]) -> tuple[int, list[Lane]]:

@@ -94,7 +94,10 @@ def fill_accumulation(options: StudyOptions, task: Task) -> StudyOptions:
 
 
 def variant_hyperparameters(name: str) -> Mapping[str, Value]:
-    """Return the hyperparameters of a variant with their defaults by name; rank, alpha and dropout are 0."""
+    """Return the hyperparameters of a variant by name, with the defaults of its own settings.
+
+    rank, alpha and dropout, whose defaults are those of the command line, have the placeholder 0.
+    """
     from variants.base import AdaptationScope
 
     variant = catalogue.get(name)
