@@ -148,4 +148,4 @@ PROGRESS_INTERVAL_SECONDS = 4.0
 PLAIN_LINE_INTERVAL_SECONDS = 10.0
 """Interval of the lines that report a study's progress where there is no terminal."""
 JOB_POLL_SECONDS = 0.3
-"""Interval at which the state of a job on a cluster's head is asked for."""
+"""Interval between two requests for the state of a job on a cluster's head."""

@@ -92,7 +92,7 @@ class PerVariantSearcher(Searcher):
             budget: The points of the search.
             store: The store of records.
             scheduler: The name of the early stopping scheduler.
-            points_per_turn: Number of new points of one variant that are asked for in a row.
+            points_per_turn: Number of new points of one variant that are sampled in a row.
             cached: Fingerprints with a usable result. New points that have a result already are added.
         """
         super().__init__(metric="score", mode="max")
