@@ -1,13 +1,39 @@
-"""The results of a tuned comparison as text, for the table, the forest plot and the report."""
+"""The verdict on a claim, in the words that the terminal, the report, MLflow and Python share.
+
+The functions are those of the comparison on fresh seeds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from orchestrator.analyze import formatting
 from orchestrator.analyze.comparison import ChosenPoint, TunedComparison
 from orchestrator.analyze.panels import Value
 from orchestrator.analyze.significance import Comparison, PairedComparison
+
+VerdictOutcome = Literal["supported", "refuted", "undecided", "descriptive"]
+"""The outcome for a claim. A descriptive verdict states what the data show and has no error rate."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a study says about one claim. Every text is plain and complete; nobody rephrases it."""
+
+    claim: str
+    """The claim in one sentence."""
+    outcome: VerdictOutcome
+    answer: str
+    """What the data say in one to three sentences, with the deciding numbers and their intervals."""
+    design: str
+    """One sentence: tasks, models, variants, factors, seeds or replicates, and budget."""
+    next_step: str = ""
+    """One sentence that says what would narrow the answer; empty if nothing would."""
+    next_command: str = ""
+    """The command for `next_step`, or empty."""
+
 
 OUTCOME_PHRASES = {
     "better": "better than",

@@ -34,10 +34,11 @@ class GridOptions:
     another task: letters (the default), reviews or digits; the real ones take longer."""
     variants: tuple[str, ...] | None = None
     """Variants to compare, e.g. `lora pissa`. Default: those of the script."""
-    task: str | None = None
-    """Task to fine-tune on: its name, or the path of a .py file that defines one."""
+    task: tuple[str, ...] | None = None
+    """Task to fine-tune on: its name, or the path of a .py file that defines one. With several, every variant
+    is trained on each of them."""
     model: str | None = None
-    """Base model: a known name, a folder, or a hub name. Default: the task's own."""
+    """Base model: a known name, a folder, or a hub name. Default: each task's own."""
     learning_rates: tuple[str, ...] | None = None
     """A list (`1e-4 1e-3`), or low:high:points-per-decade (`1e-5:1e-2:2`). Default: the task's grid."""
     seeds: int | None = None
@@ -65,7 +66,8 @@ class GridOptions:
             rates.parse_learning_rates(self.learning_rates)
         if self.variants is not None and not self.variants:
             raise UsageError("--variants is empty; name at least one, for example: lora pissa.")
-        _check_not_empty("--task", self.task)
+        if self.task is not None and not all(self.task or ("",)):
+            raise UsageError("--task is empty; name one, or leave it out.")
         _check_not_empty("--model", self.model)
         bounds.check_bound("--seeds", self.seeds, bounds.MAX_POINTS)
         bounds.check_bound("--rank", self.rank, bounds.MAX_RANK)
@@ -134,6 +136,8 @@ class TrainingOptions:
 
     steps: int | None = None
     """Optimizer steps of a fine-tune. Default: the task's."""
+    train_size: int | None = None
+    """Number of training examples, the first ones of the task's sequence. Default: the task's."""
     evaluations: int | None = None
     """Number of evenly spaced evaluations of a fine-tune on the validation split. Default: the task's. Early
     stopping acts at evaluations only; another number makes other configurations."""
@@ -161,6 +165,7 @@ class TrainingOptions:
             UsageError: One of them is out of bounds.
         """
         bounds.check_bound("--steps", self.steps, bounds.MAX_STEPS)
+        bounds.check_bound("--train-size", self.train_size, bounds.MAX_TRAIN_SIZE)
         bounds.check_bound("--evaluations", self.evaluations, bounds.MAX_EVALUATIONS)
         bounds.check_bound("--batch-size", self.batch_size, bounds.MAX_BATCH_SIZE)
         if self.accumulation is not None and self.accumulation < 1:

@@ -21,7 +21,10 @@ DEFAULT_LANES_PER_TRAINER = 4
 OPTION_OF_HYPERPARAMETER = {
     "learning_rate": "learning_rates",
     "schedule": "lr_schedule",
-    **{name: name for name in ("head_learning_rate", "rank", "alpha", "dropout")},
+    **{
+        name: name
+        for name in ("head_learning_rate", "rank", "alpha", "dropout", "targets", "steps", "train_size")
+    },
 }
 """Hyperparameters that --set and --space can name, and that have an option of their own. (--batch-size may
 stand beside batch sizes of --space: --accumulation must divide it.)"""

@@ -29,7 +29,7 @@ class Hyperparameter:
     Values are one of `choices`, or numbers from `low` to `high`, without the ends that are exclusive.
     """
 
-    part: Literal["variant", "optimizer", "lr_schedule", "batches"]
+    part: Literal["variant", "task", "optimizer", "lr_schedule", "batches"]
     field: str
     is_int: bool = False
     low: float = 0.0
@@ -38,9 +38,15 @@ class Hyperparameter:
     high_exclusive: bool = True
     significant_digits: int = SIGNIFICANT_DIGITS
     choices: tuple[str, ...] = ()
+    is_text: bool = False
+    """True if the value is a text of any content."""
+    searchable: bool = True
+    """False if a search cannot vary it, because its points would not be comparable or need other data."""
 
     def find_violation(self, value: Value) -> str | None:
         """Return the rule that `value` breaks, as a phrase for an error line; None if it is valid."""
+        if self.is_text:
+            return None if isinstance(value, str) and value else "must be a text"
         if self.choices:
             return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
         if isinstance(value, (str, bool)):
@@ -57,7 +63,9 @@ class Hyperparameter:
         return f"must be {bounds}"
 
 
-def int_hyperparameter(part: Literal["variant", "batches"], field: str, high: int) -> Hyperparameter:
+def int_hyperparameter(
+    part: Literal["variant", "task", "lr_schedule", "batches"], field: str, high: int
+) -> Hyperparameter:
     """Return the rule for a whole number of at least 1.
 
     Args:
@@ -82,6 +90,9 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "warmup": Hyperparameter("lr_schedule", "warmup", high=1, low_exclusive=False, high_exclusive=False),
     "schedule": Hyperparameter("lr_schedule", "name", choices=("constant", "linear", "cosine")),
     "batch_size": int_hyperparameter("batches", "micro_batch_size", bounds.MAX_BATCH_SIZE),
+    "targets": Hyperparameter("variant", "targets", is_text=True, searchable=False),
+    "steps": replace(int_hyperparameter("lr_schedule", "steps", bounds.MAX_STEPS), searchable=False),
+    "train_size": replace(int_hyperparameter("task", "train_size", bounds.MAX_TRAIN_SIZE), searchable=False),
 }
 INT_SETTING_RULE = replace(int_hyperparameter("variant", "extra", bounds.MAX_RANK), low=0)
 """The rule for whole numbers among a variant's own settings. The variant itself may be stricter."""
@@ -182,6 +193,8 @@ def apply_values(configuration: Configuration, values: Mapping[str, Value]) -> C
         else:
             part = replace(getattr(configuration, hyperparameter.part), **{hyperparameter.field: value})
             configuration = replace(configuration, **{hyperparameter.part: part})
+            if name == "steps" and configuration.evaluations > int(value):
+                configuration = replace(configuration, evaluations=int(value))
     return configuration
 
 

@@ -37,6 +37,8 @@ def parse_space(
     found: dict[str, Dimension] = {}
     for word in words:
         argument = _parse_argument("--space", word, variants, defaults)
+        if argument.hyperparameter and not argument.hyperparameter.searchable:
+            raise argument.error(f"a search cannot vary {argument.name}; take hyperparameter_sensitivity.py.")
         dimension = argument.parse_dimension()
         if argument.key in found:
             raise argument.error(f"{argument.key} occurs twice; name it once.")
@@ -141,9 +143,8 @@ class _Argument:
     @property
     def is_text(self) -> bool:
         """True if the values are names, or true and false."""
-        return isinstance(self.default, (str, bool)) or bool(
-            self.hyperparameter and self.hyperparameter.choices
-        )
+        rule = self.hyperparameter
+        return isinstance(self.default, (str, bool)) or bool(rule and (rule.choices or rule.is_text))
 
     def error(self, message: str) -> UsageError:
         return UsageError(f"{self.option} {self.word!r}: {message}")

@@ -49,9 +49,10 @@ def build_arguments(options: StudyOptions) -> list[str]:
         if isinstance(value, bool):
             arguments.append(flag)
         elif isinstance(value, tuple):
-            arguments += [flag, *map(str, value)]
+            to_word = _project_path if field.name == "task" else str
+            arguments += [flag, *map(to_word, value)]
         else:
-            arguments += [flag, _project_path(value) if field.name == "task" else str(value)]
+            arguments += [flag, str(value)]
     return arguments
 
 
@@ -97,7 +98,7 @@ def study_key(options: StudyOptions) -> str:
     script = Path(sys.argv[0]).stem
     if options.study:
         return f"{script}-{options.study}"
-    parts = [script, options.task, options.model, "dry-run" if options.dry_run else None]
+    parts = [script, *(options.task or ()), options.model, "dry-run" if options.dry_run else None]
     parts += [options.search_method] if options.search != "grid" else []
     return "-".join(filter(None, parts))
 

@@ -96,12 +96,13 @@ def fill_accumulation(options: StudyOptions, task: Task) -> StudyOptions:
 def variant_hyperparameters(name: str) -> Mapping[str, Value]:
     """Return the hyperparameters of a variant by name, with the defaults of its own settings.
 
-    rank, alpha and dropout, whose defaults are those of the command line, have the placeholder 0.
+    rank, alpha, dropout and targets, whose defaults are those of the command line, have the placeholder 0.
     """
     from variants.base import AdaptationScope
 
     variant = catalogue.get(name)
     usual = {"rank": variant.uses_rank, "alpha": variant.uses_alpha, "dropout": variant.uses_dropout}
+    usual["targets"] = True
     adapts_layers = variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
     own: dict[str, Value] = {name: 0 for name, used in usual.items() if used and adapts_layers}
     return own | dict(variant.extra_defaults)
