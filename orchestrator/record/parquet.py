@@ -24,7 +24,7 @@ _CONFIGURATION = {
     "int64": "seed rank steps_horizon batch_size accumulation max_length task_train_size "
     "task_validation_size task_test_size task_numerics evaluations variant_numerics loop_numerics",
     "float64": "learning_rate alpha dropout weight_decay beta1 beta2 epsilon clip_norm head_learning_rate "
-    "warmup divergence_loss_ratio divergence_share divergence_smoothing",
+    "warmup final_factor divergence_loss_ratio divergence_share divergence_smoothing",
 }
 _RESULT = {
     "string": "state reason",

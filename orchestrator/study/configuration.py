@@ -83,12 +83,14 @@ class OptimizerConfig:
 class LRSchedule:
     """The learning rate over `steps` optimizer steps.
 
-    A linear warm-up from 0 takes the fraction `warmup` of the steps; the curve `name` follows.
+    A linear warm-up from 0 takes the fraction `warmup` of the steps; the curve `name` follows. A linear or
+    cosine curve ends at the fraction `final_factor` of the peak; a constant one has no such end.
     """
 
     steps: int
     name: LRScheduleName = "cosine"
     warmup: float = 0.05
+    final_factor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class Configuration:
         """SHA-256 (hex) of the canonical JSON.
 
         The base model counts by its content, not by its name. A head learning rate equal to the learning rate
-        and a base dropout that is off are left out, because earlier versions had no such fields.
+        and a base dropout that is off are left out, because earlier versions had no such fields. For the same
+        reason `to_json` leaves out what `_drop_later_defaults` names.
         """
         data = replace(self, model=replace(self.model, name="")).to_json()
         if data["optimizer"]["head_learning_rate"] in (None, data["optimizer"]["learning_rate"]):
@@ -174,6 +177,7 @@ class Configuration:
         # Validation first turns 16 into 16.0 where the type is float, so that one value has one spelling.
         validated = adapter.validate_python(adapter.dump_python(self, by_alias=True))
         data: dict[str, Any] = adapter.dump_python(validated, mode="json", by_alias=True)
+        _drop_later_defaults(data)
         return data
 
     @classmethod
@@ -195,12 +199,22 @@ class Configuration:
         columns |= nested["optimizer"]
         schedule = self.lr_schedule
         columns |= {"schedule": schedule.name, "warmup": schedule.warmup, "steps_horizon": schedule.steps}
+        columns |= {"final_factor": schedule.final_factor}
         columns |= nested["batches"]
         columns |= {f"task_{k}": v for k, v in nested["task"].items() if k not in ("name", "metric", "floor")}
         columns |= {f"divergence_{k}": v for k, v in nested["divergence"].items()}
         columns |= {"evaluations": self.evaluations, "seed": self.seed, "base_dropout": self.base_dropout}
         columns |= {"variant_numerics": self.variant.numerics, "loop_numerics": self.loop_numerics}
         return columns
+
+
+def _drop_later_defaults(data: dict[str, Any]) -> None:
+    """Remove the fields that were added later, where they have their default.
+
+    A configuration without them then has the JSON, the fingerprint and the group key of earlier versions.
+    """
+    if data["schedule"]["final_factor"] == 0.0:
+        del data["schedule"]["final_factor"]
 
 
 @lru_cache(maxsize=1)

@@ -20,8 +20,8 @@ def lr_factor(schedule: LRSchedule, step: int) -> float:
     """Return the factor of the peak learning rate in a step, as in transformers' schedules.
 
     With w warm-up steps and n = steps - w steps after them, the factor is step / w while step < w (the first
-    step has rate 0). After that, with p = (step - w) / n in [0, 1), it is 1 (constant), 1 - p (linear) or
-    (1 + cos(pi p)) / 2 (cosine).
+    step has rate 0). After that it is 1 (constant) or f + (1 - f) g, where f is `final_factor`, p is
+    (step - w) / n in [0, 1), and g is 1 - p (linear) or (1 + cos(pi p)) / 2 (cosine).
 
     Args:
         schedule: Steps, warm-up and curve.
@@ -41,6 +41,5 @@ def lr_factor(schedule: LRSchedule, step: int) -> float:
     progress = (step - warm) / (schedule.steps - warm)
     if schedule.name == "constant":
         return 1.0
-    if schedule.name == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+    decay = 1.0 - progress if schedule.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return schedule.final_factor + (1.0 - schedule.final_factor) * decay

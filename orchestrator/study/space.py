@@ -89,6 +89,7 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "clip_norm": Hyperparameter("optimizer", "clip_norm"),
     "warmup": Hyperparameter("lr_schedule", "warmup", high=1, low_exclusive=False, high_exclusive=False),
     "schedule": Hyperparameter("lr_schedule", "name", choices=("constant", "linear", "cosine")),
+    "final_factor": Hyperparameter("lr_schedule", "final_factor", high=1, low_exclusive=False),
     "batch_size": int_hyperparameter("batches", "micro_batch_size", bounds.MAX_BATCH_SIZE),
     "targets": Hyperparameter("variant", "targets", is_text=True, searchable=False),
     "steps": replace(int_hyperparameter("lr_schedule", "steps", bounds.MAX_STEPS), searchable=False),

@@ -87,6 +87,11 @@ BAD = {
     "no target": ((*DRY, "--targets", "q_proj,"), ["target ''"]),
     "a pattern that is none": ((*DRY, "--targets", "re:("), ["'re:('", "not a regular expression"]),
     "a rank larger than the layers": ((*DRY, "--rank", "97"), ["rank 97", "at most 96"]),
+    "an end of a constant schedule": (
+        (*DRY, "--lr-schedule", "constant", "--set", "final_factor=0.1"),
+        ["final_factor=0.1", "constant", "cosine or linear"],
+    ),
+    "an end above the peak": ((*DRY, "--set", "final_factor=1.5"), ["final_factor=1.5", "below 1"]),
     "a choice with a hole": (
         (*DRY, "--search", "qmc", "--space", "rank=4,,8"),
         ["'rank=4,,8'", "empty", "take rank=4,8"],

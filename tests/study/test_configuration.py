@@ -39,6 +39,15 @@ def test_new_fields_do_not_change_fingerprints_of_earlier_numerics() -> None:
     assert before.fingerprint == "f3772e6fc07e41559cc1d7750e25c3ee629eec7975b9e1217315539f66130eb1"
 
 
+def test_a_final_factor_is_part_of_the_identity_only_where_it_is_set() -> None:
+    assert "final_factor" not in POINT.to_json()["schedule"]
+    ended = replace(POINT, lr_schedule=replace(POINT.lr_schedule, final_factor=0.1))
+    assert ended.to_json()["schedule"]["final_factor"] == 0.1
+    assert ended.fingerprint != POINT.fingerprint
+    assert ended.group_key == POINT.group_key, "lanes of one group may have other schedules"
+    assert Configuration.from_json(ended.to_json()) == ended
+
+
 def test_a_configuration_survives_json_and_pickle() -> None:
     for copy in (
         Configuration.from_json(json.loads(canonical_json(POINT.to_json()))),

@@ -16,6 +16,7 @@ schedules = st.builds(
     steps=st.integers(1, 400),
     name=st.sampled_from(["constant", "linear", "cosine"]),
     warmup=st.floats(0, 1),
+    final_factor=st.floats(0, 1, exclude_max=True),
 )
 
 
@@ -43,6 +44,28 @@ def test_the_factors_are_those_of_transformers_schedules(name: str, steps: int, 
         assert lr_factor(schedule, step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_schedule_ends_at_its_final_factor(name: str) -> None:
+    """The published study's cosine ends at a tenth of the peak; the form is that of transformers."""
+    steps = 1562
+    schedule = LRSchedule(steps, name, 0.03, final_factor=0.1)  # type: ignore[arg-type]
+    assert lr_factor(schedule, steps - 1) == pytest.approx(0.1, abs=1e-3)
+    if name == "cosine":
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        theirs = get_scheduler(
+            "cosine_with_min_lr",
+            optimizer,
+            warmup_steps(schedule),
+            steps,
+            scheduler_specific_kwargs={"min_lr_rate": 0.1},
+        )
+        for step in range(steps):
+            assert lr_factor(schedule, step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
+            optimizer.step()
+            theirs.step()
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])

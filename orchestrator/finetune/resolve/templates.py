@@ -105,15 +105,24 @@ def _check_templates(
     for configuration in to_check:
         if (error := find_settings_error(configuration)) is not None:
             raise UsageError(error)
-        if configuration.lr_schedule.steps == warmup_steps(configuration.lr_schedule) == 1:
-            raise UsageError(
-                "--steps 1: the only step would be warm-up, at learning rate 0, so nothing would be learned; "
-                "take more steps, or --set warmup=0."
-            )
+        _check_schedule(configuration.lr_schedule)
     if has_layer_shapes(templates[0].model):
         # Building a model without weights takes seconds, so each adapter shape is checked once.
         distinct = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in to_check}
         check_attach(list(distinct.values()), resolved.task, bases)
+
+
+def _check_schedule(schedule: LRSchedule) -> None:
+    if schedule.steps == warmup_steps(schedule) == 1:
+        raise UsageError(
+            "--steps 1: the only step would be warm-up, at learning rate 0, so nothing would be learned; "
+            "take more steps, or --set warmup=0."
+        )
+    if schedule.name == "constant" and schedule.final_factor:
+        raise UsageError(
+            f"--set final_factor={schedule.final_factor:g}: a constant schedule stays at its peak; take "
+            "--lr-schedule cosine or linear, or --set final_factor=0."
+        )
 
 
 def has_layer_shapes(model: ModelChoice) -> bool:
