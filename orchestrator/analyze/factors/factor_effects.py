@@ -1,0 +1,177 @@
+"""Effects of one factor on the score, per seed, from scores at its levels, the learning rates and the seeds.
+
+All functions take plain arrays. `values` has the scores that are reported (test scores) and `choices` the
+scores by which a rate or level is chosen (validation scores), both of shape (levels, rates, seeds); the rates
+are the same at every level, and the row `default` is the factor's default value. Whatever is chosen for a
+seed is chosen by the mean over the *other* seeds, so that no seed's score is read where it was itself the
+reason for the choice: with the seed's own score included, the best of five equal rates looks better than it
+is, by half of the seeds' standard deviation with three seeds.
+
+The figures are those of the analysis protocol (docs/sensitivity.md): A (misset), B (re-tuned), C (gain) and D
+(off by a factor). Each is a difference of scores: positive where the factor matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = NDArray[np.float64]
+"""Scores of shape (levels, rates, seeds), or as stated."""
+Indices = NDArray[np.intp]
+"""One index per seed."""
+
+
+def prior_weights(positions: Sequence[float], low: float, high: float) -> Scores:
+    """Return the weights of measured levels in the mean over a uniform prior.
+
+    The mean is that of the piecewise linear function through the levels, constant beyond the first and the
+    last one, over the interval from `low` to `high`; it is exact for such a function. For a log-uniform prior
+    give logarithms.
+
+    Args:
+        positions: The positions of the levels, ascending.
+        low: The lower end of the prior.
+        high: The upper end of the prior; equal to `low` for a single value.
+
+    Returns:
+        Weights of shape (levels,) with the sum 1.
+    """
+    x = np.asarray(positions, dtype=float)
+    unit = np.eye(len(x))
+    if high <= low:
+        return np.array([np.interp(low, x, row) for row in unit])
+    # The function bends at the levels only, so the trapezoid rule with these nodes is exact.
+    nodes = np.unique(np.concatenate([[low, high], x[(x > low) & (x < high)]]))
+    hats = np.array([np.interp(nodes, x, row) for row in unit])
+    weights: Scores = np.trapezoid(hats, nodes, axis=1) / (high - low)
+    return weights
+
+
+def leave_one_out_means(choices: Scores) -> Scores:
+    """Return for each seed the mean over the other seeds (along the last axis); one seed stays as it is."""
+    n = choices.shape[-1]
+    return choices if n == 1 else (choices.sum(axis=-1, keepdims=True) - choices) / (n - 1)
+
+
+def best_index(choices: Scores) -> Indices:
+    """Return for each seed the row of a (rows, seeds) array that the other seeds' mean puts first.
+
+    Ties go to the first row.
+    """
+    means = leave_one_out_means(choices)
+    # A tie must not be decided by the rounding of a sum.
+    chosen: Indices = np.argmax(np.round(means, 12), axis=0)
+    return chosen
+
+
+def _take(values: Scores, index: Indices) -> Scores:
+    """Return for each seed the value in the row `index[seed]` of a (rows, seeds) array."""
+    taken: Scores = np.take_along_axis(values, index[None, :], axis=0)[0]
+    return taken
+
+
+def tuned_scores(values: Scores, choices: Scores) -> Scores:
+    """Return the score of the best candidate of every row, per seed.
+
+    Args:
+        values: Scores that are reported, (rows, candidates, seeds).
+        choices: Scores that choose the candidate, of the same shape.
+
+    Returns:
+        Scores of shape (rows, seeds).
+    """
+    return np.array([_take(v, best_index(c)) for v, c in zip(values, choices, strict=True)])
+
+
+def misset(values: Scores, choices: Scores, default: int, weights: Scores) -> Scores:
+    """Return A, the loss when the factor is set blindly and nothing reacts, per seed.
+
+    A = f(x*) - E_u[f(u, x*_-h)]: the rate stays the best one of the default level.
+
+    Args:
+        values: Scores that are reported, (levels, rates, seeds).
+        choices: Scores that choose the rate, of the same shape.
+        default: The row of the default level.
+        weights: The prior's weights of the levels.
+    """
+    rate = best_index(choices[default])
+    at_best = np.array([_take(level, rate) for level in values])
+    loss: Scores = at_best[default] - weights @ at_best
+    return loss
+
+
+def retuned(values: Scores, choices: Scores, default: int, weights: Scores) -> Scores:
+    """Return B, the loss when the factor is set blindly and the rate is tuned again, per seed.
+
+    B = f(x*) - E_u[max_l f(u, l)], where the maximum is the score of the rate that the other seeds choose.
+
+    Args:
+        values: Scores that are reported, (levels, rates, seeds).
+        choices: Scores that choose the rate, of the same shape.
+        default: The row of the default level.
+        weights: The prior's weights of the levels.
+    """
+    tuned = tuned_scores(values, choices)
+    loss: Scores = tuned[default] - weights @ tuned
+    return loss
+
+
+def retuned_rate(values: Scores, choices: Scores, default: int, rate_weights: Scores) -> Scores:
+    """Return B of the learning rate against one factor: the rate is set blindly, the factor is tuned again.
+
+    B(rate | h) = f(x*) - E_l[max_u f(u, l)]. It is the mirror image of `retuned`, so that their difference
+    compares like with like: it tells which of the two should be tuned if only one can be.
+
+    Args:
+        values: Scores that are reported, (levels, rates, seeds).
+        choices: Scores that choose the level, of the same shape.
+        default: The row of the default level, at which the best rate is found.
+        rate_weights: The prior's weights of the rates.
+    """
+    best = _take(values[default], best_index(choices[default]))
+    loss: Scores = best - rate_weights @ tuned_scores(values.swapaxes(0, 1), choices.swapaxes(0, 1))
+    return loss
+
+
+def gain(values: Scores, choices: Scores, start: int) -> Scores:
+    """Return C, the gain from tuning one thing alone from the published default, per seed.
+
+    C = max_u f(u, x_-h) - f(x) at the published default x; the value that the other seeds choose counts, so
+    that the gain may be negative where all values are alike.
+
+    Args:
+        values: Scores that are reported, (candidates, seeds), all else at the published default.
+        choices: Scores that choose the candidate, of the same shape.
+        start: The row of the published default.
+    """
+    return _take(values, best_index(choices)) - values[start]
+
+
+def loss_off_by(values: Scores, positions: Sequence[float], optimum: float, distance: float) -> Scores | None:
+    """Return D, the loss when the factor is off by a distance, the mean of both directions, per seed.
+
+    Scores between two levels are interpolated linearly. A direction in which the levels do not reach that far
+    is left out.
+
+    Args:
+        values: Scores of shape (levels, seeds), all else at the best values.
+        positions: The logarithms of the levels, ascending.
+        optimum: The logarithm of the value from which the factor is off.
+        distance: The logarithm of the factor by which it is off.
+
+    Returns:
+        The loss per seed; None if the levels reach far enough in no direction.
+    """
+    x, tolerance = np.asarray(positions, dtype=float), 0.02
+    ends = [optimum - distance, optimum + distance]
+    reached = [end for end in ends if x[0] - tolerance <= end <= x[-1] + tolerance]
+    if not reached:
+        return None
+    weights = prior_weights(positions, optimum, optimum) - np.mean(
+        [prior_weights(positions, end, end) for end in reached], axis=0
+    )
+    loss: Scores = weights @ values
+    return loss
