@@ -1,0 +1,248 @@
+"""The published scores of the survey (arXiv 2601.22708), and what follows from them.
+
+`orchestrator/published/scores.csv` has 660 cells: the score of each of twenty variants at each learning rate
+on four tasks, from one seed. Scores are in points, 0 to 100; a higher one is better.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import rankdata
+
+from orchestrator.util.errors import UsageError, suggest_nearest
+
+SCORES_FILE = Path(__file__).parents[1] / "published" / "scores.csv"
+REFERENCE = "LoRA"
+"""The variant that the others are compared with."""
+TASKS = {
+    "gsm8k": ("gsm8k", "GSM8K", "Llama-3.1-8B on MetaMathQA, accuracy on GSM8K"),
+    "humaneval": ("humaneval", "HumanEval", "Llama-3.1-8B on CodeFeedback, pass@1 on HumanEval"),
+    "glue": ("glue_average", "GLUE", "RoBERTa-base on the nine GLUE tasks, average of their metrics"),
+    "images": ("image_average", "Images", "CLIP ViT-B/16 on seven image tasks, average accuracy"),
+}
+"""Name on the command line -> name in scores.csv, title, and description."""
+DRAWS = 20_000
+"""Simulated repetitions of the study."""
+REPEAT_QUANTILES = (0.05, 0.95)
+"""The ends of the range of ranks: nine of ten repetitions lie between them."""
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The published scores of one task."""
+
+    task: str
+    """The task's name on the command line."""
+    title: str
+    description: str
+    variants: tuple[str, ...]
+    """The variants with their published names."""
+    rates: tuple[float, ...]
+    """The learning rates, ascending."""
+    scores: Floats
+    """Scores in points, one row a variant and one column a rate."""
+
+
+@dataclass(frozen=True)
+class PublishedVariant:
+    """One variant on one task."""
+
+    variant: str
+    best_score: float
+    best_rates: tuple[float, ...]
+    """The rate with the best score; several if they tie."""
+    rank: int
+    """1 plus the number of variants with a better best score."""
+    tied_with: tuple[str, ...]
+    """The variants with the same best score."""
+    at_edge: bool
+    """True if the best score is at an end of the grid alone, so that the optimum may lie beyond it."""
+    range_over_rates: float
+    """The best score minus the worst one."""
+    loss_at_reference_rate: float
+    """The best score minus the score at LoRA's best rate."""
+
+
+@dataclass(frozen=True)
+class RateWinner:
+    """The best variant at one learning rate, or several that tie."""
+
+    learning_rate: float
+    winners: tuple[str, ...]
+    score: float
+    span: float
+    """The best score minus the worst one at this rate."""
+
+
+@dataclass(frozen=True)
+class NoiseReference:
+    """What seed noise alone would do, from simulated repetitions of the study."""
+
+    noise: float
+    """Standard deviation of a score over seeds, in points; assumed, because the survey has one seed."""
+    reference_ranks: tuple[int, int]
+    """Ranks of LoRA between which nine of ten repetitions of the study lie."""
+    equal_span: float
+    """Expected span of the scores of as many equal variants, each measured once."""
+    equal_span_high: float
+    """Span that equal variants exceed in one of twenty studies."""
+    equal_top_half_span: float
+    """Expected span of the better half of as many equal variants."""
+
+
+@dataclass(frozen=True)
+class PublishedTask:
+    """What the published scores of one task say."""
+
+    table: ScoreTable
+    variants: tuple[PublishedVariant, ...]
+    """The variants, best first."""
+    winners: tuple[RateWinner, ...]
+    """The winner at each rate, ascending."""
+    span: float
+    """The span of the best scores."""
+    top_half_span: float
+    """The span of the best scores of the better half of the variants."""
+    reference_rate: float
+    """LoRA's best rate."""
+    noise: NoiseReference
+
+    def variant(self, name: str) -> PublishedVariant:
+        """Return the entry of a variant."""
+        return next(each for each in self.variants if each.variant == name)
+
+    @property
+    def reference(self) -> PublishedVariant:
+        """The entry of LoRA."""
+        return self.variant(REFERENCE)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers as JSON's own types; the scores are a mapping of variants to lists."""
+        from dataclasses import asdict
+
+        data = asdict(self)
+        table = data.pop("table")
+        scores = dict(zip(self.table.variants, self.table.scores.tolist(), strict=True))
+        return {**{k: table[k] for k in ("task", "title", "description", "rates")}, **data, "scores": scores}
+
+
+@cache
+def read_table(task: str) -> ScoreTable:
+    """Return the published scores of a task.
+
+    Args:
+        task: One of `TASKS`.
+
+    Raises:
+        UsageError: There are no scores of such a task.
+    """
+    if task not in TASKS:
+        raise UsageError(f"--task {task!r}: no published scores. {suggest_nearest(task, TASKS)}")
+    name, title, description = TASKS[task]
+    cells: dict[str, dict[float, float]] = {}
+    with SCORES_FILE.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["task"] == name:
+                cells.setdefault(row["variant"], {})[float(row["learning_rate"])] = float(row["score"])
+    rates = sorted(cells[REFERENCE])
+    scores = np.array([[own[rate] for rate in rates] for own in cells.values()])
+    scores.setflags(write=False)
+    return ScoreTable(task, title, description, tuple(cells), tuple(rates), scores)
+
+
+def summarize_task(table: ScoreTable, noise: float = 1.0) -> PublishedTask:
+    """Compute everything that the page shows of one task.
+
+    Args:
+        table: The scores.
+        noise: Standard deviation of a score over seeds, in points.
+    """
+    best = table.scores.max(axis=1)
+    ranks = rank_scores(best)
+    reference_column = table.rates.index(_best_rates(table, table.variants.index(REFERENCE))[0])
+    variants = [
+        PublishedVariant(
+            variant=variant,
+            best_score=float(best[row]),
+            best_rates=_best_rates(table, row),
+            rank=int(ranks[row]),
+            tied_with=tuple(
+                n for n, b in zip(table.variants, best, strict=True) if b == best[row] and n != variant
+            ),
+            at_edge=set(_best_rates(table, row)) <= {table.rates[0], table.rates[-1]},
+            range_over_rates=_points(np.ptp(table.scores[row])),
+            loss_at_reference_rate=_points(best[row] - table.scores[row, reference_column]),
+        )
+        for row, variant in enumerate(table.variants)
+    ]
+    variants.sort(key=lambda each: (each.rank, each.variant))
+    half = len(variants) // 2
+    return PublishedTask(
+        table=table,
+        variants=tuple(variants),
+        winners=tuple(_winner(table, column) for column in range(len(table.rates))),
+        span=_points(np.ptp(best)),
+        top_half_span=_points(variants[0].best_score - variants[half - 1].best_score),
+        reference_rate=table.rates[reference_column],
+        noise=simulate_noise(table, noise),
+    )
+
+
+def rank_scores(scores: Sequence[float] | Floats) -> npt.NDArray[np.int_]:
+    """Return 1 plus the number of better scores, for each score; equal scores have equal ranks."""
+    return rankdata(-np.asarray(scores), method="min").astype(int)
+
+
+def simulate_noise(table: ScoreTable, noise: float) -> NoiseReference:
+    """Simulate repetitions of the study with other seeds, with a fixed seed of the simulation.
+
+    In a repetition every score gets independent normal noise, and each variant's best rate is chosen again.
+    Of equal variants one noisy score each is drawn; a choice among several rates would narrow their span.
+
+    Args:
+        table: The scores.
+        noise: Standard deviation of the noise, in points.
+    """
+    random = np.random.default_rng(0)
+    row = table.variants.index(REFERENCE)
+    best = np.stack(
+        [(table.scores + random.normal(0, noise, table.scores.shape)).max(1) for _ in range(DRAWS)]
+    )
+    ranks = 1 + (best > best[:, [row]]).sum(axis=1)
+    low, high = np.quantile(ranks, REPEAT_QUANTILES, method="inverted_cdf")
+    equal = np.sort(random.normal(0, noise, (DRAWS, len(table.variants))), axis=1)
+    spans = equal[:, -1] - equal[:, 0]
+    top_half = equal[:, -1] - equal[:, -(len(table.variants) // 2)]
+    return NoiseReference(
+        noise=noise,
+        reference_ranks=(int(low), int(high)),
+        equal_span=float(spans.mean()),
+        equal_span_high=float(np.quantile(spans, 0.95)),
+        equal_top_half_span=float(top_half.mean()),
+    )
+
+
+def _best_rates(table: ScoreTable, row: int) -> tuple[float, ...]:
+    own = table.scores[row]
+    return tuple(rate for rate, score in zip(table.rates, own, strict=True) if score == own.max())
+
+
+def _winner(table: ScoreTable, column: int) -> RateWinner:
+    scores = table.scores[:, column]
+    winners = tuple(n for n, score in zip(table.variants, scores, strict=True) if score == scores.max())
+    return RateWinner(table.rates[column], winners, float(scores.max()), _points(np.ptp(scores)))
+
+
+def _points(difference: Any) -> float:
+    """Return a difference of published scores, which have two decimals, without rounding errors."""
+    return round(float(difference), 2)
