@@ -1,0 +1,69 @@
+"""Alpha spending over repeated looks at a growing number of replicates (Lan and DeMets 1983)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, special
+
+Floats = NDArray[np.float64]
+
+MAX_LOOKS = 5
+"""The largest number of looks at one study."""
+_NODES = 128  # of the integral over the statistic between two boundaries
+
+
+def level_of_look(looks: Sequence[int], planned: int, alpha: float = 0.05) -> float:
+    """Return the level of the present look, so that all looks together err with probability `alpha`.
+
+    The error spent by a look at n replicates is alpha n / planned (the power family's linear member). The
+    boundary of each look solves the recursion of Armitage, McPherson and Rowe (1969) for a statistic whose
+    sums have independent increments.
+
+    Args:
+        looks: Numbers of replicates at the looks so far, ascending, the present one last.
+        planned: The largest number of replicates, fixed before the first look.
+        alpha: The error of all looks together.
+
+    Returns:
+        One minus the level of the present look's intervals; 0 if no error is left: the look is beyond
+        `planned` or `MAX_LOOKS`, or has no more replicates than the one before.
+    """
+    shares = np.array(looks, dtype=float) / planned
+    if len(looks) > MAX_LOOKS or shares[-1] > 1 or (np.diff(shares) <= 0).any():
+        return 0.0
+    boundary = previous = 0.0
+    points, density = np.zeros(1), np.ones(1)  # before the first look the sum is 0
+    for share in shares:
+        step = float(np.sqrt(share - previous))
+        error = alpha * (share - previous)
+        surplus = partial(_surplus, points=points, density=density, step=step, error=error)
+        boundary = float(optimize.brentq(surplus, 0.0, 12.0 * np.sqrt(share)))
+        points, density = _density_between(boundary, points, density, step)
+        boundary, previous = boundary / np.sqrt(share), share
+    return float(2 * special.ndtr(-boundary))
+
+
+def _surplus(limit: float, points: Floats, density: Floats, step: float, error: float) -> float:
+    """Return the probability that the sum crosses -`limit` or `limit` with its next increment, minus `error`.
+
+    Args:
+        limit: The boundary of the sum.
+        points: Values of the sum before the increment, shape (m,).
+        density: Their probabilities, shape (m,).
+        step: The increment's standard deviation.
+        error: The probability that is wanted.
+    """
+    outside = special.ndtr((points - limit) / step) + special.ndtr((-limit - points) / step)
+    return float(density @ outside) - error
+
+
+def _density_between(limit: float, points: Floats, density: Floats, step: float) -> tuple[Floats, Floats]:
+    """Return values of the sum after the increment, between the limits, and their probabilities."""
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    after = nodes * limit
+    kernel = np.exp(-(((after[:, None] - points) / step) ** 2) / 2) / (step * np.sqrt(2 * np.pi))
+    return after, kernel @ density * weights * limit
