@@ -12,11 +12,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from orchestrator.analyze.comparison import TunedComparison
 from orchestrator.analyze.curve_shape import BracketStatus
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.panels import Value
 from orchestrator.analyze.tuning import SearchResult
+from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.schema import RecordState
 
 REFERENCE_VARIANT = "lora"
@@ -163,17 +163,17 @@ class Panel:
 
 @dataclass(frozen=True)
 class Summary:
-    """The results of a study. Each task and model is either a panel, a search or a comparison."""
+    """The results of a study."""
 
+    verdicts: tuple[Verdict, ...]
+    """The answers, the most important first."""
     panels: tuple[Panel, ...]
     """The curves of a grid."""
     states: Mapping[str, int]
-    """State -> number of runs."""
+    """Label of a run (see `run_labels`) -> number of runs."""
     provenance: Mapping[str, Mapping[str, int]]
     """Column -> value -> number of runs."""
     warnings: tuple[str, ...]
     tolerance: float = TOLERANCE
     searches: tuple[SearchResult, ...] = ()
     """The points of a search."""
-    comparisons: tuple[TunedComparison, ...] = ()
-    """The comparison of tuned variants on fresh seeds."""

@@ -10,74 +10,29 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from orchestrator.analyze import curve_shape, curve_statistics, intervals, panels
-from orchestrator.analyze.caveats import comparison_caveats, panel_caveats, search_caveats
 from orchestrator.analyze.censored import eligible_points
-from orchestrator.analyze.comparison import ChosenPoint, compare_tuned
 from orchestrator.analyze.curve_statistics import CurveMeans, CurveStatistics, PanelStatistics
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
-from orchestrator.analyze.results import TOLERANCE, Curve, CurvePoint, Panel, Run, Spread, Summary
+from orchestrator.analyze.results import Curve, CurvePoint, Panel, Run, Spread
 from orchestrator.analyze.scores import finite_score, last_validation, mean_untrained_score, untrained_score
-from orchestrator.analyze.tuning import summarize_search
 from orchestrator.record.schema import Record
 
 T = TypeVar("T")
 _Read = Callable[[CurveStatistics], T | None]
 
 
-def summarize(
-    records: Iterable[Record],
-    *,
-    baseline: str = "",
-    margin: float = TOLERANCE,
-    tuning_choices: Mapping[str, ChosenPoint | None] | None = None,
-    looks: Sequence[int] = (),
-    is_search: bool = False,
-) -> Summary:
-    """Compute all numbers of the table, the plots and the report.
+def summarize_panels(records: Sequence[Record]) -> tuple[Panel, ...]:
+    """Summarize the curves of all tasks and models.
 
     Args:
-        records: The records of a study, in any order.
-        baseline: The variant that the others are compared with. If given, the records are those of the second
-            stage of a comparison.
-        margin: The smallest difference of the test score that matters in the comparison.
-        tuning_choices: Variant -> the point that the first stage has chosen.
-        looks: The numbers of seeds at which a verdict was read before.
-        is_search: True if a search has sampled the points.
+        records: Distinct records, see `panels.deduplicate_records`.
     """
-    distinct_records = panels.deduplicate_records(records)
-    by_task: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in distinct_records:
-        by_task[record.configuration.task.name, record.configuration.model.name].append(record)
-    comparisons, searches, grids = [], [], []
-    for _, own in sorted(by_task.items()):
-        if baseline and (result := compare_tuned(own, baseline, margin, tuning_choices, looks)) is not None:
-            comparisons.append(result)
-        elif is_search:
-            searches.append(summarize_search(own))
-        else:
-            grids += own
-    shown = tuple(_summarize_panel(varied, lines) for varied, lines in panels.group_into_panels(grids))
-    provenance = panels.count_provenance(distinct_records)
-    warnings = [
-        *panels.mixed_provenance_warnings(provenance),
-        *(w for p in shown for w in panel_caveats(p)),
-        *(w for s in searches for w in search_caveats(s)),
-        *(w for c in comparisons for w in comparison_caveats(c)),
-    ]
-    counts = Counter(r.state for r in distinct_records)
-    return Summary(
-        panels=shown,
-        states={s: counts[s] for s in ("finished", "diverged", "stopped", "failed")},
-        provenance=provenance,
-        warnings=tuple(warnings),
-        searches=tuple(searches),
-        comparisons=tuple(comparisons),
-    )
+    return tuple(_summarize_panel(varied, lines) for varied, lines in panels.group_into_panels(records))
 
 
 def _summarize_run(record: Record) -> Run:

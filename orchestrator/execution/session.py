@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
@@ -31,7 +31,10 @@ MAX_TRIAL_FAILURES = 20
 
 
 def train(
-    context: SessionContext, configurations: Sequence[Configuration], search: PerVariantSearcher | None = None
+    context: SessionContext,
+    configurations: Sequence[Configuration],
+    search: PerVariantSearcher | None = None,
+    next_stage: Callable[[], Sequence[Configuration]] = tuple,
 ) -> int:
     """Train configurations in the given order, until all have ended or the budget is used up.
 
@@ -39,6 +42,7 @@ def train(
         context: The settings, storage and observers of the session.
         configurations: The configurations to train; known results among them are replayed to the scheduler.
         search: The searcher that suggests the configurations one by one; `configurations` is then unused.
+        next_stage: Called when all configurations have ended; returns those of the next stage, if any.
 
     Returns:
         The number of optimizer steps that the trainers have taken.
@@ -47,6 +51,10 @@ def train(
         StudyError: No trainer could be started, or the broker was lost. The trainers and the broker have
             ended by then.
     """
+
+    def make_generator(max_concurrent: int | None) -> ConfigurationListGenerator:
+        return ConfigurationListGenerator(configurations, max_concurrent, next_stage)
+
     ABORTED.clear()
     progress = context.progress
     broker = start_broker(context.store, context.scheduler)
@@ -56,7 +64,8 @@ def train(
     monitor = StudyMonitor(context, broker, pool, pending_stops)
     monitor.start()
     try:
-        results = _make_tuner(context, configurations, search, BrokerCallback(broker, pending_stops)).fit()
+        callback = BrokerCallback(broker, pending_stops)
+        results = _make_tuner(context, search, make_generator, callback).fit()
         monitor.wait_for_pending_stops()
     finally:
         monitor.close()
@@ -72,8 +81,8 @@ def train(
 
 def _make_tuner(
     context: SessionContext,
-    configurations: Sequence[Configuration],
     search: PerVariantSearcher | None,
+    make_generator: Callable[[int | None], ConfigurationListGenerator],
     callback: BrokerCallback,
 ) -> tune.Tuner:
     max_concurrent, memory = trial_limits(context.pool, context.cluster, context.scheduler)
@@ -83,7 +92,7 @@ def _make_tuner(
     return tune.Tuner(
         tune.with_resources(LaneTrainable, tune.PlacementGroupFactory([{"memory": memory}])),
         tune_config=tune.TuneConfig(
-            search_alg=search or ConfigurationListGenerator(configurations, max_concurrent),
+            search_alg=search or make_generator(max_concurrent),
             num_samples=-1 if search else 1,  # the searcher ends the experiment
             max_concurrent_trials=max_concurrent if search else None,
             scheduler=LiveTrialFIFOScheduler()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.execution.progress import Progress
@@ -30,5 +30,5 @@ class SessionContext:
     """The limits of the run. When one is reached, trainers save their lanes and the session ends."""
     on_record: Callable[[Record], None] = lambda record: None
     """Called with each new record, from another thread."""
-    cached: Collection[str] = ()
+    cached: set[str] = field(default_factory=set)
     """Fingerprints with known results, which are replayed to the scheduler. A search adds fingerprints."""

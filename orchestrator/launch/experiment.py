@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.record.study_file import AnalysisSettings
+
 
 @dataclass(frozen=True)
 class Experiment:
-    """A script's question and its defaults.
-
-    `baseline`, `margin` and `tuning_study` describe a study that compares variants on fresh seeds; they are
-    kept in `study.json`, see `orchestrator.record.study_file.StudyFile`.
-    """
+    """A script's question and its defaults."""
 
     script: str
     """The script's name without `.py`."""
@@ -19,17 +17,19 @@ class Experiment:
     """The question that the study answers, one sentence."""
     variants: tuple[str, ...]
     """The variants of a run without --variants."""
-    task: str
-    """The task of a run without --task."""
-    dry_run_task: str
-    """The task of a --dry-run without --task."""
-    baseline: str = ""
-    """The variant that the others are compared with. Empty: the study compares nothing."""
-    margin: float = 0.01
-    """The smallest difference of the test score that matters."""
-    tuning_study: str = ""
-    """The name of the study that chose the configurations."""
+    tasks: tuple[str, ...]
+    """The tasks of a run without --task."""
+    dry_run_tasks: tuple[str, ...]
+    """The tasks of a --dry-run without --task."""
+    dry_run_variants: tuple[str, ...] = ()
+    """The variants of a --dry-run without --variants; empty: `variants`."""
+    settings: AnalysisSettings = AnalysisSettings()
+    """The kind of study, and the settings of its analysis."""
 
-    def default_task(self, dry_run: bool) -> str:
-        """Return the task of a run without --task."""
-        return self.dry_run_task if dry_run else self.task
+    def default_tasks(self, dry_run: bool) -> tuple[str, ...]:
+        """Return the tasks of a run without --task."""
+        return self.dry_run_tasks if dry_run else self.tasks
+
+    def default_variants(self, dry_run: bool) -> tuple[str, ...]:
+        """Return the variants of a run without --variants."""
+        return (self.dry_run_variants if dry_run else ()) or self.variants

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -59,13 +60,17 @@ class _Hardware:
 
 
 def print_plan(
-    console: Console, template: Configuration, work: StudyWork, store: Store, options: StudyOptions
+    console: Console,
+    templates: Sequence[Configuration],
+    work: StudyWork,
+    store: Store,
+    options: StudyOptions,
 ) -> None:
     """Print the configurations, the time and the cost of a study. Nothing is started.
 
     Args:
         console: Where to print.
-        template: A configuration that shares task, model and schedule with all others.
+        templates: One configuration per task and variant.
         work: The configurations of the study.
         store: The records, from which time is estimated.
         options: The options of the study.
@@ -74,7 +79,7 @@ def print_plan(
     estimates = [
         estimate
         for estimate in estimate_times(
-            [*work.pending, *_unsampled_points(work.search, template)],
+            [*work.pending, *_later_configurations(work, templates)],
             store,
             options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER,
             options.workers_per_trainer,
@@ -82,7 +87,7 @@ def print_plan(
         if hardware.has_device(estimate.device)
     ]
     lines = [
-        *_configuration_lines(template, work, options),
+        *_configuration_lines(templates, work, options),
         *_trainer_lines(hardware, options),
         *(_time_line(estimate, hardware.num_trainers) for estimate in estimates),
     ]
@@ -111,19 +116,20 @@ def _probe_hardware(options: StudyOptions) -> _Hardware:
     return _Hardware(num_trainers, 0.0 if options.device == "cpu" else gpus_per_worker, device, place)
 
 
-def _unsampled_points(search: SearchBudget | None, template: Configuration) -> list[Configuration]:
-    """Return a stand-in for each point that the search has yet to sample: the template with its variant."""
-    if search is None:
-        return []
+def _later_configurations(work: StudyWork, templates: Sequence[Configuration]) -> list[Configuration]:
+    """Return a stand-in for each configuration that the search or the design has yet to name: a template."""
+    if work.search is None:
+        return [template for template, _ in zip(cycle(templates), range(work.total - len(work.requested)))]
+    by_variant = {template.variant.name: template for template in templates}
     return [
-        replace(template, variant=replace(template.variant, name=variant))
-        for variant in search.space.variants
-        for _ in range(search.num_remaining(variant))
+        by_variant[variant]
+        for variant in work.search.space.variants
+        for _ in range(work.search.num_remaining(variant))
     ]
 
 
-def _configuration_lines(template: Configuration, work: StudyWork, options: StudyOptions) -> list[Line]:
-    """Describe the configurations: what they share, what they vary, and how many there are."""
+def _task_lines(template: Configuration) -> list[Line]:
+    """Describe a task, its steps and its base model."""
     model, steps = template.model, template.lr_schedule.steps
     batch = template.batches.micro_batch_size * template.batches.accumulation_steps
     content = model.content if model.content == UNPREPARED else model.content[:12]
@@ -131,8 +137,15 @@ def _configuration_lines(template: Configuration, work: StudyWork, options: Stud
         ("Task", f"{template.task.name}, {steps} steps of {batch}"),
         ("Base model", f"{model.name} ({content})"),
     ]
-    if not has_layer_shapes(model):
-        lines.append(("Not checked", UNCHECKED_OPTIONS))
+    return lines if has_layer_shapes(model) else [*lines, ("Not checked", UNCHECKED_OPTIONS)]
+
+
+def _configuration_lines(
+    templates: Sequence[Configuration], work: StudyWork, options: StudyOptions
+) -> list[Line]:
+    """Describe the configurations: what they share, what they vary, and how many there are."""
+    template = templates[0]
+    lines = [line for task in {t.task.name: t for t in templates}.values() for line in _task_lines(task)]
     if work.search is not None:
         lines += _search_lines(work.search, template)
     else:
@@ -145,9 +158,13 @@ def _configuration_lines(template: Configuration, work: StudyWork, options: Stud
         *lines,
         ("Seeds", f"{options.seed_count}"),
         ("Configurations", f"{work.total}, of them {work.total - work.num_to_train} known"),
-        ("Steps", f"at most {work.num_to_train * steps}"),
+        ("Steps", f"at most {_total_steps(work, templates)}"),
         ("Early stopping", scheduler_settings(options.scheduler, template) or "none"),
     ]
+
+
+def _total_steps(work: StudyWork, templates: Sequence[Configuration]) -> int:
+    return sum(c.lr_schedule.steps for c in [*work.pending, *_later_configurations(work, templates)])
 
 
 def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:

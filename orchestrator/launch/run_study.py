@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from orchestrator.execution.ray import runtime
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.launch import reporting, training
+from orchestrator.launch.design import MakeDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import print_plan, print_point_shortfall
 from orchestrator.launch.study_context import StudyContext, resolve_study
@@ -21,7 +22,7 @@ from orchestrator.record import scratch
 from orchestrator.record.mlflow.tracking_uri import configured_uri
 from orchestrator.record.provenance import current_commit
 from orchestrator.record.schema import Record
-from orchestrator.record.study_file import StudyFile
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
@@ -34,7 +35,7 @@ def run_study(
     experiment: Experiment,
     options: StudyOptions,
     *,
-    requested: Sequence[Configuration] | None = None,
+    make_design: MakeDesign | None = None,
     check: Callable[[Sequence[Configuration]], None] = lambda requested: None,
 ) -> int:
     """Train the configurations that have no result yet, log them to MLflow and write the report.
@@ -42,7 +43,7 @@ def run_study(
     Args:
         experiment: The script's question and defaults.
         options: The options of the command line.
-        requested: The configurations to train in place of the options' grid or search.
+        make_design: Makes the design of the study; None: the grid of learning rates, or a search.
         check: Called with the configurations before anything is trained; raises UsageError to refuse them.
 
     Returns:
@@ -55,11 +56,9 @@ def run_study(
         KeyboardInterrupt: The run was interrupted. Unfinished lanes keep their checkpoints.
         OSError: The disk refused a write.
     """
-    context = resolve_study(experiment, options, requested)
+    context = resolve_study(experiment, options, make_design)
     if context.options.plan:
-        print_plan(
-            context.console, context.templates[0], context.collect_work(), context.store, context.options
-        )
+        print_plan(context.console, context.templates, context.collect_work(), context.store, context.options)
         return 0
     _make_folder(context)
     refusal = (
@@ -103,10 +102,7 @@ def _begin_run(context: StudyContext, check: Callable[[Sequence[Configuration]],
         study.with_configurations([c.fingerprint for c in work.requested], cached),
         command=command,
         tracking_uri=redact_secrets(configured_uri(context.options.tracking_uri)),
-        searched=study.searched or work.search is not None,
-        baseline=experiment.baseline,
-        margin=experiment.margin,
-        tuning=experiment.tuning_study,
+        settings=_analysis_settings(experiment, work),
     )
     study.write(context.folder)
     nothing = "" if work.num_to_train else ", nothing to train"
@@ -118,15 +114,22 @@ def _begin_run(context: StudyContext, check: Callable[[Sequence[Configuration]],
     return StudyRun(context, work, study)
 
 
+def _analysis_settings(experiment: Experiment, work: StudyWork) -> AnalysisSettings:
+    """Return the settings of the analysis; the points of a search form no curve."""
+    settings = experiment.settings
+    is_search = settings.kind == "curve" and work.search is not None
+    return replace(settings, kind="search") if is_search else settings
+
+
 @dataclass
 class StudyRun:
     """One run of a study, from its first trainer to the report."""
 
     context: StudyContext
     work: StudyWork
-    """Grows while a search adds points."""
+    """Grows while a search or a further stage adds configurations."""
     study: StudyFile
-    """Replaced, and written again, while a search adds points."""
+    """Replaced, and written again, when the work grows."""
     logged: set[str] = field(default_factory=set)
     """Fingerprints of the records of this run that MLflow has been given."""
 
@@ -152,7 +155,7 @@ class StudyRun:
         status, should_report = "KILLED", False
         try:
             if work.num_to_train:
-                training.train_pending(context, work, writer, log_record, self.add_search_point)
+                training.train_pending(context, work, writer, log_record, self.add_configuration)
             status, should_report = "KILLED" if context.budget.stop_reason else "FINISHED", True
         except UsageError:
             raise  # nothing was trained: there is nothing to report
@@ -173,8 +176,8 @@ class StudyRun:
             print_point_shortfall(context.console, usage, work.search.file.points)
         return reporting.print_missing_results(context, work, self.study.command)
 
-    def add_search_point(self, configuration: Configuration, is_reused: bool) -> None:
-        """Add a configuration that the search has sampled to the work and to `study.json`."""
+    def add_configuration(self, configuration: Configuration, is_reused: bool) -> None:
+        """Add a configuration of a search or of a further stage to the work and to `study.json`."""
         fingerprint = configuration.fingerprint
         self.work.requested.append(configuration)
         self.study = self.study.with_configurations([fingerprint], [fingerprint] if is_reused else [])

@@ -13,14 +13,15 @@ from rich.console import Console
 from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.execution.rungs import scheduler_settings
-from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_options
+from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
+from orchestrator.launch.design import Design, DesignInput, FixedDesign, MakeDesign, grid_of
 from orchestrator.launch.experiment import Experiment
+from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.work import StudyWork, point_builder
 from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import build_grid
 from orchestrator.study.option_groups import default_output
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.study_name import default_study_name
@@ -41,31 +42,40 @@ class StudyContext:
     """The study's name."""
     folder: Path
     """The study's folder, which may not exist yet."""
-    resolved: ResolvedOptions
+    resolved: tuple[ResolvedOptions, ...]
+    """The resolved options of each task."""
     templates: tuple[Configuration, ...]
-    """One configuration per variant, complete but for the learning rate and the seed."""
-    requested: tuple[Configuration, ...] | None
-    """The configurations of a study without a grid or search of its own; None for the others."""
+    """One configuration per task and variant, complete but for the learning rate and the seed."""
+    design: Design | None
+    """The configurations of the study; None for a search, which samples them."""
 
     def collect_work(self) -> StudyWork:
         """Compare the configurations of the study with the store."""
-        if self.requested is not None:
-            return StudyWork.from_store(self.requested, None, self.store, self.options)
-        if self.resolved.space is None:
-            seeds = range(self.options.seed_count)
-            grid = build_grid(self.templates, self.resolved.learning_rates, seeds)
-            return StudyWork.from_store(grid, None, self.store, self.options)
+        if self.design is not None:
+            requested = self.design.request(SettledRecords(self.store, self.options.scheduler))
+            total = max(len(requested), len(self.design.outline()))
+            return StudyWork.from_store(requested, None, self.store, self.options, total)
         from orchestrator.execution.search.budget import open_search  # imports Optuna, which takes a second
 
+        space = self.resolved[0].space
+        assert space is not None
         search = open_search(
             self.folder,
             self.options.search_method,
             self.options.point_count,
-            self.resolved.space,
+            space,
             point_builder(self.templates),
             self.templates[0].lr_schedule.steps,
         )
         return StudyWork.from_store(list(search.configurations.values()), search, self.store, self.options)
+
+    def request_next_stage(self, work: StudyWork) -> list[Configuration]:
+        """Return the configurations that the design asks for now and `work` does not have yet."""
+        if self.design is None:
+            return []
+        requested = self.design.request(SettledRecords(self.store, self.options.scheduler))
+        present = {c.fingerprint for c in work.requested}
+        return [c for c in requested if c.fingerprint not in present]
 
     def has_result(self, configuration: Configuration) -> bool:
         """Return whether the store has a record that counts as this configuration's result."""
@@ -88,14 +98,14 @@ class StudyContext:
 
 
 def resolve_study(
-    experiment: Experiment, options: StudyOptions, requested: Sequence[Configuration] | None = None
+    experiment: Experiment, options: StudyOptions, make_design: MakeDesign | None = None
 ) -> StudyContext:
     """Fill in the defaults of a study's options and check them. Nothing is written but a missing base model.
 
     Args:
         experiment: The script's question and defaults.
         options: The options of the command line.
-        requested: The configurations to train in place of the options' grid or search.
+        make_design: Makes the design of the study; None: the grid of learning rates, or a search.
 
     Returns:
         The context of this run.
@@ -111,23 +121,24 @@ def resolve_study(
     store = Store(options.store_folder)
     tracking_uri = resolve_uri(options.tracking_uri, store)
     budget = RunBudget(options.max_hours, options.max_gpu_hours)
-    default_task = experiment.default_task(options.dry_run)
-    resolved = resolve_options(options, default_task, experiment.variants, store.bases)
+    default_tasks = experiment.default_tasks(options.dry_run)
+    default_variants = experiment.default_variants(options.dry_run)
+    resolved = resolve_tasks(options, default_tasks, default_variants, store.bases)
     if runtime.running_cluster_address() is None:
         # More trainers than this machine has room for are refused before any folder is made.
         _, gpus = runtime.estimate_local_cluster().plan_trainers(
             options.trainers, options.gpus_per_worker, options.workers_per_trainer
         )
         budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
-    content = resolve_base_model(resolved.model, store.bases, None if options.plan else console.print)
-    templates = build_configuration_templates(options, resolved, content, store.bases)
-    is_search = requested is None and resolved.space is not None
-    name = options.study or default_study_name(
-        experiment.script,
-        resolved.task.name,
-        resolved.model,
-        options.search_method if is_search else None,
-    )
+    progress = None if options.plan else console.print
+    templates = [
+        template
+        for each in resolved
+        for template in build_configuration_templates(
+            options, each, resolve_base_model(each.model, store.bases, progress), store.bases
+        )
+    ]
+    name = options.study or _study_name(experiment, options, resolved)
     return StudyContext(
         experiment=experiment,
         options=options,
@@ -137,10 +148,41 @@ def resolve_study(
         budget=budget,
         name=name,
         folder=options.study_folder(name),
-        resolved=resolved,
+        resolved=tuple(resolved),
         templates=tuple(templates),
-        requested=None if requested is None else tuple(requested),
+        design=_make_design(options, resolved, templates, make_design),
     )
+
+
+def _study_name(experiment: Experiment, options: StudyOptions, resolved: Sequence[ResolvedOptions]) -> str:
+    models = list(dict.fromkeys(each.model for each in resolved))
+    return default_study_name(
+        experiment.script,
+        [each.task.name for each in resolved],
+        models[0] if len(models) == 1 else None,
+        None if options.search == "grid" else options.search_method,
+    )
+
+
+def _make_design(
+    options: StudyOptions,
+    resolved: Sequence[ResolvedOptions],
+    templates: Sequence[Configuration],
+    make_design: MakeDesign | None,
+) -> Design | None:
+    if make_design is None and options.search != "grid":
+        if len(resolved) > 1:
+            raise UsageError(
+                f"--task with {len(resolved)} tasks and --search {options.search}: a search has one task; "
+                "take one study per task, or --search grid."
+            )
+        return None
+    given = DesignInput(
+        options, tuple(templates), {each.task.name: tuple(each.learning_rates) for each in resolved}
+    )
+    if make_design is not None:
+        return make_design(given)
+    return FixedDesign(tuple(grid_of(given, range(options.seed_count))))
 
 
 def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
@@ -151,6 +193,6 @@ def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
         node.gpus for node in runtime.estimate_local_cluster().nodes
     ):
         raise UsageError(
-            f"the full study ({experiment.task}) needs a GPU or a Ray cluster (ray up cluster.yaml, or "
+            f"the full study ({' '.join(experiment.tasks)}) needs a GPU or a Ray cluster (ray up cluster.yaml, or "
             "RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or name a --task for this CPU."
         )

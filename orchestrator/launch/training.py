@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, gcs_monitor, runtime
 from orchestrator.execution.rungs import submission_order
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.study.configuration import Configuration
+from orchestrator.study.grid import training_order
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
 from orchestrator.util import timeouts
 from orchestrator.util.graceful_interrupts import graceful_interrupts
 
 if TYPE_CHECKING:
+    from orchestrator.execution.session_context import SessionContext
     from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.record.mlflow.writer import MlflowWriter
 
@@ -29,40 +32,58 @@ def train_pending(
     work: StudyWork,
     writer: MlflowWriter,
     on_record: Callable[[Record], None],
-    on_search_point: Callable[[Configuration, bool], None],
+    on_configuration: Callable[[Configuration, bool], None],
 ) -> None:
-    """Train the pending configurations of a study, and those that its search samples.
+    """Train the pending configurations of a study, and those that its search or its design names later.
 
     Args:
         context: The run.
         work: The configurations to train.
         writer: Closed early if Ray's control store is lost, which ends the process.
         on_record: Called with every new record, from another thread.
-        on_search_point: Called with every configuration that the search samples, and whether the store has
-            its result already.
+        on_configuration: Called with every configuration that is named later, and whether the store has its
+            result already.
 
     Raises:
         KeyboardInterrupt: The run was interrupted; the lanes are saved.
         StudyError: The cluster cannot train, or no trainer could be started.
         UsageError: The cluster that was joined does not fit the options.
     """
-    num_requested = len(work.requested)  # a search adds to it
+    num_requested = len(work.requested)  # a search and further stages add to it
     progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
     reused: set[str] = set()
 
     def close_writer() -> None:
         writer.close(timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS, "KILLED")
 
-    def add_search_point(configuration: Configuration) -> None:
+    def add_configuration(configuration: Configuration) -> None:
         is_reused = context.has_result(configuration)
         if is_reused:
             reused.add(configuration.fingerprint)
             writer.mark_reused(configuration.fingerprint)
             progress.cached += 1
-        on_search_point(configuration, is_reused)
+        on_configuration(configuration, is_reused)
+
+    def next_stage() -> list[Configuration]:
+        """Return the configurations of the design's next stage that have no result, in training order."""
+        while not context.budget.stop_reason:
+            named = context.request_next_stage(work)
+            if not named:
+                work.expected = 0
+                break
+            for configuration in named:
+                add_configuration(configuration)
+            progress.total = work.total
+            new = [c for c in named if c.fingerprint not in reused]
+            if new:
+                known = len(named) - len(new)
+                progress.notify(f"next stage: {len(named)} configurations, {known} of them known")
+                prepare_datasets(new, context.store.bases, context.store.data, progress.notify)
+                return training_order(new, context.options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER)
+        return []
 
     if work.search is not None:
-        work.search.on_point = add_search_point
+        work.search.on_point = add_configuration
     with (
         progress,
         scratch_folder(context.store) as scratch,
@@ -73,14 +94,15 @@ def train_pending(
         pool_config = _plan_pool(context, work, cluster, scratch)
         progress.notify(_describe_pool(cluster, pool_config))
         began = time.monotonic()
-        steps = _run_session(context, work, cluster, pool_config, scratch, progress, on_record)
+        session = _session_context(context, work, cluster, pool_config, scratch, progress, on_record)
+        steps = _run_session(context, work, session, next_stage)
         num_stopped = progress.ended["stopped"]
         early = f", {num_stopped} of them stopped early" if num_stopped else ""
         used = f", {context.budget.format_usage()}" if context.budget.gpus_per_trainer else ""
         duration = format_duration(time.monotonic() - began)
         progress.notify(f"{progress.ended.total()} trained in {duration}{early}{used}")
-        sampled = [c for c in work.requested[num_requested:] if c.fingerprint not in reused]
-        max_steps = sum(c.lr_schedule.steps for c in [*work.pending, *sampled])
+        later = [c for c in work.requested[num_requested:] if c.fingerprint not in reused]
+        max_steps = sum(c.lr_schedule.steps for c in [*work.pending, *later])
         progress.notify(f"{steps} optimizer steps of {max_steps} for all configurations to the end")
     if context.budget.is_interrupted:
         raise KeyboardInterrupt
@@ -130,7 +152,7 @@ def _describe_pool(cluster: runtime.Cluster, pool_config: PoolConfig) -> str:
     return f"{where}: {pool_config.num_trainers} trainers of {spec.lanes_per_trainer} lanes{each}"
 
 
-def _run_session(
+def _session_context(
     context: StudyContext,
     work: StudyWork,
     cluster: runtime.Cluster,
@@ -138,20 +160,11 @@ def _run_session(
     scratch: Path,
     progress: Progress,
     on_record: Callable[[Record], None],
-) -> int:
-    """Run Tune until all is trained or a limit is reached. Returns the optimizer steps of all trainers."""
-    from orchestrator.execution.session import train
+) -> SessionContext:
     from orchestrator.execution.session_context import SessionContext
 
-    scheduler, lanes = context.options.scheduler, pool_config.spec.lanes_per_trainer
-    cached = {c.fingerprint for c in work.satisfied}
-    searcher = None
-    if work.search is not None:
-        from orchestrator.execution.search.searcher import PerVariantSearcher
-
-        searcher = PerVariantSearcher(work.search, context.store, scheduler, lanes, cached)
-    session = SessionContext(
-        scheduler=scheduler,
+    return SessionContext(
+        scheduler=context.options.scheduler,
         cluster=cluster,
         pool=pool_config,
         store=context.store,
@@ -159,6 +172,24 @@ def _run_session(
         progress=progress,
         budget=context.budget,
         on_record=on_record,
-        cached=cached,
+        cached={c.fingerprint for c in work.satisfied},
     )
-    return train(session, submission_order(scheduler, work.satisfied, work.pending, lanes), searcher)
+
+
+def _run_session(
+    context: StudyContext,
+    work: StudyWork,
+    session: SessionContext,
+    next_stage: Callable[[], Sequence[Configuration]],
+) -> int:
+    """Run Tune until all is trained or a limit is reached. Returns the optimizer steps of all trainers."""
+    from orchestrator.execution.session import train
+
+    scheduler, lanes = session.scheduler, session.pool.spec.lanes_per_trainer
+    searcher = None
+    if work.search is not None:
+        from orchestrator.execution.search.searcher import PerVariantSearcher
+
+        searcher = PerVariantSearcher(work.search, context.store, scheduler, lanes, session.cached)
+    ordered = submission_order(scheduler, work.satisfied, work.pending, lanes)
+    return train(session, ordered, searcher, next_stage)

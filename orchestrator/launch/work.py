@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from orchestrator.execution.search.samplers import BuildConfiguration
 
 
-@dataclass(frozen=True)
+@dataclass
 class StudyWork:
-    """The configurations of a study: those with a result, and those to train."""
+    """The configurations of a study: those with a result, and those to train.
+
+    `requested` and `expected` change while a search or a design names further configurations.
+    """
 
     requested: list[Configuration]
-    """All configurations. A search appends the points that it samples."""
+    """All configurations that have been named."""
     satisfied: list[Configuration]
     """The configurations whose result is in the store."""
     retries_exhausted: list[str]
@@ -33,7 +36,9 @@ class StudyWork:
     pending: list[Configuration]
     """The configurations to train, in the order in which they are submitted."""
     search: SearchBudget | None
-    """The search that samples more; None for a grid."""
+    """The search that samples more; None for a design."""
+    expected: int = 0
+    """The number of configurations that the whole design will have; 0 when it has named all of them."""
 
     @classmethod
     def from_store(
@@ -42,15 +47,17 @@ class StudyWork:
         search: SearchBudget | None,
         store: Store,
         options: StudyOptions,
+        expected: int = 0,
     ) -> StudyWork:
         """Sort `requested` by the records in `store`.
 
         Args:
             requested: The configurations of the study so far.
-            search: The search that samples more; None for a grid.
+            search: The search that samples more; None for a design.
             store: The records. With --retry-failed the failures of `requested` are forgotten there, unless
                 this is a plan.
             options: The options of the study.
+            expected: The number of configurations that the whole design will have.
 
         Returns:
             The work of this run.
@@ -74,16 +81,17 @@ class StudyWork:
             retries_exhausted,
             training_order(new, options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER),
             search,
+            expected if new else 0,
         )
 
     @property
     def total(self) -> int:
-        """The number of configurations, including those that the search has yet to sample."""
-        return self.search.total if self.search else len(self.requested)
+        """The number of configurations, including those that have yet to be sampled or named."""
+        return self.search.total if self.search else max(len(self.requested), self.expected)
 
     @property
     def num_to_train(self) -> int:
-        """The number of configurations to train. Points yet to be sampled count as new."""
+        """The number of configurations to train. Those yet to be sampled or named count as new."""
         return len(self.pending) + self.total - len(self.requested)
 
 

@@ -2,18 +2,17 @@
 
 <output>/<study>/study.json
 {"schema_version", "name", "question", "command", "configurations": [fingerprint, ...],
- "reused": [fingerprint, ...], "tracking_uri", "baseline", "margin", "tuning", "searched",
- "looks": [seeds, ...]}
+ "reused": [fingerprint, ...], "tracking_uri", "settings": {...}, "looks": [replicates, ...]}
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.study.retired_options import translate_command
 from orchestrator.util import atomic_files
@@ -22,13 +21,36 @@ from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 _log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of study.json, to be raised when a field is added, removed or changes its meaning. A file without a
-version has version 1."""
+version has version 1. Version 1 had `baseline`, `margin`, `tuning` and `searched` in place of `settings`."""
 PLOT_FILES = ("forest.png", "search.png", "curves.png", "spread.png")
 """Plots of a report, beside study.json. A study has some of them."""
 REPORT_FILES = ("report.html", *PLOT_FILES, "summary.json")
 """All files of a study's report."""
+
+
+StudyKind = Literal["curve", "search", "replicates", "factors"]
+"""The design of a study:
+
+- curve: a grid of learning rates with several seeds.
+- search: points that a sampler has chosen.
+- replicates: every replicate tunes each variant with a grid or a search of its own.
+- factors: one hyperparameter after another is varied, with the learning rate tuned again.
+"""
+
+
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """The settings of a study's analysis, fixed before there are results."""
+
+    kind: StudyKind = "curve"
+    baseline: str = "lora"
+    """The variant that all others are compared with."""
+    margin: float = 0.01
+    """The smallest difference of the score that matters."""
+    max_replicates: int = 0
+    """The planned maximum of replicates, over which the error rate is shared out; 0 for other kinds."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +69,9 @@ class StudyFile:
     reused: tuple[str, ...] = ()
     tracking_uri: str = ""
     """MLflow tracking URI, with stars in place of a password; empty for the SQLite file in the store."""
-    baseline: str = ""
-    """Variant that all others are compared with, in a study with fresh seeds; empty: no comparison."""
-    margin: float = 0.01
-    """Smallest difference of the test score that matters, fixed before such a study began."""
-    tuning: str = ""
-    """Name of the study, in the same output folder, that chose the configurations of such a study."""
-    searched: bool = False
-    """True if a search chose the points, so that they form no grid and no curve."""
+    settings: AnalysisSettings = AnalysisSettings()
     looks: tuple[int, ...] = ()
-    """Numbers of seeds, ascending, at which a study with fresh seeds has shown a verdict. If seeds are added
-    after such a look, the error rate of 5 % no longer holds exactly."""
+    """Numbers of replicates, ascending, at which the study has shown a verdict."""
 
     def with_configurations(self, requested: Iterable[str], cached: Iterable[str]) -> StudyFile:
         """Return this study with more configurations.
@@ -71,9 +85,11 @@ class StudyFile:
         reused = self.reused + tuple(f for f in added if f in cached)
         return replace(self, configurations=self.configurations + added, reused=reused)
 
-    def with_look(self, seeds: int) -> StudyFile:
-        """Return this study after a verdict with `seeds` seeds. The same number again is no new look."""
-        return replace(self, looks=(*self.looks, seeds)) if seeds > max(self.looks, default=0) else self
+    def with_look(self, replicates: int) -> StudyFile:
+        """Return this study after a verdict on some replicates. The same number again is no new look."""
+        if replicates <= max(self.looks, default=0):
+            return self
+        return replace(self, looks=(*self.looks, replicates))
 
     def write(self, folder: Path) -> None:
         """Write study.json in a folder; a reader sees the old file or the new one."""
@@ -108,8 +124,10 @@ class StudyFile:
         data: dict[str, Any] | None = atomic_files.read_json(path, dict[str, Any], "a study", remedy)
         if data is None:
             return None
-        version = data.pop("schema_version", SCHEMA_VERSION)
-        unknown = [f"schema_version {version}"] if version != SCHEMA_VERSION else []
+        version = data.pop("schema_version", 1)
+        if version == 1:
+            data = _upgrade_from_version_1(data)
+        unknown = [f"schema_version {version}"] if version not in (1, SCHEMA_VERSION) else []
         unknown += [f"field {name!r}" for name in sorted(data.keys() - {field.name for field in fields(cls)})]
         if unknown:
             raise UsageError(
@@ -124,6 +142,17 @@ class StudyFile:
                 f"{path}: not a study (configurations: {quote_value(odd[0])} is no fingerprint); {remedy}"
             )
         return replace(study, command=translate_command(study.command))
+
+
+def _upgrade_from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a file of version 1. A comparison on fresh seeds is read as curves of one rate."""
+    kept = {
+        name: value
+        for name, value in data.items()
+        if name not in ("baseline", "margin", "tuning", "searched")
+    }
+    kept["settings"] = {"kind": "search" if data.get("searched") else "curve"}
+    return {**kept, "looks": []}
 
 
 def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:

@@ -47,6 +47,11 @@ def parse_positive_number(option: str, word: str, example: str) -> float:
     return value
 
 
+def round_rate(rate: float) -> float:
+    """Return a rate with three digits, so that 1e-4:1e-2:2 is 1e-4, 3.16e-4, 1e-3, ... on every machine."""
+    return float(f"{rate:.3g}")
+
+
 def _parse_rate(word: str) -> float:
     return parse_positive_number("--learning-rates", word, EXAMPLE)
 
@@ -68,8 +73,7 @@ def _parse_range(word: str) -> list[float]:
     if decades * density > bounds.MAX_POINTS:
         raise _error(word, f"has more than {bounds.MAX_POINTS} rates; take fewer points a decade.")
     count = math.floor(decades * density + 1e-9) + 1 if decades else 1
-    # Three digits, so that 1e-4:1e-2:2 is 1e-4, 3.16e-4, 1e-3, ... on every machine.
-    return [float(f"{low * 10 ** (i / density):.3g}") for i in range(count)]
+    return [round_rate(low * 10 ** (i / density)) for i in range(count)]
 
 
 def _error(word: str, fault: str) -> UsageError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.util.errors import UsageError, quote_value
@@ -20,22 +21,24 @@ SUFFIX_BYTES = 20
 """Longest suffix that a script of two stages adds to the name."""
 
 
-def default_study_name(script: str, task: str, model: str | None, sampler: str | None = None) -> str:
+def default_study_name(
+    script: str, tasks: Sequence[str], model: str | None, sampler: str | None = None
+) -> str:
     """Build the name of a study that was started without --study.
 
     Args:
         script: The name of the experiment script.
-        task: The task's name, or the path of the file that defines it.
+        tasks: The names of the tasks, or the paths of the files that define them.
         model: The base model's name, folder or hub name; None leaves it out.
         sampler: The sampler of a search; None for a grid.
 
     Returns:
         These names, joined by "-".
     """
-    parts = [script, Path(task).stem]
+    parts = [script, *(Path(task).stem for task in tasks)]
     parts += [Path(model).name] if model else []
     parts += [sampler] if sampler else []
-    return "-".join(parts).replace("@", "-")
+    return nearest_valid_name("-".join(parts).replace("@", "-"))
 
 
 def check_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> None:

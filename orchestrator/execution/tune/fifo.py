@@ -5,7 +5,8 @@ Tune's own classes do the same at a cost that grows with the square of the numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -18,32 +19,53 @@ from orchestrator.study.configuration import Configuration
 
 
 class ConfigurationListGenerator(BasicVariantGenerator):
-    """Generate one trial per configuration, in the given order.
+    """Generate one trial per configuration, in the given order, and then those of further stages.
 
     This class replaces `grid_search`, for which Ray 2.60 copies the whole grid once per trial. A copy takes
     0.36 s with 5,000 configurations.
 
     Args:
-        configurations: The configurations.
+        configurations: The configurations of the first stage.
         max_concurrent: The largest number of unfinished trials; None for no limit.
+        next_stage: Called whenever all trials have ended. Returns the configurations of the next stage; none
+            if the study is complete.
     """
 
-    _trial_generator: Any
-
-    def __init__(self, configurations: Sequence[Configuration], max_concurrent: int | None = None) -> None:
+    def __init__(
+        self,
+        configurations: Sequence[Configuration],
+        max_concurrent: int | None = None,
+        next_stage: Callable[[], Sequence[Configuration]] = tuple,
+    ) -> None:
         super().__init__(max_concurrent=max_concurrent or 0)
-        self.configurations = configurations
+        self._queue, self._next_stage = deque(configurations), next_stage
+        self._numbers = count()
+        self._spec: dict[str, Any] = {}
 
     def add_configurations(self, experiments: Any) -> None:
         """Take the experiment from Tune, which gives exactly one."""
         (experiment,) = experiments
-        self._total_samples = len(self.configurations)
-        self._trial_generator = self._generate_trials(experiment.spec)
+        self._spec, self._total_samples = experiment.spec, len(self._queue)
 
-    def _generate_trials(self, spec: dict[str, Any]) -> Iterator[Any]:
-        for number, configuration in enumerate(self.configurations):
-            one = {**spec, "config": {"configuration": configuration.to_json()}}
-            yield make_trial(self._uuid_prefix, number, one)
+    def next_trial(self) -> Any:
+        """Return the next trial; None while the limit is reached, between stages and at the end."""
+        if self.is_finished() or 0 < self.max_concurrent <= len(self._live_trials):
+            return None
+        if not self._queue:
+            if self._live_trials:  # the next stage depends on their results
+                return None
+            self._queue.extend(self._next_stage())
+            if not self._queue:
+                self.set_finished()
+                return None
+            self._total_samples += len(self._queue)
+        one = {**self._spec, "config": {"configuration": self._queue.popleft().to_json()}}
+        trial = make_trial(self._uuid_prefix, next(self._numbers), one)
+        self._live_trials.add(trial.trial_id)
+        return trial
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles the generator into its scratch folder
 
     def save_to_dir(self, dirpath: str, session_str: str = "", **more: Any) -> None:
         """Save nothing, because a study is resumed from its records."""

@@ -20,7 +20,7 @@ from variants import catalogue
 
 @dataclass(frozen=True)
 class ResolvedOptions:
-    """The checked values that the names in a study's options stand for."""
+    """The checked values that the names in a study's options stand for, for one of its tasks."""
 
     variants: tuple[str, ...]
     task: Task
@@ -32,16 +32,31 @@ class ResolvedOptions:
     """The search space; None for a grid."""
 
 
+def resolve_tasks(
+    options: StudyOptions, default_tasks: Sequence[str], default_variants: Sequence[str], bases: Path
+) -> list[ResolvedOptions]:
+    """Resolve the options of a study for each of its tasks, see `resolve_options`.
+
+    Args:
+        options: The options of the command line.
+        default_tasks: The tasks where the options name none.
+        default_variants: The variants where the options name none.
+        bases: The store's folder of base models.
+    """
+    names = dict.fromkeys(options.task or default_tasks)
+    return [resolve_options(options, name, default_variants, bases) for name in names]
+
+
 def resolve_options(
-    options: StudyOptions, default_task: str, default_variants: Sequence[str], bases: Path
+    options: StudyOptions, task_name: str, default_variants: Sequence[str], bases: Path
 ) -> ResolvedOptions:
-    """Look up the variants, task, model, learning rates and search space of a study.
+    """Look up the variants, model, learning rates and search space of a study on one task.
 
     A grid without --set needs neither torch nor transformers, so that a wrong name is answered at once.
 
     Args:
         options: The options of the command line.
-        default_task: The task where the options name none.
+        task_name: The name of the task, or the path of the file that defines it.
         default_variants: The variants where the options name none.
         bases: The store's folder of base models.
 
@@ -55,7 +70,7 @@ def resolve_options(
     for name in variants:
         if name not in catalogue.names():
             raise UsageError(f"--variants: no variant {name!r}. {suggest_nearest(name, catalogue.names())}")
-    task = tasks.get(options.task or default_task)
+    task = tasks.get(task_name)
     if task.has_head:
         metrics.get_metric(task)  # raises UsageError for an unknown metric
     elif options.head_learning_rate != "same":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def build_configuration_templates(
     steps = options.steps or defaults.steps
     with user_code.report_user_errors(task.name, "gives no examples"):
         choice = task.choice()  # reads all of the data
+    if options.train_size is not None:
+        choice = replace(choice, train_size=options.train_size)
     templates = [
         Configuration(
             variant=_variant_choice(name, options),

@@ -1,0 +1,78 @@
+"""Labels of runs: the state of the record, or `collapsed` for a run that finished without a useful result."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from orchestrator.analyze.scores import finite_score, untrained_score
+from orchestrator.record.schema import Record
+
+RunLabel = Literal["finished", "collapsed", "diverged", "stopped", "failed"]
+LABELS: tuple[RunLabel, ...] = ("finished", "collapsed", "diverged", "stopped", "failed")
+USABLE: RunLabel = "finished"
+"""The label of runs whose score is a useful result."""
+_SCORE_EPSILON = 1e-9
+
+
+def label_runs(records: Iterable[Record]) -> dict[str, RunLabel]:
+    """Label the runs of a study: fingerprint -> label.
+
+    A run is collapsed if it finished with a validation score that is no better than `base_score`, at a
+    learning rate at which, or below which, its curve does better. A curve is all runs that differ from it in
+    the learning rate and the seed alone. A run that is no better than the base at a low rate has not learned
+    yet, and is not collapsed.
+
+    A uniform answer has a loss of about the untrained base's, so the rule of divergence, which looks at the
+    loss, does not see such runs.
+    """
+    by_curve: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_curve[curve_key(record)].append(record)
+    return {
+        fingerprint: label for own in by_curve.values() for fingerprint, label in _label_curve(own).items()
+    }
+
+
+def curve_key(record: Record) -> str:
+    """Return a key that runs share which differ in the learning rate and the seed alone."""
+    configuration = record.configuration
+    optimizer = replace(configuration.optimizer, learning_rate=1.0)
+    return replace(configuration, optimizer=optimizer, seed=0).fingerprint
+
+
+def base_score(record: Record) -> float:
+    """Return the validation score of the untrained base or of a constant answer, whichever is higher."""
+    untrained = untrained_score(record, "validation")
+    floor = record.configuration.task.floor
+    return floor if untrained is None else max(floor, untrained)
+
+
+def _label_curve(records: Sequence[Record]) -> dict[str, RunLabel]:
+    best_rate = _best_rate(records)
+    labels: dict[str, RunLabel] = {}
+    for record in records:
+        score = finite_score(record, "validation")
+        is_collapsed = (
+            record.state == "finished"
+            and best_rate is not None
+            and record.configuration.optimizer.learning_rate >= best_rate
+            and (score is None or score <= base_score(record) + _SCORE_EPSILON)
+        )
+        labels[record.fingerprint] = "collapsed" if is_collapsed else record.state
+    return labels
+
+
+def _best_rate(records: Sequence[Record]) -> float | None:
+    """Return the rate of the highest mean validation score, if that is better than the base's, else None."""
+    scores: dict[float, list[float]] = defaultdict(list)
+    for record in records:
+        if (score := finite_score(record, "validation")) is not None:
+            scores[record.configuration.optimizer.learning_rate].append(score)
+    means = {rate: math.fsum(own) / len(own) for rate, own in scores.items()}
+    if not means or max(means.values()) <= max(map(base_score, records)) + _SCORE_EPSILON:
+        return None
+    return min(rate for rate, mean in means.items() if mean >= max(means.values()) - _SCORE_EPSILON)

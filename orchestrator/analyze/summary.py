@@ -1,0 +1,51 @@
+"""The summary of a study: all numbers and verdicts of the table, the report, MLflow and Python."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from orchestrator.analyze import panels
+from orchestrator.analyze.caveats import panel_caveats, search_caveats
+from orchestrator.analyze.results import Summary
+from orchestrator.analyze.run_labels import LABELS, label_runs
+from orchestrator.analyze.sensitivity import summarize_panels
+from orchestrator.analyze.tuning import SearchResult, summarize_search
+from orchestrator.record.schema import Record
+from orchestrator.record.study_file import StudyFile
+
+
+def summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
+    """Summarize a study.
+
+    Args:
+        study: The study; `study.settings` say how its records are analyzed.
+        records: The records of its configurations, in any order.
+    """
+    distinct = panels.deduplicate_records(records)
+    is_search = study.settings.kind == "search"
+    searches = _summarize_searches(distinct) if is_search else ()
+    shown = () if is_search else summarize_panels(distinct)
+    provenance = panels.count_provenance(distinct)
+    warnings = [
+        *panels.mixed_provenance_warnings(provenance),
+        *(w for p in shown for w in panel_caveats(p)),
+        *(w for s in searches for w in search_caveats(s)),
+    ]
+    counts = Counter(label_runs(distinct).values())
+    return Summary(
+        verdicts=(),
+        panels=shown,
+        states={label: counts[label] for label in LABELS},
+        provenance=provenance,
+        warnings=tuple(warnings),
+        searches=searches,
+    )
+
+
+def _summarize_searches(records: Sequence[Record]) -> tuple[SearchResult, ...]:
+    """Summarize the search on each task and model."""
+    by_task: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        by_task[record.configuration.task.name, record.configuration.model.name].append(record)
+    return tuple(summarize_search(own) for _, own in sorted(by_task.items()))
