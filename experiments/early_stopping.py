@@ -12,7 +12,7 @@ grid that is extended later, are refused: early stopping cannot stop what was tr
 from __future__ import annotations
 
 from orchestrator.cli.arguments import parse_options
-from orchestrator.launch.two_stage_options import EarlyStoppingOptions
+from orchestrator.launch.script_options import EarlyStoppingOptions
 from orchestrator.util.command import main
 
 
@@ -26,8 +26,8 @@ def run() -> int:
         script="early_stopping",
         question="Does early stopping choose the rate that the full grid chooses?",
         variants=("lora", "rslora", "dora", "hira", "pissa"),
-        task="chain_sum",
-        dry_run_task="letters",
+        tasks=("chain_sum",),
+        dry_run_tasks=("letters",),
     )
     return run_early_stopping_comparison(experiment, options)
 

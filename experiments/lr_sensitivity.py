@@ -20,13 +20,15 @@ fine-tune --plan estimates the cost from what was measured.
 from __future__ import annotations
 
 from orchestrator.cli.arguments import parse_options
-from orchestrator.study.options import StudyOptions
+from orchestrator.launch.script_options import CurveOptions
 from orchestrator.util.command import main
 
 
 def run() -> int:
     """Run the study of the command line, and return the exit code."""
-    options = parse_options(__doc__, StudyOptions)
+    options = parse_options(__doc__, CurveOptions)
+    options.check_widening()
+    from orchestrator.launch.designs.widening_grid import WideningGrid
     from orchestrator.launch.experiment import Experiment
     from orchestrator.launch.run_study import run_study
 
@@ -34,10 +36,13 @@ def run() -> int:
         script="lr_sensitivity",
         question="How sensitive are LoRA and its variants to the learning rate?",
         variants=("lora", "rslora", "dora", "hira", "pissa"),
-        task="metamathqa",
-        dry_run_task="letters",
+        tasks=("metamathqa",),
+        dry_run_tasks=("letters",),
     )
-    return run_study(experiment, options)
+    if options.search != "grid":
+        return run_study(experiment, options)
+    seeds = range(options.seed_count)
+    return run_study(experiment, options, make_design=lambda given: WideningGrid(given, seeds, options.widen))
 
 
 if __name__ == "__main__":

@@ -13,25 +13,26 @@ kept: the same command again trains nothing, and more --confirm-seeds train only
 from __future__ import annotations
 
 from orchestrator.cli.arguments import parse_options
-from orchestrator.launch.two_stage_options import ComparisonOptions
+from orchestrator.study.options import StudyOptions
 from orchestrator.util.command import main
 
 
 def run() -> int:
     """Run the study of the command line, and return the exit code."""
-    options = parse_options(__doc__, ComparisonOptions)
+    options = parse_options(__doc__, StudyOptions)
     from orchestrator.launch.experiment import Experiment
-    from orchestrator.launch.tune_then_confirm import run_tuned_comparison
+    from orchestrator.launch.run_study import run_study
+    from orchestrator.record.study_file import AnalysisSettings
 
     experiment = Experiment(
         script="tuned_comparison",
         question="Is any variant better than LoRA when both are tuned with the same budget?",
         variants=("lora", "rslora", "dora", "hira", "pissa"),
-        task="chain_sum",
-        dry_run_task="letters",
-        baseline="lora",
+        tasks=("chain_sum",),
+        dry_run_tasks=("letters",),
+        settings=AnalysisSettings(kind="replicates"),
     )
-    return run_tuned_comparison(experiment, options)
+    return run_study(experiment, options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Warnings: limits of the conclusions from a panel, a search or a comparison, one line each."""
+"""Warnings: limits of the conclusions from a panel or a search, one line each."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
-from orchestrator.analyze import formatting
-from orchestrator.analyze.comparison import TunedComparison
 from orchestrator.analyze.results import Curve, Panel
-from orchestrator.analyze.significance import Comparison
 from orchestrator.analyze.tuning import SearchResult
 
 _STOPPED = "the mean is of the seeds that were not stopped early at the best"
@@ -67,48 +64,3 @@ def search_caveats(search: SearchResult) -> list[str]:
         each = ", ".join(f"{v.variant} {len(v.points)}" for v in search.variants)
         found.append(f"variants have different numbers of points ({each}).")
     return [f"{search.task} on {search.model}: {caveat}" for caveat in found]
-
-
-def comparison_caveats(result: TunedComparison) -> list[str]:
-    """Return the caveats of a comparison."""
-    found = [*_tuning_caveats(result), *_pair_caveats(result.comparison)]
-    if not result.chosen:
-        found.append("the choice of the first stage is not available.")
-    return [f"{result.task} on {result.model}: {caveat}" for caveat in found]
-
-
-def _tuning_caveats(result: TunedComparison) -> Iterator[str]:
-    """Yield the limits of the choice of points and seeds."""
-    edges = [f"{v} {', '.join(chosen.edges)}" for v, chosen in result.chosen.items() if chosen.edges]
-    if edges:
-        yield f"not bracketed, so further tuning might improve it: {'; '.join(edges)}."
-    if len({chosen.points for chosen in result.chosen.values()}) > 1:
-        each = ", ".join(f"{v} {chosen.points}" for v, chosen in result.chosen.items())
-        yield f"tuned with different numbers of points ({each})."
-    if result.untuned:
-        unknown = "no score at any point of the tuning, so not compared and unknown in the claim"
-        yield f"{unknown}: {', '.join(result.untuned)}."
-    if absent := [label for label in result.comparison.not_compared if label not in result.untuned]:
-        yield f"tuned, but without a fresh seed, unknown in the claim: {', '.join(absent)}."
-    if result.looks:
-        look = f"look {len(result.looks) + 1} at {len(result.seeds)} seeds"
-        seeds = ", ".join(map(str, result.looks))
-        rule = "if seeds are added until the comparison decides, its error rate may exceed 5 %"
-        yield f"{look}, after a verdict at {seeds}: {rule}."
-
-
-def _pair_caveats(c: Comparison) -> Iterator[str]:
-    """Yield the pairs that are not compared as the others are, and the variants with diverged seeds."""
-    for arm, pair in zip(c.arms, c.pairs, strict=True):
-        if pair.reason and not arm.diverged:
-            yield f"{pair.label}: {pair.reason}."
-        if pair.dropped:
-            seeds = ", ".join(map(str, pair.dropped))
-            yield f"{pair.label}: left out, one of the two has no score: seeds {seeds}."
-    for arm in (c.baseline, *c.arms):
-        if arm.diverged and arm.diverged_interval is not None:
-            low, high = arm.diverged_interval.low, arm.diverged_interval.high
-            share = f"share {formatting.number(low, 2)} to {formatting.number(high, 2)}"
-            rest = f"mean of the rest {formatting.estimate(arm.without_diverged)}"
-            count = f"{arm.diverged} of {arm.test.n} fresh seeds diverged ({share})"
-            yield f"{arm.label}: {count}, which leaves its differences undecided; {rest}."

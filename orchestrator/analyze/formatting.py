@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from orchestrator.analyze.intervals import CurveStatistic, Estimate
+from orchestrator.analyze.panels import Value
 from orchestrator.analyze.results import Curve, Panel
 from orchestrator.record.show import replace_options
 from orchestrator.util import redaction
@@ -100,6 +101,16 @@ def answer(panel: Panel) -> str:
         spans = f"{number(common.size, 2)} {ends}; each at its own best rate, {number(own.size, 2)}"
         text += f" {where} {whose} span {spans}."
     return f"{text} {FEW_SEEDS_CAVEAT}"
+
+
+def settings_text(settings: Mapping[str, Value]) -> str:
+    """Format the settings in which a variant's points differ, for example "3e-3, rank 8"."""
+    return ", ".join(
+        rate(v)
+        if k == "learning_rate" and isinstance(v, float)
+        else f"{k.removeprefix('variant_')} {f'{v:.3g}' if isinstance(v, float) else v}"
+        for k, v in settings.items()
+    )
 
 
 # The option of a study's command that sets a column of its records.

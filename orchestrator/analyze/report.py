@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.analyze import formatting, panels, selection, verdict
-from orchestrator.analyze.comparison import TunedChoice
+from orchestrator.analyze import formatting, panels
 from orchestrator.analyze.results import Summary
-from orchestrator.analyze.sensitivity import summarize
+from orchestrator.analyze.summary import summarize
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import StudyFile
 from orchestrator.util import atomic_files
@@ -33,8 +32,7 @@ def write_report(
     Args:
         study: The study, with its command.
         records: The records of the study's configurations, as far as they exist.
-        folder: The study's folder. Every file in it is replaced as a whole or not at all. The choice of the
-            first stage of a comparison is read from the folder beside it that `study.tuning` names.
+        folder: The study's folder. Every file in it is replaced as a whole or not at all.
         tracking_uri: Where MLflow has the runs. User and password are left out, here and in the command.
         notes: Sentences for the reader, printed below the answer.
 
@@ -45,15 +43,7 @@ def write_report(
         OSError: The folder cannot be written.
     """
     records = panels.deduplicate_records(records)
-    first_stage = selection.read_choice(folder.parent / study.tuning, TunedChoice) if study.tuning else None
-    summary = summarize(
-        records,
-        baseline=study.baseline,
-        margin=study.margin,
-        tuning_choices=first_stage.variants if first_stage else {},
-        looks=study.looks,
-        is_search=study.searched,
-    )
+    summary = summarize(study, records)
     about = {
         "name": study.name,
         "question": study.question,
@@ -75,11 +65,9 @@ def write_report(
 
 def _render_pictures(summary: Summary) -> dict[str, bytes]:
     """Return the plots of a summary: file name -> PNG."""
-    from orchestrator.analyze.plots import curves, forest, search_curves, spread
+    from orchestrator.analyze.plots import curves, search_curves, spread
 
     pictures = {}
-    if summary.comparisons:
-        pictures["forest.png"] = forest.plot_forest(summary.comparisons)
     if summary.searches:
         pictures["search.png"] = search_curves.plot_search(summary.searches)
     if summary.panels or not pictures:
@@ -95,8 +83,6 @@ def _summary_to_json(summary: Summary, about: Mapping[str, Any]) -> dict[str, An
     data |= TypeAdapter(Summary).dump_python(summary, mode="json", by_alias=True)
     for panel, entry in zip(summary.panels, data["panels"], strict=True):
         entry["answer"] = formatting.answer(panel)
-    for compared, entry in zip(summary.comparisons, data["comparisons"], strict=True):
-        entry["verdict"] = verdict.verdict_text(compared)
     return data
 
 
@@ -113,7 +99,6 @@ def _render_html(
         about=about,
         summary=summary,
         formatting=formatting,
-        verdict=verdict,
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         reproduce=lambda panel, curve, rates: formatting.narrow_command(
             about["command"], curve.variant, rates, {**panel.varied, **curve.varied}

@@ -7,8 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.analyze import formatting, verdict
-from orchestrator.analyze.comparison import TunedComparison
+from orchestrator.analyze import formatting
 from orchestrator.analyze.results import Curve, Panel, Summary
 from orchestrator.analyze.tuning import SearchResult
 
@@ -18,15 +17,12 @@ _BRACKET_TEXT = {"yes": "yes", "low edge": "low edge", "high edge": "high edge",
 def render_summary(summary: Summary) -> Group:
     """Render a summary for a terminal.
 
-    Every comparison, search and panel is a table, the best variant first, followed by the answer in words.
+    The verdicts come first. Every search and panel is a table, the best variant first, with the answer.
     The warnings come last.
     """
     parts: list[Table | Text] = []
-    for result in summary.comparisons:
-        c = result.comparison
-        more = [verdict.detectable_text(c), verdict.scope_text(c), verdict.pairing_text(c)]
-        parts += [_comparison_table(result), Text(verdict.verdict_text(result))]
-        parts += [Text(" ".join(filter(None, more)), style="dim"), Text("")]
+    for verdict in summary.verdicts:
+        parts += [Text(f"{verdict.claim} {verdict.outcome.capitalize()}. {verdict.answer}"), Text("")]
     for search in summary.searches:
         parts += [_search_table(search), Text("")]
     for panel in summary.panels:
@@ -69,29 +65,6 @@ def _curve_row(c: Curve) -> tuple[str, ...]:
     )
 
 
-def _comparison_table(result: TunedComparison) -> Table:
-    c = result.comparison
-    table = _new_table(f"{result.task} on {result.model}: test score against tuned {c.baseline.label}")
-    table.add_column("variant", overflow="fold", min_width=10)
-    table.add_column("tuned point", overflow="fold")
-    table.add_column("test", justify="right")
-    table.add_column("difference", justify="right", no_wrap=True)
-    table.add_column("95 % interval", justify="right", no_wrap=True)
-    table.add_column("verdict", overflow="fold")
-    for arm, pair in ((c.baseline, None), *zip(c.arms, c.pairs, strict=True)):
-        rate = result.configurations[arm.label].optimizer.learning_rate
-        point = verdict.chosen_point_text(result.chosen.get(arm.label), rate)
-        row = [arm.label, point, formatting.number(arm.test.mean)]
-        if pair is None:
-            table.add_row(*row, "", "", "baseline", style="dim")
-            continue
-        ends = (pair.interval.low, pair.interval.high) if pair.interval else ()
-        outcome = ": ".join(filter(None, [pair.outcome, verdict.undecided_text(pair)]))
-        interval = " ".join(map(verdict.signed_number, ends)) or "-"
-        table.add_row(*row, verdict.signed_number(pair.difference), interval, outcome)
-    return table
-
-
 def _search_table(search: SearchResult) -> Table:
     table = _new_table(f"{search.task} on {search.model}: the best of each search")
     for name in ("variant", "best point", "validation", "test", "points", "ended", "steps"):
@@ -102,7 +75,7 @@ def _search_table(search: SearchResult) -> Table:
         if v.best is not None:
             edge = f" (edge: {', '.join(v.edges)})" if v.edges else ""
             scores = formatting.number(v.best.validation.mean), formatting.number(v.best.test.mean)
-            row = [verdict.settings_text(v.best.settings) + edge, *scores]
+            row = [formatting.settings_text(v.best.settings) + edge, *scores]
         ended = ", ".join(f"{n} {state}" for state, n in v.states.items())
         table.add_row(v.variant, *row, f"{len(v.points)}", ended, f"{v.steps}/{v.max_steps}")
     return table

@@ -8,11 +8,9 @@ even with the floor for that run, see `censored.eligible_points`. No choice depe
 from __future__ import annotations
 
 import math
-import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Annotated
 
 from pydantic import Field
@@ -27,7 +25,6 @@ from orchestrator.study.configuration import Configuration
 
 EDGE_FRACTION = 0.05
 """A value is at an edge if its distance from an end is at most this fraction of the range of tried values."""
-RESAMPLING_DRAWS = 2000
 _MIN_VALUES_FOR_RANGE = 5  # fewer values are taken for a list of choices, whose ends are no edges
 _NON_HYPERPARAMETER_COLUMNS = ("seed", "variant", "variant_numerics", "loop_numerics")
 
@@ -158,36 +155,6 @@ def _highest_mean(points: Sequence[TuningPoint], means: Mapping[int, float | Non
         return None
     ties = [i for i, mean in known.items() if mean >= max(known.values()) - curve_shape.SCORE_EPSILON]
     return min(ties, key=lambda i: (points[i].learning_rate, points[i].configuration.fingerprint))
-
-
-def selection_frequencies(result: TuningResult) -> list[tuple[TuningPoint, float]] | None:
-    """Estimate how often the same tuning with other seeds would choose each point.
-
-    The seeds are resampled with replacement, jointly over the points: in all possible ways up to five seeds,
-    else 2,000 times.
-
-    Returns:
-        The points that are chosen at least once and the share of draws that choose them, most frequent first;
-        None with one seed.
-    """
-    seeds = sorted({seed for p in result.points for seed in (*p.scores, *p.stopped_seeds)})
-    if len(seeds) < 2:
-        return None
-    if len(seeds) <= 5:
-        draws = [list(draw) for draw in product(seeds, repeat=len(seeds))]
-    else:
-        rng = random.Random(0)
-        draws = [rng.choices(seeds, k=len(seeds)) for _ in range(RESAMPLING_DRAWS)]
-    counts: Counter[int] = Counter()
-    floor = result.points[0].configuration.task.floor
-    for draw in draws:
-        scores = [[p.scores[seed] for seed in draw if seed in p.scores] for p in result.points]
-        stopped = [sum(seed in p.stopped_seeds for seed in draw) for p in result.points]
-        eligible = eligible_points([PointOutcome(*each) for each in zip(scores, stopped, strict=True)], floor)
-        means = {i: math.fsum(own) / len(own) for i, own in enumerate(scores) if eligible[i]}
-        if (best := _highest_mean(result.points, means)) is not None:
-            counts[best] += 1
-    return [(result.points[i], count / counts.total()) for i, count in counts.most_common()]
 
 
 def _edge_hyperparameters(

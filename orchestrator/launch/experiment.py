@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.record.study_file import AnalysisSettings
 
@@ -23,7 +23,7 @@ class Experiment:
     """The tasks of a --dry-run without --task."""
     dry_run_variants: tuple[str, ...] = ()
     """The variants of a --dry-run without --variants; empty: `variants`."""
-    settings: AnalysisSettings = AnalysisSettings()
+    settings: AnalysisSettings = field(default_factory=AnalysisSettings)
     """The kind of study, and the settings of its analysis."""
 
     def default_tasks(self, dry_run: bool) -> tuple[str, ...]:

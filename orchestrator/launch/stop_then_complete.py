@@ -17,7 +17,7 @@ from orchestrator.analyze.formatting import rate
 from orchestrator.analyze.selection import Choice
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.run_study import run_study
-from orchestrator.launch.two_stage_options import EarlyStoppingOptions
+from orchestrator.launch.script_options import EarlyStoppingOptions
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study
 from orchestrator.study.configuration import Configuration
@@ -51,7 +51,7 @@ def run_early_stopping_comparison(experiment: Experiment, options: EarlyStopping
     """
     options.check_comparison()
     name = options.study or default_study_name(
-        experiment.script, options.task or experiment.default_task(options.dry_run), options.model
+        experiment.script, options.task or experiment.default_tasks(options.dry_run), options.model
     )
     early_name, grid_name = f"{name}-{options.scheduler}", f"{name}-grid"
     code = run_study(

@@ -193,6 +193,7 @@ def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
         node.gpus for node in runtime.estimate_local_cluster().nodes
     ):
         raise UsageError(
-            f"the full study ({' '.join(experiment.tasks)}) needs a GPU or a Ray cluster (ray up cluster.yaml, or "
-            "RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or name a --task for this CPU."
+            f"the full study ({' '.join(experiment.tasks)}) needs a GPU or a Ray cluster "
+            "(ray up cluster.yaml, or RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or name a --task for this "
+            "CPU."
         )

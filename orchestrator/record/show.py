@@ -180,7 +180,7 @@ def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Ite
         study = studies[0]
         yield f"To train it again (study {study.name}):"
         # The script of a study with fresh seeds trains only those of them that have no record yet.
-        yield f"  {study.command if study.baseline else narrow_command(study.command, record.configuration)}"
+        yield f"  {narrow_command(study.command, record.configuration)}"
 
 
 def _wrap_pairs(pairs: Sequence[str]) -> str:

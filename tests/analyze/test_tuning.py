@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from orchestrator.analyze.comparison import ChosenPoint, TunedChoice
 from synthetic import RATES, record, study
 
 from orchestrator.analyze import selection
-from orchestrator.analyze.comparison import ChosenPoint, TunedChoice
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.analyze.tuning import TuningResult, selection_frequencies, summarize_tuning
 from orchestrator.record.schema import Record

@@ -51,7 +51,7 @@ def test_mlflow_is_down_in_the_middle_and_misses_nothing(
     task = study.hold(tmp_path / "task", store, records=2, step=1)
     # LoRA's first result is known, and better than any other, so ASHA stops the other lanes.
     one = StudyOptions(
-        task=str(task), variants=("lora",), learning_rates=(KNOWN,), seeds=1, steps=24, output=output
+        task=(str(task),), variants=("lora",), learning_rates=(KNOWN,), seeds=1, steps=24, output=output
     )
     known = study.keep_known(one, loss=0.001)
     arguments = (*SIX, "--task", str(task), "--tracking-uri", server.uri)

@@ -98,7 +98,7 @@ def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, t
     assert space is not None
     search = open_search(tmp_path, "qmc", 16, space, point_builder(made), 60)
     console = Console(file=StringIO(), width=200)
-    options = StudyOptions(task="letters", **typed)
+    options = StudyOptions(task=("letters",), **typed)
     wanted = list(search.configurations.values())
     print_plan(
         console, made[0], StudyWork(wanted, [], [], wanted, search), Store(tmp_path / "store"), options

@@ -136,8 +136,8 @@ def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path
 
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    study_options = StudyOptions(task="reviews", model=str(tmp_path))
-    chosen = resolve_options(study_options, "letters", ("lora",), bases)
+    study_options = StudyOptions(model=str(tmp_path))
+    chosen = resolve_options(study_options, "reviews", ("lora",), bases)
     content = model_catalogue.prepare_base_model(str(tmp_path), bases, lambda text: None)
     with pytest.raises(UsageError, match="is an encoder with a decoder"):
         build_configuration_templates(study_options, chosen, content, bases)
@@ -148,7 +148,7 @@ SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
 
 def plan_and_load_calls(folder: Path, root: Path) -> list[Callable[[], object]]:
     """Return two functions for the model in a folder: one plans a `letters` study, one loads the weights."""
-    study_options = StudyOptions(task="letters", model=str(folder))
+    study_options = StudyOptions(model=str(folder))
     chosen = resolve_options(study_options, "letters", ("lora",), root)
     content = model_catalogue.prepare_base_model(str(folder), root, lambda text: None)
     return [
@@ -264,8 +264,8 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
         folder = encoders.save(
             "roberta" if padding else "bert", tmp_path / str(room), max_position_embeddings=room
         )
-        study_options = StudyOptions(task="reviews", model=str(folder))
-        chosen = resolve_options(study_options, "letters", ("lora",), tmp_path)
+        study_options = StudyOptions(model=str(folder))
+        chosen = resolve_options(study_options, "reviews", ("lora",), tmp_path)
         content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
         if room - padding >= most:
             build_configuration_templates(study_options, chosen, content, tmp_path)
@@ -357,4 +357,4 @@ def test_a_metric_that_the_answers_do_not_have_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "mine.py"
     path.write_text(source.read_text("utf-8").replace('metric = "accuracy"', 'metric = "mathews"'))
     with pytest.raises(UsageError, match="Did you mean 'matthews'"):
-        resolve_options(StudyOptions(task=str(path)), "letters", ("lora",), tmp_path)
+        resolve_options(StudyOptions(), str(path), ("lora",), tmp_path)

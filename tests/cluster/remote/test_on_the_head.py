@@ -126,14 +126,15 @@ def test_a_task_of_the_project_is_there_and_another_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(SCRIPT.parent)
-    assert command_line.build_arguments(StudyOptions(task=SCRIPT.name)) == [
+    assert command_line.build_arguments(StudyOptions(task=(SCRIPT.name,))) == [
         "--task",
         "experiments/lr_sensitivity.py",
     ]
     (tmp_path / "own.py").touch()
     with pytest.raises(UsageError, match="does not see"):
-        command_line.build_arguments(StudyOptions(task=str(tmp_path / "own.py")))
-    assert command_line.build_arguments(StudyOptions(task="/shared/own.py")) == ["--task", "/shared/own.py"]
+        command_line.build_arguments(StudyOptions(task=(str(tmp_path / "own.py"),)))
+    own = ("--task", "/shared/own.py")
+    assert command_line.build_arguments(StudyOptions(task=own[1:])) == list(own)
 
 
 def test_differing_sources_are_named_and_additional_files_on_the_head_are_not(tmp_path: Path) -> None:

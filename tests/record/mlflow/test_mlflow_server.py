@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from mlflow_server import Server, wait
 
 from orchestrator.launch import run_study
+from orchestrator.launch.design import FixedDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.record.mlflow.log import MlflowLogger, TrackingUnavailableError
 from orchestrator.record.mlflow.sync import sync_projections
@@ -228,9 +229,14 @@ def test_a_password_is_used_but_never_written_or_printed(server, tmp_path, make_
     output, model = tmp_path / "results", hub_folder.llama(tmp_path / "llama")
     store, record = Store(output / "store"), make_record(seed=1)
     store.put(record)
-    experiment = Experiment("script", "Which?", ("lora",), "letters", "letters")
+    experiment = Experiment("script", "Which?", ("lora",), ("letters",), ("letters",))
     options = StudyOptions(dry_run=True, model=str(model), output=output, tracking_uri=uri, study="known")
-    assert run_study.run_study(experiment, options, requested=[record.configuration]) == 0
+    assert (
+        run_study.run_study(
+            experiment, options, make_design=lambda given: FixedDesign((record.configuration,))
+        )
+        == 0
+    )
 
     printed = "".join(capfd.readouterr())
     assert "1 of 1 known, nothing to train" in printed
