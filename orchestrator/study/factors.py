@@ -1,0 +1,230 @@
+"""The factors of a sensitivity study: hyperparameters with range, prior, levels, default and source.
+
+The table is data: `factors.toml` beside this module. A factor's name is the key that `space.apply_values` and
+--set understand: NAME, or VARIANT.NAME for a setting that one variant has alone.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import resources
+from typing import Literal
+
+from orchestrator.study import space
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.space import Value, apply_values, format_value, get_value
+from orchestrator.util.errors import UsageError, suggest_nearest
+
+Prior = Literal["log", "uniform", "choice"]
+RATE = "learning_rate"
+"""The factor that every study measures."""
+ALL = "all"
+"""The word of --factors for the whole table and the variants' own settings."""
+OWN_RANGE = (0.5, 2.0)
+"""Range of a variant's own number that the table does not name, as multiples of its default."""
+MIN_LEVELS, MAX_LEVELS = 1, 3
+"""Bounds of --levels: levels besides the default."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of a study. The fields are those of `factors.toml`, which explains them."""
+
+    name: str
+    title: str
+    """Name in reports."""
+    prior: Prior
+    levels: tuple[Value, ...] = ()
+    relative: bool = False
+    range: tuple[float, ...] = ()
+    """Low and high end of the prior; empty for a choice and for the learning rate."""
+    default: Value | None = None
+    labels: tuple[str, ...] = ()
+    """Names of `levels` in reports, for values that do not read well."""
+    alias: bool = False
+    source: str = ""
+
+    @property
+    def variant(self) -> str:
+        """The variant that alone has this factor; empty for a factor of all."""
+        return self.name.rpartition(".")[0]
+
+    def label(self, value: Value) -> str:
+        """Return the name of a level in reports."""
+        named = dict(zip(self.levels, self.labels, strict=False))
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+        return named.get(value, format_value(value))
+
+    def position(self, value: Value, index: int) -> float:
+        """Return the place of a level on the prior's axis: its logarithm, its value or its index.
+
+        Args:
+            value: The level.
+            index: Its place among the measured levels.
+        """
+        if self.prior == "choice":
+            return float(index)
+        return math.log10(float(value)) if self.prior == "log" else float(value)
+
+    def prior_ends(self, default: Value) -> tuple[float, float]:
+        """Return the ends of the prior as values.
+
+        Args:
+            default: The study's default value, by which a relative range is multiplied.
+        """
+        scale = float(default) if self.relative else 1.0
+        return self.range[0] * scale, self.range[1] * scale
+
+
+@lru_cache(maxsize=1)
+def load_factors() -> Mapping[str, Factor]:
+    """Return the table of factors: name -> factor, in the order of the file."""
+    text = resources.files("orchestrator.study").joinpath("factors.toml").read_text(encoding="utf-8")
+    lists = ("levels", "range", "labels")
+    return {
+        name: Factor(name=name, **{k: tuple(v) if k in lists else v for k, v in entry.items()})
+        for name, entry in tomllib.loads(text).items()
+    }
+
+
+def choose_factors(words: Sequence[str], own_settings: Mapping[str, Mapping[str, Value]]) -> list[Factor]:
+    """Return the factors that --factors names, without the learning rate, which is always one.
+
+    Args:
+        words: Names of factors, or `all`.
+        own_settings: Variant -> the settings that it has alone, with their defaults.
+
+    Raises:
+        UsageError: A name is unknown, belongs to a variant that is not in the study, or there is none.
+    """
+    own = {
+        f"{variant}.{name}": default
+        for variant, settings in own_settings.items()
+        for name, default in settings.items()
+    }
+    table = load_factors()
+    common = [name for name in table if "." not in name]
+    known = {**{name: table[name] for name in common}, **_own_factors(own)}
+    names = [word.replace("-", "_") for word in words]
+    chosen = list(known) if ALL in names else list(dict.fromkeys(names))
+    for name in chosen:
+        if name in known:
+            continue
+        if name in table:
+            rule = f"{table[name].variant!r} is not in this study; add it to --variants"
+            raise UsageError(f"--factors {name}: {rule}, or leave the factor out.")
+        if name in own:
+            rule = f"its default, {format_value(own[name])!r}, is no number above 0, so that it has no levels"
+            raise UsageError(f"--factors {name}: {rule}; leave the factor out.")
+        raise UsageError(f"--factors: no factor {name!r}. {suggest_nearest(name, [*known, ALL])}")
+    factors = [known[name] for name in chosen if name != RATE]
+    if not factors:
+        raise UsageError(
+            "--factors: the learning rate is compared with other factors; name at least one, for example: "
+            "alpha rank batch_size, or all."
+        )
+    return factors
+
+
+def _own_factors(own: Mapping[str, Value]) -> dict[str, Factor]:
+    """Return the factors of the variants' own settings: from the table, or from half to double."""
+    table, found = load_factors(), {}
+    for name, default in own.items():
+        if name in table:
+            found[name] = table[name]
+        elif isinstance(default, float | int) and not isinstance(default, bool) and default > 0:
+            found[name] = Factor(
+                name, name, "log", OWN_RANGE, relative=True, range=OWN_RANGE, default=default,
+                source="from half to double of the variant's default",
+            )  # fmt: skip
+    return found
+
+
+def has_factor(configuration: Configuration, factor: Factor) -> bool:
+    """Return whether the configuration's variant has the factor (HiRA has no alpha)."""
+    name = factor.name.rpartition(".")[2]
+    if factor.variant:
+        return factor.variant == configuration.variant.name and name in configuration.variant.extra
+    return get_value(configuration, factor.name) is not None
+
+
+def factor_levels(factor: Factor, template: Configuration, count: int) -> tuple[Value, ...]:
+    """Return the levels of a factor besides the default of a template.
+
+    A level is clipped to what the task allows: at most its training examples, a batch of at most as many, and
+    a batch that --accumulation divides.
+
+    Args:
+        factor: The factor; not the learning rate.
+        template: The default configuration of a variant and task.
+        count: Number of levels, at most; a choice has all of its levels.
+
+    Returns:
+        Distinct levels other than the default; none for a factor that the variant does not have.
+    """
+    if not has_factor(template, factor):
+        return ()
+    default = get_value(template, factor.name)
+    assert default is not None
+    levels: list[Value] = []
+    for each in factor.levels:
+        value = each
+        if factor.relative:
+            value = float(default) * float(each)
+            value = max(1, round(value)) if isinstance(default, int) else float(f"{value:.3g}")
+        value = _clip(factor, template, value)
+        if value != default and value not in levels:
+            levels.append(value)
+    return tuple(levels if factor.prior == "choice" else levels[:count])
+
+
+def _clip(factor: Factor, template: Configuration, value: Value) -> Value:
+    if factor.name == "train_size":
+        return min(int(value), template.task.train_size)
+    if factor.name == "batch_size":
+        parts = template.batches.accumulation_steps
+        largest = template.task.train_size // parts
+        return parts * max(1, min(round(int(value) / parts), largest))
+    return value
+
+
+def normalize(configuration: Configuration) -> Configuration:
+    """Return a configuration without learning rate and seed: what all runs of one curve share."""
+    optimizer = replace(configuration.optimizer, learning_rate=1.0)  # the placeholder of templates
+    return replace(configuration, optimizer=optimizer, seed=0)
+
+
+def find_changed_factor(
+    configuration: Configuration, default: Configuration, factors: Sequence[Factor]
+) -> Factor | None:
+    """Return the factor in which a configuration differs from the default.
+
+    Args:
+        configuration: A normalized configuration (see `normalize`).
+        default: The normalized default configuration.
+        factors: The factors of the study.
+
+    Returns:
+        The factor; None if the configuration is the default, or differs in more than one factor.
+    """
+    for factor in factors:
+        if not (has_factor(configuration, factor) and has_factor(default, factor)):
+            continue
+        value = get_value(default, factor.name)
+        if value is None or get_value(configuration, factor.name) == value:
+            continue
+        restored = apply_values(configuration, {factor.name: value})
+        # Few steps have few evaluations, see `apply_values`.
+        if replace(restored, evaluations=default.evaluations) == default:
+            return factor
+    return None
+
+
+def own_settings(template: Configuration) -> Mapping[str, Value]:
+    """Return the settings that the template's variant has alone, with the study's defaults."""
+    return {k: v for k, v in template.variant.extra.items() if k not in space.VARIANT_HYPERPARAMETERS}
