@@ -15,7 +15,7 @@ from typing import Any
 from simulated_curves import replayed_curve
 
 from orchestrator.execution.rungs import lane_evaluation_steps
-from orchestrator.execution.tune.early_stopping import PerVariantScheduler
+from orchestrator.execution.tune.early_stopping import PerGroupScheduler
 from orchestrator.execution.tune.trial import WORST_LOSS
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
@@ -68,7 +68,7 @@ def simulate_scheduler(
         max_concurrent_trials: Number of trials that run at the same time.
         loss_window: See `SimulationPlan.loss_window`.
     """
-    tune_scheduler: Any = PerVariantScheduler(scheduler)
+    tune_scheduler: Any = PerGroupScheduler(scheduler)
     pending, ended_records = deque(configurations), list[Record]()
     running: list[tuple[_Trial, Record, deque[tuple[int, float]]]] = []
     while pending or running:

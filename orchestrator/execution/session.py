@@ -14,7 +14,7 @@ from orchestrator.execution.session_context import SessionContext
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.tune.concurrency import trial_limits
-from orchestrator.execution.tune.early_stopping import PerVariantScheduler
+from orchestrator.execution.tune.early_stopping import PerGroupScheduler
 from orchestrator.execution.tune.fifo import ConfigurationListGenerator, LiveTrialFIFOScheduler
 from orchestrator.execution.tune.trial import LaneTrainable
 from orchestrator.execution.tune.trial_events import ABORTED, AbortStopper, BrokerCallback, PendingStops
@@ -22,7 +22,7 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import StudyError
 
 if TYPE_CHECKING:
-    from orchestrator.execution.search.searcher import PerVariantSearcher
+    from orchestrator.execution.search.searcher import PerGroupSearcher
 
 withhold_cloud_credentials_from_trials()
 
@@ -33,7 +33,7 @@ MAX_TRIAL_FAILURES = 20
 def train(
     context: SessionContext,
     configurations: Sequence[Configuration],
-    search: PerVariantSearcher | None = None,
+    search: PerGroupSearcher | None = None,
     next_stage: Callable[[], Sequence[Configuration]] = tuple,
 ) -> int:
     """Train configurations in the given order, until all have ended or the budget is used up.
@@ -81,7 +81,7 @@ def train(
 
 def _make_tuner(
     context: SessionContext,
-    search: PerVariantSearcher | None,
+    search: PerGroupSearcher | None,
     make_generator: Callable[[int | None], ConfigurationListGenerator],
     callback: BrokerCallback,
 ) -> tune.Tuner:
@@ -97,7 +97,7 @@ def _make_tuner(
             max_concurrent_trials=max_concurrent if search else None,
             scheduler=LiveTrialFIFOScheduler()
             if context.scheduler == "none"
-            else PerVariantScheduler(context.scheduler, context.cached),
+            else PerGroupScheduler(context.scheduler, context.cached, context.tune_per_seed),
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,

@@ -32,3 +32,5 @@ class SessionContext:
     """Called with each new record, from another thread."""
     cached: set[str] = field(default_factory=set)
     """Fingerprints with known results, which are replayed to the scheduler. A search adds fingerprints."""
+    tune_per_seed: bool = False
+    """True if each seed is a tuning of its own, so that early stopping compares lanes of one seed only."""

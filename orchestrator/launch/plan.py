@@ -26,7 +26,7 @@ from orchestrator.util.graceful_interrupts import format_command
 
 if TYPE_CHECKING:
     from orchestrator.execution.search.budget import SearchBudget
-    from orchestrator.execution.search.search_file import VariantUsage
+    from orchestrator.execution.search.search_file import GroupUsage
 
 STARTUP_SECONDS = 25.0
 """Seconds that Ray and the first trainer take to start."""
@@ -120,11 +120,10 @@ def _later_configurations(work: StudyWork, templates: Sequence[Configuration]) -
     """Return a stand-in for each configuration that the search or the design has yet to name: a template."""
     if work.search is None:
         return [template for template, _ in zip(cycle(templates), range(work.total - len(work.requested)))]
-    by_variant = {template.variant.name: template for template in templates}
     return [
-        by_variant[variant]
-        for variant in work.search.space.variants
-        for _ in range(work.search.num_remaining(variant))
+        group.template
+        for name, group in work.search.groups.items()
+        for _ in range(work.search.num_remaining(name))
     ]
 
 
@@ -168,25 +167,26 @@ def _total_steps(work: StudyWork, templates: Sequence[Configuration]) -> int:
 
 
 def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
-    """Describe a search: its sampler, its budget and its space, on one line if all variants share it."""
-    counts = {
-        variant: search.num_asked[variant] + search.num_remaining(variant)
-        for variant in search.space.variants
-    }
+    """Describe a search: its sampler, its budget and its space, on one line if all groups share it."""
+    counts = {name: search.num_asked[name] + search.num_remaining(name) for name in search.groups}
+    variants = list(dict.fromkeys(group.template.variant.name for group in search.groups.values()))
+    searches = len(counts) // len(variants)
+    each = "of each variant" if searches == 1 else f"in each of {searches} searches of each variant"
     if len(set(counts.values())) == 1:
-        budget = f"{next(iter(counts.values()))} points of each variant"
+        budget = f"{next(iter(counts.values()))} points {each}"
     else:
-        budget = f"points: {', '.join(f'{count} of {variant}' for variant, count in counts.items())}"
+        budget = f"points: {', '.join(f'{count} of {name}' for name, count in counts.items())}"
     lines = [("Search", f"{search.file.sampler}, {budget}")]
-    if not any(d.name == "learning_rate" for d in search.space.dimensions):
-        lines.append(("Learning rate", f"{template.optimizer.learning_rate:g}"))
     texts = {
-        variant: " ".join(f"{d.key}={d.spec_text}" for d in dimensions) or "nothing"
-        for variant, dimensions in search.space.variants.items()
+        name: " ".join(f"{key}={spec}" for key, spec in group.specs.items()) or "nothing"
+        for name, group in search.groups.items()
     }
+    if not any("learning_rate" in group.specs for group in search.groups.values()):
+        lines.append(("Learning rate", f"{template.optimizer.learning_rate:g}"))
     if len(set(texts.values())) == 1:
-        return [*lines, ("Variants", " ".join(texts)), ("Space", next(iter(texts.values())))]
-    return [*lines, *((f"Space, {variant}", text) for variant, text in texts.items())]
+        return [*lines, ("Variants", " ".join(variants)), ("Space", next(iter(texts.values())))]
+    spaces = {text: next(name for name, own in texts.items() if own == text) for text in texts.values()}
+    return [*lines, *((f"Space, {name}", text) for text, name in spaces.items())]
 
 
 def _trainer_lines(hardware: _Hardware, options: StudyOptions) -> list[Line]:
@@ -216,15 +216,15 @@ def _single_point_command(pending: Sequence[Configuration]) -> str:
     return replace_options(narrow_command(format_command(sys.argv), point), {"--study": [], "--plan": []})
 
 
-def print_point_shortfall(console: Console, usage: Mapping[str, VariantUsage], points: int) -> None:
+def print_point_shortfall(console: Console, usage: Mapping[str, GroupUsage], points: int) -> None:
     """Print which variants have fewer points than the budget, because their space has no more.
 
     Args:
         console: Where to print.
-        usage: The points of each variant.
-        points: The budget: points of each variant.
+        usage: The points of each group of the search.
+        points: The budget: points of each group.
     """
-    for variant, used in usage.items():
+    for name, used in usage.items():
         if used.points < points:
-            line = f"{variant}: {used.points} points of {points}: its space has no more"
+            line = f"{name}: {used.points} points of {points}: its space has no more"
             console.print(line, markup=False)

@@ -18,7 +18,7 @@ from orchestrator.finetune.resolve.templates import build_configuration_template
 from orchestrator.launch.design import Design, DesignInput, FixedDesign, MakeDesign, grid_of
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.settled_records import SettledRecords
-from orchestrator.launch.work import StudyWork, point_builder
+from orchestrator.launch.work import StudyWork
 from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -57,15 +57,12 @@ class StudyContext:
             return StudyWork.from_store(requested, None, self.store, self.options, total)
         from orchestrator.execution.search.budget import open_search  # imports Optuna, which takes a second
 
-        space = self.resolved[0].space
-        assert space is not None
         search = open_search(
             self.folder,
             self.options.search_method,
             self.options.point_count,
-            space,
-            point_builder(self.templates),
-            self.templates[0].lr_schedule.steps,
+            {each.task.name: each.space for each in self.resolved if each.space is not None},
+            self.templates,
         )
         return StudyWork.from_store(list(search.configurations.values()), search, self.store, self.options)
 

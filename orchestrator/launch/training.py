@@ -173,6 +173,7 @@ def _session_context(
         budget=context.budget,
         on_record=on_record,
         cached={c.fingerprint for c in work.satisfied},
+        tune_per_seed=context.experiment.settings.kind == "replicates",
     )
 
 
@@ -188,8 +189,8 @@ def _run_session(
     scheduler, lanes = session.scheduler, session.pool.spec.lanes_per_trainer
     searcher = None
     if work.search is not None:
-        from orchestrator.execution.search.searcher import PerVariantSearcher
+        from orchestrator.execution.search.searcher import PerGroupSearcher
 
-        searcher = PerVariantSearcher(work.search, context.store, scheduler, lanes, session.cached)
+        searcher = PerGroupSearcher(work.search, context.store, scheduler, lanes, session.cached)
     ordered = submission_order(scheduler, work.satisfied, work.pending, lanes)
     return train(session, ordered, searcher, next_stage)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.execution.rungs import scheduler_settings
-from orchestrator.finetune.resolve.templates import find_settings_error
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import training_order
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
-from orchestrator.study.space import Value, apply_values
 
 if TYPE_CHECKING:
     from orchestrator.execution.search.budget import SearchBudget
-    from orchestrator.execution.search.samplers import BuildConfiguration
 
 
 @dataclass
@@ -93,21 +90,3 @@ class StudyWork:
     def num_to_train(self) -> int:
         """The number of configurations to train. Those yet to be sampled or named count as new."""
         return len(self.pending) + self.total - len(self.requested)
-
-
-def point_builder(templates: Sequence[Configuration]) -> BuildConfiguration:
-    """Return the function that makes a search's point into a configuration with seed 0.
-
-    Args:
-        templates: One configuration per variant; the point's values replace theirs.
-
-    Returns:
-        A function of the variant and the values. It returns None for values that the variant refuses.
-    """
-    by_variant = {template.variant.name: template for template in templates}
-
-    def build(variant: str, values: Mapping[str, Value]) -> Configuration | None:
-        configuration = replace(apply_values(by_variant[variant], values), seed=0)
-        return None if find_settings_error(configuration) else configuration
-
-    return build

@@ -14,7 +14,7 @@ from ray.tune.search import Searcher
 
 from orchestrator.execution.search import journal
 from orchestrator.execution.search.budget import SearchBudget, open_search
-from orchestrator.execution.search.searcher import PerVariantSearcher
+from orchestrator.execution.search.searcher import PerGroupSearcher
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, LRSchedule
@@ -73,15 +73,18 @@ class Drive:
         sampler: str = "tpe",
         scheduler: str = "none",
         lanes: int = 2,
+        replicates: int = 1,
     ) -> None:
         self.store = Store(folder / "store")
         self.study = folder / "study"
         self.study.mkdir(exist_ok=True)
-        self.budget: SearchBudget = open_search(self.study, sampler, points, over, build, STEPS)
+        templates = [build(variant, {}) for variant in over.variants]
+        spaces = {"letters": over}
+        self.budget: SearchBudget = open_search(self.study, sampler, points, spaces, templates, replicates)
         self.budget.save()
         asha = ASHA if scheduler == "asha" else ""
         known = {f for f in self.budget.configurations if self.store.get_reusable(f, asha)}
-        self.search = PerVariantSearcher(self.budget, self.store, scheduler, lanes, known)
+        self.search = PerGroupSearcher(self.budget, self.store, scheduler, lanes, known)
         self.running: dict[str, Configuration] = {}
         self.given: list[Configuration] = []
         self.calls = 0
@@ -124,6 +127,6 @@ class Drive:
         return asked(self.study)
 
     def optuna_trials(self, variant: str) -> list[Any]:
-        """Return the trials in a variant's Optuna study, without rejected suggestions."""
-        trials = self.search.variant_searches[variant].study.trials
+        """Return the trials in a group's Optuna study, without rejected suggestions."""
+        trials = self.search.searches[variant].study.trials
         return [trial for trial in trials if journal.REJECTED not in trial.user_attrs]

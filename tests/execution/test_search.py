@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from search_drive import STEPS, Drive, record, score, space
+from search_drive import STEPS, Drive, build, record, score, space
 
-from orchestrator.execution.search.journal import JOURNAL_FILE
+from orchestrator.execution.search.budget import open_search
+from orchestrator.execution.search.journal import JOURNAL_FILE, read_trials
 from orchestrator.execution.search.search_file import SEARCH_FILE, SearchFile
 
 
@@ -20,6 +23,44 @@ def test_every_variant_gets_as_many_points_in_blocks_of_a_lane_group(tmp_path: P
     names = [point.variant.name for point in drive.given]
     assert names == [*["lora"] * 4, *["hira"] * 4] * 4
     assert drive.asked() == [point.fingerprint for point in drive.given]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "qmc"])
+def test_every_replicate_is_a_search_of_its_own(tmp_path: Path, sampler: str) -> None:
+    alone = Drive(tmp_path, space(variants=("lora",)), points=4, sampler=sampler)
+    alone.all(at_once=2)
+    more = Drive(tmp_path, space(), points=4, sampler=sampler, replicates=3)
+    more.all(at_once=2)
+    asked = list(more.budget.configurations.values())
+    assert Counter((p.variant.name, p.seed) for p in asked) == {
+        (v, r): 4 for v in ("lora", "hira") for r in range(3)
+    }
+    assert asked[:4] == alone.given, "replicate 0 of the first task is the search without replicates"
+    seeds = [p.seed for p in asked]
+    assert seeds == sorted(seeds), "one replicate is searched after another"
+    names = {"lora", "hira", "lora/1", "hira/1", "lora/2", "hira/2"}
+    assert set(read_trials(more.study / JOURNAL_FILE)) == names
+    assert set(SearchFile.read(more.study).spaces) == names  # type: ignore[union-attr]
+    if sampler == "qmc":  # equal for the variants of a replicate, different between replicates
+        rates = {
+            (v, r): [p.optimizer.learning_rate for p in asked if (p.variant.name, p.seed) == (v, r)]
+            for v in ("lora", "hira")
+            for r in range(3)
+        }
+        assert all(rates["lora", r] == rates["hira", r] for r in range(3))
+        assert not set(rates["lora", 0]) & set(rates["lora", 1])
+
+
+def test_a_further_task_and_further_replicates_leave_the_first_search_as_it_is(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(variants=("lora",)), points=3)
+    first.all()
+    over, letters = space(variants=("lora",)), build("lora", {})
+    digits = replace(letters, task=replace(letters.task, name="digits"))
+    spaces = {"digits": over, "letters": over}
+    again = open_search(first.study, "tpe", 3, spaces, [digits, letters], replicates=2)
+    assert list(again.groups) == ["digits/lora", "lora", "digits/lora/1", "lora/1"]
+    assert list(again.configurations.values()) == first.given
+    assert [again.num_remaining(name) for name in again.groups] == [3, 0, 3, 3]
 
 
 def test_tpe_draws_points_near_good_results(tmp_path: Path) -> None:

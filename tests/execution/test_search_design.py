@@ -9,6 +9,7 @@ import pytest
 from points import configuration
 from scipy.stats import qmc
 
+from orchestrator.execution.search.groups import SearchGroup, make_groups
 from orchestrator.execution.search.samplers import (
     distributions,
     draw_design,
@@ -30,6 +31,11 @@ OWN: dict[str, dict[str, Value]] = {
 WORDS = ("rank=4,8,16,32", "alpha=log:4:64", "lora_plus.ratio=log:1:64", "schedule=linear,cosine")
 
 
+def groups(over: Space, replicate: int = 0) -> list[SearchGroup]:
+    templates = [configuration(variant) for variant in over.variants]
+    return list(make_groups({"letters": over}, templates, (replicate,), "letters").values())
+
+
 def build(variant: str, found: Mapping[str, Value]) -> Configuration:
     return apply_values(configuration(variant), found)
 
@@ -40,7 +46,7 @@ def space(*words: str, variants: tuple[str, ...] = tuple(OWN)) -> Space:
 
 @pytest.mark.parametrize("name", ["qmc", "random"])
 def test_every_variant_gets_as_many_points_none_twice(name: str) -> None:
-    found = draw_design(name, space(*WORDS), 16, build)
+    found = draw_design(name, groups(space(*WORDS)), 16)
     for variant, points in found.items():
         assert len({build(variant, point).fingerprint for point in points}) == len(points) == 16
         assert all("alpha" in p or variant in ("hira", "full") for p in points)
@@ -49,7 +55,7 @@ def test_every_variant_gets_as_many_points_none_twice(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qmc", "random"])
 def test_more_points_begin_with_the_same_ones(name: str) -> None:
-    few, many = (draw_design(name, space(*WORDS), n, build) for n in (16, 32))
+    few, many = (draw_design(name, groups(space(*WORDS)), n) for n in (16, 32))
     for variant, points in few.items():
         assert many[variant][:16] == points
         assert len(many[variant]) == 32
@@ -57,7 +63,7 @@ def test_more_points_begin_with_the_same_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qmc", "random"])
 def test_variants_share_what_they_have_in_common(name: str) -> None:
-    found = draw_design(name, space(*WORDS), 16, build)
+    found = draw_design(name, groups(space(*WORDS)), 16)
     for variant in ("hira", "lora_plus", "full"):
         for mine, other in zip(found["lora"], found[variant], strict=True):
             assert all(mine[key] == other[key] for key in mine.keys() & other.keys())
@@ -67,7 +73,7 @@ def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_rand
     over = space("weight_decay=0:0.1", variants=("lora",))
     spread: dict[str, float] = {}
     for name in ("qmc", "random"):
-        points = draw_design(name, over, 32, build)["lora"]
+        points = draw_design(name, groups(over), 32)["lora"]
         unit = [
             (math.log10(float(p["learning_rate"])) / 4 + 1, float(p["weight_decay"]) * 10) for p in points
         ]
@@ -81,14 +87,14 @@ def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_rand
 
 
 def test_choices_come_up_equally_often() -> None:
-    found = draw_design("qmc", space("rank=4,8,16,32", "schedule=linear,cosine"), 32, build)["lora"]
+    found = draw_design("qmc", groups(space("rank=4,8,16,32", "schedule=linear,cosine")), 32)["lora"]
     assert {n: sum(p["rank"] == n for p in found) for n in (4, 8, 16, 32)} == dict.fromkeys((4, 8, 16, 32), 8)
     assert sum(p["schedule"] == "linear" for p in found) == 16
 
 
 def test_a_space_with_few_points_gives_them_all() -> None:
     over = parse_space(["rank=4,8,16"], ("lora", "full"), OWN.__getitem__, (1e-2,), ("learning_rate",))
-    found = draw_design("qmc", over, 16, build)
+    found = draw_design("qmc", groups(over), 16)
     assert sorted(p["rank"] for p in found["lora"]) == [4, 8, 16]
     assert found["full"] == [{}]
 
@@ -98,11 +104,11 @@ def test_many_choices_are_all_found(name: str) -> None:
     """Random draws alone would hardly find the last points: each comes up once in 240 draws on average."""
     words = ["rank=int:1:60", "schedule=linear,cosine", "batch_size=8,16"]
     over = parse_space(words, ("lora", "hira"), OWN.__getitem__, (1e-2,), ("learning_rate",))
-    found = draw_design(name, over, 240, build)
+    found = draw_design(name, groups(over), 240)
     for points in found.values():
         assert len({tuple(point.values()) for point in points}) == 240
     assert found["lora"] == found["hira"]
-    assert draw_design(name, over, 200, build)["lora"] == found["lora"][:200]
+    assert draw_design(name, groups(over), 200)["lora"] == found["lora"][:200]
 
 
 def test_others_are_each_point_of_a_small_space_once() -> None:
@@ -128,10 +134,13 @@ def test_others_of_a_large_space_are_its_own() -> None:
 
 
 def test_what_the_variant_refuses_is_passed_over() -> None:
-    def even(variant: str, found: Mapping[str, Value]) -> Configuration | None:
-        return build(variant, found) if int(found["rank"]) % 2 == 0 else None
+    class Even(SearchGroup):
+        def build(self, values: Mapping[str, Value]) -> Configuration | None:
+            return super().build(values) if int(values["rank"]) % 2 == 0 else None
 
-    found = draw_design("random", space("rank=int:1:64", variants=("lora",)), 16, even)["lora"]
+    (group,) = groups(space("rank=int:1:64", variants=("lora",)))
+    even = Even(group.name, group.template, group.dimensions)
+    found = draw_design("random", [even], 16)["lora"]
     assert len(found) == 16
     assert all(int(p["rank"]) % 2 == 0 for p in found)
 

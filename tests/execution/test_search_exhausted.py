@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from ray.tune.search import Searcher
-from search_drive import OWN, Drive, build, score, space
+from search_drive import OWN, Drive, score, space
 
 from orchestrator.execution.search import samplers
+from orchestrator.execution.search.groups import SearchGroup
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Value
 from orchestrator.study.space_parsing import parse_space
@@ -50,7 +51,8 @@ def test_choices_give_as_many_different_points_as_were_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int, sampler: str, seed: int
 ) -> None:
     """Samplers return to their best points; alone they would suggest only ten of the twenty points."""
-    monkeypatch.setattr(samplers, "SEED", seed)
+    make_sampler = samplers.make_sampler
+    monkeypatch.setattr(samplers, "make_sampler", lambda *given: make_sampler(*given[:4], replicate=seed))
     over = parse_space(
         ["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora", "hira"), OWN.__getitem__, ()
     )
@@ -76,15 +78,22 @@ def test_a_point_that_the_sampler_does_not_find_is_asked_and_counts(tmp_path: Pa
     assert len(last.budget.configurations) == last.budget.total == 20
 
 
+def accept_only(drive: Drive, accepts: Callable[[Mapping[str, Value]], bool]) -> None:
+    """Let LoRA refuse all other values."""
+
+    class Picky(SearchGroup):
+        def build(self, values: Mapping[str, Value]) -> Configuration | None:
+            return super().build(values) if accepts(values) else None
+
+    search = drive.search.searches["lora"]
+    search.group = Picky(search.group.name, search.group.template, search.group.dimensions)
+
+
 def with_one_rank(folder: Path, rank: int) -> Drive:
     """Return a search for two of 2,000 ranks, of which LoRA refuses all but `rank`."""
-
-    def picky(variant: str, values: Mapping[str, Value]) -> Configuration | None:
-        return build(variant, values) if values["rank"] == rank else None
-
     over = parse_space(["rank=int:1:2000"], ("lora",), OWN.__getitem__, (1e-2,), ("learning_rate",))
     drive = Drive(folder, over, points=2)
-    drive.budget.build = picky
+    accept_only(drive, lambda values: values["rank"] == rank)
     return drive
 
 
@@ -97,7 +106,7 @@ def test_the_only_point_that_a_variant_takes_is_found(tmp_path: Path) -> None:
 
 def test_a_large_space_that_is_refused_throughout_ends(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space(variants=("lora",)), points=2)
-    drive.budget.build = lambda variant, values: None
+    accept_only(drive, lambda values: False)
     assert drive.ask() == Searcher.FINISHED
     assert drive.budget.file.exhausted == ("lora",)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from search_drive import STEPS, Drive, build, record, score, space
 from orchestrator.execution.search.budget import open_search
 from orchestrator.execution.search.journal import EARLIER_FILE, JOURNAL_FILE
 from orchestrator.execution.search.search_file import SEARCH_FILE
-from orchestrator.execution.search.searcher import PerVariantSearcher
+from orchestrator.execution.search.searcher import PerGroupSearcher
 from orchestrator.study.configuration import Configuration, LRSchedule
-from orchestrator.study.space import Value
 from orchestrator.util.atomic_files import add_checksum
 from orchestrator.util.errors import UsageError
 
@@ -106,24 +104,20 @@ def test_another_space_or_sampler_is_another_study(
 def test_other_settings_are_another_study(tmp_path: Path) -> None:
     Drive(tmp_path, space()).all()
 
-    def longer(variant: str, values: Mapping[str, Value]) -> Configuration:
-        return replace(build(variant, values), lr_schedule=LRSchedule(2 * STEPS))
-
+    longer = [replace(build(v, {}), lr_schedule=LRSchedule(2 * STEPS)) for v in ("lora", "hira")]
     with pytest.raises(UsageError, match="other settings"):
-        open_search(tmp_path / "study", "tpe", 6, space(), longer, 2 * STEPS)
+        open_search(tmp_path / "study", "tpe", 6, {"letters": space()}, longer)
 
 
 def test_raised_numerics_are_named(tmp_path: Path) -> None:
     Drive(tmp_path, space()).all()
 
-    def raised(variant: str, values: Mapping[str, Value]) -> Configuration:
-        point = build(variant, values)
-        return replace(point, variant=replace(point.variant, numerics=2), loop_numerics=3)
-
+    points = [build(v, {}) for v in ("lora", "hira")]
+    raised = [replace(p, variant=replace(p.variant, numerics=2), loop_numerics=3) for p in points]
     with pytest.raises(
         UsageError, match=r"earlier numerics of the variant lora and loop: .* another --study"
     ):
-        open_search(tmp_path / "study", "tpe", 6, space(), raised, STEPS)
+        open_search(tmp_path / "study", "tpe", 6, {"letters": space()}, raised)
 
 
 def test_a_further_variant_joins_with_the_same_budget(tmp_path: Path) -> None:
@@ -152,13 +146,14 @@ def test_no_flipped_bit_of_the_journal_makes_another_point(tmp_path: Path) -> No
     for _ in range(2):
         drive.ask()
     drive.end("t0")
+    spaces, templates = {"letters": space("rank=4,8", variants=("lora",))}, [build("lora", {})]
     path, points = drive.study / JOURNAL_FILE, list(drive.budget.configurations)
     whole, noticed = path.read_bytes(), 0
     last = whole.rindex(b'{"op_code"', 0, whole.rindex(points[1].encode()))
     for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         try:
-            found = open_search(drive.study, "tpe", 3, space("rank=4,8", variants=("lora",)), build, STEPS)
+            found = open_search(drive.study, "tpe", 3, spaces, templates)
         except UsageError:
             noticed += 1
             continue
@@ -183,7 +178,7 @@ def test_points_of_an_earlier_version_are_carried_over_once(tmp_path: Path) -> N
     drive.all()
     lines = []
     for point in drive.budget.points.values():
-        kept = {"variant": point.variant, "task": point.task, "parameters": dict(point.parameters)}
+        kept = {"variant": point.group, "task": point.task, "parameters": dict(point.parameters)}
         lines.append(add_checksum(json.dumps({**kept, "fingerprint": point.fingerprint})))
     (drive.study / JOURNAL_FILE).unlink()
     (drive.study / EARLIER_FILE).write_bytes(b"".join(lines))
@@ -229,7 +224,7 @@ def test_records_that_trainers_of_a_killed_driver_wrote_are_used(tmp_path: Path)
     second = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
     known: set[str] = set()  # the store was read before the record was written
     second.store.put(record(first.given[1]))
-    second.search = PerVariantSearcher(second.budget, second.store, "asha", 2, known)
+    second.search = PerGroupSearcher(second.budget, second.store, "asha", 2, known)
     assert known == {first.given[1].fingerprint}
     assert [second.ask() for _ in range(2)] == [first.given[1], first.given[0]]
     assert Counter(t.state.name for t in second.optuna_trials("lora")) == {"COMPLETE": 1, "RUNNING": 1}

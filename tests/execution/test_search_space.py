@@ -13,6 +13,7 @@ import study
 from rich.console import Console
 
 from orchestrator.execution.search.budget import open_search
+from orchestrator.execution.search.groups import make_groups
 from orchestrator.execution.search.samplers import draw_design
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import (
@@ -24,7 +25,7 @@ from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.launch.plan import print_plan
-from orchestrator.launch.work import StudyWork, point_builder
+from orchestrator.launch.work import StudyWork
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -76,11 +77,11 @@ def test_every_point_of_a_wide_space_is_a_configuration_that_the_variant_takes(
         bases, variants=(variant,), search="qmc", space=(*words, "batch_size=8,16", "weight_decay=0:0.1")
     )
     assert space is not None
-    build = point_builder(made)
-    points = draw_design("qmc", space, 16, build)[variant]
+    (group,) = make_groups({"letters": space}, made, (0,), "letters").values()
+    points = draw_design("qmc", [group], 16)[variant]
     assert len(points) == 16
     for point in points:
-        configuration = build(variant, point)
+        configuration = group.build(point)
         assert configuration is not None
         assert find_settings_error(configuration) is None
         assert configuration.optimizer.learning_rate == point["learning_rate"]
@@ -96,7 +97,7 @@ def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, t
     }
     made, space = resolved(bases, **typed)
     assert space is not None
-    search = open_search(tmp_path, "qmc", 16, space, point_builder(made), 60)
+    search = open_search(tmp_path, "qmc", 16, {"letters": space}, made)
     console = Console(file=StringIO(), width=200)
     options = StudyOptions(task=("letters",), **typed)
     wanted = list(search.configurations.values())
@@ -191,8 +192,9 @@ def test_the_command_for_one_point_is_that_point_without_the_search(bases: Path,
     words = [w for w in WORDS if not w.startswith("alpha")]
     made, space = resolved(bases, variants=names, search="qmc", space=tuple(words), set=tuple(fixed))
     assert space is not None
-    point = draw_design("qmc", space, 4, point_builder(made))[variant][3]
-    configuration = point_builder(made)(variant, point)
+    groups = make_groups({"letters": space}, made, (0,), "letters")
+    point = draw_design("qmc", list(groups.values()), 4)[variant][3]
+    configuration = groups[variant].build(point)
     assert configuration is not None
     asked = f"--variants {' '.join(names)} --search=qmc --points 4 --set {' '.join(fixed)}"
     command = f"python x.py --task letters {asked} --space {' '.join(words)} --lr-schedule cosine"

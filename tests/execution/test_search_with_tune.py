@@ -12,22 +12,22 @@ from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
-from search_drive import STEPS, build, space
+from search_drive import build, space
 
 from orchestrator.execution.search.budget import SearchBudget, open_search
 from orchestrator.execution.search.journal import FINGERPRINT
-from orchestrator.execution.search.searcher import PerVariantSearcher
+from orchestrator.execution.search.searcher import PerGroupSearcher
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 
 POINTS = 9
 
 
-def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerVariantSearcher, list[Any]]:
+def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerGroupSearcher, list[Any]]:
     """Search with lanes whose loss falls with the score, evaluated after 30, 60 and 90 steps."""
     from ray import tune
 
-    from orchestrator.execution.tune.early_stopping import PerVariantScheduler
+    from orchestrator.execution.tune.early_stopping import PerGroupScheduler
 
     class Lane(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:
@@ -52,8 +52,10 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerVa
         def load_checkpoint(self, checkpoint: Any) -> None:
             self.at = checkpoint["at"]
 
-    budget = open_search(folder, "tpe", POINTS, space("rank=4,8,16"), build, STEPS)
-    search = PerVariantSearcher(budget, Store(folder / "store"), scheduler, 2, set())
+    over = space("rank=4,8,16")
+    templates = [build(variant, {}) for variant in over.variants]
+    budget = open_search(folder, "tpe", POINTS, {"letters": over}, templates)
+    search = PerGroupSearcher(budget, Store(folder / "store"), scheduler, 2, set())
     tuner = tune.Tuner(
         tune.with_resources(Lane, tune.PlacementGroupFactory([{"CPU": 2 / at_once}])),
         param_space={},
@@ -62,7 +64,7 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerVa
             num_samples=-1,
             max_concurrent_trials=at_once,
             reuse_actors=True,
-            scheduler=None if scheduler == "none" else PerVariantScheduler(scheduler, search.cached),
+            scheduler=None if scheduler == "none" else PerGroupScheduler(scheduler, search.cached),
         ),
         run_config=tune.RunConfig(
             storage_path=str(folder / "tune"),
@@ -78,15 +80,12 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerVa
 @pytest.mark.ray
 def test_a_search_and_a_scheduler_end_with_equal_budgets(connected: Cluster, tmp_path: Path) -> None:
     budget, search, metrics = run(tmp_path, "asha", 4)
-    assert Counter(point.variant for point in budget.points.values()) == {"lora": POINTS, "hira": POINTS}
+    assert Counter(point.group for point in budget.points.values()) == {"lora": POINTS, "hira": POINTS}
     assert len(metrics) == 2 * POINTS
     ended = Counter(m["state"] for m in metrics)
     assert set(ended) == {"finished", "training"}, "some were stopped, some came to their end"
     optuna_trials = [
-        t
-        for group in search.variant_searches.values()
-        for t in group.study.trials
-        if FINGERPRINT in t.user_attrs
+        t for group in search.searches.values() for t in group.study.trials if FINGERPRINT in t.user_attrs
     ]
     states = Counter(trial.state.name for trial in optuna_trials)
     assert (states["COMPLETE"], states["PRUNED"]) == (ended["finished"], ended["training"])

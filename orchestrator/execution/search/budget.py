@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
+from orchestrator.execution.search.groups import SearchGroup, make_groups
 from orchestrator.execution.search.journal import EARLIER_FILE, JOURNAL_FILE, Point, read_points
-from orchestrator.execution.search.samplers import (
-    NON_ADAPTIVE_SAMPLERS,
-    SEED,
-    BuildConfiguration,
-    draw_design,
-)
-from orchestrator.execution.search.search_file import SEARCH_FILE, SearchFile, VariantUsage, space_specs
+from orchestrator.execution.search.samplers import NON_ADAPTIVE_SAMPLERS, draw_design
+from orchestrator.execution.search.search_file import SEARCH_FILE, GroupUsage, SearchFile
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Space, Value
@@ -25,32 +21,28 @@ from orchestrator.util.errors import UsageError
 
 
 class SearchBudget:
-    """The points of a search: the same number for each variant, counted over all runs of the study.
+    """The points of a search: the same number for each group, counted over all runs of the study.
 
     Attributes:
         file: The settings of the search.
+        groups: The groups that are searched now, by name.
         configurations: The configurations of all points by fingerprint, in the order in which they were asked
             for.
         points: The points in the same order.
-        num_asked: Number of points that were asked for, by variant.
-        other_trials: Trials of variants that earlier runs have searched and this run does not, by variant.
+        num_asked: Number of points that were asked for, by group.
+        other_trials: Trials of groups that earlier runs have searched and this run does not, by group.
         on_point: Called with the configuration of each new point after the point was written.
     """
 
-    def __init__(
-        self, file: SearchFile, folder: Path, space: Space, build: BuildConfiguration, steps_per_point: int
-    ) -> None:
+    def __init__(self, file: SearchFile, folder: Path, groups: Mapping[str, SearchGroup]) -> None:
         """Make a budget without points.
 
         Args:
             file: The settings of the search.
             folder: The study's folder.
-            space: The space that is searched now.
-            build: Makes a configuration from a variant and values; returns None if the variant refuses them.
-            steps_per_point: Optimizer steps of a point that is not stopped early.
+            groups: The groups that are searched now, by name.
         """
-        self.file, self.folder, self.space, self.build = file, folder, space, build
-        self.steps_per_point = steps_per_point
+        self.file, self.folder, self.groups = file, folder, groups
         self.configurations: dict[str, Configuration] = {}
         self.points: dict[str, Point] = {}
         self.num_asked: Counter[str] = Counter()
@@ -63,35 +55,35 @@ class SearchBudget:
         Raises:
             UsageError: The journal is damaged, or a point would be another configuration now.
         """
-        points, self.other_trials = read_points(self.folder, self.space, self.file.spaces)
+        points, self.other_trials = read_points(self.folder, self.groups, self.file.spaces)
         for point in points:
             if point.fingerprint in self.configurations:
                 continue
-            configuration = self.build(point.variant, point.parameters)
+            configuration = self.groups[point.group].build(point.parameters)
             if configuration is None or configuration.fingerprint != point.fingerprint:
                 reason = _mismatch_reason(point, configuration)
                 raise UsageError(f"study {self.folder.name!r}: its search has asked for {reason}")
             self._register(point, configuration)
 
-    def points_of(self, variant: str) -> list[Point]:
-        """Return the points of one variant."""
-        return [point for point in self.points.values() if point.variant == variant]
+    def points_of(self, group: str) -> list[Point]:
+        """Return the points of one group."""
+        return [point for point in self.points.values() if point.group == group]
 
-    def num_remaining(self, variant: str) -> int:
-        """Return the number of points that the search may still sample of this variant."""
-        if variant in self.file.exhausted:
+    def num_remaining(self, group: str) -> int:
+        """Return the number of points that the search may still sample of this group."""
+        if group in self.file.exhausted:
             return 0
-        budget = min(self.file.points, self.space.size(variant))
-        return max(0, int(budget) - self.num_asked[variant])
+        budget = min(self.file.points, self.groups[group].size)
+        return max(0, int(budget) - self.num_asked[group])
 
     @property
     def total(self) -> int:
         """The number of points, including those that may still be asked for."""
-        return len(self.configurations) + sum(map(self.num_remaining, self.space.variants))
+        return len(self.configurations) + sum(map(self.num_remaining, self.groups))
 
-    def add_point(self, variant: str, parameters: Mapping[str, Value], configuration: Configuration) -> None:
+    def add_point(self, group: str, parameters: Mapping[str, Value], configuration: Configuration) -> None:
         """Count a new point, which the caller has written to the journal."""
-        point = Point(variant, configuration.task.name, dict(parameters), configuration.fingerprint)
+        point = Point(group, configuration.task.name, dict(parameters), configuration.fingerprint)
         self._register(point, configuration)
         self.on_point(configuration)
 
@@ -101,45 +93,50 @@ class SearchBudget:
         The sampler's sequence changes when a further variant adds dimensions of its own. The other variants
         then take their missing points from the new sequence.
         """
-        if not any(map(self.num_remaining, self.space.variants)):
-            return
-        design = draw_design(self.file.sampler, self.space, self.file.points, self.build)
-        for variant, points in design.items():
-            for parameters in points:
-                configuration = self.build(variant, parameters)
-                assert configuration is not None, "draw_design leaves these out"
-                if self.num_remaining(variant) and configuration.fingerprint not in self.configurations:
-                    self.add_point(variant, parameters, configuration)
+        together: dict[tuple[str, int], list[SearchGroup]] = defaultdict(list)
+        for group in self.groups.values():
+            together[group.task, group.replicate].append(group)
+        for groups in together.values():
+            if any(self.num_remaining(group.name) for group in groups):
+                self._add_points(draw_design(self.file.sampler, groups, self.file.points))
 
-    def mark_exhausted(self, variant: str) -> None:
-        """Record in the settings that no further point of this variant was found."""
-        self.file = replace(self.file, exhausted=(*self.file.exhausted, variant))
+    def _add_points(self, design: Mapping[str, Iterable[Mapping[str, Value]]]) -> None:
+        for group, points in design.items():
+            for parameters in points:
+                configuration = self.groups[group].build(parameters)
+                assert configuration is not None, "draw_design leaves these out"
+                if self.num_remaining(group) and configuration.fingerprint not in self.configurations:
+                    self.add_point(group, parameters, configuration)
+
+    def mark_exhausted(self, group: str) -> None:
+        """Record in the settings that no further point of this group was found."""
+        self.file = replace(self.file, exhausted=(*self.file.exhausted, group))
         self.save()
 
     def save(self) -> None:
         """Write the settings of the search."""
         self.file.write(self.folder)
 
-    def update_usage(self, store: Store) -> Mapping[str, VariantUsage]:
-        """Write down what each variant has spent, by the records in `store`, and return it."""
-        usage = {variant: self._variant_usage(variant, store) for variant in self.space.variants}
+    def update_usage(self, store: Store) -> Mapping[str, GroupUsage]:
+        """Write down what each group has spent, by the records in `store`, and return it."""
+        usage = {name: self._group_usage(group, store) for name, group in self.groups.items()}
         self.file = replace(self.file, spent={**self.file.spent, **usage})
         self.save()
         return usage
 
-    def _variant_usage(self, variant: str, store: Store) -> VariantUsage:
+    def _group_usage(self, group: SearchGroup, store: Store) -> GroupUsage:
         states: Counter[str] = Counter()
-        steps, asked = 0, self.num_asked[variant]
-        for point in self.points_of(variant):
+        steps, asked = 0, self.num_asked[group.name]
+        for point in self.points_of(group.name):
             record = store.get(point.fingerprint)
             states["missing" if record is None else record.state] += 1
             steps += record.steps if record else 0
-        budget = self.num_remaining(variant) + asked
-        return VariantUsage(budget, asked, dict(states), steps, budget * self.steps_per_point)
+        budget = self.num_remaining(group.name) + asked
+        return GroupUsage(budget, asked, dict(states), steps, budget * group.template.lr_schedule.steps)
 
     def _register(self, point: Point, configuration: Configuration) -> None:
         self.configurations[point.fingerprint], self.points[point.fingerprint] = configuration, point
-        self.num_asked[point.variant] += 1
+        self.num_asked[point.group] += 1
 
 
 def _mismatch_reason(point: Point, now: Configuration | None) -> str:
@@ -171,7 +168,12 @@ def _changed_numerics(point: Point, now: Configuration) -> str:
 
 
 def open_search(
-    folder: Path, sampler: str, points: int, space: Space, build: BuildConfiguration, steps_per_point: int
+    folder: Path,
+    sampler: str,
+    points: int,
+    spaces: Mapping[str, Space],
+    templates: Sequence[Configuration],
+    replicates: int = 1,
 ) -> SearchBudget:
     """Open the search of the study in `folder`, new or resumed. Writes nothing.
 
@@ -180,30 +182,33 @@ def open_search(
     Args:
         folder: The study's folder.
         sampler: The sampler's name.
-        points: Points of each variant.
-        space: The space that is searched.
-        build: Makes a configuration from a variant and values.
-        steps_per_point: Optimizer steps of a point that is not stopped early.
+        points: Points of each variant, on each task and in each replicate.
+        spaces: Task -> the space that is searched, by variant.
+        templates: One configuration for each task and variant; a point's values replace theirs.
+        replicates: Number of replicates; replicate k has the training seed and the sampler's seed k.
 
     Raises:
         UsageError: The study has searched with other settings, or a file of its search is damaged or gone.
     """
     before = SearchFile.read(folder)
+    first_task = (before and before.task) or templates[0].task.name
+    groups = make_groups(spaces, templates, range(replicates), first_task)
     if before is None:
         left = next((name for name in (JOURNAL_FILE, EARLIER_FILE) if (folder / name).exists()), None)
         if left is not None:
             raise UsageError(
                 f"{folder / SEARCH_FILE}: is gone, and {left} is there; put it back, or take another --study"
             )
-        file = SearchFile(sampler, SEED, points, space_specs(space))
+        specs = {name: group.specs for name, group in groups.items()}
+        file = SearchFile(sampler, 0, points, specs, task=first_task)
     else:
-        file = before.resume(sampler, points, space, folder.name)
-    budget = SearchBudget(file, folder, space, build, steps_per_point)
+        file = before.resume(sampler, points, groups, folder.name)
+    budget = SearchBudget(file, folder, groups)
     budget.restore()
-    for variant, usage in file.spent.items():
-        if variant in space.variants and budget.num_asked[variant] < usage.asked:
+    for name, usage in file.spent.items():
+        if name in groups and budget.num_asked[name] < usage.asked:
             raise UsageError(
-                f"{folder / JOURNAL_FILE}: holds {budget.num_asked[variant]} points of {variant}, of "
+                f"{folder / JOURNAL_FILE}: holds {budget.num_asked[name]} points of {name}, of "
                 f"{usage.asked} that this search ({SEARCH_FILE}) has asked for; put the whole file back, or "
                 "take another --study"
             )

@@ -1,4 +1,4 @@
-"""The points of a search, in Optuna's own storage: `<study>/optuna.journal`, one Optuna study per variant.
+"""The points of a search, in Optuna's own storage: `<study>/optuna.journal`, one Optuna study per group.
 
 Each point that was asked for is an Optuna trial with the configuration's fingerprint as a user attribute. Its
 result is that of the record in the store. `optuna-dashboard <study>/optuna.journal` shows the search.
@@ -19,8 +19,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, create_trial
 
+from orchestrator.execution.search.groups import SearchGroup
 from orchestrator.execution.search.samplers import distributions, from_optuna_params, to_optuna_params
-from orchestrator.study.space import Dimension, Space, Value
+from orchestrator.study.space import Dimension, Value
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, format_error
 
@@ -28,7 +29,7 @@ JOURNAL_FILE = "optuna.journal"
 EARLIER_FILE = "search.jsonl"
 """File in which versions before 2026-11-27 kept the points: one JSON object with a checksum per line."""
 FINGERPRINT, TASK, ORDER = "fingerprint", "task", "order"
-"""User attributes of a point's trial. ORDER is the point's number among the points of all variants."""
+"""User attributes of a point's trial. ORDER is the point's number among the points of all groups."""
 REJECTED = "rejected"
 """User attribute of a suggestion that is no point: a known point, or values that the variant refuses."""
 _READ_ERROR_WORDS = ("a search", "take another --study")
@@ -39,7 +40,8 @@ _log = logging.getLogger(__name__)
 class Point:
     """One configuration that a search has asked for."""
 
-    variant: str
+    group: str
+    """The name of its group."""
     task: str
     parameters: Mapping[str, Value]
     fingerprint: str
@@ -48,18 +50,18 @@ class Point:
 
 
 def read_points(
-    folder: Path, space: Space, searched: Collection[str]
+    folder: Path, groups: Mapping[str, SearchGroup], searched: Collection[str]
 ) -> tuple[list[Point], dict[str, list[FrozenTrial]]]:
     """Read the points that a study's search has asked for. Writes nothing.
 
     Args:
         folder: The study's folder.
-        space: The space that is searched now.
-        searched: All variants that the study has searched.
+        groups: The groups that are searched now, by name.
+        searched: The names of all groups that the study has searched.
 
     Returns:
-        The points of the variants in `space`, in the order in which they were asked for, and the trials of
-        other variants, which earlier runs have searched.
+        The points of `groups`, in the order in which they were asked for, and the trials of other groups,
+        which earlier runs have searched.
 
     Raises:
         UsageError: The file is damaged. A torn last line is skipped with a warning, because nobody was given
@@ -68,20 +70,20 @@ def read_points(
     path = folder / JOURNAL_FILE
     if not path.exists():
         points = _read_earlier_points(folder / EARLIER_FILE)
-        return [point for point in points if point.variant in space.variants], {}
+        return [point for point in points if point.group in groups], {}
     found: list[tuple[int, Point]] = []
     others: dict[str, list[FrozenTrial]] = {}
     try:
-        for variant, trials in read_trials(path).items():
-            if variant not in searched:
-                raise ValueError(f"the study has not searched {variant!r}")
-            if variant not in space.variants:
-                others[variant] = trials
+        for name, trials in read_trials(path).items():
+            if name not in searched:
+                raise ValueError(f"the study has not searched {name!r}")
+            if name not in groups:
+                others[name] = trials
                 continue
             for trial in _points_only(trials):
-                parameters = from_optuna_params(space.variants[variant], trial.params)
+                parameters = from_optuna_params(groups[name].dimensions, trial.params)
                 attributes = trial.user_attrs
-                point = Point(variant, attributes[TASK], parameters, attributes[FINGERPRINT], trial)
+                point = Point(name, attributes[TASK], parameters, attributes[FINGERPRINT], trial)
                 found.append((attributes[ORDER], point))
     except Exception as error:  # replaying a damaged journal raises errors of many kinds
         raise UsageError(
@@ -92,7 +94,7 @@ def read_points(
 
 
 def read_trials(path: Path) -> dict[str, list[FrozenTrial]]:
-    """Replay a journal file. Returns the trials by Optuna study, which has the name of its variant."""
+    """Replay a journal file. Returns the trials by Optuna study, which has the name of its group."""
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
         _log.warning("%s: its last line is torn: left out", path)
@@ -130,25 +132,25 @@ class _ListBackend(BaseJournalBackend):
 
 
 def write_journal(folder: Path, trials: Mapping[str, Iterable[FrozenTrial]]) -> None:
-    """Replace a study's journal atomically by one with the given trials of each variant in this order."""
+    """Replace a study's journal atomically by one with the given trials of each group in this order."""
     backend = _ListBackend([])
     storage = JournalStorage(backend)
-    for variant, each in trials.items():
-        create_study(storage=storage, study_name=variant, direction="maximize").add_trials(each)
+    for name, each in trials.items():
+        create_study(storage=storage, study_name=name, direction="maximize").add_trials(each)
     text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in backend.logs)
     atomic_files.write_atomically(folder / JOURNAL_FILE, text.encode())
     (folder / EARLIER_FILE).unlink(missing_ok=True)
 
 
 def open_studies(folder: Path, samplers: Mapping[str, BaseSampler]) -> dict[str, Study]:
-    """Open the Optuna studies of the variants in a study's journal, each with its sampler.
+    """Open the Optuna studies of the groups in a study's journal, each with its sampler.
 
     The caller holds the study's lock, so an existing lock of Optuna belongs to a killed process.
     """
     path = folder / JOURNAL_FILE
     Path(f"{path}.lock").unlink(missing_ok=True)
     storage = JournalStorage(JournalFileBackend(str(path)))
-    return {v: load_study(study_name=v, storage=storage, sampler=s) for v, s in samplers.items()}
+    return {name: load_study(study_name=name, storage=storage, sampler=s) for name, s in samplers.items()}
 
 
 def make_trial(point: Point, order: int, dimensions: Sequence[Dimension], **state: Any) -> FrozenTrial:
@@ -157,7 +159,7 @@ def make_trial(point: Point, order: int, dimensions: Sequence[Dimension], **stat
     Args:
         point: The point. The system attributes of its earlier trial, which samplers write, are kept.
         order: The point's number among all points.
-        dimensions: The space of the point's variant.
+        dimensions: The space of the point's group.
         **state: `state`, `value` and `intermediate_values` of `optuna.create_trial`.
     """
     return create_trial(

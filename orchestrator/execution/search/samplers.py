@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from optuna import create_study, logging, samplers
@@ -13,14 +13,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, create_trial
 
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Dimension, Space, Value
+from orchestrator.execution.search.groups import SearchGroup
+from orchestrator.study.space import Dimension, Value
 
 logging.set_verbosity(logging.WARNING)  # otherwise Optuna logs a line for each study
 
 NON_ADAPTIVE_SAMPLERS = ("random", "qmc")
 """Samplers that do not use results: all their points can be drawn beforehand."""
-SEED = 0
 MAX_REJECTED_SUGGESTIONS = 8
 """After this many known or refused suggestions in a row, a point is drawn without the sampler."""
 MAX_ENUMERATED_POINTS = 10_000
@@ -31,9 +30,6 @@ MAX_IDLE_DRAWS = 100
 """A design ends after this many draws in a row without a new point."""
 MIN_WARM_START_TRIALS = 10
 """CMA-ES starts from the best tenth of the complete trials if there are at least this many."""
-
-BuildConfiguration = Callable[[str, Mapping[str, Value]], Configuration | None]
-"""Makes a configuration from a variant and values; returns None where the variant refuses them."""
 
 
 def distributions(dimensions: Sequence[Dimension]) -> dict[str, BaseDistribution]:
@@ -93,18 +89,23 @@ def random_points(dimensions: Sequence[Dimension], seed: int) -> Iterator[dict[s
 
 
 def make_sampler(
-    sampler_name: str, points: int, num_asked: int, completed: Sequence[FrozenTrial] = ()
+    sampler_name: str,
+    points: int,
+    num_asked: int,
+    completed: Sequence[FrozenTrial] = (),
+    replicate: int = 0,
 ) -> samplers.BaseSampler:
-    """Make the sampler of one variant's search.
+    """Make the sampler of one group's search.
 
     Args:
         sampler_name: `tpe`, `cma-es`, `qmc` or `random`.
-        points: Number of points that the variant may have.
-        num_asked: Number of points that were asked for. The seed follows from this number, so that a sampler
-            does not repeat its draws after a restart.
+        points: Number of points that the group may have.
+        num_asked: Number of points that were asked for. The seed follows from this number and the replicate,
+            so that a sampler does not repeat its draws after a restart.
         completed: The complete trials, from which CMA-ES starts if there are enough of them.
+        replicate: The group's replicate.
     """
-    seed = random.Random(f"{SEED}/{num_asked}").getrandbits(31)
+    seed = random.Random(f"{replicate}/{num_asked}").getrandbits(31)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         if sampler_name == "random":
@@ -123,9 +124,9 @@ def make_sampler(
 
 
 def draw_design(
-    sampler_name: str, space: Space, points: int, build: BuildConfiguration
+    sampler_name: str, groups: Sequence[SearchGroup], points: int
 ) -> dict[str, list[dict[str, Value]]]:
-    """Draw the points of a sampler that does not use results.
+    """Draw the points of a sampler that does not use results, for the groups of one task and replicate.
 
     All variants take their values from one sequence over the whole space, so that variants have equal values
     of the dimensions that they share. A larger design begins with the points of a smaller design. Once the
@@ -133,40 +134,41 @@ def draw_design(
 
     Args:
         sampler_name: `qmc` or `random`.
-        space: The space that is searched.
-        points: Number of points for each variant. A smaller space gives fewer points.
-        build: Makes a configuration from a variant and values, or returns None if the variant refuses them.
+        groups: The groups of one task and one replicate, at least one.
+        points: Number of points for each group. A smaller space gives fewer points.
 
     Returns:
-        The points of each variant.
+        The points of each group, by its name.
     """
-    dimensions = space.dimensions
+    replicate = groups[0].replicate
+    distinct = {d.key: d for group in groups for d in group.dimensions}
+    dimensions = sorted(distinct.values(), key=lambda d: d.variant != "")  # those of all variants first
     made_of = distributions(dimensions)
-    study = create_study(sampler=make_sampler(sampler_name, points, 0))
+    study = create_study(sampler=make_sampler(sampler_name, points, 0, replicate=replicate))
     ends = {key: each.to_external_repr(float(getattr(each, "low", 0))) for key, each in made_of.items()}
     # QMC infers the space from the first trial, and would draw a first trial of its own at random.
     study.add_trial(create_trial(params=ends, distributions=made_of, value=0.0))
-    found: dict[str, dict[str, dict[str, Value]]] = {variant: {} for variant in space.variants}
+    found: dict[str, dict[str, dict[str, Value]]] = {group.name: {} for group in groups}
 
-    def add_point(variant: str, mine: dict[str, Value]) -> bool:
-        configuration = build(variant, mine)
-        if configuration is None or configuration.fingerprint in found[variant]:
+    def add_point(group: SearchGroup, mine: dict[str, Value]) -> bool:
+        configuration = group.build(mine)
+        if configuration is None or configuration.fingerprint in found[group.name]:
             return False
-        found[variant][configuration.fingerprint] = mine
+        found[group.name][configuration.fingerprint] = mine
         return True
 
-    def lacks(variant: str) -> bool:
-        return len(found[variant]) < min(points, space.size(variant))
+    def lacks(group: SearchGroup) -> bool:
+        return len(found[group.name]) < min(points, group.size)
 
     idle = 0
-    while idle < MAX_IDLE_DRAWS and any(map(lacks, found)):
+    while idle < MAX_IDLE_DRAWS and any(map(lacks, groups)):
         drawn_now = from_optuna_params(dimensions, study.ask(fixed_distributions=made_of).params)
         idle += 1
-        for variant in filter(lacks, found):
-            if add_point(variant, {d.key: drawn_now[d.key] for d in space.variants[variant]}):
+        for group in filter(lacks, groups):
+            if add_point(group, {d.key: drawn_now[d.key] for d in group.dimensions}):
                 idle = 0
-    for variant in filter(lacks, found):
-        rest = random_points(space.variants[variant], SEED)
-        while lacks(variant) and (mine := next(rest, None)) is not None:
-            add_point(variant, mine)
-    return {variant: list(of.values()) for variant, of in found.items()}
+    for group in filter(lacks, groups):
+        rest = random_points(group.dimensions, replicate)
+        while lacks(group) and (mine := next(rest, None)) is not None:
+            add_point(group, mine)
+    return {name: list(of.values()) for name, of in found.items()}

@@ -2,8 +2,10 @@
 
 The points themselves are in Optuna's journal beside it (journal.py).
 
-    {"sampler", "seed", "points", "spaces": {variant: {name: spec}}, "exhausted": [variant, ...],
-     "spent": {variant: {...}}}
+    {"sampler", "seed", "points", "spaces": {group: {name: spec}}, "exhausted": [group, ...],
+     "spent": {group: {...}}, "task"}
+
+A group is named by `groups.group_name`; in a search of one task without replicates it has its variant's name.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from orchestrator.execution.search.groups import SearchGroup
 from orchestrator.execution.search.samplers import MAX_ENUMERATED_POINTS
-from orchestrator.study.space import Space
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 
@@ -22,11 +24,11 @@ SEARCH_FILE = "search.json"
 
 
 @dataclass(frozen=True)
-class VariantUsage:
-    """The points and steps that a search has spent on one variant so far."""
+class GroupUsage:
+    """The points and steps that a search has spent on one group so far."""
 
     points: int
-    """Number of points that the variant may have."""
+    """Number of points that the group may have."""
     asked: int
     """Number of points that were asked for."""
     states: Mapping[str, int]
@@ -44,15 +46,17 @@ class SearchFile:
     sampler: str
     seed: int
     points: int
-    """Points of each variant."""
+    """Points of each group."""
     spaces: Mapping[str, Mapping[str, str]]
-    """The space of each variant: the specification of each dimension by its name."""
+    """The space of each group: the specification of each dimension by its name."""
     exhausted: tuple[str, ...] = ()
-    """Variants whose space has no further points."""
-    spent: Mapping[str, VariantUsage] = field(default_factory=dict)
+    """Groups whose space has no further points."""
+    spent: Mapping[str, GroupUsage] = field(default_factory=dict)
+    task: str = ""
+    """The task that was searched first, see `groups.group_name`; empty in files of earlier versions."""
 
-    def resume(self, sampler: str, points: int, space: Space, study: str) -> SearchFile:
-        """Return the settings for continuing this search with `points` points of each variant of `space`.
+    def resume(self, sampler: str, points: int, groups: Mapping[str, SearchGroup], study: str) -> SearchFile:
+        """Return the settings for continuing this search with `points` points of each of `groups`.
 
         Raises:
             UsageError: The sampler or the space differs, or there are fewer points.
@@ -62,13 +66,14 @@ class SearchFile:
             raise UsageError(
                 f"--search: study {study!r} has searched with {self.sampler}, not {sampler}; {other}."
             )
-        for variant, spec in space_specs(space).items():
-            before = self.spaces.get(variant, spec)
+        specs = {name: group.specs for name, group in groups.items()}
+        for group, spec in specs.items():
+            before = self.spaces.get(group, spec)
             for name in [*before, *spec]:
                 then, now = before.get(name, "nothing"), spec.get(name, "nothing")
                 if then != now:
                     raise UsageError(
-                        f"--space: study {study!r} has searched {variant}'s {name} in {then}, now it would "
+                        f"--space: study {study!r} has searched {group}'s {name} in {then}, now it would "
                         f"be {now}; {other}."
                     )
         if points < self.points:
@@ -78,9 +83,11 @@ class SearchFile:
             )
         # A large space is not searched exhaustively, so another run may find further points.
         exhausted = tuple(
-            v for v in self.exhausted if v not in space.variants or space.size(v) <= MAX_ENUMERATED_POINTS
+            name
+            for name in self.exhausted
+            if name not in groups or groups[name].size <= MAX_ENUMERATED_POINTS
         )
-        return replace(self, points=points, spaces={**self.spaces, **space_specs(space)}, exhausted=exhausted)
+        return replace(self, points=points, spaces={**self.spaces, **specs}, exhausted=exhausted)
 
     def write(self, folder: Path) -> None:
         """Replace `folder`/search.json atomically."""
@@ -95,8 +102,3 @@ class SearchFile:
             UsageError: The file is damaged.
         """
         return atomic_files.read_json(folder / SEARCH_FILE, cls, "a search", "take another --study")
-
-
-def space_specs(space: Space) -> dict[str, dict[str, str]]:
-    """Return the specification of each dimension, as it was typed, by variant and name."""
-    return {variant: {d.key: d.spec_text for d in each} for variant, each in space.variants.items()}

@@ -1,4 +1,4 @@
-"""Ray Tune's searcher of a study: Optuna's samplers, one Optuna study per variant, and equal budgets."""
+"""Ray Tune's searcher of a study: Optuna's samplers, one Optuna study per group, and equal budgets."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ray.tune.search import Searcher
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.search import journal, samplers
 from orchestrator.execution.search.budget import SearchBudget
+from orchestrator.execution.search.groups import SearchGroup
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Dimension, Value
+from orchestrator.study.space import Value
 
 
 @dataclass(frozen=True)
@@ -34,24 +35,29 @@ class PointResult:
 
 
 @dataclass
-class _VariantSearch:
-    """One variant's part of the search."""
+class _GroupSearch:
+    """One group with its Optuna study."""
 
-    variant: str
-    dimensions: tuple[Dimension, ...]
+    group: SearchGroup
     study: Study
+
+    @property
+    def name(self) -> str:
+        """The group's name."""
+        return self.group.name
 
     def ask(self) -> tuple[Trial, dict[str, Value]]:
         """Return Optuna's next trial and its values as a configuration has them."""
-        trial = self.study.ask(fixed_distributions=samplers.distributions(self.dimensions))
-        return trial, samplers.from_optuna_params(self.dimensions, trial.params)
+        dimensions = self.group.dimensions
+        trial = self.study.ask(fixed_distributions=samplers.distributions(dimensions))
+        return trial, samplers.from_optuna_params(dimensions, trial.params)
 
 
 @dataclass
 class _SearchTrial:
     """Optuna's trial of the point that a trial of Tune trains."""
 
-    search: _VariantSearch
+    search: _GroupSearch
     trial: Trial | None
     """None if Optuna has the result already, and only the scheduler sees the point again."""
     last_reported_step: int = 0
@@ -74,13 +80,13 @@ class _SearchTrial:
 _NewPoint = tuple[Trial, dict[str, Value], Configuration]
 
 
-class PerVariantSearcher(Searcher):
-    """Tune's searcher, which suggests points of earlier runs, then new points of each variant in turn.
+class PerGroupSearcher(Searcher):
+    """Tune's searcher, which suggests points of earlier runs, then new points of each group in turn.
 
     Points of earlier runs that have no result are trained. Under early stopping, points with a result are
-    replayed to the scheduler, whose rungs they fill. Then each variant in turn gets as many new points as
-    fill a lane group. Tune saves and restores nothing of the search: the study's folder and the store
-    contain its whole state.
+    replayed to the scheduler, whose rungs they fill. Then each group of the first replicate in turn gets as
+    many new points as fill a lane group, then each group of the next replicate. Tune saves and restores
+    nothing of the search: the study's folder and the store contain its whole state.
     """
 
     def __init__(
@@ -92,7 +98,7 @@ class PerVariantSearcher(Searcher):
             budget: The points of the search.
             store: The store of records.
             scheduler: The name of the early stopping scheduler.
-            points_per_turn: Number of new points of one variant that are sampled in a row.
+            points_per_turn: Number of new points of one group that are sampled in a row.
             cached: Fingerprints with a usable result. New points that have a result already are added.
         """
         super().__init__(metric="score", mode="max")
@@ -102,9 +108,9 @@ class PerVariantSearcher(Searcher):
         # The results are looked up once, because trainers of a killed driver may still write records.
         self.results = {f: r for f, c in budget.configurations.items() if (r := self._stored_result(c))}
         cached.update(f for f, result in self.results.items() if result.state != "FAIL")
-        self.variant_searches = self._open_variant_searches()
+        self.searches = self._open_group_searches()
         self.to_resubmit = deque(self._points_to_resubmit())
-        self.turn_order, self.points_this_turn = deque(self.variant_searches.values()), 0
+        self.turn_order, self.points_this_turn = deque(self.searches.values()), 0
 
     # -- Tune's interface -------------------------------------------------------------------------------
 
@@ -148,19 +154,19 @@ class PerVariantSearcher(Searcher):
 
     # -- points -----------------------------------------------------------------------------------------
 
-    def _open_variant_searches(self) -> dict[str, _VariantSearch]:
+    def _open_group_searches(self) -> dict[str, _GroupSearch]:
         """Write the journal anew, with the results that the store has, and open its studies."""
-        budget, folder = self.budget, self.budget.folder
+        budget, folder, file = self.budget, self.budget.folder, self.budget.file
         order = {fingerprint: number for number, fingerprint in enumerate(budget.points)}
-        trials, made, file = dict(budget.other_trials), {}, budget.file
-        for variant in budget.space.variants:
-            own = [self._restore_trial(p, order[p.fingerprint]) for p in budget.points_of(variant)]
-            trials[variant] = own
+        trials, made = dict(budget.other_trials), {}
+        for name, group in budget.groups.items():
+            own = [self._restore_trial(p, order[p.fingerprint]) for p in budget.points_of(name)]
+            trials[name] = own
             complete = [trial for trial in own if trial.value is not None and trial.state.name == "COMPLETE"]
-            made[variant] = samplers.make_sampler(file.sampler, file.points, len(own), complete)
+            made[name] = samplers.make_sampler(file.sampler, file.points, len(own), complete, group.replicate)
         journal.write_journal(folder, trials)
         studies = journal.open_studies(folder, made)
-        return {v: _VariantSearch(v, budget.space.variants[v], study) for v, study in studies.items()}
+        return {name: _GroupSearch(budget.groups[name], study) for name, study in studies.items()}
 
     def _restore_trial(self, point: journal.Point, order: int) -> FrozenTrial:
         """Return the Optuna trial of an earlier run's point, in state WAITING if the point has no result."""
@@ -169,7 +175,7 @@ class PerVariantSearcher(Searcher):
         if before is not None and (before.state, before.value) == (state, result.score):
             return before  # this trial has its start and end times
         seen = dict(enumerate(result.scores))
-        dimensions = self.budget.space.variants[point.variant]
+        dimensions = self.budget.groups[point.group].dimensions
         return journal.make_trial(
             point, order, dimensions, state=state, value=result.score, intermediate_values=seen
         )
@@ -198,19 +204,21 @@ class PerVariantSearcher(Searcher):
 
     def _next_resubmitted(self, trial_id: str) -> Configuration:
         configuration = self.to_resubmit.popleft()
-        search = self.variant_searches[configuration.variant.name]
+        search = self.searches[self.budget.points[configuration.fingerprint].group]
         # Optuna returns waiting trials in the order of their numbers, so this trial is that of the point.
         trial = None if configuration.fingerprint in self.cached else search.ask()[0]
         self.trials[trial_id] = _SearchTrial(search, trial)
         return configuration
 
     def _next_new(self, trial_id: str) -> Configuration | None:
-        """Return a new point of the variant whose turn it is, or of the next variant with points left."""
-        while remaining := [g for g in self.turn_order if self.budget.num_remaining(g.variant)]:
-            while self.turn_order[0] is not remaining[0]:
+        """Return a new point of the group whose turn it is, or of the next group with points left."""
+        while remaining := [s for s in self.turn_order if self.budget.num_remaining(s.name)]:
+            replicate = min(s.group.replicate for s in remaining)
+            current = next(s for s in remaining if s.group.replicate == replicate)
+            while self.turn_order[0] is not current:
                 self.turn_order.rotate(-1)
                 self.points_this_turn = 0
-            configuration = self._ask_new_point(remaining[0], trial_id)
+            configuration = self._ask_new_point(current, trial_id)
             self.points_this_turn += 1
             if self.points_this_turn >= self.points_per_turn:
                 self.turn_order.rotate(-1)
@@ -219,7 +227,7 @@ class PerVariantSearcher(Searcher):
                 return configuration
         return None
 
-    def _ask_new_point(self, search: _VariantSearch, trial_id: str) -> Configuration | None:
+    def _ask_new_point(self, search: _GroupSearch, trial_id: str) -> Configuration | None:
         """Ask for one new point.
 
         Returns:
@@ -228,13 +236,13 @@ class PerVariantSearcher(Searcher):
         """
         found = self._suggest_point(search) or self._random_point(search)
         if found is None:
-            self.budget.mark_exhausted(search.variant)
+            self.budget.mark_exhausted(search.name)
             return None
         trial, parameters, configuration = found
         trial.set_user_attr(journal.TASK, configuration.task.name)
         trial.set_user_attr(journal.ORDER, len(self.budget.points))
         trial.set_user_attr(journal.FINGERPRINT, configuration.fingerprint)  # this makes the trial a point
-        self.budget.add_point(search.variant, parameters, configuration)
+        self.budget.add_point(search.name, parameters, configuration)
         result, search_trial = self._stored_result(configuration), _SearchTrial(search, trial)
         if result is None:
             self.trials[trial_id] = search_trial
@@ -250,7 +258,7 @@ class PerVariantSearcher(Searcher):
         self.trials[trial_id] = _SearchTrial(search, None)
         return configuration
 
-    def _suggest_point(self, search: _VariantSearch) -> _NewPoint | None:
+    def _suggest_point(self, search: _GroupSearch) -> _NewPoint | None:
         """Return a point that the sampler suggests, or None if it suggests only known or refused points."""
         for _ in range(samplers.MAX_REJECTED_SUGGESTIONS):
             trial, parameters = search.ask()
@@ -262,17 +270,17 @@ class PerVariantSearcher(Searcher):
             _SearchTrial(search, trial).tell("FAIL")
         return None
 
-    def _random_point(self, search: _VariantSearch) -> _NewPoint | None:
+    def _random_point(self, search: _GroupSearch) -> _NewPoint | None:
         """Return a random point, for a sampler that keeps suggesting its best points."""
         seed = len(self.budget.configurations)  # another seed each time, also after a restart
-        for parameters in samplers.random_points(search.dimensions, seed):
+        for parameters in samplers.random_points(search.group.dimensions, seed):
             configuration = self._build_if_new(search, parameters)
             if configuration is not None:
-                search.study.enqueue_trial(samplers.to_optuna_params(search.dimensions, parameters))
+                search.study.enqueue_trial(samplers.to_optuna_params(search.group.dimensions, parameters))
                 return search.ask()[0], parameters, configuration
         return None
 
-    def _build_if_new(self, search: _VariantSearch, parameters: Mapping[str, Value]) -> Configuration | None:
-        configuration = self.budget.build(search.variant, parameters)
+    def _build_if_new(self, search: _GroupSearch, parameters: Mapping[str, Value]) -> Configuration | None:
+        configuration = search.group.build(parameters)
         is_known = configuration is None or configuration.fingerprint in self.budget.configurations
         return None if is_known else configuration

@@ -1,4 +1,4 @@
-"""Early stopping with one of Tune's schedulers for each variant and task, so that all are tuned equally."""
+"""Early stopping with one of Tune's schedulers for each tuning, so that all variants are tuned equally."""
 
 from __future__ import annotations
 
@@ -24,31 +24,36 @@ from orchestrator.execution.tune.fifo import LiveTrialFIFOScheduler
 from orchestrator.study.configuration import Configuration
 
 
-class PerVariantScheduler(LiveTrialFIFOScheduler):
-    """Scheduler that passes each call to the scheduler of the trial's variant and task.
+class PerGroupScheduler(LiveTrialFIFOScheduler):
+    """Scheduler that passes each call to the scheduler of the trial's group.
+
+    The trials of a group are those of one variant and task; with `per_seed`, also of one seed.
 
     Args:
         scheduler: "asha", "hyperband" or "median".
         cached: Fingerprints of known results, which are replayed; a search adds fingerprints. Trials with
             known results fill the rungs that other trials are compared with, and are never stopped. Under
             Hyperband they are ordinary members of brackets.
+        per_seed: True if each seed is a tuning of its own, whose trials are compared with each other alone.
     """
 
     _metric = "loss"
     _supports_buffered_results = False  # each result needs a decision before the lane trains on
 
-    def __init__(self, scheduler: str, cached: Collection[str] = ()) -> None:
+    def __init__(self, scheduler: str, cached: Collection[str] = (), per_seed: bool = False) -> None:
         super().__init__()
+        self.per_seed = per_seed
         self.scheduler, self.cached = scheduler, () if scheduler == "hyperband" else cached
-        self.schedulers: dict[tuple[str, str], Any] = {}
+        self.schedulers: dict[tuple[str, str, int], Any] = {}
         self.scheduler_of_trial: dict[str, tuple[Any, bool]] = {}
         """The scheduler of a trial, and whether its result is known."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Give the trial to the scheduler of its variant and task, which is created for its first trial."""
+        """Give the trial to the scheduler of its group, which is created for its first trial."""
         super().on_trial_add(tune_controller, trial)
         configuration = Configuration.from_json(trial.config["configuration"])
-        key = configuration.task.name, configuration.variant.name
+        seed = configuration.seed if self.per_seed else 0
+        key = configuration.task.name, configuration.variant.name, seed
         if key not in self.schedulers:
             self.schedulers[key] = _make_scheduler(self.scheduler, configuration)
         is_cached = configuration.fingerprint in self.cached
@@ -104,7 +109,7 @@ class _HyperBand(HyperBandScheduler):
 
 
 def _make_scheduler(name: str, configuration: Configuration) -> TrialScheduler:
-    """Return Tune's scheduler for one variant and task; it never stops a lane at its last step."""
+    """Return Tune's scheduler for one group; it never stops a lane at its last step."""
     first = first_rung(configuration)
     options: dict[str, Any] = {"metric": "loss", "mode": "min"}
     if name == "median":

@@ -20,6 +20,8 @@ from orchestrator.execution.rungs import (
 )
 from orchestrator.study.configuration import Configuration, LRSchedule
 
+RATES = (1e-3, 1e-2, 1e-1)
+
 
 def lane(rate: float = 1e-3, steps: int = 9, warmup: float = 0.05, variant: str = "lora") -> Configuration:
     point = configuration(variant, rate)
@@ -76,6 +78,26 @@ def test_trials_leave_half_of_the_memory_to_trainers_under_hyperband_too(nodes: 
         assert nodes * (memory // asked) * each <= cluster.memory / 2
 
 
+@pytest.mark.parametrize(("per_seed", "groups"), [(False, 2), (True, 4)])
+def test_each_tuning_has_a_scheduler_of_its_own(per_seed: bool, groups: int) -> None:
+    from ray.tune.experiment import Trial
+
+    from orchestrator.execution.tune.early_stopping import PerGroupScheduler
+
+    scheduler = PerGroupScheduler("asha", per_seed=per_seed)
+    points = [
+        replace(lane(rate, variant=v), seed=s) for v in ("lora", "hira") for s in (0, 1) for rate in RATES
+    ]
+    for point in points:
+        trial = Trial("lane", config={"configuration": point.to_json()}, stub=True)
+        scheduler.on_trial_add(None, trial)
+    assert len(scheduler.schedulers) == groups
+    for (task, variant, seed), own in scheduler.schedulers.items():
+        assert task == "letters"
+        assert seed in ((0, 1) if per_seed else (0,))
+        assert len(own._trial_info) == len(points) / groups, f"all lanes of {variant}'s group, and no others"
+
+
 # -- With Tune. Every loss of a lane is equal to the learning rate of the lane.
 
 
@@ -111,7 +133,7 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """Return a function that runs Tune, and returns the last evaluation of each variant and rate."""
     from ray import tune
 
-    from orchestrator.execution.tune.early_stopping import PerVariantScheduler
+    from orchestrator.execution.tune.early_stopping import PerGroupScheduler
 
     class Lane(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:
@@ -162,7 +184,7 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=at_once,
                 reuse_actors=True,
-                scheduler=PerVariantScheduler(scheduler, known),
+                scheduler=PerGroupScheduler(scheduler, known),
             ),
             run_config=tune.RunConfig(
                 storage_path=str(folder),
