@@ -191,6 +191,6 @@ def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
     ):
         raise UsageError(
             f"the full study ({' '.join(experiment.tasks)}) needs a GPU or a Ray cluster "
-            "(ray up cluster.yaml, or RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or name a --task for this "
-            "CPU."
+            "(ray up cluster.yaml, or RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or "
+            "name a --task for this CPU."
         )
