@@ -10,16 +10,16 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from orchestrator.study.published_variants import PUBLISHED_FOLDER
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-SCORES_FILE = Path(__file__).parents[1] / "published" / "scores.csv"
+SCORES_FILE = PUBLISHED_FOLDER / "scores.csv"
 REFERENCE = "LoRA"
 """The variant that the others are compared with."""
 TASKS = {
@@ -54,8 +54,8 @@ class ScoreTable:
 
 
 @dataclass(frozen=True)
-class PublishedVariant:
-    """One variant on one task."""
+class PublishedCurve:
+    """The published curve of one variant on one task."""
 
     variant: str
     best_score: float
@@ -105,7 +105,7 @@ class PublishedTask:
     """What the published scores of one task say."""
 
     table: ScoreTable
-    variants: tuple[PublishedVariant, ...]
+    variants: tuple[PublishedCurve, ...]
     """The variants, best first."""
     winners: tuple[RateWinner, ...]
     """The winner at each rate, ascending."""
@@ -117,12 +117,12 @@ class PublishedTask:
     """LoRA's best rate."""
     noise: NoiseReference
 
-    def variant(self, name: str) -> PublishedVariant:
+    def variant(self, name: str) -> PublishedCurve:
         """Return the entry of a variant."""
         return next(each for each in self.variants if each.variant == name)
 
     @property
-    def reference(self) -> PublishedVariant:
+    def reference(self) -> PublishedCurve:
         """The entry of LoRA."""
         return self.variant(REFERENCE)
 
@@ -171,7 +171,7 @@ def summarize_task(table: ScoreTable, noise: float = 1.0) -> PublishedTask:
     ranks = rank_scores(best)
     reference_column = table.rates.index(_best_rates(table, table.variants.index(REFERENCE))[0])
     variants = [
-        PublishedVariant(
+        PublishedCurve(
             variant=variant,
             best_score=float(best[row]),
             best_rates=_best_rates(table, row),
@@ -215,9 +215,7 @@ def simulate_noise(table: ScoreTable, noise: float) -> NoiseReference:
     """
     random = np.random.default_rng(0)
     row = table.variants.index(REFERENCE)
-    best = np.stack(
-        [(table.scores + random.normal(0, noise, table.scores.shape)).max(1) for _ in range(DRAWS)]
-    )
+    best = (table.scores + random.normal(0, noise, (DRAWS, *table.scores.shape))).max(axis=2)
     ranks = 1 + (best > best[:, [row]]).sum(axis=1)
     low, high = np.quantile(ranks, REPEAT_QUANTILES, method="inverted_cdf")
     equal = np.sort(random.normal(0, noise, (DRAWS, len(table.variants))), axis=1)

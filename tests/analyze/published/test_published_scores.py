@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orchestrator.analyze import published_scores
-from orchestrator.analyze.published_scores import TASKS, PublishedTask, read_table, summarize_task
+from orchestrator.analyze.published import published_scores
+from orchestrator.analyze.published.published_scores import TASKS, PublishedTask, read_table, summarize_task
 from orchestrator.util.errors import UsageError
 
 

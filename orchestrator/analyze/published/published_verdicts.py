@@ -1,0 +1,152 @@
+"""What the published scores say about the claims of the study, in the words of terminal and page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from orchestrator.analyze import formatting
+from orchestrator.analyze.published.published_scores import REFERENCE, PublishedTask
+from orchestrator.analyze.verdict import Verdict
+
+SOURCE = "arXiv 2601.22708"
+
+
+def published_verdicts(tasks: Sequence[PublishedTask]) -> tuple[Verdict, ...]:
+    """Return the verdicts, the claim of the paper first.
+
+    All are descriptive: one seed a score gives no interval, and the rates were chosen by the scores that are
+    reported. They take part in no test of an own study.
+    """
+    design = _design(tasks)
+    return (
+        Verdict(
+            "Tuned LoRA matches or beats most variants.",
+            "descriptive",
+            _ranks(tasks),
+            design,
+            "Replicated tuning of the same protocol gives an interval:",
+            f"python experiments/tuned_comparison.py --preset published-{tasks[0].table.task}",
+        ),
+        Verdict(
+            "At one fixed learning rate the winner depends on the rate.",
+            "descriptive",
+            _winners(tasks),
+            design,
+        ),
+        Verdict("The tuned variants differ by more than noise.", "descriptive", _spans(tasks), design),
+        Verdict("The grid contains every optimum.", "descriptive", _edges(tasks), design),
+        Verdict(
+            "The learning rate matters more than other hyperparameters.",
+            "descriptive",
+            _range_over_rates(tasks),
+            design,
+            "This study varies the rate and other hyperparameters alike:",
+            "python experiments/hyperparameter_sensitivity.py",
+        ),
+    )
+
+
+def _design(tasks: Sequence[PublishedTask]) -> str:
+    grids = ", ".join(f"{task.table.title} {len(task.table.rates)} rates" for task in tasks)
+    scores = sum(task.table.scores.size for task in tasks)
+    return (
+        f"{SOURCE}: {len(tasks[0].variants)} variants, {grids}; {scores} scores, one seed each, rates chosen "
+        "on the test set."
+    )
+
+
+def _ranks(tasks: Sequence[PublishedTask]) -> str:
+    ranks = [
+        f"{_ordinal(own.rank)}{f' (tied with {_join(own.tied_with)})' if own.tied_with else ''} of "
+        f"{len(task.variants)} on {task.table.title}"
+        for task in tasks
+        for own in [task.reference]
+    ]
+    noise = tasks[0].noise.noise
+    repeats = _join([f"{low} to {high}" for low, high in (task.noise.reference_ranks for task in tasks)])
+    return (
+        f"With every variant at its best rate, {REFERENCE} ranks {_join(ranks)}. If the seed alone moves a "
+        f"score by {_points(noise)} (one standard deviation, assumed), nine of ten repeats of the study "
+        f"would rank it {repeats}; ranks of variants that are about equal are noise."
+    )
+
+
+def _winners(tasks: Sequence[PublishedTask]) -> str:
+    parts = []
+    for task in tasks:
+        names = {name for each in task.winners for name in each.winners}
+        parts.append(f"{len(names)} variants on {task.table.title}")
+    losses = [
+        each.loss_at_reference_rate for task in tasks for each in task.variants if each.variant != REFERENCE
+    ]
+    return (
+        f"Over the grid of rates the best variant is one of {_join(parts)}. Trained at {REFERENCE}'s best "
+        f"rate instead of its own, a variant loses {statistics.median(losses):.1f} points in the median and "
+        f"up to {max(losses):.1f}."
+    )
+
+
+def _spans(tasks: Sequence[PublishedTask]) -> str:
+    count, noise = len(tasks[0].variants), tasks[0].noise
+    spans = _join([f"{task.span:.2f} ({task.table.title})" for task in tasks])
+    halves = _join([f"{task.top_half_span:.2f}" for task in tasks])
+    larger = [task.table.title for task in tasks if task.span > noise.equal_span_high]
+    beyond = (
+        f"{_join(larger)} lie{'s' if len(larger) == 1 else ''} above the latter, so the worst variants there "
+        "are worse; the differences among the better half are of the size that noise gives."
+        if larger
+        else "The published spans are of the size that noise gives."
+    )
+    return (
+        f"The best scores of {count} variants span {spans} points; those of the better half {halves}. With "
+        f"noise of {_points(noise.noise)} {count} equal variants span {noise.equal_span:.1f} points, in one "
+        f"of twenty studies more than {noise.equal_span_high:.1f}, and their better half "
+        f"{noise.equal_top_half_span:.1f}. {beyond}"
+    )
+
+
+def _edges(tasks: Sequence[PublishedTask]) -> str:
+    parts = [
+        f"{task.table.title}: {', '.join(names)}"
+        for task in tasks
+        if (names := [each.variant for each in task.variants if each.at_edge])
+    ]
+    if not parts:
+        return "Every variant is best inside the grid."
+    return (
+        f"Not for all. Best at an end of the grid, so perhaps better beyond it, are {'; '.join(parts)}. "
+        "The other variants are best inside the grid."
+    )
+
+
+def _range_over_rates(tasks: Sequence[PublishedTask]) -> str:
+    parts = [
+        f"{statistics.median(each.range_over_rates for each in task.variants):.0f} on {task.table.title}"
+        for task in tasks
+    ]
+    return (
+        f"Between its best and its worst rate a variant's score changes by {_join(parts)} points (median "
+        "over variants). The paper varied other hyperparameters one at a time at the fixed rate 5e-5, on "
+        "GSM8K, as lines in a figure without numbers; so these scores cannot compare them."
+    )
+
+
+def _points(number: float) -> str:
+    return f"{number:g} point{'' if number == 1 else 's'}"
+
+
+def rates_text(rates: Sequence[float]) -> str:
+    """Return learning rates as text; tied ones are joined by "=" signs."""
+    return " = ".join(map(formatting.rate, rates))
+
+
+def _ordinal(number: int) -> str:
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if 10 <= number % 100 <= 20 else endings.get(number % 10, 'th')}"
+
+
+def _join(words: Sequence[str]) -> str:
+    """Return words as an enumeration with "and"."""
+    words = list(words)
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]

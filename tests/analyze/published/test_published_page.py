@@ -1,0 +1,176 @@
+"""The page of the published scores: what is printed, the files, and the curves of an own study over them."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from synthetic import record
+
+from orchestrator.analyze.published.published_overlay import make_overlays
+from orchestrator.analyze.published.published_page import WIDTH, render_published, show_published
+from orchestrator.analyze.published.published_scores import TASKS, read_table, summarize_task
+from orchestrator.analyze.published.published_verdicts import published_verdicts
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+from orchestrator.util.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("published")
+    show_published(["gsm8k", "images"], 1.0, output)
+    return output / "published"
+
+
+class _Addresses(HTMLParser):
+    """Collects everything that a browser would load, and the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = {"src", "srcset", "data", "poster"} | ({"href"} if tag != "a" else set())
+        self.loaded += [str(value) for name, value in attrs if name.split(":")[-1] in names]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_loads_nothing_and_shows_every_score(page: Path) -> None:
+    parser, text = _Addresses(), (page / "report.html").read_text()
+    parser.feed(text)
+    assert [address for address in parser.loaded if not address.startswith("#")] == []
+    assert not re.search(r"@import|url\((?!#)", text)
+    for task in ("gsm8k", "images"):
+        table = read_table(task)
+        assert all(f"{score:.2f}" in parser.text for score in table.scores.ravel())
+        assert all(variant in parser.text for variant in table.variants)
+
+
+def test_summary_and_pictures_are_beside_the_page(page: Path) -> None:
+    summary = json.loads((page / "summary.json").read_text())
+    assert [task["task"] for task in summary["tasks"]] == ["gsm8k", "images"]
+    gsm8k = summary["tasks"][0]
+    assert gsm8k["scores"]["LoRA"][6] == 75.51
+    assert gsm8k["noise"]["reference_ranks"] == [1, 10]
+    assert len(summary["verdicts"]) == 5
+    for stem in ("curves_gsm8k", "heat_map_gsm8k", "curves_images", "heat_map_images"):
+        assert (page / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (page / f"{stem}.svg").read_text()
+
+
+def test_verdicts_come_first_in_eighty_columns() -> None:
+    console = Console(width=WIDTH, file=io.StringIO(), record=True)
+    console.print(render_published([summarize_task(read_table(task)) for task in TASKS]))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    text = " ".join(" ".join(lines).split())
+    assert text.index("Tuned LoRA matches or beats") < text.index("Best score")
+    assert "3rd of 20 on GSM8K, 3rd of 20 on HumanEval, 7th of 20 on GLUE and 5th (tied with RaSA)" in text
+    assert "1 to 10, 2 to 11, 2 to 15 and 1 to 16" in text
+    assert "5.76 (GSM8K), 5.25 (HumanEval), 5.55 (GLUE) and 3.51 (Images)" in text
+    assert "20 equal variants span 3.7 points" in text
+    assert re.search(r"2e-5 MELoRA, LoRA\+ \(tie\)", text)
+
+
+def test_verdicts_follow_the_noise() -> None:
+    tasks = [summarize_task(read_table("gsm8k"), noise) for noise in (0.1, 3.0)]
+    quiet, noisy = (published_verdicts([task])[2].answer for task in tasks)
+    assert "GSM8K lies above the latter" in quiet
+    assert "The published spans are of the size that noise gives." in noisy
+
+
+def own_records(task: str = "metamathqa") -> list[Record]:
+    curve = {1e-4: (0.2, 0.3), 1e-3: (0.4, 0.5)}
+    return [
+        record(variant, rate, seed, 0.5, test, task=task, model="small-base")
+        for variant in ("lora", "lora_plus", "rslora", "vera")
+        for rate, tests in curve.items()
+        for seed, test in enumerate(tests)
+    ]
+
+
+def test_an_own_study_is_drawn_by_published_name_in_points() -> None:
+    (overlay,) = make_overlays("mine", own_records())
+    assert overlay.task == "gsm8k"
+    assert [curve.variant for curve in overlay.curves] == ["LoRA", "RsLoRA", "LoRA+"]
+    assert overlay.curves[0].rates == (1e-4, 1e-3)
+    assert overlay.curves[0].scores == pytest.approx((25.0, 45.0))
+    assert overlay.unpublished == ("vera",)
+    assert "small-base on metamathqa, 2 seeds" in overlay.description
+    assert "not drawn: vera" in overlay.description
+
+
+def test_several_tasks_are_averaged_at_the_rates_that_all_have() -> None:
+    records = own_records("glue_rte") + [r for r in own_records("glue_cola") if r.configuration.seed == 1]
+    missing = {r.fingerprint for r in records if r.configuration.task.name == "glue_cola"}
+    records = [
+        r for r in records if r.fingerprint not in missing or r.configuration.optimizer.learning_rate == 1e-3
+    ]
+    (overlay,) = make_overlays("mine", records)
+    assert overlay.task == "glue"
+    assert overlay.curves[0].rates == (1e-3,)
+    assert overlay.curves[0].scores == pytest.approx(((45.0 + 50.0) / 2,))
+    assert "The published average has 7 more tasks." in overlay.description
+
+
+def test_runs_that_diverged_count_as_the_floor_and_failed_ones_not_at_all() -> None:
+    records = [
+        record("lora", 1e-3, 0, 0.5, 0.4, floor=0.02, task="dtd"),
+        record("lora", 1e-3, 1, None, None, state="diverged", floor=0.02, task="dtd"),
+        record("lora", 1e-3, 2, None, None, state="failed", floor=0.02, task="dtd"),
+    ]
+    (overlay,) = make_overlays("mine", records)
+    assert overlay.task == "images"
+    assert overlay.curves[0].scores == pytest.approx((21.0,))
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "it has no results yet"),
+        ([record()], "its tasks are letters; take a study of metamathqa"),
+        (
+            [record(task="metamathqa"), record(task="metamathqa", rank=4)],
+            "2 configurations of lora on metamathqa that differ in more than rate and seed",
+        ),
+        ([record("vera", task="metamathqa")], "no variant of the published study"),
+    ],
+)
+def test_a_study_that_cannot_be_drawn_is_refused_in_one_line(records: list[Record], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        make_overlays("mine", records)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_draws_a_study_from_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, records = Store(tmp_path / "store"), own_records()
+    for each in records:
+        store.put(each)
+    StudyFile("mine", "?", "command", tuple(r.fingerprint for r in records)).write(tmp_path / "mine")
+    show_published(list(TASKS), 1.0, tmp_path, overlay="mine")
+    assert "Overlay  mine: small-base on metamathqa" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "published" / "summary.json").read_text())
+    assert [task["task"] for task in summary["tasks"]] == ["gsm8k"]
+    assert summary["overlays"][0]["curves"][0]["variant"] == "LoRA"
+    assert "study mine" in (tmp_path / "published" / "curves_gsm8k.svg").read_text()
+    with pytest.raises(UsageError, match="study 'mien'"):
+        show_published(list(TASKS), 1.0, tmp_path, overlay="mien")
+
+
+@pytest.mark.parametrize("noise", [0.0, -1.0, float("nan")])
+def test_a_noise_that_is_none_is_refused(noise: float, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--noise"):
+        show_published(["gsm8k"], noise, tmp_path)
