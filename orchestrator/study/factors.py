@@ -26,8 +26,11 @@ ALL = "all"
 """The word of --factors for the whole table and the variants' own settings."""
 OWN_RANGE = (0.5, 2.0)
 """Range of a variant's own number that the table does not name, as multiples of its default."""
-MIN_LEVELS, MAX_LEVELS = 1, 3
-"""Bounds of --levels: levels besides the default."""
+RESWEEP_DECADES = (-1.0, -0.5, 0.0, 0.5, 1.0)
+"""Places of the rates at which every level is trained, around the best rate of the default. With three of
+them the optimum of an alias such as alpha lies outside, and its B reads 3.6 points instead of 0.1."""
+RESWEEP_TOLERANCE = 0.13
+"""Decades by which a rate may lie beside its place: half of the spacing of 4 rates a decade."""
 
 
 @dataclass(frozen=True)
@@ -228,3 +231,33 @@ def find_changed_factor(
 def own_settings(template: Configuration) -> Mapping[str, Value]:
     """Return the settings that the template's variant has alone, with the study's defaults."""
     return {k: v for k, v in template.variant.extra.items() if k not in space.VARIANT_HYPERPARAMETERS}
+
+
+def resweep_rates(rates: Sequence[float], center: float) -> tuple[float, ...]:
+    """Return the rates of the curve at which every level is trained: five, half a decade apart.
+
+    They are those nearest to `RESWEEP_DECADES` around the center; fewer where the curve ends.
+
+    Args:
+        rates: The rates of the curve.
+        center: The best of them, x*.
+    """
+    found = set()
+    for offset in RESWEEP_DECADES:
+        wanted = math.log10(center) + offset
+        nearest = min(rates, key=lambda rate: abs(math.log10(rate) - wanted))
+        if abs(math.log10(nearest) - wanted) <= RESWEEP_TOLERANCE:
+            found.add(nearest)
+    return tuple(sorted(found | {center}))
+
+
+def default_rate(rates: Sequence[float]) -> float:
+    """Return the rate of the curve that stands for the published default.
+
+    It is the rate nearest to the published one (5e-5, see the table) if that lies on the curve, else the one
+    in the middle: a small model of this project's own learns nothing at a rate for large ones.
+    """
+    published = float(load_factors()[RATE].default or 0)
+    if not min(rates) <= published <= max(rates):
+        published = math.sqrt(min(rates) * max(rates))
+    return min(rates, key=lambda rate: abs(math.log10(rate / published)))

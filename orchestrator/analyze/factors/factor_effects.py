@@ -86,6 +86,18 @@ def tuned_scores(values: Scores, choices: Scores) -> Scores:
     return np.array([_take(v, best_index(c)) for v, c in zip(values, choices, strict=True)])
 
 
+def at_best_rate(values: Scores, choices: Scores, default: int) -> Scores:
+    """Return the scores of all levels at the best rate of the default level, (levels, seeds).
+
+    Args:
+        values: Scores that are reported, (levels, rates, seeds).
+        choices: Scores that choose the rate, of the same shape.
+        default: The row of the default level.
+    """
+    rate = best_index(choices[default])
+    return np.array([_take(level, rate) for level in values])
+
+
 def misset(values: Scores, choices: Scores, default: int, weights: Scores) -> Scores:
     """Return A, the loss when the factor is set blindly and nothing reacts, per seed.
 
@@ -97,9 +109,23 @@ def misset(values: Scores, choices: Scores, default: int, weights: Scores) -> Sc
         default: The row of the default level.
         weights: The prior's weights of the levels.
     """
-    rate = best_index(choices[default])
-    at_best = np.array([_take(level, rate) for level in values])
-    loss: Scores = at_best[default] - weights @ at_best
+    scores = at_best_rate(values, choices, default)
+    loss: Scores = scores[default] - weights @ scores
+    return loss
+
+
+def misset_rate(values: Scores, choices: Scores, sweep: Sequence[int], weights: Scores) -> Scores:
+    """Return A of the learning rate, the loss when it is set blindly and nothing reacts, per seed.
+
+    Args:
+        values: Scores of the whole curve that are reported, (rates, seeds).
+        choices: Scores that choose the best rate, of the same shape.
+        sweep: The rows among which the best rate is chosen: those at which other factors are varied, so that
+            A(rate) - A(h) has no part that comes from the choice.
+        weights: The prior's weights of the rates.
+    """
+    rows = list(sweep)
+    loss: Scores = _take(values[rows], best_index(choices[rows])) - weights @ values
     return loss
 
 
@@ -175,3 +201,15 @@ def loss_off_by(values: Scores, positions: Sequence[float], optimum: float, dist
     )
     loss: Scores = weights @ values
     return loss
+
+
+def scaled_ends(positions: Sequence[float], center: float, scale: float) -> tuple[float, float]:
+    """Return the ends of a range that is stretched from its best point.
+
+    Args:
+        positions: The measured places, ascending; the range at scale 1 goes from the first to the last.
+        center: The place of the best point, from which both ends move away or to which they move.
+        scale: 0.5 for half of the range, 2 for the double. Beyond the measured places `prior_weights` takes
+            the score of the last one, so that nothing is made worse than it was measured.
+    """
+    return center - scale * (center - positions[0]), center + scale * (positions[-1] - center)

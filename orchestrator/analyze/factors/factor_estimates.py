@@ -1,0 +1,222 @@
+"""The factors of one variant and task: from a star's arrays to estimates and the test of claim 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.analyze.factors import factor_effects as effects
+from orchestrator.analyze.factors.factor_results import FactorEffect, VariantFactors
+from orchestrator.analyze.factors.rate_claim import (
+    ALPHA,
+    FAR_MORE,
+    RANGE_SCALES,
+    contrast,
+    judge_claim,
+)
+from orchestrator.analyze.factors.star_data import Arm, Star
+from orchestrator.analyze.intervals import Estimate, Interval, estimate_mean
+from orchestrator.analyze.run_labels import USABLE, RunLabel
+from orchestrator.analyze.statistics.bounds import DIFFERENCE_BOUNDS, cut_interval
+from orchestrator.analyze.statistics.usable import UsableShare, usable_share
+from orchestrator.study.factors import RATE, default_rate, load_factors, resweep_rates
+from orchestrator.study.space import format_value
+
+PerSeed = NDArray[np.float64]
+HALF_DECADE, FACTOR_2 = 0.5, math.log10(2)
+"""Logarithms of the factors by which a hyperparameter is off (D)."""
+ENDED: tuple[RunLabel, ...] = ("finished", "collapsed", "diverged")
+"""Labels of the runs of which a share is usable."""
+
+
+def summarize_star(
+    star: Star, margin: float, importance: Mapping[str, Mapping[str, float]], missing: Sequence[str]
+) -> VariantFactors:
+    """Return the factors of one variant on one task.
+
+    Args:
+        star: Its runs.
+        margin: The smallest difference that matters.
+        importance: Range of the rate -> title -> share of the variance.
+        missing: Titles of factors of the study that this variant lacks.
+    """
+    compared = [_Comparison(star, arm) for arm in star.arms]
+    factors = [_summarize_arm(each, margin) for each in compared]
+    judged = [each for each in compared if not each.arm.factor.alias]
+    contrasts = {
+        scale: [contrast(d, margin) for each in judged for d in each.differences(scale)]
+        for scale in RANGE_SCALES
+    }
+    far = [contrast(d, 0.0) for each in judged for d in each.differences(1.0, FAR_MORE)]
+    return VariantFactors(
+        variant=star.variant,
+        best_rate=star.center,
+        best_at_edge=star.peak.at_edge,
+        default_rate=default_rate(star.rates),
+        rate=_summarize_rate(star, judged),
+        factors=tuple(sorted(factors, key=lambda f: -(f.misset.mean or 0.0))),
+        missing=tuple(missing),
+        claim=judge_claim(contrasts),
+        far_more=bool(far) and all(c.p_more <= ALPHA for c in far),
+        importance=importance,
+        seeds=len(star.seeds),
+        num_outside=star.num_outside,
+    )
+
+
+class _Comparison:
+    """The losses of one factor and of the learning rate, per seed, over the seeds that both have."""
+
+    def __init__(self, star: Star, arm: Arm) -> None:
+        self.arm = arm
+        common = [seed for seed in arm.seeds if seed in star.seeds]
+        own = [arm.seeds.index(seed) for seed in common]
+        self.values, self.choices = arm.values[:, :, own], arm.choices[:, :, own]
+        self._weights = _level_weights(arm)
+        self._star, self._curve_columns = star, [star.seeds.index(seed) for seed in common]
+
+    def misset(self) -> PerSeed:
+        """Return A of the factor."""
+        return effects.misset(self.values, self.choices, self.arm.default, self._weights)
+
+    def retuned(self) -> PerSeed:
+        """Return B of the factor."""
+        return effects.retuned(self.values, self.choices, self.arm.default, self._weights)
+
+    def misset_rate(self, scale: float) -> PerSeed:
+        """Return A of the learning rate at a multiple of its range."""
+        return _misset_rate(self._star, scale, self._curve_columns)
+
+    def retuned_rate(self, scale: float) -> PerSeed:
+        """Return B of the learning rate against this factor, over the rates of the sweep."""
+        x = [math.log10(rate) for rate in self.arm.rates]
+        weights = effects.prior_weights(x, *effects.scaled_ends(x, math.log10(self._star.center), scale))
+        return effects.retuned_rate(self.values, self.choices, self.arm.default, weights)
+
+    def differences(self, scale: float, ratio: float = 1.0) -> list[PerSeed]:
+        """Return the rate's loss minus `ratio` times the factor's: of A, then of B."""
+        return [
+            self.misset_rate(scale) - ratio * self.misset(),
+            self.retuned_rate(scale) - ratio * self.retuned(),
+        ]
+
+
+def _level_weights(arm: Arm) -> PerSeed:
+    """Return the prior's weights of an arm's levels."""
+    factor = arm.factor
+    if factor.prior == "choice":
+        return np.full(len(arm.levels), 1 / len(arm.levels))
+    ends = [factor.position(end, 0) for end in factor.prior_ends(arm.levels[arm.default])]
+    # The range ends where the task allows no further level (at most all of its training examples).
+    low, high = max(ends[0], arm.positions[0]), min(ends[1], arm.positions[-1])
+    return effects.prior_weights(arm.positions, min(low, high), high)
+
+
+def _misset_rate(star: Star, scale: float, columns: Sequence[int]) -> PerSeed:
+    x = [math.log10(rate) for rate in star.rates]
+    sweep = [star.rates.index(rate) for rate in resweep_rates(star.rates, star.center)]
+    weights = effects.prior_weights(x, *effects.scaled_ends(x, math.log10(star.center), scale))
+    return effects.misset_rate(star.values[:, columns], star.choices[:, columns], sweep, weights)
+
+
+def _estimate(per_seed: PerSeed | None) -> Estimate:
+    """Return the mean over seeds with its t interval, cut to the range of a difference of scores."""
+    if per_seed is None:
+        return Estimate(0)
+    found = estimate_mean([float(value) for value in per_seed])
+    if found.interval is None:
+        return found
+    low, high = cut_interval(found.interval.low, found.interval.high, DIFFERENCE_BOUNDS)
+    return Estimate(found.n, found.mean, Interval(low, high))
+
+
+def _share(labels: Mapping[RunLabel, int]) -> UsableShare | None:
+    """Return the share of usable runs among those that ended; early stopping and failures say nothing."""
+    ended = sum(labels.get(label, 0) for label in ENDED)
+    return usable_share(labels.get(USABLE, 0), ended) if ended else None
+
+
+def _summarize_arm(compared: _Comparison, margin: float) -> FactorEffect:
+    arm, factor = compared.arm, compared.arm.factor
+    scores = effects.at_best_rate(arm.values, arm.choices, arm.default)
+    gain = None
+    if arm.default_rate_values is not None and arm.default_rate_choices is not None:
+        gain = effects.gain(arm.default_rate_values, arm.default_rate_choices, arm.default)
+    weights = _level_weights(arm)
+    misset_contrast, retuned_contrast = (contrast(d, margin) for d in compared.differences(1.0))
+    return FactorEffect(
+        name=factor.name,
+        title=factor.title,
+        alias=factor.alias,
+        levels=tuple(factor.label(level) for level in arm.levels),
+        default=factor.label(arm.levels[arm.default]),
+        rates=arm.rates,
+        misset=_estimate(effects.misset(arm.values, arm.choices, arm.default, weights)),
+        retuned=_estimate(effects.retuned(arm.values, arm.choices, arm.default, weights)),
+        gain=_estimate(gain),
+        off_by_2=_estimate(_loss_off_by(arm, scores, FACTOR_2)),
+        off_by_half_decade=_estimate(_loss_off_by(arm, scores, HALF_DECADE)),
+        usable=_share(arm.labels),
+        labels=arm.labels,
+        edge_levels=_edge_levels(arm),
+        rate_retuned=_estimate(compared.retuned_rate(1.0)),
+        misset_contrast=misset_contrast,
+        retuned_contrast=retuned_contrast,
+    )
+
+
+def _loss_off_by(arm: Arm, scores: PerSeed, distance: float) -> PerSeed | None:
+    """Return D of a factor whose values have ratios; None for the others."""
+    if arm.factor.prior != "log":
+        return None
+    return effects.loss_off_by(scores, arm.positions, arm.positions[arm.default], distance)
+
+
+def _edge_levels(arm: Arm) -> tuple[str, ...]:
+    """Return the levels whose best rate is the first or the last one of the sweep."""
+    if not arm.seeds:
+        return ()
+    means = arm.choices.mean(axis=2)
+    best = means.argmax(axis=1)
+    is_edge = (best == 0) | (best == len(arm.rates) - 1)
+    return tuple(
+        arm.factor.label(level)
+        for level, edge, row in zip(arm.levels, is_edge, means, strict=True)
+        if edge and np.ptp(row) > 0
+    )
+
+
+def _summarize_rate(star: Star, judged: Sequence[_Comparison]) -> FactorEffect:
+    """Return the effect of the learning rate.
+
+    Its B is the smallest over the factors outside the alias group: the loss that remains when the factor
+    that makes up best for a rate set blindly is tuned.
+    """
+    factor = load_factors()[RATE]
+    x, center = [math.log10(rate) for rate in star.rates], math.log10(star.center)
+    retuned = [_estimate(each.retuned_rate(1.0)) for each in judged]
+    smallest = min((e for e in retuned if e.mean is not None), key=_mean, default=Estimate(0))
+    start = star.rates.index(default_rate(star.rates))
+    return FactorEffect(
+        name=factor.name,
+        title=factor.title,
+        alias=True,
+        levels=tuple(format_value(rate) for rate in star.rates),
+        default=format_value(star.rates[start]),
+        rates=star.rates,
+        misset=_estimate(_misset_rate(star, 1.0, range(len(star.seeds)))),
+        retuned=smallest,
+        gain=_estimate(effects.gain(star.values, star.choices, start)),
+        off_by_2=_estimate(effects.loss_off_by(star.values, x, center, FACTOR_2)),
+        off_by_half_decade=_estimate(effects.loss_off_by(star.values, x, center, HALF_DECADE)),
+        usable=_share(star.labels),
+        labels=star.labels,
+        edge_levels=(format_value(star.center),) if star.peak.at_edge else (),
+    )
+
+
+def _mean(estimate: Estimate) -> float:
+    return math.inf if estimate.mean is None else estimate.mean

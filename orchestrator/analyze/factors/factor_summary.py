@@ -1,0 +1,89 @@
+"""The results of a sensitivity study from its records."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from orchestrator.analyze.factors.factor_estimates import summarize_star
+from orchestrator.analyze.factors.factor_results import FactorStudy, TaskFactors, VariantFactors
+from orchestrator.analyze.factors.fanova import factor_importance
+from orchestrator.analyze.factors.rate_claim import ALPHA
+from orchestrator.analyze.factors.star_data import Star, collect_stars
+from orchestrator.analyze.run_labels import label_runs
+from orchestrator.analyze.statistics.conjunction import largest_count
+from orchestrator.record.schema import Record
+from orchestrator.study.factors import RATE, Factor, choose_factors, load_factors, own_settings
+from orchestrator.study.space import Value
+
+CONTROLS = ("full", "head_only")
+"""Variants that are no low-rank update; they are shown and not counted."""
+REQUIRED_SHARE = 0.8
+"""The share of the variants of which the claim must hold."""
+
+
+def summarize_factors(records: Sequence[Record], margin: float) -> FactorStudy:
+    """Return the factors of all variants and tasks of a study.
+
+    Args:
+        records: The distinct records of the study.
+        margin: The smallest difference that matters.
+    """
+    stars = collect_stars(records, _known_factors(records), label_runs(records))
+    groups: dict[tuple[str, str], list[Star]] = defaultdict(list)
+    for star in stars:
+        groups[star.default.task.name, star.default.model.name].append(star)
+    return FactorStudy(margin, tuple(_summarize_task(own, margin) for _, own in sorted(groups.items())))
+
+
+def _known_factors(records: Iterable[Record]) -> list[Factor]:
+    """Return all factors of the table, and those of the variants' own settings in the records."""
+    settings: dict[str, Mapping[str, Value]] = {}
+    for record in records:
+        settings.setdefault(record.configuration.variant.name, own_settings(record.configuration))
+    return choose_factors(["all"], settings)
+
+
+def _summarize_task(stars: Sequence[Star], margin: float) -> TaskFactors:
+    measured = dict.fromkeys(arm.factor for star in stars for arm in star.arms if not arm.factor.variant)
+    variants = [
+        summarize_star(star, margin, factor_importance(star), _missing(star, measured)) for star in stars
+    ]
+    judged = [each for each in variants if each.variant not in CONTROLS]
+    first = stars[0].default
+    required = math.ceil(REQUIRED_SHARE * len(judged))
+    return TaskFactors(
+        task=first.task.name,
+        model=first.model.name,
+        metric=first.task.metric,
+        variants=tuple(variants),
+        controls=tuple(each.variant for each in variants if each.variant in CONTROLS),
+        num_judged=len(judged),
+        num_required=required,
+        num_supported=_count([each.claim.p_supported for each in judged]),
+        num_refuted=_count([each.claim.p_refuted for each in judged]),
+    )
+
+
+def _count(p_values: Sequence[float]) -> int:
+    """Return of how many variants a statement holds with an error of 5 % (partial conjunction)."""
+    return largest_count(np.array(p_values), ALPHA) if p_values else 0
+
+
+def _missing(star: Star, measured: Iterable[Factor]) -> list[str]:
+    own = {arm.factor.name for arm in star.arms}
+    return [factor.title for factor in measured if factor.name not in own and factor.name != RATE]
+
+
+def ordered_factors(variant: VariantFactors) -> list[str]:
+    """Return the titles of the factors, the learning rate among them, the costliest first by A."""
+    named = [variant.rate, *variant.factors]
+    return [f.title for f in sorted(named, key=lambda f: -(f.misset.mean or 0.0))]
+
+
+def title_of(name: str) -> str:
+    """Return the title of a factor of the table."""
+    return load_factors()[name].title

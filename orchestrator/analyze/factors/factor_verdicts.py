@@ -1,0 +1,213 @@
+"""Claim 1 in words: the verdicts of a sensitivity study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.analyze.factors.factor_results import FactorEffect, FactorStudy, TaskFactors, VariantFactors
+from orchestrator.analyze.factors.rate_claim import Contrast, seeds_to_support
+from orchestrator.analyze.intervals import Estimate
+from orchestrator.analyze.verdict import Verdict, VerdictOutcome
+from orchestrator.record.show import replace_options
+
+CLAIM = "The learning rate matters more than any other hyperparameter."
+
+
+@dataclass(frozen=True)
+class _Closest:
+    """The comparison that decides: the one with the lowest lower limit."""
+
+    variant: VariantFactors
+    factor: FactorEffect
+    contrast: Contrast
+    retuned: bool
+
+
+def factor_verdicts(study: FactorStudy, command: str) -> list[Verdict]:
+    """Return one verdict for each task and base model.
+
+    Args:
+        study: The results.
+        command: The command of the study, for the command that narrows an answer.
+    """
+    return [_verdict(task, study.margin, command) for task in study.tasks]
+
+
+def _verdict(task: TaskFactors, margin: float, command: str) -> Verdict:
+    outcome = _outcome(task)
+    step, seeds = _next_step(task, margin) if outcome == "undecided" else ("", None)
+    return Verdict(
+        claim=CLAIM,
+        outcome=outcome,
+        answer=" ".join(
+            filter(None, (_count_sentence(task), _closest_sentence(task), _alias_sentence(task)))
+        ),
+        design=_design_sentence(task, margin),
+        next_step=step,
+        next_command=replace_options(command, {"--seeds": [str(seeds)]}) if seeds and command else "",
+    )
+
+
+def _outcome(task: TaskFactors) -> VerdictOutcome:
+    """Return the outcome over the variants.
+
+    It is refuted if the claim fails for so many variants that it cannot hold for the required number.
+    """
+    if task.num_judged and task.num_supported >= task.num_required:
+        return "supported"
+    return "refuted" if task.num_refuted > task.num_judged - task.num_required else "undecided"
+
+
+def _judged(task: TaskFactors) -> list[VariantFactors]:
+    return [each for each in task.variants if each.variant not in task.controls]
+
+
+def _count_sentence(task: TaskFactors) -> str:
+    """Say for which variants the claim holds, fails, or is open."""
+    judged = _judged(task)
+    if not any(f for each in judged for f in each.factors if not f.alias):
+        return f"On {task.task} no factor but the learning rate has been measured yet."
+    named = {
+        word: [each.variant for each in judged if each.claim.outcome == outcome]
+        for outcome, word in (
+            ("supported", "it holds for"),
+            ("refuted", "it fails for"),
+            ("undecided", "it is undecided for"),
+            ("undecided (range)", "it changes with the range of the rate for"),
+        )
+    }
+    groups = "; ".join(f"{word} {', '.join(own)}" for word, own in named.items() if own)
+    far = [each.variant for each in judged if each.claim.outcome == "supported" and each.far_more]
+    more = f", more than three times as much as all others for {', '.join(far)}" if far else ""
+    return (
+        f"On {task.task} it holds for at least {task.num_supported} of {task.num_judged} variants "
+        f"({task.num_required} needed): {groups}{more}."
+    )
+
+
+def _closest_sentence(task: TaskFactors) -> str:
+    """Give the numbers of the comparison that decides, set blindly and tuned again."""
+    found = _closest(task)
+    if found is None:
+        return ""
+    rate, factor = found.variant.rate, found.factor
+    return (
+        f"The closest case is {factor.title} for {found.variant.variant}: set blindly, the learning rate costs "
+        f"{points(rate.misset)} points and {factor.title} {points(factor.misset)} (difference at least "
+        f"{_limit(factor.misset_contrast)}); with the other one of the two tuned again, "
+        f"{points(factor.rate_retuned)} and {points(factor.retuned)} (at least "
+        f"{_limit(factor.retuned_contrast)})."
+    )
+
+
+def _closest(task: TaskFactors) -> _Closest | None:
+    found = [
+        _Closest(variant, factor, contrast, retuned)
+        for variant in _judged(task)
+        for factor in variant.factors
+        if not factor.alias
+        for contrast, retuned in ((factor.misset_contrast, False), (factor.retuned_contrast, True))
+        if contrast is not None and contrast.lower is not None
+    ]
+    return min(found, key=lambda c: c.contrast.lower or 0.0, default=None)
+
+
+def _alias_sentence(task: TaskFactors) -> str:
+    """Say what the alias group costs: it acts as a learning rate, and is no evidence against the claim."""
+    found = next(((v, f) for v in _judged(task) for f in v.factors if f.alias), None)
+    if found is None:
+        return ""
+    variant, factor = found
+    return (
+        f"{factor.title.capitalize()} acts as a learning rate and is counted with it: for {variant.variant} "
+        f"{points(factor.misset)} points blindly, {points(factor.retuned)} with the rate tuned again."
+    )
+
+
+def _design_sentence(task: TaskFactors, margin: float) -> str:
+    titles = list(dict.fromkeys(f.title for each in task.variants for f in each.factors))
+    seeds = sorted({each.seeds for each in task.variants})
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return (
+        f"{task.task} on {task.model}; variants {', '.join(each.variant for each in task.variants)}; learning "
+        f"rate against {', '.join(titles) or 'nothing'}; {count} seeds; margin {number(margin)} points; "
+        "one-sided 95 % limits, at half, the measured and double range of the rate."
+    )
+
+
+def _next_step(task: TaskFactors, margin: float) -> tuple[str, int | None]:
+    """Return the sentence that says what would narrow the answer, and the number of seeds for it."""
+    open_variants = [v for v in _judged(task) if v.claim.outcome != "supported"]
+    by_range = [v.variant for v in open_variants if v.claim.outcome == "undecided (range)"]
+    if by_range:
+        return (
+            f"For {', '.join(by_range)} the answer depends on how well the rate is known beforehand, which no "
+            "further run can settle.",
+            None,
+        )
+    contrasts = [
+        contrast
+        for variant in open_variants
+        for factor in variant.factors
+        if not factor.alias
+        for contrast in (factor.misset_contrast, factor.retuned_contrast)
+        if contrast is not None
+    ]
+    needed = [seeds_to_support(contrast, margin) for contrast in contrasts]
+    have = max((contrast.seeds for contrast in contrasts), default=0)
+    if not contrasts:
+        return "The levels of the factors have not been trained yet; the same command continues.", None
+    if None in needed or have < 2:
+        if have < 2:
+            return "Five seeds give intervals.", 5
+        return (
+            "The learning rate and the closest factor cost about the same; more seeds may not decide it.",
+            None,
+        )
+    seeds = max([have + 1, *(n for n in needed if n is not None)])
+    return f"About {seeds} seeds decide it if the differences and their spread stay as they are.", seeds
+
+
+def points(estimate: Estimate | None) -> str:
+    """Format a loss with its interval in points (0.01 of a score): 44.5 [43.0, 46.0]."""
+    if estimate is None or estimate.mean is None:
+        return "-"
+    if estimate.interval is None:
+        return number(estimate.mean)
+    return f"{number(estimate.mean)} [{number(estimate.interval.low)}, {number(estimate.interval.high)}]"
+
+
+def number(value: float | None) -> str:
+    """Format a difference of scores in points."""
+    return "-" if value is None else f"{round(100 * value, 1) + 0.0:.1f}"
+
+
+def _limit(contrast: Contrast | None) -> str:
+    return "-" if contrast is None else number(contrast.lower)
+
+
+def factor_warnings(study: FactorStudy) -> Sequence[str]:
+    """Return what a reader must know before believing the figures."""
+    found = []
+    for task in study.tasks:
+        for v in task.variants:
+            where = f"{v.variant} on {task.task}"
+            if v.best_at_edge:
+                found.append(
+                    f"{where}: the best learning rate lies on the edge of its curve; widen the rates."
+                )
+            edges = [f"{f.title} {', '.join(f.edge_levels)}" for f in v.factors if f.edge_levels]
+            if edges:
+                found.append(
+                    f"{where}: the best rate lies at the end of the rates tried again for {'; '.join(edges)}: the "
+                    "re-tuned loss there is an upper bound."
+                )
+            if v.num_outside:
+                found.append(
+                    f"{where}: {v.num_outside} runs differ from the default in more than one factor and enter "
+                    "no figure."
+                )
+            if v.missing:
+                found.append(f"{where}: without {', '.join(v.missing)} (not trained, or it has none).")
+    return found

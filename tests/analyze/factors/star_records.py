@@ -1,0 +1,121 @@
+"""Synthetic records of a star design with a known response surface."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from orchestrator.record.schema import Evaluation, Record
+from orchestrator.study.configuration import (
+    BatchConfig,
+    Configuration,
+    LRSchedule,
+    ModelChoice,
+    OptimizerConfig,
+    TaskChoice,
+    VariantChoice,
+)
+from orchestrator.study.factors import Factor, factor_levels, load_factors, resweep_rates
+from orchestrator.study.space import apply_values, get_value
+
+RATES = tuple(float(f"{10 ** (k / 4):.3g}") for k in range(-14, -3))  # 3.16e-4 to 1e-1, 4 a decade
+FACTORS = ("alpha", "rank", "batch_size", "dropout", "schedule")
+
+
+def template(variant: str = "lora", task: str = "letters", **extra: float) -> Configuration:
+    """Return the default configuration of a variant."""
+    return Configuration(
+        variant=VariantChoice(variant, alpha=None if variant == "hira" else 16.0, extra=extra),
+        task=TaskChoice(task, "r1", 960, 200, 200, "exact_match", 0.0),
+        model=ModelChoice("letters-base", "c0ffee"),
+        optimizer=OptimizerConfig(1.0),
+        lr_schedule=LRSchedule(60),
+        batches=BatchConfig(16),
+    )
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A response surface: the score over log10 rate is a bell whose top and place depend on the factors.
+
+    The score is top - sum of costs, times a bell around `optimum` plus shifts. Right of `cliff` decades above
+    the optimum the score is 0 (collapse).
+    """
+
+    top: float = 0.9
+    optimum: float = -2.0
+    width: float = 0.8
+    cliff: float = 0.8
+    costs: Mapping[tuple[str, object], float] = field(default_factory=dict)
+    """(factor, level) -> how much lower the top is."""
+    aliases: Sequence[str] = ("alpha",)
+    """Factors whose logarithm shifts the optimum down by as much as it rises."""
+
+    def score(self, configuration: Configuration, default: Configuration) -> float:
+        """Return the true score."""
+        top, optimum = self.top, self.optimum
+        for name in FACTORS:
+            value = get_value(configuration, name)
+            top -= self.costs.get((name, value), 0.0)
+            if name in self.aliases and value is not None:
+                optimum -= math.log10(float(value) / float(get_value(default, name) or 1))
+        distance = math.log10(configuration.optimizer.learning_rate) - optimum
+        return 0.0 if distance > self.cliff else top * math.exp(-((distance / self.width) ** 2))
+
+
+def star_configurations(
+    default: Configuration, factors: Sequence[Factor], rates: Sequence[float], center: float, count: int = 2
+) -> Iterator[Configuration]:
+    """Yield the configurations of a star, with seed 0."""
+    for rate in rates:
+        yield apply_values(default, {"learning_rate": rate})
+    for factor in factors:
+        for level in factor_levels(factor, default, count):
+            for rate in resweep_rates(rates, center):
+                yield apply_values(default, {factor.name: level, "learning_rate": rate})
+
+
+def make_record(configuration: Configuration, validation: float | None, test: float | None = None) -> Record:
+    """Return a finished record, or a diverged one without a score."""
+    test = validation if test is None else test
+    evaluations = () if validation is None else (
+        Evaluation(60, "validation", {"exact_match": validation, "loss": 1.0}),
+        Evaluation(60, "test", {"exact_match": float(test or 0.0), "loss": 1.0}),
+    )  # fmt: skip
+    untrained = {"exact_match": 0.0, "loss": 3.0}
+    return Record(
+        configuration.fingerprint,
+        configuration,
+        "diverged" if validation is None else "finished",
+        60,
+        evaluations=evaluations,
+        baseline_scores={"validation": untrained, "test": untrained},
+    )
+
+
+def star_records(
+    surface: Surface,
+    default: Configuration | None = None,
+    names: Sequence[str] = FACTORS,
+    seeds: int = 5,
+    noise: float = 0.01,
+    rates: Sequence[float] = RATES,
+    center: float = 1e-2,
+) -> list[Record]:
+    """Return the records of one variant's star, with noise per run and per seed."""
+    base = default or template()
+    factors = [load_factors()[name] for name in names]
+    draw = np.random.default_rng(7)
+    shared = noise * draw.standard_normal(seeds)
+    records = []
+    for configuration in star_configurations(base, factors, rates, center):
+        truth = surface.score(configuration, base)
+        for seed in range(seeds):
+            run = shared[seed] + noise * draw.standard_normal()
+            split = noise / 2 * draw.standard_normal(2)
+            scores = [min(1.0, max(0.0, truth + run + s)) if truth > 0.02 else 0.0 for s in split]
+            records.append(make_record(replace(configuration, seed=seed), *scores))
+    return records
