@@ -36,13 +36,12 @@ def factor_verdicts(study: FactorStudy, command: str) -> list[Verdict]:
 
 def _verdict(task: TaskFactors, margin: float, command: str) -> Verdict:
     outcome = _outcome(task)
+    sentences = (_count_sentence(task), _closest_sentence(task), _alias_sentence(task))
     step, seeds = _next_step(task, margin) if outcome == "undecided" else ("", None)
     return Verdict(
         claim=CLAIM,
         outcome=outcome,
-        answer=" ".join(
-            filter(None, (_count_sentence(task), _closest_sentence(task), _alias_sentence(task)))
-        ),
+        answer=" ".join(filter(None, sentences)),
         design=_design_sentence(task, margin),
         next_step=step,
         next_command=replace_options(command, {"--seeds": [str(seeds)]}) if seeds and command else "",
@@ -93,8 +92,8 @@ def _closest_sentence(task: TaskFactors) -> str:
         return ""
     rate, factor = found.variant.rate, found.factor
     return (
-        f"The closest case is {factor.title} for {found.variant.variant}: set blindly, the learning rate costs "
-        f"{points(rate.misset)} points and {factor.title} {points(factor.misset)} (difference at least "
+        f"The closest case is {factor.title} for {found.variant.variant}: set blindly, the learning rate "
+        f"costs {points(rate.misset)} points and {factor.title} {points(factor.misset)} (difference at least "
         f"{_limit(factor.misset_contrast)}); with the other one of the two tuned again, "
         f"{points(factor.rate_retuned)} and {points(factor.retuned)} (at least "
         f"{_limit(factor.retuned_contrast)})."
@@ -130,9 +129,10 @@ def _design_sentence(task: TaskFactors, margin: float) -> str:
     seeds = sorted({each.seeds for each in task.variants})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     return (
-        f"{task.task} on {task.model}; variants {', '.join(each.variant for each in task.variants)}; learning "
-        f"rate against {', '.join(titles) or 'nothing'}; {count} seeds; margin {number(margin)} points; "
-        "one-sided 95 % limits, at half, the measured and double range of the rate."
+        f"{task.task} on {task.model}; variants {', '.join(each.variant for each in task.variants)}; "
+        f"learning rate against {', '.join(titles) or 'nothing'}; {count} seeds; "
+        f"margin {number(margin)} points; one-sided 95 % limits, "
+        "at half, the measured and double range of the rate."
     )
 
 
@@ -142,8 +142,8 @@ def _next_step(task: TaskFactors, margin: float) -> tuple[str, int | None]:
     by_range = [v.variant for v in open_variants if v.claim.outcome == "undecided (range)"]
     if by_range:
         return (
-            f"For {', '.join(by_range)} the answer depends on how well the rate is known beforehand, which no "
-            "further run can settle.",
+            f"For {', '.join(by_range)} the answer depends on how well the rate is known beforehand, which "
+            "no further run can settle.",
             None,
         )
     contrasts = [
@@ -194,19 +194,17 @@ def factor_warnings(study: FactorStudy) -> Sequence[str]:
         for v in task.variants:
             where = f"{v.variant} on {task.task}"
             if v.best_at_edge:
-                found.append(
-                    f"{where}: the best learning rate lies on the edge of its curve; widen the rates."
-                )
+                found.append(f"{where}: the best learning rate lies on the edge of its curve; widen it.")
             edges = [f"{f.title} {', '.join(f.edge_levels)}" for f in v.factors if f.edge_levels]
             if edges:
                 found.append(
-                    f"{where}: the best rate lies at the end of the rates tried again for {'; '.join(edges)}: the "
-                    "re-tuned loss there is an upper bound."
+                    f"{where}: the best of the rates tried again is the first or last for {'; '.join(edges)}"
+                    ": the re-tuned loss there is an upper bound."
                 )
             if v.num_outside:
                 found.append(
-                    f"{where}: {v.num_outside} runs differ from the default in more than one factor and enter "
-                    "no figure."
+                    f"{where}: {v.num_outside} runs differ from the default in more than one factor and "
+                    "enter no figure."
                 )
             if v.missing:
                 found.append(f"{where}: without {', '.join(v.missing)} (not trained, or it has none).")

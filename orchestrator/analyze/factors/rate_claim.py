@@ -101,12 +101,10 @@ def judge_claim(contrasts: Mapping[float, Sequence[Contrast]]) -> ClaimTest:
     by_scale = {scale: combine_contrasts(own) for scale, own in contrasts.items()}
     outcomes: dict[str, ClaimOutcome] = {}
     for scale, (supported, refuted) in by_scale.items():
-        decided: POWER, MAX_SEEDS = 0.8, 100
-ClaimOutcome = "supported" if supported <= ALPHA else "refuted"
+        decided: ClaimOutcome = "supported" if supported <= ALPHA else "refuted"
         outcomes[RANGE_NAMES[scale]] = decided if min(supported, refuted) <= ALPHA else "undecided"
     distinct = set(outcomes.values())
-    outcome: POWER, MAX_SEEDS = 0.8, 100
-ClaimOutcome = "undecided (range)"
+    outcome: ClaimOutcome = "undecided (range)"
     if len(distinct) == 1:
         outcome = distinct.pop()
     elif outcomes.get("measured") == "undecided":
@@ -129,7 +127,8 @@ def seeds_to_support(found: Contrast, margin: float) -> int | None:
         margin: The smallest difference that matters.
 
     Returns:
-        The number of seeds; None if the estimate is not above the margin, or more than `MAX_SEEDS` are needed.
+        The number of seeds; None if the estimate is not above the margin, or if more than `MAX_SEEDS`
+        are needed.
     """
     if found.std is None or found.difference is None or found.difference <= margin:
         return None
