@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, gcs_monitor, runtime
 from orchestrator.execution.rungs import submission_order
-from orchestrator.finetune.resolve.data_preparation import prepare_datasets
+from orchestrator.launch.stages import LaterConfigurations
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import training_order
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
 from orchestrator.util import timeouts
 from orchestrator.util.graceful_interrupts import graceful_interrupts
@@ -51,39 +50,13 @@ def train_pending(
     """
     num_requested = len(work.requested)  # a search and further stages add to it
     progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
-    reused: set[str] = set()
+    later = LaterConfigurations(context, work, writer, progress, on_configuration)
 
     def close_writer() -> None:
         writer.close(timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS, "KILLED")
 
-    def add_configuration(configuration: Configuration) -> None:
-        is_reused = context.has_result(configuration)
-        if is_reused:
-            reused.add(configuration.fingerprint)
-            writer.mark_reused(configuration.fingerprint)
-            progress.cached += 1
-        on_configuration(configuration, is_reused)
-
-    def next_stage() -> list[Configuration]:
-        """Return the configurations of the design's next stage that have no result, in training order."""
-        while not context.budget.stop_reason:
-            named = context.request_next_stage(work)
-            if not named:
-                work.expected = 0
-                break
-            for configuration in named:
-                add_configuration(configuration)
-            progress.total = work.total
-            new = [c for c in named if c.fingerprint not in reused]
-            if new:
-                known = len(named) - len(new)
-                progress.notify(f"next stage: {len(named)} configurations, {known} of them known")
-                prepare_datasets(new, context.store.bases, context.store.data, progress.notify)
-                return training_order(new, context.options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER)
-        return []
-
     if work.search is not None:
-        work.search.on_point = add_configuration
+        work.search.on_point = later.add
     with (
         progress,
         scratch_folder(context.store) as scratch,
@@ -95,14 +68,14 @@ def train_pending(
         progress.notify(_describe_pool(cluster, pool_config))
         began = time.monotonic()
         session = _session_context(context, work, cluster, pool_config, scratch, progress, on_record)
-        steps = _run_session(context, work, session, next_stage)
+        steps = _run_session(context, work, session, later.next_stage)
         num_stopped = progress.ended["stopped"]
         early = f", {num_stopped} of them stopped early" if num_stopped else ""
         used = f", {context.budget.format_usage()}" if context.budget.gpus_per_trainer else ""
         duration = format_duration(time.monotonic() - began)
         progress.notify(f"{progress.ended.total()} trained in {duration}{early}{used}")
-        later = [c for c in work.requested[num_requested:] if c.fingerprint not in reused]
-        max_steps = sum(c.lr_schedule.steps for c in [*work.pending, *later])
+        named_later = [c for c in work.requested[num_requested:] if c.fingerprint not in later.reused]
+        max_steps = sum(c.lr_schedule.steps for c in [*work.pending, *named_later])
         progress.notify(f"{steps} optimizer steps of {max_steps} for all configurations to the end")
     if context.budget.is_interrupted:
         raise KeyboardInterrupt

@@ -16,8 +16,19 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import format_value, get_value
 from orchestrator.util.errors import UsageError
 
-_TWO_STAGE_SCRIPT = re.compile(r"(tuned_comparison|early_stopping)\.py$")
-_TWO_STAGE_OPTIONS = ("--confirm-seeds", "--margin")  # the plain script lacks them
+_OTHER_SCRIPTS = re.compile(r"(tuned_comparison|early_stopping|hyperparameter_sensitivity)\.py$")
+# Options that the plain script lacks or that would train more than one configuration.
+_OTHER_OPTIONS = tuple(
+    "--confirm-seeds --margin --replicates --max-replicates --factors --levels --widen".split()
+)
+    "--confirm-seeds",
+    "--margin",
+    "--replicates",
+    "--max-replicates",
+    "--factors",
+    "--levels",
+    "--widen",
+)
 
 
 def format_record(store: Store, output: Path, prefix: str) -> str:
@@ -62,6 +73,7 @@ def narrow_command(command: str, configuration: Configuration) -> str:
     return replace_options(
         command,
         {
+            **({"--task": [configuration.task.name]} if len(_option_values(command, "--task")) > 1 else {}),
             "--variants": [configuration.variant.name],
             "--learning-rates": [repr(configuration.optimizer.learning_rate)],
             "--seeds": [str(configuration.seed + 1)],
@@ -77,16 +89,15 @@ def narrow_command(command: str, configuration: Configuration) -> str:
 def replace_options(command: str, replacements: Mapping[str, Sequence[str]]) -> str:
     """Give some options of a study's command other values, behind the options that stay.
 
-    A script with two stages keeps its choice and refuses to train a part of its configurations, so it is
-    replaced by the plain script.
+    A script whose design asks for more than the named configurations is replaced by the plain script.
 
     Args:
         command: The study's command.
         replacements: Option to its new values; an option without values is removed.
     """
-    removed = (*replacements, *_TWO_STAGE_OPTIONS)
+    removed = (*replacements, *_OTHER_OPTIONS)
     words = [word for option, word in _words_by_option(command) if option not in removed]
-    kept = [_TWO_STAGE_SCRIPT.sub("lr_sensitivity.py", word) for word in words]
+    kept = [_OTHER_SCRIPTS.sub("lr_sensitivity.py", word) for word in words]
     return shlex.join([*kept, *(w for o, values in replacements.items() if values for w in (o, *values))])
 
 
@@ -179,7 +190,6 @@ def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Ite
     else:
         study = studies[0]
         yield f"To train it again (study {study.name}):"
-        # The script of a study with fresh seeds trains only those of them that have no record yet.
         yield f"  {narrow_command(study.command, record.configuration)}"
 
 

@@ -43,8 +43,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolve_configurations(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:
-    study_options = StudyOptions(task=task, **{"model": str(bases / task)} | options)
-    chosen = resolve_options(study_options, "letters", ("lora",), bases)
+    study_options = StudyOptions(**{"model": str(bases / task)} | options)
+    chosen = resolve_options(study_options, task, ("lora",), bases)
     content = resolve_base_model(chosen.model, bases, lambda text: None)
     return build_configuration_templates(study_options, chosen, content, bases)
 

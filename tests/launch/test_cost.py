@@ -50,7 +50,7 @@ def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
         monkeypatch.setattr("sys.argv", ["experiments/lr_sensitivity.py", "--plan", "--study", "my own"])
         console = Console(file=StringIO(), width=300)
         work = StudyWork(list(left), [], [], list(left), None)
-        print_plan(console, left[0], work, store, StudyOptions(**options))
+        print_plan(console, left[:1], work, store, StudyOptions(**options))
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     monkeypatch.setattr(runtime, "running_cluster_address", lambda: None)

@@ -17,7 +17,7 @@ from mlflow_server import empty_database
 
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import StudyFile, find_study, read_studies
+from orchestrator.record.study_file import AnalysisSettings, StudyFile, find_study, read_studies
 from orchestrator.util.atomic_files import add_checksum, verify_checksum
 from orchestrator.util.command import main
 from orchestrator.util.errors import UsageError
@@ -210,23 +210,27 @@ def test_an_invalid_study_file_is_named(run, results):
     run(ORCHESTRATOR, "sync").assert_refused("results/rates/study.json: not a study")
 
 
-@pytest.mark.parametrize("newer", [{"schema_version": 2}, {"nights": 3}], ids=["version", "field"])
+@pytest.mark.parametrize("newer", [{"schema_version": 3}, {"nights": 3}], ids=["version", "field"])
 def test_a_study_file_of_a_newer_program_is_refused(run, results, newer):
     file = results / "results/rates/study.json"
     data = json.loads(verify_checksum(file.read_bytes()))
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     file.write_bytes(add_checksum(json.dumps(data | newer)))
     run(ORCHESTRATOR, "sync").assert_refused("rates/study.json", *newer, "update the program")
 
 
-def test_a_study_file_without_a_version_has_version_1(tmp_path):
+@pytest.mark.parametrize("version", [{}, {"schema_version": 1}])
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_study_file_of_version_1_is_read(tmp_path, version, searched):
     study = StudyFile("old", "Why?", "python x.py", ("a",))
     study.write(tmp_path / "old")
     file = tmp_path / "old" / "study.json"
     data = json.loads(verify_checksum(file.read_bytes()))
-    del data["schema_version"]
-    file.write_text(json.dumps(data))
-    assert StudyFile.read(tmp_path / "old") == study
+    del data["schema_version"], data["settings"]
+    earlier = {"baseline": "lora", "margin": 0.02, "tuning": "x-tune", "searched": searched, "looks": [10]}
+    file.write_text(json.dumps(data | earlier | version))
+    kind = "search" if searched else "curve"
+    assert StudyFile.read(tmp_path / "old") == replace(study, settings=AnalysisSettings(kind))
 
 
 @pytest.mark.usefixtures("restored")
@@ -265,14 +269,18 @@ def test_a_command_of_two_stages_is_narrowed_to_the_plain_script(make_record):
     assert narrowed == f"python experiments/lr_sensitivity.py {options}"
 
 
-def test_show_of_a_fresh_seed_has_the_whole_command_of_its_comparison(run, results, make_record):
-    command = "python experiments/tuned_comparison.py --variants lora hira"
-    record = make_record(seed=1000)
+def test_show_of_a_run_of_several_tasks_names_its_own(run, results, make_record):
+    command = (
+        "python experiments/tuned_comparison.py --task letters digits --variants lora hira --replicates 4"
+    )
+    record = make_record(seed=3)
     Store(results / "results" / "store").put(record)
-    comparison = StudyFile("c-confirm", "", command, (record.fingerprint,), baseline="lora")
-    comparison.write(results / "results" / "c-confirm")
+    StudyFile("both", "", command, (record.fingerprint,)).write(results / "results" / "both")
     printed = run(ORCHESTRATOR, "show", record.fingerprint[:12]).stdout
-    assert printed.rstrip().endswith(f"(study c-confirm):\n  {command}")
+    task, variant = record.configuration.task.name, record.configuration.variant.name
+    own = f"--task {task} --variants {variant} --learning-rates"
+    assert f"python experiments/lr_sensitivity.py {own}" in printed
+    assert "--replicates" not in printed
 
 
 def test_a_growing_study_keeps_its_list_of_reused_configurations(tmp_path):

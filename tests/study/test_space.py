@@ -99,7 +99,7 @@ def test_fixed_values_are_typed_by_the_setting() -> None:
         ("=4,8", "must be NAME=SPEC"),
         ("rnk=4,8", "no hyperparameter 'rnk'. Did you mean 'rank'?"),
         ("merges=1,2", "Did you mean 'relora.merges'?"),
-        ("steps=10,20", "no hyperparameter 'steps'"),
+        ("steps=10,20", "a search cannot vary steps"),
         ("lra.rank=4,8", "'lra' is not in this study. Did you mean 'lora'?"),
         ("hira.alpha=4,8", "hira has no 'alpha'"),
         ("relora.mergs=1,2", "Did you mean 'merges'?"),

@@ -1,0 +1,65 @@
+"""Configurations that a study names while it runs: points of a search, and further stages of a design."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from orchestrator.execution.progress import Progress
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets
+from orchestrator.launch.study_context import StudyContext
+from orchestrator.launch.work import StudyWork
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.grid import training_order
+from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
+
+if TYPE_CHECKING:
+    from orchestrator.record.mlflow.writer import MlflowWriter
+
+
+@dataclass
+class LaterConfigurations:
+    """Registers configurations that are named after the training has begun."""
+
+    context: StudyContext
+    work: StudyWork
+    writer: MlflowWriter
+    progress: Progress
+    on_configuration: Callable[[Configuration, bool], None]
+    """Called with every such configuration, and whether the store has its result already."""
+    reused: set[str] = field(default_factory=set)
+    """Fingerprints of those whose result the store had."""
+
+    def add(self, configuration: Configuration) -> None:
+        """Register a configuration."""
+        is_reused = self.context.has_result(configuration)
+        if is_reused:
+            self.reused.add(configuration.fingerprint)
+            self.writer.mark_reused(configuration.fingerprint)
+            self.progress.cached += 1
+        self.on_configuration(configuration, is_reused)
+
+    def next_stage(self) -> list[Configuration]:
+        """Return the configurations of the design's next stage that have no result, in training order.
+
+        It is called when all earlier configurations have ended. An empty list ends the study.
+        """
+        while not self.context.budget.stop_reason:
+            named = self.context.request_next_stage(self.work)
+            if not named:
+                self.work.expected = 0
+                break
+            for configuration in named:
+                self.add(configuration)
+            self.progress.total = self.work.total
+            new = [c for c in named if c.fingerprint not in self.reused]
+            if new:
+                known = len(named) - len(new)
+                self.progress.notify(f"next stage: {len(named)} configurations, {known} of them known")
+                store = self.context.store
+                prepare_datasets(new, store.bases, store.data, self.progress.notify)
+                return training_order(
+                    new, self.context.options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER
+                )
+        return []
