@@ -7,20 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 
 from orchestrator.analyze.intervals import CurveStatistic, Estimate
+from orchestrator.analyze.number_format import rate as rate
 from orchestrator.analyze.panels import Value
 from orchestrator.analyze.results import Curve, Panel
 from orchestrator.record.show import replace_options
 from orchestrator.util import redaction
 
 FEW_SEEDS_CAVEAT = "Descriptive: rates chosen on few seeds; a verdict needs fresh seeds."
-
-
-def rate(value: float | None) -> str:
-    """Format a learning rate with at most three digits: 3e-4. For commands use `exact_rate`."""
-    if value is None:
-        return "-"
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def exact_rate(value: float) -> str:

@@ -15,6 +15,7 @@ from pydantic import Field
 from orchestrator.analyze.curve_shape import BracketStatus
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.panels import Value
+from orchestrator.analyze.tuned.tuned_results import TunedComparison
 from orchestrator.analyze.tuning import SearchResult
 from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.schema import RecordState
@@ -177,3 +178,5 @@ class Summary:
     tolerance: float = TOLERANCE
     searches: tuple[SearchResult, ...] = ()
     """The points of a search."""
+    comparison: TunedComparison | None = None
+    """The comparison with the tuned baseline, of a study with replicates."""

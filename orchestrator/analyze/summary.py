@@ -7,9 +7,12 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.analyze import panels
 from orchestrator.analyze.caveats import panel_caveats, search_caveats
+from orchestrator.analyze.panel_rate import panel_rate_verdict
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.run_labels import LABELS, label_runs
 from orchestrator.analyze.sensitivity import summarize_panels
+from orchestrator.analyze.tuned.across_tasks import compare_tuned
+from orchestrator.analyze.tuned.tuned_verdicts import tuned_verdicts, tuned_warnings
 from orchestrator.analyze.tuning import SearchResult, summarize_search
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import StudyFile
@@ -23,23 +26,29 @@ def summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
         records: The records of its configurations, in any order.
     """
     distinct = panels.deduplicate_records(records)
-    is_search = study.settings.kind == "search"
-    searches = _summarize_searches(distinct) if is_search else ()
-    shown = () if is_search else summarize_panels(distinct)
+    kind, labels = study.settings.kind, label_runs(distinct)
+    searches = _summarize_searches(distinct) if kind == "search" else ()
+    shown = summarize_panels(distinct) if kind in ("curve", "factors") else ()
+    comparison = compare_tuned(study, distinct, labels) if kind == "replicates" else None
+    verdicts = tuned_verdicts(comparison, study) if comparison else []
+    if kind == "curve":
+        verdicts += filter(None, map(panel_rate_verdict, shown))
     provenance = panels.count_provenance(distinct)
     warnings = [
         *panels.mixed_provenance_warnings(provenance),
         *(w for p in shown for w in panel_caveats(p)),
         *(w for s in searches for w in search_caveats(s)),
+        *(tuned_warnings(comparison) if comparison else ()),
     ]
-    counts = Counter(label_runs(distinct).values())
+    counts = Counter(labels.values())
     return Summary(
-        verdicts=(),
+        verdicts=tuple(verdicts),
         panels=shown,
         states={label: counts[label] for label in LABELS},
         provenance=provenance,
         warnings=tuple(warnings),
         searches=searches,
+        comparison=comparison,
     )
 
 

@@ -51,6 +51,8 @@ class AnalysisSettings:
     """The smallest difference of the score that matters."""
     max_replicates: int = 0
     """The planned maximum of replicates, over which the error rate is shared out; 0 for other kinds."""
+    unverified: tuple[str, ...] = ()
+    """Variants that were compared with no other implementation and no paper: they get no verdict."""
 
 
 @dataclass(frozen=True)

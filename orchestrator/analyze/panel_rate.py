@@ -1,0 +1,68 @@
+"""Claim 3 on the curves of a panel: at one fixed learning rate the winner is an artefact of the rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from orchestrator.analyze.results import TOLERANCE, Curve, Panel
+from orchestrator.analyze.tuned.fixed_rate import RateScores, compare_at_fixed_rate
+from orchestrator.analyze.tuned.tuned_results import CONTROLS, FixedRateComparison
+from orchestrator.analyze.tuned.tuned_verdicts import fixed_rate_verdict
+from orchestrator.analyze.verdict import Verdict
+
+
+def compare_panel_at_fixed_rate(panel: Panel) -> FixedRateComparison | None:
+    """Compare the curves of a panel at LoRA's best rate, and each at its own.
+
+    Returns:
+        The comparison; None without LoRA, or if no two curves share two rates and a seed.
+    """
+    curves = {
+        curve.label: curve
+        for curve in panel.curves
+        if curve.best_rate is not None and curve.variant not in CONTROLS
+    }
+    if panel.reference is None or len(curves) < 2:
+        return None
+    rates = sorted(set.intersection(*({p.learning_rate for p in c.points} for c in curves.values())))
+    seeds = sorted({run.seed for curve in curves.values() for p in curve.points for run in p.runs})
+    scores = {label: _rate_scores(curve, rates, seeds) for label, curve in curves.items()}
+    if any(found is None for found in scores.values()):
+        return None
+    known = {label: found for label, found in scores.items() if found is not None}
+    return compare_at_fixed_rate(rates, known, panel.reference, TOLERANCE)
+
+
+def _rate_scores(curve: Curve, rates: list[float], seeds: list[int]) -> RateScores | None:
+    """Return the test scores of a curve at shared rates; None if its best rate is not shared."""
+    if curve.best_rate not in rates or len(rates) < 2:
+        return None
+    scores = np.full((len(seeds), len(rates)), math.nan)
+    for point in curve.points:
+        for run in point.runs:
+            if point.learning_rate in rates and run.test is not None:
+                scores[seeds.index(run.seed), rates.index(point.learning_rate)] = run.test
+    return RateScores(scores, np.full(len(seeds), rates.index(curve.best_rate)))
+
+
+def panel_rate_verdict(panel: Panel) -> Verdict | None:
+    """Return the verdict on claim 3; None if the panel cannot show it.
+
+    The rates are chosen on the curve's own few seeds, so the verdict is descriptive.
+    """
+    found = compare_panel_at_fixed_rate(panel)
+    if found is None or panel.reference is None:
+        return None
+    seeds = {run.seed for curve in panel.curves for point in curve.points for run in point.runs}
+    names = ", ".join(curve.label for curve in panel.curves)
+    rates = len({point.learning_rate for curve in panel.curves for point in curve.points})
+    design = (
+        f"{panel.task} on {panel.model}: {names}; {rates} learning rates with {len(seeds)} seeds. The rates "
+        "are chosen on the same seeds, so this is descriptive; tuned_comparison.py tunes in replicates."
+    )
+    title = f"{panel.task} on {panel.model}"
+    verdict = fixed_rate_verdict(found, panel.reference, title, design)
+    return replace(verdict, outcome="descriptive")

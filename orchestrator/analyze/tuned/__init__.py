@@ -1,0 +1,1 @@
+"""Replicated tuning: whole tunings of every variant, compared with the baseline's in the same replicate."""

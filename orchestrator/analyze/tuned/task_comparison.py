@@ -1,0 +1,310 @@
+"""The comparison with the tuned baseline on one task: intervals, outcomes, and claim 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.analyze.run_labels import RunLabel
+from orchestrator.analyze.statistics import planning
+from orchestrator.analyze.statistics.conjunction import largest_count, partial_conjunction_p_values
+from orchestrator.analyze.statistics.outcome import classify, counts_for_baseline
+from orchestrator.analyze.statistics.simultaneous import SimultaneousIntervals, compare_with_baseline
+from orchestrator.analyze.statistics.spending import level_of_look
+from orchestrator.analyze.statistics.usable import usable_p_values
+from orchestrator.analyze.tuned.fixed_rate import RateScores, compare_at_fixed_rate, interval_of
+from orchestrator.analyze.tuned.question_noise import question_errors
+from orchestrator.analyze.tuned.tuned_results import (
+    CONTROLS,
+    FixedRateComparison,
+    Role,
+    TaskComparison,
+    VariantRow,
+)
+from orchestrator.analyze.tuned.tunings import Tuning, find_tunings
+from orchestrator.analyze.tuned.variant_tunings import (
+    chosen_test,
+    describe_tunings,
+    has_result,
+    noise_span,
+    observed_span,
+)
+from orchestrator.analyze.verdict import VerdictOutcome
+from orchestrator.record.schema import Record
+from orchestrator.record.study_file import AnalysisSettings
+
+Tunings = Mapping[str, Mapping[int, Tuning]]
+"""Variant -> replicate -> tuning."""
+
+
+def compare_task(
+    records: Sequence[Record],
+    labels: Mapping[str, RunLabel],
+    settings: AnalysisSettings,
+    looks: Sequence[int] = (),
+    missing: bool = False,
+) -> TaskComparison | None:
+    """Compare all variants with the tuned baseline on one task and base model.
+
+    Args:
+        records: The records of one task and model.
+        labels: Fingerprint -> label of the run.
+        settings: The baseline, the margin and the planned maximum of replicates.
+        looks: The numbers of replicates at which a verdict was shown before.
+        missing: True if configurations of the study have not ended.
+
+    Returns:
+        The comparison; None if the baseline has no tuning.
+    """
+    tunings = find_tunings(records, labels, missing)
+    if not tunings.get(settings.baseline):
+        return None
+    first = records[0].configuration
+    replicates = len(tunings[settings.baseline])
+    seen = (*(n for n in looks if n < replicates), replicates)
+    planned = max(settings.max_replicates, 1) if settings.max_replicates else replicates
+    alpha = level_of_look(seen, planned)
+    rows, claim = _compare_rows(tunings, {r.fingerprint: r for r in records}, settings, alpha)
+    counted = [row for row in rows if row.role == "variant"]
+    return TaskComparison(
+        task=first.task.name,
+        model=first.model.name,
+        metric=first.task.metric,
+        steps=first.lr_schedule.steps,
+        test_items=first.task.test_size,
+        baseline=settings.baseline,
+        margin=settings.margin,
+        replicates=replicates,
+        points=max(len(tuning.runs) for own in tunings.values() for tuning in own.values()),
+        alpha=alpha,
+        looks=seen,
+        planned=planned,
+        has_question_noise=all(row.question_error is not None for row in rows if row.interval is not None),
+        rows=tuple(rows),
+        counted=len(counted),
+        holds_at_least=claim.holds,
+        beaten_at_least=claim.beaten,
+        p_claim=claim.p_claim,
+        p_against=claim.p_against,
+        outcome=claim.outcome(alpha),
+        span=observed_span([rows[0], *counted]),
+        expected_span=noise_span([rows[0], *counted]),
+        fixed_rate=_fixed_rate(tunings, settings, alpha, {row.variant for row in counted}),
+        missing=missing,
+    )
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """Claim 2 on one task."""
+
+    holds: int = 0
+    beaten: int = 0
+    p_claim: float | None = None
+    p_against: float | None = None
+
+    @classmethod
+    def from_p_values(cls, holds: NDArray[np.float64], beaten: NDArray[np.float64], alpha: float) -> _Claim:
+        """Return the claim from the counted variants' p values, each valid on its own.
+
+        Args:
+            holds: P values of "the variant is better than the baseline by the margin or more".
+            beaten: P values of "the variant is not better than the baseline by more than the margin".
+            alpha: The error of this look.
+        """
+        count = len(holds)
+        if not count:
+            return cls()
+        more_than_half, at_least_half = count // 2 + 1, (count + 1) // 2
+        return cls(
+            largest_count(holds, alpha),
+            largest_count(beaten, alpha),
+            float(partial_conjunction_p_values(holds)[more_than_half - 1]),
+            float(partial_conjunction_p_values(beaten)[at_least_half - 1]),
+        )
+
+    def outcome(self, alpha: float) -> VerdictOutcome:
+        """Return the outcome at the error of this look; descriptive if there is nothing to count."""
+        if self.p_claim is None or self.p_against is None:
+            return "descriptive"
+        if self.p_claim <= alpha:
+            return "supported"
+        return "refuted" if self.p_against <= alpha else "undecided"
+
+
+def _compare_rows(
+    tunings: Tunings, records: Mapping[str, Record], settings: AnalysisSettings, alpha: float
+) -> tuple[list[VariantRow], _Claim]:
+    """Return the row of every variant, the baseline's first, and claim 2."""
+    base = tunings[settings.baseline]
+    others = [name for name in sorted(tunings) if name != settings.baseline]
+    pairs = {name: _usable_pairs(tunings[name], base) for name in others}
+    differences = np.full((len(base), len(others)), np.nan)
+    for column, name in enumerate(others):
+        for row, replicate in enumerate(base):
+            if replicate in pairs[name]:
+                differences[row, column] = chosen_test(tunings[name][replicate]) - chosen_test(
+                    base[replicate]
+                )
+    errors = question_errors(
+        {
+            name: [
+                (_chosen_record(tunings[name][r], records), _chosen_record(base[r], records))
+                for r in pairs[name]
+            ]
+            for name in others
+        }
+    )
+    item_error = np.array([errors[name] or 0.0 for name in others])
+    found = compare_with_baseline(differences, settings.margin, alpha=alpha, item_error=item_error)
+    share_p = _share_p_values(tunings, others, base)
+    baseline_row = describe_tunings(settings.baseline, "baseline", base, settings.margin)
+    rows = [
+        replace(
+            describe_tunings(name, _role(name, settings), tunings[name], settings.margin),
+            usable_p=float(share_p[i]),
+            question_error=errors[name],
+            **_comparison_fields(found, i, settings.margin),
+        )
+        for i, name in enumerate(others)
+    ]
+    rows = [_decide_by_share(row, baseline_row, alpha) for row in rows]
+    rows.sort(key=lambda row: -math.inf if row.difference is None else row.difference, reverse=True)
+    return [baseline_row, *rows], _claim(rows, found, others, settings.margin, alpha)
+
+
+def _chosen_record(tuning: Tuning, records: Mapping[str, Record]) -> Record:
+    assert tuning.chosen is not None
+    return records[tuning.chosen.fingerprint]
+
+
+def _comparison_fields(found: SimultaneousIntervals, index: int, margin: float) -> dict[str, Any]:
+    """Return the fields of a row that come from the simultaneous intervals."""
+    interval = interval_of(found, index)
+    low, high = (interval.low, interval.high) if interval else (math.nan, math.nan)
+    outcome = classify(low, high, margin)
+    counts = {True: "yes", False: "no", None: "open"}[counts_for_baseline(low, high, margin)]
+    mean = float(found.mean[index])
+    fields: dict[str, Any] = {
+        "pairs": int(found.replicates[index]),
+        "difference": mean if math.isfinite(mean) else None,
+        "interval": interval,
+        "outcome": outcome,
+        "counts": counts,
+    }
+    if interval is None:
+        return fields
+    std, error = float(found.std[index]), float(found.standard_error[index])
+    seed_error = std / math.sqrt(found.replicates[index])
+    item_error = math.sqrt(max(0.0, error**2 - seed_error**2))
+    fields["seed_error"] = seed_error
+    if math.isfinite(found.z_critical):
+        fields["resolvable"] = planning.resolvable_difference(
+            error, float(found.degrees[index]), float(found.critical_value[index])
+        )
+        if outcome == "undecided" or counts == "open":
+            fields["replicates_to_decide"] = planning.replicates_to_decide(
+                std, margin, found.z_critical, item_error
+            )
+    return fields
+
+
+def _decide_by_share(row: VariantRow, baseline: VariantRow, alpha: float) -> VariantRow:
+    """Return the row with the outcome of the shares of usable tunings, where they differ.
+
+    A baseline that is usable significantly less often does not match the variant, whatever the usable runs
+    score. Without an interval of the difference, the shares alone decide.
+    """
+    if row.role in ("control", "unverified"):
+        row = replace(row, counts="not counted")
+    if row.usable is None or baseline.usable is None or row.usable_p is None or row.usable_p > alpha:
+        return row
+    is_worse = row.usable.share < baseline.usable.share
+    if row.interval is None:
+        row = replace(row, outcome="worse" if is_worse else "better")
+    if row.counts == "not counted" or (is_worse and row.interval is not None):
+        return row
+    return replace(row, counts="yes" if is_worse else "no")
+
+
+def _claim(
+    rows: Sequence[VariantRow],
+    found: SimultaneousIntervals,
+    others: Sequence[str],
+    margin: float,
+    alpha: float,
+) -> _Claim:
+    """Return claim 2: the baseline is not inferior to more than half of the counted variants."""
+    holds, beaten = [], []
+    for row in rows:
+        if row.role != "variant":
+            continue
+        p = float(found.p_not_superior_alone[others.index(row.variant)])
+        p_holds, p_beaten = (p, 1.0 - p) if row.interval is not None else (1.0, 1.0)
+        if row.usable_p is not None and row.usable_p <= alpha:  # the shares decide, see `_decide_by_share`
+            if row.counts == "no":
+                p_holds, p_beaten = 1.0, min(p_beaten, row.usable_p)
+            elif row.interval is None:
+                p_holds = row.usable_p
+        holds.append(p_holds)
+        beaten.append(p_beaten)
+    return _Claim.from_p_values(np.array(holds), np.array(beaten), alpha)
+
+
+def _role(variant: str, settings: AnalysisSettings) -> Role:
+    if variant in CONTROLS:
+        return "control"
+    return "unverified" if variant in settings.unverified else "variant"
+
+
+def _usable_pairs(own: Mapping[int, Tuning], base: Mapping[int, Tuning]) -> list[int]:
+    """Return the replicates in which the chosen runs of both are usable."""
+    return [r for r, tuning in base.items() if tuning.is_usable and r in own and own[r].is_usable]
+
+
+def _share_p_values(
+    tunings: Tunings, others: Sequence[str], base: Mapping[int, Tuning]
+) -> NDArray[np.float64]:
+    """Return the p values of equal shares of usable tunings, of each variant and the baseline."""
+    usable, known = np.zeros((2, len(base), len(others)), dtype=bool)
+    for column, name in enumerate(others):
+        for row, (replicate, baseline) in enumerate(base.items()):
+            own = tunings[name].get(replicate)
+            if own is not None:
+                usable[row, column] = own.is_usable
+                known[row, column] = has_result(own) and has_result(baseline)
+    return usable_p_values(usable, np.array([t.is_usable for t in base.values()], dtype=bool), known)
+
+
+def _fixed_rate(
+    tunings: Tunings, settings: AnalysisSettings, alpha: float, counted: Collection[str]
+) -> FixedRateComparison | None:
+    """Compare the baseline and the counted variants at its rate, if all share their rates."""
+    names = [settings.baseline, *sorted(counted)]
+    shared = [
+        replicate
+        for replicate, tuning in tunings[settings.baseline].items()
+        if all(_rates(tunings[name].get(replicate)) == _rates(tuning) for name in names)
+    ]
+    sizes = {len(tunings[settings.baseline][r].runs) for r in shared}
+    if len(shared) < 2 or len(sizes) != 1:
+        return None
+    rates = np.array([_rates(tunings[settings.baseline][r]) for r in shared])
+    scores = {name: _rate_scores([tunings[name][r] for r in shared]) for name in names}
+    centers = list(map(float, np.exp(np.log(rates).mean(axis=0))))
+    return compare_at_fixed_rate(centers, scores, settings.baseline, settings.margin, alpha)
+
+
+def _rates(tuning: Tuning | None) -> tuple[float, ...]:
+    return () if tuning is None else tuple(run.learning_rate for run in tuning.runs)
+
+
+def _rate_scores(tunings: Sequence[Tuning]) -> RateScores:
+    scores = [[math.nan if run.test is None else run.test for run in t.runs] for t in tunings]
+    chosen = [-1 if t.chosen is None else t.runs.index(t.chosen) for t in tunings]
+    return RateScores(np.array(scores), np.array(chosen))

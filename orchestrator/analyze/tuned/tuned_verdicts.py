@@ -1,0 +1,245 @@
+"""Claims 2 and 3 in words: the verdicts and the warnings of a replicated tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from orchestrator.analyze.intervals import Interval
+from orchestrator.analyze.number_format import percent, points, points_interval, rate
+from orchestrator.analyze.tuned.tuned_results import (
+    FixedRateComparison,
+    FixedRateRow,
+    TaskComparison,
+    TunedComparison,
+    VariantRow,
+)
+from orchestrator.analyze.verdict import Verdict, VerdictOutcome
+from orchestrator.record.show import replace_options
+from orchestrator.record.study_file import StudyFile
+
+OUTCOME_ORDER = ("better", "worse", "equivalent", "not inferior", "undecided")
+
+
+def tuned_verdicts(found: TunedComparison, study: StudyFile) -> list[Verdict]:
+    """Return the verdicts of a replicated tuning, the most important first.
+
+    Args:
+        found: The comparison.
+        study: The study, whose command is changed into the one that would narrow an answer.
+    """
+    verdicts = [_over_tasks(found)] if len(found.tasks) > 1 else []
+    verdicts += [_tuned_verdict(task, study) for task in found.tasks]
+    return verdicts + [
+        fixed_rate_verdict(task.fixed_rate, task.baseline, task.title, _design(task))
+        for task in found.tasks
+        if task.fixed_rate is not None
+    ]
+
+
+def shown_name(variant: str) -> str:
+    """Return the name of a variant in a sentence."""
+    return "LoRA" if variant == "lora" else variant
+
+
+def _claim(task: TaskComparison) -> str:
+    return f"Tuned {shown_name(task.baseline)} matches or beats most variants."
+
+
+def _tuned_verdict(task: TaskComparison, study: StudyFile) -> Verdict:
+    step, command = next_step(task, study)
+    return Verdict(
+        claim=_claim(task),
+        outcome=task.outcome,
+        answer=" ".join(filter(None, (_count_sentence(task), _outcome_sentence(task), _span_sentence(task)))),
+        design=_design(task),
+        next_step=step,
+        next_command=command,
+    )
+
+
+def _count_sentence(task: TaskComparison) -> str:
+    """Say how many of the counted variants the baseline matches or beats."""
+    if not task.counted:
+        return f"On {task.task} there is no variant that the claim counts."
+    needed = task.counted // 2 + 1
+    text = (
+        f"On {task.task} it holds for at least {task.holds_at_least} of {task.counted} variants "
+        f"({needed} needed)"
+    )
+    if task.beaten_at_least:
+        verb = "is" if task.beaten_at_least == 1 else "are"
+        text += f"; at least {task.beaten_at_least} {verb} better by more than the margin"
+    return f"{text}."
+
+
+def _outcome_sentence(task: TaskComparison) -> str:
+    """Name the variants by outcome, each with its difference in points and its interval."""
+    counted = [row for row in task.rows if row.role == "variant"]
+    groups = []
+    for outcome in OUTCOME_ORDER:
+        own = [_row_phrase(row) for row in counted if row.outcome == outcome]
+        if own:
+            groups.append(f"{outcome}: {', '.join(own)}")
+    if not groups:
+        return ""
+    where = "" if task.has_question_noise else f" on these {task.test_items} test items"
+    difference = f"Difference from tuned {shown_name(task.baseline)} in points{where}"
+    return f"{difference}: {'; '.join(groups)}."
+
+
+def _row_phrase(row: VariantRow) -> str:
+    parts = [row.variant, *([points(row.difference)] if row.difference is not None else [])]
+    parts += [points_interval(row.interval)] if row.interval is not None else [f"({row.reason})"]
+    return " ".join(parts)
+
+
+def _span_sentence(task: TaskComparison) -> str:
+    if task.span is None or task.expected_span is None:
+        return ""
+    span, noise = (f"{round(100 * value, 1):.1f}" for value in (task.span, task.expected_span))
+    return f"The mean scores span {span} points; equal variants would span {noise} by noise alone."
+
+
+def _design(task: TaskComparison) -> str:
+    names = ", ".join(row.variant for row in task.rows)
+    look = f", look {len(task.looks)}" if len(task.looks) > 1 else ""
+    plan = f" of at most {task.planned} planned" if task.planned != task.replicates else ""
+    return (
+        f"{task.title}, {task.steps} steps: {names}; each tuned on validation over {task.points} points in "
+        f"{task.replicates} replicates{plan}{look}, the test score of the chosen run counts; margin "
+        f"{round(100 * task.margin, 1):g} points, simultaneous {percent(1 - task.alpha)} intervals."
+    )
+
+
+def next_step(task: TaskComparison, study: StudyFile) -> tuple[str, str]:
+    """Return the sentence and the command for what would decide the open comparisons; empty if none is."""
+    if task.missing:
+        return "Some configurations have not ended; the same command continues.", study.command
+    open_rows = [row for row in task.rows if row.role == "variant" and row.counts == "open"]
+    if task.outcome != "undecided" or not open_rows:
+        return "", ""
+    unresolved = [row.variant for row in open_rows if row.replicates_to_decide is None]
+    if unresolved:
+        names = ", ".join(unresolved)
+        return (
+            f"For {names} even 1,000 replicates need not decide; a larger test split or margin would.",
+            "",
+        )
+    replicates = max(row.replicates_to_decide or 0 for row in open_rows)
+    text = (
+        f"At most {replicates} replicates decide every open comparison with probability 80 %, whatever the "
+        "true differences are, if the spread stays."
+    )
+    options = {"--replicates": [str(replicates)]}
+    if replicates <= task.replicates:
+        return text, ""
+    if replicates > task.planned:
+        text += f" That is beyond the {task.planned} planned ones, so it is a study of its own."
+        options |= {"--max-replicates": [str(replicates)], "--study": [f"{study.name}-{replicates}"]}
+    return text, replace_options(study.command, options) if study.command else ""
+
+
+def _over_tasks(found: TunedComparison) -> Verdict:
+    tasks, first = found.tasks, found.tasks[0]
+    needed = len(tasks) // 2 + 1
+    outcome: VerdictOutcome = "undecided"
+    if found.tasks_supported_at_least >= needed:
+        outcome = "supported"
+    elif found.tasks_refuted_at_least >= needed:
+        outcome = "refuted"
+    each = ", ".join(f"{task.task} {task.outcome}" for task in tasks)
+    holds = found.tasks_supported_at_least
+    answer = f"It holds on at least {holds} of {len(tasks)} tasks ({needed} needed; {each})."
+    counted = {row.variant for task in tasks for row in task.rows if row.role == "variant"}
+    best = next((each for each in found.aggregates if each.variant in counted), None)
+    if best is not None:
+        mean, chance = best.mean_difference, best.probability_better
+        answer += (
+            f" Over all tasks {best.variant} does best: {points(mean.value)} points [{points(mean.low)}, "
+            f"{points(mean.high)}] from tuned {shown_name(first.baseline)} (interquartile mean), better in "
+            f"{percent(chance.value)} [{percent(chance.low)}, {percent(chance.high)}] of pairs of tunings."
+        )
+    names = dict.fromkeys(row.variant for task in tasks for row in task.rows)
+    counts = sorted({task.replicates for task in tasks})
+    replicates = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    design = (
+        f"{len(tasks)} tasks ({', '.join(task.title for task in tasks)}): {', '.join(names)}; {replicates} "
+        f"replicates of each tuning; margin {round(100 * first.margin, 1):g} points."
+    )
+    return Verdict(claim=_claim(first), outcome=outcome, answer=answer, design=design)
+
+
+def fixed_rate_verdict(found: FixedRateComparison, baseline: str, title: str, design: str) -> Verdict:
+    """Return the verdict on claim 3.
+
+    Args:
+        found: The comparison at one rate.
+        baseline: The variant whose rate is the fixed one.
+        title: Task and base model.
+        design: The design of the study in one sentence.
+    """
+    name = shown_name(baseline)
+    flipped = [row.variant for row in found.rows if row.reversal]
+    if flipped:
+        change = f"the order with {name} changes for {', '.join(flipped)}"
+    elif found.outcome == "refuted":
+        change = f"no variant changes its order with {name} by more than the margin"
+    else:
+        change = f"it stays open whether a variant changes its order with {name}"
+    answer = f"On {title}, between {name}'s best rate and a variant's own best rate {change}. "
+    answer += _regret_sentence(found.rows, name)
+    if found.winners:
+        winners = ", ".join(f"{rate(w.learning_rate)} {w.winner}" for w in found.winners)
+        answer += f" Best mean test score at each rate: {winners}."
+    return Verdict(
+        claim="At one fixed learning rate the winner is an artefact of the rate.",
+        outcome=found.outcome,
+        answer=answer,
+        design=design,
+    )
+
+
+def _regret_sentence(rows: Sequence[FixedRateRow], baseline: str) -> str:
+    lost = ", ".join(
+        " ".join([row.variant, points(-row.regret), *_negated(row.regret_interval)]) for row in rows[:3]
+    )
+    return f"At {baseline}'s best rate the variants that lose most against their own are, in points: {lost}."
+
+
+def _negated(interval: Interval | None) -> list[str]:
+    return [] if interval is None else [points_interval(Interval(-interval.high, -interval.low))]
+
+
+def tuned_warnings(found: TunedComparison) -> list[str]:
+    """Return the limits of the comparison, one line each."""
+    return [f"{task.title}: {warning}" for task in found.tasks for warning in _task_warnings(task)]
+
+
+def _task_warnings(task: TaskComparison) -> Iterator[str]:
+    if task.missing:
+        yield "configurations have not ended, so this is not the planned look, and only whole tunings count."
+    if task.alpha <= 0:
+        yield (
+            f"no error is left for a verdict at {task.replicates} replicates: the plan was at most "
+            f"{task.planned}, with five looks."
+        )
+    edges = [
+        f"{row.variant} {row.edge_choices} of {len(row.tunings)}"
+        for row in task.rows
+        if row.edge_choices > len(row.tunings) / 4
+    ]
+    if edges:
+        yield f"the choice lies often at the edge of the tried values, widen them: {', '.join(edges)}."
+    failed = {row.variant: sum(t.count_runs("failed") for t in row.tunings) for row in task.rows}
+    if named := [f"{variant} {count}" for variant, count in failed.items() if count]:
+        yield f"failed runs are missing, which narrows a tuning: {', '.join(named)}."
+    unverified = [row.variant for row in task.rows if row.role == "unverified"]
+    if unverified:
+        yield f"compared with no other implementation, so without a verdict: {', '.join(unverified)}."
+    unusable = [
+        f"{row.variant} {row.usable.usable} of {row.usable.n}"
+        for row in task.rows
+        if row.usable is not None and row.usable.usable < row.usable.n
+    ]
+    if unusable:
+        yield f"chosen runs that neither diverged nor collapsed: {', '.join(unusable)}."

@@ -1,0 +1,122 @@
+"""One variant's tunings, described on their own, and the span of several variants' means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.analyze.intervals import Estimate, Interval, estimate_mean
+from orchestrator.analyze.run_labels import USABLE
+from orchestrator.analyze.statistics.best_of_k import expected_best_of_k
+from orchestrator.analyze.statistics.bounds import SCORE_BOUNDS, cut_interval
+from orchestrator.analyze.statistics.planning import expected_span
+from orchestrator.analyze.statistics.usable import UsableShare, usable_share
+from orchestrator.analyze.tuned.pooled_curve import pool_curve
+from orchestrator.analyze.tuned.tuned_results import Role, VariantRow
+from orchestrator.analyze.tuned.tunings import TriedRun, Tuning
+
+
+def describe_tunings(variant: str, role: Role, tunings: Mapping[int, Tuning], margin: float) -> VariantRow:
+    """Return a row without the comparison with the baseline."""
+    own = tuple(tunings.values())
+    usable = sum(tuning.is_usable for tuning in own)
+    runs = [run for tuning in own for run in tuning.runs if run.label in (USABLE, "collapsed", "diverged")]
+    return VariantRow(
+        variant=variant,
+        role=role,
+        tunings=own,
+        test=_cut(estimate_mean([chosen_test(tuning) for tuning in own if tuning.is_usable])),
+        usable=usable_share(usable, len(own)) if own else None,
+        usable_p=None,
+        usable_runs=_share_of_runs(runs),
+        pairs=0,
+        difference=None,
+        interval=None,
+        seed_error=None,
+        question_error=None,
+        outcome="undecided",
+        counts="not counted",
+        replicates_to_decide=None,
+        resolvable=None,
+        edge_choices=sum(bool(tuning.edges) for tuning in own),
+        budget_curve=_budget_curve(own),
+        curve=pool_curve(own, margin),
+    )
+
+
+def chosen_test(tuning: Tuning) -> float:
+    """Return the test score of the chosen run of a usable tuning."""
+    assert tuning.chosen is not None
+    assert tuning.chosen.test is not None
+    return tuning.chosen.test
+
+
+def has_result(tuning: Tuning) -> bool:
+    """Return whether the tuning has a run that did not fail, so that being unusable is a result."""
+    return any(run.label != "failed" for run in tuning.runs)
+
+
+def _cut(value: Estimate) -> Estimate:
+    """Cut the interval of a score to the range of scores, if the score lies in it."""
+    if value.mean is None or value.interval is None or not SCORE_BOUNDS[0] <= value.mean <= SCORE_BOUNDS[1]:
+        return value
+    return Estimate(
+        value.n, value.mean, Interval(*cut_interval(value.interval.low, value.interval.high, SCORE_BOUNDS))
+    )
+
+
+def _share_of_runs(runs: Sequence[TriedRun]) -> UsableShare | None:
+    return usable_share(sum(run.label == USABLE for run in runs), len(runs)) if runs else None
+
+
+def _budget_curve(tunings: Sequence[Tuning]) -> tuple[float, ...]:
+    """Return the expected test score after k points, mean over tunings, for all k that every tuning has."""
+    curves = []
+    for tuning in tunings:
+        scored = [
+            (r.validation, r.test) for r in tuning.runs if r.validation is not None and r.test is not None
+        ]
+        if scored:
+            validation, test = np.array(scored, dtype=np.float64).T
+            curves.append(expected_best_of_k(validation, test))
+    if not curves:
+        return ()
+    points = min(map(len, curves))
+    return tuple(map(float, np.mean([curve[:points] for curve in curves], axis=0)))
+
+
+def observed_span(rows: Sequence[VariantRow]) -> float | None:
+    """Return the distance between the best and the worst mean test score; None with fewer than two."""
+    means = [row.test.mean for row in rows if row.test.mean is not None]
+    return max(means) - min(means) if len(means) > 1 else None
+
+
+def noise_span(rows: Sequence[VariantRow]) -> float | None:
+    """Return the span to expect of the means of variants that are equal in truth.
+
+    What all variants of a replicate have in common moves no span. So the standard error of a variant's mean
+    is that of its scores minus the replicate's mean over variants, which takes 1 / V of the variance of V
+    variants away.
+
+    Args:
+        rows: The variants.
+    """
+    scores = _score_matrix(rows)
+    count = scores.shape[1]
+    with np.errstate(invalid="ignore"):
+        residuals = scores - scores.mean(axis=0)
+        residuals -= residuals.mean(axis=1, keepdims=True)
+    if count < 2 or len(scores) < 2:
+        return None
+    variance = (residuals**2).sum(axis=0) / (len(scores) - 1) * count / (count - 1)
+    return expected_span(np.sqrt(variance / len(scores)))
+
+
+def _score_matrix(rows: Sequence[VariantRow]) -> NDArray[np.float64]:
+    """Return the test scores of the replicates that are usable for all, shape (n, variants)."""
+    scores = [{t.replicate: chosen_test(t) for t in row.tunings if t.is_usable} for row in rows]
+    scores = [own for own in scores if own]
+    shared = sorted(set.intersection(*map(set, scores))) if scores else []
+    return np.array([[own[r] for own in scores] for r in shared]).reshape(len(shared), len(scores))

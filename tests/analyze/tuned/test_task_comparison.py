@@ -1,0 +1,238 @@
+"""Intervals, outcomes, shares, looks and claim 2 of replicated tunings with known truth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from synthetic import record
+from tuned_records import Truth, compare, compare_one, study_of, tuned_records
+
+from orchestrator.analyze.run_labels import label_runs
+from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.tuned.across_tasks import compare_tuned
+from orchestrator.analyze.tuned.tuned_results import TaskComparison, VariantRow
+from orchestrator.record.schema import ItemResults, Record
+
+EQUAL = {v: Truth(optimum=x) for v, x in (("lora", -2.0), ("pissa", -2.6), ("hira", -1.0), ("dora", -2.1))}
+
+
+def row_of(task: TaskComparison, variant: str) -> VariantRow:
+    return next(row for row in task.rows if row.variant == variant)
+
+
+def test_planted_differences_are_found_with_their_size_and_direction() -> None:
+    truths = {**EQUAL, "pissa": Truth(0.95, -2.6), "dora": Truth(0.86, -2.1)}
+    task = compare_one(tuned_records(truths))
+    assert task.rows[0].role == "baseline"
+    for variant, truth, outcome, counts in (("pissa", 0.05, "better", "no"), ("dora", -0.04, "worse", "yes")):
+        row = row_of(task, variant)
+        assert (row.outcome, row.counts, row.pairs) == (outcome, counts, 10)
+        assert row.interval is not None
+        assert row.interval.low < truth < row.interval.high
+    assert [row.variant for row in task.rows[1:]] == ["pissa", "hira", "dora"], "the largest difference first"
+    assert task.span == pytest.approx(0.09, abs=0.01)
+    assert task.expected_span is not None
+    assert task.expected_span < 0.02
+
+
+def test_variants_with_other_best_rates_and_the_same_top_are_not_called_different() -> None:
+    """Coarse grids choose rates that are off by different amounts; shifted grids average that out."""
+    wrong = 0
+    for seed in range(40):
+        task = compare_one(tuned_records(EQUAL, noise=0.003, seed=seed))
+        wrong += any(row.outcome in ("better", "worse") for row in task.rows[1:])
+    assert wrong <= 6, "5 % of 40 studies are 2"
+
+
+def test_the_claim_is_supported_refuted_or_open_by_more_than_half_of_the_variants() -> None:
+    lower = {"pissa": Truth(0.85, -2.6), "hira": Truth(0.84, -1.0)}
+    supported = compare_one(tuned_records({**EQUAL, **lower}))
+    assert (supported.outcome, supported.counted) == ("supported", 3)
+    assert supported.holds_at_least >= 2
+    higher = {"pissa": Truth(0.96, -2.6), "hira": Truth(0.97, -1.0)}
+    refuted = compare_one(tuned_records({**EQUAL, **higher}))
+    assert (refuted.outcome, refuted.beaten_at_least) == ("refuted", 2)
+    one_of_two = {"lora": Truth(), "pissa": Truth(0.96), "hira": Truth(0.84)}
+    assert compare_one(tuned_records(one_of_two)).outcome == "refuted", "half is not most"
+    unclear = compare_one(tuned_records(EQUAL, replicates=4, noise=0.03))
+    assert unclear.outcome == "undecided"
+
+
+def test_controls_and_unverified_variants_are_shown_and_enter_no_count_and_no_span() -> None:
+    truths = {**EQUAL, "full": Truth(0.99, -3.0), "head_only": Truth(0.2), "new": Truth(0.97)}
+    task = compare_one(tuned_records(truths), unverified=("new",))
+    roles = {row.variant: (row.role, row.counts) for row in task.rows}
+    assert roles["full"] == roles["head_only"] == ("control", "not counted")
+    assert roles["new"] == ("unverified", "not counted")
+    assert row_of(task, "full").interval is not None
+    assert task.counted == 3
+    assert task.span is not None
+    assert task.span < 0.03
+    assert task.fixed_rate is not None
+    assert {row.variant for row in task.fixed_rate.rows} == {"pissa", "hira", "dora"}
+
+
+def test_unusable_tunings_leave_an_interval_of_the_others_and_a_share_with_an_exact_test() -> None:
+    records = tuned_records(EQUAL)
+    broken = [
+        replace(r, state="diverged")
+        if r.configuration.variant.name == "hira" and r.configuration.seed < 7
+        else r
+        for r in records
+    ]
+    task = compare_one(broken)
+    hira = row_of(task, "hira")
+    assert hira.usable is not None
+    assert (hira.usable.usable, hira.usable.n, hira.pairs) == (3, 10, 3)
+    assert hira.interval is not None
+    # McNemar: 0 of 7 discordant replicates, 2 / 2^7, times three variants.
+    assert hira.usable_p == pytest.approx(3 * 2 / 2**7)
+    assert task.outcome != "descriptive"
+
+
+def test_a_variant_that_never_gives_a_usable_run_is_worse_by_its_share_alone() -> None:
+    def lost(variant: str) -> list[Record]:
+        records = tuned_records(EQUAL)
+        return [
+            replace(r, state="diverged") if r.configuration.variant.name == variant else r for r in records
+        ]
+
+    hira = row_of(compare_one(lost("hira")), "hira")
+    assert (hira.interval, hira.outcome, hira.counts) == (None, "worse", "yes")
+    assert hira.reason == "no replicates are usable for both"
+    task = compare_one(lost("lora"))
+    assert {row.counts for row in task.rows[1:]} == {"no"}
+    assert task.outcome == "refuted", "an unusable baseline does not match the others"
+
+
+def test_a_failed_run_is_missing_and_the_choice_is_among_the_others() -> None:
+    records = tuned_records({"lora": Truth(), "pissa": Truth()}, replicates=3)
+    best = max(
+        (r for r in records if r.configuration.variant.name == "pissa" and r.configuration.seed == 0),
+        key=lambda r: r.score("validation") or 0.0,
+    )
+    broken = [replace(r, state="failed") if r is best else r for r in records]
+    before, after = (row_of(compare_one(each), "pissa").tunings[0] for each in (records, broken))
+    assert before.chosen is not None
+    assert after.chosen is not None
+    assert before.chosen.fingerprint == best.fingerprint != after.chosen.fingerprint
+
+
+def with_questions(records: list[Record], questions: int, flips: dict[str, float]) -> list[Record]:
+    """Give every record results per question; each variant answers a share of them otherwise."""
+    generator = np.random.default_rng(0)
+    base = (generator.random(questions) < 0.8).astype(float)
+    results = {}
+    for variant, share in flips.items():
+        flipped = generator.permutation(questions)[: round(share * questions)]
+        results[variant] = base.copy()
+        results[variant][flipped] = 1 - results[variant][flipped]
+    found = []
+    for r in records:
+        own = results[r.configuration.variant.name].copy()
+        one = r.configuration.seed % questions
+        own[one] = 1 - own[one]  # so that replicates differ
+        items = {"test": ItemResults(tuple(own))}
+        new = record(
+            r.configuration.variant.name,
+            r.configuration.optimizer.learning_rate,
+            r.configuration.seed,
+            r.score("validation"),
+            float(own.mean()),
+        )
+        found.append(replace(new, items=items))
+    return found
+
+
+def test_the_noise_of_the_questions_widens_the_intervals() -> None:
+    records = with_questions(
+        tuned_records({"lora": Truth(), "pissa": Truth()}), 100, {"lora": 0.0, "pissa": 0.2}
+    )
+    task = compare_one(records)
+    row = row_of(task, "pissa")
+    assert task.has_question_noise
+    assert row.question_error is not None
+    assert 0.02 < row.question_error < 0.06, "a fifth of 100 questions differs: sqrt(0.2 / 100)"
+    without = compare_one([replace(r, items={}) for r in records])
+    assert not without.has_question_noise
+    narrow, wide = row_of(without, "pissa").interval, row.interval
+    assert narrow is not None
+    assert wide is not None
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_a_score_that_is_no_mean_of_its_questions_has_no_question_noise() -> None:
+    records = with_questions(
+        tuned_records({"lora": Truth(), "pissa": Truth()}), 100, {"lora": 0.0, "pissa": 0.2}
+    )
+    other = [replace(r, items={"test": ItemResults((1.0,) * 99 + (0.5,))}) for r in records]
+    assert row_of(compare_one(other), "pissa").question_error is None
+
+
+def test_earlier_looks_cost_width_and_a_look_beyond_the_plan_has_no_error_left() -> None:
+    records = tuned_records({"lora": Truth(), "pissa": Truth(0.92)})
+    only, second, half = (
+        compare_one(records, looks, max_replicates=planned)
+        for looks, planned in (((), 10), ((5, 10), 10), ((), 20))
+    )
+    assert only.alpha == pytest.approx(0.05, abs=1e-4)
+    assert second.looks == (5, 10), "the same number again is no new look"
+    assert half.alpha < second.alpha < only.alpha
+    late = compare_one(records, (), max_replicates=5)
+    assert late.alpha == 0
+    assert row_of(late, "pissa").outcome == "undecided"
+    assert late.outcome == "undecided"
+
+
+def test_an_undecided_row_names_replicates_that_decide_it_in_the_worst_case() -> None:
+    records = tuned_records({"lora": Truth(), "pissa": Truth(0.904)}, replicates=6, noise=0.01)
+    row = row_of(compare_one(records), "pissa")
+    assert row.counts == "open"
+    assert row.replicates_to_decide is not None
+    assert row.replicates_to_decide > 6
+    assert row.resolvable is not None
+    assert row.interval is not None
+    assert row.resolvable > (row.interval.high - row.interval.low) / 2
+
+
+def test_several_tasks_are_counted_and_aggregated() -> None:
+    lower = {v: Truth(0.84, t.optimum) if v != "lora" else t for v, t in EQUAL.items()}
+    records = [
+        r for i, task in enumerate(("digits", "letters")) for r in tuned_records(lower, task=task, seed=i)
+    ]
+    found = compare(records)
+    assert [task.task for task in found.tasks] == ["digits", "letters"]
+    assert found.tasks_supported_at_least == 2
+    assert {each.variant for each in found.aggregates} == {"pissa", "hira", "dora"}
+    for each in found.aggregates:
+        assert each.mean_difference.low < -0.06 + 0.01 < each.mean_difference.high + 0.02
+        assert each.probability_better.value < 0.1
+        assert each.counts == {"yes": 2}
+
+
+def test_while_runs_are_missing_only_whole_tunings_count() -> None:
+    records = tuned_records(EQUAL, replicates=4)
+    study = study_of(records)
+    kept = [r for r in records if not (r.configuration.seed == 3 and r.configuration.variant.name == "dora")][
+        :-1
+    ]
+    found = compare_tuned(study, kept, label_runs(kept))
+    assert found is not None
+    (task,) = found.tasks
+    assert task.missing
+    assert (row_of(task, "dora").pairs, task.replicates) == (3, 4)
+    assert compare_tuned(study, [], {}) is None
+
+
+def test_the_summary_of_a_study_with_replicates_begins_with_its_verdicts() -> None:
+    records = tuned_records(EQUAL)
+    summary = summarize(study_of(records, margin=0.02, max_replicates=10), records)
+    assert summary.comparison is not None
+    assert summary.panels == ()
+    first, second = summary.verdicts
+    assert first.claim == "Tuned LoRA matches or beats most variants."
+    assert first.outcome == summary.comparison.tasks[0].outcome
+    assert second.outcome == "supported"
+    assert "hira" in second.answer

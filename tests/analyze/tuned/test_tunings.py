@@ -1,0 +1,85 @@
+"""What a tuning is, which run it chooses, and what is read off all runs of a variant."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic import record
+from tuned_records import Truth, shifted_rates, tuned_records
+
+from orchestrator.analyze.run_labels import label_runs
+from orchestrator.analyze.tuned.pooled_curve import pool_curve
+from orchestrator.analyze.tuned.tunings import Tuning, find_tunings
+from orchestrator.analyze.tuned.variant_tunings import describe_tunings
+from orchestrator.record.schema import Record
+
+
+def only_tuning(*records: Record) -> Tuning:
+    (tuning,) = find_tunings(records, label_runs(records))["lora"].values()
+    return tuning
+
+
+def test_validation_alone_chooses_and_ties_go_to_the_lowest_rate() -> None:
+    tuning = only_tuning(
+        record(rate=1e-3, validation=0.7, test=0.1),
+        record(rate=1e-2, validation=0.8, test=0.5),
+        record(rate=3e-2, validation=0.8, test=0.9),
+    )
+    assert tuning.chosen is not None
+    assert (tuning.chosen.learning_rate, tuning.chosen.test) == (1e-2, 0.5)
+    assert tuning.edges == ("learning_rate (high edge)",), "the highest rate is as good"
+
+
+def test_a_diverged_run_counts_as_the_floor_and_a_stopped_or_failed_one_is_not_chosen() -> None:
+    tuning = only_tuning(
+        record(rate=1e-3, validation=0.2),
+        record(rate=1e-2, validation=None, floor=0.0),
+        record(rate=3e-2, validation=0.9, state="stopped"),
+        record(rate=1e-1, validation=None, state="failed"),
+    )
+    assert tuning.chosen is not None
+    assert tuning.chosen.learning_rate == 1e-3
+    assert [run.label for run in tuning.runs] == ["finished", "diverged", "stopped", "failed"]
+    assert [run.validation for run in tuning.runs] == [0.2, 0.0, None, None]
+    nothing = only_tuning(record(rate=1e-2, validation=None))
+    assert nothing.chosen is not None
+    assert not nothing.is_usable, "it is chosen, for want of another, and counts as not usable"
+
+
+def test_each_seed_is_a_tuning_and_incomplete_ones_are_left_out_while_runs_are_missing() -> None:
+    records = [record(rate=rate, seed=s, validation=0.5) for s in range(3) for rate in (1e-3, 1e-2)][:-1]
+    labels = label_runs(records)
+    assert list(find_tunings(records, labels)["lora"]) == [0, 1, 2]
+    assert list(find_tunings(records, labels, missing=True)["lora"]) == [0, 1]
+
+
+def test_the_budget_curve_is_the_expected_test_score_of_the_best_of_k() -> None:
+    records = [
+        record(rate=rate, validation=v, test=t)
+        for rate, v, t in ((1e-3, 0.1, 0.2), (1e-2, 0.9, 0.8), (1e-1, 0.5, 0.4))
+    ]
+    row = describe_tunings("lora", "baseline", find_tunings(records, label_runs(records))["lora"], 0.01)
+    # One of three: the mean. Two of three: the best is chosen in two of three pairs. Three: the best.
+    assert row.budget_curve == pytest.approx(((0.2 + 0.8 + 0.4) / 3, (2 * 0.8 + 0.4) / 3, 0.8))
+
+
+def test_the_pooled_curve_finds_the_optimum_between_the_rates_of_any_one_grid() -> None:
+    records = tuned_records({"lora": Truth(optimum=-1.87)}, replicates=12, noise=0.001)
+    tunings = list(find_tunings(records, label_runs(records))["lora"].values())
+    curve = pool_curve(tunings, 0.02)
+    assert curve is not None
+    assert sum(curve.runs) == 12 * len(shifted_rates(0))
+    assert abs(curve.best_rate / 10**-1.87 - 1) < 0.15
+    assert curve.is_interpolated
+    assert not curve.is_at_edge
+    assert curve.width is not None
+    assert 0.4 < curve.width < 0.9, "within 0.02 of the top: 0.32 decades below it and up to 0.32 above"
+    sharp = pool_curve(tunings, 0.0001)
+    assert sharp is not None
+    assert sharp.width is None, "narrower than the bins: not resolved"
+
+
+def test_choices_at_the_edge_of_the_grid_are_counted() -> None:
+    records = tuned_records({"lora": Truth(optimum=-4.5), "hira": Truth(optimum=-2.0)}, replicates=5)
+    tunings = find_tunings(records, label_runs(records))
+    counts = {v: describe_tunings(v, "variant", own, 0.01).edge_choices for v, own in tunings.items()}
+    assert counts == {"lora": 5, "hira": 0}
