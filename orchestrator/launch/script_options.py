@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.study.factors import MAX_LEVELS, MIN_LEVELS
 from orchestrator.study.options import StudyOptions
+from orchestrator.study.rates import parse_learning_rates
 from orchestrator.util.errors import UsageError
 
 MAX_WIDENING = 5.0
 """The most decades by which a grid may grow at each end."""
+DEFAULT_FACTORS = (
+    "alpha", "rank", "batch_size", "dropout", "warmup", "weight_decay", "schedule", "steps"
+)  # fmt: skip
+DRY_RUN_FACTORS = ("alpha", "batch_size")
+DEFAULT_FACTOR_SEEDS, DRY_RUN_FACTOR_SEEDS = 5, 2
+MIN_CURVE_RATES = 5
+"""The fewest rates of a curve around whose best other factors are varied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +64,60 @@ class EarlyStoppingOptions(StudyOptions):
             raise UsageError(
                 "--scheduler none: the full grid is trained anyhow; take asha, median or hyperband."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityOptions:
+    """The factors of a study of all hyperparameters."""
+
+    factors: tuple[str, ...] | None = None
+    """Hyperparameters to compare with the learning rate: names of orchestrator/study/factors.toml (alpha rank
+    batch_size dropout warmup weight_decay schedule beta2 steps train_size targets), VARIANT.NAME for a
+    setting that one variant has alone, or `all`. Default: alpha rank batch_size dropout warmup weight_decay
+    schedule steps; with --dry-run: alpha batch_size."""
+    levels: int = 2
+    """Levels of each factor besides its default, 1 to 3. The first two are the ends of its range; a choice,
+    such as the schedule, has all of its levels."""
+    margin: float = 0.01
+    """Smallest difference of the score that matters, fixed before the study begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorOptions(StudyOptions, SensitivityOptions):
+    """Options of a study of all hyperparameters."""
+
+    def check_factors(self) -> None:
+        """Check the options of the factors.
+
+        Raises:
+            UsageError: There is a search or early stopping, or a number is out of bounds.
+        """
+        if self.search != "grid":
+            raise UsageError(f"--search {self.search}: the design of this study is fixed; take grid.")
+        if self.scheduler != "none":
+            raise UsageError(
+                f"--scheduler {self.scheduler}: a stopped run has no final score to compare; take none."
+            )
+        if not MIN_LEVELS <= self.levels <= MAX_LEVELS:
+            raise UsageError(f"--levels {self.levels}: must be from {MIN_LEVELS} to {MAX_LEVELS}; take 2.")
+        if not 0 < self.margin < 1:
+            raise UsageError(f"--margin {self.margin:g}: must be above 0 and below 1, for example 0.01.")
+        if self.factors is not None and not self.factors:
+            raise UsageError("--factors is empty; name at least one, for example: alpha rank batch_size.")
+        if (
+            self.learning_rates is not None
+            and len(parse_learning_rates(self.learning_rates)) < MIN_CURVE_RATES
+        ):
+            raise UsageError(
+                f"--learning-rates: a curve needs {MIN_CURVE_RATES} rates or more; for example 1e-4:1e-2:4."
+            )
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """The words of --factors, or the default ones."""
+        return self.factors or (DRY_RUN_FACTORS if self.dry_run else DEFAULT_FACTORS)
+
+    @property
+    def seed_count(self) -> int:
+        """Number of seeds per point: 5, in a rehearsal 2."""
+        return self.seeds or (DRY_RUN_FACTOR_SEEDS if self.dry_run else DEFAULT_FACTOR_SEEDS)
