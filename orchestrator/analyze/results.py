@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from orchestrator.analyze.curve_shape import BracketStatus
+from orchestrator.analyze.factors.factor_results import FactorStudy
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.panels import Value
 from orchestrator.analyze.tuned.tuned_results import TunedComparison
@@ -180,3 +181,5 @@ class Summary:
     """The points of a search."""
     comparison: TunedComparison | None = None
     """The comparison with the tuned baseline, of a study with replicates."""
+    factor_study: FactorStudy | None = None
+    """What each hyperparameter costs, of a study of factors."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.analyze import panels
 from orchestrator.analyze.caveats import panel_caveats, search_caveats
+from orchestrator.analyze.factors.factor_summary import find_stars, summarize_factors
+from orchestrator.analyze.factors.factor_verdicts import factor_verdicts, factor_warnings
 from orchestrator.analyze.panel_rate import panel_rate_verdict
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.run_labels import LABELS, label_runs
@@ -28,9 +30,13 @@ def summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
     distinct = panels.deduplicate_records(records)
     kind, labels = study.settings.kind, label_runs(distinct)
     searches = _summarize_searches(distinct) if kind == "search" else ()
-    shown = summarize_panels(distinct) if kind in ("curve", "factors") else ()
+    stars = find_stars(distinct, labels) if kind == "factors" else []
+    factors = summarize_factors(stars, study.settings.margin) if kind == "factors" else None
+    curves = [record for star in stars for record in star.curve] if kind == "factors" else distinct
+    shown = summarize_panels(curves) if kind in ("curve", "factors") else ()
     comparison = compare_tuned(study, distinct, labels) if kind == "replicates" else None
     verdicts = tuned_verdicts(comparison, study) if comparison else []
+    verdicts += factor_verdicts(factors, study.command) if factors else []
     if kind == "curve":
         verdicts += filter(None, map(panel_rate_verdict, shown))
     provenance = panels.count_provenance(distinct)
@@ -39,6 +45,7 @@ def summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
         *(w for p in shown for w in panel_caveats(p)),
         *(w for s in searches for w in search_caveats(s)),
         *(tuned_warnings(comparison) if comparison else ()),
+        *(factor_warnings(factors) if factors else ()),
     ]
     counts = Counter(labels.values())
     return Summary(
@@ -49,6 +56,7 @@ def summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
         warnings=tuple(warnings),
         searches=searches,
         comparison=comparison,
+        factor_study=factors,
     )
 
 

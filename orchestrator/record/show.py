@@ -87,9 +87,18 @@ def replace_options(command: str, replacements: Mapping[str, Sequence[str]]) -> 
         command: The study's command.
         replacements: Option to its new values; an option without values is removed.
     """
-    removed = (*replacements, *_OTHER_OPTIONS)
-    words = [word for option, word in _words_by_option(command) if option not in removed]
-    kept = [_OTHER_SCRIPTS.sub("lr_sensitivity.py", word) for word in words]
+    changed = change_options(command, {**replacements, **dict.fromkeys(_OTHER_OPTIONS, ())})
+    return shlex.join([_OTHER_SCRIPTS.sub("lr_sensitivity.py", word) for word in shlex.split(changed)])
+
+
+def change_options(command: str, replacements: Mapping[str, Sequence[str]]) -> str:
+    """Give some options of a study's command other values; the script and the other options stay.
+
+    Args:
+        command: The study's command.
+        replacements: Option to its new values; an option without values is removed.
+    """
+    kept = [word for option, word in _words_by_option(command) if option not in replacements]
     return shlex.join([*kept, *(w for o, values in replacements.items() if values for w in (o, *values))])
 
 

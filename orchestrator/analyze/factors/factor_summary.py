@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from orchestrator.analyze.factors.factor_estimates import summarize_star
-from orchestrator.analyze.factors.factor_results import FactorStudy, TaskFactors, VariantFactors
+from orchestrator.analyze.factors.factor_results import FactorStudy, TaskFactors
 from orchestrator.analyze.factors.fanova import factor_importance
 from orchestrator.analyze.factors.rate_claim import ALPHA
 from orchestrator.analyze.factors.star_data import Star, collect_stars
-from orchestrator.analyze.run_labels import label_runs
+from orchestrator.analyze.run_labels import RunLabel
 from orchestrator.analyze.statistics.conjunction import largest_count
 from orchestrator.record.schema import Record
-from orchestrator.study.factors import RATE, Factor, choose_factors, load_factors, own_settings
+from orchestrator.study.factors import RATE, Factor, choose_factors, own_settings
 from orchestrator.study.space import Value
 
 CONTROLS = ("full", "head_only")
@@ -25,14 +25,23 @@ REQUIRED_SHARE = 0.8
 """The share of the variants of which the claim must hold."""
 
 
-def summarize_factors(records: Sequence[Record], margin: float) -> FactorStudy:
+def find_stars(records: Sequence[Record], labels: Mapping[str, RunLabel]) -> list[Star]:
+    """Return the stars of a study's records, with all factors that the table or a variant knows.
+
+    Args:
+        records: Distinct records.
+        labels: Fingerprint -> label, from `label_runs`.
+    """
+    return collect_stars(records, _known_factors(records), labels)
+
+
+def summarize_factors(stars: Sequence[Star], margin: float) -> FactorStudy:
     """Return the factors of all variants and tasks of a study.
 
     Args:
-        records: The distinct records of the study.
+        stars: Its runs, from `find_stars`.
         margin: The smallest difference that matters.
     """
-    stars = collect_stars(records, _known_factors(records), label_runs(records))
     groups: dict[tuple[str, str], list[Star]] = defaultdict(list)
     for star in stars:
         groups[star.default.task.name, star.default.model.name].append(star)
@@ -76,14 +85,3 @@ def _count(p_values: Sequence[float]) -> int:
 def _missing(star: Star, measured: Iterable[Factor]) -> list[str]:
     own = {arm.factor.name for arm in star.arms}
     return [factor.title for factor in measured if factor.name not in own and factor.name != RATE]
-
-
-def ordered_factors(variant: VariantFactors) -> list[str]:
-    """Return the titles of the factors, the learning rate among them, the costliest first by A."""
-    named = [variant.rate, *variant.factors]
-    return [f.title for f in sorted(named, key=lambda f: -(f.misset.mean or 0.0))]
-
-
-def title_of(name: str) -> str:
-    """Return the title of a factor of the table."""
-    return load_factors()[name].title

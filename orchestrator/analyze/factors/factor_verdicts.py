@@ -9,7 +9,7 @@ from orchestrator.analyze.factors.factor_results import FactorEffect, FactorStud
 from orchestrator.analyze.factors.rate_claim import Contrast, seeds_to_support
 from orchestrator.analyze.intervals import Estimate
 from orchestrator.analyze.verdict import Verdict, VerdictOutcome
-from orchestrator.record.show import replace_options
+from orchestrator.record.show import change_options
 
 CLAIM = "The learning rate matters more than any other hyperparameter."
 
@@ -44,7 +44,7 @@ def _verdict(task: TaskFactors, margin: float, command: str) -> Verdict:
         answer=" ".join(filter(None, sentences)),
         design=_design_sentence(task, margin),
         next_step=step,
-        next_command=replace_options(command, {"--seeds": [str(seeds)]}) if seeds and command else "",
+        next_command=change_options(command, {"--seeds": [str(seeds)]}) if seeds and command else "",
     )
 
 

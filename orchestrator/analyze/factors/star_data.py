@@ -76,8 +76,10 @@ class Star:
     center: float
     """The rate of the curve nearest to the optimum, x*."""
     arms: tuple[Arm, ...]
+    curve: tuple[Record, ...]
+    """The runs of the curve."""
     labels: Mapping[RunLabel, int]
-    """How the runs of the curve ended."""
+    """How they ended."""
     num_outside: int
     """Runs of this variant that differ from the default in more than one factor, and enter nothing."""
 
@@ -161,6 +163,7 @@ def _build_star(
         peak=peak,
         center=center,
         arms=tuple(arm for arm in arms if arm is not None),
+        curve=tuple(curve.values()),
         labels=_count_labels([curve], labels),
         num_outside=sum(map(len, outside)),
     )

@@ -14,7 +14,7 @@ from orchestrator.analyze.tuned.tuned_results import (
     VariantRow,
 )
 from orchestrator.analyze.verdict import Verdict, VerdictOutcome
-from orchestrator.record.show import replace_options
+from orchestrator.record.show import change_options
 from orchestrator.record.study_file import StudyFile
 
 OUTCOME_ORDER = ("better", "worse", "equivalent", "not inferior", "undecided")
@@ -136,7 +136,7 @@ def next_step(task: TaskComparison, study: StudyFile) -> tuple[str, str]:
     if replicates > task.planned:
         text += f" That is beyond the {task.planned} planned ones, so it is a study of its own."
         options |= {"--max-replicates": [str(replicates)], "--study": [f"{study.name}-{replicates}"]}
-    return text, replace_options(study.command, options) if study.command else ""
+    return text, change_options(study.command, options) if study.command else ""
 
 
 def _over_tasks(found: TunedComparison) -> Verdict:
