@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol
 
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import build_grid
+from orchestrator.study.rates import refine_rates
 
 
 class Design(Protocol):
@@ -45,6 +46,13 @@ class DesignInput:
     """Configurations that are complete but for the learning rate and the seed."""
     learning_rates: Mapping[str, tuple[float, ...]]
     """Task -> the grid of learning rates, ascending."""
+
+    def refined(self, per_decade: int) -> DesignInput:
+        """Return this input with grids of about `per_decade` rates a decade; 0: with the same grids."""
+        if not per_decade:
+            return self
+        grids = {task: refine_rates(rates, per_decade) for task, rates in self.learning_rates.items()}
+        return replace(self, learning_rates=grids)
 
     def templates_by_task(self) -> dict[str, list[Configuration]]:
         """Return task -> its templates, one per variant."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import BatchConfig, Configuration
+from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice
 
 TRAINER_OVERHEAD = 1.25
 """Upper estimate of trainer seconds per lane second; checkpointing, reporting and idling belong to no lane.
@@ -30,6 +32,8 @@ class TimeEstimate:
     """The upper end, in seconds of one trainer."""
     extrapolated_variants: tuple[str, ...]
     """Variants without a finished lane on this device; they count as between the fastest and the slowest."""
+    unmeasured_tasks: tuple[str, ...] = ()
+    """Tasks without a finished lane on this device; the estimate is without them."""
 
     @property
     def source_text(self) -> str:
@@ -37,7 +41,18 @@ class TimeEstimate:
         guess = ""
         if self.extrapolated_variants:
             guess = f", none of {', '.join(self.extrapolated_variants)} (taken as the others)"
+        if self.unmeasured_tasks:
+            guess += f", without {', '.join(self.unmeasured_tasks)} (not measured yet)"
         return f"on {self.device}, from {self.measured_lanes} lanes trained there{guess}"
+
+    def __add__(self, other: TimeEstimate) -> TimeEstimate:
+        return TimeEstimate(
+            self.device,
+            self.measured_lanes + other.measured_lanes,
+            self.low_seconds + other.low_seconds,
+            self.high_seconds + other.high_seconds,
+            tuple(dict.fromkeys([*self.extrapolated_variants, *other.extrapolated_variants])),
+        )
 
 
 class _LaneWorkload(NamedTuple):
@@ -70,7 +85,7 @@ def estimate_times(
     """Estimate the time of `pending` on every kind of device that the store has finished lanes of.
 
     Args:
-        pending: Configurations of one task and model.
+        pending: The configurations to train.
         store: The records.
         lanes_per_trainer: The largest lane group of a trainer.
         workers_per_trainer: Workers that split each batch.
@@ -78,8 +93,33 @@ def estimate_times(
     Returns:
         One estimate per device, sorted by the device's name.
     """
-    if not pending:
-        return []
+    by_task: dict[tuple[str, ModelChoice], list[Configuration]] = defaultdict(list)
+    for configuration in pending:
+        by_task[configuration.task.name, configuration.model].append(configuration)
+    records = [record for record in store.records() if record.state == "finished"] if pending else []
+    by_device: dict[str, list[TimeEstimate]] = defaultdict(list)
+    measured_tasks: dict[str, set[str]] = defaultdict(set)
+    for (task, _), own in by_task.items():
+        for estimate in _estimate_task(own, records, lanes_per_trainer, workers_per_trainer):
+            by_device[estimate.device].append(estimate)
+            measured_tasks[estimate.device].add(task)
+    tasks = dict.fromkeys(task for task, _ in by_task)
+    return [
+        replace(
+            reduce(add, estimates),
+            unmeasured_tasks=tuple(task for task in tasks if task not in measured_tasks[device]),
+        )
+        for device, estimates in sorted(by_device.items())
+    ]
+
+
+def _estimate_task(
+    pending: Sequence[Configuration],
+    records: Sequence[Record],
+    lanes_per_trainer: int,
+    workers_per_trainer: int,
+) -> list[TimeEstimate]:
+    """Estimate the time of configurations of one task and model, one estimate per device."""
     first = pending[0]
     workloads = Counter(
         _LaneWorkload(c.variant.name, c.lr_schedule.steps, c.batches, c.evaluations) for c in pending
@@ -90,10 +130,9 @@ def estimate_times(
     }
     lanes_by_device: Counter[str] = Counter()
     measured: dict[str, _Measurements] = {}
-    for record in store.records():
+    for record in records:
         trained, device = record.configuration, record.provenance.device
-        same_base = (trained.task.name, trained.model) == (first.task.name, first.model)
-        if record.state != "finished" or not same_base:
+        if (trained.task.name, trained.model) != (first.task.name, first.model):
             continue
         lanes_by_device[device] += 1
         for workload, group_size in group_sizes.items():

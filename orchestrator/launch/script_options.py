@@ -9,6 +9,8 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.study.rates import parse_learning_rates
 from orchestrator.util.errors import UsageError
 
+DRY_RUN_RATES_PER_DECADE = 4
+MAX_RATES_PER_DECADE = 100
 MAX_WIDENING = 5.0
 """The most decades by which a grid may grow at each end."""
 DEFAULT_FACTORS = (
@@ -22,8 +24,11 @@ MIN_CURVE_RATES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class WideningOptions:
-    """Widening of the grid of learning rates."""
+    """Refinement and widening of the grid of learning rates."""
 
+    rates_per_decade: int | None = None
+    """Without --learning-rates: refine the task's grid to about this number of rates a decade; 0 leaves it as
+    it is. Default: 4 for a --dry-run, else 0, because the cost grows with the number of rates."""
     widen: float = 1.0
     """Decades by which the grid may grow at each end, half a decade at a time and for every variant alike,
     while the best rate of a variant lies on its edge; 0: the grid stays as it is."""
@@ -41,6 +46,25 @@ class CurveOptions(StudyOptions, WideningOptions):
         """
         if not 0 <= self.widen <= MAX_WIDENING:
             raise UsageError(f"--widen {self.widen:g}: must be from 0 to {MAX_WIDENING:g} decades; take 1.")
+        if not 0 <= (self.rates_per_decade or 0) <= MAX_RATES_PER_DECADE:
+            raise UsageError(
+                f"--rates-per-decade {self.rates_per_decade}: must be from 0 to "
+                f"{MAX_RATES_PER_DECADE}; take 4."
+            )
+        if self.rates_per_decade is not None and self.learning_rates is not None:
+            raise UsageError(
+                f"--rates-per-decade {self.rates_per_decade} with --learning-rates: it refines the task's "
+                "own grid; take one of the two away."
+            )
+
+    @property
+    def refinement(self) -> int:
+        """Rates a decade to which the task's grid is refined; 0: it stays as it is."""
+        if self.learning_rates is not None:
+            return 0
+        if self.rates_per_decade is not None:
+            return self.rates_per_decade
+        return DRY_RUN_RATES_PER_DECADE if self.dry_run else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ from orchestrator.util.errors import UsageError
 
 _OTHER_SCRIPTS = re.compile(r"(tuned_comparison|early_stopping|hyperparameter_sensitivity)\.py$")
 # Options that the plain script lacks or that would train more than one configuration.
-_OTHER_OPTIONS = tuple(
-    ["--confirm-seeds", "--margin", "--replicates", "--max-replicates", "--factors", "--levels", "--widen"]
+_OTHER_OPTIONS = (
+    *("--confirm-seeds", "--margin", "--replicates", "--max-replicates", "--factors", "--levels", "--widen"),
+    "--rates-per-decade",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from orchestrator.study import bounds
 from orchestrator.util.errors import UsageError, quote_value
@@ -45,6 +46,21 @@ def parse_positive_number(option: str, word: str, example: str) -> float:
     if not math.isfinite(value) or value <= 0:
         raise UsageError(f"{option}: {word!r} must be a finite number above 0. {example}")
     return value
+
+
+def refine_rates(rates: Sequence[float], per_decade: int) -> tuple[float, ...]:
+    """Return a grid with further rates between its own, evenly spaced in the logarithm.
+
+    Args:
+        rates: Ascending rates; all of them stay.
+        per_decade: About as many rates a decade as the refined grid has. A part that is finer stays as it is.
+    """
+    refined = list(rates[:1])
+    for low, high in pairwise(rates):
+        parts = max(1, round(per_decade * math.log10(high / low)))
+        refined += [round_rate(low * (high / low) ** (i / parts)) for i in range(1, parts)]
+        refined.append(high)
+    return tuple(refined)
 
 
 def round_rate(rate: float) -> float:

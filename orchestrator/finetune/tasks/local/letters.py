@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LETTERS = "abcdefghijklmnop"
 LENGTH = 5
 OPERATORS = ("copy", "reverse", "next", "previous", "rotate")
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 MAX_EXAMPLES = 100_000
 """Examples per split. Each held-out split has about 210,000 of the 16^5 = 1,048,576 strings."""
 VOCABULARY = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
