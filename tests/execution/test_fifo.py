@@ -34,6 +34,26 @@ def test_every_configuration_is_one_trial_in_the_order_given(tmp_path: Path) -> 
     made = trials(search, tmp_path)
     assert [Configuration.from_json(trial.config["configuration"]) for trial in made] == points
     assert len({trial.trial_id for trial in made}) == len(points) == search.total_samples
+    for trial in made:
+        assert not search.is_finished()
+        search.on_trial_complete(trial.trial_id)
+    assert trials(search, tmp_path) == []
+    assert search.is_finished()
+
+
+def test_the_next_stage_is_asked_for_when_all_trials_have_ended(tmp_path: Path) -> None:
+    stages = [POINTS[1:3], []]
+    search = ConfigurationListGenerator(POINTS[:1], next_stage=lambda: stages.pop(0))
+    (first,) = trials(search, tmp_path)
+    assert trials(search, tmp_path) == []
+    assert len(stages) == 2, "asked while a trial is unfinished"
+    search.on_trial_complete(first.trial_id, error=True)
+    second = trials(search, tmp_path)
+    assert [Configuration.from_json(trial.config["configuration"]) for trial in second] == POINTS[1:3]
+    assert len({trial.trial_id for trial in (first, *second)}) == 3 == search.total_samples
+    for trial in second:
+        search.on_trial_complete(trial.trial_id)
+    assert trials(search, tmp_path) == []
     assert search.is_finished()
 
 

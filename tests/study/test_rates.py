@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.study.rates import parse_learning_rates
+from orchestrator.study.rates import parse_learning_rates, refine_rates
 from orchestrator.util.errors import UsageError
 
 
@@ -53,3 +53,9 @@ def test_each_mistake_is_one_line_that_names_value_and_rule(words: list[str], sa
     assert "\n" not in str(caught.value)
     for word in words:
         assert repr(word) in str(caught.value) or word.split(":")[0] in str(caught.value)
+
+
+def test_a_refined_grid_keeps_its_rates_and_has_no_wide_gap() -> None:
+    assert refine_rates((1e-3, 3e-3, 1e-2), 4) == (1e-3, 1.73e-3, 3e-3, 5.48e-3, 1e-2)
+    assert refine_rates((1e-6, 1e-5, 2e-5), 4) == (1e-6, 1.78e-6, 3.16e-6, 5.62e-6, 1e-5, 2e-5)
+    assert refine_rates((1e-3,), 4) == (1e-3,)

@@ -16,6 +16,7 @@ STEP_DECADES = 0.5
 """Decades by which a grid grows at one end before its results are looked at again."""
 MIN_RATES = 3
 """A list of fewer learning rates is no grid, and never widens."""
+_ROUNDING_DECADES = 0.01  # rates have three digits
 _SCORE_EPSILON = 1e-9
 
 
@@ -52,10 +53,9 @@ class WideningGrid:
         first, last = rates[0], rates[-1]
         while len(rates) >= MIN_RATES and all(c.fingerprint in records for c in grid):
             low, high = self._edges(templates, rates, records)
-            room_below = self.max_decades - math.log10(first / rates[0])
-            room_above = self.max_decades - math.log10(rates[-1] / last)
-            below = _continue_rates(rates[0], rates[1], room_below) if low else []
-            above = _continue_rates(rates[-1], rates[-2], room_above) if high else []
+            limits = first / 10**self.max_decades, last * 10**self.max_decades
+            below = _continue_rates(rates, 0.1, limits[0]) if low else []
+            above = _continue_rates(rates, 10.0, limits[1]) if high else []
             if not below and not above:
                 break
             rates = [*reversed(below), *rates, *above]
@@ -85,15 +85,27 @@ def _mean_score(records: Iterable[Record | None]) -> float | None:
     return math.fsum(scores) / len(scores) if scores else None
 
 
-def _continue_rates(edge: float, neighbor: float, room: float) -> list[float]:
-    """Return the rates that continue a grid beyond `edge` with its spacing, the nearest first.
+def _continue_rates(rates: Sequence[float], decade: float, limit: float) -> list[float]:
+    """Return the next rates beyond one end of a grid, the nearest first; none beyond `limit`.
+
+    A grid of a decade or more repeats its own pattern: 1e-3, 3e-3, 1e-2 continue with 3e-2 and 1e-1. A
+    narrower one continues with the ratio of its last two rates.
 
     Args:
-        edge: The last rate.
-        neighbor: The rate before it.
-        room: Decades that the grid may still grow.
+        rates: The grid, ascending.
+        decade: 10 for the high end, 0.1 for the low end.
+        limit: The farthest rate that is allowed, up to rounding.
     """
-    spacing = math.log10(edge / neighbor)  # negative at the low end
-    count = max(1, round(STEP_DECADES / abs(spacing)))
-    count = min(count, math.floor(room / abs(spacing) + 1e-6))
-    return [round_rate(edge * 10 ** (spacing * i)) for i in range(1, count + 1)]
+    ordered = list(rates) if decade > 1 else list(reversed(rates))
+    edge = ordered[-1]
+
+    def distance(rate: float) -> float:
+        """Return the decades by which a rate lies beyond the edge."""
+        return math.log10(rate / edge) * (1 if decade > 1 else -1)
+
+    candidates = [round_rate(rate * decade) for rate in ordered]
+    if abs(math.log10(edge / ordered[0])) < 1 - _ROUNDING_DECADES:
+        candidates = [round_rate(edge * (edge / ordered[-2]) ** i) for i in range(1, len(ordered) + 1)]
+    beyond = [r for r in candidates if _ROUNDING_DECADES < distance(r) <= distance(limit) + _ROUNDING_DECADES]
+    near = [rate for rate in beyond if distance(rate) <= STEP_DECADES + _ROUNDING_DECADES]
+    return near or beyond[:1]
