@@ -1,19 +1,15 @@
-"""Formatting of numbers, answers and commands for the table, the plots and the report."""
+"""Formatting of numbers and commands for the tables, the plots and the report."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 
 from orchestrator.analyze.intervals import CurveStatistic, Estimate
 from orchestrator.analyze.number_format import rate as rate
 from orchestrator.analyze.panels import Value
-from orchestrator.analyze.results import Curve, Panel
 from orchestrator.record.show import replace_options
 from orchestrator.util import redaction
-
-FEW_SEEDS_CAVEAT = "Descriptive: rates chosen on few seeds; a verdict needs fresh seeds."
 
 
 def exact_rate(value: float) -> str:
@@ -43,57 +39,6 @@ def interval(value: Estimate | CurveStatistic | None, digits: int = 3) -> str:
     if value is None or value.interval is None:
         return ""
     return f"[{number(value.interval.low, digits)}, {number(value.interval.high, digits)}]"
-
-
-def panel_title(panel: Panel) -> str:
-    """Return task, model and the columns in which the panel differs from the other panels."""
-    more = ", ".join(f"{k}={v}" for k, v in panel.varied.items())
-    return f"{panel.task} on {panel.model}" + (f" ({more})" if more else "")
-
-
-def best_rate_text(curve: Curve) -> str:
-    """Return the best rate and whether the grid brackets it."""
-    if curve.best_rate is None:
-        return "no score yet"
-    if curve.bracketed == "both edges":
-        return "flat"
-    return f"best at {rate(curve.best_rate)}" + ("" if curve.bracketed == "yes" else " (edge)")
-
-
-def answer(panel: Panel) -> str:
-    """Return the answer to a study's question in two sentences, with a caveat."""
-    scored = [c for c in panel.curves if c.best_rate is not None]
-    # A variant that scores the same at both ends of the grid has no best rate, for example a head with a
-    # learning rate of its own.
-    peaked = [c for c in scored if c.bracketed != "both edges"]
-    ranked = sorted((c.best_rate, c.label) for c in peaked if c.best_rate is not None)
-    if not scored:
-        return f"No learning rate of {panel_title(panel)} has a score yet."
-    if not ranked:
-        title = panel_title(panel)
-        return f"No variant of {title} scores better inside the grid than at its ends. {FEW_SEEDS_CAVEAT}"
-    if len(ranked) == 1:
-        text = f"The best rate of {ranked[0][1]} is {rate(ranked[0][0])}."
-        return f"{text} {FEW_SEEDS_CAVEAT}"
-    low, high = ranked[0], ranked[-1]
-    decades = math.log10(high[0] / low[0])
-    if decades < 0.005:
-        text = f"All {len(ranked)} variants are best at one rate, {rate(low[0])}."
-    else:
-        edges = "" if all(c.bracketed == "yes" for c in peaked) else " at least"
-        ends = f"({low[1]} {rate(low[0])}, {high[1]} {rate(high[0])})"
-        text = f"The best rates of {len(ranked)} variants lie{edges} {decades:.1f} decades apart {ends}."
-    common, own = panel.spread_at_common, panel.spread_at_best
-    if common is not None and own is not None and panel.common_rate is not None:
-        # Early stopping leaves some variants without a score at a rate that is not their best.
-        whose = "their test scores"
-        if common.variants < len(scored):
-            whose = f"the test scores of {common.variants} of {len(scored)} variants"
-        where = f"At {panel.common_rate_label} ({rate(panel.common_rate)})"
-        ends = f"({common.worst} {number(common.low, 2)} to {common.best} {number(common.high, 2)})"
-        spans = f"{number(common.size, 2)} {ends}; each at its own best rate, {number(own.size, 2)}"
-        text += f" {where} {whose} span {spans}."
-    return f"{text} {FEW_SEEDS_CAVEAT}"
 
 
 def settings_text(settings: Mapping[str, Value]) -> str:

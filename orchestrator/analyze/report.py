@@ -1,40 +1,39 @@
-"""The report of a study: `report.html`, `summary.json` and the plots.
-
-`report.html` is a single file that loads nothing from another host. The plots are `curves.png` and
-`spread.png` of a grid, `search.png` of a search, and `forest.png` of a comparison.
-"""
+"""The report of a study: `report.html`, `summary.json` and the pictures."""
 
 from __future__ import annotations
 
-import base64
 import json
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.analyze import formatting, panels
+from orchestrator.analyze.report_parts import Picture, ReportData
 from orchestrator.analyze.results import Summary
+from orchestrator.analyze.sections.catalogue import SECTIONS
 from orchestrator.analyze.summary import summarize
 from orchestrator.record.schema import Record
-from orchestrator.record.study_file import StudyFile
+from orchestrator.record.study_file import PICTURE_FILES, StudyFile
 from orchestrator.util import atomic_files
 
-SCHEMA_VERSION = 1
-"""The version of `summary.json`, raised when a field is removed or changes its meaning."""
+SCHEMA_VERSION = 2
+"""The version of `summary.json`, raised when a field is removed or changes its meaning. Version 1 had
+`answer` in each panel in place of `verdicts`."""
 
 
 def write_report(
     study: StudyFile, records: Sequence[Record], folder: Path, tracking_uri: str, notes: Sequence[str] = ()
 ) -> Summary:
-    """Write the report of a study: `report.html`, its plots and `summary.json`.
+    """Write the report of a study: `report.html`, its pictures (PNG and SVG) and `summary.json`.
 
     Args:
         study: The study, with its command.
         records: The records of the study's configurations, as far as they exist.
-        folder: The study's folder. Every file in it is replaced as a whole or not at all.
+        folder: The study's folder. Every file in it is replaced as a whole or not at all; pictures of an
+            earlier report that have nothing to show any more are removed.
         tracking_uri: Where MLflow has the runs. User and password are left out, here and in the command.
-        notes: Sentences for the reader, printed below the answer.
+        notes: Sentences for the reader, printed below the verdicts.
 
     Returns:
         The summary that the report shows.
@@ -42,92 +41,48 @@ def write_report(
     Raises:
         OSError: The folder cannot be written.
     """
+    study = replace(study, command=formatting.redact_secrets(study.command))
     records = panels.deduplicate_records(records)
-    summary = summarize(study, records)
-    about = {
-        "name": study.name,
-        "question": study.question,
-        "command": formatting.redact_secrets(study.command),
-        "tracking_uri": formatting.redact_secrets(tracking_uri),
-        "pending": len(set(study.configurations) - {record.fingerprint for record in records}),
-        "notes": list(notes),
-    }
-    pictures = _render_pictures(summary)
-    numbers = json.dumps(_summary_to_json(summary, about), indent=1)
+    uri = formatting.redact_secrets(tracking_uri)
+    data = ReportData(study, summarize(study, records), records, uri, tuple(notes))
+    pending = len(set(study.configurations) - {record.fingerprint for record in records})
+    files: dict[str, bytes] = {}
+    pictures: dict[str, tuple[Picture, bytes]] = {}
+    for picture in (picture for section in SECTIONS for picture in section.pictures(data)):
+        png, svg = _render(picture)
+        files |= {f"{picture.name}.png": png, f"{picture.name}.svg": svg}
+        pictures[picture.name] = (picture, png)
+    files["summary.json"] = json.dumps(_summary_to_json(data, pending), indent=1).encode()
+    from orchestrator.analyze.page import render_page  # jinja2 is not needed to read a summary
+
+    files["report.html"] = render_page(data, pictures, pending).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    for picture, content in pictures.items():
-        atomic_files.write_atomically(folder / picture, content)
-    atomic_files.write_atomically(folder / "summary.json", numbers.encode())
-    page = _render_html(summary, about, records, pictures)
-    atomic_files.write_atomically(folder / "report.html", page.encode())
-    return summary
+    for name, content in files.items():
+        atomic_files.write_atomically(folder / name, content)
+    for name in set(PICTURE_FILES) - set(files):
+        (folder / name).unlink(missing_ok=True)
+    return data.summary
 
 
-def _render_pictures(summary: Summary) -> dict[str, bytes]:
-    """Return the plots of a summary: file name -> PNG."""
-    from orchestrator.analyze.plots import curves, search_curves, spread
+def _render(picture: Picture) -> tuple[bytes, bytes]:
+    from orchestrator.analyze.plots import style
 
-    pictures = {}
-    if summary.searches:
-        pictures["search.png"] = search_curves.plot_search(summary.searches)
-    if summary.panels or not pictures:
-        pictures |= {"curves.png": curves.plot_curves(summary), "spread.png": spread.plot_spread(summary)}
-    return pictures
+    return style.render(picture.draw)
 
 
-def _summary_to_json(summary: Summary, about: Mapping[str, Any]) -> dict[str, Any]:
+def _summary_to_json(data: ReportData, pending: int) -> dict[str, Any]:
     """Return the content of `summary.json`: every number of the report, as JSON's own types, without NaN."""
     from pydantic import TypeAdapter
 
-    data = {"schema_version": SCHEMA_VERSION, **about}
-    data |= TypeAdapter(Summary).dump_python(summary, mode="json", by_alias=True)
-    for panel, entry in zip(summary.panels, data["panels"], strict=True):
-        entry["answer"] = formatting.answer(panel)
-    return data
-
-
-def _render_html(
-    summary: Summary, about: Mapping[str, Any], records: Sequence[Record], pictures: Mapping[str, bytes]
-) -> str:
-    # The usual rule for autoescape goes by the ending .html and would skip these templates.
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader("orchestrator.analyze", ".")
-    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, autoescape=True, **options)
-    return environment.get_template("report.html.jinja").render(
-        about=about,
-        summary=summary,
-        formatting=formatting,
-        pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
-        reproduce=lambda panel, curve, rates: formatting.narrow_command(
-            about["command"], curve.variant, rates, {**panel.varied, **curve.varied}
-        ),
-        unfinished_runs=_unfinished_runs(summary, records),
-        mlflow_ui_command=mlflow_ui_command(about["tracking_uri"]),
-    )
-
-
-def _unfinished_runs(summary: Summary, records: Sequence[Record]) -> dict[str, list[tuple[str, str, Record]]]:
-    """Return the runs that did not finish: state -> (label of the curve, title of the panel, record)."""
-    where = {
-        run.fingerprint: (curve.label, formatting.panel_title(panel))
-        for panel in summary.panels
-        for curve in panel.curves
-        for point in curve.points
-        for run in point.runs
+    study = data.study
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "name": study.name,
+        "question": study.question,
+        "command": study.command,
+        "tracking_uri": data.tracking_uri,
+        "pending": pending,
+        "notes": list(data.notes),
     }
-    runs: dict[str, list[tuple[str, str, Record]]] = {"failed": [], "stopped": [], "diverged": []}
-    for r in sorted(records, key=lambda r: (r.configuration.optimizer.learning_rate, r.configuration.seed)):
-        if r.state in runs:
-            c = r.configuration
-            label, title = where.get(r.fingerprint, (c.variant.name, f"{c.task.name} on {c.model.name}"))
-            runs[r.state].append((label, title, r))
-    return {state: sorted(own, key=lambda run: (run[1], run[0])) for state, own in runs.items()}
-
-
-def mlflow_ui_command(tracking_uri: str) -> str:
-    """Return the command that opens the runs in MLflow's UI; empty for a server, which has an address."""
-    if not tracking_uri or tracking_uri.startswith(("http://", "https://")):
-        return ""
-    return shlex.join(["mlflow", "ui", "--backend-store-uri", tracking_uri])
+    numbers: dict[str, Any] = TypeAdapter(Summary).dump_python(data.summary, mode="json", by_alias=True)
+    return about | numbers

@@ -16,6 +16,7 @@ from orchestrator.analyze.curve_shape import BracketStatus
 from orchestrator.analyze.factors.factor_results import FactorStudy
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.panels import Value
+from orchestrator.analyze.run_labels import RunLabel
 from orchestrator.analyze.tuned.tuned_results import TunedComparison
 from orchestrator.analyze.tuning import SearchResult
 from orchestrator.analyze.verdict import Verdict
@@ -45,6 +46,8 @@ class Run:
     """The last validation score during training, which a stopped run has as well."""
     untrained_test: float | None
     """The test score of the untrained base model."""
+    label: RunLabel
+    """The state, or "collapsed"."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class CurvePoint:
     eligible: Annotated[bool, Field(alias="chosen_from")]
     """True if the rate may be chosen as the best and lies on the curve, see `censored.eligible_points`."""
     runs: tuple[Run, ...]
+
+    def count_runs(self, label: RunLabel) -> int:
+        """Return how many runs have `label`."""
+        return sum(run.label == label for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,9 @@ class Curve:
         """Return the point at exactly this rate, or None."""
         return next((p for p in self.points if p.learning_rate == learning_rate), None)
 
-    def count_runs(self, state: RecordState) -> int:
-        """Return how many runs of the curve ended in `state`."""
-        return sum(p.states.get(state, 0) for p in self.points)
+    def count_runs(self, label: RunLabel) -> int:
+        """Return how many runs of the curve have `label`."""
+        return sum(point.count_runs(label) for point in self.points)
 
 
 @dataclass(frozen=True)

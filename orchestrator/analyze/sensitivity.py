@@ -19,6 +19,7 @@ from orchestrator.analyze.censored import eligible_points
 from orchestrator.analyze.curve_statistics import CurveMeans, CurveStatistics, PanelStatistics
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.results import Curve, CurvePoint, Panel, Run, Spread
+from orchestrator.analyze.run_labels import RunLabel, label_runs
 from orchestrator.analyze.scores import finite_score, last_validation, mean_untrained_score, untrained_score
 from orchestrator.record.schema import Record
 
@@ -32,10 +33,12 @@ def summarize_panels(records: Sequence[Record]) -> tuple[Panel, ...]:
     Args:
         records: Distinct records, see `panels.deduplicate_records`.
     """
-    return tuple(_summarize_panel(varied, lines) for varied, lines in panels.group_into_panels(records))
+    labels = label_runs(records)
+    grouped = panels.group_into_panels(records)
+    return tuple(_summarize_panel(varied, lines, labels) for varied, lines in grouped)
 
 
-def _summarize_run(record: Record) -> Run:
+def _summarize_run(record: Record, label: RunLabel) -> Run:
     return Run(
         record.configuration.seed,
         record.fingerprint,
@@ -44,13 +47,16 @@ def _summarize_run(record: Record) -> Run:
         finite_score(record, "test"),
         last_validation(record),
         untrained_score(record, "test"),
+        label,
     )
 
 
-def _summarize_points(records: Sequence[Record]) -> tuple[CurvePoint, ...]:
+def _summarize_points(records: Sequence[Record], labels: Mapping[str, RunLabel]) -> tuple[CurvePoint, ...]:
     by_rate: dict[float, list[Run]] = defaultdict(list)
     for record in records:
-        by_rate[record.configuration.optimizer.learning_rate].append(_summarize_run(record))
+        by_rate[record.configuration.optimizer.learning_rate].append(
+            _summarize_run(record, labels[record.fingerprint])
+        )
     rates = sorted(by_rate)
     runs_at = [sorted(by_rate[rate], key=lambda r: (r.seed, r.fingerprint)) for rate in rates]
     outcomes = [curve_statistics.point_outcome(runs) for runs in runs_at]
@@ -76,11 +82,13 @@ def _summarize_point(rate: float, runs: Sequence[Run], is_eligible: bool) -> Cur
 
 
 def _summarize_panel(
-    varied: Mapping[str, panels.Value], curve_records: Sequence[panels.CurveRecords]
+    varied: Mapping[str, panels.Value],
+    curve_records: Sequence[panels.CurveRecords],
+    labels: Mapping[str, RunLabel],
 ) -> Panel:
     first = curve_records[0].records[0].configuration
     task = first.task
-    points = {line.label: _summarize_points(line.records) for line in curve_records}
+    points = {line.label: _summarize_points(line.records, labels) for line in curve_records}
     statistics = curve_statistics.panel_statistics(points, task.floor)
     curves = _summarize_curves(curve_records, points, statistics, task.floor)
     # Both spreads are over the same variants.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.analyze import panels
 from orchestrator.analyze.caveats import panel_caveats, search_caveats
+from orchestrator.analyze.curve_text import curve_verdict
 from orchestrator.analyze.factors.factor_summary import find_stars, summarize_factors
 from orchestrator.analyze.factors.factor_verdicts import factor_verdicts, factor_warnings
 from orchestrator.analyze.panel_rate import panel_rate_verdict
@@ -39,6 +40,7 @@ def summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
     verdicts += factor_verdicts(factors, study.command) if factors else []
     if kind == "curve":
         verdicts += filter(None, map(panel_rate_verdict, shown))
+        verdicts += [curve_verdict(panel, study.command) for panel in shown]
     provenance = panels.count_provenance(distinct)
     warnings = [
         *panels.mixed_provenance_warnings(provenance),

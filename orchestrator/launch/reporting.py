@@ -10,7 +10,7 @@ from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import MAX_FAILURES
-from orchestrator.record.study_file import PLOT_FILES, REPORT_FILES, StudyFile
+from orchestrator.record.study_file import PICTURES, REPORT_FILES, StudyFile
 from orchestrator.util import timeouts
 from orchestrator.util.command import EXIT_LIMIT_REACHED
 from orchestrator.util.graceful_interrupts import graceful_interrupts
@@ -95,7 +95,8 @@ def _write_report(context: StudyContext, study: StudyFile) -> None:
 
     All configurations of the study are in it, also those of earlier runs.
     """
-    from orchestrator.analyze.report import mlflow_ui_command, write_report
+    from orchestrator.analyze.page import mlflow_ui_command
+    from orchestrator.analyze.report import write_report
     from orchestrator.analyze.table import render_summary
 
     folder = context.folder
@@ -103,11 +104,11 @@ def _write_report(context: StudyContext, study: StudyFile) -> None:
     write_parquet(context.store)
     uri = redact_secrets(context.tracking_uri)
     summary = write_report(study, records, folder, uri)
-    picture = next(file for name in PLOT_FILES if (file := folder / name).exists())
+    pictures = [file for name in PICTURES if (file := folder / f"{name}.png").exists()]
     context.console.print(render_summary(summary))
     for what, where in (
         ("Report", folder / "report.html"),
-        ("Picture", picture),
+        *(("Picture", picture) for picture in pictures[:1]),
         ("MLflow", mlflow_ui_command(uri) or "runs are on the tracking server"),
     ):
         context.console.print(f"{what:8} {where}", markup=False, soft_wrap=True)

@@ -24,9 +24,11 @@ STUDY_FILE = "study.json"
 SCHEMA_VERSION = 2
 """Version of study.json, to be raised when a field is added, removed or changes its meaning. A file without a
 version has version 1. Version 1 had `baseline`, `margin`, `tuning` and `searched` in place of `settings`."""
-PLOT_FILES = ("forest.png", "search.png", "curves.png", "spread.png")
-"""Plots of a report, beside study.json. A study has some of them."""
-REPORT_FILES = ("report.html", *PLOT_FILES, "summary.json")
+PICTURES = ("factors", "forest", "search", "curves", "heatmap", "spread", "training", "costs")
+"""Names of the pictures of a report, the most telling first; each is two files, NAME.png and NAME.svg, beside
+study.json. A study has some of them."""
+PICTURE_FILES = tuple(f"{name}.{ending}" for name in PICTURES for ending in ("png", "svg"))
+REPORT_FILES = ("report.html", *PICTURE_FILES, "summary.json")
 """All files of a study's report."""
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from orchestrator.analyze import formatting
@@ -16,25 +16,21 @@ from orchestrator.analyze.plots.style import GREY, CurveStyle
 from orchestrator.analyze.tuning import SearchResult, TuningPoint, TuningResult
 
 
-def plot_search(searches: tuple[SearchResult, ...]) -> bytes:
+def draw_search(searches: Sequence[SearchResult]) -> Figure:
     """Draw two axes per task and model.
 
     On the left is the validation score over the learning rate, a dot per point: hollow at its last score if
     it was stopped early, a cross if it diverged, ringed if it is the best. On the right is the best score so
     far, over the points in the order in which they started.
-
-    Returns:
-        A PNG, 1200 pixels wide.
     """
-    with rc_context(style.RC_PARAMS):
-        figure = style.new_figure(5.6 * max(1, len(searches)))
-        grid = figure.subplots(max(1, len(searches)), 2, squeeze=False, width_ratios=(3, 2), sharey="row")
-        for (left, right), search in zip(grid, searches, strict=False):
-            styles = style.styles_by_label(v.variant for v in search.variants)
-            _plot_points(left, search, styles)
-            _plot_running_best(right, search, styles)
-            _add_legend(right, search, styles)
-        return style.render_png(figure)
+    figure = style.new_figure(5.6 * max(1, len(searches)))
+    grid = figure.subplots(max(1, len(searches)), 2, squeeze=False, width_ratios=(3, 2), sharey="row")
+    for (left, right), search in zip(grid, searches, strict=False):
+        styles = style.styles_by_label(v.variant for v in search.variants)
+        _plot_points(left, search, styles)
+        _plot_running_best(right, search, styles)
+        _add_legend(right, search, styles)
+    return figure
 
 
 def _plot_points(axes: Axes, search: SearchResult, styles: Mapping[str, CurveStyle]) -> None:

@@ -5,33 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from orchestrator.analyze import formatting
+from orchestrator.analyze import curve_text, formatting
 from orchestrator.analyze.plots import style
 from orchestrator.analyze.plots.style import GREY, CurveStyle
 from orchestrator.analyze.results import Panel, Spread, Summary
 
 
-def plot_spread(summary: Summary) -> bytes:
+def draw_spread(summary: Summary) -> Figure:
     """Draw two test scores of each variant: at the common rate (hollow) and at its own best rate (filled).
 
     The filled one has its t-interval. Above them, two brackets show the spread of the variants at the common
     rate and at their own best rates.
-
-    Returns:
-        A PNG, 1200 pixels wide.
     """
-    with rc_context(style.RC_PARAMS):
-        rows = [max(3, len(p.curves)) + 2.4 for p in summary.panels]
-        figure = style.new_figure(max(3.6, 0.42 * sum(rows) + 1.0 * len(rows)))
-        styles = style.curve_styles(summary)
-        if summary.panels:
-            grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)
-            for axes, panel in zip(grid.flat, summary.panels, strict=True):
-                _plot_dumbbells(axes, panel, styles)
-        return style.render_png(figure)
+    rows = [max(3, len(p.curves)) + 2.4 for p in summary.panels]
+    figure = style.new_figure(max(3.6, 0.42 * sum(rows) + 1.0 * len(rows)))
+    styles = style.curve_styles(summary)
+    if summary.panels:
+        grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)
+        for axes, panel in zip(grid.flat, summary.panels, strict=True):
+            _plot_dumbbells(axes, panel, styles)
+    return figure
 
 
 def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) -> None:
@@ -51,7 +47,7 @@ def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) 
             axes.hlines(y, min(own, common), max(own, common), color=color, linewidth=2, zorder=2)
             axes.plot(common, y, "o", markersize=10, color=color, markerfacecolor="white", markeredgewidth=2)
         axes.plot(own, y, "o", markersize=9, color=color, zorder=4)
-        rate = f"own {formatting.best_rate_text(c)}"
+        rate = f"own {curve_text.best_rate_text(c)}"
         axes.text(1.012, y, rate, fontsize=9.5, color="#444444", **beside)
     axes.set_yticks(range(len(shown)), [c.label for c in shown])
     top = len(shown)
@@ -60,7 +56,7 @@ def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) 
     if bounds := style.score_range(panel):
         axes.set_xlim(bounds[0] - 0.03, bounds[1] + 0.03)
     axes.set_xlabel(f"{panel.metric.replace('_', ' ')} (test)")
-    axes.set_title(formatting.panel_title(panel), pad=8)
+    axes.set_title(curve_text.panel_title(panel), pad=8)
     common_rate = f"{panel.common_rate_label}, {formatting.rate(panel.common_rate)}"
     _plot_spread_bracket(axes, top + 0.9, panel.spread_at_common, f"at {common_rate} (hollow)")
     _plot_spread_bracket(axes, top, panel.spread_at_best, "each at its own best rate (filled)")

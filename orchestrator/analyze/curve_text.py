@@ -1,0 +1,116 @@
+"""What the curves of a panel say, as text for the tables, the plots and the report."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from orchestrator.analyze import formatting
+from orchestrator.analyze.intervals import CurveStatistic
+from orchestrator.analyze.results import Curve, Panel
+from orchestrator.analyze.verdict import Verdict
+from orchestrator.record.show import replace_options
+
+NOT_RESOLVED = "not resolved"
+"""What stands for a width that is narrower than the spacing of the grid."""
+
+
+def panel_title(panel: Panel) -> str:
+    """Return task, model and the columns in which the panel differs from the other panels."""
+    more = ", ".join(f"{k}={v}" for k, v in panel.varied.items())
+    return f"{panel.task} on {panel.model}" + (f" ({more})" if more else "")
+
+
+def best_rate_text(curve: Curve) -> str:
+    """Return the best rate and whether the grid brackets it."""
+    if curve.best_rate is None:
+        return "no score yet"
+    if curve.bracketed == "both edges":
+        return "flat"
+    return f"best at {formatting.rate(curve.best_rate)}" + ("" if curve.bracketed == "yes" else " (edge)")
+
+
+def width_text(curve: Curve, width: CurveStatistic | None) -> str:
+    """Return a width in decades. The grid does not resolve a width below the spacing of its rates."""
+    logs = [math.log10(p.learning_rate) for p in curve.points]
+    spacing = statistics.median([b - a for a, b in pairwise(logs)]) if len(logs) > 1 else 0.0
+    if width is not None and not width.is_lower_bound and width.value < spacing - 1e-9:
+        return NOT_RESOLVED
+    return formatting.figure(width)
+
+
+def curve_verdict(panel: Panel, command: str) -> Verdict:
+    """Return what the curves of a panel say about one rate for all variants.
+
+    Args:
+        panel: The curves.
+        command: The command of the study, from which that of the next step is made.
+    """
+    rates = {p.learning_rate for c in panel.curves for p in c.points}
+    seeds = {run.seed for c in panel.curves for p in c.points for run in p.runs}
+    design = (
+        f"{panel_title(panel)}: {count_text(len(panel.curves), 'variant')}, "
+        f"{count_text(len(rates), 'learning rate')} from {formatting.rate(min(rates))} to "
+        f"{formatting.rate(max(rates))}, {count_text(len(seeds), 'seed')}; {panel.metric.replace('_', ' ')}."
+    )
+    replicated = re.sub(
+        r"\w+\.py\b", "tuned_comparison.py", replace_options(command, _NOT_OF_REPLICATES), count=1
+    )
+    return Verdict(
+        "Each variant has a learning rate of its own at which it is best.",
+        "descriptive",
+        answer(panel),
+        design,
+        "The rates were chosen on these seeds. Which variant is better is a question for replicated tuning:",
+        replicated,
+    )
+
+
+_NOT_OF_REPLICATES: Mapping[str, Sequence[str]] = {"--seeds": (), "--study": (), "--learning-rates": ()}
+
+
+def count_text(count: int, what: str) -> str:
+    """Return a count and a noun, in the plural unless the count is 1."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def answer(panel: Panel) -> str:
+    """Return what the curves say about their best rates, in two sentences."""
+    scored = [c for c in panel.curves if c.best_rate is not None]
+    # A variant that scores the same at both ends of the grid has no best rate, for example a head with a
+    # learning rate of its own.
+    peaked = [c for c in scored if c.bracketed != "both edges"]
+    ranked = sorted((c.best_rate, c.label) for c in peaked if c.best_rate is not None)
+    if not scored:
+        return f"No learning rate of {panel_title(panel)} has a score yet."
+    if not ranked:
+        title = panel_title(panel)
+        return f"No variant of {title} scores better inside the grid than at its ends."
+    if len(ranked) == 1:
+        text = f"The best rate of {ranked[0][1]} is {formatting.rate(ranked[0][0])}."
+        return text
+    low, high = ranked[0], ranked[-1]
+    decades = math.log10(high[0] / low[0])
+    if decades < 0.005:
+        text = f"All {len(ranked)} variants are best at one rate, {formatting.rate(low[0])}."
+    else:
+        edges = "" if all(c.bracketed == "yes" for c in peaked) else " at least"
+        ends = f"({low[1]} {formatting.rate(low[0])}, {high[1]} {formatting.rate(high[0])})"
+        text = f"The best rates of {len(ranked)} variants lie{edges} {decades:.1f} decades apart {ends}."
+    common, own = panel.spread_at_common, panel.spread_at_best
+    if common is not None and own is not None and panel.common_rate is not None:
+        # Early stopping leaves some variants without a score at a rate that is not their best.
+        whose = "their test scores"
+        if common.variants < len(scored):
+            whose = f"the test scores of {common.variants} of {len(scored)} variants"
+        where = f"At {panel.common_rate_label} ({formatting.rate(panel.common_rate)})"
+        low_score, high_score, own_size = (
+            formatting.number(v, 2) for v in (common.low, common.high, own.size)
+        )
+        ends = f"({common.worst} {low_score} to {common.best} {high_score})"
+        spans = f"{formatting.number(common.size, 2)} {ends}; each at its own best rate, {own_size}"
+        text += f" {where} {whose} span {spans}."
+    return text

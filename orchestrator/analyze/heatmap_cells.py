@@ -1,0 +1,47 @@
+"""The cells of a heat map, variant x learning rate, for its static and its interactive picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.analyze.results import CurvePoint, Panel
+from orchestrator.analyze.run_labels import RunLabel
+
+_SYMBOLS: tuple[tuple[RunLabel, str], ...] = (("collapsed", "▽"), ("diverged", "\N{MULTIPLICATION SIGN}"))
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The cells of one panel. Rows are variants, the best first; columns are rates, ascending."""
+
+    labels: tuple[str, ...]
+    rates: tuple[float, ...]
+    scores: tuple[tuple[float | None, ...], ...]
+    """The mean validation score, or None without one."""
+    broken: tuple[tuple[str, ...], ...]
+    """The runs that broke down, for example "▽2 x1 /3": two of three collapsed, one diverged. Often empty."""
+    points: tuple[tuple[CurvePoint | None, ...], ...]
+    best_columns: tuple[int | None, ...]
+    """The column of each variant's best rate."""
+
+
+def heat_map(panel: Panel) -> HeatMap:
+    """Return the cells of a panel."""
+    rates = tuple(sorted({p.learning_rate for c in panel.curves for p in c.points}))
+    points = tuple(tuple(c.point_at_rate(rate) for rate in rates) for c in panel.curves)
+    return HeatMap(
+        labels=tuple(c.label for c in panel.curves),
+        rates=rates,
+        scores=tuple(tuple(p.validation.mean if p else None for p in row) for row in points),
+        broken=tuple(tuple(_broken_text(p) if p else "" for p in row) for row in points),
+        points=points,
+        best_columns=tuple(
+            None if c.best_rate is None or c.bracketed == "both edges" else rates.index(c.best_rate)
+            for c in panel.curves
+        ),
+    )
+
+
+def _broken_text(point: CurvePoint) -> str:
+    counts = [f"{symbol}{n}" for label, symbol in _SYMBOLS if (n := point.count_runs(label))]
+    return f"{' '.join(counts)} /{len(point.runs)}" if counts else ""

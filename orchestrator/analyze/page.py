@@ -1,0 +1,66 @@
+"""The page `report.html`: one file that opens from disk and loads nothing from anywhere.
+
+It first shows the static pictures. Where JavaScript runs, its script inflates plotly.js and the figures from
+the page, and puts the interactive figures in their place.
+"""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from orchestrator.analyze import formatting
+from orchestrator.analyze.interactive import plotly_bundle
+from orchestrator.analyze.report_parts import Picture, ReportData
+from orchestrator.analyze.sections.catalogue import SECTIONS
+
+
+def render_page(data: ReportData, pictures: Mapping[str, tuple[Picture, bytes]], pending: int) -> str:
+    """Return the page as HTML.
+
+    Args:
+        data: What the sections show.
+        pictures: Name -> the picture, and its PNG.
+        pending: The number of configurations without a record.
+    """
+    # The usual rule for autoescape goes by the ending .html and would skip these templates.
+    loader = PackageLoader("orchestrator.analyze")
+    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, autoescape=True, **options)
+    environment.globals |= {
+        "data": data,
+        "summary": data.summary,
+        "formatting": formatting,
+        "pictures": {name: picture for name, (picture, _) in pictures.items()},
+        "png": {name: base64.b64encode(content).decode() for name, (_, content) in pictures.items()},
+    }
+    bodies = []
+    for section in SECTIONS:
+        template = environment.get_template(f"{section.name}.html.jinja")
+        body = template.render(section.values(data)).strip()
+        if body:
+            bodies.append((section, Markup(body)))
+    figures = {
+        name: picture.interactive()
+        for name, (picture, _) in pictures.items()
+        if picture.interactive is not None
+    }
+    return environment.get_template("report.html.jinja").render(
+        bodies=bodies,
+        pending=pending,
+        mlflow_ui_command=mlflow_ui_command(data.tracking_uri),
+        plotly=plotly_bundle.encoded_bundle() if figures else "",
+        figures=plotly_bundle.encode_figures(figures) if figures else "",
+    )
+
+
+def mlflow_ui_command(tracking_uri: str) -> str:
+    """Return the command that opens the runs in MLflow's UI; empty for a server, which has an address."""
+    if not tracking_uri or tracking_uri.startswith(("http://", "https://")):
+        return ""
+    return shlex.join(["mlflow", "ui", "--backend-store-uri", tracking_uri])

@@ -1,0 +1,1 @@
+"""The sections of a report: which pictures, tables and texts each shows."""

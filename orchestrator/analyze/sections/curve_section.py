@@ -1,0 +1,104 @@
+"""The section of the curves: score over learning rate, a grid's heat map, and what a wrong rate costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.analyze import curve_text, formatting
+from orchestrator.analyze.curve_lines import MAX_OVERLAID_CURVES
+from orchestrator.analyze.report_parts import Picture, ReportData, Section
+from orchestrator.analyze.results import Curve, Panel, Summary
+from orchestrator.analyze.table_style import new_table
+
+
+def _pictures(data: ReportData) -> Sequence[Picture]:
+    from orchestrator.analyze.interactive import plotly_curves
+    from orchestrator.analyze.plots import curves, heatmap, spread
+
+    summary = data.summary
+    if not summary.panels:
+        return ()
+    lines = Picture(
+        "curves",
+        alt="Validation score over the learning rate, one line per variant",
+        draw=lambda: curves.draw_curves(summary),
+        interactive=lambda: plotly_curves.curve_figures(summary),
+    )
+    cells = Picture(
+        "heatmap",
+        alt="Validation score of each variant at each learning rate, as colored cells",
+        draw=lambda: heatmap.draw_heatmap(summary),
+        interactive=lambda: plotly_curves.heatmap_figures(summary),
+    )
+    bests = Picture(
+        "spread",
+        alt="Test score of each variant at one common rate and at its own best rate",
+        draw=lambda: spread.draw_spread(summary),
+    )
+    return lines, cells, bests
+
+
+def _values(data: ReportData) -> Mapping[str, Any]:
+    def reproduce(panel: Panel, curve: Curve, rates: Sequence[float]) -> str:
+        varied = {**panel.varied, **curve.varied}
+        return formatting.narrow_command(data.study.command, curve.variant, rates, varied)
+
+    return {
+        "reproduce": reproduce,
+        "has_many": any(len(p.curves) > MAX_OVERLAID_CURVES for p in data.summary.panels),
+        "panel_title": curve_text.panel_title,
+        "best_rate": curve_text.best_rate_text,
+        "width_text": curve_text.width_text,
+        "NOT_RESOLVED": curve_text.NOT_RESOLVED,
+    }
+
+
+def _tables(summary: Summary) -> Sequence[Table | Text]:
+    parts: list[Table | Text] = [_panel_table(panel) for panel in summary.panels]
+    if parts:
+        parts.append(Text(_LEGEND, style="dim"))
+    return parts
+
+
+_LEGEND = (
+    "Scores: mean over seeds with its 95 % interval. Usable runs: those that neither diverged nor collapsed "
+    "to the level of the untrained model, of those that ended. Lost at LoRA's rate: validation score lost "
+    "by training at LoRA's best rate in place of the variant's own."
+)
+_GRID_TEXT = {"yes": "inside", "low edge": "low edge", "high edge": "high edge", "both edges": "flat"}
+
+
+def _panel_table(panel: Panel) -> Table:
+    reference = "LoRA's rate" if panel.reference else "common rate"
+    columns = (
+        "variant",
+        "best\nrate",
+        "<best in\nthe grid",
+        "validation\nscore",
+        "test\nscore",
+        "usable\nruns",
+        f"lost at\n{reference}",
+    )
+    table = new_table(curve_text.panel_title(panel), columns)
+    for c in panel.curves:
+        usable = c.count_runs("finished")
+        table.add_row(
+            c.label,
+            formatting.rate(c.best_rate),
+            _GRID_TEXT[c.bracketed] if c.bracketed else "-",
+            formatting.estimate(c.best_validation),
+            formatting.number(c.best_test.mean),
+            f"{usable}/{usable + c.count_runs('collapsed') + c.count_runs('diverged')}",
+            formatting.figure(c.regret_at_reference_best or c.regret_at_average_best),
+        )
+    if panel.untrained_validation is not None:
+        scores = formatting.number(panel.untrained_validation), formatting.number(panel.untrained_test)
+        table.add_row("untrained", "", "", *scores, "", "", style="dim")
+    return table
+
+
+CURVES = Section("curves", "Score over learning rate", pictures=_pictures, tables=_tables, values=_values)
