@@ -1,38 +1,43 @@
-"""Is any variant better than LoRA when both are tuned with the same budget?
+"""Does tuned LoRA match or beat most of its variants?
 
-    python experiments/tuned_comparison.py --dry-run   a rehearsal without a GPU
+    python experiments/tuned_comparison.py --dry-run   a rehearsal without a GPU, on two tasks
     python experiments/tuned_comparison.py             the study, on GPUs
-    python experiments/tuned_comparison.py --search optuna   tuned by a search
+    python experiments/tuned_comparison.py --search optuna   tuned by searches
 
-The study has two stages. First every variant, LoRA among them, is tuned with the same budget: the grid of
-learning rates, or a --search. The point of each variant is chosen on the validation split. Then the chosen
-points alone are trained with fresh seeds, and the verdict with its intervals comes from these. The choice is
-kept: the same command again trains nothing, and more --confirm-seeds train only what is new.
+Every variant, LoRA among them, is tuned --replicates times with the same budget: on the grid of learning
+rates, shifted by a random offset that all variants of a replicate share, or by a --search of its own.
+Validation chooses one run of each tuning, and its test score counts. The differences from LoRA in the same
+replicate give simultaneous intervals, an outcome for each variant, and the answer for most of them, on each
+--task and over all tasks. Results are kept: the same command again trains nothing, and more --replicates
+train only what is new, up to the --max-replicates that were planned.
+
+The rehearsal tunes three variants over five rates in five replicates on two tasks: 150 fine-tunes.
 """
 
 from __future__ import annotations
 
 from orchestrator.cli.arguments import parse_options
-from orchestrator.study.options import StudyOptions
+from orchestrator.launch.script_options import ComparisonOptions
 from orchestrator.util.command import main
 
 
 def run() -> int:
     """Run the study of the command line, and return the exit code."""
-    options = parse_options(__doc__, StudyOptions)
+    options = parse_options(__doc__, ComparisonOptions)
     from orchestrator.launch.experiment import Experiment
-    from orchestrator.launch.run_study import run_study
+    from orchestrator.launch.replicated_tuning import run_replicated_tuning
     from orchestrator.record.study_file import AnalysisSettings
 
     experiment = Experiment(
         script="tuned_comparison",
-        question="Is any variant better than LoRA when both are tuned with the same budget?",
+        question="Does tuned LoRA match or beat most of its variants?",
         variants=("lora", "rslora", "dora", "hira", "pissa"),
         tasks=("chain_sum",),
-        dry_run_tasks=("letters",),
+        dry_run_tasks=("letters", "digits"),
+        dry_run_variants=("lora", "rslora", "pissa"),
         settings=AnalysisSettings(kind="replicates"),
     )
-    return run_study(experiment, options)
+    return run_replicated_tuning(experiment, options)
 
 
 if __name__ == "__main__":

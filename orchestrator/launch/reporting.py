@@ -104,6 +104,8 @@ def _write_report(context: StudyContext, study: StudyFile) -> None:
     write_parquet(context.store)
     uri = redact_secrets(context.tracking_uri)
     summary = write_report(study, records, folder, uri)
+    if summary.comparison is not None and (looked := summary.comparison.look):
+        study.with_look(looked).write(folder)
     pictures = [file for name in PICTURES if (file := folder / f"{name}.png").exists()]
     context.console.print(render_summary(summary))
     for what, where in (

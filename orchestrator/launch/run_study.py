@@ -17,12 +17,13 @@ from orchestrator.launch.design import MakeDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import print_plan, print_point_shortfall
 from orchestrator.launch.study_context import StudyContext, resolve_study
+from orchestrator.launch.study_settings import fix_settings
 from orchestrator.launch.work import StudyWork
 from orchestrator.record import scratch
 from orchestrator.record.mlflow.tracking_uri import configured_uri
 from orchestrator.record.provenance import current_commit
 from orchestrator.record.schema import Record
-from orchestrator.record.study_file import AnalysisSettings, StudyFile
+from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
@@ -30,13 +31,17 @@ from orchestrator.util.errors import UsageError, describe_disk_error
 from orchestrator.util.graceful_interrupts import format_command
 from orchestrator.util.redaction import redact_secrets
 
+CheckStudy = Callable[[StudyContext, StudyFile, Sequence[Configuration]], None]
+"""Called with the study as it was before this run, and with the configurations of this run."""
+
 
 def run_study(
     experiment: Experiment,
     options: StudyOptions,
     *,
     make_design: MakeDesign | None = None,
-    check: Callable[[Sequence[Configuration]], None] = lambda requested: None,
+    check: CheckStudy = lambda context, study, requested: None,
+    replicates: int = 1,
 ) -> int:
     """Train the configurations that have no result yet, log them to MLflow and write the report.
 
@@ -44,7 +49,8 @@ def run_study(
         experiment: The script's question and defaults.
         options: The options of the command line.
         make_design: Makes the design of the study; None: the grid of learning rates, or a search.
-        check: Called with the configurations before anything is trained; raises UsageError to refuse them.
+        check: Called before anything is trained; raises UsageError to refuse the study.
+        replicates: Number of replicates of a study that tunes each variant several times.
 
     Returns:
         The exit code: 0, 1 when configurations have no result, or EXIT_LIMIT_REACHED when a limit ended the
@@ -56,7 +62,7 @@ def run_study(
         KeyboardInterrupt: The run was interrupted. Unfinished lanes keep their checkpoints.
         OSError: The disk refused a write.
     """
-    context = resolve_study(experiment, options, make_design)
+    context = resolve_study(experiment, options, make_design, replicates)
     if context.options.plan:
         print_plan(context.console, context.templates, context.collect_work(), context.store, context.options)
         return 0
@@ -84,14 +90,16 @@ def _make_folder(context: StudyContext) -> None:
         ) from None
 
 
-def _begin_run(context: StudyContext, check: Callable[[Sequence[Configuration]], None]) -> StudyRun:
+def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
     """Collect the work of this run, prepare its datasets and write `study.json`."""
     experiment, store = context.experiment, context.store
     command = format_command(sys.argv)
     study = StudyFile.read(context.folder) or StudyFile(context.name, experiment.question, command)
     scratch.remove_stale_folders(store)
     work = context.collect_work()
-    check(work.requested)
+    variants = dict.fromkeys(template.variant.name for template in context.templates)
+    settings = fix_settings(experiment.settings, study, work.search is not None, context.replicates, variants)
+    check(context, study, work.requested)
     if work.num_to_train:
         to_prepare = [*context.templates, *work.pending]
         prepare_datasets(to_prepare, store.bases, store.data, context.console.print)
@@ -102,7 +110,7 @@ def _begin_run(context: StudyContext, check: Callable[[Sequence[Configuration]],
         study.with_configurations([c.fingerprint for c in work.requested], cached),
         command=command,
         tracking_uri=redact_secrets(configured_uri(context.options.tracking_uri)),
-        settings=_analysis_settings(experiment, work),
+        settings=settings,
     )
     study.write(context.folder)
     nothing = "" if work.num_to_train else ", nothing to train"
@@ -112,13 +120,6 @@ def _begin_run(context: StudyContext, check: Callable[[Sequence[Configuration]],
             f"{len(work.retries_exhausted)} of them failed three times; --retry-failed tries them again"
         )
     return StudyRun(context, work, study)
-
-
-def _analysis_settings(experiment: Experiment, work: StudyWork) -> AnalysisSettings:
-    """Return the settings of the analysis; the points of a search form no curve."""
-    settings = experiment.settings
-    is_search = settings.kind == "curve" and work.search is not None
-    return replace(settings, kind="search") if is_search else settings
 
 
 @dataclass

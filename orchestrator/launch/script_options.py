@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from orchestrator.study import bounds
 from orchestrator.study.factors import MAX_LEVELS, MIN_LEVELS
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.rates import parse_learning_rates
@@ -17,6 +18,8 @@ DEFAULT_FACTORS = (
     "alpha", "rank", "batch_size", "dropout", "warmup", "weight_decay", "schedule", "steps"
 )  # fmt: skip
 DRY_RUN_FACTORS = ("alpha", "batch_size")
+DEFAULT_REPLICATES, DRY_RUN_REPLICATES = 10, 5
+DRY_RUN_RATES = ("1e-3:1e-1:2",)
 DEFAULT_FACTOR_SEEDS, DRY_RUN_FACTOR_SEEDS = 5, 2
 MIN_CURVE_RATES = 5
 """The fewest rates of a curve around whose best other factors are varied."""
@@ -65,6 +68,69 @@ class CurveOptions(StudyOptions, WideningOptions):
         if self.rates_per_decade is not None:
             return self.rates_per_decade
         return DRY_RUN_RATES_PER_DECADE if self.dry_run else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicateOptions:
+    """Replicates of the tuning, and what counts as a difference."""
+
+    replicates: int | None = None
+    """How often every variant is tuned. Replicate k has the seed k and a grid shifted by an offset of its
+    own; with --search it is a search of its own. Default: 10; in a rehearsal 5, of three variants on five
+    rates."""
+    max_replicates: int | None = None
+    """The largest number of replicates that you may ever add to this study, fixed before the first look. The
+    error rate of 5 % is shared out over at most five looks on the way there, so that intervals are wider
+    before the last one. Default: --replicates, one look."""
+    margin: float = 0.01
+    """The smallest difference of the test score that matters to you, fixed before you look: 0.01 is one
+    point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions(StudyOptions, ReplicateOptions):
+    """Options of a comparison of tuned variants."""
+
+    def check_comparison(self) -> None:
+        """Check the options of the comparison itself.
+
+        Raises:
+            UsageError: The replicates or the margin cannot give a verdict.
+        """
+        if self.seeds is not None:
+            raise UsageError(
+                f"--seeds {self.seeds}: each replicate has a seed of its own; take --replicates {self.seeds}."
+            )
+        count = self.replicate_count
+        if count < 2:
+            raise UsageError(f"--replicates {count}: must be 2 or more, for an interval; take 10.")
+        bounds.check_bound("--replicates", count, bounds.MAX_POINTS)
+        bounds.check_bound("--max-replicates", self.max_replicates, bounds.MAX_POINTS)
+        if self.max_replicates is not None and self.max_replicates < count:
+            raise UsageError(
+                f"--max-replicates {self.max_replicates}: must be at least the replicates of this command, "
+                f"{count}; take {count}."
+            )
+        if not 0 < self.margin < 1:
+            raise UsageError(f"--margin {self.margin:g}: must be above 0 and below 1, for example 0.01.")
+
+    @property
+    def seed_count(self) -> int:
+        """Number of seeds per point: each replicate has one."""
+        return self.replicate_count
+
+    @property
+    def replicate_count(self) -> int:
+        """Number of replicates: 10, in a rehearsal 5."""
+        if self.replicates is not None:
+            return self.replicates
+        return DRY_RUN_REPLICATES if self.dry_run else DEFAULT_REPLICATES
+
+    def with_rehearsal_grid(self) -> ComparisonOptions:
+        """Return the options with five learning rates, if this is a rehearsal of a grid without a choice."""
+        if self.dry_run and self.search == "grid" and self.learning_rates is None:
+            return replace(self, learning_rates=DRY_RUN_RATES)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

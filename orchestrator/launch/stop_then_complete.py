@@ -57,7 +57,7 @@ def run_early_stopping_comparison(experiment: Experiment, options: EarlyStopping
     code = run_study(
         experiment,
         replace(options, study=early_name),
-        check=lambda configurations: _refuse_unusable_results(options, early_name, configurations),
+        check=lambda context, study, requested: _refuse_unusable_results(options, early_name, requested),
     )
     if code == 0 and not options.plan:
         early_choice = selection.load_or_make_choice(

@@ -48,6 +48,8 @@ class StudyContext:
     """One configuration per task and variant, complete but for the learning rate and the seed."""
     design: Design | None
     """The configurations of the study; None for a search, which samples them."""
+    replicates: int = 1
+    """Number of replicates: tunings of each variant, each with a seed of its own."""
 
     def collect_work(self) -> StudyWork:
         """Compare the configurations of the study with the store."""
@@ -63,6 +65,7 @@ class StudyContext:
             self.options.point_count,
             {each.task.name: each.space for each in self.resolved if each.space is not None},
             self.templates,
+            self.replicates,
         )
         return StudyWork.from_store(list(search.configurations.values()), search, self.store, self.options)
 
@@ -95,7 +98,10 @@ class StudyContext:
 
 
 def resolve_study(
-    experiment: Experiment, options: StudyOptions, make_design: MakeDesign | None = None
+    experiment: Experiment,
+    options: StudyOptions,
+    make_design: MakeDesign | None = None,
+    replicates: int = 1,
 ) -> StudyContext:
     """Fill in the defaults of a study's options and check them. Nothing is written but a missing base model.
 
@@ -103,6 +109,7 @@ def resolve_study(
         experiment: The script's question and defaults.
         options: The options of the command line.
         make_design: Makes the design of the study; None: the grid of learning rates, or a search.
+        replicates: Number of replicates of a study that tunes each variant several times.
 
     Returns:
         The context of this run.
@@ -148,6 +155,7 @@ def resolve_study(
         resolved=tuple(resolved),
         templates=tuple(templates),
         design=_make_design(options, resolved, templates, make_design),
+        replicates=replicates,
     )
 
 
@@ -168,11 +176,6 @@ def _make_design(
     make_design: MakeDesign | None,
 ) -> Design | None:
     if make_design is None and options.search != "grid":
-        if len(resolved) > 1:
-            raise UsageError(
-                f"--task with {len(resolved)} tasks and --search {options.search}: a search has one task; "
-                "take one study per task, or --search grid."
-            )
         return None
     given = DesignInput(
         options, tuple(templates), {each.task.name: tuple(each.learning_rates) for each in resolved}

@@ -51,8 +51,8 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
         self.check_limits()
         if self.search != "grid" and (self.seeds or 1) > 1:
             raise UsageError(
-                f"--seeds {self.seeds}: a search trains each point once, with seed 0, and fresh seeds "
-                "confirm its choice later; take --seeds 1."
+                f"--seeds {self.seeds}: a search trains each point once; take --seeds 1, or repeat whole "
+                f"searches with tuned_comparison.py --replicates {self.seeds}."
             )
         self._check_conflicting_values()
         if self.batch_size is not None:

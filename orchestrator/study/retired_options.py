@@ -14,6 +14,7 @@ RETIRED_OPTIONS = {
     "--gpus-per-seat": "--gpus-per-worker",
     "--seat-timeout": "--trainer-timeout",
     "--schedule": "--lr-schedule",
+    "--confirm-seeds": "--replicates",
 }
 REMOVED_OPTIONS = {
     "--no-probe": "the check does not measure memory, because training halves a lane group that is too large"

@@ -61,7 +61,7 @@ def compare_task(
     Returns:
         The comparison; None if the baseline has no tuning.
     """
-    tunings = find_tunings(records, labels, missing)
+    tunings, left_out = find_tunings(records, labels)
     if not tunings.get(settings.baseline):
         return None
     first = records[0].configuration
@@ -95,7 +95,7 @@ def compare_task(
         span=observed_span([rows[0], *counted]),
         expected_span=noise_span([rows[0], *counted]),
         fixed_rate=_fixed_rate(tunings, settings, alpha, {row.variant for row in counted}),
-        missing=missing,
+        missing=missing or left_out > 0 or len({len(own) for own in tunings.values()}) > 1,
     )
 
 

@@ -177,7 +177,7 @@ class TaskComparison:
     fixed_rate: FixedRateComparison | None
     """None if the variants do not share their learning rates."""
     missing: bool
-    """True if configurations of the study have not ended."""
+    """True if configurations of the study have not ended, or variants have different numbers of tunings."""
 
     @property
     def title(self) -> str:
@@ -210,3 +210,10 @@ class TunedComparison:
     tasks_supported_at_least: int
     """Claim 2 holds in at least so many of the tasks (partial conjunction over tasks)."""
     tasks_refuted_at_least: int
+
+    @property
+    def look(self) -> int:
+        """The number of replicates at which this is a planned look; 0 while runs are missing."""
+        replicates = {task.replicates for task in self.tasks}
+        is_whole = len(replicates) == 1 and not any(task.missing for task in self.tasks)
+        return replicates.pop() if is_whole else 0

@@ -55,15 +55,19 @@ class Tuning:
 
 
 def find_tunings(
-    records: Sequence[Record], labels: Mapping[str, RunLabel], missing: bool = False
-) -> dict[str, dict[int, Tuning]]:
-    """Return the tunings of one task and model: variant -> replicate -> tuning.
+    records: Sequence[Record], labels: Mapping[str, RunLabel]
+) -> tuple[dict[str, dict[int, Tuning]], int]:
+    """Find the tunings of one task and model.
+
+    A tuning with fewer runs than its variant has in another replicate is left out: it has not ended. Failed
+    runs count as runs.
 
     Args:
         records: The records of one task and model.
         labels: Fingerprint -> label of the run.
-        missing: True if the study has configurations without a record. A tuning with fewer runs than its
-            variant has in another replicate is then left out, because it is not complete.
+
+    Returns:
+        Variant -> replicate -> tuning, and the number of tunings that were left out.
     """
     by_replicate: dict[int, list[Record]] = defaultdict(list)
     for record in records:
@@ -76,9 +80,8 @@ def find_tunings(
         for result in summarize_tuning(own):
             runs = [_tried_run(record, labels) for record in of_variant[result.variant]]
             tunings[result.variant][replicate] = _tuning(replicate, result, runs)
-    if not missing:
-        return dict(tunings)
-    return {variant: _complete_ones(own) for variant, own in tunings.items()}
+    whole = {variant: _complete_ones(own) for variant, own in tunings.items()}
+    return whole, sum(map(len, tunings.values())) - sum(map(len, whole.values()))
 
 
 def _tried_run(record: Record, labels: Mapping[str, RunLabel]) -> TriedRun:

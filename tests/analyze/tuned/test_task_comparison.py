@@ -223,6 +223,8 @@ def test_while_runs_are_missing_only_whole_tunings_count() -> None:
     (task,) = found.tasks
     assert task.missing
     assert (row_of(task, "dora").pairs, task.replicates) == (3, 4)
+    assert found.look == 0, "no planned look"
+    assert compare(records).look == 4
     assert compare_tuned(study, [], {}) is None
 
 

@@ -14,7 +14,7 @@ from orchestrator.record.schema import Record
 
 
 def only_tuning(*records: Record) -> Tuning:
-    (tuning,) = find_tunings(records, label_runs(records))["lora"].values()
+    (tuning,) = find_tunings(records, label_runs(records))[0]["lora"].values()
     return tuning
 
 
@@ -45,11 +45,11 @@ def test_a_diverged_run_counts_as_the_floor_and_a_stopped_or_failed_one_is_not_c
     assert not nothing.is_usable, "it is chosen, for want of another, and counts as not usable"
 
 
-def test_each_seed_is_a_tuning_and_incomplete_ones_are_left_out_while_runs_are_missing() -> None:
+def test_each_seed_is_a_tuning_and_incomplete_ones_are_left_out() -> None:
     records = [record(rate=rate, seed=s, validation=0.5) for s in range(3) for rate in (1e-3, 1e-2)][:-1]
     labels = label_runs(records)
-    assert list(find_tunings(records, labels)["lora"]) == [0, 1, 2]
-    assert list(find_tunings(records, labels, missing=True)["lora"]) == [0, 1]
+    tunings, left_out = find_tunings(records, labels)
+    assert (list(tunings["lora"]), left_out) == ([0, 1], 1)
 
 
 def test_the_budget_curve_is_the_expected_test_score_of_the_best_of_k() -> None:
@@ -57,14 +57,14 @@ def test_the_budget_curve_is_the_expected_test_score_of_the_best_of_k() -> None:
         record(rate=rate, validation=v, test=t)
         for rate, v, t in ((1e-3, 0.1, 0.2), (1e-2, 0.9, 0.8), (1e-1, 0.5, 0.4))
     ]
-    row = describe_tunings("lora", "baseline", find_tunings(records, label_runs(records))["lora"], 0.01)
+    row = describe_tunings("lora", "baseline", find_tunings(records, label_runs(records))[0]["lora"], 0.01)
     # One of three: the mean. Two of three: the best is chosen in two of three pairs. Three: the best.
     assert row.budget_curve == pytest.approx(((0.2 + 0.8 + 0.4) / 3, (2 * 0.8 + 0.4) / 3, 0.8))
 
 
 def test_the_pooled_curve_finds_the_optimum_between_the_rates_of_any_one_grid() -> None:
     records = tuned_records({"lora": Truth(optimum=-1.87)}, replicates=12, noise=0.001)
-    tunings = list(find_tunings(records, label_runs(records))["lora"].values())
+    tunings = list(find_tunings(records, label_runs(records))[0]["lora"].values())
     curve = pool_curve(tunings, 0.02)
     assert curve is not None
     assert sum(curve.runs) == 12 * len(shifted_rates(0))
@@ -80,6 +80,6 @@ def test_the_pooled_curve_finds_the_optimum_between_the_rates_of_any_one_grid() 
 
 def test_choices_at_the_edge_of_the_grid_are_counted() -> None:
     records = tuned_records({"lora": Truth(optimum=-4.5), "hira": Truth(optimum=-2.0)}, replicates=5)
-    tunings = find_tunings(records, label_runs(records))
+    tunings, _ = find_tunings(records, label_runs(records))
     counts = {v: describe_tunings(v, "variant", own, 0.01).edge_choices for v, own in tunings.items()}
     assert counts == {"lora": 5, "hira": 0}
