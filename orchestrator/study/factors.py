@@ -253,6 +253,11 @@ def resweep_rates(rates: Sequence[float], center: float) -> tuple[float, ...]:
     return tuple(sorted(found | {center}))
 
 
+def is_near(rate: float, center: float) -> bool:
+    """Return whether a rate lies among those at which levels are trained around a center."""
+    return abs(math.log10(rate / center)) <= RESWEEP_DECADES[-1] + RESWEEP_TOLERANCE
+
+
 def default_rate(rates: Sequence[float]) -> float:
     """Return the rate of the curve that stands for the published default.
 

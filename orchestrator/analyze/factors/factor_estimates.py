@@ -88,7 +88,7 @@ class _Comparison:
 
     def misset_rate(self, scale: float) -> PerSeed:
         """Return A of the learning rate at a multiple of its range."""
-        return _misset_rate(self._star, scale, self._curve_columns)
+        return _misset_rate(self._star, scale, self._curve_columns, self.arm.rates)
 
     def retuned_rate(self, scale: float) -> PerSeed:
         """Return B of the learning rate against this factor, over the rates of the sweep."""
@@ -115,11 +115,11 @@ def _level_weights(arm: Arm) -> PerSeed:
     return effects.prior_weights(arm.positions, min(low, high), high)
 
 
-def _misset_rate(star: Star, scale: float, columns: Sequence[int]) -> PerSeed:
+def _misset_rate(star: Star, scale: float, columns: Sequence[int], sweep: Sequence[float]) -> PerSeed:
     x = [math.log10(rate) for rate in star.rates]
-    sweep = [star.rates.index(rate) for rate in resweep_rates(star.rates, star.center)]
+    rows = [star.rates.index(rate) for rate in sweep]
     weights = effects.prior_weights(x, *effects.scaled_ends(x, math.log10(star.center), scale))
-    return effects.misset_rate(star.values[:, columns], star.choices[:, columns], sweep, weights)
+    return effects.misset_rate(star.values[:, columns], star.choices[:, columns], rows, weights)
 
 
 def _estimate(per_seed: PerSeed | None) -> Estimate:
@@ -199,6 +199,7 @@ def _summarize_rate(star: Star, judged: Sequence[_Comparison]) -> FactorEffect:
     x, center = [math.log10(rate) for rate in star.rates], math.log10(star.center)
     retuned = [_estimate(each.retuned_rate(1.0)) for each in judged]
     smallest = min((e for e in retuned if e.mean is not None), key=_mean, default=Estimate(0))
+    sweep = resweep_rates(star.rates, star.center)
     start = star.rates.index(default_rate(star.rates))
     return FactorEffect(
         name=factor.name,
@@ -207,7 +208,7 @@ def _summarize_rate(star: Star, judged: Sequence[_Comparison]) -> FactorEffect:
         levels=tuple(format_value(rate) for rate in star.rates),
         default=format_value(star.rates[start]),
         rates=star.rates,
-        misset=_estimate(_misset_rate(star, 1.0, range(len(star.seeds)))),
+        misset=_estimate(_misset_rate(star, 1.0, range(len(star.seeds)), sweep)),
         retuned=smallest,
         gain=_estimate(effects.gain(star.values, star.choices, start)),
         off_by_2=_estimate(effects.loss_off_by(star.values, x, center, FACTOR_2)),

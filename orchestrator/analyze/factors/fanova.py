@@ -19,7 +19,7 @@ from orchestrator.analyze.factors.star_data import Star
 from orchestrator.study.factors import RATE, load_factors
 
 _SEED = 0
-_TREES = 32
+_TREES = 16
 _SPACING = 0.25  # decades between the rates that stand for a range beyond the measured one
 _MARGIN = 1e-6
 

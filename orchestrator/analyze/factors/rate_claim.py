@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 ALPHA = 0.05
 FAR_MORE = 3.0
@@ -60,12 +60,12 @@ def contrast(differences: NDArray[np.float64], margin: float) -> Contrast:
     mean = float(differences.mean())
     std = float(differences.std(ddof=1))
     error = std / math.sqrt(n)
-    half = float(stats.t.ppf(1 - ALPHA, n - 1)) * error
+    half = float(special.stdtrit(n - 1, 1 - ALPHA)) * error
     lower, upper = (min(1.0, max(-1.0, limit)) for limit in (mean - half, mean + half))
     if error == 0:
         return Contrast(n, mean, lower, upper, std, float(mean <= margin), float(mean >= -margin))
-    p_more = float(stats.t.sf((mean - margin) / error, n - 1))
-    p_less = float(stats.t.cdf((mean + margin) / error, n - 1))
+    p_more = float(special.stdtr(n - 1, (margin - mean) / error))
+    p_less = float(special.stdtr(n - 1, (mean + margin) / error))
     return Contrast(n, mean, lower, upper, std, p_more, p_less)
 
 
@@ -134,6 +134,6 @@ def seeds_to_support(found: Contrast, margin: float) -> int | None:
         return None
     for n in range(2, MAX_SEEDS + 1):
         shift = (found.difference - margin) * math.sqrt(n) / found.std if found.std else math.inf
-        if shift == math.inf or stats.nct.sf(stats.t.ppf(1 - ALPHA, n - 1), n - 1, shift) >= POWER:
+        if shift == math.inf or special.nctdtr(n - 1, shift, special.stdtrit(n - 1, 1 - ALPHA)) <= 1 - POWER:
             return n
     return None

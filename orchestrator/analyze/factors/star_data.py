@@ -20,7 +20,7 @@ from orchestrator.analyze.scores import finite_score
 from orchestrator.analyze.statistics.peak import Peak, find_peak
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.factors import Factor, default_rate, find_changed_factor, normalize, resweep_rates
+from orchestrator.study.factors import Factor, default_rate, find_changed_factor, is_near, normalize
 from orchestrator.study.space import Value, get_value
 
 Scores = NDArray[np.float64]
@@ -149,7 +149,7 @@ def _build_star(
         for factor in factors
     }
     arms = [
-        _build_arm(factor, [curve, *own], resweep_rates(rates, center), default_rate(rates), labels)
+        _build_arm(factor, [curve, *own], center, default_rate(rates), labels)
         for factor, own in by_factor.items()
         if own
     ]
@@ -220,7 +220,7 @@ def _count_labels(levels: Sequence[Runs], labels: Mapping[str, RunLabel]) -> dic
 def _build_arm(
     factor: Factor,
     levels: Sequence[Runs],
-    sweep: Sequence[float],
+    center: float,
     published: float,
     labels: Mapping[str, RunLabel],
 ) -> Arm | None:
@@ -229,7 +229,8 @@ def _build_arm(
     Args:
         factor: The factor.
         levels: The runs of each level, the default first.
-        sweep: The rates around the best one of the default.
+        center: The best rate of the default. All rates near it that every level has are taken, so that
+            nothing is lost when further seeds move it.
         published: The rate that stands for the published default.
         labels: Fingerprint -> label.
     """
@@ -239,7 +240,7 @@ def _build_arm(
     ordered = [levels[i] for i in order]
     seeds = sorted(set.intersection(*({seed for _, seed in runs} for runs in levels)))
     measured = set.intersection(*({rate for rate, _ in runs} for runs in levels))
-    rates = [rate for rate in sweep if rate in measured]
+    rates = sorted(rate for rate in measured if is_near(rate, center))
     if not rates or not seeds:
         return None
     choices, values = _score_arrays(ordered, rates, seeds)

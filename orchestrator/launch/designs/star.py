@@ -73,19 +73,18 @@ class StarDesign:
         return found
 
     def outline(self) -> list[Configuration]:
-        """Return the curves and arms, as if the best rate of every curve were the one in its middle."""
+        """Return the curves and arms, as if every curve had its best rate where an arm has the most rates."""
         found: list[Configuration] = []
         for template, levels in zip(self.templates, self.levels, strict=True):
             rates = self.rates[template.task.name]
             found += build_grid([template], rates, self.seeds)
-            found += self._arms(levels, rates, rates[len(rates) // 2])
+            found += self._arms(levels, rates, max(rates, key=lambda rate: len(_swept_rates(rates, rate))))
         return found
 
     def _arms(
         self, levels: Sequence[Configuration], rates: Sequence[float], center: float
     ) -> list[Configuration]:
-        swept = sorted({*resweep_rates(rates, center), default_rate(rates)})
-        return build_grid(levels, swept, self.seeds)
+        return build_grid(levels, _swept_rates(rates, center), self.seeds)
 
     def _find_center(
         self, template: Configuration, rates: Sequence[float], records: Mapping[str, Record]
@@ -99,6 +98,11 @@ class StarDesign:
             means.append(math.fsum(finite) / len(finite) if finite else math.nan)
             counts.append(len(finite))
         return find_center(rates, means, counts)[1] if any(counts) else None
+
+
+def _swept_rates(rates: Sequence[float], center: float) -> list[float]:
+    """Return the rates at which every level is trained: those around x*, and the published default."""
+    return sorted({*resweep_rates(rates, center), default_rate(rates)})
 
 
 def make_star_design(given: DesignInput) -> StarDesign:
