@@ -11,6 +11,7 @@ from orchestrator.analyze.curve_text import curve_verdict
 from orchestrator.analyze.factors.factor_summary import find_stars, summarize_factors
 from orchestrator.analyze.factors.factor_verdicts import factor_verdicts, factor_warnings
 from orchestrator.analyze.panel_rate import panel_rate_verdict
+from orchestrator.analyze.published.published_selection import mark_published, select_published
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.run_labels import LABELS, label_runs
 from orchestrator.analyze.sensitivity import summarize_panels
@@ -28,6 +29,13 @@ def summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
         study: The study; `study.settings` say how its records are analyzed.
         records: The records of its configurations, in any order.
     """
+    if study.settings.select == "published":
+        chosen = list(map(select_published, records))
+        return mark_published(_summarize(study, chosen), chosen)
+    return _summarize(study, records)
+
+
+def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
     distinct = panels.deduplicate_records(records)
     kind, labels = study.settings.kind, label_runs(distinct)
     searches = _summarize_searches(distinct) if kind == "search" else ()

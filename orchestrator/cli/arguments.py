@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.study.options import CLUSTER_FILE, StudyOptions
+from orchestrator.study.presets import complete_options, preset_defaults
 from orchestrator.study.retired_options import check_retired_options
 from orchestrator.util.status_line import print_status
+from variants import catalogue
 
 Options = TypeVar("Options", bound=StudyOptions)
 
@@ -33,8 +37,9 @@ def parse_options(description: str | None, options_class: type[Options]) -> Opti
     check_retired_options(sys.argv[1:])
     import tyro
 
+    preset = find_preset(sys.argv[1:])
     arguments = tyro.cli(
-        grouped_arguments(options_class),
+        grouped_arguments(options_class, preset),
         description=wrap_description(description or ""),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
@@ -62,13 +67,36 @@ def wrap_description(description: str) -> str:
     return "\n\n".join(part if part.startswith(" ") else wrapper.fill(part) for part in parts)
 
 
-def grouped_arguments(options_class: type[StudyOptions]) -> type[Any]:
+def find_preset(arguments: Sequence[str]) -> str | None:
+    """Return the value of --preset, the last one if there are several; None without one.
+
+    Args:
+        arguments: The words of a command line, without the program.
+    """
+    found = None
+    for word, following in pairwise((*arguments, "")):
+        option, equals, value = word.partition("=")
+        if option == "--preset":
+            found = value if equals else following
+    return found
+
+
+def grouped_arguments(options_class: type[StudyOptions], preset: str | None = None) -> type[Any]:
     """Return a dataclass with one field for each group of options.
 
     tyro shows each field as a titled section. A group is a dataclass among the bases of `options_class`, such
     as `GridOptions`, whose section is called "grid options".
+
+    Args:
+        options_class: The options of the script.
+        preset: The preset that replaces their defaults.
+
+    Raises:
+        UsageError: There is no such preset.
     """
     defaults = {each.name: each.default for each in fields(options_class) if each.default is not MISSING}
+    if preset is not None:
+        defaults |= preset_defaults(preset, options_class, catalogue.names())
     groups = []
     for group in options_class.__mro__:
         if not is_dataclass(group) or issubclass(group, StudyOptions):
@@ -88,6 +116,5 @@ def flatten_arguments(arguments: Any, options_class: type[Options]) -> Options:
         UsageError: An option has a wrong value.
     """
     groups = [getattr(arguments, each.name) for each in fields(arguments)]
-    return options_class(
-        **{each.name: getattr(group, each.name) for group in groups for each in fields(group)}
-    )
+    values = {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
+    return options_class(**complete_options(values, options_class, catalogue.names()))

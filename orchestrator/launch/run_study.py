@@ -16,6 +16,7 @@ from orchestrator.launch import reporting, training
 from orchestrator.launch.design import MakeDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import print_plan, print_point_shortfall
+from orchestrator.launch.preset_plan import print_preset
 from orchestrator.launch.study_context import StudyContext, resolve_study
 from orchestrator.launch.study_settings import fix_settings
 from orchestrator.launch.work import StudyWork
@@ -62,6 +63,9 @@ def run_study(
         KeyboardInterrupt: The run was interrupted. Unfinished lanes keep their checkpoints.
         OSError: The disk refused a write.
     """
+    if options.plan and options.preset:
+        # First, so that it is seen even where the data or the base model are not here yet.
+        print_preset(options)
     context = resolve_study(experiment, options, make_design, replicates)
     if context.options.plan:
         print_plan(context.console, context.templates, context.collect_work(), context.store, context.options)
@@ -98,7 +102,8 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
     scratch.remove_stale_folders(store)
     work = context.collect_work()
     variants = dict.fromkeys(template.variant.name for template in context.templates)
-    settings = fix_settings(experiment.settings, study, work.search is not None, context.replicates, variants)
+    settings = replace(experiment.settings, select=context.options.select)
+    settings = fix_settings(settings, study, work.search is not None, context.replicates, variants)
     check(context, study, work.requested)
     if work.num_to_train:
         to_prepare = [*context.templates, *work.pending]

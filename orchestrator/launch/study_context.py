@@ -161,9 +161,10 @@ def resolve_study(
 
 def _study_name(experiment: Experiment, options: StudyOptions, resolved: Sequence[ResolvedOptions]) -> str:
     models = list(dict.fromkeys(each.model for each in resolved))
+    tasks = [options.preset] if options.preset else [each.task.name for each in resolved]
     return default_study_name(
         experiment.script,
-        [each.task.name for each in resolved],
+        tasks,
         models[0] if len(models) == 1 else None,
         None if options.search == "grid" else options.search_method,
     )

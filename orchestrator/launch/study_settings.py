@@ -23,7 +23,7 @@ def fix_settings(
         variants: The variants of the study.
 
     Raises:
-        UsageError: The study has begun with another kind, baseline, margin or planned maximum, or the command
+        UsageError: The study has begun with another kind, selection, margin or planned maximum, or the command
             asks for more replicates than planned.
     """
     if settings.kind != "replicates":
@@ -48,6 +48,11 @@ def _check_unchanged(before: AnalysisSettings, now: AnalysisSettings, name: str)
         raise UsageError(
             f"--study {name!r}: it is a study of another kind ({before.kind}, not {now.kind}); take another "
             "--study."
+        )
+    if before.select != now.select:
+        raise UsageError(
+            f"--select {now.select}: study {name!r} began with {before.select}, which is fixed before there "
+            f"are results; take --select {before.select}, or another --study."
         )
     for option, then, new in (
         ("--margin", before.margin, now.margin),

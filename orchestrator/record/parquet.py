@@ -20,7 +20,8 @@ PARQUET_FILE = "records.parquet"
 # Arrow types by column, in the order of the file. They are not inferred, so that a column that is empty today
 # does not change its type later.
 _CONFIGURATION = {
-    "string": "variant task model model_content dtype targets schedule task_revision base_dropout",
+    "string": "variant task model model_content dtype targets schedule task_revision base_dropout "
+    "test_evaluations",
     "int64": "seed rank steps_horizon batch_size accumulation max_length task_train_size "
     "task_validation_size task_test_size task_numerics evaluations variant_numerics loop_numerics",
     "float64": "learning_rate alpha dropout weight_decay beta1 beta2 epsilon clip_norm head_learning_rate "

@@ -63,10 +63,11 @@ def narrow_command(command: str, configuration: Configuration) -> str:
         command: The study's command.
         configuration: The configuration to be trained.
     """
+    has_several_tasks = len(_option_values(command, "--task")) > 1 or _option_values(command, "--preset")
     return replace_options(
         command,
         {
-            **({"--task": [configuration.task.name]} if len(_option_values(command, "--task")) > 1 else {}),
+            **({"--task": [configuration.task.name]} if has_several_tasks else {}),
             "--variants": [configuration.variant.name],
             "--learning-rates": [repr(configuration.optimizer.learning_rate)],
             "--seeds": [str(configuration.seed + 1)],

@@ -51,6 +51,8 @@ class AnalysisSettings:
     """The variant that all others are compared with."""
     margin: float = 0.01
     """The smallest difference of the score that matters."""
+    select: Literal["validation", "published"] = "validation"
+    """Split that chooses: `published` repeats the survey's choice on the test set."""
     max_replicates: int = 0
     """The planned maximum of replicates, over which the error rate is shared out; 0 for other kinds."""
     unverified: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ MAX_EVALUATIONS = 100_000
 MAX_BATCH_SIZE = 1_000_000
 MAX_TRAIN_SIZE = 1_000_000_000
 MAX_RANK = 100_000
+MAX_LENGTH = 10_000_000
 MAX_TRAINERS = 10_000
 """Bound of --trainers, --lanes-per-trainer and --workers-per-trainer."""
 

@@ -131,6 +131,8 @@ class Configuration:
     divergence: DivergenceConfig = DivergenceConfig()
     evaluations: int = 4
     """Number of evenly spaced evaluations on the validation split; the last one is at the end."""
+    test_evaluations: Literal["last", "every"] = "last"
+    """Evaluations at which the test split is scored as well."""
     seed: int = 0
     loop_numerics: int = 2
     """Version of the loop's numerics, raised by hand when a change alters results. With 1, warm-up began at
@@ -167,6 +169,7 @@ class Configuration:
             lr_schedule=LRSchedule(steps=1),
             divergence=DivergenceConfig(),
             evaluations=1,
+            test_evaluations="last",
             seed=0,
         )
         return hashlib.sha256(canonical_json(normalized.to_json())).hexdigest()[:16]
@@ -204,6 +207,7 @@ class Configuration:
         columns |= {f"task_{k}": v for k, v in nested["task"].items() if k not in ("name", "metric", "floor")}
         columns |= {f"divergence_{k}": v for k, v in nested["divergence"].items()}
         columns |= {"evaluations": self.evaluations, "seed": self.seed, "base_dropout": self.base_dropout}
+        columns |= {"test_evaluations": self.test_evaluations}
         columns |= {"variant_numerics": self.variant.numerics, "loop_numerics": self.loop_numerics}
         return columns
 
@@ -215,6 +219,8 @@ def _drop_later_defaults(data: dict[str, Any]) -> None:
     """
     if data["schedule"]["final_factor"] == 0.0:
         del data["schedule"]["final_factor"]
+    if data["test_evaluations"] == "last":
+        del data["test_evaluations"]
 
 
 @lru_cache(maxsize=1)

@@ -37,6 +37,13 @@ class GridOptions:
     task: tuple[str, ...] | None = None
     """Task to fine-tune on: its name, or the path of a .py file that defines one. With several, every variant
     is trained on each of them."""
+    preset: str | None = None
+    """A grid of the published study as defaults of the other options: published-gsm8k, published-humaneval,
+    published-glue, published-images or published-gsm8k-r128. Any option beside it narrows or replaces what
+    the preset says. `--plan` lists its deviations from the published study."""
+    select: Literal["validation", "published"] = "validation"
+    """Split that chooses the learning rate: `validation`, or `published`, which repeats the survey's choice
+    on the test set (for GLUE also of a run's best evaluation). All that then is shown is marked so."""
     model: str | None = None
     """Base model: a known name, a folder, or a hub name. Default: each task's own."""
     learning_rates: tuple[str, ...] | None = None
@@ -136,6 +143,8 @@ class TrainingOptions:
 
     steps: int | None = None
     """Optimizer steps of a fine-tune. Default: the task's."""
+    epochs: float | None = None
+    """Passes over the training examples, in place of --steps."""
     train_size: int | None = None
     """Number of training examples, the first ones of the task's sequence. Default: the task's."""
     evaluations: int | None = None
@@ -143,6 +152,8 @@ class TrainingOptions:
     stopping acts at evaluations only; another number makes other configurations."""
     batch_size: int | None = None
     """Examples per optimizer step. Default: the task's."""
+    max_length: int | None = None
+    """Longest training example in tokens. Default: the task's."""
     accumulation: int | None = None
     """Micro-batches of equal size into which a step's examples are split: less memory, the same numbers up to
     rounding (with dropout, other masks). Must divide the batch size. Default: the task's."""
@@ -165,7 +176,14 @@ class TrainingOptions:
             UsageError: One of them is out of bounds.
         """
         bounds.check_bound("--steps", self.steps, bounds.MAX_STEPS)
+        bounds.check_positive("--epochs", self.epochs, "1")
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(
+                f"--epochs {self.epochs:g} and --steps {self.steps} both set the steps; take one of the two "
+                "away."
+            )
         bounds.check_bound("--train-size", self.train_size, bounds.MAX_TRAIN_SIZE)
+        bounds.check_bound("--max-length", self.max_length, bounds.MAX_LENGTH)
         bounds.check_bound("--evaluations", self.evaluations, bounds.MAX_EVALUATIONS)
         bounds.check_bound("--batch-size", self.batch_size, bounds.MAX_BATCH_SIZE)
         if self.accumulation is not None and self.accumulation < 1:

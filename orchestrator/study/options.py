@@ -54,6 +54,11 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
                 f"--seeds {self.seeds}: a search trains each point once; take --seeds 1, or repeat whole "
                 f"searches with tuned_comparison.py --replicates {self.seeds}."
             )
+        if self.select == "published" and (self.search != "grid" or self.scheduler != "none"):
+            raise UsageError(
+                "--select published: the survey chose among the runs of a whole grid; take --search grid and "
+                "--scheduler none."
+            )
         self._check_conflicting_values()
         if self.batch_size is not None:
             self.check_batch_size(self.batch_size)
@@ -88,6 +93,10 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
             for word in words:
                 name = word.partition("=")[0].replace("-", "_")
                 own_option = OPTION_OF_HYPERPARAMETER.get(name)
+                if name == "steps" and self.epochs is not None:
+                    raise UsageError(
+                        f"{option} {word!r} and --epochs both set steps; take one of the two away."
+                    )
                 if own_option and getattr(self, own_option) != _DEFAULTS[own_option]:
                     both = f"{option} {word!r} and --{own_option.replace('_', '-')}"
                     raise UsageError(f"{both} both set {name}; take one of the two away.")

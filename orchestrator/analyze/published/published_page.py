@@ -119,7 +119,7 @@ def _render_pictures(tasks: Sequence[PublishedTask], overlays: Mapping[str, Over
     """Return the pictures: file name -> content."""
     from orchestrator.analyze.published import published_plots as plots
 
-    pictures = {}
+    pictures: dict[str, bytes] = {}
     for task in tasks:
         name = task.table.task
         figures = {

@@ -200,7 +200,8 @@ def summarize_task(table: ScoreTable, noise: float = 1.0) -> PublishedTask:
 
 def rank_scores(scores: Sequence[float] | Floats) -> npt.NDArray[np.int_]:
     """Return 1 plus the number of better scores, for each score; equal scores have equal ranks."""
-    return rankdata(-np.asarray(scores), method="min").astype(int)
+    ranks: npt.NDArray[np.int_] = rankdata(-np.asarray(scores), method="min").astype(int)
+    return ranks
 
 
 def simulate_noise(table: ScoreTable, noise: float) -> NoiseReference:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from orchestrator.cluster.remote.source_digest import PROJECT_ROOT, SOURCE_FOLDERS
 from orchestrator.study.options import StudyOptions
+from orchestrator.study.presets import preset_defaults
 from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
+from variants import catalogue
 
 LOCAL_OPTIONS = ("on", "stop", "output")
 """Options that concern this machine only."""
@@ -41,10 +43,13 @@ def build_arguments(options: StudyOptions) -> list[str]:
         UsageError: An option names a file of this machine, or holds a password.
     """
     _check_options(options)
-    defaults, arguments = type(options)(), []
+    arguments: list[str] = []
+    defaults = {field.name: getattr(type(options)(), field.name) for field in fields(options)}
+    if options.preset is not None:  # the head fills it in as well
+        defaults |= {**preset_defaults(options.preset, type(options), catalogue.names()), "preset": None}
     for field in fields(options):
         value, flag = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
-        if field.name in LOCAL_OPTIONS or value == getattr(defaults, field.name):
+        if field.name in LOCAL_OPTIONS or value is None or value == defaults[field.name]:
             continue
         if isinstance(value, bool):
             arguments.append(flag)
@@ -98,7 +103,8 @@ def study_key(options: StudyOptions) -> str:
     script = Path(sys.argv[0]).stem
     if options.study:
         return f"{script}-{options.study}"
-    parts = [script, *(options.task or ()), options.model, "dry-run" if options.dry_run else None]
+    tasks = (options.preset,) if options.preset else options.task or ()
+    parts = [script, *tasks, options.model, "dry-run" if options.dry_run else None]
     parts += [options.search_method] if options.search != "grid" else []
     return "-".join(filter(None, parts))
 

@@ -72,6 +72,7 @@ def _calibration_key(configuration: Configuration) -> str:
         optimizer=OptimizerConfig(learning_rate=1.0),
         lr_schedule=LRSchedule(steps=1),
         evaluations=1,
+        test_evaluations="last",
     )
     return hashlib.sha256(canonical_json(relevant.to_json())).hexdigest()
 

@@ -129,6 +129,11 @@ class Lane:
         """Return whether the lane has taken all its steps."""
         return self.step == self.configuration.lr_schedule.steps
 
+    @property
+    def is_test_due(self) -> bool:
+        """Return whether an evaluation at this step scores the test split as well."""
+        return self.is_at_last_step or self.configuration.test_evaluations == "every"
+
     # -- initialization ---------------------------------------------------------------------------------
 
     def initialize(

@@ -145,7 +145,7 @@ class TrainingRounds:
     # -- evaluations ------------------------------------------------------------------------------------
 
     def _evaluate(self, lanes: Sequence[Lane]) -> None:
-        """Score the lanes on validation, those at their last step on test as well, and report the scores."""
+        """Score the lanes on validation, those for which it is due on test as well, and report the scores."""
         if not lanes:
             return
         active, started = self.active, time.monotonic()
@@ -153,8 +153,8 @@ class TrainingRounds:
         evaluate = active.engine.lane_group.evaluate
         for lane, scored in run_isolating_failures(lanes, partial(evaluate, split="validation")):
             lane.record_scores("validation", scored)
-        ending = [lane for lane in active.in_state(LaneState.EVALUATING) if lane.is_at_last_step]
-        for lane, scored in run_isolating_failures(ending, partial(evaluate, split="test")):
+        due = [lane for lane in active.in_state(LaneState.EVALUATING) if lane.is_test_due]
+        for lane, scored in run_isolating_failures(due, partial(evaluate, split="test")):
             lane.record_scores("test", scored)
         share_elapsed_seconds(started, lanes, "evaluate_seconds")
         for lane in active.in_state(LaneState.EVALUATING):

@@ -16,7 +16,8 @@ from orchestrator.finetune.resolve.option_names import (
     fill_accumulation,
     variant_hyperparameters,
 )
-from orchestrator.study import space
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.study import bounds, space
 from orchestrator.study.configuration import (
     BatchConfig,
     Configuration,
@@ -72,11 +73,12 @@ def build_configuration_templates(
     batch_size, accumulation = options.batch_size or defaults.batch_size, options.accumulation or 1
     options.check_batch_size(batch_size)
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
-    steps = options.steps or defaults.steps
     with user_code.report_user_errors(task.name, "gives no examples"):
         choice = task.choice()  # reads all of the data
     if options.train_size is not None:
         choice = replace(choice, train_size=options.train_size)
+    steps = _count_steps(options, choice.train_size, batch_size, defaults.steps)
+    publishes_best = options.select == "published" and task.publishes_best_evaluation
     templates = [
         Configuration(
             variant=_variant_choice(name, options),
@@ -85,15 +87,39 @@ def build_configuration_templates(
             # The learning rate is a placeholder: the grid or the search sets it.
             optimizer=OptimizerConfig(1.0, defaults.weight_decay, head_learning_rate=head_rate),
             lr_schedule=LRSchedule(steps, options.lr_schedule or defaults.schedule, defaults.warmup),
-            batches=BatchConfig(batch_size // accumulation, accumulation, defaults.max_length),
+            batches=BatchConfig(batch_size // accumulation, accumulation, _max_length(options, task)),
             base_dropout=options.base_dropout or defaults.base_dropout,
             evaluations=min(options.evaluations or defaults.evaluations, steps),
+            test_evaluations="every" if publishes_best else "last",
         )
         for name in resolved.variants
     ]
     templates = [apply_values(t, _applicable_values(t.variant.name, resolved.fixed)) for t in templates]
     _check_templates(templates, options, resolved, bases)
     return templates
+
+
+def _count_steps(options: StudyOptions, train_size: int, batch_size: int, default: int) -> int:
+    """Return the optimizer steps of a fine-tune: --steps, those of --epochs, or the task's default."""
+    if options.epochs is None:
+        return options.steps or default
+    steps = max(1, int(options.epochs * train_size / batch_size))
+    if steps > bounds.MAX_STEPS:
+        raise UsageError(
+            f"--epochs {options.epochs:g}: {steps} steps of {batch_size}; must be {bounds.MAX_STEPS} or less."
+        )
+    return steps
+
+
+def _max_length(options: StudyOptions, task: Task) -> int:
+    if options.max_length is None:
+        return task.defaults.max_length
+    if task.inputs == "image":
+        raise UsageError(
+            f"--max-length {options.max_length}: task {task.name!r} has images, which have no length; leave "
+            "it out."
+        )
+    return options.max_length
 
 
 def _check_templates(

@@ -67,6 +67,7 @@ class GlueTask(Task):
     dev_split: ClassVar[str] = "validation"
     """The name of the dev set in the dataset."""
     metric: ClassVar[str] = "accuracy"
+    publishes_best_evaluation = True
     default_model = "FacebookAI/roberta-base"
     output: ClassVar[Output] = "classification"
 

@@ -1,0 +1,63 @@
+"""Selection on the test set, as the published study did it (--select published)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+from orchestrator.analyze.results import Summary
+from orchestrator.record.schema import Evaluation, Record
+
+MARK = "Selected on the test set, as published (--select published)."
+"""The sentence that marks every verdict of such a study."""
+
+
+def select_published(record: Record) -> Record:
+    """Return a record whose validation scores are test scores, so that every choice is made by these.
+
+    Where the test split was scored at every evaluation (GLUE), the best of these evaluations takes the place
+    of the last one, as in the published study; its results per item are not known and left out.
+
+    Args:
+        record: Any record.
+    """
+    metric = record.configuration.task.metric
+    tests = [each for each in record.evaluations if each.split == "test"]
+    items = {split: record.items[split] for split in record.items if split == "test"}
+    if record.configuration.test_evaluations == "every" and tests:
+        best = max(tests, key=lambda each: _finite(each.scores.get(metric)))
+        tests, items = [*(each for each in tests if each is not best), best], {}
+    return replace(
+        record,
+        evaluations=(*(_as_validation(each) for each in tests), *tests),
+        baseline_scores={split: record.baseline_scores.get("test", {}) for split in ("validation", "test")}
+        if record.baseline_scores
+        else {},
+        items={split: own for own in items.values() for split in ("validation", "test")},
+    )
+
+
+def _as_validation(evaluation: Evaluation) -> Evaluation:
+    return replace(evaluation, split="validation")
+
+
+def _finite(score: float | None) -> float:
+    return score if score is not None and math.isfinite(score) else -math.inf
+
+
+def mark_published(summary: Summary, records: Iterable[Record]) -> Summary:
+    """Return a summary that says of every verdict, and in its first warning, how rates were chosen.
+
+    Args:
+        summary: The summary of records from `select_published`.
+        records: These records.
+    """
+    best = any(record.configuration.test_evaluations == "every" for record in records)
+    warning = (
+        f"{MARK} Every score called a validation score here is a test score"
+        f"{' of the best evaluation of a run' if best else ''}, and each rate was chosen by it, so "
+        "the scores of the chosen rates are too high; compare them with the published ones, and with nothing else."
+    )
+    verdicts = [replace(verdict, design=f"{verdict.design} {MARK}") for verdict in summary.verdicts]
+    return replace(summary, verdicts=tuple(verdicts), warnings=(warning, *summary.warnings))

@@ -1,0 +1,111 @@
+"""The output of --plan for a preset: what the published protocol asks for, what exists here, what differs."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from orchestrator.study.option_groups import GridOptions, SearchOptions, TrainingOptions
+from orchestrator.study.options import StudyOptions
+from orchestrator.study.presets import (
+    Preset,
+    main_grid_runs,
+    preset_defaults,
+    published_words,
+    read_preset,
+    split_variants,
+)
+from orchestrator.study.published_variants import read_variants
+from variants import catalogue
+
+MIN_WIDTH = 60
+"""Fewest columns of the text, labels included."""
+
+Line = tuple[str, str]
+"""A label and a text."""
+
+
+def print_preset(options: StudyOptions) -> None:
+    """Print the protocol of the preset in `options`, and everything in which this study deviates from it."""
+    assert options.preset is not None
+    width = max(MIN_WIDTH, shutil.get_terminal_size().columns)
+    for label, text in preset_lines(read_preset(options.preset), options):
+        print(textwrap.fill(f"{label:15} {text}", width, subsequent_indent=" " * 16, break_on_hyphens=False))
+    print()
+
+
+def preset_lines(preset: Preset, options: StudyOptions) -> list[Line]:
+    """Return the lines of `print_preset`.
+
+    Args:
+        preset: The preset.
+        options: The options of the study, with the preset filled in.
+    """
+    existing, absent = split_variants(catalogue.names())
+    rates = len(preset.options["learning_rates"])
+    product = f"{len(read_variants())} variants x {rates} rates x {_count(preset.tasks, 'task')}"
+    grids = f"; the main grids together {main_grid_runs():,}" if preset.main_grid else ""
+    lines = [
+        ("Preset", f"{preset.name}, {preset.title} (arXiv 2601.22708)"),
+        ("Protocol", f"{product}, one seed: {preset.runs:,} runs{grids}"),
+        ("Exist here", f"{len(existing)} variants: {len(existing) * preset.runs_per_variant:,} runs"),
+    ]
+    if absent:
+        names = ", ".join(variant.title for variant in absent)
+        count = len(absent) * preset.runs_per_variant
+        lines.append(("Absent here", f"{_count(absent, 'variant')}, {count:,} runs: {names}"))
+    settings = [f"{v.title}: {v.published}{'' if v in existing else ' (absent)'}" for v in read_variants()]
+    differs = [
+        *preset.deviations,
+        *(sentence for variant in existing for sentence in variant.differs),
+        *(
+            f"{variant.title} is trained with the settings of its own file: {variant.published} is not set."
+            for variant in existing
+            if not variant.set and variant.name not in _WITHOUT_SETTINGS
+        ),
+    ]
+    lines += [("As published", text) for text in settings]
+    lines += [("Deviation", text) for text in differs]
+    lines += [("Changed", text) for text in _changes(preset, options)]
+    return lines
+
+
+_WITHOUT_SETTINGS = ("lora", "hira", "dora", "rslora", "moslora")
+"""Variants whose published form has no setting of its own."""
+
+
+def _count(items: Any, noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def _changes(preset: Preset, options: StudyOptions) -> list[str]:
+    """Return what the command line replaces in the preset or adds to it, with the preset's value."""
+    own = [each for group in (GridOptions, SearchOptions, TrainingOptions) for each in fields(group)]
+    defaults = {each.name: each.default for each in own if each.name not in ("set", "dry_run")}
+    defaults |= preset_defaults(preset.name, type(options), catalogue.names())
+    changed = [
+        f"{_option(name)} {_text(getattr(options, name))} (preset: {_text(value)})"
+        for name, value in defaults.items()
+        if getattr(options, name) not in (None, value)
+    ]
+    words = _by_key(published_words(preset.name, options.variants or ()))
+    typed = _by_key(options.set)
+    changed += [f"--set {w} (preset: {words.get(k, 'none')})" for k, w in typed.items() if words.get(k) != w]
+    return changed
+
+
+def _by_key(words: Any) -> Mapping[str, str]:
+    return {word.partition("=")[0].replace("-", "_"): word for word in words}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value}"

@@ -1,0 +1,164 @@
+"""Presets: the counts of the published protocol, and options beside a preset."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from orchestrator.cli.arguments import find_preset, parse_options
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.launch.script_options import CurveOptions
+from orchestrator.study.presets import (
+    main_grid_runs,
+    preset_names,
+    published_words,
+    read_preset,
+    split_variants,
+)
+from orchestrator.study.published_variants import read_variants
+from orchestrator.util.errors import UsageError
+from variants import catalogue
+
+COUNTS = {
+    "published-gsm8k": 20 * 8,
+    "published-humaneval": 20 * 8,
+    "published-glue": 20 * 7 * 9,
+    "published-images": 20 * 10 * 7,
+    "published-gsm8k-r128": 60,
+}
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> CurveOptions:
+    monkeypatch.setattr(sys, "argv", ["lr_sensitivity.py", *arguments, "--plan"])
+    return parse_options("", CurveOptions)
+
+
+def test_the_presets_have_the_runs_of_the_protocol() -> None:
+    assert {name: read_preset(name).runs for name in preset_names()} == COUNTS
+    assert main_grid_runs() == 2980
+
+
+def test_there_are_the_twenty_published_variants_under_the_names_of_the_scores() -> None:
+    from orchestrator.analyze.published.published_scores import read_table
+
+    assert {variant.title for variant in read_variants()} == set(read_table("gsm8k").variants)
+    existing, absent = split_variants(catalogue.names())
+    assert len(existing) + len(absent) == 20
+    assert {v.name for v in existing} <= set(catalogue.names())
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_preset_fills_in_the_defaults_as_published(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, preset = parsed(monkeypatch, "--preset", name), read_preset(name)
+    for option, value in preset.options.items():
+        if option != "set":
+            assert getattr(options, option) == value, option
+    assert options.variants == tuple(v.name for v in split_variants(catalogue.names())[0])
+    assert set(preset.options["set"]) <= set(options.set) | {"relora.warmup=0.01"}
+    assert "lora_plus.ratio=16" in options.set
+    assert options.seed_count == 1
+    assert set(preset.tasks) <= set(tasks.names())
+
+
+def test_published_epochs_give_the_steps_of_the_protocol() -> None:
+    glue = [tasks.get(task) for task in read_preset("published-glue").tasks]
+    assert len(glue) == 9
+    steps = {task.name: int(10 * task.defaults.train_size / task.defaults.batch_size) for task in glue}
+    assert (steps["glue_mnli"], steps["glue_qqp"]) == (120_937, 111_875)
+    assert steps["glue_rte"] == tasks.get("glue_rte").defaults.steps == 690
+    assert int(100_000 / 64) == tasks.get("metamathqa").defaults.steps == 1562
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rank", "4"], {"rank": 4, "alpha": 256.0}),
+        (["--rank", "8"], {"rank": 8}),
+        (["--variants", "lora", "pissa"], {"variants": ("lora", "pissa")}),
+        (["--learning-rates", "1e-4"], {"learning_rates": ("1e-4",)}),
+        (["--seeds", "3"], {"seeds": 3}),
+        (["--steps", "10"], {"steps": 10, "epochs": None}),
+        (["--set", "rank=4"], {"rank": 8}),
+        (["--set", "steps=5"], {"steps": None, "epochs": None}),
+        (["--model", "Qwen/Qwen3-0.6B-Base"], {"model": "Qwen/Qwen3-0.6B-Base"}),
+        (["--widen", "1"], {"widen": 1.0}),
+    ],
+)
+def test_an_option_beside_a_preset_replaces_what_it_says(
+    arguments: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = parsed(monkeypatch, "--preset=published-gsm8k-r128", *arguments)
+    assert {name: getattr(options, name) for name in expected} == expected
+    assert options.max_length == 1024, "the rest stays"
+
+
+def test_a_word_of_set_replaces_the_presets_word_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = parsed(
+        monkeypatch, "--preset", "published-gsm8k", "--set", "weight_decay=0", "lora-plus.ratio=4"
+    )
+    words = dict(word.split("=") for word in options.set)
+    assert words["weight_decay"] == "0"
+    assert words["lora-plus.ratio"] == "4"
+    assert "lora_plus.ratio" not in words
+    assert words["final_factor"] == "0.1"
+
+
+def test_epochs_replace_the_steps_of_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = parsed(monkeypatch, "--preset", "published-images", "--epochs", "2")
+    assert (options.steps, options.epochs) == (None, 2.0)
+
+
+def test_a_search_can_vary_what_a_preset_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = ["--search", "qmc", "--space", "learning_rate=log:1e-5:1e-3", "rank=64,128", "warmup=0:0.1"]
+    options = parsed(monkeypatch, "--preset", "published-gsm8k-r128", *space)
+    assert options.rank == 8, "the class's own default, since the space names the rank"
+    assert not any(word.startswith("warmup=") for word in options.set)
+
+
+def test_settings_of_variants_that_take_no_part_are_left_out() -> None:
+    words = published_words("published-gsm8k-r128", ["lora", "lora-moe"])
+    assert [word for word in words if "." in word.partition("=")[0]] == [
+        "lora_moe.experts=8",
+        "lora_moe.top_k=2",
+        "lora_moe.balance=0",
+        "lora_moe.alpha=32",
+    ], "the preset's own value replaces that of the list of variants"
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"--preset 'published-gsm8'.*published-gsm8k"):
+        parsed(monkeypatch, "--preset", "published-gsm8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--preset", "a"], "a"),
+        (["--seeds", "1", "--preset=b"], "b"),
+        (["--preset", "a", "--preset", "b"], "b"),
+        (["--seeds", "1"], None),
+        ([], None),
+    ],
+)
+def test_the_preset_is_found_in_a_command_line(arguments: list[str], found: str | None) -> None:
+    assert find_preset(arguments) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "1", "--steps", "5"], "--epochs 1 and --steps 5 both set the steps"),
+        (["--epochs", "0"], "--epochs 0: must be a finite number above 0"),
+        (["--epochs", "1", "--set", "steps=5"], "'steps=5' and --epochs both set steps"),
+        (["--max-length", "0"], "--max-length 0: must be 1 or more"),
+        (["--select", "published", "--search", "qmc"], "--select published: the survey chose among"),
+        (["--select", "published", "--scheduler", "asha"], "--scheduler none"),
+    ],
+)
+def test_options_of_the_protocol_are_checked(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        parsed(monkeypatch, *arguments)
