@@ -54,10 +54,11 @@ def mark_published(summary: Summary, records: Iterable[Record]) -> Summary:
         records: These records.
     """
     best = any(record.configuration.test_evaluations == "every" for record in records)
+    of_best = " of the best evaluation of a run" if best else ""
     warning = (
-        f"{MARK} Every score called a validation score here is a test score"
-        f"{' of the best evaluation of a run' if best else ''}, and each rate was chosen by it, so "
-        "the scores of the chosen rates are too high; compare them with the published ones, and with nothing else."
+        f"{MARK} Every score called a validation score here is a test score{of_best}, and each rate was "
+        "chosen by it, so the scores of the chosen rates are too high; compare them with the published ones, "
+        "and with nothing else."
     )
     verdicts = [replace(verdict, design=f"{verdict.design} {MARK}") for verdict in summary.verdicts]
     return replace(summary, verdicts=tuple(verdicts), warnings=(warning, *summary.warnings))

@@ -1,4 +1,4 @@
-"""--select published: the rate is chosen on the test set, for GLUE also the evaluation, and all is marked so."""
+"""--select published: the test set chooses the rate, for GLUE also the evaluation, and all is marked so."""
 
 from __future__ import annotations
 
