@@ -23,8 +23,8 @@ def fix_settings(
         variants: The variants of the study.
 
     Raises:
-        UsageError: The study has begun with another kind, selection, margin or planned maximum, or the command
-            asks for more replicates than planned.
+        UsageError: The study has begun with another kind, selection, margin or planned maximum, or the
+            command asks for more replicates than planned.
     """
     if settings.kind != "replicates":
         # The points of a search form no curve.

@@ -104,6 +104,8 @@ def preset_defaults(
         UsageError: There is no such preset.
     """
     own = {each.name for each in fields(options_class)}
+    if "replicates" in own:
+        own.discard("seeds")  # each replicate has a seed of its own
     defaults = {key: value for key, value in read_preset(name).options.items() if key in own and key != "set"}
     return {**defaults, "preset": name, "variants": tuple(v.name for v in split_variants(existing)[0])}
 

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.cli.arguments import find_preset, parse_options
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.launch.script_options import CurveOptions
+from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
 from orchestrator.study.presets import (
     main_grid_runs,
     preset_names,
@@ -103,6 +103,14 @@ def test_a_word_of_set_replaces_the_presets_word_alone(monkeypatch: pytest.Monke
     assert words["lora-plus.ratio"] == "4"
     assert "lora_plus.ratio" not in words
     assert words["final_factor"] == "0.1"
+
+
+def test_a_comparison_takes_replicates_in_place_of_the_presets_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tuned_comparison.py", "--preset", "published-gsm8k", "--plan"])
+    options = parse_options("", ComparisonOptions)
+    options.check_comparison()
+    assert options.seeds is None
+    assert options.learning_rates == read_preset("published-gsm8k").options["learning_rates"]
 
 
 def test_epochs_replace_the_steps_of_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
