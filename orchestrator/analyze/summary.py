@@ -40,7 +40,7 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
     kind, labels = study.settings.kind, label_runs(distinct)
     searches = _summarize_searches(distinct) if kind == "search" else ()
     stars = find_stars(distinct, labels) if kind == "factors" else []
-    factors = summarize_factors(stars, study.settings.margin) if kind == "factors" else None
+    factors = summarize_factors(stars, study.settings) if kind == "factors" else None
     curves = [record for star in stars for record in star.curve] if kind == "factors" else distinct
     shown = summarize_panels(curves) if kind in ("curve", "factors") else ()
     comparison = compare_tuned(study, distinct, labels) if kind == "replicates" else None

@@ -26,10 +26,15 @@ def fix_settings(
         UsageError: The study has begun with another kind, selection, margin or planned maximum, or the
             command asks for more replicates than planned.
     """
-    if settings.kind != "replicates":
+    if settings.kind not in ("replicates", "factors"):
         # The points of a search form no curve.
         return replace(settings, kind="search") if settings.kind == "curve" and is_search else settings
     before = study.settings if study.configurations else None
+    if settings.kind == "factors":
+        found = replace(settings, unverified=_unverified(variants))
+        if before is not None:
+            _check_unchanged(before, found, study.name)
+        return found
     planned = settings.max_replicates or (before.max_replicates if before else 0) or replicates
     found = replace(settings, max_replicates=planned, unverified=_unverified(variants))
     if before is not None:

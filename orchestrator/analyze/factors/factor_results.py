@@ -73,6 +73,11 @@ class VariantFactors:
     num_outside: int
     """Runs that differ from the default in more than one factor, and enter nothing."""
 
+    @property
+    def effects(self) -> tuple[FactorEffect, ...]:
+        """The effects of the learning rate and of all factors."""
+        return self.rate, *self.factors
+
 
 @dataclass(frozen=True)
 class TaskFactors:
@@ -82,8 +87,8 @@ class TaskFactors:
     model: str
     metric: str
     variants: tuple[VariantFactors, ...]
-    controls: tuple[str, ...]
-    """Variants of the table that enter no count (full fine-tuning, head only)."""
+    uncounted: tuple[str, ...]
+    """Variants that are shown and enter no count: full fine-tuning, the head alone, and unverified ones."""
     num_judged: int
     """Variants over which the claim is judged."""
     num_required: int

@@ -15,12 +15,12 @@ from orchestrator.analyze.factors.rate_claim import ALPHA
 from orchestrator.analyze.factors.star_data import Star, collect_stars
 from orchestrator.analyze.run_labels import RunLabel
 from orchestrator.analyze.statistics.conjunction import largest_count
+from orchestrator.analyze.tuned.tuned_results import CONTROLS
 from orchestrator.record.schema import Record
+from orchestrator.record.study_file import AnalysisSettings
 from orchestrator.study.factors import RATE, Factor, choose_factors, own_settings
 from orchestrator.study.space import Value
 
-CONTROLS = ("full", "head_only")
-"""Variants that are no low-rank update; they are shown and not counted."""
 REQUIRED_SHARE = 0.8
 """The share of the variants of which the claim must hold."""
 
@@ -35,17 +35,18 @@ def find_stars(records: Sequence[Record], labels: Mapping[str, RunLabel]) -> lis
     return collect_stars(records, _known_factors(records), labels)
 
 
-def summarize_factors(stars: Sequence[Star], margin: float) -> FactorStudy:
+def summarize_factors(stars: Sequence[Star], settings: AnalysisSettings) -> FactorStudy:
     """Return the factors of all variants and tasks of a study.
 
     Args:
         stars: Its runs, from `find_stars`.
-        margin: The smallest difference that matters.
+        settings: The margin, and the variants that get no verdict.
     """
     groups: dict[tuple[str, str], list[Star]] = defaultdict(list)
     for star in stars:
         groups[star.default.task.name, star.default.model.name].append(star)
-    return FactorStudy(margin, tuple(_summarize_task(own, margin) for _, own in sorted(groups.items())))
+    tasks = [_summarize_task(own, settings) for _, own in sorted(groups.items())]
+    return FactorStudy(settings.margin, tuple(tasks))
 
 
 def _known_factors(records: Iterable[Record]) -> list[Factor]:
@@ -56,12 +57,14 @@ def _known_factors(records: Iterable[Record]) -> list[Factor]:
     return choose_factors(["all"], settings)
 
 
-def _summarize_task(stars: Sequence[Star], margin: float) -> TaskFactors:
+def _summarize_task(stars: Sequence[Star], settings: AnalysisSettings) -> TaskFactors:
     measured = dict.fromkeys(arm.factor for star in stars for arm in star.arms if not arm.factor.variant)
     variants = [
-        summarize_star(star, margin, factor_importance(star), _missing(star, measured)) for star in stars
+        summarize_star(star, settings.margin, factor_importance(star), _missing(star, measured))
+        for star in stars
     ]
-    judged = [each for each in variants if each.variant not in CONTROLS]
+    uncounted = {*CONTROLS, *settings.unverified}
+    judged = [each for each in variants if each.variant not in uncounted]
     first = stars[0].default
     required = math.ceil(REQUIRED_SHARE * len(judged))
     return TaskFactors(
@@ -69,7 +72,7 @@ def _summarize_task(stars: Sequence[Star], margin: float) -> TaskFactors:
         model=first.model.name,
         metric=first.task.metric,
         variants=tuple(variants),
-        controls=tuple(each.variant for each in variants if each.variant in CONTROLS),
+        uncounted=tuple(each.variant for each in variants if each.variant in uncounted),
         num_judged=len(judged),
         num_required=required,
         num_supported=_count([each.claim.p_supported for each in judged]),

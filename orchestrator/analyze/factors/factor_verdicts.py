@@ -59,7 +59,7 @@ def _outcome(task: TaskFactors) -> VerdictOutcome:
 
 
 def _judged(task: TaskFactors) -> list[VariantFactors]:
-    return [each for each in task.variants if each.variant not in task.controls]
+    return [each for each in task.variants if each.variant not in task.uncounted]
 
 
 def _count_sentence(task: TaskFactors) -> str:
@@ -70,18 +70,19 @@ def _count_sentence(task: TaskFactors) -> str:
     named = {
         word: [each.variant for each in judged if each.claim.outcome == outcome]
         for outcome, word in (
-            ("supported", "it holds for"),
-            ("refuted", "it fails for"),
-            ("undecided", "it is undecided for"),
-            ("undecided (range)", "it changes with the range of the rate for"),
+            ("supported", "holds for"),
+            ("refuted", "fails for"),
+            ("undecided", "is undecided for"),
+            ("undecided (range)", "changes with the range of the rate for"),
         )
     }
-    groups = "; ".join(f"{word} {', '.join(own)}" for word, own in named.items() if own)
+    groups = ", and it ".join(f"{word} {', '.join(own)}" for word, own in named.items() if own)
     far = [each.variant for each in judged if each.claim.outcome == "supported" and each.far_more]
-    more = f", more than three times as much as all others for {', '.join(far)}" if far else ""
+    whom = "all of these" if far == named["holds for"] else ", ".join(far)
+    more = f"; for {whom} it costs more than three times what any other factor does" if far else ""
     return (
-        f"On {task.task} it holds for at least {task.num_supported} of {task.num_judged} variants "
-        f"({task.num_required} needed): {groups}{more}."
+        f"On {task.task} it {groups} (at least {task.num_supported} of {task.num_judged} variants with an "
+        f"error of 5 %; {task.num_required} are needed){more}."
     )
 
 

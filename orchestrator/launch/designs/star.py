@@ -33,7 +33,6 @@ from orchestrator.study.factors import (
     resweep_rates,
 )
 from orchestrator.study.grid import build_grid
-from orchestrator.study.rates import round_rate
 from orchestrator.study.space import (
     HYPERPARAMETERS,
     VARIANT_HYPERPARAMETERS,
@@ -123,18 +122,8 @@ def make_star_design(given: DesignInput) -> StarDesign:
         )
     for note in dict.fromkeys(checker.notes):
         print(note)
-    rates = {
-        task: own if options.learning_rates else refine_rates(own)
-        for task, own in given.learning_rates.items()
-    }
+    rates = given.refined(0 if options.learning_rates else RATES_PER_DECADE).learning_rates
     return StarDesign(given.templates, rates, levels, tuple(range(options.seed_count)))
-
-
-def refine_rates(rates: Sequence[float]) -> tuple[float, ...]:
-    """Return the rates from the lowest to the highest, `RATES_PER_DECADE` a decade."""
-    decades = math.log10(rates[-1] / rates[0])
-    count = math.floor(decades * RATES_PER_DECADE + 1e-6) + 1
-    return tuple(round_rate(rates[0] * 10 ** (i / RATES_PER_DECADE)) for i in range(count))
 
 
 class _LevelChecker:

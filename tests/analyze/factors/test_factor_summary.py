@@ -146,7 +146,7 @@ def test_the_claim_must_hold_for_four_of_five_variants() -> None:
 def test_controls_are_shown_and_not_counted() -> None:
     records = star_records(SURFACE, names=("rank",)) + star_records(SURFACE, template("full"), ("dropout",))
     task = factors_of(records).tasks[0]
-    assert task.controls == ("full",)
+    assert task.uncounted == ("full",)
     assert task.num_judged == 1
 
 

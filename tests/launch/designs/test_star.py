@@ -11,7 +11,7 @@ from star_records import RATES, Surface, make_record, template
 
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.design import DesignInput
-from orchestrator.launch.designs.star import StarDesign, make_star_design, refine_rates
+from orchestrator.launch.designs.star import StarDesign, make_star_design
 from orchestrator.launch.script_options import FactorOptions
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
@@ -111,10 +111,12 @@ def test_a_level_that_the_variant_refuses_is_said_and_left_out(
 
 
 def test_a_task_s_own_grid_is_refined_to_four_rates_a_decade(tmp_path: Path) -> None:
-    star = design(tmp_path, learning_rates=None)
-    assert star.rates["letters"] == pytest.approx(RATES, rel=0.002)  # each is rounded to three digits
-    assert refine_rates((1e-3, 1e-2, 1.0))[:5] == (1e-3, 1.78e-3, 3.16e-3, 5.62e-3, 1e-2)
-    assert refine_rates((1e-4, 4e-1))[-1] == pytest.approx(0.316)
+    given = DesignInput(
+        FactorOptions(store=tmp_path), (unprepared(template()),), {"letters": (1e-3, 1e-2, 1.0)}
+    )
+    star = make_star_design(given)
+    assert star.rates["letters"][:5] == (1e-3, 1.78e-3, 3.16e-3, 5.62e-3, 1e-2)
+    assert star.rates["letters"][-1] == 1.0
 
 
 @pytest.mark.parametrize(
