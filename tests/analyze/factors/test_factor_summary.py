@@ -80,7 +80,7 @@ def test_an_alias_costs_much_blindly_and_nothing_with_the_rate_tuned_again(plant
     assert alpha.title == "alpha"
     assert (alpha.misset.mean or 0) > 0.15
     assert abs(alpha.retuned.mean or 1) < 0.02
-    assert (alpha.rate_retuned is not None)
+    assert alpha.rate_retuned is not None
     assert (alpha.rate_retuned.mean or 1) < 0.1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 
 import encoders
 import pytest
+from glue_data import DEV, NAMES, TRAIN, VALIDATION, glue, rows, task_of
 from hub_folder import configuration, small, write
 from scripted import Script, leases, train
 from splits import tokenized_split
@@ -19,52 +19,19 @@ from splits import tokenized_split
 from orchestrator.finetune.data.batches import encode_examples
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import hub_data
-from orchestrator.finetune.tasks import catalogue, glue_task
+from orchestrator.finetune.tasks import glue_task
 from orchestrator.finetune.tasks.base import SPLITS, Example
-from orchestrator.finetune.tasks.glue_task import REPOSITORY, GlueTask
+from orchestrator.finetune.tasks.glue_task import REPOSITORY
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
 from orchestrator.util.errors import UsageError
 
-NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 METRICS = dict.fromkeys(NAMES, "accuracy") | {"stsb": "pearson", "qqp": "f1", "cola": "matthews"}
-TRAIN, VALIDATION, DEV = 120, 24, 40
-WORDS = ("red", "green", "blue", "one", "two", "three", "cats", "dogs", "run", "sit", "here", "there")
-
-
-def task_of(name: str) -> GlueTask:
-    task = catalogue.get(f"glue_{name}")
-    assert isinstance(task, GlueTask)
-    return task
-
-
-def rows(task: GlueTask, count: int, seed: int, hidden: bool = False) -> list[dict[str, Any]]:
-    """Return rows with the hub's columns; the label can be read from the texts."""
-    draw, found = random.Random(f"{task.name} {seed}"), []
-    for number in range(count):
-        texts = [" ".join(draw.choices(WORDS, k=draw.choice((3, 6, 12)))) for _ in task.text_columns]
-        label: float = draw.randrange(len(task.labels)) if task.labels else draw.randrange(26) / 5
-        texts[-1] += " " + "abcdef"[math.floor(label)] * 12
-        row = dict(zip(task.text_columns, texts, strict=True))
-        found.append({**row, "label": -1 if hidden else label, "idx": number})
-    return found
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write `nyu-mll/glue` with its nine subsets, hidden test labels and MNLI's two dev sets."""
-    root = tmp_path_factory.mktemp("hub")
-    for name in NAMES:
-        task = task_of(name)
-        splits = {"train": rows(task, TRAIN, 0), task.dev_split: rows(task, DEV, 1)}
-        if name == "mnli":
-            splits["validation_mismatched"] = rows(task, DEV, 2)
-            hidden = ["test_matched", "test_mismatched"]
-        else:
-            hidden = ["test"]
-        splits |= {split: rows(task, DEV, 3, hidden=True) for split in hidden}
-        write(root, REPOSITORY, splits, subset=name)
-    return root
+    return glue(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture
