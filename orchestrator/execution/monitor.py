@@ -43,9 +43,9 @@ class StudyMonitor(threading.Thread):
         self.is_drained = False
         self.stop_requested = threading.Event()
         self.trials_ended, self.stops_recorded = threading.Event(), threading.Event()
-        self.num_ended_read, self.num_lines_read = 0, 0
+        self.num_ended_read, self.num_progress_read, self.num_lines_read = 0, 0, 0
         self.incarnation = ""
-        """The incarnation of the broker that both numbers refer to."""
+        """The incarnation of the broker that the numbers refer to."""
         self.steps_taken: dict[str, int] = {}
         """Optimizer steps by trainer."""
         self.error: Exception | None = None
@@ -114,8 +114,8 @@ class StudyMonitor(threading.Thread):
 
     def _poll(self) -> None:
         trials_ended = self.trials_ended.is_set()
-        call = self.broker.get_updates.remote(self.num_ended_read, self.num_lines_read, self.incarnation)
-        updates = ray.get(call, timeout=10)
+        num_read = self.num_ended_read, self.num_progress_read, self.num_lines_read
+        updates = ray.get(self.broker.get_updates.remote(*num_read, self.incarnation), timeout=10)
         if updates["incarnation"] != self.incarnation:
             self._resume_after_restart(updates["incarnation"])
         self._forget_recorded_stops()
@@ -142,7 +142,8 @@ class StudyMonitor(threading.Thread):
         """Repeat the pending stops to a restarted broker, whose lists of ended lanes and lines are empty."""
         for trial, stopped in list(self.pending_stops.items()):
             ray.get(self.broker.stop.remote(trial, *stopped), timeout=10)
-        self.num_ended_read, self.num_lines_read, self.incarnation = 0, 0, incarnation
+        self.num_ended_read, self.num_progress_read, self.num_lines_read = 0, 0, 0
+        self.incarnation = incarnation
 
     def _forget_recorded_stops(self) -> None:
         store = self.context.store
@@ -153,7 +154,10 @@ class StudyMonitor(threading.Thread):
                 del self.pending_stops[trial]
 
     def _read_ended_lanes(self, updates: dict[str, Any]) -> None:
-        """Process the records of ended lanes, the lines of the trainers, and the numbers of steps."""
+        """Process the starts, reports and records of lanes, the trainers' lines, and the numbers of steps."""
+        for progress in updates["progress"]:  # before the records: an ended lane is no longer in training
+            self.context.on_progress(progress)
+        self.num_progress_read += len(updates["progress"])
         for fingerprint, _ in updates["ended"]:
             if fingerprint in self.context.cached:
                 continue

@@ -10,7 +10,7 @@ from orchestrator.execution.progress import Progress
 from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.execution.trainers.pool import PoolConfig
-from orchestrator.record.schema import Record
+from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.store import Store
 
 
@@ -30,6 +30,8 @@ class SessionContext:
     """The limits of the run. When one is reached, trainers save their lanes and the session ends."""
     on_record: Callable[[Record], None] = lambda record: None
     """Called with each new record, from another thread."""
+    on_progress: Callable[[LaneProgress], None] = lambda progress: None
+    """Called with the start and each new report of a lane, from another thread."""
     cached: set[str] = field(default_factory=set)
     """Fingerprints with known results, which are replayed to the scheduler. A search adds fingerprints."""
     tune_per_seed: bool = False

@@ -68,6 +68,7 @@ def train_pending(
         progress.notify(_describe_pool(cluster, pool_config))
         began = time.monotonic()
         session = _session_context(context, work, cluster, pool_config, scratch, progress, on_record)
+        session = replace(session, on_progress=writer.put_progress)
         steps = _run_session(context, work, session, later.next_stage)
         num_stopped = progress.ended["stopped"]
         early = f", {num_stopped} of them stopped early" if num_stopped else ""

@@ -6,6 +6,7 @@ A field with an alias has that name on disk.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -68,6 +69,9 @@ class Cost:
     evaluate_seconds: float = 0.0
     tokens: int = 0
     trainable_parameters: int = 0
+    peak_memory: int = 0
+    """Most bytes in use at once while the lane was in its lane group, by all lanes of the group together: allocated
+    on the GPU, or resident in the process on a CPU. 0 in records of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,19 @@ class Record:
             pydantic.ValidationError: The object is no record.
         """
         return _type_adapter().validate_python(data)
+
+
+@dataclass(frozen=True)
+class LaneProgress:
+    """What the driver knows of a lane in training: its start, or one evaluation."""
+
+    configuration: Configuration
+    step: int = 0
+    """Optimizer steps taken; 0 at the start."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Score name -> value on the validation split; empty at the start."""
+    train_loss: float = math.nan
+    """Training loss of that step, in nats a token."""
 
 
 @lru_cache(maxsize=1)

@@ -147,27 +147,31 @@ class Broker:
 
     # -- the driver
 
-    async def get_updates(self, num_ended: int, num_lines: int, incarnation: str) -> dict[str, Any]:
+    async def get_updates(
+        self, num_ended: int, num_progress: int, num_lines: int, incarnation: str
+    ) -> dict[str, Any]:
         """Return the updates for the driver since its last call.
 
         Args:
             num_ended: Number of ended lanes that the driver has read.
+            num_progress: Number of starts and reports of lanes that it has read.
             num_lines: Number of lines of the trainers that it has read.
-            incarnation: The incarnation of the broker that both numbers refer to. If it differs from this
-                incarnation, all ended lanes and lines are returned.
+            incarnation: The incarnation of the broker that the numbers refer to. If it differs from this
+                incarnation, everything is returned.
 
         Returns:
-            "incarnation": this incarnation; "ended" and "lines": the new ended lanes and lines; "counts": the
-            number of lanes in each phase and of live trainers; "steps_taken": the optimizer steps of each
+            "incarnation": this incarnation; "ended", "progress" and "lines": the new ended lanes, starts and
+            reports of lanes, and lines; "counts": the number of lanes in each phase and of live trainers; "steps_taken": the optimizer steps of each
             trainer; "hung": the names of hung trainers; "abort_reason": the reason why no more trainers
             should be started, or "".
         """
         self.core.tick(self.clock())
         if incarnation != self.incarnation:
-            num_ended = num_lines = 0
+            num_ended = num_progress = num_lines = 0
         return {
             "incarnation": self.incarnation,
             "ended": self.core.ended_lanes[num_ended:],
+            "progress": self.core.progress[num_progress:],
             "lines": self.lines[num_lines:],
             "counts": self.core.counts(),
             "steps_taken": dict(self.core.steps_taken),

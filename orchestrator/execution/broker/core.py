@@ -23,7 +23,7 @@ from orchestrator.execution.broker.failure_policy import ExitKind, FailurePolicy
 from orchestrator.execution.broker.lane_entry import HeldLanes, LaneEntry, LeasePhase
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
-from orchestrator.record.schema import Record, RecordState
+from orchestrator.record.schema import LaneProgress, Record, RecordState
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 
@@ -64,6 +64,8 @@ class BrokerCore:
         self.trainers: dict[str, TrainerView] = {}
         self.ended_lanes: list[tuple[str, RecordState]] = []
         """Every lane that ended, in order; the driver reads from its last position on."""
+        self.progress: list[LaneProgress] = []
+        """The start and the new reports of every lane, in order; the driver reads it like `ended_lanes`."""
         self.steps_taken: dict[str, int] = {}
         """Optimizer steps of every trainer, including trainers that have ended."""
         self.closed = False
@@ -154,6 +156,7 @@ class BrokerCore:
         view.group_key = entry.group_key
         view.lanes.add(entry.fingerprint)
         configuration = self.configurations[entry.fingerprint]
+        self.progress.append(LaneProgress(configuration))
         return Lease(configuration, attempt, scheduler_settings(self.scheduler, configuration))
 
     def heartbeat(self, trainer_id: str, now: float) -> None:
@@ -190,6 +193,8 @@ class BrokerCore:
                 view.group_key = view.group_key or configuration.group_key
             if report is not None and entry.add_report(trainer_id, report):
                 self._on_group_progress(configuration.group_key)
+                new = LaneProgress(configuration, report.step, report.scores, report.train_loss)
+                self.progress.append(new)
         for fingerprint in view.lanes - set(held):
             view.lanes.discard(fingerprint)
             self._requeue_lost(trainer_id, fingerprint, now)

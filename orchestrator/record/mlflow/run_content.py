@@ -1,24 +1,28 @@
-"""Content of an MLflow child run: tags, parameters, metrics and datasets of one record.
+"""Content of the MLflow run of one configuration: tags, parameters, metrics and datasets.
 
-Everything, also every time, follows from the record alone, so that logging it twice writes the same rows.
+Everything, also every time, follows from the record alone, so that logging it twice writes the same rows. While
+the configuration is in training, its run has what a `LaneProgress` knows, under the same names.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from orchestrator.record.schema import Record, StepMetrics
+from orchestrator.record.mlflow.saved_view import RUN_ROLE
+from orchestrator.record.schema import LaneProgress, Record, StepMetrics
+from orchestrator.study.configuration import Configuration
+from variants import catalogue
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Param
 
 STATUS = {"finished": "FINISHED", "diverged": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 NOTE_TAG = "mlflow.note.content"
-_MAX_TAG_LENGTH = 5000  # characters; MySQL's limit
+_MAX_TAG_LENGTH = 5000  # characters; MySQL's limit, and that of an experiment's tag in MLflow 2
 _MAX_DIGEST_LENGTH = 36  # characters; MLflow's limit
 
 
@@ -27,38 +31,47 @@ def record_version(record: Record) -> str:
     return f"{record.state} attempt {record.provenance.attempt} ended {record.provenance.ended:.3f}"
 
 
-def run_name(record: Record) -> str:
-    """Return the name of the child run: variant, learning rate and seed."""
-    configuration = record.configuration
+def run_name(configuration: Configuration) -> str:
+    """Return the name of the run: variant, learning rate and seed."""
     return (
         f"{configuration.variant.name} lr {configuration.optimizer.learning_rate:g} seed {configuration.seed}"
     )
 
 
-def tags(record: Record, study: str, parent: str, reused: bool) -> dict[str, str]:
-    """Return the tags of a child run.
+def configuration_tags(configuration: Configuration, study: str) -> dict[str, str]:
+    """Return the tags of a run that are known before its training ends.
 
     Args:
-        record: The record.
+        configuration: The configuration.
         study: Name of the study.
-        parent: Id of the study's parent run.
-        reused: Whether the store had the record before the study requested it. The tag `reused_from` then
-            has its time and commit.
     """
-    configuration, provenance = record.configuration, record.provenance
-    found = {
-        "mlflow.parentRunId": parent,
+    return {
+        "role": RUN_ROLE,
         "study": study,
-        "fingerprint": record.fingerprint,
-        "record": record_version(record),
-        "state": record.state,
+        "fingerprint": configuration.fingerprint,
+        "state": "training",
         "variant": configuration.variant.name,
         "axis": _axis(configuration.variant.name),
         "task": configuration.task.name,
         "model": configuration.model.name,
+        "model_content": configuration.model.content,
         "seed": str(configuration.seed),
-        "commit": provenance.commit,
+        "mlflow.runColor": _color(configuration.variant.name),
     }
+
+
+def tags(record: Record, study: str, reused: bool) -> dict[str, str]:
+    """Return the tags of the run of a record.
+
+    Args:
+        record: The record.
+        study: Name of the study.
+        reused: Whether the store had the record before the study requested it. The tag `reused_from` then
+            has its time and commit.
+    """
+    provenance = record.provenance
+    found = configuration_tags(record.configuration, study)
+    found |= {"record": record_version(record), "state": record.state, "commit": provenance.commit}
     if reused:
         made = datetime.fromtimestamp(provenance.ended, UTC)
         found["reused_from"] = f"{made:%Y-%m-%d %H:%M:%S} UTC, commit {provenance.commit}"
@@ -68,9 +81,29 @@ def tags(record: Record, study: str, parent: str, reused: bool) -> dict[str, str
     return found
 
 
-def _axis(variant: str) -> str:
-    from variants import catalogue
+def limit_note(text: str) -> str:
+    """Return a description that MLflow accepts, cut at the end of a line."""
+    if len(text) <= _MAX_TAG_LENGTH:
+        return text
+    return text[: _MAX_TAG_LENGTH - 30].rpartition("\n")[0] + "\n\n(more in report.html)"
 
+
+# Twenty colors that are easy to tell apart (after Sasha Trubetskoy), those too pale on white left out.
+_COLORS = (
+    "#E6194B #3CB44B #4363D8 #F58231 #911EB4 #42B6D9 #F032E6 #9A6324 #008080 #800000 #808000 #000075 #A9A9A9 "
+    "#E6A800 #DCBEFF #FF8FAB #5FBF9F #6A3D9A #B15928 #1F9E89"
+).split()
+
+
+def _color(variant: str) -> str:
+    """Return the color of a variant's runs in MLflow's charts, which otherwise give each run another one."""
+    if variant == "lora":
+        return "#000000"
+    names = catalogue.names()
+    return _COLORS[(names.index(variant) if variant in names else len(names)) % len(_COLORS)]
+
+
+def _axis(variant: str) -> str:
     try:
         return catalogue.axis(variant)
     except ValueError:  # a variant of another tool (peft:...), or one renamed since
@@ -83,16 +116,14 @@ def time_range(record: Record) -> tuple[int, int]:
     return start, max(start, round(record.provenance.ended * 1000))
 
 
-def params(record: Record) -> list[Param]:
+def params(configuration: Configuration) -> list[Param]:
     """Return the hyperparameters as MLflow parameters."""
     from mlflow.entities import Param
 
-    return [
-        Param(_mlflow_key(k), str(v)) for k, v in record.configuration.to_columns().items() if v is not None
-    ]
+    return [Param(mlflow_key(k), str(v)) for k, v in configuration.to_columns().items() if v is not None]
 
 
-def _mlflow_key(name: str) -> str:
+def mlflow_key(name: str) -> str:
     """Return a name that MLflow accepts: a score of a task may be called "hits@10"."""
     return re.sub(r"[^\w.\- ]", "_", name)[:250]
 
@@ -103,29 +134,52 @@ def metrics(record: Record) -> list[Metric]:
     A value that is not finite is logged as NaN, which a chart draws as a gap. MLflow's database would turn
     infinity into 1.8e308, and one such point flattens all curves of a chart.
     """
-    from mlflow.entities import Metric
-
     start, end = time_range(record)
 
     def timestamp_at_step(step: int) -> int:  # steps take about the same time
         return start + round((end - start) * min(1.0, step / max(1, record.steps)))
 
     return [
-        Metric(_mlflow_key(key), value if math.isfinite(value) else math.nan, timestamp_at_step(step), step)
+        _metric(key, value, timestamp_at_step(step), step)
         for key, step, value in _metric_values(record, record.curve)
     ]
 
 
+def progress_metrics(progress: LaneProgress, timestamp: int) -> list[Metric]:
+    """Return the metrics of a lane that has started, or has been evaluated, at `timestamp` in milliseconds."""
+    values: dict[str, float] = {}
+    if progress.step:
+        values["train_loss"] = progress.train_loss
+        values |= {f"validation_{key}": value for key, value in progress.scores.items()}
+    else:
+        values |= _rate_metrics(progress.configuration)
+    return [_metric(key, value, timestamp, progress.step) for key, value in values.items()]
+
+
+def _metric(key: str, value: float, timestamp: int, step: int) -> Metric:
+    from mlflow.entities import Metric
+
+    return Metric(mlflow_key(key), value if math.isfinite(value) else math.nan, timestamp, step)
+
+
+def _rate_metrics(configuration: Configuration) -> Mapping[str, float]:
+    """Return the metric that a chart needs as the axis of learning rates, because MLflow has no log axis there."""
+    rate = configuration.optimizer.learning_rate
+    return {"log10_learning_rate": math.log10(rate)} if rate > 0 else {}
+
+
 def latest_metrics(record: Record) -> dict[str, float]:
     """Return the last value of each metric if it is finite, as in MLflow's table of runs."""
-    last = {_mlflow_key(key): value for key, _, value in _metric_values(record, record.curve[-1:])}
+    last = {mlflow_key(key): value for key, _, value in _metric_values(record, record.curve[-1:])}
     return {key: value for key, value in last.items() if math.isfinite(value)}
 
 
 def _metric_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tuple[str, int, float]]:
+    for key, value in _rate_metrics(record.configuration).items():
+        yield key, 0, value
     for step in curve:
         yield "train_loss", step.step, step.loss
-        yield "learning_rate", step.step, step.learning_rate
+        yield "scheduled_learning_rate", step.step, step.learning_rate
         yield "gradient_norm", step.step, step.gradient_norm
     for evaluation in record.evaluations:
         for key, value in evaluation.scores.items():
@@ -139,6 +193,8 @@ def _metric_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tup
     yield "seconds", record.steps, record.cost.train_seconds + record.cost.evaluate_seconds
     yield "tokens", record.steps, record.cost.tokens
     yield "trainable_parameters", record.steps, record.cost.trainable_parameters
+    if record.cost.peak_memory:
+        yield "peak_memory", record.steps, record.cost.peak_memory
 
 
 def datasets(record: Record) -> list[DatasetInput]:

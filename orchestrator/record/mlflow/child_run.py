@@ -1,0 +1,149 @@
+"""The MLflow run of one configuration: written while its lane trains, and completed from its record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.record.mlflow import run_content
+from orchestrator.record.schema import LaneProgress, Record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Metric, Param, RunTag
+
+_METRICS_PER_CALL = 1000
+_PARAMS_PER_CALL = 100
+_MODEL_TYPE = "PEFT adapter"
+
+
+@dataclass
+class ChildRun:
+    """What is known of the MLflow run of one configuration."""
+
+    run_id: str
+    record_version: str = ""
+    """`run_content.record_version` of the record that it was written from; empty while its lane trains."""
+    is_complete: bool = False
+    latest_metrics: Mapping[str, float] = field(default_factory=dict)
+    """The last value of each metric."""
+    params: Mapping[str, str] = field(default_factory=dict)
+    """The hyperparameters."""
+    logged: dict[tuple[str, int], float] | None = None
+    """Every metric value of an incomplete run: (name, step) -> value. None if another process has written it,
+    so that it must be read from MLflow."""
+
+
+def is_up_to_date(child: ChildRun, record: Record) -> bool:
+    """Return whether a run can stay: a complete one has the record's last values, another one can get them."""
+    if child.is_complete:
+        wanted = run_content.latest_metrics(record)
+        return child.record_version == run_content.record_version(record) and all(
+            child.latest_metrics.get(key) == value for key, value in wanted.items()
+        )
+    return child.record_version in ("", run_content.record_version(record))
+
+
+def read_logged(client: MlflowClient, child: ChildRun) -> dict[tuple[str, int], float]:
+    """Return the metric values of an incomplete run; they are read from MLflow if another process wrote them."""
+    if child.logged is None:
+        child.logged = {
+            (metric.key, metric.step): metric.value
+            for key in child.latest_metrics
+            for metric in client.get_metric_history(child.run_id, key)
+        }
+    return child.logged
+
+
+def missing_metrics(logged: Mapping[tuple[str, int], float], metrics: Sequence[Metric]) -> list[Metric] | None:
+    """Return the metrics of a record that its run lacks.
+
+    Args:
+        logged: The run's values: (name, step) -> value.
+        metrics: The metrics of the record.
+
+    Returns:
+        The metrics; None if the run has a value that is not the record's, and must be replaced. This happens
+        when a lane was trained again on another kind of device.
+    """
+    wanted = {(metric.key, metric.step): metric.value for metric in metrics}
+    for key, value in logged.items():
+        same = key in wanted and (wanted[key] == value or (math.isnan(wanted[key]) and math.isnan(value)))
+        if not same:
+            return None
+    return [metric for metric in metrics if (metric.key, metric.step) not in logged]
+
+
+def log_in_batches(
+    client: MlflowClient, run_id: str, metrics: Sequence[Metric], params: Sequence[Param], tags: Sequence[RunTag]
+) -> None:
+    """Log metrics, parameters and tags in calls of the size that MLflow accepts."""
+    while metrics or params or tags:
+        client.log_batch(run_id, metrics[:_METRICS_PER_CALL], params[:_PARAMS_PER_CALL], tags)
+        metrics, params, tags = metrics[_METRICS_PER_CALL:], params[_PARAMS_PER_CALL:], ()
+
+
+def log_progress(client: MlflowClient, child: ChildRun, progress: LaneProgress, timestamp: int) -> None:
+    """Log the start or an evaluation of a lane that is in training. What is there already stays as it is."""
+    logged = read_logged(client, child)
+    new = [
+        metric
+        for metric in run_content.progress_metrics(progress, timestamp)
+        if (metric.key, metric.step) not in logged
+    ]
+    params = [] if progress.step else run_content.params(progress.configuration)
+    log_in_batches(client, child.run_id, new, params, ())
+    logged |= {(metric.key, metric.step): metric.value for metric in new}
+
+
+def log_model(client: MlflowClient, experiment_id: str, run_id: str, record: Record, adapter: Path) -> None:
+    """Log an adapter as a model of MLflow, linked to its run. A model that an earlier call began is completed.
+
+    A server older than MLflow 3 has no such models; it gets the files as artifact "adapter" of the run.
+
+    Args:
+        client: The client.
+        experiment_id: The study's experiment.
+        run_id: The run.
+        record: The record of the run.
+        adapter: Folder with the adapter in PEFT's format.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    models = find_models(client, experiment_id, run_id)
+    if models is None:
+        client.log_artifacts(run_id, str(adapter), "adapter")
+        return
+    configuration = record.configuration
+    if models:
+        model = models[0]
+        linked = {output.model_id for output in client.get_run(run_id).outputs.model_outputs}
+    else:
+        tags = {
+            "variant": configuration.variant.name,
+            "base_model": configuration.model.name,
+            "base_model_content": configuration.model.content,
+            "fingerprint": record.fingerprint,
+        }
+        name = f"{configuration.variant.name}-{record.fingerprint[:12]}"
+        model = client.create_logged_model(experiment_id, name, run_id, tags, model_type=_MODEL_TYPE)
+        linked = set()
+    client.log_model_artifacts(model.model_id, str(adapter))
+    client.finalize_logged_model(model.model_id, "READY")
+    if model.model_id not in linked:  # MLflow keeps every link, also a repeated one
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record.steps)])
+
+
+def find_models(client: MlflowClient, experiment_id: str, run_id: str) -> list[LoggedModel] | None:
+    """Return the models that were logged for a run; None if the server is older than MLflow 3 and has no models."""
+    from mlflow import MlflowException
+
+    try:
+        return list(client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"))
+    except MlflowException as error:
+        if error.error_code not in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"):
+            raise
+        return None
