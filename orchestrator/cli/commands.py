@@ -45,12 +45,12 @@ class Sync(StoreLocation):
 
     def run(self) -> int:
         """Rebuild the projections and return the exit code."""
+        from orchestrator.analyze.study_description import describe_study
         from orchestrator.record.mlflow.sync import sync_projections
         from orchestrator.record.store import Store
 
-        return sync_projections(
-            Store(self.store_folder, create=False), self.output, self.tracking_uri, print, self.rebuild
-        )
+        store = Store(self.store_folder, create=False)
+        return sync_projections(store, self.output, self.tracking_uri, print, self.rebuild, describe_study)
 
 
 @dataclass(frozen=True, kw_only=True)

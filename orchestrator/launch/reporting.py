@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from orchestrator.execution.run_budget import RunBudget
@@ -17,6 +18,7 @@ from orchestrator.util.graceful_interrupts import graceful_interrupts
 from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
+    from orchestrator.analyze.study_description import StudyDescription
     from orchestrator.record.mlflow.writer import MlflowWriter
 
 MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
@@ -48,20 +50,32 @@ def report_and_close(
         command = context.orchestrator_command(f"report {shlex.quote(study.name)}")
         context.console.print(f"Without a report: {command} writes it.", markup=False, soft_wrap=True)
     report_files = [context.folder / name for name in REPORT_FILES] if should_report else []
+    description: tuple[str, Mapping[str, float]] = ("", {})
     try:
         if should_report:
             with graceful_interrupts(budget.request_stop):
-                _write_report(context, study)
+                description = _write_report(context, study)
     finally:
         interrupted = budget.is_interrupted and not was_interrupted
         status = "KILLED" if interrupted else status
-        num_delayed = writer.close(
-            _mlflow_seconds(budget, status), status, [file for file in report_files if file.exists()]
-        )
+        existing = [file for file in report_files if file.exists()]
+        num_delayed = writer.close(_mlflow_seconds(budget, status), status, existing, *description)
+        if should_report:
+            _print_mlflow(context, writer)
         if num_delayed or not writer.is_finished:
             _print_delay(context, writer, num_delayed)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _print_mlflow(context: StudyContext, writer: MlflowWriter) -> None:
+    """Print the command that opens MLflow on a database, and the address of the ranked table."""
+    from orchestrator.analyze.page import mlflow_ui_command
+
+    command = mlflow_ui_command(redact_secrets(context.tracking_uri))
+    for label, where in (("MLflow", command), ("" if command else "MLflow", writer.view_link)):
+        if where:
+            context.console.print(f"{label:8} {where}", markup=False, soft_wrap=True)
 
 
 def _mlflow_seconds(budget: RunBudget, status: str) -> float:
@@ -90,13 +104,16 @@ def _has_time_to_report(budget: RunBudget, study: StudyFile) -> bool:
     )
 
 
-def _write_report(context: StudyContext, study: StudyFile) -> None:
+def _write_report(context: StudyContext, study: StudyFile) -> StudyDescription:
     """Write the store's Parquet files and the study's report, and print the table.
 
     All configurations of the study are in it, also those of earlier runs.
+
+    Returns:
+        What MLflow shows of the report.
     """
-    from orchestrator.analyze.page import mlflow_ui_command
     from orchestrator.analyze.report import write_report
+    from orchestrator.analyze.study_description import describe_summary
     from orchestrator.analyze.table import render_summary
 
     folder = context.folder
@@ -111,9 +128,9 @@ def _write_report(context: StudyContext, study: StudyFile) -> None:
     for what, where in (
         ("Report", folder / "report.html"),
         *(("Picture", picture) for picture in pictures[:1]),
-        ("MLflow", mlflow_ui_command(uri) or "runs are on the tracking server"),
     ):
         context.console.print(f"{what:8} {where}", markup=False, soft_wrap=True)
+    return describe_summary(summary)
 
 
 def print_missing_results(context: StudyContext, work: StudyWork, command: str) -> int:

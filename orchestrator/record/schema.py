@@ -70,8 +70,8 @@ class Cost:
     tokens: int = 0
     trainable_parameters: int = 0
     peak_memory: int = 0
-    """Most bytes in use at once while the lane was in its lane group, by all lanes of the group together: allocated
-    on the GPU, or resident in the process on a CPU. 0 in records of earlier versions."""
+    """Most bytes in use at once while the lane was in its lane group, by all lanes of the group together:
+    allocated on the GPU, or resident in the process on a CPU. 0 in records of earlier versions."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_no_trainer_is_taken_for_dead_because_the_brokers_clock_jumps(tmp_path: 
     broker = Broker(str(tmp_path), "none")
 
     async def trainers() -> int:
-        return int((await broker.get_updates(0, 0, ""))["counts"]["trainers"])
+        return int((await broker.get_updates(0, 0, 0, ""))["counts"]["trainers"])
 
     asyncio.run(broker.next_report("trial", POINTS[0], 0, 0.0))
     asyncio.run(broker.lease("trainer-0.x", None, 1, {}, 0))

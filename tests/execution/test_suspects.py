@@ -198,7 +198,7 @@ def test_the_broker_sees_by_the_checkpoints_that_a_lane_gets_on(tmp_path: Path) 
     async def crash(number: int) -> str:
         assert len((await broker.lease(f"trainer-{number}.x", None, 1, {}, 0)).leases) == 1
         await broker.trainer_exited(f"trainer-{number}", ExitKind.CRASHED, "killed by SIGKILL")
-        return str((await broker.get_updates(0, 0, ""))["abort_reason"])
+        return str((await broker.get_updates(0, 0, 0, ""))["abort_reason"])
 
     for number in range(2 * MAX_FAILURES):
         (folder / str(number + 1)).mkdir(parents=True)

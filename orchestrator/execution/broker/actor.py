@@ -161,9 +161,9 @@ class Broker:
 
         Returns:
             "incarnation": this incarnation; "ended", "progress" and "lines": the new ended lanes, starts and
-            reports of lanes, and lines; "counts": the number of lanes in each phase and of live trainers; "steps_taken": the optimizer steps of each
-            trainer; "hung": the names of hung trainers; "abort_reason": the reason why no more trainers
-            should be started, or "".
+            reports of lanes, and lines; "counts": the number of lanes in each phase and of live trainers;
+            "steps_taken": the optimizer steps of each trainer; "hung": the names of hung trainers;
+            "abort_reason": the reason why no more trainers should be started, or "".
         """
         self.core.tick(self.clock())
         if incarnation != self.incarnation:

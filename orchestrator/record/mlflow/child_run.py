@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.record.mlflow import run_content
+from orchestrator.record.mlflow.saved_view import MEAN_METRIC
 from orchestrator.record.schema import LaneProgress, Record
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class ChildRun:
 
 
 def is_up_to_date(child: ChildRun, record: Record) -> bool:
-    """Return whether a run can stay: a complete one has the record's last values, another one can get them."""
+    """Return whether a run can stay: it has the record's last values or, if incomplete, can get them."""
     if child.is_complete:
         wanted = run_content.latest_metrics(record)
         return child.record_version == run_content.record_version(record) and all(
@@ -48,17 +49,20 @@ def is_up_to_date(child: ChildRun, record: Record) -> bool:
 
 
 def read_logged(client: MlflowClient, child: ChildRun) -> dict[tuple[str, int], float]:
-    """Return the metric values of an incomplete run; they are read from MLflow if another process wrote them."""
+    """Return the metric values of an incomplete run, read from MLflow if another process wrote them."""
     if child.logged is None:
         child.logged = {
             (metric.key, metric.step): metric.value
             for key in child.latest_metrics
+            if key != MEAN_METRIC
             for metric in client.get_metric_history(child.run_id, key)
         }
     return child.logged
 
 
-def missing_metrics(logged: Mapping[tuple[str, int], float], metrics: Sequence[Metric]) -> list[Metric] | None:
+def missing_metrics(
+    logged: Mapping[tuple[str, int], float], metrics: Sequence[Metric]
+) -> list[Metric] | None:
     """Return the metrics of a record that its run lacks.
 
     Args:
@@ -78,7 +82,11 @@ def missing_metrics(logged: Mapping[tuple[str, int], float], metrics: Sequence[M
 
 
 def log_in_batches(
-    client: MlflowClient, run_id: str, metrics: Sequence[Metric], params: Sequence[Param], tags: Sequence[RunTag]
+    client: MlflowClient,
+    run_id: str,
+    metrics: Sequence[Metric],
+    params: Sequence[Param],
+    tags: Sequence[RunTag],
 ) -> None:
     """Log metrics, parameters and tags in calls of the size that MLflow accepts."""
     while metrics or params or tags:
@@ -87,7 +95,7 @@ def log_in_batches(
 
 
 def log_progress(client: MlflowClient, child: ChildRun, progress: LaneProgress, timestamp: int) -> None:
-    """Log the start or an evaluation of a lane that is in training. What is there already stays as it is."""
+    """Log the start or an evaluation of a lane in training. What is there already stays as it is."""
     logged = read_logged(client, child)
     new = [
         metric
@@ -100,9 +108,10 @@ def log_progress(client: MlflowClient, child: ChildRun, progress: LaneProgress, 
 
 
 def log_model(client: MlflowClient, experiment_id: str, run_id: str, record: Record, adapter: Path) -> None:
-    """Log an adapter as a model of MLflow, linked to its run. A model that an earlier call began is completed.
+    """Log an adapter as a model of MLflow, linked to its run.
 
-    A server older than MLflow 3 has no such models; it gets the files as artifact "adapter" of the run.
+    A model that an earlier call began is completed. A server older than MLflow 3 has no such models; it gets
+    the files as artifact "adapter" of the run.
 
     Args:
         client: The client.
@@ -138,7 +147,7 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, record: Rec
 
 
 def find_models(client: MlflowClient, experiment_id: str, run_id: str) -> list[LoggedModel] | None:
-    """Return the models that were logged for a run; None if the server is older than MLflow 3 and has no models."""
+    """Return the models that were logged for a run; None if the server, older than MLflow 3, has none."""
     from mlflow import MlflowException
 
     try:

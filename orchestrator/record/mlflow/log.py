@@ -1,21 +1,18 @@
 """MLflow runs as a projection of the store: only the driver writes them, and they can be rebuilt any time.
 
-A study is an experiment of the same name. Each of its configurations is a run, and the study itself is one more
-run, which has the report, the verdicts and the command. No run has a parent, because MLflow's pages show nested
-runs closed, and their charts leave them out. There is one experiment per study because these pages show an
-experiment; several experiments can still be selected together. The experiment has a saved view (`saved_view`).
+A study is an experiment of the same name. Each of its configurations is a run, and the study itself is one
+more run, which has the report, the verdicts and the command. No run has a parent, because MLflow's pages show
+nested runs closed, and their charts leave them out. There is one experiment per study because these pages
+show an experiment; several experiments can still be selected together. The experiment has two
+saved views (`saved_view`).
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +20,6 @@ from typing import TYPE_CHECKING
 from orchestrator.record.mlflow import run_content, saved_view
 from orchestrator.record.mlflow.child_run import (
     ChildRun,
-    find_models,
     is_up_to_date,
     log_in_batches,
     log_model,
@@ -31,38 +27,18 @@ from orchestrator.record.mlflow.child_run import (
     missing_metrics,
     read_logged,
 )
-from orchestrator.record.mlflow.tracking_uri import find_damage, sqlite_path
+from orchestrator.record.mlflow.connection import Connection
 from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.study.configuration import Configuration
-from orchestrator.util import atomic_files
 from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-ARTIFACTS_FOLDER = "mlflow-artifacts"
 _SCORE = "validation_score"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Tags of a new experiment. MLflow's page opens with the runs, in place of an empty list of traces."""
-# Codes of errors that the same request would cause again.
-_PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
-_MLFLOW_ENVIRONMENT = {
-    # MLflow repeats a failed request for minutes, also `create_run`, which makes two runs if only the answer
-    # was lost. Our callers try again themselves, after reading which runs exist.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
-
-
-class TrackingUnavailableError(Exception):
-    """MLflow's server or database does not answer. The records are in the store."""
-
-
-class TrackingDamagedError(TrackingUnavailableError):
-    """MLflow's SQLite file is damaged and must be rebuilt from the store."""
 
 
 @dataclass
@@ -89,8 +65,7 @@ class MlflowLogger:
 
     def __init__(self, tracking_uri: str) -> None:
         self.tracking_uri = tracking_uri
-        self._database = sqlite_path(tracking_uri)
-        self._artifact_root = self._database.parent / ARTIFACTS_FOLDER if self._database else None
+        self._connection = Connection(tracking_uri)
         self._study_descriptions: dict[str, tuple[str, Mapping[str, str]]] = {}
         self._studies: dict[str, _StudyRun] = {}
 
@@ -120,9 +95,10 @@ class MlflowLogger:
     ) -> int:
         """Write the run of each record, if it is missing or differs. Call `ensure_study` first.
 
-        There is one run for each study and fingerprint. A complete one is left as it is. One that shows a lane in
-        training, or that a killed driver left incomplete, is completed. The run of an older record (stopped, now
-        finished) is replaced, and so is one with other values than the record (after a damaged database).
+        There is one run for each study and fingerprint. A complete one is left as it is. One that shows a
+        lane in training, or that a killed driver left incomplete, is completed. The run of an older record
+        (stopped, now finished) is replaced, and so is one with other values than the record (after a damaged
+        database).
 
         Args:
             study: Name of the study.
@@ -143,7 +119,8 @@ class MlflowLogger:
     def log_progress(self, study: str, progress: LaneProgress) -> None:
         """Show the start or an evaluation of a lane that is in training. Call `ensure_study` first.
 
-        The lane's run is created if it is missing. A complete run stays as it is, because its record came first.
+        The lane's run is created if it is missing. A complete run stays as it is, because its record came
+        first.
         """
         with self._convert_errors():
             opened = self._get_study(study)
@@ -167,7 +144,7 @@ class MlflowLogger:
         description: str = "",
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Write the saved view and the description, and end the study's run and those of lanes without a record.
+        """Write the saved views and the description, and end the study's run and the unfinished ones.
 
         Args:
             study: Name of the study.
@@ -209,7 +186,8 @@ class MlflowLogger:
             if is_up_to_date(child, record):
                 kept = missing_metrics(read_logged(self._client, child), metrics)
             if kept is None:
-                self._delete_run(opened, record.fingerprint)
+                self._connection.delete_run(opened.experiment_id, child.run_id)
+                del opened.children[record.fingerprint]
                 child = None
             else:
                 missing = kept
@@ -268,7 +246,7 @@ class MlflowLogger:
                     run.data.params,
                 )
                 if fingerprint in opened.children:  # two drivers wrote at once; the older run stays
-                    self._delete_run(opened, fingerprint, child)
+                    self._connection.delete_run(opened.experiment_id, child.run_id)
                     continue
                 opened.children[fingerprint] = child
         if opened.run_id:
@@ -306,9 +284,7 @@ class MlflowLogger:
         self._write_views(opened, keys, list(groups))
         opened.stale_means = False
 
-    def _write_views(
-        self, opened: _StudyRun, keys: Sequence[str], groups: Sequence[tuple[str, ...]]
-    ) -> None:
+    def _write_views(self, opened: _StudyRun, keys: Sequence[str], groups: Sequence[tuple[str, ...]]) -> None:
         created = self._client.get_experiment(opened.experiment_id).creation_time or 0
         for key, value in saved_view.tags(created, keys, groups).items():
             self._client.set_experiment_tag(opened.experiment_id, key, value)
@@ -319,7 +295,8 @@ class MlflowLogger:
 
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            location = (self._artifact_root / name).resolve().as_uri() if self._artifact_root else None
+            root = self._connection.artifact_root
+            location = (root / name).resolve().as_uri() if root else None
             try:
                 tags = {**_EXPERIMENT_TAGS, run_content.NOTE_TAG: question}
                 return self._client.create_experiment(name, location, tags)
@@ -343,39 +320,9 @@ class MlflowLogger:
             if not token:
                 return
 
-    @cached_property
+    @property
     def _client(self) -> MlflowClient:
-        for name, value in _MLFLOW_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
-
-        # Errors are raised, and the caller reports them; messages about migrations help nobody.
-        for noisy in ("mlflow", "alembic"):
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
-        if self._database is not None:
-            _create_database(self._database)
-        return MlflowClient(self.tracking_uri, self.tracking_uri)
-
-    def _delete_run(self, opened: _StudyRun, fingerprint: str, run: ChildRun | None = None) -> None:
-        """Delete the run of a configuration, or another `run` of it, in a database permanently, with its files.
-
-        MLflow's client only marks runs and models as deleted. `_hard_delete_run`, which `mlflow gc` uses, removes
-        them. A server does not offer that: the marked run stays there until `mlflow gc` is run.
-        """
-        run_id = (run or opened.children.pop(fingerprint)).run_id
-        store = self._client._tracking_client.store
-        removed = [run_id]
-        for model in find_models(self._client, opened.experiment_id, run_id) or ():
-            self._client.delete_logged_model(model.model_id)
-            if hasattr(store, "_hard_delete_logged_model"):
-                store._hard_delete_logged_model(model.model_id)
-                removed.append(f"models/{model.model_id}")
-        self._client.delete_run(run_id)
-        if hasattr(store, "_hard_delete_run"):
-            store._hard_delete_run(run_id)
-            if self._artifact_root is not None:
-                for folder in (f for name in removed for f in self._artifact_root.glob(f"*/{name}")):
-                    shutil.rmtree(folder, ignore_errors=True)
+        return self._connection.client
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
@@ -384,46 +331,4 @@ class MlflowLogger:
         except Exception as error:
             # A request whose answer was lost may have been executed: the next call reads what exists.
             self._studies.clear()
-            uri = redact_secrets(self.tracking_uri)
-            if self._database is not None and (why := find_damage(self._database, every_page=True)):
-                raise TrackingDamagedError(f"{uri}: the file is damaged ({why})") from error
-            if _is_unavailable(error):
-                raise TrackingUnavailableError(redact_secrets(f"{uri}: {_first_line(error)}")) from error
-            raise
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's text; for SQLAlchemy, of the error of the database itself."""
-    cause: BaseException | None = error
-    while cause is not None and not hasattr(cause, "orig"):
-        cause = cause.__cause__
-    text = str(getattr(cause, "orig", None) or error) or type(error).__name__
-    return text.splitlines()[0]
-
-
-def _create_database(path: Path) -> None:
-    """Create MLflow's SQLite file, complete or not at all.
-
-    Two processes that open a new file at once break each other's migrations, and a process that is killed
-    during its migrations leaves a file that no later one can open. A lock and a temporary name prevent both.
-    """
-    from mlflow import MlflowClient
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_files.lock_folder(path.parent):
-        if path.exists():
-            return
-        new = path.with_name(f".{path.name}.new")
-        new.unlink(missing_ok=True)
-        uri = f"sqlite:///{new}"
-        MlflowClient(uri, uri).search_experiments()
-        os.replace(new, path)
-
-
-def _is_unavailable(error: Exception) -> bool:
-    from mlflow import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    if isinstance(error, MlflowException):
-        return error.error_code not in _PERMANENT_ERRORS
-    return isinstance(error, OSError | SQLAlchemyError)  # errors of `requests` are OSErrors
+            self._connection.raise_converted(error)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from itertools import count
 from pathlib import Path
 
-from orchestrator.record.mlflow.log import ARTIFACTS_FOLDER
+from orchestrator.record.mlflow.connection import ARTIFACTS_FOLDER
 from orchestrator.record.mlflow.tracking_uri import sqlite_path
 from orchestrator.record.scratch import is_locked
 from orchestrator.record.study_file import StudyFile

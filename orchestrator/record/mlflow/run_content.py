@@ -1,7 +1,7 @@
 """Content of the MLflow run of one configuration: tags, parameters, metrics and datasets.
 
-Everything, also every time, follows from the record alone, so that logging it twice writes the same rows. While
-the configuration is in training, its run has what a `LaneProgress` knows, under the same names.
+Everything, also every time, follows from the record alone, so that logging it twice writes the same rows.
+While the configuration is in training, its run has what a `LaneProgress` knows, under the same names.
 """
 
 from __future__ import annotations
@@ -89,10 +89,14 @@ def limit_note(text: str) -> str:
 
 
 # Twenty colors that are easy to tell apart (after Sasha Trubetskoy), those too pale on white left out.
+# fmt: off
 _COLORS = (
-    "#E6194B #3CB44B #4363D8 #F58231 #911EB4 #42B6D9 #F032E6 #9A6324 #008080 #800000 #808000 #000075 #A9A9A9 "
-    "#E6A800 #DCBEFF #FF8FAB #5FBF9F #6A3D9A #B15928 #1F9E89"
-).split()
+    "#E6194B", "#3CB44B", "#4363D8", "#F58231", "#911EB4",
+    "#42B6D9", "#F032E6", "#9A6324", "#008080", "#800000",
+    "#808000", "#000075", "#A9A9A9", "#E6A800", "#DCBEFF",
+    "#FF8FAB", "#5FBF9F", "#6A3D9A", "#B15928", "#1F9E89",
+)
+# fmt: on
 
 
 def _color(variant: str) -> str:
@@ -146,7 +150,12 @@ def metrics(record: Record) -> list[Metric]:
 
 
 def progress_metrics(progress: LaneProgress, timestamp: int) -> list[Metric]:
-    """Return the metrics of a lane that has started, or has been evaluated, at `timestamp` in milliseconds."""
+    """Return the metrics of a lane that has started, or has been evaluated.
+
+    Args:
+        progress: The start or the evaluation.
+        timestamp: Its time in milliseconds since the epoch.
+    """
     values: dict[str, float] = {}
     if progress.step:
         values["train_loss"] = progress.train_loss
@@ -163,7 +172,7 @@ def _metric(key: str, value: float, timestamp: int, step: int) -> Metric:
 
 
 def _rate_metrics(configuration: Configuration) -> Mapping[str, float]:
-    """Return the metric that a chart needs as the axis of learning rates, because MLflow has no log axis there."""
+    """Return the metric that MLflow's scatter charts, which have no log axis, need for learning rates."""
     rate = configuration.optimizer.learning_rate
     return {"log10_learning_rate": math.log10(rate)} if rate > 0 else {}
 

@@ -1,9 +1,10 @@
 """The saved views of a study in MLflow's UI: a ranked table of groups of runs, and charts of all runs.
 
-MLflow keeps a view as a tag of the experiment, `mlflow.sharedViewState.<key>`. The tag holds a name, times, and
-the state of the experiment's page as JSON, which may be compressed. Source: MLflow 3.17, `savedViewEnvelope.ts`,
-`ExperimentPageUIState.tsx`, `ExperimentPageSearchFacetsState.tsx` and `runs-charts.types.ts` in its folder
-`mlflow/server/js/src/experiment-tracking`. A page ignores the fields that it does not know.
+MLflow keeps a view as a tag of the experiment, `mlflow.sharedViewState.<key>`. The tag holds a name, times,
+and the state of the experiment's page as JSON, which may be compressed. Source: MLflow 3.17,
+`savedViewEnvelope.ts`, `ExperimentPageUIState.tsx`, `ExperimentPageSearchFacetsState.tsx` and
+`runs-charts.types.ts` in its folder `mlflow/server/js/src/experiment-tracking`. A page ignores the fields
+that it does not know.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ MAX_LENGTH = 5000
 RUN_ROLE = "configuration"
 """Value of the tag `role` of the runs that the views show: all but the study's own run."""
 MEAN_METRIC = "mean_validation_score"
-"""Mean of the validation scores of a run's group. The table is sorted by it. MLflow's page reads 100 runs at a
-time; sorted by a run's own score, it would show the mean of a group without the group's worst runs."""
+"""Mean of the validation scores of a run's group. The table is sorted by it. MLflow's page reads 100 runs at
+a time; sorted by a run's own score, it would show the mean of a group without the group's worst runs."""
 
 _TAG_PREFIX = "mlflow.sharedViewState."
 _BASIC_GROUP_KEYS = ("task", "variant", "learning_rate")
@@ -38,8 +39,8 @@ def group_keys(runs: Collection[Mapping[str, str]]) -> tuple[str, ...]:
         runs: The parameters of each run: name -> value.
 
     Returns:
-        The variant and the learning rate, the task if there are several, and every other hyperparameter in which
-        two runs of one task, variant and learning rate differ.
+        The variant and the learning rate, the task if there are several, and every other hyperparameter in
+        which two runs of one task, variant and learning rate differ.
     """
     first: dict[tuple[str, ...], Mapping[str, str]] = {}
     varied: dict[str, None] = {}
@@ -107,8 +108,8 @@ def tags(created: int, keys: Sequence[str], groups: Collection[tuple[str, ...]])
     Args:
         created: Time of the views in milliseconds since the epoch.
         keys: The parameters by which the runs are grouped.
-        groups: The values of `keys` of each group. The table shows them closed, unless they are so many that the
-            tag would be too long: MLflow opens a group that the view does not name.
+        groups: The values of `keys` of each group. The table shows them closed, unless they are so many that
+            the tag would be too long: MLflow opens a group that the view does not name.
     """
     closed = {
         ",".join(f"param.{key}.{value}" for key, value in zip(keys, group, strict=True)): False

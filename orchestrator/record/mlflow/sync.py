@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.record.mlflow.log import MlflowLogger, TrackingDamagedError, TrackingUnavailableError
+from orchestrator.record.mlflow.connection import TrackingDamagedError, TrackingUnavailableError
+from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.rebuild import archive_databases
 from orchestrator.record.mlflow.tracking_uri import check_uri, sqlite_path, study_uri
 from orchestrator.record.parquet import write_parquet
+from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import REPORT_FILES, StudyFile, read_studies
 from orchestrator.util.redaction import redact_secrets
 
 
 def sync_projections(
-    store: Store, output: Path, tracking_uri: str | None, notify: Callable[[str], None], rebuild: bool = False
+    store: Store,
+    output: Path,
+    tracking_uri: str | None,
+    notify: Callable[[str], None],
+    rebuild: bool = False,
+    describe: Callable[[StudyFile, Sequence[Record]], tuple[str, Mapping[str, float]]] = lambda *_: ("", {}),
 ) -> int:
     """Write Parquet and MLflow again from the records.
 
-    Adapters that the store keeps are logged with the child runs that are written now.
+    Adapters that the store keeps are logged with the runs that are written now.
 
     Args:
         store: The store.
@@ -27,6 +34,8 @@ def sync_projections(
         tracking_uri: MLflow URI for all studies; None: the URI in each study's file.
         notify: Called with one line for each file and study.
         rebuild: First move SQLite files away, so that they are created again.
+        describe: Returns the description of a study with these records, in Markdown, and the metrics of its
+            run.
 
     Returns:
         Exit code: 0, or 1 if MLflow stopped answering.
@@ -50,7 +59,7 @@ def sync_projections(
     for name, (folder, study) in studies.items():
         try:
             report = [file for each in REPORT_FILES if (file := folder / each).exists()] if rebuild else []
-            notify(_sync_study(store, study, logs[uris[name]], report))
+            notify(_sync_study(store, study, logs[uris[name]], report, describe))
         except TrackingDamagedError as damaged:
             notify(f"{study.name}: MLflow cannot be used ({damaged}); run this command again with --rebuild")
             return 1
@@ -60,14 +69,19 @@ def sync_projections(
     return 0
 
 
-def _sync_study(store: Store, study: StudyFile, log: MlflowLogger, report: Sequence[Path]) -> str:
-    parent = log.ensure_study(study.name, study.question, {"command": study.command})
-    num_records = num_written = 0
-    for record in filter(None, map(store.get, study.configurations)):
-        num_written += log.log_records(study.name, [record], frozenset(study.reused), store.adapters)
-        num_records += 1
-    log.finish_study(parent, "FINISHED" if num_records == len(study.configurations) else "KILLED", report)
+def _sync_study(
+    store: Store,
+    study: StudyFile,
+    log: MlflowLogger,
+    report: Sequence[Path],
+    describe: Callable[[StudyFile, Sequence[Record]], tuple[str, Mapping[str, float]]],
+) -> str:
+    log.ensure_study(study.name, study.question, {"command": study.command})
+    records = [record for record in map(store.get, study.configurations) if record is not None]
+    num_written = log.log_records(study.name, records, frozenset(study.reused), store.adapters)
+    status = "FINISHED" if len(records) == len(study.configurations) else "KILLED"
+    log.finish_study(study.name, status, report, *(describe(study, records) if records else ()))
     return (
-        f"{study.name}: {num_records} of {len(study.configurations)} configurations in "
+        f"{study.name}: {len(records)} of {len(study.configurations)} configurations in "
         f"{redact_secrets(log.tracking_uri)}, {num_written} of them written now"
     )

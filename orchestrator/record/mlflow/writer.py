@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from orchestrator.record.mlflow.log import MlflowLogger, TrackingDamagedError, TrackingUnavailableError
-from orchestrator.record.schema import Record
+from orchestrator.record.mlflow.connection import TrackingDamagedError, TrackingUnavailableError
+from orchestrator.record.mlflow.log import MlflowLogger
+from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.util import timeouts
@@ -16,18 +18,19 @@ from orchestrator.util.redaction import redact_secrets
 
 
 class MlflowWriter:
-    """Background writer of MLflow child runs.
+    """Background writer of a study's MLflow runs.
 
     It queues fingerprints only and reads a record when its turn comes, so that a long outage does not fill
-    the memory. While MLflow does not answer it tries again, with growing pauses. No method raises; records
-    that are not logged when the writer closes are left to `python -m orchestrator sync`.
+    the memory. What it knows of lanes in training waits until no record is queued, and is dropped when the
+    lane has a record. While MLflow does not answer it tries again, with growing pauses. No method raises;
+    records that are not logged when the writer closes are left to `python -m orchestrator sync`.
 
     Args:
         log: The logger.
         store: The store.
         study: The study whose records are logged.
         log_adapters: Also log the adapters that the store keeps.
-        tags: Tags of the study's parent run.
+        tags: Tags of the study's own run.
     """
 
     def __init__(
@@ -44,17 +47,18 @@ class MlflowWriter:
         self._reused = frozenset(study.reused)
         self._condition = threading.Condition()
         self._queue: dict[str, None] = {}  # an ordered set
+        self._progress: dict[str, list[LaneProgress]] = {}
+        """What is not logged yet of the lanes in training, by fingerprint."""
         self._current = ""
         self._rejected: set[str] = set()
         self._deadline: float | None = None
-        self._status = "FINISHED"
-        self._report_files: Sequence[Path] = ()
+        self._finish = partial(log.finish_study, study.name)
         self.error = ""
         """The last error; it stays after the record has been logged."""
         self.is_damaged = False
         """True if `error` is about a damaged SQLite file."""
         self.is_finished = False
-        """True when the study's parent run has ended."""
+        """True when the study's own run has ended."""
         self._thread = threading.Thread(target=self._run, name="mlflow-writer", daemon=True)
         self._thread.start()
 
@@ -66,67 +70,104 @@ class MlflowWriter:
 
     def put(self, record: Record | str) -> None:
         """Queue a record, given itself or by its fingerprint."""
+        fingerprint = record if isinstance(record, str) else record.fingerprint
         with self._condition:
-            self._queue[record if isinstance(record, str) else record.fingerprint] = None
+            self._queue[fingerprint] = None
+            self._progress.pop(fingerprint, None)
             self._condition.notify()
+
+    def put_progress(self, progress: LaneProgress) -> None:
+        """Queue the start or an evaluation of a lane that is in training."""
+        with self._condition:
+            self._progress.setdefault(progress.configuration.fingerprint, []).append(progress)
+            self._condition.notify()
+
+    @property
+    def view_link(self) -> str:
+        """Address of the study's ranked table; empty if MLflow has not answered yet."""
+        return self._logger.view_link(self._study.name)
 
     def mark_reused(self, fingerprint: str) -> None:
         """Mark a configuration that the store had before the study requested it."""
         self._reused |= {fingerprint}
 
-    def close(self, timeout: float, status: str = "FINISHED", report_files: Sequence[Path] = ()) -> int:
-        """Log the queue, end the study's parent run, and stop.
+    def close(
+        self,
+        timeout: float,
+        status: str = "FINISHED",
+        report_files: Sequence[Path] = (),
+        description: str = "",
+        metrics: Mapping[str, float] | None = None,
+    ) -> int:
+        """Log the queue, end the study's own run, and stop.
 
         Args:
             timeout: Seconds for all of that.
-            status: Status of the parent run: FINISHED, FAILED or KILLED.
-            report_files: Files to log as artifacts of the parent run.
+            status: Status of the study's run: FINISHED, FAILED or KILLED.
+            report_files: Files to log as artifacts of the study's run.
+            description: Verdicts and best points in Markdown; empty: the description stays as it is.
+            metrics: Their numbers, which become metrics of the study's run.
 
         Returns:
             The number of records that are not logged.
         """
         with self._condition:
-            self._status, self._report_files = status, report_files
+            self._finish = partial(
+                self._logger.finish_study, self._study.name, status, report_files, description, metrics
+            )
+            self._progress.clear()
             self._deadline = time.monotonic() + timeout
             self._condition.notify()
         self._thread.join(timeout)
         return self.pending_count
 
     def _run(self) -> None:
-        pause, parent = timeouts.MIN_MLFLOW_RETRY_SECONDS, ""
+        pause, is_open = timeouts.MIN_MLFLOW_RETRY_SECONDS, False
+        study, tags = self._study, {"command": self._study.command, **self._tags}
         while True:
             try:
-                parent = parent or self._logger.ensure_study(
-                    self._study.name, self._study.question, {"command": self._study.command, **self._tags}
-                )
+                if not is_open:
+                    self._logger.ensure_study(study.name, study.question, tags)
+                    is_open = True
                 while (fingerprint := self._take_next()) is not None:
                     self._log_one(fingerprint)
+                    if not self._queue:  # while records are waiting, the means would soon be old
+                        self._logger.update_means(study.name)
                     pause = timeouts.MIN_MLFLOW_RETRY_SECONDS
-                self._logger.finish_study(parent, self._status, self._report_files)
+                self._finish()
                 self.is_finished = True
                 return
             except TrackingUnavailableError as down:
-                parent, self.error = "", str(down)
+                is_open, self.error = False, str(down)
                 self.is_damaged = isinstance(down, TrackingDamagedError)
             except Exception as error:  # logging must never end a study
-                parent, self.error = "", redact_secrets(f"{type(error).__name__}: {error}")
+                is_open, self.error = False, redact_secrets(f"{type(error).__name__}: {error}")
             if not self._wait_before_retry(pause):
                 return
             pause = min(2 * pause, timeouts.MAX_MLFLOW_RETRY_SECONDS)
 
     def _take_next(self) -> str | None:
-        """Wait for a fingerprint and take it; None when the writer is closed and the queue is empty."""
+        """Wait for a fingerprint and take it; None when the writer is closed and the queue is empty.
+
+        The fingerprint is that of a record or, if no record waits, of a lane in training.
+        """
         with self._condition:
-            self._condition.wait_for(lambda: self._queue or self._deadline is not None)
+            self._condition.wait_for(lambda: self._queue or self._progress or self._deadline is not None)
             fingerprint = next(iter(self._queue), None)
             if fingerprint is not None:
                 # Taken before the record is read: a newer state that is queued meanwhile gets its own turn.
                 del self._queue[fingerprint]
                 self._current = fingerprint
-            return fingerprint
+            return fingerprint or next(iter(self._progress), None)
 
     def _log_one(self, fingerprint: str) -> None:
-        """Log the current record. A record that MLflow refuses is put aside, so that the others go on."""
+        """Log the current record, or else the progress of a lane.
+
+        A record that MLflow refuses is put aside, so that the others go on.
+        """
+        if not self._current:
+            self._log_progress(fingerprint)
+            return
         try:
             record = self._store.get(fingerprint)
             if record is not None:
@@ -141,6 +182,22 @@ class MlflowWriter:
         finally:
             with self._condition:
                 self._current = ""
+
+    def _log_progress(self, fingerprint: str) -> None:
+        """Log what is known of a lane. If MLflow does not answer, it is queued again, unless a record is."""
+        with self._condition:
+            waiting = self._progress.pop(fingerprint, [])
+        try:
+            while waiting:
+                self._logger.log_progress(self._study.name, waiting[0])
+                del waiting[0]
+        except TrackingUnavailableError:
+            with self._condition:
+                if fingerprint not in self._queue and self._deadline is None:
+                    self._progress[fingerprint] = [*waiting, *self._progress.get(fingerprint, ())]
+            raise
+        except Exception as error:  # its record may be accepted
+            self.error = redact_secrets(f"{fingerprint[:12]}: {type(error).__name__}: {error}")
 
     def _wait_before_retry(self, seconds: float) -> bool:
         """Wait, and return whether there is time for another attempt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import multiprocessing
@@ -9,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import zlib
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
@@ -21,9 +23,10 @@ from mlflow_server import empty_database, wait
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from orchestrator.record.mlflow.log import MlflowLogger, TrackingUnavailableError
+from orchestrator.record.mlflow.connection import TrackingUnavailableError
+from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.tracking_uri import sqlite_path
-from orchestrator.record.schema import Evaluation, Record
+from orchestrator.record.schema import Evaluation, LaneProgress, Record
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def study(request) -> str:
 
 
 def _runs(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
-    """Return the parent run and the children by fingerprint. Check that none exists twice, even deleted."""
+    """Return the study's run and the others by fingerprint. Check that none exists twice, even deleted."""
     client = MlflowClient(uri, uri)
     experiment = client.get_experiment_by_name(study).experiment_id
     runs = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=1000)
@@ -47,7 +50,7 @@ def _runs(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
     by_fingerprint = {r.data.tags["fingerprint"]: r for r in children}
     assert len(by_fingerprint) == len(children) == len(runs) - 1
     for child in children:
-        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert "mlflow.parentRunId" not in child.data.tags, "MLflow's page would hide it below its parent"
         assert child.data.tags["study"] == study
     return parent, by_fingerprint
 
@@ -55,9 +58,9 @@ def _runs(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
 def test_a_child_run_has_the_content_of_its_record(uri, study, make_record):
     record = make_record(extra={"ratio": 16})
     log = MlflowLogger(uri)
-    parent_id = log.ensure_study(study, "Which rate is best?", {"task": "letters"})
+    log.ensure_study(study, "Which rate is best?", {"task": "letters"})
     assert log.log_records(study, [record]) == 1
-    log.finish_study(parent_id)
+    log.finish_study(study)
     parent, children = _runs(uri, study)
     assert parent.info.status == "FINISHED"
     assert parent.info.run_name == study
@@ -76,16 +79,19 @@ def test_a_child_run_has_the_content_of_its_record(uri, study, make_record):
     expected |= {"state": "finished", "fingerprint": record.fingerprint, "study": study, "commit": "abc123"}
     assert expected.items() <= child.data.tags.items()
     assert "reused_from" not in child.data.tags
+    assert child.data.tags["model_content"] == "c0ffee"
     flat = record.configuration.to_columns()
     assert child.data.params == {k: str(v) for k, v in flat.items() if v is not None}
     assert child.data.params["variant_ratio"] == "16"
     ends = {"validation_score": 0.5, "test_score": 0.45, "untrained_validation_score": 0.1, "seconds": 2.5}
+    ends |= {"log10_learning_rate": -3.0, "mean_validation_score": 0.5}
     assert ends.items() <= child.data.metrics.items()
+    assert not child.data.metrics.keys() & child.data.params.keys()
     client = MlflowClient(uri, uri)
     history = client.get_metric_history(child.info.run_id, "train_loss")
     assert [(m.step, m.value) for m in history] == [(s.step, s.loss) for s in record.curve]
     assert [m.timestamp for m in history] == [10**12 + 200 * s for s in range(1, 21)]
-    for key in ("learning_rate", "gradient_norm"):
+    for key in ("scheduled_learning_rate", "gradient_norm"):
         assert len(client.get_metric_history(child.info.run_id, key)) == 20
     steps = [m.step for m in client.get_metric_history(child.info.run_id, "validation_exact_match")]
     assert steps == [5, 10, 15, 20]
@@ -133,10 +139,11 @@ def test_logging_again_changes_nothing(uri, study, make_record):
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
     assert log.log_records(study, records) == 3
+    log.update_means(study)
     before = _runs(uri, study)[1]
     assert log.log_records(study, records, reused={r.fingerprint for r in records}) == 0
     again = MlflowLogger(uri)
-    assert again.ensure_study(study, "") == _runs(uri, study)[0].info.run_id
+    again.ensure_study(study, "")
     assert again.log_records(study, records) == 0
     assert {f: r.to_dictionary() for f, r in _runs(uri, study)[1].items()} == {
         f: r.to_dictionary() for f, r in before.items()
@@ -187,17 +194,150 @@ def test_an_incomplete_child_of_a_killed_driver_is_completed(uri, study, make_re
     (left,) = _runs(uri, study)[1].values()
     assert left.info.status == "RUNNING"
     log = MlflowLogger(uri)
-    parent = log.ensure_study(study, "")
+    log.ensure_study(study, "")
     assert log.log_records(study, [record]) == 1
-    log.finish_study(parent)
+    log.finish_study(study)
     parent, children = _runs(uri, study)
     child = children[record.fingerprint]
     assert child.info.run_id == left.info.run_id
     assert (child.info.status, parent.info.status) == ("FINISHED", "FINISHED")
-    for key in ("train_loss", "learning_rate", "gradient_norm"):
+    for key in ("train_loss", "scheduled_learning_rate", "gradient_norm"):
         history = MlflowClient(uri, uri).get_metric_history(child.info.run_id, key)
         assert [m.step for m in history] == list(range(1, 1001))  # Every step is there once.
     assert len(child.inputs.dataset_inputs) == 3
+
+
+def _progress(record: Record, *steps: int) -> list[LaneProgress]:
+    """Return the start of a record's lane, and its evaluations at these steps, as the driver sees them."""
+    scores = {e.step: e.scores for e in record.evaluations if e.split == "validation"}
+    losses = {step.step: step.loss for step in record.curve}
+    configuration = record.configuration
+    return [
+        LaneProgress(configuration),
+        *(LaneProgress(configuration, step, scores[step], losses[step]) for step in steps),
+    ]
+
+
+def _history(uri: str, run: Run, key: str) -> list[tuple[int, float]]:
+    """Return (step, value) by step. MLflow's own order is by time; a record's times are in 2001."""
+    return sorted((m.step, m.value) for m in MlflowClient(uri, uri).get_metric_history(run.info.run_id, key))
+
+
+def test_a_lane_in_training_has_a_run_that_its_record_completes(uri, study, make_record):
+    record = make_record()
+    log = MlflowLogger(uri)
+    log.ensure_study(study, "")
+    start, first, second = _progress(record, 5, 10)
+    log.log_progress(study, start)
+    (run,) = _runs(uri, study)[1].values()
+    assert (run.info.status, run.data.tags["state"]) == ("RUNNING", "training")
+    assert run.info.run_name == "lora lr 0.001 seed 0"
+    assert run.data.params["learning_rate"] == "0.001"
+    assert run.data.metrics == {"log10_learning_rate": -3.0}
+    for progress in (first, first, second):  # the broker repeats its reports after a restart
+        log.log_progress(study, progress)
+    assert _history(uri, run, "validation_exact_match") == [(5, 0.125), (10, 0.25)]
+    assert _history(uri, run, "train_loss") == [(5, 0.6), (10, 0.3)]
+    assert log.log_records(study, [record]) == 1
+    log.log_progress(study, second)  # it comes after the record, and changes nothing
+    log.finish_study(study)
+    (child,) = _runs(uri, study)[1].values()
+    assert child.info.run_id == run.info.run_id
+    assert (child.info.status, child.data.tags["state"]) == ("FINISHED", "finished")
+    assert child.data.tags["commit"] == "abc123"
+    assert _history(uri, child, "train_loss") == [(s.step, s.loss) for s in record.curve]
+    assert [step for step, _ in _history(uri, child, "validation_exact_match")] == [5, 10, 15, 20]
+    assert MlflowLogger(uri).ensure_study(study, "") is None
+    assert log.log_records(study, [record]) == 0
+
+
+def test_a_lane_that_trained_when_its_driver_was_killed_keeps_its_run(uri, study, make_record):
+    record, untrained = make_record(seed=0), make_record(seed=1)
+    log = MlflowLogger(uri)
+    log.ensure_study(study, "")
+    for progress in (*_progress(record, 5, 10), *_progress(untrained)):
+        log.log_progress(study, progress)
+    before = _runs(uri, study)[1]
+    log = MlflowLogger(uri)  # of the next driver
+    log.ensure_study(study, "")
+    for progress in _progress(record, 10, 15):
+        log.log_progress(study, progress)
+    assert log.log_records(study, [record]) == 1
+    log.finish_study(study)
+    after = _runs(uri, study)[1]
+    assert {f: r.info.run_id for f, r in after.items()} == {f: r.info.run_id for f, r in before.items()}
+    assert _history(uri, after[record.fingerprint], "train_loss") == [(s.step, s.loss) for s in record.curve]
+    assert after[record.fingerprint].info.status == "FINISHED"
+    assert after[untrained.fingerprint].info.status == "KILLED", "no record came"
+    log.ensure_study(study, "")
+    log.log_progress(study, _progress(untrained)[0])
+    assert _runs(uri, study)[1][untrained.fingerprint].info.status == "RUNNING"
+
+
+def test_a_run_in_training_with_other_values_than_the_record_is_replaced(uri, study, make_record):
+    record = make_record()
+    log = MlflowLogger(uri)
+    log.ensure_study(study, "")
+    start, first = _progress(record, 5)
+    log.log_progress(study, start)
+    log.log_progress(study, replace(first, scores={**first.scores, "exact_match": 0.9}))
+    assert log.log_records(study, [record]) == 1
+    (child,) = _runs(uri, study)[1].values()
+    assert _history(uri, child, "validation_exact_match")[0] == (5, 0.125)
+
+
+def test_every_run_of_a_group_has_the_mean_over_its_seeds(uri, study, make_record):
+    low = make_record(seed=1, evaluations=(Evaluation(20, "validation", {"exact_match": 0.1, "loss": 2.0}),))
+    other = make_record(seed=0, rate=1e-2)
+    log = MlflowLogger(uri)
+    log.ensure_study(study, "")
+    log.log_records(study, [make_record(seed=0), low, other, make_record(seed=2, state="stopped")])
+    log.update_means(study)
+    means = {f: r.data.metrics["mean_validation_score"] for f, r in _runs(uri, study)[1].items()}
+    assert means.pop(other.fingerprint) == 0.5
+    assert list(means.values()) == [0.3] * 3
+    log.log_records(study, [make_record(seed=3)])
+    log.finish_study(study)
+    means = {f: r.data.metrics["mean_validation_score"] for f, r in _runs(uri, study)[1].items()}
+    assert means.pop(other.fingerprint) == 0.5
+    assert list(means.values()) == [pytest.approx(1.1 / 3)] * 4
+
+
+def test_the_experiment_has_the_saved_views_and_the_description(uri, study, make_record):
+    log = MlflowLogger(uri)
+    log.ensure_study(study, "Which rate is best?")
+    worse = (Evaluation(20, "validation", {"exact_match": 0.2, "loss": 2.0}),)
+    log.log_records(study, [make_record(rate=1e-2, evaluations=worse), make_record(rate=1e-3)])
+    client = MlflowClient(uri, uri)
+    experiment = client.get_experiment_by_name(study)
+    assert experiment.tags["mlflow.note.content"] == "Which rate is best?"
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    log.finish_study(study, description="### Supported: it does.", metrics={"verdict_1": 1.0})
+    experiment = client.get_experiment_by_name(study)
+    parent = _runs(uri, study)[0]
+    for note in (experiment.tags["mlflow.note.content"], parent.data.tags["mlflow.note.content"]):
+        assert note.startswith("**Which rate is best?**")
+        assert note.endswith("### Supported: it does.")
+        assert f"(#/experiments/{experiment.experiment_id}/runs?" in note
+    assert parent.data.metrics == {"verdict_1": 1.0}
+    envelope = json.loads(experiment.tags["mlflow.sharedViewState.ranking"])
+    state = json.loads(zlib.decompress(base64.b64decode(envelope["state"].removeprefix("deflate;"))))
+    assert state["groupsExpanded"] == {
+        f"param.variant.lora,param.learning_rate.{rate}": False for rate in ("0.01", "0.001")
+    }
+    assert log.view_link(study) == (
+        f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs"
+        "?workflowType=machine_learning&viewStateShareKey=ranking"
+    )
+    shown = client.search_runs(
+        [experiment.experiment_id], state["searchFilter"], order_by=[f"{state['orderByKey']} DESC"]
+    )
+    assert [run.data.params["learning_rate"] for run in shown] == ["0.001", "0.01"], (
+        "the runs, not the study's"
+    )
+    MlflowLogger(uri).ensure_study(study, "Which rate is best?")
+    again = client.get_experiment_by_name(study)
+    assert again.tags["mlflow.note.content"] == experiment.tags["mlflow.note.content"]
 
 
 def test_names_that_mlflow_refuses_are_changed(uri, study, make_record):
@@ -238,7 +378,9 @@ def test_a_configuration_trained_again_after_damage_has_one_child(uri, study, ma
     child = _runs(uri, study)[1][first.fingerprint]
     assert child.info.end_time == 2_000_000_000_000
     root = sqlite_path(uri).parent / "mlflow-artifacts" / study
-    assert [folder.name for folder in root.iterdir()] == [child.info.run_id]
+    assert [folder.name for folder in (root / "models").iterdir()] == [
+        output.model_id for output in child.outputs.model_outputs
+    ]
 
 
 def test_a_child_with_another_value_than_its_record_is_written_again(uri, study, make_record):
@@ -278,7 +420,7 @@ def test_a_deleted_experiment_comes_back(uri, study, make_record):
     assert len(_runs(uri, study)[1]) == 1
 
 
-def test_an_adapter_is_kept_as_artifact(uri, study, make_record, tmp_path):
+def test_an_adapter_becomes_a_model_that_is_linked_to_its_run(uri, study, make_record, tmp_path):
     with_one, without = make_record(seed=0), make_record(seed=1)
     adapter = tmp_path / with_one.fingerprint
     adapter.mkdir()
@@ -288,9 +430,38 @@ def test_an_adapter_is_kept_as_artifact(uri, study, make_record, tmp_path):
     log.log_records(study, [with_one, without], adapters=tmp_path)
     children = _runs(uri, study)[1]
     client = MlflowClient(uri, uri)
-    paths = [f.path for f in client.list_artifacts(children[with_one.fingerprint].info.run_id, "adapter")]
-    assert paths == ["adapter/adapter_config.json"]
-    assert client.list_artifacts(children[without.fingerprint].info.run_id) == []
+    run = children[with_one.fingerprint]
+    (output,) = run.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert (model.source_run_id, model.status.value, model.model_type) == (
+        run.info.run_id,
+        "READY",
+        "PEFT adapter",
+    )
+    assert model.tags["base_model_content"] == with_one.configuration.model.content
+    folder = client._tracking_client._get_artifact_repo_for_logged_model(output.model_id)
+    assert [file.path for file in folder.list_artifacts()] == ["adapter_config.json"]
+    assert (
+        children[without.fingerprint].outputs is None
+        or not children[without.fingerprint].outputs.model_outputs
+    )
+
+
+def test_an_adapter_is_linked_once_after_a_driver_was_killed_while_it_logged_the_model(
+    uri, study, make_record, tmp_path
+):
+    record = make_record()
+    (tmp_path / record.fingerprint).mkdir()
+    (tmp_path / record.fingerprint / "adapter_config.json").write_text("{}")
+    for _ in range(2):
+        log = MlflowLogger(uri)
+        log.ensure_study(study, "")
+        assert log.log_records(study, [record], adapters=tmp_path) == 1
+        (child,) = _runs(uri, study)[1].values()
+        MlflowClient(uri, uri).update_run(child.info.run_id, "RUNNING")
+    (again,) = _runs(uri, study)[1].values()
+    assert again.info.run_id == child.info.run_id
+    assert len(again.outputs.model_outputs) == 1
 
 
 def test_logging_before_ensure_study_is_an_error(uri, make_record):
@@ -315,7 +486,8 @@ def test_two_processes_that_create_the_database_at_once_share_it(tmp_path):
         "Path(here).touch()\n"
         "sys.stdin.read()\n"
         "log = MlflowLogger(uri)\n"
-        "log.finish_study(log.ensure_study(study, 'why'))"
+        "log.ensure_study(study, 'why')\n"
+        "log.finish_study(study)"
     )
     (work := tmp_path / "work").mkdir()
     uri, ready = f"sqlite:///{work}/mlflow.db", [tmp_path / "one", tmp_path / "two"]
@@ -356,5 +528,6 @@ def test_a_driver_killed_while_it_creates_the_database_leaves_none(tmp_path):
     assert list(tmp_path.glob(".mlflow.db.new*"))
     assert not (tmp_path / "mlflow.db").exists()
     log = MlflowLogger(uri)
-    log.finish_study(log.ensure_study("second", ""))
+    log.ensure_study("second", "")
+    log.finish_study("second")
     assert _runs(uri, "second")[0].info.status == "FINISHED"

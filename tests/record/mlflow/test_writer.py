@@ -11,7 +11,7 @@ from mlflow_server import empty_database, wait
 from orchestrator.record.mlflow import run_content
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.writer import MlflowWriter
-from orchestrator.record.schema import StepMetrics
+from orchestrator.record.schema import LaneProgress, StepMetrics
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 
@@ -57,6 +57,32 @@ def test_the_newest_state_is_logged(uri, store, make_record):
     assert writer.close(240) == 0
     states = [r.data.tags["state"] for r in _runs(uri, "newest") if "fingerprint" in r.data.tags]
     assert states == ["finished"]
+
+
+def test_lanes_in_training_appear_and_grow_before_their_records_come(uri, store, make_record):
+    done, interrupted = make_record(seed=0), make_record(seed=1)
+    writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("live", "Why?", "x"))
+    for record in (done, interrupted):
+        writer.put_progress(LaneProgress(record.configuration))
+        writer.put_progress(LaneProgress(record.configuration, 5, {"loss": 0.4, "exact_match": 0.125}, 0.6))
+
+    def shown() -> dict[str, tuple[str, float | None]]:
+        runs = {r.data.tags["fingerprint"]: r for r in _runs(uri, "live") if "fingerprint" in r.data.tags}
+        return {f: (r.info.status, r.data.metrics.get("validation_exact_match")) for f, r in runs.items()}
+
+    wait(lambda: writer.view_link, "the study is not opened")
+    training = ("RUNNING", 0.125)
+    wait(
+        lambda: shown() == {done.fingerprint: training, interrupted.fingerprint: training},
+        "the lanes do not appear",
+    )
+    store.put(done)
+    writer.put(done)
+    wait(lambda: shown()[done.fingerprint] == ("FINISHED", 0.5), "the record is not logged")
+    assert writer.close(240, "KILLED", description="### Undecided: more seeds.") == 0
+    assert shown() == {done.fingerprint: ("FINISHED", 0.5), interrupted.fingerprint: ("KILLED", 0.125)}
+    (parent,) = [r for r in _runs(uri, "live") if r.data.tags["role"] == "study"]
+    assert parent.data.tags["mlflow.note.content"].endswith("### Undecided: more seeds.")
 
 
 def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):

@@ -1,0 +1,105 @@
+"""The description of a study for MLflow: its verdicts and best points, as Markdown and as numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from orchestrator.analyze import formatting
+from orchestrator.analyze.intervals import Estimate
+from orchestrator.analyze.results import Summary
+from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.verdict import Verdict
+from orchestrator.record.schema import Record
+from orchestrator.record.study_file import StudyFile
+
+_OUTCOME_NUMBERS = {"supported": 1.0, "undecided": 0.0, "refuted": -1.0}
+
+
+class StudyDescription(NamedTuple):
+    """What MLflow shows of a study besides its runs."""
+
+    text: str
+    """The verdicts and a table of the best points, in Markdown."""
+    metrics: dict[str, float]
+    """Name -> number: `verdict_1` and so on (1 supported, 0 undecided, -1 refuted), and of each best point
+    `best_validation_score.<variant>`, `best_test_score.<variant>` and `best_log10_learning_rate.<variant>`.
+    With several tasks, `.<task>` follows."""
+
+
+@dataclass(frozen=True)
+class _BestPoint:
+    """The point that the validation split chooses for one variant."""
+
+    title: str
+    """The task and the model."""
+    task: str
+    label: str
+    """The variant, with the hyperparameters in which its curve differs from the variant's others."""
+    settings: str
+    """The learning rate and, for a search, the other hyperparameters found."""
+    learning_rate: float
+    validation: Estimate
+    test: Estimate
+
+
+def describe_study(study: StudyFile, records: Sequence[Record]) -> StudyDescription:
+    """Analyze the records of a study and describe the result."""
+    return describe_summary(summarize(study, records))
+
+
+def describe_summary(summary: Summary) -> StudyDescription:
+    """Describe the result of a study."""
+    points = list(_best_points(summary))
+    text = "\n\n".join([*map(_verdict_markdown, summary.verdicts), *_points_markdown(points)])
+    metrics = {
+        f"verdict_{number}": _OUTCOME_NUMBERS[verdict.outcome]
+        for number, verdict in enumerate(summary.verdicts, 1)
+        if verdict.outcome in _OUTCOME_NUMBERS
+    }
+    has_tasks = len({point.task for point in points}) > 1
+    for point in points:
+        name = f"{point.label}.{point.task}" if has_tasks else point.label
+        metrics[f"best_log10_learning_rate.{name}"] = math.log10(point.learning_rate)
+        for split, estimate in (("validation", point.validation), ("test", point.test)):
+            if estimate.mean is not None:
+                metrics[f"best_{split}_score.{name}"] = estimate.mean
+    return StudyDescription(text, metrics)
+
+
+def _best_points(summary: Summary) -> Iterator[_BestPoint]:
+    for panel in summary.panels:
+        for curve in panel.curves:
+            if (rate := curve.best_rate) is not None:
+                title = formatting.panel_title(panel)
+                shown, scores = formatting.rate(rate), (curve.best_validation, curve.best_test)
+                yield _BestPoint(title, panel.task, curve.label, shown, rate, *scores)
+    for search in summary.searches:
+        for result in search.variants:
+            if (best := result.best) is not None:
+                title, found = f"{search.task} on {search.model}", formatting.settings_text(best.settings)
+                scores = (best.validation, best.test)
+                yield _BestPoint(title, search.task, result.variant, found, best.learning_rate, *scores)
+
+
+def _verdict_markdown(verdict: Verdict) -> str:
+    lines = [f"### {verdict.outcome.capitalize()}: {verdict.claim}", verdict.answer, f"*{verdict.design}*"]
+    if verdict.next_step:
+        lines.append(verdict.next_step)
+    if verdict.next_command:
+        lines.append(f"```\n{verdict.next_command}\n```")
+    return "\n\n".join(lines)
+
+
+def _points_markdown(points: Sequence[_BestPoint]) -> Iterator[str]:
+    for title in dict.fromkeys(point.title for point in points):
+        rows = [
+            f"| {point.label} | {point.settings} | {formatting.estimate(point.validation)} "
+            f"| {formatting.estimate(point.test)} |"
+            for point in points
+            if point.title == title
+        ]
+        header = "| variant | best learning rate | validation score there | test score there |"
+        yield "\n".join([f"### Best points: {title}", "", header, "| --- | --- | --- | --- |", *rows])
