@@ -118,7 +118,7 @@ def _write_report(context: StudyContext, study: StudyFile) -> StudyDescription:
 
     folder = context.folder
     records = [record for f in study.configurations if (record := context.store.get(f)) is not None]
-    write_parquet(context.store)
+    write_parquet(context.store, context.options.output)
     uri = redact_secrets(context.tracking_uri)
     summary = write_report(study, records, folder, uri)
     if summary.comparison is not None and (looked := summary.comparison.look):

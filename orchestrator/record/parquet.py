@@ -1,21 +1,30 @@
-"""The Parquet projection of a store: one row per configuration."""
+"""The tables of records: one row per configuration, and one row per step of every curve.
+
+The store keeps them as Parquet files; `orchestrator.load` has those of one study as pandas frames.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.record.schema import SCHEMA_VERSION, Record
 from orchestrator.record.store import Store
+from orchestrator.record.study_file import read_studies
 from orchestrator.util.atomic_files import replace_atomically
+from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_log = logging.getLogger(__name__)
+
 PARQUET_FILE = "records.parquet"
+CURVES_FILE = "curves.parquet"
 
 # Arrow types by column, in the order of the file. They are not inferred, so that a column that is empty today
 # does not change its type later.
@@ -34,43 +43,85 @@ _RESULT = {
 }
 _PROVENANCE = {
     "float64": "seconds train_seconds evaluate_seconds",
-    "int64": "tokens trainable_parameters pack_lanes workers attempt",
+    "int64": "tokens trainable_parameters peak_memory pack_lanes workers attempt",
     "string": "commit device host versions scheduler",
     "list<int64>": "resumed_from",
     "timestamp": "started ended",
 }
 
+_CURVE = ("train_loss", "gradient_norm", "learning_rate")
 
-def write_parquet(store: Store) -> Path:
-    """Write `records.parquet` in the store's folder.
 
-    Columns: `fingerprint`; every hyperparameter under its name in `Configuration.to_columns()` (a variant's
-    own as `variant_<name>`, numbers as float64); `state`, `reason`, `steps`; `validation_score` and
-    `test_score` as in `Record.score`; the same metric for the untrained base; every score of the last
-    evaluation of a split as `validation_<score>` and `test_<score>`, for any state; cost and provenance
-    (`versions` is a JSON object, times are UTC). The file's metadata has the version of the schema under
-    `record_schema_version`.
+def write_parquet(store: Store, output: Path | None = None) -> Path:
+    """Write `records.parquet` and `curves.parquet` in the store's folder.
+
+    Args:
+        store: The store.
+        output: The folder with the studies' folders, for the column `studies`; None: the lists are empty.
 
     Returns:
-        The path of the file.
+        The path of `records.parquet`.
     """
     import pyarrow as pa
     import pyarrow.parquet
 
-    rows = [to_row(record) for record in store.records()]
-    fields = _arrow_fields(rows)
-    schema = pa.schema(fields, metadata={"record_schema_version": str(SCHEMA_VERSION)})
-    path = store.root / PARQUET_FILE
-    with replace_atomically(path) as temporary:
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), temporary)
-    return path
+    studies = _studies_by_fingerprint(output) if output is not None else {}
+    rows, curves = [], []
+    for record in store.records():  # one after the other, because their curves are large
+        rows.append(to_row(record, studies.get(record.fingerprint, ())))
+        curves.append(_curve_table(record))
+    tables = {PARQUET_FILE: _runs_table(rows), CURVES_FILE: _concatenate(curves)}
+    for name, table in tables.items():
+        with replace_atomically(store.root / name) as temporary:
+            pa.parquet.write_table(table, temporary)
+    return store.root / PARQUET_FILE
 
 
-def to_row(record: Record) -> dict[str, Any]:
-    """Return a record as named columns."""
+def _studies_by_fingerprint(output: Path) -> dict[str, list[str]]:
+    """Return the names of the studies that have requested each configuration."""
+    studies: dict[str, list[str]] = {}
+    try:
+        for name, (_, study) in read_studies(output).items():
+            for fingerprint in study.configurations:
+                studies.setdefault(fingerprint, []).append(name)
+    except UsageError as error:  # another study's file must not prevent this study's report
+        _log.warning("%s: the column `studies` of %s is empty: %s", output, PARQUET_FILE, error)
+        return {}
+    return studies
+
+
+def runs_table(records: Iterable[Record], studies: Mapping[str, Sequence[str]]) -> pa.Table:
+    """Return one row per record.
+
+    Columns: `fingerprint`; `studies`; every hyperparameter under its name in `Configuration.to_columns()` (a
+    variant's own as `variant_<name>`, numbers as float64); `state`, `reason`, `steps`; `validation_score` and
+    `test_score` as in `Record.score`; the same metric for the untrained base; every score of the last
+    evaluation of a split as `validation_<score>` and `test_<score>`, for any state; cost and provenance
+    (`versions` is a JSON object, times are UTC). The table's metadata has the version of the schema under
+    `record_schema_version`.
+
+    Args:
+        records: The records.
+        studies: Fingerprint -> names of the studies that have requested it.
+    """
+    return _runs_table([to_row(record, studies.get(record.fingerprint, ())) for record in records])
+
+
+def curves_table(records: Iterable[Record]) -> pa.Table:
+    """Return one row per record and step.
+
+    Columns: `fingerprint` (dictionary-encoded), `step`, `train_loss`, `gradient_norm`, `learning_rate` as
+    scheduled, and every score of an evaluation after that step as `validation_<score>` and `test_<score>`.
+    """
+    return _concatenate([_curve_table(record) for record in records])
+
+
+def to_row(record: Record, studies: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a record as named columns, with the studies that have requested it."""
     metric = record.configuration.task.metric
     cost, provenance = record.cost, record.provenance
-    columns: dict[str, Any] = {"fingerprint": record.fingerprint, **record.configuration.to_columns()}
+    columns: dict[str, Any] = {"fingerprint": record.fingerprint, "studies": list(studies)}
+    columns |= record.configuration.to_columns()
     for evaluation in record.evaluations:  # in the order of steps, so that the last one stays
         columns |= {f"{evaluation.split}_{name}": float(v) for name, v in evaluation.scores.items()}
     for split in ("validation", "test"):
@@ -89,17 +140,59 @@ def to_row(record: Record) -> dict[str, Any]:
     return columns
 
 
+def _curve_table(record: Record) -> pa.Table:
+    import pyarrow as pa
+
+    rows: dict[int, dict[str, float]] = {
+        step.step: {
+            "train_loss": step.loss,
+            "gradient_norm": step.gradient_norm,
+            "learning_rate": step.learning_rate,
+        }
+        for step in record.curve
+    }
+    for evaluation in record.evaluations:
+        scores = {f"{evaluation.split}_{name}": float(value) for name, value in evaluation.scores.items()}
+        rows.setdefault(evaluation.step, {}).update(scores)
+    names = dict.fromkeys((*_CURVE, *(name for row in rows.values() for name in row)))
+    steps = sorted(rows)
+    fingerprints = pa.DictionaryArray.from_arrays(
+        pa.array([0] * len(steps), pa.int32()), [record.fingerprint]
+    )
+    columns = {"fingerprint": fingerprints, "step": pa.array(steps, pa.int64())}
+    columns |= {name: pa.array([rows[step].get(name) for step in steps], pa.float64()) for name in names}
+    return pa.table(columns)
+
+
+def _concatenate(curves: Sequence[pa.Table]) -> pa.Table:
+    import pyarrow as pa
+
+    numbers = [pa.field(name, pa.float64()) for name in _CURVE]
+    fields = [pa.field("fingerprint", pa.dictionary(pa.int32(), pa.string())), pa.field("step", pa.int64())]
+    empty = pa.schema([*fields, *numbers]).empty_table()
+    table = pa.concat_tables([empty, *curves], promote_options="default").unify_dictionaries()
+    return table.replace_schema_metadata({"record_schema_version": str(SCHEMA_VERSION)})
+
+
+def _runs_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    import pyarrow as pa
+
+    schema = pa.schema(_arrow_fields(rows), metadata={"record_schema_version": str(SCHEMA_VERSION)})
+    return pa.Table.from_pylist(rows, schema)
+
+
 def _arrow_fields(rows: Iterable[Mapping[str, Any]]) -> list[pa.Field]:
     import pyarrow as pa
 
     types = {t: pa.type_for_alias(t) for t in ("string", "int64", "float64", "bool")}
-    types |= {"list<int64>": pa.list_(pa.int64()), "timestamp": pa.timestamp("ms", tz="UTC")}
+    types |= {"list<int64>": pa.list_(pa.int64()), "list<string>": pa.list_(pa.string())}
+    types |= {"timestamp": pa.timestamp("ms", tz="UTC")}
 
     def typed_fields(group: Mapping[str, str]) -> list[pa.Field]:
         return [pa.field(name, types[t]) for t, names in group.items() for name in names.split()]
 
     fixed = (
-        [pa.field("fingerprint", pa.string()), *typed_fields(_CONFIGURATION)],
+        [pa.field("fingerprint", pa.string()), *typed_fields({"list<string>": "studies", **_CONFIGURATION})],
         typed_fields(_RESULT),
         typed_fields(_PROVENANCE),
     )

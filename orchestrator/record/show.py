@@ -175,6 +175,8 @@ def _format_cost(record: Record) -> Iterator[str]:
         f"cost         {cost.train_seconds:.1f} s training, {cost.evaluate_seconds:.1f} s evaluating, "
         f"{cost.tokens} tokens, {cost.trainable_parameters} parameters"
     )
+    if cost.peak_memory:
+        yield f"memory       {cost.peak_memory / 2**20:.0f} MiB at most, the lane group and its base model"
     if provenance.ended:
         ended = datetime.fromtimestamp(provenance.ended, UTC)
         yield f"made         {ended:%Y-%m-%d %H:%M:%S} UTC on {provenance.host}"

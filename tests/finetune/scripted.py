@@ -334,5 +334,5 @@ def solo(one: Configuration, folder: Path, **options: Any) -> Record:
 
 def numbers_of(record: Record) -> Record:
     """Return the record without what differs between two runs of a configuration: seconds and provenance."""
-    cost = replace(record.cost, train_seconds=0.0, evaluate_seconds=0.0)
+    cost = replace(record.cost, train_seconds=0.0, evaluate_seconds=0.0, peak_memory=0)
     return replace(record, cost=cost, provenance=Provenance())

@@ -68,7 +68,7 @@ def record(
             "test": {"exact_match": 0.125},
         },
         items={"validation": ItemResults((1.0, 0.0), (0.5, math.nan), ("a", "b"))},
-        cost=Cost(2.0, 0.5, 4096, 1234),
+        cost=Cost(2.0, 0.5, 4096, 1234, 3 * 2**20),
         provenance=Provenance(
             "abc123", {"torch": "2.9", "ray": "2.60"}, "cpu", "box", started=1e9, ended=1e9 + 4
         ),

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.record import parquet
-from orchestrator.record.parquet import write_parquet
+from orchestrator.record.parquet import CURVES_FILE, write_parquet
 from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def test_each_configuration_has_one_row_with_every_hyperparameter(store, make_re
         assert row["untrained_validation_score"] == 0.1
         assert row["untrained_test_score"] == 0.125
         assert (row["seconds"], row["tokens"], row["trainable_parameters"]) == (2.5, 4096, 1234)
+        assert row["peak_memory"] == 3 * 2**20
         assert json.loads(row["versions"]) == {"torch": "2.9", "ray": "2.60"}
         assert (row["commit"], row["device"], row["host"]) == ("abc123", "cpu", "box")
         assert row["ended"] == datetime.fromtimestamp(1e9 + 4, UTC)
@@ -64,6 +66,42 @@ def test_column_types_do_not_depend_on_the_records(store, make_record):
     assert more.metadata[b"record_schema_version"] == b"1"
     # All columns of a configuration have a fixed type.
     assert set(make_record().configuration.to_columns()) <= set(empty.names)
+
+
+def test_every_configuration_has_the_names_of_its_studies(store, make_record, tmp_path):
+    both, one, none = (make_record(seed=seed) for seed in range(3))
+    for record in (both, one, none):
+        store.put(record)
+    for name, records in (("a", (both, one)), ("b", (both,))):
+        StudyFile(name, "", "x", tuple(r.fingerprint for r in records)).write(tmp_path / "output" / name)
+    rows = pq.read_table(write_parquet(store, tmp_path / "output")).to_pylist()
+    assert {row["seed"]: row["studies"] for row in rows} == {0: ["a", "b"], 1: ["a"], 2: []}
+    (tmp_path / "output" / "a" / "study.json").write_text("{")
+    rows = pq.read_table(write_parquet(store, tmp_path / "output")).to_pylist()
+    assert [row["studies"] for row in rows] == [[]] * 3, "another study's damage prevents nothing"
+
+
+def test_the_curves_have_one_row_per_step_with_the_evaluations_after_it(store, make_record):
+    finished, failed = make_record(seed=0), make_record(seed=1, state="failed", curve=(), evaluations=())
+    for record in (finished, failed):
+        store.put(record)
+    write_parquet(store)
+    curves = pq.read_table(store.root / CURVES_FILE).to_pandas()
+    assert set(curves["fingerprint"]) == {finished.fingerprint}
+    assert list(curves["step"]) == list(range(1, 21))
+    for name, field in (("train_loss", "loss"), ("gradient_norm",) * 2, ("learning_rate",) * 2):
+        assert list(curves[name]) == [getattr(step, field) for step in finished.curve]
+    evaluated = curves.dropna(subset="validation_exact_match")
+    assert list(evaluated["step"]) == [5, 10, 15, 20]
+    assert list(evaluated["validation_loss"]) == [0.4, 0.2, 2 / 15, 0.1]
+    assert list(curves["test_loss"].dropna()) == [0.2]
+
+
+def test_curves_of_an_empty_store_have_their_columns(store):
+    write_parquet(store)
+    schema = pq.read_schema(store.root / CURVES_FILE)
+    assert schema.names == ["fingerprint", "step", "train_loss", "gradient_norm", "learning_rate"]
+    assert schema.metadata[b"record_schema_version"] == b"1"
 
 
 def test_a_variants_own_hyperparameters_have_columns(store, make_record):

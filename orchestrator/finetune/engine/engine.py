@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,21 @@ class Engine:
             return "none"
         device = self._base_model[1].device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+    def take_peak_memory(self) -> int:
+        """Return the most bytes in use at once on this worker's device, and on a GPU start to measure anew.
+
+        Returns:
+            On a GPU the bytes that torch had allocated since the last call; on a CPU the largest resident
+            size of the process since its start, which cannot be reset.
+        """
+        device = self._base_model[1].device
+        if device.type != "cuda":
+            unit = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
 
     @property
     def device_key(self) -> str:

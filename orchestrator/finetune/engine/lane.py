@@ -91,6 +91,8 @@ class Lane:
         self.train_seconds = self.evaluate_seconds = 0.0
         self.tokens = 0
         self.peak_group_size = 1
+        self.peak_memory = 0
+        """Most bytes in use at once, see `Cost.peak_memory`."""
         self.resumed_from: tuple[int, ...] = ()
         self.started = time.time()
         self.saved_at = time.monotonic()
@@ -265,9 +267,9 @@ class Lane:
 
     @property
     def cost(self) -> Cost:
-        """Seconds, tokens and trainable parameters of the lane."""
+        """Seconds, tokens, trainable parameters and memory of the lane."""
         parameters = self.adapters.parameter_count(self.fingerprint) if self.parameters else 0
-        return Cost(self.train_seconds, self.evaluate_seconds, self.tokens, parameters)
+        return Cost(self.train_seconds, self.evaluate_seconds, self.tokens, parameters, self.peak_memory)
 
     # -- checkpoints ------------------------------------------------------------------------------------
 
@@ -288,6 +290,7 @@ class Lane:
             "seconds": [self.train_seconds, self.evaluate_seconds],
             "tokens": self.tokens,
             "pack_lanes": self.peak_group_size,
+            "peak_memory": self.peak_memory,
             "resumed_from": self.resumed_from,
             "started": self.started,
         }
@@ -304,6 +307,7 @@ class Lane:
         self.divergence_detector.load_state_dict(state["watch"])
         self.train_seconds, self.evaluate_seconds = state["seconds"]
         self.tokens, self.peak_group_size = state["tokens"], state["pack_lanes"]
+        self.peak_memory = state.get("peak_memory", 0)  # earlier versions did not measure it
         self.started = state["started"]
         self.resumed_from = (*state["resumed_from"], checkpoint.step)
         for name, parameter in self.parameters.items():

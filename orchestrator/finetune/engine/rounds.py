@@ -115,6 +115,7 @@ class TrainingRounds:
         outcomes_by_rank = active.process_group.all_gather(
             [result_or_error(partial(lane.take_optimizer_step, step)) for lane, step in gradients]
         )
+        self._note_peak_memory()
         diverged, mid_step = [], []
         for (lane, _), outcomes in zip(gradients, zip(*outcomes_by_rank, strict=True), strict=True):
             lane.peak_group_size = max(lane.peak_group_size, group_size)
@@ -137,6 +138,12 @@ class TrainingRounds:
         if mid_step:
             self.recovery.halve_lane_group(mid_step)
 
+    def _note_peak_memory(self) -> None:
+        """Give every lane of the group the memory that the step or evaluation has needed."""
+        peak = self.active.engine.take_peak_memory()
+        for lane in self.active.lanes.values():
+            lane.peak_memory = max(lane.peak_memory, peak)
+
     def _compute_gradients(self, lanes: Sequence[Lane]) -> Sequence[BackwardResult]:
         process_group, lane_group = self.active.process_group, self.active.engine.lane_group
         local = process_group.run_on_all(lambda: lane_group.backward(lanes))
@@ -157,6 +164,7 @@ class TrainingRounds:
         for lane, scored in run_isolating_failures(due, partial(evaluate, split="test")):
             lane.record_scores("test", scored)
         share_elapsed_seconds(started, lanes, "evaluate_seconds")
+        self._note_peak_memory()
         for lane in active.in_state(LaneState.EVALUATING):
             # Saving another lane's adapter can run out of memory and evict this one.
             if lane.fingerprint in active.lanes:

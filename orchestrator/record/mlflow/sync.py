@@ -53,7 +53,7 @@ def sync_projections(
     for folder in archive_databases(studies, uris) if rebuild else ():
         old = folder.name.rpartition(".")[0]
         notify(f"{folder}: the old {old}; delete it unless you have logged runs of your own there")
-    path = write_parquet(store)
+    path = write_parquet(store, output)
     notify(f"{path}: {len(store.states())} records")
     logs = {uri: MlflowLogger(uri) for uri in set(uris.values())}
     for name, (folder, study) in studies.items():

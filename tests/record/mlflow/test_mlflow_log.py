@@ -439,8 +439,8 @@ def test_an_adapter_becomes_a_model_that_is_linked_to_its_run(uri, study, make_r
         "PEFT adapter",
     )
     assert model.tags["base_model_content"] == with_one.configuration.model.content
-    folder = client._tracking_client._get_artifact_repo_for_logged_model(output.model_id)
-    assert [file.path for file in folder.list_artifacts()] == ["adapter_config.json"]
+    files = client.list_logged_model_artifacts(output.model_id)
+    assert [file.path for file in files] == ["adapter_config.json"]
     assert (
         children[without.fingerprint].outputs is None
         or not children[without.fingerprint].outputs.model_outputs

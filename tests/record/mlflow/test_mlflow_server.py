@@ -180,7 +180,7 @@ def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path
     assert len(diverged.inputs.dataset_inputs) == 3
     (kept,) = client.search_runs(experiment, f"tags.fingerprint = '{names[1]}'")
     (output,) = kept.outputs.model_outputs
-    files = client._tracking_client._get_artifact_repo_for_logged_model(output.model_id).list_artifacts()
+    files = client.list_logged_model_artifacts(output.model_id)
     assert [file.path for file in files] == ["adapter_config.json"]
 
 

@@ -1,0 +1,111 @@
+"""A study as pandas frames, for notebooks and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.analyze.panels import deduplicate_records
+from orchestrator.analyze.results import Summary
+from orchestrator.analyze.run_labels import USABLE, label_runs
+from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.verdict import Verdict
+from orchestrator.record.parquet import curves_table, runs_table
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import find_study
+from orchestrator.study.option_groups import default_output
+from orchestrator.util.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_POINT_COLUMNS = ("task", "model", "variant", "learning_rate")
+_SCORES = ("validation_score", "test_score")
+
+
+@dataclass(frozen=True)
+class StudyFrames:
+    """The results of a study."""
+
+    name: str
+    runs: pd.DataFrame
+    """One row per configuration with a record, with the columns of `records.parquet`, and `label`: the state,
+    or "collapsed" for a run that finished without a useful result."""
+    curves: pd.DataFrame
+    """One row per configuration and step, with the columns of `curves.parquet`: training loss, gradient norm,
+    learning rate, and the scores of the evaluations."""
+    points: pd.DataFrame
+    """One row per task, model, variant, learning rate and other hyperparameter that the study varies:
+    `seeds`, `usable` (the number of runs that neither diverged nor collapsed), and the mean and standard
+    deviation over seeds of both scores (`validation_score`, `validation_score_std`, ...), the best validation
+    score first."""
+    verdicts: pd.DataFrame
+    """One row per verdict, with the fields of `Verdict`, the most important first."""
+    summary: Summary
+    """All numbers of the report."""
+
+
+def load(study: str, *, output: str | Path | None = None, store: str | Path | None = None) -> StudyFrames:
+    """Load the results of a study.
+
+    Args:
+        study: The study's name, which is the name of its folder.
+        output: The folder with the studies' folders; by default ORCHESTRATOR_OUTPUT, else `results`.
+        store: The folder of the records; by default `store` in the output folder.
+
+    Returns:
+        The study, as it is now; a running study has more results later.
+
+    Raises:
+        UsageError: There is no such study, or none of its configurations has a record.
+    """
+    folder = Path(output) if output is not None else default_output()
+    opened = Store(Path(store) if store is not None else folder / "store", create=False)
+    study_file = find_study(folder, study)[1]
+    found = [record for f in study_file.configurations if (record := opened.get(f)) is not None]
+    if not found:
+        raise UsageError(
+            f"study {study_file.name!r}: no record of it in {opened.root}; run it: {study_file.command}"
+        )
+    records = deduplicate_records(found)
+    summary = summarize(study_file, records)
+    runs = _runs_frame(records, study_file.name)
+    return StudyFrames(
+        study_file.name,
+        runs,
+        curves_table(records).to_pandas(),
+        _points_frame(runs, records),
+        _verdicts_frame(summary.verdicts),
+        summary,
+    )
+
+
+def _runs_frame(records: Sequence[Record], study: str) -> pd.DataFrame:
+    studies: Mapping[str, Sequence[str]] = {record.fingerprint: (study,) for record in records}
+    runs: pd.DataFrame = runs_table(records, studies).to_pandas()
+    runs.insert(runs.columns.get_loc("state") + 1, "label", runs["fingerprint"].map(label_runs(records)))
+    return runs
+
+
+def _points_frame(runs: pd.DataFrame, records: Sequence[Record]) -> pd.DataFrame:
+    hyperparameters = {name for record in records for name in record.configuration.to_columns()}
+    varied = [
+        name
+        for name in runs.columns
+        if name in hyperparameters - {"seed", *_POINT_COLUMNS} and runs[name].nunique(dropna=False) > 1
+    ]
+    grouped = runs.assign(is_usable=runs["label"] == USABLE).groupby([*_POINT_COLUMNS, *varied], dropna=False)
+    statistics = {"seeds": ("seed", "nunique"), "usable": ("is_usable", "sum")}
+    for score in _SCORES:
+        statistics |= {score: (score, "mean"), f"{score}_std": (score, "std")}
+    points: pd.DataFrame = grouped.agg(**statistics).reset_index()
+    return points.sort_values("validation_score", ascending=False, ignore_index=True)
+
+
+def _verdicts_frame(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame([asdict(v) for v in verdicts], columns=[field.name for field in fields(Verdict)])
