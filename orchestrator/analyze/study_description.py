@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from orchestrator.analyze import formatting
+from orchestrator.analyze.curve_text import panel_title
 from orchestrator.analyze.intervals import Estimate
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.summary import summarize
@@ -73,7 +74,7 @@ def _best_points(summary: Summary) -> Iterator[_BestPoint]:
     for panel in summary.panels:
         for curve in panel.curves:
             if (rate := curve.best_rate) is not None:
-                title = formatting.panel_title(panel)
+                title = panel_title(panel)
                 shown, scores = formatting.rate(rate), (curve.best_validation, curve.best_test)
                 yield _BestPoint(title, panel.task, curve.label, shown, rate, *scores)
     for search in summary.searches:

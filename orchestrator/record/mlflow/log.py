@@ -30,7 +30,6 @@ from orchestrator.record.mlflow.child_run import (
 from orchestrator.record.mlflow.connection import Connection
 from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.study.configuration import Configuration
-from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -84,7 +83,7 @@ class MlflowLogger:
     def view_link(self, study: str) -> str:
         """Return the address of the study's saved view; empty if MLflow has not answered yet."""
         opened = self._studies.get(study)
-        return saved_view.link(redact_secrets(self.tracking_uri), opened.experiment_id) if opened else ""
+        return saved_view.link(self.tracking_uri, opened.experiment_id) if opened else ""
 
     def log_records(
         self,

@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 RANKING_KEY, CHARTS_KEY = "ranking", "charts"
 """Keys of the two views, the ends of the tags' names and of the links."""
@@ -85,14 +86,16 @@ def path(experiment_id: str, key: str = RANKING_KEY) -> str:
 
 
 def link(tracking_uri: str, experiment_id: str) -> str:
-    """Return the address of the ranked table.
+    """Return the address of the ranked table, without a user name and password.
 
     Args:
         tracking_uri: Where the runs are. For a database, the address is that of `mlflow ui` on this machine.
         experiment_id: The study's experiment.
     """
-    is_server = tracking_uri.startswith(("http://", "https://"))
-    server = tracking_uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
+    server = "http://127.0.0.1:5000"
+    if tracking_uri.startswith(("http://", "https://")):
+        parts = urlsplit(tracking_uri)
+        server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
     return f"{server}/{path(experiment_id)}"
 
 

@@ -89,7 +89,7 @@ def test_a_tag_is_never_longer_than_mlflow_accepts():
 
 @pytest.mark.parametrize(
     ("uri", "server"),
-    [("sqlite:////x/mlflow.db", "http://127.0.0.1:5000"), ("https://host:1/", "https://host:1")],
+    [("sqlite:////x/mlflow.db", "http://127.0.0.1:5000"), ("https://me:secret@host:1/", "https://host:1")],
 )
 def test_the_link_leads_to_the_server_or_to_one_on_this_machine(uri, server):
     assert saved_view.link(uri, "12") == (
