@@ -34,7 +34,7 @@ def test_verdicts_come_first_in_their_own_words_and_as_numbers() -> None:
     text, metrics = describe_summary(summary)
     for verdict in verdicts:
         assert f"### {verdict.outcome.capitalize()}: {verdict.claim}\n\n{verdict.answer}" in text
-    assert "Add seeds:\n\n```\nx.py --seeds 9\n```" in text
+    assert "Add seeds:\n\n```\npython x.py --seeds 9\n```" in text
     assert text.index("Ranks agree.") < text.index("### Best points")
     assert {k: v for k, v in metrics.items() if k.startswith("verdict")} == {
         "verdict_1": 1.0,

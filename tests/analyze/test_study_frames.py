@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -36,8 +36,8 @@ def test_the_points_are_means_over_seeds_and_the_best_is_first(tmp_path: Path) -
     assert lora.loc[1e-2, "validation_score"] == pytest.approx(runs["validation_score"].mean())
     assert lora.loc[1e-2, "test_score_std"] == pytest.approx(runs["test_score"].std())
     assert lora.loc[1e-2, "usable"] == 3
-    assert lora.loc[1.0, "usable"] == 0, "they ended at zero, where lower rates do better"
-    assert set(loaded.runs["label"]) == {"finished", "collapsed"}
+    assert lora.loc[3e-2, "usable"] == 0, "they ended at zero, where lower rates do better"
+    assert set(loaded.runs["label"]) == {"finished", "collapsed", "diverged"}
     best = {curve.variant: curve.best_rate for curve in loaded.summary.panels[0].curves}
     assert {v: own["learning_rate"].iloc[0] for v, own in points.groupby("variant")} == best
 
@@ -52,8 +52,6 @@ def test_a_varied_hyperparameter_splits_points_and_one_that_some_variants_lack_d
 
 
 def test_the_curves_and_verdicts_are_those_of_the_records(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     curve = tuple(StepMetrics(step, 3.0 / step, 1e-2, 1.0) for step in range(1, 61))
     one, other = replace(record(), curve=curve), record(seed=1)
     _write(tmp_path, [one])
