@@ -83,9 +83,12 @@ def null_distribution(differences: Floats, alpha: float) -> NullDistribution:
 
     Args:
         differences: Variant minus baseline in each replicate, shape (n, K), n at least 2; NaN for a missing
-            pair, at least two of each variant.
+            pair, at least two of each variant. If it is empty, all critical values are NaN.
         alpha: The level at which variants are found to differ, and are centered.
     """
+    if not differences.size:  # with one replicate nothing can be tested
+        unknown = np.full(len(_LEVELS), np.nan)
+        return NullDistribution(unknown, unknown, unknown)
     known = np.isfinite(differences)
     return NullDistribution(
         *(q[0] for q in _two_steps(np.where(known, differences, 0.0)[None], known, alpha))
