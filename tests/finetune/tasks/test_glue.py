@@ -219,3 +219,25 @@ def test_texts_of_very_different_lengths_are_padded_to_buckets(hub_data_folder: 
     long = [Example("word " * 400, task.labels[0], "another " * 300)]
     (row,) = encode_examples(long, task, words, 256)
     assert len(row.ids) == 256
+
+
+def test_the_test_split_is_scored_at_every_evaluation_on_request_with_the_same_training(
+    hub_data_folder: Path, roberta: Path, store: Store
+) -> None:
+    """The published study reports the best evaluation on the dev set; training and last scores stay equal."""
+    task = task_of("rte")
+    schedule = {"lr_schedule": LRSchedule(6, "linear"), "evaluations": 3}
+    last = configuration(task, roberta, store.bases, **schedule)
+    every = replace(last, test_evaluations="every")
+    assert every.fingerprint != last.fingerprint
+    assert every.group_key == last.group_key
+    load = partial(loading.load_base_model, root=store.bases, device="cpu")
+    train(Script(leases([last, every])), store, load_base_model=lambda choice, task: load(choice, task=task))
+    one, other = store.get(last.fingerprint), store.get(every.fingerprint)
+    assert one is not None
+    assert other is not None
+    assert [e.step for e in one.evaluations if e.split == "test"] == [6]
+    assert [e.step for e in other.evaluations if e.split == "test"] == [2, 4, 6]
+    assert [s.loss for s in one.curve] == [s.loss for s in other.curve]
+    assert one.score("test") == other.score("test")
+    assert one.items["test"] == other.items["test"]
