@@ -24,7 +24,7 @@ STUDY_FILE = "study.json"
 SCHEMA_VERSION = 2
 """Version of study.json, to be raised when a field is added, removed or changes its meaning. A file without a
 version has version 1. Version 1 had `baseline`, `margin`, `tuning` and `searched` in place of `settings`."""
-PICTURES = ("factors", "forest", "search", "curves", "heatmap", "spread", "training", "costs")
+PICTURES = ("factors", "forest", "tuned_curves", "search", "curves", "heatmap", "spread", "training", "costs")
 """Names of the pictures of a report, the most telling first; each is two files, NAME.png and NAME.svg, beside
 study.json. A study has some of them."""
 PICTURE_FILES = tuple(f"{name}.{ending}" for name in PICTURES for ending in ("png", "svg"))

@@ -41,9 +41,9 @@ def compare_at_fixed_rate(
     """Compare all variants at the baseline's rate, and each at its own.
 
     A variant reverses its order with the baseline if it loses to it by more than the margin at one of two
-    rates (the baseline's choice and its own choice) and beats it by more than the margin at the other. The
-    intervals of both comparisons hold simultaneously over all variants. The claim is supported if at least
-    one variant reverses its order, and refuted if the intervals exclude that for all.
+    rates (the baseline's choice and its own choice) and beats it by more than the margin at the other. All
+    intervals hold simultaneously. The claim is supported if at least one variant reverses its order, and
+    refuted if the intervals exclude that for all.
 
     A score at a rate where training broke down counts as it is: that is what one fixed rate does.
 
@@ -67,21 +67,21 @@ def compare_at_fixed_rate(
         regrets.append(own.at(own.chosen) - own.at(base.chosen))
         at_base.append(own.at(base.chosen) - base.at(base.chosen))
         at_own.append(own.at(own.chosen) - base.at(own.chosen))
-    lost = compare_with_baseline(np.array(regrets).T, margin, alpha=alpha)
-    both = compare_with_baseline(np.array([*at_base, *at_own]).T, margin, alpha=alpha)
+    found = compare_with_baseline(np.array([*regrets, *at_base, *at_own]).T, margin, alpha=alpha)
     rows = [
         FixedRateRow(
             variant=name,
-            regret=float(lost.mean[i]),
-            regret_interval=interval_of(lost, i),
-            at_baseline_rate=float(both.mean[i]),
-            at_baseline_interval=interval_of(both, i),
-            at_own_rate=float(both.mean[len(others) + i]),
-            at_own_interval=interval_of(both, len(others) + i),
-            reversal=_is_reversed(interval_of(both, i), interval_of(both, len(others) + i), margin),
+            regret=float(found.mean[i]),
+            regret_interval=interval_of(found, i),
+            at_baseline_rate=float(found.mean[j]),
+            at_baseline_interval=interval_of(found, j),
+            at_own_rate=float(found.mean[k]),
+            at_own_interval=interval_of(found, k),
+            reversal=_is_reversed(interval_of(found, j), interval_of(found, k), margin),
         )
         for i, name in enumerate(others)
-        if np.isfinite([lost.mean[i], both.mean[i], both.mean[len(others) + i]]).all()
+        for j, k in [(len(others) + i, 2 * len(others) + i)]
+        if np.isfinite(found.mean[[i, j, k]]).all()
     ]
     if not rows:
         return None

@@ -16,7 +16,7 @@ from orchestrator.analyze.statistics.conjunction import largest_count, partial_c
 from orchestrator.analyze.statistics.outcome import classify, counts_for_baseline
 from orchestrator.analyze.statistics.simultaneous import SimultaneousIntervals, compare_with_baseline
 from orchestrator.analyze.statistics.spending import level_of_look
-from orchestrator.analyze.statistics.usable import usable_p_values
+from orchestrator.analyze.statistics.usable import holm, usable_p_values
 from orchestrator.analyze.tuned.fixed_rate import RateScores, compare_at_fixed_rate, interval_of
 from orchestrator.analyze.tuned.question_noise import question_errors
 from orchestrator.analyze.tuned.tuned_results import (
@@ -163,11 +163,12 @@ def _compare_rows(
     item_error = np.array([errors[name] or 0.0 for name in others])
     found = compare_with_baseline(differences, settings.margin, alpha=alpha, item_error=item_error)
     share_p = _share_p_values(tunings, others, base)
+    adjusted_p = holm(share_p)
     baseline_row = describe_tunings(settings.baseline, "baseline", base, settings.margin)
     rows = [
         replace(
             describe_tunings(name, _role(name, settings), tunings[name], settings.margin),
-            usable_p=float(share_p[i]),
+            usable_p=float(adjusted_p[i]),
             question_error=errors[name],
             **_comparison_fields(found, i, settings.margin),
         )
@@ -175,7 +176,7 @@ def _compare_rows(
     ]
     rows = [_decide_by_share(row, baseline_row, alpha) for row in rows]
     rows.sort(key=lambda row: -math.inf if row.difference is None else row.difference, reverse=True)
-    return [baseline_row, *rows], _claim(rows, found, others, settings.margin, alpha)
+    return [baseline_row, *rows], _claim(rows, found, dict(zip(others, share_p, strict=True)), alpha)
 
 
 def _chosen_record(tuning: Tuning, records: Mapping[str, Record]) -> Record:
@@ -235,12 +236,18 @@ def _decide_by_share(row: VariantRow, baseline: VariantRow, alpha: float) -> Var
 def _claim(
     rows: Sequence[VariantRow],
     found: SimultaneousIntervals,
-    others: Sequence[str],
-    margin: float,
+    share_p: Mapping[str, float],
     alpha: float,
 ) -> _Claim:
-    """Return claim 2: the baseline is not inferior to more than half of the counted variants."""
-    holds, beaten = [], []
+    """Return claim 2: the baseline is not inferior to more than half of the counted variants.
+
+    Args:
+        rows: The rows of all variants.
+        found: The intervals, one per variant in the order of `share_p`.
+        share_p: Variant -> p value of its share of usable tunings, not adjusted.
+        alpha: The error of this look.
+    """
+    holds, beaten, others = [], [], list(share_p)
     for row in rows:
         if row.role != "variant":
             continue
@@ -248,9 +255,9 @@ def _claim(
         p_holds, p_beaten = (p, 1.0 - p) if row.interval is not None else (1.0, 1.0)
         if row.usable_p is not None and row.usable_p <= alpha:  # the shares decide, see `_decide_by_share`
             if row.counts == "no":
-                p_holds, p_beaten = 1.0, min(p_beaten, row.usable_p)
+                p_holds, p_beaten = 1.0, min(p_beaten, share_p[row.variant])
             elif row.interval is None:
-                p_holds = row.usable_p
+                p_holds = share_p[row.variant]
         holds.append(p_holds)
         beaten.append(p_beaten)
     return _Claim.from_p_values(np.array(holds), np.array(beaten), alpha)
@@ -270,7 +277,7 @@ def _usable_pairs(own: Mapping[int, Tuning], base: Mapping[int, Tuning]) -> list
 def _share_p_values(
     tunings: Tunings, others: Sequence[str], base: Mapping[int, Tuning]
 ) -> NDArray[np.float64]:
-    """Return the p values of equal shares of usable tunings, of each variant and the baseline."""
+    """Return the p values of equal shares of usable tunings, each variant alone against the baseline."""
     usable, known = np.zeros((2, len(base), len(others)), dtype=bool)
     for column, name in enumerate(others):
         for row, (replicate, baseline) in enumerate(base.items()):
@@ -278,7 +285,10 @@ def _share_p_values(
             if own is not None:
                 usable[row, column] = own.is_usable
                 known[row, column] = has_result(own) and has_result(baseline)
-    return usable_p_values(usable, np.array([t.is_usable for t in base.values()], dtype=bool), known)
+    of_base = np.array([t.is_usable for t in base.values()], dtype=bool)
+    columns = [slice(column, column + 1) for column in range(len(others))]
+    alone = [usable_p_values(usable[:, column], of_base, known[:, column])[0] for column in columns]
+    return np.array(alone)
 
 
 def _fixed_rate(

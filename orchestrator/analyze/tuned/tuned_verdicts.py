@@ -13,6 +13,7 @@ from orchestrator.analyze.tuned.tuned_results import (
     TunedComparison,
     VariantRow,
 )
+from orchestrator.analyze.tuned.tuned_text import shown_name
 from orchestrator.analyze.verdict import Verdict, VerdictOutcome
 from orchestrator.record.show import change_options
 from orchestrator.record.study_file import StudyFile
@@ -34,11 +35,6 @@ def tuned_verdicts(found: TunedComparison, study: StudyFile) -> list[Verdict]:
         for task in found.tasks
         if task.fixed_rate is not None
     ]
-
-
-def shown_name(variant: str) -> str:
-    """Return the name of a variant in a sentence."""
-    return "LoRA" if variant == "lora" else variant
 
 
 def _claim(task: TaskComparison) -> str:

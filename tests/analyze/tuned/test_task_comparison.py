@@ -28,7 +28,7 @@ def test_planted_differences_are_found_with_their_size_and_direction() -> None:
     assert task.rows[0].role == "baseline"
     for variant, truth, outcome, counts in (("pissa", 0.05, "better", "no"), ("dora", -0.04, "worse", "yes")):
         row = row_of(task, variant)
-        assert (row.outcome, row.counts, row.pairs) == (outcome, counts, 10)
+        assert (row.outcome, row.counts, row.pairs) == (outcome, counts, 6)
         assert row.interval is not None
         assert row.interval.low < truth < row.interval.high
     assert [row.variant for row in task.rows[1:]] == ["pissa", "hira", "dora"], "the largest difference first"
@@ -40,10 +40,10 @@ def test_planted_differences_are_found_with_their_size_and_direction() -> None:
 def test_variants_with_other_best_rates_and_the_same_top_are_not_called_different() -> None:
     """Coarse grids choose rates that are off by different amounts; shifted grids average that out."""
     wrong = 0
-    for seed in range(40):
+    for seed in range(12):
         task = compare_one(tuned_records(EQUAL, noise=0.003, seed=seed))
         wrong += any(row.outcome in ("better", "worse") for row in task.rows[1:])
-    assert wrong <= 6, "5 % of 40 studies are 2"
+    assert wrong <= 2, "5 % of 12 studies are 0.6"
 
 
 def test_the_claim_is_supported_refuted_or_open_by_more_than_half_of_the_variants() -> None:
@@ -75,26 +75,26 @@ def test_controls_and_unverified_variants_are_shown_and_enter_no_count_and_no_sp
 
 
 def test_unusable_tunings_leave_an_interval_of_the_others_and_a_share_with_an_exact_test() -> None:
-    records = tuned_records(EQUAL)
+    records = tuned_records(EQUAL, replicates=8)
     broken = [
         replace(r, state="diverged")
-        if r.configuration.variant.name == "hira" and r.configuration.seed < 7
+        if r.configuration.variant.name == "hira" and r.configuration.seed < 6
         else r
         for r in records
     ]
     task = compare_one(broken)
     hira = row_of(task, "hira")
     assert hira.usable is not None
-    assert (hira.usable.usable, hira.usable.n, hira.pairs) == (3, 10, 3)
+    assert (hira.usable.usable, hira.usable.n, hira.pairs) == (2, 8, 2)
     assert hira.interval is not None
-    # McNemar: 0 of 7 discordant replicates, 2 / 2^7, times three variants.
-    assert hira.usable_p == pytest.approx(3 * 2 / 2**7)
+    # McNemar: 0 of 6 discordant replicates, 2 / 2^6, times three variants.
+    assert hira.usable_p == pytest.approx(3 * 2 / 2**6)
     assert task.outcome != "descriptive"
 
 
 def test_a_variant_that_never_gives_a_usable_run_is_worse_by_its_share_alone() -> None:
     def lost(variant: str) -> list[Record]:
-        records = tuned_records(EQUAL)
+        records = tuned_records(EQUAL, replicates=8)
         return [
             replace(r, state="diverged") if r.configuration.variant.name == variant else r for r in records
         ]
@@ -175,12 +175,12 @@ def test_earlier_looks_cost_width_and_a_look_beyond_the_plan_has_no_error_left()
     records = tuned_records({"lora": Truth(), "pissa": Truth(0.92)})
     only, second, half = (
         compare_one(records, looks, max_replicates=planned)
-        for looks, planned in (((), 10), ((5, 10), 10), ((), 20))
+        for looks, planned in (((), 6), ((3, 6), 6), ((), 12))
     )
     assert only.alpha == pytest.approx(0.05, abs=1e-4)
-    assert second.looks == (5, 10), "the same number again is no new look"
+    assert second.looks == (3, 6), "the same number again is no new look"
     assert half.alpha < second.alpha < only.alpha
-    late = compare_one(records, (), max_replicates=5)
+    late = compare_one(records, (), max_replicates=4)
     assert late.alpha == 0
     assert row_of(late, "pissa").outcome == "undecided"
     assert late.outcome == "undecided"
@@ -230,7 +230,7 @@ def test_while_runs_are_missing_only_whole_tunings_count() -> None:
 
 def test_the_summary_of_a_study_with_replicates_begins_with_its_verdicts() -> None:
     records = tuned_records(EQUAL)
-    summary = summarize(study_of(records, margin=0.02, max_replicates=10), records)
+    summary = summarize(study_of(records, margin=0.02, max_replicates=6), records)
     assert summary.comparison is not None
     assert summary.panels == ()
     first, second = summary.verdicts

@@ -38,7 +38,7 @@ def shifted_rates(replicate: int, low: float = -4.0, count: int = 9) -> list[flo
 
 def tuned_records(
     truths: Mapping[str, Truth],
-    replicates: int = 10,
+    replicates: int = 6,
     noise: float = 0.004,
     task: str = "letters",
     seed: int = 0,

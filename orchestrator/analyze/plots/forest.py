@@ -1,0 +1,160 @@
+"""The forest plot of a replicated tuning: every variant's difference from the tuned baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from orchestrator.analyze.intervals import Interval
+from orchestrator.analyze.number_format import percent, points, points_interval
+from orchestrator.analyze.plots import style
+from orchestrator.analyze.tuned import tuned_text
+from orchestrator.analyze.tuned.tuned_results import TaskComparison, TunedComparison, VariantRow
+
+# Blue is better, orange worse, green no difference that matters. The colors differ for any color vision,
+# and every outcome is written out as well.
+OUTCOME_COLORS = {
+    "better": "#0072B2",
+    "worse": "#D55E00",
+    "equivalent": "#009E73",
+    "not inferior": "#56B4E9",
+    "undecided": style.GREY,
+}
+MARGIN_COLOR = "#009E73"
+
+
+def draw_forest(found: TunedComparison) -> Figure:
+    """Draw a row per variant: its mean difference of the test score in points, its interval and its outcome.
+
+    The margin is a green band. With several tasks, each has axes of its own, and the last ones have the
+    interquartile means over all tasks.
+    """
+    heights = [max(2, len(task.rows) - 1) + 1.6 for task in found.tasks]
+    heights += [max(2, len(found.aggregates)) + 1.6] if found.aggregates else []
+    figure = style.new_figure(1.0 + 0.5 * sum(heights) + 0.6 * len(heights))
+    grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).flat
+    for axes, task in zip(grid, found.tasks, strict=False):
+        _draw_task(axes, task)
+    if found.aggregates:
+        _draw_aggregates(grid[-1], found)
+    return figure
+
+
+def _draw_task(axes: Axes, task: TaskComparison) -> None:
+    rows = list(reversed(task.rows[1:]))  # the best at the top
+    limits = x_limits(
+        [(row.difference, row.interval) for row in rows if row.difference is not None], task.margin
+    )
+    labels = [row.variant if row.role == "variant" else f"{row.variant}\n({row.role})" for row in rows]
+    _prepare(axes, labels, limits, task.margin)
+    for y, row in enumerate(rows):
+        _draw_row(axes, y, row, limits)
+    test = task.rows[0].test.mean
+    base = f"tuned {tuned_text.shown_name(task.baseline)}" + ("" if test is None else f" ({test:.3f})")
+    axes.set_xlabel(
+        f"test score ({task.metric.replace('_', ' ')}) minus {base}, in points; simultaneous "
+        f"{percent(1 - task.alpha)} intervals"
+    )
+    axes.set_title(f"{task.title}: {task.replicates} replicates", pad=8)
+
+
+def _draw_aggregates(axes: Axes, found: TunedComparison) -> None:
+    rows = list(reversed(found.aggregates))
+    means = [each.mean_difference for each in rows]
+    margin = found.tasks[0].margin
+    limits = x_limits([(m.value, Interval(m.low, m.high)) for m in means], margin)
+    _prepare(axes, [row.variant for row in rows], limits, margin)
+    for y, (row, mean) in enumerate(zip(rows, means, strict=True)):
+        _draw_interval(axes, y, mean.value, Interval(mean.low, mean.high), "#444444", limits)
+        text = f"better in {percent(row.probability_better.value)}"
+        axes.text(1.012, y - 0.08, text, fontsize=9, va="center", transform=axes.get_yaxis_transform())
+    axes.set_xlabel(
+        "interquartile mean of the differences in points; 95 % bootstrap intervals, not simultaneous"
+    )
+    axes.set_title(f"over {len(found.tasks)} tasks", pad=8)
+
+
+def _prepare(axes: Axes, labels: Sequence[str], limits: tuple[float, float], margin: float) -> None:
+    band = {"color": MARGIN_COLOR, "alpha": 0.13, "linewidth": 0, "zorder": 0}
+    axes.axvspan(-100 * margin, 100 * margin, **band)
+    axes.axvline(0, color="#444444", linewidth=1.2, zorder=1)
+    axes.set_xlim(100 * limits[0], 100 * limits[1])
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(-0.6, max(len(labels), 2) - 0.4)
+    style.hide_y_axis(axes, pad=9)
+
+
+def _draw_row(axes: Axes, y: int, row: VariantRow, limits: tuple[float, float]) -> None:
+    color = OUTCOME_COLORS[row.outcome]
+    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "color": color, "va": "center"}
+    note = tuned_text.row_note(row)
+    axes.text(
+        1.012, y + 0.14 * bool(note), tuned_text.outcome_text(row), fontsize=11, weight="bold", **beside
+    )
+    axes.text(1.012, y - 0.18, note, fontsize=9, **beside)
+    if row.difference is not None:
+        _draw_interval(axes, y, row.difference, row.interval, color, limits)
+
+
+def _draw_interval(
+    axes: Axes,
+    y: int,
+    value: float,
+    interval: Interval | None,
+    color: str,
+    limits: tuple[float, float],
+) -> None:
+    """Draw a mean with its interval; what lies beyond the axes is an arrow and a number."""
+    left, right = (100 * limit for limit in limits)
+    note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9.5, "color": color}
+    if not left <= 100 * value <= right:
+        end, arrow, side = (left, "<", 1) if 100 * value < left else (right, ">", -1)
+        axes.plot(end, y, arrow, markersize=10, color=color, zorder=4, clip_on=False)
+        note |= {"ha": "left" if side > 0 else "right", "va": "center"}
+        axes.annotate(f"{points(value)} {points_interval(interval)}", (end, y), (12 * side, 0), **note)
+        return
+    if interval is not None:
+        low, high = max(left, 100 * interval.low), min(right, 100 * interval.high)
+        axes.hlines(y, low, high, color=color, linewidth=3.4, zorder=3)
+        for end, is_inside, arrow in (
+            (low, 100 * interval.low >= left, "<"),
+            (high, 100 * interval.high <= right, ">"),
+        ):
+            cap: dict[str, Any] = {"marker": arrow, "markersize": 8, "markeredgewidth": 1.0}
+            if is_inside:
+                cap = {"marker": "|", "markersize": 11, "markeredgewidth": 2.4}
+            axes.plot(end, y, color=color, zorder=3, clip_on=False, **cap)
+    face = color if interval is not None else "white"
+    dot: dict[str, Any] = {"markersize": 9, "markerfacecolor": face, "markeredgewidth": 2}
+    axes.plot(100 * value, y, "o", color=color, zorder=4, **dot)
+    axes.annotate(
+        f"{points(value)} {points_interval(interval)}", (100 * value, y), (0, 9), ha="center", **note
+    )
+
+
+def x_limits(rows: Sequence[tuple[float, Interval | None]], margin: float) -> tuple[float, float]:
+    """Return the limits of the x axis, as differences of scores.
+
+    They hold two thirds of the means and what is near them. Limits that held the outliers as well would leave
+    no room to tell the others apart.
+
+    Args:
+        rows: The differences with their intervals.
+        margin: The smallest difference that matters.
+    """
+    means = sorted(abs(value) for value, _ in rows)
+    intervals = [interval for _, interval in rows if interval is not None]
+    widths = sorted(interval.high - interval.low for interval in intervals)
+    usual = widths[(len(widths) - 1) // 2] if widths else margin
+    most = means[math.ceil(2 / 3 * len(means)) - 1] if means else margin
+    reach = max(4 * margin, 1.2 * usual, most + 0.75 * usual)
+    ends = [end for interval in intervals for end in (interval.low, interval.high)]
+    ends += [value for value, _ in rows]
+    low = max(-reach, min([-2 * margin, *ends]))
+    high = min(reach, max([2 * margin, *ends]))
+    space = 0.03 * (high - low)
+    return low - space, high + space

@@ -1,0 +1,78 @@
+"""Short texts of a replicated tuning, for its table, its pictures and its section of the page."""
+
+from __future__ import annotations
+
+from orchestrator.analyze.number_format import points, rate
+from orchestrator.analyze.statistics.usable import UsableShare
+from orchestrator.analyze.tuned.tuned_results import VariantRow
+from orchestrator.analyze.tuned.tunings import Tuning
+
+
+def shown_name(variant: str) -> str:
+    """Return the name of a variant in a sentence."""
+    return "LoRA" if variant == "lora" else variant
+
+
+def outcome_text(row: VariantRow) -> str:
+    """Return the outcome of a row; a baseline and an unverified variant have none."""
+    return row.role if row.role in ("baseline", "unverified") else row.outcome
+
+
+def row_note(row: VariantRow) -> str:
+    """Return why a row has no interval, or how many replicates decide it in the worst case; else nothing."""
+    if row.role in ("baseline", "unverified"):
+        return ""
+    if row.interval is None:
+        return row.reason
+    if row.outcome != "undecided":
+        return ""
+    if row.replicates_to_decide is None:
+        return "1,000 replicates may not decide"
+    return f"{row.replicates_to_decide} replicates decide at worst"
+
+
+def share_text(share: UsableShare | None) -> str:
+    """Return a share as a count: 9/10."""
+    return "-" if share is None else f"{share.usable}/{share.n}"
+
+
+def chosen_rates_text(row: VariantRow) -> str:
+    """Return the range of the chosen learning rates: 3.1e-3 to 1e-2."""
+    rates = sorted(t.chosen.learning_rate for t in row.tunings if t.chosen is not None)
+    if not rates:
+        return "-"
+    ends = dict.fromkeys((rate(rates[0]), rate(rates[-1])))
+    return " to ".join(ends)
+
+
+def width_text(row: VariantRow) -> str:
+    """Return the width of the curve's top in decades, or that it is not resolved."""
+    if row.curve is None:
+        return "-"
+    return "not resolved" if row.curve.width is None else f"{row.curve.width:.2f}"
+
+
+def optimum_text(row: VariantRow) -> str:
+    """Return the optimum of the pooled curve, and whether it may lie beyond the tried rates."""
+    if row.curve is None:
+        return "-"
+    return rate(row.curve.best_rate) + (" (edge)" if row.curve.is_at_edge else "")
+
+
+def resolvable_text(row: VariantRow) -> str:
+    """Return the difference that such a study detects with probability 80 %, in points."""
+    return points(row.resolvable).lstrip("+")
+
+
+def tuning_text(tuning: Tuning) -> str:
+    """Return the chosen run of a tuning with its validation and its test score."""
+    if tuning.chosen is None:
+        return "no run with a score"
+    scores = ", ".join(
+        f"{name} {value:.3f}"
+        for name, value in (("validation", tuning.chosen.validation), ("test", tuning.chosen.test))
+        if value is not None
+    )
+    label = "" if tuning.is_usable else f", {tuning.chosen.label}"
+    edge = f", at the edge: {', '.join(tuning.edges)}" if tuning.edges else ""
+    return f"{rate(tuning.chosen.learning_rate)}: {scores}{label}{edge}"
