@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +119,18 @@ def write_published(tasks: Sequence[PublishedTask], folder: Path, overlays: Sequ
 
 def _render_pictures(tasks: Sequence[PublishedTask], overlays: Mapping[str, Overlay]) -> dict[str, bytes]:
     """Return the pictures: file name -> content."""
+    from orchestrator.analyze.plots import style
     from orchestrator.analyze.published import published_plots as plots
 
     pictures: dict[str, bytes] = {}
     for task in tasks:
         name = task.table.task
-        figures = {
-            f"curves_{name}": plots.plot_published_curves(task, overlays.get(name)),
-            f"heat_map_{name}": plots.plot_heat_map(task),
+        drawn = {
+            f"curves_{name}": partial(plots.plot_published_curves, task, overlays.get(name)),
+            f"heat_map_{name}": partial(plots.plot_heat_map, task),
         }
-        for stem, figure in figures.items():
-            pictures |= {f"{stem}.{kind}": plots.render(figure, kind) for kind in ("png", "svg")}
+        for stem, draw in drawn.items():
+            pictures[f"{stem}.png"], pictures[f"{stem}.svg"] = style.render(draw)
     return pictures
 
 
@@ -137,31 +140,35 @@ def _render_html(
     verdicts: Sequence[Verdict],
     pictures: Mapping[str, bytes],
 ) -> str:
-    # The usual rule for autoescape goes by the ending .html and would skip these templates.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader("orchestrator.analyze", "templates")
+    from orchestrator.analyze.interactive import plotly_bundle
+    from orchestrator.analyze.published.published_figures import curve_figure
+
+    # The usual rule for autoescape goes by the ending .html and would skip these templates.
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, autoescape=True, **options)
-    svg = {name: _inline_svg(content) for name, content in pictures.items() if name.endswith(".svg")}
+    environment = Environment(loader=PackageLoader("orchestrator.analyze"), autoescape=True, **options)
+    figures = {
+        f"lines_{task.table.task}": [curve_figure(task, overlays.get(task.table.task))] for task in tasks
+    }
     return environment.get_template("published.html.jinja").render(
         title=TITLE,
         source=SOURCE,
         tasks=tasks,
         overlays=overlays,
         verdicts=verdicts,
-        svg=svg,
+        png={
+            name.removesuffix(".png"): base64.b64encode(content).decode()
+            for name, content in pictures.items()
+            if name.startswith("curves_") and name.endswith(".png")
+        },
+        plotly=plotly_bundle.encoded_bundle(),
+        figures=plotly_bundle.encode_figures(figures),
         reference=REFERENCE,
         rate=formatting.rate,
         rates_text=rates_text,
         cells=_heat_cells,
     )
-
-
-def _inline_svg(content: bytes) -> str:
-    """Return the <svg> element of a picture, without the XML header."""
-    text = content.decode()
-    return text[text.index("<svg") :]
 
 
 def _heat_cells(task: PublishedTask) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,17 +120,3 @@ def _legend(overlay: Overlay | None) -> list[Any]:
     if overlay is not None:
         entries.append(style.legend_entry(f"study {overlay.study}", _OWN, marker="s", linestyle="--"))
     return entries
-
-
-def render(figure: Figure, kind: str) -> bytes:
-    """Return a figure as a file, the same bytes for the same figure.
-
-    Args:
-        figure: The figure.
-        kind: `png` (100 dots per inch) or `svg` (texts stay texts).
-    """
-    if kind == "png":
-        return style.render_png(figure)
-    with io.BytesIO() as buffer, mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "published"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
-        return buffer.getvalue()

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from synthetic import record
 
+from orchestrator.analyze.published.published_figures import curve_figure
 from orchestrator.analyze.published.published_overlay import make_overlays
 from orchestrator.analyze.published.published_page import WIDTH, render_published, show_published
 from orchestrator.analyze.published.published_scores import TASKS, read_table, summarize_task
@@ -48,8 +49,9 @@ class _Addresses(HTMLParser):
 def test_the_page_loads_nothing_and_shows_every_score(page: Path) -> None:
     parser, text = _Addresses(), (page / "report.html").read_text()
     parser.feed(text)
-    assert [address for address in parser.loaded if not address.startswith("#")] == []
+    assert [address[:40] for address in parser.loaded if not address.startswith("data:image/png;")] == []
     assert not re.search(r"@import|url\((?!#)", text)
+    assert "default-src 'none'" in text, "the browser refuses everything that is not in the file"
     for task in ("gsm8k", "images"):
         table = read_table(task)
         assert all(f"{score:.2f}" in parser.text for score in table.scores.ravel())
@@ -66,6 +68,18 @@ def test_summary_and_pictures_are_beside_the_page(page: Path) -> None:
     for stem in ("curves_gsm8k", "heat_map_gsm8k", "curves_images", "heat_map_images"):
         assert (page / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (page / f"{stem}.svg").read_text()
+
+
+def test_the_interactive_curves_have_every_score_and_the_own_study_dashed() -> None:
+    task, (overlay,) = summarize_task(read_table("gsm8k")), make_overlays("mine", own_records())
+    figure = curve_figure(task, overlay)
+    whole = [trace for trace in figure.data if trace.xaxis is None]
+    assert len(figure.data) == 2 * len(whole) == 2 * (20 + 3), "both plots have all curves"
+    by_name = {trace.name: trace for trace in whole}
+    for variant, scores in zip(task.table.variants, task.table.scores, strict=True):
+        assert list(by_name[variant].y) == pytest.approx(scores)
+    assert by_name["LoRA+, mine"].line.dash == "dash"
+    assert list(by_name["LoRA+, mine"].y) == pytest.approx([25.0, 45.0])
 
 
 def test_verdicts_come_first_in_eighty_columns() -> None:

@@ -1,0 +1,86 @@
+"""The interactive curves of the published scores, and of an own study over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from orchestrator.analyze.interactive import plotly_style
+from orchestrator.analyze.plots import style
+from orchestrator.analyze.published.published_overlay import Overlay
+from orchestrator.analyze.published.published_scores import REFERENCE, PublishedTask
+
+TOP_POINTS = 6.0
+"""Points below the best score at which the plot of the tops ends."""
+SHOWN = 5
+"""Variants, the best first, whose curves are shown before a click on the legend; LoRA is one more."""
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
+
+
+def curve_figure(task: PublishedTask, overlay: Overlay | None = None) -> go.Figure:
+    """Return the curves of all variants, the whole range and beside it (on a narrow page below) the tops.
+
+    Args:
+        task: The published scores.
+        overlay: The own study, whose curves are dashed; None: the published curves alone.
+    """
+    table, top = task.table, task.variants[0].best_score
+    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.12, "yanchor": "top"}
+    narrow: dict[str, Any] = {
+        "height": 980,
+        "xaxis": {"domain": [0, 1]},
+        "xaxis2": {"domain": [0, 1]},
+        "yaxis": {"domain": [0.55, 1]},
+        "yaxis2": {"domain": [0, 0.43]},
+        "legend": legend,
+    }
+    x = plotly_style.rate_axis(table.rates, 6)
+    figure = plotly_style.new_figure(
+        460,
+        narrow,
+        xaxis=x | {"domain": [0, 0.46]},
+        xaxis2=x | {"domain": [0.54, 1], "anchor": "y2"},
+        yaxis=plotly_style.axis("score in points"),
+        yaxis2=plotly_style.axis("", range=[top - TOP_POINTS, top + 0.5], anchor="x2"),
+    )
+    for index, each in enumerate(task.variants):
+        scores = table.scores[table.variants.index(each.variant)].tolist()
+        look = {"color": _color(index, each.variant), "symbol": _SYMBOLS[index // len(style.COLORS)]}
+        shown = index < SHOWN or each.variant == REFERENCE
+        _add_curve(figure, each.variant, table.rates, scores, look, shown, "solid")
+        for own in overlay.curves if overlay else ():
+            if overlay and own.variant == each.variant:
+                name = f"{each.variant}, {overlay.study}"
+                _add_curve(figure, name, own.rates, list(own.scores), look, True, "dash")
+    return figure
+
+
+def _color(index: int, variant: str) -> str:
+    return plotly_style.INK if variant == REFERENCE else style.COLORS[1 + index % (len(style.COLORS) - 1)]
+
+
+def _add_curve(
+    figure: go.Figure,
+    name: str,
+    rates: Any,
+    scores: list[float],
+    look: dict[str, str],
+    shown: bool,
+    dash: str,
+) -> None:
+    """Add a curve to both plots."""
+    trace = go.Scatter(
+        x=list(rates),
+        y=plotly_style.rounded(scores),
+        name=name,
+        mode="lines+markers",
+        line={"color": look["color"], "width": 2, "dash": dash},
+        marker={"color": look["color"], "symbol": look["symbol"], "size": 7},
+        legendgroup=name,
+        visible=True if shown else "legendonly",
+        hovertemplate="%{y:.2f} at %{x:.3g}<extra>" + name + "</extra>",
+    )
+    figure.add_trace(trace)
+    figure.add_trace(go.Scatter(trace).update(xaxis="x2", yaxis="y2", showlegend=False))
