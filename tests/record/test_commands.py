@@ -262,8 +262,8 @@ def test_narrowing_a_command_keeps_its_other_options(make_record):
     )
 
 
-def test_a_command_of_two_stages_is_narrowed_to_the_plain_script(make_record):
-    command = "python experiments/tuned_comparison.py --confirm-seeds 5 --margin=0.02 --study s"
+def test_a_command_of_replicates_is_narrowed_to_the_plain_script(make_record):
+    command = "python experiments/tuned_comparison.py --replicates 5 --margin=0.02 --study s"
     options = "--study s --variants lora --learning-rates 3e-05 --seeds 1"
     narrowed = narrow_command(command, make_record(seed=0, rate=3e-5).configuration)
     assert narrowed == f"python experiments/lr_sensitivity.py {options}"

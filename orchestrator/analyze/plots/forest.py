@@ -79,7 +79,7 @@ def _draw_aggregates(axes: Axes, found: TunedComparison) -> None:
 
 
 def _prepare(axes: Axes, labels: Sequence[str], limits: tuple[float, float], margin: float) -> None:
-    band = {"color": MARGIN_COLOR, "alpha": 0.13, "linewidth": 0, "zorder": 0}
+    band: dict[str, Any] = {"color": MARGIN_COLOR, "alpha": 0.13, "linewidth": 0, "zorder": 0}
     axes.axvspan(-100 * margin, 100 * margin, **band)
     axes.axvline(0, color="#444444", linewidth=1.2, zorder=1)
     axes.set_xlim(100 * limits[0], 100 * limits[1])

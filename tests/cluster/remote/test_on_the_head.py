@@ -110,8 +110,8 @@ def test_options_of_a_script_and_of_the_check_are_translated(monkeypatch: pytest
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "tuned", script)
     spec.loader.exec_module(script)
-    assert command_line.build_arguments(script.ComparisonOptions(confirm_seeds=20)) == [
-        "--confirm-seeds",
+    assert command_line.build_arguments(script.ComparisonOptions(replicates=20)) == [
+        "--replicates",
         "20",
     ]
     monkeypatch.setattr(
