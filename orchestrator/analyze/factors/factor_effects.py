@@ -57,19 +57,23 @@ def leave_one_out_means(choices: Scores) -> Scores:
 
 
 def best_index(choices: Scores) -> Indices:
-    """Return for each seed the row of a (rows, seeds) array that the other seeds' mean puts first.
+    """Return for each seed the candidate that the other seeds' mean puts first.
 
-    Ties go to the first row.
+    Args:
+        choices: Scores of shape (..., candidates, seeds).
+
+    Returns:
+        Indices of shape (..., seeds). Ties go to the first candidate.
     """
     means = leave_one_out_means(choices)
     # A tie must not be decided by the rounding of a sum.
-    chosen: Indices = np.argmax(np.round(means, 12), axis=0)
+    chosen: Indices = np.argmax(np.round(means, 12), axis=-2)
     return chosen
 
 
 def _take(values: Scores, index: Indices) -> Scores:
-    """Return for each seed the value in the row `index[seed]` of a (rows, seeds) array."""
-    taken: Scores = np.take_along_axis(values, index[None, :], axis=0)[0]
+    """Return the values of the candidates `index[..., seed]` of an array (..., candidates, seeds)."""
+    taken: Scores = np.take_along_axis(values, index[..., None, :], axis=-2)[..., 0, :]
     return taken
 
 
@@ -83,7 +87,7 @@ def tuned_scores(values: Scores, choices: Scores) -> Scores:
     Returns:
         Scores of shape (rows, seeds).
     """
-    return np.array([_take(v, best_index(c)) for v, c in zip(values, choices, strict=True)])
+    return _take(values, best_index(choices))
 
 
 def at_best_rate(values: Scores, choices: Scores, default: int) -> Scores:
@@ -95,7 +99,7 @@ def at_best_rate(values: Scores, choices: Scores, default: int) -> Scores:
         default: The row of the default level.
     """
     rate = best_index(choices[default])
-    return np.array([_take(level, rate) for level in values])
+    return _take(values, np.broadcast_to(rate, (len(values), len(rate))))
 
 
 def misset(values: Scores, choices: Scores, default: int, weights: Scores) -> Scores:

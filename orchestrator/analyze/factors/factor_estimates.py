@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from orchestrator.analyze.factors.rate_claim import (
     ALPHA,
     FAR_MORE,
     RANGE_SCALES,
+    Contrast,
     contrast,
     judge_claim,
 )
@@ -22,7 +24,7 @@ from orchestrator.analyze.intervals import Estimate, Interval, estimate_mean
 from orchestrator.analyze.run_labels import USABLE, RunLabel
 from orchestrator.analyze.statistics.bounds import DIFFERENCE_BOUNDS, cut_interval
 from orchestrator.analyze.statistics.usable import UsableShare, usable_share
-from orchestrator.study.factors import RATE, default_rate, load_factors, resweep_rates
+from orchestrator.study.factors import RATE, default_rate, is_near, load_factors, resweep_rates
 from orchestrator.study.space import format_value
 
 PerSeed = NDArray[np.float64]
@@ -47,8 +49,7 @@ def summarize_star(
     factors = [_summarize_arm(each, margin) for each in compared]
     judged = [each for each in compared if not each.arm.factor.alias]
     contrasts = {
-        scale: [contrast(d, margin) for each in judged for d in each.differences(scale)]
-        for scale in RANGE_SCALES
+        scale: [found for each in judged for found in each.contrasts(scale, margin)] for scale in RANGE_SCALES
     }
     far = [contrast(d, 0.0) for each in judged for d in each.differences(1.0, FAR_MORE)]
     return VariantFactors(
@@ -91,10 +92,25 @@ class _Comparison:
         return _misset_rate(self._star, scale, self._curve_columns, self.arm.rates)
 
     def retuned_rate(self, scale: float) -> PerSeed:
-        """Return B of the learning rate against this factor, over the rates of the sweep."""
+        """Return B of the learning rate against this factor, over the part of its range that was swept.
+
+        Beyond the sweep the factor was not varied. The loss there is larger, so that this one is too small
+        rather than too large.
+        """
         x = [math.log10(rate) for rate in self.arm.rates]
-        weights = effects.prior_weights(x, *effects.scaled_ends(x, math.log10(self._star.center), scale))
+        low, high = _rate_ends(self._star, scale)
+        weights = effects.prior_weights(x, max(low, x[0]), min(high, x[-1]))
         return effects.retuned_rate(self.values, self.choices, self.arm.default, weights)
+
+    def contrasts(self, scale: float, margin: float) -> list[Contrast]:
+        """Return the contrasts of A and of B at a multiple of the rate's range.
+
+        That of B refutes nothing where the sweep is narrower than the range.
+        """
+        by_a, by_b = (contrast(d, margin) for d in self.differences(scale))
+        low, high = _rate_ends(self._star, scale)
+        covers = is_near(10**low, self._star.center) and is_near(10**high, self._star.center)
+        return [by_a, by_b if covers else replace(by_b, p_less=1.0)]
 
     def differences(self, scale: float, ratio: float = 1.0) -> list[PerSeed]:
         """Return the rate's loss minus `ratio` times the factor's: of A, then of B."""
@@ -115,10 +131,15 @@ def _level_weights(arm: Arm) -> PerSeed:
     return effects.prior_weights(arm.positions, min(low, high), high)
 
 
+def _rate_ends(star: Star, scale: float) -> tuple[float, float]:
+    """Return the logarithms of the ends of the rate's range: those of the curve, stretched from its best."""
+    return effects.scaled_ends([math.log10(r) for r in star.rates], math.log10(star.center), scale)
+
+
 def _misset_rate(star: Star, scale: float, columns: Sequence[int], sweep: Sequence[float]) -> PerSeed:
     x = [math.log10(rate) for rate in star.rates]
     rows = [star.rates.index(rate) for rate in sweep]
-    weights = effects.prior_weights(x, *effects.scaled_ends(x, math.log10(star.center), scale))
+    weights = effects.prior_weights(x, *_rate_ends(star, scale))
     return effects.misset_rate(star.values[:, columns], star.choices[:, columns], rows, weights)
 
 
@@ -146,7 +167,7 @@ def _summarize_arm(compared: _Comparison, margin: float) -> FactorEffect:
     if arm.default_rate_values is not None and arm.default_rate_choices is not None:
         gain = effects.gain(arm.default_rate_values, arm.default_rate_choices, arm.default)
     weights = _level_weights(arm)
-    misset_contrast, retuned_contrast = (contrast(d, margin) for d in compared.differences(1.0))
+    misset_contrast, retuned_contrast = compared.contrasts(1.0, margin)
     return FactorEffect(
         name=factor.name,
         title=factor.title,

@@ -30,7 +30,7 @@ def _figure(task: TaskFactors, field: str, title: str) -> go.Figure:
     figure = plotly_style.new_figure(
         height,
         {"title": {"font": {"size": 13}}, "legend": {"orientation": "h", "y": -0.14 - 40 / height}},
-        title={"text": f"{task.task}. {title}", "x": 0, "xref": "paper", "font": {"size": 15}},
+        title={"text": f"{task.task}, {title.partition(',')[0]}", "x": 0, "font": {"size": 15}},
         barmode="group",
         bargap=0.2,
         xaxis=plotly_style.axis("lost test score, points", zeroline=True),

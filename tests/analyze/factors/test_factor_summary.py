@@ -108,9 +108,9 @@ def test_the_claim_is_refuted_where_another_factor_costs_more() -> None:
 
 
 def test_a_claim_that_turns_with_the_range_of_the_rate_is_undecided() -> None:
-    """At half of its range the rate costs less than the batch size, at the double more."""
+    """At half of its range the rate costs less than the rank, at the measured range more."""
     records = star_records(
-        Surface(width=1.5, cliff=9.0, aliases=(), costs={("rank", 2): 0.35, ("rank", 32): 0.35}),
+        Surface(width=1.2, cliff=9.0, aliases=(), costs={("rank", 2): 0.26, ("rank", 32): 0.26}),
         names=("rank",),
     )
     variant = only_variant(records)

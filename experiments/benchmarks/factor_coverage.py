@@ -1,0 +1,341 @@
+"""Do the intervals and verdicts of a study of factors hold? Synthetic star designs with a known truth.
+
+    python experiments/benchmarks/factor_coverage.py [--replicates 2000]
+
+Prints two tables in markdown: the coverage of the intervals of A and B and of their differences from the
+learning rate's, with the share of studies in which A and B put the planted factors into their order; and the
+error rates of claim 1. The arrays go through the functions that the report uses (`analyze/factors`).
+
+The surface: over the logarithm of the rate a bell of height 0.9 whose right wing ends in a cliff, where runs
+collapse to 0. A factor lowers the top, moves the bell, or does nothing. Every run has noise of its seed
+(shared by all runs of a seed), of the run, and of the 200 items of each split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from markdown_table import markdown_table
+from numpy.typing import NDArray
+from scipy import special, stats
+
+from orchestrator.analyze.factors import factor_effects as effects
+from orchestrator.analyze.factors.rate_claim import ALPHA, RANGE_SCALES, Contrast, contrast, judge_claim
+from orchestrator.analyze.factors.star_data import find_center
+
+Array = NDArray[np.float64]
+GRID = np.arange(-6, 7) / 4.0  # log10 rate around its optimum: 3 decades, 4 rates a decade
+MARGIN = 0.01
+ITEMS = 200
+BOUNDS = (0.925, 0.97)
+"""The coverage that the analysis protocol states."""
+
+
+@dataclass(frozen=True)
+class PlantedFactor:
+    """The levels of a factor (the logarithm of its multiples), and what each does; one of them is 0."""
+
+    positions: Sequence[float]
+    costs: Sequence[float]
+    """How much lower the top is."""
+    shifts: Sequence[float]
+    """Decades by which the best rate moves."""
+
+    @property
+    def default(self) -> int:
+        """The index of the default level."""
+        return list(self.positions).index(0.0)
+
+    @property
+    def weights(self) -> Array:
+        """The prior's weights of the levels."""
+        return effects.prior_weights(self.positions, self.positions[0], self.positions[-1])
+
+
+ENDS = (-0.6, 0.0, 0.6)
+PLANTED: Mapping[str, PlantedFactor] = {
+    "steps": PlantedFactor(ENDS, (0.16, 0.0, 0.04), (0.2, 0.0, -0.2)),
+    "batch size": PlantedFactor(ENDS, (0.02, 0.0, 0.08), (-0.25, 0.0, 0.25)),
+    "rank": PlantedFactor(ENDS, (0.03, 0.0, 0.0), (0.05, 0.0, -0.05)),
+    "dropout": PlantedFactor(ENDS, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+    "alpha": PlantedFactor(ENDS, (0.0, 0.0, 0.0), (0.6, 0.0, -0.6)),
+}
+ORDER = ("steps", "batch size", "rank", "dropout")
+"""The planted order below the learning rate, outside of its group."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviations of the score of a run: of its seed, and of its own."""
+
+    seed: float
+    run: float
+    heavy: bool = False
+    """True for a run's noise from a t distribution with 3 degrees of freedom, scaled to unit variance."""
+    broken: float = 0.0
+    """Probability that a run collapses wherever it is."""
+
+
+@dataclass
+class Surface:
+    """The response surface, and draws from it."""
+
+    noise: Noise
+    width: float = 0.9
+    cliff: float = 0.8
+    top: float = 0.9
+    draw: np.random.Generator = field(default_factory=lambda: np.random.default_rng(5))
+
+    def collapse(self, distance: Array) -> Array:
+        """Return the probability that a run collapses, by its distance from the best rate in decades."""
+        at_cliff = special.expit((distance - self.cliff) / 0.04)
+        return 1 - (1 - at_cliff) * (1 - self.noise.broken)
+
+    def mean(self, distance: Array, cost: Array) -> Array:
+        """Return the expected score, collapsed runs included."""
+        return (1 - self.collapse(distance)) * self.bell(distance, cost)
+
+    def bell(self, distance: Array, cost: Array) -> Array:
+        """Return the expected score of the runs that do not collapse."""
+        return (self.top - cost) * np.exp(-((distance / self.width) ** 2))
+
+    def sample(self, distance: Array, cost: Array, seed_noise: Array) -> tuple[Array, Array]:
+        """Return validation and test scores of one run for each point and seed.
+
+        Args:
+            distance: Distance from the best rate, of any shape.
+            cost: How much lower the top is, of the same shape.
+            seed_noise: The noise of each seed, shape (seeds,).
+
+        Returns:
+            Arrays of the shape of `distance` and the seeds.
+        """
+        shape = (*distance.shape, len(seed_noise))
+        draw = self.draw
+        own = draw.standard_t(3, shape) / np.sqrt(3) if self.noise.heavy else draw.standard_normal(shape)
+        true = self.bell(distance, cost)[..., None] + seed_noise + self.noise.run * own
+        usable = draw.random(shape) >= self.collapse(distance)[..., None]
+        true = np.clip(np.where(usable, true, 0.0), 0.0, 1.0)
+        validation, test = (draw.binomial(ITEMS, true) / ITEMS for _ in range(2))
+        return validation, test
+
+
+@dataclass(frozen=True)
+class Study:
+    """Per seed: the losses of every factor and of the rate, and their true values."""
+
+    losses: Mapping[str, Mapping[str, Array]]
+    """Factor -> figure (A, B, A(rate), B(rate)) -> loss per seed."""
+    truth: Mapping[str, Mapping[str, float]]
+    contrasts: Mapping[float, Sequence[Contrast]]
+
+
+def simulate(
+    surface: Surface,
+    factors: Mapping[str, PlantedFactor],
+    seeds: int,
+    scales: Sequence[float] = (1.0,),
+) -> Study:
+    """Draw one study, and compute its losses as the report does.
+
+    Args:
+        surface: The truth, and the noise.
+        factors: The factors besides the learning rate.
+        seeds: Number of seeds.
+        scales: The ranges of the rate at which the claim is tested; the losses are those at the first.
+    """
+    seed_noise = surface.noise.seed * surface.draw.standard_normal(seeds)
+    choices, values = surface.sample(GRID, np.zeros(len(GRID)), seed_noise)
+    _, center = find_center(10.0**GRID, choices.mean(axis=1), np.full(len(GRID), seeds))
+    middle = int(np.argmin(np.abs(GRID - np.log10(center))))
+    sweep = [i for i in range(middle - 4, middle + 5, 2) if 0 <= i < len(GRID)]
+    x = GRID[sweep]
+    losses: dict[str, dict[str, Array]] = {}
+    truth: dict[str, dict[str, float]] = {}
+    contrasts: dict[float, list[Contrast]] = {scale: [] for scale in scales}
+    for name, factor in factors.items():
+        distance = x[None, :] - np.array(factor.shifts)[:, None]
+        cost = np.broadcast_to(np.array(factor.costs)[:, None], distance.shape)
+        own_choices, own_values = surface.sample(distance, cost, seed_noise)
+        own_choices[factor.default], own_values[factor.default] = choices[sweep], values[sweep]
+        arrays = own_values, own_choices, factor.default
+        a, b = effects.misset(*arrays, factor.weights), effects.retuned(*arrays, factor.weights)
+        for scale in scales:
+            whole = effects.prior_weights(GRID, *effects.scaled_ends(GRID, GRID[middle], scale))
+            low, high = effects.scaled_ends(GRID, GRID[middle], scale)
+            near = effects.prior_weights(x, max(low, x[0]), min(high, x[-1]))
+            rate_a = effects.misset_rate(values, choices, sweep, whole)
+            rate_b = effects.retuned_rate(*arrays, near)
+            if name != "alpha":
+                by_a, by_b = contrast(rate_a - a, MARGIN), contrast(rate_b - b, MARGIN)
+                # B refutes nothing where the sweep is narrower than the range.
+                contrasts[scale] += [by_a, by_b if x[0] <= low else replace(by_b, p_less=1.0)]
+            if scale == scales[0]:
+                losses[name] = {"A": a, "B": b, "A(rate)": rate_a, "B(rate)": rate_b}
+                losses[name] |= {"A(rate) - A": rate_a - a, "B(rate) - B": rate_b - b}
+                truth[name] = _true_losses(surface, factor, surface.mean(distance, cost), whole, near)
+    return Study(losses, truth, contrasts)
+
+
+def _true_losses(
+    surface: Surface, factor: PlantedFactor, means: Array, whole: Array, near: Array
+) -> dict[str, float]:
+    """Return the true losses, with the best of the rates that the sweep has.
+
+    Args:
+        surface: The truth.
+        factor: The factor.
+        means: Expected scores of its levels at the rates of the sweep, (levels, rates).
+        whole: The prior's weights of the rates of the curve.
+        near: The prior's weights of the rates of the sweep.
+    """
+    best = int(np.argmax(means[factor.default]))
+    top = float(means[factor.default, best])
+    a, b = top - float(factor.weights @ means[:, best]), top - float(factor.weights @ means.max(axis=1))
+    rate_a = top - float(whole @ surface.mean(GRID, np.zeros(len(GRID))))
+    rate_b = top - float(near @ means.max(axis=0))
+    found = {"A": a, "B": b, "A(rate)": rate_a, "B(rate)": rate_b}
+    return found | {"A(rate) - A": rate_a - a, "B(rate) - B": rate_b - b}
+
+
+def is_covered(losses: Array, truth: float) -> bool:
+    """Return whether the 95 % t interval of a loss holds its true value."""
+    half = stats.t.ppf(0.975, len(losses) - 1) * losses.std(ddof=1) / np.sqrt(len(losses))
+    return bool(abs(losses.mean() - truth) <= half)
+
+
+FIGURES = ("A", "B", "A(rate)", "B(rate)", "A(rate) - A", "B(rate) - B")
+ROWS: Mapping[str, Noise] = {
+    "0.7 points": Noise(0.005, 0.005),
+    "2 points": Noise(0.014, 0.014),
+    "2 points, heavy tails": Noise(0.014, 0.014, heavy=True),
+    "2 points, 3 % collapse": Noise(0.014, 0.014, broken=0.03),
+    "2 points, 10 % collapse": Noise(0.014, 0.014, broken=0.10),
+}
+
+
+def coverage_row(name: str, noise: Noise, seeds: int, replicates: int) -> list[str]:
+    """Return a row of the first table: coverage over all factors, and how often the order is recovered."""
+    surface = Surface(noise)
+    covered: dict[str, list[bool]] = {figure: [] for figure in FIGURES}
+    in_order = {"A": 0, "B": 0}
+    for _ in range(replicates):
+        study = simulate(surface, PLANTED, seeds)
+        for factor, own in study.losses.items():
+            for figure in FIGURES:
+                covered[figure].append(is_covered(own[figure], study.truth[factor][figure]))
+        for figure in in_order:
+            means = [study.losses[factor][figure].mean() for factor in ORDER]
+            rate = min(study.losses[factor][f"{figure}(rate)"].mean() for factor in ORDER)
+            in_order[figure] += rate > max(means) and means == sorted(means, reverse=True)
+    shares = [float(np.mean(covered[figure])) for figure in FIGURES]
+    holds = all(BOUNDS[0] <= share <= BOUNDS[1] for share in shares)
+    orders = [f"{100 * count / replicates:.1f}" for count in in_order.values()]
+    return [name, str(seeds), *(f"{100 * s:.1f}" for s in shares), *orders, "ok" if holds else "MISSED"]
+
+
+@dataclass(frozen=True)
+class ClaimCase:
+    """A case in which the right answer of claim 1 is known."""
+
+    name: str
+    factors: Mapping[str, PlantedFactor]
+    counted: str
+    """The outcome whose share is shown."""
+    bounds: tuple[float, float]
+    width: float = 0.9
+    cliff: float = 0.8
+    broken: float = 0.0
+    """Probability that a run collapses wherever it is."""
+
+
+def _top(cost: float) -> PlantedFactor:
+    """Return a factor whose two further levels lower the top, so that A and B are half of `cost`."""
+    return PlantedFactor(ENDS, (cost, 0.0, cost), (0.0, 0.0, 0.0))
+
+
+def _just_false() -> PlantedFactor:
+    """Return the factor whose loss at half the rate's range is exactly the margin below the rate's."""
+    low, high = 0.0, 0.9
+    for _ in range(40):
+        cost = (low + high) / 2
+        truth = simulate(Surface(Noise(0.0, 0.0)), {"x": _top(cost)}, 5, (0.5,)).truth["x"]
+        smaller = min(truth["A(rate) - A"], truth["B(rate) - B"])
+        low, high = (cost, high) if smaller > MARGIN else (low, cost)
+    return _top(low)
+
+
+def claim_cases() -> list[ClaimCase]:
+    """Return the cases of the second table."""
+    flat = {"width": 30.0, "cliff": 30.0}  # the rate does not matter
+    equal = {f"factor {i}": _top(2 * MARGIN) for i in range(8)}
+    broken = {"": 0.0, ", 3 % collapse": 0.03, ", 10 % collapse": 0.10}
+    planted, just_false = {n: PLANTED[n] for n in ORDER}, {"x": _just_false()}
+    return [
+        ClaimCase("planted order", planted, "supported", (0.95, 1.0)),
+        *(
+            ClaimCase(
+                f"rate only the margin above one factor{more}", just_false, "supported", (0.0, 0.06), broken=p
+            )
+            for more, p in broken.items()
+        ),
+        ClaimCase("eight factors the margin above the rate", equal, "refuted", (0.0, 0.06), **flat),
+        ClaimCase("one factor far above the rate", {"x": _top(0.3)}, "refuted", (0.95, 1.0), **flat),
+        ClaimCase(
+            "the answer turns with the range",
+            {"x": _top(0.26)},
+            "undecided (range)",
+            (0.95, 1.0),
+            width=1.2,
+            cliff=30.0,
+        ),
+    ]
+
+
+def claim_row(case: ClaimCase, seeds: int, replicates: int) -> list[str]:
+    """Return a row of the second table."""
+    surface = Surface(Noise(0.014, 0.014, broken=case.broken), width=case.width, cliff=case.cliff)
+    outcomes, plain = [], 0
+    for _ in range(replicates):
+        contrasts = simulate(surface, case.factors, seeds, RANGE_SCALES).contrasts
+        outcomes.append(judge_claim(contrasts).outcome)
+        plain += all(any(c.p_less <= ALPHA for c in own) for own in contrasts.values())
+    share = outcomes.count(case.counted) / replicates  # type: ignore[arg-type]
+    holds = case.bounds[0] <= share <= case.bounds[1]
+    uncorrected = f"{100 * plain / replicates:.1f}" if case.counted == "refuted" else ""
+    verdict = "ok" if holds else "MISSED"
+    return [case.name, str(seeds), case.counted, f"{100 * share:.1f}", uncorrected, verdict]
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--replicates", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 5, 10])
+    parser.add_argument("--claim-seeds", type=int, nargs="+", default=[5], help="seeds of the second table")
+    parser.add_argument("--json", default="", help="file for the rows")
+    options = parser.parse_args()
+    coverage = [
+        coverage_row(name, noise, seeds, options.replicates)
+        for name, noise in ROWS.items()
+        for seeds in options.seeds
+    ]
+    header = ["seed spread", "seeds", *FIGURES, "order by A", "order by B", ""]
+    print(markdown_table(header, coverage), flush=True)
+    claims = [
+        claim_row(case, seeds, options.replicates) for case in claim_cases() for seeds in options.claim_seeds
+    ]
+    print(markdown_table(["truth", "seeds", "outcome", "share", "uncorrected", ""], claims))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"coverage": coverage, "claims": claims}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
