@@ -194,7 +194,8 @@ def test_a_remote_study_survives_a_lost_connection_a_lost_worker_a_spot_notice_a
         "1 node left: 2 there",
         "4 trained in",
         "Report   /shared/results/shared/report.html",
-        "MLflow   runs are on the tracking server",
+        "MLflow   http://",
+        "/runs?workflowType=machine_learning&viewStateShareKey=ranking",
         "Here     results/shared/report.html",
     ):
         assert words in output, output

@@ -33,9 +33,9 @@ class ChildRun:
     """The last value of each metric."""
     params: Mapping[str, str] = field(default_factory=dict)
     """The hyperparameters."""
-    logged: dict[tuple[str, int], float] | None = None
-    """Every metric value of an incomplete run: (name, step) -> value. None if another process has written it,
-    so that it must be read from MLflow."""
+    logged: dict[tuple[str, int], Metric] | None = None
+    """Every metric of an incomplete run: (name, step) -> metric. None if another process has written it, so
+    that it must be read from MLflow."""
 
 
 def is_up_to_date(child: ChildRun, record: Record) -> bool:
@@ -48,11 +48,11 @@ def is_up_to_date(child: ChildRun, record: Record) -> bool:
     return child.record_version in ("", run_content.record_version(record))
 
 
-def read_logged(client: MlflowClient, child: ChildRun) -> dict[tuple[str, int], float]:
-    """Return the metric values of an incomplete run, read from MLflow if another process wrote them."""
+def read_logged(client: MlflowClient, child: ChildRun) -> dict[tuple[str, int], Metric]:
+    """Return the metrics of an incomplete run, read from MLflow if another process wrote them."""
     if child.logged is None:
         child.logged = {
-            (metric.key, metric.step): metric.value
+            (metric.key, metric.step): metric
             for key in child.latest_metrics
             if key != MEAN_METRIC
             for metric in client.get_metric_history(child.run_id, key)
@@ -60,25 +60,27 @@ def read_logged(client: MlflowClient, child: ChildRun) -> dict[tuple[str, int], 
     return child.logged
 
 
-def missing_metrics(
-    logged: Mapping[tuple[str, int], float], metrics: Sequence[Metric]
-) -> list[Metric] | None:
+def missing_metrics(logged: Mapping[tuple[str, int], Metric], record: Record) -> list[Metric] | None:
     """Return the metrics of a record that its run lacks.
 
     Args:
-        logged: The run's values: (name, step) -> value.
-        metrics: The metrics of the record.
+        logged: The run's metrics: (name, step) -> metric.
+        record: The record.
 
     Returns:
-        The metrics; None if the run has a value that is not the record's, and must be replaced. This happens
-        when a lane was trained again on another kind of device.
+        The metrics, with times between those that are logged; None if the run has a value that is not the
+        record's, and must be replaced. This happens when a lane was trained again on another kind of device.
     """
-    wanted = {(metric.key, metric.step): metric.value for metric in metrics}
-    for key, value in logged.items():
-        same = key in wanted and (wanted[key] == value or (math.isnan(wanted[key]) and math.isnan(value)))
-        if not same:
+    times = {step: metric.timestamp for (_, step), metric in logged.items()}
+    metrics = {(metric.key, metric.step): metric for metric in run_content.metrics(record, times)}
+    for key, metric in logged.items():
+        if key not in metrics or not _is_same(metric.value, metrics[key].value):
             return None
-    return [metric for metric in metrics if (metric.key, metric.step) not in logged]
+    return [metric for key, metric in metrics.items() if key not in logged]
+
+
+def _is_same(value: float, other: float) -> bool:
+    return value == other or (math.isnan(value) and math.isnan(other))
 
 
 def log_in_batches(
@@ -104,7 +106,7 @@ def log_progress(client: MlflowClient, child: ChildRun, progress: LaneProgress, 
     ]
     params = [] if progress.step else run_content.params(progress.configuration)
     log_in_batches(client, child.run_id, new, params, ())
-    logged |= {(metric.key, metric.step): metric.value for metric in new}
+    logged |= {(metric.key, metric.step): metric for metric in new}
 
 
 def log_model(client: MlflowClient, experiment_id: str, run_id: str, record: Record, adapter: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from orchestrator.study.configuration import Configuration
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 _SCORE = "validation_score"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -47,8 +47,12 @@ class _StudyRun:
     """The run of the study itself."""
     children: dict[str, ChildRun]
     """The runs of the configurations, by fingerprint."""
+    created: int
+    """Time of the experiment's creation in milliseconds since the epoch, which the saved views show."""
     stale_means: bool = False
     """True if a run was written since `MlflowLogger.update_means`."""
+    views: Mapping[str, str] = field(default_factory=dict)
+    """The saved views as they were written last: tag -> value."""
 
 
 class MlflowLogger:
@@ -179,20 +183,17 @@ class MlflowLogger:
         child = opened.children.get(record.fingerprint)
         if child is not None and child.is_complete and is_up_to_date(child, record):
             return False
-        metrics = missing = run_content.metrics(record)
-        if child is not None:
-            kept = None
-            if is_up_to_date(child, record):
-                kept = missing_metrics(read_logged(self._client, child), metrics)
-            if kept is None:
-                self._connection.delete_run(opened.experiment_id, child.run_id)
-                del opened.children[record.fingerprint]
-                child = None
-            else:
-                missing = kept
+        missing = None
+        if child is not None and is_up_to_date(child, record):
+            missing = missing_metrics(read_logged(self._client, child), record)
+        if child is not None and missing is None:
+            self._connection.delete_run(opened.experiment_id, child.run_id)
+            del opened.children[record.fingerprint]
+            child = None
         tags = run_content.tags(record, study, reused)
         start, end = run_content.time_range(record)
-        if child is None:
+        if child is None or missing is None:
+            missing = run_content.metrics(record)
             child = self._create_run(opened, record.configuration, tags, start)
         new_tags = [] if child.record_version else [RunTag(key, value) for key, value in tags.items()]
         child.record_version = tags["record"]
@@ -201,6 +202,7 @@ class MlflowLogger:
         self._client.log_inputs(child.run_id, run_content.datasets(record))
         if adapter is not None and adapter.is_dir():
             log_model(self._client, opened.experiment_id, child.run_id, record, adapter)
+        end = max([end, *(metric.timestamp for metric in (child.logged or {}).values())])
         self._client.set_terminated(child.run_id, run_content.STATUS[record.state], end)
         child.is_complete, child.latest_metrics, child.logged = True, run_content.latest_metrics(record), None
         opened.stale_means = True
@@ -231,7 +233,8 @@ class MlflowLogger:
 
         question, tags = self._study_descriptions[name]
         tags = {"study": name, "role": "study", **tags}
-        opened = _StudyRun(self._ensure_experiment(name, question), "", {})
+        experiment = self._ensure_experiment(name, question)
+        opened = _StudyRun(experiment.experiment_id, "", {}, experiment.creation_time or 0)
         for run in self._search_runs(opened.experiment_id):
             run_tags = run.data.tags
             if run_tags.get("role") == "study":
@@ -280,16 +283,14 @@ class MlflowLogger:
                     now = round(time.time() * 1000)
                     self._client.log_batch(run.run_id, [Metric(saved_view.MEAN_METRIC, mean, now, 0)])
                     run.latest_metrics = {**run.latest_metrics, saved_view.MEAN_METRIC: mean}
-        self._write_views(opened, keys, list(groups))
-        opened.stale_means = False
+        views = saved_view.tags(opened.created, keys, list(groups))
+        for key, value in views.items():
+            if opened.views.get(key) != value:
+                self._client.set_experiment_tag(opened.experiment_id, key, value)
+        opened.views, opened.stale_means = views, False
 
-    def _write_views(self, opened: _StudyRun, keys: Sequence[str], groups: Sequence[tuple[str, ...]]) -> None:
-        created = self._client.get_experiment(opened.experiment_id).creation_time or 0
-        for key, value in saved_view.tags(created, keys, groups).items():
-            self._client.set_experiment_tag(opened.experiment_id, key, value)
-
-    def _ensure_experiment(self, name: str, question: str) -> str:
-        """Return the id of the study's experiment, which is created if it is missing."""
+    def _ensure_experiment(self, name: str, question: str) -> Experiment:
+        """Return the study's experiment, which is created if it is missing."""
         from mlflow import MlflowException
 
         found = self._client.get_experiment_by_name(name)
@@ -298,14 +299,14 @@ class MlflowLogger:
             location = (root / name).resolve().as_uri() if root else None
             try:
                 tags = {**_EXPERIMENT_TAGS, run_content.NOTE_TAG: question}
-                return self._client.create_experiment(name, location, tags)
+                return self._client.get_experiment(self._client.create_experiment(name, location, tags))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 return self._ensure_experiment(name, question)  # another driver has just created it
         if found.lifecycle_stage == "deleted":  # its name cannot be used again until it is purged
             self._client.restore_experiment(found.experiment_id)
-        return found.experiment_id
+        return found
 
     def _search_runs(self, experiment: str) -> Iterator[Run]:
         """Yield all runs that are not deleted, oldest first."""

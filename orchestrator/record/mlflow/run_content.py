@@ -132,20 +132,28 @@ def mlflow_key(name: str) -> str:
     return re.sub(r"[^\w.\- ]", "_", name)[:250]
 
 
-def metrics(record: Record) -> list[Metric]:
+def metrics(record: Record, times: Mapping[int, int] | None = None) -> list[Metric]:
     """Return the training curve, the evaluations, and the final scores and cost.
+
+    Args:
+        record: The record.
+        times: Step -> milliseconds since the epoch, of steps whose time is known because the run was logged
+            while its lane was in training. Other times are interpolated, so that they ascend with the steps.
 
     A value that is not finite is logged as NaN, which a chart draws as a gap. MLflow's database would turn
     infinity into 1.8e308, and one such point flattens all curves of a chart.
     """
+    import numpy as np
+
     start, end = time_range(record)
-
-    def timestamp_at_step(step: int) -> int:  # steps take about the same time
-        return start + round((end - start) * min(1.0, step / max(1, record.steps)))
-
+    known = dict(sorted({0: start, max(1, record.steps): end, **(times or {})}.items()))
+    # The clocks of the driver and of the trainer may differ.
+    ascending = np.maximum.accumulate(list(known.values()))
+    values = list(_metric_values(record, record.curve))
+    timestamps = np.interp([step for _, step, _ in values], list(known), ascending)
     return [
-        _metric(key, value, timestamp_at_step(step), step)
-        for key, step, value in _metric_values(record, record.curve)
+        _metric(key, value, round(timestamp), step)
+        for (key, step, value), timestamp in zip(values, timestamps.tolist(), strict=True)
     ]
 
 

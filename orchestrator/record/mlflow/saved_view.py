@@ -28,8 +28,7 @@ a time; sorted by a run's own score, it would show the mean of a group without t
 
 _TAG_PREFIX = "mlflow.sharedViewState."
 _BASIC_GROUP_KEYS = ("task", "variant", "learning_rate")
-_NOT_GROUPING = ("seed", "model_content")
-_NOT_GROUPING_PREFIXES = ("task_", "divergence_")
+_NOT_GROUPING = ("seed", "model_content", "task_revision")
 _SECTION = "study"
 
 
@@ -48,7 +47,8 @@ def group_keys(runs: Collection[Mapping[str, str]]) -> tuple[str, ...]:
     for params in runs:
         other = first.setdefault(_values(params, _BASIC_GROUP_KEYS), params)
         if other is not params:
-            varied |= {key: None for key in params if params[key] != other.get(key) and _is_grouping(key)}
+            differing = (key for key in params if params[key] != other.get(key))
+            varied |= {key: None for key in differing if key not in _NOT_GROUPING}
     tasks = {params.get("task") for params in runs}
     return (*_BASIC_GROUP_KEYS[len(tasks) <= 1 :], *varied)
 
@@ -73,10 +73,6 @@ def group_runs(
 
 def _values(params: Mapping[str, str], keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(params.get(key) or "null" for key in keys)
-
-
-def _is_grouping(key: str) -> bool:
-    return key not in _NOT_GROUPING and not key.startswith(_NOT_GROUPING_PREFIXES)
 
 
 def path(experiment_id: str, key: str = RANKING_KEY) -> str:

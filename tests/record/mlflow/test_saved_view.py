@@ -42,6 +42,8 @@ def test_several_tasks_are_grouped_by_task(make_record):
     (first,) = _params(make_record, {})
     second = {**first, "task": "digits", "task_revision": "fedcba", "steps_horizon": "40"}
     assert saved_view.group_keys([first, second]) == ("task", "variant", "learning_rate")
+    less = {**first, "task_train_size": "64", "task_revision": "abcdef"}
+    assert saved_view.group_keys([first, less]) == ("variant", "learning_rate", "task_train_size")
     assert saved_view.group_runs({"a": first, "b": second}, ("task", "rank")) == {
         ("letters", "8"): ["a"],
         ("digits", "8"): ["b"],
