@@ -11,6 +11,8 @@ from orchestrator.record.schema import Evaluation, Record
 
 MARK = "Selected on the test set, as published (--select published)."
 """The sentence that marks every verdict of such a study."""
+LABEL = "(selected on the test set)"
+"""The mark behind the base model's name in titles and pictures."""
 
 
 def select_published(record: Record) -> Record:
@@ -28,8 +30,11 @@ def select_published(record: Record) -> Record:
     if record.configuration.test_evaluations == "every" and tests:
         best = max(tests, key=lambda each: _finite(each.scores.get(metric)))
         tests, items = [*(each for each in tests if each is not best), best], {}
+    # The model's name is for display and no part of the fingerprint; every title and picture shows it.
+    model = replace(record.configuration.model, name=f"{record.configuration.model.name} {LABEL}")
     return replace(
         record,
+        configuration=replace(record.configuration, model=model),
         evaluations=(*(_as_validation(each) for each in tests), *tests),
         baseline_scores={split: record.baseline_scores.get("test", {}) for split in ("validation", "test")}
         if record.baseline_scores

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from synthetic import record
 
-from orchestrator.analyze.published.published_selection import MARK, mark_published, select_published
+from orchestrator.analyze import curve_text
+from orchestrator.analyze.published.published_selection import LABEL, MARK, mark_published, select_published
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.summary import summarize
 from orchestrator.analyze.verdict import Verdict
@@ -32,6 +33,7 @@ def test_the_split_that_chooses_is_the_one_that_is_asked_for(select: str, rate: 
     (curve,) = summary.panels[0].curves
     assert curve.best_rate == rate
     assert curve.best_test.mean == pytest.approx(score)
+    assert curve_text.panel_title(summary.panels[0]).endswith(LABEL) == (select == "published")
     assert any(warning.startswith(MARK) for warning in summary.warnings) == (select == "published")
 
 
@@ -52,6 +54,7 @@ def evaluated(scores: list[float]) -> Record:
 
 def test_the_best_evaluation_of_a_run_counts_where_all_scored_the_test_split() -> None:
     chosen = select_published(evaluated([0.2, 0.9, float("nan"), 0.4]))
+    assert chosen.configuration.fingerprint == chosen.fingerprint, "the label is no part of the identity"
     assert (chosen.score("validation"), chosen.score("test")) == (0.9, 0.9)
     assert evaluated([0.2, 0.9, 0.4]).score("test") == 0.4, "without it the last one counts"
 
