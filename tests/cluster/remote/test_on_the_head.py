@@ -10,10 +10,12 @@ import pytest
 import tyro
 import yaml
 
+from orchestrator.cli.arguments import parse_options
 from orchestrator.cli.commands import Check
 from orchestrator.cluster.remote import command_line, source_digest
 from orchestrator.cluster.remote.study_folders import find_study_folders
 from orchestrator.execution.ray import autoscaler
+from orchestrator.launch.script_options import CurveOptions
 from orchestrator.record.mlflow.tracking_uri import default_uri, resolve_uri, study_uri
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -101,6 +103,23 @@ def test_the_translated_options_mean_the_same(monkeypatch: pytest.MonkeyPatch) -
     assert command_line.build_arguments(again) == there
     assert (again.search, again.space, again.max_hours) == ("optuna", ("rank=4,8", "warmup=0:0.1"), 1e-5)
     assert command_line.build_arguments(StudyOptions()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--preset published-gsm8k-r128 --plan",
+        "--preset published-gsm8k-r128 --rank 8 --set warmup=0.1 --steps 7 --variants lora pissa --plan",
+        "--preset published-images --epochs 2 --seeds 3 --set rank=4 --plan",
+    ],
+)
+def test_a_preset_and_what_replaces_it_mean_the_same_there(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command.split()])
+    typed = parse_options("", CurveOptions)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command_line.build_arguments(typed)])
+    assert parse_options("", CurveOptions) == typed
 
 
 def test_options_of_a_script_and_of_the_check_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
