@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -23,11 +24,32 @@ from orchestrator.record.study_file import StudyFile
 from orchestrator.util.errors import UsageError
 
 
+def own_records(task: str = "metamathqa") -> list[Record]:
+    curve = {1e-4: (0.2, 0.3), 1e-3: (0.4, 0.5)}
+    return [
+        record(variant, rate, seed, 0.5, test, task=task, model="small-base")
+        for variant in ("lora", "lora_plus", "rslora", "vera")
+        for rate, tests in curve.items()
+        for seed, test in enumerate(tests)
+    ]
+
+
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return the page with an own study on GSM8K over the published curves, and what was printed."""
     output = tmp_path_factory.mktemp("published")
-    show_published(["gsm8k", "images"], 1.0, output)
-    return output / "published"
+    store, records = Store(output / "store"), own_records()
+    for each in records:
+        store.put(each)
+    StudyFile("mine", "?", "command", tuple(r.fingerprint for r in records)).write(output / "mine")
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        show_published(list(TASKS), 1.0, output, overlay="mine")
+    return output / "published", text.getvalue()
+
+
+@pytest.fixture
+def page(printed: tuple[Path, str]) -> Path:
+    return printed[0]
 
 
 class _Addresses(HTMLParser):
@@ -52,20 +74,19 @@ def test_the_page_loads_nothing_and_shows_every_score(page: Path) -> None:
     assert [address[:40] for address in parser.loaded if not address.startswith("data:image/png;")] == []
     assert not re.search(r"@import|url\((?!#)", text)
     assert "default-src 'none'" in text, "the browser refuses everything that is not in the file"
-    for task in ("gsm8k", "images"):
-        table = read_table(task)
-        assert all(f"{score:.2f}" in parser.text for score in table.scores.ravel())
-        assert all(variant in parser.text for variant in table.variants)
+    table = read_table("gsm8k")
+    assert all(f"{score:.2f}" in parser.text for score in table.scores.ravel())
+    assert all(variant in parser.text for variant in table.variants)
 
 
 def test_summary_and_pictures_are_beside_the_page(page: Path) -> None:
     summary = json.loads((page / "summary.json").read_text())
-    assert [task["task"] for task in summary["tasks"]] == ["gsm8k", "images"]
+    assert [task["task"] for task in summary["tasks"]] == ["gsm8k"], "the task of the own study alone"
     gsm8k = summary["tasks"][0]
     assert gsm8k["scores"]["LoRA"][6] == 75.51
     assert gsm8k["noise"]["reference_ranks"] == [1, 10]
     assert len(summary["verdicts"]) == 5
-    for stem in ("curves_gsm8k", "heat_map_gsm8k", "curves_images", "heat_map_images"):
+    for stem in ("curves_gsm8k", "heat_map_gsm8k"):
         assert (page / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (page / f"{stem}.svg").read_text()
 
@@ -102,16 +123,6 @@ def test_verdicts_follow_the_noise() -> None:
     quiet, noisy = (published_verdicts([task])[2].answer for task in tasks)
     assert "GSM8K lies above the latter" in quiet
     assert "The published spans are of the size that noise gives." in noisy
-
-
-def own_records(task: str = "metamathqa") -> list[Record]:
-    curve = {1e-4: (0.2, 0.3), 1e-3: (0.4, 0.5)}
-    return [
-        record(variant, rate, seed, 0.5, test, task=task, model="small-base")
-        for variant in ("lora", "lora_plus", "rslora", "vera")
-        for rate, tests in curve.items()
-        for seed, test in enumerate(tests)
-    ]
 
 
 def test_an_own_study_is_drawn_by_published_name_in_points() -> None:
@@ -167,21 +178,14 @@ def test_a_study_that_cannot_be_drawn_is_refused_in_one_line(records: list[Recor
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_draws_a_study_from_its_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store, records = Store(tmp_path / "store"), own_records()
-    for each in records:
-        store.put(each)
-    StudyFile("mine", "?", "command", tuple(r.fingerprint for r in records)).write(tmp_path / "mine")
-    show_published(list(TASKS), 1.0, tmp_path, overlay="mine")
-    assert "Overlay  mine: small-base on metamathqa" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "published" / "summary.json").read_text())
-    assert [task["task"] for task in summary["tasks"]] == ["gsm8k"]
+def test_the_command_draws_a_study_from_its_folder(printed: tuple[Path, str]) -> None:
+    page, text = printed
+    assert "Overlay  mine: small-base on metamathqa" in text
+    summary = json.loads((page / "summary.json").read_text())
     assert summary["overlays"][0]["curves"][0]["variant"] == "LoRA"
-    assert "study mine" in (tmp_path / "published" / "curves_gsm8k.svg").read_text()
+    assert "Dashed: mean test scores of the study mine." in (page / "report.html").read_text()
     with pytest.raises(UsageError, match="study 'mien'"):
-        show_published(list(TASKS), 1.0, tmp_path, overlay="mien")
+        show_published(list(TASKS), 1.0, page.parent, overlay="mien")
 
 
 @pytest.mark.parametrize("noise", [0.0, -1.0, float("nan")])
