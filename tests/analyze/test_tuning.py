@@ -1,20 +1,22 @@
-"""The choice that tuning makes, for grids and searches, and the file that stores the choice."""
+"""The choice that tuning makes, for grids and searches, and the file that stores a choice."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from orchestrator.analyze.comparison import ChosenPoint, TunedChoice
 from synthetic import RATES, record, study
 
 from orchestrator.analyze import selection
-from orchestrator.analyze.sensitivity import summarize
-from orchestrator.analyze.tuning import TuningResult, selection_frequencies, summarize_tuning
+from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.tuning import TuningResult, summarize_tuning
 from orchestrator.record.schema import Record
-from orchestrator.record.study_file import StudyFile
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 from orchestrator.util.errors import UsageError
+
+CURVES = StudyFile("s", "?", "x")
 
 
 def only(records: list[Record]) -> TuningResult:
@@ -32,7 +34,7 @@ def best_rate(records: list[Record]) -> float | None:
 
 def test_tuning_on_a_grid_chooses_the_rates_that_the_curves_show() -> None:
     records = study()
-    curves = {c.label: c.best_rate for c in summarize(records).panels[0].curves}
+    curves = {c.label: c.best_rate for c in summarize(CURVES, records).panels[0].curves}
     assert {t.variant: t.best.learning_rate for t in summarize_tuning(records) if t.best} == curves
     assert all(not t.edges and len(t.points) == 7 for t in summarize_tuning(records))
 
@@ -44,10 +46,9 @@ def test_the_test_split_enters_no_choice() -> None:
         for s in (0, 1)
     ]
     assert best_rate(records) == 1e-3
-    found = ChosenPoint.from_tuning(only(records))
-    assert found is not None
-    assert found.configuration.optimizer.learning_rate == 1e-3
-    assert found.validation == 0.6
+    best = only(records).best
+    assert best is not None
+    assert best.validation.mean == 0.6
 
 
 def test_a_diverged_seed_counts_as_the_floor_and_a_stopped_point_loses() -> None:
@@ -70,7 +71,6 @@ def test_a_failed_seed_is_missing_and_a_variant_without_a_score_has_no_choice() 
     assert best_rate(records) == 1e-2
     nothing = only([record(validation=None, state="failed")])
     assert nothing.best is None
-    assert ChosenPoint.from_tuning(nothing) is None
 
 
 def test_the_lowest_of_equal_rates_is_chosen_and_is_not_bracketed() -> None:
@@ -103,46 +103,6 @@ def test_edges_of_a_grid_and_of_a_range() -> None:
     )
 
 
-def test_resampled_seeds_repeat_the_choice_among_points_with_stopped_runs() -> None:
-    records = [record(rate=1e-3, seed=s, validation=0.5) for s in (0, 1)]
-    records += [record(rate=1e-2, seed=0, validation=0.9)]
-    records += [record(rate=1e-2, seed=1, validation=0.9, state="stopped")]
-    # At 1e-2 the mean is at least 0.45, which is below 0.5.
-    assert best_rate(records) == 1e-3
-    shares = selection_frequencies(only(records))
-    assert shares is not None
-    found = {point.learning_rate: share for point, share in shares}
-    # Only the draw of seed 0 twice has no stopped run.
-    assert found == {1e-3: 0.75, 1e-2: 0.25}
-
-
-def test_selection_frequencies_by_hand() -> None:
-    # Seeds 0 and 1 score .9 and .1 at 1e-2, and .4 each at 1e-3. The draws 00, 01 and 10 choose 1e-2, and 11
-    # chooses 1e-3.
-    records = [record(rate=1e-3, seed=s, validation=0.4) for s in (0, 1)]
-    records += [record(rate=1e-2, seed=0, validation=0.9), record(rate=1e-2, seed=1, validation=0.1)]
-    shares = selection_frequencies(only(records))
-    assert shares is not None
-    assert [(p.learning_rate, share) for p, share in shares] == [(1e-2, 0.75), (1e-3, 0.25)]
-    assert selection_frequencies(only(records[:1])) is None
-    steady = selection_frequencies(
-        only([record(rate=r, seed=s, validation=v) for r, v in ((1e-3, 0.4), (1e-2, 0.5)) for s in range(7)])
-    )
-    assert steady is not None
-    assert [share for _, share in steady] == [1.0]
-
-
-def test_a_choice_is_read_back_from_its_file(tmp_path: Path) -> None:
-    chosen = {each.variant: ChosenPoint.from_tuning(each) for each in summarize_tuning(study())}
-    for each in chosen.values():
-        assert each is not None
-        assert each.configuration.seed == 0
-        assert (each.points, each.seeds, each.max_steps) == (7, 3, 7 * 3 * 60)
-    kept = TunedChoice(("a", "b"), None, {**chosen, "nothing": None})
-    assert selection.load_or_make_choice(tmp_path, TunedChoice, lambda: kept) == kept
-    assert selection.read_choice(tmp_path, TunedChoice) == kept
-
-
 # --- the file
 
 
@@ -162,24 +122,34 @@ def test_a_choice_is_made_once(tmp_path: Path) -> None:
         selection.check_same_candidates(folder, "s", ["c"], "tuning", "; no")
 
 
+@dataclass(frozen=True)
+class RateChoice(selection.Choice):
+    rates: Mapping[str, float | None]
+
+
+def test_a_choice_is_read_back_from_its_file(tmp_path: Path) -> None:
+    kept = RateChoice(("a", "b"), {"lora": 1e-2, "nothing": None})
+    assert selection.load_or_make_choice(tmp_path, RateChoice, lambda: kept) == kept
+    assert selection.read_choice(tmp_path, RateChoice) == kept
+
+
 @pytest.mark.parametrize(
     ("text", "where"),
     [
         ("[]", ""),
         ("{", ""),
-        ('{"points": null, "variants": {}}', "configurations"),
-        ('{"configurations": [1], "points": null, "variants": {}}', "configurations"),
-        ('{"configurations": [], "points": null}', "variants"),
-        ('{"configurations": [], "variants": {}}', "points"),
-        ('{"configurations": [], "points": null, "variants": {"lora": {"rate": 0.1}}}', "variants"),
+        ('{"rates": {}}', "configurations"),
+        ('{"configurations": [1], "rates": {}}', "configurations"),
+        ('{"configurations": []}', "rates"),
+        ('{"configurations": [], "rates": {"lora": "high"}}', "rates"),
     ],
 )
-def test_a_file_without_a_choice_or_with_an_old_one_is_a_one_line_error(
+def test_a_file_without_a_choice_or_with_another_one_is_a_one_line_error(
     tmp_path: Path, text: str, where: str
 ) -> None:
     (tmp_path / selection.FILE).write_text(text)
     with pytest.raises(UsageError, match=f"not a choice.*{where}.*delete it and run") as error:
-        selection.read_choice(tmp_path, TunedChoice)
+        selection.read_choice(tmp_path, RateChoice)
     assert len(str(error.value).splitlines()) == 1
     assert str(tmp_path / selection.FILE) in str(error.value)
 
@@ -194,8 +164,8 @@ def test_a_search_is_one_table_with_everything_it_varied(tmp_path: Path) -> None
         )
         for r, k, v, t in ((1.34e-3, 4, 0.2, 3.0), (2.47e-2, 8, 0.7, 2.0), (1.12e-1, 16, None, 1.0))
     ]
-    assert summarize(points).searches == (), "what a study did is not guessed from its rates"
-    summary = summarize(points, is_search=True)
+    assert summarize(CURVES, points).searches == (), "what a study did is not guessed from its rates"
+    summary = summarize(replace(CURVES, settings=AnalysisSettings("search")), points)
     assert summary.panels == ()
     (found,) = summary.searches[0].variants
     assert found.best is not None

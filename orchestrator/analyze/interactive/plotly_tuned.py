@@ -24,7 +24,7 @@ def _forest_figure(task: TaskComparison) -> go.Figure:
     rows = [row for row in reversed(task.rows[1:]) if row.difference is not None]
     low, high = x_limits([(row.difference or 0.0, row.interval) for row in rows], task.margin)
     base = tuned_text.shown_name(task.baseline)
-    title = f"test score minus tuned {base}, in points"
+    title = f"minus tuned {base}, in points"
     height = 110 + 42 * max(2, len(rows))
     figure = plotly_style.new_figure(
         height,

@@ -18,6 +18,7 @@ from orchestrator.analyze.verdict import Verdict, VerdictOutcome
 from orchestrator.record.show import change_options
 from orchestrator.record.study_file import StudyFile
 
+FIXED_RATE_CLAIM = "At one fixed learning rate the winner is an artefact of the rate."
 OUTCOME_ORDER = ("better", "worse", "equivalent", "not inferior", "undecided")
 
 
@@ -30,11 +31,14 @@ def tuned_verdicts(found: TunedComparison, study: StudyFile) -> list[Verdict]:
     """
     verdicts = [_over_tasks(found)] if len(found.tasks) > 1 else []
     verdicts += [_tuned_verdict(task, study) for task in found.tasks]
-    return verdicts + [
-        fixed_rate_verdict(task.fixed_rate, task.baseline, task.title, _design(task))
-        for task in found.tasks
-        if task.fixed_rate is not None
-    ]
+    shared = [task for task in found.tasks if task.fixed_rate is not None]
+    if len(shared) == 1:
+        (task,) = shared
+        assert task.fixed_rate is not None
+        verdicts.append(fixed_rate_verdict(task.fixed_rate, task.baseline, task.title, _design(task)))
+    elif shared:
+        verdicts.append(_fixed_rate_over_tasks(found))
+    return verdicts
 
 
 def _claim(task: TaskComparison) -> str:
@@ -155,14 +159,18 @@ def _over_tasks(found: TunedComparison) -> Verdict:
             f"{points(mean.high)}] from tuned {shown_name(first.baseline)} (interquartile mean), better in "
             f"{percent(chance.value)} [{percent(chance.low)}, {percent(chance.high)}] of pairs of tunings."
         )
+    return Verdict(claim=_claim(first), outcome=outcome, answer=answer, design=_design_over_tasks(found))
+
+
+def _design_over_tasks(found: TunedComparison) -> str:
+    tasks = found.tasks
     names = dict.fromkeys(row.variant for task in tasks for row in task.rows)
     counts = sorted({task.replicates for task in tasks})
     replicates = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    design = (
+    return (
         f"{len(tasks)} tasks ({', '.join(task.title for task in tasks)}): {', '.join(names)}; {replicates} "
-        f"replicates of each tuning; margin {round(100 * first.margin, 1):g} points."
+        f"replicates of each tuning; margin {round(100 * tasks[0].margin, 1):g} points."
     )
-    return Verdict(claim=_claim(first), outcome=outcome, answer=answer, design=design)
 
 
 def fixed_rate_verdict(found: FixedRateComparison, baseline: str, title: str, design: str) -> Verdict:
@@ -174,32 +182,54 @@ def fixed_rate_verdict(found: FixedRateComparison, baseline: str, title: str, de
         title: Task and base model.
         design: The design of the study in one sentence.
     """
-    name = shown_name(baseline)
-    flipped = [row.variant for row in found.rows if row.reversal]
-    if flipped:
-        change = f"the order with {name} changes for {', '.join(flipped)}"
-    elif found.outcome == "refuted":
-        change = f"no variant changes its order with {name} by more than the margin"
-    else:
-        change = f"it stays open whether a variant changes its order with {name}"
-    answer = f"On {title}, between {name}'s best rate and a variant's own best rate {change}. "
-    answer += _regret_sentence(found.rows, name)
+    answer = f"On {title}, {_change_phrase(found, baseline)}. {_regret_sentence(found.rows, baseline)}"
     if found.winners:
         winners = ", ".join(f"{rate(w.learning_rate)} {w.winner}" for w in found.winners)
         answer += f" Best mean test score at each rate: {winners}."
+    return Verdict(claim=FIXED_RATE_CLAIM, outcome=found.outcome, answer=answer, design=design)
+
+
+def _fixed_rate_over_tasks(found: TunedComparison) -> Verdict:
+    """Return one verdict on claim 3 for several tasks: what holds on all of them, else undecided."""
+    results = [(task, task.fixed_rate) for task in found.tasks if task.fixed_rate is not None]
+    outcomes = {result.outcome for _, result in results}
+    sentences = [
+        f"On {task.task}, {_change_phrase(result, task.baseline)}; "
+        f"{_largest_loss(result.rows, task.baseline)}."
+        for task, result in results
+    ]
     return Verdict(
-        claim="At one fixed learning rate the winner is an artefact of the rate.",
-        outcome=found.outcome,
-        answer=answer,
-        design=design,
+        claim=FIXED_RATE_CLAIM,
+        outcome=outcomes.pop() if len(outcomes) == 1 else "undecided",
+        answer=" ".join(sentences),
+        design=_design_over_tasks(found),
     )
+
+
+def _change_phrase(found: FixedRateComparison, baseline: str) -> str:
+    """Say which variants change their order with the baseline between two rates."""
+    name = shown_name(baseline)
+    where = f"between {name}'s best rate and a variant's own best rate"
+    flipped = [row.variant for row in found.rows if row.reversal]
+    if flipped:
+        return f"{where} the order with {name} changes for {', '.join(flipped)}"
+    if found.outcome == "refuted":
+        return f"{where} no variant changes its order with {name} by more than the margin"
+    return f"{where} it stays open whether a variant changes its order with {name}"
+
+
+def _largest_loss(rows: Sequence[FixedRateRow], baseline: str) -> str:
+    row = rows[0]
+    lost = " ".join([points(-row.regret), "points", *_negated(row.regret_interval)])
+    return f"at {shown_name(baseline)}'s best rate {row.variant} loses most against its own: {lost}"
 
 
 def _regret_sentence(rows: Sequence[FixedRateRow], baseline: str) -> str:
+    name = shown_name(baseline)
     lost = ", ".join(
         " ".join([row.variant, points(-row.regret), *_negated(row.regret_interval)]) for row in rows[:3]
     )
-    return f"At {baseline}'s best rate the variants that lose most against their own are, in points: {lost}."
+    return f"At {name}'s best rate the variants that lose most against their own are, in points: {lost}."
 
 
 def _negated(interval: Interval | None) -> list[str]:
