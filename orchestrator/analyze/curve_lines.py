@@ -91,12 +91,12 @@ def top_axes(panel: Panel) -> TopAxes | None:
 def _near_the_top(scores: Sequence[float], height: float) -> tuple[float, float]:
     """Return the lowest and the highest of the scores that form the top.
 
-    From the highest score downwards, a score belongs to the top unless a gap of a quarter of the plot's whole
-    height parts it from those above it, and at least half of the scores are above the gap.
+    From the highest score downwards, a score belongs to the top unless a gap of a fifth of the plot's whole
+    height parts it from those above it, and at least three quarters of the scores are above the gap.
     """
     ordered = sorted(scores, reverse=True)
     for count, (above, below) in enumerate(pairwise(ordered), 1):
-        if above - below > height / 4 and 2 * count >= len(ordered):
+        if above - below > height / 5 and 4 * count >= 3 * len(ordered):
             return above, ordered[0]
     return ordered[-1], ordered[0]
 

@@ -9,6 +9,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from orchestrator.analyze.statistics.bounds import SCORE_BOUNDS, cut_interval
+
 CONFIDENCE_LEVEL = 0.95
 
 
@@ -46,7 +48,7 @@ def _t_quantile(degrees: int) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees))
 
 
-def estimate_mean(values: Sequence[float]) -> Estimate:
+def estimate_mean(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Estimate:
     """Compute the mean and its t-interval: mean -+ t(n-1) s / sqrt(n), s the sample standard deviation.
 
     A bootstrap is no alternative: below ten seeds its percentile interval covers far less than it states
@@ -55,6 +57,7 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
 
     Args:
         values: One score per seed.
+        bounds: The range of the values, to which the interval is cut; ignored if one of them lies outside.
     """
     n = len(values)
     if n == 0:
@@ -64,7 +67,15 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
         return Estimate(1, mean)
     std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
     half = _t_quantile(n - 1) * std / math.sqrt(n)
-    return Estimate(n, mean, Interval(mean - half, mean + half))
+    low, high = mean - half, mean + half
+    if all(bounds[0] <= v <= bounds[1] for v in values):
+        low, high = cut_interval(low, high, bounds)
+    return Estimate(n, mean, Interval(low, high))
+
+
+def estimate_score(values: Sequence[float]) -> Estimate:
+    """Compute the mean score like `estimate_mean`, with an interval in 0..1 if all scores are."""
+    return estimate_mean(values, SCORE_BOUNDS)
 
 
 def wilson_interval(count: int, n: int) -> Interval | None:

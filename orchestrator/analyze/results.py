@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from orchestrator.analyze.costs import CostRow
 from orchestrator.analyze.curve_shape import BracketStatus
 from orchestrator.analyze.factors.factor_results import FactorStudy
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
@@ -190,3 +191,5 @@ class Summary:
     """The comparison with the tuned baseline, of a study with replicates."""
     factor_study: FactorStudy | None = None
     """What each hyperparameter costs, of a study of factors."""
+    costs: tuple[CostRow, ...] = ()
+    """What each variant costs on each task."""

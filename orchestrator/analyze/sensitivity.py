@@ -21,6 +21,7 @@ from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.results import Curve, CurvePoint, Panel, Run, Spread
 from orchestrator.analyze.run_labels import RunLabel, label_runs
 from orchestrator.analyze.scores import finite_score, last_validation, mean_untrained_score, untrained_score
+from orchestrator.analyze.statistics.bounds import DIFFERENCE_BOUNDS
 from orchestrator.record.schema import Record
 
 T = TypeVar("T")
@@ -70,9 +71,9 @@ def _summarize_point(rate: float, runs: Sequence[Run], is_eligible: bool) -> Cur
     finished = [r.validation for r in runs if r.validation is not None and r.state == "finished"]
     return CurvePoint(
         learning_rate=rate,
-        validation=intervals.estimate_mean([r.validation for r in runs if r.validation is not None]),
-        test=intervals.estimate_mean([r.test for r in runs if r.test is not None]),
-        without_diverged=intervals.estimate_mean(finished),
+        validation=intervals.estimate_score([r.validation for r in runs if r.validation is not None]),
+        test=intervals.estimate_score([r.test for r in runs if r.test is not None]),
+        without_diverged=intervals.estimate_score(finished),
         states=dict(sorted(states.items())),
         diverged_share=states["diverged"] / ended if ended else None,
         diverged_interval=intervals.wilson_interval(states["diverged"], ended),
@@ -219,6 +220,6 @@ def _summarize_curve(
         regret_at_reference_best=jackknife.regret(lambda s: s.regret_at_reference),
         regret_at_average_best=jackknife.regret(lambda s: s.regret_at_average),
         cliff=None if cliff is None else m.rates[cliff],
-        gain_over_untrained=intervals.estimate_mean(gains),
+        gain_over_untrained=intervals.estimate_mean(gains, DIFFERENCE_BOUNDS),
         test_at_common_rate=None if common_x is None else curve_shape.score_at(m.x, m.test, common_x),
     )

@@ -7,15 +7,18 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.analyze import panels
 from orchestrator.analyze.caveats import panel_caveats, search_caveats
+from orchestrator.analyze.costs import Key, summarize_costs
 from orchestrator.analyze.curve_text import curve_verdict
 from orchestrator.analyze.factors.factor_summary import find_stars, summarize_factors
 from orchestrator.analyze.factors.factor_verdicts import factor_verdicts, factor_warnings
+from orchestrator.analyze.intervals import Estimate
 from orchestrator.analyze.panel_rate import panel_rate_verdict
 from orchestrator.analyze.published.published_selection import mark_published, select_published
-from orchestrator.analyze.results import Summary
+from orchestrator.analyze.results import Panel, Summary
 from orchestrator.analyze.run_labels import LABELS, label_runs
 from orchestrator.analyze.sensitivity import summarize_panels
 from orchestrator.analyze.tuned.across_tasks import compare_tuned
+from orchestrator.analyze.tuned.tuned_results import TunedComparison
 from orchestrator.analyze.tuned.tuned_verdicts import tuned_verdicts, tuned_warnings
 from orchestrator.analyze.tuning import SearchResult, summarize_search
 from orchestrator.record.schema import Record
@@ -67,7 +70,26 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
         searches=searches,
         comparison=comparison,
         factor_study=factors,
+        costs=summarize_costs(curves, _best_scores(shown, searches, comparison)),
     )
+
+
+def _best_scores(
+    shown: Sequence[Panel], searches: Sequence[SearchResult], comparison: TunedComparison | None
+) -> dict[Key, Estimate]:
+    """Return the test score of each variant at its best point; of several curves that of the best one."""
+    found: dict[Key, tuple[float, Estimate]] = {}
+    for panel in shown:
+        for curve in panel.curves:
+            key, mean = (panel.task, panel.model, curve.variant), curve.best_validation.mean
+            if mean is not None and (key not in found or mean > found[key][0]):
+                found[key] = mean, curve.best_test
+    scores = {key: estimate for key, (_, estimate) in found.items()}
+    for search in searches:
+        scores |= {(search.task, search.model, v.variant): v.best.test for v in search.variants if v.best}
+    for task in comparison.tasks if comparison else ():
+        scores |= {(task.task, task.model, row.variant): row.test for row in task.rows}
+    return scores
 
 
 def _summarize_searches(records: Sequence[Record]) -> tuple[SearchResult, ...]:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from orchestrator.analyze import curve_shape
 from orchestrator.analyze.censored import PointOutcome, eligible_points
-from orchestrator.analyze.intervals import Estimate, estimate_mean
+from orchestrator.analyze.intervals import Estimate, estimate_score
 from orchestrator.analyze.panels import Value
 from orchestrator.analyze.scores import count_states, finite_score, last_validation, mean_untrained_score
 from orchestrator.record.schema import Record
@@ -123,8 +123,8 @@ def _summarize_point(records: Sequence[Record], varied: Sequence[str]) -> Tuning
     return TuningPoint(
         records[0].configuration,
         {k: columns.get(k) for k in varied},
-        estimate_mean(list(scores.values())),
-        estimate_mean(tests),
+        estimate_score(list(scores.values())),
+        estimate_score(tests),
         math.fsum(seen) / len(seen) if seen else None,
         count_states(records),
         False,

@@ -40,7 +40,7 @@ def new_figure(height: int, narrow: Mapping[str, Any], **layout: Any) -> go.Figu
     figure = go.Figure(layout={"template": {}})
     figure.update_layout(
         height=height,
-        margin={"l": 56, "r": 12, "t": 36, "b": 48},
+        margin={"l": 56, "r": 12, "t": 36, "b": 48} | layout.pop("margin", {}),
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
@@ -52,10 +52,17 @@ def new_figure(height: int, narrow: Mapping[str, Any], **layout: Any) -> go.Figu
         },
         hovermode="closest",
         legend={"font": {"size": 12}, "itemsizing": "constant", "groupclick": "togglegroup"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": SOFT, "activecolor": INK},
         meta={"narrow": dict(narrow)},
         **layout,
     )
     return figure
+
+
+def title(text: str) -> dict[str, Any]:
+    """Return the attributes of a figure's title, at its upper left."""
+    place = {"x": 0, "xref": "paper", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 10}}
+    return {"text": text, "font": {"size": 15}, **place}
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
@@ -94,3 +101,14 @@ def symbol(look: CurveStyle) -> str:
 def rounded(values: Sequence[float | None], digits: int = 5) -> list[float | None]:
     """Return numbers with `digits` significant digits, which keeps the page small."""
     return [None if v is None or not math.isfinite(v) else float(f"{v:.{digits}g}") for v in values]
+
+
+def menu(buttons: Sequence[Mapping[str, Any]], **place: Any) -> dict[str, Any]:
+    """Return a list to choose from, above a figure.
+
+    Args:
+        buttons: Its entries: label, method and arguments.
+        **place: Where it stands.
+    """
+    font = {"size": 12, "color": INK}
+    return {"buttons": list(buttons), "bgcolor": PAPER, "bordercolor": LINE, "font": font, **place}

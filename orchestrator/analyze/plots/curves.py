@@ -114,7 +114,7 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, look: CurveStyle, shift:
         if point.count_runs("finished"):  # else crosses and triangles show it
             axes.plot(x, point.validation.mean, look.marker, color=look.color, markersize=6, zorder=4)
         if point.validation.interval is not None:
-            low, high = style.clip_to_score_range(point.validation.interval, panel)
+            low, high = point.validation.interval.low, point.validation.interval.high
             axes.vlines(x, low, high, color=look.color, linewidth=1.3, alpha=0.55, zorder=2)
     best = curve.point_at_rate(curve.best_rate)
     if best is not None and best.validation.mean is not None and curve.bracketed != "both edges":

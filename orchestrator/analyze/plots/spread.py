@@ -41,7 +41,7 @@ def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) 
             axes.text(0.5, y, "no score yet", color=GREY, **beside)
             continue
         if c.best_test.interval is not None:
-            low, high = style.clip_to_score_range(c.best_test.interval, panel)
+            low, high = c.best_test.interval.low, c.best_test.interval.high
             axes.hlines(y, low, high, color=color, alpha=0.22, linewidth=9, zorder=1.5)
         if common is not None:
             axes.hlines(y, min(own, common), max(own, common), color=color, linewidth=2, zorder=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from orchestrator.analyze.intervals import Interval
+from orchestrator.analyze import formatting
 from orchestrator.analyze.results import Panel, Summary, is_reference
 from orchestrator.analyze.run_labels import RunLabel
 
@@ -88,19 +87,15 @@ def styles_by_label(labels: Iterable[str]) -> dict[str, CurveStyle]:
 
 
 def score_range(panel: Panel) -> tuple[float, float] | None:
-    """Return the metric's range: (0, 1) if every score is in it, else None.
-
-    Intervals are not drawn beyond the range.
-    """
+    """Return the metric's range: (0, 1) if every score is in it, else None."""
     runs = [r for c in panel.curves for p in c.points for r in p.runs]
     scores = [panel.floor, *(s for r in runs for s in (r.last_validation, r.test) if s is not None)]
     return (0.0, 1.0) if all(0.0 <= s <= 1.0 for s in scores) else None
 
 
-def clip_to_score_range(interval: Interval, panel: Panel) -> tuple[float, float]:
-    """Return the ends of an interval, cut to the metric's range."""
-    low, high = score_range(panel) or (-math.inf, math.inf)
-    return max(low, interval.low), min(high, interval.high)
+def rates_text(rates: tuple[float, float]) -> str:
+    """Return a learning rate, or the lowest and the highest one, for example "3e-4 to 5e-4"."""
+    return " to ".join(map(formatting.rate, sorted(set(rates))))
 
 
 def hide_y_axis(axes: Axes, **ticks: float) -> None:
@@ -137,7 +132,9 @@ def render(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
     """
     with rc_context(RC_PARAMS):
         figure = draw()
-        return render_png(figure), render_svg(figure)
+        svg = render_svg(figure)
+        figure.set_layout_engine("none")  # It stays as it is, without being measured once more.
+        return render_png(figure), svg
 
 
 def render_png(figure: Figure) -> bytes:

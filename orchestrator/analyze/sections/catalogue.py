@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from orchestrator.analyze.report_parts import Section
 from orchestrator.analyze.sections.comparison_section import COMPARISON
+from orchestrator.analyze.sections.cost_section import COSTS
 from orchestrator.analyze.sections.curve_section import CURVES
 from orchestrator.analyze.sections.factor_section import FACTORS
 from orchestrator.analyze.sections.run_section import RUNS
 from orchestrator.analyze.sections.search_section import SEARCH
+from orchestrator.analyze.sections.training_section import TRAINING
 
-SECTIONS: tuple[Section, ...] = (FACTORS, COMPARISON, CURVES, SEARCH, RUNS)
+SECTIONS: tuple[Section, ...] = (FACTORS, COMPARISON, CURVES, SEARCH, TRAINING, COSTS, RUNS)
 """The verdicts come before all of these, the provenance after them."""

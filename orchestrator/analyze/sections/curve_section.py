@@ -16,7 +16,7 @@ from orchestrator.analyze.table_style import new_table
 
 
 def _pictures(data: ReportData) -> Sequence[Picture]:
-    from orchestrator.analyze.interactive import plotly_curves
+    from orchestrator.analyze.interactive import plotly_curves, plotly_spread
     from orchestrator.analyze.plots import curves, heatmap, spread
 
     summary = data.summary
@@ -38,6 +38,7 @@ def _pictures(data: ReportData) -> Sequence[Picture]:
         "spread",
         alt="Test score of each variant at one common rate and at its own best rate",
         draw=lambda: spread.draw_spread(summary),
+        interactive=lambda: plotly_spread.spread_figures(summary),
     )
     return lines, cells, bests
 
@@ -65,7 +66,7 @@ def _tables(summary: Summary) -> Sequence[Table | Text]:
 
 
 _LEGEND = (
-    "Scores: mean over seeds with its 95 % interval. Usable runs: those that neither diverged nor collapsed "
+    "Scores: means over seeds. Usable runs: those that neither diverged nor collapsed "
     "to the level of the untrained model, of those that ended. Lost at LoRA's rate: validation score lost "
     "by training at LoRA's best rate in place of the variant's own."
 )
@@ -79,6 +80,7 @@ def _panel_table(panel: Panel) -> Table:
         "best\nrate",
         "<best in\nthe grid",
         "validation\nscore",
+        "95 %\ninterval",
         "test\nscore",
         "usable\nruns",
         f"lost at\n{reference}",
@@ -90,15 +92,21 @@ def _panel_table(panel: Panel) -> Table:
             c.label,
             formatting.rate(c.best_rate),
             _GRID_TEXT[c.bracketed] if c.bracketed else "-",
-            formatting.estimate(c.best_validation),
+            formatting.number(c.best_validation.mean),
+            _ends(c),
             formatting.number(c.best_test.mean),
             f"{usable}/{usable + c.count_runs('collapsed') + c.count_runs('diverged')}",
             formatting.figure(c.regret_at_reference_best or c.regret_at_average_best),
         )
     if panel.untrained_validation is not None:
-        scores = formatting.number(panel.untrained_validation), formatting.number(panel.untrained_test)
+        scores = formatting.number(panel.untrained_validation), "", formatting.number(panel.untrained_test)
         table.add_row("untrained", "", "", *scores, "", "", style="dim")
     return table
+
+
+def _ends(curve: Curve) -> str:
+    """Return the ends of the interval of the best validation score."""
+    return formatting.interval(curve.best_validation, 2) or "-"
 
 
 CURVES = Section("curves", "Score over learning rate", pictures=_pictures, tables=_tables, values=_values)

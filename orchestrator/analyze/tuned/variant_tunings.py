@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.analyze.intervals import Estimate, Interval, estimate_mean
+from orchestrator.analyze.intervals import estimate_score
 from orchestrator.analyze.run_labels import USABLE
 from orchestrator.analyze.statistics.best_of_k import expected_best_of_k
-from orchestrator.analyze.statistics.bounds import SCORE_BOUNDS, cut_interval
 from orchestrator.analyze.statistics.planning import expected_span
 from orchestrator.analyze.statistics.usable import UsableShare, usable_share
 from orchestrator.analyze.tuned.pooled_curve import pool_curve
@@ -27,7 +26,7 @@ def describe_tunings(variant: str, role: Role, tunings: Mapping[int, Tuning], ma
         variant=variant,
         role=role,
         tunings=own,
-        test=_cut(estimate_mean([chosen_test(tuning) for tuning in own if tuning.is_usable])),
+        test=estimate_score([chosen_test(tuning) for tuning in own if tuning.is_usable]),
         usable=usable_share(usable, len(own)) if own else None,
         usable_p=None,
         usable_runs=_share_of_runs(runs),
@@ -56,15 +55,6 @@ def chosen_test(tuning: Tuning) -> float:
 def has_result(tuning: Tuning) -> bool:
     """Return whether the tuning has a run that did not fail, so that being unusable is a result."""
     return any(run.label != "failed" for run in tuning.runs)
-
-
-def _cut(value: Estimate) -> Estimate:
-    """Cut the interval of a score to the range of scores, if the score lies in it."""
-    if value.mean is None or value.interval is None or not SCORE_BOUNDS[0] <= value.mean <= SCORE_BOUNDS[1]:
-        return value
-    return Estimate(
-        value.n, value.mean, Interval(*cut_interval(value.interval.low, value.interval.high, SCORE_BOUNDS))
-    )
 
 
 def _share_of_runs(runs: Sequence[TriedRun]) -> UsableShare | None:

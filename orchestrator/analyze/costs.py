@@ -1,0 +1,114 @@
+"""The cost of each variant: seconds, memory and trainable parameters of a run, beside its score."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.analyze.intervals import Estimate
+from orchestrator.record.schema import Record
+
+Key = tuple[str, str, str]
+"""Task, model and variant."""
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What one variant costs on one task and base model. Seconds are a lane's share of its trainer's."""
+
+    task: str
+    model: str
+    variant: str
+    runs: int
+    """Number of finished runs, over which the means are taken."""
+    train_seconds: float
+    """Mean training time of a run."""
+    evaluate_seconds: float
+    """Mean evaluation time of a run."""
+    peak_memory: int
+    """The most bytes in use while such a run trained, by all lanes of its group; 0 if unknown."""
+    trainable_parameters: int
+    """Trainable parameters of a run, the median if they differ."""
+    study_seconds: float
+    """Training and evaluation of all runs of the variant, also of those that did not finish."""
+    score: Estimate
+    """The test score at the variant's best point."""
+
+    @property
+    def title(self) -> str:
+        """The task and the base model."""
+        return f"{self.task} on {self.model}"
+
+
+def summarize_costs(records: Iterable[Record], scores: Mapping[Key, Estimate]) -> tuple[CostRow, ...]:
+    """Return the costs of all variants with a finished run, by task and model, the best score first.
+
+    Args:
+        records: Distinct records.
+        scores: The test score of each variant at its best point.
+    """
+    by_key: dict[Key, list[Record]] = defaultdict(list)
+    for record in records:
+        c = record.configuration
+        by_key[c.task.name, c.model.name, c.variant.name].append(record)
+    rows = [_summarize(key, own, scores.get(key, Estimate(0))) for key, own in by_key.items()]
+    known = [row for row in rows if row.runs]
+    return tuple(sorted(known, key=lambda row: (row.title, -(row.score.mean or -math.inf), row.variant)))
+
+
+def _summarize(key: Key, records: Sequence[Record], score: Estimate) -> CostRow:
+    costs = [r.cost for r in records if r.state == "finished"]
+    count = max(1, len(costs))
+    parameters = sorted(cost.trainable_parameters for cost in costs)
+    return CostRow(
+        *key,
+        runs=len(costs),
+        train_seconds=math.fsum(cost.train_seconds for cost in costs) / count,
+        evaluate_seconds=math.fsum(cost.evaluate_seconds for cost in costs) / count,
+        peak_memory=max((cost.peak_memory for cost in costs), default=0),
+        trainable_parameters=parameters[len(parameters) // 2] if parameters else 0,
+        study_seconds=math.fsum(r.cost.train_seconds + r.cost.evaluate_seconds for r in records),
+        score=score,
+    )
+
+
+def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """Return the indices of the points that no other point dominates, in ascending order of the cost.
+
+    A point dominates another if it is at most as costly and at least as good, and not equal in both.
+    """
+    front: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
+        if not front or scores[i] > scores[front[-1]]:
+            front.append(i)
+    return front
+
+
+COST_AXES = (
+    ("train_seconds", "training seconds of a run"),
+    ("trainable_parameters", "trainable parameters"),
+    ("peak_memory", "peak memory (GB)"),
+)
+"""The fields against which the score is drawn, and the titles of the axes."""
+
+
+def axis_values(rows: Sequence[CostRow], field: str) -> list[float]:
+    """Return the values of a field of `COST_AXES` for its axis; memory in gigabytes (1e9 bytes)."""
+    scale = 1e-9 if field == "peak_memory" else 1.0
+    return [scale * getattr(row, field) for row in rows]
+
+
+def rows_by_title(rows: Iterable[CostRow]) -> dict[str, list[CostRow]]:
+    """Return title of the task and model -> its rows that have a score."""
+    grouped: dict[str, list[CostRow]] = defaultdict(list)
+    for row in rows:
+        if row.score.mean is not None:
+            grouped[row.title].append(row)
+    return dict(grouped)
+
+
+def known_axes(rows: Sequence[CostRow]) -> list[tuple[str, str]]:
+    """Return the entries of `COST_AXES` that are known of every row."""
+    return [(field, title) for field, title in COST_AXES if all(getattr(row, field) > 0 for row in rows)]

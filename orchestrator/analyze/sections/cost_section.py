@@ -1,0 +1,97 @@
+"""The section of the costs: what each variant needs, and its score against that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from orchestrator.analyze import formatting
+from orchestrator.analyze.costs import CostRow, known_axes, pareto_front, rows_by_title
+from orchestrator.analyze.report_parts import Picture, ReportData, Section
+from orchestrator.analyze.results import Summary
+from orchestrator.analyze.table_style import new_table
+
+
+def _pictures(data: ReportData) -> Sequence[Picture]:
+    from orchestrator.analyze.interactive import plotly_costs
+    from orchestrator.analyze.plots import cost_scatter
+
+    rows = [row for own in rows_by_title(data.summary.costs).values() if known_axes(own) for row in own]
+    if not rows:
+        return ()
+    scatter = Picture(
+        "costs",
+        alt="Test score of each variant over what it costs, with the Pareto front",
+        draw=lambda: cost_scatter.draw_costs(rows),
+        interactive=lambda: plotly_costs.cost_figures(rows),
+    )
+    return (scatter,)
+
+
+def _front(rows: Sequence[CostRow]) -> set[str]:
+    """Return the variants on the Pareto front of score and training time."""
+    scored = [row for row in rows if row.score.mean is not None and row.train_seconds > 0]
+    front = pareto_front([row.train_seconds for row in scored], [row.score.mean or 0.0 for row in scored])
+    return {scored[i].variant for i in front}
+
+
+def _values(data: ReportData) -> Mapping[str, Any]:
+    return {
+        "groups": _groups(data.summary),
+        "front": _front,
+        "memory_text": memory_text,
+        "seconds": seconds_text,
+    }
+
+
+def _groups(summary: Summary) -> dict[str, list[CostRow]]:
+    groups: dict[str, list[CostRow]] = {}
+    for row in summary.costs:
+        groups.setdefault(row.title, []).append(row)
+    return groups
+
+
+def memory_text(size: int) -> str:
+    """Format a number of bytes in gigabytes; "-" for 0, which is unknown."""
+    return f"{size / 1e9:.2f} GB" if size else "-"
+
+
+def seconds_text(seconds: float) -> str:
+    """Format a duration: 3.4 s, 12.5 min, 3.1 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _tables(summary: Summary) -> Sequence[Table]:
+    return [_cost_table(title, rows) for title, rows in _groups(summary).items()]
+
+
+def _cost_table(title: str, rows: Sequence[CostRow]) -> Table:
+    columns = (
+        "variant",
+        "test\nscore",
+        "training\nof a run",
+        "evaluation\nof a run",
+        "peak\nmemory",
+        "trainable\nparameters",
+        "all its\nruns",
+    )
+    table = new_table(f"{title}: cost of a run, mean over finished runs", columns)
+    for row in rows:
+        table.add_row(
+            row.variant,
+            formatting.number(row.score.mean),
+            seconds_text(row.train_seconds),
+            seconds_text(row.evaluate_seconds),
+            memory_text(row.peak_memory),
+            f"{row.trainable_parameters:,}",
+            seconds_text(row.study_seconds),
+        )
+    return table
+
+
+COSTS = Section("costs", "Cost, and score against cost", pictures=_pictures, tables=_tables, values=_values)
