@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,9 +12,15 @@ from hypothesis import strategies as st
 from scipy import stats
 from synthetic import RATES, STUDY, record, study
 
-from orchestrator.analyze.results import Curve, Panel
-from orchestrator.analyze.sensitivity import summarize
+from orchestrator.analyze.results import Curve, Panel, Summary
+from orchestrator.analyze.summary import summarize as summarize_study
 from orchestrator.record.schema import Provenance, Record
+from orchestrator.record.study_file import StudyFile
+
+
+def summarize(records: Iterable[Record]) -> Summary:
+    """Summarize the records of a study of curves."""
+    return summarize_study(StudyFile("curves", "", "python experiments/lr_sensitivity.py"), records)
 
 
 def only(records: list[Record]) -> Panel:
@@ -139,7 +146,7 @@ def test_the_final_one_of_two_records_of_a_configuration_counts() -> None:
     states = ("failed", "finished", "stopped")
     records = [record(validation=0.5, state=state) for state in states]  # type: ignore[arg-type]
     for order in (records, records[::-1]):
-        assert summarize(order).states == {"finished": 1, "diverged": 0, "stopped": 0, "failed": 0}
+        assert summarize(order).states == {"finished": 1, "collapsed": 0, "diverged": 0, "stopped": 0, "failed": 0}
 
 
 def test_one_seed_gives_numbers_without_an_interval_and_a_warning() -> None:
