@@ -58,6 +58,9 @@ def test_sync_rebuilds_both_projections(results, run):
     for name in ("rates", "second"):
         runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
         found[name] = sorted(r.data.tags.get("state", r.info.status) for r in runs)
+        experiment = client.get_experiment_by_name(name)
+        assert "### Best points: letters on letters-base" in experiment.tags["mlflow.note.content"]
+        assert "mlflow.sharedViewState.ranking" in experiment.tags
         reused = [r for r in runs if "reused_from" in r.data.tags]
         assert len(reused) == (name == "second")
     assert found == {
@@ -133,7 +136,12 @@ def test_show_prints_one_record(results, make_record):
     done = subprocess.run(command, capture_output=True, text=True, cwd=results)
     assert (done.returncode, done.stderr) == (0, "")
     expected = ("finished after 20 of 20 steps", "exact_match 0.5000 (untrained 0.1000)", "commit abc123")
-    expected += ("variant lora", "learning_rate 0.001", "2.0 s training, 0.5 s evaluating, 4096 tokens")
+    expected += (
+        "variant lora",
+        "learning_rate 0.001",
+        "2.0 s training, 0.5 s evaluating, 4096 tokens",
+        "3 MiB at most",
+    )
     for text in (record.fingerprint, *expected):
         assert text in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith(("5 ", "20 "))]

@@ -83,8 +83,8 @@ class Engine:
             On a GPU the bytes that torch had allocated since the last call; on a CPU the largest resident
             size of the process since its start, which cannot be reset.
         """
-        device = self._base_model[1].device
-        if device.type != "cuda":
+        device = self._base_model[1].device if self._base_model is not None else None
+        if device is None or device.type != "cuda":
             unit = 1 if sys.platform == "darwin" else 1024
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         peak = torch.cuda.max_memory_allocated(device)

@@ -131,7 +131,8 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, record: Rec
     configuration = record.configuration
     if models:
         model = models[0]
-        linked = {output.model_id for output in client.get_run(run_id).outputs.model_outputs}
+        outputs = client.get_run(run_id).outputs
+        linked = {output.model_id for output in outputs.model_outputs} if outputs is not None else set()
     else:
         tags = {
             "variant": configuration.variant.name,

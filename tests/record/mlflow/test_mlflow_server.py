@@ -58,14 +58,14 @@ class Proxy(ThreadingHTTPServer):
     """A server that forwards requests to `target` and lists the last two parts of their paths in `asked`.
 
     If `lose` is set, the next request whose path ends in `lose` gets no answer: `target` executes the
-    request, and then the connection is closed.
+    request, and then the connection is closed. Requests whose path contains `missing` are answered with 404.
     """
 
     daemon_threads = True
 
     def __init__(self, target: str) -> None:
         super().__init__(("127.0.0.1", 0), _Pass)
-        self.target, self.lose, self.lost = target, "", 0
+        self.target, self.lose, self.lost, self.missing = target, "", 0, ""
         self.asked: list[str] = []
         self.uri = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -81,6 +81,9 @@ class _Pass(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append("/".join(self.path.partition("?")[0].split("/")[-2:]))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+        if self.server.missing and self.server.missing in self.path:
+            self.send_error(404)
+            return
         kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
         request = urllib.request.Request(self.server.target + self.path, body, kept, method=self.command)
         try:
@@ -98,7 +101,7 @@ class _Pass(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_POST = do_GET  # noqa: N815  # http.server calls this name.
+    do_POST = do_PUT = do_GET  # noqa: N815  # http.server calls these names.
 
     def log_message(self, *_: object) -> None:
         pass
@@ -210,6 +213,24 @@ def test_a_lost_answer_makes_no_second_child(server, proxy, make_record, lose):
     assert log.log_records(study, records) == (1 if lose == "runs/update" else 2)
     children = _children(server.uri, study)
     assert children == {"parent": "RUNNING", **{r.fingerprint: "FINISHED" for r in records}}
+
+
+def test_a_server_without_models_gets_adapters_as_artifacts(server, proxy, make_record, tmp_path):
+    """MLflow 2 has no models of runs, and answers 404."""
+    record = make_record()
+    (tmp_path / record.fingerprint).mkdir()
+    (tmp_path / record.fingerprint / "adapter_config.json").write_text("{}")
+    proxy.missing = "logged-models"
+    log = MlflowLogger(proxy.uri)
+    log.ensure_study("old server", "")
+    assert log.log_records("old server", [record], adapters=tmp_path) == 1
+    client = MlflowClient(server.uri, server.uri)
+    (run,) = client.search_runs(
+        [client.get_experiment_by_name("old server").experiment_id], "tags.role = 'configuration'"
+    )
+    assert [f.path for f in client.list_artifacts(run.info.run_id, "adapter")] == [
+        "adapter/adapter_config.json"
+    ]
 
 
 # -- passwords in --tracking-uri
