@@ -1,7 +1,7 @@
 """The page `report.html`: one file that opens from disk and loads nothing from anywhere.
 
-It first shows the static pictures. Where JavaScript runs, its script inflates plotly.js and the figures from
-the page, and puts the interactive figures in their place.
+Its script inflates plotly.js and the interactive figures, which are in the page. Without JavaScript the page
+shows the pictures that lie beside it.
 """
 
 from __future__ import annotations

@@ -5,10 +5,13 @@ The scores come from a dry run of the task `letters` with five variants, seven r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from orchestrator.analyze.results import Summary
+from orchestrator.analyze.summary import summarize
 from orchestrator.record.schema import Evaluation, Provenance, Record, RecordState
+from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import (
     BatchConfig,
     Configuration,
@@ -109,6 +112,11 @@ def record(
         baseline_scores={"validation": before, "test": before},
         provenance=provenance or Provenance("0123abc", {"torch": "2.13.0", "ray": "2.60.0"}),
     )
+
+
+def summarize_curves(records: Iterable[Record]) -> Summary:
+    """Summarize the records of a grid of learning rates."""
+    return summarize(StudyFile("curves", "", "python experiments/lr_sensitivity.py"), records)
 
 
 def study(scores: dict[str, Sequence[Sequence[float | None]]] = STUDY, **more: Any) -> list[Record]:

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from synthetic import RATES, STUDY, record, study
+from synthetic import RATES, STUDY, record, study, summarize_curves
 
-from orchestrator.analyze.results import Curve, Panel, Summary
-from orchestrator.analyze.summary import summarize as summarize_study
+from orchestrator.analyze.results import Curve, Panel
 from orchestrator.record.schema import Provenance, Record
-from orchestrator.record.study_file import StudyFile
-
-
-def summarize(records: Iterable[Record]) -> Summary:
-    """Summarize the records of a study of curves."""
-    return summarize_study(StudyFile("curves", "", "python experiments/lr_sensitivity.py"), records)
 
 
 def only(records: list[Record]) -> Panel:
-    (panel,) = summarize(records).panels
+    (panel,) = summarize_curves(records).panels
     return panel
 
 
@@ -81,13 +73,13 @@ def test_a_stopped_run_is_in_no_mean_and_is_not_chosen_and_bounds_the_width() ->
     assert found.width is not None
     assert found.width.is_lower_bound
     assert found.width.interval is None
-    assert any("not stopped early score higher" in warning for warning in summarize(records).warnings)
+    assert any("not stopped early score higher" in warning for warning in summarize_curves(records).warnings)
 
 
 def test_a_rate_is_chosen_with_a_warning_if_runs_were_stopped_at_every_rate() -> None:
     records = [record(rate=r, seed=s, validation=0.5 + r) for r in (1e-3, 1e-2) for s in (0, 1)]
     records += [record(rate=r, seed=2, validation=0.1, state="stopped") for r in (1e-3, 1e-2)]
-    summary = summarize(records)
+    summary = summarize_curves(records)
     assert summary.panels[0].curves[0].best_rate == 1e-2
     assert any("stopped early at the best rate" in w for w in summary.warnings)
 
@@ -99,7 +91,7 @@ def test_a_rate_without_stopped_runs_is_not_chosen_before_one_that_is_certainly_
     found = only(records).curves[0]
     assert found.best_rate == 1e-1
     assert found.best_validation.mean == pytest.approx(0.9)
-    assert any("stopped early at the best rate" in w for w in summarize(records).warnings)
+    assert any("stopped early at the best rate" in w for w in summarize_curves(records).warnings)
 
 
 def test_the_choice_among_stopped_runs_is_repeated_without_each_seed() -> None:
@@ -110,7 +102,7 @@ def test_the_choice_among_stopped_runs_is_repeated_without_each_seed() -> None:
     # (0.9 + 0.9 + 0) / 3 is more than 0.5. Without the first seed, (0.9 + 0) / 2 is less than 0.5.
     assert found.best_rate == 1e-1
     assert found.best_rates_leave_one_out == (1e-2, 1e-2, 1e-1)
-    assert any("another rate would have been chosen" in w for w in summarize(records).warnings)
+    assert any("another rate would have been chosen" in w for w in summarize_curves(records).warnings)
 
 
 def test_a_rate_where_all_runs_diverged_is_not_chosen_if_every_other_rate_has_stopped_runs() -> None:
@@ -146,11 +138,17 @@ def test_the_final_one_of_two_records_of_a_configuration_counts() -> None:
     states = ("failed", "finished", "stopped")
     records = [record(validation=0.5, state=state) for state in states]  # type: ignore[arg-type]
     for order in (records, records[::-1]):
-        assert summarize(order).states == {"finished": 1, "collapsed": 0, "diverged": 0, "stopped": 0, "failed": 0}
+        assert summarize_curves(order).states == {
+            "finished": 1,
+            "collapsed": 0,
+            "diverged": 0,
+            "stopped": 0,
+            "failed": 0,
+        }
 
 
 def test_one_seed_gives_numbers_without_an_interval_and_a_warning() -> None:
-    summary = summarize([r for r in study() if r.configuration.seed == 0])
+    summary = summarize_curves([r for r in study() if r.configuration.seed == 0])
     for c in summary.panels[0].curves:
         figures = (
             c.width,
@@ -228,7 +226,7 @@ def test_without_lora_the_rate_best_on_average_is_the_common_one() -> None:
 
 def test_leaving_one_seed_out_shows_an_unstable_choice() -> None:
     assert curve(only(study()), "rslora").best_rates_leave_one_out == (3e-3, 3e-3, 1e-2)
-    assert any("rslora" in w and "without one of the seeds" in w for w in summarize(study()).warnings)
+    assert any("rslora" in w and "without one of the seeds" in w for w in summarize_curves(study()).warnings)
 
 
 @settings(max_examples=settings.default.max_examples // 10)  # Each example summarizes 105 records twice.
@@ -237,7 +235,7 @@ def test_the_order_of_records_and_repeats_change_nothing(seed: int) -> None:
     records = study()
     shuffled = [*records, *records[::7]]
     random.Random(seed).shuffle(shuffled)
-    assert summarize(shuffled) == summarize(records)
+    assert summarize_curves(shuffled) == summarize_curves(records)
 
 
 @example([[0, 0, 4], [0, 0, 2]], -2)  # The score falls exactly half of the way to the floor.
@@ -274,7 +272,7 @@ def test_adding_a_constant_to_every_score_changes_the_scores_only(
 
 def test_differences_besides_rate_seed_and_variant_make_panels_or_labelled_curves() -> None:
     records = [record(rate=r, rank=k, steps=n) for r in (1e-3, 1e-2) for k in (8, 16) for n in (60, 80)]
-    panels = summarize(records).panels
+    panels = summarize_curves(records).panels
     assert [dict(p.varied) for p in panels] == [
         {"rank": k, "steps_horizon": n} for k in (8, 16) for n in (60, 80)
     ]
@@ -293,7 +291,7 @@ def test_differences_besides_rate_seed_and_variant_make_panels_or_labelled_curve
 
 
 def test_another_data_revision_or_task_is_another_panel() -> None:
-    panels = summarize([record(), record(floor=0.1), record(task="digits")]).panels
+    panels = summarize_curves([record(), record(floor=0.1), record(task="digits")]).panels
     assert [(p.task, dict(p.varied)) for p in panels] == [
         ("digits", {}),
         ("letters", {"floor": 0.0}),
@@ -305,12 +303,12 @@ def test_mixed_provenance_gives_one_warning_per_column() -> None:
     other = Provenance(
         "fedcba9", {"torch": "2.12.0", "ray": "2.60.0"}, device="cuda", lane_group_size=4, host="b"
     )
-    summary = summarize([record(seed=0), record(seed=1, provenance=other)])
+    summary = summarize_curves([record(seed=0), record(seed=1, provenance=other)])
     mixed = [w for w in summary.warnings if "mix" in w]
     assert [w.split()[3].rstrip(":") for w in mixed] == ["commit", "device", "torch"]
     assert "0123abc (1)" in mixed[0]
     failed = record(seed=1, validation=None, state="failed", provenance=other)
-    assert not any("mix" in w for w in summarize([record(seed=0), failed]).warnings)
+    assert not any("mix" in w for w in summarize_curves([record(seed=0), failed]).warnings)
 
 
 def test_a_score_that_is_not_finite_is_missing() -> None:
@@ -319,7 +317,7 @@ def test_a_score_that_is_not_finite_is_missing() -> None:
 
 
 def test_a_study_without_records_has_an_empty_summary() -> None:
-    assert summarize([]).panels == ()
+    assert summarize_curves([]).panels == ()
     found = only([record(validation=None, state="failed")]).curves[0]
     assert found.best_rate is None
     assert found.width is None

@@ -11,7 +11,7 @@ from orchestrator.analyze import curve_text, formatting
 from orchestrator.analyze.curve_lines import MAX_OVERLAID_CURVES, TopAxes, line_pieces, side_steps, top_axes
 from orchestrator.analyze.heatmap_cells import HeatMap, heat_map
 from orchestrator.analyze.interactive import plotly_style
-from orchestrator.analyze.interactive.plotly_style import PAPER, SOFT
+from orchestrator.analyze.interactive.plotly_style import INK, SOFT
 from orchestrator.analyze.plots import style
 from orchestrator.analyze.plots.style import CurveStyle
 from orchestrator.analyze.results import Curve, CurvePoint, Panel, Run, Summary, is_reference
@@ -122,8 +122,7 @@ def _curve_traces(panel: Panel, curve: Curve, look: CurveStyle, step: float) -> 
 def _mean_trace(curve: Curve, color: str, symbol: str, step: float) -> go.Scatter:
     shown = [p for p in curve.points if p.eligible and p.validation.mean is not None]
     ends = [(p.validation.interval, p.validation.mean or 0.0) for p in shown]
-    best = [16 if p.learning_rate == curve.best_rate else 8 for p in shown]
-    ring = [3 if p.learning_rate == curve.best_rate else 0 for p in shown]
+    is_best = [p.learning_rate == curve.best_rate for p in shown]
     return go.Scatter(
         x=plotly_style.rounded([p.learning_rate * step for p in shown]),
         y=plotly_style.rounded([p.validation.mean for p in shown]),
@@ -140,8 +139,8 @@ def _mean_trace(curve: Curve, color: str, symbol: str, step: float) -> go.Scatte
         marker={
             "color": color,
             "symbol": symbol,
-            "size": [12 if s == 16 else 8 for s in best],
-            "line": {"color": PAPER, "width": ring},
+            "size": [14 if best else 8 for best in is_best],
+            "line": {"color": INK, "width": [2 if best else 0 for best in is_best]},
         },
     )
 
