@@ -14,6 +14,8 @@ from functools import lru_cache
 from importlib import resources
 from typing import Literal
 
+from pydantic import TypeAdapter
+
 from orchestrator.study import space
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Value, apply_values, format_value, get_value
@@ -90,11 +92,8 @@ class Factor:
 def load_factors() -> Mapping[str, Factor]:
     """Return the table of factors: name -> factor, in the order of the file."""
     text = resources.files("orchestrator.study").joinpath("factors.toml").read_text(encoding="utf-8")
-    lists = ("levels", "range", "labels")
-    return {
-        name: Factor(name=name, **{k: tuple(v) if k in lists else v for k, v in entry.items()})
-        for name, entry in tomllib.loads(text).items()
-    }
+    entries = {name: {"name": name, **entry} for name, entry in tomllib.loads(text).items()}
+    return TypeAdapter(dict[str, Factor]).validate_python(entries)
 
 
 def choose_factors(words: Sequence[str], own_settings: Mapping[str, Mapping[str, Value]]) -> list[Factor]:

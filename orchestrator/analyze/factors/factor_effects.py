@@ -177,7 +177,8 @@ def gain(values: Scores, choices: Scores, start: int) -> Scores:
         choices: Scores that choose the candidate, of the same shape.
         start: The row of the published default.
     """
-    return _take(values, best_index(choices)) - values[start]
+    found: Scores = _take(values, best_index(choices)) - values[start]
+    return found
 
 
 def loss_off_by(values: Scores, positions: Sequence[float], optimum: float, distance: float) -> Scores | None:

@@ -244,7 +244,7 @@ def _build_arm(
     if not rates or not seeds:
         return None
     choices, values = _score_arrays(ordered, rates, seeds)
-    complete = (np.isfinite(choices) & np.isfinite(values)).all(axis=(0, 1))
+    complete = [bool(np.isfinite(choices[..., i] + values[..., i]).all()) for i in range(len(seeds))]
     at_default = None
     if published in measured:
         both = _score_arrays(ordered, [published], seeds)
