@@ -45,7 +45,7 @@ def test_defaults(options: dict[str, Any], method: str, seeds: int, points: int)
             {"learning_rates": ("1e-3",), "search": "qmc", "space": ("learning-rate=log:1e-4:1e-2",)},
             "--space 'learning-rate=log:1e-4:1e-2' and --learning-rates both set learning_rate",
         ),
-        ({"search": "optuna", "seeds": 3}, "--seeds 3: a search trains each point once, with seed 0"),
+        ({"search": "optuna", "seeds": 3}, "--seeds 3: a search trains each point once; take --seeds 1"),
     ],
 )
 def test_each_mistake_is_one_line(options: dict[str, Any], said: str) -> None:
