@@ -23,7 +23,7 @@ class StudyDescription(NamedTuple):
     """What MLflow shows of a study besides its runs."""
 
     text: str
-    """The verdicts and a table of the best points, in Markdown."""
+    """The outcomes in one line, the verdicts, and a table of the best points, in Markdown."""
     metrics: dict[str, float]
     """Name -> number: `verdict_1` and so on (1 supported, 0 undecided, -1 refuted), and of each best point
     `best_validation_score.<variant>`, `best_test_score.<variant>` and `best_log10_learning_rate.<variant>`.
@@ -54,7 +54,9 @@ def describe_study(study: StudyFile, records: Sequence[Record]) -> StudyDescript
 def describe_summary(summary: Summary) -> StudyDescription:
     """Describe the result of a study."""
     points = list(_best_points(summary))
-    text = "\n\n".join([*map(_verdict_markdown, summary.verdicts), *_points_markdown(points)])
+    headline = " ".join(f"**{v.outcome.capitalize()}:** {v.claim}" for v in summary.verdicts)
+    sections = [*map(_verdict_markdown, summary.verdicts), *_points_markdown(points)]
+    text = "\n\n".join([headline or "No verdict yet.", *sections])
     metrics = {
         f"verdict_{number}": _OUTCOME_NUMBERS[verdict.outcome]
         for number, verdict in enumerate(summary.verdicts, 1)

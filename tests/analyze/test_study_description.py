@@ -32,6 +32,10 @@ def test_verdicts_come_first_in_their_own_words_and_as_numbers() -> None:
     )
     summary = replace(summarize(STUDY, study()), verdicts=verdicts)
     text, metrics = describe_summary(summary)
+    assert text.partition("\n")[0] == (
+        "**Supported:** Tuned LoRA matches most. **Undecided:** The rate matters most. "
+        "**Descriptive:** At one rate the winner changes. **Refuted:** Ranks agree."
+    )
     for verdict in verdicts:
         assert f"### {verdict.outcome.capitalize()}: {verdict.claim}\n\n{verdict.answer}" in text
     assert "Add seeds:\n\n```\npython x.py --seeds 9\n```" in text

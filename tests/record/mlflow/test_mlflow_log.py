@@ -313,13 +313,14 @@ def test_the_experiment_has_the_saved_views_and_the_description(uri, study, make
     experiment = client.get_experiment_by_name(study)
     assert experiment.tags["mlflow.note.content"] == "Which rate is best?"
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-    log.finish_study(study, description="### Supported: it does.", metrics={"verdict_1": 1.0})
+    log.finish_study(study, description="**Supported:** it does.\n\nMore.", metrics={"verdict_1": 1.0})
     experiment = client.get_experiment_by_name(study)
     parent = _runs(uri, study)[0]
     for note in (experiment.tags["mlflow.note.content"], parent.data.tags["mlflow.note.content"]):
-        assert note.startswith("**Which rate is best?**")
-        assert note.endswith("### Supported: it does.")
-        assert f"(#/experiments/{experiment.experiment_id}/runs?" in note
+        first, _, rest = note.partition("\n")
+        assert first.startswith("**Supported:** it does. [")
+        assert f"(#/experiments/{experiment.experiment_id}/runs?" in first
+        assert rest == "\nWhich rate is best?\n\nMore."
     assert parent.data.metrics == {"verdict_1": 1.0}
     envelope = json.loads(experiment.tags["mlflow.sharedViewState.ranking"])
     state = json.loads(zlib.decompress(base64.b64decode(envelope["state"].removeprefix("deflate;"))))
