@@ -18,7 +18,6 @@ pytestmark = pytest.mark.ray
 VARIANTS = ("lora", "lora_plus")
 SHRUNK = ("--steps", "4", "--variants", *VARIANTS, "--rank", "4", "--dtype", "float32", "--evaluations", "2")
 SHRUNK += ("--learning-rates", "1e-4", "1e-2", "--batch-size", "8", "--accumulation", "1")
-WITHOUT_LENGTH = ("published-images",)
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -34,9 +33,8 @@ def test_a_preset_is_trained_and_reported(
     monkeypatch.setenv("PYTHONPATH", f"{start}:{Path(__file__).parents[2]}")
     monkeypatch.setenv("SMALL_TASKS", json.dumps(preset_data.SIZES))
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(data))
-    shorter = [*SHRUNK, *(() if name in WITHOUT_LENGTH else ("--max-length", "200"))]
-    shorter += ["--train-size", "64"] if "train_size" in preset.options else []
-    arguments = ["--preset", name, "--select", "published", "--model", str(model), *shorter]
+    shorter = ("--train-size", "64") if "train_size" in preset.options else ()
+    arguments = ["--preset", name, "--select", "published", "--model", str(model), *SHRUNK, *shorter]
     code, out, err = study.run(tmp_path / "out", *arguments)
     assert code == 0, out + err
     records = study.records(tmp_path / "out")
@@ -48,6 +46,7 @@ def test_a_preset_is_trained_and_reported(
         assert schedule.name == preset.options["lr_schedule"]
         assert schedule.final_factor == (0.0 if "glue" in name else 0.1)
         assert record.configuration.variant.alpha == preset.options["alpha"]
+        assert record.configuration.batches.max_length == preset.options.get("max_length", 0)
         tests = [e.step for e in record.evaluations if e.split == "test"]
         if record.state == "finished":
             assert tests == ([2, 4] if "glue" in name else [4]), "GLUE's best evaluation is published"
