@@ -154,7 +154,7 @@ class MlflowLogger:
             status: FINISHED, FAILED or KILLED.
             report_files: Files to log as artifacts of the study's run.
             description: Verdicts and best points in Markdown; empty: the description stays as it is. MLflow's
-                page shows the first line, to which links to the views are added, and the rest after a click.
+                page shows the first line, which begins with links to the views, and the rest after a click.
             metrics: Their numbers, which become metrics of the study's run.
         """
         from mlflow.entities import Metric, RunTag
@@ -164,9 +164,8 @@ class MlflowLogger:
             self._update_means(opened)
             if description:
                 question = self._study_descriptions[study][0]
-                first, _, rest = description.partition("\n")
                 links = saved_view.markdown_links(opened.experiment_id)
-                note = run_content.limit_note(f"{first} {links}\n\n{question}\n{rest}")
+                note = run_content.limit_note(f"{links} | {description}\n\n*{question}*")
                 self._client.set_experiment_tag(opened.experiment_id, run_content.NOTE_TAG, note)
                 tags = [RunTag(run_content.NOTE_TAG, note)]
                 values = [Metric(run_content.mlflow_key(k), v, now, 0) for k, v in (metrics or {}).items()]

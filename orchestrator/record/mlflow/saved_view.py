@@ -98,7 +98,7 @@ def link(tracking_uri: str, experiment_id: str) -> str:
 def markdown_links(experiment_id: str) -> str:
     """Return links to the views for a description, which lead to whatever address the page was opened at."""
     ranking, charts = path(experiment_id), path(experiment_id, CHARTS_KEY)
-    return f"[Ranked table, mean over seeds]({ranking}) | [Charts of all runs]({charts})"
+    return f"[Ranked table]({ranking}) | [Charts]({charts})"
 
 
 def tags(created: int, keys: Sequence[str], groups: Collection[tuple[str, ...]]) -> dict[str, str]:

@@ -318,9 +318,9 @@ def test_the_experiment_has_the_saved_views_and_the_description(uri, study, make
     parent = _runs(uri, study)[0]
     for note in (experiment.tags["mlflow.note.content"], parent.data.tags["mlflow.note.content"]):
         first, _, rest = note.partition("\n")
-        assert first.startswith("**Supported:** it does. [")
-        assert f"(#/experiments/{experiment.experiment_id}/runs?" in first
-        assert rest == "\nWhich rate is best?\n\nMore."
+        assert first.startswith(f"[Ranked table](#/experiments/{experiment.experiment_id}/runs?")
+        assert first.endswith(" | **Supported:** it does.")
+        assert rest == "\nMore.\n\n*Which rate is best?*"
     assert parent.data.metrics == {"verdict_1": 1.0}
     envelope = json.loads(experiment.tags["mlflow.sharedViewState.ranking"])
     state = json.loads(zlib.decompress(base64.b64decode(envelope["state"].removeprefix("deflate;"))))

@@ -79,10 +79,10 @@ def test_lanes_in_training_appear_and_grow_before_their_records_come(uri, store,
     store.put(done)
     writer.put(done)
     wait(lambda: shown()[done.fingerprint] == ("FINISHED", 0.5), "the record is not logged")
-    assert writer.close(240, "KILLED", description="### Undecided: more seeds.") == 0
+    assert writer.close(240, "KILLED", description="**Undecided:** more seeds.") == 0
     assert shown() == {done.fingerprint: ("FINISHED", 0.5), interrupted.fingerprint: ("KILLED", 0.125)}
     (parent,) = [r for r in _runs(uri, "live") if r.data.tags["role"] == "study"]
-    assert parent.data.tags["mlflow.note.content"].startswith("### Undecided: more seeds. [")
+    assert "| **Undecided:** more seeds." in parent.data.tags["mlflow.note.content"]
 
 
 def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):
