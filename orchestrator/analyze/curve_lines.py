@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from orchestrator.analyze.results import Curve, CurvePoint, Panel
+from orchestrator.analyze.results import Curve, CurvePoint, Panel, Run
 from orchestrator.analyze.run_labels import RunLabel
 
 MAX_OVERLAID_CURVES = 8
@@ -41,6 +41,13 @@ def is_broken(point: CurvePoint) -> bool:
     """Return whether training breaks down at a rate: more than half of the runs collapse or diverge."""
     broken = sum(point.count_runs(label) for label in BROKEN_LABELS)
     return 2 * broken > broken + point.count_runs("finished")
+
+
+def drawn_score(panel: Panel, run: Run) -> float | None:
+    """Return the score at which a run is drawn: its last one if it was stopped, None if it failed."""
+    if run.label == "failed":
+        return None
+    return {"diverged": panel.floor, "stopped": run.last_validation}.get(run.label, run.validation)
 
 
 def line_pieces(curve: Curve) -> list[LinePiece]:

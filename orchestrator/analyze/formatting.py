@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 
 from orchestrator.analyze.intervals import CurveStatistic, Estimate
@@ -74,6 +75,21 @@ def narrow_command(command: str, variant: str, rates: Sequence[float], varied: M
         if varied.get(column) is not None:
             values[option] = [str(varied[column])]
     return replace_options(command, values)
+
+
+def fold_command(command: str, width: int) -> str:
+    """Fold a command into lines that a shell reads as one, each but the last with a backslash at its end.
+
+    Args:
+        command: The command.
+        width: The largest number of characters of a line, unless a single word is longer.
+    """
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(command)):
+        if lines[-1] and len(lines[-1]) + len(word) + 3 > width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n  ".join(lines)
 
 
 def redact_secrets(text: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from orchestrator.analyze import formatting
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.sections.catalogue import SECTIONS
 from orchestrator.analyze.verdict import Verdict
@@ -36,5 +38,5 @@ def _verdict_lines(verdict: Verdict) -> Iterator[RenderableType]:
     if verdict.next_step:
         yield Padding(Text(verdict.next_step), (0, 0, 0, 2))
     if verdict.next_command:
-        # Not folded at 80 columns, so that it can be copied.
-        yield Padding(Text(verdict.next_command, no_wrap=True, overflow="ignore"), (0, 0, 0, 4))
+        # Without Padding, which would put spaces behind the backslashes, where the shell would see them.
+        yield Text(textwrap.indent(formatting.fold_command(verdict.next_command, 70), "    "))

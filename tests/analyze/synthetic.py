@@ -130,3 +130,8 @@ def study(scores: dict[str, Sequence[Sequence[float | None]]] = STUDY, **more: A
                 alpha = None if variant == "hira" else 16.0
                 records.append(record(variant, rate, seed, value, test, alpha=alpha, **more))
     return records
+
+
+def several_tasks() -> list[Record]:
+    """Build the records of a study of two tasks."""
+    return study() + study({k: STUDY[k] for k in ("lora", "pissa")}, task="digits", model="vit", floor=0.1)

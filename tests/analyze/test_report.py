@@ -1,28 +1,21 @@
-"""The table, the plots and the report of a study."""
+"""The report: the page, the pictures beside it and summary.json."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
-from matplotlib import rcParams
-from PIL import Image
-from rich.console import Console
-from synthetic import RATES, STUDY, record, study
+from synthetic import STUDY, record, several_tasks, study, summarize_curves
 
-from orchestrator.analyze import caveats, curve_text, formatting
-from orchestrator.analyze.plots import curves, heatmap, spread, style
+from orchestrator.analyze import curve_text
+from orchestrator.analyze.plots import curves, style
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Summary
-from orchestrator.analyze.summary import summarize
-from orchestrator.analyze.table import render_summary
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import StudyFile
 
@@ -33,143 +26,6 @@ STUDY_FILE = StudyFile(
     "--learning-rates=1e-3:1e-1:2 --seeds 3",
 )
 DATABASE = "sqlite:///results/mlflow.db"
-
-
-def summary_of(records: list[Record]) -> Summary:
-    return summarize(STUDY_FILE, records)
-
-
-def printed(records: list[Record]) -> str:
-    console = Console(width=80, file=io.StringIO(), force_terminal=False)
-    console.print(render_summary(summary_of(records)))
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def several_tasks() -> list[Record]:
-    return study() + study({k: STUDY[k] for k in ("lora", "pissa")}, task="digits", model="vit", floor=0.1)
-
-
-# --- the table
-
-
-def test_the_table_fits_80_columns_with_every_number_whole() -> None:
-    text = printed(study())
-    assert max(len(line) for line in text.splitlines()) <= 80
-    row = next(line for line in text.splitlines() if line.startswith(" lora "))
-    assert row.split() == ["lora", "1e-2", "inside", "0.967", "[0.91,", "1.00]", "0.957", "12/21", "0.00"]
-
-
-def test_long_names_and_edges_still_fit() -> None:
-    records = [
-        record("a-variant-with-a-very-long-name", r, s, v)
-        for r, v in ((1e-3, 0.9), (1e-2, 0.2))
-        for s in (0, 1)
-    ]
-    text = printed(records)
-    assert max(len(line) for line in text.splitlines()) <= 80
-    assert "low edge" in text
-
-
-def test_one_seed_shows_no_plus_minus_and_an_empty_study_prints() -> None:
-    row = next(line for line in printed([record()]).splitlines() if line.startswith(" lora "))
-    assert "0.500" in row
-    assert "±" not in row
-    assert printed([]).strip() == ""
-
-
-def test_the_answer_follows_from_the_numbers() -> None:
-    answer = curve_text.answer(summary_of(study()).panels[0])
-    assert "best rates of 5 variants lie 2.0 decades apart (lora-plus 1e-3, hira 1e-1)" in answer
-    assert "At LoRA's best rate (1e-2) their test scores span 0.96 (hira 0.00 to lora 0.96)" in answer
-    assert "each at its own best rate, 0.29" in answer
-    edge = [
-        record(v, r, 0, s) for v, s1 in (("lora", 0.9), ("hira", 0.1)) for r, s in ((1e-3, s1), (1e-2, 0.5))
-    ]
-    assert "at least 1.0 decades apart" in curve_text.answer(summary_of(edge).panels[0])
-
-
-def test_a_spread_over_few_variants_says_so() -> None:
-    found = [record(v, r, 0, s) for v in ("lora", "dora", "hira") for r, s in ((1e-3, 0.5), (1e-2, 0.9))]
-    stopped = replace(found[-1], state="stopped")
-    assert "the test scores of 2 of 3 variants span" in curve_text.answer(
-        summary_of([*found[:-1], stopped]).panels[0]
-    )
-
-
-def test_a_variant_that_scores_the_same_at_both_ends_has_no_best_rate() -> None:
-    flat = [record("head_only", r, seed, 0.4) for r in RATES for seed in range(2)]
-    panel = summary_of([*study(), *flat]).panels[0]
-    assert "best rates of 5 variants lie 2.0 decades apart (lora-plus 1e-3, hira 1e-1)" in curve_text.answer(
-        panel
-    )
-    assert {c.label: curve_text.best_rate_text(c) for c in panel.curves}["head_only"] == "flat"
-    panel_caveats = " ".join(caveats.panel_caveats(panel))
-    assert "no best rate, the score is the same at both ends of the grid: head_only" in panel_caveats
-    assert "No variant of letters" in curve_text.answer(summary_of(flat).panels[0])
-
-
-# --- numbers and commands
-
-
-def test_rates_are_short_and_exact_rates_read_back_as_the_same_number() -> None:
-    assert [formatting.rate(r) for r in (3e-4, 0.01, 1.1247e-5, 1.0)] == ["3e-4", "1e-2", "1.12e-5", "1e0"]
-    assert formatting.exact_rate(3e-4) == "3e-4"
-    assert float(formatting.exact_rate(1.1247e-5)) == 1.1247e-5
-    assert formatting.number(-1e-9) == "0.000"
-
-
-def test_the_command_is_narrowed_and_other_options_stay() -> None:
-    narrowed = formatting.narrow_command(
-        STUDY_FILE.command, "hira", [1e-1], {"rank": 16, "steps_horizon": 80, "floor": 0.0}
-    )
-    expected = "--dry-run --seeds 3 --variants hira --learning-rates 1e-1 --rank 16 --steps 80"
-    assert narrowed == f"python experiments/lr_sensitivity.py {expected}"
-
-
-def test_the_command_for_a_part_of_a_study_with_replicates_is_that_of_the_plain_script() -> None:
-    command = "python experiments/tuned_comparison.py --dry-run --replicates 5 --margin 0.02"
-    narrowed = formatting.narrow_command(command, "hira", [1e-1], {})
-    options = "--dry-run --variants hira --learning-rates 1e-1"
-    assert narrowed == f"python experiments/lr_sensitivity.py {options}"
-
-
-# --- the plots
-
-
-@pytest.mark.parametrize(
-    "records",
-    [
-        [record(validation=None, state="failed")],
-        [record()],
-        study(),
-        several_tasks(),
-        study({f"{k}{i}": v for k, v in STUDY.items() for i in ("", "-b")}),
-    ],
-    ids=["only failed", "one run", "study", "two tasks", "ten variants"],
-)
-def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
-    before = dict(rcParams)
-    summary = summary_of(records)
-    for draw in (curves.draw_curves, heatmap.draw_heatmap, spread.draw_spread):
-        png, svg = style.render(lambda draw=draw: draw(summary))  # type: ignore[misc]
-        image = Image.open(io.BytesIO(png)).convert("RGB")
-        assert image.width == 1200
-        assert image.height >= 200
-        assert len(image.getcolors(1 << 24) or []) > 1
-        assert ElementTree.fromstring(svg).tag.endswith("svg")
-    assert dict(rcParams) == before
-
-
-def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
-    records = [record(v) for v in ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")]
-    styles = style.curve_styles(summary_of(records))
-    assert styles["lora"].color == "#000000"
-    assert (
-        len({each.color for each in styles.values()}) == len({each.marker for each in styles.values()}) == 8
-    )
-
-
-# --- the report
 
 
 class Page(HTMLParser):
@@ -250,14 +106,14 @@ def test_renamed_fields_keep_their_names_in_the_summary(of_study: tuple[Path, Pa
 def test_the_page_asks_no_other_host(of_study: tuple[Path, Page]) -> None:
     folder, page = of_study
     elsewhere = [link for link in page.links if not link.startswith(("data:image/png;base64,", "#"))]
-    assert sorted(elsewhere) == sorted(p.name for p in folder.glob("*.*g"))
+    assert set(elsewhere) == {p.name for p in folder.glob("*.*g")}
     text = (folder / "report.html").read_text()
     assert "default-src 'none'" in text  # The browser itself refuses every request.
     assert not re.search(r"url\(|@import|<link|<script [^>]*src", text)
 
 
 def test_the_pictures_are_equal_each_time(of_study: tuple[Path, Page]) -> None:
-    png, svg = style.render(lambda: curves.draw_curves(summary_of(study())))
+    png, svg = style.render(lambda: curves.draw_curves(summarize_curves(study())))
     assert (of_study[0] / "curves.png").read_bytes() == png
     assert (of_study[0] / "curves.svg").read_bytes() == svg
 

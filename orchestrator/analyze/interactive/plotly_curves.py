@@ -8,13 +8,20 @@ from typing import Any
 import plotly.graph_objects as go
 
 from orchestrator.analyze import curve_text, formatting
-from orchestrator.analyze.curve_lines import MAX_OVERLAID_CURVES, TopAxes, line_pieces, side_steps, top_axes
+from orchestrator.analyze.curve_lines import (
+    MAX_OVERLAID_CURVES,
+    TopAxes,
+    drawn_score,
+    line_pieces,
+    side_steps,
+    top_axes,
+)
 from orchestrator.analyze.heatmap_cells import HeatMap, heat_map
 from orchestrator.analyze.interactive import plotly_style
 from orchestrator.analyze.interactive.plotly_style import INK, SOFT
 from orchestrator.analyze.plots import style
 from orchestrator.analyze.plots.style import CurveStyle
-from orchestrator.analyze.results import Curve, CurvePoint, Panel, Run, Summary, is_reference
+from orchestrator.analyze.results import Curve, CurvePoint, Panel, Summary, is_reference
 
 _RUN_SYMBOLS = {
     "finished": "circle",
@@ -162,7 +169,7 @@ def _seed_trace(panel: Panel, curve: Curve, color: str, step: float) -> go.Scatt
         (p.learning_rate, r, score)
         for p in curve.points
         for r in p.runs
-        if (score := _score(panel, r)) is not None
+        if (score := drawn_score(panel, r)) is not None
     ]
     return go.Scatter(
         x=plotly_style.rounded([rate * step for rate, _, _ in runs]),
@@ -185,13 +192,6 @@ def _seed_trace(panel: Panel, curve: Curve, color: str, step: float) -> go.Scatt
             "line": {"color": color, "width": 1.5},
         },
     )
-
-
-def _score(panel: Panel, run: Run) -> float | None:
-    """Return the score at which a run is drawn, or None."""
-    if run.label == "failed":
-        return None
-    return {"diverged": panel.floor, "stopped": run.last_validation}.get(run.label, run.validation)
 
 
 def heatmap_figures(summary: Summary) -> list[go.Figure]:

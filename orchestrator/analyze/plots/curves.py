@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,15 @@ from orchestrator.analyze import curve_text, formatting
 from orchestrator.analyze.curve_lines import (
     MAX_OVERLAID_CURVES,
     TopAxes,
+    drawn_score,
     line_pieces,
     side_steps,
     top_axes,
 )
 from orchestrator.analyze.plots import style
 from orchestrator.analyze.plots.style import COLORS, GREY, CurveStyle
-from orchestrator.analyze.results import Curve, CurvePoint, Panel, Summary, is_reference
+from orchestrator.analyze.results import Curve, Panel, Summary, is_reference
+from orchestrator.analyze.run_labels import RunLabel
 
 _CLIFF: dict[str, Any] = {"linestyle": (0, (4, 3)), "alpha": 0.7}
 
@@ -106,30 +109,30 @@ def _draw_lines(axes: Axes, curve: Curve, shift: float, **look: Any) -> None:
 
 def _draw_curve(axes: Axes, panel: Panel, curve: Curve, look: CurveStyle, shift: float) -> None:
     _draw_lines(axes, curve, shift, color=look.color, linewidth=1.8, zorder=3)
-    for point in curve.points:
-        x = point.learning_rate * shift
-        _draw_seeds(axes, panel, point, x, look.color)
-        if not point.eligible or point.validation.mean is None:
-            continue
-        if point.count_runs("finished"):  # else crosses and triangles show it
-            axes.plot(x, point.validation.mean, look.marker, color=look.color, markersize=6, zorder=4)
-        if point.validation.interval is not None:
-            low, high = point.validation.interval.low, point.validation.interval.high
-            axes.vlines(x, low, high, color=look.color, linewidth=1.3, alpha=0.55, zorder=2)
+    _draw_runs(axes, panel, curve, look.color, shift)
+    points = [p for p in curve.points if p.eligible and p.validation.mean is not None]
+    usable = [p for p in points if p.count_runs("finished")]  # else crosses and triangles show it
+    means = [p.validation.mean or 0.0 for p in usable]
+    mark: dict[str, Any] = {"color": look.color, "markersize": 6, "zorder": 4}
+    axes.plot([p.learning_rate * shift for p in usable], means, look.marker, **mark)
+    ends = [(p.learning_rate * shift, i.low, i.high) for p in points if (i := p.validation.interval)]
+    if ends:
+        axes.vlines(*zip(*ends, strict=True), color=look.color, linewidth=1.3, alpha=0.55, zorder=2)
     best = curve.point_at_rate(curve.best_rate)
     if best is not None and best.validation.mean is not None and curve.bracketed != "both edges":
         ring = {**style.RING, "markersize": 15, "markeredgecolor": look.color, "markeredgewidth": 1.6}
         axes.plot(best.learning_rate * shift, best.validation.mean, linestyle="", zorder=5, **ring)
 
 
-def _draw_seeds(axes: Axes, panel: Panel, point: CurvePoint, x: float, color: str) -> None:
-    for run in point.runs:
-        score = run.last_validation if run.label == "stopped" else run.validation
-        if run.label == "diverged":
-            score = panel.floor
-        if score is None or run.label == "failed":
-            continue
-        axes.plot(x, score, linestyle="", color=color, **style.RUN_MARKERS[run.label])
+def _draw_runs(axes: Axes, panel: Panel, curve: Curve, color: str, shift: float) -> None:
+    """Draw a mark for each run that has a score, by its label."""
+    places: dict[RunLabel, list[tuple[float, float]]] = defaultdict(list)
+    for point in curve.points:
+        for run in point.runs:
+            if (score := drawn_score(panel, run)) is not None:
+                places[run.label].append((point.learning_rate * shift, score))
+    for label, own in places.items():
+        axes.plot(*zip(*own, strict=True), linestyle="", color=color, **style.RUN_MARKERS[label])
 
 
 def _add_legend(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) -> None:

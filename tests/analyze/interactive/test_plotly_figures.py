@@ -1,0 +1,115 @@
+"""The interactive figures, and the text that the page's script inflates."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from importlib import resources
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+from synthetic import RATES, STUDY, record, study, summarize_curves
+
+from orchestrator.analyze.interactive import plotly_bundle, plotly_costs, plotly_curves, plotly_style
+from orchestrator.analyze.interactive.plotly_spread import spread_figures
+from orchestrator.analyze.results import Summary
+
+
+def decoded(text: str) -> str:
+    return gzip.decompress(base64.b85decode(text.replace(",", "<"))).decode()
+
+
+def only_curves(summary: Summary) -> dict[str, Any]:
+    (figure,) = plotly_curves.curve_figures(summary)
+    content: dict[str, Any] = json.loads(figure.to_json())
+    return content
+
+
+def test_the_page_holds_plotly_and_the_figures_without_an_end_of_its_script_element() -> None:
+    text = plotly_bundle.encoded_bundle()
+    assert "<" not in text
+    assert decoded(text) == get_plotlyjs()
+    figures = plotly_curves.curve_figures(summarize_curves(study()))
+    encoded = plotly_bundle.encode_figures({"curves": figures})
+    (found,) = json.loads(decoded(encoded))["curves"]
+    assert found == json.loads(figures[0].to_json())
+
+
+def test_every_run_can_be_hovered_over_with_variant_rate_seed_score_and_fingerprint() -> None:
+    records = study()
+    traces = only_curves(summarize_curves(records))["data"]
+    points = {
+        (fingerprint, text)
+        for trace in traces
+        if "customdata" in trace
+        for fingerprint, text in zip(trace["customdata"], trace["text"], strict=True)
+    }
+    assert {fingerprint for fingerprint, _ in points} == {r.fingerprint[:16] for r in records}
+    (run,) = (r for r in records if r.configuration.variant.name == "pissa" and r.score("validation") == 0.65)
+    (text,) = (text for fingerprint, text in points if run.fingerprint.startswith(fingerprint))
+    for part in ("pissa", "1e-2", "seed 0", "finished", "0.650", run.fingerprint[:12]):
+        assert part in text
+
+
+def test_collapsed_and_diverged_runs_have_marks_of_their_own_and_cliffs_are_dashed() -> None:
+    traces = only_curves(summarize_curves(study()))["data"]
+    symbols = {s for t in traces if "customdata" in t for s in t["marker"]["symbol"]}
+    assert symbols == {"circle", "triangle-down-open", "x-thin-open"}
+    dashed = [t for t in traces if t["mode"] == "lines" and t["line"].get("dash") == "dash"]
+    assert {t["legendgroup"] for t in dashed} == set(STUDY)
+
+
+def test_the_tops_repeat_the_whole_and_one_click_in_the_legend_hides_a_curve_in_both() -> None:
+    content = only_curves(summarize_curves(study()))
+    whole = [t for t in content["data"] if t.get("yaxis") != "y2"]
+    tops = [t for t in content["data"] if t.get("yaxis") == "y2"]
+    assert [t["y"] for t in whole] == [t["y"] for t in tops]
+    assert [t["legendgroup"] for t in whole] == [t["legendgroup"] for t in tops]
+    layout = content["layout"]
+    assert layout["yaxis2"]["range"][0] > layout["yaxis"]["range"][0]
+    narrow = layout["meta"]["narrow"]
+    assert narrow["yaxis"]["domain"][0] > narrow["yaxis2"]["domain"][1]  # one below the other
+
+
+def test_of_many_curves_the_best_and_lora_are_shown_at_first() -> None:
+    records = [
+        record(f"v{i:02}" if i else "lora", rate, 0, (0.3 + 0.04 * i) * share)
+        for i in range(12)
+        for rate, share in zip(RATES, (0.5, 1.0, 0.2), strict=False)
+    ]
+    traces = only_curves(summarize_curves(records))["data"]
+    shown = {t["legendgroup"] for t in traces if t["visible"] is True}
+    assert shown == {"lora", *(f"v{i:02}" for i in range(4, 12))}
+
+
+def test_the_heat_map_has_the_mean_of_each_variant_and_rate() -> None:
+    summary = summarize_curves(study())
+    (figure,) = plotly_curves.heatmap_figures(summary)
+    content = json.loads(figure.to_json())
+    (cells,) = content["data"]
+    row = cells["z"][cells["y"].index("hira")]
+    assert [round(score, 3) for score in row] == [0, 0, 0, 0, 0.263, 0.953, 0]
+    assert cells["text"][cells["y"].index("lora")][4] == "0.00 ▽3 /3"
+    assert len(content["layout"]["shapes"]) == len(STUDY)  # a frame around each best rate
+
+
+def test_the_spread_joins_the_common_rate_and_the_own_one() -> None:
+    (figure,) = spread_figures(summarize_curves(study()))
+    dumbbells = [t for t in json.loads(figure.to_json())["data"] if t["mode"] == "lines+markers"]
+    assert {t["y"][0] for t in dumbbells} == set(STUDY)
+    (hira,) = (t for t in dumbbells if t["y"][0] == "hira")
+    assert hira["x"][0] == 0
+    assert hira["x"][1] > 0.9
+
+
+def test_the_front_is_drawn_for_each_cost() -> None:
+    rows = summarize_curves(study()).costs
+    assert plotly_costs.cost_figures(rows)[0].data == ()  # the synthetic records have no cost
+
+
+def test_the_script_knows_every_color_that_follows_the_page() -> None:
+    script = resources.files("orchestrator.analyze").joinpath("templates/page.js.jinja").read_text()
+    known = set(re.findall(r"#[0-9a-f]{6}", script))
+    assert known == {plotly_style.INK, plotly_style.SOFT, plotly_style.LINE, plotly_style.PAPER}

@@ -1,0 +1,63 @@
+"""The terminal: verdicts first, then tables of at most 80 columns."""
+
+from __future__ import annotations
+
+import io
+import shlex
+
+from rich.console import Console
+from synthetic import record, study, summarize_curves
+
+from orchestrator.analyze.results import Summary
+from orchestrator.analyze.table import render_summary
+from orchestrator.analyze.verdict import Verdict
+from orchestrator.record.schema import Record
+
+
+def printed(records: list[Record]) -> str:
+    return show(summarize_curves(records))
+
+
+def show(summary: Summary) -> str:
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console.print(render_summary(summary))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_verdicts_come_first_with_outcome_answer_design_and_what_would_narrow_it() -> None:
+    command = "python experiments/tuned_comparison.py " + " ".join(f"--option-{i} {i}" for i in range(20))
+    verdict = Verdict("Claim.", "undecided", "The answer.", "The design.", "Train more:", command)
+    text = show(Summary((verdict,), (), {}, {}, ("a warning",)))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    assert lines[:4] == ["UNDECIDED  Claim.", "The answer.", "The design.", "Train more:"]
+    assert max(len(line) for line in text.splitlines()) <= 80
+    copied = text[text.index("python") : text.index("!")].replace("\\\n", " ")
+    assert shlex.split(copied) == shlex.split(command)  # a shell reads the lines as one
+    assert lines[-1] == "! a warning"
+    of_study = printed(study())
+    assert of_study.index("DESCRIPTIVE") < of_study.index("validation")
+
+
+def test_the_table_fits_80_columns_with_every_number_whole() -> None:
+    text = printed(study())
+    assert max(len(line) for line in text.splitlines()) <= 80
+    row = next(line for line in text.splitlines() if line.startswith(" lora "))
+    assert row.split() == ["lora", "1e-2", "inside", "0.967", "[0.91,", "1.00]", "0.957", "12/21", "0.00"]
+
+
+def test_long_names_and_edges_still_fit() -> None:
+    records = [
+        record("a-variant-with-a-very-long-name", r, s, v)
+        for r, v in ((1e-3, 0.9), (1e-2, 0.2))
+        for s in (0, 1)
+    ]
+    text = printed(records)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "low edge" in text
+
+
+def test_one_seed_shows_no_plus_minus_and_an_empty_study_prints() -> None:
+    row = next(line for line in printed([record()]).splitlines() if line.startswith(" lora "))
+    assert "0.500" in row
+    assert "±" not in row
+    assert printed([]).strip() == ""
