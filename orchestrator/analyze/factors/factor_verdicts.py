@@ -115,13 +115,19 @@ def _closest(task: TaskFactors) -> _Closest | None:
 
 def _alias_sentence(task: TaskFactors) -> str:
     """Say what the alias group costs: it acts as a learning rate, and is no evidence against the claim."""
-    found = next(((v, f) for v in _judged(task) for f in v.factors if f.alias), None)
+    # Alpha before a variant's own factor, such as LoRA+'s ratio.
+    found = min(
+        ((v, f) for v in _judged(task) for f in v.factors if f.alias),
+        key=lambda each: "." in each[1].name,
+        default=None,
+    )
     if found is None:
         return ""
     variant, factor = found
     return (
-        f"{factor.title.capitalize()} acts as a learning rate and is counted with it: for {variant.variant} "
-        f"{points(factor.misset)} points blindly, {points(factor.retuned)} with the rate tuned again."
+        f"{factor.title[0].upper()}{factor.title[1:]} acts as a learning rate and is counted with it: for "
+        f"{variant.variant} {points(factor.misset)} points blindly, "
+        f"{points(factor.retuned)} with the rate tuned again."
     )
 
 
