@@ -75,7 +75,7 @@ class NullDistribution:
 
 
 def _interpolate_level(critical: Floats, z: Floats) -> Floats:
-    return np.exp(np.interp(z, critical[::-1], np.log(_LEVELS)[::-1]))
+    return np.asarray(np.exp(np.interp(z, critical[::-1], np.log(_LEVELS)[::-1])))
 
 
 def null_distribution(differences: Floats, alpha: float) -> NullDistribution:
@@ -162,7 +162,7 @@ def _sign_patterns(n: int) -> Floats:
     """Return sign patterns, shape (m, n): of each pair of opposite ones one, without the constant one."""
     if 2 ** (n - 1) - 1 <= _RANDOM_PATTERNS:
         codes = np.arange(1, 2 ** (n - 1))
-        return 1.0 - 2.0 * ((codes[:, None] >> np.arange(n)) & 1)
+        return np.asarray(1.0 - 2.0 * ((codes[:, None] >> np.arange(n)) & 1), dtype=np.float64)
     return np.random.default_rng(_SEED).choice([-1.0, 1.0], size=(_RANDOM_PATTERNS, n))
 
 

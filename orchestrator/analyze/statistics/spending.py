@@ -16,17 +16,19 @@ MAX_LOOKS = 5
 _NODES = 128  # of the integral over the statistic between two boundaries
 
 
-def level_of_look(looks: Sequence[int], planned: int, alpha: float = 0.05) -> float:
+def level_of_look(looks: Sequence[int], planned: int, alpha: float = 0.05, comparisons: int = 1) -> float:
     """Return the level of the present look, so that all looks together err with probability `alpha`.
 
     The error spent by a look at n replicates is alpha n / planned (the power family's linear member). The
     boundary of each look solves the recursion of Armitage, McPherson and Rowe (1969) for a statistic whose
-    sums have independent increments.
+    sums have independent increments. Errors of several comparisons rarely fall on the same look, so the
+    recursion is solved for one comparison's part of the error: 1 - (1 - alpha)^(1 / comparisons).
 
     Args:
         looks: Numbers of replicates at the looks so far, ascending, the present one last.
         planned: The largest number of replicates, fixed before the first look.
         alpha: The error of all looks together.
+        comparisons: Number of variants that are compared with the baseline.
 
     Returns:
         One minus the level of the present look's intervals; 0 if no error is left: the look is beyond
@@ -35,16 +37,17 @@ def level_of_look(looks: Sequence[int], planned: int, alpha: float = 0.05) -> fl
     shares = np.array(looks, dtype=float) / planned
     if len(looks) > MAX_LOOKS or shares[-1] > 1 or (np.diff(shares) <= 0).any():
         return 0.0
+    part = 1 - (1 - alpha) ** (1 / max(comparisons, 1))
     boundary = previous = 0.0
     points, density = np.zeros(1), np.ones(1)  # before the first look the sum is 0
     for share in shares:
         step = float(np.sqrt(share - previous))
-        error = alpha * (share - previous)
+        error = part * (share - previous)
         surplus = partial(_surplus, points=points, density=density, step=step, error=error)
         boundary = float(optimize.brentq(surplus, 0.0, 12.0 * np.sqrt(share)))
         points, density = _density_between(boundary, points, density, step)
         boundary, previous = boundary / np.sqrt(share), share
-    return float(2 * special.ndtr(-boundary))
+    return float(1 - (1 - 2 * special.ndtr(-boundary)) ** max(comparisons, 1))
 
 
 def _surplus(limit: float, points: Floats, density: Floats, step: float, error: float) -> float:
