@@ -64,7 +64,7 @@ def list_tasks(replicates: int) -> list[Task]:
     ]
     tasks += [("intervals", noise_rows, (noise, *size), many) for size in SIZES[::-1] for noise in NOISES]
     tasks += [("items", item_rows, (items,), replicates) for items in (1, 2)]
-    tasks += [("power", power_rows, (n, 9), replicates) for n in (20, 10, 5)]
+    tasks += [("power", power_rows, (n, 9), many) for n in (20, 10, 5)]
     tasks += [("plan", plan_rows, (1.5, 9), replicates)]
     return tasks
 

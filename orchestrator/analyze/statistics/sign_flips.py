@@ -38,14 +38,16 @@ _SEED = 0
 
 def to_z(t: Floats, degrees: Floats | float) -> Floats:
     """Map t statistics to standard normal ones, with Wallace's approximation (1959), for any sign."""
-    z = np.sqrt(degrees * np.log1p(t**2 / degrees)) * (8 * degrees + 1) / (8 * degrees + 3)
+    with np.errstate(invalid="ignore"):  # infinitely many degrees
+        z = np.sqrt(degrees * np.log1p(t**2 / degrees)) * (1 - 2 / (8 * degrees + 3))
     return np.where(np.isinf(degrees), t, np.sign(t) * z)
 
 
 def from_z(z: Floats | float, degrees: Floats) -> Floats:
     """Return the t statistics at least 0 that `to_z` maps to z."""
-    scaled = z * (8 * degrees + 3) / (8 * degrees + 1)
-    return np.where(np.isinf(degrees), z, np.sqrt(degrees * np.expm1(scaled**2 / degrees)))
+    with np.errstate(invalid="ignore"):
+        t = np.sqrt(degrees * np.expm1((z / (1 - 2 / (8 * degrees + 3))) ** 2 / degrees))
+    return np.where(np.isinf(degrees), z, t)
 
 
 @dataclass(frozen=True)
@@ -178,22 +180,25 @@ def _flipped_maxima(noise: Floats, n: NDArray[np.int64]) -> Floats:
     x = _sign_patterns(noise.shape[1]) @ unit  # the mean over the root mean square: t^2 / (t^2 + n - 1) = x^2
     limit = np.sqrt(1 - 1e-12)
     if (n == n[0]).all():  # z is monotone in x, alike for all variants
-        x, degrees = np.stack([x.max(axis=2), -x.min(axis=2)], axis=2).clip(-limit, limit), n[0] - 1.0
-        return to_z(x * np.sqrt(degrees / (1 - x**2)), degrees)
-    x, degrees = x.clip(-limit, limit), n - 1.0
-    z = to_z(x * np.sqrt(degrees / (1 - x**2)), degrees)
+        x, same = np.stack([x.max(axis=2), -x.min(axis=2)], axis=2).clip(-limit, limit), n[0] - 1.0
+        return to_z(x * np.sqrt(same / (1 - x**2)), same)
+    x = x.clip(-limit, limit)
+    z = to_z(x * np.sqrt((n - 1.0) / (1 - x**2)), n - 1.0)
     return np.stack([z.max(axis=2), -z.min(axis=2)], axis=2)
 
 
 def _quantiles(maxima: Floats, at: NDArray[np.int64] | slice = slice(None)) -> tuple[Floats, Floats]:
     """Return the quantiles of |z| and of z at some of `_LEVELS`, each of shape (B, levels)."""
-    both, one = maxima.max(axis=2), maxima.reshape(len(maxima), -1)
-    # With this method a level k / (m + 1) gives the k-th largest of m: the exact rank test.
-    wanted = 1 - _LEVELS[at]
-    return (
-        np.quantile(both, wanted, axis=1, method="weibull").T,
-        np.quantile(one, wanted, axis=1, method="weibull").T,
-    )
+    found = []
+    for values in (maxima.max(axis=2), maxima.reshape(len(maxima), -1)):
+        ordered, last = np.sort(values, axis=1), values.shape[1] - 1
+        # A level k / (m + 1) gives the k-th largest of m: the exact rank test. (numpy.quantile can do the
+        # same with method "weibull", and takes three times as long.)
+        position = ((last + 2) * (1 - _LEVELS[at]) - 1).clip(0, last)
+        below = np.minimum(position.astype(int), last - 1) if last else np.zeros(len(position), dtype=int)
+        above = np.minimum(below + 1, last)
+        found.append(ordered[:, below] + (position - below) * (ordered[:, above] - ordered[:, below]))
+    return found[0], found[1]
 
 
 @lru_cache(maxsize=256)
@@ -215,7 +220,7 @@ def _normal_factors(n: int, count: int, centered: bool) -> tuple[Floats, Floats]
         return factors
     generator = np.random.default_rng(_SEED)
     ratios: tuple[list[Floats], list[Floats]] = ([], [])
-    for _ in range(int(np.clip(4e7 / (patterns * count), 2_000, _NORMAL_STUDIES)) // _BATCH):
+    for _ in range(int(np.clip(4e6 / patterns, 2_000, _NORMAL_STUDIES)) // _BATCH):
         noise = generator.standard_normal((_BATCH, n, count + 1))
         d = noise[:, :, 1:] - noise[:, :, :1]
         z = to_z(d.mean(axis=1) / d.std(axis=1, ddof=1) * np.sqrt(n), n - 1.0)

@@ -68,7 +68,7 @@ def compare_task(
     replicates = len(tunings[settings.baseline])
     seen = (*(n for n in looks if n < replicates), replicates)
     planned = max(settings.max_replicates, 1) if settings.max_replicates else replicates
-    alpha = level_of_look(seen, planned)
+    alpha = level_of_look(seen, planned, comparisons=len(tunings) - 1)
     rows, claim = _compare_rows(tunings, {r.fingerprint: r for r in records}, settings, alpha)
     counted = [row for row in rows if row.role == "variant"]
     return TaskComparison(
