@@ -67,7 +67,7 @@ def compare_task(
     first = records[0].configuration
     replicates = len(tunings[settings.baseline])
     seen = (*(n for n in looks if n < replicates), replicates)
-    planned = max(settings.max_replicates, 1) if settings.max_replicates else replicates
+    planned = settings.max_replicates or replicates
     alpha = level_of_look(seen, planned, comparisons=len(tunings) - 1)
     rows, claim = _compare_rows(tunings, {r.fingerprint: r for r in records}, settings, alpha)
     counted = [row for row in rows if row.role == "variant"]
