@@ -40,7 +40,7 @@ def compare_tuned(
     tasks = tuple(task for task in found if task is not None)
     if not tasks:
         return None
-    alpha = min(task.alpha for task in tasks)
+    alpha = min(task.claim_alpha for task in tasks)
     return TunedComparison(
         tasks,
         _aggregate(tasks) if len(tasks) > 1 else (),

@@ -69,7 +69,9 @@ def compare_task(
     seen = (*(n for n in looks if n < replicates), replicates)
     planned = settings.max_replicates or replicates
     alpha = level_of_look(seen, planned, comparisons=len(tunings) - 1)
-    rows, claim = _compare_rows(tunings, {r.fingerprint: r for r in records}, settings, alpha)
+    claim_alpha = level_of_look(seen, planned)
+    rows, share_p, found = _compare_rows(tunings, {r.fingerprint: r for r in records}, settings, alpha)
+    claim = _claim(rows, found, share_p, claim_alpha)
     counted = [row for row in rows if row.role == "variant"]
     return TaskComparison(
         task=first.task.name,
@@ -82,6 +84,7 @@ def compare_task(
         replicates=replicates,
         points=max(len(tuning.runs) for own in tunings.values() for tuning in own.values()),
         alpha=alpha,
+        claim_alpha=claim_alpha,
         looks=seen,
         planned=planned,
         has_question_noise=all(row.question_error is not None for row in rows if row.interval is not None),
@@ -91,7 +94,7 @@ def compare_task(
         beaten_at_least=claim.beaten,
         p_claim=claim.p_claim,
         p_against=claim.p_against,
-        outcome=claim.outcome(alpha),
+        outcome=claim.outcome(claim_alpha),
         span=observed_span([rows[0], *counted]),
         expected_span=noise_span([rows[0], *counted]),
         fixed_rate=_fixed_rate(tunings, settings, alpha, {row.variant for row in counted}),
@@ -139,8 +142,13 @@ class _Claim:
 
 def _compare_rows(
     tunings: Tunings, records: Mapping[str, Record], settings: AnalysisSettings, alpha: float
-) -> tuple[list[VariantRow], _Claim]:
-    """Return the row of every variant, the baseline's first, and claim 2."""
+) -> tuple[list[VariantRow], dict[str, float], SimultaneousIntervals]:
+    """Compare every variant with the baseline.
+
+    Returns:
+        The row of every variant, the baseline's first; variant -> p value of its share of usable tunings, not
+        adjusted; and the intervals of these variants, in the same order.
+    """
     base = tunings[settings.baseline]
     others = [name for name in sorted(tunings) if name != settings.baseline]
     pairs = {name: _usable_pairs(tunings[name], base) for name in others}
@@ -176,7 +184,7 @@ def _compare_rows(
     ]
     rows = [_decide_by_share(row, baseline_row, alpha) for row in rows]
     rows.sort(key=lambda row: -math.inf if row.difference is None else row.difference, reverse=True)
-    return [baseline_row, *rows], _claim(rows, found, dict(zip(others, share_p, strict=True)), alpha)
+    return [baseline_row, *rows], dict(zip(others, map(float, share_p), strict=True)), found
 
 
 def _chosen_record(tuning: Tuning, records: Mapping[str, Record]) -> Record:

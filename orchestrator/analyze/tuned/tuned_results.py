@@ -150,6 +150,8 @@ class TaskComparison:
     """The largest number of runs of a tuning."""
     alpha: float
     """One minus the simultaneous level of the intervals at this look."""
+    claim_alpha: float
+    """The error of a claim, which is one hypothesis, at this look."""
     looks: tuple[int, ...]
     """The numbers of replicates at which a verdict was shown, the present one last."""
     planned: int
