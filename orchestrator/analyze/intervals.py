@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from orchestrator.analyze.statistics.bounds import SCORE_BOUNDS, cut_interval
+from orchestrator.analyze.statistics.score_bounds import SCORE_BOUNDS, cut_interval
 
 CONFIDENCE_LEVEL = 0.95
 

@@ -21,7 +21,7 @@ from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.results import Curve, CurvePoint, Panel, Run, Spread
 from orchestrator.analyze.run_labels import RunLabel, label_runs
 from orchestrator.analyze.scores import finite_score, last_validation, mean_untrained_score, untrained_score
-from orchestrator.analyze.statistics.bounds import DIFFERENCE_BOUNDS
+from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS
 from orchestrator.record.schema import Record
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from orchestrator.analyze.factors.rate_claim import (
 from orchestrator.analyze.factors.star_data import Arm, Star
 from orchestrator.analyze.intervals import Estimate, Interval, estimate_mean
 from orchestrator.analyze.run_labels import USABLE, RunLabel
-from orchestrator.analyze.statistics.bounds import DIFFERENCE_BOUNDS, cut_interval
+from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS, cut_interval
 from orchestrator.analyze.statistics.usable import UsableShare, usable_share
 from orchestrator.study.factors import RATE, default_rate, is_near, load_factors, resweep_rates
 from orchestrator.study.space import format_value

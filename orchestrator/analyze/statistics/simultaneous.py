@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from orchestrator.analyze.statistics.bounds import DIFFERENCE_BOUNDS, cut_interval
+from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS, cut_interval
 from orchestrator.analyze.statistics.sign_flips import from_z, null_distribution, to_z
 
 Floats = NDArray[np.float64]

@@ -10,11 +10,11 @@ from scipy import stats
 
 from orchestrator.analyze.statistics.aggregate import interquartile_mean, probability_of_improvement
 from orchestrator.analyze.statistics.best_of_k import expected_best_of_k
-from orchestrator.analyze.statistics.bounds import DIFFERENCE_BOUNDS, SCORE_BOUNDS, cut_interval
 from orchestrator.analyze.statistics.conjunction import largest_count, partial_conjunction_p_values
 from orchestrator.analyze.statistics.item_noise import item_standard_error
 from orchestrator.analyze.statistics.outcome import classify, counts_for_baseline
 from orchestrator.analyze.statistics.peak import find_peak, is_resolved
+from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS, SCORE_BOUNDS, cut_interval
 from orchestrator.analyze.statistics.usable import holm, usable_p_values, usable_share
 
 GRID = np.arange(-4.0, -1.9, 0.25)
