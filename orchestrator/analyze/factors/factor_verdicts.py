@@ -114,7 +114,7 @@ def _closest(task: TaskFactors) -> _Closest | None:
 
 
 def _alias_sentence(task: TaskFactors) -> str:
-    """Say what the alias group costs: it acts as a learning rate, and is no evidence against the claim."""
+    """Say what the alias group costs: it acts as a learning rate, and does not count against the claim."""
     # Alpha before a variant's own factor, such as LoRA+'s ratio.
     found = min(
         ((v, f) for v in _judged(task) for f in v.factors if f.alias),
