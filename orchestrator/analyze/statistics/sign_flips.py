@@ -180,10 +180,10 @@ def _flipped_maxima(noise: Floats, n: NDArray[np.int64]) -> Floats:
     x = _sign_patterns(noise.shape[1]) @ unit  # the mean over the root mean square: t^2 / (t^2 + n - 1) = x^2
     limit = np.sqrt(1 - 1e-12)
     if (n == n[0]).all():  # z is monotone in x, alike for all variants
-        x, same = np.stack([x.max(axis=2), -x.min(axis=2)], axis=2).clip(-limit, limit), n[0] - 1.0
+        x, same = np.stack([x.max(axis=2), -x.min(axis=2)], axis=2).clip(-limit, limit), float(n[0] - 1)
         return to_z(x * np.sqrt(same / (1 - x**2)), same)
-    x = x.clip(-limit, limit)
-    z = to_z(x * np.sqrt((n - 1.0) / (1 - x**2)), n - 1.0)
+    x, degrees = x.clip(-limit, limit), np.asarray(n - 1, dtype=np.float64)
+    z = to_z(x * np.sqrt(degrees / (1 - x**2)), degrees)
     return np.stack([z.max(axis=2), -z.min(axis=2)], axis=2)
 
 
