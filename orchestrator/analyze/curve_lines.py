@@ -14,7 +14,7 @@ MAX_OVERLAID_CURVES = 8
 """With more curves than this, the heat map comes first, and each curve gets static axes of its own."""
 BROKEN_LABELS: tuple[RunLabel, ...] = ("collapsed", "diverged")
 """The labels of runs whose training broke down."""
-_MIN_TOP_HEIGHT = 0.02
+_MIN_TOP_HEIGHT = 0.08
 _TOP_DECADES = 0.75
 _WORTHWHILE_ZOOM = 0.7
 

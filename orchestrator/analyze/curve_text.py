@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from orchestrator.analyze import formatting
@@ -56,20 +55,20 @@ def curve_verdict(panel: Panel, command: str) -> Verdict:
         f"{count_text(len(rates), 'learning rate')} from {formatting.rate(min(rates))} to "
         f"{formatting.rate(max(rates))}, {count_text(len(seeds), 'seed')}; {panel.metric.replace('_', ' ')}."
     )
-    replicated = re.sub(
-        r"\w+\.py\b", "tuned_comparison.py", replace_options(command, _NOT_OF_REPLICATES), count=1
-    )
     return Verdict(
         "Each variant has a learning rate of its own at which it is best.",
         "descriptive",
         answer(panel),
         design,
         "The rates were chosen on these seeds. Which variant is better is a question for replicated tuning:",
-        replicated,
+        replicated_command(command),
     )
 
 
-_NOT_OF_REPLICATES: Mapping[str, Sequence[str]] = {"--seeds": (), "--study": (), "--learning-rates": ()}
+def replicated_command(command: str) -> str:
+    """Return the command of a replicated tuning of the same variants and tasks."""
+    options = replace_options(command, dict.fromkeys(("--seeds", "--study", "--learning-rates"), ()))
+    return re.sub(r"\w+\.py\b", "tuned_comparison.py", options, count=1)
 
 
 def count_text(count: int, what: str) -> str:

@@ -16,6 +16,7 @@ from orchestrator.analyze.panel_rate import panel_rate_verdict
 from orchestrator.analyze.published.published_selection import mark_published, select_published
 from orchestrator.analyze.results import Panel, Summary
 from orchestrator.analyze.run_labels import LABELS, label_runs
+from orchestrator.analyze.search_text import search_verdict
 from orchestrator.analyze.sensitivity import summarize_panels
 from orchestrator.analyze.tuned.across_tasks import compare_tuned
 from orchestrator.analyze.tuned.tuned_results import TunedComparison
@@ -52,6 +53,7 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
     if kind == "curve":
         verdicts += filter(None, map(panel_rate_verdict, shown))
         verdicts += [curve_verdict(panel, study.command) for panel in shown]
+    verdicts += [search_verdict(search, study.command) for search in searches]
     provenance = panels.count_provenance(distinct)
     warnings = [
         *panels.mixed_provenance_warnings(provenance),

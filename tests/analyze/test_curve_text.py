@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from synthetic import RATES, record, study, summarize_curves
 
-from orchestrator.analyze import caveats, curve_text
+from orchestrator.analyze import caveats, curve_text, formatting
+from orchestrator.analyze.summary import summarize
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 
 
 def test_the_answer_follows_from_the_numbers() -> None:
@@ -38,3 +40,29 @@ def test_a_variant_that_scores_the_same_at_both_ends_has_no_best_rate() -> None:
     panel_caveats = " ".join(caveats.panel_caveats(panel))
     assert "no best rate, the score is the same at both ends of the grid: head_only" in panel_caveats
     assert "No variant of letters" in curve_text.answer(summarize_curves(flat).panels[0])
+
+
+def test_a_width_below_the_spacing_of_the_grid_is_not_resolved() -> None:
+    peaked = summarize_curves([record("lora", r, 0, s) for r, s in zip(RATES, (0.1, 0.9, 0.1), strict=False)])
+    curve = peaked.panels[0].curves[0]
+    assert curve.width is not None
+    assert curve.width.value < 0.1
+    assert curve_text.width_text(curve, curve.width) == curve_text.NOT_RESOLVED
+    flat = [0.1, *[0.9] * 5, 0.1]
+    (wide,) = (
+        summarize_curves([record("lora", r, 0, s) for r, s in zip(RATES, flat, strict=True)]).panels[0].curves
+    )
+    assert curve_text.width_text(wide, wide.width) == formatting.figure(wide.width)
+
+
+def test_the_verdicts_of_curves_and_searches_name_the_command_of_a_replicated_tuning() -> None:
+    command = "python experiments/lr_sensitivity.py --dry-run --seeds 3 --learning-rates 1e-3 1e-2"
+    verdict = curve_text.curve_verdict(summarize_curves(study()).panels[0], command)
+    assert verdict.outcome == "descriptive"
+    assert "5 variants, 7 learning rates from 3e-4 to 3e-1, 3 seeds" in verdict.design
+    assert verdict.next_command == "python experiments/tuned_comparison.py --dry-run"
+    points = [record("lora", 1e-3, 0, 0.9, rank=4), record("lora", 1e-2, 0, 0.3, rank=8)]
+    search = StudyFile("s", "", "run.py", settings=AnalysisSettings(kind="search"))
+    (found,) = summarize(search, points).verdicts
+    assert found.answer == "Best by validation score: lora 0.900 (test 0.900) at 1e-3, rank 4."
+    assert "1 variant, 2 points each" in found.design

@@ -61,7 +61,7 @@ def _empty_figure(panel: Panel, top: TopAxes | None) -> go.Figure:
     metric = f"{panel.metric.replace('_', ' ')} (validation)"
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.08, "yanchor": "top"}
     narrow: dict[str, Any] = {
-        "height": 940 if top else 620,
+        "height": (940 if top else 620) + 22 * max(0, len(panel.curves) - 5),
         "xaxis": {"domain": [0, 1]},
         "legend": legend,
         "margin": {"l": 44, "r": 6},

@@ -24,7 +24,7 @@ def _loss_figure(panel: LossPanel, styles: dict[str, style.CurveStyle]) -> go.Fi
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}
     figure = plotly_style.new_figure(
         440,
-        {"height": 560, "legend": legend, "margin": {"l": 44, "r": 6, "t": 90}},
+        {"height": 540 + 12 * len(panel.variants), "legend": legend, "margin": {"l": 44, "r": 6, "t": 90}},
         margin={"t": 90},
         title=plotly_style.title(panel.title),
         xaxis=plotly_style.axis("optimizer step"),

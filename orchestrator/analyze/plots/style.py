@@ -78,12 +78,16 @@ def curve_styles(summary: Summary) -> dict[str, CurveStyle]:
 
 
 def styles_by_label(labels: Iterable[str]) -> dict[str, CurveStyle]:
-    """Return label -> style. LoRA is black, the others get colors in the order of their names."""
+    """Return label -> style. LoRA is black, the others get colors in the order of their names.
+
+    There are more markers than colors, so that 56 labels look different.
+    """
     ordered = sorted(labels, key=lambda label: (not is_reference(label), label))
-    return {
-        label: CurveStyle(COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)])
-        for i, label in enumerate(ordered)
-    }
+    looks = {}
+    for i, label in enumerate(ordered):
+        color = COLORS[1 + (i - 1) % (len(COLORS) - 1)] if i else COLORS[0]
+        looks[label] = CurveStyle(color, _MARKERS[i % len(_MARKERS)])
+    return looks
 
 
 def score_range(panel: Panel) -> tuple[float, float] | None:

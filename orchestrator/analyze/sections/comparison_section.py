@@ -68,7 +68,7 @@ def _task_table(task: TaskComparison) -> Table:
         f"minus\n{name}",
         f"{number_format.percent(1 - task.alpha)}\ninterval",
         "<outcome",
-        f"{name} matches\nor beats it",
+        f"{name}\nmatches or\nbeats it",
         "usable\ntunings",
     )
     table = new_table(f"{task.title}, {task.replicates} replicates: differences in points", columns)
@@ -91,7 +91,7 @@ def _aggregate_table(found: TunedComparison) -> Table:
     columns = (
         "variant",
         "tasks",
-        f"minus {name},\ninterquartile mean",
+        f"minus {name},\ninterquartile\nmean",
         "95 %\ninterval",
         "tuning better\nthan LoRA's" if name == "LoRA" else f"tuning better\nthan {name}'s",
         "95 %\ninterval",

@@ -14,6 +14,7 @@ from orchestrator.analyze.tuning import SearchResult
 
 
 def _pictures(data: ReportData) -> Sequence[Picture]:
+    from orchestrator.analyze.interactive import plotly_search
     from orchestrator.analyze.plots import search_curves
 
     searches = data.summary.searches
@@ -23,6 +24,7 @@ def _pictures(data: ReportData) -> Sequence[Picture]:
         "search",
         alt="Validation score of each point over its learning rate, and the best score so far",
         draw=lambda: search_curves.draw_search(searches),
+        interactive=lambda: plotly_search.search_figures(searches),
     )
     return (points,)
 

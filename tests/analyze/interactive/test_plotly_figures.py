@@ -13,8 +13,11 @@ from plotly.offline import get_plotlyjs
 from synthetic import RATES, STUDY, record, study, summarize_curves
 
 from orchestrator.analyze.interactive import plotly_bundle, plotly_costs, plotly_curves, plotly_style
+from orchestrator.analyze.interactive.plotly_search import search_figures
 from orchestrator.analyze.interactive.plotly_spread import spread_figures
 from orchestrator.analyze.results import Summary
+from orchestrator.analyze.summary import summarize
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 
 
 def decoded(text: str) -> str:
@@ -113,3 +116,25 @@ def test_the_script_knows_every_color_that_follows_the_page() -> None:
     script = resources.files("orchestrator.analyze").joinpath("templates/page.js.jinja").read_text()
     known = set(re.findall(r"#[0-9a-f]{6}", script))
     assert known == {plotly_style.INK, plotly_style.SOFT, plotly_style.LINE, plotly_style.PAPER}
+
+
+def test_the_points_of_a_search_show_their_settings_and_state() -> None:
+    records = [
+        record("lora", 1e-3, 0, 0.9, rank=4),
+        record("lora", 1e-2, 0, 0.3, rank=8, state="stopped"),
+        record("lora", 1e-1, 0, None, rank=8),
+    ]
+    study_file = StudyFile("search", "", "run", settings=AnalysisSettings(kind="search"))
+    (figure,) = search_figures(summarize(study_file, records).searches)
+    points, best = json.loads(figure.to_json())["data"]
+    assert set(points["customdata"]) == {r.fingerprint[:16] for r in records}
+    by_text = dict(
+        zip(points["text"], zip(points["y"], points["marker"]["symbol"], strict=True), strict=True)
+    )
+    found = {text.split("</b> ")[1].split("<br>")[0]: mark for text, mark in by_text.items()}
+    assert found == {
+        "1e-3, rank 4: finished": (0.9, "circle"),
+        "1e-2, rank 8: stopped": (0.3, "circle-open"),
+        "1e-1, rank 8: diverged": (0.0, "x-thin-open"),
+    }
+    assert best["y"][-1] == 0.9

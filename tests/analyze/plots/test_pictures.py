@@ -45,3 +45,9 @@ def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
     assert (
         len({each.color for each in styles.values()}) == len({each.marker for each in styles.values()}) == 8
     )
+
+
+def test_no_two_of_twenty_variants_look_alike_and_only_lora_is_black() -> None:
+    styles = style.styles_by_label(["lora", *(f"v{i:02}" for i in range(19))])
+    assert len(set(styles.values())) == 20
+    assert [label for label, look in styles.items() if look.color == "#000000"] == ["lora"]
