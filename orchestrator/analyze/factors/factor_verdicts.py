@@ -78,8 +78,8 @@ def _count_sentence(task: TaskFactors) -> str:
     }
     groups = ", and it ".join(f"{word} {', '.join(own)}" for word, own in named.items() if own)
     far = [each.variant for each in judged if each.claim.outcome == "supported" and each.far_more]
-    whom = "all of these" if far == named["holds for"] else ", ".join(far)
-    more = f"; for {whom} it costs more than three times what any other factor does" if far else ""
+    whom = "all" if len(far) == len(judged) else ", ".join(far)
+    more = f"; for {whom} the rate costs more than three times what any other factor does" if far else ""
     return (
         f"On {task.task} it {groups} (at least {task.num_supported} of {task.num_judged} variants with an "
         f"error of 5 %; {task.num_required} are needed){more}."

@@ -37,7 +37,7 @@ def _figure(task: TaskFactors, field: str, title: str) -> go.Figure:
         yaxis=plotly_style.axis("", autorange="reversed", type="category", showgrid=False, ticks=""),
     )
     alias = alias_titles(task)
-    names = {name: f"{name} *" if name in alias else name for name in titles}
+    names = {name: f"{name}*" if name in alias else name for name in titles}
     for variant, look in styles.items():
         rows = [(names[name], effects[variant][name]) for name in titles if name in effects[variant]]
         figure.add_trace(_bars(variant, rows, field, look))

@@ -76,7 +76,7 @@ def _plot_bars(axes: Axes, task: TaskFactors, field: str, styles: Mapping[str, C
                 ends = [100 * estimate.interval.low, 100 * estimate.interval.high]
                 axes.plot(ends, [place, place], color=GREY, linewidth=1.6, zorder=3, solid_capstyle="butt")
     alias = alias_titles(task)
-    axes.set_yticks(range(len(titles)), [f"{t} *" if t in alias else t for t in titles])
+    axes.set_yticks(range(len(titles)), [f"{t}*" if t in alias else t for t in titles])
     axes.set_ylim(len(titles) - 0.5, -0.5)
     axes.axvline(0, color="#999999", linewidth=1, zorder=1.5)
     axes.set_xlabel("lost test score, points")

@@ -52,8 +52,8 @@ def _variant_table(task: TaskFactors, variant: VariantFactors) -> Table:
         "factor",
         "set blindly\n(A)",
         "tuned again\n(B)",
-        "off by\n3.16 (D)",
-        "gain\n(C)",
+        "off by\n3.16",
+        "gain",
         "usable\nruns",
     )
     table = new_table(title, columns)
@@ -71,7 +71,7 @@ def _variant_table(task: TaskFactors, variant: VariantFactors) -> Table:
 
 def mark_alias(factor: FactorEffect) -> str:
     """Return the title of a factor, with a star if it acts as a learning rate."""
-    return f"{factor.title} *" if factor.alias else factor.title
+    return f"{factor.title}*" if factor.alias else factor.title
 
 
 def usable_text(factor: FactorEffect) -> str:

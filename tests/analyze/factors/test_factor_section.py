@@ -42,7 +42,7 @@ def test_the_page_has_the_verdict_the_picture_and_every_factor(summary: Summary,
     page = (folder / "report.html").read_text()
     assert html.escape(summary.verdicts[0].answer, quote=True).replace("&#x27;", "&#39;") in page
     assert 'data-picture="factors"' in page
-    for title in ("learning rate *", "alpha *", "rank", "batch size"):
+    for title in ("learning rate*", "alpha*", "rank", "batch size"):
         assert f"<td>{title}</td>" in page
     assert (folder / "factors.png").stat().st_size > 5_000
     assert "batch size" in (folder / "factors.svg").read_text()
@@ -74,8 +74,8 @@ def test_bars_are_drawn_for_each_factor_that_a_variant_has(summary: Summary) -> 
     assert factor_titles(task)[:2] == ["learning rate", "alpha"]
     first, second = factor_figures([task])
     by_variant = {trace.name: list(trace.y) for trace in first.data}
-    assert by_variant["lora"] == ["learning rate *", "alpha *", "batch size", "rank"]
-    assert by_variant["hira"] == ["learning rate *", "batch size", "rank"]
+    assert by_variant["lora"] == ["learning rate*", "alpha*", "batch size", "rank"]
+    assert by_variant["hira"] == ["learning rate*", "batch size", "rank"]
     # Both figures have one axis, so that bars of A and of B can be compared by eye.
     assert first.layout.xaxis.range == second.layout.xaxis.range
     left, right = draw_factors([task]).axes
