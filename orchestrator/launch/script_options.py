@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from orchestrator.study import bounds
-from orchestrator.study.factors import MAX_LEVELS, MIN_LEVELS
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.rates import parse_learning_rates
 from orchestrator.util.errors import UsageError
@@ -17,6 +16,8 @@ MAX_WIDENING = 5.0
 DEFAULT_FACTORS = (
     "alpha", "rank", "batch_size", "dropout", "warmup", "weight_decay", "schedule", "steps"
 )  # fmt: skip
+MIN_LEVELS, MAX_LEVELS = 1, 3
+"""Bounds of --levels: levels besides the default."""
 DRY_RUN_FACTORS = ("alpha", "batch_size")
 DEFAULT_REPLICATES, DRY_RUN_REPLICATES = 10, 5
 DRY_RUN_RATES = ("1e-3:1e-1:2",)

@@ -28,8 +28,6 @@ ALL = "all"
 """The word of --factors for the whole table and the variants' own settings."""
 OWN_RANGE = (0.5, 2.0)
 """Range of a variant's own number that the table does not name, as multiples of its default."""
-MIN_LEVELS, MAX_LEVELS = 1, 3
-"""Bounds of --levels: levels besides the default."""
 RESWEEP_DECADES = (-1.0, -0.5, 0.0, 0.5, 1.0)
 """Places of the rates at which every level is trained, around the best rate of the default. With three of
 them the optimum of an alias such as alpha lies outside, and its B reads 3.6 points instead of 0.1."""
