@@ -38,6 +38,8 @@ from orchestrator.analyze.verdict import VerdictOutcome
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import AnalysisSettings
 
+MAX_CRITICAL_VALUE = 1e4
+"""With two replicates the critical value of an early look can be larger: nothing is resolved then."""
 Tunings = Mapping[str, Mapping[int, Tuning]]
 """Variant -> replicate -> tuning."""
 
@@ -212,14 +214,13 @@ def _comparison_fields(found: SimultaneousIntervals, index: int, margin: float) 
     seed_error = std / math.sqrt(found.replicates[index])
     item_error = math.sqrt(max(0.0, error**2 - seed_error**2))
     fields["seed_error"] = seed_error
-    if math.isfinite(found.z_critical):
-        fields["resolvable"] = planning.resolvable_difference(
-            error, float(found.degrees[index]), float(found.critical_value[index])
+    critical = float(found.critical_value[index])
+    if critical < MAX_CRITICAL_VALUE:
+        fields["resolvable"] = planning.resolvable_difference(error, float(found.degrees[index]), critical)
+    if math.isfinite(found.z_critical) and (outcome == "undecided" or counts == "open"):
+        fields["replicates_to_decide"] = planning.replicates_to_decide(
+            std, margin, found.z_critical, item_error
         )
-        if outcome == "undecided" or counts == "open":
-            fields["replicates_to_decide"] = planning.replicates_to_decide(
-                std, margin, found.z_critical, item_error
-            )
     return fields
 
 

@@ -118,6 +118,9 @@ def next_step(task: TaskComparison, study: StudyFile) -> tuple[str, str]:
     open_rows = [row for row in task.rows if row.role == "variant" and row.counts == "open"]
     if task.outcome != "undecided" or not open_rows:
         return "", ""
+    without = [f"{row.variant} ({row.reason})" for row in open_rows if row.interval is None]
+    if without:
+        return f"There is no interval for {', '.join(without)}; more replicates may give one.", ""
     unresolved = [row.variant for row in open_rows if row.replicates_to_decide is None]
     if unresolved:
         names = ", ".join(unresolved)

@@ -131,6 +131,7 @@ def test_one_replicate_gives_a_page_without_intervals(tmp_path: Path) -> None:
     summary = write_report(study_of(records), records, tmp_path, DATABASE)
     assert summary.verdicts[0].outcome == "undecided"
     assert "1 replicate is usable for both" in summary.verdicts[0].answer
+    assert summary.verdicts[0].next_step.startswith("There is no interval for ")
     assert summary.comparison is not None
     assert summary.comparison.tasks[0].fixed_rate is None
 

@@ -186,6 +186,17 @@ def test_earlier_looks_cost_width_and_a_look_beyond_the_plan_has_no_error_left()
     assert late.outcome == "undecided"
 
 
+@pytest.mark.parametrize("scores", [(0.5, 0.5, 0.9, 0.1), (0.9, 0.9, 0.905, 0.9), (0.9, 0.9, 0.9, 0.1)])
+def test_two_replicates_have_intervals_however_wide(scores: tuple[float, ...]) -> None:
+    tried = [("lora", 0), ("lora", 1), ("pissa", 0), ("pissa", 1)]
+    records = [record(v, 1e-2, s, x, x) for (v, s), x in zip(tried, scores, strict=True)]
+    row = row_of(compare_one(records, (), max_replicates=3), "pissa")
+    assert row.interval is not None
+    assert -1 <= row.interval.low <= row.interval.high <= 1
+    assert (row.outcome, row.counts, row.pairs) == ("undecided", "open", 2)
+    assert row.resolvable is None or row.resolvable > 0
+
+
 def test_an_undecided_row_names_replicates_that_decide_it_in_the_worst_case() -> None:
     records = tuned_records({"lora": Truth(), "pissa": Truth(0.904)}, replicates=6, noise=0.01)
     row = row_of(compare_one(records), "pissa")
