@@ -129,7 +129,11 @@ BAD = {
     ),
     "too many seeds at all rates": (
         (*DRY, "--seeds", "9000"),
-        ["63000", "10000 or less", "take --seeds 1428"],
+        ["54000", "10000 or less", "take --seeds 1666"],
+    ),
+    "too many seeds at all rates of a finer grid": (
+        (*DRY, "--seeds", "1666"),
+        ["18326", "10000 or less", "take --seeds 909"],
     ),
     "too many rates": (
         (*DRY, "--learning-rates", "1e-5:1e-2:1000000000"),
@@ -237,7 +241,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_a_plan_prints_what_would_be_trained_and_starts_nothing(tmp_path: Path, run: Run) -> None:
     done = run(SWEEP, *DRY)
     assert done.returncode == 0, done.stderr
-    assert "105, of them 0 known" in done.stdout
+    assert "165, of them 0 known" in done.stdout
     assert "Early stopping  none" in done.stdout
     assert not list(tmp_path.glob("results/*/study.json"))
 
@@ -246,7 +250,7 @@ def test_a_dry_run_takes_another_task(run: Run) -> None:
     done = run(SWEEP, *DRY, "--task", "reviews")
     assert done.returncode == 0, done.stderr
     assert "Base model      reviews-base" in done.stdout
-    assert "105, of them 0 known" in done.stdout
+    assert "195, of them 0 known" in done.stdout
 
 
 def test_the_plan_of_early_stopping_shows_both_studies(tmp_path: Path, run: Run) -> None:

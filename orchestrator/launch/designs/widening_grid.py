@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from orchestrator.launch.design import DesignInput, grid_of
 from orchestrator.record.schema import Record
+from orchestrator.study.bounds import check_grid_size
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import build_grid
 from orchestrator.study.rates import round_rate
@@ -33,6 +34,15 @@ class WideningGrid:
     seeds: Sequence[int]
     max_decades: float
     """Decades that the grid may grow at each end; 0: it never does."""
+
+    def __post_init__(self) -> None:
+        """Check the size of the grids.
+
+        Raises:
+            UsageError: A grid has too many points.
+        """
+        for rates in self.given.learning_rates.values():
+            check_grid_size(len(self.seeds), len(rates))
 
     def request(self, records: Mapping[str, Record]) -> list[Configuration]:
         """Return the grids, as wide as the records ask for."""
