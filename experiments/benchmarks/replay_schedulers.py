@@ -1,7 +1,7 @@
 r"""Compare early stopping with the full grid: the optimizer steps, and the chosen learning rates.
 
     python experiments/lr_sensitivity.py --dry-run --output full --study full --seeds 5 --evaluations 12 \
-        --learning-rates 1e-4:7.6e-1:8 \
+        --learning-rates 1e-4:7.6e-1:8 --widen 0 \
         --variants lora rslora lora_plus dora pissa hira vera eva lora_ga delta_lora
     python experiments/benchmarks/replay_schedulers.py full/store --output replays --rates 8 16 32 \
         --evaluations 3 12

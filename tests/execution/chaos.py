@@ -86,6 +86,7 @@ class Size:
     def arguments(self) -> list[str]:
         return [
             *("--variants", *self.variants, "--learning-rates", *self.rates, "--seeds", str(self.seeds)),
+            *("--widen", "0"),
             *(
                 "--steps",
                 str(self.steps),

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from orchestrator.execution.rungs import lane_evaluation_steps
-from orchestrator.finetune.resolve.option_names import resolve_options
+from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.record.schema import Evaluation, Provenance, Record
 from orchestrator.record.store import Store
@@ -293,7 +293,7 @@ def keep_known(
         The fingerprints of the configurations.
     """
     store = Store(options.store_folder)
-    chosen = resolve_options(options, "letters", ("lora",), store.bases)
+    (chosen,) = resolve_tasks(options, ("letters",), ("lora",), store.bases)
     content = resolve_base_model(chosen.model, store.bases, lambda text: None)
     templates = build_configuration_templates(options, chosen, content, store.bases)
     found = set()

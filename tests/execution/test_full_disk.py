@@ -67,8 +67,8 @@ def test_a_report_that_cannot_be_written(
     """The disk with the studies' folders refuses writes once the records were read, before the report."""
     write = reporting.write_parquet
 
-    def write_parquet(store: Any) -> None:
-        write(store)
+    def write_parquet(*stores: Any) -> None:
+        write(*stores)
         refuse(disk)
 
     monkeypatch.setattr(reporting, "write_parquet", write_parquet)

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200), pytest.mark.usefixture
 
 NAME = "lr_sensitivity-counted_task-letters-base"
 STEPS = 200
-RATES = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "3e-3", "1e-2")
+RATES = ("--variants", "lora", "--seeds", "1", "--widen", "0", "--learning-rates", "1e-3", "3e-3", "1e-2")
 THREE = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--trainers", "1", "--lanes-per-trainer", "2")
 
 # The signal comes at the moment when Ray has replaced our signal handler with its own.

@@ -94,7 +94,8 @@ def test_a_broker_that_dies_in_the_middle_of_asha_loses_nothing(
 ) -> None:
     """The broker is killed twice: after the first reports, and after the first lane was stopped."""
     store, length = Store(output / "store"), 100
-    rates = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
+    rates = ("--learning-rates", "1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
+    rates = ("--variants", "lora", "--seeds", "1", "--widen", "0", *rates)
     others = ("--task", str(TASK), "--steps", str(length), "--trainers", "2", "--lanes-per-trainer", "2")
 
     def stopped() -> bool:
@@ -173,7 +174,8 @@ def test_a_study_that_fails_leaves_nothing_and_says_so(connected: Cluster, outpu
 
     The study gives up its trainers before all configurations have failed.
     """
-    twenty = ("--variants", "lora", "--seeds", "5", "--learning-rates", "1e-3", "3e-3", "1e-2", "3e-2")
+    rates = ("--learning-rates", "1e-3", "3e-3", "1e-2", "3e-2")
+    twenty = ("--variants", "lora", "--seeds", "5", "--widen", "0", *rates)
     (weights,) = (output / "store" / "bases").glob("letters-base-*/model.safetensors")
     with no_room():
         process = study.start(output, *twenty, "--trainers", "2", address=connected.address)

@@ -22,7 +22,7 @@ from orchestrator.record.store import Store
 
 NAME = "lr_sensitivity-held_task-letters-base"
 STEPS = 24
-THREE = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "3e-3", "1e-2")
+THREE = ("--variants", "lora", "--seeds", "1", "--widen", "0", "--learning-rates", "1e-3", "3e-3", "1e-2")
 ONE_PLACE = ("--steps", str(STEPS), "--trainers", "1", "--lanes-per-trainer", "1")
 
 

@@ -22,7 +22,19 @@ from orchestrator.study.options import StudyOptions
 NAME = "lr_sensitivity-held_task-letters-base"
 RATES, KNOWN = ("3e-3", "1e-2", "2e-2"), "3e-3"
 # EVA starts from a calibration, which the store keeps.
-SIX = ("--variants", "lora", "eva", "--seeds", "1", "--steps", "24", "--learning-rates", *RATES)
+SIX = (
+    "--variants",
+    "lora",
+    "eva",
+    "--seeds",
+    "1",
+    "--steps",
+    "24",
+    "--widen",
+    "0",
+    "--learning-rates",
+    *RATES,
+)
 SIX = (*SIX, "--scheduler", "asha", "--save-adapters", "--trainers", "1", "--lanes-per-trainer", "1")
 
 

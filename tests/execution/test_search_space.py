@@ -47,8 +47,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolved(bases: Path, task: str = "letters", **options: Any) -> tuple[list[Configuration], Space | None]:
-    typed = StudyOptions(task=task, model=str(bases / task), **options)
-    chosen = resolve_options(typed, "letters", ("lora", "hira"), bases)
+    typed = StudyOptions(model=str(bases / task), **options)
+    chosen = resolve_options(typed, task, ("lora", "hira"), bases)
     content = resolve_base_model(chosen.model, bases, lambda text: None)
     return build_configuration_templates(typed, chosen, content, bases), chosen.space
 

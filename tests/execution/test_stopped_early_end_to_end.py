@@ -31,7 +31,7 @@ BETTER = 0.001  # a validation loss that no lane reaches in 24 steps
 def known(output: Path, *rates: str, task: str = "letters") -> set[str]:
     """Put results that are better than any other into the store, and return their fingerprints."""
     options = StudyOptions(
-        task=task, variants=("lora",), learning_rates=rates, seeds=1, steps=24, output=output
+        task=(task,), variants=("lora",), learning_rates=rates, seeds=1, steps=24, output=output
     )
     return study.keep_known(options, loss=BETTER)
 
@@ -59,7 +59,7 @@ def test_kill_9_in_the_middle_of_asha_loses_nothing(
     before = known(output, "1e-3", "2e-3", "3e-3", task=str(task))
     grid = (*SMALL, "--task", str(task), "--learning-rates", "1e-3", "2e-3", "3e-3", "4e-3", "5e-3", "6e-3")
     grid = (*grid, "7e-3", "--lanes-per-trainer", "1")
-    asha = (*grid, "--scheduler", "asha")
+    asha = (*grid, "--widen", "0", "--scheduler", "asha")
     process = study.start(output, *asha, address=cluster.address)
     # The first new lane has been stopped, and another one is on its way to the rung.
     study.wait_for(lambda: study.held(task), process)

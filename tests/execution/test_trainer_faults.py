@@ -117,7 +117,9 @@ def test_one_lane_raises_and_the_others_of_its_lane_group_finish(
     arguments = (*SMALL, "--variants", "lora", "--task", task)
     with no_room():
         process = study.start(
-            output, *(*arguments, "--learning-rates", "1e-3", str(RAISES), "3e-3"), address=connected.address
+            output,
+            *(*arguments, "--widen", "0", "--learning-rates", "1e-3", str(RAISES), "3e-3"),
+            address=connected.address,
         )
         study.wait_for(lambda: "joined Ray" in study.log(output), process)
         data.unlink()
@@ -150,6 +152,7 @@ def test_one_lane_takes_its_trainer_with_it_and_the_others_finish(
 ) -> None:
     _, task = tripping(tmp_path)
     rates = ("--learning-rates", "1e-3", "3e-3", "1e-2", str(ABORTS), "--lanes-per-trainer", "4")
+    rates = (*rates, "--widen", "0")
     code, out, err = study.run(
         output, *SMALL, "--variants", "lora", "--task", task, *rates, address=cluster.address
     )
@@ -200,7 +203,7 @@ def test_data_that_one_variant_needs_goes_away_and_the_other_is_trained(
     data, task = tmp_path / "letters.txt", tmp_path / "wanted.py"
     data.write_text("abc\n")
     task.write_text(WANTED_BY_DORA.format(data=str(data)))
-    rates = ("--learning-rates", "5e-4", "1e-3", "3e-3", "1e-2", "--lanes-per-trainer", "4")
+    rates = ("--learning-rates", "5e-4", "1e-3", "3e-3", "1e-2", "--lanes-per-trainer", "4", "--widen", "0")
     with no_room():
         process = study.start(
             output,

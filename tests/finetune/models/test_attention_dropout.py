@@ -253,8 +253,8 @@ def test_a_model_without_dropout_is_refused_in_one_line(
         base_model.tokenizer.save_pretrained(folder)
     else:
         encoders.save(kind, folder, **more)
-    typed = StudyOptions(task=task, model=str(folder), base_dropout="on")
-    chosen = resolve_options(typed, "letters", ("lora",), tmp_path)
+    typed = StudyOptions(model=str(folder), base_dropout="on")
+    chosen = resolve_options(typed, task, ("lora",), tmp_path)
     content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
     with pytest.raises(UsageError, match=message) as caught:
         build_configuration_templates(typed, chosen, content, tmp_path)
