@@ -39,6 +39,7 @@ def run() -> int:
         variants=("lora", "rslora", "dora", "hira", "pissa"),
         tasks=("metamathqa",),
         dry_run_tasks=("letters",),
+        dry_run_variants=("lora", "rslora", "hira", "pissa"),
     )
     if options.search != "grid":
         return run_study(experiment, options)

@@ -45,6 +45,18 @@ def test_the_table_fits_80_columns_with_every_number_whole() -> None:
     assert row.split() == ["lora", "1e-2", "inside", "0.967", "[0.91,", "1.00]", "0.957", "12/21", "0.00"]
 
 
+def test_rates_of_three_digits_leave_room_for_the_last_column() -> None:
+    rates = ((5.48e-3, 0.9), (1.73e-2, 0.96), (5.48e-2, 0.2))
+    records = [
+        record(v, r, s, x + s / 100) for v in ("lora", "lora-plus") for r, x in rates for s in range(3)
+    ]
+    text = printed(records)
+    row = next(line for line in text.splitlines() if line.startswith(" lora-plus "))
+    assert row.split()[1] == "1.73e-2"
+    assert row.split()[-1] == "0.00"
+    assert {"lost", "at", "LoRA's", "rate"} <= set(text.split())
+
+
 def test_long_names_and_edges_still_fit() -> None:
     records = [
         record("a-variant-with-a-very-long-name", r, s, v)

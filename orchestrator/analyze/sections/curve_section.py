@@ -83,7 +83,7 @@ def _panel_table(panel: Panel) -> Table:
         "95 %\ninterval",
         "test\nscore",
         "usable\nruns",
-        f"lost at\n{reference}",
+        "lost at\n" + reference.replace(" ", "\n"),
     )
     table = new_table(curve_text.panel_title(panel), columns)
     for c in panel.curves:
