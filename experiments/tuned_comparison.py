@@ -11,7 +11,7 @@ replicate give simultaneous intervals, an outcome for each variant, and the answ
 --task and over all tasks. Results are kept: the same command again trains nothing, and more --replicates
 train only what is new, up to the --max-replicates that were planned.
 
-The rehearsal tunes three variants over five rates in five replicates on two tasks: 150 fine-tunes.
+The rehearsal tunes three variants over four rates in five replicates on two tasks: 120 fine-tunes.
 """
 
 from __future__ import annotations

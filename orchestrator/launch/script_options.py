@@ -20,7 +20,7 @@ MIN_LEVELS, MAX_LEVELS = 1, 3
 """Bounds of --levels: levels besides the default."""
 DRY_RUN_FACTORS = ("alpha", "batch_size")
 DEFAULT_REPLICATES, DRY_RUN_REPLICATES = 10, 5
-DRY_RUN_RATES = ("1e-3:1e-1:2",)
+DRY_RUN_RATES = ("1e-3:3.17e-2:2",)
 DEFAULT_FACTOR_SEEDS, DRY_RUN_FACTOR_SEEDS = 5, 2
 MIN_CURVE_RATES = 5
 """The fewest rates of a curve around whose best other factors are varied."""
