@@ -148,11 +148,11 @@ def complete_options(
 
 
 def published_words(name: str, variants: Sequence[str]) -> list[str]:
-    """Return the words of --set that a preset stands for.
+    """Return the settings of a preset as NAME=VALUE words, in the form that --set takes.
 
     Args:
         name: The name of the preset.
-        variants: Names of the study's variants; the settings of others are left out.
+        variants: Names of the study's variants; settings of other variants are left out.
     """
     variants = [variant.replace("-", "_") for variant in variants]
     settings = [f"{v.name}.{word}" for v in read_variants() if v.name in variants for word in v.set]

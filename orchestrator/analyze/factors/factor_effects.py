@@ -152,8 +152,9 @@ def retuned(values: Scores, choices: Scores, default: int, weights: Scores) -> S
 def retuned_rate(values: Scores, choices: Scores, default: int, rate_weights: Scores) -> Scores:
     """Return B of the learning rate against one factor: the rate is set blindly, the factor is tuned again.
 
-    B(rate | h) = f(x*) - E_l[max_u f(u, l)]. It is the mirror image of `retuned`, so that their difference
-    compares like with like: it tells which of the two should be tuned if only one can be.
+    B(rate | h) = f(x*) - E_l[max_u f(u, l)], with the learning rate l and the values u of the factor h.
+    `retuned` has the two exchanged. The difference of both losses says which of the two hyperparameters
+    should be tuned if only one can be.
 
     Args:
         values: Scores that are reported, (levels, rates, seeds).

@@ -16,10 +16,11 @@ LABEL = "(selected on the test set)"
 
 
 def select_published(record: Record) -> Record:
-    """Return a record whose validation scores are test scores, so that every choice is made by these.
+    """Return a copy of a record whose validation scores are its test scores.
 
-    Where the test split was scored at every evaluation (GLUE), the best of these evaluations takes the place
-    of the last one, as in the published study; its results per item are not known and left out.
+    The analysis then chooses by test scores, as the published study did. If the test split was scored at
+    every evaluation (GLUE), the best of these evaluations replaces the last one. The record does not hold the
+    results per item of that evaluation, so the copy has none.
 
     Args:
         record: Any record.

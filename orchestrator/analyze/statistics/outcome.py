@@ -39,8 +39,9 @@ def counts_for_baseline(low: float, high: float, margin: float) -> bool | None:
         margin: The smallest difference that matters, above 0.
 
     Returns:
-        True if the variant is better by less than the margin, whatever it is within the interval; False if it
-        is better by more than the margin; None if the interval leaves it open.
+        True if the whole interval lies below the margin, so that the variant is not better by the margin or
+        more; False if the whole interval lies above the margin; None if the interval contains the margin, or
+        if there is no interval.
     """
     if math.isnan(low) or math.isnan(high):
         return None

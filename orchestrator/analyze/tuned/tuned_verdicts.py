@@ -210,7 +210,7 @@ def _fixed_rate_over_tasks(found: TunedComparison) -> Verdict:
 
 
 def _change_phrase(found: FixedRateComparison, baseline: str) -> str:
-    """Say which variants change their order with the baseline between two rates."""
+    """Return a clause that names the variants that lose to the baseline at one rate only."""
     name = shown_name(baseline)
     where = f"between {name}'s best rate and a variant's own best rate"
     flipped = [row.variant for row in found.rows if row.reversal]

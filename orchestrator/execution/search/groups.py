@@ -33,7 +33,7 @@ class SearchGroup:
 
     @property
     def size(self) -> float:
-        """The number of points in the space; infinite with an interval of real numbers."""
+        """The number of points in the space; infinite if a dimension is an interval of real numbers."""
         return math.prod(d.size or math.inf for d in self.dimensions)
 
     @property

@@ -263,7 +263,13 @@ class MlflowLogger:
         return opened
 
     def update_means(self, study: str) -> None:
-        """Write the saved views and the mean validation score of each group, if a run was written since."""
+        """Write the saved views, and the mean validation score of each group of runs (one per seed).
+
+        Nothing is written if no run of the study was written after the last call.
+
+        Args:
+            study: Name of the study.
+        """
         with self._convert_errors():
             opened = self._get_study(study)
             if opened.stale_means:

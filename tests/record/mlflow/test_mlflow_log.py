@@ -5,28 +5,20 @@ from __future__ import annotations
 import base64
 import json
 import math
-import multiprocessing
 import sqlite3
-import subprocess
-import sys
-import threading
 import zlib
 from contextlib import closing
 from dataclasses import replace
-from itertools import count
 from multiprocessing.synchronize import Event
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run, ViewType
+from mlflow_runs import PROCESSES, runs_of, stop_at
 from mlflow_server import empty_database, wait
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 
-from orchestrator.record.mlflow.connection import TrackingUnavailableError
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.tracking_uri import sqlite_path
-from orchestrator.record.schema import Evaluation, LaneProgress, Record
+from orchestrator.record.schema import Evaluation, Record
 
 
 @pytest.fixture(scope="module")
@@ -40,28 +32,13 @@ def study(request) -> str:
     return request.node.name
 
 
-def _runs(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
-    """Return the study's run and the others by fingerprint. Check that none exists twice, even deleted."""
-    client = MlflowClient(uri, uri)
-    experiment = client.get_experiment_by_name(study).experiment_id
-    runs = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=1000)
-    (parent,) = [r for r in runs if r.data.tags.get("role") == "study"]
-    children = [r for r in runs if "fingerprint" in r.data.tags]
-    by_fingerprint = {r.data.tags["fingerprint"]: r for r in children}
-    assert len(by_fingerprint) == len(children) == len(runs) - 1
-    for child in children:
-        assert "mlflow.parentRunId" not in child.data.tags, "MLflow's page would hide it below its parent"
-        assert child.data.tags["study"] == study
-    return parent, by_fingerprint
-
-
 def test_a_child_run_has_the_content_of_its_record(uri, study, make_record):
     record = make_record(extra={"ratio": 16})
     log = MlflowLogger(uri)
     log.ensure_study(study, "Which rate is best?", {"task": "letters"})
     assert log.log_records(study, [record]) == 1
     log.finish_study(study)
-    parent, children = _runs(uri, study)
+    parent, children = runs_of(uri, study)
     assert parent.info.status == "FINISHED"
     assert parent.info.run_name == study
     assert parent.data.tags["mlflow.note.content"] == "Which rate is best?"
@@ -108,7 +85,7 @@ def test_values_that_are_not_finite_are_logged_as_nan(uri, study, make_record):
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, [record])
-    child = _runs(uri, study)[1][record.fingerprint]
+    child = runs_of(uri, study)[1][record.fingerprint]
     assert child.info.status == "FINISHED"
     assert child.data.tags["state"] == "diverged"
     assert child.data.tags["mlflow.note.content"] == record.reason
@@ -127,7 +104,7 @@ def test_the_status_of_a_child_follows_from_the_state(uri, study, make_record):
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, made.values())
-    children = _runs(uri, study)[1]
+    children = runs_of(uri, study)[1]
     status = {state: children[r.fingerprint].info.status for state, r in made.items()}
     assert status == dict.fromkeys(("finished", "diverged", "stopped"), "FINISHED") | {"failed": "FAILED"}
     assert "no such tensor" in children[made["failed"].fingerprint].data.tags["mlflow.note.content"]
@@ -140,12 +117,12 @@ def test_logging_again_changes_nothing(uri, study, make_record):
     log.ensure_study(study, "")
     assert log.log_records(study, records) == 3
     log.update_means(study)
-    before = _runs(uri, study)[1]
+    before = runs_of(uri, study)[1]
     assert log.log_records(study, records, reused={r.fingerprint for r in records}) == 0
     again = MlflowLogger(uri)
     again.ensure_study(study, "")
     assert again.log_records(study, records) == 0
-    assert {f: r.to_dictionary() for f, r in _runs(uri, study)[1].items()} == {
+    assert {f: r.to_dictionary() for f, r in runs_of(uri, study)[1].items()} == {
         f: r.to_dictionary() for f, r in before.items()
     }
 
@@ -155,28 +132,14 @@ def test_a_reused_record_is_tagged(uri, study, make_record):
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, [old, new], reused={old.fingerprint})
-    children = _runs(uri, study)[1]
+    children = runs_of(uri, study)[1]
     assert children[old.fingerprint].data.tags["reused_from"] == "2001-09-09 01:46:44 UTC, commit abc123"
     assert "reused_from" not in children[new.fingerprint].data.tags
 
 
-PROCESSES = multiprocessing.get_context("spawn")
-
-
-def _stop_at(statement: str, times: int, stopped: Event) -> None:
-    """Set `stopped` and halt this process before `statement` is executed for the `times`-th time."""
-    numbers = count(1)
-
-    @event.listens_for(Engine, "before_cursor_execute")
-    def stop(connection: object, cursor: object, text: str, *_: object) -> None:
-        if text.startswith(statement) and next(numbers) == times:
-            stopped.set()
-            threading.Event().wait()
-
-
 def _log(uri: str, study: str, record: Record, stopped: Event) -> None:
     """Log a record, and halt in the middle of a transaction after a thousand metrics were written."""
-    _stop_at("INSERT INTO metrics", 3, stopped)
+    stop_at("INSERT INTO metrics", 3, stopped)
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, [record])
@@ -191,13 +154,13 @@ def test_an_incomplete_child_of_a_killed_driver_is_completed(uri, study, make_re
     assert process.is_alive()
     process.kill()
     process.join()
-    (left,) = _runs(uri, study)[1].values()
+    (left,) = runs_of(uri, study)[1].values()
     assert left.info.status == "RUNNING"
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
     assert log.log_records(study, [record]) == 1
     log.finish_study(study)
-    parent, children = _runs(uri, study)
+    parent, children = runs_of(uri, study)
     child = children[record.fingerprint]
     assert child.info.run_id == left.info.run_id
     assert (child.info.status, parent.info.status) == ("FINISHED", "FINISHED")
@@ -207,86 +170,6 @@ def test_an_incomplete_child_of_a_killed_driver_is_completed(uri, study, make_re
     assert len(child.inputs.dataset_inputs) == 3
 
 
-def _progress(record: Record, *steps: int) -> list[LaneProgress]:
-    """Return the start of a record's lane, and its evaluations at these steps, as the driver sees them."""
-    scores = {e.step: e.scores for e in record.evaluations if e.split == "validation"}
-    losses = {step.step: step.loss for step in record.curve}
-    configuration = record.configuration
-    return [
-        LaneProgress(configuration),
-        *(LaneProgress(configuration, step, scores[step], losses[step]) for step in steps),
-    ]
-
-
-def _history(uri: str, run: Run, key: str) -> list[tuple[int, float]]:
-    """Return (step, value) in MLflow's order, which is that of the times."""
-    return [(m.step, m.value) for m in MlflowClient(uri, uri).get_metric_history(run.info.run_id, key)]
-
-
-def test_a_lane_in_training_has_a_run_that_its_record_completes(uri, study, make_record):
-    record = make_record()
-    log = MlflowLogger(uri)
-    log.ensure_study(study, "")
-    start, first, second = _progress(record, 5, 10)
-    log.log_progress(study, start)
-    (run,) = _runs(uri, study)[1].values()
-    assert (run.info.status, run.data.tags["state"]) == ("RUNNING", "training")
-    assert run.info.run_name == "lora lr 0.001 seed 0"
-    assert run.data.params["learning_rate"] == "0.001"
-    assert run.data.metrics == {"log10_learning_rate": -3.0}
-    for progress in (first, first, second):  # the broker repeats its reports after a restart
-        log.log_progress(study, progress)
-    assert _history(uri, run, "validation_exact_match") == [(5, 0.125), (10, 0.25)]
-    assert _history(uri, run, "train_loss") == [(5, 0.6), (10, 0.3)]
-    assert log.log_records(study, [record]) == 1
-    log.log_progress(study, second)  # it comes after the record, and changes nothing
-    log.finish_study(study)
-    (child,) = _runs(uri, study)[1].values()
-    assert child.info.run_id == run.info.run_id
-    assert (child.info.status, child.data.tags["state"]) == ("FINISHED", "finished")
-    assert child.info.end_time >= child.info.start_time, "the trainer's clock is years behind the driver's"
-    assert child.data.tags["commit"] == "abc123"
-    assert _history(uri, child, "train_loss") == [(s.step, s.loss) for s in record.curve]
-    assert [step for step, _ in _history(uri, child, "validation_exact_match")] == [5, 10, 15, 20]
-    assert MlflowLogger(uri).ensure_study(study, "") is None
-    assert log.log_records(study, [record]) == 0
-
-
-def test_a_lane_that_trained_when_its_driver_was_killed_keeps_its_run(uri, study, make_record):
-    record, untrained = make_record(seed=0), make_record(seed=1)
-    log = MlflowLogger(uri)
-    log.ensure_study(study, "")
-    for progress in (*_progress(record, 5, 10), *_progress(untrained)):
-        log.log_progress(study, progress)
-    before = _runs(uri, study)[1]
-    log = MlflowLogger(uri)  # of the next driver
-    log.ensure_study(study, "")
-    for progress in _progress(record, 10, 15):
-        log.log_progress(study, progress)
-    assert log.log_records(study, [record]) == 1
-    log.finish_study(study)
-    after = _runs(uri, study)[1]
-    assert {f: r.info.run_id for f, r in after.items()} == {f: r.info.run_id for f, r in before.items()}
-    assert _history(uri, after[record.fingerprint], "train_loss") == [(s.step, s.loss) for s in record.curve]
-    assert after[record.fingerprint].info.status == "FINISHED"
-    assert after[untrained.fingerprint].info.status == "KILLED", "no record came"
-    log.ensure_study(study, "")
-    log.log_progress(study, _progress(untrained)[0])
-    assert _runs(uri, study)[1][untrained.fingerprint].info.status == "RUNNING"
-
-
-def test_a_run_in_training_with_other_values_than_the_record_is_replaced(uri, study, make_record):
-    record = make_record()
-    log = MlflowLogger(uri)
-    log.ensure_study(study, "")
-    start, first = _progress(record, 5)
-    log.log_progress(study, start)
-    log.log_progress(study, replace(first, scores={**first.scores, "exact_match": 0.9}))
-    assert log.log_records(study, [record]) == 1
-    (child,) = _runs(uri, study)[1].values()
-    assert _history(uri, child, "validation_exact_match")[0] == (5, 0.125)
-
-
 def test_every_run_of_a_group_has_the_mean_over_its_seeds(uri, study, make_record):
     low = make_record(seed=1, evaluations=(Evaluation(20, "validation", {"exact_match": 0.1, "loss": 2.0}),))
     other = make_record(seed=0, rate=1e-2)
@@ -294,12 +177,12 @@ def test_every_run_of_a_group_has_the_mean_over_its_seeds(uri, study, make_recor
     log.ensure_study(study, "")
     log.log_records(study, [make_record(seed=0), low, other, make_record(seed=2, state="stopped")])
     log.update_means(study)
-    means = {f: r.data.metrics["mean_validation_score"] for f, r in _runs(uri, study)[1].items()}
+    means = {f: r.data.metrics["mean_validation_score"] for f, r in runs_of(uri, study)[1].items()}
     assert means.pop(other.fingerprint) == 0.5
     assert list(means.values()) == [0.3] * 3
     log.log_records(study, [make_record(seed=3)])
     log.finish_study(study)
-    means = {f: r.data.metrics["mean_validation_score"] for f, r in _runs(uri, study)[1].items()}
+    means = {f: r.data.metrics["mean_validation_score"] for f, r in runs_of(uri, study)[1].items()}
     assert means.pop(other.fingerprint) == 0.5
     assert list(means.values()) == [pytest.approx(1.1 / 3)] * 4
 
@@ -315,7 +198,7 @@ def test_the_experiment_has_the_saved_views_and_the_description(uri, study, make
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     log.finish_study(study, description="**Supported:** it does.\n\nMore.", metrics={"verdict_1": 1.0})
     experiment = client.get_experiment_by_name(study)
-    parent = _runs(uri, study)[0]
+    parent = runs_of(uri, study)[0]
     for note in (experiment.tags["mlflow.note.content"], parent.data.tags["mlflow.note.content"]):
         first, _, rest = note.partition("\n")
         assert first.startswith(f"[Ranked table](#/experiments/{experiment.experiment_id}/runs?")
@@ -350,7 +233,7 @@ def test_names_that_mlflow_refuses_are_changed(uri, study, make_record):
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, [record])
-    data = _runs(uri, study)[1][record.fingerprint].data
+    data = runs_of(uri, study)[1][record.fingerprint].data
     assert data.params["variant_ratio_a_"] == "2"
     assert data.metrics["validation_.._hits_10"] == 0.5
 
@@ -361,7 +244,7 @@ def test_a_newer_record_replaces_its_child(uri, study, make_record):
     for state, steps in (("failed", 5), ("stopped", 10), ("finished", 20)):
         record = make_record(state=state, steps=steps)
         assert log.log_records(study, [record]) == 1
-        child = _runs(uri, study)[1][record.fingerprint]
+        child = runs_of(uri, study)[1][record.fingerprint]
         assert child.data.tags["state"] == state
         history = MlflowClient(uri, uri).get_metric_history(child.info.run_id, "train_loss")
         assert len(history) == steps
@@ -377,7 +260,7 @@ def test_a_configuration_trained_again_after_damage_has_one_child(uri, study, ma
         log = MlflowLogger(uri)
         log.ensure_study(study, "")
         assert log.log_records(study, [record], adapters=tmp_path) == 1
-    child = _runs(uri, study)[1][first.fingerprint]
+    child = runs_of(uri, study)[1][first.fingerprint]
     assert child.info.end_time == 2_000_000_000_000
     root = sqlite_path(uri).parent / "mlflow-artifacts" / study
     assert [folder.name for folder in (root / "models").iterdir()] == [
@@ -396,7 +279,7 @@ def test_a_child_with_another_value_than_its_record_is_written_again(uri, study,
         log = MlflowLogger(uri)
         log.ensure_study(study, "")
         assert log.log_records(study, [record]) == written
-    assert _runs(uri, study)[1][record.fingerprint].data.metrics["tokens"] == record.cost.tokens
+    assert runs_of(uri, study)[1][record.fingerprint].data.metrics["tokens"] == record.cost.tokens
 
 
 def test_two_runs_of_one_configuration_become_one(uri, study, make_record):
@@ -408,7 +291,7 @@ def test_two_runs_of_one_configuration_become_one(uri, study, make_record):
     # The second logger has read the children before the first one wrote its child.
     assert second.log_records(study, [record]) == 1
     MlflowLogger(uri).ensure_study(study, "")
-    assert set(_runs(uri, study)[1]) == {record.fingerprint}
+    assert set(runs_of(uri, study)[1]) == {record.fingerprint}
 
 
 def test_a_deleted_experiment_comes_back(uri, study, make_record):
@@ -419,7 +302,7 @@ def test_a_deleted_experiment_comes_back(uri, study, make_record):
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
     assert log.log_records(study, [make_record()]) == 1
-    assert len(_runs(uri, study)[1]) == 1
+    assert len(runs_of(uri, study)[1]) == 1
 
 
 def test_an_adapter_becomes_a_model_that_is_linked_to_its_run(uri, study, make_record, tmp_path):
@@ -430,7 +313,7 @@ def test_an_adapter_becomes_a_model_that_is_linked_to_its_run(uri, study, make_r
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, [with_one, without], adapters=tmp_path)
-    children = _runs(uri, study)[1]
+    children = runs_of(uri, study)[1]
     client = MlflowClient(uri, uri)
     run = children[with_one.fingerprint]
     (output,) = run.outputs.model_outputs
@@ -459,9 +342,9 @@ def test_an_adapter_is_linked_once_after_a_driver_was_killed_while_it_logged_the
         log = MlflowLogger(uri)
         log.ensure_study(study, "")
         assert log.log_records(study, [record], adapters=tmp_path) == 1
-        (child,) = _runs(uri, study)[1].values()
+        (child,) = runs_of(uri, study)[1].values()
         MlflowClient(uri, uri).update_run(child.info.run_id, "RUNNING")
-    (again,) = _runs(uri, study)[1].values()
+    (again,) = runs_of(uri, study)[1].values()
     assert again.info.run_id == child.info.run_id
     assert len(again.outputs.model_outputs) == 1
 
@@ -469,67 +352,3 @@ def test_an_adapter_is_linked_once_after_a_driver_was_killed_while_it_logged_the
 def test_logging_before_ensure_study_is_an_error(uri, make_record):
     with pytest.raises(ValueError, match="ensure_study"):
         MlflowLogger(uri).log_records("never opened", [make_record()])
-
-
-def test_an_unreadable_database_counts_as_unavailable(tmp_path):
-    (tmp_path / "mlflow.db").write_bytes(b"not a database at all" * 100)
-    with pytest.raises(TrackingUnavailableError, match="not a database"):
-        MlflowLogger(f"sqlite:///{tmp_path}/mlflow.db").ensure_study("a", "")
-
-
-@pytest.mark.slow
-def test_two_processes_that_create_the_database_at_once_share_it(tmp_path):
-    """Start two interpreters, which first import everything, and let them create the database at once."""
-    code = (
-        "import sys, mlflow.store.tracking.sqlalchemy_store\n"
-        "from pathlib import Path\n"
-        "from orchestrator.record.mlflow.log import MlflowLogger\n"
-        "uri, study, here = sys.argv[1:]\n"
-        "Path(here).touch()\n"
-        "sys.stdin.read()\n"
-        "log = MlflowLogger(uri)\n"
-        "log.ensure_study(study, 'why')\n"
-        "log.finish_study(study)"
-    )
-    (work := tmp_path / "work").mkdir()
-    uri, ready = f"sqlite:///{work}/mlflow.db", [tmp_path / "one", tmp_path / "two"]
-    piped = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, uri, here.name, here], cwd=work, text=True, **piped)
-        for here in ready
-    ]
-    try:
-        wait(lambda: all(here.exists() for here in ready), "the processes do not start")
-        for process in processes:
-            process.stdin.close()
-        for process in processes:
-            assert (process.stdout.read(), process.stderr.read(), process.wait()) == ("", "", 0)
-    finally:
-        for process in processes:
-            process.kill()
-    names = {e.name for e in MlflowClient(uri, uri).search_experiments()}
-    assert names == {"Default", "one", "two"}
-    assert {f.name for f in work.iterdir()} <= {"mlflow.db", ".lock", "mlflow-artifacts"}
-
-
-def _make(uri: str, stopped: Event) -> None:
-    """Create the database, and halt in the middle of its migrations."""
-    _stop_at("UPDATE alembic_version", 10, stopped)
-    MlflowLogger(uri).ensure_study("first", "")
-
-
-@pytest.mark.slow
-def test_a_driver_killed_while_it_creates_the_database_leaves_none(tmp_path):
-    uri, stopped = f"sqlite:///{tmp_path}/mlflow.db", PROCESSES.Event()
-    process = PROCESSES.Process(target=_make, args=(uri, stopped))
-    process.start()
-    wait(lambda: stopped.is_set() or not process.is_alive(), "the migrations do not begin")
-    assert process.is_alive()
-    process.kill()
-    process.join()
-    assert list(tmp_path.glob(".mlflow.db.new*"))
-    assert not (tmp_path / "mlflow.db").exists()
-    log = MlflowLogger(uri)
-    log.ensure_study("second", "")
-    log.finish_study("second")
-    assert _runs(uri, "second")[0].info.status == "FINISHED"
