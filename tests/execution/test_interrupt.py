@@ -45,9 +45,9 @@ import os, signal
 from orchestrator.launch import reporting
 write = reporting.write_parquet
 
-def write_parquet(store):
+def write_parquet(*arguments):
     os.killpg(os.getpid(), signal.SIGINT)
-    write(store)
+    write(*arguments)
 
 reporting.write_parquet = write_parquet
 """
