@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,9 @@ def _importance(star: Star, scale: float) -> dict[str, float]:
     from optuna.distributions import FloatDistribution
     from optuna.importance import FanovaImportanceEvaluator
 
+    if not star.seeds:
+        return {}
+    star = replace(star, arms=tuple(arm for arm in star.arms if arm.seeds))
     x = [math.log10(rate) for rate in star.rates]
     low, high = scaled_ends(x, math.log10(star.center), scale)
     ends = {RATE: (low, high)} | {a.factor.name: (min(a.positions), max(a.positions)) for a in star.arms}

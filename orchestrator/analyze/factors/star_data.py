@@ -149,7 +149,7 @@ def _build_star(
         for factor in factors
     }
     arms = [
-        _build_arm(factor, [curve, *own], center, default_rate(rates), labels)
+        _build_arm(factor, [curve, *own], rates, center, labels)
         for factor, own in by_factor.items()
         if own
     ]
@@ -220,8 +220,8 @@ def _count_labels(levels: Sequence[Runs], labels: Mapping[str, RunLabel]) -> dic
 def _build_arm(
     factor: Factor,
     levels: Sequence[Runs],
+    curve_rates: Sequence[float],
     center: float,
-    published: float,
     labels: Mapping[str, RunLabel],
 ) -> Arm | None:
     """Return the arm of a factor; None if its levels share neither a rate nor a seed.
@@ -229,9 +229,9 @@ def _build_arm(
     Args:
         factor: The factor.
         levels: The runs of each level, the default first.
+        curve_rates: The rates at which the curve has a score. A rate without one is left out of the arm.
         center: The best rate of the default. All rates near it that every level has are taken, so that
             nothing is lost when further seeds move it.
-        published: The rate that stands for the published default.
         labels: Fingerprint -> label.
     """
     named = [get_value(next(iter(runs.values())).configuration, factor.name) for runs in levels]
@@ -239,14 +239,14 @@ def _build_arm(
     order = _level_order(factor, known)
     ordered = [levels[i] for i in order]
     seeds = sorted(set.intersection(*({seed for _, seed in runs} for runs in levels)))
-    measured = set.intersection(*({rate for rate, _ in runs} for runs in levels))
+    measured = set(curve_rates).intersection(*({rate for rate, _ in runs} for runs in levels))
     rates = sorted(rate for rate in measured if is_near(rate, center))
     if not rates or not seeds:
         return None
     choices, values = _score_arrays(ordered, rates, seeds)
     complete = [bool(np.isfinite(choices[..., i] + values[..., i]).all()) for i in range(len(seeds))]
     at_default = None
-    if published in measured:
+    if (published := default_rate(curve_rates)) in measured:
         both = _score_arrays(ordered, [published], seeds)
         ok = np.isfinite(both).all(axis=(0, 1, 2))
         at_default = tuple(scores[:, 0, ok] for scores in both) if ok.any() else None

@@ -14,6 +14,7 @@ from orchestrator.analyze.summary import summarize
 from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
+from orchestrator.study.factors import resweep_rates
 from orchestrator.study.space import apply_values
 
 COMMAND = "python experiments/hyperparameter_sensitivity.py --task letters --factors alpha rank --seeds 5"
@@ -179,6 +180,46 @@ def test_missing_and_diverged_runs_leave_the_other_seeds() -> None:
     variant = only_variant(changed)
     assert variant.factors[0].misset.n == 4
     assert variant.factors[0].labels["diverged"] == 1
+
+
+def test_the_report_of_an_interrupted_curve_has_no_figures() -> None:
+    """Each seed lacks one rate of the curve, so that no seed is complete."""
+    records = star_records(SURFACE, names=("rank",))
+    ended = [r for r in records if RATES.index(r.configuration.optimizer.learning_rate) != r.configuration.seed]
+    variant = only_variant(ended)
+    assert variant.seeds == 0
+    assert variant.rate.misset.mean is None
+    assert variant.importance == {"half": {}, "measured": {}, "double": {}}
+
+
+def test_the_report_of_an_interrupted_arm_has_the_curve_alone() -> None:
+    """Each seed lacks one rate of the arm, so that no seed is complete."""
+    records = star_records(SURFACE, names=("rank",))
+    lacking = dict(enumerate(resweep_rates(RATES, 1e-2)))
+    ended = [
+        r
+        for r in records
+        if r.configuration.variant.rank == 8
+        or lacking[r.configuration.seed] != r.configuration.optimizer.learning_rate
+    ]
+    variant = only_variant(ended)
+    assert variant.factors[0].misset.n == 0
+    assert variant.importance["measured"] == {"learning rate": 1.0}
+    assert verdict_of(ended).outcome == "undecided"
+
+
+def test_a_rate_at_which_every_run_of_the_curve_failed_enters_no_figure() -> None:
+    failing = resweep_rates(RATES, 1e-2)[-1]
+    records = [
+        replace(r, state="failed", evaluations=())
+        if r.configuration.optimizer.learning_rate == failing and r.configuration.variant.rank == 8
+        else r
+        for r in star_records(SURFACE, names=("rank",))
+    ]
+    variant = only_variant(records)
+    assert failing not in variant.rate.rates
+    assert variant.factors[0].rates == resweep_rates(RATES, 1e-2)[:-1]
+    assert variant.factors[0].misset.n == 5
 
 
 def test_runs_of_two_changes_and_a_missing_factor_are_said() -> None:
