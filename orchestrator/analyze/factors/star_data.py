@@ -149,9 +149,7 @@ def _build_star(
         for factor in factors
     }
     arms = [
-        _build_arm(factor, [curve, *own], rates, center, labels)
-        for factor, own in by_factor.items()
-        if own
+        _build_arm(factor, [curve, *own], rates, center, labels) for factor, own in by_factor.items() if own
     ]
     outside = [runs for i, runs in enumerate(levels) if i != first and changed[i] is None]
     return Star(

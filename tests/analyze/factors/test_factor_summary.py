@@ -185,7 +185,8 @@ def test_missing_and_diverged_runs_leave_the_other_seeds() -> None:
 def test_the_report_of_an_interrupted_curve_has_no_figures() -> None:
     """Each seed lacks one rate of the curve, so that no seed is complete."""
     records = star_records(SURFACE, names=("rank",))
-    ended = [r for r in records if RATES.index(r.configuration.optimizer.learning_rate) != r.configuration.seed]
+    lacking = RATES[:5]
+    ended = [r for r in records if lacking[r.configuration.seed] != r.configuration.optimizer.learning_rate]
     variant = only_variant(ended)
     assert variant.seeds == 0
     assert variant.rate.misset.mean is None
@@ -195,7 +196,7 @@ def test_the_report_of_an_interrupted_curve_has_no_figures() -> None:
 def test_the_report_of_an_interrupted_arm_has_the_curve_alone() -> None:
     """Each seed lacks one rate of the arm, so that no seed is complete."""
     records = star_records(SURFACE, names=("rank",))
-    lacking = dict(enumerate(resweep_rates(RATES, 1e-2)))
+    lacking = resweep_rates(RATES, 1e-2)
     ended = [
         r
         for r in records
