@@ -13,10 +13,12 @@ from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
 from orchestrator.study.configuration import Configuration
+from orchestrator.study.factors import ALL, load_factors
 from orchestrator.study.space import format_value, get_value
 from orchestrator.util.errors import UsageError
 
-_OTHER_SCRIPTS = re.compile(r"(tuned_comparison|early_stopping|hyperparameter_sensitivity)\.py$")
+_FACTOR_SCRIPT = "hyperparameter_sensitivity"
+_OTHER_SCRIPTS = re.compile(rf"(tuned_comparison|early_stopping|{_FACTOR_SCRIPT})\.py$")
 # Options that the plain script lacks or that would train more than one configuration.
 _OTHER_OPTIONS = (
     *("--confirm-seeds", "--margin", "--replicates", "--max-replicates", "--factors", "--levels", "--widen"),
@@ -56,14 +58,16 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
 def narrow_command(command: str, configuration: Configuration) -> str:
     """Narrow a study's command to one of its configurations.
 
-    Variant, learning rate and seeds are replaced, and a search by the values that it has found. All other
-    options stay. `--seeds N` requests the seeds 0 to N-1; the study needs those before this one anyway.
+    Variant, learning rate and seeds are replaced, and a search or a study of factors by the configuration's
+    values of what it varies. All other options stay. `--seeds N` requests the seeds 0 to N-1: no
+    option requests one seed alone.
 
     Args:
         command: The study's command.
         configuration: The configuration to be trained.
     """
     has_several_tasks = len(_option_values(command, "--task")) > 1 or _option_values(command, "--preset")
+    varied = [*_option_values(command, "--space"), *_factor_names(command)]
     return replace_options(
         command,
         {
@@ -72,8 +76,8 @@ def narrow_command(command: str, configuration: Configuration) -> str:
             "--learning-rates": [repr(configuration.optimizer.learning_rate)],
             "--seeds": [str(configuration.seed + 1)],
             "--set": [
-                *_select_fixed_values(_option_values(command, "--set"), configuration),
-                *_format_found_values(_option_values(command, "--space"), configuration),
+                *_select_fixed_values(_option_values(command, "--set"), varied, configuration),
+                *_format_values(varied, configuration),
             ],
             **dict.fromkeys(("--search", "--sampler", "--points", "--space"), ()),
         },
@@ -120,16 +124,39 @@ def _option_values(command: str, wanted: str) -> list[str]:
     return [value for value in values if value]
 
 
-def _select_fixed_values(words: list[str], configuration: Configuration) -> list[str]:
-    """Return the fixed values except the learning rate and those of other variants."""
-    parts = [(word, word.partition("=")[0].replace("-", "_").rpartition(".")) for word in words]
+def _select_fixed_values(words: list[str], varied: list[str], configuration: Configuration) -> list[str]:
+    """Return the words of --set without the learning rate, the varied values and those of other variants."""
+    dropped = {"learning_rate", *map(_key, varied)}
     variants = ("", configuration.variant.name)
-    return [word for word, (variant, _, name) in parts if variant in variants and name != "learning_rate"]
+    keys = [_key(word) for word in words]
+    return [
+        word
+        for word, key in zip(words, keys, strict=True)
+        if key.rpartition(".")[0] in variants and not {key, key.rpartition(".")[2]} & dropped
+    ]
 
 
-def _format_found_values(space: list[str], configuration: Configuration) -> list[str]:
-    """Return the values that a search over `space` has found, as words of --set."""
-    keys = [word.partition("=")[0].replace("-", "_") for word in space]
+def _key(word: str) -> str:
+    """Return the hyperparameter's key of a word NAME=VALUE."""
+    return word.partition("=")[0].replace("-", "_")
+
+
+def _factor_names(command: str) -> list[str]:
+    """Return the factors that a study of factors may vary, in the order of the command or of the table."""
+    if _FACTOR_SCRIPT not in command:
+        return []
+    names = _option_values(command, "--factors")
+    return names if names and ALL not in names else list(load_factors())
+
+
+def _format_values(words: list[str], configuration: Configuration) -> list[str]:
+    """Return the configuration's values of the hyperparameters that `words` name, as words of --set.
+
+    Args:
+        words: Names, or NAME=SPEC as in --space.
+        configuration: The configuration; a hyperparameter that its variant does not have is left out.
+    """
+    keys = [_key(word) for word in words]
     values = {key: get_value(configuration, key) for key in keys if key.rpartition(".")[2] != "learning_rate"}
     return [
         f"{key}={value!r}" if isinstance(value, float) else f"{key}={format_value(value)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from mlflow_server import empty_database
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile, find_study, read_studies
+from orchestrator.study.space import apply_values
 from orchestrator.util.atomic_files import add_checksum, verify_checksum
 from orchestrator.util.command import main
 from orchestrator.util.errors import UsageError
@@ -275,6 +277,24 @@ def test_a_command_of_replicates_is_narrowed_to_the_plain_script(make_record):
     options = "--study s --variants lora --learning-rates 3e-05 --seeds 1"
     narrowed = narrow_command(command, make_record(seed=0, rate=3e-5).configuration)
     assert narrowed == f"python experiments/lr_sensitivity.py {options}"
+
+
+@pytest.mark.parametrize("named", ["--factors dropout batch_size beta2 ", ""])
+def test_a_command_of_factors_is_narrowed_to_the_values_of_one_run(named, make_record):
+    command = (
+        f"python experiments/hyperparameter_sensitivity.py --set dropout=0.1 clip_norm=2.0 {named}--levels 1"
+    )
+    configuration = apply_values(
+        make_record(seed=1, rate=3e-5).configuration, {"dropout": 0.05, "beta2": 0.95}
+    )
+    words = shlex.split(narrow_command(command, configuration))
+    assert words[:3] == ["python", "experiments/lr_sensitivity.py", "--variants"]
+    assert "--factors" not in words
+    assert "--levels" not in words
+    values = words[words.index("--set") + 1 :]
+    assert values[0] == "clip_norm=2.0"
+    assert {"dropout=0.05", "beta2=0.95"} < set(values)
+    assert len({value.partition("=")[0] for value in values}) == len(values), "each is set once"
 
 
 def test_show_of_a_run_of_several_tasks_names_its_own(run, results, make_record):
