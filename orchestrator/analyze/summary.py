@@ -43,13 +43,14 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
     distinct = panels.deduplicate_records(records)
     kind, labels = study.settings.kind, label_runs(distinct)
     searches = _summarize_searches(distinct) if kind == "search" else ()
-    stars = find_stars(distinct, labels) if kind == "factors" else []
+    missing = bool(set(study.configurations) - {record.fingerprint for record in distinct})
+    stars = find_stars(_in_study_order(study, distinct), labels) if kind == "factors" else []
     factors = summarize_factors(stars, study.settings) if kind == "factors" else None
     curves = [record for star in stars for record in star.curve] if kind == "factors" else distinct
     shown = summarize_panels(curves) if kind in ("curve", "factors") else ()
     comparison = compare_tuned(study, distinct, labels) if kind == "replicates" else None
     verdicts = tuned_verdicts(comparison, study) if comparison else []
-    verdicts += factor_verdicts(factors, study.command) if factors else []
+    verdicts += factor_verdicts(factors, study.command, missing) if factors else []
     if kind == "curve":
         verdicts += filter(None, map(panel_rate_verdict, shown))
         verdicts += [curve_verdict(panel, study.command) for panel in shown]
@@ -60,7 +61,7 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
         *(w for p in shown for w in panel_caveats(p)),
         *(w for s in searches for w in search_caveats(s)),
         *(tuned_warnings(comparison) if comparison else ()),
-        *(factor_warnings(factors) if factors else ()),
+        *(factor_warnings(factors, missing) if factors else ()),
     ]
     counts = Counter(labels.values())
     return Summary(
@@ -74,6 +75,12 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
         factor_study=factors,
         costs=summarize_costs(curves, _best_scores(shown, searches, comparison)),
     )
+
+
+def _in_study_order(study: StudyFile, records: Sequence[Record]) -> list[Record]:
+    """Return records in the order in which the study requested them: of a star, the default's curve first."""
+    order = {fingerprint: i for i, fingerprint in enumerate(study.configurations)}
+    return sorted(records, key=lambda record: order.get(record.fingerprint, len(order)))
 
 
 def _best_scores(

@@ -24,27 +24,34 @@ class _Closest:
     retuned: bool
 
 
-def factor_verdicts(study: FactorStudy, command: str) -> list[Verdict]:
+def factor_verdicts(study: FactorStudy, command: str, missing: bool = False) -> list[Verdict]:
     """Return one verdict for each task and base model.
 
     Args:
         study: The results.
         command: The command of the study, for the command that narrows an answer.
+        missing: True if configurations of the study have not ended. Nothing is supported then, because the
+            claim is about all factors of the study.
     """
-    return [_verdict(task, study.margin, command) for task in study.tasks]
+    return [_verdict(task, study.margin, command, missing) for task in study.tasks]
 
 
-def _verdict(task: TaskFactors, margin: float, command: str) -> Verdict:
+def _verdict(task: TaskFactors, margin: float, command: str, missing: bool) -> Verdict:
     outcome = _outcome(task)
+    if missing and outcome == "supported":
+        outcome = "undecided"
     sentences = (_count_sentence(task), _closest_sentence(task), _alias_sentence(task))
     step, seeds = _next_step(task, margin) if outcome == "undecided" else ("", None)
+    next_command = change_options(command, {"--seeds": [str(seeds)]}) if seeds and command else ""
+    if missing:
+        step, next_command = "Some configurations have not ended; the same command continues.", command
     return Verdict(
         claim=CLAIM,
         outcome=outcome,
         answer=" ".join(filter(None, sentences)),
         design=_design_sentence(task, margin),
         next_step=step,
-        next_command=change_options(command, {"--seeds": [str(seeds)]}) if seeds and command else "",
+        next_command=next_command,
     )
 
 
@@ -165,15 +172,27 @@ def _next_step(task: TaskFactors, margin: float) -> tuple[str, int | None]:
     have = max((contrast.seeds for contrast in contrasts), default=0)
     if not contrasts:
         return "The levels of the factors have not been trained yet; the same command continues.", None
-    if None in needed or have < 2:
-        if have < 2:
-            return "Five seeds give intervals.", 5
+    if have < 2:
+        return "Five seeds give intervals.", 5
+    if lacking := _without_interval(open_variants):
+        return f"There is no interval for {', '.join(lacking)}: fewer than two seeds have every score.", None
+    if None in needed:
         return (
             "The learning rate and the closest factor cost about the same; more seeds may not decide it.",
             None,
         )
     seeds = max([have + 1, *(n for n in needed if n is not None)])
     return f"About {seeds} seeds decide it if the differences and their spread stay as they are.", seeds
+
+
+def _without_interval(variants: Sequence[VariantFactors]) -> list[str]:
+    """Return the factors, with their variants, of which fewer than two seeds have a score of every run."""
+    return [
+        f"{factor.title} ({variant.variant})"
+        for variant in variants
+        for factor in variant.factors
+        if not factor.alias and factor.misset_contrast is not None and factor.misset_contrast.seeds < 2
+    ]
 
 
 def points(estimate: Estimate | None) -> str:
@@ -194,9 +213,19 @@ def _limit(contrast: Contrast | None) -> str:
     return "-" if contrast is None else number(contrast.lower)
 
 
-def factor_warnings(study: FactorStudy) -> Sequence[str]:
-    """Return what a reader must know before believing the figures."""
+def factor_warnings(study: FactorStudy, missing: bool = False) -> Sequence[str]:
+    """Return what a reader must know before believing the figures.
+
+    Args:
+        study: The results.
+        missing: True if configurations of the study have not ended.
+    """
     found = []
+    if missing:
+        found.append(
+            "configurations have not ended, so factors and levels may be missing, and the claim cannot be "
+            "supported yet."
+        )
     for task in study.tasks:
         for v in task.variants:
             where = f"{v.variant} on {task.task}"

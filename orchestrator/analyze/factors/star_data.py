@@ -172,7 +172,8 @@ def _find_default(
 ) -> int:
     """Return the index of the default: from it the most runs differ in one factor at most.
 
-    Among equals it is the level with the most rates, because the curve is finer and wider than the sweeps.
+    Among equals it is the level with the most rates, because the curve is finer and wider than the sweeps;
+    then the first one, because a study requests its default first.
     """
 
     def rank(i: int) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from star_records import FACTORS, RATES, Surface, make_record, star_records, template
 
@@ -32,8 +33,13 @@ PLANTED = ["learning rate", "batch size", "schedule", "rank", "dropout"]
 
 def summary_of(records: list[Record]) -> Summary:
     """Return the summary of a study of factors."""
-    study = StudyFile("s", "?", COMMAND, settings=AnalysisSettings(kind="factors"))
-    return summarize(study, records)
+    return summarize(study_of(records), records)
+
+
+def study_of(records: list[Record]) -> StudyFile:
+    """Return a study of factors that has requested these records in this order."""
+    names = tuple(dict.fromkeys(r.fingerprint for r in records))
+    return StudyFile("s", "?", COMMAND, names, settings=AnalysisSettings(kind="factors"))
 
 
 def factors_of(records: list[Record]) -> FactorStudy:
@@ -169,6 +175,50 @@ def replace_rate_and_seed(record: Record) -> object:
     """Return the default configuration at the rate and with the seed of a record."""
     c = record.configuration
     return replace(apply_values(template(), {"learning_rate": c.optimizer.learning_rate}), seed=c.seed)
+
+
+def failed(record: Record) -> Record:
+    """Return the record of a run that failed."""
+    return replace(record, state="failed", evaluations=())
+
+
+def at(record: Record, rank: int, rate: float | None = None) -> bool:
+    """Return whether a record has this rank and, if given, this learning rate."""
+    c = record.configuration
+    return c.variant.rank == rank and rate in (None, c.optimizer.learning_rate)
+
+
+def test_every_part_of_an_unfinished_study_has_a_summary() -> None:
+    records = star_records(SURFACE, names=("rank", "batch_size"), seeds=2)
+    draw = np.random.default_rng(0)
+    for size in (1, 5, 20, 40, 60, len(records) - 1):
+        kept = [records[i] for i in draw.permutation(len(records))[:size]]
+        summary_of([failed(r) if draw.random() < 0.1 else r for r in kept])
+
+
+def test_the_default_of_a_single_factor_is_the_level_that_was_requested_first() -> None:
+    """Curve and levels have the same five rates, so that nothing else tells them apart."""
+    rates = (1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1)
+    for name in ("lora", "rslora", "pissa", "dora"):
+        records = star_records(SURFACE, template(name), names=("rank",), seeds=2, rates=rates)
+        assert only_variant(records).factors[0].default == "8"
+
+
+def test_an_unfinished_study_supports_nothing_and_names_its_command() -> None:
+    records = star_records(SURFACE)
+    study = study_of(records)
+    summary = summarize(study, [r for r in records if not at(r, 32)])
+    (verdict,) = summary.verdicts
+    assert verdict.outcome == "undecided"
+    assert verdict.next_command == COMMAND
+    assert any("have not ended" in warning for warning in summary.warnings)
+
+
+def test_a_factor_whose_runs_failed_is_named_and_leaves_the_claim_open() -> None:
+    records = star_records(SURFACE, names=("rank", "dropout"), seeds=3)
+    verdict = verdict_of([failed(r) if at(r, 32) else r for r in records])
+    assert verdict.outcome == "undecided"
+    assert verdict.next_step.startswith("There is no interval for rank (lora)")
 
 
 def test_missing_and_diverged_runs_leave_the_other_seeds() -> None:
