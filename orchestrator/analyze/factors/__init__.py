@@ -1,1 +1,1 @@
-"""Which hyperparameter matters: effects of factors from the records of a star design."""
+"""Sensitivity analysis: effects of hyperparameters on the score, from the records of a star design."""

@@ -1,14 +1,20 @@
-"""Effects of one factor on the score, per seed, from scores at its levels, the learning rates and the seeds.
+"""Losses A, B and D and gain C of one hyperparameter (docs/sensitivity.md), per seed, from arrays of scores.
 
-All functions take plain arrays. `values` has the scores that are reported (test scores) and `choices` the
-scores by which a rate or level is chosen (validation scores), both of shape (levels, rates, seeds); the rates
-are the same at every level, and the row `default` is the factor's default value. Whatever is chosen for a
-seed is chosen by the mean over the *other* seeds, so that no seed's score is read where it was itself the
-reason for the choice: with the seed's own score included, the best of five equal rates looks better than it
-is, by half of the seeds' standard deviation with three seeds.
+Notation: f(u, l) is the test score of one factor's level u and the learning rate l, E_u the mean over the
+factor's prior, and x* the default configuration at its best rate.
 
-The figures are those of the analysis protocol (docs/sensitivity.md): A (misset), B (re-tuned), C (gain) and D
-(off by a factor). Each is a difference of scores: positive where the factor matters.
+- A (`misset`): the factor is drawn from its prior, and the rate stays the best one of the default.
+- B (`retuned`): the factor is drawn from its prior, and the rate is tuned for each value.
+- C (`gain`): one hyperparameter alone is tuned, from the published default.
+- D (`loss_off_by`): the factor is too high or too low by a given ratio.
+
+All functions take two arrays of the same shape, (levels, rates, seeds) unless stated otherwise: `values` has
+the test scores, which are reported; `choices` has the validation scores, which choose a rate or a level. All
+levels have the same rates.
+
+The rate or level for a seed is the one with the best mean validation score over the *other* seeds. If the
+seed's own score took part, the score of the chosen candidate would be biased upwards: for the best of five
+equal rates and three seeds by half of the standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -19,31 +25,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float64]
-"""Scores of shape (levels, rates, seeds), or as stated."""
+"""Scores, or weights of scores."""
 Indices = NDArray[np.intp]
 """One index per seed."""
 
 
 def prior_weights(positions: Sequence[float], low: float, high: float) -> Scores:
-    """Return the weights of measured levels in the mean over a uniform prior.
+    """Return weights w such that w @ scores is the expected score under a uniform prior.
 
-    The mean is that of the piecewise linear function through the levels, constant beyond the first and the
-    last one, over the interval from `low` to `high`; it is exact for such a function. For a log-uniform prior
-    give logarithms.
+    Between the levels the score is interpolated linearly, and beyond the first and last level it is constant.
+    The expectation of this function is exact.
 
     Args:
-        positions: The positions of the levels, ascending.
-        low: The lower end of the prior.
-        high: The upper end of the prior; equal to `low` for a single value.
+        positions: Positions of the levels, ascending; logarithms for a log-uniform prior.
+        low: Lower end of the prior.
+        high: Upper end of the prior; the prior is the single point `low` if `high` is not above it.
 
     Returns:
-        Weights of shape (levels,) with the sum 1.
+        Weights, shape (levels,), with the sum 1.
     """
     x = np.asarray(positions, dtype=float)
     unit = np.eye(len(x))
     if high <= low:
         return np.array([np.interp(low, x, row) for row in unit])
-    # The function bends at the levels only, so the trapezoid rule with these nodes is exact.
+    # The interpolated function has kinks at the levels only, so the trapezoid rule is exact.
     nodes = np.unique(np.concatenate([[low, high], x[(x > low) & (x < high)]]))
     hats = np.array([np.interp(nodes, x, row) for row in unit])
     weights: Scores = np.trapezoid(hats, nodes, axis=1) / (high - low)
@@ -51,67 +56,88 @@ def prior_weights(positions: Sequence[float], low: float, high: float) -> Scores
 
 
 def leave_one_out_means(choices: Scores) -> Scores:
-    """Return for each seed the mean over the other seeds (along the last axis); one seed stays as it is."""
+    """Return for each seed the mean over the other seeds; a single seed keeps its own score.
+
+    Args:
+        choices: Scores, shape (..., seeds).
+
+    Returns:
+        Means of the same shape.
+    """
     n = choices.shape[-1]
     return choices if n == 1 else (choices.sum(axis=-1, keepdims=True) - choices) / (n - 1)
 
 
 def best_index(choices: Scores) -> Indices:
-    """Return for each seed the candidate that the other seeds' mean puts first.
+    """Return for each seed the candidate with the best mean over the other seeds.
 
     Args:
-        choices: Scores of shape (..., candidates, seeds).
+        choices: Scores, shape (..., candidates, seeds).
 
     Returns:
-        Indices of shape (..., seeds). Ties go to the first candidate.
+        Indices of candidates, shape (..., seeds); the first one of equal candidates.
     """
     means = leave_one_out_means(choices)
-    # A tie must not be decided by the rounding of a sum.
+    # Without rounding, the floating-point error of the sum would decide between equal candidates.
     chosen: Indices = np.argmax(np.round(means, 12), axis=-2)
     return chosen
 
 
 def _take(values: Scores, index: Indices) -> Scores:
-    """Return the values of the candidates `index[..., seed]` of an array (..., candidates, seeds)."""
+    """Select one candidate per seed.
+
+    Args:
+        values: Scores, shape (..., candidates, seeds).
+        index: Indices of candidates, shape (..., seeds).
+
+    Returns:
+        Scores, shape (..., seeds).
+    """
     taken: Scores = np.take_along_axis(values, index[..., None, :], axis=-2)[..., 0, :]
     return taken
 
 
 def tuned_scores(values: Scores, choices: Scores) -> Scores:
-    """Return the score of the best candidate of every row, per seed.
+    """Return the test score of the best candidate of each row.
 
     Args:
-        values: Scores that are reported, (rows, candidates, seeds).
-        choices: Scores that choose the candidate, of the same shape.
+        values: Test scores, shape (rows, candidates, seeds).
+        choices: Validation scores, which choose the candidate.
 
     Returns:
-        Scores of shape (rows, seeds).
+        Scores, shape (rows, seeds).
     """
     return _take(values, best_index(choices))
 
 
 def at_best_rate(values: Scores, choices: Scores, default: int) -> Scores:
-    """Return the scores of all levels at the best rate of the default level, (levels, seeds).
+    """Return the test scores of all levels at the best rate of the default level.
 
     Args:
-        values: Scores that are reported, (levels, rates, seeds).
-        choices: Scores that choose the rate, of the same shape.
-        default: The row of the default level.
+        values: Test scores, shape (levels, rates, seeds).
+        choices: Validation scores, which choose the rate.
+        default: Index of the default level.
+
+    Returns:
+        Scores, shape (levels, seeds).
     """
     rate = best_index(choices[default])
     return _take(values, np.broadcast_to(rate, (len(values), len(rate))))
 
 
 def misset(values: Scores, choices: Scores, default: int, weights: Scores) -> Scores:
-    """Return A, the loss when the factor is set blindly and nothing reacts, per seed.
+    """Return A of a factor: the loss if it is drawn from its prior and all else is as at x*.
 
-    A = f(x*) - E_u[f(u, x*_-h)]: the rate stays the best one of the default level.
+    A = f(x*) - E_u[f(u, l*)], with the best rate l* of the default level.
 
     Args:
-        values: Scores that are reported, (levels, rates, seeds).
-        choices: Scores that choose the rate, of the same shape.
-        default: The row of the default level.
-        weights: The prior's weights of the levels.
+        values: Test scores, shape (levels, rates, seeds).
+        choices: Validation scores, which choose the rate.
+        default: Index of the default level.
+        weights: Prior weights of the levels, shape (levels,).
+
+    Returns:
+        Losses, shape (seeds,).
     """
     scores = at_best_rate(values, choices, default)
     loss: Scores = scores[default] - weights @ scores
@@ -119,14 +145,19 @@ def misset(values: Scores, choices: Scores, default: int, weights: Scores) -> Sc
 
 
 def misset_rate(values: Scores, choices: Scores, sweep: Sequence[int], weights: Scores) -> Scores:
-    """Return A of the learning rate, the loss when it is set blindly and nothing reacts, per seed.
+    """Return A of the learning rate: the loss if it is drawn from its prior and all else is as at x*.
+
+    A = f(x*) - E_l[f(l)].
 
     Args:
-        values: Scores of the whole curve that are reported, (rates, seeds).
-        choices: Scores that choose the best rate, of the same shape.
-        sweep: The rows among which the best rate is chosen: those at which other factors are varied, so that
-            A(rate) - A(h) has no part that comes from the choice.
-        weights: The prior's weights of the rates.
+        values: Test scores of the curve, shape (rates, seeds).
+        choices: Validation scores, which choose the best rate.
+        sweep: Indices of the rates among which the best one is chosen. With the rates of another factor's arm
+            f(x*) is the same as in A of that factor, so that it cancels in the difference of both losses.
+        weights: Prior weights of the rates, shape (rates,).
+
+    Returns:
+        Losses, shape (seeds,).
     """
     rows = list(sweep)
     loss: Scores = _take(values[rows], best_index(choices[rows])) - weights @ values
@@ -134,15 +165,18 @@ def misset_rate(values: Scores, choices: Scores, sweep: Sequence[int], weights: 
 
 
 def retuned(values: Scores, choices: Scores, default: int, weights: Scores) -> Scores:
-    """Return B, the loss when the factor is set blindly and the rate is tuned again, per seed.
+    """Return B of a factor: the loss if it is drawn from its prior and the rate is tuned for each value.
 
-    B = f(x*) - E_u[max_l f(u, l)], where the maximum is the score of the rate that the other seeds choose.
+    B = f(x*) - E_u[max_l f(u, l)]. The maximum is the test score at the rate that the other seeds choose.
 
     Args:
-        values: Scores that are reported, (levels, rates, seeds).
-        choices: Scores that choose the rate, of the same shape.
-        default: The row of the default level.
-        weights: The prior's weights of the levels.
+        values: Test scores, shape (levels, rates, seeds).
+        choices: Validation scores, which choose the rate.
+        default: Index of the default level.
+        weights: Prior weights of the levels, shape (levels,).
+
+    Returns:
+        Losses, shape (seeds,).
     """
     tuned = tuned_scores(values, choices)
     loss: Scores = tuned[default] - weights @ tuned
@@ -150,17 +184,19 @@ def retuned(values: Scores, choices: Scores, default: int, weights: Scores) -> S
 
 
 def retuned_rate(values: Scores, choices: Scores, default: int, rate_weights: Scores) -> Scores:
-    """Return B of the learning rate against one factor: the rate is set blindly, the factor is tuned again.
+    """Return B of the learning rate against one factor, which is tuned for each rate.
 
-    B(rate | h) = f(x*) - E_l[max_u f(u, l)], with the learning rate l and the values u of the factor h.
-    `retuned` has the two exchanged. The difference of both losses says which of the two hyperparameters
-    should be tuned if only one can be.
+    B(rate | h) = f(x*) - E_l[max_u f(u, l)]: `retuned` with the roles of rate and factor exchanged. If
+    B(rate | h) - B(h) is positive and only one of the two can be tuned, it should be the rate.
 
     Args:
-        values: Scores that are reported, (levels, rates, seeds).
-        choices: Scores that choose the level, of the same shape.
-        default: The row of the default level, at which the best rate is found.
-        rate_weights: The prior's weights of the rates.
+        values: Test scores, shape (levels, rates, seeds).
+        choices: Validation scores, which choose the level.
+        default: Index of the default level, at which f(x*) is taken.
+        rate_weights: Prior weights of the rates, shape (rates,).
+
+    Returns:
+        Losses, shape (seeds,).
     """
     best = _take(values[default], best_index(choices[default]))
     loss: Scores = best - rate_weights @ tuned_scores(values.swapaxes(0, 1), choices.swapaxes(0, 1))
@@ -168,34 +204,37 @@ def retuned_rate(values: Scores, choices: Scores, default: int, rate_weights: Sc
 
 
 def gain(values: Scores, choices: Scores, start: int) -> Scores:
-    """Return C, the gain from tuning one thing alone from the published default, per seed.
+    """Return C: the gain from tuning one hyperparameter alone, from the published default.
 
-    C = max_u f(u, x_-h) - f(x) at the published default x; the value that the other seeds choose counts, so
-    that the gain may be negative where all values are alike.
+    C = max_u f(u) - f(published default). The maximum is the test score of the value that the other seeds
+    choose, so that C may be negative where all values are about equal.
 
     Args:
-        values: Scores that are reported, (candidates, seeds), all else at the published default.
-        choices: Scores that choose the candidate, of the same shape.
-        start: The row of the published default.
+        values: Test scores, shape (candidates, seeds), with all other settings at the published default.
+        choices: Validation scores, which choose the candidate.
+        start: Index of the published default.
+
+    Returns:
+        Gains, shape (seeds,).
     """
     found: Scores = _take(values, best_index(choices)) - values[start]
     return found
 
 
 def loss_off_by(values: Scores, positions: Sequence[float], optimum: float, distance: float) -> Scores | None:
-    """Return D, the loss when the factor is off by a distance, the mean of both directions, per seed.
+    """Return D: the mean of the losses if the factor is too low and if it is too high by a given ratio.
 
-    Scores between two levels are interpolated linearly. A direction in which the levels do not reach that far
-    is left out.
+    Scores between two levels are interpolated linearly. If the levels do not extend far enough in one
+    direction, the loss of the other direction is returned.
 
     Args:
-        values: Scores of shape (levels, seeds), all else at the best values.
-        positions: The logarithms of the levels, ascending.
-        optimum: The logarithm of the value from which the factor is off.
-        distance: The logarithm of the factor by which it is off.
+        values: Test scores, shape (levels, seeds), with all other settings as at x*.
+        positions: Log10 of the levels, ascending.
+        optimum: Log10 of the correct value.
+        distance: Log10 of the ratio, above 0.
 
     Returns:
-        The loss per seed; None if the levels reach far enough in no direction.
+        Losses, shape (seeds,); None if the levels do not extend far enough in either direction.
     """
     x, tolerance = np.asarray(positions, dtype=float), 0.02
     ends = [optimum - distance, optimum + distance]
@@ -210,12 +249,12 @@ def loss_off_by(values: Scores, positions: Sequence[float], optimum: float, dist
 
 
 def scaled_ends(positions: Sequence[float], center: float, scale: float) -> tuple[float, float]:
-    """Return the ends of a range that is stretched from its best point.
+    """Return the ends of a range after scaling its distances from the best point.
 
     Args:
-        positions: The measured places, ascending; the range at scale 1 goes from the first to the last.
-        center: The place of the best point, from which both ends move away or to which they move.
-        scale: 0.5 for half of the range, 2 for the double. Beyond the measured places `prior_weights` takes
-            the score of the last one, so that nothing is made worse than it was measured.
+        positions: Measured positions, ascending; at scale 1 the range goes from the first to the last.
+        center: Position of the best point, which the scaling leaves in place.
+        scale: Ratio of the new distances to the old ones: 0.5 halves the range, 2 doubles it. Beyond the
+            measured positions `prior_weights` takes the score to be constant.
     """
     return center - scale * (center - positions[0]), center + scale * (positions[-1] - center)

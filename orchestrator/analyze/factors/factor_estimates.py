@@ -1,4 +1,4 @@
-"""The factors of one variant and task: from a star's arrays to estimates and the test of claim 1."""
+"""Estimates of the effects of all factors of one variant on one task, and the test of claim 1."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ from orchestrator.study.space import format_value
 
 PerSeed = NDArray[np.float64]
 HALF_DECADE, FACTOR_2 = 0.5, math.log10(2)
-"""Logarithms of the factors by which a hyperparameter is off (D)."""
+"""Log10 of the ratios by which a hyperparameter is off in D: 3.16 and 2."""
 ENDED: tuple[RunLabel, ...] = ("finished", "collapsed", "diverged")
-"""Labels of the runs of which a share is usable."""
+"""Labels of the runs that enter the share of usable runs; stopped and failed runs are left out."""
 
 
 def summarize_star(
     star: Star, margin: float, importance: Mapping[str, Mapping[str, float]], missing: Sequence[str]
 ) -> VariantFactors:
-    """Return the factors of one variant on one task.
+    """Estimate the effects of all factors of one variant on one task, and test claim 1.
 
     Args:
-        star: Its runs.
-        margin: The smallest difference that matters.
-        importance: Range of the rate -> title -> share of the variance.
-        missing: Titles of factors of the study that this variant lacks.
+        star: The runs of the variant and task.
+        margin: Smallest difference of the score that matters, for example 0.01 (one point).
+        importance: Range of the rate -> title of the factor -> share of the variance, from
+            `factor_importance`.
+        missing: Titles of the study's factors that this variant was not trained with.
     """
     compared = [_Comparison(star, arm) for arm in star.arms]
     factors = [_summarize_arm(each, margin) for each in compared]
@@ -69,33 +70,43 @@ def summarize_star(
 
 
 class _Comparison:
-    """The losses of one factor and of the learning rate, per seed, over the seeds that both have."""
+    """Losses of one factor and of the learning rate, per seed, over the seeds that arm and curve share.
+
+    Attributes:
+        arm: The runs of the factor.
+        values: Test scores of the arm, shape (levels, rates, common seeds).
+        choices: Validation scores of the arm, of the same shape.
+        weights: Prior weights of the levels, shape (levels,).
+    """
 
     def __init__(self, star: Star, arm: Arm) -> None:
         self.arm = arm
         common = [seed for seed in arm.seeds if seed in star.seeds]
         own = [arm.seeds.index(seed) for seed in common]
         self.values, self.choices = arm.values[:, :, own], arm.choices[:, :, own]
-        self._weights = _level_weights(arm)
+        self.weights = _level_weights(arm)
         self._star, self._curve_columns = star, [star.seeds.index(seed) for seed in common]
 
     def misset(self) -> PerSeed:
-        """Return A of the factor."""
-        return effects.misset(self.values, self.choices, self.arm.default, self._weights)
+        """Return A of the factor, shape (common seeds,)."""
+        return effects.misset(self.values, self.choices, self.arm.default, self.weights)
 
     def retuned(self) -> PerSeed:
-        """Return B of the factor."""
-        return effects.retuned(self.values, self.choices, self.arm.default, self._weights)
+        """Return B of the factor, shape (common seeds,)."""
+        return effects.retuned(self.values, self.choices, self.arm.default, self.weights)
 
     def misset_rate(self, scale: float) -> PerSeed:
-        """Return A of the learning rate at a multiple of its range."""
+        """Return A of the learning rate over `scale` times its range, shape (common seeds,)."""
         return _misset_rate(self._star, scale, self._curve_columns, self.arm.rates)
 
     def retuned_rate(self, scale: float) -> PerSeed:
-        """Return B of the learning rate against this factor, over the part of its range that was swept.
+        """Return B of the learning rate against this factor, shape (common seeds,).
 
-        Beyond the sweep the factor was not varied. The loss there is larger, so that this one is too small
-        rather than too large.
+        The prior of the rate is cut to the rates of the arm, because the factor was varied at no other rate.
+        Rates farther from the best one have larger losses, so this B is too small rather than too large.
+
+        Args:
+            scale: The range of the rate, as a multiple of the curve's range.
         """
         x = [math.log10(rate) for rate in self.arm.rates]
         low, high = _rate_ends(self._star, scale)
@@ -103,9 +114,14 @@ class _Comparison:
         return effects.retuned_rate(self.values, self.choices, self.arm.default, weights)
 
     def contrasts(self, scale: float, margin: float) -> list[Contrast]:
-        """Return the contrasts of A and of B at a multiple of the rate's range.
+        """Return the contrast of A and the contrast of B.
 
-        That of B refutes nothing where the sweep is narrower than the range.
+        If the arm covers less than the range of the rate, B of the rate is too small, and the contrast of B
+        cannot refute the claim: its `p_less` is 1.
+
+        Args:
+            scale: The range of the rate, as a multiple of the curve's range.
+            margin: Smallest difference of the score that matters.
         """
         by_a, by_b = (contrast(d, margin) for d in self.differences(scale))
         low, high = _rate_ends(self._star, scale)
@@ -113,7 +129,15 @@ class _Comparison:
         return [by_a, by_b if covers else replace(by_b, p_less=1.0)]
 
     def differences(self, scale: float, ratio: float = 1.0) -> list[PerSeed]:
-        """Return the rate's loss minus `ratio` times the factor's: of A, then of B."""
+        """Return the loss of the rate minus `ratio` times the loss of the factor.
+
+        Args:
+            scale: The range of the rate, as a multiple of the curve's range.
+            ratio: The multiple of the factor's loss.
+
+        Returns:
+            The differences of A and the differences of B, each of shape (common seeds,).
+        """
         return [
             self.misset_rate(scale) - ratio * self.misset(),
             self.retuned_rate(scale) - ratio * self.retuned(),
@@ -121,22 +145,30 @@ class _Comparison:
 
 
 def _level_weights(arm: Arm) -> PerSeed:
-    """Return the prior's weights of an arm's levels."""
+    """Return the prior weights of an arm's levels, shape (levels,)."""
     factor = arm.factor
     if factor.prior == "choice":
         return np.full(len(arm.levels), 1 / len(arm.levels))
     ends = [factor.position(end, 0) for end in factor.prior_ends(arm.levels[arm.default])]
-    # The range ends where the task allows no further level (at most all of its training examples).
+    # The prior is cut to the measured levels: a task may allow fewer, such as at most its training examples.
     low, high = max(ends[0], arm.positions[0]), min(ends[1], arm.positions[-1])
     return effects.prior_weights(arm.positions, min(low, high), high)
 
 
 def _rate_ends(star: Star, scale: float) -> tuple[float, float]:
-    """Return the logarithms of the ends of the rate's range: those of the curve, stretched from its best."""
+    """Return log10 of the ends of the rate's range: `scale` times the curve's range, around its best rate."""
     return effects.scaled_ends([math.log10(r) for r in star.rates], math.log10(star.center), scale)
 
 
 def _misset_rate(star: Star, scale: float, columns: Sequence[int], sweep: Sequence[float]) -> PerSeed:
+    """Return A of the learning rate, shape (columns,).
+
+    Args:
+        star: The runs of the variant and task.
+        scale: The range of the rate, as a multiple of the curve's range.
+        columns: Indices of the seeds.
+        sweep: The rates among which the best one is chosen.
+    """
     x = [math.log10(rate) for rate in star.rates]
     rows = [star.rates.index(rate) for rate in sweep]
     weights = effects.prior_weights(x, *_rate_ends(star, scale))
@@ -144,7 +176,7 @@ def _misset_rate(star: Star, scale: float, columns: Sequence[int], sweep: Sequen
 
 
 def _estimate(per_seed: PerSeed | None) -> Estimate:
-    """Return the mean over seeds with its t interval, cut to the range of a difference of scores."""
+    """Return the mean over seeds with its t interval, clipped to [-1, 1]; empty without a seed."""
     if per_seed is None:
         return Estimate(0)
     found = estimate_mean([float(value) for value in per_seed])
@@ -155,18 +187,19 @@ def _estimate(per_seed: PerSeed | None) -> Estimate:
 
 
 def _share(labels: Mapping[RunLabel, int]) -> UsableShare | None:
-    """Return the share of usable runs among those that ended; early stopping and failures say nothing."""
+    """Return the share of usable runs among those with a label in `ENDED`; None if there are none."""
     ended = sum(labels.get(label, 0) for label in ENDED)
     return usable_share(labels.get(USABLE, 0), ended) if ended else None
 
 
 def _summarize_arm(compared: _Comparison, margin: float) -> FactorEffect:
+    """Return the effect of one factor. Losses of the factor alone use all seeds of its arm."""
     arm, factor = compared.arm, compared.arm.factor
     scores = effects.at_best_rate(arm.values, arm.choices, arm.default)
     gain = None
     if arm.default_rate_values is not None and arm.default_rate_choices is not None:
         gain = effects.gain(arm.default_rate_values, arm.default_rate_choices, arm.default)
-    weights = _level_weights(arm)
+    weights = compared.weights
     misset_contrast, retuned_contrast = compared.contrasts(1.0, margin)
     return FactorEffect(
         name=factor.name,
@@ -190,14 +223,17 @@ def _summarize_arm(compared: _Comparison, margin: float) -> FactorEffect:
 
 
 def _loss_off_by(arm: Arm, scores: PerSeed, distance: float) -> PerSeed | None:
-    """Return D of a factor whose values have ratios; None for the others."""
+    """Return D of a factor with a log prior, shape (seeds,); None for other factors, which have no ratios."""
     if arm.factor.prior != "log":
         return None
     return effects.loss_off_by(scores, arm.positions, arm.positions[arm.default], distance)
 
 
 def _edge_levels(arm: Arm) -> tuple[str, ...]:
-    """Return the levels whose best rate is the first or the last one of the sweep."""
+    """Return the labels of the levels whose best rate is the first or the last one of the arm.
+
+    A level at which all rates have the same mean score is left out.
+    """
     if not arm.seeds:
         return ()
     means = arm.choices.mean(axis=2)
@@ -213,13 +249,18 @@ def _edge_levels(arm: Arm) -> tuple[str, ...]:
 def _summarize_rate(star: Star, judged: Sequence[_Comparison]) -> FactorEffect:
     """Return the effect of the learning rate.
 
-    Its B is the smallest over the factors outside the alias group: the loss that remains when the factor
-    that makes up best for a rate set blindly is tuned.
+    Its B is the smallest B(rate | h) over the factors h outside the alias group: the loss that remains if the
+    factor that compensates best for a wrong rate is tuned.
+
+    Args:
+        star: The runs of the variant and task.
+        judged: The comparisons with the factors outside the alias group.
     """
     factor = load_factors()[RATE]
     x, center = [math.log10(rate) for rate in star.rates], math.log10(star.center)
     retuned = [_estimate(each.retuned_rate(1.0)) for each in judged]
-    smallest = min((e for e in retuned if e.mean is not None), key=_mean, default=Estimate(0))
+    known = [estimate for estimate in retuned if estimate.mean is not None]
+    smallest = min(known, key=lambda estimate: estimate.mean or 0.0, default=Estimate(0))
     sweep = resweep_rates(star.rates, star.center)
     start = star.rates.index(default_rate(star.rates))
     return FactorEffect(
@@ -238,7 +279,3 @@ def _summarize_rate(star: Star, judged: Sequence[_Comparison]) -> FactorEffect:
         labels=star.labels,
         edge_levels=(format_value(star.center),) if star.peak.at_edge else (),
     )
-
-
-def _mean(estimate: Estimate) -> float:
-    return math.inf if estimate.mean is None else estimate.mean

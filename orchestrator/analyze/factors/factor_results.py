@@ -1,4 +1,7 @@
-"""The results of a sensitivity study as plain data. Losses are differences of the test score."""
+"""Results of a sensitivity study as plain data.
+
+All losses and gains are differences of the test score in [-1, 1]; `factor_effects` defines A, B, C and D.
+"""
 
 from __future__ import annotations
 
@@ -13,65 +16,68 @@ from orchestrator.analyze.statistics.usable import UsableShare
 
 @dataclass(frozen=True)
 class FactorEffect:
-    """What one factor costs one variant on one task."""
+    """Effect of one factor on the score of one variant on one task."""
 
     name: str
     title: str
     alias: bool
-    """True if the factor acts as a learning rate (the group of rate and alpha)."""
+    """True if the factor acts as a learning rate, as alpha does. Claim 1 is not tested against it."""
     levels: tuple[str, ...]
-    """The levels, the default among them."""
+    """Labels of the levels, including the default."""
     default: str
+    """Label of the default level."""
     rates: tuple[float, ...]
-    """The rates at which every level was trained."""
+    """Learning rates at which every level was trained."""
     misset: Estimate
-    """A: the loss when the factor is set blindly and nothing reacts."""
+    """A: loss if the factor is drawn from its prior and all else stays the same."""
     retuned: Estimate
-    """B: the same with the learning rate tuned again at each value."""
+    """B: loss if the factor is drawn from its prior and the learning rate is tuned for each value."""
     gain: Estimate
-    """C: the gain from tuning this factor alone from the published default."""
+    """C: gain from tuning this factor alone, from the published default."""
     off_by_2: Estimate
-    """D: the loss when it is off by a factor of 2, either way."""
+    """D: mean loss if the factor is too low or too high by a ratio of 2."""
     off_by_half_decade: Estimate
-    """D: the loss when it is off by a factor of 3.16."""
+    """D: mean loss if the factor is too low or too high by a ratio of 3.16."""
     usable: UsableShare | None
-    """The share of usable runs at the levels other than the default."""
+    """Share of usable runs at the levels other than the default; None without such runs."""
     labels: Mapping[RunLabel, int]
-    """How those runs ended."""
+    """Label -> number of runs at the levels other than the default."""
     edge_levels: tuple[str, ...]
-    """Levels whose best rate is the first or last one of the sweep, so that B may be too high."""
+    """Labels of the levels whose best rate is the first or last one in `rates`, so that B may be too high."""
     rate_retuned: Estimate | None = None
-    """B of the learning rate against this factor: the rate is set blindly, this factor is tuned again."""
+    """B(rate | this factor): loss if the rate is drawn from its prior and this factor is tuned."""
     misset_contrast: Contrast | None = None
-    """A(rate) - A(this)."""
+    """A(rate) - A(this factor)."""
     retuned_contrast: Contrast | None = None
-    """B(rate) - B(this)."""
+    """B(rate | this factor) - B(this factor)."""
 
 
 @dataclass(frozen=True)
 class VariantFactors:
-    """The factors of one variant on one task, the costliest first."""
+    """Effects of all factors of one variant on one task."""
 
     variant: str
     best_rate: float
-    """x*: the rate of the curve nearest to its optimum."""
+    """Rate of the curve that is nearest to its optimum."""
     best_at_edge: bool
     """True if the best rate is the first or last one of the curve."""
     default_rate: float
-    """The rate of the curve that stands for the published default, from which C is counted."""
+    """Rate of the curve that stands for the published default, the reference of C."""
     rate: FactorEffect
-    """The learning rate. Its B is that against the factor that makes up for it best."""
+    """Effect of the learning rate. Its B is the smallest one over the factors outside the alias group."""
     factors: tuple[FactorEffect, ...]
+    """Effects of the other factors, in descending order of A."""
     missing: tuple[str, ...]
-    """Titles of factors that the study has and this variant was not trained with."""
+    """Titles of the study's factors that this variant was not trained with."""
     claim: ClaimTest
     far_more: bool
-    """True if the rate costs more than three times what every factor outside its group costs (A and B)."""
+    """True if A and B of the rate are more than three times those of every factor outside the alias group."""
     importance: Mapping[str, Mapping[str, float]]
-    """Range of the rate -> title -> share of the variance (fANOVA, secondary)."""
+    """Range of the rate -> title of the factor -> share of the variance (fANOVA)."""
     seeds: int
+    """Number of seeds for which the curve has a score at every rate."""
     num_outside: int
-    """Runs that differ from the default in more than one factor, and enter nothing."""
+    """Number of runs that differ from the default in more than one factor. They are not analyzed."""
 
     @property
     def effects(self) -> tuple[FactorEffect, ...]:
@@ -88,20 +94,21 @@ class TaskFactors:
     metric: str
     variants: tuple[VariantFactors, ...]
     uncounted: tuple[str, ...]
-    """Variants that are shown and enter no count: full fine-tuning, the head alone, and unverified ones."""
+    """Variants without a vote on the claim: full fine-tuning, the head alone, and unverified variants."""
     num_judged: int
-    """Variants over which the claim is judged."""
+    """Number of the other variants."""
     num_required: int
-    """Of so many of them the claim must hold: at least 80 %."""
+    """Number of variants for which the claim must hold: 80 % of `num_judged`, rounded up."""
     num_supported: int
-    """The largest number of variants of which the claim holds with an error of 5 % (partial conjunction)."""
+    """Lower 95 % confidence limit of the number of variants for which the claim holds (`largest_count`)."""
     num_refuted: int
-    """The same for the refutation."""
+    """Lower 95 % confidence limit of the number of variants for which the claim fails."""
 
 
 @dataclass(frozen=True)
 class FactorStudy:
-    """A sensitivity study: which hyperparameter matters most."""
+    """Results of a sensitivity study."""
 
     margin: float
+    """Smallest difference of the score that matters."""
     tasks: tuple[TaskFactors, ...]

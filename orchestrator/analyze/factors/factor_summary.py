@@ -1,4 +1,4 @@
-"""The results of a sensitivity study from its records."""
+"""Analysis of a sensitivity study: from its records to the effects of all factors."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from orchestrator.study.factors import RATE, Factor, choose_factors, own_setting
 from orchestrator.study.space import Value
 
 REQUIRED_SHARE = 0.8
-"""The share of the variants of which the claim must hold."""
+"""Share of the variants for which the claim must hold."""
 
 
 def find_stars(records: Sequence[Record], labels: Mapping[str, RunLabel]) -> list[Star]:
-    """Return the stars of a study's records, with all factors that the table or a variant knows.
+    """Return the stars of a study, with an arm for every factor that its runs vary.
 
     Args:
-        records: Distinct records.
+        records: Records with distinct fingerprints.
         labels: Fingerprint -> label, from `label_runs`.
     """
     return collect_stars(records, _known_factors(records), labels)
 
 
 def summarize_factors(stars: Sequence[Star], settings: AnalysisSettings) -> FactorStudy:
-    """Return the factors of all variants and tasks of a study.
+    """Estimate the effects of all factors of all variants and tasks of a study.
 
     Args:
-        stars: Its runs, from `find_stars`.
-        settings: The margin, and the variants that get no verdict.
+        stars: The runs of the study, from `find_stars`.
+        settings: The margin, and the variants that do not count for the claim.
     """
     groups: dict[tuple[str, str], list[Star]] = defaultdict(list)
     for star in stars:
@@ -50,7 +50,7 @@ def summarize_factors(stars: Sequence[Star], settings: AnalysisSettings) -> Fact
 
 
 def _known_factors(records: Iterable[Record]) -> list[Factor]:
-    """Return all factors of the table, and those of the variants' own settings in the records."""
+    """Return the factors of `factors.toml` and those of the variants' own settings in the records."""
     settings: dict[str, Mapping[str, Value]] = {}
     for record in records:
         settings.setdefault(record.configuration.variant.name, own_settings(record.configuration))
@@ -81,10 +81,15 @@ def _summarize_task(stars: Sequence[Star], settings: AnalysisSettings) -> TaskFa
 
 
 def _count(p_values: Sequence[float]) -> int:
-    """Return of how many variants a statement holds with an error of 5 % (partial conjunction)."""
+    """Return the lower 95 % confidence limit of the number of variants for which a statement holds.
+
+    Args:
+        p_values: One p value per variant.
+    """
     return largest_count(np.array(p_values), ALPHA) if p_values else 0
 
 
 def _missing(star: Star, measured: Iterable[Factor]) -> list[str]:
+    """Return the titles of the measured factors for which this variant has no arm."""
     own = {arm.factor.name for arm in star.arms}
     return [factor.title for factor in measured if factor.name not in own and factor.name != RATE]

@@ -1,9 +1,8 @@
-"""Claim 1 in words: the verdicts of a sensitivity study."""
+"""Verdicts of a sensitivity study on claim 1, and its warnings, as sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from orchestrator.analyze.factors.factor_results import FactorEffect, FactorStudy, TaskFactors, VariantFactors
 from orchestrator.analyze.factors.rate_claim import Contrast, seeds_to_support
@@ -14,24 +13,14 @@ from orchestrator.record.show import change_options
 CLAIM = "The learning rate matters more than any other hyperparameter."
 
 
-@dataclass(frozen=True)
-class _Closest:
-    """The comparison that decides: the one with the lowest lower limit."""
-
-    variant: VariantFactors
-    factor: FactorEffect
-    contrast: Contrast
-    retuned: bool
-
-
 def factor_verdicts(study: FactorStudy, command: str, missing: bool = False) -> list[Verdict]:
     """Return one verdict for each task and base model.
 
     Args:
         study: The results.
-        command: The command of the study, for the command that narrows an answer.
-        missing: True if configurations of the study have not ended. Nothing is supported then, because the
-            claim is about all factors of the study.
+        command: The command of the study; the command of the next step is made from it.
+        missing: True if configurations of the study have not ended. The claim is then not supported, because
+            it is about all factors of the study.
     """
     return [_verdict(task, study.margin, command, missing) for task in study.tasks]
 
@@ -56,9 +45,9 @@ def _verdict(task: TaskFactors, margin: float, command: str, missing: bool) -> V
 
 
 def _outcome(task: TaskFactors) -> VerdictOutcome:
-    """Return the outcome over the variants.
+    """Return the outcome over all variants that count.
 
-    It is refuted if the claim fails for so many variants that it cannot hold for the required number.
+    The claim is refuted if it fails for so many variants that the others are fewer than required.
     """
     if task.num_judged and task.num_supported >= task.num_required:
         return "supported"
@@ -66,11 +55,26 @@ def _outcome(task: TaskFactors) -> VerdictOutcome:
 
 
 def _judged(task: TaskFactors) -> list[VariantFactors]:
+    """Return the variants that count for the claim."""
     return [each for each in task.variants if each.variant not in task.uncounted]
 
 
+def _comparisons(
+    variants: Sequence[VariantFactors],
+) -> list[tuple[VariantFactors, FactorEffect, Contrast]]:
+    """Return the contrasts of A and of B with every factor outside the alias group."""
+    return [
+        (variant, factor, contrast)
+        for variant in variants
+        for factor in variant.factors
+        if not factor.alias
+        for contrast in (factor.misset_contrast, factor.retuned_contrast)
+        if contrast is not None
+    ]
+
+
 def _count_sentence(task: TaskFactors) -> str:
-    """Say for which variants the claim holds, fails, or is open."""
+    """Return the sentence on the variants for which the claim holds, fails or is undecided."""
     judged = _judged(task)
     if not any(f for each in judged for f in each.factors if not f.alias):
         return f"On {task.task} no factor but the learning rate has been measured yet."
@@ -94,13 +98,18 @@ def _count_sentence(task: TaskFactors) -> str:
 
 
 def _closest_sentence(task: TaskFactors) -> str:
-    """Give the numbers of the comparison that decides, set blindly and tuned again."""
-    found = _closest(task)
-    if found is None:
+    """Return the sentence on the comparison with the smallest lower limit; empty if there is no limit."""
+    limits = [
+        (contrast.lower, variant, factor)
+        for variant, factor, contrast in _comparisons(_judged(task))
+        if contrast.lower is not None
+    ]
+    if not limits:
         return ""
-    rate, factor = found.variant.rate, found.factor
+    _, variant, factor = min(limits, key=lambda each: each[0])
+    rate = variant.rate
     return (
-        f"The closest case is {factor.title} for {found.variant.variant}: set blindly, the learning rate "
+        f"The closest case is {factor.title} for {variant.variant}: set blindly, the learning rate "
         f"costs {points(rate.misset)} points and {factor.title} {points(factor.misset)} (difference at least "
         f"{_limit(factor.misset_contrast)}); with the other one of the two tuned again, "
         f"{points(factor.rate_retuned)} and {points(factor.retuned)} (at least "
@@ -108,21 +117,9 @@ def _closest_sentence(task: TaskFactors) -> str:
     )
 
 
-def _closest(task: TaskFactors) -> _Closest | None:
-    found = [
-        _Closest(variant, factor, contrast, retuned)
-        for variant in _judged(task)
-        for factor in variant.factors
-        if not factor.alias
-        for contrast, retuned in ((factor.misset_contrast, False), (factor.retuned_contrast, True))
-        if contrast is not None and contrast.lower is not None
-    ]
-    return min(found, key=lambda c: c.contrast.lower or 0.0, default=None)
-
-
 def _alias_sentence(task: TaskFactors) -> str:
-    """Say what the alias group costs: it acts as a learning rate, and does not count against the claim."""
-    # Alpha before a variant's own factor, such as LoRA+'s ratio.
+    """Return the sentence on one factor of the alias group; empty if none was measured."""
+    # Alpha is preferred to a factor of one variant, such as LoRA+'s ratio.
     found = min(
         ((v, f) for v in _judged(task) for f in v.factors if f.alias),
         key=lambda each: "." in each[1].name,
@@ -139,6 +136,7 @@ def _alias_sentence(task: TaskFactors) -> str:
 
 
 def _design_sentence(task: TaskFactors, margin: float) -> str:
+    """Return the conditions under which the verdict holds, in one line."""
     titles = list(dict.fromkeys(f.title for each in task.variants for f in each.factors))
     seeds = sorted({each.seeds for each in task.variants})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
@@ -151,7 +149,15 @@ def _design_sentence(task: TaskFactors, margin: float) -> str:
 
 
 def _next_step(task: TaskFactors, margin: float) -> tuple[str, int | None]:
-    """Return the sentence that says what would narrow the answer, and the number of seeds for it."""
+    """Return the next step towards a decision.
+
+    Args:
+        task: The results of an undecided task.
+        margin: Smallest difference of the score that matters.
+
+    Returns:
+        A sentence, and the number of seeds to train; None if more seeds may not decide the claim.
+    """
     open_variants = [v for v in _judged(task) if v.claim.outcome != "supported"]
     by_range = [v.variant for v in open_variants if v.claim.outcome == "undecided (range)"]
     if by_range:
@@ -160,22 +166,15 @@ def _next_step(task: TaskFactors, margin: float) -> tuple[str, int | None]:
             "no further run can settle.",
             None,
         )
-    contrasts = [
-        contrast
-        for variant in open_variants
-        for factor in variant.factors
-        if not factor.alias
-        for contrast in (factor.misset_contrast, factor.retuned_contrast)
-        if contrast is not None
-    ]
-    needed = [seeds_to_support(contrast, margin) for contrast in contrasts]
-    have = max((contrast.seeds for contrast in contrasts), default=0)
+    contrasts = [contrast for _, _, contrast in _comparisons(open_variants)]
     if not contrasts:
         return "The levels of the factors have not been trained yet; the same command continues.", None
+    have = max(contrast.seeds for contrast in contrasts)
     if have < 2:
         return "Five seeds give intervals.", 5
     if lacking := _without_interval(open_variants):
         return f"There is no interval for {', '.join(lacking)}: fewer than two seeds have every score.", None
+    needed = [seeds_to_support(contrast, margin) for contrast in contrasts]
     if None in needed:
         return (
             "The learning rate and the closest factor cost about the same; more seeds may not decide it.",
@@ -186,7 +185,7 @@ def _next_step(task: TaskFactors, margin: float) -> tuple[str, int | None]:
 
 
 def _without_interval(variants: Sequence[VariantFactors]) -> list[str]:
-    """Return the factors, with their variants, of which fewer than two seeds have a score of every run."""
+    """Return "factor (variant)" for each factor with fewer than two seeds that have all scores."""
     return [
         f"{factor.title} ({variant.variant})"
         for variant in variants
@@ -196,7 +195,7 @@ def _without_interval(variants: Sequence[VariantFactors]) -> list[str]:
 
 
 def points(estimate: Estimate | None) -> str:
-    """Format a loss with its interval in points (0.01 of a score): 44.5 [43.0, 46.0]."""
+    """Format a loss with its interval in points (0.01 of a score), for example 44.5 [43.0, 46.0]."""
     if estimate is None or estimate.mean is None:
         return "-"
     if estimate.interval is None:
@@ -205,7 +204,7 @@ def points(estimate: Estimate | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Format a difference of scores in points."""
+    """Format a difference of scores in points with one decimal; "-" for None."""
     return "-" if value is None else f"{round(100 * value, 1) + 0.0:.1f}"
 
 
@@ -214,7 +213,7 @@ def _limit(contrast: Contrast | None) -> str:
 
 
 def factor_warnings(study: FactorStudy, missing: bool = False) -> Sequence[str]:
-    """Return what a reader must know before believing the figures.
+    """Return the limitations of the results, one sentence each.
 
     Args:
         study: The results.

@@ -1,8 +1,8 @@
-"""fANOVA over the runs of a star, a secondary figure: shares of the variance of the score.
+"""Functional ANOVA over the runs of a star: the share of each factor in the variance of the score.
 
-The shares depend on the range of each factor (the rate's share moved from 0.85 to 0.48 to 0.20 as its range
-was narrowed, docs/sensitivity.md), so they are shown at half, the measured and double range of the rate and
-decide nothing.
+The shares depend on the range of each factor: the rate's share fell from 0.85 to 0.48 to 0.20 as its range
+was narrowed (docs/sensitivity.md). They are therefore reported at half, the measured and double range of the
+rate, and no verdict is based on them.
 """
 
 from __future__ import annotations
@@ -21,23 +21,28 @@ from orchestrator.study.factors import RATE, load_factors
 
 _SEED = 0
 _TREES = 16
-_SPACING = 0.25  # decades between the rates that stand for a range beyond the measured one
-_MARGIN = 1e-6
+_SPACING = 0.25  # decades between the constant points that extend a curve beyond its measured rates
+_MARGIN = 1e-6  # absorbs rounding errors at the ends of a range
 
 
 def factor_importance(star: Star) -> dict[str, dict[str, float]]:
-    """Return the range of the rate -> title of the factor -> share of the variance (Hutter et al. 2014).
+    """Return the shares of the factors in the variance of the score (Hutter et al. 2014).
 
-    Scores are clipped to the floor of the task, and are means over seeds. A double range goes beyond
-    the measured rates; there the score of the last measured rate counts, as in A.
+    Scores below the floor of the task count as the floor, and the mean over seeds is taken. Beyond the
+    measured rates the score is constant, as in A.
 
     Args:
         star: The runs of one variant and task.
+
+    Returns:
+        Range of the rate ("half", "measured", "double") -> title of the factor -> share. A factor without a
+        complete seed has no share; without a complete seed of the curve no factor has one.
     """
     return {name: _importance(star, scale) for scale, name in RANGE_NAMES.items()}
 
 
 def _importance(star: Star, scale: float) -> dict[str, float]:
+    """Return title -> share over `scale` times the range of the rate; empty if all scores are equal."""
     import optuna
     from optuna.distributions import FloatDistribution
     from optuna.importance import FanovaImportanceEvaluator
@@ -55,7 +60,7 @@ def _importance(star: Star, scale: float) -> dict[str, float]:
     points = list(_points(star, default, low, high))
     if len({score for _, score in points}) < 2:
         return {}
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise it logs a line for each study
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna logs a line for each study otherwise.
     study = optuna.create_study(direction="maximize")
     study.add_trials(
         [
@@ -73,7 +78,17 @@ def _importance(star: Star, scale: float) -> dict[str, float]:
 def _points(
     star: Star, default: Mapping[str, float], low: float, high: float
 ) -> Iterator[tuple[dict[str, float], float]]:
-    """Yield the parameters and the mean score over seeds of every point within the range of the rate."""
+    """Yield all points within the range of the rate.
+
+    Args:
+        star: The runs of one variant and task.
+        default: Factor -> position of its default level.
+        low: Log10 of the lower end of the range.
+        high: Log10 of the upper end of the range.
+
+    Yields:
+        Factor -> position, and the mean score over seeds.
+    """
     floor = star.default.task.floor
     x = np.log10(np.asarray(star.rates))
     means = np.maximum(star.values, floor).mean(axis=1)

@@ -1,7 +1,7 @@
-"""The records of a star design as arrays: one curve of the learning rate, and one arm per factor.
+"""Arrays of scores from the records of a star design: one curve of the learning rate and one arm per factor.
 
-A star is all runs of one variant, task and base model that are its default configuration (at any learning
-rate, with any seed), or differ from it in one factor.
+A star consists of all runs of one variant, task and base model that have the default configuration or differ
+from it in one factor, besides the learning rate and the seed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.analyze.run_labels import RunLabel
-from orchestrator.analyze.scores import finite_score
+from orchestrator.analyze.scores import Split, finite_score
 from orchestrator.analyze.statistics.peak import Peak, find_peak
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
@@ -30,74 +30,82 @@ Runs = Mapping[tuple[float, int], Record]
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of one factor: levels by rates by seeds, at the rates that all levels have."""
+    """Scores of all levels of one factor, at the learning rates near the best one that all levels have."""
 
     factor: Factor
     levels: tuple[Value, ...]
-    """The measured levels, the default among them, in the order of their positions."""
+    """Measured levels including the default, in the order of their positions."""
     default: int
-    """The index of the default among `levels`."""
+    """Index of the default in `levels`."""
     rates: tuple[float, ...]
-    """The rates of the sweep, ascending."""
+    """Learning rates, ascending."""
     seeds: tuple[int, ...]
-    """The seeds of which every level has a score at every rate."""
+    """Seeds for which every level has a score at every rate; may be empty."""
     choices: Scores
-    """Validation scores, (levels, rates, seeds)."""
+    """Validation scores, shape (levels, rates, seeds)."""
     values: Scores
-    """Test scores, of the same shape."""
+    """Test scores, shape (levels, rates, seeds)."""
     default_rate_choices: Scores | None
-    """Validation scores at the published default rate, (levels, seeds); None if it was not measured."""
+    """Validation scores at the published default rate, shape (levels, seeds); None if not measured."""
     default_rate_values: Scores | None
+    """Test scores at the published default rate, shape (levels, seeds); None if not measured."""
     labels: Mapping[RunLabel, int]
-    """How the runs of the levels other than the default ended."""
+    """Label -> number of runs at the levels other than the default."""
 
     @property
     def positions(self) -> list[float]:
-        """The places of the levels on the prior's axis."""
+        """Positions of the levels on the axis of the prior, see `Factor.position`."""
         return [self.factor.position(level, i) for i, level in enumerate(self.levels)]
 
 
 @dataclass(frozen=True)
 class Star:
-    """All runs of one variant, task and base model that belong to its star."""
+    """Scores of one variant on one task and base model: the curve of the learning rate and the arms."""
 
     default: Configuration
-    """The default configuration, without learning rate and seed."""
+    """The default configuration, without learning rate and seed (see `normalize`)."""
     rates: tuple[float, ...]
-    """The rates of the curve at the default, ascending."""
+    """Learning rates at which the default configuration has a score, ascending."""
     seeds: tuple[int, ...]
-    """The seeds of which the curve has a score at every rate."""
+    """Seeds for which the curve has a score at every rate; may be empty."""
     choices: Scores
-    """Validation scores of the curve, (rates, seeds)."""
+    """Validation scores of the curve, shape (rates, seeds)."""
     values: Scores
-    """Test scores of the curve, of the same shape."""
+    """Test scores of the curve, shape (rates, seeds)."""
     peak: Peak
-    """The optimum of the curve over all seeds."""
+    """Optimum of the mean validation score over all seeds, including incomplete ones."""
     center: float
-    """The rate of the curve nearest to the optimum, x*."""
+    """The rate of x*: the rate of the curve that is nearest to the optimum."""
     arms: tuple[Arm, ...]
     curve: tuple[Record, ...]
-    """The runs of the curve."""
+    """Records of the curve."""
     labels: Mapping[RunLabel, int]
-    """How they ended."""
+    """Label -> number of runs of the curve."""
     num_outside: int
-    """Runs of this variant that differ from the default in more than one factor, and enter nothing."""
+    """Number of runs that differ from the default in more than one factor. They are not analyzed."""
 
     @property
     def variant(self) -> str:
-        """The variant's name."""
+        """Name of the variant."""
         return self.default.variant.name
 
 
 def find_center(
     rates: Sequence[float], means: Sequence[float] | Scores, counts: Sequence[int] | NDArray[np.intp]
 ) -> tuple[Peak, float]:
-    """Return the optimum of a curve, and the rate of its grid that is nearest to it (x*).
+    """Return the optimum of a curve and the rate of x*.
 
     Args:
-        rates: The rates of the curve.
-        means: The mean validation score at each; NaN without a score.
-        counts: The number of seeds in each mean.
+        rates: Learning rates of the curve.
+        means: Mean validation score at each rate; NaN for a rate without a score.
+        counts: Number of seeds in each mean.
+
+    Returns:
+        The optimum, and the rate with a score that is nearest to it in log10; of two equally near ones the
+        lower.
+
+    Raises:
+        ValueError: No rate has a score.
     """
     x = np.log10(np.asarray(rates))
     peak = find_peak(x, np.asarray(means, dtype=float), np.asarray(counts, dtype=float))
@@ -108,12 +116,15 @@ def find_center(
 def collect_stars(
     records: Iterable[Record], factors: Sequence[Factor], labels: Mapping[str, RunLabel]
 ) -> list[Star]:
-    """Return the stars of the records, by task, base model and variant.
+    """Return one star per task, base model and variant, sorted by these names.
 
     Args:
-        records: Distinct records.
-        factors: The factors that may be varied.
+        records: Records with distinct fingerprints.
+        factors: Factors whose arms are collected.
         labels: Fingerprint -> label, from `label_runs`.
+
+    Returns:
+        The stars whose curve has a score.
     """
     groups: dict[tuple[str, str, str], dict[str, dict[tuple[float, int], Record]]] = {}
     for record in records:
@@ -127,7 +138,13 @@ def collect_stars(
 def _build_star(
     levels: Sequence[Runs], factors: Sequence[Factor], labels: Mapping[str, RunLabel]
 ) -> Star | None:
-    """Return the star of one variant; None if its curve has no score."""
+    """Return the star of one variant, task and base model; None if its curve has no score.
+
+    Args:
+        levels: The runs of each configuration, which is given up to the learning rate and the seed.
+        factors: Factors whose arms are collected.
+        labels: Fingerprint -> label.
+    """
     configurations = [normalize(next(iter(runs.values())).configuration) for runs in levels]
     first = _find_default(configurations, levels, factors)
     default, curve = configurations[first], levels[first]
@@ -139,7 +156,7 @@ def _build_star(
     scored = counts > 0
     if not scored.any():
         return None
-    rates = [rate for rate, ok in zip(rates, scored, strict=True) if ok]
+    rates = list(compress(rates, scored))
     sums = np.where(known, choices[0], 0.0).sum(axis=1)[scored]
     peak, center = find_center(rates, sums / counts[scored], counts[scored])
     complete = known[scored].all(axis=0)
@@ -155,7 +172,7 @@ def _build_star(
     return Star(
         default=default,
         rates=tuple(rates),
-        seeds=tuple(seed for seed, ok in zip(seeds, complete, strict=True) if ok),
+        seeds=tuple(compress(seeds, complete)),
         choices=choices[0][scored][:, complete],
         values=values[0][scored][:, complete],
         peak=peak,
@@ -170,13 +187,15 @@ def _build_star(
 def _find_default(
     configurations: Sequence[Configuration], levels: Sequence[Runs], factors: Sequence[Factor]
 ) -> int:
-    """Return the index of the default: from it the most runs differ in one factor at most.
+    """Return the index of the default configuration.
 
-    Among equals it is the level with the most rates, because the curve is finer and wider than the sweeps;
-    then the first one, because a study requests its default first.
+    It is the one from which the most runs differ in at most one factor. Of several such configurations it is
+    the one with the most learning rates, because the curve has more rates than the arms; then the one with
+    the most runs; then the first one, because a study requests its default first.
     """
 
     def rank(i: int) -> tuple[int, int, int]:
+        """Return the number of runs within one factor, of learning rates, and of own runs."""
         explained = sum(
             len(runs)
             for j, (c, runs) in enumerate(zip(configurations, levels, strict=True))
@@ -190,9 +209,9 @@ def _find_default(
 def _score_arrays(
     levels: Sequence[Runs], rates: Sequence[float], seeds: Sequence[int]
 ) -> tuple[Scores, Scores]:
-    """Return validation and test scores, each (levels, rates, seeds); NaN for a run without a score."""
+    """Return validation and test scores, each of shape (levels, rates, seeds); NaN without a score."""
 
-    def scores(split: Literal["validation", "test"]) -> Scores:
+    def scores(split: Split) -> Scores:
         found = [
             [[_score(runs.get((rate, seed)), split) for seed in seeds] for rate in rates] for runs in levels
         ]
@@ -201,8 +220,11 @@ def _score_arrays(
     return scores("validation"), scores("test")
 
 
-def _score(record: Record | None, split: Literal["validation", "test"]) -> float:
-    """Return the score, NaN without one. A diverged run has the floor, and so has a score that is NaN."""
+def _score(record: Record | None, split: Split) -> float:
+    """Return the score of a run; NaN if it is missing, was stopped or failed.
+
+    A diverged run has the floor of the task, as has a finished run without a finite score.
+    """
     if record is None:
         return math.nan
     score = finite_score(record, split)
@@ -223,14 +245,14 @@ def _build_arm(
     center: float,
     labels: Mapping[str, RunLabel],
 ) -> Arm | None:
-    """Return the arm of a factor; None if its levels share neither a rate nor a seed.
+    """Return the arm of a factor; None if its levels have no common rate near `center` or no common seed.
 
     Args:
         factor: The factor.
         levels: The runs of each level, the default first.
-        curve_rates: The rates at which the curve has a score. A rate without one is left out of the arm.
-        center: The best rate of the default. All rates near it that every level has are taken, so that
-            nothing is lost when further seeds move it.
+        curve_rates: Rates at which the curve has a score. The arm has no other rates.
+        center: The rate of x*. The arm has all common rates near it (see `is_near`), not only those that the
+            design asks for now, because further seeds may have moved x*.
         labels: Fingerprint -> label.
     """
     named = [get_value(next(iter(runs.values())).configuration, factor.name) for runs in levels]
@@ -243,7 +265,7 @@ def _build_arm(
     if not rates or not seeds:
         return None
     choices, values = _score_arrays(ordered, rates, seeds)
-    complete = [bool(np.isfinite(choices[..., i] + values[..., i]).all()) for i in range(len(seeds))]
+    complete = (np.isfinite(choices) & np.isfinite(values)).all(axis=(0, 1))
     at_default = None
     if (published := default_rate(curve_rates)) in measured:
         both = _score_arrays(ordered, [published], seeds)
@@ -254,7 +276,7 @@ def _build_arm(
         levels=tuple(known[i] for i in order),
         default=order.index(0),
         rates=tuple(rates),
-        seeds=tuple(seed for seed, ok in zip(seeds, complete, strict=True) if ok),
+        seeds=tuple(compress(seeds, complete)),
         choices=choices[:, :, complete],
         values=values[:, :, complete],
         default_rate_choices=at_default[0] if at_default else None,
@@ -264,7 +286,7 @@ def _build_arm(
 
 
 def _level_order(factor: Factor, levels: Sequence[Value]) -> list[int]:
-    """Return the indices of levels in ascending order; the levels of a choice in the order of the table."""
+    """Return the indices that sort the levels: by value, or for a choice in the order of `Factor.levels`."""
     if factor.prior != "choice":
         return sorted(range(len(levels)), key=lambda i: float(levels[i]))
     listed = list(factor.levels)
