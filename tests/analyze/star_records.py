@@ -52,7 +52,7 @@ class Surface:
     costs: Mapping[tuple[str, object], float] = field(default_factory=dict)
     """(factor, level) -> how much lower the top is."""
     aliases: Sequence[str] = ("alpha",)
-    """Factors whose logarithm shifts the optimum down by as much as it rises."""
+    """Factors that act as a learning rate: one decade more moves the optimum one decade down."""
 
     def score(self, configuration: Configuration, default: Configuration) -> float:
         """Return the true score."""

@@ -1,4 +1,4 @@
-"""Lines, cliffs and the axes of the tops."""
+"""Lines and cliffs of curves, and the axes that show their tops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def panel_of(records: list[Record]) -> Panel:
 
 
 def curve_of(scores: Sequence[Sequence[float | None]], **more: str) -> Curve:
-    """Return the curve of LoRA with these scores at the rates from the lowest on; None: diverged."""
+    """Return a curve of LoRA with these scores at ascending rates; None stands for a diverged run."""
     records = [
         record("lora", rate, seed, score)
         for rate, own in zip(RATES, scores, strict=False)

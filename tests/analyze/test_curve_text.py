@@ -1,4 +1,4 @@
-"""What curves say in words."""
+"""Sentences about curves."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="needs Chromium"),
 ]
-# A frame of a given width holds the page, because a window of Chromium's has a least width. Once its figures
-# are drawn, or never, the body says what is in it.
+# The page is shown in a frame of the given width, because Chromium's windows have a minimum width. A script
+# writes the numbers of figures and images and the page's width into the document around the frame.
 FRAME = """<body style="margin: 0">
 <iframe src="report.html" style="border: 0; width: {width}px; height: 9000px"></iframe>
 <script>
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, width: int) -> tuple[list[int], str]:
-    """Return what the frame says of the page (figures' parts, width, images), and what Chromium logs."""
+    """Return the page's number of parts of figures, its width, its number of images, and Chromium's log."""
     frame = folder / f"frame-{width}.html"
     frame.write_text(FRAME.format(width=width))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
@@ -62,7 +62,7 @@ def test_figures_are_drawn_and_nothing_is_wider_than_the_window(folder: Path, wi
     assert parts >= 3  # curves, heat map and spread
     assert page_width <= width
     assert images == 0
-    assert "CONSOLE" not in log  # no error of the script, and no request that the page's policy refused
+    assert "CONSOLE" not in log  # no error of the script, and no request that the page's policy has refused
 
 
 def test_a_browser_that_cannot_inflate_shows_the_pictures_beside_the_page(folder: Path) -> None:

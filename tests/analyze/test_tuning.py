@@ -1,4 +1,4 @@
-"""The choice that tuning makes, for grids and searches, and the file that stores a choice."""
+"""The point that a tuning chooses, for grids and searches, and the file that stores the choice."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def _is_same_curve(first: list[tuple[int, float]], second: list[tuple[int, float
 
 
 def _rows() -> Counter[str]:
-    # The mean over the seeds is logged again with each seed.
+    # The mean over the seeds is logged again after each seed.
     query = f"select run_uuid, count(*) from metrics where key <> '{MEAN_METRIC}' group by 1"
     rows = subprocess.check_output(
         ["psql", "-At", "-h", "/var/run/postgresql", "mlflow", "-c", query], text=True

@@ -15,7 +15,7 @@ CATALOGUE = "orchestrator.finetune.tasks.catalogue"
 
 
 class _Shrink(importlib.abc.MetaPathFinder):
-    """Wraps the function that makes tasks when the catalogue of tasks is imported."""
+    """An import hook that wraps the function which makes tasks, when the catalogue of tasks is imported."""
 
     def find_spec(self, name, path, target=None):
         if name != CATALOGUE:

@@ -1,4 +1,4 @@
-"""Each preset is trained through Ray, shrunk, on folders with the schema of its tasks' data."""
+"""Each preset, reduced in size, trains on Ray on small folders with the schema of its tasks' data."""
 
 from __future__ import annotations
 

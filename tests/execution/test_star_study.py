@@ -1,4 +1,4 @@
-"""A study of factors on Ray: its curve is known, its arms are trained around the best rate and kept."""
+"""A study of factors on Ray: the store has its curve, and its arms are trained around the best rate."""
 
 from __future__ import annotations
 

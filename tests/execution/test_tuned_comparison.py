@@ -32,7 +32,7 @@ def asking(*more: str) -> tuple[str, ...]:
 
 
 def keep_replicate(output: Path, replicate: int) -> None:
-    """Put the records of a whole replicate into the store: the lower rate is better."""
+    """Put the records of a whole replicate into the store. The lower rate is better."""
     grid = shifted_grid(RATES, replicate)
     for rate in grid:
         options = StudyOptions(

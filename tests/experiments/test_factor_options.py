@@ -44,7 +44,7 @@ def test_a_plan_counts_the_curve_and_the_arms_and_says_what_is_left_out(tmp_path
 
 
 def test_the_rehearsal_is_small(run: Run) -> None:
-    """At 1.3 seconds a run and 25 for the start it ends within 5 minutes on two cores."""
+    """With 1.3 seconds for a run and 25 for the start, it ends within 5 minutes on two cores."""
     done = run(FACTORS, "--dry-run", "--plan")
     assert done.returncode == 0, done.stderr
     assert "Seeds           2" in done.stdout

@@ -1,4 +1,4 @@
-"""--preset NAME --plan: the counts of the published protocol, what exists here, and every deviation."""
+"""--preset NAME --plan: the survey's numbers of runs, the variants that exist here, and every deviation."""
 
 from __future__ import annotations
 

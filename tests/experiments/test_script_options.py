@@ -1,4 +1,4 @@
-"""The scripts that add options of their own before Ray starts: refused values, and plans."""
+"""Options that single scripts add: values that are refused before Ray starts, and plans."""
 
 from __future__ import annotations
 

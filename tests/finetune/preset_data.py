@@ -1,4 +1,4 @@
-"""The data and small base models of all presets, and options that shrink a preset to them."""
+"""Small data and base models for all presets, and options that reduce a preset to their size."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_every_factor_of_the_table_has_what_a_study_needs() -> None:
             assert not factor.range
         elif factor.name != factors.RATE:
             assert factor.range[0] < factor.range[1]
-            # The first two levels are the ends of the range, or the default is one of the ends.
+            # The first two levels are the ends of the range, unless the default is one of the ends.
             assert {*factor.levels[:2]} <= {*factor.range} or factor.range[1] == 1.0
             assert all(factor.range[0] <= float(level) <= factor.range[1] for level in factor.levels)
 

@@ -48,7 +48,7 @@ def test_the_factors_are_those_of_transformers_schedules(name: str, steps: int, 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_a_schedule_ends_at_its_final_factor(name: str) -> None:
-    """The published study's cosine ends at a tenth of the peak; the form is that of transformers."""
+    """The survey's cosine ends at a tenth of the peak. The formula is that of transformers."""
     steps = 1562
     schedule = LRSchedule(steps, name, 0.03, final_factor=0.1)  # type: ignore[arg-type]
     assert lr_factor(schedule, steps - 1) == pytest.approx(0.1, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Presets: the counts of the published protocol, and options beside a preset."""
+"""Presets: the survey's numbers of runs, and options that are given beside a preset."""
 
 from __future__ import annotations
 

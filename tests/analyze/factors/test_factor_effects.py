@@ -1,4 +1,4 @@
-"""Effects of a factor per seed, against figures that are known by construction."""
+"""Effects of a factor for each seed, compared with values that are known by construction."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_beyond_the_measured_levels_the_last_one_counts() -> None:
 
 
 def _surface(costs: list[float], shifts: list[int], seeds: int = 4) -> np.ndarray:
-    """Scores of levels by 5 rates: a peak at rate 2 + shift, a tenth lower with every step from it."""
+    """Return scores, shape (levels, 5 rates, seeds): 0.9 - cost at rate 2 + shift, 0.1 less per step."""
     rates = np.arange(5)
     scores = np.array([0.9 - c - 0.1 * np.abs(rates - 2 - s) for c, s in zip(costs, shifts, strict=True)])
     return np.repeat(scores[:, :, None], seeds, axis=2)
@@ -91,7 +91,7 @@ def test_no_seed_takes_part_in_the_choice_for_itself() -> None:
 
 
 def test_equal_rates_do_not_look_better_than_they_are() -> None:
-    """With the seed's own score in the choice, the best of five equal rates would read above the truth."""
+    """If a seed's own score took part in the choice, the best of five equal rates would seem to gain."""
     noise = RNG.normal(size=(2_000, 5, 3))
     honest = np.mean([effects.gain(each, each, 0).mean() for each in noise])
     naive = np.mean([each.mean(axis=1).max() - each[0].mean() for each in noise])

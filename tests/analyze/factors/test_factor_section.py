@@ -1,4 +1,4 @@
-"""The section of factors in the report and in the terminal."""
+"""The section on factors, in the report and in the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study of factors from synthetic records with a planted truth to the verdict in words."""
+"""Summary and verdict of a study of factors, from synthetic records with known effects."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_an_alias_costs_much_blindly_and_nothing_with_the_rate_tuned_again(plant
 
 
 def test_collapsed_runs_count_as_their_score_and_beside_it_as_unusable(planted: VariantFactors) -> None:
-    """Rates more than 0.8 decades above the best collapse in the surface."""
+    """In the surface, runs collapse at rates more than 0.8 decades above the best rate."""
     assert planted.rate.labels["collapsed"] == 5
     assert planted.rate.usable is not None
     assert planted.rate.usable.share == pytest.approx(50 / 55)
@@ -115,7 +115,7 @@ def test_the_claim_is_refuted_where_another_factor_costs_more() -> None:
 
 
 def test_a_claim_that_turns_with_the_range_of_the_rate_is_undecided() -> None:
-    """At half of its range the rate costs less than the rank, at the measured range more."""
+    """The rate costs less than the rank over half of its range, and more over the measured range."""
     records = star_records(
         Surface(width=1.2, cliff=9.0, aliases=(), costs={("rank", 2): 0.26, ("rank", 32): 0.26}),
         names=("rank",),

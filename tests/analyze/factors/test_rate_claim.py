@@ -64,7 +64,7 @@ def test_a_flip_of_the_range_is_caught(half: float, measured: float, double: flo
 
 
 def test_the_claim_errs_in_at_most_five_percent_where_it_is_just_false() -> None:
-    """One factor costs exactly the margin less than the rate, another one much less."""
+    """One factor costs less than the rate by exactly the margin, another factor by much more."""
     supported = refuted = 0
     for _ in range(2_000):
         close, far = RNG.normal(MARGIN, 0.02, 5), RNG.normal(0.3, 0.02, 5)

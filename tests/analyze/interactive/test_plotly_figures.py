@@ -1,4 +1,4 @@
-"""The interactive figures, and the text that the page's script inflates."""
+"""The interactive figures, and their compressed text in the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of the published scores: what is printed, the files, and the curves of an own study over them."""
+"""The page of the published scores: printed text, files, and the curves of a user's study over them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def own_records(task: str = "metamathqa") -> list[Record]:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Return the page with an own study on GSM8K over the published curves, and what was printed."""
+    """Return the page with a user's study on GSM8K over the published curves, and the printed text."""
     output = tmp_path_factory.mktemp("published")
     store, records = Store(output / "store"), own_records()
     for each in records:
@@ -53,7 +53,7 @@ def page(printed: tuple[Path, str]) -> Path:
 
 
 class _Addresses(HTMLParser):
-    """Collects everything that a browser would load, and the text."""
+    """A parser that collects the text and all addresses that a browser would load."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The published scores give the answers that the survey's own tables give (docs/published.md)."""
+"""The published scores give the results of the survey's own tables and of docs/published.md."""
 
 from __future__ import annotations
 

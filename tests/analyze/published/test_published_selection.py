@@ -1,4 +1,4 @@
-"""--select published: the test set chooses the rate, for GLUE also the evaluation, and all is marked so."""
+"""--select published: the test set chooses the rate, for GLUE also the evaluation; outputs have a mark."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def study(select: str) -> StudyFile:
 
 
 def two_rates() -> list[Record]:
-    """Return runs of which validation prefers the lower rate and test the higher one."""
+    """Return runs at two rates: validation scores prefer the lower rate, test scores the higher one."""
     lower = [record("lora", 1e-3, seed, 0.8, 0.5) for seed in range(2)]
     return lower + [record("lora", 1e-2, seed, 0.6, 0.7) for seed in range(2)]
 

@@ -1,4 +1,4 @@
-"""Small rules on arrays: usable shares, item noise, outcomes, conjunction, peaks, best of k, aggregates."""
+"""Statistics on arrays: usable shares, item noise, outcomes, conjunction, peaks, best of k, aggregates."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_at_least_u_of_k_holds_with_bonferroni_on_the_other_p_values() -> None:
 
 
 def test_a_partial_conjunction_of_true_hypotheses_errs_at_most_alpha() -> None:
-    # Two of six effects are there; the p values of the others share half of their variance.
+    # Two of six effects exist. All z values have a correlation of 1/2.
     generator = np.random.default_rng(1)
     z = (generator.standard_normal((4000, 6)) + generator.standard_normal((4000, 1))) / np.sqrt(2)
     z[:, :2] += 6
@@ -168,7 +168,7 @@ def test_the_probability_of_improvement_is_that_of_mann_and_whitney() -> None:
 
 
 def test_the_bootstrap_resamples_runs_within_tasks() -> None:
-    # Tasks differ much, runs do not: the difference between tasks must not widen the interval.
+    # Tasks differ much, runs differ little: the differences between tasks must not widen the interval.
     scores = np.random.default_rng(0).normal([0.0, 1.0, 2.0, 3.0], 0.01, (20, 4))
     found = interquartile_mean(scores)
     assert found.high - found.low < 0.02

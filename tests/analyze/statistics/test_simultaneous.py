@@ -1,4 +1,4 @@
-"""Simultaneous intervals: exactness on small cases, agreement of their parts, coverage in small."""
+"""Simultaneous intervals: exact small cases, agreement of intervals and p values, a small simulation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_p_value_is_below_alpha_exactly_where_the_interval_excludes_0(n: int
         found = compare_with_baseline(d, 0.5, alpha=alpha, bounds=UNBOUNDED)
         excludes = (found.low > 0) | (found.high < 0)
         assert (excludes >= (found.p_differs < alpha)).all()
-        # Centering found variants may leave out more of them, never fewer.
+        # After centering, further intervals may exclude 0, but no interval includes 0 again.
         assert (found.p_differs[~excludes] >= alpha).all()
 
 
@@ -50,7 +50,7 @@ def test_the_critical_value_of_ten_replicates_is_the_exact_one_of_all_sign_patte
     t = np.abs(flipped.mean(axis=1) / flipped.std(axis=1, ddof=1) * np.sqrt(10)).max(axis=1)
     found = compare_with_baseline(d, 0.5, bounds=UNBOUNDED)
     assert found.p_differs.min() == pytest.approx((t >= t[0] - 1e-9).mean(), abs=0.02)
-    # 25.6 of the 511 other patterns may lie above.
+    # The 5 % quantile: 25.6 of the 511 other patterns may lie above it.
     others = np.sort(t[1:])[::-1]
     assert others[25] <= found.critical_value[0] <= others[24]
 
@@ -112,7 +112,7 @@ def test_item_noise_widens_an_interval_and_adds_degrees_of_freedom() -> None:
     assert both.standard_error[1] == pytest.approx(np.hypot(alone.standard_error[1], 0.005))
     assert both.degrees[0] == 4
     assert both.degrees[2] > 100
-    # With many degrees of freedom the critical value is that of the normal scale.
+    # With many degrees of freedom the critical value is that of a normal distribution.
     assert both.critical_value[2] == pytest.approx(both.z_critical, rel=0.02)
 
 
@@ -136,7 +136,7 @@ def test_equal_variants_are_called_different_in_five_percent_of_studies(n: int, 
     d = scores[:, :, 1:] - scores[:, :, :1]
     t = d.mean(axis=1) / d.std(axis=1, ddof=1) * np.sqrt(n)
     wrong = (np.abs(to_z(t, n - 1.0)).max(axis=1) > critical_values(d)[0]).mean()
-    # Three standard errors of 3,000 studies around the interval that the issue asks for.
+    # 4 to 6 % (docs/statistics.md), plus three standard errors of 3,000 studies on either side.
     assert 0.04 - 0.011 < wrong < 0.06 + 0.013
 
 

@@ -1,4 +1,4 @@
-"""What the terminal, the page and the pictures show of a replicated tuning, and the words of its verdicts."""
+"""Terminal, page and pictures of a replicated tuning, and the texts of its verdicts."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_planted_differences_are_found_with_their_size_and_direction() -> None:
 
 
 def test_variants_with_other_best_rates_and_the_same_top_are_not_called_different() -> None:
-    """Coarse grids choose rates that are off by different amounts; shifted grids average that out."""
+    """The rates of one coarse grid miss the optima by different amounts; shifted grids average them."""
     wrong = 0
     for seed in range(12):
         task = compare_one(tuned_records(EQUAL, noise=0.003, seed=seed))
@@ -121,7 +121,7 @@ def test_a_failed_run_is_missing_and_the_choice_is_among_the_others() -> None:
 
 
 def with_questions(records: list[Record], questions: int, flips: dict[str, float]) -> list[Record]:
-    """Give every record results per question; each variant answers a share of them otherwise."""
+    """Return records with a result per question. `flips`: variant -> share of the results that it changes."""
     generator = np.random.default_rng(0)
     base = (generator.random(questions) < 0.8).astype(float)
     results = {}

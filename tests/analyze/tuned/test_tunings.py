@@ -1,4 +1,4 @@
-"""What a tuning is, which run it chooses, and what is read off all runs of a variant."""
+"""Tunings: their runs, the chosen run, and the curves over all runs of a variant."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_budget_curve_is_the_expected_test_score_of_the_best_of_k() -> None:
         for rate, v, t in ((1e-3, 0.1, 0.2), (1e-2, 0.9, 0.8), (1e-1, 0.5, 0.4))
     ]
     row = describe_tunings("lora", "baseline", find_tunings(records, label_runs(records))[0]["lora"], 0.01)
-    # One of three: the mean. Two of three: the best is chosen in two of three pairs. Three: the best.
+    # One of three points: the mean. Two: the best point is in two of three pairs. Three: the best point.
     assert row.budget_curve == pytest.approx(((0.2 + 0.8 + 0.4) / 3, (2 * 0.8 + 0.4) / 3, 0.8))
 
 

@@ -20,7 +20,7 @@ COMMAND = "python experiments/tuned_comparison.py --task letters"
 
 @dataclass(frozen=True)
 class Truth:
-    """The true curve of a variant: top - 0.2 (log10 rate - optimum)^2, and 0 from half a decade above."""
+    """The true curve of a variant: top - 0.2 (log10 rate - optimum)^2; 0 half a decade above the optimum."""
 
     top: float = 0.9
     optimum: float = -2.0
@@ -43,7 +43,7 @@ def tuned_records(
     task: str = "letters",
     seed: int = 0,
 ) -> list[Record]:
-    """Return the records of a study. Half of the noise's variance is common to a replicate's variants."""
+    """Return the records of a study. The variants of a replicate share half of the variance of the noise."""
     generator = np.random.default_rng(seed)
     records = []
     for replicate in range(replicates):

@@ -224,7 +224,7 @@ def test_texts_of_very_different_lengths_are_padded_to_buckets(hub_data_folder: 
 def test_the_test_split_is_scored_at_every_evaluation_on_request_with_the_same_training(
     hub_data_folder: Path, roberta: Path, store: Store
 ) -> None:
-    """The published study reports the best evaluation on the dev set; training and last scores stay equal."""
+    """The survey reports the best evaluation on the dev set. Training and last scores do not change."""
     task = task_of("rte")
     schedule = {"lr_schedule": LRSchedule(6, "linear"), "evaluations": 3}
     last = configuration(task, roberta, store.bases, **schedule)

@@ -1,4 +1,4 @@
-"""The star design: what it asks for, in which stage, and what a changed study trains anew."""
+"""The star design: its configurations in each stage, and the new ones after a change of the study."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SURFACE = Surface()
 
 
 def design(tmp_path: Path, variants: tuple[str, ...] = ("lora",), **options: object) -> StarDesign:
-    """Return the design of a study on letters with typed rates."""
+    """Return the design of a study on letters whose rates are given as an option."""
     words = {"factors": ("alpha", "rank"), "seeds": 2, "learning_rates": ("3.16e-4:1e-1:4",)}
     chosen = FactorOptions(store=tmp_path, **{**words, **options})  # type: ignore[arg-type]
     chosen.check_factors()
@@ -31,7 +31,7 @@ def design(tmp_path: Path, variants: tuple[str, ...] = ("lora",), **options: obj
 
 
 def unprepared(configuration: Configuration) -> Configuration:
-    """Return a configuration whose base model is not on this machine, as with --plan."""
+    """Return a copy of a configuration whose base model is not on this machine, as with --plan."""
     return replace(configuration, model=replace(configuration.model, content=UNPREPARED))
 
 

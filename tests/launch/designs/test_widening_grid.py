@@ -25,7 +25,7 @@ def make_grid(*variants: str, max_decades: float = 1.0, rates: tuple[float, ...]
 
 
 def train_all(grid: WideningGrid, score: Callable[[str, float], float | None]) -> dict[str, Record]:
-    """Train what the grid asks for, stage by stage, until it asks for nothing new."""
+    """Train the requested configurations, stage by stage, until the grid requests no further ones."""
     records: dict[str, Record] = {}
     while new := [c for c in grid.request(records) if c.fingerprint not in records]:
         for c in new:

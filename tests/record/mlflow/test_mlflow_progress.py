@@ -57,7 +57,7 @@ def test_a_lane_in_training_has_a_run_that_its_record_completes(uri, study, make
     assert _history(uri, run, "validation_exact_match") == [(5, 0.125), (10, 0.25)]
     assert _history(uri, run, "train_loss") == [(5, 0.6), (10, 0.3)]
     assert log.log_records(study, [record]) == 1
-    log.log_progress(study, second)  # it comes after the record, and changes nothing
+    log.log_progress(study, second)  # a report that comes after the record changes nothing
     log.finish_study(study)
     (child,) = runs_of(uri, study)[1].values()
     assert child.info.run_id == run.info.run_id

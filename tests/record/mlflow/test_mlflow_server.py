@@ -216,7 +216,7 @@ def test_a_lost_answer_makes_no_second_child(server, proxy, make_record, lose):
 
 
 def test_a_server_without_models_gets_adapters_as_artifacts(server, proxy, make_record, tmp_path):
-    """MLflow 2 has no models of runs, and answers 404."""
+    """MLflow 2 cannot link models to runs, and answers 404."""
     record = make_record()
     (tmp_path / record.fingerprint).mkdir()
     (tmp_path / record.fingerprint / "adapter_config.json").write_text("{}")
