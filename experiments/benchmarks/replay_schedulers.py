@@ -200,10 +200,10 @@ def _summarize_variants(
         Variant -> share of the steps, both chosen rates, their distance in points of the grid, the validation
         score of the full grid's choice, and the score that the replay's choice loses.
     """
-    from orchestrator.analyze.sensitivity import summarize
+    from orchestrator.analyze.sensitivity import summarize_panels
 
     def curves(records: Sequence[Record]) -> dict[str, Any]:
-        return {curve.variant: curve for panel in summarize(records).panels for curve in panel.curves}
+        return {curve.variant: curve for panel in summarize_panels(records) for curve in panel.curves}
 
     def steps(records: Sequence[Record], variant: str) -> int:
         return sum(record.steps for record in records if record.configuration.variant.name == variant)

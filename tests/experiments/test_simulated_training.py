@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(ROOT / "tests" / "finetune")]
 
-from scripted import Queue, Script, configuration, leases, train  # noqa: E402  (needs the paths above)
+import replay_schedulers  # noqa: E402  (needs the paths above)
+from scripted import Queue, Script, configuration, leases, train  # noqa: E402
 from simulated_curves import SimulationPlan, synthetic_curve  # noqa: E402
 from simulated_schedulers import simulate_scheduler  # noqa: E402
 from simulated_training import SimulatedEngine  # noqa: E402
@@ -165,6 +166,32 @@ def test_a_scheduler_is_simulated_without_ray(tmp_path: Path) -> None:
     assert simulate_scheduler("asha", points, records, max_concurrent_trials=len(points)) == list(
         found.values()
     )
+
+
+def test_a_replay_without_ray_compares_the_chosen_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [configuration(rate=3.2e-3 * 1.6**away, steps=36, evaluations=12) for away in range(-4, 5)]
+    store = Store(tmp_path / "store")
+    simulate(Script(leases(points)), store, SimulationPlan(), lanes=16)
+    arguments = [
+        str(store.root),
+        "--output",
+        str(tmp_path / "replays"),
+        "--rates",
+        "9",
+        "--schedulers",
+        "asha",
+    ]
+    monkeypatch.setattr(sys, "argv", ["replay_schedulers.py", *arguments, "--without-ray"])
+    replay_schedulers.run()
+    (row,) = json.loads((tmp_path / "replays" / "replays.json").read_text())
+    (variant,) = row["variants"].values()
+    assert row["configurations"] == len(points)
+    assert 0 < row["share"] < 1
+    assert variant["share"] == row["share"]
+    assert variant["chosen"] == variant["best_rate"]
+    assert (variant["grid_distance"], variant["score_loss"]) == (0, 0.0)
 
 
 @pytest.mark.ray
