@@ -1,4 +1,4 @@
-"""Warnings: limits of the conclusions from a panel or a search, one line each."""
+"""Caveats: one-line warnings on the limits of what a panel or a search shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STOPPED = "the mean is of the seeds that were not stopped early at the best"
 
 
 def panel_caveats(panel: Panel) -> list[str]:
-    """Return the caveats of a panel, each with the variants that it applies to."""
+    """Return the caveats of a panel, one line each, with the labels of the curves that each applies to."""
     labels: dict[str, list[str]] = defaultdict(list)
     for curve in panel.curves:
         for caveat, detail in _curve_caveats(curve):
@@ -22,7 +22,7 @@ def panel_caveats(panel: Panel) -> list[str]:
 
 
 def _curve_caveats(c: Curve) -> Iterator[tuple[str, str]]:
-    """Yield the caveats of a curve, and for each a detail that follows the curve's label."""
+    """Yield each caveat of a curve and a detail, often empty, to print behind the curve's label."""
     best = c.point_at_rate(c.best_rate)
     if best is None:
         yield "no score yet", ""
@@ -50,7 +50,7 @@ def _curve_caveats(c: Curve) -> Iterator[tuple[str, str]]:
 
 
 def search_caveats(search: SearchResult) -> list[str]:
-    """Return the caveats of a search."""
+    """Return the caveats of a search, one line each."""
     found = []
     for v in search.variants:
         if v.best is None:

@@ -1,4 +1,4 @@
-"""Selection among points some of whose runs were stopped early, and are therefore censored.
+"""Selection of the best point where some runs were stopped early, so that their scores are censored.
 
 A point is the set of all runs that differ in the seed alone: one rate of a grid, or one point of a search.
 """
@@ -34,13 +34,16 @@ def eligible_points(points: Sequence[PointOutcome], floor: float) -> list[bool]:
     """Return, for each point, whether it may be chosen as the best.
 
     A point without stopped runs may be chosen. The mean of a point with stopped runs is taken over the other
-    seeds only, so it is too high. Such a point may be chosen only if it is better than the floor, and the
-    best of all points even if every stopped run counts as the floor. Then no outcome of the stopped runs
-    could have made another point the best.
+    seeds only, so it is biased upwards. Such a point may be chosen only if it is better than the floor, and
+    the best of all points, when every stopped run counts as the floor. Scores above the floor in its stopped
+    runs would only raise its mean further.
 
     Args:
-        points: The outcomes.
+        points: The outcomes of all points among which one is chosen.
         floor: The score of a constant or untrained answer.
+
+    Returns:
+        One value for each point, in the order of `points`.
     """
     complete = [not point.num_stopped and bool(point.scores) for point in points]
     means = [point.pessimistic_mean(floor) for point in points]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class CostRow:
-    """What one variant costs on one task and base model. Seconds are a lane's share of its trainer's."""
+    """The cost of one variant on one task and base model.
+
+    The seconds of a run are its equal share of the time of its lane group, see `Cost`.
+    """
 
     task: str
     model: str
@@ -28,11 +32,12 @@ class CostRow:
     evaluate_seconds: float
     """Mean evaluation time of a run."""
     peak_memory: int
-    """The most bytes in use while such a run trained, by all lanes of its group; 0 if unknown."""
+    """The largest peak memory of a finished run in bytes, all lanes of its lane group together; 0 if
+    unknown."""
     trainable_parameters: int
-    """Trainable parameters of a run, the median if they differ."""
+    """Trainable parameters of a finished run, the median if they differ."""
     study_seconds: float
-    """Training and evaluation of all runs of the variant, also of those that did not finish."""
+    """Training and evaluation time of all runs of the variant, including those that did not finish."""
     score: Estimate
     """The test score at the variant's best point."""
 
@@ -47,7 +52,7 @@ def summarize_costs(records: Iterable[Record], scores: Mapping[Key, Estimate]) -
 
     Args:
         records: Distinct records.
-        scores: The test score of each variant at its best point.
+        scores: The test score of each variant at its best point. A variant may be missing.
     """
     by_key: dict[Key, list[Record]] = defaultdict(list)
     for record in records:
@@ -61,14 +66,13 @@ def summarize_costs(records: Iterable[Record], scores: Mapping[Key, Estimate]) -
 def _summarize(key: Key, records: Sequence[Record], score: Estimate) -> CostRow:
     costs = [r.cost for r in records if r.state == "finished"]
     count = max(1, len(costs))
-    parameters = sorted(cost.trainable_parameters for cost in costs)
     return CostRow(
         *key,
         runs=len(costs),
         train_seconds=math.fsum(cost.train_seconds for cost in costs) / count,
         evaluate_seconds=math.fsum(cost.evaluate_seconds for cost in costs) / count,
         peak_memory=max((cost.peak_memory for cost in costs), default=0),
-        trainable_parameters=parameters[len(parameters) // 2] if parameters else 0,
+        trainable_parameters=statistics.median_high([cost.trainable_parameters for cost in costs] or [0]),
         study_seconds=math.fsum(r.cost.train_seconds + r.cost.evaluate_seconds for r in records),
         score=score,
     )
@@ -77,7 +81,12 @@ def _summarize(key: Key, records: Sequence[Record], score: Estimate) -> CostRow:
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
     """Return the indices of the points that no other point dominates, in ascending order of the cost.
 
-    A point dominates another if it is at most as costly and at least as good, and not equal in both.
+    A point dominates another if it is at most as costly and at least as good, and not equal in both. Of
+    points that are equal in both, only the first is returned.
+
+    Args:
+        costs: The cost of each point.
+        scores: The score of each point, of the same length.
     """
     front: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
@@ -91,17 +100,17 @@ COST_AXES = (
     ("trainable_parameters", "trainable parameters"),
     ("peak_memory", "peak memory (GB)"),
 )
-"""The fields against which the score is drawn, and the titles of the axes."""
+"""The fields of `CostRow` against which the score is plotted, each with the title of its axis."""
 
 
 def axis_values(rows: Sequence[CostRow], field: str) -> list[float]:
-    """Return the values of a field of `COST_AXES` for its axis; memory in gigabytes (1e9 bytes)."""
+    """Return the values of one field of `COST_AXES`, in the unit of its axis: memory in GB (1e9 bytes)."""
     scale = 1e-9 if field == "peak_memory" else 1.0
     return [scale * getattr(row, field) for row in rows]
 
 
 def rows_by_title(rows: Iterable[CostRow]) -> dict[str, list[CostRow]]:
-    """Return title of the task and model -> its rows that have a score."""
+    """Group the rows that have a score by `CostRow.title`."""
     grouped: dict[str, list[CostRow]] = defaultdict(list)
     for row in rows:
         if row.score.mean is not None:
@@ -110,5 +119,5 @@ def rows_by_title(rows: Iterable[CostRow]) -> dict[str, list[CostRow]]:
 
 
 def known_axes(rows: Sequence[CostRow]) -> list[tuple[str, str]]:
-    """Return the entries of `COST_AXES` that are known of every row."""
+    """Return the entries of `COST_AXES` whose values are known for every row."""
     return [(field, title) for field, title in COST_AXES if all(getattr(row, field) > 0 for row in rows)]

@@ -1,4 +1,7 @@
-"""What the static and the interactive plot of a curve share: its line, its cliff, the axes of its top."""
+"""Geometry of the plots of curves: the pieces of a line, the axes of the top, the sideways shifts.
+
+The static and the interactive plots share it.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from orchestrator.analyze.results import Curve, CurvePoint, Panel, Run
 from orchestrator.analyze.run_labels import RunLabel
 
 MAX_OVERLAID_CURVES = 8
-"""With more curves than this, the heat map comes first, and each curve gets static axes of its own."""
+"""With more curves than this, the report shows the heat map first and each curve in axes of its own."""
 BROKEN_LABELS: tuple[RunLabel, ...] = ("collapsed", "diverged")
 """The labels of runs whose training broke down."""
-_MIN_TOP_HEIGHT = 0.08
-_TOP_DECADES = 0.75
-_WORTHWHILE_ZOOM = 0.7
+_MIN_TOP_HEIGHT = 0.08  # least height of the top, before margins, as a fraction of the whole plot's height
+_TOP_DECADES = 0.75  # decades of learning rate shown on either side of the best rates
+_WORTHWHILE_ZOOM = 0.7  # the axes of the top must be lower than this fraction of the whole plot
 
 
 @dataclass(frozen=True)
@@ -25,35 +28,40 @@ class LinePiece:
 
     points: tuple[CurvePoint, ...]
     crosses_cliff: bool
-    """True between the last usable rate and the first at which training breaks down: the score between them
-    is not measured, and falls at some rate that is unknown."""
+    """True for a piece between a usable rate and a neighbor at which training breaks down. The score drops
+    at an unknown rate between them, so the piece is no interpolation."""
 
 
 @dataclass(frozen=True)
 class TopAxes:
-    """The ranges of the axes that show where the curves' best scores lie."""
+    """Axis ranges that show the best points of the curves, each as (low, high)."""
 
     rates: tuple[float, float]
     scores: tuple[float, float]
 
 
 def is_broken(point: CurvePoint) -> bool:
-    """Return whether training breaks down at a rate: more than half of the runs collapse or diverge."""
+    """Return whether more than half of the runs at a rate collapse or diverge, of those that ended."""
     broken = sum(point.count_runs(label) for label in BROKEN_LABELS)
     return 2 * broken > broken + point.count_runs("finished")
 
 
 def drawn_score(panel: Panel, run: Run) -> float | None:
-    """Return the score at which a run is drawn: its last one if it was stopped, None if it failed."""
+    """Return the validation score at which a run is drawn.
+
+    A diverged run is drawn at the floor, and a stopped run at its last score. None for a failed run, and for
+    a run without a score.
+    """
     if run.label == "failed":
         return None
     return {"diverged": panel.floor, "stopped": run.last_validation}.get(run.label, run.validation)
 
 
 def line_pieces(curve: Curve) -> list[LinePiece]:
-    """Cut the line through the means into pieces.
+    """Split the line through the means of a curve into pieces of at least two points.
 
-    The line is broken at rates whose runs were stopped early, and drawn across rates without a run.
+    The line is interrupted at rates that are not eligible because runs were stopped early. A rate without any
+    score or stopped run does not interrupt the line.
     """
     pieces: list[LinePiece] = []
     whole: list[CurvePoint] = []
@@ -73,10 +81,10 @@ def line_pieces(curve: Curve) -> list[LinePiece]:
 
 
 def top_axes(panel: Panel) -> TopAxes | None:
-    """Return the axes around the best points of the curves, without those that lie far below the others.
+    """Return axes that zoom in on the best points of the curves, except those far below the others.
 
     Returns:
-        The axes; None if they would show most of what the whole axes show.
+        The axes. None with fewer than two best points, or if the axes would show most of the whole plot.
     """
     bests = [
         (c.best_rate, c.best_validation.mean)
@@ -98,8 +106,13 @@ def top_axes(panel: Panel) -> TopAxes | None:
 def _near_the_top(scores: Sequence[float], height: float) -> tuple[float, float]:
     """Return the lowest and the highest of the scores that form the top.
 
-    From the highest score downwards, a score belongs to the top unless a gap of a fifth of the plot's whole
-    height parts it from those above it, and at least three quarters of the scores are above the gap.
+    The top ends at the first gap, from the highest score downwards, that is larger than a fifth of the plot's
+    height and has at least three quarters of the scores above it. Without such a gap, all scores form the
+    top.
+
+    Args:
+        scores: The best score of each curve.
+        height: The height of the whole plot: the largest mean score minus the smallest.
     """
     ordered = sorted(scores, reverse=True)
     for count, (above, below) in enumerate(pairwise(ordered), 1):
@@ -109,7 +122,11 @@ def _near_the_top(scores: Sequence[float], height: float) -> tuple[float, float]
 
 
 def side_steps(panel: Panel) -> dict[str, float]:
-    """Return label -> factor by which its rates are moved sideways, so that no curve hides another."""
+    """Return label -> factor by which the curve's rates are multiplied in a plot.
+
+    The factors are so close to 1 that a point stays nearest to its own rate, and differ, so that points of
+    several curves at one rate do not hide each other.
+    """
     labels = sorted(c.label for c in panel.curves)
     logs = sorted({math.log10(p.learning_rate) for c in panel.curves for p in c.points})
     gap = min((b - a for a, b in pairwise(logs)), default=0.5)

@@ -1,4 +1,4 @@
-"""Statistics of one curve, score over learning rate. Plain numbers, no records.
+"""Statistics of the shape of one curve (score over learning rate), computed from plain numbers.
 
 A curve is two sequences of the same length. `x` is log10 of the learning rates, strictly ascending. `y` is
 the mean score at each rate, higher is better; it is None where runs were stopped early (censored). Between
@@ -20,10 +20,11 @@ SCORE_EPSILON = 1e-9
 CurveScores = Sequence[float | None]
 """Mean scores, None where censored."""
 BracketStatus = Literal["yes", "low edge", "high edge", "both edges"]
+"""Whether the grid brackets the best rate; otherwise the edges of the grid at which the best score lies."""
 
 
 def best_index(y: CurveScores) -> int | None:
-    """Return the index of the highest score, None without any; among equals that of the lowest rate."""
+    """Return the index of the highest score, of equal ones the first; None without a score."""
     known = [v for v in y if v is not None]
     if not known:
         return None
@@ -31,9 +32,13 @@ def best_index(y: CurveScores) -> int | None:
 
 
 def bracket_status(y: CurveScores, best: int) -> BracketStatus:
-    """Return whether the grid encloses the best rate.
+    """Return whether the grid brackets the best rate.
 
-    An edge rate with the same score does not enclose it.
+    An edge of the grid whose score equals the best score does not bracket the best rate.
+
+    Args:
+        y: The mean scores.
+        best: The index of the best rate.
     """
     peak = y[best]
     low, high = (peak is not None and v is not None and v >= peak - SCORE_EPSILON for v in (y[0], y[-1]))
@@ -50,7 +55,7 @@ def parabola_peak(x: Sequence[float], y: CurveScores, best: int) -> float | None
     beyond the middle of the gap to a neighbor.
 
     Returns:
-        The peak, or None if the best rate lacks a neighbor with a score, or both have the same score as it.
+        The peak. None if a neighbor is missing or has no score, or if both have the score of the best rate.
     """
     if best in (0, len(y) - 1):
         return None
@@ -64,7 +69,10 @@ def parabola_peak(x: Sequence[float], y: CurveScores, best: int) -> float | None
 
 
 def score_at(x: Sequence[float], y: CurveScores, query_x: float) -> float | None:
-    """Return the score at `query_x`; None outside the grid and beside a censored rate."""
+    """Return the score at `query_x`, interpolated linearly.
+
+    None outside the grid, and next to a censored rate.
+    """
     i = bisect_left(x, query_x - 1e-9)
     if i == len(x):
         return None
@@ -82,11 +90,11 @@ def score_at(x: Sequence[float], y: CurveScores, query_x: float) -> float | None
 def width(x: Sequence[float], y: CurveScores, best: int, threshold: float) -> tuple[float, bool]:
     """Return the width of the interval around the best rate in which the score is at least `threshold`.
 
-    Only the connected interval counts, and not a second hill beyond a dip.
+    Only the connected interval counts. Rates beyond a dip below the threshold do not, whatever their score.
 
     Returns:
-        The width in decades, and whether it is only a lower bound: the grid ends, or a censored rate comes,
-        before the score falls below the threshold.
+        The width in decades, and whether it is only a lower bound because the grid ends, or a censored rate
+        follows, before the score falls below the threshold.
     """
     left, open_left = _distance_to_threshold(x, y, best, threshold, -1)
     right, open_right = _distance_to_threshold(x, y, best, threshold, +1)
@@ -113,8 +121,8 @@ def mean_regret(x: Sequence[float], y: CurveScores, best: int) -> tuple[float, f
     """Return the mean of (best score - score) within half a decade of the best rate.
 
     Returns:
-        The mean, and the decades over which it is taken: less than 1 if the grid ends or a censored
-        rate comes before. None if it would be taken over nothing.
+        The mean, and the width in decades of the interval over which it is taken: less than 1 if the grid
+        ends or a censored rate lies within half a decade. None if the interval is empty.
     """
     first = last = best
     while first > 0 and y[first - 1] is not None:

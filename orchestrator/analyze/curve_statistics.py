@@ -14,10 +14,10 @@ from orchestrator.analyze.results import TOLERANCE, CurvePoint, Run, is_referenc
 
 @dataclass(frozen=True)
 class CurveMeans:
-    """A curve as numbers: the means over seeds at each rate.
+    """A curve as numbers: the means over seeds at each rate. All lists have one entry for each rate.
 
-    Rates without a score are left out unless a run was stopped there: the curve is drawn across them. A rate
-    with a stopped run stays; its scores are None unless it is eligible.
+    A rate without a score is left out, so that the curve is interpolated over it, unless a run was stopped
+    there. A rate with a stopped run stays, and its scores are None unless it is eligible.
     """
 
     rates: list[float]
@@ -30,7 +30,7 @@ class CurveMeans:
     diverged: list[float]
     """The shares of diverged seeds."""
     best: int | None
-    """The index of the best rate."""
+    """The index of the best rate; None without a score."""
 
     @property
     def best_rate(self) -> float | None:
@@ -40,7 +40,7 @@ class CurveMeans:
 
 @dataclass(frozen=True)
 class CurveStatistics:
-    """The numbers that are read off one curve; None where the curve does not give them."""
+    """The statistics of one curve, see `curve_shape`; None where the curve does not determine one."""
 
     best_rate: float | None = None
     interpolated_log_rate: float | None = None
@@ -48,10 +48,13 @@ class CurveStatistics:
     width: tuple[float, bool] | None = None
     """The width in decades, and whether it is only a lower bound."""
     width_90: tuple[float, bool] | None = None
+    """The same, with a threshold at 90 % of the way from the floor to the best score."""
     half_decade_regret: tuple[float, float] | None = None
     """The mean regret, and the decades over which it is taken."""
     regret_at_reference: float | None = None
+    """The best score minus the score at LoRA's best rate."""
     regret_at_average: float | None = None
+    """The best score minus the score at the rate that is best on average over the variants."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def panel_statistics(
     Args:
         points: Label -> the points of the curve.
         floor: The score of a constant or untrained answer.
-        without_seed: A seed to leave out. Seeds are paired, so it is left out of all curves at once, and the
-            rates at which the curves are compared are chosen again.
+        without_seed: A seed to leave out, for the jackknife. Seeds are paired, so the seed is left out of all
+            curves at once, and the rates at which the curves are compared are chosen again.
     """
     means = {label: _curve_means(own, floor, without_seed) for label, own in points.items()}
     reference = _reference_curve(means)
@@ -95,7 +98,7 @@ def panel_statistics(
 
 
 def point_outcome(runs: Sequence[Run]) -> PointOutcome:
-    """Return how the runs of a point ended."""
+    """Return the outcome of the runs of a point, from which `eligible_points` decides."""
     scores = [r.validation for r in runs if r.validation is not None]
     return PointOutcome(scores, sum(r.state == "stopped" for r in runs))
 
@@ -145,7 +148,7 @@ def _curve_statistics(
 
 
 def _reference_curve(means: Mapping[str, CurveMeans]) -> str | None:
-    """Return the label of LoRA's curve; the best one if a study has several, say of several alphas."""
+    """Return the label of LoRA's curve, of several (for example with different alphas) that of the best."""
     scores = {
         label: m.y[m.best] or 0.0 for label, m in means.items() if is_reference(label) and m.best is not None
     }

@@ -1,4 +1,4 @@
-"""What the curves of a panel say, as text for the tables, the plots and the report."""
+"""Texts about the curves of a panel, for the tables, the plots and the report."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.show import replace_options
 
 NOT_RESOLVED = "not resolved"
-"""What stands for a width that is narrower than the spacing of the grid."""
+"""Text in place of a width that is smaller than the spacing of the grid."""
 
 
 def panel_title(panel: Panel) -> str:
-    """Return task, model and the columns in which the panel differs from the other panels."""
+    """Return the task, the model and the columns in which the panel differs from others of these two."""
     more = ", ".join(f"{k}={v}" for k, v in panel.varied.items())
     return f"{panel.task} on {panel.model}" + (f" ({more})" if more else "")
 
 
 def best_rate_text(curve: Curve) -> str:
-    """Return the best rate and whether the grid brackets it."""
+    """Return the best rate, marked if the grid does not bracket it: "best at 3e-4 (edge)"."""
     if curve.best_rate is None:
         return "no score yet"
     if curve.bracketed == "both edges":
@@ -33,7 +33,12 @@ def best_rate_text(curve: Curve) -> str:
 
 
 def width_text(curve: Curve, width: CurveStatistic | None) -> str:
-    """Return a width in decades. The grid does not resolve a width below the spacing of its rates."""
+    """Return a width in decades as text.
+
+    Args:
+        curve: The curve, whose grid does not resolve a width below the spacing of its rates.
+        width: One of the widths of the curve.
+    """
     logs = [math.log10(p.learning_rate) for p in curve.points]
     spacing = statistics.median([b - a for a, b in pairwise(logs)]) if len(logs) > 1 else 0.0
     if width is not None and not width.is_lower_bound and width.value < spacing - 1e-9:
@@ -42,11 +47,11 @@ def width_text(curve: Curve, width: CurveStatistic | None) -> str:
 
 
 def curve_verdict(panel: Panel, command: str) -> Verdict:
-    """Return what the curves of a panel say about one rate for all variants.
+    """Return the descriptive verdict on the best rates of the variants of a panel.
 
     Args:
         panel: The curves.
-        command: The command of the study, from which that of the next step is made.
+        command: The command of the study, from which the command of the next step is made.
     """
     rates = {p.learning_rate for c in panel.curves for p in c.points}
     seeds = {run.seed for c in panel.curves for p in c.points for run in p.runs}
@@ -66,18 +71,18 @@ def curve_verdict(panel: Panel, command: str) -> Verdict:
 
 
 def replicated_command(command: str) -> str:
-    """Return the command of a replicated tuning of the same variants and tasks."""
+    """Return the command of a replicated tuning (`tuned_comparison.py`) of the same variants and tasks."""
     options = replace_options(command, dict.fromkeys(("--seeds", "--study", "--learning-rates"), ()))
     return re.sub(r"\w+\.py\b", "tuned_comparison.py", options, count=1)
 
 
 def count_text(count: int, what: str) -> str:
-    """Return a count and a noun, in the plural unless the count is 1."""
+    """Return a count and the noun `what`, in the plural unless the count is 1."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def answer(panel: Panel) -> str:
-    """Return what the curves say about their best rates, in two sentences."""
+    """Describe the best rates of a panel's curves and the spread of the test scores, in 1 or 2 sentences."""
     scored = [c for c in panel.curves if c.best_rate is not None]
     # A variant that scores the same at both ends of the grid has no best rate, for example a head with a
     # learning rate of its own.
@@ -89,8 +94,7 @@ def answer(panel: Panel) -> str:
         title = panel_title(panel)
         return f"No variant of {title} scores better inside the grid than at its ends."
     if len(ranked) == 1:
-        text = f"The best rate of {ranked[0][1]} is {formatting.rate(ranked[0][0])}."
-        return text
+        return f"The best rate of {ranked[0][1]} is {formatting.rate(ranked[0][0])}."
     low, high = ranked[0], ranked[-1]
     decades = math.log10(high[0] / low[0])
     if decades < 0.005:

@@ -24,19 +24,19 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def estimate(value: Estimate, digits: int = 3) -> str:
-    """Format an estimate with half of its interval's width, 0.967 ±0.052, or without an interval, 0.967."""
+    """Format an estimate with the half-width of its interval, 0.967 ±0.052; without an interval, 0.967."""
     if value.mean is None or value.interval is None:
         return number(value.mean, digits)
     return f"{number(value.mean, digits)} ±{number((value.interval.high - value.interval.low) / 2, digits)}"
 
 
 def figure(value: CurveStatistic | None, digits: int = 2) -> str:
-    """Format a statistic: 0.42, or ≥0.42 for a lower bound; "-" for None."""
+    """Format a statistic of a curve: 0.42, or ≥0.42 for a lower bound; "-" for None."""
     return "-" if value is None else f"{'≥' if value.is_lower_bound else ''}{number(value.value, digits)}"
 
 
 def interval(value: Estimate | CurveStatistic | None, digits: int = 3) -> str:
-    """Format an interval, [0.915, 1.019]; empty if there is none."""
+    """Format the interval of an estimate or statistic, [0.915, 1.019]; empty without an interval."""
     if value is None or value.interval is None:
         return ""
     return f"[{number(value.interval.low, digits)}, {number(value.interval.high, digits)}]"
@@ -52,7 +52,7 @@ def settings_text(settings: Mapping[str, Value]) -> str:
     )
 
 
-# The option of a study's command that sets a column of its records.
+# Column of a record -> the option of a study's command that sets its value.
 _OPTION_OF_COLUMN = {
     **{name: f"--{name}" for name in ("rank", "alpha", "dropout", "task", "model")},
     "base_dropout": "--base-dropout",
@@ -68,7 +68,8 @@ def narrow_command(command: str, variant: str, rates: Sequence[float], varied: M
         command: The command of the study.
         variant: The variant to train.
         rates: The learning rates to train it at.
-        varied: Other columns of the configurations and their values; those without an option are ignored.
+        varied: Other columns of the configurations -> their values. Columns that no option sets, or whose
+            value is None, are ignored.
     """
     values = {"--variants": [variant], "--learning-rates": [exact_rate(r) for r in rates]}
     for column, option in _OPTION_OF_COLUMN.items():
@@ -78,11 +79,11 @@ def narrow_command(command: str, variant: str, rates: Sequence[float], varied: M
 
 
 def fold_command(command: str, width: int) -> str:
-    """Fold a command into lines that a shell reads as one, each but the last with a backslash at its end.
+    """Break a command into lines that a shell reads as one command: all but the last end in a backslash.
 
     Args:
         command: The command.
-        width: The largest number of characters of a line, unless a single word is longer.
+        width: The largest number of characters of a line. Only a longer single word exceeds it.
     """
     lines = [""]
     for word in map(shlex.quote, shlex.split(command)):
@@ -93,5 +94,5 @@ def fold_command(command: str, width: int) -> str:
 
 
 def redact_secrets(text: str) -> str:
-    """Remove secrets from a text, and the user from every URI in it."""
+    """Remove secrets from a text, and user and password from every URI in it."""
     return re.sub(r"(\w://)[^/@\s]+@", r"\1", redaction.redact_secrets(text))

@@ -1,4 +1,7 @@
-"""The cells of a heat map, variant x learning rate, for its static and its interactive picture."""
+"""The cells of a heat map of scores, variant x learning rate.
+
+The static and the interactive picture share them.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,19 @@ _SYMBOLS: tuple[tuple[RunLabel, str], ...] = (("collapsed", "▽"), ("diverged",
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The cells of one panel. Rows are variants, the best first; columns are rates, ascending."""
+    """The cells of one panel: a row for each curve, the best first, and a column for each rate, ascending."""
 
     labels: tuple[str, ...]
     rates: tuple[float, ...]
     scores: tuple[tuple[float | None, ...], ...]
-    """The mean validation score, or None without one."""
+    """The mean validation score; None without a score."""
     broken: tuple[tuple[str, ...], ...]
-    """The runs that broke down, for example "▽2 x1 /3": two of three collapsed, one diverged. Often empty."""
+    """The numbers of collapsed (▽) and diverged (x) runs, for example "▽2 x1 /3": two of three collapsed, one
+    diverged. Empty if no run did."""
     points: tuple[tuple[CurvePoint | None, ...], ...]
+    """The points of the curves; None at a rate without a run."""
     best_columns: tuple[int | None, ...]
-    """The column of each variant's best rate."""
+    """The column of each curve's best rate; None for a curve without one, or that is flat."""
 
 
 def heat_map(panel: Panel) -> HeatMap:

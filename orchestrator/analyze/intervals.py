@@ -1,4 +1,4 @@
-"""Confidence intervals over seeds: two-sided, at 95 %; None where the data give none."""
+"""Confidence intervals over seeds: two-sided, at 95 %; None where the data do not determine one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` seeds. It is None without a seed; the interval is None with fewer than two."""
+    """A mean over `n` seeds. The mean is None without a seed, the interval with fewer than two seeds."""
 
     n: int
     mean: float | None = None
@@ -33,13 +33,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class CurveStatistic:
-    """A number read off a curve."""
+    """A statistic of a curve, with its jackknife interval."""
 
     value: float
     interval: Interval | None = None
-    """None for a lower bound."""
+    """None for a lower bound, and where the interval cannot be computed."""
     is_lower_bound: Annotated[bool, Field(alias="at_least")] = False
-    """True if the true value may be larger, because the grid ended before the curve gave it."""
+    """True if the grid or the uncensored part of the curve ended too early, so that the true value may be
+    larger."""
 
 
 def _t_quantile(degrees: int) -> float:
@@ -51,13 +52,12 @@ def _t_quantile(degrees: int) -> float:
 def estimate_mean(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Estimate:
     """Compute the mean and its t-interval: mean -+ t(n-1) s / sqrt(n), s the sample standard deviation.
 
-    A bootstrap is no alternative: below ten seeds its percentile interval covers far less than it states
-    (75 % with three). The t-interval is not valid where some of the seeds diverge; use the share of
-    diverged seeds there.
+    A percentile bootstrap would cover too rarely below ten seeds (75 % instead of 95 % with three). The
+    t-interval is not valid where some of the seeds diverge; use the share of diverged seeds there.
 
     Args:
         values: One score per seed.
-        bounds: The range of the values, to which the interval is cut; ignored if one of them lies outside.
+        bounds: The range of possible values, to which the interval is cut. Ignored if a value lies outside.
     """
     n = len(values)
     if n == 0:
@@ -74,12 +74,12 @@ def estimate_mean(values: Sequence[float], bounds: tuple[float, float] = (-math.
 
 
 def estimate_score(values: Sequence[float]) -> Estimate:
-    """Compute the mean score like `estimate_mean`, with an interval in 0..1 if all scores are."""
+    """Compute the mean score like `estimate_mean`, with the interval cut to 0..1 if all scores lie there."""
     return estimate_mean(values, SCORE_BOUNDS)
 
 
 def wilson_interval(count: int, n: int) -> Interval | None:
-    """Compute Wilson's score interval of a share, without continuity correction.
+    """Compute Wilson's score interval of a share (Wilson 1927), without continuity correction.
 
     Args:
         count: The number of successes.
@@ -101,7 +101,7 @@ def jackknife_interval(
     leave_one_out_values: Sequence[float | None],
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Interval | None:
-    """Compute the jackknife interval of a statistic of the mean curve.
+    """Compute the jackknife interval of a statistic of the mean curve (Tukey 1958).
 
     The interval is f -+ t(n-1) sqrt((n-1)/n sum (f_i - g)^2). Here f is the statistic on all
     n seeds, f_i the statistic without seed i, and g the mean of all f_i.
@@ -114,8 +114,8 @@ def jackknife_interval(
 
     Args:
         full_value: The statistic on all seeds.
-        leave_one_out_values: The statistic with each seed left out in turn.
-        bounds: The range of the statistic, to which the interval is cut.
+        leave_one_out_values: The statistic with each seed left out in turn, one value per seed.
+        bounds: The range of possible values, to which the interval is cut.
 
     Returns:
         The interval, or None with fewer than two seeds, or if one of the values is None.

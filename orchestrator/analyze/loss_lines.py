@@ -20,7 +20,7 @@ ROLES: Mapping[Role, str] = {
     "higher": "at the next higher rate",
 }
 MAX_BINS = 100
-"""A line has at most this many points; the loss is the mean over the steps in between."""
+"""Largest number of points of a line. Each point is the mean loss over a bin of equally many steps."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ class LossLine:
 
     role: Role
     rates: tuple[float, float]
-    """The lowest and the highest learning rate of the runs; replicates have grids of their own."""
+    """The lowest and the highest learning rate of the runs. They differ between replicates, whose grids are
+    shifted."""
     runs: int
     steps: tuple[float, ...]
-    """The middle of each bin."""
+    """The optimizer step in the middle of each bin."""
     losses: tuple[float, ...]
-    """The mean loss in each bin, over the runs that got there, in nats per token."""
+    """The mean loss in each bin, in nats per token, over the runs that reached it."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class LossPanel:
 
     title: str
     variants: Mapping[str, Sequence[LossLine]]
-    """Label -> its lines, those that have a loss."""
+    """Label of the variant -> its lines that have a loss."""
 
     @property
     def loss_range(self) -> tuple[float, float]:
-        """The range of the axis: the loss of a run that diverges leaves it."""
+        """The lower and the upper end of the loss axis. Losses far above the first are cut off."""
         lines = [line for own in self.variants.values() for line in own]
         first = max(line.losses[0] for line in lines)
         low = min(min(line.losses) for line in lines)
@@ -55,7 +56,12 @@ class LossPanel:
 
 
 def loss_panels(summary: Summary, records: Sequence[Record]) -> list[LossPanel]:
-    """Return the training curves of a study; none for records without the loss of each step."""
+    """Return the training curves of a study by task and model.
+
+    Args:
+        summary: The summary, which says which learning rates are best.
+        records: The records of the study. Those without a loss for each step are ignored.
+    """
     by_fingerprint = {record.fingerprint: record for record in records}
     found = []
     for title, label, role, fingerprints in _choices(summary):
@@ -94,7 +100,7 @@ def _choices_of_panel(panel: Panel) -> Iterator[_Choice]:
 
 
 def _choices_of_search(search: SearchResult) -> Iterator[_Choice]:
-    """Yield the best points alone: the points of a search have no neighbors that differ in the rate alone."""
+    """Yield the best points only. Points of a search have no neighbors that differ in the rate alone."""
     for v in search.variants:
         if v.best is not None:
             fingerprint = v.best.configuration.fingerprint
@@ -113,12 +119,13 @@ def _choices_of_comparison(task: TaskComparison) -> Iterator[_Choice]:
 
 
 def _around(best: int, count: int) -> list[tuple[Role, int]]:
+    """Return the index of the best of `count` rates and those of its neighbors, each with its role."""
     roles: list[tuple[Role, int]] = [("best", best), ("lower", best - 1), ("higher", best + 1)]
     return [(role, index) for role, index in roles if 0 <= index < count]
 
 
 def _mean_line(role: Role, records: Sequence[Record]) -> LossLine | None:
-    """Average the losses over the runs in bins of equal numbers of steps; None without a finite loss."""
+    """Average the finite losses of the runs of a line in bins of steps; None without a finite loss."""
     last = max(metrics.step for record in records for metrics in record.curve)
     size = math.ceil(last / MAX_BINS)
     bins: dict[int, list[float]] = defaultdict(list)

@@ -1,7 +1,7 @@
-"""The page `report.html`: one file that opens from disk and loads nothing from anywhere.
+"""Rendering of `report.html`: a single file that contains everything it shows and can be opened from disk.
 
-Its script inflates plotly.js and the interactive figures, which are in the page. Without JavaScript the page
-shows the pictures that lie beside it.
+The page contains plotly.js and the interactive figures in compressed form, which its script inflates, and the
+static pictures as PNG, which a browser without JavaScript shows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def render_page(data: ReportData, pictures: Mapping[str, tuple[Picture, bytes]],
     """Return the page as HTML.
 
     Args:
-        data: What the sections show.
-        pictures: Name -> the picture, and its PNG.
+        data: The study, its summary and its records.
+        pictures: Name -> the picture, and its static version as PNG.
         pending: The number of configurations without a record.
     """
-    # The usual rule for autoescape goes by the ending .html and would skip these templates.
+    # `select_autoescape` goes by the ending of the name and would not escape in *.html.jinja.
     loader = PackageLoader("orchestrator.analyze")
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=loader, autoescape=True, **options)
@@ -60,7 +60,7 @@ def render_page(data: ReportData, pictures: Mapping[str, tuple[Picture, bytes]],
 
 
 def mlflow_ui_command(tracking_uri: str) -> str:
-    """Return the command that opens the runs in MLflow's UI; empty for a server, which has an address."""
+    """Return the command that opens the runs in MLflow's UI; empty for a server, which serves its own UI."""
     if not tracking_uri or tracking_uri.startswith(("http://", "https://")):
         return ""
     return shlex.join(["mlflow", "ui", "--backend-store-uri", tracking_uri])

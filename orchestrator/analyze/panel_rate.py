@@ -15,10 +15,11 @@ from orchestrator.analyze.verdict import Verdict
 
 
 def compare_panel_at_fixed_rate(panel: Panel) -> FixedRateComparison | None:
-    """Compare the curves of a panel at LoRA's best rate, and each at its own.
+    """Compare the test scores of a panel's curves at LoRA's best rate, and each at its own best rate.
 
     Returns:
-        The comparison; None without LoRA, or if no two curves share two rates and a seed.
+        The comparison. None without LoRA's curve, with fewer than two curves, or if the curves do not all
+        share two rates and the best rate of each.
     """
     curves = {
         curve.label: curve
@@ -37,7 +38,17 @@ def compare_panel_at_fixed_rate(panel: Panel) -> FixedRateComparison | None:
 
 
 def _rate_scores(curve: Curve, rates: list[float], seeds: list[int]) -> RateScores | None:
-    """Return the test scores of a curve at shared rates; None if its best rate is not shared."""
+    """Return the test scores of a curve at the shared rates, shape (seeds, rates), NaN where missing.
+
+    Args:
+        curve: The curve.
+        rates: The rates that all curves share, ascending.
+        seeds: The seeds of all curves, ascending.
+
+    Returns:
+        The scores and the index of the curve's best rate. None if there are fewer than two shared rates, or
+        the best rate is not among them.
+    """
     if curve.best_rate not in rates or len(rates) < 2:
         return None
     scores = np.full((len(seeds), len(rates)), math.nan)
@@ -49,9 +60,9 @@ def _rate_scores(curve: Curve, rates: list[float], seeds: list[int]) -> RateScor
 
 
 def panel_rate_verdict(panel: Panel) -> Verdict | None:
-    """Return the verdict on claim 3; None if the panel cannot show it.
+    """Return the verdict on claim 3; None if `compare_panel_at_fixed_rate` gives none.
 
-    The rates are chosen on the curve's own few seeds, so the verdict is descriptive.
+    The best rates are chosen on the same few seeds that are compared, so the verdict is descriptive.
     """
     found = compare_panel_at_fixed_rate(panel)
     if found is None or panel.reference is None:

@@ -1,4 +1,4 @@
-"""Group the records of a study into panels and curves, and warn of mixed provenance."""
+"""Grouping of a study's records into panels and curves, and warnings of mixed provenance."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class CurveRecords:
 
     variant: str
     varied: Mapping[str, Value]
-    """Columns in which the curve differs from the other curves of its variant: column -> value. Often
-    empty."""
+    """Columns in which the curve differs from the other curves of its variant: column -> value. Empty if the
+    variant has one curve."""
     records: Sequence[Record]
 
     @property
@@ -53,13 +53,16 @@ class CurveRecords:
 def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value], list[CurveRecords]]]:
     """Group records into panels of curves that may be compared.
 
-    The records of one curve differ in learning rate and seed only. A column such as rank, which every variant
-    has, splits panels only if it varies within one variant, so that a variant that needs another rank stays
-    in the panel.
+    The records of one curve differ in learning rate and seed only. Columns of the whole study, such as the
+    number of steps, split panels whenever they vary. Rank, dropout and targets do so only if they vary within
+    one variant, so that a variant that needs another rank stays in the panel.
+
+    Args:
+        records: Distinct records.
 
     Returns:
         For each panel the columns in which it differs from the other panels of its task and model (column ->
-        value, often empty), and its curves.
+        value, empty for a single panel), and its curves.
     """
     by_task: dict[tuple[str, str], list[_Row]] = defaultdict(list)
     for record in records:
@@ -76,6 +79,10 @@ def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value],
 
 def _split_rows(rows: Sequence[_Row], names: Sequence[str]) -> Iterator[tuple[dict[str, Value], list[_Row]]]:
     """Group rows by their values in the columns `names`.
+
+    Args:
+        rows: Records with their columns.
+        names: The columns. A row that lacks one has None there.
 
     Yields:
         The values by column name, and the rows that have these values, in the order of the values.

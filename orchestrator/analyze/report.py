@@ -25,15 +25,15 @@ SCHEMA_VERSION = 2
 def write_report(
     study: StudyFile, records: Sequence[Record], folder: Path, tracking_uri: str, notes: Sequence[str] = ()
 ) -> Summary:
-    """Write the report of a study: `report.html`, its pictures (PNG and SVG) and `summary.json`.
+    """Analyze a study and write its report: `report.html`, the pictures (PNG and SVG) and `summary.json`.
 
     Args:
         study: The study, with its command.
         records: The records of the study's configurations, as far as they exist.
-        folder: The study's folder. Every file in it is replaced as a whole or not at all; pictures of an
-            earlier report that have nothing to show any more are removed.
-        tracking_uri: Where MLflow has the runs. User and password are left out, here and in the command.
-        notes: Sentences for the reader, printed below the verdicts.
+        folder: The study's folder. Each file is replaced atomically. Pictures of an earlier report that this
+            report does not have are removed.
+        tracking_uri: MLflow's tracking URI of the runs. Secrets are removed from it and from the command.
+        notes: Sentences for the reader, shown below the verdicts.
 
     Returns:
         The summary that the report shows.
@@ -71,7 +71,7 @@ def _render(picture: Picture) -> tuple[bytes, bytes]:
 
 
 def _summary_to_json(data: ReportData, pending: int) -> dict[str, Any]:
-    """Return the content of `summary.json`: every number of the report, as JSON's own types, without NaN."""
+    """Return the content of `summary.json`: the study and all numbers of the report as JSON types, no NaN."""
     from pydantic import TypeAdapter
 
     study = data.study

@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a section of the report may read."""
+    """The input of the sections of the report."""
 
     study: StudyFile
-    """The study; its command holds no secret."""
+    """The study, with secrets removed from its command."""
     summary: Summary
     records: Sequence[Record]
-    """The records of the study, one per configuration, as far as they exist."""
+    """The records of the study, at most one per configuration."""
     tracking_uri: str = ""
-    """Where MLflow has the runs, without user and password."""
+    """MLflow's tracking URI of the runs, without user and password."""
     notes: Sequence[str] = ()
-    """Sentences for the reader, printed below the verdicts."""
+    """Sentences for the reader, shown below the verdicts."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the report: two files, and an image in the page that JavaScript makes interactive."""
+    """One picture of the report: two image files, and interactive figures in the page."""
 
     name: str
     """The stem of its files, NAME.png and NAME.svg; one of `record.study_file.PICTURES`."""
     alt: str
-    """What it shows, for a reader who cannot see it."""
+    """The alternative text of the image: a description for readers who cannot see it."""
     draw: Callable[[], Figure]
-    """Return the static picture, a figure of matplotlib's."""
+    """Function that returns the static picture, a matplotlib figure."""
     interactive: Callable[[], Sequence[PlotlyFigure]] | None = None
-    """Return the interactive figures that take the image's place, one below the other. Their layout comes
-    from `interactive.plotly_style`."""
+    """Function that returns the interactive figures, which the page shows one below the other in place of
+    the image. Their layout comes from `interactive.plotly_style`. None: the page shows the image."""
 
 
 def _no_pictures(_: ReportData) -> Sequence[Picture]:
@@ -60,21 +60,23 @@ def _no_values(_: ReportData) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Section:
-    """One section of the report, and what the terminal shows of it.
+    """One section of the report, and its tables in the terminal.
 
-    Its template is `templates/NAME.html.jinja`, a part of the page without a frame: no headline of the first
-    two levels. A template that gives only blanks leaves its section out. It may use `data` (ReportData),
-    `summary`, `formatting`, what `values` returns, and the macros of `macros.html.jinja`, which it imports
-    `with context`.
+    The template `templates/NAME.html.jinja` renders the body of the section, without its headline. The
+    section is left out if the body is blank. The template may use `data` (ReportData), `summary`,
+    `formatting`, the names that `values` returns, and the macros of `macros.html.jinja`, which it imports
+    `with context`. Headlines inside it start at the third level.
     """
 
     name: str
+    """The stem of the template's file name."""
     title: str
     """The headline in the page, and the entry in its list of contents."""
     pictures: Callable[[ReportData], Sequence[Picture]] = field(default=_no_pictures)
-    """Return the pictures that have something to show. The template places each, with its caption:
-    `{% call m.picture("NAME") %}how to read it{% endcall %}`."""
+    """Function that returns the section's pictures; none for a study without data for them. The template
+    places each with its caption: `{% call m.picture("NAME") %}how to read it{% endcall %}`."""
     tables: Callable[[Summary], Sequence[RenderableType]] = field(default=_no_tables)
-    """Return what the terminal prints: tables of `table.new_table` and texts, at most 80 columns wide."""
+    """Function that returns the terminal's output for this section: texts, and tables of
+    `table_style.new_table`, at most 80 columns wide."""
     values: Callable[[ReportData], Mapping[str, Any]] = field(default=_no_values)
-    """Return further names for the template and their values, functions too."""
+    """Function that returns further variables and functions for the template: name -> value."""

@@ -1,7 +1,7 @@
 """The results of the analysis as plain data: runs make points, points curves, curves panels.
 
 Rates are learning rates. Scores are values of the task's metric, for which higher is better. None means that
-the data do not give the value. A field with an alias has that name in `summary.json`.
+the data do not determine the value. A field with an alias has that name in `summary.json`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Run:
     untrained_test: float | None
     """The test score of the untrained base model."""
     label: RunLabel
-    """The state, or "collapsed"."""
+    """The label, see `run_labels.label_runs`."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Curve:
     half_decade_regret: CurveStatistic | None
     """The mean validation score lost within half a decade of the best rate."""
     half_decade_covered: float | None
-    """The decades over which that mean is taken: 1 unless the grid ends or a stopped run lies nearer."""
+    """The width in decades of the interval over which that mean is taken: 1 unless the grid ends, or a
+    censored rate lies, within half a decade of the best rate."""
     regret_at_reference_best: CurveStatistic | None
     """The validation score lost by training at LoRA's best rate."""
     regret_at_average_best: CurveStatistic | None
@@ -111,6 +112,7 @@ class Curve:
     gain_over_untrained: Annotated[Estimate, Field(alias="gain")]
     """The test score at the best rate minus that of the untrained base, paired by seed."""
     test_at_common_rate: float | None
+    """The test score at `Panel.common_rate`, interpolated between the rates of the curve."""
 
     def point_at_rate(self, learning_rate: float | None) -> CurvePoint | None:
         """Return the point at exactly this rate, or None."""
@@ -136,7 +138,7 @@ class Spread:
 
     @property
     def size(self) -> float:
-        """The highest score minus the lowest."""
+        """The highest score minus the lowest score."""
         return self.high - self.low
 
 
@@ -156,11 +158,15 @@ class Panel:
     """Columns in which the panel differs from the others of its task and model: column -> value."""
     curves: tuple[Curve, ...]
     untrained_validation: float | None
+    """The mean validation score of the untrained base model."""
     untrained_test: float | None
+    """The mean test score of the untrained base model."""
     reference: str | None
     """The label of LoRA's curve."""
     reference_best_rate: float | None
+    """The best rate of that curve."""
     average_best_rate: float | None
+    """The rate with the highest mean validation score over the variants."""
     common_rate: float | None
     """LoRA's best rate, or else the rate that is best on average."""
     common_rate_label: Annotated[str, Field(alias="common_name")]
@@ -176,20 +182,21 @@ class Summary:
     """The results of a study."""
 
     verdicts: tuple[Verdict, ...]
-    """The answers, the most important first."""
+    """The verdicts on the study's claims, the most important first."""
     panels: tuple[Panel, ...]
-    """The curves of a grid."""
+    """The panels of a study of curves or factors; empty for other kinds of studies."""
     states: Mapping[str, int]
     """Label of a run (see `run_labels`) -> number of runs."""
     provenance: Mapping[str, Mapping[str, int]]
-    """Column -> value -> number of runs."""
+    """Column of the provenance -> value -> number of runs with a score."""
     warnings: tuple[str, ...]
+    """Caveats, one line each."""
     tolerance: float = TOLERANCE
     searches: tuple[SearchResult, ...] = ()
-    """The points of a search."""
+    """The results of a search, one for each task and model."""
     comparison: TunedComparison | None = None
-    """The comparison with the tuned baseline, of a study with replicates."""
+    """The comparison with the tuned baseline; None unless the study has replicates."""
     factor_study: FactorStudy | None = None
-    """What each hyperparameter costs, of a study of factors."""
+    """The losses due to each hyperparameter; None unless the study varies factors."""
     costs: tuple[CostRow, ...] = ()
-    """What each variant costs on each task."""
+    """The cost of each variant on each task and model."""

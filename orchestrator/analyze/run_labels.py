@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from orchestrator.analyze.curve_shape import SCORE_EPSILON
 from orchestrator.analyze.scores import finite_score, untrained_score
 from orchestrator.record.schema import Record
 
@@ -15,19 +16,24 @@ RunLabel = Literal["finished", "collapsed", "diverged", "stopped", "failed"]
 LABELS: tuple[RunLabel, ...] = ("finished", "collapsed", "diverged", "stopped", "failed")
 USABLE: RunLabel = "finished"
 """The label of runs whose score is a useful result."""
-_SCORE_EPSILON = 1e-9
 
 
 def label_runs(records: Iterable[Record]) -> dict[str, RunLabel]:
-    """Label the runs of a study: fingerprint -> label.
+    """Label the runs of a study.
 
-    A run is collapsed if it finished with a validation score that is no better than `base_score`, at a
-    learning rate at which, or below which, its curve does better. A curve is all runs that differ from it in
-    the learning rate and the seed alone. A run that is no better than the base at a low rate has not learned
-    yet, and is not collapsed.
+    A run is collapsed if it finished with a validation score no better than `base_score`, at or above the
+    best learning rate of its curve. A curve consists of all runs that differ in the learning rate and the
+    seed alone; if its best mean score is no better than the base's, none of its runs is collapsed. A run
+    below the best rate that is no better than the base has not learned yet, and is not collapsed either.
 
-    A uniform answer has a loss of about the untrained base's, so the rule of divergence, which looks at the
-    loss, does not see such runs.
+    Divergence is detected from the loss. A model that gives a constant answer has about the loss of the
+    untrained base, so such a run is not recorded as diverged.
+
+    Args:
+        records: The records of the study, one per configuration.
+
+    Returns:
+        Fingerprint -> label.
     """
     by_curve: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -38,14 +44,14 @@ def label_runs(records: Iterable[Record]) -> dict[str, RunLabel]:
 
 
 def curve_key(record: Record) -> str:
-    """Return a key that runs share which differ in the learning rate and the seed alone."""
+    """Return the key of a run's curve: equal for runs that differ in the learning rate and seed alone."""
     configuration = record.configuration
     optimizer = replace(configuration.optimizer, learning_rate=1.0)
     return replace(configuration, optimizer=optimizer, seed=0).fingerprint
 
 
 def base_score(record: Record) -> float:
-    """Return the validation score of the untrained base or of a constant answer, whichever is higher."""
+    """Return the higher of two validation scores: that of the untrained base, and the task's floor."""
     untrained = untrained_score(record, "validation")
     floor = record.configuration.task.floor
     return floor if untrained is None else max(floor, untrained)
@@ -60,19 +66,19 @@ def _label_curve(records: Sequence[Record]) -> dict[str, RunLabel]:
             record.state == "finished"
             and best_rate is not None
             and record.configuration.optimizer.learning_rate >= best_rate
-            and (score is None or score <= base_score(record) + _SCORE_EPSILON)
+            and (score is None or score <= base_score(record) + SCORE_EPSILON)
         )
         labels[record.fingerprint] = "collapsed" if is_collapsed else record.state
     return labels
 
 
 def _best_rate(records: Sequence[Record]) -> float | None:
-    """Return the rate of the highest mean validation score, if that is better than the base's, else None."""
+    """Return the lowest rate with the highest mean validation score; None if the base is as good."""
     scores: dict[float, list[float]] = defaultdict(list)
     for record in records:
         if (score := finite_score(record, "validation")) is not None:
             scores[record.configuration.optimizer.learning_rate].append(score)
     means = {rate: math.fsum(own) / len(own) for rate, own in scores.items()}
-    if not means or max(means.values()) <= max(map(base_score, records)) + _SCORE_EPSILON:
+    if not means or max(means.values()) <= max(map(base_score, records)) + SCORE_EPSILON:
         return None
-    return min(rate for rate, mean in means.items() if mean >= max(means.values()) - _SCORE_EPSILON)
+    return min(rate for rate, mean in means.items() if mean >= max(means.values()) - SCORE_EPSILON)

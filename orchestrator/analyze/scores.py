@@ -1,4 +1,4 @@
-"""Scores and states of records. A score that is not finite is missing."""
+"""Scores and states of records. An infinite or NaN score counts as missing, and is returned as None."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def finite_or_none(value: float | None) -> float | None:
 
 
 def finite_score(record: Record, split: Split) -> float | None:
-    """Return the score at the end of training, as `Record.score` does; None if it is not finite."""
+    """Return the score at the end of training, as `Record.score` does, but None if it is not finite."""
     return finite_or_none(record.score(split))
 
 
@@ -30,12 +30,12 @@ def last_validation(record: Record) -> float | None:
 
 
 def untrained_score(record: Record, split: Split) -> float | None:
-    """Return the score of the untrained base model."""
+    """Return the score of the untrained base model, or None if the record has none."""
     return finite_or_none(record.baseline_scores.get(split, {}).get(record.configuration.task.metric))
 
 
 def mean_untrained_score(records: Iterable[Record], split: Split) -> float | None:
-    """Return the mean of the scores of the untrained base model; None without a score."""
+    """Return the mean score of the untrained base model over the records; None without a score."""
     scores = sorted(s for r in records if (s := untrained_score(r, split)) is not None)
     return math.fsum(scores) / len(scores) if scores else None
 

@@ -1,4 +1,4 @@
-"""What a search has found, as text for the terminal and the report."""
+"""Text about the best points of a search, for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from orchestrator.analyze.verdict import Verdict
 
 
 def search_verdict(search: SearchResult, command: str) -> Verdict:
-    """Return the best point of each variant in words.
+    """Return the descriptive verdict that names the best point of each variant.
 
     Args:
         search: The search on one task and model.
-        command: The command of the study, from which that of the next step is made.
+        command: The command of the study, from which the command of the next step is made.
     """
     found = [_point_text(v.variant, v.best) for v in search.variants if v.best is not None]
     points = sorted({len(v.points) for v in search.variants})

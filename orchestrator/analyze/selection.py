@@ -1,7 +1,7 @@
 """The choice of a study, kept in its folder as `choice.json`.
 
-Later training builds on the choice, so a second run must not silently choose differently. Every script
-defines its own kind of choice, a dataclass that adds fields to `Choice`. The file holds the dataclass as
+Later training builds on the choice, so a second run must not silently choose differently. A script defines
+its own kind of choice, a dataclass that adds fields to `Choice`. The file holds the dataclass as
 JSON: {"configurations": [fingerprint, ...], ...}.
 """
 
@@ -21,7 +21,7 @@ FILE = "choice.json"
 
 @dataclass(frozen=True)
 class Choice:
-    """The base class of all choices."""
+    """The candidates of a choice; base class of the choices themselves."""
 
     configurations: tuple[str, ...]
     """The fingerprints of all configurations that the choice was made among."""
@@ -50,7 +50,7 @@ def read_choice(folder: Path, choice_type: type[ChoiceT]) -> ChoiceT | None:
 def load_or_make_choice(
     folder: Path, choice_type: type[ChoiceT], make_choice: Callable[[], ChoiceT]
 ) -> ChoiceT:
-    """Read the choice of a study; if it has made none, make and keep it.
+    """Read the choice of a study; if the study has made none, make the choice and write it.
 
     Args:
         folder: The study's folder.
@@ -58,7 +58,7 @@ def load_or_make_choice(
         make_choice: Function that returns the choice. It is called only if there is no file.
 
     Returns:
-        The choice as the file holds it.
+        The choice, read back from the file.
 
     Raises:
         UsageError: The file is damaged, or holds another kind of choice.
@@ -83,7 +83,7 @@ def check_same_candidates(
         study_name: The study's name.
         fingerprints: The configurations of the command.
         selector: The stage that has made the choice, for the error message.
-        explanation: The end of the error message: the reason of the refusal, and the fix.
+        explanation: The end of the error message: the reason for the refusal, and the remedy.
 
     Returns:
         Whether the study has made its choice.

@@ -1,4 +1,4 @@
-"""Sensitivity of a variant's score to the learning rate: from records to a summary, with intervals.
+"""Summary of the curves (score over learning rate) of a study's records, with intervals.
 
 The rate is chosen by the validation mean over seeds. No choice depends on a test score; the gain and the
 spreads are test scores at the chosen rates. A diverged run counts as the task's floor. A stopped run is
@@ -25,7 +25,7 @@ from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS
 from orchestrator.record.schema import Record
 
 T = TypeVar("T")
-_Read = Callable[[CurveStatistics], T | None]
+_Read = Callable[[CurveStatistics], T | None]  # selects one statistic of a curve
 
 
 def summarize_panels(records: Sequence[Record]) -> tuple[Panel, ...]:
@@ -33,6 +33,9 @@ def summarize_panels(records: Sequence[Record]) -> tuple[Panel, ...]:
 
     Args:
         records: Distinct records, see `panels.deduplicate_records`.
+
+    Returns:
+        The panels, sorted by task and model.
     """
     labels = label_runs(records)
     grouped = panels.group_into_panels(records)
@@ -120,7 +123,7 @@ def _summarize_curves(
     statistics: PanelStatistics,
     floor: float,
 ) -> list[Curve]:
-    """Summarize all curves of a panel, the best first."""
+    """Summarize all curves of a panel, the best validation score first, curves without a score last."""
     runs = {label: [run for point in own for run in point.runs] for label, own in points.items()}
     seeds = {label: {r.seed for r in own if r.validation is not None} for label, own in runs.items()}
     without_seed = {
@@ -147,11 +150,14 @@ def _score_spread(scores: Mapping[str, float | None]) -> Spread | None:
 
 @dataclass(frozen=True)
 class _Jackknife:
-    """The statistics of one curve, from which jackknife intervals are computed."""
+    """Computation of one curve's statistics with jackknife intervals."""
 
     full: CurveStatistics
+    """The statistics on all seeds."""
     leave_one_out: Sequence[CurveStatistics]
+    """The statistics with each seed left out in turn."""
     means: CurveMeans
+    """The means over all seeds."""
     floor: float
 
     def best_rates(self) -> tuple[float, ...]:
@@ -160,7 +166,7 @@ class _Jackknife:
         return rates if len(self.leave_one_out) > 1 else ()
 
     def interpolated_best_rate(self) -> CurveStatistic | None:
-        """Return the rate at the parabola's peak. Its interval is symmetric in the logarithm."""
+        """Return the rate at the parabola's peak. The interval is symmetric in the logarithm of the rate."""
         found = self._statistic(lambda s: s.interpolated_log_rate, self._grid_ends())
         if found is None:
             return None
@@ -168,14 +174,14 @@ class _Jackknife:
         return CurveStatistic(10**found.value, Interval(10**ends.low, 10**ends.high) if ends else None)
 
     def width(self, of: _Read[tuple[float, bool]]) -> CurveStatistic | None:
-        """Return a width. A lower bound has no interval."""
+        """Return the width that `of` selects. A lower bound has no interval."""
         low, high = self._grid_ends()
         found = self._statistic(lambda s: None if (width := of(s)) is None else width[0], (0.0, high - low))
         full = of(self.full)
         return CurveStatistic(full[0], is_lower_bound=True) if full and full[1] else found
 
     def regret(self, of: _Read[float]) -> CurveStatistic | None:
-        """Return a regret. It cannot be larger than the curve is high."""
+        """Return the regret that `of` selects. It cannot exceed the height of the curve above the floor."""
         scores = [self.floor, *(score for score in self.means.y if score is not None)]
         return self._statistic(of, (0.0, max(scores) - min(scores)))
 

@@ -1,4 +1,4 @@
-"""The description of a study for MLflow: its verdicts and best points, as Markdown and as numbers."""
+"""The description of a study for MLflow: verdicts and best points as Markdown and as metrics."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ _OUTCOME_NUMBERS = {"supported": 1.0, "undecided": 0.0, "refuted": -1.0}
 
 
 class StudyDescription(NamedTuple):
-    """What MLflow shows of a study besides its runs."""
+    """The description and the metrics of a study's own run in MLflow."""
 
     text: str
     """The outcomes in one line, the verdicts, and a table of the best points, in Markdown."""
     metrics: dict[str, float]
-    """Name -> number: `verdict_1` and so on (1 supported, 0 undecided, -1 refuted), and of each best point
-    `best_validation_score.<variant>`, `best_test_score.<variant>` and `best_log10_learning_rate.<variant>`.
-    With several tasks, `.<task>` follows."""
+    """Name -> value. `verdict_1`, `verdict_2` and so on: 1 supported, 0 undecided, -1 refuted; descriptive
+    verdicts have none. For each best point `best_validation_score.<variant>`, `best_test_score.<variant>` and
+    `best_log10_learning_rate.<variant>`; with several tasks, the names end in `.<task>`."""
 
 
 @dataclass(frozen=True)
 class _BestPoint:
-    """The point that the validation split chooses for one variant."""
+    """The point of one curve or search with the best validation score."""
 
     title: str
-    """The task and the model."""
+    """The title of its table: the task, the model and the columns that the panel varies."""
     task: str
     label: str
-    """The variant, with the hyperparameters in which its curve differs from the variant's others."""
+    """The variant, with the hyperparameters in which its curve differs from the variant's other curves."""
     settings: str
-    """The learning rate and, for a search, the other hyperparameters found."""
+    """The learning rate and, for a search, the other hyperparameters of the point, as text."""
     learning_rate: float
     validation: Estimate
     test: Estimate
 
 
 def describe_study(study: StudyFile, records: Sequence[Record]) -> StudyDescription:
-    """Analyze the records of a study and describe the result."""
+    """Analyze the records of a study, and describe the result for MLflow."""
     return describe_summary(summarize(study, records))
 
 
 def describe_summary(summary: Summary) -> StudyDescription:
-    """Describe the result of a study."""
+    """Describe the result of a study for MLflow."""
     points = list(_best_points(summary))
     headline = " ".join(f"**{v.outcome.capitalize()}:** {v.claim}" for v in summary.verdicts)
     sections = [*map(_verdict_markdown, summary.verdicts), *_points_markdown(points)]

@@ -1,4 +1,4 @@
-"""A study as pandas frames, for notebooks and scripts."""
+"""The results of a study as pandas frames, for notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SCORES = ("validation_score", "test_score")
 
 @dataclass(frozen=True)
 class StudyFrames:
-    """The results of a study."""
+    """The results of a study as pandas frames."""
 
     name: str
     runs: pd.DataFrame
@@ -38,14 +38,14 @@ class StudyFrames:
     """One row per configuration and step, with the columns of `curves.parquet`: training loss, gradient norm,
     learning rate, and the scores of the evaluations."""
     points: pd.DataFrame
-    """One row per task, model, variant, learning rate and other hyperparameter that the study varies:
-    `seeds`, `usable` (the number of runs that neither diverged nor collapsed), and the mean and standard
-    deviation over seeds of both scores (`validation_score`, `validation_score_std`, ...), the best validation
-    score first."""
+    """One row per task, model, variant, learning rate and values of the other hyperparameters that the study
+    varies, the best validation score first. Further columns: `seeds`, the number of seeds; `usable`, the
+    number of finished runs that did not collapse; and the mean and the standard deviation over runs of both
+    scores (`validation_score`, `validation_score_std`, `test_score`, `test_score_std`)."""
     verdicts: pd.DataFrame
-    """One row per verdict, with the fields of `Verdict`, the most important first."""
+    """One row per verdict, the most important first. The columns are the fields of `Verdict`."""
     summary: Summary
-    """All numbers of the report."""
+    """All numbers of the report, as the analysis returns them."""
 
 
 def load(study: str, *, output: str | Path | None = None, store: str | Path | None = None) -> StudyFrames:
@@ -57,7 +57,7 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
         store: The folder of the records; by default `store` in the output folder.
 
     Returns:
-        The study, as it is now; a running study has more results later.
+        The results that exist now. A running study has more results later.
 
     Raises:
         UsageError: There is no such study, or none of its configurations has a record.

@@ -1,4 +1,4 @@
-"""The summary of a study: all numbers and verdicts of the table, the report, MLflow and Python."""
+"""The summary of a study: all numbers and verdicts that the terminal, the report and MLflow show."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
     """Summarize a study.
 
     Args:
-        study: The study; `study.settings` say how its records are analyzed.
-        records: The records of its configurations, in any order.
+        study: The study. `study.settings` decide how the records are analyzed.
+        records: The records of its configurations, in any order. Of several records of one configuration, one
+            is used, see `panels.deduplicate_records`.
     """
     if study.settings.select == "published":
         chosen = list(map(select_published, records))
@@ -86,7 +87,7 @@ def _in_study_order(study: StudyFile, records: Sequence[Record]) -> list[Record]
 def _best_scores(
     shown: Sequence[Panel], searches: Sequence[SearchResult], comparison: TunedComparison | None
 ) -> dict[Key, Estimate]:
-    """Return the test score of each variant at its best point; of several curves that of the best one."""
+    """Return the test score of each variant at its best point, taken from its best curve."""
     found: dict[Key, tuple[float, Estimate]] = {}
     for panel in shown:
         for curve in panel.curves:

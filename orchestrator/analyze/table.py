@@ -1,4 +1,4 @@
-"""The summary of a study for a terminal of 80 columns: the verdicts first, then the tables."""
+"""Rendering of a summary for a terminal of 80 columns: the verdicts first, then the tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OUTCOME_STYLES = {"supported": "green", "refuted": "red", "undecided": "yellow",
 
 
 def render_summary(summary: Summary) -> Group:
-    """Render a summary for a terminal: the verdicts, the tables of each section, and the warnings."""
+    """Render a summary: the verdicts, the tables of each section of the report, and the warnings."""
     parts: list[RenderableType] = []
     for verdict in summary.verdicts:
         parts += [*_verdict_lines(verdict), Text("")]
@@ -30,7 +30,7 @@ def render_summary(summary: Summary) -> Group:
 
 
 def _verdict_lines(verdict: Verdict) -> Iterator[RenderableType]:
-    """Yield the outcome with the claim, and below it the answer, the design, and what would narrow it."""
+    """Yield the outcome with the claim, and below it the answer, the design, and the next step."""
     style = OUTCOME_STYLES[verdict.outcome]
     yield Text.assemble((verdict.outcome.upper(), f"bold {style}"), "  ", (verdict.claim, "bold"))
     yield Padding(Text(verdict.answer), (0, 0, 0, 2))
@@ -38,5 +38,5 @@ def _verdict_lines(verdict: Verdict) -> Iterator[RenderableType]:
     if verdict.next_step:
         yield Padding(Text(verdict.next_step), (0, 0, 0, 2))
     if verdict.next_command:
-        # Without Padding, which would put spaces behind the backslashes, where the shell would see them.
+        # Not as Padding, which appends spaces: a backslash before a space does not continue a shell's line.
         yield Text(textwrap.indent(formatting.fold_command(verdict.next_command, 70), "    "))

@@ -1,4 +1,4 @@
-"""The look of the terminal's tables, at most 80 columns wide."""
+"""Style of the tables in the terminal."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def new_table(title: str, columns: Sequence[str]) -> Table:
     """Return an empty table.
 
     Args:
-        title: A line above it: the task, the model, and what the rows are.
+        title: The line above the table: the task, the model, and what a row stands for.
         columns: The headers, which may have several lines. The first column holds the labels of the rows. A
-            header that starts with "<" is that of a column of words, set flush left and wrapped where it is
-            too long; the others hold numbers, which are never broken.
+            header that starts with "<" marks a column of text, which is aligned left and wrapped; the "<" is
+            not shown. The other columns hold numbers, which are aligned right and never wrapped.
     """
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
     first, *others = columns

@@ -1,8 +1,8 @@
-"""The results of tuning: the points that each variant tried, and the point with the best validation score.
+"""The results of tuning: the points tried for each variant, and the one with the best validation score.
 
 A point is a configuration without its seed: a point of a grid or of a search. A diverged run counts as the
-floor, a failed run is missing, and a point with a run that was stopped early is chosen only if it is the best
-even with the floor for that run, see `censored.eligible_points`. No choice depends on a test score.
+floor, and a failed run is missing. A point with a run that was stopped early is chosen only if it is the best
+with the floor as the score of that run, see `censored.eligible_points`. No choice depends on a test score.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from orchestrator.study.configuration import Configuration
 
 EDGE_FRACTION = 0.05
 """A value is at an edge if its distance from an end is at most this fraction of the range of tried values."""
-_MIN_VALUES_FOR_RANGE = 5  # fewer values are taken for a list of choices, whose ends are no edges
+_MIN_VALUES_FOR_RANGE = 5  # fewer values count as a list of choices, which has no edges
 _NON_HYPERPARAMETER_COLUMNS = ("seed", "variant", "variant_numerics", "loop_numerics")
 
 
@@ -46,7 +46,7 @@ class TuningPoint:
     eligible: Annotated[bool, Field(alias="chosen_from")]
     """True if the point may be chosen, see `censored.eligible_points`."""
     steps: int
-    """The optimizer steps of its runs."""
+    """The optimizer steps of all its runs together."""
     scores: Mapping[int, float]
     """Seed -> validation score."""
     stopped_seeds: Annotated[frozenset[int], Field(alias="stopped")]
@@ -66,14 +66,14 @@ class TuningResult:
 
     variant: str
     varied: tuple[str, ...]
-    """The hyperparameters in which the points differ."""
+    """The hyperparameters in which the points differ, the learning rate first."""
     points: tuple[TuningPoint, ...]
     """The points in the order in which they started."""
     best: TuningPoint | None
-    """The point that the validation split chooses; None without a score."""
+    """The eligible point with the best validation score; None without a score."""
     edges: tuple[str, ...]
     """Hyperparameters whose best value is at an edge of the tried values, for example "learning_rate (high
-    edge)". The optimum may lie beyond the edge. Empty if the best point is bracketed."""
+    edge)": the optimum may lie beyond it. Empty if the best point is bracketed."""
     steps: int
     """The optimizer steps of all runs."""
     max_steps: Annotated[int, Field(alias="most_steps")]
@@ -83,7 +83,14 @@ class TuningResult:
 
 
 def summarize_tuning(records: Sequence[Record]) -> tuple[TuningResult, ...]:
-    """Summarize the tuning of every variant, sorted by name. `records` are all of one task and model."""
+    """Summarize the tuning of every variant.
+
+    Args:
+        records: Distinct records, all of one task and model.
+
+    Returns:
+        The tunings, sorted by the variant's name.
+    """
     by_variant: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_variant[record.configuration.variant.name].append(record)
@@ -136,6 +143,7 @@ def _summarize_point(records: Sequence[Record], varied: Sequence[str]) -> Tuning
 
 
 def _last_validation(record: Record) -> float | None:
+    """Return the last validation score during training, or the floor if the run diverged."""
     return record.score("validation") if record.state == "diverged" else last_validation(record)
 
 
@@ -146,9 +154,13 @@ def _mark_eligible(points: Sequence[TuningPoint]) -> list[TuningPoint]:
 
 
 def _highest_mean(points: Sequence[TuningPoint], means: Mapping[int, float | None]) -> int | None:
-    """Return the index of the point with the highest of `means`, which are by index; None without a mean.
+    """Return the index of the point with the highest mean; None without a mean.
 
-    Among equals it is the one with the lowest learning rate, which is the farthest from divergence.
+    Of points with equal means, the one with the lowest learning rate, which is the farthest from divergence.
+
+    Args:
+        points: All points.
+        means: Index of a point -> its mean score, for the points that may be chosen.
     """
     known = {i: mean for i, mean in means.items() if mean is not None}
     if not known:
@@ -162,7 +174,7 @@ def _edge_hyperparameters(
 ) -> tuple[str, ...]:
     """Return the hyperparameters whose best value is at an edge of the tried values, each with the edge."""
     sides = {name: _edge_side(points, best, name) for name in varied}
-    if len(varied) == 1:  # the points form a curve, where an equal score at an end counts as an edge
+    if len(varied) == 1:  # a curve, which is not bracketed if an end has the best score too
         rates = sorted(points, key=lambda p: p.learning_rate)
         scores = [p.validation.mean if p.eligible else None for p in rates]
         side = curve_shape.bracket_status(scores, rates.index(best))
@@ -172,7 +184,7 @@ def _edge_hyperparameters(
 
 
 def _edge_side(points: Sequence[TuningPoint], best: TuningPoint, name: str) -> str | None:
-    """Return the edge of the tried values at which the best value lies, if any; None for names."""
+    """Return the edge of the tried values at which the best value lies; None without one."""
     numbers = sorted({float(v) for p in points if isinstance(v := p.settings[name], int | float)})
     value = best.settings[name]
     min_values = 1 if name == "learning_rate" else _MIN_VALUES_FOR_RANGE
@@ -189,7 +201,7 @@ def _edge_side(points: Sequence[TuningPoint], best: TuningPoint, name: str) -> s
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A search on one task and base model. A sampler has chosen its points, so they form no curve."""
+    """The result of a search on one task and base model. Its points form no curve."""
 
     task: str
     model: str
@@ -203,7 +215,11 @@ class SearchResult:
 
 
 def summarize_search(records: Sequence[Record]) -> SearchResult:
-    """Summarize the records of a search, at least one, all of one task and model."""
+    """Summarize a search.
+
+    Args:
+        records: Distinct records, at least one, all of one task and model.
+    """
 
     def best_validation(result: TuningResult) -> float:
         mean = result.best.validation.mean if result.best else None

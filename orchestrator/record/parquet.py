@@ -1,6 +1,6 @@
-"""The tables of records: one row per configuration, and one row per step of every curve.
+"""Tables of records: one with a row per configuration, and one with a row per step of every curve.
 
-The store keeps them as Parquet files; `orchestrator.load` has those of one study as pandas frames.
+The store keeps them as Parquet files. `orchestrator.load` returns those of one study as pandas frames.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 PARQUET_FILE = "records.parquet"
 CURVES_FILE = "curves.parquet"
 
-# Arrow types by column, in the order of the file. They are not inferred, so that a column that is empty today
-# does not change its type later.
+# Arrow type -> columns, in the order of the file. The types are fixed, because a type inferred from an empty
+# column would change once the column has values.
 _CONFIGURATION = {
     "string": "variant task model model_content dtype targets schedule task_revision base_dropout "
     "test_evaluations",
@@ -57,7 +57,8 @@ def write_parquet(store: Store, output: Path | None = None) -> Path:
 
     Args:
         store: The store.
-        output: The folder with the studies' folders, for the column `studies`; None: the lists are empty.
+        output: The folder with the studies' folders, from which the column `studies` is filled. None: its
+            lists are empty.
 
     Returns:
         The path of `records.parquet`.
@@ -67,7 +68,7 @@ def write_parquet(store: Store, output: Path | None = None) -> Path:
 
     studies = _studies_by_fingerprint(output) if output is not None else {}
     rows, curves = [], []
-    for record in store.records():  # one after the other, because their curves are large
+    for record in store.records():  # not all records at once, because their curves are large
         rows.append(to_row(record, studies.get(record.fingerprint, ())))
         curves.append(_curve_table(record))
     tables = {PARQUET_FILE: _runs_table(rows), CURVES_FILE: _concatenate(curves)}
@@ -117,7 +118,15 @@ def curves_table(records: Iterable[Record]) -> pa.Table:
 
 
 def to_row(record: Record, studies: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a record as named columns, with the studies that have requested it."""
+    """Return a record as a row of `runs_table`.
+
+    Args:
+        record: The record.
+        studies: Names of the studies that have requested it.
+
+    Returns:
+        Column -> value; times are in milliseconds since the epoch.
+    """
     metric = record.configuration.task.metric
     cost, provenance = record.cost, record.provenance
     columns: dict[str, Any] = {"fingerprint": record.fingerprint, "studies": list(studies)}
@@ -141,6 +150,7 @@ def to_row(record: Record, studies: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _curve_table(record: Record) -> pa.Table:
+    """Return the rows of one record in `curves_table`."""
     import pyarrow as pa
 
     rows: dict[int, dict[str, float]] = {
@@ -165,6 +175,7 @@ def _curve_table(record: Record) -> pa.Table:
 
 
 def _concatenate(curves: Sequence[pa.Table]) -> pa.Table:
+    """Concatenate tables of curves, which may have different scores as columns."""
     import pyarrow as pa
 
     numbers = [pa.field(name, pa.float64()) for name in _CURVE]
@@ -182,6 +193,7 @@ def _runs_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def _arrow_fields(rows: Iterable[Mapping[str, Any]]) -> list[pa.Field]:
+    """Return the fields of `runs_table`: fixed ones, and those of the variants and scores in `rows`."""
     import pyarrow as pa
 
     types = {t: pa.type_for_alias(t) for t in ("string", "int64", "float64", "bool")}
@@ -210,7 +222,10 @@ def _arrow_fields(rows: Iterable[Mapping[str, Any]]) -> list[pa.Field]:
 
 
 def _arrow_type_name(values: set[type]) -> str:
-    """Return the type of a column; float64 for all numbers, since the next record may have a fraction."""
+    """Return the Arrow type of a column from the types of its values.
+
+    All numbers become float64, because a later record may have a fraction.
+    """
     values = values - {type(None)}
     if values == {bool}:
         return "bool"

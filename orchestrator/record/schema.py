@@ -20,11 +20,11 @@ SCHEMA_VERSION = 1
 """Version of the record's JSON, to be raised when a field changes its meaning."""
 
 MAX_FAILURES = 3
-"""The number of failures after which a configuration is not trained again."""
+"""A configuration that has failed this many times is not trained again."""
 
 RecordState = Literal["finished", "diverged", "stopped", "failed"]
 FINAL_STATES = ("finished", "diverged")
-"""The states of a record that answers every later request for its configuration."""
+"""The states of a record that is reused for every later request of its configuration."""
 
 # JSON has no NaN and infinities, which the curve of a diverged lane may hold; they are written as strings.
 _WITH_NAN = {"ser_json_inf_nan": "strings"}
@@ -70,20 +70,20 @@ class Cost:
     tokens: int = 0
     trainable_parameters: int = 0
     peak_memory: int = 0
-    """Most bytes in use at once while the lane was in its lane group, by all lanes of the group together:
-    allocated on the GPU, or resident in the process on a CPU. 0 in records of earlier versions."""
+    """Peak memory in bytes while the lane was in its lane group, of all lanes of the group together: memory
+    allocated on the GPU, or the resident size of the process on a CPU. 0 in records of earlier versions."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Properties of a run that are not part of the configuration: code, versions, machine, attempt, times."""
+    """Properties of a run that are not part of its configuration: code, machine, attempt and times."""
 
     commit: str = "unknown"
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
     host: str = ""
     lane_group_size: Annotated[int, Field(alias="pack_lanes")] = 1
-    """Lanes in the lane group, at most."""
+    """The largest number of lanes in the lane group."""
     workers: int = 1
     attempt: int = 0
     resumed_from: tuple[int, ...] = ()
@@ -111,9 +111,9 @@ class Record:
     baseline_scores: Annotated[Mapping[str, Mapping[str, float]], Field(alias="untrained")] = field(
         default_factory=dict
     )
-    """Split to the scores of the base model without an adapter."""
+    """Split -> scores of the base model without an adapter."""
     items: Mapping[str, ItemResults] = field(default_factory=dict)
-    """Split to results per item; a finished record has "validation" and "test"."""
+    """Split -> results per item. A finished record has "validation" and "test"."""
     cost: Cost = Cost()
     provenance: Provenance = Provenance()
     stopping_settings: Annotated[str, Field(alias="scheduler")] = ""
@@ -154,7 +154,7 @@ class Record:
 
 @dataclass(frozen=True)
 class LaneProgress:
-    """What the driver knows of a lane in training: its start, or one evaluation."""
+    """Progress of a lane in training, as the driver receives it: the start, or one evaluation."""
 
     configuration: Configuration
     step: int = 0
@@ -162,7 +162,7 @@ class LaneProgress:
     scores: Mapping[str, float] = field(default_factory=dict)
     """Score name -> value on the validation split; empty at the start."""
     train_loss: float = math.nan
-    """Training loss of that step, in nats a token."""
+    """Training loss of this step, in nats per token; NaN at the start."""
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Text of one record for a terminal of 80 columns, and the command that trains it again."""
+"""Text of one record for a terminal of 80 columns, and commands derived from a study's command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.util.errors import UsageError
 
 _FACTOR_SCRIPT = "hyperparameter_sensitivity"
 _OTHER_SCRIPTS = re.compile(rf"(tuned_comparison|early_stopping|{_FACTOR_SCRIPT})\.py$")
-# Options that the plain script lacks or that would train more than one configuration.
+# Options that `lr_sensitivity.py` lacks, or that would train more than one configuration.
 _OTHER_OPTIONS = (
     *("--confirm-seeds", "--margin", "--replicates", "--max-replicates", "--factors", "--levels", "--widen"),
     "--rates-per-decade",
@@ -34,7 +34,8 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
 
     Args:
         store: The store.
-        output: The output folder, for the studies that requested the configuration.
+        output: The output folder with the studies' folders; the studies that requested the configuration are
+            looked up there.
         prefix: First digits of the fingerprint.
 
     Raises:
@@ -58,13 +59,13 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
 def narrow_command(command: str, configuration: Configuration) -> str:
     """Narrow a study's command to one of its configurations.
 
-    Variant, learning rate and seeds are replaced, and a search or a study of factors by the configuration's
-    values of what it varies. All other options stay. `--seeds N` requests the seeds 0 to N-1: no
-    option requests one seed alone.
+    The values of --variants, --learning-rates and --seeds are replaced. The hyperparameters that a search or
+    a study of factors varies are set to the configuration's values with --set. All other options stay.
+    `--seeds N` requests the seeds 0 to N-1, because no option requests one seed alone.
 
     Args:
         command: The study's command.
-        configuration: The configuration to be trained.
+        configuration: The configuration to train.
     """
     has_several_tasks = len(_option_values(command, "--task")) > 1 or _option_values(command, "--preset")
     varied = [*_option_values(command, "--space"), *_factor_names(command)]
@@ -85,31 +86,32 @@ def narrow_command(command: str, configuration: Configuration) -> str:
 
 
 def replace_options(command: str, replacements: Mapping[str, Sequence[str]]) -> str:
-    """Give some options of a study's command other values, behind the options that stay.
+    """Replace options in a study's command, such that the command trains only the configurations named.
 
-    A script whose design asks for more than the named configurations is replaced by the plain script.
+    A script whose design would train further configurations is replaced by `lr_sensitivity.py`, and options
+    of such designs are removed. The new options come last.
 
     Args:
         command: The study's command.
-        replacements: Option to its new values; an option without values is removed.
+        replacements: Option -> its new values. An option without values is removed.
     """
     changed = change_options(command, {**replacements, **dict.fromkeys(_OTHER_OPTIONS, ())})
     return shlex.join([_OTHER_SCRIPTS.sub("lr_sensitivity.py", word) for word in shlex.split(changed)])
 
 
 def change_options(command: str, replacements: Mapping[str, Sequence[str]]) -> str:
-    """Give some options of a study's command other values; the script and the other options stay.
+    """Replace options in a study's command. The script and all other options stay; the new options come last.
 
     Args:
         command: The study's command.
-        replacements: Option to its new values; an option without values is removed.
+        replacements: Option -> its new values. An option without values is removed.
     """
     kept = [word for option, word in _words_by_option(command) if option not in replacements]
     return shlex.join([*kept, *(w for o, values in replacements.items() if values for w in (o, *values))])
 
 
 def _words_by_option(command: str) -> Iterator[tuple[str, str]]:
-    """Yield each word of a command with the option that it belongs to; the first words belong to ""."""
+    """Yield (option, word) for each word of a command. Words before the first option have the option ""."""
     option = ""
     for word in shlex.split(command):
         if word.startswith("--"):
@@ -118,7 +120,7 @@ def _words_by_option(command: str) -> Iterator[tuple[str, str]]:
 
 
 def _option_values(command: str, wanted: str) -> list[str]:
-    """Return the values of an option in a command, after the option or behind its equals sign."""
+    """Return the values of an option in a command, in either form: `--name value` or `--name=value`."""
     words = [word for option, word in _words_by_option(command) if option == wanted]
     values = [word.partition("=")[2] if word.startswith("--") else word for word in words]
     return [value for value in values if value]

@@ -1,4 +1,4 @@
-"""`study.json`: the request of a study, kept in its folder, from which its projections can be rebuilt.
+"""`study.json`: the record of what a study has requested, from which its projections can be rebuilt.
 
 <output>/<study>/study.json
 {"schema_version", "name", "question", "command", "configurations": [fingerprint, ...],
@@ -25,11 +25,11 @@ SCHEMA_VERSION = 2
 """Version of study.json, to be raised when a field is added, removed or changes its meaning. A file without a
 version has version 1. Version 1 had `baseline`, `margin`, `tuning` and `searched` in place of `settings`."""
 PICTURES = ("factors", "forest", "tuned_curves", "search", "curves", "heatmap", "spread", "training", "costs")
-"""Names of the pictures of a report, the most telling first; each is two files, NAME.png and NAME.svg, beside
-study.json. A study has some of them."""
+"""Names of all pictures that a report may have, the most important first. Each picture consists of the files
+NAME.png and NAME.svg beside study.json."""
 PICTURE_FILES = tuple(f"{name}.{ending}" for name in PICTURES for ending in ("png", "svg"))
 REPORT_FILES = ("report.html", *PICTURE_FILES, "summary.json")
-"""All files of a study's report."""
+"""All files that a study's report may have."""
 
 
 StudyKind = Literal["curve", "search", "replicates", "factors"]
@@ -52,29 +52,29 @@ class AnalysisSettings:
     margin: float = 0.01
     """The smallest difference of the score that matters."""
     select: Literal["validation", "published"] = "validation"
-    """Split that chooses: `published` repeats the survey's choice on the test set."""
+    """The scores that choose the best rate: the validation scores, or, as in the published survey, the test
+    scores."""
     max_replicates: int = 0
-    """The planned maximum of replicates, over which the error rate is shared out; 0 for other kinds."""
+    """The planned maximum of replicates, over which the looks share the error rate; 0 for other kinds."""
     unverified: tuple[str, ...] = ()
-    """Variants that were compared with no other implementation and no paper: they get no verdict."""
+    """Variants that were verified against no other implementation and no paper. They get no verdict."""
 
 
 @dataclass(frozen=True)
 class StudyFile:
-    """The content of study.json.
-
-    `command` is the command line of the study, without passwords and with today's option names. `reused` are
-    the configurations that the store had already when the study first requested them. They are stored here,
-    so that the list stays right after a crash and in later runs.
-    """
+    """The content of study.json."""
 
     name: str
     question: str
     command: str
+    """The command line of the study, without passwords and with today's option names."""
     configurations: tuple[str, ...] = ()
+    """Fingerprints of all configurations that the study has requested."""
     reused: tuple[str, ...] = ()
+    """Fingerprints of the configurations that the store had when the study first requested them. Later runs
+    cannot find this out again."""
     tracking_uri: str = ""
-    """MLflow tracking URI, with stars in place of a password; empty for the SQLite file in the store."""
+    """MLflow's tracking URI, with stars in place of a password; empty for the SQLite file in the store."""
     settings: AnalysisSettings = AnalysisSettings()
     looks: tuple[int, ...] = ()
     """Numbers of replicates, ascending, at which the study has shown a verdict."""
@@ -84,7 +84,8 @@ class StudyFile:
 
         Args:
             requested: Fingerprints of the configurations.
-            cached: Fingerprints that the store has; the new ones among them count as reused.
+            cached: Fingerprints that the store has. Those that the study requests for the first time count as
+                reused.
         """
         cached, present = set(cached), set(self.configurations)
         added = tuple(f for f in dict.fromkeys(requested) if f not in present)
@@ -92,7 +93,10 @@ class StudyFile:
         return replace(self, configurations=self.configurations + added, reused=reused)
 
     def with_look(self, replicates: int) -> StudyFile:
-        """Return this study after a verdict on some replicates. The same number again is no new look."""
+        """Return this study with one more look, at a verdict on `replicates` replicates.
+
+        A number of replicates that is not above all earlier looks adds no look.
+        """
         if replicates <= max(self.looks, default=0):
             return self
         return replace(self, looks=(*self.looks, replicates))
@@ -151,7 +155,10 @@ class StudyFile:
 
 
 def _upgrade_from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a file of version 1. A comparison on fresh seeds is read as curves of one rate."""
+    """Convert the fields of a file of version 1 to those of version 2.
+
+    A comparison on fresh seeds, a kind of study that version 2 lacks, is read as curves of one rate.
+    """
     kept = {
         name: value
         for name, value in data.items()
@@ -167,7 +174,7 @@ def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
     A copy in a folder of another name is left out, with a warning.
 
     Returns:
-        Name to folder and study, sorted by name.
+        Name of each study -> its folder and content, sorted by name.
     """
     found = {}
     for path in sorted(output.glob(f"*/{STUDY_FILE}")):

@@ -16,30 +16,34 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Metric, Param, RunTag
 
-_METRICS_PER_CALL = 1000
-_PARAMS_PER_CALL = 100
+_METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100  # the limits of `MlflowClient.log_batch`
 _MODEL_TYPE = "PEFT adapter"
 
 
 @dataclass
 class ChildRun:
-    """What is known of the MLflow run of one configuration."""
+    """The state of the MLflow run of one configuration, as far as this process knows it."""
 
     run_id: str
     record_version: str = ""
-    """`run_content.record_version` of the record that it was written from; empty while its lane trains."""
+    """`run_content.record_version` of the record that the run shows; empty while its lane trains."""
     is_complete: bool = False
+    """True if the run has ended with everything that its record holds."""
     latest_metrics: Mapping[str, float] = field(default_factory=dict)
-    """The last value of each metric."""
+    """Name -> last value of the metric."""
     params: Mapping[str, str] = field(default_factory=dict)
-    """The hyperparameters."""
+    """The hyperparameters: name -> value."""
     logged: dict[tuple[str, int], Metric] | None = None
-    """Every metric of an incomplete run: (name, step) -> metric. None if another process has written it, so
-    that it must be read from MLflow."""
+    """All metrics of an incomplete run: (name, step) -> metric. None if another process has written them, so
+    that they must be read from MLflow."""
 
 
 def is_up_to_date(child: ChildRun, record: Record) -> bool:
-    """Return whether a run can stay: it has the record's last values or, if incomplete, can get them."""
+    """Return whether a run need not be replaced by a new one for its record.
+
+    A complete run must have been written from this record and have its last metrics. An incomplete run must
+    not have been written from another record; the missing parts can be added.
+    """
     if child.is_complete:
         wanted = run_content.latest_metrics(record)
         return child.record_version == run_content.record_version(record) and all(
@@ -49,7 +53,7 @@ def is_up_to_date(child: ChildRun, record: Record) -> bool:
 
 
 def read_logged(client: MlflowClient, child: ChildRun) -> dict[tuple[str, int], Metric]:
-    """Return the metrics of an incomplete run, read from MLflow if another process wrote them."""
+    """Return `child.logged`, which is read from MLflow first if another process wrote the metrics."""
     if child.logged is None:
         child.logged = {
             (metric.key, metric.step): metric
@@ -68,8 +72,9 @@ def missing_metrics(logged: Mapping[tuple[str, int], Metric], record: Record) ->
         record: The record.
 
     Returns:
-        The metrics, with times between those that are logged; None if the run has a value that is not the
-        record's, and must be replaced. This happens when a lane was trained again on another kind of device.
+        The missing metrics, with times interpolated between those of the logged ones. None if the run has a
+        value that differs from the record's, so that the run must be replaced. This happens when a lane was
+        trained again on another kind of device.
     """
     times = {step: metric.timestamp for (_, step), metric in logged.items()}
     metrics = {(metric.key, metric.step): metric for metric in run_content.metrics(record, times)}
@@ -90,14 +95,21 @@ def log_in_batches(
     params: Sequence[Param],
     tags: Sequence[RunTag],
 ) -> None:
-    """Log metrics, parameters and tags in calls of the size that MLflow accepts."""
+    """Log metrics, parameters and tags in calls of the size that MLflow accepts, all tags in the first."""
     while metrics or params or tags:
         client.log_batch(run_id, metrics[:_METRICS_PER_CALL], params[:_PARAMS_PER_CALL], tags)
         metrics, params, tags = metrics[_METRICS_PER_CALL:], params[_PARAMS_PER_CALL:], ()
 
 
 def log_progress(client: MlflowClient, child: ChildRun, progress: LaneProgress, timestamp: int) -> None:
-    """Log the start or an evaluation of a lane in training. What is there already stays as it is."""
+    """Log the start or an evaluation of a lane in training, except metrics that its run already has.
+
+    Args:
+        client: The client.
+        child: The lane's run.
+        progress: The start, which also logs the hyperparameters, or the evaluation.
+        timestamp: The time of the metrics in milliseconds since the epoch.
+    """
     logged = read_logged(client, child)
     new = [
         metric
@@ -110,10 +122,10 @@ def log_progress(client: MlflowClient, child: ChildRun, progress: LaneProgress, 
 
 
 def log_model(client: MlflowClient, experiment_id: str, run_id: str, record: Record, adapter: Path) -> None:
-    """Log an adapter as a model of MLflow, linked to its run.
+    """Log an adapter as a logged model of MLflow, linked to its run.
 
-    A model that an earlier call began is completed. A server older than MLflow 3 has no such models; it gets
-    the files as artifact "adapter" of the run.
+    A model that an interrupted call has created is completed. A server older than MLflow 3 has no logged
+    models; there the files become the artifact "adapter" of the run.
 
     Args:
         client: The client.
@@ -150,7 +162,7 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, record: Rec
 
 
 def find_models(client: MlflowClient, experiment_id: str, run_id: str) -> list[LoggedModel] | None:
-    """Return the models that were logged for a run; None if the server, older than MLflow 3, has none."""
+    """Return the logged models of a run; None if the server is older than MLflow 3, which has none."""
     from mlflow import MlflowException
 
     try:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ARTIFACTS_FOLDER = "mlflow-artifacts"
-# Codes of errors that the same request would cause again.
+# Codes of errors that a repeated request would cause again.
 _PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
 _MLFLOW_ENVIRONMENT = {
-    # MLflow repeats a failed request for minutes, also `create_run`, which makes two runs if only the answer
-    # was lost. Our callers try again themselves, after reading which runs exist.
+    # By default MLflow repeats a failed request for minutes. A repeated `create_run` makes a second run if
+    # only the answer was lost. The callers of this module try again after reading which runs exist.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -54,12 +54,12 @@ class Connection:
 
     @cached_property
     def client(self) -> MlflowClient:
-        """MLflow's client. It is made, and MLflow imported, at the first use."""
+        """MLflow's client. The first use imports MLflow, and creates its SQLite file if that is missing."""
         for name, value in _MLFLOW_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        # Errors are raised, and the caller reports them; messages about migrations help nobody.
+        # The callers report MLflow's errors; its log messages on database migrations are no use to a user.
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         if self._database is not None:
@@ -87,7 +87,7 @@ class Connection:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def raise_converted(self, error: Exception) -> NoReturn:
-        """Raise an error of MLflow again, as one of this module if the same call may work later.
+        """Raise an error of a call to MLflow again, converted if the same call may succeed later.
 
         Raises:
             TrackingDamagedError: The SQLite file is damaged.

@@ -1,4 +1,4 @@
-"""MLflow runs as a projection of the store: only the driver writes them, and they can be rebuilt any time.
+"""MLflow runs as a projection of the store: the driver alone writes them, and `sync` can rebuild them.
 
 A study is an experiment of the same name. Each of its configurations is a run, and the study itself is one
 more run, which has the report, the verdicts and the command. No run has a parent, because MLflow's pages show
@@ -42,17 +42,19 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 @dataclass
 class _StudyRun:
+    """The state of a study in MLflow, as far as this process knows it."""
+
     experiment_id: str
     run_id: str
     """The run of the study itself."""
     children: dict[str, ChildRun]
-    """The runs of the configurations, by fingerprint."""
+    """Fingerprint -> run of the configuration."""
     created: int
     """Time of the experiment's creation in milliseconds since the epoch, which the saved views show."""
     stale_means: bool = False
-    """True if a run was written since `MlflowLogger.update_means`."""
+    """True if a run was written after the last `MlflowLogger.update_means`."""
     views: Mapping[str, str] = field(default_factory=dict)
-    """The saved views as they were written last: tag -> value."""
+    """The saved views as last written: tag of the experiment -> value."""
 
 
 class MlflowLogger:
@@ -98,10 +100,10 @@ class MlflowLogger:
     ) -> int:
         """Write the run of each record, if it is missing or differs. Call `ensure_study` first.
 
-        There is one run for each study and fingerprint. A complete one is left as it is. One that shows a
-        lane in training, or that a killed driver left incomplete, is completed. The run of an older record
-        (stopped, now finished) is replaced, and so is one with other values than the record (after a damaged
-        database).
+        There is one run for each study and fingerprint. A complete run is left as it is. A run that shows a
+        lane in training, or that a killed driver left incomplete, is completed. A run is replaced if it shows
+        an older record (stopped, now finished), or if its values differ from the record's (after damage to
+        the database).
 
         Args:
             study: Name of the study.
@@ -122,8 +124,11 @@ class MlflowLogger:
     def log_progress(self, study: str, progress: LaneProgress) -> None:
         """Show the start or an evaluation of a lane that is in training. Call `ensure_study` first.
 
-        The lane's run is created if it is missing. A complete run stays as it is, because its record came
-        first.
+        The lane's run is created if it is missing. A run that already shows a record is left as it is.
+
+        Args:
+            study: Name of the study.
+            progress: The start or the evaluation.
         """
         with self._convert_errors():
             opened = self._get_study(study)
@@ -155,7 +160,7 @@ class MlflowLogger:
             report_files: Files to log as artifacts of the study's run.
             description: Verdicts and best points in Markdown; empty: the description stays as it is. MLflow's
                 page shows the first line, which begins with links to the views, and the rest after a click.
-            metrics: Their numbers, which become metrics of the study's run.
+            metrics: Name -> value of the metrics of the study's run, logged together with a description.
         """
         from mlflow.entities import Metric, RunTag
 
@@ -212,7 +217,7 @@ class MlflowLogger:
     def _create_run(
         self, opened: _StudyRun, configuration: Configuration, tags: Mapping[str, str], start: int
     ) -> ChildRun:
-        """Create the run of a configuration. `start` is in milliseconds since the epoch."""
+        """Create the run of a configuration, starting at `start` (milliseconds since the epoch)."""
         name = run_content.run_name(configuration)
         run = self._client.create_run(opened.experiment_id, start, dict(tags), name)
         child = ChildRun(run.info.run_id, tags.get("record", ""), logged={})
@@ -221,7 +226,7 @@ class MlflowLogger:
         return child
 
     def _get_study(self, name: str) -> _StudyRun:
-        """Return the study, which is read again after an error."""
+        """Return the state of a study, read again from MLflow after an error."""
         if name not in self._study_descriptions:
             raise ValueError(f"call ensure_study({name!r}) first")
         if name not in self._studies:
@@ -229,7 +234,7 @@ class MlflowLogger:
         return self._studies[name]
 
     def _open_study(self, name: str) -> _StudyRun:
-        """Find or create the study's experiment and run, and read which runs of configurations exist."""
+        """Find or create the study's experiment and run, and read the runs of its configurations."""
         from mlflow.entities import RunTag
 
         question, tags = self._study_descriptions[name]
@@ -263,9 +268,10 @@ class MlflowLogger:
         return opened
 
     def update_means(self, study: str) -> None:
-        """Write the saved views, and the mean validation score of each group of runs (one per seed).
+        """Write the saved views, and to each run the mean validation score of its group.
 
-        Nothing is written if no run of the study was written after the last call.
+        A group has the runs of one point, which differ in the seed. Nothing is written if no run of the study
+        was written after the last call.
 
         Args:
             study: Name of the study.
@@ -297,7 +303,7 @@ class MlflowLogger:
         opened.views, opened.stale_means = views, False
 
     def _ensure_experiment(self, name: str, question: str) -> Experiment:
-        """Return the study's experiment, which is created if it is missing."""
+        """Return the study's experiment, created if it is missing and restored if it was deleted."""
         from mlflow import MlflowException
 
         found = self._client.get_experiment_by_name(name)
@@ -336,6 +342,6 @@ class MlflowLogger:
         try:
             yield
         except Exception as error:
-            # A request whose answer was lost may have been executed: the next call reads what exists.
+            # A request whose answer was lost may have been executed, so the next call reads the runs again.
             self._studies.clear()
             self._connection.raise_converted(error)

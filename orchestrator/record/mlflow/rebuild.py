@@ -28,8 +28,8 @@ def archive_databases(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mappi
     """Move the SQLite files of these studies, and the studies' artifacts, into new folders beside them.
 
     Args:
-        studies: Name to folder and content of each study.
-        uris: Name to the tracking URI of each study. URIs of servers are ignored.
+        studies: Name of each study -> its folder and content.
+        uris: Name of each study -> its tracking URI. URIs of servers are ignored.
 
     Returns:
         The new folders, one for each SQLite file that existed.

@@ -1,7 +1,8 @@
 """Content of the MLflow run of one configuration: tags, parameters, metrics and datasets.
 
-Everything, also every time, follows from the record alone, so that logging it twice writes the same rows.
-While the configuration is in training, its run has what a `LaneProgress` knows, under the same names.
+Everything, including the times, is derived from the record alone, so that logging it twice writes the same
+rows. While the configuration is in training, its run has the values of each `LaneProgress` under the same
+names.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _MAX_DIGEST_LENGTH = 36  # characters; MLflow's limit
 
 
 def record_version(record: Record) -> str:
-    """Return a text that tells a record from the earlier and later ones of its configuration."""
+    """Return a text that differs between the records that a configuration has had one after another."""
     return f"{record.state} attempt {record.provenance.attempt} ended {record.provenance.ended:.3f}"
 
 
@@ -66,8 +67,8 @@ def tags(record: Record, study: str, reused: bool) -> dict[str, str]:
     Args:
         record: The record.
         study: Name of the study.
-        reused: Whether the store had the record before the study requested it. The tag `reused_from` then
-            has its time and commit.
+        reused: Whether the store had the record before the study requested it. If so, the tag `reused_from`
+            gives the record's time and commit.
     """
     provenance = record.provenance
     found = configuration_tags(record.configuration, study)
@@ -82,13 +83,13 @@ def tags(record: Record, study: str, reused: bool) -> dict[str, str]:
 
 
 def limit_note(text: str) -> str:
-    """Return a description that MLflow accepts, cut at the end of a line."""
+    """Return a description, cut at the end of a line if it is too long for MLflow."""
     if len(text) <= _MAX_TAG_LENGTH:
         return text
     return text[: _MAX_TAG_LENGTH - 30].rpartition("\n")[0] + "\n\n(more in report.html)"
 
 
-# Twenty colors that are easy to tell apart (after Sasha Trubetskoy), those too pale on white left out.
+# Twenty distinct colors (after Sasha Trubetskoy), without those too pale on a white page.
 # fmt: off
 _COLORS = (
     "#E6194B", "#3CB44B", "#4363D8", "#F58231", "#911EB4",
@@ -100,7 +101,7 @@ _COLORS = (
 
 
 def _color(variant: str) -> str:
-    """Return the color of a variant's runs in MLflow's charts, which otherwise give each run another one."""
+    """Return one color for all runs of a variant in MLflow's charts, which by default color each run anew."""
     if variant == "lora":
         return "#000000"
     names = catalogue.names()
@@ -115,7 +116,7 @@ def _axis(variant: str) -> str:
 
 
 def time_range(record: Record) -> tuple[int, int]:
-    """Return start and end in milliseconds since the epoch, at least 1: MLflow takes 0 for "now"."""
+    """Return start and end in milliseconds since the epoch; at least 1, since MLflow reads 0 as "now"."""
     start = max(1, round(record.provenance.started * 1000))
     return start, max(start, round(record.provenance.ended * 1000))
 
@@ -128,20 +129,23 @@ def params(configuration: Configuration) -> list[Param]:
 
 
 def mlflow_key(name: str) -> str:
-    """Return a name that MLflow accepts: a score of a task may be called "hits@10"."""
+    """Return a name that MLflow accepts: other characters, as in "hits@10", become underscores."""
     return re.sub(r"[^\w.\- ]", "_", name)[:250]
 
 
 def metrics(record: Record, times: Mapping[int, int] | None = None) -> list[Metric]:
-    """Return the training curve, the evaluations, and the final scores and cost.
+    """Return the training curve, the evaluations, and the final scores and cost as MLflow metrics.
+
+    A value that is not finite is logged as NaN, which a chart draws as a gap. MLflow's database would turn
+    infinity into 1.8e308, and one such point would flatten all curves of a chart.
 
     Args:
         record: The record.
-        times: Step -> milliseconds since the epoch, of steps whose time is known because the run was logged
-            while its lane was in training. Other times are interpolated, so that they ascend with the steps.
+        times: Step -> milliseconds since the epoch, for steps whose time is known because the run was logged
+            while its lane was in training. The times of other steps are interpolated linearly.
 
-    A value that is not finite is logged as NaN, which a chart draws as a gap. MLflow's database would turn
-    infinity into 1.8e308, and one such point flattens all curves of a chart.
+    Returns:
+        The metrics, whose times do not descend with the step.
     """
     import numpy as np
 
@@ -180,18 +184,19 @@ def _metric(key: str, value: float, timestamp: int, step: int) -> Metric:
 
 
 def _rate_metrics(configuration: Configuration) -> Mapping[str, float]:
-    """Return the metric that MLflow's scatter charts, which have no log axis, need for learning rates."""
+    """Return the metric for the learning-rate axis of MLflow's scatter charts, which have no log scale."""
     rate = configuration.optimizer.learning_rate
     return {"log10_learning_rate": math.log10(rate)} if rate > 0 else {}
 
 
 def latest_metrics(record: Record) -> dict[str, float]:
-    """Return the last value of each metric if it is finite, as in MLflow's table of runs."""
+    """Return the last value of each metric, as in MLflow's table of runs; only finite values."""
     last = {mlflow_key(key): value for key, _, value in _metric_values(record, record.curve[-1:])}
     return {key: value for key, value in last.items() if math.isfinite(value)}
 
 
 def _metric_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tuple[str, int, float]]:
+    """Yield (name, step, value) of all metrics, those of single steps only for the steps in `curve`."""
     for key, value in _rate_metrics(record.configuration).items():
         yield key, 0, value
     for step in curve:

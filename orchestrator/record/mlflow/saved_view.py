@@ -1,4 +1,4 @@
-"""The saved views of a study in MLflow's UI: a ranked table of groups of runs, and charts of all runs.
+"""Saved views of a study in MLflow's UI: a ranked table of groups of runs, and charts of all runs.
 
 MLflow keeps a view as a tag of the experiment, `mlflow.sharedViewState.<key>`. The tag holds a name, times,
 and the state of the experiment's page as JSON, which may be compressed. Source: MLflow 3.17,
@@ -17,11 +17,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 RANKING_KEY, CHARTS_KEY = "ranking", "charts"
-"""Keys of the two views, the ends of the tags' names and of the links."""
+"""Keys of the two views, with which the names of the tags and the links end."""
 MAX_LENGTH = 5000
-"""Longest value of an experiment's tag in characters, in MLflow 2 and on MySQL."""
+"""Maximum length of an experiment's tag in characters, in MLflow 2 and on MySQL."""
 RUN_ROLE = "configuration"
-"""Value of the tag `role` of the runs that the views show: all but the study's own run."""
+"""Value of the tag `role` of the runs that the views show: all except the study's own run."""
 MEAN_METRIC = "mean_validation_score"
 """Mean of the validation scores of a run's group. The table is sorted by it. MLflow's page reads 100 runs at
 a time; sorted by a run's own score, it would show the mean of a group without the group's worst runs."""
@@ -33,7 +33,7 @@ _SECTION = "study"
 
 
 def group_keys(runs: Collection[Mapping[str, str]]) -> tuple[str, ...]:
-    """Return the parameters that runs of one group share, so that a group's runs differ in the seed only.
+    """Return the parameters by which runs are grouped, so that the runs of a group differ in the seed only.
 
     Args:
         runs: The parameters of each run: name -> value.
@@ -76,7 +76,12 @@ def _values(params: Mapping[str, str], keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def path(experiment_id: str, key: str = RANKING_KEY) -> str:
-    """Return the address of a view below the server's."""
+    """Return the address of a view, relative to that of the server.
+
+    Args:
+        experiment_id: The study's experiment.
+        key: The key of the view.
+    """
     mode = "compareRunsMode=CHART&" if key == CHARTS_KEY else ""
     return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&{mode}viewStateShareKey={key}"
 
@@ -85,7 +90,8 @@ def link(tracking_uri: str, experiment_id: str) -> str:
     """Return the address of the ranked table, without a user name and password.
 
     Args:
-        tracking_uri: Where the runs are. For a database, the address is that of `mlflow ui` on this machine.
+        tracking_uri: MLflow's tracking URI. For a database, the address is that of `mlflow ui` on this
+            machine.
         experiment_id: The study's experiment.
     """
     server = "http://127.0.0.1:5000"
@@ -96,7 +102,7 @@ def link(tracking_uri: str, experiment_id: str) -> str:
 
 
 def markdown_links(experiment_id: str) -> str:
-    """Return links to the views for a description, which lead to whatever address the page was opened at."""
+    """Return links to the views, relative to the address of the page, as Markdown for a description."""
     ranking, charts = path(experiment_id), path(experiment_id, CHARTS_KEY)
     return f"[Ranked table]({ranking}) | [Charts]({charts})"
 
@@ -105,10 +111,10 @@ def tags(created: int, keys: Sequence[str], groups: Collection[tuple[str, ...]])
     """Return the tags of the experiment that hold the two views.
 
     Args:
-        created: Time of the views in milliseconds since the epoch.
+        created: Time of the views' creation in milliseconds since the epoch.
         keys: The parameters by which the runs are grouped.
-        groups: The values of `keys` of each group. The table shows them closed, unless they are so many that
-            the tag would be too long: MLflow opens a group that the view does not name.
+        groups: The values of `keys` of each group. The table shows these groups closed. If the tag would be
+            too long, it names none of them, and MLflow shows them open.
     """
     closed = {
         ",".join(f"param.{key}.{value}" for key, value in zip(keys, group, strict=True)): False
@@ -123,6 +129,7 @@ def tags(created: int, keys: Sequence[str], groups: Collection[tuple[str, ...]])
 
 
 def _envelope(name: str, state: Mapping[str, Any], created: int) -> str:
+    """Return the value of a view's tag: JSON with the compressed state of the page in it."""
     text = json.dumps(state, separators=(",", ":")).encode()
     packed = "deflate;" + base64.b64encode(zlib.compress(text, 9)).decode()
     return json.dumps({"name": name, "createdAt": created, "updatedAt": created, "state": packed})

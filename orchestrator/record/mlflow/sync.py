@@ -1,4 +1,4 @@
-"""Rebuilding of a store's projections: Parquet, and the MLflow runs of every study."""
+"""Rebuilding of a store's projections: the Parquet files, and the MLflow runs of every study."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def sync_projections(
     rebuild: bool = False,
     describe: Callable[[StudyFile, Sequence[Record]], tuple[str, Mapping[str, float]]] = lambda *_: ("", {}),
 ) -> int:
-    """Write Parquet and MLflow again from the records.
+    """Write the Parquet files and the MLflow runs again from the records.
 
-    Adapters that the store keeps are logged with the runs that are written now.
+    Adapters in the store are logged with the runs that are written now.
 
     Args:
         store: The store.
         output: The output folder with the studies' folders.
-        tracking_uri: MLflow URI for all studies; None: the URI in each study's file.
-        notify: Called with one line for each file and study.
-        rebuild: First move SQLite files away, so that they are created again.
-        describe: Returns the description of a study with these records, in Markdown, and the metrics of its
-            run.
+        tracking_uri: MLflow's tracking URI for all studies; None: the URI in each study's file.
+        notify: Called with one line of text for each file and study.
+        rebuild: Whether to move SQLite files away first, so that they are created again.
+        describe: Function of a study and its records. It returns the study's description in Markdown, and the
+            metrics of the study's own run.
 
     Returns:
         Exit code: 0, or 1 if MLflow stopped answering.

@@ -1,4 +1,4 @@
-"""MLflow logging in a thread of the driver, so that a study never waits for it."""
+"""MLflow logging in a thread of the driver, so that a study never waits for MLflow."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from orchestrator.util.redaction import redact_secrets
 class MlflowWriter:
     """Background writer of a study's MLflow runs.
 
-    It queues fingerprints only and reads a record when its turn comes, so that a long outage does not fill
-    the memory. What it knows of lanes in training waits until no record is queued, and is dropped when the
-    lane has a record. While MLflow does not answer it tries again, with growing pauses. No method raises;
-    records that are not logged when the writer closes are left to `python -m orchestrator sync`.
+    The queue holds fingerprints only, and a record is read when its turn comes, so that a long outage does
+    not fill the memory. The progress of a lane is logged while no record is queued, and is dropped once the
+    lane has a record. While MLflow does not answer, the writer tries again with growing pauses. No method
+    raises an exception. Records that are not logged when the writer closes are logged by
+    `python -m orchestrator sync`.
 
     Args:
         log: The logger.
         store: The store.
         study: The study whose records are logged.
-        log_adapters: Also log the adapters that the store keeps.
+        log_adapters: Whether to log the adapters in the store too.
         tags: Tags of the study's own run.
     """
 
@@ -48,13 +49,16 @@ class MlflowWriter:
         self._condition = threading.Condition()
         self._queue: dict[str, None] = {}  # an ordered set
         self._progress: dict[str, list[LaneProgress]] = {}
-        """What is not logged yet of the lanes in training, by fingerprint."""
+        """Fingerprint of a lane in training -> its start and evaluations that are not logged yet."""
         self._current = ""
+        """Fingerprint of the record that is being logged, or empty."""
         self._rejected: set[str] = set()
+        """Fingerprints of records that MLflow has refused."""
         self._deadline: float | None = None
+        """Time of `time.monotonic` at which `close` gives up; None before `close`."""
         self._finish = partial(log.finish_study, study.name)
         self.error = ""
-        """The last error; it stays after the record has been logged."""
+        """The last error. It is kept after the record has been logged."""
         self.is_damaged = False
         """True if `error` is about a damaged SQLite file."""
         self.is_finished = False
@@ -64,7 +68,7 @@ class MlflowWriter:
 
     @property
     def pending_count(self) -> int:
-        """Number of queued records that are not in MLflow yet."""
+        """Number of records that were queued and are not in MLflow yet, including refused ones."""
         with self._condition:
             return len({*self._queue, *self._rejected, self._current} - {""})
 
@@ -88,7 +92,7 @@ class MlflowWriter:
         return self._logger.view_link(self._study.name)
 
     def mark_reused(self, fingerprint: str) -> None:
-        """Mark a configuration that the store had before the study requested it."""
+        """Mark a configuration whose record the store had before the study requested it."""
         self._reused |= {fingerprint}
 
     def close(
@@ -102,11 +106,11 @@ class MlflowWriter:
         """Log the queue, end the study's own run, and stop.
 
         Args:
-            timeout: Seconds for all of that.
+            timeout: Longest duration of the whole call in seconds.
             status: Status of the study's run: FINISHED, FAILED or KILLED.
             report_files: Files to log as artifacts of the study's run.
             description: Verdicts and best points in Markdown; empty: the description stays as it is.
-            metrics: Their numbers, which become metrics of the study's run.
+            metrics: Name -> value of the metrics of the study's run, logged together with a description.
 
         Returns:
             The number of records that are not logged.
@@ -131,7 +135,7 @@ class MlflowWriter:
                     is_open = True
                 while (fingerprint := self._take_next()) is not None:
                     self._log_one(fingerprint)
-                    if not self._queue:  # while records are waiting, the means would soon be old
+                    if not self._queue:  # the next record in the queue would change the means again
                         self._logger.update_means(study.name)
                     pause = timeouts.MIN_MLFLOW_RETRY_SECONDS
                 self._finish()
@@ -147,7 +151,7 @@ class MlflowWriter:
             pause = min(2 * pause, timeouts.MAX_MLFLOW_RETRY_SECONDS)
 
     def _take_next(self) -> str | None:
-        """Wait for a fingerprint and take it; None when the writer is closed and the queue is empty.
+        """Wait for the next fingerprint; None when the writer is closed and the queue is empty.
 
         The fingerprint is that of a record or, if no record waits, of a lane in training.
         """
@@ -155,15 +159,15 @@ class MlflowWriter:
             self._condition.wait_for(lambda: self._queue or self._progress or self._deadline is not None)
             fingerprint = next(iter(self._queue), None)
             if fingerprint is not None:
-                # Taken before the record is read: a newer state that is queued meanwhile gets its own turn.
+                # Removed before the record is read, so that a newer record can be queued meanwhile.
                 del self._queue[fingerprint]
                 self._current = fingerprint
             return fingerprint or next(iter(self._progress), None)
 
     def _log_one(self, fingerprint: str) -> None:
-        """Log the current record, or else the progress of a lane.
+        """Log the record that `_take_next` took from the queue, or else the progress of a lane.
 
-        A record that MLflow refuses is put aside, so that the others go on.
+        A record that MLflow refuses goes to `_rejected`, so that it does not block the others.
         """
         if not self._current:
             self._log_progress(fingerprint)
@@ -184,7 +188,11 @@ class MlflowWriter:
                 self._current = ""
 
     def _log_progress(self, fingerprint: str) -> None:
-        """Log what is known of a lane. If MLflow does not answer, it is queued again, unless a record is."""
+        """Log the progress of a lane.
+
+        If MLflow does not answer, the rest is queued again, unless a record of the lane is queued or the
+        writer closes.
+        """
         with self._condition:
             waiting = self._progress.pop(fingerprint, [])
         try:
@@ -196,16 +204,16 @@ class MlflowWriter:
                 if fingerprint not in self._queue and self._deadline is None:
                     self._progress[fingerprint] = [*waiting, *self._progress.get(fingerprint, ())]
             raise
-        except Exception as error:  # its record may be accepted
+        except Exception as error:  # not fatal: MLflow may still accept the lane's record
             self.error = redact_secrets(f"{fingerprint[:12]}: {type(error).__name__}: {error}")
 
     def _wait_before_retry(self, seconds: float) -> bool:
-        """Wait, and return whether there is time for another attempt."""
+        """Wait at most `seconds`. Return whether another attempt is possible before the deadline."""
         with self._condition:
             if self._deadline is None:
                 self._condition.wait_for(lambda: self._deadline is not None, seconds)
                 return True
             left = self._deadline - time.monotonic()
-        seconds = min(seconds, timeouts.CLOSING_MLFLOW_RETRY_SECONDS)  # however long the outage was before
+        seconds = min(seconds, timeouts.CLOSING_MLFLOW_RETRY_SECONDS)  # not the long pause of an outage
         time.sleep(max(0.0, min(seconds, left)))
         return left > seconds
