@@ -45,7 +45,7 @@ class StudyMonitor(threading.Thread):
         self.trials_ended, self.stops_recorded = threading.Event(), threading.Event()
         self.num_ended_read, self.num_progress_read, self.num_lines_read = 0, 0, 0
         self.incarnation = ""
-        """The incarnation of the broker that the numbers refer to."""
+        """The incarnation of the broker to whose lists the three numbers refer."""
         self.steps_taken: dict[str, int] = {}
         """Optimizer steps by trainer."""
         self.error: Exception | None = None
@@ -139,7 +139,7 @@ class StudyMonitor(threading.Thread):
         progress.refresh()
 
     def _resume_after_restart(self, incarnation: str) -> None:
-        """Repeat the pending stops to a restarted broker, whose lists of ended lanes and lines are empty."""
+        """Repeat the pending stops to a restarted broker, and read its new lists from their start."""
         for trial, stopped in list(self.pending_stops.items()):
             ray.get(self.broker.stop.remote(trial, *stopped), timeout=10)
         self.num_ended_read, self.num_progress_read, self.num_lines_read = 0, 0, 0
@@ -154,7 +154,7 @@ class StudyMonitor(threading.Thread):
                 del self.pending_stops[trial]
 
     def _read_ended_lanes(self, updates: dict[str, Any]) -> None:
-        """Process the starts, reports and records of lanes, the trainers' lines, and the numbers of steps."""
+        """Pass on the new starts, reports and records of lanes, the trainers' lines, and their steps."""
         for progress in updates["progress"]:  # before the records: an ended lane is no longer in training
             self.context.on_progress(progress)
         self.num_progress_read += len(updates["progress"])

@@ -42,7 +42,8 @@ def train(
         context: The settings, storage and observers of the session.
         configurations: The configurations to train; known results among them are replayed to the scheduler.
         search: The searcher that suggests the configurations one by one; `configurations` is then unused.
-        next_stage: Called when all configurations have ended; returns those of the next stage, if any.
+        next_stage: Called when all configurations have ended. Returns the configurations of the next stage;
+            an empty sequence ends the session.
 
     Returns:
         The number of optimizer steps that the trainers have taken.

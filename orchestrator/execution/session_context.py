@@ -31,8 +31,8 @@ class SessionContext:
     on_record: Callable[[Record], None] = lambda record: None
     """Called with each new record, from another thread."""
     on_progress: Callable[[LaneProgress], None] = lambda progress: None
-    """Called with the start and each new report of a lane, from another thread."""
+    """Called with the start and each new report of every lane, from another thread."""
     cached: set[str] = field(default_factory=set)
     """Fingerprints with known results, which are replayed to the scheduler. A search adds fingerprints."""
     tune_per_seed: bool = False
-    """True if each seed is a tuning of its own, so that early stopping compares lanes of one seed only."""
+    """True if each seed is a separate tuning, so that early stopping compares only lanes of the same seed."""

@@ -65,7 +65,7 @@ class BrokerCore:
         self.ended_lanes: list[tuple[str, RecordState]] = []
         """Every lane that ended, in order; the driver reads from its last position on."""
         self.progress: list[LaneProgress] = []
-        """The start and the new reports of every lane, in order; the driver reads it like `ended_lanes`."""
+        """The starts and new reports of all lanes, in order; the driver reads from its last position on."""
         self.steps_taken: dict[str, int] = {}
         """Optimizer steps of every trainer, including trainers that have ended."""
         self.closed = False

@@ -1,4 +1,4 @@
-"""The points that a search has asked for, and the number of points that remain. No Ray is imported."""
+"""The points that a search has asked for, and the number of points that remain. Imports no Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.util.errors import UsageError
 
 
 class SearchBudget:
-    """The points of a search: the same number for each group, counted over all runs of the study.
+    """The points of a search. Each group has the same number of points, counted over all runs of the study.
 
     Attributes:
         file: The settings of the search.
@@ -50,7 +50,7 @@ class SearchBudget:
         self.on_point: Callable[[Configuration], None] = lambda configuration: None
 
     def restore(self) -> None:
-        """Count the points of earlier runs.
+        """Read the points of earlier runs from the journal.
 
         Raises:
             UsageError: The journal is damaged, or a point would be another configuration now.
@@ -66,11 +66,11 @@ class SearchBudget:
             self._register(point, configuration)
 
     def points_of(self, group: str) -> list[Point]:
-        """Return the points of one group."""
+        """Return the points of one group, in the order in which they were asked for."""
         return [point for point in self.points.values() if point.group == group]
 
     def num_remaining(self, group: str) -> int:
-        """Return the number of points that the search may still sample of this group."""
+        """Return the number of points that the search may still ask for in this group."""
         if group in self.file.exhausted:
             return 0
         budget = min(self.file.points, self.groups[group].size)
@@ -82,16 +82,22 @@ class SearchBudget:
         return len(self.configurations) + sum(map(self.num_remaining, self.groups))
 
     def add_point(self, group: str, parameters: Mapping[str, Value], configuration: Configuration) -> None:
-        """Count a new point, which the caller has written to the journal."""
+        """Add a new point, which the caller has written to the journal.
+
+        Args:
+            group: The name of its group.
+            parameters: Its values by dimension.
+            configuration: Its configuration.
+        """
         point = Point(group, configuration.task.name, dict(parameters), configuration.fingerprint)
         self._register(point, configuration)
         self.on_point(configuration)
 
     def add_design(self) -> None:
-        """Ask for all remaining points of a sampler that does not use results.
+        """Draw and add all remaining points, for a sampler that does not use results.
 
-        The sampler's sequence changes when a further variant adds dimensions of its own. The other variants
-        then take their missing points from the new sequence.
+        A variant that is added later may add dimensions, which changes the sampler's sequence. The other
+        variants then take their missing points from the new sequence.
         """
         together: dict[tuple[str, int], list[SearchGroup]] = defaultdict(list)
         for group in self.groups.values():
@@ -109,7 +115,7 @@ class SearchBudget:
                     self.add_point(group, parameters, configuration)
 
     def mark_exhausted(self, group: str) -> None:
-        """Record in the settings that no further point of this group was found."""
+        """Write to the settings that the space of this group has no further point."""
         self.file = replace(self.file, exhausted=(*self.file.exhausted, group))
         self.save()
 
@@ -118,7 +124,7 @@ class SearchBudget:
         self.file.write(self.folder)
 
     def update_usage(self, store: Store) -> Mapping[str, GroupUsage]:
-        """Write down what each group has spent, by the records in `store`, and return it."""
+        """Compute the points and steps of each group from the records in `store`, save and return them."""
         usage = {name: self._group_usage(group, store) for name, group in self.groups.items()}
         self.file = replace(self.file, spent={**self.file.spent, **usage})
         self.save()
@@ -140,7 +146,12 @@ class SearchBudget:
 
 
 def _mismatch_reason(point: Point, now: Configuration | None) -> str:
-    """Return the reason why a point of an earlier run is another configuration now."""
+    """Return why a point of an earlier run gives another configuration now, as the end of an error.
+
+    Args:
+        point: The point in the journal.
+        now: The configuration that its values give now; None if the variant refuses them.
+    """
     if now is not None and (raised := _changed_numerics(point, now)):
         return (
             f"points under earlier numerics of the {raised}: this program computes otherwise, "
@@ -152,9 +163,10 @@ def _mismatch_reason(point: Point, now: Configuration | None) -> str:
 
 
 def _changed_numerics(point: Point, now: Configuration) -> str:
-    """Return the names of the numerics whose lower numbers would make the configuration that of the point.
+    """Return the parts (variant, task, loop) whose numerics number has been raised since the point was made.
 
-    Returns an empty string if something else differs.
+    Returns:
+        Their names as text; empty if anything else differs between the point and `now`.
     """
     variant, task, loop = now.variant.numerics, now.task.numerics, now.loop_numerics
     for a, b, c in product(range(1, variant + 1), range(1, task + 1), range(1, loop + 1)):
@@ -185,7 +197,7 @@ def open_search(
         points: Points of each variant, on each task and in each replicate.
         spaces: Task -> the space that is searched, by variant.
         templates: One configuration for each task and variant; a point's values replace theirs.
-        replicates: Number of replicates; replicate k has the training seed and the sampler's seed k.
+        replicates: Number of replicates. Replicate k trains with seed k, and has a sampler of its own.
 
     Raises:
         UsageError: The study has searched with other settings, or a file of its search is damaged or gone.

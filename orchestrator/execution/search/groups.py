@@ -1,4 +1,4 @@
-"""The searches of a study: one for each task, variant and replicate, all with the same number of points."""
+"""The groups of a search: one for each task, variant and replicate, all with the same number of points."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from orchestrator.study.space import Dimension, Space, Value, apply_values
 
 @dataclass(frozen=True)
 class SearchGroup:
-    """One search: the points of one variant on one task in one replicate."""
+    """The search of one variant on one task in one replicate."""
 
     name: str
     """The name in the search's files, see `group_name`."""
     template: Configuration
     """The configuration whose values a point replaces. Its seed is the replicate."""
     dimensions: tuple[Dimension, ...]
+    """The dimensions of the variant's space."""
 
     @property
     def task(self) -> str:
@@ -38,11 +39,11 @@ class SearchGroup:
 
     @property
     def specs(self) -> dict[str, str]:
-        """The specification of each dimension, as it was typed, by name."""
+        """Name of each dimension -> its specification as it was typed."""
         return {d.key: d.spec_text for d in self.dimensions}
 
     def build(self, values: Mapping[str, Value]) -> Configuration | None:
-        """Return the configuration of a point, or None if the variant refuses the values."""
+        """Return the configuration of the point with these values; None if the variant refuses them."""
         configuration = apply_values(self.template, values)
         return None if find_settings_error(configuration) else configuration
 
@@ -50,9 +51,9 @@ class SearchGroup:
 def group_name(task: str, variant: str, replicate: int, first_task: str) -> str:
     """Return the name of a group in the files of a search.
 
-    Replicate 0 on the first task has the variant's name alone, as in a search of one task without replicates.
-    The other names have the task in front, unless it is the first one, and the replicate behind, unless it is
-    0: "digits/lora/3".
+    The name is task/variant/replicate, for example "digits/lora/3", without the task if it is the first task,
+    and without the replicate if it is 0. So the name is that of the variant in a search of one task without
+    replicates, as in files of earlier versions.
 
     Args:
         task: The task's name.
@@ -70,7 +71,7 @@ def make_groups(
     replicates: Iterable[int],
     first_task: str,
 ) -> dict[str, SearchGroup]:
-    """Return the groups of a search by name, one replicate after another.
+    """Return the groups of a search by name, ordered by replicate, then by template.
 
     Args:
         spaces: Task -> the space of each variant.

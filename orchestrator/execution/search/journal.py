@@ -1,7 +1,7 @@
 """The points of a search, in Optuna's own storage: `<study>/optuna.journal`, one Optuna study per group.
 
 Each point that was asked for is an Optuna trial with the configuration's fingerprint as a user attribute. Its
-result is that of the record in the store. `optuna-dashboard <study>/optuna.journal` shows the search.
+result is read from the record in the store. `optuna-dashboard <study>/optuna.journal` shows the search.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EARLIER_FILE = "search.jsonl"
 FINGERPRINT, TASK, ORDER = "fingerprint", "task", "order"
 """User attributes of a point's trial. ORDER is the point's number among the points of all groups."""
 REJECTED = "rejected"
-"""User attribute of a suggestion that is no point: a known point, or values that the variant refuses."""
+"""User attribute of a suggestion that became no point: it was known, or the variant refuses its values."""
 _READ_ERROR_WORDS = ("a search", "take another --study")
 _log = logging.getLogger(__name__)
 
@@ -60,12 +60,12 @@ def read_points(
         searched: The names of all groups that the study has searched.
 
     Returns:
-        The points of `groups`, in the order in which they were asked for, and the trials of other groups,
-        which earlier runs have searched.
+        The points of `groups`, in the order in which they were asked for, and group -> trials of the other
+        groups, which earlier runs have searched.
 
     Raises:
-        UsageError: The file is damaged. A torn last line is skipped with a warning, because nobody was given
-            its content.
+        UsageError: The file is damaged. An incomplete last line is skipped with a warning: its point was not
+            trained, because a point is trained only after its line is written.
     """
     path = folder / JOURNAL_FILE
     if not path.exists():
@@ -94,7 +94,7 @@ def read_points(
 
 
 def read_trials(path: Path) -> dict[str, list[FrozenTrial]]:
-    """Replay a journal file. Returns the trials by Optuna study, which has the name of its group."""
+    """Replay a journal file, and return group -> trials. Each group is an Optuna study of the same name."""
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
         _log.warning("%s: its last line is torn: left out", path)
@@ -107,8 +107,8 @@ def _points_only(trials: Iterable[FrozenTrial]) -> Iterator[FrozenTrial]:
     """Yield the trials that are points.
 
     Raises:
-        ValueError: A trial is neither a point nor a rejected suggestion, and not the last one, whose
-            attributes a kill may have prevented: the file was changed by something else.
+        ValueError: A trial is neither a point nor a rejected suggestion, so something else has changed the
+            file. Only the last trial may lack attributes, if the driver was killed before it wrote them.
     """
     trials = list(trials)
     for trial in trials:
@@ -132,7 +132,12 @@ class _ListBackend(BaseJournalBackend):
 
 
 def write_journal(folder: Path, trials: Mapping[str, Iterable[FrozenTrial]]) -> None:
-    """Replace a study's journal atomically by one with the given trials of each group in this order."""
+    """Replace a study's journal atomically.
+
+    Args:
+        folder: The study's folder.
+        trials: Group -> its trials, in the order in which they are numbered.
+    """
     backend = _ListBackend([])
     storage = JournalStorage(backend)
     for name, each in trials.items():

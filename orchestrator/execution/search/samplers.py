@@ -1,4 +1,4 @@
-"""Optuna's samplers, and designs. A design holds all points of a sampler that does not use results."""
+"""Optuna's samplers, and designs. A design is the list of all points of a sampler that uses no results."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from orchestrator.study.space import Dimension, Value
 logging.set_verbosity(logging.WARNING)  # otherwise Optuna logs a line for each study
 
 NON_ADAPTIVE_SAMPLERS = ("random", "qmc")
-"""Samplers that do not use results: all their points can be drawn beforehand."""
+"""Samplers that do not use results, so that all their points can be drawn in advance."""
 MAX_REJECTED_SUGGESTIONS = 8
-"""After this many known or refused suggestions in a row, a point is drawn without the sampler."""
+"""After this many known or refused suggestions in a row, the point comes from `random_points`."""
 MAX_ENUMERATED_POINTS = 10_000
-"""Spaces of at most this many points are searched point by point for a new point."""
+"""Spaces of at most this many points are enumerated to find a new point."""
 MAX_RANDOM_DRAWS = 1000
 """Number of points that are drawn at random in larger spaces."""
 MAX_IDLE_DRAWS = 100
@@ -33,7 +33,10 @@ MIN_WARM_START_TRIALS = 10
 
 
 def distributions(dimensions: Sequence[Dimension]) -> dict[str, BaseDistribution]:
-    """Return Optuna's distributions by name. A choice of numbers is drawn by its index, to keep its order."""
+    """Return Optuna's distributions by name.
+
+    A choice of numbers becomes an integer distribution over the index, so that samplers know the order.
+    """
     made: dict[str, BaseDistribution] = {}
     for d in dimensions:
         if d.choices and d.is_numeric:
@@ -100,8 +103,8 @@ def make_sampler(
     Args:
         sampler_name: `tpe`, `cma-es`, `qmc` or `random`.
         points: Number of points that the group may have.
-        num_asked: Number of points that were asked for. The seed follows from this number and the replicate,
-            so that a sampler does not repeat its draws after a restart.
+        num_asked: Number of points that were asked for. The seed is derived from this number and the
+            replicate, so that a sampler does not repeat its draws after a restart.
         completed: The complete trials, from which CMA-ES starts if there are enough of them.
         replicate: The group's replicate.
     """

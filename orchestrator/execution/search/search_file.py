@@ -1,11 +1,12 @@
-"""The settings of a search and the points and steps that it has spent, kept in `<study>/search.json`.
+"""`<study>/search.json`: the settings of a search, and the points and steps that it has spent.
 
 The points themselves are in Optuna's journal beside it (journal.py).
 
     {"sampler", "seed", "points", "spaces": {group: {name: spec}}, "exhausted": [group, ...],
      "spent": {group: {...}}, "task"}
 
-A group is named by `groups.group_name`; in a search of one task without replicates it has its variant's name.
+Groups are named by `groups.group_name`. In a search of one task without replicates, a group has the name of
+its variant.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class GroupUsage:
     asked: int
     """Number of points that were asked for."""
     states: Mapping[str, int]
-    """Number of these points by the state of their record; "missing" without a record."""
+    """State of the record, or "missing" without a record -> number of points."""
     steps: int
     """Optimizer steps in these records."""
     most_steps: int
@@ -41,22 +42,29 @@ class GroupUsage:
 
 @dataclass(frozen=True)
 class SearchFile:
-    """The settings of a search."""
+    """The settings of a search, and its usage so far."""
 
     sampler: str
     seed: int
     points: int
-    """Points of each group."""
+    """Number of points of each group."""
     spaces: Mapping[str, Mapping[str, str]]
-    """The space of each group: the specification of each dimension by its name."""
+    """Group -> name of a dimension -> its specification."""
     exhausted: tuple[str, ...] = ()
     """Groups whose space has no further points."""
     spent: Mapping[str, GroupUsage] = field(default_factory=dict)
+    """Group -> its usage."""
     task: str = ""
     """The task that was searched first, see `groups.group_name`; empty in files of earlier versions."""
 
     def resume(self, sampler: str, points: int, groups: Mapping[str, SearchGroup], study: str) -> SearchFile:
-        """Return the settings for continuing this search with `points` points of each of `groups`.
+        """Return the settings for continuing this search.
+
+        Args:
+            sampler: The sampler's name.
+            points: Number of points of each group.
+            groups: The groups to be searched now, by name.
+            study: The study's name, for the error messages.
 
         Raises:
             UsageError: The sampler or the space differs, or there are fewer points.

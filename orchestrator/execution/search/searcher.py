@@ -1,4 +1,4 @@
-"""Ray Tune's searcher of a study: Optuna's samplers, one Optuna study per group, and equal budgets."""
+"""The searcher that Ray Tune calls: one Optuna study and sampler per group, with equal budgets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _GroupSearch:
         return self.group.name
 
     def ask(self) -> tuple[Trial, dict[str, Value]]:
-        """Return Optuna's next trial and its values as a configuration has them."""
+        """Return Optuna's next trial, and its parameters as values of a configuration."""
         dimensions = self.group.dimensions
         trial = self.study.ask(fixed_distributions=samplers.distributions(dimensions))
         return trial, samplers.from_optuna_params(dimensions, trial.params)
@@ -59,7 +59,7 @@ class _SearchTrial:
 
     search: _GroupSearch
     trial: Trial | None
-    """None if Optuna has the result already, and only the scheduler sees the point again."""
+    """None if Optuna has the result already and the point is only replayed to the scheduler."""
     last_reported_step: int = 0
     reports: int = 0
 
@@ -71,7 +71,7 @@ class _SearchTrial:
             self.reports += 1
 
     def tell(self, state: str, score: float | None = None) -> None:
-        """Pass the final result to Optuna, which takes a score of a COMPLETE trial only."""
+        """Pass the final state to Optuna, with the score if the trial is COMPLETE."""
         if self.trial is not None:
             value = score if state == "COMPLETE" else None
             self.search.study.tell(self.trial, value, state=TrialState[state])
@@ -81,12 +81,13 @@ _NewPoint = tuple[Trial, dict[str, Value], Configuration]
 
 
 class PerGroupSearcher(Searcher):
-    """Tune's searcher, which suggests points of earlier runs, then new points of each group in turn.
+    """Tune's searcher, which suggests the points of earlier runs, then new points of each group in turn.
 
     Points of earlier runs that have no result are trained. Under early stopping, points with a result are
-    replayed to the scheduler, whose rungs they fill. Then each group of the first replicate in turn gets as
-    many new points as fill a lane group, then each group of the next replicate. Tune saves and restores
-    nothing of the search: the study's folder and the store contain its whole state.
+    replayed to the scheduler, so that they fill its rungs. Then the groups of the first replicate take turns
+    until all their points are asked for, then those of the next replicate. In a turn, a group gets as many
+    new points as fill a lane group. Tune neither saves nor restores the search, because the study's folder
+    and the store contain its whole state.
     """
 
     def __init__(

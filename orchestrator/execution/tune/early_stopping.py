@@ -1,4 +1,4 @@
-"""Early stopping with one of Tune's schedulers for each tuning, so that all variants are tuned equally."""
+"""Early stopping with one of Tune's schedulers for each group of trials, so that variants do not compete."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from orchestrator.study.configuration import Configuration
 class PerGroupScheduler(LiveTrialFIFOScheduler):
     """Scheduler that passes each call to the scheduler of the trial's group.
 
-    The trials of a group are those of one variant and task; with `per_seed`, also of one seed.
+    A group has the trials of one variant and task; with `per_seed`, of one variant, task and seed.
 
     Args:
         scheduler: "asha", "hyperband" or "median".
         cached: Fingerprints of known results, which are replayed; a search adds fingerprints. Trials with
             known results fill the rungs that other trials are compared with, and are never stopped. Under
             Hyperband they are ordinary members of brackets.
-        per_seed: True if each seed is a tuning of its own, whose trials are compared with each other alone.
+        per_seed: True if each seed is a separate tuning, so that only trials of the same seed are compared.
     """
 
     _metric = "loss"
@@ -46,10 +46,10 @@ class PerGroupScheduler(LiveTrialFIFOScheduler):
         self.scheduler, self.cached = scheduler, () if scheduler == "hyperband" else cached
         self.schedulers: dict[tuple[str, str, int], Any] = {}
         self.scheduler_of_trial: dict[str, tuple[Any, bool]] = {}
-        """The scheduler of a trial, and whether its result is known."""
+        """Trial id -> the scheduler of its group, and whether its result is known."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Give the trial to the scheduler of its group, which is created for its first trial."""
+        """Add the trial to the scheduler of its group, which is created for the first trial of the group."""
         super().on_trial_add(tune_controller, trial)
         configuration = Configuration.from_json(trial.config["configuration"])
         seed = configuration.seed if self.per_seed else 0
@@ -61,11 +61,11 @@ class PerGroupScheduler(LiveTrialFIFOScheduler):
         self.schedulers[key].on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return the scheduler's decision; a trial with a known result is noted and always continues."""
+        """Return the decision of the group's scheduler; a trial with a known result always continues."""
         scheduler, is_cached = self.scheduler_of_trial[trial.trial_id]
         if not is_cached:
             return scheduler.on_trial_result(tune_controller, trial, result)
-        # Schedulers note the result of a completed trial without a decision.
+        # A scheduler adds the result of a completed trial to its rungs without a decision.
         scheduler.on_trial_complete(tune_controller, trial, result)
         scheduler.on_trial_add(tune_controller, trial)
         return TrialScheduler.CONTINUE
@@ -109,7 +109,12 @@ class _HyperBand(HyperBandScheduler):
 
 
 def _make_scheduler(name: str, configuration: Configuration) -> TrialScheduler:
-    """Return Tune's scheduler for one group; it never stops a lane at its last step."""
+    """Return Tune's scheduler for one group, which never stops a lane at its last step.
+
+    Args:
+        name: "asha", "hyperband" or "median".
+        configuration: A configuration of the group, from whose steps and evaluations the rungs follow.
+    """
     first = first_rung(configuration)
     options: dict[str, Any] = {"metric": "loss", "mode": "min"}
     if name == "median":

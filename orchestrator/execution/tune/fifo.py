@@ -19,7 +19,7 @@ from orchestrator.study.configuration import Configuration
 
 
 class ConfigurationListGenerator(BasicVariantGenerator):
-    """Generate one trial per configuration, in the given order, and then those of further stages.
+    """Generator of one trial per configuration, in the given order, one stage after another.
 
     This class replaces `grid_search`, for which Ray 2.60 copies the whole grid once per trial. A copy takes
     0.36 s with 5,000 configurations.
@@ -27,8 +27,8 @@ class ConfigurationListGenerator(BasicVariantGenerator):
     Args:
         configurations: The configurations of the first stage.
         max_concurrent: The largest number of unfinished trials; None for no limit.
-        next_stage: Called whenever all trials have ended. Returns the configurations of the next stage; none
-            if the study is complete.
+        next_stage: Called whenever all trials have ended. Returns the configurations of the next stage; an
+            empty sequence ends the experiment.
     """
 
     def __init__(

@@ -77,11 +77,11 @@ class Engine:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
     def take_peak_memory(self) -> int:
-        """Return the most bytes in use at once on this worker's device, and on a GPU start to measure anew.
+        """Return the peak memory of this worker's device in bytes, and on a GPU reset the measurement.
 
         Returns:
-            On a GPU the bytes that torch had allocated since the last call; on a CPU the largest resident
-            size of the process since its start, which cannot be reset.
+            On a GPU the peak since the last call of the bytes that torch had allocated; on a CPU the largest
+            resident size of the process since its start.
         """
         device = self._base_model[1].device if self._base_model is not None else None
         if device is None or device.type != "cuda":

@@ -92,7 +92,7 @@ class Lane:
         self.tokens = 0
         self.peak_group_size = 1
         self.peak_memory = 0
-        """Most bytes in use at once, see `Cost.peak_memory`."""
+        """Peak memory in bytes, see `Cost.peak_memory`."""
         self.resumed_from: tuple[int, ...] = ()
         self.started = time.time()
         self.saved_at = time.monotonic()
@@ -267,7 +267,7 @@ class Lane:
 
     @property
     def cost(self) -> Cost:
-        """Seconds, tokens, trainable parameters and memory of the lane."""
+        """Seconds, tokens, trainable parameters and peak memory of the lane."""
         parameters = self.adapters.parameter_count(self.fingerprint) if self.parameters else 0
         return Cost(self.train_seconds, self.evaluate_seconds, self.tokens, parameters, self.peak_memory)
 

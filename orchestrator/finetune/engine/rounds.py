@@ -139,7 +139,7 @@ class TrainingRounds:
             self.recovery.halve_lane_group(mid_step)
 
     def _note_peak_memory(self) -> None:
-        """Give every lane of the group the memory that the step or evaluation has needed."""
+        """Raise the peak memory of every lane in the group to that of the last step or evaluation."""
         peak = self.active.engine.take_peak_memory()
         for lane in self.active.lanes.values():
             lane.peak_memory = max(lane.peak_memory, peak)
@@ -152,7 +152,7 @@ class TrainingRounds:
     # -- evaluations ------------------------------------------------------------------------------------
 
     def _evaluate(self, lanes: Sequence[Lane]) -> None:
-        """Score the lanes on validation, those for which it is due on test as well, and report the scores."""
+        """Score the lanes on validation, and those with `is_test_due` on test too, and report the scores."""
         if not lanes:
             return
         active, started = self.active, time.monotonic()

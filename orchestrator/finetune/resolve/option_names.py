@@ -20,7 +20,7 @@ from variants import catalogue
 
 @dataclass(frozen=True)
 class ResolvedOptions:
-    """The checked values that the names in a study's options stand for, for one of its tasks."""
+    """The objects and values that a study's options name, checked, for one of its tasks."""
 
     variants: tuple[str, ...]
     task: Task
@@ -35,13 +35,19 @@ class ResolvedOptions:
 def resolve_tasks(
     options: StudyOptions, default_tasks: Sequence[str], default_variants: Sequence[str], bases: Path
 ) -> list[ResolvedOptions]:
-    """Resolve the options of a study for each of its tasks, see `resolve_options`.
+    """Resolve the options of a study for each of its tasks.
 
     Args:
         options: The options of the command line.
-        default_tasks: The tasks where the options name none.
-        default_variants: The variants where the options name none.
+        default_tasks: The tasks to take if the options name none.
+        default_variants: The variants to take if the options name none.
         bases: The store's folder of base models.
+
+    Returns:
+        The result of `resolve_options` for each distinct task, in the order of the options.
+
+    Raises:
+        UsageError: A name or a value is wrong, see `resolve_options`.
     """
     names = dict.fromkeys(options.task or default_tasks)
     return [resolve_options(options, name, default_variants, bases) for name in names]
@@ -109,9 +115,10 @@ def fill_accumulation(options: StudyOptions, task: Task) -> StudyOptions:
 
 
 def variant_hyperparameters(name: str) -> Mapping[str, Value]:
-    """Return the hyperparameters of a variant by name, with the defaults of its own settings.
+    """Return the hyperparameters of a variant by name, with their default values.
 
-    rank, alpha, dropout and targets, whose defaults are those of the command line, have the placeholder 0.
+    The defaults of rank, alpha, dropout and targets are options of the command line; their value here is the
+    placeholder 0.
     """
     from variants.base import AdaptationScope
 

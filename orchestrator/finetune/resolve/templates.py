@@ -100,7 +100,17 @@ def build_configuration_templates(
 
 
 def _count_steps(options: StudyOptions, train_size: int, batch_size: int, default: int) -> int:
-    """Return the optimizer steps of a fine-tune: --steps, those of --epochs, or the task's default."""
+    """Return the optimizer steps of a fine-tune: from --steps, --epochs, or the task's default.
+
+    Args:
+        options: The options of the command line.
+        train_size: Number of training examples.
+        batch_size: Number of examples in an optimizer step.
+        default: The task's default number of steps.
+
+    Raises:
+        UsageError: --epochs gives too many steps.
+    """
     if options.epochs is None:
         return options.steps or default
     steps = max(1, int(options.epochs * train_size / batch_size))
@@ -112,6 +122,7 @@ def _count_steps(options: StudyOptions, train_size: int, batch_size: int, defaul
 
 
 def _max_length(options: StudyOptions, task: Task) -> int:
+    """Return the maximum number of tokens of an example: from --max-length, or the task's default."""
     if options.max_length is None:
         return task.defaults.max_length
     if task.inputs == "image":
@@ -142,6 +153,7 @@ def _check_templates(
 
 
 def _check_schedule(schedule: LRSchedule) -> None:
+    """Raise UsageError for a schedule with which nothing is learned, or that ignores one of its settings."""
     if schedule.steps == warmup_steps(schedule) == 1:
         raise UsageError(
             "--steps 1: the only step would be warm-up, at learning rate 0, so nothing would be learned; "

