@@ -5,16 +5,17 @@
 
 A star design. First every variant is fine-tuned along the curve of the learning rate, 4 rates a decade, with
 everything else at its default. Then one factor after another takes further levels (--factors, --levels),
-each at five rates around the best one and with the same seeds. The report says what each factor costs when
-it is set blindly (A), the same with the rate tuned again (B), what tuning it alone gains (C), and what a
-value that is off by a factor of 2 or 3.16 costs (D), with intervals over seeds, and whether the learning rate
-matters most.
+each at five rates around the best one and with the same seeds. The report gives for each factor, with
+intervals over seeds, the loss when it is set blindly (A), the same with the rate tuned again (B), the gain
+from tuning it alone (C), and the loss when its value is off by a factor of 2 or 3.16 (D). It answers whether
+the learning rate matters most.
 
 Results are kept: the same command again trains nothing; one more factor, level, seed or variant, or a wider
 range of rates, trains only what is new. The rehearsal has two variants, two seeds and two factors.
 
-Its size: a curve over 4.5 decades has 19 rates, an arm of two levels twice 6. With eight factors and 5 seeds
-that is about 600 fine-tunes a variant; --plan gives the number, the time and the price.
+The size of the study: a curve over 4.5 decades has 19 rates. Each further level of a factor has up to 6: the
+five around the best rate, and that of the published default. Eight factors with two further levels each, and
+5 seeds, take about 600 fine-tunes a variant; --plan gives the number, the time and the price.
 """
 
 from __future__ import annotations

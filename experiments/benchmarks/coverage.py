@@ -1,8 +1,9 @@
-"""Coverage, error and power of the analysis on synthetic studies with known truth.
+"""Measure coverage, error rates and power of the analysis on synthetic studies with known truth.
 
-Run it as: python experiments/benchmarks/coverage.py [--replicates 2000] [--rows intervals looks ...]
-[--json FILE]. It prints a markdown table, in which every row ends with ok or MISSED, and ends with exit code
-1 if a row has missed. docs/statistics.md has the table of the last whole run.
+    python experiments/benchmarks/coverage.py [--replicates 2000] [--rows intervals looks ...] [--json FILE]
+
+Prints a Markdown table. Every row ends in ok or MISSED, depending on whether the percentage lies within its
+limits; the exit code is 1 if a row has missed. docs/statistics.md has the table of the last complete run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Each of the two processes computes on one core.
+# Each process computes on one core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from coverage_factors import false_support_rows, flip_rows, order_rows
@@ -38,14 +39,15 @@ from markdown_table import markdown_table
 from synthetic_studies import NOISES
 
 CHEAP_FACTOR = 5
-"""Rows that analyze many studies at once take this many times as many of them."""
+"""Rows that analyze many studies in one array operation simulate this many times as many studies."""
 Task = tuple[str, RowFunction, tuple[Any, ...], int]
-"""Group, function, its first arguments, and the number of studies."""
+"""Group of rows, function that computes them, its first arguments, and the number of studies."""
 SIZES = [(n, count) for n in (5, 10, 20) for count in (4, 9, 19)]
+"""Numbers of replicates and of variants besides the baseline."""
 
 
 def list_tasks(replicates: int) -> list[Task]:
-    """Return what is to be simulated, the longest first.
+    """Return the simulations, those that take longest first.
 
     Args:
         replicates: Number of synthetic studies of the expensive rows.
@@ -70,12 +72,20 @@ def list_tasks(replicates: int) -> list[Task]:
 
 
 def simulate(tasks: Sequence[Task], processes: int) -> list[Row]:
-    """Return the rows of all tasks, in their order; prints progress to stderr."""
+    """Run the simulations in parallel, and print progress to stderr.
+
+    Args:
+        tasks: The simulations.
+        processes: Number of processes.
+
+    Returns:
+        The rows of all tasks, in the order of the tasks.
+    """
     start, done = time.monotonic(), 0
     results: dict[int, list[Row]] = {}
     with ProcessPoolExecutor(processes) as pool:
         futures = {
-            # The seed depends on the task alone, so that --rows changes no figure.
+            # The seed depends on the task alone, so that --rows changes no result.
             pool.submit(
                 function,
                 *arguments,
@@ -96,7 +106,7 @@ def simulate(tasks: Sequence[Task], processes: int) -> list[Row]:
 
 
 def row_cells(row: Row) -> list[str]:
-    """Return the cells of a row of the table."""
+    """Return a row as the cells of the printed table."""
     low, high = row.limits
     wanted = (
         f"at most {high:g}" if low == 0 else f"at least {low:g}" if high == 100 else f"{low:g} to {high:g}"
@@ -106,7 +116,7 @@ def row_cells(row: Row) -> list[str]:
 
 
 def main() -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark of the command line, and return the exit code."""
     groups = sorted({task[0] for task in list_tasks(1)})
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,4 +1,7 @@
-"""Rows of the benchmark of coverage for claim 1: effects of factors with a planted order."""
+"""Rows of the coverage benchmark for claim 1, on studies of factors with planted effects.
+
+A and B are the losses when a factor is set blindly, and the same with the learning rate tuned again.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from orchestrator.analyze.factors import factor_effects as effects
 from orchestrator.analyze.factors.rate_claim import RANGE_SCALES, ClaimTest, contrast, judge_claim
 
 DEFAULT = int(np.flatnonzero(LEVELS == 0)[0])
+"""Index of the default level."""
 LEVEL_WEIGHTS = effects.prior_weights(LEVELS.tolist(), -1.0, 1.0)
 ORDER = (
     PlantedFactor("schedule", 16.0),
@@ -22,11 +26,11 @@ ORDER = (
 )
 """Factors from the most to the least important one."""
 ALPHA = PlantedFactor("alpha", 0.0, shift=1.0)
-"""A near-alias of the rate: it moves the best rate, and costs nothing once the rate is tuned again."""
+"""A factor that acts like the rate: it shifts the best rate and costs nothing once that is tuned again."""
 
 
 def _figures(study: StarStudy, figure: str) -> dict[str, float]:
-    """Return A or B of every factor, as means over seeds."""
+    """Return the mean loss over seeds of every factor; `figure` is "A" or "B"."""
     compute = effects.misset if figure == "A" else effects.retuned
     return {
         name: float(compute(test, validation, DEFAULT, LEVEL_WEIGHTS).mean())
@@ -35,7 +39,7 @@ def _figures(study: StarStudy, figure: str) -> dict[str, float]:
 
 
 def _judge(study: StarStudy, names: Sequence[str]) -> ClaimTest:
-    """Return the test of claim 1 against the named factors, at half, measured and double range."""
+    """Return the test of claim 1 (the rate matters most) against the named factors, at `RANGE_SCALES`."""
     contrasts = {}
     positions = RATES.tolist()
     for scale in RANGE_SCALES:
@@ -61,7 +65,7 @@ def _is_ordered(figures: Mapping[str, float], names: Sequence[str]) -> bool:
 
 
 def order_rows(seeds: int, studies: int, seed: int) -> list[Row]:
-    """Measure how often A and B put the factors into the planted order, and what claim 1 says."""
+    """Measure how often A and B give the planted order of the factors, and how often claim 1 is supported."""
     generator = np.random.default_rng(seed)
     names = [factor.name for factor in ORDER]
     by_a = by_b = alias = supported = 0
@@ -83,7 +87,7 @@ def order_rows(seeds: int, studies: int, seed: int) -> list[Row]:
 
 
 def flip_rows(seeds: int, studies: int, seed: int) -> list[Row]:
-    """Measure how often a claim that holds at the measured range and fails at half of it is caught."""
+    """Measure how often the test notices that claim 1 holds at the measured range but not at half of it."""
     generator = np.random.default_rng(seed)
     factors = (PlantedFactor("schedule", 12.0), PlantedFactor("dropout", 0.0))
     caught = 0
@@ -95,11 +99,12 @@ def flip_rows(seeds: int, studies: int, seed: int) -> list[Row]:
 
 
 def false_support_rows(seeds: int, studies: int, seed: int) -> list[Row]:
-    """Measure how often claim 1 is supported where the rate costs just the margin more than a factor."""
+    """Measure how often claim 1 is supported where the rate costs exactly the margin more than a factor."""
     generator = np.random.default_rng(seed)
     positions = RATES[SWEEP] - RATES[CENTER]
     curvature = 40.0
-    # B of the rate over the sweep, halved in its range twice: the smallest of all contrasts is the margin.
+    # The smallest contrast is that of B at half the range of the sweep, which is +-0.5 decades. The loss of
+    # the factor is chosen such that this contrast equals the margin of 1 point.
     weights = effects.prior_weights(positions.tolist(), -0.5, 0.5)
     loss = float(weights @ (curvature * positions**2)) - 1.0
     factors = (PlantedFactor("schedule", loss / float(LEVEL_WEIGHTS @ LEVELS**2)),)

@@ -1,4 +1,8 @@
-"""The rows of the benchmark of coverage: each runs synthetic studies and returns measured shares."""
+"""Rows of the coverage benchmark: each function simulates studies and returns measured percentages.
+
+All of them take `studies`, the number of studies, and `seed`, the seed of the random numbers. n is the number
+of replicates, K (`count`) the number of variants besides the baseline.
+"""
 
 from __future__ import annotations
 
@@ -26,34 +30,46 @@ from orchestrator.analyze.statistics.usable import usable_p_values
 Floats = NDArray[np.float64]
 
 BATCH = 250
+"""Number of studies in one array operation."""
 UNBOUNDED = (-np.inf, np.inf)
 ERROR, ERROR_AT_MOST, COVERAGE = (4.0, 6.0), (0.0, 6.0), (93.0, 97.0)
-"""Limits of the issue, in percent."""
+"""The least and the largest percentage that is ok: of an error rate that should be exact, of an error rate that
+may be smaller, and of a coverage."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A row of the table."""
 
     group: str
     case: str
     quantity: str
     percent: float
+    """The share of the studies in which the quantity occurred."""
     limits: tuple[float, float]
+    """The least and the largest percentage that is ok."""
     studies: int
 
     @property
     def passed(self) -> bool:
-        """Whether the figure lies within its limits."""
+        """Whether the percentage lies within its limits."""
         return self.limits[0] <= self.percent <= self.limits[1]
 
 
 def _batches(studies: int) -> list[int]:
+    """Return the sizes of the batches into which the studies are divided."""
     return [min(BATCH, studies - start) for start in range(0, studies, BATCH)]
 
 
 def _z(differences: Floats) -> Floats:
-    """Return the statistics of studies of shape (B, n, K) on the normal scale."""
+    """Return the t statistics of the means over replicates, converted to z values.
+
+    Args:
+        differences: Differences from the baseline, shape (studies, n, K).
+
+    Returns:
+        Shape (studies, K).
+    """
     n = differences.shape[1]
     return to_z(differences.mean(axis=1) / differences.std(axis=1, ddof=1) * np.sqrt(n), n - 1.0)
 
@@ -61,8 +77,8 @@ def _z(differences: Floats) -> Floats:
 def noise_rows(noise: Noise, n: int, count: int, studies: int, seed: int) -> list[Row]:
     """Measure the error for equal variants, and the coverage for variants that differ.
 
-    Those differ by up to 1.5 times the standard error on either side, or by so much that all are found to
-    differ, each in half of the studies.
+    In half of the studies the variants differ by up to 1.5 standard errors in either direction, in the other
+    half by 20 times as much, so that all are found to differ.
     """
     generator = np.random.default_rng(seed)
     error = missed = 0
@@ -82,7 +98,7 @@ def noise_rows(noise: Noise, n: int, count: int, studies: int, seed: int) -> lis
 
 
 def unusable_rows(share: float, n: int, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure verdicts and errors where some runs diverge or collapse, equally often for all variants."""
+    """Measure verdicts and errors where a share of the runs is unusable, equally often for all variants."""
     generator = np.random.default_rng(seed)
     verdicts = differs = shares = 0
     for _ in range(studies):
@@ -108,11 +124,12 @@ def unusable_rows(share: float, n: int, count: int, studies: int, seed: int) -> 
 
 
 def _excludes(found: SimultaneousIntervals, value: float) -> NDArray[np.bool_]:
+    """Return for each comparison whether its interval excludes a value."""
     return (found.low > value) | (found.high < value)
 
 
 def tuning_rows(rates_per_decade: int, n: int, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure the error of the whole procedure, tuning included, for variants that are equal when tuned."""
+    """Measure the error of the whole procedure, including tuning, for variants that are equal when tuned."""
     generator = np.random.default_rng(seed)
     error = 0
     for batch in _batches(studies):
@@ -123,7 +140,7 @@ def tuning_rows(rates_per_decade: int, n: int, count: int, studies: int, seed: i
 
 
 def item_rows(items_per_question: int, studies: int, seed: int) -> list[Row]:
-    """Measure the coverage of differences over all questions, with 10 replicates and 9 variants."""
+    """Measure the coverage of the true difference over the population of questions, with n = 10 and K = 9."""
     generator = np.random.default_rng(seed)
     questions, missed = 200 // items_per_question, 0
     clusters = np.arange(questions).repeat(items_per_question).tolist()
@@ -139,9 +156,10 @@ def item_rows(items_per_question: int, studies: int, seed: int) -> list[Row]:
 
 
 def power_rows(n: int, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure how often a repeat detects the resolvable difference that the first study printed."""
+    """Measure how often a second study detects the resolvable difference that the first study stated."""
     generator = np.random.default_rng(seed)
-    # The figure is proportional to the standard error; in between these critical values it is almost linear.
+    # The resolvable difference is proportional to the standard error. It is computed on a grid of critical
+    # values and interpolated, since it is almost linear between them.
     grid = np.geomspace(1.0, 100.0, 60)
     per_error = np.array([planning.resolvable_difference(1.0, n - 1, c) for c in grid])
     detected = 0
@@ -159,7 +177,14 @@ def power_rows(n: int, count: int, studies: int, seed: int) -> list[Row]:
 
 
 def plan_rows(std: float, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure how often the planned number of replicates decides, in the worst case and elsewhere."""
+    """Measure how often the planned number of replicates gives a decision, for three true differences.
+
+    Args:
+        std: Standard deviation of the differences between replicates, in margins.
+        count: K.
+        studies: Number of studies.
+        seed: Seed of the random numbers.
+    """
     generator = np.random.default_rng(seed)
     pilot = from_baseline(score_noise("equal", (BATCH, 10, count + 1), generator))
     z_critical = float(np.mean(critical_values(pilot)[1]))
@@ -181,7 +206,7 @@ def plan_rows(std: float, count: int, studies: int, seed: int) -> list[Row]:
 
 
 def look_rows(step: int, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure the error of "`step` more replicates until decided", with at most five looks."""
+    """Measure the error when `step` replicates are added until all is decided, with at most five looks."""
     generator = np.random.default_rng(seed)
     looks = [step * (i + 1) for i in range(5)]
     levels = [level_of_look(looks[: i + 1], looks[-1], comparisons=count) for i in range(5)]
@@ -206,3 +231,4 @@ def look_rows(step: int, count: int, studies: int, seed: int) -> list[Row]:
 
 
 RowFunction = Callable[..., list[Row]]
+"""A function of this module; its last arguments are `studies` and `seed`."""

@@ -1,14 +1,16 @@
-"""Do the intervals and verdicts of a study of factors hold? Synthetic star designs with a known truth.
+"""Measure the coverage of intervals, and the errors of verdicts, on synthetic studies of factors.
 
     python experiments/benchmarks/factor_coverage.py [--replicates 2000]
 
-Prints two tables in markdown: the coverage of the intervals of A and B and of their differences from the
-learning rate's, with the share of studies in which A and B put the planted factors into their order; and the
-error rates of claim 1. The arrays go through the functions that the report uses (`analyze/factors`).
+The studies are star designs with a known truth. A and B are a factor's losses when it is set blindly, and the
+same with the learning rate tuned again. Prints two Markdown tables. The first has the coverage of the
+intervals of A and B and of their differences from the learning rate's losses, and the share of studies in
+which A and B give the planted order of the factors. The second has the error rates of claim 1 (the learning
+rate matters most). The losses are computed by the functions that the report uses (`analyze/factors`).
 
-The surface: over the logarithm of the rate a bell of height 0.9 whose right wing ends in a cliff, where runs
-collapse to 0. A factor lowers the top, moves the bell, or does nothing. Every run has noise of its seed
-(shared by all runs of a seed), of the run, and of the 200 items of each split.
+The true score over the logarithm of the rate is a bell of height 0.9. Above a certain rate, the cliff, runs
+collapse to a score of 0. A factor lowers the top, shifts the bell, or does nothing. The score of a run has
+noise of its seed (shared by all runs of the seed), of the run, and of the 200 items of each split.
 """
 
 from __future__ import annotations
@@ -31,19 +33,21 @@ Array = NDArray[np.float64]
 GRID = np.arange(-6, 7) / 4.0  # log10 rate around its optimum: 3 decades, 4 rates a decade
 MARGIN = 0.01
 ITEMS = 200
+"""Number of items in each split."""
 BOUNDS = (0.925, 0.97)
 """The coverage that the analysis protocol states."""
 
 
 @dataclass(frozen=True)
 class PlantedFactor:
-    """The levels of a factor (the logarithm of its multiples), and what each does; one of them is 0."""
+    """The levels of a factor and their effects, in three sequences of one length."""
 
     positions: Sequence[float]
+    """log10 of the level divided by the default; the default itself, 0, must be among them."""
     costs: Sequence[float]
-    """How much lower the top is."""
+    """By how much each level lowers the top."""
     shifts: Sequence[float]
-    """Decades by which the best rate moves."""
+    """Decades by which each level shifts the best rate."""
 
     @property
     def default(self) -> int:
@@ -52,11 +56,12 @@ class PlantedFactor:
 
     @property
     def weights(self) -> Array:
-        """The prior's weights of the levels."""
+        """The weights of the levels under the prior."""
         return effects.prior_weights(self.positions, self.positions[0], self.positions[-1])
 
 
 ENDS = (-0.6, 0.0, 0.6)
+"""Positions of the levels: the default, and two levels at a factor of 4 from it."""
 PLANTED: Mapping[str, PlantedFactor] = {
     "steps": PlantedFactor(ENDS, (0.16, 0.0, 0.04), (0.2, 0.0, -0.2)),
     "batch size": PlantedFactor(ENDS, (0.02, 0.0, 0.08), (-0.25, 0.0, 0.25)),
@@ -65,54 +70,59 @@ PLANTED: Mapping[str, PlantedFactor] = {
     "alpha": PlantedFactor(ENDS, (0.0, 0.0, 0.0), (0.6, 0.0, -0.6)),
 }
 ORDER = ("steps", "batch size", "rank", "dropout")
-"""The planted order below the learning rate, outside of its group."""
+"""The planted factors from the most to the least important; all matter less than the learning rate.
+
+Alpha is not among them, because it acts like the learning rate.
+"""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations of the score of a run: of its seed, and of its own."""
+    """The noise of scores: standard deviations between seeds and between runs of one seed, and collapses."""
 
     seed: float
     run: float
     heavy: bool = False
-    """True for a run's noise from a t distribution with 3 degrees of freedom, scaled to unit variance."""
+    """True if the noise of runs has a t distribution with 3 degrees of freedom, of the same variance."""
     broken: float = 0.0
-    """Probability that a run collapses wherever it is."""
+    """Probability that a run collapses at any rate, besides the cliff."""
 
 
 @dataclass
 class Surface:
-    """The response surface, and draws from it."""
+    """The true scores, and random draws of runs."""
 
     noise: Noise
     width: float = 0.9
+    """Decades from the best rate at which the bell has fallen to 1/e."""
     cliff: float = 0.8
+    """Decades above the best rate at which half of the runs collapse."""
     top: float = 0.9
     draw: np.random.Generator = field(default_factory=lambda: np.random.default_rng(5))
 
     def collapse(self, distance: Array) -> Array:
-        """Return the probability that a run collapses, by its distance from the best rate in decades."""
+        """Return the probability that a run collapses, at signed distances from the best rate in decades."""
         at_cliff = special.expit((distance - self.cliff) / 0.04)
         return 1 - (1 - at_cliff) * (1 - self.noise.broken)
 
     def mean(self, distance: Array, cost: Array) -> Array:
-        """Return the expected score, collapsed runs included."""
+        """Return the expected score, including collapsed runs; `cost` lowers the top."""
         return (1 - self.collapse(distance)) * self.bell(distance, cost)
 
     def bell(self, distance: Array, cost: Array) -> Array:
-        """Return the expected score of the runs that do not collapse."""
+        """Return the expected score of runs that do not collapse; `cost` lowers the top."""
         return (self.top - cost) * np.exp(-((distance / self.width) ** 2))
 
     def sample(self, distance: Array, cost: Array, seed_noise: Array) -> tuple[Array, Array]:
-        """Return validation and test scores of one run for each point and seed.
+        """Draw the validation and test scores of one run for each point and seed.
 
         Args:
-            distance: Distance from the best rate, of any shape.
-            cost: How much lower the top is, of the same shape.
+            distance: Signed distance from the best rate in decades, any shape.
+            cost: By how much the top is lowered, same shape.
             seed_noise: The noise of each seed, shape (seeds,).
 
         Returns:
-            Arrays of the shape of `distance` and the seeds.
+            Two arrays of shape (*distance.shape, seeds).
         """
         shape = (*distance.shape, len(seed_noise))
         draw = self.draw
@@ -126,12 +136,14 @@ class Surface:
 
 @dataclass(frozen=True)
 class Study:
-    """Per seed: the losses of every factor and of the rate, and their true values."""
+    """The analysis of one study: losses per seed, their true values, and the tests of claim 1."""
 
     losses: Mapping[str, Mapping[str, Array]]
-    """Factor -> figure (A, B, A(rate), B(rate)) -> loss per seed."""
+    """Factor -> entry of `FIGURES` -> losses, shape (seeds,)."""
     truth: Mapping[str, Mapping[str, float]]
+    """Factor -> entry of `FIGURES` -> true loss."""
     contrasts: Mapping[float, Sequence[Contrast]]
+    """Scale of the rate's range -> differences of the rate's losses from those of the factors."""
 
 
 def simulate(
@@ -140,13 +152,13 @@ def simulate(
     seeds: int,
     scales: Sequence[float] = (1.0,),
 ) -> Study:
-    """Draw one study, and compute its losses as the report does.
+    """Draw one study, and analyze it as the report does.
 
     Args:
-        surface: The truth, and the noise.
+        surface: The true scores and the noise.
         factors: The factors besides the learning rate.
         seeds: Number of seeds.
-        scales: The ranges of the rate at which the claim is tested; the losses are those at the first.
+        scales: Scales of the rate's range at which claim 1 is tested. The losses are those at the first one.
     """
     seed_noise = surface.noise.seed * surface.draw.standard_normal(seeds)
     choices, values = surface.sample(GRID, np.zeros(len(GRID)), seed_noise)
@@ -184,14 +196,17 @@ def simulate(
 def _true_losses(
     surface: Surface, factor: PlantedFactor, means: Array, whole: Array, near: Array
 ) -> dict[str, float]:
-    """Return the true losses, with the best of the rates that the sweep has.
+    """Return the true losses, given the best rate among those of the sweep.
 
     Args:
-        surface: The truth.
+        surface: The true scores.
         factor: The factor.
-        means: Expected scores of its levels at the rates of the sweep, (levels, rates).
-        whole: The prior's weights of the rates of the curve.
-        near: The prior's weights of the rates of the sweep.
+        means: Expected scores of its levels at the rates of the sweep, shape (levels, rates).
+        whole: Weights of the rates of the curve under the prior.
+        near: Weights of the rates of the sweep under the prior.
+
+    Returns:
+        Entry of `FIGURES` -> true loss.
     """
     best = int(np.argmax(means[factor.default]))
     top = float(means[factor.default, best])
@@ -203,12 +218,13 @@ def _true_losses(
 
 
 def is_covered(losses: Array, truth: float) -> bool:
-    """Return whether the 95 % t interval of a loss holds its true value."""
+    """Return whether the 95 % t-interval of the mean of `losses` (one per seed) contains the true loss."""
     half = stats.t.ppf(0.975, len(losses) - 1) * losses.std(ddof=1) / np.sqrt(len(losses))
     return bool(abs(losses.mean() - truth) <= half)
 
 
 FIGURES = ("A", "B", "A(rate)", "B(rate)", "A(rate) - A", "B(rate) - B")
+"""The losses of a factor, those of the learning rate in the same study, and their differences."""
 ROWS: Mapping[str, Noise] = {
     "0.7 points": Noise(0.005, 0.005),
     "2 points": Noise(0.014, 0.014),
@@ -219,7 +235,14 @@ ROWS: Mapping[str, Noise] = {
 
 
 def coverage_row(name: str, noise: Noise, seeds: int, replicates: int) -> list[str]:
-    """Return a row of the first table: coverage over all factors, and how often the order is recovered."""
+    """Return a row of the first table: coverage over all factors, and how often the order is right.
+
+    Args:
+        name: The label of the noise.
+        noise: The noise.
+        seeds: Number of seeds of a study.
+        replicates: Number of studies.
+    """
     surface = Surface(noise)
     covered: dict[str, list[bool]] = {figure: [] for figure in FIGURES}
     in_order = {"A": 0, "B": 0}
@@ -240,26 +263,30 @@ def coverage_row(name: str, noise: Noise, seeds: int, replicates: int) -> list[s
 
 @dataclass(frozen=True)
 class ClaimCase:
-    """A case in which the right answer of claim 1 is known."""
+    """A true surface on which the right outcome of claim 1 is known."""
 
     name: str
     factors: Mapping[str, PlantedFactor]
     counted: str
-    """The outcome whose share is shown."""
+    """The outcome whose share of the studies is shown."""
     bounds: tuple[float, float]
+    """The least and the largest share that is ok."""
     width: float = 0.9
     cliff: float = 0.8
     broken: float = 0.0
-    """Probability that a run collapses wherever it is."""
+    """See `Noise.broken`."""
 
 
 def _top(cost: float) -> PlantedFactor:
-    """Return a factor whose two further levels lower the top, so that A and B are half of `cost`."""
+    """Return a factor whose A and B are half of `cost`: its two further levels lower the top by `cost`."""
     return PlantedFactor(ENDS, (cost, 0.0, cost), (0.0, 0.0, 0.0))
 
 
 def _just_false() -> PlantedFactor:
-    """Return the factor whose loss at half the rate's range is exactly the margin below the rate's."""
+    """Return the factor whose loss is exactly the margin smaller than the rate's at half the rate's range.
+
+    The cost of its levels is found by bisection.
+    """
     low, high = 0.0, 0.9
     for _ in range(40):
         cost = (low + high) / 2
@@ -297,7 +324,13 @@ def claim_cases() -> list[ClaimCase]:
 
 
 def claim_row(case: ClaimCase, seeds: int, replicates: int) -> list[str]:
-    """Return a row of the second table."""
+    """Return a row of the second table.
+
+    Args:
+        case: The case.
+        seeds: Number of seeds of a study.
+        replicates: Number of studies.
+    """
     surface = Surface(Noise(0.014, 0.014, broken=case.broken), width=case.width, cliff=case.cliff)
     outcomes, plain = [], 0
     for _ in range(replicates):
@@ -312,7 +345,7 @@ def claim_row(case: ClaimCase, seeds: int, replicates: int) -> list[str]:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, as the command line asks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

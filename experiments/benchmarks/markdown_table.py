@@ -1,4 +1,4 @@
-"""Markdown tables, in which the benchmarks print their results."""
+"""Markdown tables for the results of the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table.
+    """Return a Markdown table.
 
     Args:
         header: The titles of the columns.

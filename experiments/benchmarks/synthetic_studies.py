@@ -1,4 +1,4 @@
-"""Synthetic studies with known truth, for the benchmark of coverage. All scores are in points (0.01)."""
+"""Synthetic studies with known truth, for the coverage benchmark. All scores are in points (0.01)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ Floats = NDArray[np.float64]
 Noise = Literal["equal", "unequal", "heavy tails", "near ceiling"]
 NOISES: tuple[Noise, ...] = ("equal", "unequal", "heavy tails", "near ceiling")
 FLOOR = -50.0
-"""The score of a collapsed run, relative to the best one."""
+"""The score of a collapsed run, relative to that of the best rate."""
 
 
 def score_noise(noise: Noise, shape: tuple[int, int, int], generator: np.random.Generator) -> Floats:
-    """Return the noise of scores with mean 0; the first column is the baseline.
+    """Draw the noise of scores, with mean 0; the first variant is the baseline.
 
     Args:
-        noise: "equal": normal with standard deviation 1. "unequal": the same, but one variant's is 2 and two
-            variants' are 3. "heavy tails": t with 3 degrees of freedom. "near ceiling": the distance below
-            the ceiling is exponential, so that most scores lie near it and some far below.
+        noise: "equal": normal with standard deviation 1. "unequal": normal, with standard deviation 2 for one
+            variant, 3 for two and 1 for the others. "heavy tails": t with 3 degrees of freedom. "near
+            ceiling": the distance below a ceiling is exponential with mean 1.
         shape: (studies, replicates, variants with the baseline).
         generator: The source of random numbers.
+
+    Returns:
+        The noise, of the given shape.
     """
     if noise == "heavy tails":
         return generator.standard_t(3, shape)
@@ -37,19 +40,34 @@ def score_noise(noise: Noise, shape: tuple[int, int, int], generator: np.random.
 
 
 def from_baseline(scores: Floats) -> Floats:
-    """Return the differences from the first column, shape (..., replicates, K)."""
+    """Return the differences from the baseline.
+
+    Args:
+        scores: Scores, shape (..., K + 1), with the baseline first.
+
+    Returns:
+        Shape (..., K).
+    """
     return scores[..., 1:] - scores[..., :1]
 
 
 def tuned_scores(
     studies: int, replicates: int, variants: int, rates_per_decade: int, generator: np.random.Generator
 ) -> Floats:
-    """Return the test scores of replicated tuning, for variants that are equal when tuned.
+    """Draw the test scores of replicated tuning, for variants that are equal when tuned.
 
-    Every variant has a best rate of its own and loses 30 points a decade away from it. Above the best rate
-    stands a cliff: a growing share of the runs collapses. A run has noise of 0.7 points that validation and
-    test score share, and 0.5 points of either one alone. The grid spans three decades; every replicate has
-    its own random offset, the same for all variants.
+    Every variant has a best rate of its own, and loses 30 points one decade away from it (quadratically). The
+    probability that a run collapses is logistic in the rate: one half at 0.7 decades above the best rate. A
+    run has noise with a standard deviation of 0.7 points that validation and test score share, and 0.5 points
+    in each score alone. The grid spans three decades. Every replicate shifts it by a random offset, the same
+    for all variants.
+
+    Args:
+        studies: Number of studies.
+        replicates: Number of replicates of each study.
+        variants: Number of variants, including the baseline.
+        rates_per_decade: Number of learning rates per decade.
+        generator: The source of random numbers.
 
     Returns:
         Shape (studies, replicates, variants).
@@ -69,10 +87,17 @@ def tuned_scores(
 def item_scores(
     items_per_question: int, questions: int, replicates: int, variants: int, generator: np.random.Generator
 ) -> Floats:
-    """Return the scores of every test item, for variants that are equal over all questions there might be.
+    """Draw the scores of every test item, for variants that are equal over the population of questions.
 
-    Each variant has an advantage of its own on each question, with a standard deviation of 15 points. A
-    question's items share it; every run adds noise of 20 points an item.
+    Each variant has an advantage of its own on each question, normal with a standard deviation of 15 points,
+    which the items of the question share. Every run adds noise of 20 points to each item.
+
+    Args:
+        items_per_question: Number of items of each question.
+        questions: Number of questions.
+        replicates: Number of replicates.
+        variants: Number of variants, including the baseline.
+        generator: The source of random numbers.
 
     Returns:
         Shape (replicates, items, variants), the items of a question one after another.
@@ -84,33 +109,34 @@ def item_scores(
 
 @dataclass(frozen=True)
 class PlantedFactor:
-    """A hyperparameter of the response surface."""
+    """A hyperparameter with known effects. Its levels are `LEVELS`."""
 
     name: str
     loss: float
-    """Points lost at the levels farthest from the default, whatever the learning rate is."""
+    """Points lost at the levels farthest from the default, at any learning rate."""
     shift: float = 0.0
-    """Decades by which the best learning rate moves at the farthest level."""
+    """Decades by which the best learning rate shifts at the highest level."""
 
 
 LEVELS = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
 """Levels of a factor; 0 is its default."""
 RATES = np.arange(13) * 0.25
-"""The curve's grid: four rates a decade over three decades."""
+"""log10 of the rates of the curve: four rates a decade over three decades."""
 CENTER, SWEEP = 6, np.array([2, 4, 6, 8, 10])
-"""The best rate of the default, and the rates at which factors are varied: five, half a decade apart."""
+"""Indices in `RATES`: the best rate at the default, and the five rates, half a decade apart, at which factors
+are varied."""
 
 
 @dataclass(frozen=True)
 class StarStudy:
-    """The scores of one star design: validation scores choose, test scores count."""
+    """The scores of one star design. Rates are chosen by validation scores and compared by test scores."""
 
     curve: Floats
-    """Test scores at the default, shape (rates, seeds)."""
+    """Test scores of the curve, at the default of all factors, shape (rates, seeds)."""
     curve_choices: Floats
-    """Validation scores at the default."""
+    """Validation scores of the curve, shape (rates, seeds)."""
     arms: dict[str, tuple[Floats, Floats]]
-    """Factor -> test and validation scores, shape (levels, rates of the sweep, seeds)."""
+    """Factor -> test and validation scores, each of shape (levels, rates of the sweep, seeds)."""
 
 
 def star_study(
@@ -121,14 +147,15 @@ def star_study(
     noise: float,
     generator: np.random.Generator,
 ) -> StarStudy:
-    """Return the scores of a star design on a response surface with planted effects.
+    """Draw the scores of a star design with planted effects.
 
     Args:
         factors: The factors other than the rate; their losses grow with the square of the level.
-        curvature: Points that the score loses one decade away from the best rate.
-        cliff: Whether runs collapse from 0.6 decades above the best rate on.
-        seeds: Number of seeds. A seed has a common effect of 1 point on all its runs.
-        noise: Standard deviation of a run, in points; validation and test score add half of it each.
+        curvature: Points that the score loses one decade away from the best rate (quadratically).
+        cliff: Whether all runs collapse that are more than 0.6 decades above the best rate.
+        seeds: Number of seeds. All runs of a seed share noise with a standard deviation of 1 point.
+        noise: Standard deviation of the noise of a run, in points. Validation and test score each have
+            further noise of half of it.
         generator: The source of random numbers.
     """
     common = generator.standard_normal(seeds)
@@ -147,7 +174,7 @@ def star_study(
     for factor in factors:
         distance = RATES[SWEEP] - RATES[CENTER] - factor.shift * LEVELS[:, None]
         test, validation = run(distance, np.broadcast_to(factor.loss * LEVELS[:, None] ** 2, distance.shape))
-        # The default's runs are those of the curve.
+        # The runs of the default level are those of the curve.
         default = int(np.flatnonzero(LEVELS == 0)[0])
         test[default], validation[default] = curve[0][SWEEP], curve[1][SWEEP]
         arms[factor.name] = (test, validation)
