@@ -59,7 +59,9 @@ def _aggregate(tasks: Sequence[TaskComparison]) -> tuple[VariantAggregate, ...]:
     names = dict.fromkeys(row.variant for task in tasks for row in task.rows[1:])
     found = []
     for name in names:
-        own = [task for task in scores if name in task]
+        own = [task for task in scores if set(task.get(name, ())) & set(task[baseline])]
+        if not own:
+            continue
         shared = sorted(set.intersection(*(set(task[name]) & set(task[baseline]) for task in own)))
         if len(shared) < 2:
             continue

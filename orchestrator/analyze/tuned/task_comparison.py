@@ -63,7 +63,7 @@ def compare_task(
     Returns:
         The comparison; None if the baseline has no tuning.
     """
-    tunings, left_out = find_tunings(records, labels)
+    tunings, left_out = find_tunings(records, labels, missing)
     if not tunings.get(settings.baseline):
         return None
     first = records[0].configuration

@@ -154,7 +154,8 @@ def _over_tasks(found: TunedComparison) -> Verdict:
     holds = found.tasks_supported_at_least
     answer = f"It holds on at least {holds} of {len(tasks)} tasks ({needed} needed; {each})."
     counted = {row.variant for task in tasks for row in task.rows if row.role == "variant"}
-    best = next((each for each in found.aggregates if each.variant in counted), None)
+    everywhere = [each for each in found.aggregates if each.tasks == len(tasks)]
+    best = next((each for each in everywhere if each.variant in counted), None)
     if best is not None:
         mean, chance = best.mean_difference, best.probability_better
         answer += (

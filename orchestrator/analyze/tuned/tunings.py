@@ -55,7 +55,7 @@ class Tuning:
 
 
 def find_tunings(
-    records: Sequence[Record], labels: Mapping[str, RunLabel]
+    records: Sequence[Record], labels: Mapping[str, RunLabel], missing: bool = False
 ) -> tuple[dict[str, dict[int, Tuning]], int]:
     """Find the tunings of one task and model.
 
@@ -65,6 +65,8 @@ def find_tunings(
     Args:
         records: The records of one task and model.
         labels: Fingerprint -> label of the run.
+        missing: True if configurations of the study have not ended. Then a tuning with fewer runs than any
+            other variant has is left out as well, because all of a variant's tunings may be unfinished.
 
     Returns:
         Variant -> replicate -> tuning, and the number of tunings that were left out.
@@ -80,7 +82,11 @@ def find_tunings(
         for result in summarize_tuning(own):
             runs = [_tried_run(record, labels) for record in of_variant[result.variant]]
             tunings[result.variant][replicate] = _tuning(replicate, result, runs)
-    whole = {variant: _complete_ones(own) for variant, own in tunings.items()}
+    largest = max((len(tuning.runs) for own in tunings.values() for tuning in own.values()), default=0)
+    whole = {
+        variant: _of_size(own, largest if missing else max(len(tuning.runs) for tuning in own.values()))
+        for variant, own in tunings.items()
+    }
     return whole, sum(map(len, tunings.values())) - sum(map(len, whole.values()))
 
 
@@ -104,6 +110,5 @@ def _tuning(replicate: int, result: TuningResult, runs: Sequence[TriedRun]) -> T
     return Tuning(replicate, tuple(ordered), chosen, settings, result.edges if chosen else ())
 
 
-def _complete_ones(tunings: Mapping[int, Tuning]) -> dict[int, Tuning]:
-    size = max(len(tuning.runs) for tuning in tunings.values())
+def _of_size(tunings: Mapping[int, Tuning], size: int) -> dict[int, Tuning]:
     return {replicate: tuning for replicate, tuning in tunings.items() if len(tuning.runs) == size}

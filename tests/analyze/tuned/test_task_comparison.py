@@ -223,6 +223,19 @@ def test_several_tasks_are_counted_and_aggregated() -> None:
         assert each.counts == {"yes": 2}
 
 
+def test_over_all_tasks_only_a_variant_of_all_tasks_does_best() -> None:
+    """pissa has no usable tuning on digits, and hira none at all there."""
+    letters = tuned_records({**EQUAL, "pissa": Truth(0.99, -2.6), "hira": Truth(0.99, -1.0)})
+    digits = [
+        replace(r, state="diverged") if r.configuration.variant.name == "pissa" else r
+        for r in tuned_records({v: EQUAL[v] for v in ("lora", "pissa", "dora")}, task="digits")
+    ]
+    found = compare(letters + digits)
+    assert {each.variant: each.tasks for each in found.aggregates} == {"pissa": 1, "hira": 1, "dora": 2}
+    first = summarize(study_of(letters + digits), letters + digits).verdicts[0]
+    assert "Over all tasks dora does best" in first.answer
+
+
 def test_while_runs_are_missing_only_whole_tunings_count() -> None:
     records = tuned_records(EQUAL, replicates=4)
     study = study_of(records)

@@ -52,6 +52,14 @@ def test_each_seed_is_a_tuning_and_incomplete_ones_are_left_out() -> None:
     assert (list(tunings["lora"]), left_out) == ([0, 1], 1)
 
 
+def test_while_runs_are_missing_a_variant_with_fewer_runs_than_the_others_has_no_whole_tuning() -> None:
+    tried = [("lora", 1e-3), ("lora", 1e-2), ("pissa", 1e-3)]
+    records = [record(v, rate=rate, seed=s, validation=0.5) for v, rate in tried for s in range(2)]
+    for missing, whole in ((True, 0), (False, 2)):
+        tunings, left_out = find_tunings(records, label_runs(records), missing)
+        assert (len(tunings["lora"]), len(tunings["pissa"]), left_out) == (2, whole, 2 - whole)
+
+
 def test_the_budget_curve_is_the_expected_test_score_of_the_best_of_k() -> None:
     records = [
         record(rate=rate, validation=v, test=t)
