@@ -57,6 +57,17 @@ def test_rates_of_three_digits_leave_room_for_the_last_column() -> None:
     assert {"lost", "at", "LoRA's", "rate"} <= set(text.split())
 
 
+def test_a_variant_that_was_not_trained_at_loras_best_rate_has_no_loss_there() -> None:
+    lora, pissa = ((1e-3, 0.5), (1e-2, 0.6), (1e-1, 0.9)), ((1e-4, 0.2), (1e-3, 0.8), (1e-2, 0.5))
+    records = [record(v, r, 0, x) for v, own in (("lora", lora), ("pissa", pissa)) for r, x in own]
+    (panel,) = summarize_curves(records).panels
+    curve = next(c for c in panel.curves if c.label == "pissa")
+    assert panel.reference_best_rate == 1e-1
+    assert curve.regret_at_average_best is not None
+    row = next(line for line in printed(records).splitlines() if line.startswith(" pissa "))
+    assert row.split()[-1] == "-"
+
+
 def test_long_names_and_edges_still_fit() -> None:
     records = [
         record("a-variant-with-a-very-long-name", r, s, v)

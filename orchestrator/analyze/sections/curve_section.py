@@ -74,7 +74,7 @@ _GRID_TEXT = {"yes": "inside", "low edge": "low edge", "high edge": "high edge",
 
 
 def _panel_table(panel: Panel) -> Table:
-    reference = "LoRA's rate" if panel.reference else "common rate"
+    rate = "LoRA's\nrate" if panel.reference else "common\nrate"
     columns = (
         "variant",
         "best\nrate",
@@ -83,11 +83,12 @@ def _panel_table(panel: Panel) -> Table:
         "95 %\ninterval",
         "test\nscore",
         "usable\nruns",
-        "lost at\n" + reference.replace(" ", "\n"),
+        f"lost at\n{rate}",
     )
     table = new_table(curve_text.panel_title(panel), columns)
     for c in panel.curves:
         usable = c.count_runs("finished")
+        regret = c.regret_at_reference_best if panel.reference else c.regret_at_average_best
         table.add_row(
             c.label,
             formatting.rate(c.best_rate),
@@ -96,7 +97,7 @@ def _panel_table(panel: Panel) -> Table:
             _ends(c),
             formatting.number(c.best_test.mean),
             f"{usable}/{usable + c.count_runs('collapsed') + c.count_runs('diverged')}",
-            formatting.figure(c.regret_at_reference_best or c.regret_at_average_best),
+            formatting.figure(regret),
         )
     if panel.untrained_validation is not None:
         scores = formatting.number(panel.untrained_validation), "", formatting.number(panel.untrained_test)
