@@ -13,20 +13,12 @@ from typing import Any
 import plotly.graph_objects as go
 
 from orchestrator.analyze import formatting
-from orchestrator.analyze.plots.style import CurveStyle
+from orchestrator.analyze.plots.style import MARKERS, CurveStyle
 
 INK, SOFT, LINE, PAPER = "#010101", "#020202", "#030303", "#fdfdfd"
 """Text, faint text, grid lines and background of the page."""
-_SYMBOLS = {
-    "o": "circle",
-    "s": "square",
-    "D": "diamond",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "P": "cross",
-    "X": "x",
-    "*": "star",
-}
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
+"""plotly's names of `style.MARKERS`, in the same order."""
 
 
 def new_figure(height: int, narrow: Mapping[str, Any], **layout: Any) -> go.Figure:
@@ -95,7 +87,7 @@ def color(look: CurveStyle) -> str:
 
 def symbol(look: CurveStyle) -> str:
     """Return plotly's name of the marker of a curve."""
-    return _SYMBOLS[look.marker]
+    return SYMBOLS[MARKERS.index(look.marker)]
 
 
 def rounded(values: Sequence[float | None], digits: int = 5) -> list[float | None]:

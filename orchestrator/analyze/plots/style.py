@@ -21,7 +21,8 @@ from orchestrator.analyze.run_labels import RunLabel
 # Okabe and Ito's colors, told apart with any color vision; yellow is too pale on white and is replaced by
 # olive.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
-_MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*"
+"""matplotlib's markers of the curves."""
 GREY = "#6b6b6b"
 RING: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}
 """The marker of a best rate or point in a legend."""
@@ -86,7 +87,7 @@ def styles_by_label(labels: Iterable[str]) -> dict[str, CurveStyle]:
     looks = {}
     for i, label in enumerate(ordered):
         color = COLORS[1 + (i - 1) % (len(COLORS) - 1)] if i else COLORS[0]
-        looks[label] = CurveStyle(color, _MARKERS[i % len(_MARKERS)])
+        looks[label] = CurveStyle(color, MARKERS[i % len(MARKERS)])
     return looks
 
 

@@ -15,7 +15,7 @@ TOP_POINTS = 6.0
 """Points below the best score at which the plot of the tops ends."""
 SHOWN = 5
 """Variants, the best first, whose curves are shown before a click on the legend; LoRA is one more."""
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
+_COLORS = style.COLORS[1:]
 
 
 def curve_figure(task: PublishedTask, overlay: Overlay | None = None) -> go.Figure:
@@ -35,7 +35,8 @@ def curve_figure(task: PublishedTask, overlay: Overlay | None = None) -> go.Figu
         "yaxis2": {"domain": [0, 0.43]},
         "legend": legend,
     }
-    x = plotly_style.rate_axis(table.rates, 6)
+    own_curves = overlay.curves if overlay else ()
+    x = plotly_style.rate_axis([*table.rates, *(rate for own in own_curves for rate in own.rates)], 6)
     figure = plotly_style.new_figure(
         460,
         narrow,
@@ -46,18 +47,15 @@ def curve_figure(task: PublishedTask, overlay: Overlay | None = None) -> go.Figu
     )
     for index, each in enumerate(task.variants):
         scores = table.scores[table.variants.index(each.variant)].tolist()
-        look = {"color": _color(index, each.variant), "symbol": _SYMBOLS[index // len(style.COLORS)]}
+        color = plotly_style.INK if each.variant == REFERENCE else _COLORS[index % len(_COLORS)]
+        look = {"color": color, "symbol": plotly_style.SYMBOLS[index // len(_COLORS)]}
         shown = index < SHOWN or each.variant == REFERENCE
         _add_curve(figure, each.variant, table.rates, scores, look, shown, "solid")
-        for own in overlay.curves if overlay else ():
+        for own in own_curves:
             if overlay and own.variant == each.variant:
                 name = f"{each.variant}, {overlay.study}"
                 _add_curve(figure, name, own.rates, list(own.scores), look, True, "dash")
     return figure
-
-
-def _color(index: int, variant: str) -> str:
-    return plotly_style.INK if variant == REFERENCE else style.COLORS[1 + index % (len(style.COLORS) - 1)]
 
 
 def _add_curve(

@@ -103,6 +103,20 @@ def test_the_interactive_curves_have_every_score_and_the_own_study_dashed() -> N
     assert list(by_name["LoRA+, mine"].y) == pytest.approx([25.0, 45.0])
 
 
+def test_no_two_published_curves_look_alike() -> None:
+    for name in TASKS:
+        traces = [t for t in curve_figure(summarize_task(read_table(name))).data if t.xaxis is None]
+        assert len({(t.marker.color, t.marker.symbol) for t in traces}) == len(traces) == 20
+
+
+def test_the_axis_contains_the_rates_of_the_own_study() -> None:
+    records = [record("lora", rate, 0, 0.5, 0.4, task="metamathqa") for rate in (1e-7, 1e-1)]
+    figure = curve_figure(summarize_task(read_table("gsm8k")), make_overlays("mine", records)[0])
+    low, high = figure.layout.xaxis.range
+    assert low < -7
+    assert high > -1
+
+
 def test_verdicts_come_first_in_eighty_columns() -> None:
     console = Console(width=WIDTH, file=io.StringIO(), record=True)
     console.print(render_published([summarize_task(read_table(task)) for task in TASKS]))
