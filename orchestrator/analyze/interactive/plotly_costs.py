@@ -40,7 +40,7 @@ def _cost_figure(title: str, rows: Sequence[CostRow], styles: dict[str, style.Cu
         shown = [i // 2 == index for i in range(2 * len(axes))]
         change: list[dict[str, Any]] = [
             {"visible": shown},
-            {"xaxis.title.text": text, "xaxis.autorange": True},
+            {"xaxis.title.text": text, "xaxis.range": ranges[index]},
         ]
         buttons.append({"label": text, "method": "update", "args": change})
     if len(buttons) > 1:

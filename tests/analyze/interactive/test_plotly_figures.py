@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import re
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -17,6 +19,7 @@ from orchestrator.analyze.interactive.plotly_search import search_figures
 from orchestrator.analyze.interactive.plotly_spread import spread_figures
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.summary import summarize
+from orchestrator.record.schema import Cost
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
 
 
@@ -110,6 +113,20 @@ def test_the_spread_joins_the_common_rate_and_the_own_one() -> None:
 def test_the_front_is_drawn_for_each_cost() -> None:
     rows = summarize_curves(study()).costs
     assert plotly_costs.cost_figures(rows)[0].data == ()  # the synthetic records have no cost
+
+
+def test_each_cost_has_an_axis_with_room_for_the_names_at_its_right() -> None:
+    records = [
+        replace(record(variant, 1e-2, 0, score), cost=Cost(seconds, 0.5, 100, parameters, 10**9))
+        for variant, score, seconds, parameters in (("lora", 0.9, 4.0, 1000), ("dora", 0.8, 8.0, 5000))
+    ]
+    (figure,) = plotly_costs.cost_figures(summarize_curves(records).costs)
+    layout = json.loads(figure.to_json())["layout"]
+    buttons = layout["updatemenus"][0]["buttons"]
+    ranges = [button["args"][1]["xaxis.range"] for button in buttons]
+    assert ranges[0] == layout["xaxis"]["range"]
+    for (_, high), largest in zip(ranges, (8, 5000, 1), strict=True):
+        assert high >= math.log10(largest) + 0.1
 
 
 def test_the_script_knows_every_color_that_follows_the_page() -> None:
