@@ -1,1 +1,1 @@
-"""The page of the published scores: statistics, verdicts, tables, pictures and an overlay of own studies."""
+"""The report on the published scores: statistics, verdicts, tables, pictures and overlays of own studies."""

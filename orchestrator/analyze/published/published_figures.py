@@ -1,7 +1,8 @@
-"""The interactive curves of the published scores, and of an own study over them."""
+"""The interactive curves of the published scores, with those of an own study as an overlay."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -12,18 +13,20 @@ from orchestrator.analyze.published.published_overlay import Overlay
 from orchestrator.analyze.published.published_scores import REFERENCE, PublishedTask
 
 TOP_POINTS = 6.0
-"""Points below the best score at which the plot of the tops ends."""
+"""The lower end of the plot of the highest scores, in points below the best score."""
 SHOWN = 5
-"""Variants, the best first, whose curves are shown before a click on the legend; LoRA is one more."""
+"""Number of variants, those with the best scores, whose curves are visible at first; LoRA's always is."""
 _COLORS = style.COLORS[1:]
 
 
 def curve_figure(task: PublishedTask, overlay: Overlay | None = None) -> go.Figure:
-    """Return the curves of all variants, the whole range and beside it (on a narrow page below) the tops.
+    """Return the curves of all variants in two plots: all scores, and the highest scores on a larger scale.
+
+    The second plot is beside the first one, and below it on a narrow page.
 
     Args:
         task: The published scores.
-        overlay: The own study, whose curves are dashed; None: the published curves alone.
+        overlay: An own study, whose curves are dashed; None draws the published curves alone.
     """
     table, top = task.table, task.variants[0].best_score
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.12, "yanchor": "top"}
@@ -54,20 +57,20 @@ def curve_figure(task: PublishedTask, overlay: Overlay | None = None) -> go.Figu
         for own in own_curves:
             if overlay and own.variant == each.variant:
                 name = f"{each.variant}, {overlay.study}"
-                _add_curve(figure, name, own.rates, list(own.scores), look, True, "dash")
+                _add_curve(figure, name, own.rates, own.scores, look, True, "dash")
     return figure
 
 
 def _add_curve(
     figure: go.Figure,
     name: str,
-    rates: Any,
-    scores: list[float],
+    rates: Sequence[float],
+    scores: Sequence[float],
     look: dict[str, str],
     shown: bool,
     dash: str,
 ) -> None:
-    """Add a curve to both plots."""
+    """Add a curve to both plots, with one entry in the legend, which shows and hides it in both."""
     trace = go.Scatter(
         x=list(rates),
         y=plotly_style.rounded(scores),

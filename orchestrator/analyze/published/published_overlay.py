@@ -1,14 +1,16 @@
-"""A study of one's own beside the published scores of the same task."""
+"""Curves of an own study, to be drawn over the published curves of the same task."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from orchestrator.analyze.published.published_scores import TASKS
+from orchestrator.analyze.run_labels import curve_key
+from orchestrator.analyze.scores import finite_score
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import find_study
@@ -17,8 +19,10 @@ from orchestrator.util.errors import UsageError
 
 IMAGE_TASKS = ("cars", "dtd", "eurosat", "gtsrb", "resisc45", "sun397", "svhn")
 GLUE_PREFIX = "glue_"
+_TASKS_IN_AVERAGE = {"glue": 9, "images": len(IMAGE_TASKS)}
+"""Published task -> number of the tasks over which its scores are averaged; 1 for the others."""
 POINTS = 100.0
-"""Published scores are in points, 0 to 100; those of records are in 0 to 1."""
+"""Factor from a record's scores, 0 to 1, to the published scores, 0 to 100 points."""
 
 
 @dataclass(frozen=True)
@@ -29,39 +33,41 @@ class OwnCurve:
     """The variant's published name."""
     rates: tuple[float, ...]
     scores: tuple[float, ...]
-    """Mean test scores in points: over the seeds, then over the tasks."""
+    """Test scores in points, one per rate: the mean over seeds, averaged over the tasks."""
 
 
 @dataclass(frozen=True)
 class Overlay:
-    """An own study on a published task."""
+    """The curves of an own study for one published task."""
 
     study: str
     task: str
     """One of `TASKS` of published_scores."""
     own_tasks: tuple[str, ...]
+    """The study's tasks that belong to the published task."""
     models: tuple[str, ...]
     seeds: int
     """Number of seeds."""
     curves: tuple[OwnCurve, ...]
+    """In the order of `published_variants.read_variants`."""
     unpublished: tuple[str, ...]
-    """Variants of the study that the published study does not have; they are not drawn."""
+    """Variants of the study without published scores; they are not drawn."""
 
     @property
     def description(self) -> str:
-        """What the study's curves are, as one sentence."""
+        """One to three sentences: models, tasks and seeds of the curves, and what is missing in them."""
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
         text = f"{self.study}: {', '.join(self.models)} on {', '.join(self.own_tasks)}, {seeds}."
-        if self.task in ("glue", "images") and len(self.own_tasks) < len(_own_tasks_of(self.task)):
-            missing = len(_own_tasks_of(self.task)) - len(self.own_tasks)
-            text += f" The published average has {missing} more tasks."
+        missing = _TASKS_IN_AVERAGE.get(self.task, 1) - len(self.own_tasks)
+        if missing > 0:
+            text += f" The published average has {missing} more task{'s' if missing > 1 else ''}."
         if self.unpublished:
             text += f" Not published, so not drawn: {', '.join(self.unpublished)}."
         return text
 
 
 def published_task(own_task: str) -> str | None:
-    """Return the published task that a task of this project repeats, or None."""
+    """Return the published task to which a task of this project belongs, or None."""
     if own_task.startswith(GLUE_PREFIX):
         return "glue"
     if own_task in IMAGE_TASKS:
@@ -69,22 +75,17 @@ def published_task(own_task: str) -> str | None:
     return {"metamathqa": "gsm8k", "codefeedback": "humaneval"}.get(own_task)
 
 
-def _own_tasks_of(task: str) -> tuple[str, ...]:
-    """Return as many names as the published average of a task has tasks."""
-    return IMAGE_TASKS if task == "images" else ("",) * 9
-
-
 def read_overlays(study_name: str, output: Path, store_folder: Path) -> tuple[Overlay, ...]:
-    """Read the records of a study and return its curves, one overlay for each published task in it.
+    """Read the records of a study and return its curves, one overlay per published task.
 
     Args:
         study_name: The name of the study.
-        output: The output folder, in which the study's folder is.
+        output: The output folder, which contains the study's folder.
         store_folder: The folder of the records.
 
     Raises:
-        UsageError: There is no such study, it has no published task, no scores yet, or several configurations
-            of one variant.
+        UsageError: The study does not exist, has no published task or no test score yet, or has several
+            configurations of one variant and task that differ in more than learning rate and seed.
     """
     study = find_study(output, study_name)[1]
     records = [r for f in study.configurations if (r := Store(store_folder).get(f)) is not None]
@@ -92,7 +93,7 @@ def read_overlays(study_name: str, output: Path, store_folder: Path) -> tuple[Ov
 
 
 def make_overlays(study_name: str, records: Sequence[Record]) -> tuple[Overlay, ...]:
-    """Return the curves of a study's records, one overlay for each published task in them.
+    """Return the curves of a study's records, one overlay per published task, in the order of `TASKS`.
 
     Args:
         study_name: The name of the study, for texts.
@@ -139,28 +140,31 @@ def _make_overlay(study_name: str, task: str, records: Sequence[Record]) -> Over
 
 
 def _own_curve(study_name: str, title: str, variant: str, records: Sequence[Record]) -> OwnCurve | None:
-    """Return the curve of a variant, at the rates at which all its tasks have a score; None without any."""
+    """Return the curve of a variant over the rates at which each of its tasks has a score; None without any.
+
+    Args:
+        study_name: The name of the study, for the error.
+        title: The variant's published name.
+        variant: The variant's name in the records.
+        records: The study's records of one published task.
+
+    Raises:
+        UsageError: The variant has several configurations on one task, see `read_overlays`.
+    """
     scores: dict[float, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    kinds: dict[str, set[str]] = defaultdict(set)
+    curve_keys: dict[str, set[str]] = defaultdict(set)
     for record in records:
         c = record.configuration
         if c.variant.name != variant:
             continue
-        kinds[c.task.name].add(
-            replace(c, optimizer=replace(c.optimizer, learning_rate=1.0), seed=0).fingerprint
-        )
-        if (score := record.score("test")) is not None and math.isfinite(score):
+        curve_keys[c.task.name].add(curve_key(record))
+        if (score := finite_score(record, "test")) is not None:
             scores[c.optimizer.learning_rate][c.task.name].append(POINTS * score)
-    if several := [task for task, own in kinds.items() if len(own) > 1]:
+    if several := [task for task, own in curve_keys.items() if len(own) > 1]:
         raise UsageError(
-            f"--overlay {study_name!r}: it has {len(kinds[several[0]])} configurations of {variant} on "
+            f"--overlay {study_name!r}: it has {len(curve_keys[several[0]])} configurations of {variant} on "
             f"{several[0]} that differ in more than rate and seed; take a study with one."
         )
-    rates = sorted(rate for rate, own in scores.items() if len(own) == len(kinds))
-    means = (_mean(map(_mean, scores[rate].values())) for rate in rates)
+    rates = sorted(rate for rate, own in scores.items() if len(own) == len(curve_keys))
+    means = (fmean(map(fmean, scores[rate].values())) for rate in rates)
     return OwnCurve(title, tuple(rates), tuple(means)) if rates else None
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)

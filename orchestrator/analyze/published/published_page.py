@@ -1,4 +1,4 @@
-"""The page of the published scores: tables for the terminal, `report.html`, pictures and `summary.json`."""
+"""The report on the published scores: the tables in the terminal, `report.html`, pictures, `summary.json`."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from orchestrator.util.errors import UsageError
 SCHEMA_VERSION = 1
 """Version of `summary.json`, raised when a field is removed or changes its meaning."""
 FOLDER = "published"
-"""The page's folder in the output folder."""
+"""The folder of the files, in the output folder."""
 WIDTH = 80
-"""Columns of the text."""
+"""Width of the terminal's text, in characters."""
 TITLE = f"The published scores of {SOURCE}"
 
 
 def render_published(tasks: Sequence[PublishedTask]) -> Group:
-    """Return the verdicts and tables for a terminal of 80 columns."""
+    """Return the verdicts and the tables for a terminal of `WIDTH` characters."""
     parts: list[Any] = [Text(TITLE, style="bold"), Text("")]
     for verdict in published_verdicts(tasks):
         parts += [Text(verdict.claim, style="bold"), Padding(Text(verdict.answer), (0, 0, 1, 2))]
@@ -89,12 +89,12 @@ def _winner_table(task: PublishedTask) -> Table:
 
 
 def write_published(tasks: Sequence[PublishedTask], folder: Path, overlays: Sequence[Overlay] = ()) -> None:
-    """Write `report.html`, `summary.json`, and two pictures a task as PNG and SVG.
+    """Write `report.html`, `summary.json`, and two pictures per task, each as PNG and SVG.
 
     Args:
-        tasks: The tasks.
-        folder: The folder; every file in it is replaced as a whole or not at all.
-        overlays: Own studies on these tasks, drawn over the published curves.
+        tasks: The published tasks.
+        folder: The folder of the files. Each file is replaced atomically.
+        overlays: Curves of own studies, at most one per task, drawn over the published curves.
 
     Raises:
         OSError: The folder cannot be written.
@@ -118,7 +118,7 @@ def write_published(tasks: Sequence[PublishedTask], folder: Path, overlays: Sequ
 
 
 def _render_pictures(tasks: Sequence[PublishedTask], overlays: Mapping[str, Overlay]) -> dict[str, bytes]:
-    """Return the pictures: file name -> content."""
+    """Return file name -> content of each picture. `overlays` is by the name of the published task."""
     from orchestrator.analyze.plots import style
     from orchestrator.analyze.published import published_plots as plots
 
@@ -145,7 +145,7 @@ def _render_html(
     from orchestrator.analyze.interactive import plotly_bundle
     from orchestrator.analyze.published.published_figures import curve_figure
 
-    # The usual rule for autoescape goes by the ending .html and would skip these templates.
+    # jinja2.select_autoescape would skip these templates, whose names end in .jinja.
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader("orchestrator.analyze"), autoescape=True, **options)
     figures = {
@@ -172,9 +172,12 @@ def _render_html(
 
 
 def _heat_cells(task: PublishedTask) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return the rows of the heat map: a variant, and for each rate the score, its shade and its marks.
+    """Return the rows of the page's heat map, each a variant and its cells by ascending rate.
 
-    The shade is 0 (15 points or more below the task's best score) to 1 (the best score).
+    Returns:
+        The variants with their cells. A cell has `score` in points, `rate`, `best` (whether the rate is the
+        variant's best one), `wins` (whether the variant is the best one at the rate), and `shade`, from 0 for
+        `SHADED_POINTS` or more below the task's best score to 1 for the best score.
     """
     from orchestrator.analyze.published.published_plots import SHADED_POINTS
 
@@ -203,17 +206,19 @@ def show_published(
     overlay: str | None = None,
     store: Path | None = None,
 ) -> None:
-    """Print the page of the published scores and write its files to `<output>/published`.
+    """Print the report on the published scores and write its files to `<output>/published`.
 
     Args:
-        task_names: The published tasks.
-        noise: Standard deviation of a score over seeds, in points.
+        task_names: Names of published tasks, see `TASKS`; ignored with `overlay`.
+        noise: Assumed standard deviation of a score over seeds, in points.
         output: The output folder.
-        overlay: The name of an own study in the output folder; its tasks alone are shown.
-        store: The folder of that study's records; None for `store` in the output folder.
+        overlay: The name of an own study in the output folder, to be drawn over the published curves. Only
+            the published tasks of that study are shown.
+        store: The folder of that study's records; None for the folder `store` in the output folder.
 
     Raises:
-        UsageError: A task is unknown, the noise is no positive number, or the study cannot be drawn.
+        UsageError: A task is unknown, `task_names` is empty, the noise is not a positive number, or the study
+            cannot be drawn.
     """
     bounds.check_positive("--noise", noise, "1")
     overlays = read_overlays(overlay, output, store or output / DEFAULT_STORE_NAME) if overlay else ()

@@ -1,7 +1,8 @@
-"""Pictures of the published scores: a heat map of variants and rates, and a curve for each variant."""
+"""Static pictures of the published scores: a heat map of variants and rates, and a plot per variant."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,45 +17,44 @@ from matplotlib.ticker import NullLocator
 from orchestrator.analyze import formatting
 from orchestrator.analyze.plots import style
 from orchestrator.analyze.published.published_overlay import Overlay, OwnCurve
-from orchestrator.analyze.published.published_scores import REFERENCE, PublishedTask
+from orchestrator.analyze.published.published_scores import REFERENCE, Floats, PublishedTask
 
 SHADED_POINTS = 15.0
-"""Points below a task's best score from which on a cell of the heat map has the palest color."""
+"""A cell of a heat map has the palest color from this many points below the task's best score downwards."""
 COLUMNS = 5
-"""Curves in a row of the picture."""
+"""Number of plots in a row."""
 _PUBLISHED, _REFERENCE, _OWN = style.COLORS[1], "#9a9a9a", style.COLORS[2]
 
 
 def plot_heat_map(task: PublishedTask) -> Figure:
-    """Return a heat map of the scores: variants, best first, by learning rates.
+    """Return a heat map of the scores: a row per variant, best first, and a column per learning rate.
 
-    A box marks the best rate of a variant, bold type the best variant at a rate.
+    A box marks a variant's best rate. Bold type marks the best variant at a rate.
     """
     table = task.table
     rows = [table.variants.index(each.variant) for each in task.variants]
     scores, top = table.scores[rows], task.variants[0].best_score
-    with mpl.rc_context(style.RC_PARAMS):
-        figure = style.new_figure(1.6 + 0.36 * len(rows))
-        axes = figure.add_subplot()
-        axes.imshow(scores, aspect="auto", cmap="Blues", norm=Normalize(top - SHADED_POINTS, top + 4))
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        axes.set_xticks(range(len(table.rates)), list(map(formatting.rate, table.rates)))
-        axes.set_yticks(range(len(rows)), [each.variant for each in task.variants])
-        axes.set_xlabel("learning rate")
-        axes.set_title(f"{table.title}: published score in points (one seed)")
-        for row, each in enumerate(task.variants):
-            for column, rate in enumerate(table.rates):
-                _draw_cell(axes, row, column, scores[:, column], top, boxed=rate in each.best_rates)
+    figure = style.new_figure(1.6 + 0.36 * len(rows))
+    axes = figure.add_subplot()
+    axes.imshow(scores, aspect="auto", cmap="Blues", norm=Normalize(top - SHADED_POINTS, top + 4))
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xticks(range(len(table.rates)), list(map(formatting.rate, table.rates)))
+    axes.set_yticks(range(len(rows)), [each.variant for each in task.variants])
+    axes.set_xlabel("learning rate")
+    axes.set_title(f"{table.title}: published score in points (one seed)")
+    for row, each in enumerate(task.variants):
+        for column, rate in enumerate(table.rates):
+            _draw_cell(axes, row, column, scores[:, column], top, boxed=rate in each.best_rates)
     return figure
 
 
-def _draw_cell(axes: Axes, row: int, column: int, scores: Any, top: float, boxed: bool) -> None:
+def _draw_cell(axes: Axes, row: int, column: int, scores: Floats, top: float, boxed: bool) -> None:
+    """Write the score of one cell, in bold type if it is the highest of `scores`, all scores at its rate."""
     score = scores[row]
-    wins = bool(score == scores.max())
     color = "white" if score > top - 4 else "#222222"
-    weight = "bold" if wins else "normal"
+    weight = "bold" if score == scores.max() else "normal"
     place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9.5}
     axes.text(column, row, f"{score:.2f}", color=color, fontweight=weight, **place)
     if boxed:
@@ -62,7 +62,7 @@ def _draw_cell(axes: Axes, row: int, column: int, scores: Any, top: float, boxed
 
 
 def plot_published_curves(task: PublishedTask, overlay: Overlay | None = None) -> Figure:
-    """Return one small plot for each variant: its published curve, LoRA's in grey, and an own study's.
+    """Return a small plot per variant: its published curve, LoRA's curve in grey, and that of an own study.
 
     Args:
         task: The published scores.
@@ -71,9 +71,9 @@ def plot_published_curves(task: PublishedTask, overlay: Overlay | None = None) -
     table = task.table
     own = {curve.variant: curve for curve in overlay.curves} if overlay else {}
     low, high = _limits(task, own)
-    count = -(-len(task.variants) // COLUMNS)
+    count = math.ceil(len(task.variants) / COLUMNS)
     with mpl.rc_context({**style.RC_PARAMS, "font.size": 9.0, "axes.titlesize": 10.0}):
-        # Without a layout engine, which would measure the ticks of all plots again and again, for seconds.
+        # A layout engine would measure the ticks of all plots many times, which takes seconds.
         height = 1.9 * count + 1.2
         figure = Figure(figsize=(12, height))
         figure.subplots_adjust(0.06, 0.6 / height, 0.99, 1 - 0.75 / height, wspace=0.08, hspace=0.3)

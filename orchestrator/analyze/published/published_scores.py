@@ -1,14 +1,14 @@
-"""The published scores of the survey (arXiv 2601.22708), and what follows from them.
+"""The published scores of the survey (arXiv 2601.22708), their ranks and spans, and simulated seed noise.
 
-`orchestrator/published/scores.csv` has 660 cells: the score of each of twenty variants at each learning rate
-on four tasks, from one seed. Scores are in points, 0 to 100; a higher one is better.
+`orchestrator/published/scores.csv` has 660 scores: twenty variants on four tasks, at each learning rate of
+the task's grid, with one seed each. Scores are in points, 0 to 100; higher is better.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -21,18 +21,18 @@ from orchestrator.util.errors import UsageError, suggest_nearest
 
 SCORES_FILE = PUBLISHED_FOLDER / "scores.csv"
 REFERENCE = "LoRA"
-"""The variant that the others are compared with."""
+"""Published name of the variant with which the others are compared."""
 TASKS = {
     "gsm8k": ("gsm8k", "GSM8K", "Llama-3.1-8B on MetaMathQA, accuracy on GSM8K"),
     "humaneval": ("humaneval", "HumanEval", "Llama-3.1-8B on CodeFeedback, pass@1 on HumanEval"),
     "glue": ("glue_average", "GLUE", "RoBERTa-base on the nine GLUE tasks, average of their metrics"),
     "images": ("image_average", "Images", "CLIP ViT-B/16 on seven image tasks, average accuracy"),
 }
-"""Name on the command line -> name in scores.csv, title, and description."""
+"""Name on the command line -> name in scores.csv, title and description of the task."""
 DRAWS = 20_000
-"""Simulated repetitions of the study."""
+"""Number of simulated repetitions of the study."""
 REPEAT_QUANTILES = (0.05, 0.95)
-"""The ends of the range of ranks: nine of ten repetitions lie between them."""
+"""Quantiles of LoRA's rank over the repetitions, the ends of `NoiseReference.reference_ranks`."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -46,11 +46,11 @@ class ScoreTable:
     title: str
     description: str
     variants: tuple[str, ...]
-    """The variants with their published names."""
+    """The published names of the variants."""
     rates: tuple[float, ...]
     """The learning rates, ascending."""
     scores: Floats
-    """Scores in points, one row a variant and one column a rate."""
+    """Scores in points, shape (variants, rates)."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ class PublishedCurve:
     variant: str
     best_score: float
     best_rates: tuple[float, ...]
-    """The rate with the best score; several if they tie."""
+    """The rate with the best score, or the rates if several have it."""
     rank: int
-    """1 plus the number of variants with a better best score."""
+    """1 plus the number of variants whose best score is higher."""
     tied_with: tuple[str, ...]
-    """The variants with the same best score."""
+    """The other variants with the same best score."""
     at_edge: bool
-    """True if the best score is at an end of the grid alone, so that the optimum may lie beyond it."""
+    """True if all best rates are ends of the grid, so that the optimum may lie beyond the grid."""
     range_over_rates: float
-    """The best score minus the worst one."""
+    """The best score minus the worst one, in points."""
     loss_at_reference_rate: float
-    """The best score minus the score at LoRA's best rate."""
+    """The best score minus the score at LoRA's best rate, in points."""
 
 
 @dataclass(frozen=True)
@@ -81,38 +81,38 @@ class RateWinner:
     winners: tuple[str, ...]
     score: float
     span: float
-    """The best score minus the worst one at this rate."""
+    """The best variant's score minus the worst variant's score at this rate."""
 
 
 @dataclass(frozen=True)
 class NoiseReference:
-    """What seed noise alone would do, from simulated repetitions of the study."""
+    """The effect of seed noise on ranks and spans (in points), from simulated repetitions of the study."""
 
     noise: float
-    """Standard deviation of a score over seeds, in points; assumed, because the survey has one seed."""
+    """Standard deviation of a score over seeds; assumed, because the survey has one seed."""
     reference_ranks: tuple[int, int]
-    """Ranks of LoRA between which nine of ten repetitions of the study lie."""
+    """The 5 % and the 95 % quantile of LoRA's rank."""
     equal_span: float
-    """Expected span of the scores of as many equal variants, each measured once."""
+    """Expected span (highest minus lowest) of one score per variant if all variants had equal true scores."""
     equal_span_high: float
-    """Span that equal variants exceed in one of twenty studies."""
+    """The 95 % quantile of that span."""
     equal_top_half_span: float
-    """Expected span of the better half of as many equal variants."""
+    """Expected span of the higher half of those scores."""
 
 
 @dataclass(frozen=True)
 class PublishedTask:
-    """What the published scores of one task say."""
+    """The published scores of one task and the statistics of them."""
 
     table: ScoreTable
     variants: tuple[PublishedCurve, ...]
     """The variants, best first."""
     winners: tuple[RateWinner, ...]
-    """The winner at each rate, ascending."""
+    """The best variants at each rate, by ascending rate."""
     span: float
-    """The span of the best scores."""
+    """The highest minus the lowest of the variants' best scores, in points."""
     top_half_span: float
-    """The span of the best scores of the better half of the variants."""
+    """The same span over the better half of the variants, in points."""
     reference_rate: float
     """LoRA's best rate."""
     noise: NoiseReference
@@ -127,9 +127,7 @@ class PublishedTask:
         return self.variant(REFERENCE)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the numbers as JSON's own types; the scores are a mapping of variants to lists."""
-        from dataclasses import asdict
-
+        """Return the content as JSON types, with `scores` as variant -> scores by ascending rate."""
         data = asdict(self)
         table = data.pop("table")
         scores = dict(zip(self.table.variants, self.table.scores.tolist(), strict=True))
@@ -144,7 +142,7 @@ def read_table(task: str) -> ScoreTable:
         task: One of `TASKS`.
 
     Raises:
-        UsageError: There are no scores of such a task.
+        UsageError: The task has no published scores.
     """
     if task not in TASKS:
         raise UsageError(f"--task {task!r}: no published scores. {suggest_nearest(task, TASKS)}")
@@ -161,11 +159,11 @@ def read_table(task: str) -> ScoreTable:
 
 
 def summarize_task(table: ScoreTable, noise: float = 1.0) -> PublishedTask:
-    """Compute everything that the page shows of one task.
+    """Compute the statistics of one task's scores.
 
     Args:
         table: The scores.
-        noise: Standard deviation of a score over seeds, in points.
+        noise: Assumed standard deviation of a score over seeds, in points.
     """
     best = table.scores.max(axis=1)
     ranks = rank_scores(best)
@@ -199,16 +197,17 @@ def summarize_task(table: ScoreTable, noise: float = 1.0) -> PublishedTask:
 
 
 def rank_scores(scores: Sequence[float] | Floats) -> npt.NDArray[np.int_]:
-    """Return 1 plus the number of better scores, for each score; equal scores have equal ranks."""
+    """Return the rank of each score: 1 plus the number of higher scores. Equal scores have equal ranks."""
     ranks: npt.NDArray[np.int_] = rankdata(-np.asarray(scores), method="min").astype(int)
     return ranks
 
 
 def simulate_noise(table: ScoreTable, noise: float) -> NoiseReference:
-    """Simulate repetitions of the study with other seeds, with a fixed seed of the simulation.
+    """Simulate `DRAWS` repetitions of the study with other training seeds. The result is deterministic.
 
-    In a repetition every score gets independent normal noise, and each variant's best rate is chosen again.
-    Of equal variants one noisy score each is drawn; a choice among several rates would narrow their span.
+    For the ranks, independent normal noise is added to every score, and each variant's best rate is chosen
+    again. For the spans of variants with equal true scores, one normal score per variant is drawn: the
+    highest of several scores per variant would vary less, so their span would be narrower.
 
     Args:
         table: The scores.
@@ -243,5 +242,5 @@ def _winner(table: ScoreTable, column: int) -> RateWinner:
 
 
 def _points(difference: Any) -> float:
-    """Return a difference of published scores, which have two decimals, without rounding errors."""
+    """Round a difference of scores to two decimals, which all published scores have."""
     return round(float(difference), 2)

@@ -1,4 +1,4 @@
-"""Selection on the test set, as the published study did it (--select published)."""
+"""Selection of learning rates by test scores, as in the published study (`--select published`)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from orchestrator.analyze.results import Summary
 from orchestrator.record.schema import Evaluation, Record
 
 MARK = "Selected on the test set, as published (--select published)."
-"""The sentence that marks every verdict of such a study."""
+"""The sentence in every verdict of a study whose rates were selected by test scores."""
 LABEL = "(selected on the test set)"
-"""The mark behind the base model's name in titles and pictures."""
+"""The text after the base model's name in titles and pictures of such a study."""
 
 
 def select_published(record: Record) -> Record:
     """Return a copy of a record whose validation scores are its test scores.
 
-    The analysis then chooses by test scores, as the published study did. If the test split was scored at
-    every evaluation (GLUE), the best of these evaluations replaces the last one. The record does not hold the
-    results per item of that evaluation, so the copy has none.
+    The analysis then selects by test scores, as the published study did. If the test split was scored at
+    every evaluation (GLUE), the best of these evaluations counts as the last one. The record has results per
+    item of the last evaluation only, so in this case the copy has none.
 
     Args:
         record: Any record.
+
+    Returns:
+        The copy, with `LABEL` after the name of its base model and the fingerprint of `record`.
     """
     metric = record.configuration.task.metric
     tests = [each for each in record.evaluations if each.split == "test"]
@@ -31,7 +34,7 @@ def select_published(record: Record) -> Record:
     if record.configuration.test_evaluations == "every" and tests:
         best = max(tests, key=lambda each: _finite(each.scores.get(metric)))
         tests, items = [*(each for each in tests if each is not best), best], {}
-    # The model's name is for display and no part of the fingerprint; every title and picture shows it.
+    # Every title and picture shows the model's name. The name is not part of the fingerprint.
     model = replace(record.configuration.model, name=f"{record.configuration.model.name} {LABEL}")
     return replace(
         record,
@@ -53,11 +56,11 @@ def _finite(score: float | None) -> float:
 
 
 def mark_published(summary: Summary, records: Iterable[Record]) -> Summary:
-    """Return a summary that says of every verdict, and in its first warning, how rates were chosen.
+    """Add to a summary's verdicts, and as its first warning, that rates were selected by test scores.
 
     Args:
-        summary: The summary of records from `select_published`.
-        records: These records.
+        summary: The summary of `records`.
+        records: Records from `select_published`.
     """
     best = any(record.configuration.test_evaluations == "every" for record in records)
     of_best = " of the best evaluation of a run" if best else ""

@@ -1,4 +1,4 @@
-"""What the published scores say about the claims of the study, in the words of terminal and page."""
+"""Verdicts on the claims of the published study, from its own scores, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ SOURCE = "arXiv 2601.22708"
 
 
 def published_verdicts(tasks: Sequence[PublishedTask]) -> tuple[Verdict, ...]:
-    """Return the verdicts, the claim of the paper first.
+    """Return the verdicts, that on the paper's main claim first.
 
-    All are descriptive: one seed a score gives no interval, and the rates were chosen by the scores that are
-    reported. They take part in no test of an own study.
+    All are descriptive: a score from one seed has no interval, and the rates were selected by the reported
+    test scores. No test of an own study uses them.
+
+    Args:
+        tasks: The tasks, at least one, with the same variants and the same assumed noise.
     """
     design = _design(tasks)
     return (
@@ -137,7 +140,7 @@ def _points(number: float) -> str:
 
 
 def rates_text(rates: Sequence[float]) -> str:
-    """Return learning rates as text; tied ones are joined by "=" signs."""
+    """Return the rates with the same best score as text: 5e-4 = 1e-3."""
     return " = ".join(map(formatting.rate, rates))
 
 
@@ -147,6 +150,6 @@ def _ordinal(number: int) -> str:
 
 
 def _join(words: Sequence[str]) -> str:
-    """Return words as an enumeration with "and"."""
+    """Join words, at least one, with commas and a last "and"."""
     words = list(words)
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
