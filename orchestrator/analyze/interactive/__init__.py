@@ -1,1 +1,1 @@
-"""Interactive figures of a report (plotly), and the JavaScript that shows them without a network."""
+"""The interactive figures of a report (plotly), and their encoding together with plotly.js in the page."""

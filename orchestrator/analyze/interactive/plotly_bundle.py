@@ -1,6 +1,6 @@
-"""plotly.js as it is embedded in a report, and the figures, as text that a browser inflates.
+"""Compressed text encoding of plotly.js and of the interactive figures, for a page that loads nothing.
 
-plotly.js is that of the installed Python package: 5 MB, of which 1.8 MB are left in the page.
+plotly.js comes from the installed Python package. It has 5 MB, and 1.8 MB in this encoding.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @cache
 def encoded_bundle() -> str:
-    """Return plotly.js as text, see `encode`."""
+    """Return plotly.js, encoded by `encode`."""
     from plotly.offline import get_plotlyjs
 
     return encode(get_plotlyjs())
 
 
 def encode_figures(figures: Mapping[str, Sequence[Figure]]) -> str:
-    """Return figures as the text of a JSON object, see `encode`.
+    """Return figures as a JSON object, encoded by `encode`.
 
     Args:
-        figures: Name of a picture -> the figures that replace it.
+        figures: Name of a picture -> the interactive figures that replace it in the page.
     """
     data = {name: [json.loads(figure.to_json()) for figure in own] for name, own in figures.items()}
     text = json.dumps(data, separators=(",", ":"), sort_keys=True)
@@ -36,9 +36,9 @@ def encode_figures(figures: Mapping[str, Sequence[Figure]]) -> str:
 
 
 def encode(text: str) -> str:
-    """Return a text, compressed with gzip, in base 85, which takes 6 % less than base 64.
+    """Compress a text with gzip and encode it in base 85, whose output is 6 % smaller than that of base 64.
 
-    A comma stands for "<", which could end or nest the script element that holds the result. The page's
-    script (`templates/page.js.jinja`) decodes it.
+    A comma replaces "<", because "</script" or "<!--" would change where the script element with the result
+    ends. `templates/page.js.jinja` decodes the result.
     """
     return base64.b85encode(gzip.compress(text.encode(), mtime=0)).decode().replace("<", ",")

@@ -1,4 +1,4 @@
-"""The interactive figures of score against cost, with the Pareto front."""
+"""The interactive figures of test score over cost, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.analyze.plots import style
 
 
 def cost_figures(rows: Sequence[CostRow]) -> list[go.Figure]:
-    """Return a figure per task and model; buttons choose the cost on the horizontal axis."""
+    """Return a figure per task and model; a list in it selects the cost on the horizontal axis."""
     styles = style.styles_by_label({row.variant for row in rows})
     return [_cost_figure(title, own, styles) for title, own in rows_by_title(rows).items()]
 
@@ -44,13 +44,12 @@ def _cost_figure(title: str, rows: Sequence[CostRow], styles: dict[str, style.Cu
         ]
         buttons.append({"label": text, "method": "update", "args": change})
     if len(buttons) > 1:
-        place: dict[str, Any] = {"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-        figure.update_layout(updatemenus=[plotly_style.menu(buttons, **place)])
+        figure.update_layout(updatemenus=[plotly_style.menu(buttons)])
     return figure
 
 
 def _range(costs: Sequence[float]) -> list[float]:
-    """Return the range of a logarithmic axis with room for the names at its right."""
+    """Return the log10 range of an axis over `costs`, with room for the name right of the last point."""
     low, high = math.log10(min(costs)), math.log10(max(costs))
     return [low - 0.05 * (high - low) - 0.02, high + 0.3 * (high - low) + 0.1]
 
@@ -58,6 +57,7 @@ def _range(costs: Sequence[float]) -> list[float]:
 def _traces(
     rows: Sequence[CostRow], costs: Sequence[float], styles: dict[str, style.CurveStyle]
 ) -> tuple[go.Scatter, go.Scatter]:
+    """Return the line of the Pareto front and the points of all variants."""
     scores = [row.score.mean or 0.0 for row in rows]
     on_front = pareto_front(costs, scores)
     line: dict[str, Any] = {"color": SOFT, "dash": "dash", "width": 1.5, "shape": "hv"}

@@ -1,4 +1,4 @@
-"""The interactive figures of a grid: its curves, the whole and the tops, and its heat map."""
+"""The interactive figures of a grid: score over learning rate in two plots, and a heat map."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from orchestrator.analyze.heatmap_cells import HeatMap, heat_map
 from orchestrator.analyze.interactive import plotly_style
 from orchestrator.analyze.interactive.plotly_style import INK, SOFT
 from orchestrator.analyze.plots import style
+from orchestrator.analyze.plots.heatmap import COLOR_MAP
 from orchestrator.analyze.plots.style import CurveStyle
 from orchestrator.analyze.results import Curve, CurvePoint, Panel, Summary, is_reference
 
@@ -30,13 +31,14 @@ _RUN_SYMBOLS = {
     "stopped": "circle-open",
 }
 _SIDE_GAP = 0.07
+"""Width of the gap between the two plots, as a share of the figure's width."""
 
 
 def curve_figures(summary: Summary) -> list[go.Figure]:
-    """Return a figure per panel: the whole curves, and beside them (on a narrow page below) their tops.
+    """Return a figure per panel with two plots: the whole curves, and the parts around their best scores.
 
-    A click on the legend hides a curve in both. With more than `MAX_OVERLAID_CURVES` curves, those that are
-    neither LoRA's nor among the best are hidden at first.
+    The second plot is beside the first one, and below it on a narrow page. A click on the legend hides or
+    shows a curve in both. The `MAX_OVERLAID_CURVES` best curves and LoRA's are visible at first.
     """
     styles = style.curve_styles(summary)
     return [_curve_figure(panel, styles) for panel in summary.panels]
@@ -57,6 +59,7 @@ def _curve_figure(panel: Panel, styles: Mapping[str, CurveStyle]) -> go.Figure:
 
 
 def _empty_figure(panel: Panel, top: TopAxes | None) -> go.Figure:
+    """Return the figure of a panel without curves; without a second plot if `top` is None."""
     rates = [p.learning_rate for c in panel.curves for p in c.points]
     metric = f"{panel.metric.replace('_', ' ')} (validation)"
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.08, "yanchor": "top"}
@@ -70,12 +73,12 @@ def _empty_figure(panel: Panel, top: TopAxes | None) -> go.Figure:
     wide = {"domain": [0, 0.5 - _SIDE_GAP / 2 if top else 1]}
     if top is not None:
         inside = [r for r in rates if top.rates[0] <= r <= top.rates[1]] or rates
-        more["xaxis2"] = plotly_style.rate_axis(inside, 6) | {
-            "domain": [0.5 + _SIDE_GAP / 2, 1],
-            "anchor": "y2",
-        }
+        more["xaxis2"] = plotly_style.rate_axis(inside) | {"domain": [0.5 + _SIDE_GAP / 2, 1], "anchor": "y2"}
         more["yaxis2"] = plotly_style.axis("", range=list(top.scores), anchor="x2")
-        more["annotations"] = [_heading("the tops", "x2 domain", "y2 domain")]
+        corner = {"xref": "x2 domain", "yref": "y2 domain", "x": 1, "y": 1}
+        look = {"showarrow": False, "font": {"color": SOFT, "size": 12}}
+        heading = {"text": "the tops", "xanchor": "right", "yanchor": "bottom", **corner, **look}
+        more["annotations"] = [heading]
         narrow |= {
             "xaxis2": {"domain": [0, 1]},
             "yaxis": {"domain": [0.55, 1]},
@@ -83,7 +86,7 @@ def _empty_figure(panel: Panel, top: TopAxes | None) -> go.Figure:
         }
     bounds = style.score_range(panel)
     y = plotly_style.axis(metric, **({"range": [bounds[0] - 0.04, bounds[1] + 0.04]} if bounds else {}))
-    x = plotly_style.rate_axis(rates, 6) | wide
+    x = plotly_style.rate_axis(rates) | wide
     title = plotly_style.title(curve_text.panel_title(panel))
     figure = plotly_style.new_figure(480, narrow, xaxis=x, yaxis=y, title=title, **more)
     if panel.untrained_validation is not None:
@@ -99,12 +102,15 @@ def _empty_figure(panel: Panel, top: TopAxes | None) -> go.Figure:
     return figure
 
 
-def _heading(text: str, x: str, y: str) -> dict[str, Any]:
-    place = {"xref": x, "yref": y, "x": 1, "y": 1, "xanchor": "right", "yanchor": "bottom"}
-    return {"text": text, "showarrow": False, "font": {"color": SOFT, "size": 12}, **place}
-
-
 def _curve_traces(panel: Panel, curve: Curve, look: CurveStyle, step: float) -> Iterator[go.Scatter]:
+    """Yield the lines of a curve, its single runs, and its means with their intervals.
+
+    Args:
+        panel: The panel of the curve.
+        curve: The curve.
+        look: Color and marker.
+        step: The factor by which the rates are moved sideways, see `curve_lines.side_steps`.
+    """
     color = plotly_style.color(look)
     lines: dict[bool, tuple[list[float | None], list[float | None]]] = {False: ([], []), True: ([], [])}
     for piece in line_pieces(curve):
@@ -195,7 +201,7 @@ def _seed_trace(panel: Panel, curve: Curve, color: str, step: float) -> go.Scatt
 
 
 def heatmap_figures(summary: Summary) -> list[go.Figure]:
-    """Return a heat map per panel; a label hovers over each cell."""
+    """Return a heat map per panel, with the numbers of a cell in its hover text."""
     return [_heatmap_figure(panel, heat_map(panel)) for panel in summary.panels]
 
 
@@ -234,7 +240,7 @@ def _heatmap_figure(panel: Panel, cells: HeatMap) -> go.Figure:
             texttemplate="%{text}" if columns <= 10 else None,
             customdata=texts,
             hovertemplate="%{customdata}<extra></extra>",
-            colorscale="cividis",
+            colorscale=COLOR_MAP,
             xgap=2,
             ygap=2,
             colorbar={"title": {"text": ""}, "thickness": 10, "outlinewidth": 0},

@@ -1,4 +1,4 @@
-"""The interactive figures of a study of factors: A and B of each factor, a bar per variant."""
+"""The interactive figures of a sensitivity study: the losses A and B of each factor, a bar per variant."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from orchestrator.analyze.plots import style
 from orchestrator.analyze.plots.factor_bars import PANELS, alias_titles, effects_by_title, factor_titles
 from orchestrator.analyze.plots.style import CurveStyle
 
-_BAR_PIXELS, _HEAD_PIXELS = 13, 110
+_BAR_PIXELS, _MARGIN_PIXELS = 13, 110
+"""Height of a bar, and of the margins above and below the bars together, in CSS pixels."""
 
 
 def factor_figures(tasks: Sequence[TaskFactors]) -> list[go.Figure]:
-    """Return two figures per task, A and B. A click on the legend hides a variant; a label hovers."""
+    """Return two figures per task, one of A and one of B (see `factor_bars.PANELS`)."""
     return [_figure(task, field, title) for task in tasks if task.variants for field, title in PANELS]
 
 
 def _figure(task: TaskFactors, field: str, title: str) -> go.Figure:
     titles, effects = factor_titles(task), effects_by_title(task)
     styles = style.styles_by_label(effects)
-    height = _HEAD_PIXELS + _BAR_PIXELS * len(titles) * max(2, len(effects))
+    height = _MARGIN_PIXELS + _BAR_PIXELS * len(titles) * max(2, len(effects))
     figure = plotly_style.new_figure(
         height,
         {"title": {"font": {"size": 13}}, "legend": {"orientation": "h", "y": -0.14 - 40 / height}},
@@ -47,7 +48,7 @@ def _figure(task: TaskFactors, field: str, title: str) -> go.Figure:
 
 
 def _score_range(task: TaskFactors) -> list[float]:
-    """Return the ends of the axis of points, the same for A and B."""
+    """Return the range of the axis of lost points, the same for A and B so that both can be compared."""
     effects = [effect for variant in task.variants for effect in variant.effects]
     estimates = [estimate for effect in effects for estimate in (effect.misset, effect.retuned)]
     ends = [end for e in estimates if e.interval for end in (e.interval.low, e.interval.high)]
@@ -57,6 +58,14 @@ def _score_range(task: TaskFactors) -> list[float]:
 
 
 def _bars(variant: str, rows: Sequence[tuple[str, FactorEffect]], field: str, look: CurveStyle) -> go.Bar:
+    """Return the bars of one variant.
+
+    Args:
+        variant: The name of the variant.
+        rows: Name of a row -> the factor's effect, as pairs.
+        field: The field of an effect that is drawn.
+        look: The color.
+    """
     estimates: list[Estimate] = [getattr(effect, field) for _, effect in rows]
     means = [None if e.mean is None else 100 * e.mean for e in estimates]
     above = [100 * (e.interval.high - e.mean) if e.interval and e.mean is not None else 0 for e in estimates]

@@ -15,7 +15,11 @@ _DASHES = {"best": "solid", "lower": "dot", "higher": "dash"}
 
 
 def loss_figures(panels: Sequence[LossPanel]) -> list[go.Figure]:
-    """Return a figure per task and model; a list chooses all variants at their best rates or one variant."""
+    """Return a figure per task and model.
+
+    A list in it selects the lines: all variants at their best rates, or one variant at its best rate and the
+    next lower and higher ones.
+    """
     styles = style.styles_by_label({label for panel in panels for label in panel.variants})
     return [_loss_figure(panel, styles) for panel in panels]
 
@@ -41,8 +45,7 @@ def _loss_figure(panel: LossPanel, styles: dict[str, style.CurveStyle]) -> go.Fi
     buttons: list[dict[str, Any]] = [
         {"label": text, "method": "restyle", "args": [{"visible": shown}]} for text, shown in choices
     ]
-    place = {"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-    return figure.update_layout(updatemenus=[plotly_style.menu(buttons, **place)])
+    return figure.update_layout(updatemenus=[plotly_style.menu(buttons)])
 
 
 def _trace(label: str, line: LossLine, color: str) -> go.Scatter:

@@ -1,4 +1,4 @@
-"""The interactive figures of a search: its points over the learning rate, and the best score so far."""
+"""The interactive figures of a search: the score of each point, and the best score so far."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from orchestrator.analyze.tuning import SearchResult, TuningPoint, TuningResult
 
 
 def search_figures(searches: Sequence[SearchResult]) -> list[go.Figure]:
-    """Return a figure per task and model: the points, and beside or below them the best score so far."""
+    """Return a figure per task and model with two plots.
+
+    The first one shows the score of each point over its learning rate. The second one shows the best score so
+    far over the points in the order in which they started; on a narrow page it is below the first one.
+    """
     return [_search_figure(search) for search in searches]
 
 
@@ -38,7 +42,7 @@ def _search_figure(search: SearchResult) -> go.Figure:
         440,
         narrow,
         title=plotly_style.title(f"{search.task} on {search.model}"),
-        xaxis=plotly_style.rate_axis(rates, 6) | {"domain": [0, 0.56]},
+        xaxis=plotly_style.rate_axis(rates) | {"domain": [0, 0.56]},
         yaxis=plotly_style.axis(metric),
         xaxis2=plotly_style.axis("points, in the order of their start", domain=[0.63, 1], anchor="y2"),
         yaxis2=plotly_style.axis("", anchor="x2", matches="y"),
@@ -51,7 +55,7 @@ def _search_figure(search: SearchResult) -> go.Figure:
 def _points(search: SearchResult, variant: TuningResult, styles: dict[str, CurveStyle]) -> go.Scatter:
     look = styles[variant.variant]
     shown = [(p, score) for p in variant.points if (score := _score(search, p)) is not None]
-    is_best = [variant.best is not None and p is variant.best for p, _ in shown]
+    is_best = [p is variant.best for p, _ in shown]
     color, symbol = plotly_style.color(look), plotly_style.symbol(look)
     edges = [INK if best else color for best in is_best]
     return go.Scatter(
@@ -79,7 +83,7 @@ def _state_symbol(symbol: str, point: TuningPoint) -> str:
 
 
 def _score(search: SearchResult, point: TuningPoint) -> float | None:
-    """Return the score at which a point is drawn: the floor if it diverged, or the last one if stopped."""
+    """Return the score at which a point is drawn: the floor if diverged, the last one if stopped early."""
     if point.states.get("diverged") and not point.states.get("finished"):
         return search.floor
     return point.last_validation if point.states.get("stopped") else point.validation.mean

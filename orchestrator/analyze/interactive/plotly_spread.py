@@ -15,7 +15,10 @@ from orchestrator.analyze.results import Curve, Panel, Summary
 
 
 def spread_figures(summary: Summary) -> list[go.Figure]:
-    """Return a figure per panel: two test scores a variant, joined by a line."""
+    """Return a figure per panel: two test scores per variant, joined by a line.
+
+    The hollow dot is the score at the common rate, the filled one that at the variant's own best rate.
+    """
     styles = style.curve_styles(summary)
     return [_spread_figure(panel, styles) for panel in summary.panels]
 
@@ -37,6 +40,7 @@ def _spread_figure(panel: Panel, styles: Mapping[str, CurveStyle]) -> go.Figure:
 
 
 def _dumbbell(panel: Panel, curve: Curve, color: str) -> list[go.Scatter]:
+    """Return the interval at the curve's best rate, and the two dots with the line between them."""
     own, common = curve.best_test.mean, curve.test_at_common_rate
     scores = [score for score in (common, own) if score is not None]
     ends = curve.best_test.interval

@@ -1,7 +1,7 @@
 """Layout and colors of the interactive figures.
 
-The page's script replaces the four colors below by those of the page, which differ in a light and a dark
-window, and merges `layout.meta["narrow"]` into the layout where the page is narrow.
+The page's script (`templates/page.js.jinja`) replaces the four colors below by the page's colors for light or
+dark mode. On a narrow page it merges `layout.meta["narrow"]` into the layout.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from orchestrator.analyze import formatting
 from orchestrator.analyze.plots.style import MARKERS, CurveStyle
 
 INK, SOFT, LINE, PAPER = "#010101", "#020202", "#030303", "#fdfdfd"
-"""Text, faint text, grid lines and background of the page."""
+"""Placeholders for the page's colors of text, faint text, grid lines and background."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 """plotly's names of `style.MARKERS`, in the same order."""
+MAX_RATE_TICKS = 6
+"""Number of learning rates with a tick, so that their labels do not overlap."""
+_SIGNIFICANT_DIGITS = 5
 
 
 def new_figure(height: int, narrow: Mapping[str, Any], **layout: Any) -> go.Figure:
@@ -26,8 +29,8 @@ def new_figure(height: int, narrow: Mapping[str, Any], **layout: Any) -> go.Figu
 
     Args:
         height: The height in CSS pixels. The width is that of the page.
-        narrow: What is different in the layout where the page is narrower than 640 pixels; nested.
-        **layout: Further attributes of the layout.
+        narrow: Nested attributes that replace those of the layout on a page narrower than 640 CSS pixels.
+        **layout: Further attributes of the layout. `margin` may set some of the four sides.
     """
     figure = go.Figure(layout={"template": {}})
     figure.update_layout(
@@ -52,36 +55,31 @@ def new_figure(height: int, narrow: Mapping[str, Any], **layout: Any) -> go.Figu
 
 
 def title(text: str) -> dict[str, Any]:
-    """Return the attributes of a figure's title, at its upper left."""
+    """Return the attributes of a title at the upper left of a figure."""
     place = {"x": 0, "xref": "paper", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 10}}
     return {"text": text, "font": {"size": 15}, **place}
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
-    """Return the attributes of an axis."""
+    """Return the attributes of an axis with a title; `more` adds to or replaces the default attributes."""
     line: dict[str, Any] = {"gridcolor": LINE, "zeroline": False, "linecolor": SOFT, "ticks": "outside"}
     return {"title": {"text": title, "standoff": 6}, "tickcolor": SOFT, "automargin": True, **line, **more}
 
 
-def rate_axis(
-    rates: Iterable[float], max_ticks: int, title: str = "learning rate (log scale)"
-) -> dict[str, Any]:
-    """Return the attributes of a logarithmic axis with ticks at some of the rates.
+def rate_axis(rates: Iterable[float]) -> dict[str, Any]:
+    """Return the attributes of a logarithmic axis over the learning rates, at least one.
 
-    Args:
-        rates: The learning rates, at least one.
-        max_ticks: The largest number of ticks.
-        title: The title of the axis.
+    At most `MAX_RATE_TICKS` of the rates have a tick.
     """
     ordered = sorted(set(rates))
-    shown = ordered[:: math.ceil(len(ordered) / max_ticks)]
+    shown = ordered[:: math.ceil(len(ordered) / MAX_RATE_TICKS)]
     ticks = {"tickvals": shown, "ticktext": [formatting.rate(r) for r in shown]}
     ends = [math.log10(ordered[0]) - 0.12, math.log10(ordered[-1]) + 0.12]
-    return axis(title, type="log", range=ends, tickangle=0, **ticks)
+    return axis("learning rate (log scale)", type="log", range=ends, tickangle=0, **ticks)
 
 
 def color(look: CurveStyle) -> str:
-    """Return the color of a curve; black is the page's own color of text."""
+    """Return the color of a curve, with black replaced by the page's color of text."""
     return INK if look.color == "#000000" else look.color
 
 
@@ -90,17 +88,19 @@ def symbol(look: CurveStyle) -> str:
     return SYMBOLS[MARKERS.index(look.marker)]
 
 
-def rounded(values: Sequence[float | None], digits: int = 5) -> list[float | None]:
-    """Return numbers with `digits` significant digits, which keeps the page small."""
-    return [None if v is None or not math.isfinite(v) else float(f"{v:.{digits}g}") for v in values]
+def rounded(values: Sequence[float | None]) -> list[float | None]:
+    """Round to five significant digits, which keeps the page small. NaN and infinities become None."""
+    return [
+        None if v is None or not math.isfinite(v) else float(f"{v:.{_SIGNIFICANT_DIGITS}g}") for v in values
+    ]
 
 
-def menu(buttons: Sequence[Mapping[str, Any]], **place: Any) -> dict[str, Any]:
-    """Return a list to choose from, above a figure.
+def menu(buttons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a drop-down list at the upper left above a plot.
 
     Args:
-        buttons: Its entries: label, method and arguments.
-        **place: Where it stands.
+        buttons: The entries of the list, each with the keys `label`, `method` and `args` of plotly's buttons.
     """
     font = {"size": 12, "color": INK}
+    place = {"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
     return {"buttons": list(buttons), "bgcolor": PAPER, "bordercolor": LINE, "font": font, **place}

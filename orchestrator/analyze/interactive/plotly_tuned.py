@@ -1,7 +1,8 @@
-"""The interactive figures of a replicated tuning: the forest, the pooled curves and the budget curves."""
+"""The interactive figures of a replicated tuning: forest plots, pooled curves and budget curves."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -16,7 +17,7 @@ from orchestrator.analyze.tuned.tuned_results import TaskComparison, TunedCompar
 
 
 def forest_figures(found: TunedComparison) -> list[go.Figure]:
-    """Return a forest plot per task; what is behind a row hovers over it."""
+    """Return a forest plot per task, with the numbers of a row in its hover text."""
     return [_forest_figure(task) for task in found.tasks]
 
 
@@ -71,7 +72,7 @@ def _forest_trace(row: VariantRow, task: TaskComparison) -> go.Scatter:
 
 
 def curve_figures(found: TunedComparison) -> list[go.Figure]:
-    """Return two figures per task: the pooled curves, and the test score after tuning with fewer points."""
+    """Return two figures per task: the pooled curves, and the expected test score by tuning budget."""
     return [make(task) for task in found.tasks for make in (_pooled_figure, _budget_figure)]
 
 
@@ -79,7 +80,7 @@ def _pooled_figure(task: TaskComparison) -> go.Figure:
     rates = [10**x for row in task.rows if row.curve is not None for x in row.curve.log10_rates]
     figure = _line_figure(
         f"{task.title}: all replicates together",
-        plotly_style.rate_axis(rates or [1.0], 6),
+        plotly_style.rate_axis(rates or [1.0]),
         f"{task.metric.replace('_', ' ')} (validation)",
     )
     styles = style.styles_by_label({row.variant for row in task.rows})
@@ -123,10 +124,12 @@ def _line_figure(title: str, x_axis: dict[str, Any], y_title: str) -> go.Figure:
     )
 
 
-def _line(name: str, x: Any, y: Any, texts: list[str], look: style.CurveStyle) -> go.Scatter:
+def _line(
+    name: str, x: Sequence[float], y: Sequence[float], texts: list[str], look: style.CurveStyle
+) -> go.Scatter:
     return go.Scatter(
-        x=plotly_style.rounded(list(x)),
-        y=plotly_style.rounded(list(y)),
+        x=plotly_style.rounded(x),
+        y=plotly_style.rounded(y),
         name=name,
         mode="lines+markers",
         line={"color": plotly_style.color(look), "width": 2},

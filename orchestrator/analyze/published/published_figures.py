@@ -39,7 +39,7 @@ def curve_figure(task: PublishedTask, overlay: Overlay | None = None) -> go.Figu
         "legend": legend,
     }
     own_curves = overlay.curves if overlay else ()
-    x = plotly_style.rate_axis([*table.rates, *(rate for own in own_curves for rate in own.rates)], 6)
+    x = plotly_style.rate_axis([*table.rates, *(rate for own in own_curves for rate in own.rates)])
     figure = plotly_style.new_figure(
         460,
         narrow,

@@ -1,4 +1,4 @@
-"""Curves of an own study, to be drawn over the published curves of the same task."""
+"""Curves of an own study, trained with this project, to be drawn over the published curves of its task."""
 
 from __future__ import annotations
 
