@@ -37,7 +37,7 @@ def _cost_figure(title: str, rows: Sequence[CostRow], styles: dict[str, style.Cu
     for index, (field, text) in enumerate(axes):
         front, points = _traces(rows, axis_values(rows, field), styles)
         figure.add_traces([front.update(visible=index == 0), points.update(visible=index == 0)])
-        shown = [i // 2 == index for i in range(2 * len(axes))]
+        shown = [i // 2 == index for i in range(2 * len(axes))]  # each axis has a front and its points
         change: list[dict[str, Any]] = [
             {"visible": shown},
             {"xaxis.title.text": text, "xaxis.range": ranges[index]},

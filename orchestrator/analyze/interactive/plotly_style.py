@@ -21,7 +21,6 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross
 """plotly's names of `style.MARKERS`, in the same order."""
 MAX_RATE_TICKS = 6
 """Number of learning rates with a tick, so that their labels do not overlap."""
-_SIGNIFICANT_DIGITS = 5
 
 
 def new_figure(height: int, narrow: Mapping[str, Any], **layout: Any) -> go.Figure:
@@ -90,9 +89,7 @@ def symbol(look: CurveStyle) -> str:
 
 def rounded(values: Sequence[float | None]) -> list[float | None]:
     """Round to five significant digits, which keeps the page small. NaN and infinities become None."""
-    return [
-        None if v is None or not math.isfinite(v) else float(f"{v:.{_SIGNIFICANT_DIGITS}g}") for v in values
-    ]
+    return [None if v is None or not math.isfinite(v) else float(f"{v:.5g}") for v in values]
 
 
 def menu(buttons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The plots of a report."""
+"""The static pictures of a report (matplotlib)."""

@@ -1,4 +1,4 @@
-"""The static picture of score against cost, with the Pareto front."""
+"""The static picture of test score over cost, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from orchestrator.analyze.plots.style import GREY
 def draw_costs(rows: Sequence[CostRow]) -> Figure:
     """Draw a row of axes per task and model: the test score over each known cost.
 
-    The dashed line joins the Pareto front: no other variant is both cheaper and at least as good.
+    A dashed line joins the variants on the Pareto front, which no other variant dominates (see
+    `costs.pareto_front`). Their names are in bold type.
     """
     groups = rows_by_title(rows)
     columns = max(len(known_axes(own)) for own in groups.values())

@@ -1,4 +1,4 @@
-"""The static picture of a grid: score over learning rate, the whole and the tops."""
+"""The static picture of a grid: score over learning rate."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ _CLIFF: dict[str, Any] = {"linestyle": (0, (4, 3)), "alpha": 0.7}
 
 
 def draw_curves(summary: Summary) -> Figure:
-    """Draw the validation score over the learning rate.
+    """Draw the validation score over the learning rate, for each panel.
 
-    Every curve shows the means with their t-intervals, single seeds as faint dots and a ring around the best
-    rate. Diverged runs are crosses and collapsed ones triangles. The line is dashed across a cliff. Beside
-    the whole are axes that show the tops of the curves.
+    A curve has the means with their t-intervals, the single seeds as faint dots and a ring around the best
+    rate. Diverged runs are crosses and collapsed ones triangles. The line is dashed across a cliff, see
+    `curve_lines.LinePiece`. On the right, a second plot shows the parts of the curves around their best
+    scores. With more than `MAX_OVERLAID_CURVES` curves each one has axes of its own instead.
     """
     if any(len(p.curves) > MAX_OVERLAID_CURVES for p in summary.panels):
         return _draw_small_multiples(summary)
@@ -48,7 +49,7 @@ def draw_curves(summary: Summary) -> Figure:
             steps = side_steps(panel)
             for curve in panel.curves:
                 _draw_curve(axes, panel, curve, styles[curve.label], steps[curve.label])
-            if view:  # Marks below the tops must not show beside the axes.
+            if view:  # Otherwise, marks of scores outside these axes would be drawn beside them.
                 for artist in axes.lines:
                     artist.set_clip_on(True)
         _add_legend(grid[-1], panel, styles)
@@ -56,7 +57,7 @@ def draw_curves(summary: Summary) -> Figure:
 
 
 def _draw_small_multiples(summary: Summary) -> Figure:
-    """Draw axes of its own for every variant, with the other curves in grey behind it."""
+    """Draw each curve into axes of its own, with all curves in grey behind it."""
     columns = 4
     heights = [math.ceil(len(p.curves) / columns) for p in summary.panels]
     figure = style.new_figure(max(7.0, 2.5 * sum(heights) + 0.8))
@@ -79,6 +80,14 @@ def _draw_small_multiples(summary: Summary) -> Figure:
 
 
 def _set_up_axes(axes: Axes, panel: Panel, top: TopAxes | None = None, is_small: bool = False) -> None:
+    """Set scales, limits, ticks and labels, and draw the untrained score.
+
+    Args:
+        axes: The axes.
+        panel: The panel that they show.
+        top: The limits of the axes; None for those of all scores.
+        is_small: Whether the axes are some of many, with small ticks and without labels.
+    """
     rates = sorted({p.learning_rate for c in panel.curves for p in c.points})
     axes.set_xscale("log")
     bounds = style.score_range(panel)
@@ -101,6 +110,7 @@ def _set_up_axes(axes: Axes, panel: Panel, top: TopAxes | None = None, is_small:
 
 
 def _draw_lines(axes: Axes, curve: Curve, shift: float, **look: Any) -> None:
+    """Draw the line through the means. The rates are multiplied by `shift`, see `curve_lines.side_steps`."""
     for piece in line_pieces(curve):
         x = [p.learning_rate * shift for p in piece.points]
         y = [math.nan if (mean := p.validation.mean) is None else mean for p in piece.points]
@@ -111,7 +121,7 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, look: CurveStyle, shift:
     _draw_lines(axes, curve, shift, color=look.color, linewidth=1.8, zorder=3)
     _draw_runs(axes, panel, curve, look.color, shift)
     points = [p for p in curve.points if p.eligible and p.validation.mean is not None]
-    usable = [p for p in points if p.count_runs("finished")]  # else crosses and triangles show it
+    usable = [p for p in points if p.count_runs("finished")]  # other points have crosses and triangles only
     means = [p.validation.mean or 0.0 for p in usable]
     mark: dict[str, Any] = {"color": look.color, "markersize": 6, "zorder": 4}
     axes.plot([p.learning_rate * shift for p in usable], means, look.marker, **mark)
@@ -125,7 +135,7 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, look: CurveStyle, shift:
 
 
 def _draw_runs(axes: Axes, panel: Panel, curve: Curve, color: str, shift: float) -> None:
-    """Draw a mark for each run that has a score, by its label."""
+    """Draw a marker for each run with a score. The marker depends on the label of the run."""
     places: dict[RunLabel, list[tuple[float, float]]] = defaultdict(list)
     for point in curve.points:
         for run in point.runs:
@@ -154,4 +164,4 @@ def _add_legend(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) -> N
         entries.append(style.legend_entry("95 % interval", marker="|", markersize=14))
     if panel.untrained_validation is not None:
         entries.append(style.legend_entry("untrained base", linestyle=":"))
-    style.add_legend(axes, entries, 1.02)
+    style.add_legend(axes, entries)

@@ -1,9 +1,9 @@
-"""The plot of factors: what each hyperparameter costs, set blindly and with the rate tuned again."""
+"""The static picture of a sensitivity study: the losses A and B of each hyperparameter."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,11 +17,15 @@ PANELS = (
     ("misset", "A: set blindly, nothing else reacts"),
     ("retuned", "B: set blindly, the other one tuned again"),
 )
-"""Field of a factor's effect, and title."""
+"""Field of `FactorEffect`, and title of its axes."""
 
 
 def draw_factors(tasks: Sequence[TaskFactors]) -> Figure:
-    """Draw two axes per task: A and B of each factor, a bar per variant with its 95 % interval."""
+    """Draw two axes per task, for the losses A and B of `FactorEffect`.
+
+    Each factor has a bar per variant, with its 95 % interval. A star marks the factors that act as a learning
+    rate.
+    """
     shown = [task for task in tasks if task.variants]
     rows = [max(1, len(factor_titles(task)) * len(task.variants)) for task in shown] or [1]
     figure = style.new_figure(sum(1.6 + 0.17 * n + 0.12 * n / len(shown or [1]) for n in rows))
@@ -37,22 +41,22 @@ def draw_factors(tasks: Sequence[TaskFactors]) -> Figure:
             style.legend_entry(variant, look.color, marker="s", markersize=9)
             for variant, look in styles.items()
         ]
-        style.add_legend(axes[1], entries, 1.02)
+        style.add_legend(axes[1], entries)
     return figure
 
 
 def factor_titles(task: TaskFactors) -> list[str]:
-    """Return the titles of all factors, the learning rate first, then by A averaged over variants."""
+    """Return the factors' titles: the learning rate, then the others by descending mean A over variants."""
     losses: dict[str, list[float]] = {}
     for variant in task.variants:
         for factor in variant.factors:
             losses.setdefault(factor.title, []).append(factor.misset.mean or 0.0)
-    ordered = sorted(losses, key=lambda title: -math.fsum(losses[title]) / len(losses[title]))
+    ordered = sorted(losses, key=lambda title: -fmean(losses[title]))
     return [*dict.fromkeys(variant.rate.title for variant in task.variants), *ordered]
 
 
 def effects_by_title(task: TaskFactors) -> dict[str, dict[str, FactorEffect]]:
-    """Return variant -> title -> effect."""
+    """Return variant -> title of a factor -> effect."""
     return {v.variant: {f.title: f for f in v.effects} for v in task.variants}
 
 

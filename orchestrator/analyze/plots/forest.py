@@ -1,9 +1,10 @@
-"""The forest plot of a replicated tuning: every variant's difference from the tuned baseline."""
+"""The static picture of a replicated tuning: a forest plot of the differences from the tuned baseline."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median_low
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -15,8 +16,6 @@ from orchestrator.analyze.plots import style
 from orchestrator.analyze.tuned import tuned_text
 from orchestrator.analyze.tuned.tuned_results import TaskComparison, TunedComparison, VariantRow
 
-# Blue is better, orange worse, green no difference that matters. The colors differ for any color vision,
-# and every outcome is written out as well.
 OUTCOME_COLORS = {
     "better": "#0072B2",
     "worse": "#D55E00",
@@ -24,14 +23,15 @@ OUTCOME_COLORS = {
     "not inferior": "#56B4E9",
     "undecided": style.GREY,
 }
-MARGIN_COLOR = "#009E73"
+"""Colors of Okabe and Ito, which differ with any color vision. The plot names every outcome as well."""
+MARGIN_COLOR = OUTCOME_COLORS["equivalent"]
 
 
 def draw_forest(found: TunedComparison) -> Figure:
-    """Draw a row per variant: its mean difference of the test score in points, its interval and its outcome.
+    """Draw a forest plot per task, and with several tasks another one of the aggregates over them.
 
-    The margin is a green band. With several tasks, each has axes of its own, and the last ones have the
-    interquartile means over all tasks.
+    A row is a variant, with its difference from the tuned baseline in points, the interval and the outcome. A
+    green band marks differences within the margin. The aggregates are interquartile means of the differences.
     """
     heights = [max(2, len(task.rows) - 1) + 1.6 for task in found.tasks]
     heights += [max(2, len(found.aggregates)) + 1.6] if found.aggregates else []
@@ -45,7 +45,7 @@ def draw_forest(found: TunedComparison) -> Figure:
 
 
 def _draw_task(axes: Axes, task: TaskComparison) -> None:
-    rows = list(reversed(task.rows[1:]))  # the best at the top
+    rows = list(reversed(task.rows[1:]))  # without the baseline, the largest difference at the top
     limits = x_limits(
         [(row.difference, row.interval) for row in rows if row.difference is not None], task.margin
     )
@@ -79,6 +79,7 @@ def _draw_aggregates(axes: Axes, found: TunedComparison) -> None:
 
 
 def _prepare(axes: Axes, labels: Sequence[str], limits: tuple[float, float], margin: float) -> None:
+    """Draw the margin and the zero line, and set the limits and the labels of the rows."""
     band: dict[str, Any] = {"color": MARGIN_COLOR, "alpha": 0.13, "linewidth": 0, "zorder": 0}
     axes.axvspan(-100 * margin, 100 * margin, **band)
     axes.axvline(0, color="#444444", linewidth=1.2, zorder=1)
@@ -108,7 +109,18 @@ def _draw_interval(
     color: str,
     limits: tuple[float, float],
 ) -> None:
-    """Draw a mean with its interval; what lies beyond the axes is an arrow and a number."""
+    """Draw a difference with its interval and both numbers.
+
+    A mean or an end of an interval outside the limits is an arrow at the edge of the axes.
+
+    Args:
+        axes: The axes.
+        y: The height of the row.
+        value: The difference, as a score (not in points).
+        interval: The interval of the difference; None draws a hollow dot alone.
+        color: The color.
+        limits: The limits of the x axis, as scores.
+    """
     left, right = (100 * limit for limit in limits)
     note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9.5, "color": color}
     if not left <= 100 * value <= right:
@@ -137,10 +149,10 @@ def _draw_interval(
 
 
 def x_limits(rows: Sequence[tuple[float, Interval | None]], margin: float) -> tuple[float, float]:
-    """Return the limits of the x axis, as differences of scores.
+    """Return the limits of the x axis, as differences of scores (not in points).
 
-    They hold two thirds of the means and what is near them. Limits that held the outliers as well would leave
-    no room to tell the others apart.
+    The limits contain the margin and at least two thirds of the means, those nearest to zero, with most of
+    their intervals. Outliers may lie outside, because they would compress the other rows too much.
 
     Args:
         rows: The differences with their intervals.
@@ -148,8 +160,7 @@ def x_limits(rows: Sequence[tuple[float, Interval | None]], margin: float) -> tu
     """
     means = sorted(abs(value) for value, _ in rows)
     intervals = [interval for _, interval in rows if interval is not None]
-    widths = sorted(interval.high - interval.low for interval in intervals)
-    usual = widths[(len(widths) - 1) // 2] if widths else margin
+    usual = median_low([i.high - i.low for i in intervals]) if intervals else margin
     most = means[math.ceil(2 / 3 * len(means)) - 1] if means else margin
     reach = max(4 * margin, 1.2 * usual, most + 0.75 * usual)
     ends = [end for interval in intervals for end in (interval.low, interval.high)]

@@ -17,12 +17,15 @@ from orchestrator.analyze.plots import style
 from orchestrator.analyze.results import Summary
 
 COLOR_MAP = "cividis"
-"""A scale of growing lightness that looks the same with any color vision; plotly has it, too."""
+"""A color map of matplotlib and plotly whose lightness grows evenly and that suits any color vision."""
 _MAX_COLUMNS_WITH_TEXT = 16
 
 
 def draw_heatmap(summary: Summary) -> Figure:
-    """Draw a row of cells per variant, the best variant at the top, for each task and model."""
+    """Draw a heat map per panel: a row per variant, the best one at the top, and a column per learning rate.
+
+    A frame marks the best rate of a variant.
+    """
     maps = [heat_map(panel) for panel in summary.panels]
     heights = [0.46 * len(each.labels) + 1.0 for each in maps]
     figure = style.new_figure(max(2.6, sum(heights)))
@@ -57,6 +60,7 @@ def _draw_map(axes: Axes, cells: HeatMap) -> None:
 
 
 def _write_cell(axes: Axes, cells: HeatMap, row: int, column: int, norm: Any) -> None:
+    """Write the score and the broken runs of a cell, in white or black by the luma (BT.601) of its color."""
     score, broken = cells.scores[row][column], cells.broken[row][column]
     if score is None:
         return

@@ -1,4 +1,4 @@
-"""The static picture of the training curves."""
+"""The static picture of the training curves: loss over optimizer steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _COLUMNS = 4
 
 
 def draw_losses(panels: Sequence[LossPanel]) -> Figure:
-    """Draw axes for each variant: its loss at the best rate (black), and at the next lower and higher one."""
+    """Draw axes per variant: its training loss at the best rate and at the next lower and higher one.
+
+    The line of the best rate is black, that of the lower rate blue, and that of the higher rate orange.
+    """
     heights = [math.ceil(len(p.variants) / _COLUMNS) for p in panels]
     figure = style.new_figure(2.7 * sum(heights) + 0.5 * len(panels))
     cells = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)

@@ -1,4 +1,4 @@
-"""The plot of a search: the score of its points, and the best score as points are added."""
+"""The static picture of a search: the score of each point, and the best score so far."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -19,9 +20,9 @@ from orchestrator.analyze.tuning import SearchResult, TuningPoint, TuningResult
 def draw_search(searches: Sequence[SearchResult]) -> Figure:
     """Draw two axes per task and model.
 
-    On the left is the validation score over the learning rate, a dot per point: hollow at its last score if
-    it was stopped early, a cross if it diverged, ringed if it is the best. On the right is the best score so
-    far, over the points in the order in which they started.
+    The left one shows the validation score of each point over its learning rate. A point that was stopped
+    early is hollow, at its last score. A diverged point is a cross at the floor. A variant's best point has a
+    ring. The right one shows the best score so far, over the points in the order in which they started.
     """
     figure = style.new_figure(5.6 * max(1, len(searches)))
     grid = figure.subplots(max(1, len(searches)), 2, squeeze=False, width_ratios=(3, 2), sharey="row")
@@ -76,14 +77,12 @@ def _plot_running_best(axes: Axes, search: SearchResult, styles: Mapping[str, Cu
 
 
 def running_best(variant: TuningResult) -> list[float]:
-    """Return the highest score of an eligible point among the first 1, 2, ... points; NaN without any."""
-    running: list[float] = []
-    best = math.nan
-    for point in variant.points:
-        mean = point.validation.mean
-        if point.eligible and mean is not None and not mean <= best:
-            best = mean
-        running.append(best)
+    """Return the running maximum of the validation score over the points in the order of their start.
+
+    Points that are not eligible or have no score are skipped. Elements before the first score are NaN.
+    """
+    means = [point.validation.mean if point.eligible else None for point in variant.points]
+    running: list[float] = np.fmax.accumulate(np.array(means, dtype=float)).tolist()
     return running
 
 
@@ -104,4 +103,4 @@ def _add_legend(axes: Axes, search: SearchResult, styles: Mapping[str, CurveStyl
         entries.append(style.legend_entry("diverged (floor)", marker="x"))
     if search.untrained_validation is not None:
         entries.append(style.legend_entry("untrained base", linestyle=":"))
-    style.add_legend(axes, entries, 1.02)
+    style.add_legend(axes, entries)

@@ -1,4 +1,4 @@
-"""The plot of test scores at one common learning rate and at each variant's own best rate."""
+"""The static picture of the test scores at one common learning rate and at each variant's own best rate."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from orchestrator.analyze.results import Panel, Spread, Summary
 def draw_spread(summary: Summary) -> Figure:
     """Draw two test scores of each variant: at the common rate (hollow) and at its own best rate (filled).
 
-    The filled one has its t-interval. Above them, two brackets show the spread of the variants at the common
-    rate and at their own best rates.
+    A thick line behind the filled dot is its t-interval. Above the rows, two brackets show the spread of the
+    variants at the common rate and at their own best rates.
     """
     rows = [max(3, len(p.curves)) + 2.4 for p in summary.panels]
     figure = style.new_figure(max(3.6, 0.42 * sum(rows) + 1.0 * len(rows)))
@@ -63,7 +63,7 @@ def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) 
 
 
 def _plot_spread_bracket(axes: Axes, y: float, spread: Spread | None, text: str) -> None:
-    """Draw the range of a spread with its size and `text`."""
+    """Draw a spread at height `y`: a line from the lowest to the highest score, its length, and `text`."""
     if spread is None:
         return
     bracket: dict[str, Any] = {"markersize": 9, "linewidth": 1.5, "markeredgewidth": 1.5}

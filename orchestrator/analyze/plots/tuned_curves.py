@@ -1,4 +1,4 @@
-"""The pooled curves of a replicated tuning, and what a smaller budget would have given."""
+"""The static picture of a replicated tuning: pooled curves, and expected test score by tuning budget."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from orchestrator.analyze.tuned.tuned_results import TaskComparison, TunedCompar
 def draw_tuned_curves(found: TunedComparison) -> Figure:
     """Draw two axes per task.
 
-    On the left is the validation score over the learning rate, each dot the mean of all replicates' runs in a
-    quarter of a decade; a ring marks the optimum. On the right is the test score to expect after tuning with
-    1, 2, ... points.
+    The left one shows the validation score over the learning rate. A dot is the mean over the runs of all
+    replicates in a bin of a quarter of a decade, and a ring marks the optimum. The right one shows the
+    expected test score after tuning with 1, 2, ... points.
     """
     styles = style.styles_by_label({row.variant for task in found.tasks for row in task.rows})
     figure = style.new_figure(4.6 * len(found.tasks))
@@ -60,4 +60,4 @@ def _draw_budgets(axes: Axes, task: TaskComparison, styles: Mapping[str, CurveSt
     axes.set_title("after tuning with k points", pad=8)
     axes.set_xlabel("k, points of a tuning")
     axes.set_ylabel("expected test score")
-    style.add_legend(axes, entries, 1.02)
+    style.add_legend(axes, entries)

@@ -1,1 +1,1 @@
-"""The sections of a report: which pictures, tables and texts each shows."""
+"""The sections of a report, each with its pictures, its tables and the values for its template."""

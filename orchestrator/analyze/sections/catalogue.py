@@ -12,4 +12,4 @@ from orchestrator.analyze.sections.search_section import SEARCH
 from orchestrator.analyze.sections.training_section import TRAINING
 
 SECTIONS: tuple[Section, ...] = (FACTORS, COMPARISON, CURVES, SEARCH, TRAINING, COSTS, RUNS)
-"""The verdicts come before all of these, the provenance after them."""
+"""The sections. The report shows the verdicts before them and the provenance after them."""

@@ -1,4 +1,4 @@
-"""The section of a replicated tuning: every variant against the tuned baseline."""
+"""The section of a replicated tuning: each variant compared with the tuned baseline."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _aggregate_table(found: TunedComparison) -> Table:
         "tasks",
         f"minus {name},\ninterquartile\nmean",
         "95 %\ninterval",
-        "tuning better\nthan LoRA's" if name == "LoRA" else f"tuning better\nthan {name}'s",
+        f"tuning better\nthan {name}'s",
         "95 %\ninterval",
     )
     table = new_table(f"Over {len(found.tasks)} tasks: differences in points", columns)

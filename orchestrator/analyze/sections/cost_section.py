@@ -1,4 +1,4 @@
-"""The section of the costs: what each variant needs, and its score against that."""
+"""The section of the costs: time, memory and parameters of each variant, and its test score over them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _pictures(data: ReportData) -> Sequence[Picture]:
 
 
 def _front(rows: Sequence[CostRow]) -> set[str]:
-    """Return the variants on the Pareto front of score and training time."""
+    """Return the variants of one task and model on the Pareto front of test score and training time."""
     scored = [row for row in rows if row.score.mean is not None and row.train_seconds > 0]
     front = pareto_front([row.train_seconds for row in scored], [row.score.mean or 0.0 for row in scored])
     return {scored[i].variant for i in front}
@@ -47,6 +47,7 @@ def _values(data: ReportData) -> Mapping[str, Any]:
 
 
 def _groups(summary: Summary) -> dict[str, list[CostRow]]:
+    """Return title of the task and model -> all its rows, also those without a score."""
     groups: dict[str, list[CostRow]] = {}
     for row in summary.costs:
         groups.setdefault(row.title, []).append(row)
@@ -54,12 +55,12 @@ def _groups(summary: Summary) -> dict[str, list[CostRow]]:
 
 
 def memory_text(size: int) -> str:
-    """Format a number of bytes in gigabytes; "-" for 0, which is unknown."""
+    """Format a number of bytes in gigabytes (1e9 bytes); "-" for 0, which stands for an unknown number."""
     return f"{size / 1e9:.2f} GB" if size else "-"
 
 
 def seconds_text(seconds: float) -> str:
-    """Format a duration: 3.4 s, 12.5 min, 3.1 h."""
+    """Format a duration: 3.4 s, from 2 minutes on 12.5 min, from 2 hours on 3.1 h."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

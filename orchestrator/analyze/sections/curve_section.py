@@ -1,4 +1,4 @@
-"""The section of the curves: score over learning rate, a grid's heat map, and what a wrong rate costs."""
+"""The section of the curves of a grid: score over learning rate, heat map, and losses at shared rates."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def _pictures(data: ReportData) -> Sequence[Picture]:
 
 def _values(data: ReportData) -> Mapping[str, Any]:
     def reproduce(panel: Panel, curve: Curve, rates: Sequence[float]) -> str:
+        """Return the command that trains the runs of a curve at some rates again."""
         varied = {**panel.varied, **curve.varied}
         return formatting.narrow_command(data.study.command, curve.variant, rates, varied)
 
@@ -94,7 +95,7 @@ def _panel_table(panel: Panel) -> Table:
             formatting.rate(c.best_rate),
             _GRID_TEXT[c.bracketed] if c.bracketed else "-",
             formatting.number(c.best_validation.mean),
-            _ends(c),
+            formatting.interval(c.best_validation, 2) or "-",
             formatting.number(c.best_test.mean),
             f"{usable}/{usable + c.count_runs('collapsed') + c.count_runs('diverged')}",
             formatting.figure(regret),
@@ -103,11 +104,6 @@ def _panel_table(panel: Panel) -> Table:
         scores = formatting.number(panel.untrained_validation), "", formatting.number(panel.untrained_test)
         table.add_row("untrained", "", "", *scores, "", "", style="dim")
     return table
-
-
-def _ends(curve: Curve) -> str:
-    """Return the ends of the interval of the best validation score."""
-    return formatting.interval(curve.best_validation, 2) or "-"
 
 
 CURVES = Section("curves", "Score over learning rate", pictures=_pictures, tables=_tables, values=_values)

@@ -1,4 +1,4 @@
-"""The section of factors: what each hyperparameter costs, and how that compares with the learning rate."""
+"""The section of a sensitivity study: the test score lost by each hyperparameter and by the learning rate."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def _variant_table(task: TaskFactors, variant: VariantFactors) -> Table:
 
 
 def mark_alias(factor: FactorEffect) -> str:
-    """Return the title of a factor, with a star if it acts as a learning rate."""
+    """Return the title of a factor, with a star at its end if the factor acts as a learning rate."""
     return f"{factor.title}*" if factor.alias else factor.title
 
 
 def usable_text(factor: FactorEffect) -> str:
-    """Return the usable runs of those that ended: 55/60."""
+    """Return the number of usable runs and of all runs that ended: 55/60; "-" without any."""
     return f"{factor.usable.usable}/{factor.usable.n}" if factor.usable else "-"
 
 

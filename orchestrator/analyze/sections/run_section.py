@@ -1,4 +1,4 @@
-"""The section of the runs that gave no useful result, with the reason of each."""
+"""The section of the runs without a useful result, with the reason of each."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _MEANINGS: Mapping[RunLabel, str] = {
     "diverged": "counted as the floor",
     "collapsed": "finished, but no better than the untrained model; counted as their score",
 }
+"""Label of a run -> how the analysis counts such runs."""
 
 
 def _values(data: ReportData) -> Mapping[str, Any]:
@@ -23,7 +24,12 @@ def _values(data: ReportData) -> Mapping[str, Any]:
 
 
 def _runs_without_result(data: ReportData) -> dict[RunLabel, list[tuple[str, str, Record]]]:
-    """Return label -> (label of the curve, title of the panel, record)."""
+    """Return the runs without a useful result, sorted by panel, curve, learning rate and seed.
+
+    Returns:
+        Label of the run -> its curve's label, its panel's title, and its record. Labels without a run are
+        left out.
+    """
     where = {
         run.fingerprint: (curve.label, curve_text.panel_title(panel))
         for panel in data.summary.panels

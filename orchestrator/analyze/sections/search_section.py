@@ -1,4 +1,4 @@
-"""The section of a search: the points that a sampler has tried, and the best of each variant."""
+"""The section of a search: the points that the sampler has tried, and the best point of each variant."""
 
 from __future__ import annotations
 

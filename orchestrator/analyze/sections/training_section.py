@@ -1,4 +1,4 @@
-"""The section of the training curves."""
+"""The section of the training curves: loss over optimizer steps."""
 
 from __future__ import annotations
 

@@ -51,3 +51,8 @@ def test_no_two_of_twenty_variants_look_alike_and_only_lora_is_black() -> None:
     styles = style.styles_by_label(["lora", *(f"v{i:02}" for i in range(19))])
     assert len(set(styles.values())) == 20
     assert [label for label, look in styles.items() if look.color == "#000000"] == ["lora"]
+
+
+def test_rates_that_look_the_same_are_written_once() -> None:
+    assert style.rates_text((3e-4, 5e-4)) == "3e-4 to 5e-4"
+    assert style.rates_text((1e-3, 1.0001e-3)) == "1e-3"
