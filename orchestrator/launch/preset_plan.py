@@ -1,15 +1,15 @@
-"""The output of --plan for a preset: what the published protocol asks for, what exists here, what differs."""
+"""Output of --plan for a preset: the published protocol, and the deviations of this study from it."""
 
 from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Sized
 from dataclasses import fields
 from typing import Any
 
 from orchestrator.study.option_groups import GridOptions, SearchOptions, TrainingOptions
-from orchestrator.study.options import StudyOptions
+from orchestrator.study.options import StudyOptions, setting_key
 from orchestrator.study.presets import (
     Preset,
     main_grid_runs,
@@ -22,14 +22,14 @@ from orchestrator.study.published_variants import read_variants
 from variants import catalogue
 
 MIN_WIDTH = 60
-"""Fewest columns of the text, labels included."""
+"""Smallest width of the output in columns, including the labels."""
 
 Line = tuple[str, str]
-"""A label and a text."""
+"""Label and text of a printed line."""
 
 
 def print_preset(options: StudyOptions) -> None:
-    """Print the protocol of the preset in `options`, and everything in which this study deviates from it."""
+    """Print the protocol of the preset in `options`, and the deviations of this study from it."""
     assert options.preset is not None
     width = max(MIN_WIDTH, shutil.get_terminal_size().columns)
     for label, text in preset_lines(read_preset(options.preset), options):
@@ -38,11 +38,11 @@ def print_preset(options: StudyOptions) -> None:
 
 
 def preset_lines(preset: Preset, options: StudyOptions) -> list[Line]:
-    """Return the lines of `print_preset`.
+    """Return the lines that describe the protocol of a preset and the deviations of a study from it.
 
     Args:
         preset: The preset.
-        options: The options of the study, with the preset filled in.
+        options: Options of the study, completed by the preset.
     """
     existing, absent = split_variants(catalogue.names())
     rates = len(preset.options["learning_rates"])
@@ -74,15 +74,15 @@ def preset_lines(preset: Preset, options: StudyOptions) -> list[Line]:
 
 
 _WITHOUT_SETTINGS = ("lora", "hira", "dora", "rslora", "moslora")
-"""Variants whose published form has no setting of its own."""
+"""Published variants that have no settings of their own."""
 
 
-def _count(items: Any, noun: str) -> str:
+def _count(items: Sized, noun: str) -> str:
     return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
 def _changes(preset: Preset, options: StudyOptions) -> list[str]:
-    """Return what the command line replaces in the preset or adds to it, with the preset's value."""
+    """Return the options that differ from the preset, each with its value and the preset's value."""
     own = [each for group in (GridOptions, SearchOptions, TrainingOptions) for each in fields(group)]
     defaults = {each.name: each.default for each in own if each.name not in ("set", "dry_run")}
     defaults |= preset_defaults(preset.name, type(options), catalogue.names())
@@ -91,14 +91,10 @@ def _changes(preset: Preset, options: StudyOptions) -> list[str]:
         for name, value in defaults.items()
         if getattr(options, name) not in (None, value)
     ]
-    words = _by_key(published_words(preset.name, options.variants or ()))
-    typed = _by_key(options.set)
+    words = {setting_key(word): word for word in published_words(preset.name, options.variants or ())}
+    typed = {setting_key(word): word for word in options.set}
     changed += [f"--set {w} (preset: {words.get(k, 'none')})" for k, w in typed.items() if words.get(k) != w]
     return changed
-
-
-def _by_key(words: Any) -> Mapping[str, str]:
-    return {word.partition("=")[0].replace("-", "_"): word for word in words}
 
 
 def _option(name: str) -> str:

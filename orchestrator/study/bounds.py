@@ -1,7 +1,7 @@
 """Upper bounds of options.
 
-A study keeps a row in memory for each configuration and each optimizer step. A number above these bounds is
-taken for a typing error, because it would fill the memory before anything is trained.
+A study has an entry in memory for each configuration and each optimizer step. A number above these bounds
+would fill the memory before the training starts, so it is rejected as a typing error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from orchestrator.util.errors import UsageError
 
 MAX_POINTS = 10_000
-"""Points of a search, or learning rates times seeds, for each variant."""
+"""Bound of the points of a search, and of learning rates times seeds, for each variant."""
 MAX_STEPS = 10_000_000
 MAX_EVALUATIONS = 100_000
 MAX_BATCH_SIZE = 1_000_000
@@ -26,9 +26,9 @@ def check_bound(option: str, value: int | None, maximum: int) -> None:
     """Check that an option's value is at least 1 and at most `maximum`.
 
     Args:
-        option: Name of the option, for the error line.
+        option: Name of the option, for the error message.
         value: Value of the option; None (not given) is accepted.
-        maximum: The largest value that is allowed.
+        maximum: Largest valid value.
 
     Raises:
         UsageError: The value is too small or too large.
@@ -45,9 +45,9 @@ def check_positive(option: str, value: float | None, example: str) -> None:
     """Check that an option's value is a finite number above 0.
 
     Args:
-        option: Name of the option, for the error line.
+        option: Name of the option, for the error message.
         value: Value of the option; None (not given) is accepted.
-        example: The usual value, for the error line.
+        example: A usual value, for the error message.
 
     Raises:
         UsageError: The value is infinite, NaN, 0 or less.
@@ -64,7 +64,7 @@ def check_grid_size(num_seeds: int, num_rates: int) -> None:
         num_rates: Number of learning rates.
 
     Raises:
-        UsageError: The grid has more.
+        UsageError: The grid has more points.
     """
     if num_seeds * num_rates > MAX_POINTS:
         points = f"with {num_rates} learning rates each variant has {num_seeds * num_rates} points"

@@ -1,8 +1,8 @@
-"""A configuration: one immutable point of a study, identified everywhere by its fingerprint.
+"""A configuration: one immutable point of a study, identified by its fingerprint.
 
-Every field is *resolved*: defaults are filled in before a configuration is made, so that two spellings of
-one experiment have one fingerprint. Device, lane group size and versions do not change the numbers; they are
-not part of the configuration, but of the record's provenance. A field with an alias has that name on disk.
+All defaults are filled in before a configuration is made, so that two ways to write one experiment have the
+same fingerprint. Device, lane group size and versions do not change the results; they belong to the
+provenance of the record, not to the configuration. On disk a field has the name of its alias, if it has one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ LRScheduleName = Literal["constant", "linear", "cosine"]
 class VariantChoice:
     """A variant with all its hyperparameters.
 
-    `alpha` is None for a variant without one (HiRA). `targets` is "blocks" (every linear layer inside the
-    model's repeated blocks), a comma-separated list of layer-name endings, or "re:" and a regular expression.
-    `extra` holds the settings that only this variant has.
+    `alpha` is None for a variant without alpha, such as HiRA. `targets` is "blocks" (every linear layer in
+    the model's repeated blocks), a comma-separated list of endings of layer names, or "re:" and a regular
+    expression. `extra` has the settings that only this variant has: name -> value.
     """
 
     name: str
@@ -41,7 +41,7 @@ class VariantChoice:
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """A task with its data: `revision` identifies the content of the data, sizes are in examples."""
+    """A task with its data. `revision` is a hash of the data; sizes are numbers of examples."""
 
     name: str
     revision: str
@@ -55,7 +55,7 @@ class TaskChoice:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A base model: `name` is for display, `content` (a SHA-256 or a hub revision) is its identity."""
+    """A base model, identified by `content`, a SHA-256 or a hub revision; `name` is for readers."""
 
     name: str
     content: str
@@ -64,10 +64,10 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as in transformers' Trainer: biases and norms have no weight decay.
+    """AdamW as in transformers' Trainer, without weight decay of biases and norms.
 
-    `clip_norm` is the largest global gradient norm of a lane. `head_learning_rate` is the learning rate of a
-    task's head; None means `learning_rate`.
+    `clip_norm` is the maximum of the global gradient norm of a lane. `head_learning_rate` is the learning
+    rate of a task's head; None stands for `learning_rate`.
     """
 
     learning_rate: float
@@ -84,7 +84,7 @@ class LRSchedule:
     """The learning rate over `steps` optimizer steps.
 
     A linear warm-up from 0 takes the fraction `warmup` of the steps; the curve `name` follows. A linear or
-    cosine curve ends at the fraction `final_factor` of the peak; a constant one has no such end.
+    cosine curve ends at `final_factor` times the peak; a constant one ignores `final_factor`.
     """
 
     steps: int
@@ -144,9 +144,9 @@ class Configuration:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON.
 
-        The base model counts by its content, not by its name. A head learning rate equal to the learning rate
-        and a base dropout that is off are left out, because earlier versions had no such fields. For the same
-        reason `to_json` leaves out what `_drop_later_defaults` names.
+        The name of the base model is not part of it, only its content. A head learning rate equal to the
+        learning rate and a base dropout that is off are left out, because earlier versions lack these fields.
+        For the same reason `to_json` leaves out the fields in `_drop_later_defaults`.
         """
         data = replace(self, model=replace(self.model, name="")).to_json()
         if data["optimizer"]["head_learning_rate"] in (None, data["optimizer"]["learning_rate"]):
@@ -159,7 +159,8 @@ class Configuration:
     def group_key(self) -> str:
         """Key of the lane group: lanes with equal keys have equal tensor shapes and may train together.
 
-        It covers everything but learning rates, weight decay, alpha, learning rate schedule and seed.
+        Configurations with equal keys may differ in the optimizer's settings, alpha, the learning rate
+        schedule, the divergence rule, the evaluations and the seed.
         """
         normalized = replace(
             self,
@@ -175,9 +176,9 @@ class Configuration:
         return hashlib.sha256(canonical_json(normalized.to_json())).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the configuration as a JSON object in one spelling."""
+        """Return the configuration as a JSON object, with the same JSON for equal values."""
         adapter = _type_adapter()
-        # Validation first turns 16 into 16.0 where the type is float, so that one value has one spelling.
+        # The validation turns 16 into 16.0 where the type is float, so that equal values have equal JSON.
         validated = adapter.validate_python(adapter.dump_python(self, by_alias=True))
         data: dict[str, Any] = adapter.dump_python(validated, mode="json", by_alias=True)
         _drop_later_defaults(data)
@@ -188,12 +189,12 @@ class Configuration:
         """Return the configuration in a JSON object.
 
         Raises:
-            pydantic.ValidationError: The object is no configuration.
+            pydantic.ValidationError: The object is not a configuration.
         """
         return _type_adapter().validate_python(data)
 
     def to_columns(self) -> dict[str, float | int | str | None]:
-        """Return all fields as one level of named columns, for Parquet, MLflow and the analysis."""
+        """Return all fields as flat columns, name -> value, for Parquet, MLflow and the analysis."""
         nested = self.to_json()
         columns: dict[str, Any] = {"variant": self.variant.name, "task": self.task.name}
         columns |= {"model": self.model.name, "model_content": self.model.content, "dtype": self.model.dtype}
@@ -213,9 +214,9 @@ class Configuration:
 
 
 def _drop_later_defaults(data: dict[str, Any]) -> None:
-    """Remove the fields that were added later, where they have their default.
+    """Remove fields that earlier versions lack from a configuration's JSON, if they have their defaults.
 
-    A configuration without them then has the JSON, the fingerprint and the group key of earlier versions.
+    A configuration that earlier versions could express keeps its JSON, fingerprint and group key.
     """
     if data["schedule"]["final_factor"] == 0.0:
         del data["schedule"]["final_factor"]

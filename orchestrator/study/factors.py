@@ -1,7 +1,7 @@
-"""The factors of a sensitivity study: hyperparameters with range, prior, levels, default and source.
+"""Factors of a sensitivity study: hyperparameters with range, prior, levels, default and source.
 
-The table is data: `factors.toml` beside this module. A factor's name is the key that `space.apply_values` and
---set understand: NAME, or VARIANT.NAME for a setting that one variant has alone.
+The table of factors is `factors.toml`. The name of a factor is the key that `space.apply_values` and --set
+take: NAME, or VARIANT.NAME for a setting of one variant.
 """
 
 from __future__ import annotations
@@ -23,39 +23,40 @@ from orchestrator.util.errors import UsageError, suggest_nearest
 
 Prior = Literal["log", "uniform", "choice"]
 RATE = "learning_rate"
-"""The factor that every study measures."""
+"""Name of the learning rate, which every study measures."""
 ALL = "all"
-"""The word of --factors for the whole table and the variants' own settings."""
+"""Value of --factors for the whole table and the variants' own settings."""
 OWN_RANGE = (0.5, 2.0)
-"""Range of a variant's own number that the table does not name, as multiples of its default."""
+"""Range of a variant's numeric setting without an entry in the table, as multiples of its default."""
 RESWEEP_DECADES = (-1.0, -0.5, 0.0, 0.5, 1.0)
-"""Places of the rates at which every level is trained, around the best rate of the default. With three of
-them the optimum of an alias such as alpha lies outside, and its B reads 3.6 points instead of 0.1."""
+"""Positions of the rates at which every level is trained, in decades from the best rate of the default. With
+the middle three alone, the optimum of an alias such as alpha lies outside, and B(alpha) is estimated as 3.6
+points instead of 0.1."""
 RESWEEP_TOLERANCE = 0.13
-"""Decades by which a rate may lie beside its place: half of the spacing of 4 rates a decade."""
+"""Largest distance of a rate from such a position, in decades: half of the spacing of 4 rates a decade."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a study. The fields are those of `factors.toml`, which explains them."""
+    """One factor of a study. The comments in `factors.toml` explain the fields."""
 
     name: str
     title: str
-    """Name in reports."""
+    """The name in reports."""
     prior: Prior
     levels: tuple[Value, ...] = ()
     relative: bool = False
     range: tuple[float, ...] = ()
-    """Low and high end of the prior; empty for a choice and for the learning rate."""
+    """Lower and upper end of the prior; empty for a choice and for the learning rate."""
     default: Value | None = None
     labels: tuple[str, ...] = ()
-    """Names of `levels` in reports, for values that do not read well."""
+    """Names of `levels` in reports, for values that are not readable, such as a regular expression."""
     alias: bool = False
     source: str = ""
 
     @property
     def variant(self) -> str:
-        """The variant that alone has this factor; empty for a factor of all."""
+        """The only variant with this factor; empty for a factor of all variants."""
         return self.name.rpartition(".")[0]
 
     def label(self, value: Value) -> str:
@@ -66,21 +67,24 @@ class Factor:
         return named.get(value, format_value(value))
 
     def position(self, value: Value, index: int) -> float:
-        """Return the place of a level on the prior's axis: its logarithm, its value or its index.
+        """Return the position of a level on the axis of the prior.
 
         Args:
             value: The level.
-            index: Its place among the measured levels.
+            index: Index of the level among the measured levels.
+
+        Returns:
+            Log10 of the value for a log prior, the value for a uniform prior, the index for a choice.
         """
         if self.prior == "choice":
             return float(index)
         return math.log10(float(value)) if self.prior == "log" else float(value)
 
     def prior_ends(self, default: Value) -> tuple[float, float]:
-        """Return the ends of the prior as values.
+        """Return the lower and the upper end of the prior as values of the factor.
 
         Args:
-            default: The study's default value, by which a relative range is multiplied.
+            default: Default value of the study; a relative range is a multiple of it.
         """
         scale = float(default) if self.relative else 1.0
         return self.range[0] * scale, self.range[1] * scale
@@ -88,21 +92,22 @@ class Factor:
 
 @lru_cache(maxsize=1)
 def load_factors() -> Mapping[str, Factor]:
-    """Return the table of factors: name -> factor, in the order of the file."""
+    """Return the factors of `factors.toml`: name -> factor, in the order of the file."""
     text = resources.files("orchestrator.study").joinpath("factors.toml").read_text(encoding="utf-8")
     entries = {name: {"name": name, **entry} for name, entry in tomllib.loads(text).items()}
     return TypeAdapter(dict[str, Factor]).validate_python(entries)
 
 
 def choose_factors(words: Sequence[str], own_settings: Mapping[str, Mapping[str, Value]]) -> list[Factor]:
-    """Return the factors that --factors names, without the learning rate, which is always one.
+    """Return the factors that --factors names, without the learning rate, which every study has.
 
     Args:
         words: Names of factors, or `all`.
-        own_settings: Variant -> the settings that it has alone, with their defaults.
+        own_settings: Variant of the study -> its own settings (see `own_settings`) -> default.
 
     Raises:
-        UsageError: A name is unknown, belongs to a variant that is not in the study, or there is none.
+        UsageError: A name is unknown, belongs to a variant that is not in the study, or has no levels; or no
+            factor but the learning rate is named.
     """
     own = {
         f"{variant}.{name}": default
@@ -134,7 +139,14 @@ def choose_factors(words: Sequence[str], own_settings: Mapping[str, Mapping[str,
 
 
 def _own_factors(own: Mapping[str, Value]) -> dict[str, Factor]:
-    """Return the factors of the variants' own settings: from the table, or from half to double."""
+    """Return the factors of the variants' own settings: key -> factor.
+
+    A setting without an entry in the table varies over `OWN_RANGE` if its default is a number above 0;
+    otherwise it is no factor.
+
+    Args:
+        own: VARIANT.NAME -> default of the setting.
+    """
     table, found = load_factors(), {}
     for name, default in own.items():
         if name in table:
@@ -148,7 +160,7 @@ def _own_factors(own: Mapping[str, Value]) -> dict[str, Factor]:
 
 
 def has_factor(configuration: Configuration, factor: Factor) -> bool:
-    """Return whether the configuration's variant has the factor (HiRA has no alpha)."""
+    """Return whether the variant of the configuration has the factor; HiRA, for example, has no alpha."""
     name = factor.name.rpartition(".")[2]
     if factor.variant:
         return factor.variant == configuration.variant.name and name in configuration.variant.extra
@@ -156,18 +168,18 @@ def has_factor(configuration: Configuration, factor: Factor) -> bool:
 
 
 def factor_levels(factor: Factor, template: Configuration, count: int) -> tuple[Value, ...]:
-    """Return the levels of a factor besides the default of a template.
+    """Return the levels of a factor other than the default.
 
-    A level is clipped to what the task allows: at most its training examples, a batch of at most as many, and
-    a batch that --accumulation divides.
+    Numbers of training examples and batch sizes are clipped to the training examples of the task. Batch sizes
+    are rounded to a multiple of the accumulation steps.
 
     Args:
-        factor: The factor; not the learning rate.
-        template: The default configuration of a variant and task.
-        count: Number of levels, at most; a choice has all of its levels.
+        factor: A factor other than the learning rate.
+        template: Default configuration of a variant and task.
+        count: Largest number of levels of a numeric factor. A choice has all of its levels.
 
     Returns:
-        Distinct levels other than the default; none for a factor that the variant does not have.
+        Distinct levels in the order of the table; empty if the variant does not have the factor.
     """
     if not has_factor(template, factor):
         return ()
@@ -186,6 +198,7 @@ def factor_levels(factor: Factor, template: Configuration, count: int) -> tuple[
 
 
 def _clip(factor: Factor, template: Configuration, value: Value) -> Value:
+    """Return the nearest value that the task of the template allows."""
     if factor.name == "train_size":
         return min(int(value), template.task.train_size)
     if factor.name == "batch_size":
@@ -196,23 +209,23 @@ def _clip(factor: Factor, template: Configuration, value: Value) -> Value:
 
 
 def normalize(configuration: Configuration) -> Configuration:
-    """Return a configuration without learning rate and seed: what all runs of one curve share."""
-    optimizer = replace(configuration.optimizer, learning_rate=1.0)  # the placeholder of templates
+    """Replace learning rate and seed by placeholders, so that all runs of a curve are equal."""
+    optimizer = replace(configuration.optimizer, learning_rate=1.0)  # the same placeholder as in templates
     return replace(configuration, optimizer=optimizer, seed=0)
 
 
 def find_changed_factor(
     configuration: Configuration, default: Configuration, factors: Sequence[Factor]
 ) -> Factor | None:
-    """Return the factor in which a configuration differs from the default.
+    """Return the one factor in which a configuration differs from the default.
 
     Args:
-        configuration: A normalized configuration (see `normalize`).
-        default: The normalized default configuration.
-        factors: The factors of the study.
+        configuration: A configuration from `normalize`.
+        default: The default configuration, from `normalize`.
+        factors: Factors of the study.
 
     Returns:
-        The factor; None if the configuration is the default, or differs in more than one factor.
+        The factor; None if the configuration is the default, or differs in more or in something else.
     """
     for factor in factors:
         if not (has_factor(configuration, factor) and has_factor(default, factor)):
@@ -221,25 +234,26 @@ def find_changed_factor(
         if value is None or get_value(configuration, factor.name) == value:
             continue
         restored = apply_values(configuration, {factor.name: value})
-        # Few steps have few evaluations, see `apply_values`.
+        # `apply_values` lowers the number of evaluations of a configuration with few steps.
         if replace(restored, evaluations=default.evaluations) == default:
             return factor
     return None
 
 
 def own_settings(template: Configuration) -> Mapping[str, Value]:
-    """Return the settings that the template's variant has alone, with the study's defaults."""
+    """Return the settings that only this variant has: name -> value in the template."""
     return {k: v for k, v in template.variant.extra.items() if k not in space.VARIANT_HYPERPARAMETERS}
 
 
 def resweep_rates(rates: Sequence[float], center: float) -> tuple[float, ...]:
-    """Return the rates of the curve at which every level is trained: five, half a decade apart.
-
-    They are those nearest to `RESWEEP_DECADES` around the center; fewer where the curve ends.
+    """Return the rates at which every level of a factor is trained: those nearest to `RESWEEP_DECADES`.
 
     Args:
-        rates: The rates of the curve.
-        center: The best of them, x*.
+        rates: Rates of the curve.
+        center: The rate of x*, one of `rates`.
+
+    Returns:
+        Up to five rates, ascending; fewer near an end of the curve. `center` is one of them.
     """
     found = set()
     for offset in RESWEEP_DECADES:
@@ -251,15 +265,18 @@ def resweep_rates(rates: Sequence[float], center: float) -> tuple[float, ...]:
 
 
 def is_near(rate: float, center: float) -> bool:
-    """Return whether a rate lies among those at which levels are trained around a center."""
+    """Return whether a rate lies within the range of `RESWEEP_DECADES` around a center."""
     return abs(math.log10(rate / center)) <= RESWEEP_DECADES[-1] + RESWEEP_TOLERANCE
 
 
 def default_rate(rates: Sequence[float]) -> float:
     """Return the rate of the curve that stands for the published default.
 
-    It is the rate nearest to the published one (5e-5, see the table) if that lies on the curve, else the one
-    in the middle: a small model of this project's own learns nothing at a rate for large ones.
+    It is the rate nearest to the published default (5e-5 in the table) if that is within the range of the
+    curve, else the rate nearest to the middle of the curve. Small models learn nothing at 5e-5.
+
+    Args:
+        rates: Rates of the curve.
     """
     published = float(load_factors()[RATE].default or 0)
     if not min(rates) <= published <= max(rates):

@@ -1,4 +1,4 @@
-"""Learning rate schedules."""
+"""Learning rate schedules: linear warm-up, then a constant, linear or cosine curve."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from orchestrator.study.configuration import LRSchedule
 def warmup_steps(schedule: LRSchedule) -> int:
     """Return the number of warm-up steps: `warmup * steps`, rounded up.
 
-    This is the number in transformers' Trainer except for rounding errors: 0.07 * 100 is 7.000000000000001 in
-    floating point, which gives 7 steps here and 8 there.
+    The product is first rounded to 9 decimals, so that 0.07 * 100 = 7.000000000000001 gives 7 steps. Without
+    this rounding, transformers' Trainer has 8; otherwise both agree.
     """
     return min(schedule.steps, math.ceil(round(schedule.warmup * schedule.steps, 9)))
 
 
 def lr_factor(schedule: LRSchedule, step: int) -> float:
-    """Return the factor of the peak learning rate in a step, as in transformers' schedules.
+    """Return the learning rate in a step as a fraction of the peak, as in transformers' schedules.
 
-    With w warm-up steps and n = steps - w steps after them, the factor is step / w while step < w (the first
-    step has rate 0). After that it is 1 (constant) or f + (1 - f) g, where f is `final_factor`, p is
-    (step - w) / n in [0, 1), and g is 1 - p (linear) or (1 + cos(pi p)) / 2 (cosine).
+    Let w be the number of warm-up steps. While step < w the fraction is step / w; the first step has rate 0.
+    Afterwards it is 1 (constant) or f + (1 - f) g, where f is `final_factor`, p = (step - w) / (steps - w) is
+    in [0, 1), and g is 1 - p (linear) or (1 + cos(pi p)) / 2 (cosine).
 
     Args:
         schedule: Steps, warm-up and curve.
-        step: Optimizer steps taken so far, 0 to steps - 1.
+        step: Number of optimizer steps taken so far, from 0 to steps - 1.
 
     Returns:
-        A factor in [0, 1].
+        A number in [0, 1].
 
     Raises:
         ValueError: `step` is outside the schedule.

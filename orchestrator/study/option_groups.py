@@ -1,6 +1,6 @@
-"""The options of a study in six groups; each is a titled section of `--help` and checks itself.
+"""The options of a study in six groups, each with a section of `--help` and a method that checks its values.
 
-Rules that involve two groups are in `StudyOptions`.
+`StudyOptions` checks the rules that involve several groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAMPLERS = ("tpe", "cma-es", "qmc", "random")
 
 
 def default_output() -> Path:
-    """Return ORCHESTRATOR_OUTPUT, which a cluster's head sets to its shared storage, else `results`."""
+    """Return the folder in ORCHESTRATOR_OUTPUT (on a cluster's head: the shared storage), else `results`."""
     return Path(os.environ.get("ORCHESTRATOR_OUTPUT") or "results")
 
 
@@ -43,7 +43,7 @@ class GridOptions:
     the preset says. `--plan` lists its deviations from the published study."""
     select: Literal["validation", "published"] = "validation"
     """Split that chooses the learning rate: `validation`, or `published`, which repeats the survey's choice
-    on the test set (for GLUE also of a run's best evaluation). All that then is shown is marked so."""
+    on the test set (for GLUE also of a run's best evaluation). Reports mark results of this choice."""
     model: str | None = None
     """Base model: a known name, a folder, or a hub name. Default: each task's own."""
     learning_rates: tuple[str, ...] | None = None
@@ -64,7 +64,7 @@ class GridOptions:
     of name endings (`q_proj,v_proj`), or `re:` and a regular expression."""
 
     def check_grid(self) -> None:
-        """Check these options on their own.
+        """Check the options of this group.
 
         Raises:
             UsageError: One of them is empty or out of bounds.
@@ -109,7 +109,7 @@ class SearchOptions:
     for ten of ten variants; hyperband took half of the steps and missed two (docs/early_stopping.md)."""
 
     def check_search(self) -> None:
-        """Check these options on their own.
+        """Check the options of this group.
 
         Raises:
             UsageError: One of them is unknown, out of bounds, or does not go with another.
@@ -170,7 +170,7 @@ class TrainingOptions:
     """Data type of the frozen base; adapters are float32. Default: the task's."""
 
     def check_training(self) -> None:
-        """Check these options on their own.
+        """Check the options of this group.
 
         Raises:
             UsageError: One of them is out of bounds.
@@ -222,7 +222,7 @@ class ResourceOptions:
     """With --on: end the study that this command has started there. Partial results are kept."""
 
     def check_resources(self) -> None:
-        """Check these options on their own.
+        """Check the options of this group.
 
         Raises:
             UsageError: One of them is out of bounds, or does not go with another.
@@ -265,7 +265,7 @@ class OutputOptions:
     from a small dated table."""
 
     def check_output_options(self) -> None:
-        """Check these options on their own.
+        """Check the options of this group.
 
         Raises:
             UsageError: One of them is empty, or no valid price.
@@ -305,7 +305,7 @@ class LimitOptions:
     """Train configurations again that have failed three times."""
 
     def check_limits(self) -> None:
-        """Check these options on their own.
+        """Check the options of this group.
 
         Raises:
             UsageError: A limit is not a finite number above 0.

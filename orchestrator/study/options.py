@@ -17,7 +17,7 @@ from orchestrator.util.errors import UsageError, describe_disk_error
 
 DEFAULT_GRID_SEEDS, DEFAULT_POINTS = 3, 16
 DEFAULT_LANES_PER_TRAINER = 4
-"""More lanes gain nothing on a CPU; on a GPU the number is a choice of memory."""
+"""On a CPU more lanes save no time. On a GPU the best number depends on its memory."""
 OPTION_OF_HYPERPARAMETER = {
     "learning_rate": "learning_rates",
     "schedule": "lr_schedule",
@@ -26,20 +26,20 @@ OPTION_OF_HYPERPARAMETER = {
         for name in ("head_learning_rate", "rank", "alpha", "dropout", "targets", "steps", "train_size")
     },
 }
-"""Hyperparameters that --set and --space can name, and that have an option of their own. (--batch-size may
-stand beside batch sizes of --space: --accumulation must divide it.)"""
+"""Hyperparameter -> field of `StudyOptions` that sets it; --set and --space cannot set it as well. The batch
+size is not in this table, because --batch-size may be given together with batch sizes in --space."""
 LOCAL = "here"
-"""The value of --on for this machine."""
+"""Value of --on for this machine."""
 CLUSTER_FILE = "cluster.yaml"
-"""The file that is looked for in the working directory when --on is not given."""
+"""File in the working directory that describes a cluster; used if --on is not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions, OutputOptions, LimitOptions):
-    """All options of a study, checked when the object is made.
+    """All options of a study.
 
     Raises:
-        UsageError: An option is wrong. All that can be seen without a model or a cluster is checked.
+        UsageError: An option has a value that is wrong whatever the base model and the cluster are.
     """
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
 
     @property
     def search_method(self) -> str:
-        """`grid`, or the sampler of a search."""
+        """Name of the sampler of a search, or `grid`."""
         return (self.sampler or "tpe") if self.search == "optuna" else self.search
 
     @property
@@ -88,10 +88,14 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
         return DEFAULT_POINTS if self.points is None else self.points
 
     def _check_conflicting_values(self) -> None:
-        """Refuse --set and --space for a hyperparameter whose own option is given, too."""
+        """Check that --set and --space name no hyperparameter that another option sets as well.
+
+        Raises:
+            UsageError: Two options set the same hyperparameter.
+        """
         for option, words in (("--set", self.set), ("--space", self.space or ())):
             for word in words:
-                name = word.partition("=")[0].replace("-", "_")
+                name = setting_key(word)
                 own_option = OPTION_OF_HYPERPARAMETER.get(name)
                 if name == "steps" and self.epochs is not None:
                     raise UsageError(
@@ -123,11 +127,11 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
             raise UsageError(f"--workers-per-trainer {self.workers_per_trainer}: {rule}.")
 
     def check_output(self) -> None:
-        """Make the folders of results and records, and write a test file into each.
+        """Create the output folder and the store folder, and write a test file into each.
 
         Raises:
-            UsageError: One of them is no folder.
-            OSError: The disk is full or cannot be used (see `describe_disk_error`); the error names the
+            UsageError: One of them is not a folder, or cannot be written.
+            OSError: The disk is full or cannot be used (see `describe_disk_error`). The error names the
                 folder.
         """
         for name, folder in (("--output", self.output), ("--store", self.store_folder)):
@@ -143,6 +147,11 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
                 raise UsageError(
                     f"{name} {str(folder)!r} cannot be written ({error.strerror}); name a folder that can."
                 ) from None
+
+
+def setting_key(word: str) -> str:
+    """Return the key (NAME or VARIANT.NAME) of a word of --set or --space."""
+    return word.partition("=")[0].replace("-", "_")
 
 
 _DEFAULTS = {each.name: each.default for each in fields(StudyOptions) if each.default is not MISSING}

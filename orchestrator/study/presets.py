@@ -1,7 +1,7 @@
-"""Presets: the grids of the published study as defaults of a study's options.
+"""Presets: the grids of the published study (arXiv 2601.22708) as defaults of the options of a study.
 
-A preset is the file `orchestrator/published/NAME.toml`. Every option that is typed beside --preset narrows or
-replaces what the preset says.
+A preset is the file `orchestrator/published/NAME.toml`. Options on the
+command line have precedence over the preset.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any
 
-from orchestrator.study.options import OPTION_OF_HYPERPARAMETER, StudyOptions
+from orchestrator.study.options import OPTION_OF_HYPERPARAMETER, StudyOptions, setting_key
 from orchestrator.study.published_variants import PUBLISHED_FOLDER, PublishedVariant, read_variants
 from orchestrator.study.rates import parse_learning_rates
 from orchestrator.util.errors import UsageError, suggest_nearest
@@ -26,28 +26,28 @@ class Preset:
 
     name: str
     title: str
-    """Task, base model and data in words."""
+    """Task, base model and data, for readers."""
     main_grid: bool
-    """True for the four grids that have 2,980 runs together."""
+    """True for the four main grids of the published study, which have 2,980 runs together."""
     options: Mapping[str, Any]
-    """Values of options by field of `StudyOptions` or of a script's own options; `set` has words of --set."""
+    """Field of `StudyOptions`, or of a script's options -> value. `set` has NAME=VALUE words, as --set."""
     deviations: tuple[str, ...]
-    """What is known to differ from the published study, or not known of it, one sentence each."""
+    """Differences from the published study, and settings that it does not report; one sentence each."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks."""
+        """Names of the tasks."""
         return tuple(self.options["task"])
 
     @property
     def runs_per_variant(self) -> int:
-        """The runs that the protocol asks for of each variant."""
+        """Number of runs of each variant in the published protocol: tasks x rates x seeds."""
         rates = parse_learning_rates(self.options["learning_rates"])
         return len(self.tasks) * len(rates) * int(self.options["seeds"])
 
     @property
     def runs(self) -> int:
-        """The runs that the protocol asks for, of all twenty variants."""
+        """Number of runs of all twenty variants in the published protocol."""
         return self.runs_per_variant * len(read_variants())
 
 
@@ -58,13 +58,10 @@ def preset_names() -> tuple[str, ...]:
 
 @cache
 def read_preset(name: str) -> Preset:
-    """Return a preset.
-
-    Args:
-        name: Its name.
+    """Return the preset `name`.
 
     Raises:
-        UsageError: There is none of this name.
+        UsageError: There is no preset of this name.
     """
     if name not in preset_names():
         raise UsageError(f"--preset {name!r} is not one. {suggest_nearest(name, preset_names())}")
@@ -76,12 +73,12 @@ def read_preset(name: str) -> Preset:
 
 
 def main_grid_runs() -> int:
-    """Return the runs of the published main grids together."""
+    """Return the number of runs of all main grids of the published study."""
     return sum(preset.runs for preset in map(read_preset, preset_names()) if preset.main_grid)
 
 
 def split_variants(existing: Collection[str]) -> tuple[list[PublishedVariant], list[PublishedVariant]]:
-    """Return the published variants that exist here, and those that do not.
+    """Return the published variants that exist in this project, and those that do not.
 
     Args:
         existing: Names of this project's variants.
@@ -93,19 +90,19 @@ def split_variants(existing: Collection[str]) -> tuple[list[PublishedVariant], l
 def preset_defaults(
     name: str, options_class: type[StudyOptions], existing: Collection[str]
 ) -> dict[str, Any]:
-    """Return the defaults that a preset gives to options, without `set`.
+    """Return the defaults that a preset gives to options: field -> value, without `set`.
 
     Args:
-        name: The name of the preset.
-        options_class: The options of the script; a preset's option that it does not have is left out.
+        name: Name of the preset.
+        options_class: Class of the script's options. Options of the preset that it lacks are left out.
         existing: Names of this project's variants.
 
     Raises:
-        UsageError: There is no such preset.
+        UsageError: There is no preset of this name.
     """
     own = {each.name for each in fields(options_class)}
     if "replicates" in own:
-        own.discard("seeds")  # each replicate has a seed of its own
+        own.discard("seeds")  # Each replicate has its own seed.
     defaults = {key: value for key, value in read_preset(name).options.items() if key in own and key != "set"}
     return {**defaults, "preset": name, "variants": tuple(v.name for v in split_variants(existing)[0])}
 
@@ -113,25 +110,28 @@ def preset_defaults(
 def complete_options(
     values: Mapping[str, Any], options_class: type[StudyOptions], existing: Collection[str]
 ) -> dict[str, Any]:
-    """Return parsed options, with the words that a preset adds to --set.
+    """Add the --set words of a preset to parsed options, and remove what the command line replaces.
 
-    A word of --set or --space replaces the preset's word or option for the same hyperparameter, and --steps
-    replaces its epochs.
+    A word of --set or --space replaces the preset's word or option for the same hyperparameter; --steps
+    replaces its --epochs, and --epochs its --steps.
 
     Args:
-        values: The value of every option; where none was typed, that of `preset_defaults`.
-        options_class: The options of the script.
+        values: Option -> value; the value is that of `preset_defaults` if the option was not given.
+        options_class: Class of the script's options.
         existing: Names of this project's variants.
 
+    Returns:
+        Option -> value; a copy of `values` if no preset is chosen.
+
     Raises:
-        UsageError: There is no such preset.
+        UsageError: There is no preset of this name.
     """
     name = values.get("preset")
     if name is None:
         return dict(values)
     completed = dict(values)
     defaults = preset_defaults(name, options_class, existing)
-    typed = [_key(word) for word in (*completed["set"], *(completed.get("space") or ()))]
+    typed = [setting_key(word) for word in (*completed["set"], *(completed.get("space") or ()))]
     replaced = {option for key in typed if (option := OPTION_OF_HYPERPARAMETER.get(key))}
     if "steps" in typed or completed["steps"] != defaults.get("steps"):
         replaced.add("epochs")
@@ -142,28 +142,26 @@ def complete_options(
         if option in defaults and completed[option] == defaults[option]:
             completed[option] = plain[option]
     words = published_words(name, completed["variants"] or ())
-    words = [word for word in words if _key(word) not in typed]
+    words = [word for word in words if setting_key(word) not in typed]
     completed["set"] = (*words, *completed["set"])
     return completed
 
 
 def published_words(name: str, variants: Sequence[str]) -> list[str]:
-    """Return the settings of a preset as NAME=VALUE words, in the form that --set takes.
+    """Return the settings of a preset as NAME=VALUE words of --set.
 
     Args:
-        name: The name of the preset.
-        variants: Names of the study's variants; settings of other variants are left out.
+        name: Name of the preset.
+        variants: Names of the study's variants. Settings of other variants are left out.
+
+    Returns:
+        One word per hyperparameter. A setting of the preset replaces one of the published variant.
     """
     variants = [variant.replace("-", "_") for variant in variants]
     settings = [f"{v.name}.{word}" for v in read_variants() if v.name in variants for word in v.set]
     own = [
         word
         for word in read_preset(name).options["set"]
-        if "." not in _key(word) or _key(word).partition(".")[0] in variants
+        if "." not in setting_key(word) or setting_key(word).partition(".")[0] in variants
     ]
-    return list({_key(word): word for word in (*settings, *own)}.values())
-
-
-def _key(word: str) -> str:
-    """Return NAME or VARIANT.NAME of a word of --set or --space."""
-    return word.partition("=")[0].replace("-", "_")
+    return list({setting_key(word): word for word in (*settings, *own)}.values())

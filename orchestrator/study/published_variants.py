@@ -1,7 +1,4 @@
-"""The variants of the published study (arXiv 2601.22708): their names there and here, and their settings.
-
-The data are in `orchestrator/published/variants.toml`.
-"""
+"""The variants of the published study (arXiv 2601.22708) with their settings, from `variants.toml`."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 PUBLISHED_FOLDER = Path(__file__).parents[1] / "published"
-"""The folder with the published scores, the variants and the presets."""
+"""Folder of the published scores, `variants.toml` and the presets."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +16,15 @@ class PublishedVariant:
     """One of the twenty variants of the published study."""
 
     title: str
-    """Its published name, for example LoRA+."""
+    """The published name, for example LoRA+."""
     name: str
-    """Its name in this project, for example lora_plus. The variant may not exist here yet."""
+    """The name in this project, for example lora_plus. The variant may not exist in this project yet."""
     set: tuple[str, ...]
-    """Its settings as published, as words of --set without the variant's name; empty if it has none."""
+    """The published settings as NAME=VALUE words, without the name of the variant; may be empty."""
     published: str
-    """Its settings as the paper states them."""
+    """The published settings in the paper's words."""
     differs: tuple[str, ...]
-    """Sentences that say how the variant here differs from the published one."""
+    """Differences of this project's variant from the published one, one sentence each."""
 
 
 @cache

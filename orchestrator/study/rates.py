@@ -1,4 +1,4 @@
-"""Learning rates on the command line: a list, or low:high:points-per-decade."""
+"""Grids of learning rates: parsing of --learning-rates, refinement and rounding."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from orchestrator.study import bounds
 from orchestrator.util.errors import UsageError, quote_value
 
 MAX_DECADES = 100
-"""Widest range of a grid. float32 spans 83 decades; in a much wider range a power of ten could overflow."""
+"""Largest range of a grid in decades. float32 has 83; a much wider range could overflow a power of ten."""
 EXAMPLE = "For example: 1e-4 1e-3 1e-2, or 1e-4:1e-2:2 (two points a decade)."
 
 
 def parse_learning_rates(words: Sequence[str]) -> tuple[float, ...]:
-    """Return learning rates in ascending order, each once.
+    """Return the distinct learning rates of --learning-rates in ascending order.
+
+    Args:
+        words: Rates, and ranges low:high:points-per-decade with evenly spaced rates in log10.
 
     Raises:
-        UsageError: A word is no rate or range, or there are none or too many.
+        UsageError: A word is neither a rate nor a range, or there are no or too many rates.
     """
     rates = {each for word in words for each in (_parse_range(word) if ":" in word else [_parse_rate(word)])}
     if not rates:
@@ -29,15 +32,15 @@ def parse_learning_rates(words: Sequence[str]) -> tuple[float, ...]:
 
 
 def parse_positive_number(option: str, word: str, example: str) -> float:
-    """Return a finite number above 0.
+    """Parse a finite number above 0.
 
     Args:
-        option: Name of the option, for the error line.
-        word: The text of the number.
-        example: A sentence at the end of the error line.
+        option: Name of the option, for the error message.
+        word: The text to parse.
+        example: Last sentence of the error message.
 
     Raises:
-        UsageError: The word is no such number.
+        UsageError: The text is not such a number.
     """
     try:
         value = float(word)
@@ -49,11 +52,15 @@ def parse_positive_number(option: str, word: str, example: str) -> float:
 
 
 def refine_rates(rates: Sequence[float], per_decade: int) -> tuple[float, ...]:
-    """Return a grid with further rates between its own, evenly spaced in the logarithm.
+    """Add rates between those of a grid, evenly spaced in log10 between each pair of neighbors.
 
     Args:
-        rates: Ascending rates; all of them stay.
-        per_decade: About as many rates a decade as the refined grid has. A part that is finer stays as it is.
+        rates: The grid, ascending. All of its rates are kept.
+        per_decade: Approximate number of rates a decade in the result. Neighbors that are closer already get
+            no rate between them.
+
+    Returns:
+        The refined grid, ascending.
     """
     refined = list(rates[:1])
     for low, high in pairwise(rates):
@@ -64,7 +71,7 @@ def refine_rates(rates: Sequence[float], per_decade: int) -> tuple[float, ...]:
 
 
 def round_rate(rate: float) -> float:
-    """Return a rate with three digits, so that 1e-4:1e-2:2 is 1e-4, 3.16e-4, 1e-3, ... on every machine."""
+    """Round a rate to three significant digits, which gives equal grids on all machines."""
     return float(f"{rate:.3g}")
 
 
@@ -77,7 +84,7 @@ def _parse_range(word: str) -> list[float]:
     if len(parts) != 3:
         raise _error(word, "must be low:high:points-per-decade.")
     low, high = _parse_rate(parts[0]), _parse_rate(parts[1])
-    # float(), because int() raises on more than 4,300 digits.
+    # int() would raise ValueError for a text with more than 4,300 digits.
     density = float(parts[2]) if parts[2].isdecimal() else 0.0
     if density < 1:
         raise _error(word, f"has {parts[2]!r} points a decade; it must be 1 or more.")

@@ -1,4 +1,4 @@
-"""Option names of earlier versions: refused when typed, translated in commands that a study has kept."""
+"""Option names of earlier versions: rejected on the command line, translated in recorded commands."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _WORD = re.compile(r"(?<!\S)--[A-Za-z_-]+(?=[=\s]|$)")
 
 
 def check_retired_options(arguments: Sequence[str]) -> None:
-    """Refuse options that have a new name or were removed.
+    """Check that a command line has no option that was renamed or removed.
 
     Args:
-        arguments: The words of a command line, without the program.
+        arguments: Words of the command line, without the program.
 
     Raises:
-        UsageError: One of them is an option of an earlier version; the error says what replaces it.
+        UsageError: A word is an option of an earlier version. The error says what replaces it.
     """
     for argument in arguments:
         option = argument.partition("=")[0].replace("_", "-")
@@ -40,7 +40,7 @@ def check_retired_options(arguments: Sequence[str]) -> None:
 
 
 def translate_command(command: str) -> str:
-    """Return a shell command with the new names of its options."""
+    """Replace the renamed options in a shell command by their new names."""
 
     def translate(found: re.Match[str]) -> str:
         return RETIRED_OPTIONS.get(found[0].replace("_", "-"), found[0])

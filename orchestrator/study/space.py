@@ -1,7 +1,7 @@
-"""The space of a search: hyperparameters by name, their ranges, and how values enter a configuration.
+"""Hyperparameters by name, the space of a search, and access to values in a configuration.
 
-A name is one of `HYPERPARAMETERS`, for all variants that have it, or VARIANT.NAME for one variant alone; then
-it may also be one of that variant's own settings.
+The key of a hyperparameter is NAME, for all variants that have it, or VARIANT.NAME for one variant. NAME is
+one of `HYPERPARAMETERS` or, after a variant, one of this variant's own settings.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ VariantDefaults = Callable[[str], Mapping[str, Value]]
 """Function from a variant to its settings with their defaults, including rank, alpha and dropout."""
 
 SIGNIFICANT_DIGITS = 3
-"""Significant digits of a drawn number, so that its spelling in reports is its value."""
+"""Significant digits of a sampled number. Reports show the same digits, so they show the exact value."""
 
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """The place of a hyperparameter in a configuration, and its valid values.
+    """The field of a hyperparameter in a configuration, and its valid values.
 
-    Values are one of `choices`, or numbers from `low` to `high`, without the ends that are exclusive.
+    Valid values are `choices` if there are any, any text if `is_text`, else numbers from `low` to `high`; an
+    end with its `*_exclusive` flag is not valid itself.
     """
 
     part: Literal["variant", "task", "optimizer", "lr_schedule", "batches"]
@@ -39,12 +40,12 @@ class Hyperparameter:
     significant_digits: int = SIGNIFICANT_DIGITS
     choices: tuple[str, ...] = ()
     is_text: bool = False
-    """True if the value is a text of any content."""
+    """True if every text but the empty one is valid."""
     searchable: bool = True
     """False if a search cannot vary it, because its points would not be comparable or need other data."""
 
     def find_violation(self, value: Value) -> str | None:
-        """Return the rule that `value` breaks, as a phrase for an error line; None if it is valid."""
+        """Return the rule that `value` violates, as a phrase for an error message; None if it is valid."""
         if self.is_text:
             return None if isinstance(value, str) and value else "must be a text"
         if self.choices:
@@ -66,12 +67,12 @@ class Hyperparameter:
 def int_hyperparameter(
     part: Literal["variant", "task", "lr_schedule", "batches"], field: str, high: int
 ) -> Hyperparameter:
-    """Return the rule for a whole number of at least 1.
+    """Return a hyperparameter whose values are integers from 1 to `high`.
 
     Args:
-        part: The part of a configuration that has the number.
-        field: Its name there.
-        high: The largest value that is allowed.
+        part: Part of a configuration.
+        field: Field of that part.
+        high: Largest valid value.
     """
     return Hyperparameter(part, field, True, low=1, high=high, low_exclusive=False, high_exclusive=False)
 
@@ -96,16 +97,16 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "train_size": replace(int_hyperparameter("task", "train_size", bounds.MAX_TRAIN_SIZE), searchable=False),
 }
 INT_SETTING_RULE = replace(int_hyperparameter("variant", "extra", bounds.MAX_RANK), low=0)
-"""The rule for whole numbers among a variant's own settings. The variant itself may be stricter."""
+"""Valid values of integers among a variant's own settings. The variant may allow fewer."""
 VARIANT_HYPERPARAMETERS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One hyperparameter of a space: an interval from `low` to `high` with both ends, or `choices`.
+    """One hyperparameter of a space: the closed interval from `low` to `high`, or `choices`.
 
-    `variant` is empty for a dimension of all variants. `has_integer_steps` restricts the interval to whole
-    numbers; with `is_int` their type is int, too.
+    `variant` is empty for a dimension of all variants. With `has_integer_steps` the interval has integers
+    only; their type is int if `is_int`, else float.
     """
 
     name: str
@@ -125,7 +126,7 @@ class Dimension:
 
     @property
     def is_numeric(self) -> bool:
-        """Return whether its values have an order; choices of numbers are in ascending order."""
+        """True if all values are numbers; choices are then in ascending order."""
         return not any(isinstance(each, (str, bool)) for each in self.choices)
 
     @property
@@ -141,14 +142,14 @@ class Dimension:
         return self.choices or (self.to_value(self.low), self.to_value(self.high))
 
     def to_value(self, drawn: float) -> Value:
-        """Return the value for the configuration of a number that was drawn from the interval."""
+        """Convert a number sampled from the interval to a value of the hyperparameter."""
         if self.has_integer_steps:
             return int(drawn) if self.is_int else float(drawn)
         return min(self.high, max(self.low, float(f"{drawn:.{self.significant_digits}g}")))
 
     @property
     def spec_text(self) -> str:
-        """SPEC of this dimension, in one spelling."""
+        """The SPEC of this dimension as in --space, in canonical form."""
         if self.choices:
             return ",".join(format_value(each) for each in self.choices)
         kind = "log" * self.log + "int" * self.has_integer_steps
@@ -157,13 +158,13 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Space:
-    """Variants with their dimensions. The dimensions of all variants come first, in the same order."""
+    """Dimensions of each variant: first those of all variants, in the same order, then the variant's own."""
 
     variants: Mapping[str, tuple[Dimension, ...]]
 
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
-        """Dimensions of all variants, each once."""
+        """Distinct dimensions; those of a single variant are the last ones."""
         found = {d.key: d for dimensions in self.variants.values() for d in dimensions}
         return tuple(sorted(found.values(), key=lambda d: d.variant != ""))
 
@@ -173,11 +174,15 @@ class Space:
 
 
 def apply_values(configuration: Configuration, values: Mapping[str, Value]) -> Configuration:
-    """Return a configuration with other values. The number of micro-batches stays the same.
+    """Return a configuration with the given values.
+
+    The accumulation steps stay the same; a batch size is divided by them. A number of steps lowers the number
+    of evaluations to at most this number.
 
     Args:
-        configuration: The configuration to start from.
-        values: Values by NAME or VARIANT.NAME; those of other variants are ignored.
+        configuration: The configuration to change.
+        values: NAME or VARIANT.NAME -> value. Keys of other variants are ignored, and VARIANT.NAME has
+            precedence over NAME.
     """
     for key, value in sorted(values.items(), key=lambda item: "." in item[0]):
         variant, _, name = key.rpartition(".")
@@ -200,14 +205,14 @@ def apply_values(configuration: Configuration, values: Mapping[str, Value]) -> C
 
 
 def get_value(configuration: Configuration, key: str) -> Value | None:
-    """Return the value that a configuration has for a key: the inverse of `apply_values`.
+    """Return the value of a hyperparameter in a configuration, as `apply_values` takes it.
 
     Args:
         configuration: The configuration.
         key: NAME, or VARIANT.NAME.
 
     Returns:
-        The value; None if the configuration has none, for example because the key is another variant's.
+        The value; None if the configuration has none, for example if VARIANT is another variant.
     """
     variant, _, name = key.rpartition(".")
     if variant not in ("", configuration.variant.name):
@@ -218,11 +223,11 @@ def get_value(configuration: Configuration, key: str) -> Value | None:
     if hyperparameter.part == "batches":
         return configuration.batches.micro_batch_size * configuration.batches.accumulation_steps
     value = getattr(getattr(configuration, hyperparameter.part), hyperparameter.field)
-    return None if (name, value) == ("rank", 0) else value  # a variant without ranks
+    return None if (name, value) == ("rank", 0) else value  # Rank 0 stands for no rank.
 
 
 def format_value(value: Value) -> str:
-    """Return a value as it is written on the command line."""
+    """Format a value as on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Names of studies. A name is also a folder, an MLflow experiment and a word in commands."""
+"""Names of studies. A name is also the name of a folder and of an MLflow experiment, and part of commands."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from orchestrator.util.errors import UsageError, quote_value
 
 DEFAULT_STORE_NAME = "store"
-"""The name of the default store, a folder in the output folder."""
+"""Name of the default store's folder in the output folder."""
 STORE_FOLDERS = (
     *("records", "bases", "checkpoints", "adapters", "evidence", "data", "limits"),  # record/store.py
     *("scratch", "mlflow-artifacts"),
 )
-"""Folders inside a store's folder."""
+"""Folders inside the folder of a store."""
 MAX_NAME_BYTES = 200
-"""Longest name on the command line, in UTF-8. File systems allow 255 bytes."""
+"""Largest length of a name on the command line, in UTF-8. File systems allow 255 bytes."""
 SUFFIX_BYTES = 20
-"""Longest suffix that a script of two stages adds to the name."""
+"""Largest length of the suffix that a script with two studies adds to a name, for example "-grid"."""
 
 
 def default_study_name(
@@ -27,13 +27,13 @@ def default_study_name(
     """Build the name of a study that was started without --study.
 
     Args:
-        script: The name of the experiment script.
-        tasks: The names of the tasks, or the paths of the files that define them.
-        model: The base model's name, folder or hub name; None leaves it out.
-        sampler: The sampler of a search; None for a grid.
+        script: Name of the experiment script.
+        tasks: Names of the tasks, or paths of the files that define them.
+        model: Name, folder or hub name of the base model; None to leave it out.
+        sampler: Sampler of a search; None for a grid.
 
     Returns:
-        These names, joined by "-".
+        The names joined by "-", shortened to a valid name.
     """
     parts = [script, *(Path(task).stem for task in tasks)]
     parts += [Path(model).name] if model else []
@@ -42,15 +42,15 @@ def default_study_name(
 
 
 def check_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> None:
-    """Check that `name` can be a study's name.
+    """Check that `name` can be the name of a study.
 
     Args:
         name: The name.
-        max_bytes: The largest length in UTF-8.
+        max_bytes: Largest length in UTF-8.
 
     Raises:
-        UsageError: The name is empty, too long, or has characters that a folder's name cannot have or that a
-            terminal does not print. The error names the nearest valid name.
+        UsageError: The name is empty or too long, or has a character that the name of a folder cannot have or
+            that is not printable. The error names a similar valid name.
     """
     near = nearest_valid_name(name, max_bytes)
     if name != near:
@@ -62,7 +62,12 @@ def check_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> None:
 
 
 def nearest_valid_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> str:
-    """Return `name` if `check_name` accepts it, else the nearest name that it accepts."""
+    """Return `name` if `check_name` accepts it, else a similar name that `check_name` accepts.
+
+    Args:
+        name: The name.
+        max_bytes: Largest length in UTF-8.
+    """
     shown = "".join(c if c.isprintable() and c not in "/\\" else "-" for c in name)
     shown = shown.lstrip(".- ").encode()[:max_bytes].decode(errors="ignore").rstrip()
     return shown or "study"
@@ -73,16 +78,16 @@ def resolve_study_folder(name: str, output: Path, store: Path) -> Path:
 
     Args:
         name: Name of the study.
-        output: The output folder, in which the study's folder is.
-        store: The folder of the store.
+        output: The output folder, which contains the folders of studies.
+        store: Folder of the store.
 
     Raises:
-        UsageError: The name is not valid, or the folder would be the store, the default store, or one of the
-            folders inside them.
+        UsageError: The name is not valid, or the folder is that of the store or of the default store, or a
+            folder inside them.
     """
     check_name(name, MAX_NAME_BYTES + SUFFIX_BYTES)
     found = output / name
-    # Not Path.resolve, which raises RuntimeError in Python 3.11 for a circle of links.
+    # In Python 3.11 Path.resolve raises RuntimeError for a cycle of symbolic links.
     real = Path(os.path.realpath(found))
     for taken in (store, output / DEFAULT_STORE_NAME):
         root = Path(os.path.realpath(taken))
