@@ -1,4 +1,4 @@
-"""Shares of usable runs: runs that neither diverged nor collapsed."""
+"""Shares of usable runs. A run is usable if it neither diverged nor collapsed."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class UsableShare:
-    """A share of usable runs with its interval."""
+    """A share of usable runs with its 95 % interval (Wilson 1927)."""
 
     usable: int
+    """Number of usable runs."""
     n: int
+    """Number of runs."""
     share: float
     low: float
-    """Lower limit of Wilson's interval."""
     high: float
 
 
-def usable_share(usable: int, n: int, alpha: float = 0.05) -> UsableShare:
-    """Return the share of usable runs with Wilson's interval (Wilson 1927), without continuity correction.
+def usable_share(usable: int, n: int) -> UsableShare:
+    """Return a share with its Wilson interval, without continuity correction.
 
     Args:
         usable: Number of usable runs.
         n: Number of runs, at least 1.
-        alpha: One minus the level of the interval.
     """
-    found = stats.binomtest(usable, n).proportion_ci(1 - alpha, method="wilson")
+    found = stats.binomtest(usable, n).proportion_ci(0.95, method="wilson")
     return UsableShare(usable, n, usable / n, float(found.low), float(found.high))
 
 
 def usable_p_values(
     variants: NDArray[np.bool_], baseline: NDArray[np.bool_], known: NDArray[np.bool_] | None = None
 ) -> NDArray[np.float64]:
-    """Return p values of "as many runs of the variant as of the baseline are usable", Holm-corrected.
+    """Return p values of "the runs of variant and baseline are usable equally often", Holm-corrected.
 
-    Each is McNemar's exact test: among the replicates of which only one of the two runs is usable, the number
-    of those of the variant is binomial with probability 1/2.
+    Each comparison is McNemar's exact test. It uses the replicates in which one of the two runs is usable and
+    the other is not. Under the null hypothesis the usable run is the variant's with probability 1/2.
 
     Args:
-        variants: Whether the run of each replicate and variant is usable, shape (n, K).
-        baseline: The same of the baseline, shape (n,).
-        known: Whether both runs were made, shape (n, K); by default all.
+        variants: True for each usable run of a variant, shape (n replicates, K).
+        baseline: True for each usable run of the baseline, shape (n,).
+        known: True for each pair of runs that were both made, shape (n, K); by default all.
 
     Returns:
-        The two-sided p values, shape (K,). They hold simultaneously (Holm 1979), whatever their dependence.
+        The two-sided p values, shape (K,), corrected by `holm`.
     """
     base = baseline[:, None]
     valid = np.ones_like(variants) if known is None else known
@@ -60,10 +60,10 @@ def usable_p_values(
 
 
 def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return p values after Holm's step-down correction; NaN stays NaN and does not count.
+    """Return p values with the step-down correction of Holm (1979), which is valid under any dependence.
 
     Args:
-        p: P values, shape (K,).
+        p: P values, shape (K,). NaN stays NaN and does not count as a comparison.
     """
     corrected = np.full(p.shape, np.nan)
     order = np.argsort(p)[: int(np.isfinite(p).sum())]
