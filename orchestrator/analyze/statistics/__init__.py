@@ -1,1 +1,1 @@
-"""Statistics on plain arrays: no records, no text. docs/statistics.md says why each rule is what it is."""
+"""Statistical methods on NumPy arrays. docs/statistics.md explains the choice of each method."""

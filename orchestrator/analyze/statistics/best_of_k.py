@@ -1,4 +1,4 @@
-"""Expected test score of the point that validation chooses among k of n tried points."""
+"""Expected test score of the point with the best validation score among k of n points."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from numpy.typing import NDArray
 
 
 def expected_best_of_k(validation: NDArray[np.float64], test: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the unbiased expected test score of the best of k points by validation, for k = 1 ... n.
+    """Return the expected test score of the best of k points by validation, for k = 1 ... n.
 
-    The n points are drawn independently of each other. Averaged over all subsets of k points, the point with
-    rank j in validation (ascending, j = 1 ... n) is the subset's best with probability
-    C(j - 1, k - 1) / C(n, k) (order statistics; Tang et al. 2020 for one score). Ties share their places.
+    The expectation is the mean over all subsets of k points. The point whose validation score has the
+    ascending rank j is the best of C(j - 1, k - 1) of the C(n, k) subsets (order statistics; Tang et al. 2020
+    use this estimator for a single score). If the n points are independent draws, the result is an unbiased
+    estimate for a tuning with k draws. Points with equal validation scores share the mean of their test
+    scores.
 
     Args:
         validation: Validation scores, shape (n,).
         test: Test scores of the same points, shape (n,).
 
     Returns:
-        The expected test scores, shape (n,); element k - 1 is that of k points.
+        The expected test scores, shape (n,); element k - 1 is the value for k points.
     """
     n = len(validation)
     values, index = np.unique(validation, return_inverse=True)
@@ -29,6 +31,6 @@ def expected_best_of_k(validation: NDArray[np.float64], test: NDArray[np.float64
     for k in range(1, n + 1):
         expected[k - 1] = weight @ by_rank
         if k < n:
-            # C(j-1, k) / C(n, k+1) from C(j-1, k-1) / C(n, k).
+            # Turn C(j - 1, k - 1) / C(n, k) into C(j - 1, k) / C(n, k + 1), without large binomials.
             weight = weight * np.maximum(np.arange(n) - k + 1, 0) * (k + 1) / (k * (n - k))
     return expected

@@ -1,4 +1,4 @@
-"""Standard errors over the test items: another draw of items would give other differences."""
+"""Standard errors of differences with respect to the random choice of the test items."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from numpy.typing import NDArray
 def item_standard_error(
     differences: NDArray[np.float64], clusters: Sequence[int] | Sequence[str] | None = None
 ) -> NDArray[np.float64]:
-    """Return the standard error over test items of mean differences, clustered by question.
+    """Return the cluster-robust standard errors of K mean differences over m test items.
 
-    With items i = 1 ... m, their mean differences d_i, and clusters g = 1 ... G (the items that come from one
-    question), the error is that of a mean with clusters (Liang and Zeger 1986; Miller, arXiv 2411.00640):
-    se^2 = G / (G - 1) sum_g (sum_{i in g} (d_i - mean d))^2 / m^2.
+    A cluster holds the items that come from one question. With d_i the difference on item i, and clusters
+    g = 1 ... G, se^2 = G / (G - 1) sum_g (sum_{i in g} (d_i - mean d))^2 / m^2 (Liang and Zeger 1986; Miller,
+    arXiv 2411.00640).
 
     Args:
-        differences: The difference, variant minus baseline, of each item's score, as the mean over
-            replicates, shape (m, K).
-        clusters: The cluster of each item, of length m; by default each item is a cluster of its own.
+        differences: Variant minus baseline in the score of each item, mean over replicates, shape (m, K).
+        clusters: The cluster of each item, length m; by default each item is a cluster of its own.
 
     Returns:
         The standard errors, shape (K,); NaN with fewer than two clusters.

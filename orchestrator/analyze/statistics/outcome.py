@@ -1,4 +1,4 @@
-"""Outcomes of a comparison with the baseline, read off its interval and the margin."""
+"""Rules that turn the interval of a difference from the baseline, and a margin, into an outcome."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ Outcome = Literal["better", "worse", "equivalent", "not inferior", "undecided"]
 
 
 def classify(low: float, high: float, margin: float) -> Outcome:
-    """Return the outcome that an interval of a difference (variant minus baseline) shows.
+    """Return the outcome of a comparison.
 
-    Equivalence comes first: a difference that is shown to be smaller than the margin does not matter, even if
-    the interval excludes 0. All outcomes of simultaneous intervals hold simultaneously.
+    "equivalent" has precedence: a difference below the margin does not matter, even if the interval excludes
+    0. If the intervals of several variants are simultaneous, their outcomes are as well.
 
     Args:
-        low: The lower limit; NaN if there is no interval.
+        low: The lower limit of variant minus baseline; NaN if there is no interval.
         high: The upper limit.
         margin: The smallest difference that matters, above 0.
     """
@@ -31,7 +31,7 @@ def classify(low: float, high: float, margin: float) -> Outcome:
 
 
 def counts_for_baseline(low: float, high: float, margin: float) -> bool | None:
-    """Return whether the baseline is not inferior to the variant (claim 2).
+    """Return whether the comparison supports the claim that the tuned baseline matches or beats the variant.
 
     Args:
         low: The lower limit of variant minus baseline; NaN if there is no interval.
@@ -39,9 +39,8 @@ def counts_for_baseline(low: float, high: float, margin: float) -> bool | None:
         margin: The smallest difference that matters, above 0.
 
     Returns:
-        True if the whole interval lies below the margin, so that the variant is not better by the margin or
-        more; False if the whole interval lies above the margin; None if the interval contains the margin, or
-        if there is no interval.
+        True if the interval lies below the margin (the baseline is not inferior), False if it lies above the
+        margin, None if it contains the margin or does not exist.
     """
     if math.isnan(low) or math.isnan(high):
         return None

@@ -1,4 +1,4 @@
-"""What a study can resolve, how many replicates decide it, and what equal variants span by noise alone."""
+"""Power analysis: resolvable differences, planned replicates, and the expected span of equal variants."""
 
 from __future__ import annotations
 
@@ -10,37 +10,42 @@ from numpy.typing import NDArray
 from scipy import integrate, optimize, special, stats
 
 POWER = 0.8
-"""The probability with which a resolvable difference is detected, and a study decides."""
+"""The power for which `resolvable_difference` and `replicates_to_decide` are computed."""
 MAX_REPLICATES = 1000
 """The largest number of replicates that `replicates_to_decide` considers."""
-_NODES = 64  # of the integrals over the standard deviation of a sample
+_NODES = 64  # of Gauss-Legendre quadrature
 
 
-def std_ratio_quadrature(degrees: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return nodes and weights of the mean over s = sqrt(chi2 / degrees).
+def _std_ratio_quadrature(degrees: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return nodes and weights, each of shape (64,), for means over s, which is sqrt(chi2 / degrees).
 
-    s is the standard deviation of a sample divided by the true one.
+    s is the ratio of the standard deviation of a sample to the true standard deviation.
     """
     u, du = np.polynomial.legendre.leggauss(_NODES)
     return np.sqrt(stats.chi2.ppf((u + 1) / 2, degrees) / degrees), du / 2
 
 
 def resolvable_difference(standard_error: float, degrees: float, critical_value: float) -> float:
-    """Return the true difference that a repeat of the study detects with probability `POWER`.
+    """Return the true difference that a repetition of the study detects with probability `POWER`.
 
-    Both studies estimate the standard error; the probability is the mean over both estimates. (With the
-    estimate as the truth the mean power would be below `POWER`, for five replicates by 10 points.)
+    The study and its repetition each estimate the standard error, and the power is the mean over the
+    distributions of both estimates. (With the first estimate in place of the true standard error, the mean
+    power with five replicates would be 10 points below `POWER`.)
 
     Args:
         standard_error: The estimated standard error of the variant's mean difference.
-        degrees: Its degrees of freedom.
+        degrees: The degrees of freedom of the standard error.
         critical_value: Half the width of the variant's simultaneous interval, in standard errors.
+
+    Returns:
+        The difference, in the unit of `standard_error`.
     """
-    s, ds = std_ratio_quadrature(degrees)
+    s, ds = _std_ratio_quadrature(degrees)
 
     def surplus(shift: float) -> float:
-        mean = shift * s[:, None]  # in true standard errors; the present study's s
-        limit = critical_value * s[None, :]  # the repeat's s
+        # Both are in true standard errors. Rows are values of s in this study, columns in the repetition.
+        mean = shift * s[:, None]
+        limit = critical_value * s[None, :]
         detected = special.ndtr(mean - limit) + special.ndtr(-mean - limit)
         return float(ds @ detected @ ds) - POWER
 
@@ -48,19 +53,21 @@ def resolvable_difference(standard_error: float, degrees: float, critical_value:
 
 
 def replicates_to_decide(std: float, margin: float, z_critical: float, item_error: float = 0.0) -> int | None:
-    """Return the number of replicates that decides a comparison, whatever the true difference is.
+    """Return the number of replicates that decides a comparison in the worst case.
 
-    A comparison is decided if its interval is above -margin (better, equivalent or not inferior) or below 0
-    (worse). The least favorable true difference is -margin / 2, halfway between the two limits.
+    A comparison is decided if its interval lies above -margin (outcome "better", "equivalent" or "not
+    inferior") or below 0 ("worse"). The least favorable true difference is -margin / 2, halfway between these
+    limits.
 
     Args:
-        std: The standard deviation of the difference of one replicate.
+        std: The standard deviation of the difference over replicates.
         margin: The smallest difference that matters, above 0.
         z_critical: Critical value of the simultaneous intervals on the scale of a normal distribution.
         item_error: Standard error over the test items, which more replicates do not reduce.
 
     Returns:
-        The smallest number that decides with probability `POWER`; None if it is above `MAX_REPLICATES`.
+        The smallest number, at least 2, with which the comparison is decided with probability `POWER` or more
+        for every true difference; None if it is above `MAX_REPLICATES`.
     """
     tail = float(special.ndtr(-z_critical))
 
@@ -70,10 +77,10 @@ def replicates_to_decide(std: float, margin: float, z_critical: float, item_erro
         if error == 0:
             return True
         degrees = (n - 1) * (error / seed) ** 4 if seed else math.inf
-        s, ds = std_ratio_quadrature(degrees) if degrees < 1e6 else (np.ones(1), np.ones(1))
+        s, ds = _std_ratio_quadrature(degrees) if degrees < 1e6 else (np.ones(1), np.ones(1))
         half = float(-stats.t.ppf(tail, degrees)) * s * error
-        silent = special.ndtr((half - margin / 2) / error) - special.ndtr((margin / 2 - half) / error)
-        return 1.0 - float(ds @ silent.clip(min=0.0)) >= POWER
+        undecided = special.ndtr((half - margin / 2) / error) - special.ndtr((margin / 2 - half) / error)
+        return 1.0 - float(ds @ undecided.clip(min=0.0)) >= POWER
 
     if not decides(MAX_REPLICATES):
         return None
@@ -81,11 +88,14 @@ def replicates_to_decide(std: float, margin: float, z_critical: float, item_erro
 
 
 def expected_span(standard_errors: NDArray[np.float64]) -> float:
-    """Return the expected distance between the best and the worst of variants that are equal in truth.
+    """Return the expected range (best minus worst mean score) of K variants with equal true scores.
 
     Args:
-        standard_errors: The standard error of each variant's mean score, shape (K,), independent of each
-            other.
+        standard_errors: The standard error of each variant's mean score, shape (K,). The errors of the means
+            are independent and normal.
+
+    Returns:
+        The expected range; 0 with fewer than two variants.
     """
     errors = standard_errors[standard_errors > 0]
     if len(standard_errors) < 2 or not len(errors):
@@ -94,7 +104,7 @@ def expected_span(standard_errors: NDArray[np.float64]) -> float:
     zeros = len(standard_errors) > len(errors)
 
     def outside(x: float) -> float:
-        """Return the probability that the best is above x and the worst below it."""
+        """Return the probability that the best mean is above x and the worst mean is below x."""
         below = special.ndtr(x / errors).prod() * (x >= 0 or not zeros)
         above = special.ndtr(-x / errors).prod() * (x < 0 or not zeros)
         return float(1.0 - below - above)

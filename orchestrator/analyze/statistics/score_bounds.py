@@ -1,4 +1,4 @@
-"""Limits of scores and of their differences, to which every interval is cut."""
+"""The ranges of scores and of their differences, to which all intervals are cut."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ FloatOrArray = TypeVar("FloatOrArray", float, NDArray[np.float64])
 def cut_interval(
     low: FloatOrArray, high: FloatOrArray, bounds: tuple[float, float]
 ) -> tuple[FloatOrArray, FloatOrArray]:
-    """Cut intervals to the range that their quantity can have; NaN stays NaN.
+    """Return intervals cut to the range of their quantity.
 
     Args:
-        low: Lower limits.
-        high: Upper limits.
-        bounds: `SCORE_BOUNDS`, `DIFFERENCE_BOUNDS`, or infinities for a metric without a range.
+        low: Lower limits, a number or an array; NaN stays NaN.
+        high: Upper limits, of the same type.
+        bounds: The range: `SCORE_BOUNDS`, `DIFFERENCE_BOUNDS`, or infinities for an unbounded quantity.
+
+    Returns:
+        The lower and the upper limits, of the type of `low`.
     """
     cut_low, cut_high = np.clip(low, *bounds), np.clip(high, *bounds)
     if isinstance(low, float):

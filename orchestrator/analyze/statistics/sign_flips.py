@@ -1,15 +1,19 @@
-"""The null distribution of the largest statistic over variants, from random signs of the replicates.
+"""Null distribution of the largest statistic over variants, from sign flips of whole replicates.
 
-If the noise of the K differences is jointly symmetric, flipping the signs of whole replicates changes nothing
-in its law: the largest |z| over variants, observed and under all sign patterns, are exchangeable, whatever
-the variances, tails and correlations are. So the quantile of the flipped values is an exact critical value
-for "all variants are equal to the baseline". The limits of intervals need it at the true differences, which
-are not known: the variants that this test finds to differ are centered at their means, the others are taken
-as equal to the baseline, and the quantile is computed anew.
+A sign pattern multiplies all K differences of each replicate by 1 or by -1. If the noise is jointly symmetric
+about 0, this does not change its distribution. For variants that are equal to the baseline, the largest |z|
+over variants, observed and under every sign pattern, are therefore exchangeable, whatever the variances,
+tails and correlations of the noise are. Their quantile is an exact critical value for the hypothesis "all
+variants are equal to the baseline".
 
-With n replicates there are 2^(n - 1) patterns (16 for n = 5); a level below 20 of them is not resolved. There
-the quantile of the flipped values is multiplied by a factor that simulated studies with normal noise give.
-docs/statistics.md has the measured errors of this and of other rules.
+Confidence limits need this quantile at the true differences, which are unknown. Instead, the variants that
+the test finds to differ are centered (their means are subtracted), all others are taken as equal to the
+baseline, and the quantile is computed again.
+
+With n replicates there are 2^(n - 1) patterns (16 for n = 5), because opposite patterns have the same |z|. A
+quantile with fewer than 20 patterns above it is unresolved. It is multiplied by a factor that comes from
+simulated studies with normal noise. docs/statistics.md has the measured error rates of this method and of
+alternatives.
 """
 
 from __future__ import annotations
@@ -22,29 +26,38 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_RANDOM_PATTERNS = 1023  # instead of all, from twelve replicates on
-_RESOLVED = 20  # patterns above a quantile, from which on it needs no factor
+_RANDOM_PATTERNS = 1023  # from twelve replicates on, instead of all patterns
+_RESOLVED = 20  # smallest number of patterns above a quantile that needs no factor
 _LEVELS = np.array(
     [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0]
 )
-_NORMAL_STUDIES = 20_000  # simulated
+_NORMAL_STUDIES = 20_000  # largest number of simulated studies
 _NORMAL_EXCESS = {False: 1.05, True: 1.25}
-"""Error under normal noise over the level, where that is not resolved, without and with centered variants.
-
-Other noise errs less, so that all errors lie around the level."""
-_BATCH = 500
+"""Ratio of the error rate under normal noise to the level, at unresolved quantiles; by whether the
+differences are centered. The error rates under other noise are lower, so that the level lies in between."""
+_BATCH = 500  # simulated studies per NumPy call
 _SEED = 0
 
 
 def to_z(t: Floats, degrees: Floats | float) -> Floats:
-    """Map t statistics to standard normal ones, with Wallace's approximation (1959), for any sign."""
-    with np.errstate(invalid="ignore"):  # infinitely many degrees
+    """Map t statistics to the scale of a standard normal distribution (approximation of Wallace 1959).
+
+    Args:
+        t: The t statistics, of either sign.
+        degrees: Their degrees of freedom, which broadcast with `t`; infinity leaves t unchanged.
+    """
+    with np.errstate(invalid="ignore"):  # infinite degrees of freedom
         z = np.sqrt(degrees * np.log1p(t**2 / degrees)) * (1 - 2 / (8 * degrees + 3))
     return np.where(np.isinf(degrees), t, np.sign(t) * z)
 
 
 def from_z(z: Floats | float, degrees: Floats) -> Floats:
-    """Return the t statistics at least 0 that `to_z` maps to z."""
+    """Return the t statistics that `to_z` maps to z, for z of at least 0.
+
+    Args:
+        z: Statistics on the scale of a standard normal distribution, at least 0.
+        degrees: Degrees of freedom, which broadcast with `z`.
+    """
     with np.errstate(invalid="ignore"):
         t = np.sqrt(degrees * np.expm1((z / (1 - 2 / (8 * degrees + 3))) ** 2 / degrees))
     return np.where(np.isinf(degrees), z, t)
@@ -52,43 +65,49 @@ def from_z(z: Floats | float, degrees: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class NullDistribution:
-    """Critical values of the largest statistic over variants, on the scale of a normal distribution."""
+    """Critical values of the largest z over variants, at each of `_LEVELS`: arrays of shape (levels,)."""
 
     equality: Floats
-    """Critical values of |z| at `_LEVELS`, descending, for the test of "equal to the baseline"."""
+    """Critical values of |z|, descending, for the test of "equal to the baseline"."""
     two_sided: Floats
-    """Critical values of |z| at `_LEVELS` for intervals."""
+    """Critical values of |z|, descending, for intervals."""
     one_sided: Floats
-    """Critical values of z at `_LEVELS` for one-sided tests at a margin."""
+    """Critical values of z, descending, for one-sided tests at a margin."""
 
     def critical_value(self, alpha: float) -> float:
-        """Return the critical value of intervals; infinity at level 0."""
+        """Return the critical value of |z| for intervals with the simultaneous level 1 - alpha.
+
+        Args:
+            alpha: The error rate. At 0 the result is infinity; a value between 0 and the smallest of
+                `_LEVELS` counts as that level.
+        """
         if alpha <= 0:
             return np.inf
         return float(np.exp(np.interp(np.log(alpha), np.log(_LEVELS), np.log(self.two_sided))))
 
     def equality_p(self, z: Floats) -> Floats:
-        """Return the two-sided p values, adjusted for the number of variants, of "equal to the baseline"."""
+        """Return two-sided p values of "equal to the baseline", adjusted for the number of variants."""
         return _interpolate_level(self.equality, np.abs(z))
 
     def one_sided_p(self, z: Floats) -> Floats:
-        """Return the adjusted p values of a one-sided test."""
+        """Return p values of one-sided tests (large z rejects), adjusted for the number of variants."""
         return _interpolate_level(self.one_sided, z)
 
 
 def _interpolate_level(critical: Floats, z: Floats) -> Floats:
+    """Return the level at which each z is critical, within the range of `_LEVELS`."""
     return np.asarray(np.exp(np.interp(z, critical[::-1], np.log(_LEVELS)[::-1])))
 
 
 def null_distribution(differences: Floats, alpha: float) -> NullDistribution:
-    """Return the null distribution for one study.
+    """Return the null distribution of one study.
 
     Args:
-        differences: Variant minus baseline in each replicate, shape (n, K), n at least 2; NaN for a missing
-            pair, at least two of each variant. If it is empty, all critical values are NaN.
-        alpha: The level at which variants are found to differ, and are centered.
+        differences: Variant minus baseline in each replicate, shape (n, K). A missing pair is NaN; each
+            variant has at least two pairs. If the array is empty, all critical values are NaN.
+        alpha: The level of the test by which the variants to center are found.
     """
-    if not differences.size:  # with one replicate nothing can be tested
+    if not differences.size:
         unknown = np.full(len(_LEVELS), np.nan)
         return NullDistribution(unknown, unknown, unknown)
     known = np.isfinite(differences)
@@ -100,13 +119,13 @@ def null_distribution(differences: Floats, alpha: float) -> NullDistribution:
 def critical_values(differences: Floats) -> tuple[Floats, Floats]:
     """Return the critical values at level 0.05 of B simulated studies without missing pairs.
 
-    The benchmark of coverage calls it: one call for many studies is faster than `null_distribution` for each.
+    The coverage benchmark uses this function, because `null_distribution` for each study is slower.
 
     Args:
         differences: Variant minus baseline, shape (B studies, n replicates, K variants).
 
     Returns:
-        The critical values of |z| for the test of equality, and for intervals, each of shape (B,).
+        The critical values of |z| for the test of equality and for intervals, each of shape (B,).
     """
     level = np.flatnonzero(_LEVELS == 0.05)
     known = np.ones(differences.shape[1:], dtype=bool)
@@ -117,18 +136,21 @@ def critical_values(differences: Floats) -> tuple[Floats, Floats]:
 def _two_steps(
     values: Floats, known: NDArray[np.bool_], alpha: float, at: NDArray[np.int64] | slice = slice(None)
 ) -> tuple[Floats, Floats, Floats]:
-    """Return the three kinds of critical values of `NullDistribution`, each of shape (B, levels).
+    """Return `equality`, `two_sided` and `one_sided` of `NullDistribution` for B studies.
 
     Args:
         values: Differences, shape (B, n, K), with 0 for missing pairs.
-        known: Which pairs there are, shape (n, K).
-        alpha: The level at which variants are found to differ.
-        at: Indices of the levels that are wanted.
+        known: True for each pair that is not missing, shape (n, K).
+        alpha: The level of the test by which the variants to center are found.
+        at: Indices of the requested levels in `_LEVELS`.
+
+    Returns:
+        Three arrays of shape (B, levels).
     """
     n = known.sum(axis=0)
     mean = values.sum(axis=1, keepdims=True) / n
     residuals = np.where(known, values - mean, 0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):  # no spread, or no level
+    with np.errstate(invalid="ignore", divide="ignore"):  # equal differences, or alpha 0
         z = to_z(mean * np.sqrt(n) / np.sqrt((residuals**2).sum(axis=1, keepdims=True) / (n - 1)), n - 1.0)
         equality, one_sided = _from_flips(values, n, np.zeros(len(values)), at)
         limit = [np.interp(np.log(alpha), np.log(_LEVELS[at]), np.log(row)) for row in equality]
@@ -147,10 +169,12 @@ def _from_flips(
     """Return two-sided and one-sided critical values under sign flips, each of shape (B, levels).
 
     Args:
-        noise: Shape (B, rows, K), with 0 for missing pairs.
+        noise: Differences of B studies, some of them centered, shape (B, n replicates, K), with 0 for missing
+            pairs.
         n: Number of pairs of each variant, shape (K,).
-        centered: Share of the variants that are centered, shape (B,).
-        at: Indices of the levels that are wanted.
+        centered: Share of the variants that are centered, shape (B,). The factors with and without centering
+            are averaged with this weight.
+        at: Indices of the requested levels in `_LEVELS`.
     """
     critical = []
     for side, quantile in enumerate(_quantiles(_flipped_maxima(noise, n), at)):
@@ -163,7 +187,7 @@ def _from_flips(
 
 @lru_cache(maxsize=256)
 def _sign_patterns(n: int) -> Floats:
-    """Return sign patterns, shape (m, n): of each pair of opposite ones one, without the constant one."""
+    """Return sign patterns, shape (m, n): one of each opposite pair, without the pattern of equal signs."""
     if 2 ** (n - 1) - 1 <= _RANDOM_PATTERNS:
         codes = np.arange(1, 2 ** (n - 1))
         return np.asarray(1.0 - 2.0 * ((codes[:, None] >> np.arange(n)) & 1), dtype=np.float64)
@@ -174,28 +198,34 @@ def _flipped_maxima(noise: Floats, n: NDArray[np.int64]) -> Floats:
     """Return the largest z over variants for each sign pattern and its opposite, shape (B, m, 2).
 
     Args:
-        noise: B studies, shape (B, rows, K), with 0 for missing pairs.
+        noise: Differences of B studies, shape (B, n replicates, K), with 0 for missing pairs.
         n: Number of pairs of each variant, shape (K,).
     """
     length = np.sqrt((noise**2).sum(axis=1, keepdims=True) * n)
     unit = noise / np.where(length > 0, length, 1.0)
-    x = _sign_patterns(noise.shape[1]) @ unit  # the mean over the root mean square: t^2 / (t^2 + n - 1) = x^2
+    # The mean divided by the root mean square: t = x sqrt((n - 1) / (1 - x^2)).
+    x = _sign_patterns(noise.shape[1]) @ unit
     limit = np.sqrt(1 - 1e-12)
-    if (n == n[0]).all():  # z is monotone in x, alike for all variants
-        x, same = np.stack([x.max(axis=2), -x.min(axis=2)], axis=2).clip(-limit, limit), float(n[0] - 1)
-        return to_z(x * np.sqrt(same / (1 - x**2)), same)
+    if (n == n[0]).all():  # z is the same monotone function of x for all variants
+        x, common = np.stack([x.max(axis=2), -x.min(axis=2)], axis=2).clip(-limit, limit), float(n[0] - 1)
+        return to_z(x * np.sqrt(common / (1 - x**2)), common)
     x, degrees = x.clip(-limit, limit), np.asarray(n - 1, dtype=np.float64)
     z = to_z(x * np.sqrt(degrees / (1 - x**2)), degrees)
     return np.stack([z.max(axis=2), -z.min(axis=2)], axis=2)
 
 
 def _quantiles(maxima: Floats, at: NDArray[np.int64] | slice = slice(None)) -> tuple[Floats, Floats]:
-    """Return the quantiles of |z| and of z at some of `_LEVELS`, each of shape (B, levels)."""
+    """Return the upper quantiles of |z| and of z, each of shape (B, levels).
+
+    Args:
+        maxima: Largest z for each sign pattern and its opposite, shape (B, m, 2).
+        at: Indices of the requested levels in `_LEVELS`.
+    """
     found = []
     for values in (maxima.max(axis=2), maxima.reshape(len(maxima), -1)):
         ordered, last = np.sort(values, axis=1), values.shape[1] - 1
-        # A level k / (m + 1) gives the k-th largest of m: the exact rank test. (numpy.quantile can do the
-        # same with method "weibull", and takes three times as long.)
+        # At the level k / (m + 1) the quantile is the k-th largest of m values, as in an exact rank test.
+        # (numpy.quantile computes the same with method "weibull", three times as slowly.)
         position = ((last + 2) * (1 - _LEVELS[at]) - 1).clip(0, last)
         below = np.minimum(position.astype(int), last - 1) if last else np.zeros(len(position), dtype=int)
         above = np.minimum(below + 1, last)
@@ -205,15 +235,16 @@ def _quantiles(maxima: Floats, at: NDArray[np.int64] | slice = slice(None)) -> t
 
 @lru_cache(maxsize=256)
 def _normal_factors(n: int, count: int, centered: bool) -> tuple[Floats, Floats]:
-    """Return the factors of the quantiles, two-sided and one-sided, at `_LEVELS`; 1 where resolved.
+    """Return the factors of the two-sided and the one-sided quantiles, each of shape (levels,).
 
-    A factor is the quantile of the ratio of the observed statistic to the quantile under flips, over
-    simulated studies with equal normal noise.
+    The factor is 1 at a level whose quantile is resolved. At other levels it is a quantile, over simulated
+    studies with equal normal noise, of this ratio: the observed largest statistic divided by the quantile
+    under sign flips.
 
     Args:
         n: Number of replicates.
         count: Number of variants.
-        centered: Whether the flips are those of residuals.
+        centered: True if the signs of centered differences are flipped.
     """
     patterns = len(_sign_patterns(n)) + 1
     unresolved = [(_LEVELS * patterns * sides < _RESOLVED) & (_LEVELS <= 0.25) for sides in (1, 2)]

@@ -1,8 +1,8 @@
 """Simultaneous intervals of the mean differences of K variants from one baseline over n replicates.
 
 Every variant has its own variance. The t statistic of each variant is mapped to the scale of a normal
-distribution, so that variants with different numbers of replicates, or with noise from test items, share one
-critical value. That comes from random signs of the replicates: see `sign_flips`.
+distribution (`sign_flips.to_z`), so that one critical value is valid for variants with different degrees of
+freedom. The critical value comes from sign flips of the replicates (`sign_flips`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _ABOVE_ZERO = float(np.finfo(np.float64).tiny)
 
 @dataclass(frozen=True)
 class SimultaneousIntervals:
-    """K variants compared with the baseline: arrays of shape (K,).
+    """The comparison of K variants with the baseline: arrays of shape (K,).
 
-    A variant with fewer than two replicates, or whose differences are all equal without an item error, has
-    NaN instead of an interval and p values.
+    The limits and p values of a variant are NaN if it has fewer than two replicates, or if its standard error
+    is 0.
     """
 
     replicates: NDArray[np.int64]
@@ -34,19 +34,19 @@ class SimultaneousIntervals:
     std: Floats
     """Standard deviation of the differences over replicates."""
     standard_error: Floats
-    """Over replicates and, if given, items."""
+    """Standard error of the mean difference, over replicates and, if given, test items."""
     degrees: Floats
     """Degrees of freedom of the standard error (Satterthwaite)."""
     critical_value: Floats
-    """Half of the interval's width, in standard errors."""
+    """Half of the interval's width in standard errors, before the interval is cut to its bounds."""
     low: Floats
     high: Floats
     p_differs: Floats
-    """Adjusted p value of "the difference is 0", two-sided: below alpha if the interval excludes 0."""
+    """Adjusted two-sided p value of "the difference is 0". If it is below alpha, the interval excludes 0."""
     p_not_inferior: Floats
     """Adjusted p value of "the difference is -margin or less", one-sided."""
     p_not_superior: Floats
-    """Adjusted p value of "the difference is +margin or more", one-sided: the baseline is not inferior."""
+    """Adjusted p value of "the difference is +margin or more", one-sided."""
     p_not_inferior_alone: Floats
     """`p_not_inferior` without adjustment for the number of variants, for partial conjunctions."""
     p_not_superior_alone: Floats
@@ -68,10 +68,10 @@ def compare_with_baseline(
     Args:
         differences: Variant minus baseline in each replicate, shape (n, K); NaN for a missing pair.
         margin: The smallest difference that matters.
-        alpha: One minus the simultaneous level; from `spending.level_of_look` after earlier looks.
-        item_error: Standard error of each mean difference over the test items, shape (K,), from
-            `item_noise.item_standard_error`; by default the sentence holds for these items only.
-        bounds: The range of a difference.
+        alpha: One minus the simultaneous confidence level, see `spending.level_of_look`.
+        item_error: Standard error of each mean difference over the test items, shape (K,), see
+            `item_noise.item_standard_error`; by default 0, so that the results hold for these items only.
+        bounds: The range of a difference, to which the intervals are cut.
     """
     known = np.isfinite(differences)
     n = known.sum(axis=0)
@@ -89,7 +89,8 @@ def compare_with_baseline(
     critical = from_z(z_critical, degrees)
     p_differs = null.equality_p(to_z(mean / error, degrees))
     low, high = mean - critical * error, mean + critical * error
-    # The test of equality has a critical value of its own; a variant that it finds to differ excludes 0.
+    # The critical value of the intervals may be above that of the test of equality. The interval of a variant
+    # that the test finds to differ is cut, so that it excludes 0.
     low = np.where((p_differs < alpha) & (mean > 0), np.maximum(low, _ABOVE_ZERO), low)
     high = np.where((p_differs < alpha) & (mean < 0), np.minimum(high, -_ABOVE_ZERO), high)
     low, high = cut_interval(low, high, bounds)

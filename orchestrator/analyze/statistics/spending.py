@@ -1,4 +1,4 @@
-"""Alpha spending over repeated looks at a growing number of replicates (Lan and DeMets 1983)."""
+"""Alpha spending over interim looks at a growing number of replicates (Lan and DeMets 1983)."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ Floats = NDArray[np.float64]
 
 MAX_LOOKS = 5
 """The largest number of looks at one study."""
-_NODES = 128  # of the integral over the statistic between two boundaries
+_NODES = 128  # of Gauss-Legendre quadrature
 
 
 def level_of_look(looks: Sequence[int], planned: int, alpha: float = 0.05, comparisons: int = 1) -> float:
-    """Return the level of the present look, so that all looks together err with probability `alpha`.
+    """Return the significance level of the present look, so that all looks together have the level `alpha`.
 
-    The error spent by a look at n replicates is alpha n / planned (the power family's linear member). The
-    boundary of each look solves the recursion of Armitage, McPherson and Rowe (1969) for a statistic whose
-    sums have independent increments. Errors of several comparisons rarely fall on the same look, so the
-    recursion is solved for one comparison's part of the error: 1 - (1 - alpha)^(1 / comparisons).
+    The type I error that is spent up to a look at n replicates is alpha n / planned, a linear spending
+    function. The boundary of each look solves the recursion of Armitage, McPherson and Rowe (1969) for sums
+    with independent increments. Errors of several comparisons rarely occur at the same look. So the recursion
+    is solved for the share of one comparison, 1 - (1 - alpha)^(1 / comparisons).
 
     Args:
         looks: Numbers of replicates at the looks so far, ascending, the present one last.
         planned: The largest number of replicates, fixed before the first look.
-        alpha: The error of all looks together.
+        alpha: The type I error rate of all looks and comparisons together.
         comparisons: Number of variants that are compared with the baseline.
 
     Returns:
-        One minus the level of the present look's intervals; 0 if no error is left: the look is beyond
-        `planned` or `MAX_LOOKS`, or has no more replicates than the one before.
+        One minus the simultaneous level of the intervals of the present look. It is 0 if no error is left,
+        because the look is beyond `planned` or `MAX_LOOKS`, or has no more replicates than the previous one.
     """
     shares = np.array(looks, dtype=float) / planned
     if len(looks) > MAX_LOOKS or shares[-1] > 1 or (np.diff(shares) <= 0).any():
         return 0.0
     part = 1 - (1 - alpha) ** (1 / max(comparisons, 1))
     boundary = previous = 0.0
-    points, density = np.zeros(1), np.ones(1)  # before the first look the sum is 0
+    points, density = np.zeros(1), np.ones(1)  # The sum before the first look is 0.
     for share in shares:
         step = float(np.sqrt(share - previous))
         error = part * (share - previous)
@@ -55,17 +55,17 @@ def _surplus(limit: float, points: Floats, density: Floats, step: float, error: 
 
     Args:
         limit: The boundary of the sum.
-        points: Values of the sum before the increment, shape (m,).
-        density: Their probabilities, shape (m,).
-        step: The increment's standard deviation.
-        error: The probability that is wanted.
+        points: Quadrature nodes: values of the sum before the increment, shape (m,).
+        density: Probability density at `points` times the quadrature weights, shape (m,).
+        step: Standard deviation of the increment.
+        error: The error that this look spends.
     """
     outside = special.ndtr((points - limit) / step) + special.ndtr((-limit - points) / step)
     return float(density @ outside) - error
 
 
 def _density_between(limit: float, points: Floats, density: Floats, step: float) -> tuple[Floats, Floats]:
-    """Return values of the sum after the increment, between the limits, and their probabilities."""
+    """Return `points` and `density` after the next increment, within the boundary (see `_surplus`)."""
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     after = nodes * limit
     kernel = np.exp(-(((after[:, None] - points) / step) ** 2) / 2) / (step * np.sqrt(2 * np.pi))
