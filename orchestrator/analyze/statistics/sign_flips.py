@@ -58,7 +58,9 @@ def from_z(z: Floats | float, degrees: Floats) -> Floats:
         z: Statistics on the scale of a standard normal distribution, at least 0.
         degrees: Degrees of freedom, which broadcast with `z`.
     """
-    with np.errstate(invalid="ignore"):
+    with np.errstate(
+        invalid="ignore", over="ignore"
+    ):  # infinite degrees of freedom; one degree and a large z
         t = np.sqrt(degrees * np.expm1((z / (1 - 2 / (8 * degrees + 3))) ** 2 / degrees))
     return np.where(np.isinf(degrees), z, t)
 

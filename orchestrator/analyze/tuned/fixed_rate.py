@@ -96,13 +96,14 @@ def interval_of(found: SimultaneousIntervals, index: int) -> Interval | None:
 
 
 def _is_reversed(first: Interval | None, second: Interval | None, margin: float) -> bool | None:
+    """Return `FixedRateRow.reversal` for the intervals of the difference from the baseline at two rates."""
     if first is None or second is None:
         return None
     if (first.high < -margin and second.low > margin) or (second.high < -margin and first.low > margin):
         return True
-    can_lose = first.low <= -margin or second.low <= -margin
-    can_win = first.high >= margin or second.high >= margin
-    return None if can_lose and can_win else False
+    first_may_lose = first.low <= -margin and second.high >= margin
+    second_may_lose = second.low <= -margin and first.high >= margin
+    return None if first_may_lose or second_may_lose else False
 
 
 def _outcome(rows: Sequence[FixedRateRow]) -> VerdictOutcome:

@@ -112,12 +112,14 @@ def _design(task: TaskComparison) -> str:
 
 
 def next_step(task: TaskComparison, study: StudyFile) -> tuple[str, str]:
-    """Return the sentence and the command for what would decide the open comparisons; empty if none is."""
+    """Return the sentence and the command for `Verdict.next_step`; both empty if no comparison is open."""
     if task.missing:
         return "Some configurations have not ended; the same command continues.", study.command
     open_rows = [row for row in task.rows if row.role == "variant" and row.counts == "open"]
     if task.outcome != "undecided" or not open_rows:
         return "", ""
+    if task.alpha <= 0:
+        return "No error is left for another verdict in this study; a new study may plan more replicates.", ""
     without = [f"{row.variant} ({row.reason})" for row in open_rows if row.interval is None]
     if without:
         return f"There is no interval for {', '.join(without)}; more replicates may give one.", ""
@@ -129,13 +131,18 @@ def next_step(task: TaskComparison, study: StudyFile) -> tuple[str, str]:
             "",
         )
     replicates = max(row.replicates_to_decide or 0 for row in open_rows)
+    if replicates <= task.replicates:  # The outcomes are decided, but the intervals contain the margin.
+        names = ", ".join(row.variant for row in open_rows)
+        return (
+            f"The margin lies in the interval of {names}; the number of replicates that excludes it depends "
+            "on the true difference.",
+            "",
+        )
     text = (
         f"At most {replicates} replicates decide every open comparison with probability 80 %, whatever the "
         "true differences are, if the spread stays."
     )
     options = {"--replicates": [str(replicates)]}
-    if replicates <= task.replicates:
-        return text, ""
     if replicates > task.planned:
         text += f" That is beyond the {task.planned} planned ones, so it is a study of its own."
         options |= {"--max-replicates": [str(replicates)], "--study": [f"{study.name}-{replicates}"]}

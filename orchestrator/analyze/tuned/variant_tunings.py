@@ -94,14 +94,13 @@ def noise_span(rows: Sequence[VariantRow]) -> float | None:
         rows: The variants.
     """
     scores = _score_matrix(rows)
-    count = scores.shape[1]
-    with np.errstate(invalid="ignore"):
-        residuals = scores - scores.mean(axis=0)
-        residuals -= residuals.mean(axis=1, keepdims=True)
-    if count < 2 or len(scores) < 2:
+    n, count = scores.shape
+    if n < 2 or count < 2:
         return None
-    variance = (residuals**2).sum(axis=0) / (len(scores) - 1) * count / (count - 1)
-    return expected_span(np.sqrt(variance / len(scores)))
+    residuals = scores - scores.mean(axis=0)
+    residuals -= residuals.mean(axis=1, keepdims=True)
+    variance = (residuals**2).sum(axis=0) / (n - 1) * count / (count - 1)
+    return expected_span(np.sqrt(variance / n))
 
 
 def _score_matrix(rows: Sequence[VariantRow]) -> NDArray[np.float64]:

@@ -101,6 +101,25 @@ def test_an_undecided_claim_names_the_replicates_in_the_worst_case_and_the_comma
     assert any("have not ended" in warning for warning in missing.warnings)
 
 
+def test_a_look_without_error_left_advises_a_new_study() -> None:
+    records = tuned_records({"lora": Truth(), "pissa": Truth(0.9, -2.4)}, 5, noise=0.01)
+    verdict = summarize(study_of(records, max_replicates=4), records).verdicts[0]
+    assert verdict.outcome == "undecided"
+    assert verdict.next_step.startswith("No error is left")
+    assert verdict.next_command == ""
+
+
+def test_no_number_of_replicates_is_promised_that_the_study_has_already() -> None:
+    records = tuned_records({"lora": Truth(), "pissa": Truth(0.91, -2.0)}, 10, noise=0.002)
+    summary = summarize(study_of(records, max_replicates=10), records)
+    assert summary.comparison is not None
+    row = summary.comparison.tasks[0].rows[1]
+    assert (row.outcome, row.counts) == ("better", "open")
+    assert row.replicates_to_decide is not None
+    assert row.replicates_to_decide <= 10
+    assert summary.verdicts[0].next_step.startswith("The margin lies in the interval of pissa")
+
+
 def test_the_page_has_the_pictures_the_verdicts_and_every_tuning(tmp_path: Path) -> None:
     records = two_tasks()
     summary = write_report(study_of(records, max_replicates=7), records, tmp_path, DATABASE)

@@ -55,6 +55,28 @@ def test_noise_leaves_it_open_and_two_replicates_do_not_crash() -> None:
     assert compare_at_fixed_rate(RATES, short, "lora", 0.01) is not None
 
 
+def test_noise_at_one_rate_alone_excludes_a_reversal() -> None:
+    """A reversal needs a loss at one rate and a win at the other, and at the second rate both are equal."""
+    generator = np.random.default_rng(6)
+    means = np.tile([0.5, 0.9, 0.9], (6, 1))
+    baseline, variant = means + generator.normal(0, 0.0005, (2, 6, 3))
+    variant[:, 1] += [0.3, -0.3, 0.2, -0.2, 0.25, -0.25]
+    found = compare_at_fixed_rate(
+        RATES,
+        {"lora": RateScores(baseline, np.full(6, 1)), "a": RateScores(variant, np.full(6, 2))},
+        "lora",
+        0.01,
+    )
+    assert found is not None
+    (row,) = found.rows
+    assert row.at_baseline_interval is not None
+    assert row.at_own_interval is not None
+    assert row.at_baseline_interval.low < -0.01 < 0.01 < row.at_baseline_interval.high
+    assert -0.01 < row.at_own_interval.low < row.at_own_interval.high < 0.01
+    assert row.reversal is False
+    assert found.outcome == "refuted"
+
+
 def test_shifted_grids_are_compared_within_each_replicate() -> None:
     task = compare_one(tuned_records({"lora": Truth(), "hira": Truth(0.9, -1.0)}, 7))
     assert task.fixed_rate is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -105,6 +106,20 @@ def test_a_variant_that_never_gives_a_usable_run_is_worse_by_its_share_alone() -
     task = compare_one(lost("lora"))
     assert {row.counts for row in task.rows[1:]} == {"no"}
     assert task.outcome == "refuted", "an unusable baseline does not match the others"
+
+
+def test_variants_that_are_usable_in_different_replicates_have_no_span_by_noise() -> None:
+    records = [
+        replace(r, state="diverged")
+        if (r.configuration.variant.name == "lora") == (r.configuration.seed < 2)
+        else r
+        for r in tuned_records({"lora": Truth(), "pissa": Truth()}, replicates=4)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task = compare_one(records)
+    assert task.span is not None
+    assert task.expected_span is None
 
 
 def test_a_failed_run_is_missing_and_the_choice_is_among_the_others() -> None:
