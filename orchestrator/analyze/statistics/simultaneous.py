@@ -18,6 +18,7 @@ from orchestrator.analyze.statistics.sign_flips import from_z, null_distribution
 
 Floats = NDArray[np.float64]
 _ABOVE_ZERO = float(np.finfo(np.float64).tiny)
+_ROUNDING = 1e-12  # Standard deviations below are rounding errors of equal differences.
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ def compare_with_baseline(
 ) -> SimultaneousIntervals:
     """Return simultaneous intervals and adjusted p values of K mean differences.
 
+    If the differences of a variant are equal in all replicates, its only error is the item error, which sign
+    flips cannot show. Such a variant is tested with the normal distribution and Sidak's correction for all
+    variants, and the common critical value is at least the one of this test.
+
     Args:
         differences: Variant minus baseline in each replicate, shape (n, K); NaN for a missing pair.
         margin: The smallest difference that matters.
@@ -73,21 +78,21 @@ def compare_with_baseline(
             `item_noise.item_standard_error`; by default 0, so that the results hold for these items only.
         bounds: The range of a difference, to which the intervals are cut.
     """
-    known = np.isfinite(differences)
-    n = known.sum(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(known, differences, 0.0).sum(axis=0) / n
-        std = np.sqrt(np.where(known, (differences - mean) ** 2, 0.0).sum(axis=0) / (n - 1))
-        seed_error = std / np.sqrt(n)
-        error = np.hypot(seed_error, 0.0 if item_error is None else item_error)
-        error = np.where((n > 1) & (error > 0), error, np.nan)
-        degrees = (n - 1) * (error / seed_error) ** 4
-    tested = np.isfinite(error)
-    rows = known[:, tested].any(axis=1)
-    null = null_distribution(differences[np.ix_(rows, tested)], alpha)
-    z_critical = null.critical_value(alpha)
+    n, mean, std, error, degrees = _moments(differences, 0.0 if item_error is None else item_error)
+    varies, is_constant = np.isfinite(error) & (std > 0), np.isfinite(error) & (std == 0)
+    replicates = np.isfinite(differences[:, varies]).any(axis=1)
+    null = null_distribution(differences[np.ix_(replicates, varies)], alpha)
+    z_critical, tested = null.critical_value(alpha), (varies | is_constant).sum()
+    if is_constant.any():
+        part = 1 - (1 - alpha) ** (1 / tested)
+        z_critical = float(np.fmax(z_critical, stats.norm.isf(part / 2)))
     critical = from_z(z_critical, degrees)
-    p_differs = null.equality_p(to_z(mean / error, degrees))
+
+    def adjusted(p: Floats, p_from_flips: Floats) -> Floats:
+        return np.where(is_constant, 1 - (1 - p) ** tested, p_from_flips)
+
+    t = mean / error
+    p_differs = adjusted(2 * stats.norm.sf(np.abs(t)), null.equality_p(to_z(t, degrees)))
     low, high = mean - critical * error, mean + critical * error
     # The critical value of the intervals may be above that of the test of equality. The interval of a variant
     # that the test finds to differ is cut, so that it excludes 0.
@@ -105,9 +110,26 @@ def compare_with_baseline(
         low=low,
         high=high,
         p_differs=p_differs,
-        p_not_inferior=null.one_sided_p(to_z(not_inferior, degrees)),
-        p_not_superior=null.one_sided_p(to_z(not_superior, degrees)),
+        p_not_inferior=adjusted(stats.norm.sf(not_inferior), null.one_sided_p(to_z(not_inferior, degrees))),
+        p_not_superior=adjusted(stats.norm.sf(not_superior), null.one_sided_p(to_z(not_superior, degrees))),
         p_not_inferior_alone=stats.t.sf(not_inferior, degrees),
         p_not_superior_alone=stats.t.sf(not_superior, degrees),
         z_critical=z_critical,
     )
+
+
+def _moments(
+    differences: Floats, item_error: Floats | float
+) -> tuple[NDArray[np.int64], Floats, Floats, Floats, Floats]:
+    """Return the first five fields of `SimultaneousIntervals`."""
+    known = np.isfinite(differences)
+    n = known.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(known, differences, 0.0).sum(axis=0) / n
+        std = np.sqrt(np.where(known, (differences - mean) ** 2, 0.0).sum(axis=0) / (n - 1))
+        std = np.where(std < _ROUNDING, 0.0, std)
+        seed_error = std / np.sqrt(n)
+        error = np.hypot(seed_error, item_error)
+        error = np.where((n > 1) & (error > 0), error, np.nan)
+        degrees = (n - 1) * (error / seed_error) ** 4
+    return n, mean, std, error, degrees

@@ -98,6 +98,22 @@ def test_a_variant_without_two_pairs_or_without_spread_has_no_interval() -> None
     assert found.mean[2] == 0.25
 
 
+@pytest.mark.parametrize("value", [0.1, 0.81 - 0.8])
+def test_differences_that_are_equal_up_to_rounding_give_no_interval(value: float) -> None:
+    d = np.array([[value], [0.1 + (value - 0.1)], [value]])
+    found = compare_with_baseline(d, 0.01)
+    assert np.isnan(found.low).all()
+    assert found.std.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.02])
+def test_equal_differences_have_an_interval_from_the_item_noise(mean: float) -> None:
+    found = compare_with_baseline(np.full((5, 1), mean), 0.01, item_error=np.array([0.05]))
+    assert (found.low < mean - 0.05 * 1.9).all()
+    assert (found.high > mean + 0.05 * 1.9).all()
+    assert (found.p_differs > 0.2).all()
+
+
 def test_without_any_testable_variant_there_is_no_interval() -> None:
     found = compare_with_baseline(np.full((5, 2), np.nan), 0.5)
     assert np.isnan(found.low).all()
