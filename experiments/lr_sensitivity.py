@@ -3,10 +3,10 @@
     python experiments/lr_sensitivity.py --dry-run   a rehearsal without a GPU
     python experiments/lr_sensitivity.py             the study, on GPUs
 
-Every variant is fine-tuned at every learning rate with every seed; with --search, at points of a wider space,
-the same number of each variant. A grid whose best rate lies on its edge widens by itself, for all variants
-alike (--widen). Results are kept: the same command again trains nothing, and one more rate or variant trains
-only what is new.
+Every variant is fine-tuned at every learning rate with every seed. With --search, a sampler chooses points of
+a wider space instead, the same number for each variant. A grid is widened for all variants alike if a best
+rate lies on its edge (--widen). Results are kept: the same command again trains nothing, and one more rate or
+variant trains only what is new.
 
 The study: Qwen3-0.6B-Base is fine-tuned on MetaMathQA and scored on GSM8K; 5 variants x 11 rates x 3 seeds =
 165 fine-tunes of 1,562 steps of 64 rows, one pass over the 100,000 rows that the survey takes.

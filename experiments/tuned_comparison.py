@@ -5,11 +5,11 @@
     python experiments/tuned_comparison.py --search optuna   tuned by searches
 
 Every variant, LoRA among them, is tuned --replicates times with the same budget: on the grid of learning
-rates, shifted by a random offset that all variants of a replicate share, or by a --search of its own.
-Validation chooses one run of each tuning, and its test score counts. The differences from LoRA in the same
-replicate give simultaneous intervals, an outcome for each variant, and the answer for most of them, on each
---task and over all tasks. Results are kept: the same command again trains nothing, and more --replicates
-train only what is new, up to the --max-replicates that were planned.
+rates, shifted by a random offset that all variants of a replicate share, or by a --search of its own. Of each
+tuning, the run with the best validation score is chosen, and its test score is compared with LoRA's in the
+same replicate. The differences give simultaneous intervals, an outcome for each variant, and the answer for
+most of the variants, on each --task and over all tasks. Results are kept: the same command again trains
+nothing, and more --replicates train only what is new, up to the --max-replicates that were planned.
 
 The rehearsal tunes three variants over four rates in five replicates on two tasks: 120 fine-tunes.
 """

@@ -33,8 +33,8 @@ BATCH = 250
 """Number of studies in one array operation."""
 UNBOUNDED = (-np.inf, np.inf)
 ERROR, ERROR_AT_MOST, COVERAGE = (4.0, 6.0), (0.0, 6.0), (93.0, 97.0)
-"""The least and the largest percentage that is ok: of an error rate that should be exact, of an error rate that
-may be smaller, and of a coverage."""
+"""The least and the largest percentage that is ok: of an error rate that should be exact, of one that may be
+smaller, and of a coverage."""
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def estimate(value: Estimate, digits: int = 3) -> str:
+def estimate(value: Estimate) -> str:
     """Format an estimate with the half-width of its interval, 0.967 ±0.052; without an interval, 0.967."""
     if value.mean is None or value.interval is None:
-        return number(value.mean, digits)
-    return f"{number(value.mean, digits)} ±{number((value.interval.high - value.interval.low) / 2, digits)}"
+        return number(value.mean)
+    return f"{number(value.mean)} ±{number((value.interval.high - value.interval.low) / 2)}"
 
 
 def figure(value: CurveStatistic | None, digits: int = 2) -> str:

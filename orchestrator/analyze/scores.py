@@ -36,7 +36,7 @@ def untrained_score(record: Record, split: Split) -> float | None:
 
 def mean_untrained_score(records: Iterable[Record], split: Split) -> float | None:
     """Return the mean score of the untrained base model over the records; None without a score."""
-    scores = sorted(s for r in records if (s := untrained_score(r, split)) is not None)
+    scores = [s for r in records if (s := untrained_score(r, split)) is not None]
     return math.fsum(scores) / len(scores) if scores else None
 
 

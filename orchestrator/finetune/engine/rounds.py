@@ -50,7 +50,7 @@ class TrainingRounds:
     # -- directives -------------------------------------------------------------------------------------
 
     def _exchange(self) -> None:
-        """Ask the source for directives and apply them."""
+        """Ask the source for directives, and apply them."""
         directives = self.active.process_group.broadcast_from_rank0(self._request_directives)
         for fingerprint, directive in directives.items():
             if fingerprint in self.active.lanes:
@@ -100,7 +100,7 @@ class TrainingRounds:
             self._apply(directive, lane)
 
     def _send_report(self, report: Report) -> Directive:
-        """Rank 0 only."""
+        """Send a report to the source, and return the directive for its lane. Rank 0 only."""
         return self.active.source.report(report)
 
     # -- steps ------------------------------------------------------------------------------------------
