@@ -7,7 +7,7 @@ The four parts are `study_context.resolve_study` (options to configurations), `p
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.execution.ray import runtime
@@ -24,7 +24,8 @@ from orchestrator.record import scratch
 from orchestrator.record.mlflow.tracking_uri import configured_uri
 from orchestrator.record.provenance import current_commit
 from orchestrator.record.schema import Record
-from orchestrator.record.study_file import StudyFile
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
@@ -110,6 +111,7 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
         prepare_datasets(to_prepare, store.bases, store.data, context.console.print)
     if work.search is not None:
         work.search.save()
+    study = drop_abandoned(study, settings, (c.fingerprint for c in work.requested), store)
     cached = {*work.retries_exhausted, *(c.fingerprint for c in work.satisfied)}
     study = replace(
         study.with_configurations([c.fingerprint for c in work.requested], cached),
@@ -125,6 +127,19 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
             f"{len(work.retries_exhausted)} of them failed three times; --retry-failed tries them again"
         )
     return StudyRun(context, work, study)
+
+
+def drop_abandoned(
+    study: StudyFile, settings: AnalysisSettings, requested: Iterable[str], store: Store
+) -> StudyFile:
+    """Return the study without configurations that have no record and that this command does not request.
+
+    An earlier command with other options asked for them. A comparison of tuned variants and a study of
+    factors have no final answer while a configuration of theirs has not ended, and these would never end.
+    """
+    if settings.kind not in ("replicates", "factors"):
+        return study
+    return study.keep({*requested, *store.states()})
 
 
 @dataclass

@@ -26,10 +26,12 @@ def fix_settings(
         UsageError: The study has begun with another kind, selection, margin or planned maximum, or the
             command asks for more replicates than planned.
     """
+    before = study.settings if study.configurations else None
     if settings.kind not in ("replicates", "factors"):
+        if before is not None and before.kind in ("replicates", "factors"):
+            _check_kind(before, settings, study.name)
         # The points of a search form no curve.
         return replace(settings, kind="search") if settings.kind == "curve" and is_search else settings
-    before = study.settings if study.configurations else None
     if settings.kind == "factors":
         found = replace(settings, unverified=_unverified(variants))
         if before is not None:
@@ -48,12 +50,16 @@ def fix_settings(
     return found
 
 
-def _check_unchanged(before: AnalysisSettings, now: AnalysisSettings, name: str) -> None:
+def _check_kind(before: AnalysisSettings, now: AnalysisSettings, name: str) -> None:
     if before.kind != now.kind:
         raise UsageError(
             f"--study {name!r}: it is a study of another kind ({before.kind}, not {now.kind}); take another "
             "--study."
         )
+
+
+def _check_unchanged(before: AnalysisSettings, now: AnalysisSettings, name: str) -> None:
+    _check_kind(before, now, name)
     if before.select != now.select:
         raise UsageError(
             f"--select {now.select}: study {name!r} began with {before.select}, which is fixed before there "

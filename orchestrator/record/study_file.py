@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +91,13 @@ class StudyFile:
         added = tuple(f for f in dict.fromkeys(requested) if f not in present)
         reused = self.reused + tuple(f for f in added if f in cached)
         return replace(self, configurations=self.configurations + added, reused=reused)
+
+    def keep(self, fingerprints: Collection[str]) -> StudyFile:
+        """Return this study without the configurations that are not among `fingerprints`."""
+        kept, reused = (
+            tuple(f for f in own if f in fingerprints) for own in (self.configurations, self.reused)
+        )
+        return replace(self, configurations=kept, reused=reused)
 
     def with_look(self, replicates: int) -> StudyFile:
         """Return this study with one more look, at a verdict on `replicates` replicates.

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from points import configuration
+from synthetic import record
 
 from orchestrator.launch.design import DesignInput
 from orchestrator.launch.designs.replicates import ReplicatesDesign, grid_offset, shifted_grid
+from orchestrator.launch.run_study import drop_abandoned
 from orchestrator.launch.study_settings import fix_settings
+from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.rates import parse_learning_rates
@@ -112,6 +116,25 @@ def test_a_study_of_another_kind_is_refused() -> None:
     curve = replace(BEGUN, settings=AnalysisSettings())
     with pytest.raises(UsageError, match="another kind"):
         fix_settings(PLANNED, curve, False, 10, ("lora",))
+
+
+def test_a_comparison_does_not_become_a_grid_or_a_search() -> None:
+    for is_search in (False, True):
+        with pytest.raises(UsageError, match="another kind"):
+            fix_settings(AnalysisSettings(), BEGUN, is_search, 1, ("lora",))
+    curve = replace(BEGUN, settings=AnalysisSettings())
+    assert fix_settings(AnalysisSettings(), curve, True, 1, ("lora",)).kind == "search"
+
+
+def test_configurations_that_an_earlier_command_left_without_a_record_leave_the_study(tmp_path: Path) -> None:
+    """They would never end, so that the comparison would have no planned look."""
+    store = Store(tmp_path)
+    done = record("lora", 1e-3)
+    store.put(done)
+    study = StudyFile("s", "?", "x", (done.fingerprint, "old", "now"), reused=("old",))
+    kept = drop_abandoned(study, PLANNED, ["now"], store)
+    assert (kept.configurations, kept.reused) == ((done.fingerprint, "now"), ())
+    assert drop_abandoned(study, AnalysisSettings(), ["now"], store) == study
 
 
 def test_variants_that_nothing_verifies_are_named_in_the_settings() -> None:
