@@ -94,7 +94,10 @@ class Report(StoreLocation):
             raise UsageError(
                 f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}"
             )
-        write_report(study, records, folder, redact_secrets(study_uri(study.tracking_uri, store)))
+        uri = redact_secrets(study_uri(study.tracking_uri, store))
+        summary = write_report(study, records, folder, uri)
+        if summary.comparison is not None and (looked := summary.comparison.look):
+            study.with_look(looked).write(folder)
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
         return 0
 

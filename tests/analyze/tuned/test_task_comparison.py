@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from synthetic import record
 from tuned_records import Truth, compare, compare_one, study_of, tuned_records
 
+from orchestrator.analyze import report
 from orchestrator.analyze.run_labels import label_runs
 from orchestrator.analyze.summary import summarize
 from orchestrator.analyze.tuned.across_tasks import compare_tuned
 from orchestrator.analyze.tuned.tuned_results import TaskComparison, VariantRow
+from orchestrator.cli.commands import Report
 from orchestrator.record.schema import ItemResults, Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
 
 EQUAL = {v: Truth(optimum=x) for v, x in (("lora", -2.0), ("pissa", -2.6), ("hira", -1.0), ("dora", -2.1))}
 
@@ -265,6 +270,20 @@ def test_while_runs_are_missing_only_whole_tunings_count() -> None:
     assert found.look == 0, "no planned look"
     assert compare(records).look == 4
     assert compare_tuned(study, [], {}) is None
+
+
+def test_the_report_command_counts_as_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_render", lambda picture: (b"", b""))
+    records = tuned_records({"lora": Truth(), "pissa": Truth()}, replicates=3)
+    study = study_of(records, max_replicates=6)
+    store = Store(tmp_path / "store")
+    for each in records:
+        store.put(each)
+    study.write(tmp_path / study.name)
+    assert Report(output=tmp_path, study=study.name).run() == 0
+    found = StudyFile.read(tmp_path / study.name)
+    assert found is not None
+    assert found.looks == (3,)
 
 
 def test_the_summary_of_a_study_with_replicates_begins_with_its_verdicts() -> None:
