@@ -67,9 +67,10 @@ def panel_rate_verdict(panel: Panel) -> Verdict | None:
     found = compare_panel_at_fixed_rate(panel)
     if found is None or panel.reference is None:
         return None
-    seeds = {run.seed for curve in panel.curves for point in curve.points for run in point.runs}
-    names = ", ".join(curve.label for curve in panel.curves)
-    rates = len({point.learning_rate for curve in panel.curves for point in curve.points})
+    compared = {panel.reference, *(row.variant for row in found.rows)}
+    curves = [curve for curve in panel.curves if curve.label in compared]
+    seeds = {run.seed for curve in curves for point in curve.points for run in point.runs}
+    names, rates = ", ".join(curve.label for curve in curves), len(found.winners)
     design = (
         f"{panel.task} on {panel.model}: {names}; {rates} learning rates with {len(seeds)} seeds. The rates "
         "are chosen on the same seeds, so this is descriptive; tuned_comparison.py tunes in replicates."

@@ -101,6 +101,20 @@ def test_variants_that_do_not_share_their_rates_are_not_compared_at_one() -> Non
     assert panel_rate_verdict(panel) is None
 
 
+def test_the_design_names_only_the_curves_and_rates_that_are_compared() -> None:
+    rates = {"lora": (1e-3, 1e-2, 1e-1), "hira": (1e-3, 1e-2, 1e-1), "full": (1e-5, 1e-4, 1e-3)}
+    records = [
+        record(v, rate, s, 0.5 + 0.01 * i + 0.001 * s)
+        for v, own in rates.items()
+        for i, rate in enumerate(own)
+        for s in range(3)
+    ]
+    (panel,) = summarize_panels(records)
+    verdict = panel_rate_verdict(panel)
+    assert verdict is not None
+    assert "hira, lora; 3 learning rates with 3 seeds" in verdict.design, "full has a grid of its own"
+
+
 def test_the_curves_of_a_grid_show_it_too_and_say_that_they_are_descriptive() -> None:
     (panel,) = summarize_panels(study())
     found = compare_panel_at_fixed_rate(panel)
