@@ -85,7 +85,8 @@ class NullDistribution:
         """
         if alpha <= 0:
             return np.inf
-        return float(np.exp(np.interp(np.log(alpha), np.log(_LEVELS), np.log(self.two_sided))))
+        with np.errstate(divide="ignore"):  # The critical value at level 1 may be 0.
+            return float(np.exp(np.interp(np.log(alpha), np.log(_LEVELS), np.log(self.two_sided))))
 
     def equality_p(self, z: Floats) -> Floats:
         """Return two-sided p values of "equal to the baseline", adjusted for the number of variants."""
