@@ -20,15 +20,15 @@ from orchestrator.record.study_file import StudyFile
 def compare_tuned(
     study: StudyFile, records: Sequence[Record], labels: Mapping[str, RunLabel]
 ) -> TunedComparison | None:
-    """Compare all variants with the tuned baseline, on every task and over all of them.
+    """Compare all variants with the tuned baseline on each task, and over all tasks.
 
     Args:
-        study: The study; its settings name the baseline, the margin and the planned maximum of replicates.
-        records: Its records, one per configuration.
+        study: The study, with the settings of its analysis.
+        records: The records of the study, one per configuration.
         labels: Fingerprint -> label of the run.
 
     Returns:
-        The comparison; None if the baseline has no tuning on any task.
+        The comparison; None if the baseline was not tuned on any task.
     """
     by_task: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -50,7 +50,12 @@ def compare_tuned(
 
 
 def _aggregate(tasks: Sequence[TaskComparison]) -> tuple[VariantAggregate, ...]:
-    """Return every variant over the tasks in which it has usable pairs, the best first."""
+    """Return the aggregate of each variant, the largest mean difference first.
+
+    A task counts for a variant if it has a replicate in which both the variant and the baseline are usable.
+    The aggregate uses the replicates in which both are usable on all these tasks, because the arrays of the
+    bootstrap have one row per replicate. With fewer than two such replicates there is no aggregate.
+    """
     scores = [
         {row.variant: {t.replicate: chosen_test(t) for t in row.tunings if t.is_usable} for row in task.rows}
         for task in tasks

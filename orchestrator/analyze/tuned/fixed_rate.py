@@ -1,4 +1,4 @@
-"""Claim 3: at one fixed learning rate the winner is an artefact of the rate."""
+"""The test of claim 3: at one fixed learning rate the winner is an artefact of the rate."""
 
 from __future__ import annotations
 
@@ -18,15 +18,22 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RateScores:
-    """Test scores of one variant at the rates that all variants share."""
+    """Test scores of one variant at the learning rates that all variants share."""
 
     scores: Floats
-    """Test score of each replicate (or seed) at each rate, shape (n, rates); NaN if missing."""
+    """Test scores, shape (n replicates or seeds, rates); NaN if missing."""
     chosen: NDArray[np.int64]
-    """Index of the rate that validation chose in each replicate, shape (n,); -1 if none."""
+    """Index of the rate that validation chose in each replicate, shape (n,); -1 if it chose none."""
 
     def at(self, index: NDArray[np.int64]) -> Floats:
-        """Return the score of each replicate at the given rates, shape (n,); NaN where the index is -1."""
+        """Return the score of each replicate at one rate.
+
+        Args:
+            index: Index of the rate in each replicate, shape (n,), or -1.
+
+        Returns:
+            The scores, shape (n,); NaN where the index is -1.
+        """
         rows = np.arange(len(index))
         return np.where(index >= 0, self.scores[rows, np.maximum(index, 0)], np.nan)
 
@@ -38,24 +45,24 @@ def compare_at_fixed_rate(
     margin: float,
     alpha: float = 0.05,
 ) -> FixedRateComparison | None:
-    """Compare all variants at the baseline's rate, and each at its own.
+    """Compare each variant with the baseline at the rate that is best for either.
 
-    A variant reverses its order with the baseline if it loses to it by more than the margin at one of two
-    rates (the baseline's choice and its own choice) and beats it by more than the margin at the other. All
-    intervals hold simultaneously. The claim is supported if at least one variant reverses its order, and
-    refuted if the intervals exclude that for all.
+    In each replicate there are two rates: the baseline's choice and the variant's own choice. The order of a
+    variant and the baseline is reversed if the variant loses by more than the margin at one of these rates
+    and wins by more than the margin at the other. All intervals are simultaneous. The claim is supported if
+    the order is reversed for at least one variant, and refuted if the intervals exclude a reversal for all.
 
-    A score at a rate where training broke down counts as it is: that is what one fixed rate does.
+    The scores of diverged and collapsed runs count as they are, because a user of one fixed rate gets them.
 
     Args:
-        rates: The learning rates, ascending; those of the replicates may be shifted.
-        variants: Variant -> scores, the baseline and those that are compared, all with the same replicates.
+        rates: The learning rates, ascending. If the grids of the replicates are shifted, each is a mean.
+        variants: Variant -> scores, for the baseline and the other variants. All have the same replicates.
         baseline: The variant that the others are compared with.
         margin: The smallest difference that matters.
-        alpha: One minus the simultaneous level.
+        alpha: One minus the simultaneous confidence level.
 
     Returns:
-        The comparison; None without the baseline or without another variant.
+        The comparison; None if the baseline is missing, or if no other variant has scores at both rates.
     """
     others = [name for name in variants if name != baseline]
     if baseline not in variants or not others:
@@ -90,7 +97,7 @@ def compare_at_fixed_rate(
 
 
 def interval_of(found: SimultaneousIntervals, index: int) -> Interval | None:
-    """Return one of the simultaneous intervals; None if it does not exist."""
+    """Return the interval of the variant in column `index`; None if its limits are NaN or infinite."""
     low, high = float(found.low[index]), float(found.high[index])
     return Interval(low, high) if np.isfinite([low, high]).all() else None
 
@@ -113,7 +120,10 @@ def _outcome(rows: Sequence[FixedRateRow]) -> VerdictOutcome:
 
 
 def _winners(rates: Sequence[float], variants: Mapping[str, RateScores], baseline: str) -> list[RateWinner]:
-    """Return the variant with the highest mean test score at each rate; ties go to the baseline."""
+    """Return the variant with the highest mean test score at each rate; the baseline wins a tie.
+
+    Rates at which the baseline has no score are left out.
+    """
     winners = []
     for i, rate in enumerate(rates):
         means = {

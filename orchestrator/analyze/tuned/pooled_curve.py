@@ -1,4 +1,4 @@
-"""The fine curve of a variant: all replicates' runs together, whose grids are shifted against each other."""
+"""The pooled curve of a variant: validation score over learning rate, from the runs of all replicates."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ BINS_PER_DECADE = 4
 
 
 def pool_curve(tunings: Sequence[Tuning], margin: float) -> PooledCurve | None:
-    """Return the curve of validation scores over all tunings of a variant.
+    """Return the pooled curve of one variant.
 
-    Runs whose rates lie in the same quarter of a decade are averaged. One shared quarter is not a grid point:
-    its position is the mean of its runs'.
+    The grids of the replicates are shifted, so together they are finer than one grid. The log10 rates and the
+    validation scores of all runs are averaged within bins of a quarter of a decade.
 
     Args:
-        tunings: The tunings of one variant.
-        margin: Scores within the margin of the optimum count into the width.
+        tunings: The tunings of the variant.
+        margin: The largest distance from the best score at which a rate belongs to the top of the curve.
 
     Returns:
-        The curve; None if no run has a score.
+        The curve; None if no run has a validation score.
     """
     scored = [
         (math.log10(run.learning_rate), run.validation)

@@ -1,4 +1,4 @@
-"""The noise of the test questions: other questions would give other differences."""
+"""Standard errors of the differences from the baseline with respect to the choice of the test questions."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from orchestrator.analyze.scores import finite_score
 from orchestrator.analyze.statistics.item_noise import item_standard_error
 from orchestrator.record.schema import Record
 
-_TOLERANCE = 1e-6  # of a score that is the mean of its items
+_TOLERANCE = 1e-6  # largest distance between a test score and the mean of its results per question
 
 
 def question_errors(
     pairs: Mapping[str, Sequence[tuple[Record, Record]]],
 ) -> dict[str, float | None]:
-    """Return the standard error of each variant's mean difference over the test questions.
+    """Return the standard error, over the test questions, of each variant's mean difference.
 
-    All runs of a study are scored on the same questions in the same order. A question's difference is its
-    mean over replicates, so that each question is one cluster.
+    All runs of a study are scored on the same questions in the same order. The difference on each question is
+    first averaged over the replicates.
 
     Args:
         pairs: Variant -> the chosen records of the variant and of the baseline in each replicate.
 
     Returns:
-        Variant -> standard error; None if a record lacks the results of the single questions, or if the
-        test score is not their mean (a correlation, F1).
+        Variant -> standard error; None if a record has no results per question, or if the test score is not
+        the mean of these results (a correlation, F1).
     """
     return {variant: _question_error(own) for variant, own in pairs.items()}
 
@@ -47,7 +47,7 @@ def _question_error(pairs: Sequence[tuple[Record, Record]]) -> float | None:
 
 
 def _results(record: Record) -> NDArray[np.float64] | None:
-    """Return the results of the test questions, if the test score is their mean."""
+    """Return the results per test question, shape (questions,); None if their mean is not the test score."""
     items, score = record.items.get("test"), finite_score(record, "test")
     if items is None or not items.correct or score is None:
         return None

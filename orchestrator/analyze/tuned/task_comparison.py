@@ -1,4 +1,4 @@
-"""The comparison with the tuned baseline on one task: intervals, outcomes, and claim 2."""
+"""The comparison with the tuned baseline on one task: intervals, outcomes, and the test of claim 2."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ from orchestrator.record.schema import Record
 from orchestrator.record.study_file import AnalysisSettings
 
 MAX_CRITICAL_VALUE = 1e4
-"""With two replicates the critical value of an early look can be larger: nothing is resolved then."""
+"""The largest critical value, in standard errors, for which a resolvable difference is computed.
+
+With two replicates the critical value of an early look can be larger."""
 Tunings = Mapping[str, Mapping[int, Tuning]]
 """Variant -> replicate -> tuning."""
 
@@ -48,20 +50,20 @@ def compare_task(
     records: Sequence[Record],
     labels: Mapping[str, RunLabel],
     settings: AnalysisSettings,
-    looks: Sequence[int] = (),
-    missing: bool = False,
+    looks: Sequence[int],
+    missing: bool,
 ) -> TaskComparison | None:
     """Compare all variants with the tuned baseline on one task and base model.
 
     Args:
-        records: The records of one task and model.
+        records: The records of one task and base model.
         labels: Fingerprint -> label of the run.
-        settings: The baseline, the margin and the planned maximum of replicates.
-        looks: The numbers of replicates at which a verdict was shown before.
+        settings: The settings of the analysis, for example the baseline and the margin.
+        looks: Numbers of replicates, ascending, at which the study has shown a verdict.
         missing: True if configurations of the study have not ended.
 
     Returns:
-        The comparison; None if the baseline has no tuning.
+        The comparison; None if the baseline was not tuned.
     """
     tunings, left_out = find_tunings(records, labels, missing)
     if not tunings.get(settings.baseline):
@@ -106,7 +108,7 @@ def compare_task(
 
 @dataclass(frozen=True)
 class _Claim:
-    """Claim 2 on one task."""
+    """The test of claim 2 on one task. The fields are described in `TaskComparison`."""
 
     holds: int = 0
     beaten: int = 0
@@ -115,12 +117,14 @@ class _Claim:
 
     @classmethod
     def from_p_values(cls, holds: NDArray[np.float64], beaten: NDArray[np.float64], alpha: float) -> _Claim:
-        """Return the claim from the counted variants' p values, each valid on its own.
+        """Return the partial conjunction tests over the counted variants.
+
+        The p values are not corrected for the number of variants. Each array has shape (counted variants,).
 
         Args:
             holds: P values of "the variant is better than the baseline by the margin or more".
             beaten: P values of "the variant is not better than the baseline by more than the margin".
-            alpha: The error of this look.
+            alpha: The type I error rate of this look.
         """
         count = len(holds)
         if not count:
@@ -134,7 +138,7 @@ class _Claim:
         )
 
     def outcome(self, alpha: float) -> VerdictOutcome:
-        """Return the outcome at the error of this look; descriptive if there is nothing to count."""
+        """Return the outcome at the error rate of this look; "descriptive" if no variant is counted."""
         if self.p_claim is None or self.p_against is None:
             return "descriptive"
         if self.p_claim <= alpha:
@@ -145,11 +149,17 @@ class _Claim:
 def _compare_rows(
     tunings: Tunings, records: Mapping[str, Record], settings: AnalysisSettings, alpha: float
 ) -> tuple[list[VariantRow], dict[str, float], SimultaneousIntervals]:
-    """Compare every variant with the baseline.
+    """Compare each variant with the baseline.
+
+    Args:
+        tunings: The tunings of the task, those of the baseline among them.
+        records: Fingerprint -> record.
+        settings: The settings of the analysis.
+        alpha: One minus the simultaneous confidence level of this look.
 
     Returns:
-        The row of every variant, the baseline's first; variant -> p value of its share of usable tunings, not
-        adjusted; and the intervals of these variants, in the same order.
+        The rows of the task, the baseline's first; for each other variant the p value of the test of equal
+        shares of usable tunings, without correction; the intervals of these variants, in the same order.
     """
     base = tunings[settings.baseline]
     others = [name for name in sorted(tunings) if name != settings.baseline]
@@ -195,7 +205,7 @@ def _chosen_record(tuning: Tuning, records: Mapping[str, Record]) -> Record:
 
 
 def _comparison_fields(found: SimultaneousIntervals, index: int, margin: float) -> dict[str, Any]:
-    """Return the fields of a row that come from the simultaneous intervals."""
+    """Return the fields of `VariantRow` that come from the interval in column `index`."""
     interval = interval_of(found, index)
     low, high = (interval.low, interval.high) if interval else (math.nan, math.nan)
     outcome = classify(low, high, margin)
@@ -225,10 +235,12 @@ def _comparison_fields(found: SimultaneousIntervals, index: int, margin: float) 
 
 
 def _decide_by_share(row: VariantRow, baseline: VariantRow, alpha: float) -> VariantRow:
-    """Return the row with the outcome of the shares of usable tunings, where they differ.
+    """Return the row with `outcome` and `counts` corrected for the shares of usable tunings.
 
-    A baseline that is usable significantly less often does not match the variant, whatever the usable runs
-    score. Without an interval of the difference, the shares alone decide.
+    The correction applies if the shares of the variant and the baseline differ significantly. If the baseline
+    is usable less often, it does not match the variant (`counts` is "no"), whatever the scores are. If there
+    is no interval of the difference, the shares determine `outcome` and `counts`. The rows of controls and of
+    unverified variants are never counted.
     """
     if row.role in ("control", "unverified"):
         row = replace(row, counts="not counted")
@@ -248,13 +260,13 @@ def _claim(
     share_p: Mapping[str, float],
     alpha: float,
 ) -> _Claim:
-    """Return claim 2: the baseline is not inferior to more than half of the counted variants.
+    """Test claim 2: the baseline is not inferior to more than half of the counted variants.
 
     Args:
         rows: The rows of all variants.
-        found: The intervals, one per variant in the order of `share_p`.
-        share_p: Variant -> p value of its share of usable tunings, not adjusted.
-        alpha: The error of this look.
+        found: The intervals of the variants, in the order of `share_p`.
+        share_p: Variant -> p value of the test of equal shares of usable tunings, without correction.
+        alpha: The type I error rate of this look.
     """
     holds, beaten, others = [], [], list(share_p)
     for row in rows:
@@ -262,7 +274,7 @@ def _claim(
             continue
         p = float(found.p_not_superior_alone[others.index(row.variant)])
         p_holds, p_beaten = (p, 1.0 - p) if row.interval is not None else (1.0, 1.0)
-        if row.usable_p is not None and row.usable_p <= alpha:  # the shares decide, see `_decide_by_share`
+        if row.usable_p is not None and row.usable_p <= alpha:  # The shares differ, see `_decide_by_share`.
             if row.counts == "no":
                 p_holds, p_beaten = 1.0, min(p_beaten, share_p[row.variant])
             elif row.interval is None:
@@ -279,14 +291,17 @@ def _role(variant: str, settings: AnalysisSettings) -> Role:
 
 
 def _usable_pairs(own: Mapping[int, Tuning], base: Mapping[int, Tuning]) -> list[int]:
-    """Return the replicates in which the chosen runs of both are usable."""
+    """Return the replicates in which the tunings of the variant and of the baseline are both usable."""
     return [r for r, tuning in base.items() if tuning.is_usable and r in own and own[r].is_usable]
 
 
 def _share_p_values(
     tunings: Tunings, others: Sequence[str], base: Mapping[int, Tuning]
 ) -> NDArray[np.float64]:
-    """Return the p values of equal shares of usable tunings, each variant alone against the baseline."""
+    """Return the p value of McNemar's test for each variant, shape (others,), without correction.
+
+    The test compares the shares of usable tunings of the variant and the baseline.
+    """
     usable, known = np.zeros((2, len(base), len(others)), dtype=bool)
     for column, name in enumerate(others):
         for row, (replicate, baseline) in enumerate(base.items()):
@@ -303,7 +318,11 @@ def _share_p_values(
 def _fixed_rate(
     tunings: Tunings, settings: AnalysisSettings, alpha: float, counted: Collection[str]
 ) -> FixedRateComparison | None:
-    """Compare the baseline and the counted variants at its rate, if all share their rates."""
+    """Compare the baseline and the counted variants at fixed rates.
+
+    Returns:
+        The comparison; None with fewer than two replicates in which all of them have the same rates.
+    """
     names = [settings.baseline, *sorted(counted)]
     shared = [
         replicate

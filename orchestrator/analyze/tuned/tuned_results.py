@@ -1,4 +1,4 @@
-"""The results of a replicated tuning as plain data. Scores: higher is better."""
+"""The results of a replicated tuning as plain data. Higher scores are better."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from orchestrator.analyze.tuned.tunings import Tuning
 from orchestrator.analyze.verdict import VerdictOutcome
 
 CONTROLS = ("full", "head_only")
-"""Full fine-tuning and the head alone: compared, but no variants of LoRA. They enter no span and no count."""
+"""Full fine-tuning and training of the head alone. They are compared with the baseline, but they are no
+variants of LoRA, so that claims and spans leave them out."""
 Role = Literal["baseline", "variant", "control", "unverified"]
-"""What a row is in claim 2. An unverified variant has no reference implementation behind it: no verdict."""
+"""The role of a row in claim 2. An unverified variant was compared with no other implementation and no paper,
+and gets no verdict."""
 Counts = Literal["yes", "no", "open", "not counted"]
-"""Whether the baseline matches or beats the variant of a row."""
+"""Whether the baseline matches or beats the variant of a row. Only the role "variant" is counted."""
 
 
 @dataclass(frozen=True)
 class PooledCurve:
-    """The curve through all runs of a variant, whose grids are shifted against each other."""
+    """Validation score over learning rate, from the runs of all replicates of a variant, averaged in bins."""
 
     log10_rates: tuple[float, ...]
     """The mean log10 learning rate of each bin."""
@@ -32,12 +34,14 @@ class PooledCurve:
     runs: tuple[int, ...]
     """The number of runs in each bin."""
     best_rate: float
-    """The learning rate of the optimum: that of a local quadratic where there is one, else the best bin's."""
+    """The learning rate of the optimum: the maximum of a local quadratic, or else the best bin."""
     is_interpolated: bool
+    """True if `best_rate` is the maximum of a quadratic."""
     is_at_edge: bool
     """True if the best bin is the first or the last one, so that the optimum may lie beyond it."""
     width: float | None
-    """Decades around the optimum that stay within the margin; None if the bins cannot resolve it."""
+    """Width, in decades, of the range around the best bin in which the score is within the margin of the best
+    one; None if the bins are too coarse or the range reaches an end of the curve."""
 
 
 @dataclass(frozen=True)
@@ -52,36 +56,38 @@ class VariantRow:
     usable: UsableShare | None
     """The share of tunings whose chosen run is usable; None without a tuning."""
     usable_p: float | None
-    """Exact paired test of that share against the baseline's, with Holm's correction over variants."""
+    """P value of the exact paired test (McNemar) of `usable` against the baseline's share, Holm-corrected."""
     usable_runs: UsableShare | None
-    """The share of usable runs among all that were tried and ended."""
+    """The share of usable runs among all runs that finished or diverged."""
     pairs: int
-    """Number of replicates in which the chosen runs of both are usable."""
+    """Number of replicates in which the tunings of the variant and of the baseline are both usable."""
     difference: float | None
-    """The mean difference of the test score from the baseline's over these replicates."""
+    """Mean difference of the test score from the baseline's over these replicates."""
     interval: Interval | None
     """The simultaneous interval of the difference at the level of this look."""
     seed_error: float | None
     """Standard error of the difference over replicates."""
     question_error: float | None
-    """Standard error of the difference over the test questions; None if their results are not recorded."""
+    """Standard error of the difference over the test questions; None if it is unknown."""
     outcome: Outcome
     counts: Counts
-    """Whether the row counts for the baseline in claim 2."""
+    """Whether the baseline matches or beats this variant."""
     replicates_to_decide: int | None
-    """For an undecided row: the number of replicates that decides it with probability 80 % whatever the true
-    difference is, if the spread stays; None if it is above 1,000, or if questions alone leave it open."""
+    """For a row whose outcome is undecided or whose `counts` is open: the number of replicates with which the
+    outcome is decided with probability 80 % in the worst case, if the standard deviation stays the same. None
+    if it is above 1,000, which the noise of the questions alone can cause."""
     resolvable: float | None
-    """The true difference that such a study detects with probability 80 %."""
+    """The true difference that a repetition of the study detects with probability 80 %."""
     edge_choices: int
-    """Number of tunings whose choice lies at an edge of the tried values."""
+    """Number of tunings whose chosen values lie at an edge of the tried values."""
     budget_curve: tuple[float, ...]
-    """Element k - 1: expected test score after tuning with k of the points."""
+    """Expected test score after tuning with k of the points, at index k - 1; see `expected_best_of_k`."""
     curve: PooledCurve | None
+    """The pooled curve; None if no run has a validation score."""
 
     @property
     def reason(self) -> str:
-        """The reason why there is no interval; empty if there is one."""
+        """The reason for a missing interval; empty if there is an interval, and for the baseline."""
         if self.interval is not None or self.role == "baseline":
             return ""
         if self.pairs < 2:
@@ -95,26 +101,31 @@ class RateWinner:
     """The best variant at one learning rate that all variants share."""
 
     learning_rate: float
-    """The rate; the geometric mean of the replicates' rates if their grids are shifted."""
+    """The geometric mean over replicates, whose grids may be shifted."""
     winner: str
+    """The variant with the highest mean test score at this rate."""
     score: float
-    """Its mean test score there."""
+    """The mean test score of the winner at this rate."""
     baseline_score: float
+    """The mean test score of the baseline at this rate."""
 
 
 @dataclass(frozen=True)
 class FixedRateRow:
-    """What one variant loses or wins because all are compared at one rate."""
+    """The effect of one fixed learning rate on the comparison of a variant with the baseline.
+
+    All numbers are means over replicates, in units of the test score, with simultaneous intervals.
+    """
 
     variant: str
     regret: float
-    """Mean test score lost at the baseline's chosen rate against the variant's own chosen rate."""
+    """Score at the variant's own chosen rate minus its score at the baseline's chosen rate."""
     regret_interval: Interval | None
     at_baseline_rate: float
-    """Mean difference from the baseline at the baseline's chosen rate."""
+    """Score of the variant minus the baseline's, both at the baseline's chosen rate."""
     at_baseline_interval: Interval | None
     at_own_rate: float
-    """Mean difference from the baseline at the rate that the variant's tuning chose."""
+    """Score of the variant minus the baseline's, the variant at its own chosen rate, the baseline at its."""
     at_own_interval: Interval | None
     reversal: bool | None
     """True if the variant loses to the baseline at one of the two rates and beats it at the other, both by
@@ -123,11 +134,14 @@ class FixedRateRow:
 
 @dataclass(frozen=True)
 class FixedRateComparison:
-    """Claim 3: at one fixed rate the winner is an artefact."""
+    """The test of claim 3: at one fixed learning rate the winner is an artefact of the rate."""
 
     winners: tuple[RateWinner, ...]
+    """The best variant at each rate, in ascending order of the rate."""
     rows: tuple[FixedRateRow, ...]
+    """The variants, the largest regret first."""
     outcome: VerdictOutcome
+    """The outcome of claim 3."""
 
 
 @dataclass(frozen=True)
@@ -147,37 +161,41 @@ class TaskComparison:
     replicates: int
     """Number of replicates in which the baseline was tuned."""
     points: int
-    """The largest number of runs of a tuning."""
+    """The largest number of runs in a tuning."""
     alpha: float
     """One minus the simultaneous level of the intervals at this look."""
     claim_alpha: float
-    """The error of a claim, which is one hypothesis, at this look."""
+    """The type I error rate of claim 2, which is a single hypothesis, at this look."""
     looks: tuple[int, ...]
-    """The numbers of replicates at which a verdict was shown, the present one last."""
+    """Numbers of replicates at which a verdict was shown, ascending, the present one last."""
     planned: int
     """The planned maximum of replicates."""
     has_question_noise: bool
-    """True if the intervals count the noise of the test questions for every row that has an interval."""
+    """True if all intervals include the noise of the test questions."""
     rows: tuple[VariantRow, ...]
-    """The baseline, then the variants, the largest difference first, those without one last."""
+    """The baseline, then the variants, the largest difference first, variants without a difference last."""
     counted: int
-    """Number of variants that claim 2 is about: no controls, no unverified ones."""
+    """Number of counted variants: those with the role "variant"."""
     holds_at_least: int
-    """The baseline matches or beats at least so many of them (partial conjunction)."""
+    """Lower confidence bound on the number of counted variants that the baseline matches or beats (partial
+    conjunction)."""
     beaten_at_least: int
-    """At least so many of them are better than the baseline by more than the margin (partial conjunction)."""
+    """Lower confidence bound on the number of counted variants that are better than the baseline by more than
+    the margin (partial conjunction)."""
     p_claim: float | None
-    """P value of claim 2: the baseline is not inferior to more than half of the counted variants."""
+    """P value of the test with claim 2 as alternative hypothesis: the baseline is not inferior to more than
+    half of the counted variants. None if no variant is counted."""
     p_against: float | None
-    """P value of its opposite: at least half of them are better by more than the margin."""
+    """P value of the test with the opposite as alternative hypothesis: at least half of the counted variants
+    are better by more than the margin. None if no variant is counted."""
     outcome: VerdictOutcome
     """The outcome of claim 2."""
     span: float | None
     """Distance between the best and the worst mean test score of the baseline and the counted variants."""
     expected_span: float | None
-    """The distance to expect if all of them were equal, by noise alone."""
+    """The span that noise alone would cause if the baseline and the counted variants were equal."""
     fixed_rate: FixedRateComparison | None
-    """None if the variants do not share their learning rates."""
+    """The test of claim 3; None if the variants do not share their learning rates."""
     missing: bool
     """True if configurations of the study have not ended, or variants have different numbers of tunings."""
 
@@ -189,33 +207,37 @@ class TaskComparison:
 
 @dataclass(frozen=True)
 class VariantAggregate:
-    """One variant over all tasks."""
+    """The comparison of one variant with the baseline over all tasks."""
 
     variant: str
     tasks: int
-    """Number of tasks in which it has replicates that are usable for both."""
+    """Number of tasks with a replicate in which the variant and the baseline are both usable."""
     mean_difference: Aggregate
     """Interquartile mean of the differences from the baseline."""
     probability_better: Aggregate
-    """Probability that its tuned score is above the baseline's."""
+    """Probability that a tuning of the variant has a higher test score than a tuning of the baseline."""
     counts: Mapping[Counts, int]
-    """Whether its row counts for the baseline -> number of tasks."""
+    """Value of `VariantRow.counts` -> number of tasks."""
 
 
 @dataclass(frozen=True)
 class TunedComparison:
-    """The comparison of all variants with the tuned baseline."""
+    """The comparison of all variants with the tuned baseline on all tasks."""
 
     tasks: tuple[TaskComparison, ...]
     aggregates: tuple[VariantAggregate, ...]
-    """Over several tasks; empty with one."""
+    """The variants over all tasks, the largest mean difference first; empty with one task."""
     tasks_supported_at_least: int
-    """Claim 2 holds in at least so many of the tasks (partial conjunction over tasks)."""
+    """Lower confidence bound on the number of tasks on which claim 2 is true (partial conjunction)."""
     tasks_refuted_at_least: int
+    """Lower confidence bound on the number of tasks on which claim 2 is false (partial conjunction)."""
 
     @property
     def look(self) -> int:
-        """The number of replicates at which this is a planned look; 0 while runs are missing."""
+        """The number of replicates of this look.
+
+        It is 0 if runs are missing or the tasks differ in it, because then this is no look of the plan.
+        """
         replicates = {task.replicates for task in self.tasks}
         is_whole = len(replicates) == 1 and not any(task.missing for task in self.tasks)
         return replicates.pop() if is_whole else 0

@@ -1,4 +1,4 @@
-"""Short texts of a replicated tuning, for its table, its pictures and its section of the page."""
+"""Short texts on tuned variants, for the table in the terminal, the pictures and the report page."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from orchestrator.analyze.tuned.tunings import Tuning
 
 
 def shown_name(variant: str) -> str:
-    """Return the name of a variant in a sentence."""
+    """Return the name of a variant as it is written in a sentence."""
     return "LoRA" if variant == "lora" else variant
 
 
 def outcome_text(row: VariantRow) -> str:
-    """Return the outcome of a row; a baseline and an unverified variant have none."""
+    """Return the outcome of a row; the role of the baseline and of unverified variants, which have none."""
     return row.role if row.role in ("baseline", "unverified") else row.outcome
 
 
 def row_note(row: VariantRow) -> str:
-    """Return why a row has no interval, or how many replicates decide it in the worst case; else nothing."""
+    """Return the reason for a missing interval, or the replicates that decide an undecided row, or ""."""
     if row.role in ("baseline", "unverified"):
         return ""
     if row.interval is None:
@@ -32,12 +32,12 @@ def row_note(row: VariantRow) -> str:
 
 
 def share_text(share: UsableShare | None) -> str:
-    """Return a share as a count: 9/10."""
+    """Return a share as two counts, for example 9/10."""
     return "-" if share is None else f"{share.usable}/{share.n}"
 
 
 def chosen_rates_text(row: VariantRow) -> str:
-    """Return the range of the chosen learning rates: 3.1e-3 to 1e-2."""
+    """Return the range of the chosen learning rates, for example 3.1e-3 to 1e-2."""
     rates = sorted(t.chosen.learning_rate for t in row.tunings if t.chosen is not None)
     if not rates:
         return "-"
@@ -46,26 +46,26 @@ def chosen_rates_text(row: VariantRow) -> str:
 
 
 def width_text(row: VariantRow) -> str:
-    """Return the width of the curve's top in decades, or that it is not resolved."""
+    """Return the width of the top of the pooled curve in decades, or "not resolved"."""
     if row.curve is None:
         return "-"
     return "not resolved" if row.curve.width is None else f"{row.curve.width:.2f}"
 
 
 def optimum_text(row: VariantRow) -> str:
-    """Return the optimum of the pooled curve, and whether it may lie beyond the tried rates."""
+    """Return the optimum of the pooled curve, marked if it may lie beyond the tried rates."""
     if row.curve is None:
         return "-"
     return rate(row.curve.best_rate) + (" (edge)" if row.curve.is_at_edge else "")
 
 
 def resolvable_text(row: VariantRow) -> str:
-    """Return the difference that such a study detects with probability 80 %, in points."""
+    """Return `VariantRow.resolvable` in points."""
     return points(row.resolvable).lstrip("+")
 
 
 def tuning_text(tuning: Tuning) -> str:
-    """Return the chosen run of a tuning with its validation and its test score."""
+    """Return the rate of the chosen run, its scores, its label if it is not usable, and its edges."""
     if tuning.chosen is None:
         return "no run with a score"
     scores = ", ".join(

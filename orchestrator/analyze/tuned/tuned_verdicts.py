@@ -1,4 +1,4 @@
-"""Claims 2 and 3 in words: the verdicts and the warnings of a replicated tuning."""
+"""The verdicts on claims 2 and 3 and the warnings of a replicated tuning, as sentences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tuned_verdicts(found: TunedComparison, study: StudyFile) -> list[Verdict]:
 
     Args:
         found: The comparison.
-        study: The study, whose command is changed into the one that would narrow an answer.
+        study: The study, from whose command the next command is made.
     """
     verdicts = [_over_tasks(found)] if len(found.tasks) > 1 else []
     verdicts += [_tuned_verdict(task, study) for task in found.tasks]
@@ -58,7 +58,7 @@ def _tuned_verdict(task: TaskComparison, study: StudyFile) -> Verdict:
 
 
 def _count_sentence(task: TaskComparison) -> str:
-    """Say how many of the counted variants the baseline matches or beats."""
+    """Return the sentence on the number of variants that the baseline matches or beats."""
     if not task.counted:
         return f"On {task.task} there is no variant that the claim counts."
     needed = task.counted // 2 + 1
@@ -73,7 +73,7 @@ def _count_sentence(task: TaskComparison) -> str:
 
 
 def _outcome_sentence(task: TaskComparison) -> str:
-    """Name the variants by outcome, each with its difference in points and its interval."""
+    """Return the sentence that lists the variants by outcome, with differences and intervals in points."""
     counted = [row for row in task.rows if row.role == "variant"]
     groups = []
     for outcome in OUTCOME_ORDER:
@@ -185,12 +185,12 @@ def _design_over_tasks(found: TunedComparison) -> str:
 
 
 def fixed_rate_verdict(found: FixedRateComparison, baseline: str, title: str, design: str) -> Verdict:
-    """Return the verdict on claim 3.
+    """Return the verdict on claim 3 for one task.
 
     Args:
-        found: The comparison at one rate.
-        baseline: The variant whose rate is the fixed one.
-        title: Task and base model.
+        found: The comparison at fixed rates.
+        baseline: The variant at whose rate the others are compared.
+        title: The task and the base model.
         design: The design of the study in one sentence.
     """
     answer = f"On {title}, {_change_phrase(found, baseline)}. {_regret_sentence(found.rows, baseline)}"
@@ -201,7 +201,7 @@ def fixed_rate_verdict(found: FixedRateComparison, baseline: str, title: str, de
 
 
 def _fixed_rate_over_tasks(found: TunedComparison) -> Verdict:
-    """Return one verdict on claim 3 for several tasks: what holds on all of them, else undecided."""
+    """Return the verdict on claim 3 over several tasks: their common outcome, or else "undecided"."""
     results = [(task, task.fixed_rate) for task in found.tasks if task.fixed_rate is not None]
     outcomes = {result.outcome for _, result in results}
     sentences = [
@@ -218,7 +218,7 @@ def _fixed_rate_over_tasks(found: TunedComparison) -> Verdict:
 
 
 def _change_phrase(found: FixedRateComparison, baseline: str) -> str:
-    """Return a clause that names the variants that lose to the baseline at one rate only."""
+    """Return the clause on the variants whose order with the baseline is reversed."""
     name = shown_name(baseline)
     where = f"between {name}'s best rate and a variant's own best rate"
     flipped = [row.variant for row in found.rows if row.reversal]
@@ -248,7 +248,7 @@ def _negated(interval: Interval | None) -> list[str]:
 
 
 def tuned_warnings(found: TunedComparison) -> list[str]:
-    """Return the limits of the comparison, one line each."""
+    """Return the warnings on the comparison, one line each."""
     return [f"{task.title}: {warning}" for task in found.tasks for warning in _task_warnings(task)]
 
 

@@ -1,8 +1,8 @@
-"""The tunings of a study: the runs of one variant in one replicate, and the run that validation chose.
+"""The tunings of a study: the runs of one variant in one replicate, of which validation chooses one.
 
-Replicate k is all runs with seed k. The choice looks at validation scores alone. A diverged run counts as the
-task's floor and a collapsed one as its own score; a failed run is missing, and a run that was stopped early
-has no score and is not chosen. Ties go to the lowest learning rate.
+Replicate k consists of all runs with seed k. The run with the highest validation score is chosen; among equal
+scores the one with the lowest learning rate. The score of a diverged run is the task's floor. A collapsed run
+keeps its own score. Runs that failed or were stopped early have no score.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestrator.record.schema import Record
 
 @dataclass(frozen=True)
 class TriedRun:
-    """One run of a tuning. Scores are None if it was stopped or failed, and the floor if it diverged."""
+    """One run of a tuning. Its scores are None if it failed or was stopped, and the floor if it diverged."""
 
     fingerprint: str
     learning_rate: float
@@ -38,11 +38,11 @@ class Tuning:
     runs: tuple[TriedRun, ...]
     """In ascending order of the learning rate."""
     chosen: TriedRun | None
-    """The run that validation chose; None without a score."""
+    """The run that validation chose; None if no run has a validation score."""
     settings: Mapping[str, Value]
     """The chosen values of the hyperparameters that the tuning varied."""
     edges: tuple[str, ...]
-    """Hyperparameters whose chosen value lies at an edge of the tried values, see `TuningResult.edges`."""
+    """The hyperparameters whose chosen value is at an edge of the tried values, see `TuningResult.edges`."""
 
     @property
     def is_usable(self) -> bool:
@@ -50,26 +50,25 @@ class Tuning:
         return self.chosen is not None and self.chosen.label == USABLE and self.chosen.test is not None
 
     def count_runs(self, label: RunLabel) -> int:
-        """Return the number of runs with this label."""
+        """Return the number of runs with a label."""
         return sum(run.label == label for run in self.runs)
 
 
 def find_tunings(
     records: Sequence[Record], labels: Mapping[str, RunLabel], missing: bool = False
 ) -> tuple[dict[str, dict[int, Tuning]], int]:
-    """Find the tunings of one task and model.
+    """Return the complete tunings of one task and base model.
 
-    A tuning with fewer runs than its variant has in another replicate is left out: it has not ended. Failed
-    runs count as runs.
+    A tuning is incomplete if it has fewer runs, failed ones included, than another tuning of its variant.
 
     Args:
-        records: The records of one task and model.
+        records: The records of one task and base model.
         labels: Fingerprint -> label of the run.
-        missing: True if configurations of the study have not ended. Then a tuning with fewer runs than any
-            other variant has is left out as well, because all of a variant's tunings may be unfinished.
+        missing: True if configurations of the study have not ended. Then a tuning is also incomplete if it
+            has fewer runs than a tuning of another variant, because all tunings of its variant may lack runs.
 
     Returns:
-        Variant -> replicate -> tuning, and the number of tunings that were left out.
+        Variant -> replicate -> tuning, and the number of incomplete tunings.
     """
     by_replicate: dict[int, list[Record]] = defaultdict(list)
     for record in records:
@@ -101,13 +100,12 @@ def _tried_run(record: Record, labels: Mapping[str, RunLabel]) -> TriedRun:
 
 
 def _tuning(replicate: int, result: TuningResult, runs: Sequence[TriedRun]) -> Tuning:
+    ordered = tuple(sorted(runs, key=lambda run: (run.learning_rate, run.fingerprint)))
     best = result.best
-    chosen = None
-    if best is not None and best.validation.mean is not None:
-        chosen = next(run for run in runs if run.fingerprint == best.configuration.fingerprint)
-    ordered = sorted(runs, key=lambda run: (run.learning_rate, run.fingerprint))
-    settings = best.settings if best is not None and chosen is not None else {}
-    return Tuning(replicate, tuple(ordered), chosen, settings, result.edges if chosen else ())
+    if best is None:
+        return Tuning(replicate, ordered, None, {}, ())
+    chosen = next(run for run in runs if run.fingerprint == best.configuration.fingerprint)
+    return Tuning(replicate, ordered, chosen, best.settings, result.edges)
 
 
 def _of_size(tunings: Mapping[int, Tuning], size: int) -> dict[int, Tuning]:

@@ -1,4 +1,4 @@
-"""One variant's tunings, described on their own, and the span of several variants' means."""
+"""Statistics of the tunings of one variant, and the range of the mean scores of several variants."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from orchestrator.analyze.tuned.tunings import TriedRun, Tuning
 
 
 def describe_tunings(variant: str, role: Role, tunings: Mapping[int, Tuning], margin: float) -> VariantRow:
-    """Return a row without the comparison with the baseline."""
+    """Return the row of a variant, without the fields that compare it with the baseline.
+
+    Args:
+        variant: The name of the variant.
+        role: Its role in the comparison.
+        tunings: Replicate -> tuning.
+        margin: The smallest difference that matters, from which the width of the pooled curve is taken.
+    """
     own = tuple(tunings.values())
     usable = sum(tuning.is_usable for tuning in own)
     runs = [run for tuning in own for run in tuning.runs if run.label in (USABLE, "collapsed", "diverged")]
@@ -46,14 +53,14 @@ def describe_tunings(variant: str, role: Role, tunings: Mapping[int, Tuning], ma
 
 
 def chosen_test(tuning: Tuning) -> float:
-    """Return the test score of the chosen run of a usable tuning."""
+    """Return the test score of the chosen run. The tuning must be usable."""
     assert tuning.chosen is not None
     assert tuning.chosen.test is not None
     return tuning.chosen.test
 
 
 def has_result(tuning: Tuning) -> bool:
-    """Return whether the tuning has a run that did not fail, so that being unusable is a result."""
+    """Return whether at least one run did not fail. Only then an unusable tuning is a result."""
     return any(run.label != "failed" for run in tuning.runs)
 
 
@@ -62,7 +69,7 @@ def _share_of_runs(runs: Sequence[TriedRun]) -> UsableShare | None:
 
 
 def _budget_curve(tunings: Sequence[Tuning]) -> tuple[float, ...]:
-    """Return the expected test score after k points, mean over tunings, for all k that every tuning has."""
+    """Return the expected test score after k points, mean over tunings, for k = 1 up to the fewest scores."""
     curves = []
     for tuning in tunings:
         scored = [
@@ -78,20 +85,20 @@ def _budget_curve(tunings: Sequence[Tuning]) -> tuple[float, ...]:
 
 
 def observed_span(rows: Sequence[VariantRow]) -> float | None:
-    """Return the distance between the best and the worst mean test score; None with fewer than two."""
+    """Return the distance between the best and the worst mean test score; None with fewer than two means."""
     means = [row.test.mean for row in rows if row.test.mean is not None]
     return max(means) - min(means) if len(means) > 1 else None
 
 
 def noise_span(rows: Sequence[VariantRow]) -> float | None:
-    """Return the span to expect of the means of variants that are equal in truth.
+    """Return the expected span of the mean test scores if all variants have the same true score.
 
-    What all variants of a replicate have in common moves no span. So the standard error of a variant's mean
-    is that of its scores minus the replicate's mean over variants, which takes 1 / V of the variance of V
-    variants away.
+    Noise that is common to all V variants of a replicate does not change the span. So each replicate's mean
+    over variants is subtracted before the standard errors are computed, and the variances are multiplied by
+    V / (V - 1), because the subtraction removes 1 / V of them.
 
-    Args:
-        rows: The variants.
+    Returns:
+        The span; None with fewer than two variants, or two replicates in which all variants are usable.
     """
     scores = _score_matrix(rows)
     n, count = scores.shape
@@ -104,7 +111,10 @@ def noise_span(rows: Sequence[VariantRow]) -> float | None:
 
 
 def _score_matrix(rows: Sequence[VariantRow]) -> NDArray[np.float64]:
-    """Return the test scores of the replicates that are usable for all, shape (n, variants)."""
+    """Return the test scores in the replicates in which all variants are usable, shape (n, variants).
+
+    Variants without any usable tuning are left out.
+    """
     scores = [{t.replicate: chosen_test(t) for t in row.tunings if t.is_usable} for row in rows]
     scores = [own for own in scores if own]
     shared = sorted(set.intersection(*map(set, scores))) if scores else []
