@@ -118,6 +118,8 @@ def log_progress(client: MlflowClient, child: ChildRun, progress: LaneProgress, 
     ]
     params = [] if progress.step else run_content.params(progress.configuration)
     log_in_batches(client, child.run_id, new, params, ())
+    if params:
+        child.params = {param.key: param.value for param in params}
     logged |= {(metric.key, metric.step): metric for metric in new}
 
 

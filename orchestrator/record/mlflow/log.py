@@ -205,6 +205,7 @@ class MlflowLogger:
         child.record_version = tags["record"]
         params = run_content.params(record.configuration)
         log_in_batches(self._client, child.run_id, missing, params, new_tags)
+        child.params = {param.key: param.value for param in params}  # a killed driver may have logged none
         self._client.log_inputs(child.run_id, run_content.datasets(record))
         if adapter is not None and adapter.is_dir():
             log_model(self._client, opened.experiment_id, child.run_id, record, adapter)
@@ -222,7 +223,6 @@ class MlflowLogger:
         run = self._client.create_run(opened.experiment_id, start, dict(tags), name)
         child = ChildRun(run.info.run_id, tags.get("record", ""), logged={})
         opened.children[configuration.fingerprint] = child
-        child.params = {param.key: param.value for param in run_content.params(configuration)}
         return child
 
     def _get_study(self, name: str) -> _StudyRun:

@@ -187,6 +187,19 @@ def test_every_run_of_a_group_has_the_mean_over_its_seeds(uri, study, make_recor
     assert list(means.values()) == [pytest.approx(1.1 / 3)] * 4
 
 
+def test_a_run_that_a_killed_driver_left_without_parameters_joins_its_group(uri, study, make_record):
+    low = make_record(seed=1, evaluations=(Evaluation(20, "validation", {"exact_match": 0.1, "loss": 2.0}),))
+    MlflowLogger(uri).ensure_study(study, "")
+    experiment = MlflowClient(uri, uri).get_experiment_by_name(study).experiment_id
+    MlflowClient(uri, uri).create_run(experiment, tags={"study": study, "fingerprint": low.fingerprint})
+    log = MlflowLogger(uri)
+    log.ensure_study(study, "")
+    log.log_records(study, [make_record(seed=0), low])
+    log.finish_study(study)
+    means = [run.data.metrics["mean_validation_score"] for run in runs_of(uri, study)[1].values()]
+    assert means == [pytest.approx(0.3)] * 2
+
+
 def test_the_experiment_has_the_saved_views_and_the_description(uri, study, make_record):
     log = MlflowLogger(uri)
     log.ensure_study(study, "Which rate is best?")
