@@ -54,7 +54,7 @@ class VariantRow:
     test: Estimate
     """The test score of the chosen runs that are usable."""
     usable: UsableShare | None
-    """The share of tunings whose chosen run is usable; None without a tuning."""
+    """The share of tunings whose chosen run is usable, among those in which not every run failed."""
     usable_p: float | None
     """P value of the exact paired test (McNemar) of `usable` against the baseline's share, Holm-corrected."""
     usable_runs: UsableShare | None

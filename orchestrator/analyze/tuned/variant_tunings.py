@@ -27,14 +27,14 @@ def describe_tunings(variant: str, role: Role, tunings: Mapping[int, Tuning], ma
         margin: The smallest difference that matters, from which the width of the pooled curve is taken.
     """
     own = tuple(tunings.values())
-    usable = sum(tuning.is_usable for tuning in own)
+    ended = [tuning for tuning in own if has_result(tuning)]
     runs = [run for tuning in own for run in tuning.runs if run.label in (USABLE, "collapsed", "diverged")]
     return VariantRow(
         variant=variant,
         role=role,
         tunings=own,
         test=estimate_score([chosen_test(tuning) for tuning in own if tuning.is_usable]),
-        usable=usable_share(usable, len(own)) if own else None,
+        usable=usable_share(sum(tuning.is_usable for tuning in ended), len(ended)) if ended else None,
         usable_p=None,
         usable_runs=_share_of_runs(runs),
         pairs=0,

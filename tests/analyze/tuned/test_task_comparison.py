@@ -140,6 +140,23 @@ def test_a_failed_run_is_missing_and_the_choice_is_among_the_others() -> None:
     assert before.chosen.fingerprint == best.fingerprint != after.chosen.fingerprint
 
 
+def test_a_replicate_in_which_every_run_failed_is_missing_from_the_share_of_usable_tunings() -> None:
+    records = tuned_records({"lora": Truth(), "pissa": Truth()}, replicates=4)
+    lost = [
+        replace(r, state="failed")
+        if r.configuration.variant.name == "pissa" and r.configuration.seed == 0
+        else r
+        for r in records
+    ]
+    task = compare_one(lost)
+    usable = row_of(task, "pissa").usable
+    assert usable is not None
+    assert (usable.usable, usable.n, row_of(task, "pissa").pairs) == (3, 3, 3)
+    assert not any(
+        "neither diverged nor collapsed" in each for each in summarize(study_of(lost), lost).warnings
+    )
+
+
 def with_questions(records: list[Record], questions: int, flips: dict[str, float]) -> list[Record]:
     """Return records with a result per question. `flips`: variant -> share of the results that it changes."""
     generator = np.random.default_rng(0)
