@@ -1,12 +1,13 @@
-"""Designs: the configurations that a study asks for, in stages that depend on earlier results."""
+"""Designs: rules that name the configurations of a study, in stages that may depend on earlier results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol
 
+from orchestrator.analyze.scores import finite_score
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import build_grid
@@ -14,48 +15,48 @@ from orchestrator.study.rates import refine_rates
 
 
 class Design(Protocol):
-    """The configurations of a study.
+    """The rule that names the configurations of a study.
 
-    A design is a pure function of the records: the same records give the same configurations, so that a
-    repeated command trains nothing, and a wider design trains what is new.
+    A design is a pure function of the records: the same records give the same configurations. A repeated
+    command therefore trains nothing, and a larger design trains its additional configurations only.
     """
 
     def request(self, records: Mapping[str, Record]) -> list[Configuration]:
-        """Return all configurations that can be named given the records so far.
+        """Return all configurations of the study that follow from the records so far.
 
-        It is called again when all of them have ended; the study is complete when nothing new is returned.
+        The caller trains them and calls `request` again, until no new configuration is returned.
 
         Args:
             records: Fingerprint -> record of a configuration that has ended: finished, diverged, stopped
-                early, or failed too often to be tried again. Only `get` and `in` may be used.
+                early, or failed too often to be tried again. Implementations may use `get` and `in` only.
         """
         ...
 
     def outline(self) -> list[Configuration]:
-        """Return as many configurations as the whole study will have, with later choices guessed."""
+        """Return the expected configurations of all stages, for --plan, without any records."""
         ...
 
 
 @dataclass(frozen=True)
 class DesignInput:
-    """What a design is made from: the options, and one template per task and variant."""
+    """Input of a design: the options, the templates and the grids of learning rates."""
 
     options: Any
-    """The options of the script, a subclass of `StudyOptions`."""
+    """Options of the script, an instance of a subclass of `StudyOptions`."""
     templates: tuple[Configuration, ...]
-    """Configurations that are complete but for the learning rate and the seed."""
+    """One configuration per task and variant, with placeholders for learning rate and seed."""
     learning_rates: Mapping[str, tuple[float, ...]]
-    """Task -> the grid of learning rates, ascending."""
+    """Task -> grid of learning rates, ascending."""
 
     def refined(self, per_decade: int) -> DesignInput:
-        """Return this input with grids of about `per_decade` rates a decade; 0: with the same grids."""
+        """Return a copy whose grids have about `per_decade` rates a decade; 0 leaves the grids unchanged."""
         if not per_decade:
             return self
         grids = {task: refine_rates(rates, per_decade) for task, rates in self.learning_rates.items()}
         return replace(self, learning_rates=grids)
 
     def templates_by_task(self) -> dict[str, list[Configuration]]:
-        """Return task -> its templates, one per variant."""
+        """Return task -> templates, one per variant."""
         ordered = groupby(self.templates, key=lambda template: template.task.name)
         return {task: list(own) for task, own in ordered}
 
@@ -66,7 +67,7 @@ MakeDesign = Callable[[DesignInput], Design]
 
 @dataclass(frozen=True)
 class FixedDesign:
-    """A design of one stage: the configurations do not depend on results."""
+    """A design with one stage, whose configurations do not depend on results."""
 
     configurations: tuple[Configuration, ...]
 
@@ -79,8 +80,19 @@ class FixedDesign:
         return list(self.configurations)
 
 
+def validation_scores(records: Mapping[str, Record], configurations: Iterable[Configuration]) -> list[float]:
+    """Return the finite validation scores of those configurations that have one.
+
+    Args:
+        records: Fingerprint -> record.
+        configurations: The configurations.
+    """
+    found = [record for c in configurations if (record := records.get(c.fingerprint)) is not None]
+    return [score for record in found if (score := finite_score(record, "validation")) is not None]
+
+
 def grid_of(given: DesignInput, seeds: Sequence[int]) -> list[Configuration]:
-    """Return every template at every learning rate of its task, with every seed."""
+    """Return every template at every learning rate of its task and with every seed."""
     return [
         configuration
         for task, templates in given.templates_by_task().items()

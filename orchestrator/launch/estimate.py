@@ -1,4 +1,4 @@
-"""Estimates of the time that a study still needs, from finished lanes of the same task and model."""
+"""Estimates of the remaining training time of a study, from finished lanes of the same task and model."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ Measured on three studies of 8 short lanes with two trainers on a CPU: 1.21, 1.2
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """The time that one trainer needs for the rest of a study on one kind of device, without its start."""
+    """Remaining time of a study with one trainer on one kind of device, without the start of the trainer."""
 
     device: str
-    """The device's name, as records give it."""
+    """Name of the device, as in records."""
     measured_lanes: int
-    """Number of finished lanes that the estimate is based on."""
+    """Number of finished lanes on which the estimate is based."""
     low_seconds: float
-    """The lower end, in seconds of one trainer."""
+    """Lower end of the estimate, in seconds of one trainer."""
     high_seconds: float
-    """The upper end, in seconds of one trainer."""
+    """Upper end of the estimate, in seconds of one trainer."""
     extrapolated_variants: tuple[str, ...]
-    """Variants without a finished lane on this device; they count as between the fastest and the slowest."""
+    """Variants without a finished lane on this device. Their estimate ranges from the fastest to the slowest
+    measured variant."""
     unmeasured_tasks: tuple[str, ...] = ()
-    """Tasks without a finished lane on this device; the estimate is without them."""
+    """Tasks without a finished lane on this device, which the estimate does not include."""
 
     @property
     def source_text(self) -> str:
-        """The basis of the estimate, in words."""
+        """Phrase that describes the data on which the estimate is based."""
         guess = ""
         if self.extrapolated_variants:
             guess = f", none of {', '.join(self.extrapolated_variants)} (taken as the others)"
@@ -56,7 +57,7 @@ class TimeEstimate:
 
 
 class _LaneWorkload(NamedTuple):
-    """The properties that decide the time of a lane besides task and model."""
+    """Properties of a lane, besides task and model, on which its time depends."""
 
     variant: str
     steps: int
@@ -65,7 +66,7 @@ class _LaneWorkload(NamedTuple):
 
 
 class _MeasuredSeconds(NamedTuple):
-    """Estimated seconds of one workload, summed over finished lanes."""
+    """Sums over finished lanes of the lower and upper estimate of one workload's seconds."""
 
     low: float = 0.0
     high: float = 0.0
@@ -76,22 +77,22 @@ class _MeasuredSeconds(NamedTuple):
 
 
 _Measurements = dict[_LaneWorkload, dict[str, _MeasuredSeconds]]
-"""Workload -> measured variant -> seconds of the workload, had it been that variant."""
+"""Workload -> measured variant -> estimates of the workload's seconds from lanes of this variant."""
 
 
 def estimate_times(
     pending: Sequence[Configuration], store: Store, lanes_per_trainer: int, workers_per_trainer: int
 ) -> list[TimeEstimate]:
-    """Estimate the time of `pending` on every kind of device that the store has finished lanes of.
+    """Estimate the training time on every kind of device with finished lanes in the store.
 
     Args:
         pending: The configurations to train.
         store: The records.
-        lanes_per_trainer: The largest lane group of a trainer.
-        workers_per_trainer: Workers that split each batch.
+        lanes_per_trainer: Largest lane group of a trainer.
+        workers_per_trainer: Number of workers that split each batch.
 
     Returns:
-        One estimate per device, sorted by the device's name.
+        One estimate per device, sorted by the name of the device.
     """
     by_task: dict[tuple[str, ModelChoice], list[Configuration]] = defaultdict(list)
     for configuration in pending:
@@ -119,7 +120,17 @@ def _estimate_task(
     lanes_per_trainer: int,
     workers_per_trainer: int,
 ) -> list[TimeEstimate]:
-    """Estimate the time of configurations of one task and model, one estimate per device."""
+    """Estimate the training time of configurations of one task and model.
+
+    Args:
+        pending: The configurations to train.
+        records: Finished records, also of other tasks and models.
+        lanes_per_trainer: Largest lane group of a trainer.
+        workers_per_trainer: Number of workers that split each batch.
+
+    Returns:
+        One estimate per device, sorted by the name of the device.
+    """
     first = pending[0]
     workloads = Counter(
         _LaneWorkload(c.variant.name, c.lr_schedule.steps, c.batches, c.evaluations) for c in pending
@@ -149,7 +160,14 @@ def _estimate_task(
 def _sum_workloads(
     device: str, measured_lanes: int, workloads: Mapping[_LaneWorkload, int], measured: _Measurements
 ) -> TimeEstimate:
-    """Add up the mean seconds of all workloads on one device."""
+    """Sum the mean seconds of all workloads on one device.
+
+    Args:
+        device: Name of the device.
+        measured_lanes: Number of finished lanes on the device.
+        workloads: Workload -> number of configurations to train.
+        measured: Estimates of each workload from the finished lanes.
+    """
     total_low = total_high = 0.0
     extrapolated: list[str] = []
     for workload, count in workloads.items():
@@ -172,22 +190,22 @@ def _is_exclusive(variant: str) -> bool:
 def _scaled_seconds(
     record: Record, workload: _LaneWorkload, first: Configuration, group_size: int, workers: int
 ) -> tuple[float, float]:
-    """Estimate one lane's share of its trainer's time, had it been another workload.
+    """Estimate the seconds of one lane of a workload from a finished lane.
 
-    A record's seconds are its lane's share of the lane group's time. With another group or batch size the
-    truth lies between two ends: a pass over the group takes the same time however many rows it has (a small
-    model on a large GPU), or time in proportion to its rows. Likewise more workers save nothing, or save time
-    in proportion.
+    The seconds of a record are its share of the time of its lane group. Two models of the time of one pass
+    over a lane group bound the estimate: the time does not depend on the number of rows (a small model on a
+    large GPU), or it is proportional to the number of rows. In the same way, more workers save no time, or
+    the time is inversely proportional to their number.
 
     Args:
         record: A finished lane of the same task and model.
         workload: The workload to estimate.
-        first: A configuration with the task's split sizes.
-        group_size: The lane group of the workload.
-        workers: The workers of its trainer.
+        first: A configuration with the sizes of the task's splits.
+        group_size: Lane group size of the workload.
+        workers: Number of workers of its trainer.
 
     Returns:
-        The lower and the upper end in seconds.
+        Lower and upper end of the estimate in seconds.
     """
     before, cost, provenance = record.configuration, record.cost, record.provenance
     pass_ratio = max(1, provenance.lane_group_size) / group_size

@@ -1,4 +1,4 @@
-"""The question of an experiment script, and its defaults for the options that all scripts share."""
+"""Question of an experiment script, and its defaults of options that all scripts share."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from orchestrator.record.study_file import AnalysisSettings
 
 @dataclass(frozen=True)
 class Experiment:
-    """A script's question and its defaults."""
+    """Question, defaults and analysis of an experiment script."""
 
     script: str
-    """The script's name without `.py`."""
+    """Name of the script without `.py`."""
     question: str
-    """The question that the study answers, one sentence."""
+    """The question that the study answers, in one sentence."""
     variants: tuple[str, ...]
-    """The variants of a run without --variants."""
+    """Default of --variants."""
     tasks: tuple[str, ...]
-    """The tasks of a run without --task."""
+    """Default of --task."""
     dry_run_tasks: tuple[str, ...]
-    """The tasks of a --dry-run without --task."""
+    """Default of --task with --dry-run."""
     dry_run_variants: tuple[str, ...] = ()
-    """The variants of a --dry-run without --variants; empty: `variants`."""
+    """Default of --variants with --dry-run; empty for the same as `variants`."""
     settings: AnalysisSettings = field(default_factory=AnalysisSettings)
-    """The kind of study, and the settings of its analysis."""
+    """Kind of the study and settings of its analysis."""
 
     def default_tasks(self, dry_run: bool) -> tuple[str, ...]:
-        """Return the tasks of a run without --task."""
+        """Return the default of --task."""
         return self.dry_run_tasks if dry_run else self.tasks
 
     def default_variants(self, dry_run: bool) -> tuple[str, ...]:
-        """Return the variants of a run without --variants."""
+        """Return the default of --variants."""
         return (self.dry_run_variants if dry_run else ()) or self.variants

@@ -1,4 +1,4 @@
-"""The output of --plan: the configurations of a study, and estimates of their time and cost."""
+"""Output of --plan: the configurations of a study, and estimates of their time and cost."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
     from orchestrator.execution.search.search_file import GroupUsage
 
 STARTUP_SECONDS = 25.0
-"""Seconds that Ray and the first trainer take to start."""
+"""Time in which Ray and the first trainer start."""
 UNKNOWN_TIME = "unknown: no lane of this task and model has been trained on such a device yet"
 UNCHECKED_OPTIONS = "--rank and --targets: the base model is not here yet"
 
 Line = tuple[str, str]
-"""A label and a text."""
+"""Label and text of a printed line."""
 
 
 @dataclass(frozen=True)
 class _Hardware:
-    """The trainers that a study would get, as far as that is known before it starts."""
+    """Trainers that a study would have, as far as they can be determined before its start."""
 
     num_trainers: int
     """Number of trainers; 0 if the cluster decides."""
     gpus_per_worker: float | None
     """GPUs of each worker; None if the cluster decides."""
     device: str
-    """The name of the GPU; empty if there is none or its name is not known."""
+    """Name of the GPU; empty if there is none or its name is unknown."""
     place: str
-    """The trainers in words."""
+    """Description of the trainers, for the output."""
 
     def has_device(self, device: str) -> bool:
-        """Return whether a trainer may run on such a device, a GPU's name or `cpu`."""
+        """Return whether a trainer may run on a device: the name of a GPU, or `cpu`."""
         if self.gpus_per_worker is None:
             return True
         if not self.gpus_per_worker:
@@ -66,14 +66,14 @@ def print_plan(
     store: Store,
     options: StudyOptions,
 ) -> None:
-    """Print the configurations, the time and the cost of a study. Nothing is started.
+    """Print the configurations of a study and estimates of its time and cost, without starting anything.
 
     Args:
-        console: Where to print.
+        console: The console for the output.
         templates: One configuration per task and variant.
-        work: The configurations of the study.
-        store: The records, from which time is estimated.
-        options: The options of the study.
+        work: Configurations of the study.
+        store: The records, from which the time is estimated.
+        options: Options of the study.
     """
     hardware = _probe_hardware(options)
     estimates = [
@@ -117,7 +117,7 @@ def _probe_hardware(options: StudyOptions) -> _Hardware:
 
 
 def _later_configurations(work: StudyWork, templates: Sequence[Configuration]) -> list[Configuration]:
-    """Return a stand-in for each configuration that the search or the design has yet to name: a template."""
+    """Return one template for each configuration that the search or the design has not named yet."""
     if work.search is None:
         return [template for template, _ in zip(cycle(templates), range(work.total - len(work.requested)))]
     return [
@@ -128,7 +128,7 @@ def _later_configurations(work: StudyWork, templates: Sequence[Configuration]) -
 
 
 def _task_lines(template: Configuration) -> list[Line]:
-    """Describe a task, its steps and its base model."""
+    """Return the lines on a task: its steps, its batch size and its base model."""
     model, steps = template.model, template.lr_schedule.steps
     batch = template.batches.micro_batch_size * template.batches.accumulation_steps
     content = model.content if model.content == UNPREPARED else model.content[:12]
@@ -142,7 +142,7 @@ def _task_lines(template: Configuration) -> list[Line]:
 def _configuration_lines(
     templates: Sequence[Configuration], work: StudyWork, options: StudyOptions
 ) -> list[Line]:
-    """Describe the configurations: what they share, what they vary, and how many there are."""
+    """Return the lines on the configurations: tasks, variants, learning rates or space, numbers and steps."""
     template = templates[0]
     lines = [line for task in {t.task.name: t for t in templates}.values() for line in _task_lines(task)]
     if work.search is not None:
@@ -167,7 +167,7 @@ def _total_steps(work: StudyWork, templates: Sequence[Configuration]) -> int:
 
 
 def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
-    """Describe a search: its sampler, its budget and its space, on one line if all groups share it."""
+    """Return the lines on a search: sampler, budget and space, with one line for each distinct space."""
     counts = {name: search.num_asked[name] + search.num_remaining(name) for name in search.groups}
     variants = list(dict.fromkeys(group.template.variant.name for group in search.groups.values()))
     searches = len(counts) // len(variants)
@@ -209,20 +209,20 @@ def _time_line(estimate: TimeEstimate, num_trainers: int) -> Line:
 def _single_point_command(pending: Sequence[Configuration]) -> str:
     """Return the command that trains one pending configuration, to measure its time.
 
-    The lowest learning rate is taken, because the time of a lane that diverges early says nothing.
+    It has the lowest learning rate, which is the least likely to diverge early.
     """
     point = min(pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
-    # In a study of its own: a script of two stages would make its choice of this point.
+    # --study is removed: in the same study, this point alone would be taken for the whole first stage.
     return replace_options(narrow_command(format_command(sys.argv), point), {"--study": [], "--plan": []})
 
 
 def print_point_shortfall(console: Console, usage: Mapping[str, GroupUsage], points: int) -> None:
-    """Print which variants have fewer points than the budget, because their space has no more.
+    """Print the groups of a search that have fewer points than the budget, because their space has no more.
 
     Args:
-        console: Where to print.
-        usage: The points of each group of the search.
-        points: The budget: points of each group.
+        console: The console for the output.
+        usage: Name of the group -> its usage of the budget.
+        points: Budget of each group, in points.
     """
     for name, used in usage.items():
         if used.points < points:

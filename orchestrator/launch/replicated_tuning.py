@@ -1,4 +1,4 @@
-"""A comparison of tuned variants: every variant is tuned in several replicates, by a grid or by a search."""
+"""Comparison of tuned variants: each variant is tuned in several replicates, by a grid or by a search."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def run_replicated_tuning(experiment: Experiment, options: ComparisonOptions) ->
     """Run the study, or print its plan.
 
     Args:
-        experiment: The script's question and defaults, with the baseline that all variants are compared with.
-        options: The options of the command line.
+        experiment: Question and defaults of the script, including the baseline.
+        options: Options of the command line.
 
     Returns:
-        The exit code, as `run_study` returns it.
+        The exit code of `run_study`.
 
     Raises:
-        UsageError: An option has a value that cannot work, or that differs from what the study began with.
+        UsageError: The value of an option is wrong, or is not that of the first run of the study.
     """
     options.check_comparison()
     settings = replace(experiment.settings, margin=options.margin, max_replicates=options.max_replicates or 0)
@@ -43,7 +43,11 @@ def run_replicated_tuning(experiment: Experiment, options: ComparisonOptions) ->
 
 
 def _with_baseline(experiment: Experiment, options: ComparisonOptions) -> tuple[str, ...]:
-    """Return the baseline and the variants that are compared with it."""
+    """Return the baseline, followed by the variants to compare with it.
+
+    Raises:
+        UsageError: The baseline is the only variant.
+    """
     baseline = experiment.settings.baseline
     typed = options.variants or experiment.default_variants(options.dry_run)
     variants = tuple(dict.fromkeys([baseline, *(name.replace("-", "_") for name in typed)]))
@@ -56,11 +60,18 @@ def _with_baseline(experiment: Experiment, options: ComparisonOptions) -> tuple[
 
 
 def _refuse_other_runs(context: StudyContext, study: StudyFile, requested: Iterable[Configuration]) -> None:
-    """Refuse a command whose runs differ from those that the study has of the same tunings.
+    """Check that the study has no earlier runs of the same tunings that this command does not request.
+
+    A tuning consists of the runs of one task, variant and replicate. If some of them had other settings, the
+    best one would be chosen among runs that are not comparable.
+
+    Args:
+        context: The run.
+        study: The study before this run.
+        requested: Configurations of this run.
 
     Raises:
-        UsageError: The study has runs that this command does not ask for, with the same task, variant and
-            seed: a choice among both would compare unlike runs.
+        UsageError: The study has such runs.
     """
     asked = {c.fingerprint for c in requested}
     tunings = {
@@ -79,6 +90,7 @@ def _refuse_other_runs(context: StudyContext, study: StudyFile, requested: Itera
 
 
 def _tuning_of(store: Store, fingerprint: str) -> tuple[str, str, int] | None:
+    """Return task, variant and replicate of a recorded run; None without a record."""
     record = store.get(fingerprint)
     if record is None:
         return None

@@ -1,4 +1,4 @@
-"""The end of a run: the report, the last MLflow runs and the exit code."""
+"""End of a run: the report, the last MLflow runs and the exit code."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from orchestrator.record.mlflow.writer import MlflowWriter
 
 MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
-"""A report after Ctrl-C is begun only if the study has at most this many configurations."""
+"""Largest number of configurations of a study whose report is written after Ctrl-C."""
 
 
 def report_and_close(
     context: StudyContext, study: StudyFile, writer: MlflowWriter, status: str, should_report: bool
 ) -> None:
-    """Write the report, then give MLflow time to log the remaining runs.
+    """Write the report, then wait for MLflow to log the remaining runs.
 
-    Ctrl-C does not interrupt the report, and shortens MLflow's time: an exception inside the report could be
-    raised in the middle of an import, whose lock Python would then hold for good.
+    Ctrl-C does not interrupt the report, but shortens the wait for MLflow. An exception during the report
+    could be raised inside an import, and Python would never release the lock of this import.
 
     Args:
         context: The run.
-        study: The study as it is at the end.
-        writer: Closed here.
-        status: MLflow's status of the study's run: FINISHED or KILLED.
-        should_report: Whether anything was trained.
+        study: The study at the end of the run.
+        writer: The writer of MLflow's runs, which is closed.
+        status: MLflow's status of the run of the study: FINISHED or KILLED.
+        should_report: True to write a report.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C came while the report was written.
+        KeyboardInterrupt: Ctrl-C was pressed while the report was written.
     """
     budget = context.budget
     was_interrupted = budget.is_interrupted
@@ -69,7 +69,7 @@ def report_and_close(
 
 
 def _print_mlflow(context: StudyContext, writer: MlflowWriter) -> None:
-    """Print the command that opens MLflow on a database, and the address of the ranked table."""
+    """Print the command that opens MLflow on a database, and the address of the ranked table, if any."""
     from orchestrator.analyze.page import mlflow_ui_command
 
     command = mlflow_ui_command(redact_secrets(context.tracking_uri))
@@ -79,7 +79,7 @@ def _print_mlflow(context: StudyContext, writer: MlflowWriter) -> None:
 
 
 def _mlflow_seconds(budget: RunBudget, status: str) -> float:
-    """Return the seconds within which MLflow may log the remaining runs."""
+    """Return the time in seconds for logging the remaining runs to MLflow."""
     if budget.is_interrupted:
         return min(timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS, max(0.5, budget.interrupt_seconds_left() - 1))
     if status == "FINISHED" or budget.stop_reason:
@@ -88,7 +88,7 @@ def _mlflow_seconds(budget: RunBudget, status: str) -> float:
 
 
 def _print_delay(context: StudyContext, writer: MlflowWriter, num_delayed: int) -> None:
-    """Print the number of runs that MLflow lacks, the reason, and the command that logs them."""
+    """Print the number of runs that are not in MLflow, the reason, and the command that logs them."""
     delayed = f"{num_delayed} runs" if num_delayed else "the study's own run"
     command = context.orchestrator_command("sync --rebuild" if writer.is_damaged else "sync")
     reason = writer.error or "it is slow"
@@ -97,7 +97,7 @@ def _print_delay(context: StudyContext, writer: MlflowWriter, num_delayed: int) 
 
 
 def _has_time_to_report(budget: RunBudget, study: StudyFile) -> bool:
-    """Return whether a report can be written within the time in which Ctrl-C is promised to end the run."""
+    """Return whether a report can be written within the time limit for the end of a run after Ctrl-C."""
     return (
         budget.interrupt_seconds_left() > timeouts.MIN_REPORT_SECONDS
         and len(study.configurations) <= MAX_INTERRUPTED_REPORT_CONFIGURATIONS
@@ -105,12 +105,12 @@ def _has_time_to_report(budget: RunBudget, study: StudyFile) -> bool:
 
 
 def _write_report(context: StudyContext, study: StudyFile) -> StudyDescription:
-    """Write the store's Parquet files and the study's report, and print the table.
+    """Write the store's Parquet files and the study's report, and print the tables.
 
-    All configurations of the study are in it, also those of earlier runs.
+    The report has all configurations of the study, including those of earlier runs.
 
     Returns:
-        What MLflow shows of the report.
+        The description of the study in MLflow.
     """
     from orchestrator.analyze.report import write_report
     from orchestrator.analyze.study_description import describe_summary
@@ -134,11 +134,11 @@ def _write_report(context: StudyContext, study: StudyFile) -> StudyDescription:
 
 
 def print_missing_results(context: StudyContext, work: StudyWork, command: str) -> int:
-    """Print which configurations have no result and why, if any.
+    """Print the number of configurations without a result, and the reason, if there are any.
 
     Args:
         context: The run.
-        work: The configurations that were to be trained.
+        work: Configurations of the study.
         command: The command that continues the study.
 
     Returns:

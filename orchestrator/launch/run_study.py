@@ -1,6 +1,6 @@
-"""A study from its options to its report: the function that every experiment script calls.
+"""Run of a study from its options to its report: the function that every experiment script calls.
 
-The four parts are `study_context.resolve_study` (options to configurations), `plan.print_plan` (--plan),
+The four steps are `study_context.resolve_study` (options and design), `plan.print_plan` (--plan),
 `training.train_pending` (Ray) and `reporting` (report, MLflow, exit code).
 """
 
@@ -34,7 +34,7 @@ from orchestrator.util.graceful_interrupts import format_command
 from orchestrator.util.redaction import redact_secrets
 
 CheckStudy = Callable[[StudyContext, StudyFile, Sequence[Configuration]], None]
-"""Called with the study as it was before this run, and with the configurations of this run."""
+"""Function of the context, the study before this run, and the configurations of this run."""
 
 
 def run_study(
@@ -48,24 +48,24 @@ def run_study(
     """Train the configurations that have no result yet, log them to MLflow and write the report.
 
     Args:
-        experiment: The script's question and defaults.
-        options: The options of the command line.
-        make_design: Makes the design of the study; None: the grid of learning rates, or a search.
-        check: Called before anything is trained; raises UsageError to refuse the study.
+        experiment: Question and defaults of the script.
+        options: Options of the command line.
+        make_design: Function that makes the design; None for the grid of learning rates, or for a search.
+        check: Called before the training. It raises UsageError to reject the study.
         replicates: Number of replicates of a study that tunes each variant several times.
 
     Returns:
-        The exit code: 0, 1 when configurations have no result, or EXIT_LIMIT_REACHED when a limit ended the
-        run before they had one.
+        The exit code: 0 if all configurations have a result, EXIT_LIMIT_REACHED if a limit ended the run
+        before, else 1.
 
     Raises:
-        UsageError: An option has a value that cannot work. Nothing was trained.
+        UsageError: The value of an option is wrong. Nothing was trained.
         StudyError: Something outside the command failed, for example the cluster.
         KeyboardInterrupt: The run was interrupted. Unfinished lanes keep their checkpoints.
-        OSError: The disk refused a write.
+        OSError: A file could not be written.
     """
     if options.plan and options.preset:
-        # First, so that it is seen even where the data or the base model are not here yet.
+        # Printed first, because `resolve_study` fails if the data of a task are missing.
         print_preset(options)
     context = resolve_study(experiment, options, make_design, replicates)
     if context.options.plan:
@@ -96,7 +96,7 @@ def _make_folder(context: StudyContext) -> None:
 
 
 def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
-    """Collect the work of this run, prepare its datasets and write `study.json`."""
+    """Determine the work of this run, prepare its datasets and write `study.json`."""
     experiment, store = context.experiment, context.store
     command = format_command(sys.argv)
     study = StudyFile.read(context.folder) or StudyFile(context.name, experiment.question, command)
@@ -144,19 +144,19 @@ def drop_abandoned(
 
 @dataclass
 class StudyRun:
-    """One run of a study, from its first trainer to the report."""
+    """One run of a study, from the training to the report."""
 
     context: StudyContext
     work: StudyWork
-    """Grows while a search or a further stage adds configurations."""
+    """Configurations of the study; a search or a later stage adds some during the training."""
     study: StudyFile
-    """Replaced, and written again, when the work grows."""
+    """Content of `study.json`; replaced and written again when configurations are added."""
     logged: set[str] = field(default_factory=set)
-    """Fingerprints of the records of this run that MLflow has been given."""
+    """Fingerprints of the records that this run has sent to MLflow."""
 
     def execute(self) -> int:
-        """Train, report and return the exit code, see `run_study`."""
-        # MLflow takes seconds to import, and is not needed for a plan or a refused option.
+        """Train, write the report and return the exit code, see `run_study`."""
+        # The import of MLflow takes seconds, and a plan or a wrong option does not need it.
         from orchestrator.record.mlflow.log import MlflowLogger
         from orchestrator.record.mlflow.writer import MlflowWriter
 
@@ -179,26 +179,31 @@ class StudyRun:
                 training.train_pending(context, work, writer, log_record, self.add_configuration)
             status, should_report = "KILLED" if context.budget.stop_reason else "FINISHED", True
         except UsageError:
-            raise  # nothing was trained: there is nothing to report
+            raise  # Nothing was trained, so there is nothing to report.
         except BaseException as error:
             should_report = True
             if isinstance(error, KeyboardInterrupt):
                 self._handle_interrupt()
             raise
         finally:
-            # Records of earlier runs, and those whose end was not reported: the broker restarted, or the
-            # study was stopped.
+            # Log the records of earlier runs, and records whose end was not reported, because the broker was
+            # restarted or the study was stopped.
             for configuration in work.requested:
                 if configuration.fingerprint not in self.logged:
                     writer.put(configuration.fingerprint)
             reporting.report_and_close(context, self.study, writer, status, should_report)
         if work.search is not None:
-            usage = work.search.update_usage(context.store)  # the report's table shows it as well
+            usage = work.search.update_usage(context.store)
             print_point_shortfall(context.console, usage, work.search.file.points)
         return reporting.print_missing_results(context, work, self.study.command)
 
     def add_configuration(self, configuration: Configuration, is_reused: bool) -> None:
-        """Add a configuration of a search or of a further stage to the work and to `study.json`."""
+        """Add a configuration of a search or of a later stage to the work and to `study.json`.
+
+        Args:
+            configuration: The configuration.
+            is_reused: True if the store has its result already.
+        """
         fingerprint = configuration.fingerprint
         self.work.requested.append(configuration)
         self.study = self.study.with_configurations([fingerprint], [fingerprint] if is_reused else [])

@@ -1,4 +1,4 @@
-"""The options that single scripts add. Imports nothing heavy, so that --help is fast."""
+"""Options of single scripts. This module imports no slow package, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from orchestrator.util.errors import UsageError
 DRY_RUN_RATES_PER_DECADE = 4
 MAX_RATES_PER_DECADE = 100
 MAX_WIDENING = 5.0
-"""The most decades by which a grid may grow at each end."""
+"""Bound of --widen: decades by which a grid may be extended at each end."""
 DEFAULT_FACTORS = (
     "alpha", "rank", "batch_size", "dropout", "warmup", "weight_decay", "schedule", "steps"
 )  # fmt: skip
 MIN_LEVELS, MAX_LEVELS = 1, 3
-"""Bounds of --levels: levels besides the default."""
+"""Bounds of --levels, the number of levels besides the default."""
 DRY_RUN_FACTORS = ("alpha", "batch_size")
 DEFAULT_REPLICATES, DRY_RUN_REPLICATES = 10, 5
 DRY_RUN_RATES = ("1e-3:3.17e-2:2",)
 DEFAULT_FACTOR_SEEDS, DRY_RUN_FACTOR_SEEDS = 5, 2
 MIN_CURVE_RATES = 5
-"""The fewest rates of a curve around whose best other factors are varied."""
+"""Smallest number of rates of the curve in a star design."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,11 @@ class CurveOptions(StudyOptions, WideningOptions):
     """Options of a study of learning rate curves."""
 
     def check_widening(self) -> None:
-        """Check the options of the widening.
+        """Check the options of refinement and widening.
 
         Raises:
-            UsageError: --widen is negative or wider than a grid may be.
+            UsageError: --widen or --rates-per-decade is out of bounds, or --rates-per-decade is given
+                together with --learning-rates.
         """
         if not 0 <= self.widen <= MAX_WIDENING:
             raise UsageError(f"--widen {self.widen:g}: must be from 0 to {MAX_WIDENING:g} decades; take 1.")
@@ -63,7 +64,7 @@ class CurveOptions(StudyOptions, WideningOptions):
 
     @property
     def refinement(self) -> int:
-        """Rates a decade to which the task's grid is refined; 0: it stays as it is."""
+        """Rates a decade to which the task's grid is refined; 0 for no refinement."""
         if self.learning_rates is not None:
             return 0
         if self.rates_per_decade is not None:
@@ -93,10 +94,10 @@ class ComparisonOptions(StudyOptions, ReplicateOptions):
     """Options of a comparison of tuned variants."""
 
     def check_comparison(self) -> None:
-        """Check the options of the comparison itself.
+        """Check the options of the comparison.
 
         Raises:
-            UsageError: The replicates or the margin cannot give a verdict.
+            UsageError: --seeds is given, or the number of replicates or the margin is out of bounds.
         """
         if self.seeds is not None:
             raise UsageError(
@@ -117,18 +118,18 @@ class ComparisonOptions(StudyOptions, ReplicateOptions):
 
     @property
     def seed_count(self) -> int:
-        """Number of seeds per point: each replicate has one."""
+        """Number of seeds per point, one for each replicate."""
         return self.replicate_count
 
     @property
     def replicate_count(self) -> int:
-        """Number of replicates: 10, in a rehearsal 5."""
+        """Number of replicates; the default is 10, for a --dry-run 5."""
         if self.replicates is not None:
             return self.replicates
         return DRY_RUN_REPLICATES if self.dry_run else DEFAULT_REPLICATES
 
     def with_rehearsal_grid(self) -> ComparisonOptions:
-        """Return the options with five learning rates, if this is a rehearsal of a grid without a choice."""
+        """Return the options, with a small grid if this is a --dry-run of a grid without --learning-rates."""
         if self.dry_run and self.search == "grid" and self.learning_rates is None:
             return replace(self, learning_rates=DRY_RUN_RATES)
         return self
@@ -142,10 +143,10 @@ class EarlyStoppingOptions(StudyOptions):
     """The early stopping that is judged: asha, median, hyperband (Ray Tune's)."""
 
     def check_comparison(self) -> None:
-        """Check the options of the comparison itself.
+        """Check the options of the comparison.
 
         Raises:
-            UsageError: There is no grid, or no early stopping to compare with it.
+            UsageError: The points are not a grid, or there is no early stopping.
         """
         if self.search != "grid":
             raise UsageError(
@@ -181,7 +182,8 @@ class FactorOptions(StudyOptions, SensitivityOptions):
         """Check the options of the factors.
 
         Raises:
-            UsageError: There is a search or early stopping, or a number is out of bounds.
+            UsageError: A search or early stopping is chosen, a number is out of bounds, no factor is named,
+                or the curve has too few rates.
         """
         if self.search != "grid":
             raise UsageError(f"--search {self.search}: the design of this study is fixed; take grid.")
@@ -205,10 +207,10 @@ class FactorOptions(StudyOptions, SensitivityOptions):
 
     @property
     def factor_names(self) -> tuple[str, ...]:
-        """The words of --factors, or the default ones."""
+        """Names of the factors in --factors, or the default ones."""
         return self.factors or (DRY_RUN_FACTORS if self.dry_run else DEFAULT_FACTORS)
 
     @property
     def seed_count(self) -> int:
-        """Number of seeds per point: 5, in a rehearsal 2."""
+        """Number of seeds per point; the default is 5, for a --dry-run 2."""
         return self.seeds or (DRY_RUN_FACTOR_SEEDS if self.dry_run else DEFAULT_FACTOR_SEEDS)

@@ -1,4 +1,4 @@
-"""The records of a store as a mapping that a design reads: of configurations that have ended."""
+"""Read-only mapping of the records of ended configurations, as input of a design."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from orchestrator.record.store import Store
 
 
 class SettledRecords(Mapping[str, Record]):
-    """Fingerprint -> record of a configuration that a study does not train any further.
+    """Fingerprint -> record of a configuration that the study does not train any further.
 
-    That is a finished or diverged one, one that the study's early stopping has stopped, and one that failed
-    too often to be tried again. Records are read when they are asked for, each once.
+    Such a configuration has finished, diverged, been stopped by the study's own early stopping, or failed too
+    often to be tried again. Each record is read at its first use. Iteration and length, which designs do not
+    use, cover all records of the store.
 
     Args:
         store: The records.
-        scheduler: The study's early stopping, or "none".
+        scheduler: Early stopping of the study, or "none".
     """
 
     def __init__(self, store: Store, scheduler: str) -> None:

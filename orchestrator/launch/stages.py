@@ -1,4 +1,4 @@
-"""Configurations that a study names while it runs: points of a search, and further stages of a design."""
+"""Configurations that are added during training: points of a search and later stages of a design."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class LaterConfigurations:
-    """Registers configurations that are named after the training has begun."""
+    """Registers the configurations that are added after the training has started."""
 
     context: StudyContext
     work: StudyWork
     writer: MlflowWriter
     progress: Progress
     on_configuration: Callable[[Configuration, bool], None]
-    """Called with every such configuration, and whether the store has its result already."""
+    """Called with every added configuration, and with True if the store has its result already."""
     reused: set[str] = field(default_factory=set)
-    """Fingerprints of those whose result the store had."""
+    """Fingerprints of the added configurations whose result the store had already."""
 
     def add(self, configuration: Configuration) -> None:
-        """Register a configuration."""
+        """Register an added configuration."""
         is_reused = self.context.has_result(configuration)
         if is_reused:
             self.reused.add(configuration.fingerprint)
@@ -43,7 +43,11 @@ class LaterConfigurations:
     def next_stage(self) -> list[Configuration]:
         """Return the configurations of the design's next stage that have no result, in training order.
 
-        It is called when all earlier configurations have ended. An empty list ends the study.
+        A stage whose configurations all have results is registered and skipped. All earlier configurations
+        must have ended.
+
+        Returns:
+            The configurations to train; an empty list ends the study.
         """
         while not self.context.budget.stop_reason:
             named = self.context.request_next_stage(self.work)

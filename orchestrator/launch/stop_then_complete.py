@@ -1,8 +1,8 @@
-"""Early stopping against the full grid: the grid runs under a scheduler, then to the end in the same store.
+"""Comparison of early stopping with the full grid: two studies of the same configurations in one store.
 
-The lanes that the scheduler stopped continue from their checkpoints, so that the second stage trains only the
-rest. The rates that early stopping chose are kept in `choice.json`, because the study's summary changes when
-its lanes go on.
+The first study runs under early stopping, the second one trains all configurations to the end. Lanes that
+were stopped continue from their checkpoints. The rates that early stopping chose are saved in `choice.json`,
+because the records, and with them the summary of the first study, change when its lanes continue.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from orchestrator.util.errors import UsageError
 
 @dataclass(frozen=True)
 class EarlyStoppingChoice(Choice):
-    """The content of `choice.json`: what early stopping chose, and what it cost."""
+    """Content of `choice.json`: the chosen learning rates and the optimizer steps of a study."""
 
     rates: Mapping[str, float | None]
-    """Variant -> the learning rate that was chosen; None without a score."""
+    """Variant -> chosen learning rate; None without a score."""
     steps: Mapping[str, int]
-    """Variant -> the optimizer steps of all its lanes."""
+    """Variant -> number of optimizer steps of all its lanes."""
 
 
 def run_early_stopping_comparison(experiment: Experiment, options: EarlyStoppingOptions) -> int:
-    """Run both stages, or print their plans.
+    """Run both studies, or print their plans.
 
     Args:
-        experiment: The script's question and defaults.
-        options: The options of the command line.
+        experiment: Question and defaults of the script.
+        options: Options of the command line.
 
     Returns:
-        The exit code, as `run_study` returns it.
+        The exit code of `run_study`.
 
     Raises:
-        UsageError: An option has a value that cannot work, or the store has results that would pass for
-            those of early stopping.
+        UsageError: The value of an option is wrong, or the store has results of full trainings, which could
+            not be told from those of early stopping.
     """
     options.check_comparison()
     name = options.study or default_study_name(
@@ -72,7 +72,16 @@ def run_early_stopping_comparison(experiment: Experiment, options: EarlyStopping
 def _refuse_unusable_results(
     options: EarlyStoppingOptions, study_name: str, configurations: Sequence[Configuration]
 ) -> None:
-    """Refuse configurations that were trained to the end before: they would pass for early stopping's."""
+    """Check that no configuration was trained to the end before early stopping could stop it.
+
+    Args:
+        options: Options of the command line.
+        study_name: Name of the study under early stopping.
+        configurations: Configurations of this run.
+
+    Raises:
+        UsageError: The store has such results, or the study has chosen among other configurations before.
+    """
     folder, store = options.output / study_name, Store(options.store_folder)
     fingerprints = [c.fingerprint for c in configurations]
     advice = "take an --output of its own, without --store"
@@ -91,7 +100,7 @@ def _refuse_unusable_results(
 
 
 def _current_choice(options: EarlyStoppingOptions, study_name: str) -> EarlyStoppingChoice:
-    """Read the best rate of every variant from the study's summary, and count its steps."""
+    """Return the best rate of each variant in the summary of a study, and its number of optimizer steps."""
     folder, study = find_study(options.output, study_name)
     panels = json.loads((folder / "summary.json").read_text())["panels"]
     rates = {curve["variant"]: curve["best_rate"] for panel in panels for curve in panel["curves"]}
@@ -102,7 +111,7 @@ def _current_choice(options: EarlyStoppingOptions, study_name: str) -> EarlyStop
 
 
 def _print_comparison(scheduler: str, early: EarlyStoppingChoice, full: EarlyStoppingChoice) -> None:
-    """Print a row per variant: the chosen rate and the optimizer steps, each with and without stopping."""
+    """Print the chosen rate and the optimizer steps of each variant, with and without early stopping."""
     print(f"\n{'':12} {'chosen rate':^17} {'optimizer steps':^19}")
     print(f"{'variant':12} {scheduler:>9} {'grid':>7} {scheduler:>11} {'grid':>7}")
     for variant, full_rate in full.rates.items():

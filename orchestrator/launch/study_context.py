@@ -1,4 +1,4 @@
-"""The context of one run of a study, fixed before anything is trained."""
+"""Context of one run of a study, determined before the training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from orchestrator.util.errors import UsageError
 
 @dataclass(frozen=True)
 class StudyContext:
-    """One run of a study: its options with every default filled in, and the places of its files."""
+    """One run of a study: its options with all defaults filled in, its files and its design."""
 
     experiment: Experiment
     options: StudyOptions
@@ -39,20 +39,20 @@ class StudyContext:
     tracking_uri: str
     budget: RunBudget
     name: str
-    """The study's name."""
+    """Name of the study."""
     folder: Path
-    """The study's folder, which may not exist yet."""
+    """Folder of the study, which may not exist yet."""
     resolved: tuple[ResolvedOptions, ...]
-    """The resolved options of each task."""
+    """Resolved options of each task."""
     templates: tuple[Configuration, ...]
-    """One configuration per task and variant, complete but for the learning rate and the seed."""
+    """One configuration per task and variant, with placeholders for learning rate and seed."""
     design: Design | None
-    """The configurations of the study; None for a search, which samples them."""
+    """The rule that names the configurations; None for a search, which samples them."""
     replicates: int = 1
-    """Number of replicates: tunings of each variant, each with a seed of its own."""
+    """Number of replicates: repeated tunings of each variant, each with its own seed."""
 
     def collect_work(self) -> StudyWork:
-        """Compare the configurations of the study with the store."""
+        """Sort the configurations of the study by the records in the store."""
         if self.design is not None:
             requested = self.design.request(SettledRecords(self.store, self.options.scheduler))
             total = max(len(requested), len(self.design.outline()))
@@ -70,7 +70,7 @@ class StudyContext:
         return StudyWork.from_store(list(search.configurations.values()), search, self.store, self.options)
 
     def request_next_stage(self, work: StudyWork) -> list[Configuration]:
-        """Return the configurations that the design asks for now and `work` does not have yet."""
+        """Return the configurations that the design now requests and `work` does not have yet."""
         if self.design is None:
             return []
         requested = self.design.request(SettledRecords(self.store, self.options.scheduler))
@@ -78,20 +78,20 @@ class StudyContext:
         return [c for c in requested if c.fingerprint not in present]
 
     def has_result(self, configuration: Configuration) -> bool:
-        """Return whether the store has a record that counts as this configuration's result."""
+        """Return whether the store has a result of this configuration under the study's early stopping."""
         stopping_settings = scheduler_settings(self.options.scheduler, configuration)
         return self.store.get_reusable(configuration.fingerprint, stopping_settings) is not None
 
     def describe_progress(self, work: StudyWork) -> str:
-        """Return how many configurations are done, and the GPU hours that this run has used."""
-        states = self.store.states()  # of all records, without reading each of them
+        """Return a sentence with the number of configurations done and the GPU hours of this run."""
+        states = self.store.states()  # Reading every record would take long.
         recorded = [c for c in work.requested if states.get(c.fingerprint) not in (None, "failed")]
         done = sum(states[c.fingerprint] != "stopped" or self.has_result(c) for c in recorded)
         used = self.budget.format_usage()
         return f"{done} of {work.total} configurations are done{f', {used} used' if used else ''}"
 
     def orchestrator_command(self, arguments: str) -> str:
-        """Return the command `python -m orchestrator <arguments>` with the options that find this study."""
+        """Return the command `python -m orchestrator <arguments>` with this study's --output and --store."""
         folders = [] if self.options.output == default_output() else ["--output", str(self.options.output)]
         folders += ["--store", str(self.options.store)] if self.options.store else []
         return " ".join(["python -m orchestrator", arguments, shlex.join(folders)]).strip()
@@ -103,20 +103,20 @@ def resolve_study(
     make_design: MakeDesign | None = None,
     replicates: int = 1,
 ) -> StudyContext:
-    """Fill in the defaults of a study's options and check them. Nothing is written but a missing base model.
+    """Fill in the defaults of a study's options and check them; without --plan, prepare missing base models.
 
     Args:
-        experiment: The script's question and defaults.
-        options: The options of the command line.
-        make_design: Makes the design of the study; None: the grid of learning rates, or a search.
+        experiment: Question and defaults of the script.
+        options: Options of the command line.
+        make_design: Function that makes the design; None for the grid of learning rates, or for a search.
         replicates: Number of replicates of a study that tunes each variant several times.
 
     Returns:
         The context of this run.
 
     Raises:
-        UsageError: An option has a value that cannot work, here or on the cluster that is joined.
-        OSError: A folder cannot be written; the error names it.
+        UsageError: The value of an option is wrong, for example for this machine or the joined cluster.
+        OSError: A folder cannot be written; the error names the folder.
     """
     console = Console(file=sys.stdout, highlight=False, markup=False)
     _require_hardware(experiment, options)
@@ -129,7 +129,7 @@ def resolve_study(
     default_variants = experiment.default_variants(options.dry_run)
     resolved = resolve_tasks(options, default_tasks, default_variants, store.bases)
     if runtime.running_cluster_address() is None:
-        # More trainers than this machine has room for are refused before any folder is made.
+        # Refuse more trainers than fit on this machine before the study's folder is made.
         _, gpus = runtime.estimate_local_cluster().plan_trainers(
             options.trainers, options.gpus_per_worker, options.workers_per_trainer
         )
@@ -187,7 +187,11 @@ def _make_design(
 
 
 def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
-    """Refuse the full study, which needs GPUs, on a machine without any."""
+    """Check that the full study, which needs GPUs, is not started on a machine without GPUs.
+
+    Raises:
+        UsageError: There is neither a GPU nor a Ray cluster.
+    """
     if options.dry_run or options.plan or options.task or options.model:
         return
     if runtime.running_cluster_address() is None and not any(

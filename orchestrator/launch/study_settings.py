@@ -1,4 +1,4 @@
-"""The settings of a study's analysis: fixed when it begins, and kept in `study.json`."""
+"""Settings of the analysis of a study: fixed at its first run and kept in `study.json`."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from orchestrator.util.errors import UsageError
 def fix_settings(
     settings: AnalysisSettings, study: StudyFile, is_search: bool, replicates: int, variants: Iterable[str]
 ) -> AnalysisSettings:
-    """Return the settings of the analysis, which a study that has begun does not change.
+    """Complete the settings of the analysis, and check that they agree with earlier runs of the study.
 
     Args:
-        settings: The settings of this command. `max_replicates` is 0 if the command does not name it; then it
-            is the planned maximum that the study began with, or else the number of replicates.
-        study: The study as it was before this command.
-        is_search: Whether a sampler chooses the points.
-        replicates: The number of replicates of this command.
-        variants: The variants of the study.
+        settings: Settings of this command. If `max_replicates` is 0, because the command does not give it, it
+            is taken from the first run of the study, else it is `replicates`.
+        study: The study before this command.
+        is_search: True if a sampler chooses the points.
+        replicates: Number of replicates of this command.
+        variants: Names of the variants of the study.
+
+    Returns:
+        The settings to use.
 
     Raises:
-        UsageError: The study has begun with another kind, selection, margin or planned maximum, or the
-            command asks for more replicates than planned.
+        UsageError: The first run of the study had another kind, selection, margin or planned maximum, or this
+            command has more replicates than planned.
     """
     before = study.settings if study.configurations else None
     if settings.kind not in ("replicates", "factors"):
         if before is not None and before.kind in ("replicates", "factors"):
             _check_kind(before, settings, study.name)
-        # The points of a search form no curve.
+        # The points of a search are not a curve over the learning rate.
         return replace(settings, kind="search") if settings.kind == "curve" and is_search else settings
-    if settings.kind == "factors":
-        found = replace(settings, unverified=_unverified(variants))
-        if before is not None:
-            _check_unchanged(before, found, study.name)
-        return found
+    found = replace(settings, unverified=_unverified(variants))
     planned = settings.max_replicates or (before.max_replicates if before else 0) or replicates
-    found = replace(settings, max_replicates=planned, unverified=_unverified(variants))
+    if settings.kind == "replicates":
+        found = replace(found, max_replicates=planned)
     if before is not None:
         _check_unchanged(before, found, study.name)
-    if replicates > planned:
+    if settings.kind == "replicates" and replicates > planned:
         raise UsageError(
             f"--replicates {replicates}: study {study.name!r} was planned for at most {planned} "
             f"(--max-replicates), over which its error rate is shared out; take {planned}, or another "
@@ -59,6 +59,11 @@ def _check_kind(before: AnalysisSettings, now: AnalysisSettings, name: str) -> N
 
 
 def _check_unchanged(before: AnalysisSettings, now: AnalysisSettings, name: str) -> None:
+    """Check that the settings that are fixed at the first run of a study have not changed.
+
+    Raises:
+        UsageError: A setting has changed.
+    """
     _check_kind(before, now, name)
     if before.select != now.select:
         raise UsageError(
@@ -77,7 +82,7 @@ def _check_unchanged(before: AnalysisSettings, now: AnalysisSettings, name: str)
 
 
 def _unverified(variants: Iterable[str]) -> tuple[str, ...]:
-    """Return the variants that were compared with no other implementation and no paper."""
+    """Return the variants that were verified against neither another implementation nor a paper."""
     from variants import catalogue
     from variants.base import VerifiedBy
 

@@ -1,4 +1,4 @@
-"""Training of the pending configurations of a study, on a Ray cluster that is joined or started here."""
+"""Training of the pending configurations of a study, on a Ray cluster that is joined or started for it."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def train_pending(
     on_record: Callable[[Record], None],
     on_configuration: Callable[[Configuration, bool], None],
 ) -> None:
-    """Train the pending configurations of a study, and those that its search or its design names later.
+    """Train the pending configurations of a study, and those that its search or its design adds meanwhile.
 
     Args:
         context: The run.
         work: The configurations to train.
-        writer: Closed early if Ray's control store is lost, which ends the process.
+        writer: Logs to MLflow. It is closed early if Ray's control store is lost, which ends the process.
         on_record: Called with every new record, from another thread.
-        on_configuration: Called with every configuration that is named later, and whether the store has its
-            result already.
+        on_configuration: Called with every added configuration, and with True if the store has its result
+            already.
 
     Raises:
-        KeyboardInterrupt: The run was interrupted; the lanes are saved.
+        KeyboardInterrupt: The run was interrupted; the lanes have saved checkpoints.
         StudyError: The cluster cannot train, or no trainer could be started.
-        UsageError: The cluster that was joined does not fit the options.
+        UsageError: The options do not fit the cluster that was joined.
     """
-    num_requested = len(work.requested)  # a search and further stages add to it
+    num_requested = len(work.requested)  # The search and later stages append to `requested`.
     progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
     later = LaterConfigurations(context, work, writer, progress, on_configuration)
 
@@ -84,7 +84,7 @@ def train_pending(
 
 
 def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster, scratch: Path) -> PoolConfig:
-    """Check the cluster, and choose how many trainers it gets and of which kind."""
+    """Check the cluster, and determine the number of trainers and their specification."""
     # Imported after `connect`, which sets the environment variables that Tune reads when it is imported.
     from orchestrator.cluster.preflight.nodes import require_usable_cluster
     from orchestrator.execution.trainers.pool import PoolConfig
@@ -119,7 +119,7 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
 
 
 def _describe_pool(cluster: runtime.Cluster, pool_config: PoolConfig) -> str:
-    """Return one line: the cluster, the trainers and what each of them holds."""
+    """Return one line that describes the cluster and the trainers."""
     spec = pool_config.spec
     where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
     gpus = spec.gpus_per_worker * spec.workers_per_trainer
@@ -158,7 +158,17 @@ def _run_session(
     session: SessionContext,
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> int:
-    """Run Tune until all is trained or a limit is reached. Returns the optimizer steps of all trainers."""
+    """Run Ray Tune until all configurations have ended or a limit is reached.
+
+    Args:
+        context: The run.
+        work: The configurations to train.
+        session: The cluster, the trainers and the callbacks.
+        next_stage: Returns the configurations of the next stage; an empty list ends the study.
+
+    Returns:
+        Number of optimizer steps of all trainers.
+    """
     from orchestrator.execution.session import train
 
     scheduler, lanes = session.scheduler, session.pool.spec.lanes_per_trainer

@@ -1,4 +1,4 @@
-"""The configurations of a study, sorted by the records that the store has of them."""
+"""The configurations of a study, sorted by their records in the store."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 class StudyWork:
     """The configurations of a study: those with a result, and those to train.
 
-    `requested` and `expected` change while a search or a design names further configurations.
+    `requested` and `expected` change when a search or a design adds configurations during the training.
     """
 
     requested: list[Configuration]
-    """All configurations that have been named."""
+    """All configurations of the study so far."""
     satisfied: list[Configuration]
-    """The configurations whose result is in the store."""
+    """Configurations whose result was in the store at the start of this run."""
     retries_exhausted: list[str]
     """Fingerprints of the configurations that failed too often to be tried again."""
     pending: list[Configuration]
-    """The configurations to train, in the order in which they are submitted."""
+    """Configurations to train, in the order of their submission."""
     search: SearchBudget | None
-    """The search that samples more; None for a design."""
+    """The search that samples further configurations; None for a design."""
     expected: int = 0
-    """The number of configurations that the whole design will have; 0 when it has named all of them."""
+    """Expected number of configurations of all stages of the design; 0 after the last stage."""
 
     @classmethod
     def from_store(
@@ -49,12 +49,12 @@ class StudyWork:
         """Sort `requested` by the records in `store`.
 
         Args:
-            requested: The configurations of the study so far.
-            search: The search that samples more; None for a design.
-            store: The records. With --retry-failed the failures of `requested` are forgotten there, unless
-                this is a plan.
-            options: The options of the study.
-            expected: The number of configurations that the whole design will have.
+            requested: Configurations of the study so far.
+            search: The search that samples further configurations; None for a design.
+            store: The records. With --retry-failed and without --plan their counts of failures are reset for
+                `requested`.
+            options: Options of the study.
+            expected: Expected number of configurations of all stages of the design.
 
         Returns:
             The work of this run.
@@ -83,10 +83,10 @@ class StudyWork:
 
     @property
     def total(self) -> int:
-        """The number of configurations, including those that have yet to be sampled or named."""
+        """Number of configurations, including those that are not sampled or requested yet."""
         return self.search.total if self.search else max(len(self.requested), self.expected)
 
     @property
     def num_to_train(self) -> int:
-        """The number of configurations to train. Those yet to be sampled or named count as new."""
+        """Number of configurations to train, including those that are not sampled or requested yet."""
         return len(self.pending) + self.total - len(self.requested)

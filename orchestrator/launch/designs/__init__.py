@@ -1,1 +1,1 @@
-"""The designs of the experiment scripts."""
+"""Designs of single experiment scripts."""

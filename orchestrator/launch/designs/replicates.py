@@ -1,4 +1,4 @@
-"""Replicated tuning: every replicate tunes all variants on a grid that is shifted by an offset of its own."""
+"""Design of replicated tuning: each replicate tunes all variants on a grid with its own random offset."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from orchestrator.util.errors import UsageError
 
 MIN_RATES = 2
 MIN_SPACING = 0.0199
-"""The smallest spacing of a grid in decades, so that rounding to three digits does not undo its shift."""
+"""Smallest spacing of a grid in decades. In a finer grid rounding to three digits could undo the shift."""
 
 
 @dataclass(frozen=True)
 class ReplicatesDesign:
     """Every template at every rate of its task's shifted grid, once in each replicate.
 
-    Replicate k has the training seed k, and an offset of the grid that follows from k alone. So all variants
-    and tasks of a replicate are tuned alike, and further replicates leave the earlier ones as they are.
+    The training seed of replicate k is k, and the offset of its grid depends on k alone. All variants and
+    tasks of a replicate therefore have the same offset, and more replicates do not change the earlier ones.
     """
 
     given: DesignInput
@@ -35,7 +35,7 @@ class ReplicatesDesign:
         """Check the grids.
 
         Raises:
-            UsageError: A task has too few rates to tune, or they are too close to be shifted.
+            UsageError: The grid of a task has fewer than `MIN_RATES` rates, or is finer than `MIN_SPACING`.
         """
         for task, rates in self.given.learning_rates.items():
             if len(rates) < MIN_RATES:
@@ -66,22 +66,22 @@ class ReplicatesDesign:
 
 
 def grid_offset(replicate: int) -> float:
-    """Return the offset of a replicate's grid in units of the spacing, uniform in [-0.5, 0.5)."""
+    """Return the offset of a replicate's grid in units of its spacing: a uniform draw from [-0.5, 0.5)."""
     return random.Random(f"grid offset of replicate {replicate}").random() - 0.5
 
 
 def shifted_grid(rates: Sequence[float], replicate: int) -> tuple[float, ...]:
-    """Return the grid of a replicate: as many rates, each shifted towards its neighbor on a log scale.
+    """Shift the grid of a task by the offset of a replicate, on a log scale.
 
-    Without the shift all replicates would share the distance between the grid and a variant's optimum, and
-    variants that are equal when tuned would differ by what a coarse grid costs each of them.
+    Without the shift, the distance between a variant's optimum and the nearest rate would be the same in all
+    replicates. Equally good variants would then differ by the loss that the coarse grid causes for each.
 
     Args:
-        rates: The task's grid, at least two rates in ascending order.
-        replicate: The replicate.
+        rates: Grid of the task, at least two rates, ascending.
+        replicate: Index of the replicate.
 
     Returns:
-        The rates with three significant digits.
+        As many rates as in `rates`, with three significant digits.
     """
     offset = grid_offset(replicate)
     gaps = log_gaps(rates)
@@ -90,5 +90,5 @@ def shifted_grid(rates: Sequence[float], replicate: int) -> tuple[float, ...]:
 
 
 def log_gaps(rates: Sequence[float]) -> list[float]:
-    """Return the distances of neighboring rates in decades."""
+    """Return the distances between neighboring rates in decades."""
     return [math.log10(b / a) for a, b in pairwise(rates)]

@@ -1,9 +1,9 @@
-"""The star design: the curve of the learning rate, then every other factor at further levels around its best.
+"""Star design: the curve of the learning rate, then one factor at a time at levels other than its default.
 
-Stage 1 is the rate's curve at the default configuration, 4 rates a decade. Its optimum, rounded to the
-curve's grid, is x*. Stage 2 varies one factor after another: every level is trained at five rates of the
-curve, half a decade apart around x*, and at the rate of the published default, with the same seeds. All are
-ordinary configurations, so that one more factor, seed or decade trains what is new.
+Stage 1 is the curve: the default configuration at 4 rates a decade. The rate of the curve that is nearest to
+its optimum is the rate of x*. Stage 2 has one arm per factor: each level is trained at up to five rates of
+the curve, half a decade apart around x*, and at the rate of the published default. Arms and curve have the
+same seeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orchestrator.finetune.resolve.model_limits import check_attach
 from orchestrator.finetune.resolve.option_names import variant_hyperparameters
 from orchestrator.finetune.resolve.templates import find_settings_error, has_layer_shapes
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.launch.design import DesignInput
+from orchestrator.launch.design import DesignInput, validation_scores
 from orchestrator.launch.script_options import FactorOptions
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -44,19 +44,19 @@ from orchestrator.util.errors import UsageError
 
 RATES_PER_DECADE = 4
 _SHAPELESS = ("alpha", "dropout")
-"""Factors of a variant that change no tensor's shape, so that every level fits the model."""
+"""Hyperparameters of variants that do not change the shape of a tensor: every level fits the model."""
 
 
 @dataclass(frozen=True)
 class StarDesign:
-    """A curve and its arms for every template; `make_star_design` makes it from options."""
+    """A curve and its arms for every template, made by `make_star_design`."""
 
     templates: tuple[Configuration, ...]
     """One default configuration per task and variant."""
     rates: Mapping[str, tuple[float, ...]]
-    """Task -> the rates of the curve, ascending."""
+    """Task -> learning rates of the curve, ascending."""
     levels: tuple[tuple[Configuration, ...], ...]
-    """For each template, the default with one factor at another level."""
+    """For each template, copies with one factor at another level."""
     seeds: tuple[int, ...]
 
     def request(self, records: Mapping[str, Record]) -> list[Configuration]:
@@ -72,7 +72,7 @@ class StarDesign:
         return found
 
     def outline(self) -> list[Configuration]:
-        """Return the curves and arms, as if every curve had its best rate where an arm has the most rates."""
+        """Return the curves and arms, assuming for each curve the best rate with the largest arms."""
         found: list[Configuration] = []
         for template, levels in zip(self.templates, self.levels, strict=True):
             rates = self.rates[template.task.name]
@@ -83,32 +83,34 @@ class StarDesign:
     def _arms(
         self, levels: Sequence[Configuration], rates: Sequence[float], center: float
     ) -> list[Configuration]:
+        """Return all arms of one template.
+
+        Args:
+            levels: The template with one factor at another level, for all factors and levels.
+            rates: Learning rates of the curve, ascending.
+            center: The rate of x*.
+        """
         return build_grid(levels, _swept_rates(rates, center), self.seeds)
 
     def _find_center(
         self, template: Configuration, rates: Sequence[float], records: Mapping[str, Record]
     ) -> float | None:
-        """Return x*; None if no run of the curve has a score."""
-        means, counts = [], []
-        for rate in rates:
-            ended = [records.get(c.fingerprint) for c in build_grid([template], [rate], self.seeds)]
-            scores = [s for r in ended if r is not None and (s := r.score("validation")) is not None]
-            finite = [score for score in scores if math.isfinite(score)]
-            means.append(math.fsum(finite) / len(finite) if finite else math.nan)
-            counts.append(len(finite))
-        return find_center(rates, means, counts)[1] if any(counts) else None
+        """Return the rate of x*; None if no run of the curve has a score."""
+        scores = [validation_scores(records, build_grid([template], [rate], self.seeds)) for rate in rates]
+        means = [math.fsum(own) / len(own) if own else math.nan for own in scores]
+        return find_center(rates, means, [len(own) for own in scores])[1] if any(scores) else None
 
 
 def _swept_rates(rates: Sequence[float], center: float) -> list[float]:
-    """Return the rates at which every level is trained: those around x*, and the published default."""
+    """Return the rates of an arm, ascending: those around x* and that of the published default."""
     return sorted({*resweep_rates(rates, center), default_rate(rates)})
 
 
 def make_star_design(given: DesignInput) -> StarDesign:
-    """Make the star design of a study, and print what it leaves out.
+    """Make the star design of a study, and print the factors and levels that are left out.
 
     Raises:
-        UsageError: --factors names an unknown factor, or none that a variant of the study has.
+        UsageError: --factors names an unknown factor, or no factor that a variant of the study has.
     """
     options: FactorOptions = given.options
     settings = {t.variant.name: own_settings(t) for t in given.templates}
@@ -127,7 +129,11 @@ def make_star_design(given: DesignInput) -> StarDesign:
 
 
 class _LevelChecker:
-    """Builds the levels of every template, and notes those that its variant or the model cannot have."""
+    """Makes the levels of templates, and notes those that the variant or the base model does not allow.
+
+    Args:
+        bases: Folder of the base models.
+    """
 
     def __init__(self, bases: Path) -> None:
         self._bases = bases
@@ -137,7 +143,13 @@ class _LevelChecker:
     def levels(
         self, template: Configuration, factors: Sequence[Factor], count: int
     ) -> tuple[Configuration, ...]:
-        """Return the template with one factor at another level, for all factors and levels."""
+        """Return copies of a template with one factor at another level, for all factors and levels.
+
+        Args:
+            template: Default configuration of a task and variant.
+            factors: Factors of the study.
+            count: Largest number of levels of a numeric factor.
+        """
         return tuple(c for factor in factors for c in self._levels_of(template, factor, count))
 
     def _levels_of(self, template: Configuration, factor: Factor, count: int) -> list[Configuration]:
@@ -162,7 +174,13 @@ class _LevelChecker:
         return found
 
     def _find_error(self, configuration: Configuration, factor: Factor, level: Value) -> str | None:
-        """Return why the variant or the model refuses a level, in one line; None if it accepts it."""
+        """Return the reason for which the variant or the base model rejects a level; None if both accept it.
+
+        Args:
+            configuration: The template with the factor at this level.
+            factor: The factor.
+            level: The level.
+        """
         if (error := find_settings_error(configuration)) is not None:
             return error
         rule = HYPERPARAMETERS.get(factor.name)

@@ -1,12 +1,12 @@
-"""A grid of learning rates that widens while the best rate of a variant lies on its edge."""
+"""Design of a grid of learning rates that is extended while the best rate of a variant is at its edge."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.launch.design import DesignInput, grid_of
+from orchestrator.launch.design import DesignInput, grid_of, validation_scores
 from orchestrator.record.schema import Record
 from orchestrator.study.bounds import check_grid_size
 from orchestrator.study.configuration import Configuration
@@ -14,10 +14,10 @@ from orchestrator.study.grid import build_grid
 from orchestrator.study.rates import round_rate
 
 STEP_DECADES = 0.5
-"""Decades by which a grid grows at one end before its results are looked at again."""
+"""Decades by which a grid is extended at one end in one stage."""
 MIN_RATES = 3
-"""A list of fewer learning rates is no grid, and never widens."""
-_ROUNDING_DECADES = 0.01  # rates have three digits
+"""Smallest number of rates of a grid that is extended."""
+_ROUNDING_DECADES = 0.01  # Rates are rounded to three digits.
 _SCORE_EPSILON = 1e-9
 
 
@@ -26,14 +26,14 @@ class WideningGrid:
     """The grid of every task, with all seeds.
 
     When all runs of a task have ended and the best rate of one of its variants is the lowest or the highest,
-    the grid of the task grows there by half a decade, for every variant alike, and at most by `max_decades`
-    at each end. A variant with the same score at both ends has no best rate and widens nothing.
+    the grid of the task is extended at this end by half a decade for all variants. This is repeated, up to
+    `max_decades` at each end. A variant whose best score occurs at both ends does not extend the grid.
     """
 
     given: DesignInput
     seeds: Sequence[int]
     max_decades: float
-    """Decades that the grid may grow at each end; 0: it never does."""
+    """Largest extension at each end in decades; 0 for a fixed grid."""
 
     def __post_init__(self) -> None:
         """Check the size of the grids.
@@ -45,7 +45,7 @@ class WideningGrid:
             check_grid_size(len(self.seeds), len(rates))
 
     def request(self, records: Mapping[str, Record]) -> list[Configuration]:
-        """Return the grids, as wide as the records ask for."""
+        """Return the grids of all tasks, extended according to the records."""
         return [
             configuration
             for task, templates in self.given.templates_by_task().items()
@@ -53,12 +53,19 @@ class WideningGrid:
         ]
 
     def outline(self) -> list[Configuration]:
-        """Return the grids as they begin."""
+        """Return the grids of all tasks before any extension."""
         return grid_of(self.given, self.seeds)
 
     def _widened(
         self, templates: Sequence[Configuration], rates: Sequence[float], records: Mapping[str, Record]
     ) -> list[Configuration]:
+        """Return the grid of one task, extended according to the records.
+
+        Args:
+            templates: One configuration per variant of the task.
+            rates: Initial grid of the task, ascending.
+            records: Fingerprint -> record.
+        """
         grid = build_grid(templates, rates, self.seeds)
         first, last = rates[0], rates[-1]
         while len(rates) >= MIN_RATES and all(c.fingerprint in records for c in grid):
@@ -75,42 +82,44 @@ class WideningGrid:
     def _edges(
         self, templates: Sequence[Configuration], rates: Sequence[float], records: Mapping[str, Record]
     ) -> tuple[bool, bool]:
-        """Return whether a variant is best at the lowest rate, and whether one is best at the highest."""
+        """Return whether the best rate of some variant is the lowest one, and whether of some the highest.
+
+        Args:
+            templates: One configuration per variant of a task.
+            rates: Current grid of the task, ascending.
+            records: Fingerprint -> record.
+        """
         low = high = False
         for template in templates:
-            means = [
-                _mean_score(records.get(c.fingerprint) for c in build_grid([template], [rate], self.seeds))
-                for rate in rates
-            ]
-            best = max((mean for mean in means if mean is not None), default=math.nan)
-            at_low, at_high = (m is not None and m >= best - _SCORE_EPSILON for m in (means[0], means[-1]))
+            scores = [validation_scores(records, build_grid([template], [r], self.seeds)) for r in rates]
+            means = [math.fsum(own) / len(own) if own else -math.inf for own in scores]
+            at_low, at_high = (
+                math.isfinite(m) and m >= max(means) - _SCORE_EPSILON for m in (means[0], means[-1])
+            )
             low |= at_low and not at_high
             high |= at_high and not at_low
         return low, high
 
 
-def _mean_score(records: Iterable[Record | None]) -> float | None:
-    """Return the mean validation score of the runs that have one; None without any."""
-    scores = [score for r in records if r is not None and (score := r.score("validation")) is not None]
-    return math.fsum(scores) / len(scores) if scores else None
-
-
 def _continue_rates(rates: Sequence[float], decade: float, limit: float) -> list[float]:
-    """Return the next rates beyond one end of a grid, the nearest first; none beyond `limit`.
+    """Return the next rates beyond one end of a grid, within `STEP_DECADES`, or else the next one alone.
 
-    A grid of a decade or more repeats its own pattern: 1e-3, 3e-3, 1e-2 continue with 3e-2 and 1e-1. A
-    narrower one continues with the ratio of its last two rates.
+    A grid of a decade or more repeats its pattern: 1e-3, 3e-3, 1e-2 is followed by 3e-2 and 1e-1. A narrower
+    grid continues with the ratio of its last two rates.
 
     Args:
         rates: The grid, ascending.
         decade: 10 for the high end, 0.1 for the low end.
-        limit: The farthest rate that is allowed, up to rounding.
+        limit: Farthest valid rate, up to rounding.
+
+    Returns:
+        Rates in order of their distance from the end; empty if none lies within `limit`.
     """
     ordered = list(rates) if decade > 1 else list(reversed(rates))
     edge = ordered[-1]
 
     def distance(rate: float) -> float:
-        """Return the decades by which a rate lies beyond the edge."""
+        """Return the distance of a rate beyond the edge in decades, negative inside the grid."""
         return math.log10(rate / edge) * (1 if decade > 1 else -1)
 
     candidates = [round_rate(rate * decade) for rate in ordered]
