@@ -7,7 +7,7 @@ Each factor outside the alias group is compared with the learning rate by its lo
   This is an intersection-union test: each comparison is tested at the full level.
 - The claim is refuted if the other loss exceeds the rate's by more than the margin in any comparison. The
   smallest p value is multiplied by the number of comparisons (Bonferroni). Without this correction eight
-  factors at exactly the margin refute the claim in 7.7 % of studies instead of 0.2 % (docs/sensitivity.md).
+  factors at exactly the margin refute the claim in more than 5 % of studies (docs/sensitivity.md).
 """
 
 from __future__ import annotations
