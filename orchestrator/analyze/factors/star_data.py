@@ -265,7 +265,7 @@ def _build_arm(
     if not rates or not seeds:
         return None
     choices, values = _score_arrays(ordered, rates, seeds)
-    complete = (np.isfinite(choices) & np.isfinite(values)).all(axis=(0, 1))
+    complete = np.asarray((np.isfinite(choices) & np.isfinite(values)).all(axis=(0, 1)))
     at_default = None
     if (published := default_rate(curve_rates)) in measured:
         both = _score_arrays(ordered, [published], seeds)
