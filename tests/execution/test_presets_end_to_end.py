@@ -4,39 +4,57 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import preset_data
 import pytest
 import study
+from hub_folder import small
+from ray.cluster_utils import Cluster
 
 from orchestrator.analyze.published.published_selection import MARK
 from orchestrator.finetune.sources import hub_data
+from orchestrator.finetune.tasks import catalogue
 from orchestrator.study.presets import preset_names, read_preset
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 VARIANTS = ("lora", "lora_plus")
 SHRUNK = ("--steps", "4", "--variants", *VARIANTS, "--rank", "4", "--dtype", "float32", "--evaluations", "2")
 SHRUNK += ("--learning-rates", "1e-4", "1e-2", "--batch-size", "8", "--accumulation", "1")
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_a_preset_is_trained_and_reported(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_cluster: None
-) -> None:
-    preset = read_preset(name)
-    data = preset_data.write(tmp_path / "data", name)
-    model = preset_data.save_model(tmp_path / "model", name)
-    start = tmp_path / "start"
+@pytest.fixture(scope="module")
+def preset_cluster(no_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Start a cluster whose processes, and this one, know the tasks in the size of small data folders."""
+    folder = tmp_path_factory.mktemp("presets")
+    start = folder / "start"
     start.mkdir()
     shutil.copy(Path(__file__).with_name("small_tasks.py"), start / "sitecustomize.py")
-    monkeypatch.setenv("PYTHONPATH", f"{start}:{Path(__file__).parents[2]}")
-    monkeypatch.setenv("SMALL_TASKS", json.dumps(preset_data.SIZES))
-    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(data))
+    for name in preset_names():
+        preset_data.write(folder / "data", name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{start}:{Path(__file__).parents[2]}")
+        patch.setenv("SMALL_TASKS", json.dumps(preset_data.SIZES))
+        patch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(folder / "data"))
+        for task, sizes in preset_data.SIZES.items():
+            small(catalogue.get(task), patch, *sizes)
+        head = {"num_cpus": 2, "include_log_monitor": False, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        yield cluster
+        cluster.shutdown()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_trained_and_reported(
+    name: str, tmp_path: Path, preset_cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = read_preset(name)
+    model = preset_data.save_model(tmp_path / "model", name)
     shorter = ("--train-size", "64") if "train_size" in preset.options else ()
     arguments = ["--preset", name, "--select", "published", "--model", str(model), *SHRUNK, *shorter]
-    code, out, err = study.run(tmp_path / "out", *arguments)
-    assert code == 0, out + err
+    assert study.run_here(tmp_path / "out", *arguments, address=preset_cluster.address) == 0
+    out = capsys.readouterr().out
     records = study.records(tmp_path / "out")
     assert len(records) == len(preset.tasks) * len(VARIANTS) * 2
     assert {record.state for record in records.values()} <= {"finished", "diverged"}
