@@ -22,9 +22,7 @@ SCHEMA_VERSION = 2
 `answer` in each panel in place of `verdicts`."""
 
 
-def write_report(
-    study: StudyFile, records: Sequence[Record], folder: Path, tracking_uri: str, notes: Sequence[str] = ()
-) -> Summary:
+def write_report(study: StudyFile, records: Sequence[Record], folder: Path, tracking_uri: str) -> Summary:
     """Analyze a study and write its report: `report.html`, the pictures (PNG and SVG) and `summary.json`.
 
     Args:
@@ -33,7 +31,6 @@ def write_report(
         folder: The study's folder. Each file is replaced atomically. Pictures of an earlier report that this
             report does not have are removed.
         tracking_uri: MLflow's tracking URI of the runs. Secrets are removed from it and from the command.
-        notes: Sentences for the reader, shown below the verdicts.
 
     Returns:
         The summary that the report shows.
@@ -44,7 +41,7 @@ def write_report(
     study = replace(study, command=formatting.redact_secrets(study.command))
     records = panels.deduplicate_records(records)
     uri = formatting.redact_secrets(tracking_uri)
-    data = ReportData(study, summarize(study, records), records, uri, tuple(notes))
+    data = ReportData(study, summarize(study, records), records, uri)
     pending = len(set(study.configurations) - {record.fingerprint for record in records})
     files: dict[str, bytes] = {}
     pictures: dict[str, tuple[Picture, bytes]] = {}
@@ -82,7 +79,6 @@ def _summary_to_json(data: ReportData, pending: int) -> dict[str, Any]:
         "command": study.command,
         "tracking_uri": data.tracking_uri,
         "pending": pending,
-        "notes": list(data.notes),
     }
     numbers: dict[str, Any] = TypeAdapter(Summary).dump_python(data.summary, mode="json", by_alias=True)
     return about | numbers

@@ -27,8 +27,6 @@ class ReportData:
     """The records of the study, at most one per configuration."""
     tracking_uri: str = ""
     """MLflow's tracking URI of the runs, without user and password."""
-    notes: Sequence[str] = ()
-    """Sentences for the reader, shown below the verdicts."""
 
 
 @dataclass(frozen=True)

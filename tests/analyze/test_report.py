@@ -59,10 +59,10 @@ class Page(HTMLParser):
 
 
 def written(
-    folder: Path, records: list[Record], uri: str = DATABASE, notes: tuple[str, ...] = (), **more: Any
+    folder: Path, records: list[Record], uri: str = DATABASE, **more: Any
 ) -> tuple[Summary, Page, dict[str, Any]]:
     """Write a report of STUDY_FILE with the fields `more`. Return the summary, the page and summary.json."""
-    summary = write_report(replace(STUDY_FILE, **more), records, folder, uri, notes)
+    summary = write_report(replace(STUDY_FILE, **more), records, folder, uri)
     page = Page((folder / "report.html").read_text())
     assert page.open == []
     return summary, page, json.loads((folder / "summary.json").read_text())
@@ -135,7 +135,7 @@ def test_unfinished_runs_are_listed_with_reason_and_fingerprint_and_no_text_beco
     records = [*study(), failed, stopped]
     missing = tuple(f"{i:064x}" for i in range(12))
     about: dict[str, Any] = {"name": markup, "question": "a & b < c", "configurations": missing}
-    _, page, numbers = written(tmp_path, records, notes=(markup,), **about)
+    _, page, numbers = written(tmp_path, records, **about)
     assert "alert(1)" not in " ".join(page.scripts)
     assert "a & b < c" in page.text
     for text in (f"out of memory {markup}", "ASHA at step 30", "smoothed training loss", "12 pending"):
