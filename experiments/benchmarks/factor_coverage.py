@@ -35,7 +35,7 @@ MARGIN = 0.01
 ITEMS = 200
 """Number of items in each split."""
 BOUNDS = (0.925, 0.97)
-"""The coverage that the analysis protocol states."""
+"""The least and the largest coverage that counts as right."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Verdict:
     """The claim in one sentence."""
     outcome: VerdictOutcome
     answer: str
-    """The result in one to three sentences, with the deciding numbers and their intervals."""
+    """The result in a few sentences, with the deciding numbers and their intervals."""
     design: str
     """One sentence: tasks, models, variants, factors, seeds or replicates, and budget."""
     next_step: str = ""

@@ -251,7 +251,7 @@ def run_command() -> int:
         | Merge
         | Annotated[_CheckArguments, tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes],
         prog="python -m orchestrator",
-        description="Show records, rebuild what is derived from them, and look after a store.",
+        description="Show records, rebuild what is derived from them, and maintain a store.",
     )
     if isinstance(command, _CheckArguments):
         command = flatten_arguments(command, Check)

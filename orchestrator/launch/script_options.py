@@ -78,7 +78,7 @@ class ReplicateOptions:
 
     replicates: int | None = None
     """How often every variant is tuned. Replicate k has the seed k and a grid shifted by an offset of its
-    own; with --search it is a search of its own. Default: 10; in a rehearsal 5, of three variants on five
+    own; with --search it is a search of its own. Default: 10; in a rehearsal 5, of three variants on four
     rates."""
     max_replicates: int | None = None
     """The largest number of replicates that you may ever add to this study, fixed before the first look. The

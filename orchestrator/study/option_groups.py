@@ -50,7 +50,8 @@ class GridOptions:
     """A list (`1e-4 1e-3`), or low:high:points-per-decade (`1e-5:1e-2:2`). Default: the task's grid."""
     seeds: int | None = None
     """Number of seeds per point; the seeds are 0, 1, ... Seed k gives every variant the same data order and
-    initial noise. Default: 3 for a grid; a search trains each point once, with seed 0."""
+    initial noise. Default: 3 for a grid, 5 for a study of factors; a search trains each point once, with
+    seed 0."""
     set: tuple[str, ...] = ()
     """Fixed values, NAME=VALUE each; names as in --space, e.g. `lora_plus.ratio=4 weight_decay=0.01`."""
     rank: int = 8

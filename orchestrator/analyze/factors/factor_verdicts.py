@@ -29,7 +29,12 @@ def _verdict(task: TaskFactors, margin: float, command: str, missing: bool) -> V
     outcome = _outcome(task)
     if missing and outcome == "supported":
         outcome = "undecided"
-    sentences = (_count_sentence(task), _closest_sentence(task), _alias_sentence(task))
+    sentences = (
+        _cost_sentence(task),
+        _count_sentence(task),
+        _closest_sentence(task),
+        _alias_sentence(task),
+    )
     step, seeds = _next_step(task, margin) if outcome == "undecided" else ("", None)
     next_command = change_options(command, {"--seeds": [str(seeds)]}) if seeds and command else ""
     if missing:
@@ -73,6 +78,32 @@ def _comparisons(
     ]
 
 
+def _cost_sentence(task: TaskFactors) -> str:
+    """Return the sentence on A of the learning rate and the largest A of a factor; empty without factors."""
+    judged = _judged(task)
+    rates = [loss for each in judged if (loss := _mean(each.rate.misset)) is not None]
+    others = [
+        (loss, factor.title, each.variant)
+        for each in judged
+        for factor in each.factors
+        if not factor.alias and (loss := _mean(factor.misset)) is not None
+    ]
+    if not rates or not others:
+        return ""
+    low, high = number(min(rates)), number(max(rates))
+    loss, title, variant = max(others)
+    cost = low if low == high else f"{low} to {high}"
+    aliases = ", ".join(dict.fromkeys(f.title for each in judged for f in each.factors if f.alias))
+    return (
+        f"On {task.task} the learning rate, set blindly, costs {cost} points, and any other hyperparameter"
+        f"{f' but {aliases}' if aliases else ''} at most {number(loss)} ({title} for {variant})."
+    )
+
+
+def _mean(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.mean
+
+
 def _count_sentence(task: TaskFactors) -> str:
     """Return the sentence on the variants for which the claim holds, fails or is undecided."""
     judged = _judged(task)
@@ -87,13 +118,13 @@ def _count_sentence(task: TaskFactors) -> str:
             ("undecided (range)", "changes with the range of the rate for"),
         )
     }
-    groups = ", and it ".join(f"{word} {', '.join(own)}" for word, own in named.items() if own)
+    groups = " and ".join(f"{word} {', '.join(own)}" for word, own in named.items() if own)
     far = [each.variant for each in judged if each.claim.outcome == "supported" and each.far_more]
     whom = "all" if len(far) == len(judged) else ", ".join(far)
     more = f"; for {whom} the rate costs more than three times what any other factor does" if far else ""
     return (
-        f"On {task.task} it {groups} (at least {task.num_supported} of {task.num_judged} variants with an "
-        f"error of 5 %; {task.num_required} are needed){more}."
+        f"The claim {groups}{more}. With an error of 5 % for all variants together it is shown for at least "
+        f"{task.num_supported} of {task.num_judged}; {task.num_required} are needed."
     )
 
 

@@ -111,7 +111,7 @@ def test_the_claim_is_refuted_where_another_factor_costs_more() -> None:
     steep = Surface(width=6.0, cliff=9.0, aliases=(), costs={("rank", 2): 0.8, ("rank", 32): 0.8})
     records = star_records(steep, names=("rank",))
     assert verdict_of(records).outcome == "refuted"
-    assert "it fails for lora" in verdict_of(records).answer
+    assert "The claim fails for lora" in verdict_of(records).answer
 
 
 def test_a_claim_that_turns_with_the_range_of_the_rate_is_undecided() -> None:
