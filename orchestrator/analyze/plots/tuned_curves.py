@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from orchestrator.analyze.curve_lines import MAX_OVERLAID_CURVES
 from orchestrator.analyze.plots import style
-from orchestrator.analyze.plots.style import CurveStyle
+from orchestrator.analyze.plots.style import COLORS, CurveStyle
 from orchestrator.analyze.tuned import tuned_text
-from orchestrator.analyze.tuned.tuned_results import TaskComparison, TunedComparison
+from orchestrator.analyze.tuned.tuned_results import TaskComparison, TunedComparison, VariantRow
+
+_COLUMNS = 4
+_PALE: dict[str, Any] = {"color": "#d0d0d0", "linewidth": 0.8, "zorder": 1}
 
 
 def draw_tuned_curves(found: TunedComparison) -> Figure:
@@ -20,8 +25,11 @@ def draw_tuned_curves(found: TunedComparison) -> Figure:
 
     The left one shows the validation score over the learning rate. A dot is the mean over the runs of all
     replicates in a bin of a quarter of a decade, and a ring marks the optimum. The right one shows the
-    expected test score after tuning with 1, 2, ... points.
+    expected test score after tuning with 1, 2, ... points. With more than `MAX_OVERLAID_CURVES` variants each
+    one has axes of its own instead.
     """
+    if any(len(task.rows) > MAX_OVERLAID_CURVES for task in found.tasks):
+        return _draw_small_multiples(found)
     styles = style.styles_by_label({row.variant for task in found.tasks for row in task.rows})
     figure = style.new_figure(4.6 * len(found.tasks))
     grid = figure.subplots(len(found.tasks), 2, squeeze=False, width_ratios=(3, 2))
@@ -31,21 +39,60 @@ def draw_tuned_curves(found: TunedComparison) -> Figure:
     return figure
 
 
+def _draw_small_multiples(found: TunedComparison) -> Figure:
+    """Draw each curve into axes of its own before all curves in grey, and the budgets into one more."""
+    heights = [math.ceil((len(task.rows) + 1) / _COLUMNS) for task in found.tasks]
+    figure = style.new_figure(2.5 * sum(heights) + 0.8 * len(heights))
+    cells = figure.subfigures(len(found.tasks), 1, squeeze=False, height_ratios=heights)
+    for task, cell, rows in zip(found.tasks, cells.flat, heights, strict=True):
+        cell.suptitle(
+            f"{task.title}: all replicates together", x=0.012, ha="left", weight="bold", fontsize=12
+        )
+        cell.supylabel(_score_text(task), fontsize=10)
+        cell.supxlabel("learning rate (log scale)", fontsize=10)
+        places = list(cell.subplots(rows, _COLUMNS, squeeze=False).flat)
+        for axes, row in zip(places, task.rows, strict=False):
+            axes.set_xscale("log")
+            for other in task.rows:
+                _draw_curve(axes, other, _PALE)
+            _draw_curve(axes, row, {"color": COLORS[0 if row.role == "baseline" else 1], "marker": "o"})
+            axes.set_title(f"{row.variant}: {tuned_text.optimum_text(row)}", fontsize=9)
+        budgets = places[len(task.rows)]
+        for row in task.rows:
+            line = {"color": COLORS[0], "linewidth": 1.6} if row.role == "baseline" else _PALE
+            budgets.plot(range(1, len(row.budget_curve) + 1), row.budget_curve, **line)
+        budgets.xaxis.set_major_locator(MaxNLocator(integer=True))
+        budgets.set_title("expected test score over k points", fontsize=9)
+        for axes in places:
+            axes.tick_params(labelsize=8)
+        for axes in places[len(task.rows) + 1 :]:
+            axes.remove()
+    return figure
+
+
+def _score_text(task: TaskComparison) -> str:
+    return f"{task.metric.replace('_', ' ')} (validation)"
+
+
+def _draw_curve(axes: Axes, row: VariantRow, line: Mapping[str, Any]) -> None:
+    """Draw the pooled curve of a variant; with a marker, also a ring around its optimum."""
+    if row.curve is None:
+        return
+    rates = [10**x for x in row.curve.log10_rates]
+    axes.plot(rates, row.curve.scores, **{"markersize": 5, "linewidth": 1.6, **line})
+    if "marker" in line:
+        ring = {**style.RING, "markersize": 13, "markeredgewidth": 1.8, "markeredgecolor": line["color"]}
+        axes.plot(row.curve.best_rate, max(row.curve.scores), linestyle="", zorder=5, **ring)
+
+
 def _draw_curves(axes: Axes, task: TaskComparison, styles: Mapping[str, CurveStyle]) -> None:
     axes.set_xscale("log")
     for row in task.rows:
-        if row.curve is None:
-            continue
         look = styles[row.variant]
-        rates = [10**x for x in row.curve.log10_rates]
-        line: dict[str, Any] = {"marker": look.marker, "color": look.color, "markersize": 5, "linewidth": 1.6}
-        axes.plot(rates, row.curve.scores, **line)
-        height = max(row.curve.scores)
-        ring = {**style.RING, "markersize": 13, "markeredgewidth": 1.8, "markeredgecolor": look.color}
-        axes.plot(row.curve.best_rate, height, linestyle="", zorder=5, **ring)
+        _draw_curve(axes, row, {"color": look.color, "marker": look.marker})
     axes.set_title(f"{task.title}: all replicates together", pad=8)
     axes.set_xlabel("learning rate (log scale)")
-    axes.set_ylabel(f"{task.metric.replace('_', ' ')} (validation)")
+    axes.set_ylabel(_score_text(task))
 
 
 def _draw_budgets(axes: Axes, task: TaskComparison, styles: Mapping[str, CurveStyle]) -> None:

@@ -24,10 +24,8 @@ def row_note(row: VariantRow) -> str:
         return ""
     if row.interval is None:
         return row.reason
-    if row.outcome != "undecided":
+    if row.outcome != "undecided" or row.replicates_to_decide is None:
         return ""
-    if row.replicates_to_decide is None:
-        return "1,000 replicates may not decide"
     return f"{row.replicates_to_decide} replicates decide at worst"
 
 

@@ -13,8 +13,10 @@ from rich.console import Console
 from test_report import DATABASE, Page
 from tuned_records import Truth, study_of, tuned_records
 
+from orchestrator.analyze.curve_lines import MAX_OVERLAID_CURVES
 from orchestrator.analyze.intervals import Interval
 from orchestrator.analyze.plots.forest import x_limits
+from orchestrator.analyze.plots.tuned_curves import draw_tuned_curves
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.summary import summarize
@@ -143,6 +145,19 @@ def test_the_page_has_the_pictures_the_verdicts_and_every_tuning(tmp_path: Path)
     assert "NaN" not in json.dumps(numbers)
     image = Image.open(tmp_path / "forest.png")
     assert image.width == 1200
+
+
+@pytest.mark.parametrize("variants", [MAX_OVERLAID_CURVES, 14])
+def test_the_axes_of_many_variants_leave_room_for_their_curves(variants: int) -> None:
+    truths = {name: Truth(0.9, -2.4) for name in ("lora", *(f"v{i}" for i in range(1, variants)))}
+    records = tuned_records(truths, 3)
+    comparison = summarize(study_of(records), records).comparison
+    assert comparison is not None
+    figure = draw_tuned_curves(comparison)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        box = axes.get_window_extent()
+        assert min(box.width, box.height) > 0.9 * figure.dpi, "inches"
 
 
 def test_one_replicate_gives_a_page_without_intervals(tmp_path: Path) -> None:
