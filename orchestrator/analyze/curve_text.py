@@ -67,6 +67,7 @@ def curve_verdict(panel: Panel, command: str) -> Verdict:
         design,
         "The rates were chosen on these seeds. Which variant is better is a question for replicated tuning:",
         replicated_command(command),
+        panel.task,
     )
 
 

@@ -75,6 +75,5 @@ def panel_rate_verdict(panel: Panel) -> Verdict | None:
         f"{panel.task} on {panel.model}: {names}; {rates} learning rates with {len(seeds)} seeds. The rates "
         "are chosen on the same seeds, so this is descriptive; tuned_comparison.py tunes in replicates."
     )
-    title = f"{panel.task} on {panel.model}"
-    verdict = fixed_rate_verdict(found, panel.reference, title, design)
+    verdict = fixed_rate_verdict(found, panel.reference, panel.task, design)
     return replace(verdict, outcome="descriptive")

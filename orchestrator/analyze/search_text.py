@@ -26,6 +26,7 @@ def search_verdict(search: SearchResult, command: str) -> Verdict:
         f"seed a point; {search.metric.replace('_', ' ')}. The best of many single runs scores too high.",
         "Which variant is better is a question for replicated tuning:",
         replicated_command(command),
+        search.task,
     )
 
 

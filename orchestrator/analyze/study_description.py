@@ -54,7 +54,7 @@ def describe_study(study: StudyFile, records: Sequence[Record]) -> StudyDescript
 def describe_summary(summary: Summary) -> StudyDescription:
     """Describe the result of a study for MLflow."""
     points = list(_best_points(summary))
-    headline = " ".join(f"**{v.outcome.capitalize()}:** {v.claim}" for v in summary.verdicts)
+    headline = " ".join(f"**{v.outcome.capitalize()}:** {v.heading}" for v in summary.verdicts)
     sections = [*map(_verdict_markdown, summary.verdicts), *_points_markdown(points)]
     text = "\n\n".join([headline or "No verdict yet.", *sections])
     metrics = {
@@ -88,7 +88,7 @@ def _best_points(summary: Summary) -> Iterator[_BestPoint]:
 
 
 def _verdict_markdown(verdict: Verdict) -> str:
-    lines = [f"### {verdict.outcome.capitalize()}: {verdict.claim}", verdict.answer, f"*{verdict.design}*"]
+    lines = [f"### {verdict.outcome.capitalize()}: {verdict.heading}", verdict.answer, f"*{verdict.design}*"]
     if verdict.next_step:
         lines.append(verdict.next_step)
     if verdict.next_command:

@@ -32,7 +32,7 @@ def render_summary(summary: Summary) -> Group:
 def _verdict_lines(verdict: Verdict) -> Iterator[RenderableType]:
     """Yield the outcome with the claim, and below it the answer, the design, and the next step."""
     style = OUTCOME_STYLES[verdict.outcome]
-    yield Text.assemble((verdict.outcome.upper(), f"bold {style}"), "  ", (verdict.claim, "bold"))
+    yield Text.assemble((verdict.outcome.upper(), f"bold {style}"), "  ", (verdict.heading, "bold"))
     yield Padding(Text(verdict.answer), (0, 0, 0, 2))
     yield Padding(Text(verdict.design, style="dim"), (0, 0, 0, 2))
     if verdict.next_step:

@@ -24,3 +24,10 @@ class Verdict:
     """One sentence on what would make the answer more precise; empty if nothing would."""
     next_command: str = ""
     """The command for `next_step`, or empty."""
+    scope: str = ""
+    """The task or tasks to which the outcome applies, such as "digits"; empty if the claim names them."""
+
+    @property
+    def heading(self) -> str:
+        """The claim with its scope, as it is shown beside the outcome."""
+        return f"{self.claim.removesuffix('.')} ({self.scope})." if self.scope else self.claim

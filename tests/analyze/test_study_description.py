@@ -37,7 +37,7 @@ def test_verdicts_come_first_in_their_own_words_and_as_numbers() -> None:
         "**Descriptive:** At one rate the winner changes. **Refuted:** Ranks agree."
     )
     for verdict in verdicts:
-        assert f"### {verdict.outcome.capitalize()}: {verdict.claim}\n\n{verdict.answer}" in text
+        assert f"### {verdict.outcome.capitalize()}: {verdict.heading}\n\n{verdict.answer}" in text
     assert "Add seeds:\n\n```\npython x.py --seeds 9\n```" in text
     assert text.index("Ranks agree.") < text.index("### Best points")
     assert {k: v for k, v in metrics.items() if k.startswith("verdict")} == {

@@ -46,6 +46,7 @@ def _verdict(task: TaskFactors, margin: float, command: str, missing: bool) -> V
         design=_design_sentence(task, margin),
         next_step=step,
         next_command=next_command,
+        scope=task.task,
     )
 
 

@@ -44,7 +44,7 @@ def render_published(tasks: Sequence[PublishedTask]) -> Group:
     """Return the verdicts and the tables for a terminal of `WIDTH` characters."""
     parts: list[Any] = [Text(TITLE, style="bold"), Text("")]
     for verdict in published_verdicts(tasks):
-        parts += [Text(verdict.claim, style="bold"), Padding(Text(verdict.answer), (0, 0, 1, 2))]
+        parts += [Text(verdict.heading, style="bold"), Padding(Text(verdict.answer), (0, 0, 1, 2))]
     for task in tasks:
         parts += [_variant_table(task), Text(""), _winner_table(task), Text("")]
     return Group(*parts)

@@ -35,7 +35,7 @@ def tuned_verdicts(found: TunedComparison, study: StudyFile) -> list[Verdict]:
     if len(shared) == 1:
         (task,) = shared
         assert task.fixed_rate is not None
-        verdicts.append(fixed_rate_verdict(task.fixed_rate, task.baseline, task.title, _design(task)))
+        verdicts.append(fixed_rate_verdict(task.fixed_rate, task.baseline, task.task, _design(task)))
     elif shared:
         verdicts.append(_fixed_rate_over_tasks(found))
     return verdicts
@@ -54,6 +54,7 @@ def _tuned_verdict(task: TaskComparison, study: StudyFile) -> Verdict:
         design=_design(task),
         next_step=step,
         next_command=command,
+        scope=task.task,
     )
 
 
@@ -170,7 +171,13 @@ def _over_tasks(found: TunedComparison) -> Verdict:
             f"{points(mean.high)}] from tuned {shown_name(first.baseline)} (interquartile mean), better in "
             f"{percent(chance.value)} [{percent(chance.low)}, {percent(chance.high)}] of pairs of tunings."
         )
-    return Verdict(claim=_claim(first), outcome=outcome, answer=answer, design=_design_over_tasks(found))
+    return Verdict(
+        claim=_claim(first),
+        outcome=outcome,
+        answer=answer,
+        design=_design_over_tasks(found),
+        scope=f"{len(tasks)} tasks",
+    )
 
 
 def _design_over_tasks(found: TunedComparison) -> str:
@@ -184,20 +191,20 @@ def _design_over_tasks(found: TunedComparison) -> str:
     )
 
 
-def fixed_rate_verdict(found: FixedRateComparison, baseline: str, title: str, design: str) -> Verdict:
+def fixed_rate_verdict(found: FixedRateComparison, baseline: str, task: str, design: str) -> Verdict:
     """Return the verdict on claim 3 for one task.
 
     Args:
         found: The comparison at fixed rates.
         baseline: The variant at whose rate the others are compared.
-        title: The task and the base model.
+        task: The name of the task.
         design: The design of the study in one sentence.
     """
-    answer = f"On {title}, {_change_phrase(found, baseline)}. {_regret_sentence(found.rows, baseline)}"
+    answer = f"On {task}, {_change_phrase(found, baseline)}. {_regret_sentence(found.rows, baseline)}"
     if found.winners:
         winners = ", ".join(f"{rate(w.learning_rate)} {w.winner}" for w in found.winners)
         answer += f" Best mean test score at each rate: {winners}."
-    return Verdict(claim=FIXED_RATE_CLAIM, outcome=found.outcome, answer=answer, design=design)
+    return Verdict(FIXED_RATE_CLAIM, found.outcome, answer, design, scope=task)
 
 
 def _fixed_rate_over_tasks(found: TunedComparison) -> Verdict:
@@ -214,6 +221,7 @@ def _fixed_rate_over_tasks(found: TunedComparison) -> Verdict:
         outcome=outcomes.pop() if len(outcomes) == 1 else "undecided",
         answer=" ".join(sentences),
         design=_design_over_tasks(found),
+        scope=f"{len(results)} tasks",
     )
 
 

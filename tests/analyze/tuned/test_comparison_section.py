@@ -68,6 +68,8 @@ def test_the_table_has_every_number_whole_in_80_columns(summary: Summary) -> Non
 
 def test_the_verdicts_give_the_claim_the_numbers_and_the_design(summary: Summary) -> None:
     over, digits, letters, *fixed = summary.verdicts
+    assert [v.scope for v in (over, digits, letters)] == ["2 tasks", "digits", "letters"]
+    assert letters.heading == "Tuned LoRA matches or beats most variants (letters)."
     assert over.claim == digits.claim == letters.claim == "Tuned LoRA matches or beats most variants."
     assert over.answer.startswith("It holds on at least ")
     assert "2 tasks (digits on letters-base, letters on letters-base)" in over.design
