@@ -148,6 +148,9 @@ class TrainingOptions:
     """Passes over the training examples, in place of --steps."""
     train_size: int | None = None
     """Number of training examples, the first ones of the task's sequence. Default: the task's."""
+    test_size: int | None = None
+    """Number of test examples, the first ones of the task's sequence: more of them decide smaller
+    differences. Default: the task's."""
     evaluations: int | None = None
     """Number of evenly spaced evaluations of a fine-tune on the validation split. Default: the task's. Early
     stopping acts at evaluations only; another number makes other configurations."""
@@ -184,6 +187,7 @@ class TrainingOptions:
                 "away."
             )
         bounds.check_bound("--train-size", self.train_size, bounds.MAX_TRAIN_SIZE)
+        bounds.check_bound("--test-size", self.test_size, bounds.MAX_TRAIN_SIZE)
         bounds.check_bound("--max-length", self.max_length, bounds.MAX_LENGTH)
         bounds.check_bound("--evaluations", self.evaluations, bounds.MAX_EVALUATIONS)
         bounds.check_bound("--batch-size", self.batch_size, bounds.MAX_BATCH_SIZE)

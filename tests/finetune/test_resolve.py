@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,20 @@ def test_a_lane_is_evaluated_as_often_as_requested_and_at_most_once_a_step(bases
     assert resolve_configurations(bases, evaluations=12, steps=5)[0].evaluations == 5
     with pytest.raises(UsageError, match="--evaluations 0"):
         StudyOptions(evaluations=0)
+
+
+def test_the_sizes_of_the_splits_can_be_set_and_are_other_configurations(bases: Path) -> None:
+    (usual,) = resolve_configurations(bases)
+    (one,) = resolve_configurations(bases, train_size=100, test_size=1000)
+    assert one.task == replace(usual.task, train_size=100, test_size=1000)
+    assert one.fingerprint != usual.fingerprint
+    assert len(tasks.get("reviews").load(one.task)["test"]) == 1000
+    for option in ("train_size", "test_size"):
+        with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} 0"):
+            StudyOptions(**{option: 0})
+    short = replace(tasks.get("digits").choice(), test_size=5000)
+    with pytest.raises(UsageError, match="'digits' has 245 test examples, 5000 are needed"):
+        tasks.get("digits").load(short)
 
 
 def test_a_heads_rate_needs_a_head(bases: Path) -> None:

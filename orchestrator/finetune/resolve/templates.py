@@ -77,6 +77,8 @@ def build_configuration_templates(
         choice = task.choice()  # reads all of the data
     if options.train_size is not None:
         choice = replace(choice, train_size=options.train_size)
+    if options.test_size is not None:
+        choice = replace(choice, test_size=options.test_size)
     steps = _count_steps(options, choice.train_size, batch_size, defaults.steps)
     publishes_best = options.select == "published" and task.publishes_best_evaluation
     templates = [
