@@ -70,7 +70,8 @@ def panel_rate_verdict(panel: Panel) -> Verdict | None:
     compared = {panel.reference, *(row.variant for row in found.rows)}
     curves = [curve for curve in panel.curves if curve.label in compared]
     seeds = {run.seed for curve in curves for point in curve.points for run in point.runs}
-    names, rates = ", ".join(curve.label for curve in curves), len(found.winners)
+    names = ", ".join(curve.label for curve in curves)
+    rates = len(set.intersection(*({point.learning_rate for point in curve.points} for curve in curves)))
     design = (
         f"{panel.task} on {panel.model}: {names}; {rates} learning rates with {len(seeds)} seeds. The rates "
         "are chosen on the same seeds, so this is descriptive; tuned_comparison.py tunes in replicates."

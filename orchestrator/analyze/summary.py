@@ -53,8 +53,8 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
     verdicts = tuned_verdicts(comparison, study) if comparison else []
     verdicts += factor_verdicts(factors, study.command, missing) if factors else []
     if kind == "curve":
-        verdicts += filter(None, map(panel_rate_verdict, shown))
         verdicts += [curve_verdict(panel, study.command) for panel in shown]
+        verdicts += filter(None, map(panel_rate_verdict, shown))
     verdicts += [search_verdict(search, study.command) for search in searches]
     provenance = panels.count_provenance(distinct)
     warnings = [

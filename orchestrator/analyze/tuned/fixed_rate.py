@@ -122,7 +122,7 @@ def _outcome(rows: Sequence[FixedRateRow]) -> VerdictOutcome:
 def _winners(rates: Sequence[float], variants: Mapping[str, RateScores], baseline: str) -> list[RateWinner]:
     """Return the variant with the highest mean test score at each rate; the baseline wins a tie.
 
-    Rates at which the baseline has no score are left out.
+    Rates at which the baseline has no score, or all variants have the same, are left out.
     """
     winners = []
     for i, rate in enumerate(rates):
@@ -131,7 +131,7 @@ def _winners(rates: Sequence[float], variants: Mapping[str, RateScores], baselin
             for name, own in variants.items()
             if np.isfinite(own.scores[:, i]).any()
         }
-        if baseline not in means:
+        if baseline not in means or len(set(means.values())) == 1:
             continue
         best = max(means, key=lambda name: (means[name], name == baseline))
         winners.append(RateWinner(rate, best, means[best], means[baseline]))

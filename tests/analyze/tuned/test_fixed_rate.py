@@ -36,6 +36,16 @@ def test_a_variant_with_another_best_rate_reverses_its_order() -> None:
     assert [w.learning_rate for w in found.winners] == list(RATES)
 
 
+def test_a_rate_at_which_all_variants_have_the_same_score_has_no_winner() -> None:
+    hira = scores((0.1, 0.6, 0.9), 2, 1)
+    broken = {
+        name: RateScores(own.scores * [1, 1, 0], own.chosen) for name, own in (("lora", LORA), ("hira", hira))
+    }
+    found = compare_at_fixed_rate(RATES, broken, "lora", 0.01)
+    assert found is not None
+    assert [(w.learning_rate, w.winner) for w in found.winners] == [(1e-3, "lora"), (1e-2, "lora")]
+
+
 def test_a_variant_that_is_worse_everywhere_or_equal_everywhere_reverses_nothing() -> None:
     worse, equal = scores((0.3, 0.7, 0.0), 1, 2), scores((0.5, 0.9, 0.0), 1, 3)
     found = compare_at_fixed_rate(RATES, {"lora": LORA, "a": worse, "b": equal}, "lora", 0.02)
