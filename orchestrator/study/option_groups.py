@@ -149,8 +149,8 @@ class TrainingOptions:
     train_size: int | None = None
     """Number of training examples, the first ones of the task's sequence. Default: the task's."""
     test_size: int | None = None
-    """Number of test examples, the first ones of the task's sequence: more of them decide smaller
-    differences. Default: the task's."""
+    """Number of test examples, the first ones of the task's sequence. With more of them, smaller differences
+    can be decided. Default: the task's. Another number makes other configurations."""
     evaluations: int | None = None
     """Number of evenly spaced evaluations of a fine-tune on the validation split. Default: the task's. Early
     stopping acts at evaluations only; another number makes other configurations."""

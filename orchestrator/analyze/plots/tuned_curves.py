@@ -40,7 +40,10 @@ def draw_tuned_curves(found: TunedComparison) -> Figure:
 
 
 def _draw_small_multiples(found: TunedComparison) -> Figure:
-    """Draw each curve into axes of its own before all curves in grey, and the budgets into one more."""
+    """Draw each curve in axes of its own, with all curves in grey behind it.
+
+    The last axes of a task show the expected test score after tuning with k points.
+    """
     heights = [math.ceil((len(task.rows) + 1) / _COLUMNS) for task in found.tasks]
     figure = style.new_figure(2.5 * sum(heights) + 0.8 * len(heights))
     cells = figure.subfigures(len(found.tasks), 1, squeeze=False, height_ratios=heights)

@@ -122,7 +122,7 @@ def _outcome(rows: Sequence[FixedRateRow]) -> VerdictOutcome:
 def _winners(rates: Sequence[float], variants: Mapping[str, RateScores], baseline: str) -> list[RateWinner]:
     """Return the variant with the highest mean test score at each rate; the baseline wins a tie.
 
-    Rates at which the baseline has no score, or all variants have the same, are left out.
+    Rates at which the baseline has no score, or all variants have the same mean score, are left out.
     """
     winners = []
     for i, rate in enumerate(rates):

@@ -128,8 +128,8 @@ def next_step(task: TaskComparison, study: StudyFile) -> tuple[str, str]:
     if unresolved:
         names = ", ".join(unresolved)
         return (
-            f"For {names} even 1,000 replicates need not decide; a larger test split (--test-size) or margin "
-            "would.",
+            f"For {names} even 1,000 replicates may not decide; this needs a larger test split (--test-size) "
+            "or a wider margin.",
             "",
         )
     replicates = max(row.replicates_to_decide or 0 for row in open_rows)
