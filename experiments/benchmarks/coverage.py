@@ -23,7 +23,7 @@ from typing import Any
 # Each process computes on one core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from coverage_factors import false_support_rows, flip_rows, order_rows
+from coverage_factors import claim_rows, order_rows
 from coverage_rows import (
     Row,
     RowFunction,
@@ -35,6 +35,7 @@ from coverage_rows import (
     tuning_rows,
     unusable_rows,
 )
+from factor_coverage import claim_cases
 from markdown_table import markdown_table
 from synthetic_studies import NOISES
 
@@ -61,9 +62,8 @@ def list_tasks(replicates: int) -> list[Task]:
     tasks += [("looks", look_rows, (step, count), replicates) for step, count in ((10, 9), (5, 9), (10, 1))]
     tasks += [("tuning", tuning_rows, (rate, n, 9), many) for rate in (4, 2) for n in (20, 10)]
     tasks += [("tuning", tuning_rows, (rate, 10, 19), many) for rate in (4, 2)]
-    tasks += [
-        ("factors", function, (5,), replicates) for function in (order_rows, flip_rows, false_support_rows)
-    ]
+    tasks += [("factors", order_rows, (10,), replicates)]
+    tasks += [("factors", claim_rows, (i, 5), replicates) for i in range(len(claim_cases()))]
     tasks += [("intervals", noise_rows, (noise, *size), many) for size in SIZES[::-1] for noise in NOISES]
     tasks += [("items", item_rows, (items,), replicates) for items in (1, 2)]
     tasks += [("power", power_rows, (n, 9), many) for n in (20, 10, 5)]

@@ -223,6 +223,18 @@ def is_covered(losses: Array, truth: float) -> bool:
     return bool(abs(losses.mean() - truth) <= half)
 
 
+def is_ordered(study: Study, figure: str) -> bool:
+    """Return whether the mean losses put the learning rate first, and then the factors as in `ORDER`.
+
+    Args:
+        study: The study.
+        figure: "A" or "B".
+    """
+    means = [study.losses[factor][figure].mean() for factor in ORDER]
+    rate = min(study.losses[factor][f"{figure}(rate)"].mean() for factor in ORDER)
+    return bool(rate > max(means) and means == sorted(means, reverse=True))
+
+
 FIGURES = ("A", "B", "A(rate)", "B(rate)", "A(rate) - A", "B(rate) - B")
 """The losses of a factor, those of the learning rate in the same study, and their differences."""
 ROWS: Mapping[str, Noise] = {
@@ -252,9 +264,7 @@ def coverage_row(name: str, noise: Noise, seeds: int, replicates: int) -> list[s
             for figure in FIGURES:
                 covered[figure].append(is_covered(own[figure], study.truth[factor][figure]))
         for figure in in_order:
-            means = [study.losses[factor][figure].mean() for factor in ORDER]
-            rate = min(study.losses[factor][f"{figure}(rate)"].mean() for factor in ORDER)
-            in_order[figure] += rate > max(means) and means == sorted(means, reverse=True)
+            in_order[figure] += is_ordered(study, figure)
     shares = [float(np.mean(covered[figure])) for figure in FIGURES]
     holds = all(BOUNDS[0] <= share <= BOUNDS[1] for share in shares)
     orders = [f"{100 * count / replicates:.1f}" for count in in_order.values()]
@@ -323,6 +333,27 @@ def claim_cases() -> list[ClaimCase]:
     ]
 
 
+def claim_shares(
+    case: ClaimCase, seeds: int, replicates: int, draw: np.random.Generator
+) -> tuple[float, float]:
+    """Return the share of studies with the outcome that a case counts, and of those refuted uncorrected.
+
+    Args:
+        case: The case.
+        seeds: Number of seeds of a study.
+        replicates: Number of studies.
+        draw: The source of random numbers.
+    """
+    noise = Noise(0.014, 0.014, broken=case.broken)
+    surface = Surface(noise, width=case.width, cliff=case.cliff, draw=draw)
+    outcomes, plain = [], 0
+    for _ in range(replicates):
+        contrasts = simulate(surface, case.factors, seeds, RANGE_SCALES).contrasts
+        outcomes.append(judge_claim(contrasts).outcome)
+        plain += all(any(c.p_less <= ALPHA for c in own) for own in contrasts.values())
+    return outcomes.count(case.counted) / replicates, plain / replicates  # type: ignore[arg-type]
+
+
 def claim_row(case: ClaimCase, seeds: int, replicates: int) -> list[str]:
     """Return a row of the second table.
 
@@ -331,15 +362,9 @@ def claim_row(case: ClaimCase, seeds: int, replicates: int) -> list[str]:
         seeds: Number of seeds of a study.
         replicates: Number of studies.
     """
-    surface = Surface(Noise(0.014, 0.014, broken=case.broken), width=case.width, cliff=case.cliff)
-    outcomes, plain = [], 0
-    for _ in range(replicates):
-        contrasts = simulate(surface, case.factors, seeds, RANGE_SCALES).contrasts
-        outcomes.append(judge_claim(contrasts).outcome)
-        plain += all(any(c.p_less <= ALPHA for c in own) for own in contrasts.values())
-    share = outcomes.count(case.counted) / replicates  # type: ignore[arg-type]
+    share, plain = claim_shares(case, seeds, replicates, np.random.default_rng(5))
     holds = case.bounds[0] <= share <= case.bounds[1]
-    uncorrected = f"{100 * plain / replicates:.1f}" if case.counted == "refuted" else ""
+    uncorrected = f"{100 * plain:.1f}" if case.counted == "refuted" else ""
     verdict = "ok" if holds else "MISSED"
     return [case.name, str(seeds), case.counted, f"{100 * share:.1f}", uncorrected, verdict]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -105,77 +104,3 @@ def item_scores(
     own = 15 * generator.standard_normal((questions, variants)).repeat(items_per_question, axis=0)
     noise = 20 * generator.standard_normal((replicates, questions * items_per_question, variants))
     return own + noise
-
-
-@dataclass(frozen=True)
-class PlantedFactor:
-    """A hyperparameter with known effects. Its levels are `LEVELS`."""
-
-    name: str
-    loss: float
-    """Points lost at the levels farthest from the default, at any learning rate."""
-    shift: float = 0.0
-    """Decades by which the best learning rate shifts at the highest level."""
-
-
-LEVELS = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
-"""Levels of a factor; 0 is its default."""
-RATES = np.arange(13) * 0.25
-"""log10 of the rates of the curve: four rates a decade over three decades."""
-CENTER, SWEEP = 6, np.array([2, 4, 6, 8, 10])
-"""Indices in `RATES`: the best rate at the default, and the five rates, half a decade apart, at which factors
-are varied."""
-
-
-@dataclass(frozen=True)
-class StarStudy:
-    """The scores of one star design. Rates are chosen by validation scores and compared by test scores."""
-
-    curve: Floats
-    """Test scores of the curve, at the default of all factors, shape (rates, seeds)."""
-    curve_choices: Floats
-    """Validation scores of the curve, shape (rates, seeds)."""
-    arms: dict[str, tuple[Floats, Floats]]
-    """Factor -> test and validation scores, each of shape (levels, rates of the sweep, seeds)."""
-
-
-def star_study(
-    factors: tuple[PlantedFactor, ...],
-    curvature: float,
-    cliff: bool,
-    seeds: int,
-    noise: float,
-    generator: np.random.Generator,
-) -> StarStudy:
-    """Draw the scores of a star design with planted effects.
-
-    Args:
-        factors: The factors other than the rate; their losses grow with the square of the level.
-        curvature: Points that the score loses one decade away from the best rate (quadratically).
-        cliff: Whether all runs collapse that are more than 0.6 decades above the best rate.
-        seeds: Number of seeds. All runs of a seed share noise with a standard deviation of 1 point.
-        noise: Standard deviation of the noise of a run, in points. Validation and test score each have
-            further noise of half of it.
-        generator: The source of random numbers.
-    """
-    common = generator.standard_normal(seeds)
-
-    def run(distance: Floats, loss: Floats) -> tuple[Floats, Floats]:
-        score = np.maximum(-curvature * distance**2, FLOOR) - loss
-        score = np.where(cliff & (distance > 0.6), FLOOR, score)[..., None] + common
-        score = score + noise * generator.standard_normal(score.shape)
-        return (
-            score + noise / 2 * generator.standard_normal(score.shape),
-            score + noise / 2 * generator.standard_normal(score.shape),
-        )
-
-    curve = run(RATES - RATES[CENTER], np.zeros(len(RATES)))
-    arms = {}
-    for factor in factors:
-        distance = RATES[SWEEP] - RATES[CENTER] - factor.shift * LEVELS[:, None]
-        test, validation = run(distance, np.broadcast_to(factor.loss * LEVELS[:, None] ** 2, distance.shape))
-        # The runs of the default level are those of the curve.
-        default = int(np.flatnonzero(LEVELS == 0)[0])
-        test[default], validation[default] = curve[0][SWEEP], curve[1][SWEEP]
-        arms[factor.name] = (test, validation)
-    return StarStudy(*curve, arms)
