@@ -35,7 +35,7 @@ def order_rows(seeds: int, studies: int, seed: int) -> list[Row]:
 
 
 def claim_rows(index: int, seeds: int, studies: int, seed: int) -> list[Row]:
-    """Measure how often claim 1 has an outcome that is known to be right, or known to be an error.
+    """Measure how often claim 1 has the counted outcome of a case, which is the right one or an error.
 
     Args:
         index: The index of the case in `claim_cases`.

@@ -16,7 +16,6 @@ noise of its seed (shared by all runs of the seed), of the run, and of the 200 i
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +25,14 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from orchestrator.analyze.factors import factor_effects as effects
-from orchestrator.analyze.factors.rate_claim import ALPHA, RANGE_SCALES, Contrast, contrast, judge_claim
+from orchestrator.analyze.factors.rate_claim import (
+    ALPHA,
+    RANGE_SCALES,
+    ClaimOutcome,
+    Contrast,
+    contrast,
+    judge_claim,
+)
 from orchestrator.analyze.factors.star_data import find_center
 
 Array = NDArray[np.float64]
@@ -277,7 +283,7 @@ class ClaimCase:
 
     name: str
     factors: Mapping[str, PlantedFactor]
-    counted: str
+    counted: ClaimOutcome
     """The outcome whose share of the studies is shown."""
     bounds: tuple[float, float]
     """The least and the largest share that is ok."""
@@ -351,7 +357,7 @@ def claim_shares(
         contrasts = simulate(surface, case.factors, seeds, RANGE_SCALES).contrasts
         outcomes.append(judge_claim(contrasts).outcome)
         plain += all(any(c.p_less <= ALPHA for c in own) for own in contrasts.values())
-    return outcomes.count(case.counted) / replicates, plain / replicates  # type: ignore[arg-type]
+    return outcomes.count(case.counted) / replicates, plain / replicates
 
 
 def claim_row(case: ClaimCase, seeds: int, replicates: int) -> list[str]:
@@ -365,8 +371,8 @@ def claim_row(case: ClaimCase, seeds: int, replicates: int) -> list[str]:
     share, plain = claim_shares(case, seeds, replicates, np.random.default_rng(5))
     holds = case.bounds[0] <= share <= case.bounds[1]
     uncorrected = f"{100 * plain:.1f}" if case.counted == "refuted" else ""
-    verdict = "ok" if holds else "MISSED"
-    return [case.name, str(seeds), case.counted, f"{100 * share:.1f}", uncorrected, verdict]
+    result = [case.name, str(seeds), case.counted, f"{100 * share:.1f}", uncorrected]
+    return [*result, "ok" if holds else "MISSED"]
 
 
 def main() -> None:
@@ -377,22 +383,17 @@ def main() -> None:
     parser.add_argument("--replicates", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 5, 10])
     parser.add_argument("--claim-seeds", type=int, nargs="+", default=[5], help="seeds of the second table")
-    parser.add_argument("--json", default="", help="file for the rows")
     options = parser.parse_args()
     coverage = [
         coverage_row(name, noise, seeds, options.replicates)
         for name, noise in ROWS.items()
         for seeds in options.seeds
     ]
-    header = ["seed spread", "seeds", *FIGURES, "order by A", "order by B", ""]
-    print(markdown_table(header, coverage), flush=True)
+    print(markdown_table(["seed spread", "seeds", *FIGURES, "order by A", "order by B", ""], coverage))
     claims = [
         claim_row(case, seeds, options.replicates) for case in claim_cases() for seeds in options.claim_seeds
     ]
     print(markdown_table(["truth", "seeds", "outcome", "share", "uncorrected", ""], claims))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"coverage": coverage, "claims": claims}, file, indent=1)
 
 
 if __name__ == "__main__":

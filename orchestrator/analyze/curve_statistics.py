@@ -148,7 +148,10 @@ def _curve_statistics(
 
 
 def _reference_curve(means: Mapping[str, CurveMeans]) -> str | None:
-    """Return the label of LoRA's curve, of several (for example with different alphas) that of the best."""
+    """Return the label of LoRA's curve; None without one.
+
+    If there are several, for example with different alphas, it is the curve with the highest best score.
+    """
     scores = {
         label: m.y[m.best] or 0.0 for label, m in means.items() if is_reference(label) and m.best is not None
     }

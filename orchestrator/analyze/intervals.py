@@ -37,7 +37,7 @@ class CurveStatistic:
 
     value: float
     interval: Interval | None = None
-    """None for a lower bound, and where the interval cannot be computed."""
+    """The 95 % interval. None if `value` is a lower bound, or if the interval cannot be computed."""
     is_lower_bound: Annotated[bool, Field(alias="at_least")] = False
     """True if the grid or the uncensored part of the curve ended too early, so that the true value may be
     larger."""

@@ -101,8 +101,8 @@ class Curve:
     half_decade_regret: CurveStatistic | None
     """The mean validation score lost within half a decade of the best rate."""
     half_decade_covered: float | None
-    """The width in decades of the interval over which that mean is taken: 1 unless the grid ends, or a
-    censored rate lies, within half a decade of the best rate."""
+    """The width in decades of the interval of `half_decade_regret`. It is 1, or less if the grid ends or a
+    censored rate lies within half a decade of the best rate."""
     regret_at_reference_best: CurveStatistic | None
     """The validation score lost by training at LoRA's best rate."""
     regret_at_average_best: CurveStatistic | None

@@ -39,7 +39,7 @@ Line = tuple[str, str]
 
 @dataclass(frozen=True)
 class _Hardware:
-    """Trainers that a study would have, as far as they can be determined before its start."""
+    """The number of trainers of a study and their devices, as far as they are known before it starts."""
 
     num_trainers: int
     """Number of trainers; 0 if the cluster decides."""

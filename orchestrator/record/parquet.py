@@ -175,7 +175,7 @@ def _curve_table(record: Record) -> pa.Table:
 
 
 def _concatenate(curves: Sequence[pa.Table]) -> pa.Table:
-    """Concatenate tables of curves, which may have different scores as columns."""
+    """Concatenate the curves of several runs. A score that a run does not have is null in its rows."""
     import pyarrow as pa
 
     numbers = [pa.field(name, pa.float64()) for name in _CURVE]

@@ -78,7 +78,13 @@ def _score_text(task: TaskComparison) -> str:
 
 
 def _draw_curve(axes: Axes, row: VariantRow, line: Mapping[str, Any]) -> None:
-    """Draw the pooled curve of a variant; with a marker, also a ring around its optimum."""
+    """Draw the pooled curve of a variant, and a ring around its optimum if the line has a marker.
+
+    Args:
+        axes: The axes.
+        row: The variant; without a pooled curve nothing is drawn.
+        line: Properties of the line, as in `Axes.plot`.
+    """
     if row.curve is None:
         return
     rates = [10**x for x in row.curve.log10_rates]

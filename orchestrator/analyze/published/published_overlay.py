@@ -55,7 +55,7 @@ class Overlay:
 
     @property
     def description(self) -> str:
-        """One to three sentences: models, tasks and seeds of the curves, and what is missing in them."""
+        """The models, tasks and seeds of the curves, and the missing tasks and rates, in 1 to 3 sentences."""
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
         text = f"{self.study}: {', '.join(self.models)} on {', '.join(self.own_tasks)}, {seeds}."
         missing = _TASKS_IN_AVERAGE.get(self.task, 1) - len(self.own_tasks)

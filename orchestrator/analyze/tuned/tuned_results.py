@@ -125,7 +125,7 @@ class FixedRateRow:
     """Score of the variant minus the baseline's, both at the baseline's chosen rate."""
     at_baseline_interval: Interval | None
     at_own_rate: float
-    """Score of the variant minus the baseline's, the variant at its own chosen rate, the baseline at its."""
+    """Score of the variant minus the baseline's, both at the variant's chosen rate."""
     at_own_interval: Interval | None
     reversal: bool | None
     """True if the variant loses to the baseline at one of the two rates and beats it at the other, both by

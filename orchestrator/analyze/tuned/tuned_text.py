@@ -14,12 +14,12 @@ def shown_name(variant: str) -> str:
 
 
 def outcome_text(row: VariantRow) -> str:
-    """Return the outcome of a row; the role of the baseline and of unverified variants, which have none."""
+    """Return the outcome of a row, or its role if it is the baseline or an unverified variant."""
     return row.role if row.role in ("baseline", "unverified") else row.outcome
 
 
 def row_note(row: VariantRow) -> str:
-    """Return the reason for a missing interval, or the replicates that decide an undecided row, or ""."""
+    """Return why a row has no interval or how many replicates decide it; an empty text if neither applies."""
     if row.role in ("baseline", "unverified"):
         return ""
     if row.interval is None:

@@ -11,7 +11,6 @@ import pytest
 from synthetic import record
 from tuned_records import Truth, compare, compare_one, study_of, tuned_records
 
-from orchestrator.analyze import report
 from orchestrator.analyze.run_labels import label_runs
 from orchestrator.analyze.summary import summarize
 from orchestrator.analyze.tuned.across_tasks import compare_tuned
@@ -289,8 +288,7 @@ def test_while_runs_are_missing_only_whole_tunings_count() -> None:
     assert compare_tuned(study, [], {}) is None
 
 
-def test_the_report_command_counts_as_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "_render", lambda picture: (b"", b""))
+def test_the_report_command_counts_as_a_look(tmp_path: Path) -> None:
     records = tuned_records({"lora": Truth(), "pissa": Truth()}, replicates=3)
     study = study_of(records, max_replicates=6)
     store = Store(tmp_path / "store")

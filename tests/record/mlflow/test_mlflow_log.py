@@ -14,22 +14,11 @@ from multiprocessing.synchronize import Event
 import pytest
 from mlflow import MlflowClient
 from mlflow_runs import PROCESSES, runs_of, stop_at
-from mlflow_server import empty_database, wait
+from mlflow_server import wait
 
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.tracking_uri import sqlite_path
 from orchestrator.record.schema import Evaluation, Record
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory) -> str:
-    """Create one database for all tests, each of which has its own study."""
-    return empty_database(tmp_path_factory.mktemp("mlflow") / "mlflow.db")
-
-
-@pytest.fixture
-def study(request) -> str:
-    return request.node.name
 
 
 def test_a_child_run_has_the_content_of_its_record(uri, study, make_record):

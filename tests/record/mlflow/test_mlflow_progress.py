@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow_runs import runs_of
-from mlflow_server import empty_database
 
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.schema import LaneProgress, Record
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory) -> str:
-    """Create one database for all tests, each of which has its own study."""
-    return empty_database(tmp_path_factory.mktemp("mlflow") / "mlflow.db")
-
-
-@pytest.fixture
-def study(request) -> str:
-    return request.node.name
 
 
 def _progress(record: Record, *steps: int) -> list[LaneProgress]:

@@ -16,11 +16,6 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory) -> str:
-    return empty_database(tmp_path_factory.mktemp("mlflow") / "mlflow.db")
-
-
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "store")
