@@ -113,7 +113,9 @@ def test_raised_numerics_are_named(tmp_path: Path) -> None:
     Drive(tmp_path, space()).all()
 
     points = [build(v, {}) for v in ("lora", "hira")]
-    raised = [replace(p, variant=replace(p.variant, numerics=2), loop_numerics=3) for p in points]
+    raised = [
+        replace(p, variant=replace(p.variant, numerics=2), loop_numerics=p.loop_numerics + 1) for p in points
+    ]
     with pytest.raises(
         UsageError, match=r"earlier numerics of the variant lora and loop: .* another --study"
     ):
