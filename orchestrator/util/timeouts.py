@@ -46,7 +46,7 @@ ORPHAN_LANE_SECONDS = 60.0
 HEARTBEAT_SECONDS = 10.0
 """Interval of a trainer's heartbeats."""
 HUNG_SECONDS = 1800.0
-"""Time without a call of a trainer's training thread after which its heartbeats end."""
+"""Time without a call or progress of a trainer's training thread after which its heartbeats end."""
 BROKER_LOST_SECONDS = 30.0
 """Time without an answer after which callers consider the broker lost."""
 REPORT_WAIT_SECONDS = 20.0

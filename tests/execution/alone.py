@@ -43,6 +43,9 @@ class _Queue:
     def notify(self, line: str) -> None:
         raise AssertionError(line)
 
+    def note_progress(self) -> None:
+        pass
+
     def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
         pass
 

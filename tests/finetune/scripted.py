@@ -162,6 +162,7 @@ class Script:
     spilled: list[tuple[str, int]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     taken: int = 0
+    progress_notes: int = 0
     lanes: dict[str, Lane] = field(default_factory=dict)
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
@@ -202,6 +203,9 @@ class Script:
 
     def notify(self, line: str) -> None:
         self.said.append(line)
+
+    def note_progress(self) -> None:
+        self.progress_notes += 1
 
     def end_lease(self, fingerprint: str, attempt: int, state: str) -> None:
         self.ended.append((fingerprint, attempt, state))

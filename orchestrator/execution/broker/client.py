@@ -36,7 +36,8 @@ class BrokerClient:
         self.broker = ray.get_actor(BROKER_NAME)
         self.held: dict[str, HeldLane] = {}
         self.steps_taken = 0
-        self.last_call_time = time.monotonic()
+        self.last_progress_time = time.monotonic()
+        """The time of the last call of the loop, or of its last progress without a call."""
         threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
@@ -81,20 +82,27 @@ class BrokerClient:
         """Show a line to the user of the study."""
         self._call("notify", line)
 
+    def note_progress(self) -> None:
+        """Note that the loop has made progress; see `LaneSource.note_progress`."""
+        self.last_progress_time = time.monotonic()
+
     def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
         """Tell the broker that a lane has ended; its record is in the store."""
         self._call("end_lease", self.trainer_id, fingerprint, attempt, state)
         self.held.pop(fingerprint, None)
 
     def _send_heartbeats(self) -> None:
-        """Keep the trainer alive for the broker while the loop loads a model or evaluates."""
+        """Keep the trainer alive for the broker while the loop loads a model or evaluates.
+
+        The heartbeats end when the loop is hung: it has made neither a call nor progress for long.
+        """
         while True:
             time.sleep(timeouts.HEARTBEAT_SECONDS)
-            if time.monotonic() - self.last_call_time < timeouts.HUNG_SECONDS:
+            if time.monotonic() - self.last_progress_time < timeouts.HUNG_SECONDS:
                 self.broker.heartbeat.remote(self.trainer_id)
 
     def _call(self, method: str, *args: Any) -> Any:
-        self.last_call_time = time.monotonic()
+        self.note_progress()
         call = getattr(self.broker, method)
         return retry_until_lost(lambda: ray.get(call.remote(*args), timeout=timeouts.BROKER_LOST_SECONDS))
 

@@ -120,3 +120,4 @@ def _calibration_losses(lane_group: LaneGroup, configuration: Configuration) -> 
             with adapters.disable_adapters(heads, batch.attention_mask.to(lane_group.base_model.device)):
                 logits, labels = compute_logits(lane_group.base_model, lane_group.data.task, batch)
                 yield compute_losses(logits, labels, lane_group.data.task).mean()
+            lane_group.on_batch()

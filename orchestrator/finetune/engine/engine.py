@@ -35,6 +35,7 @@ class Engine:
         calibration_folder: The store's folder of calibration tensors.
         data_folder: The store's folder of examples, token ids and untrained scores.
         process_group: The workers of this trainer.
+        on_batch: Called after every batch of an evaluation or calibration, to show progress.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Engine:
         calibration_folder: Path,
         data_folder: Path,
         process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
+        on_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self._base_model_loader, self.process_group = load_base_model, process_group
+        self._on_batch = on_batch
         self._calibration_folder, self._data_folder = calibration_folder, data_folder
         self._base_model: tuple[tuple[ModelChoice, str], BaseModel] | None = None
         self._data_by_key: dict[tuple[object, ...], TaskData] = {}
@@ -146,12 +149,20 @@ class Engine:
                 attention_dropout.enable_lane_dropout(base_model.model)
             if key not in self._data_by_key:
                 self._data_by_key[key] = TaskData.load(
-                    configuration, task, base_model, adapters, self.process_group, self._data_folder
+                    configuration,
+                    task,
+                    base_model,
+                    adapters,
+                    self.process_group,
+                    self._data_folder,
+                    self._on_batch,
                 )
         except BaseException:
             self._detach(adapters)
             raise
-        self._lane_group = LaneGroup(base_model, adapters, self._data_by_key[key], self.process_group)
+        self._lane_group = LaneGroup(
+            base_model, adapters, self._data_by_key[key], self.process_group, self._on_batch
+        )
         self._group_key, self.variant = configuration.group_key, variant
         return self._lane_group
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ class TaskData:
         adapters: Adapters,
         process_group: ProcessGroup,
         folder: Path,
+        on_batch: Callable[[], None] = lambda: None,
     ) -> TaskData:
         """Read the prepared data of a task, and the base model's scores, or compute and store them.
 
@@ -59,13 +60,16 @@ class TaskData:
             adapters: The adapters of the model; they are disabled while it is scored.
             process_group: The workers of this trainer, which share the scoring.
             folder: The store's folder of prepared data.
+            on_batch: Called after every batch that is scored, and while data is prepared, to show progress.
 
         Raises:
             UsageError: The task lacks data, `max_length` leaves nothing of it, or this machine cannot grade
                 the answers.
         """
         process_group.run_on_all(task.check_can_grade)
-        prepared = dataset_cache.prepare_dataset(folder, configuration, task, base_model.processor)
+        prepared = dataset_cache.prepare_dataset(
+            folder, configuration, task, base_model.processor, progress=lambda line: on_batch()
+        )
         max_length = compute_max_row_length(task, configuration.batches.max_length)
         pad_token_id = base_model.processor.pad_token_id
         splits: Mapping[str, EvaluationSplit] = {
@@ -75,7 +79,15 @@ class TaskData:
 
         def compute() -> baseline_scores.Scores:
             return {
-                s: evaluate(base_model, task, split, [0], adapters.disable_adapters, process_group)[0].scores
+                s: evaluate(
+                    base_model,
+                    task,
+                    split,
+                    [0],
+                    adapters.disable_adapters,
+                    process_group,
+                    on_batch=on_batch,
+                )[0].scores
                 for s, split in splits.items()
             }
 
@@ -93,13 +105,19 @@ class LaneGroup:
         adapters: The lanes' adapters on it.
         data: The task's data.
         process_group: The workers of this trainer.
+        on_batch: Called after every batch of an evaluation, to show progress.
     """
 
     def __init__(
-        self, base_model: BaseModel, adapters: Adapters, data: TaskData, process_group: ProcessGroup
+        self,
+        base_model: BaseModel,
+        adapters: Adapters,
+        data: TaskData,
+        process_group: ProcessGroup,
+        on_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self.base_model, self.adapters = base_model, adapters
-        self.data, self.process_group = data, process_group
+        self.data, self.process_group, self.on_batch = data, process_group, on_batch
 
     def backward(self, lanes: Sequence[Lane]) -> tuple[Tensor, Sequence[int]]:
         """Compute this worker's part of the gradients of one optimizer step of every lane.
@@ -253,6 +271,7 @@ class LaneGroup:
                     partial(self.adapters.activate_lanes, names, None),
                     self.process_group,
                     generate,
+                    self.on_batch,
                 )
                 found.update(zip(names, scored, strict=True))
         return [found[lane.fingerprint] for lane in lanes]

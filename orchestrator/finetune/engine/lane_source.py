@@ -98,5 +98,12 @@ class LaneSource(Protocol):
     def notify(self, line: str) -> None:
         """Show a line to the users who watch the study."""
 
+    def note_progress(self) -> None:
+        """Note that the loop has computed something since its last call, such as a batch of an evaluation.
+
+        A loop that makes neither a call nor progress for long is hung. This method is called very often and
+        returns at once.
+        """
+
     def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
         """End the lease of a lane whose record is in the store."""

@@ -42,8 +42,9 @@ from orchestrator.study.configuration import ModelChoice
 log = logging.getLogger(__name__)
 
 BaseModelLoader = Callable[[ModelChoice, Task], BaseModel]
-EngineFactory = Callable[[BaseModelLoader, Path, Path, ProcessGroup], Engine]
-"""Called with the loader, the folders of calibrations and of prepared data, and the process group."""
+EngineFactory = Callable[[BaseModelLoader, Path, Path, ProcessGroup, Callable[[], None]], Engine]
+"""Called with the loader, the folders of calibrations and of prepared data, the process group, and a function
+that the engine calls after every batch of an evaluation or calibration."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def run(
         StoreFullError: A record could not be written for `store_full_timeout_seconds`. All leases were given
             back.
     """
-    engine = make_engine(load_base_model, store.calibration, store.data, process_group)
     notify = source.notify if source is not None else log.warning
+    on_batch = source.note_progress if source is not None else lambda: None
+    engine = make_engine(load_base_model, store.calibration, store.data, process_group, on_batch)
     recorder = LaneRecorder(store, engine, provenance, settings.store_full_timeout_seconds, notify)
     slots = LaneSlots(settings.max_lanes, settings.spill_seconds)
     poll_interval = PollInterval(settings.poll_seconds)

@@ -22,6 +22,10 @@ from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
 from orchestrator.record.schema import ItemResults
 from orchestrator.util.errors import UsageError, format_error, quote_value
 
+GRADING_BATCH = 64
+"""Answers that a task grades in one call. A program that does not end takes several seconds, so grading all
+answers of several lanes in one call could take longer than a trainer may show no progress."""
+
 
 @dataclass(frozen=True)
 class EvaluationSplit:
@@ -101,7 +105,7 @@ class EvaluationResult:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate(  # noqa: PLR0913 (one parameter more than the rule allows, to show progress)
     base_model: BaseModel,
     task: Task,
     split: EvaluationSplit,
@@ -109,6 +113,7 @@ def evaluate(
     lane_rows: Callable[[], AbstractContextManager[Any]],
     process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
     predict_with_generate: bool = True,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[EvaluationResult]:
     """Score lanes on a split. The processes of the group share the batches.
 
@@ -121,6 +126,7 @@ def evaluate(
             another, with an equal number of rows for each.
         process_group: The processes that evaluate the same lanes.
         predict_with_generate: Whether to generate and grade the answers of a generation task.
+        on_batch: Called after every batch that is scored, generated or graded, to show progress.
 
     Returns:
         One result per lane, equal in all processes.
@@ -130,7 +136,9 @@ def evaluate(
     """
     results = [EvaluationResult({}, ItemResults())] * len(seeds)
     if split.batch_plan:
-        losses, predictions = _predict_targets(base_model, task, split, len(seeds), lane_rows, process_group)
+        losses, predictions = _predict_targets(
+            base_model, task, split, len(seeds), lane_rows, process_group, on_batch
+        )
         results = [_score_predictions(task, split, *lane) for lane in zip(losses, predictions, strict=True)]
     if task.output != "generation":
         return results
@@ -138,9 +146,9 @@ def evaluate(
     if not (predict_with_generate and split.graded_items):
         return results
     prompts, length = [(i, split.rows[i].prompt) for i in split.graded_items], split.max_row_length
-    generated = generate_answers(base_model, task, prompts, length, seeds, lane_rows, process_group)
+    generated = generate_answers(base_model, task, prompts, length, seeds, lane_rows, process_group, on_batch)
     graded = []
-    grades_by_lane = _grade_generated(task, split, generated, process_group)
+    grades_by_lane = _grade_generated(task, split, generated, process_group, on_batch)
     for result, grades, answers in zip(results, grades_by_lane, generated, strict=True):
         scores = {**result.scores, task.metric: float(grades.mean())}
         first_samples = tuple(samples[0] for samples in answers)
@@ -156,6 +164,7 @@ def _predict_targets(
     lane_count: int,
     lane_rows: Callable[[], AbstractContextManager[Any]],
     process_group: ProcessGroup,
+    on_batch: Callable[[], None],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return losses and predictions, each (lanes, targets) float64, in the order of the batch plan.
 
@@ -169,6 +178,7 @@ def _predict_targets(
             losses = compute_losses(logits, labels, task)
             predictions = logits.squeeze(1) if task.output == "regression" else logits.argmax(dim=-1)
             values.append(torch.stack([losses, predictions.to(losses.dtype)]).view(2, lane_count, -1))
+            on_batch()
     # One copy from the device for all batches, because each copy waits for the device.
     own_batches: list[np.ndarray] = []
     if values:  # else there are more processes than batches
@@ -210,6 +220,7 @@ def _grade_generated(
     split: EvaluationSplit,
     generated: Sequence[Sequence[tuple[str, ...]]],
     process_group: ProcessGroup,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Return the mean grade of each graded item's samples, (lanes, items).
 
@@ -220,6 +231,7 @@ def _grade_generated(
         split: The split.
         generated: The samples of each graded item, by lane.
         process_group: The processes that have the same answers.
+        on_batch: Called after every `GRADING_BATCH` answers.
     """
     answers_to_grade = [
         (split.examples[item], answer)
@@ -228,21 +240,34 @@ def _grade_generated(
         for answer in samples
     ]
     own_answers = answers_to_grade[process_group.rank :: process_group.world_size]
-    try:
-        own_grades = task.grade_all([e for e, _ in own_answers], [answer for _, answer in own_answers])
-    except SystemExit as error:  # of a user's task; it would end the worker instead of failing the lane
-        raise RuntimeError(f"grading ends the process: {format_error(error)}") from error
-    if len(own_grades) != len(own_answers):
-        problem = f"grade_all gives {len(own_grades)} grades for {len(own_answers)} answers."
-        raise UsageError(f"Task {task.name!r}: {problem}")
-    for grade, (_, answer) in zip(own_grades, own_answers, strict=True):
-        if not 0 <= grade <= 1:  # refuses NaN as well
-            problem = f"the grade of the answer {quote_value(answer)} is {grade!r}"
-            raise UsageError(f"Task {task.name!r}: {problem}; must be a number from 0 to 1.")
+    own_grades: list[float] = []
+    for first in range(0, len(own_answers), GRADING_BATCH):
+        own_grades += _grade_batch(task, own_answers[first : first + GRADING_BATCH])
+        on_batch()
     grades = np.zeros(len(answers_to_grade))
     for rank, rank_grades in enumerate(process_group.all_gather(own_grades)):
         grades[rank :: process_group.world_size] = rank_grades
     return grades.reshape(len(generated), len(split.graded_items), -1).mean(axis=2)
+
+
+def _grade_batch(task: Task, answers: Sequence[tuple[Example, str]]) -> list[float]:
+    """Return the grades of answers, each given with its example.
+
+    Raises:
+        UsageError: The task does not return one number from 0 to 1 for each answer.
+    """
+    try:
+        grades = task.grade_all([example for example, _ in answers], [answer for _, answer in answers])
+    except SystemExit as error:  # of a user's task; it would end the worker instead of failing the lane
+        raise RuntimeError(f"grading ends the process: {format_error(error)}") from error
+    if len(grades) != len(answers):
+        problem = f"grade_all gives {len(grades)} grades for {len(answers)} answers."
+        raise UsageError(f"Task {task.name!r}: {problem}")
+    for grade, (_, answer) in zip(grades, answers, strict=True):
+        if not 0 <= grade <= 1:  # refuses NaN as well
+            problem = f"the grade of the answer {quote_value(answer)} is {grade!r}"
+            raise UsageError(f"Task {task.name!r}: {problem}; must be a number from 0 to 1.")
+    return grades
 
 
 def _closeness(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:

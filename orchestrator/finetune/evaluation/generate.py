@@ -25,7 +25,7 @@ STOP_CHECK_INTERVAL = 8
 
 
 @torch.no_grad()
-def generate_answers(
+def generate_answers(  # noqa: PLR0913 (one parameter more than the rule allows, to show progress)
     base_model: BaseModel,
     task: Task,
     prompts: Sequence[tuple[int, Sequence[int]]],
@@ -33,6 +33,7 @@ def generate_answers(
     seeds: Sequence[int],
     lane_rows: Callable[[], AbstractContextManager[Any]],
     process_group: ProcessGroup,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[list[tuple[str, ...]]]:
     """Generate `task.samples` answers of each lane to each prompt. The processes of the group share the work.
 
@@ -45,6 +46,7 @@ def generate_answers(
         lane_rows: Makes a context in which the model treats its rows as those of the lanes, one after
             another, with an equal number of rows for each.
         process_group: The processes that generate for the same lanes.
+        on_batch: Called after every batch, to show progress.
 
     Returns:
         The samples by lane and prompt, equal in all processes. A sample ends before the end token or the
@@ -58,6 +60,7 @@ def generate_answers(
             texts = _generate_batch(base_model, task, [entries[e] for e in batch], length, seeds)
             for row, text in enumerate(texts):
                 own_answers[row // len(batch), batch[row % len(batch)]] = text
+            on_batch()
     all_answers = dict(ChainMap(*process_group.all_gather(own_answers)))
     return [
         [
