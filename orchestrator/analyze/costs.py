@@ -47,6 +47,56 @@ class CostRow:
         return f"{self.task} on {self.model}"
 
 
+@dataclass(frozen=True)
+class TimeUse:
+    """The seconds of all trainers of a study by kind, added over its runs; see `Cost`."""
+
+    train: float
+    evaluate: float
+    """Evaluations without the generation of answers."""
+    generate: float
+    start: float
+    other: float
+
+    @property
+    def total(self) -> float:
+        """The sum of all kinds."""
+        return self.train + self.evaluate + self.generate + self.start + self.other
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each kind in the total, largest first; kinds without time are left out."""
+        named = {
+            "optimizer steps": self.train,
+            "evaluation": self.evaluate,
+            "generated answers": self.generate,
+            "start of trainers": self.start,
+            "other": self.other,
+        }
+        ordered = sorted(named.items(), key=lambda item: -item[1])
+        return {name: seconds / self.total for name, seconds in ordered if seconds > 0}
+
+
+def summarize_time_use(records: Iterable[Record]) -> TimeUse | None:
+    """Return where the trainers' time went, or None without records that say it.
+
+    Args:
+        records: The records of the study. Those of earlier versions, which lack the time of starts and of
+            other work, are left out.
+    """
+    costs = [r.cost for r in records if r.cost.start_seconds or r.cost.other_seconds]
+    if not costs:
+        return None
+    generate = math.fsum(cost.generate_seconds for cost in costs)
+    return TimeUse(
+        train=math.fsum(cost.train_seconds for cost in costs),
+        evaluate=math.fsum(cost.evaluate_seconds for cost in costs) - generate,
+        generate=generate,
+        start=math.fsum(cost.start_seconds for cost in costs),
+        other=math.fsum(cost.other_seconds for cost in costs),
+    )
+
+
 def summarize_costs(records: Iterable[Record], scores: Mapping[Key, Estimate]) -> tuple[CostRow, ...]:
     """Return the costs of all variants with a finished run, by task and model, the best score first.
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from orchestrator.analyze.costs import CostRow
+from orchestrator.analyze.costs import CostRow, TimeUse
 from orchestrator.analyze.curve_shape import BracketStatus
 from orchestrator.analyze.factors.factor_results import FactorStudy
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
@@ -200,3 +200,5 @@ class Summary:
     """The losses due to each hyperparameter; None unless the study varies factors."""
     costs: tuple[CostRow, ...] = ()
     """The cost of each variant on each task and model."""
+    time_use: TimeUse | None = None
+    """Where the trainers' time went; None for records of earlier versions."""

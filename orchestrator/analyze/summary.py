@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.analyze import panels
 from orchestrator.analyze.caveats import panel_caveats, search_caveats
-from orchestrator.analyze.costs import Key, summarize_costs
+from orchestrator.analyze.costs import Key, summarize_costs, summarize_time_use
 from orchestrator.analyze.curve_text import curve_verdict
 from orchestrator.analyze.factors.factor_summary import find_stars, summarize_factors
 from orchestrator.analyze.factors.factor_verdicts import factor_verdicts, factor_warnings
@@ -75,6 +75,7 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
         comparison=comparison,
         factor_study=factors,
         costs=summarize_costs(curves, _best_scores(shown, searches, comparison)),
+        time_use=summarize_time_use(distinct),
     )
 
 

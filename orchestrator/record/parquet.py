@@ -42,7 +42,7 @@ _RESULT = {
     "float64": "validation_score test_score untrained_validation_score untrained_test_score",
 }
 _PROVENANCE = {
-    "float64": "seconds train_seconds evaluate_seconds",
+    "float64": "seconds train_seconds evaluate_seconds generate_seconds start_seconds other_seconds",
     "int64": "tokens trainable_parameters peak_memory pack_lanes workers attempt",
     "string": "commit device host versions scheduler",
     "list<int64>": "resumed_from",

@@ -63,15 +63,33 @@ class ItemResults:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one lane. A lane group's seconds are divided equally among the lanes in it at the time."""
+    """Cost of one lane. A lane group's seconds are divided equally among the lanes in it at the time.
+
+    `start_seconds`, `train_seconds`, `evaluate_seconds` and `other_seconds` are disjoint. Over all lanes of a
+    trainer they add up to the time from the start of its process to the end of its last lane.
+    """
 
     train_seconds: float = 0.0
+    """Time of optimizer steps."""
     evaluate_seconds: float = 0.0
+    """Time of evaluations, generated answers included."""
     tokens: int = 0
     trainable_parameters: int = 0
     peak_memory: int = 0
     """Peak memory in bytes while the lane was in its lane group, of all lanes of the group together: memory
     allocated on the GPU, or the resident size of the process on a CPU. 0 in records of earlier versions."""
+    generate_seconds: float = 0.0
+    """The part of `evaluate_seconds` in which answers were generated and graded."""
+    start_seconds: float = 0.0
+    """Time from the start of the trainer's process to its first step or evaluation: imports, the base model,
+    the data, and the first adapters. 0 for lanes that were leased later."""
+    other_seconds: float = 0.0
+    """All other time of the trainer: later adapters, checkpoints, calls of the broker, waiting. 0 in records
+    of earlier versions, like the two fields above."""
+
+
+TIME_FIELDS = ("train_seconds", "evaluate_seconds", "generate_seconds", "start_seconds", "other_seconds")
+"""The fields of `Cost` in seconds, in the order in which a checkpoint stores them."""
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,11 @@ def _format_cost(record: Record) -> Iterator[str]:
         f"cost         {cost.train_seconds:.1f} s training, {cost.evaluate_seconds:.1f} s evaluating, "
         f"{cost.tokens} tokens, {cost.trainable_parameters} parameters"
     )
+    if cost.start_seconds or cost.other_seconds:
+        yield (
+            f"time         {cost.generate_seconds:.1f} s of the evaluation for generated answers; beside it "
+            f"{cost.start_seconds:.1f} s of the trainer's start, {cost.other_seconds:.1f} s other"
+        )
     if cost.peak_memory:
         yield f"memory       {cost.peak_memory / 2**20:.0f} MiB at most, the lane group and its base model"
     if provenance.ended:

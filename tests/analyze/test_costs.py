@@ -9,7 +9,7 @@ import pytest
 from synthetic import DIVERGED, record, study, summarize_curves
 
 from orchestrator.analyze.costs import known_axes, pareto_front
-from orchestrator.analyze.sections.cost_section import memory_text, seconds_text
+from orchestrator.analyze.sections.cost_section import memory_text, seconds_text, time_use_text
 from orchestrator.record.schema import Cost, Record
 
 
@@ -70,3 +70,25 @@ def test_amounts_have_units() -> None:
     ]
     assert memory_text(2_600_000_000) == "2.60 GB"
     assert memory_text(0) == "-"
+
+
+def test_the_time_of_the_trainers_is_shown_by_kind() -> None:
+    times = {"train_seconds": 6.0, "evaluate_seconds": 3.0, "generate_seconds": 2.0, "start_seconds": 1.0}
+    records = [
+        replace(record("lora", 1e-3, 0, 0.9), cost=Cost(**times, other_seconds=0.5)),
+        replace(record("lora", 1e-3, 1, 0.7), cost=Cost(train_seconds=3.0, other_seconds=6.5)),
+        replace(record("dora", 1e-3, 0, 0.5), cost=Cost(train_seconds=100.0)),  # of an earlier version
+    ]
+    summary = summarize_curves(records)
+    assert summary.time_use is not None
+    assert summary.time_use.total == 20.0
+    assert time_use_text(summary) == (
+        "Time of the trainers, 20.0 s in total: optimizer steps 45.0%, other 35.0%, generated answers 10.0%, "
+        "evaluation 5.0%, start of trainers 5.0%."
+    )
+
+
+def test_records_of_earlier_versions_do_not_say_where_the_time_went() -> None:
+    summary = summarize_curves([costly(record("lora", 1e-3, 0, 0.9), 4.0)])
+    assert summary.time_use is None
+    assert time_use_text(summary) == ""

@@ -23,7 +23,7 @@ from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.local import reviews
 from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
-from orchestrator.record.schema import Provenance, Record
+from orchestrator.record.schema import TIME_FIELDS, Provenance, Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import (
     BatchConfig,
@@ -338,5 +338,5 @@ def solo(one: Configuration, folder: Path, **options: Any) -> Record:
 
 def numbers_of(record: Record) -> Record:
     """Return the record without what differs between two runs of a configuration: seconds and provenance."""
-    cost = replace(record.cost, train_seconds=0.0, evaluate_seconds=0.0, peak_memory=0)
+    cost = replace(record.cost, peak_memory=0, **dict.fromkeys(TIME_FIELDS, 0.0))
     return replace(record, cost=cost, provenance=Provenance())

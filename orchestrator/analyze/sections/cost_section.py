@@ -43,6 +43,7 @@ def _values(data: ReportData) -> Mapping[str, Any]:
         "front": _front,
         "memory_text": memory_text,
         "seconds": seconds_text,
+        "time_use": time_use_text(data.summary),
     }
 
 
@@ -67,8 +68,18 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _tables(summary: Summary) -> Sequence[Table]:
-    return [_cost_table(title, rows) for title, rows in _groups(summary).items()]
+def time_use_text(summary: Summary) -> str:
+    """Return a sentence on where the trainers' time went, empty if the records do not say it."""
+    if summary.time_use is None:
+        return ""
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in summary.time_use.shares.items())
+    return f"Time of the trainers, {seconds_text(summary.time_use.total)} in total: {shares}."
+
+
+def _tables(summary: Summary) -> Sequence[Table | str]:
+    tables: list[Table | str] = [_cost_table(title, rows) for title, rows in _groups(summary).items()]
+    text = time_use_text(summary)
+    return [*tables, text] if text else tables
 
 
 def _cost_table(title: str, rows: Sequence[CostRow]) -> Table:

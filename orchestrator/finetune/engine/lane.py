@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +19,7 @@ from orchestrator.finetune.engine.divergence import DivergenceDetector
 from orchestrator.finetune.engine.lane_source import Lease, Report
 from orchestrator.finetune.engine.lane_state import TRANSITIONS, IllegalTransitionError, LaneState
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
-from orchestrator.record.schema import Cost, Evaluation, ItemResults, StepMetrics
+from orchestrator.record.schema import TIME_FIELDS, Cost, Evaluation, ItemResults, StepMetrics
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.lr_schedule import lr_factor
 from variants.base import VariantSettings
@@ -88,7 +88,8 @@ class Lane:
         self.evaluations: list[Evaluation] = []
         self.items: dict[str, ItemResults] = {}
         self.pending_reports: deque[Report] = deque()
-        self.train_seconds = self.evaluate_seconds = 0.0
+        self.seconds = dict.fromkeys(TIME_FIELDS, 0.0)
+        """Time of the trainer by kind, as in `Cost`."""
         self.tokens = 0
         self.peak_group_size = 1
         self.peak_memory = 0
@@ -269,7 +270,12 @@ class Lane:
     def cost(self) -> Cost:
         """Seconds, tokens, trainable parameters and peak memory of the lane."""
         parameters = self.adapters.parameter_count(self.fingerprint) if self.parameters else 0
-        return Cost(self.train_seconds, self.evaluate_seconds, self.tokens, parameters, self.peak_memory)
+        return Cost(
+            tokens=self.tokens,
+            trainable_parameters=parameters,
+            peak_memory=self.peak_memory,
+            **self.seconds,
+        )
 
     # -- checkpoints ------------------------------------------------------------------------------------
 
@@ -287,7 +293,7 @@ class Lane:
             "curve": [asdict(s) for s in self.curve],
             "evaluations": [asdict(e) for e in self.evaluations],
             "watch": self.divergence_detector.state_dict(),
-            "seconds": [self.train_seconds, self.evaluate_seconds],
+            "seconds": list(self.seconds.values()),
             "tokens": self.tokens,
             "pack_lanes": self.peak_group_size,
             "peak_memory": self.peak_memory,
@@ -305,7 +311,8 @@ class Lane:
         self.curve = [StepMetrics(**s) for s in state["curve"]]
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.divergence_detector.load_state_dict(state["watch"])
-        self.train_seconds, self.evaluate_seconds = state["seconds"]
+        # Checkpoints of earlier versions have the first two of these fields.
+        self.seconds.update(zip(TIME_FIELDS, state["seconds"], strict=False))
         self.tokens, self.peak_group_size = state["tokens"], state["pack_lanes"]
         self.peak_memory = state.get("peak_memory", 0)  # earlier versions did not measure it
         self.started = state["started"]
@@ -318,16 +325,3 @@ class Lane:
                 } | {m: checkpoint.moments[m][name].to(parameter.device) for m in MOMENTS}
         # A new driver, or a restarted broker, may have missed any of the reports: all are sent again.
         self.queue_reports()
-
-
-def share_elapsed_seconds(started: float, lanes: Sequence[Lane], attribute: str) -> None:
-    """Add the seconds since `started`, in equal shares, to an attribute of the lanes.
-
-    Args:
-        started: Start time on the monotonic clock.
-        lanes: The lanes that were worked on; at least one.
-        attribute: `train_seconds` or `evaluate_seconds`.
-    """
-    seconds = (time.monotonic() - started) / len(lanes)
-    for lane in lanes:
-        setattr(lane, attribute, getattr(lane, attribute) + seconds)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
-from orchestrator.finetune.engine.lane import BackwardResult, Lane, share_elapsed_seconds
+from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.engine.recovery import FailureRecovery
+from orchestrator.finetune.engine.time_use import TimeUse
 from orchestrator.finetune.failures import Fault
 from orchestrator.finetune.process_group import WorkerError, result_or_error
 
@@ -27,6 +28,7 @@ class TrainingRounds:
     exchanged_at: float = NEVER
     busy_at: float = field(default_factory=time.monotonic)
     """The time at which the last round began."""
+    time_use: TimeUse = field(default_factory=TimeUse)
 
     def run(self) -> None:
         """Run one round over all lanes."""
@@ -109,7 +111,8 @@ class TrainingRounds:
         """Take one optimizer step with each lane."""
         if not lanes:
             return
-        active, started = self.active, time.monotonic()
+        active = self.active
+        self.time_use.begin_work(list(active.lanes.values()))
         group_size = len(active.lanes)
         gradients = self.recovery.run_isolating_failures(lanes, self._compute_gradients)
         outcomes_by_rank = active.process_group.all_gather(
@@ -132,7 +135,7 @@ class TrainingRounds:
                 active.steps_taken += 1
         if gradients:
             self.recovery.last_failure = ""  # a lane has taken a step
-        share_elapsed_seconds(started, lanes, "train_seconds")
+        self.time_use.add(lanes, "train_seconds")
         for lane, reason in diverged:
             active.end(lane, "diverged", reason)
         if mid_step:
@@ -155,7 +158,8 @@ class TrainingRounds:
         """Score the lanes on validation, and those with `is_test_due` on test too, and report the scores."""
         if not lanes:
             return
-        active, started = self.active, time.monotonic()
+        active = self.active
+        self.time_use.begin_work(list(active.lanes.values()))
         run_isolating_failures = self.recovery.run_isolating_failures
         evaluate = active.engine.lane_group.evaluate
         for lane, scored in run_isolating_failures(lanes, partial(evaluate, split="validation")):
@@ -163,7 +167,7 @@ class TrainingRounds:
         due = [lane for lane in active.in_state(LaneState.EVALUATING) if lane.is_test_due]
         for lane, scored in run_isolating_failures(due, partial(evaluate, split="test")):
             lane.record_scores("test", scored)
-        share_elapsed_seconds(started, lanes, "evaluate_seconds")
+        self.time_use.add(lanes, "evaluate_seconds")
         self._note_peak_memory()
         for lane in active.in_state(LaneState.EVALUATING):
             # Saving another lane's adapter can run out of memory and evict this one.

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from orchestrator.record.mlflow.saved_view import RUN_ROLE
-from orchestrator.record.schema import LaneProgress, Record, StepMetrics
+from orchestrator.record.schema import TIME_FIELDS, LaneProgress, Record, StepMetrics
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
 
@@ -213,6 +213,8 @@ def _metric_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tup
         if metric in (untrained := record.baseline_scores.get(split, {})):
             yield f"untrained_{split}_score", record.steps, untrained[metric]
     yield "seconds", record.steps, record.cost.train_seconds + record.cost.evaluate_seconds
+    for name in TIME_FIELDS:
+        yield name, record.steps, getattr(record.cost, name)
     yield "tokens", record.steps, record.cost.tokens
     yield "trainable_parameters", record.steps, record.cost.trainable_parameters
     if record.cost.peak_memory:
