@@ -16,7 +16,11 @@ _OUT_OF_MEMORY_PATTERN = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|ALLOC_FAILED|bad_alloc|"
     r"Cannot allocate memory"
 )
-_DEVICE_ERROR_PATTERN = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|device-side assert|HIP error")
+# torch and Triton raise plain RuntimeErrors for errors of the driver and of CUDA's libraries.
+_DEVICE_ERROR_PATTERN = re.compile(
+    r"CUDA (driver )?error|CU(BLAS|DNN|SOLVER|SPARSE|RAND)_STATUS|cuFFT error|device-side assert|HIP error|"
+    r"Triton Error \[(CUDA|HIP)\]|cudaGetDeviceCount|NVIDIA driver|\bNCCL\b"
+)
 
 
 class Fault(StrEnum):
@@ -27,7 +31,8 @@ class Fault(StrEnum):
     MEMORY = "memory"
     """Out of memory, on the device or on the host; fewer lanes may fit."""
     DEVICE = "device"
-    """The device is lost to this process, which can compute nothing more."""
+    """The device, or the connection to the trainer's other workers, is lost to this process, which can
+    compute nothing more."""
     DISK = "disk"
     """The disk is full."""
 
@@ -82,7 +87,8 @@ def classify_error(error: BaseException) -> Fault:
     elif isinstance(error, RuntimeError):
         if _OUT_OF_MEMORY_PATTERN.search(message):
             return Fault.MEMORY
-        if isinstance(error, torch.AcceleratorError) or _DEVICE_ERROR_PATTERN.search(message):
+        device_errors = (torch.AcceleratorError, torch.distributed.DistError)
+        if isinstance(error, device_errors) or _DEVICE_ERROR_PATTERN.search(message):
             return Fault.DEVICE
     return classify_error(error.__cause__) if error.__cause__ is not None else Fault.LANE
 

@@ -47,6 +47,9 @@ HEARTBEAT_SECONDS = 10.0
 """Interval of a trainer's heartbeats."""
 HUNG_SECONDS = 1800.0
 """Time without a call or progress of a trainer's training thread after which its heartbeats end."""
+LANE_START_SECONDS = 7200.0
+"""`HUNG_SECONDS` while lanes start. A node may first download a base model (16 GB at 5 MB/s take 55 minutes),
+and some variants compute singular vectors of every layer: both show no progress."""
 BROKER_LOST_SECONDS = 30.0
 """Time without an answer after which callers consider the broker lost."""
 REPORT_WAIT_SECONDS = 20.0

@@ -38,6 +38,8 @@ class BrokerClient:
         self.steps_taken = 0
         self.last_progress_time = time.monotonic()
         """The time of the last call of the loop, or of its last progress without a call."""
+        self.is_starting_lanes = False
+        """True from a lease of lanes until the next call; loading a model shows no progress."""
         threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
@@ -46,6 +48,7 @@ class BrokerClient:
         grant: LeaseGrant = self._call("lease", self.trainer_id, group_key, capacity, self.held, steps_taken)
         for lease in grant.leases:
             self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
+        self.is_starting_lanes = bool(grant.leases)
         return grant
 
     def report(self, report: Report) -> Directive:
@@ -98,10 +101,12 @@ class BrokerClient:
         """
         while True:
             time.sleep(timeouts.HEARTBEAT_SECONDS)
-            if time.monotonic() - self.last_progress_time < timeouts.HUNG_SECONDS:
+            limit = timeouts.LANE_START_SECONDS if self.is_starting_lanes else timeouts.HUNG_SECONDS
+            if time.monotonic() - self.last_progress_time < limit:
                 self.broker.heartbeat.remote(self.trainer_id)
 
     def _call(self, method: str, *args: Any) -> Any:
+        self.is_starting_lanes = False
         self.note_progress()
         call = getattr(self.broker, method)
         return retry_until_lost(lambda: ray.get(call.remote(*args), timeout=timeouts.BROKER_LOST_SECONDS))

@@ -35,7 +35,8 @@ class Engine:
         calibration_folder: The store's folder of calibration tensors.
         data_folder: The store's folder of examples, token ids and untrained scores.
         process_group: The workers of this trainer.
-        on_batch: Called after every batch of an evaluation or calibration, to show progress.
+        on_batch: Called after every batch of an evaluation or calibration, and after the start of a lane, to
+            show progress.
     """
 
     def __init__(
@@ -184,6 +185,7 @@ class Engine:
             with torch.no_grad():
                 for tensor in (*lane.parameters.values(), *frozen.values()):
                     self.process_group.broadcast_(tensor)
+        self._on_batch()
 
     def _load_base_model(self, choice: ModelChoice, task: Task) -> BaseModel:
         key = (choice, task.name if task.has_head else "")  # a head makes the model specific to the task

@@ -33,18 +33,24 @@ class FailureRecovery:
     """Fingerprints of the lanes that failed in a row with `last_failure`."""
 
     def run_isolating_failures(
-        self, lanes: Sequence[Lane], work: Callable[[Sequence[Lane]], Sequence[T]]
+        self,
+        lanes: Sequence[Lane],
+        work: Callable[[Sequence[Lane]], Sequence[T]],
+        can_split: bool = False,
     ) -> list[tuple[Lane, T]]:
         """Run `work` on the lanes together; if it raises, end only the lanes that cause it.
 
         By the fault of the error: a lost device is raised; a full disk is waited for, and the work is
-        repeated; after an out-of-memory error the lane group is halved, and the work is repeated for the
-        lanes that remain; after any other error the work is repeated for each lane alone, and a lane for
-        which it raises again ends as `failed`.
+        repeated; after an out-of-memory error the work is split if it can be, else the lane group is halved,
+        and the work is repeated for the lanes that remain; after any other error the work is repeated for
+        each lane alone, and a lane for which it raises again ends as `failed`.
 
         Args:
             lanes: The lanes to work on; may be empty.
             work: Returns one result for each lane. May be called several times.
+            can_split: Whether the work may be done for a part of the lanes at a time. After an out-of-memory
+                error it is then done for half as many lanes at once, and no lane leaves unless one alone does
+                not fit beside the others. The number is remembered for later work of this kind.
 
         Returns:
             Each lane for which the work succeeded and which is still active, with its result.
@@ -56,7 +62,10 @@ class FailureRecovery:
         """
         if not lanes:
             return []
-        active = self.active
+        active, max_split = self.active, self.active.slots.max_lanes_to_evaluate(lanes[0])
+        if can_split and len(lanes) > max_split:
+            parts = [lanes[first : first + max_split] for first in range(0, len(lanes), max_split)]
+            return self._run_in_turn(parts, work, can_split)
         try:
             results = active.process_group.run_on_all(lambda: list(zip(lanes, work(lanes), strict=True)))
         except WorkerError as error:
@@ -69,19 +78,36 @@ class FailureRecovery:
             raise failed
         if failed.fault is Fault.DISK:
             active.process_group.broadcast_from_rank0(partial(active.recorder.wait_for_space, failed))
-            return self.run_isolating_failures(lanes, work)
+            return self.run_isolating_failures(lanes, work, can_split)
+        if failed.fault is Fault.MEMORY and can_split and len(lanes) > 1:
+            active.slots.evaluated_lanes_by_group_key[lanes[0].configuration.group_key] = len(lanes) // 2
+            log.warning(
+                "evaluation: out of memory with %d lanes, now %d at once", len(lanes), len(lanes) // 2
+            )
+            free_memory()
+            return self.run_isolating_failures(lanes, work, can_split)
         if failed.fault is Fault.MEMORY and len(active.lanes) > 1:
             self.halve_lane_group()
             remaining = [lane for lane in lanes if lane.fingerprint in active.lanes]
-            return self.run_isolating_failures(remaining, work)
+            return self.run_isolating_failures(remaining, work, can_split)
         if len(lanes) == 1:
             self.fail(lanes[0], failed)
             return []
         log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
-        results = []
-        for lane in lanes:
-            if lane.fingerprint in active.lanes:
-                results += self.run_isolating_failures([lane], work)
+        return self._run_in_turn([[lane] for lane in lanes], work, can_split)
+
+    def _run_in_turn(
+        self,
+        parts: Sequence[Sequence[Lane]],
+        work: Callable[[Sequence[Lane]], Sequence[T]],
+        can_split: bool,
+    ) -> list[tuple[Lane, T]]:
+        """Run `work` on one part of the lanes after another, without lanes that have left meanwhile."""
+        active = self.active
+        results: list[tuple[Lane, T]] = []
+        for part in parts:
+            remaining = [lane for lane in part if lane.fingerprint in active.lanes]
+            results += self.run_isolating_failures(remaining, work, can_split)
         return [(lane, result) for lane, result in results if lane.fingerprint in active.lanes]
 
     def halve_lane_group(self, mid_step: Sequence[Lane] = ()) -> None:

@@ -162,10 +162,10 @@ class TrainingRounds:
         self.time_use.begin_work(list(active.lanes.values()))
         run_isolating_failures = self.recovery.run_isolating_failures
         evaluate = active.engine.lane_group.evaluate
-        for lane, scored in run_isolating_failures(lanes, partial(evaluate, split="validation")):
+        for lane, scored in run_isolating_failures(lanes, partial(evaluate, split="validation"), True):
             lane.record_scores("validation", scored)
         due = [lane for lane in active.in_state(LaneState.EVALUATING) if lane.is_test_due]
-        for lane, scored in run_isolating_failures(due, partial(evaluate, split="test")):
+        for lane, scored in run_isolating_failures(due, partial(evaluate, split="test"), True):
             lane.record_scores("test", scored)
         self.time_use.add(lanes, "evaluate_seconds")
         self._note_peak_memory()

@@ -19,6 +19,9 @@ class LaneSlots:
     """A lane that has been parked for this long makes room for one that waits."""
     max_lanes_by_group_key: dict[str, int | None] = field(default_factory=dict)
     """Group key -> lanes that fit into memory; None if that is unknown."""
+    evaluated_lanes_by_group_key: dict[str, int] = field(default_factory=dict)
+    """Group key -> lanes that fit into memory in an evaluation, if more did not. An evaluation needs other
+    memory than training: answers are generated with a cache of all their tokens."""
     parked_at: dict[str, float] = field(default_factory=dict)
     """Fingerprint -> time since which the lane has been parked, in the order of parking."""
 
@@ -29,6 +32,10 @@ class LaneSlots:
             now: The time of `time.monotonic`, in seconds.
         """
         return [name for name, since in self.parked_at.items() if now - since > self.spill_seconds]
+
+    def max_lanes_to_evaluate(self, lane: Lane) -> int:
+        """Return how many lanes of the group key of `lane` may be evaluated at once."""
+        return self.evaluated_lanes_by_group_key.get(lane.configuration.group_key, self.count)
 
     def halve(self, lanes: Collection[Lane], mid_step: Sequence[Lane]) -> tuple[int, list[Lane]]:
         """Halve the lane group after an out-of-memory error.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,15 +21,18 @@ import pytest
 import short_of_memory
 import torch
 from full_disk import Disk, mounted
-from pair import process
+from pair import Scenario, WorkerResult, play, process
 from scripted import Script, configuration, leases, numbers_of, solo, tiny_base_model, train
 from short_of_memory import HUGE, LANES, LATER, WIDE, Again
+from torch import distributed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from orchestrator.finetune.engine.checkpoint import read_newest
 from orchestrator.finetune.engine.lane_source import Directive, Lease
+from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.failures import Fault, StoreFullError, TrainerBrokenError, classify_error
-from orchestrator.finetune.process_group import WorkerError
+from orchestrator.finetune.models.base_model import BaseModel
+from orchestrator.finetune.process_group import TorchProcessGroup, WorkerError
 from orchestrator.record import lane_capacity
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -53,6 +57,45 @@ def get(store: Store, point: Configuration) -> Record:
         (OSError(errno.ENOMEM, "Cannot allocate memory"), Fault.MEMORY),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), Fault.DEVICE),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), Fault.DEVICE),
+        # Messages as torch 2.13, NCCL and Triton write them on a GPU.
+        (
+            distributed.DistBackendError(
+                "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, remote "
+                "process exited or there was a network error, NCCL 2.27.5\nncclRemoteError: A call failed"
+            ),
+            Fault.DEVICE,
+        ),
+        (
+            distributed.DistNetworkError("The client socket has failed to connect to any address"),
+            Fault.DEVICE,
+        ),
+        (
+            distributed.DistBackendError(
+                "NCCL error: unhandled cuda error\nncclUnhandledCudaError: Cuda failure 2 'out of memory'"
+            ),
+            Fault.MEMORY,
+        ),
+        (RuntimeError("NCCL communicator was aborted on rank 1"), Fault.DEVICE),
+        (
+            RuntimeError(
+                "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnSgesvdj(handle)`"
+            ),
+            Fault.DEVICE,
+        ),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `create`"), Fault.MEMORY),
+        (RuntimeError("CUDA error: CUSPARSE_STATUS_INTERNAL_ERROR when calling `spmm`"), Fault.DEVICE),
+        (RuntimeError("cuFFT error: CUFFT_EXEC_FAILED"), Fault.DEVICE),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), Fault.DEVICE),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), Fault.MEMORY),
+        (
+            RuntimeError(
+                "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
+                "NumCudaDevices() that might have already set an error? Error 802: system not yet initialized"
+            ),
+            Fault.DEVICE,
+        ),
+        (RuntimeError("Found no NVIDIA driver on your system."), Fault.DEVICE),
+        (RuntimeError("CUDA driver error: unknown error"), Fault.DEVICE),
         (OSError(errno.ENOSPC, "No space left on device"), Fault.DISK),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), Fault.DISK),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), Fault.LANE),
@@ -123,20 +166,56 @@ def test_a_lane_that_does_not_fit_alone_fails_with_advice(tmp_path: Path) -> Non
     assert "DefaultCPUAllocator" in record.traceback
 
 
-@pytest.mark.parametrize("nth", [1, pytest.param(2, marks=pytest.mark.slow), 3])
-def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
-    nth: int, store: Store, tmp_path: Path
-) -> None:
-    """The nth forward pass that scores more than two lanes runs out of memory. This happens in the first
-    split, or in the second split after the first was scored."""
+def out_of_memory_at(nth: int, is_wide: Callable[[int], bool]) -> tuple[BaseModel, list[int]]:
+    """Return a base model whose nth forward pass of an evaluation with `is_wide(rows)` runs out of memory.
+
+    The list is filled with the rows of each such pass.
+    """
     base_model = tiny_base_model(configuration().model)
     forward, wide = base_model.model.forward, []
 
     def raises_out_of_memory(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() and len(kwargs["input_ids"]) > 2 * 16:
+        if not torch.is_grad_enabled() and is_wide(len(kwargs["input_ids"])):
             wide.append(len(kwargs["input_ids"]))
             if len(wide) == nth:
                 raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    base_model.model.forward = raises_out_of_memory
+    return base_model, wide
+
+
+@pytest.mark.parametrize("nth", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_an_evaluation_that_runs_out_of_memory_scores_fewer_lanes_at_once_and_none_leaves(
+    nth: int, store: Store, tmp_path: Path
+) -> None:
+    """The nth forward pass that scores more than two lanes runs out of memory. This happens in the first
+    split, or in the second split after the first was scored."""
+    base_model, wide = out_of_memory_at(nth, lambda rows: rows > 2 * 16)
+    points = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(4)]
+    source = Again(leases(points))
+    train(source, store, load_base_model=lambda choice, task: base_model)
+    assert source.spilled == []
+    assert len(wide) == nth, "later evaluations score two lanes at once"
+    assert min(len(steps) for steps in source.held if steps) == 4, "the lanes train together as before"
+    assert not list(store.lane_capacity.glob("*")), "the number of lanes that train is not limited"
+    for point in points:
+        assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
+
+
+@pytest.mark.parametrize("nth", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
+    nth: int, store: Store, tmp_path: Path
+) -> None:
+    """The evaluation runs out of memory as long as the trainer holds four lanes, first in the nth forward
+    pass that scores several lanes, also when it scores one lane alone."""
+    base_model, wide = out_of_memory_at(nth, lambda rows: rows > 16)
+    forward = base_model.model.forward
+
+    def raises_out_of_memory(*args: Any, **kwargs: Any) -> Any:
+        held = sum(lane.state is not LaneState.ENDED for lane in source.lanes.values())
+        if not torch.is_grad_enabled() and len(wide) >= nth and held == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
     base_model.model.forward = raises_out_of_memory
@@ -144,7 +223,6 @@ def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
     source = Again(leases(points))
     train(source, store, load_base_model=lambda choice, task: base_model)
     assert len(source.spilled) == 2
-    assert len(wide) == nth
     assert source.taken == 4 * len(points)
     for point in points:
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
@@ -243,6 +321,37 @@ def test_a_lost_device_ends_the_trainer_and_fails_no_lane(store: Store, tmp_path
         train(source, store)
     assert source.ended == []
     assert not store.states()
+
+
+class FlappingGroup(TorchProcessGroup):
+    """A process group whose tensors do not arrive, from the second step on."""
+
+    sent = 0
+
+    def all_reduce_(self, tensor: torch.Tensor) -> None:
+        self.sent += 1
+        if self.sent > 1:
+            raise distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3699, ncclRemoteError")
+        super().all_reduce_(tensor)
+
+
+def flap(group: TorchProcessGroup, folder: Path) -> WorkerResult:
+    points = [configuration(seed=seed, steps=4) for seed in range(3)]
+    return play(lambda rank: Scenario(Script(leases(points))), FlappingGroup(), folder)
+
+
+def test_a_broken_connection_of_two_workers_ends_the_trainer_and_fails_no_lane(
+    pair: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "flap").mkdir()
+    found = pair({"flap": flap}, tmp_path)["flap"]
+    for worker in found:
+        assert re.match(
+            "TrainerBrokenError: the device is lost to this process: .*ncclRemoteError", worker.raised
+        )
+        assert worker.ended == worker.spilled == []
+    assert found[0].taken == 3, "the first step was taken"
+    assert not Store(tmp_path / "flap").states()
 
 
 @pytest.mark.gpu
