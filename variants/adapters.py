@@ -181,7 +181,7 @@ class Adapters(AdaptedModel):
         self._run_hook("before_step", lane, step, total_steps, moments)
 
     def after_step(self, lane: str, step: int, total_steps: int, moments: Moments) -> None:
-        """Run the variant's hook after an optimizer step.
+        """Run the variant's hook after an optimizer step, which must be followed by this call.
 
         Args:
             lane: The lane that took the step.
@@ -189,6 +189,10 @@ class Adapters(AdaptedModel):
             total_steps: The number of steps that the lane takes in all.
             moments: Returns the optimizer's state of a parameter.
         """
+        for owner_tensors in self.tensors_by_owner.values():
+            # AdamW's fused kernel writes the parameters without raising their versions, and cached values
+            # that are derived from the parameters are recognized as outdated by the versions.
+            torch.autograd.graph.increment_version(owner_tensors.trainable[lane].values())
         self._run_hook("after_step", lane, step, total_steps, moments)
 
     def _run_hook(self, hook: str, lane: str, step: int, total_steps: int, moments: Moments) -> None:

@@ -196,13 +196,29 @@ class Variant(PeftFormat):
         passes.
 
         Args:
-            params: The lanes' tensors, (K, ...).
+            params: The lanes' tensors and the result of `gradient_constants`, (K, ...).
             layer: The frozen layer.
             scaling: The factor s of each lane, (K, 1, 1), for tensors (K, rows, columns). For a tensor of
                 four dimensions such as (K, experts, out, rank) use `scaling.view(-1, 1, 1, 1)`: otherwise
                 PyTorch aligns the lanes with the experts.
         """
         return params
+
+    def gradient_constants(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+        """Compute the tensors for `prepare` that depend on the parameters but are constants in the gradient.
+
+        They are computed once for each value of a lane's parameters, without a graph, and serve all
+        micro-batches of a step and all batches of an evaluation. `prepare` finds them in its `params`.
+
+        Args:
+            params: The lanes' tensors, (K, ...).
+            layer: The frozen layer.
+            scaling: The factor s of each lane, (K, 1, 1).
+
+        Returns:
+            Tensors (K, ...) under names that no parameter has.
+        """
+        return {}
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
         """Return the outputs of the adapted layer, (K, N, out).

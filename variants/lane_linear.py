@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from variants.base import Batching, FrozenLayer, Params, Variant
 from variants.forward_context import AdapterState, ForwardContext, draw_dropout_masks, split_by_lane
-from variants.lane_tensors import LaneTensors
+from variants.lane_tensors import LaneTensors, stack_by_name
 from variants.targets import is_conv1d
 
 DENSE_RECOMPUTE_NUMEL = 1 << 20
@@ -56,6 +56,7 @@ class LaneLinear(nn.Module):
             weight = stored.detach().t() if is_conv1d(self.base_layer) else stored.detach()
             bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]  # likewise
             self._frozen_layer = FrozenLayer(self.name, weight, None if bias is None else bias.detach())
+            self.own_tensors.gradient_constants.clear()
         return self._frozen_layer
 
     @property
@@ -140,15 +141,33 @@ class LaneLinear(nn.Module):
         """Prepare the lanes' parameters; without gradients only if they have changed."""
         lanes = context.lanes
         if torch.is_grad_enabled():
-            return self.variant.prepare(self._stack_tensors(lanes), layer, scaling)
-        versions = self.own_tensors.versions(lanes)
-        if self.layer_group:
-            versions = versions + self.layer_group.versions(lanes)
+            return self.variant.prepare(self._stack_all(lanes, layer), layer, scaling)
+        versions = self._versions(lanes)
         cached = context.prepared_params.get(self.name)
         if cached is None or cached[0] != versions:
-            cached = versions, self.variant.prepare(self._stack_tensors(lanes), layer, scaling)
+            cached = versions, self.variant.prepare(self._stack_all(lanes, layer), layer, scaling)
             context.prepared_params[self.name] = cached
         return cached[1]
+
+    def _versions(self, lanes: tuple[str, ...]) -> list[int]:
+        """Return numbers that change with every in-place write of a tensor that the lanes use here."""
+        own = self.own_tensors.versions(lanes)
+        return own + self.layer_group.versions(lanes) if self.layer_group else own
+
+    def _stack_all(self, lanes: tuple[str, ...], layer: FrozenLayer) -> dict[str, Tensor]:
+        """Return the tensors of K lanes and the variant's gradient constants for them, each (K, ...)."""
+        if type(self.variant).gradient_constants is Variant.gradient_constants:
+            return self._stack_tensors(lanes)
+        kept = self.own_tensors.gradient_constants
+        stale = tuple(lane for lane in lanes if lane not in kept or kept[lane][0] != self._versions((lane,)))
+        if stale:
+            scaling = self.adapter_state.scaling(self.variant, stale, layer)
+            with torch.no_grad():
+                tensors = self.variant.gradient_constants(self._stack_tensors(stale), layer, scaling)
+            for index, lane in enumerate(stale):
+                kept[lane] = self._versions((lane,)), {name: t[index] for name, t in tensors.items()}
+        constants = [kept[lane][1] for lane in lanes]
+        return {**self._stack_tensors(lanes), **stack_by_name(constants)}
 
     def _forward_one_lane(self, x: Tensor, base: Tensor, lane: str, layer: FrozenLayer) -> Tensor:
         """Compute one lane without keeping a full-size tensor for the backward pass."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 MAX_CACHED_STACKS = 2
 """Number of stacks of frozen tensors to keep: one for the lanes in training, one for those in evaluation."""
+
+
+def stack_by_name(lanes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of K lanes as (K, ...) by name; views if there is one lane."""
+    if len(lanes) == 1:
+        return {name: tensor.unsqueeze(0) for name, tensor in lanes[0].items()}
+    return {name: torch.stack([each[name] for each in lanes]) for name in lanes[0]}
 
 
 class LaneTensors:
@@ -21,6 +28,8 @@ class LaneTensors:
         hook_only_buffers: Names of the frozen tensors that only hooks read.
         trainable: Lane -> name -> parameter.
         frozen: Lane -> name -> frozen tensor.
+        gradient_constants: Lane -> (versions, result of `Variant.gradient_constants` without the lane
+            dimension) for the values that its tensors had at these versions.
     """
 
     def __init__(
@@ -29,6 +38,7 @@ class LaneTensors:
         self.mutable_buffers, self.hook_only_buffers = mutable_buffers, hook_only_buffers
         self.trainable: dict[str, dict[str, nn.Parameter]] = {}
         self.frozen: dict[str, dict[str, Tensor]] = {}
+        self.gradient_constants: dict[str, tuple[list[int], dict[str, Tensor]]] = {}
         self._cached_stacks: dict[tuple[str, ...], tuple[list[int], dict[str, Tensor]]] = {}
 
     def add_lane(
@@ -58,6 +68,7 @@ class LaneTensors:
     def remove_lane(self, lane: str) -> None:
         """Delete a lane's tensors."""
         del self.trainable[lane], self.frozen[lane]
+        self.gradient_constants.pop(lane, None)
         self._cached_stacks.clear()
 
     def lane_tensors(self, lane: str) -> dict[str, Tensor]:
@@ -70,9 +81,9 @@ class LaneTensors:
         frozen = [
             {n: t for n, t in self.frozen[lane].items() if n not in self.hook_only_buffers} for lane in lanes
         ]
+        stacked = stack_by_name(parameters)
         if len(lanes) == 1:
-            return {name: tensor.unsqueeze(0) for name, tensor in {**parameters[0], **frozen[0]}.items()}
-        stacked = {name: torch.stack([each[name] for each in parameters]) for name in parameters[0]}
+            return {**stacked, **stack_by_name(frozen)}
         if not frozen[0]:
             return stacked
         # Frozen tensors are stacked again only after a hook has written one of them.
@@ -80,10 +91,12 @@ class LaneTensors:
         if lanes not in self._cached_stacks or self._cached_stacks[lanes][0] != versions:
             if len(self._cached_stacks) >= MAX_CACHED_STACKS:
                 self._cached_stacks.pop(next(iter(self._cached_stacks)))
-            stacked_frozen = {name: torch.stack([each[name] for each in frozen]) for name in frozen[0]}
-            self._cached_stacks[lanes] = (versions, stacked_frozen)
+            self._cached_stacks[lanes] = (versions, stack_by_name(frozen))
         return {**stacked, **self._cached_stacks[lanes][1]}
 
     def versions(self, lanes: tuple[str, ...]) -> list[int]:
-        """Return numbers that change with every in-place write of one of the lanes' tensors."""
+        """Return numbers that change with every in-place write of one of the lanes' tensors.
+
+        AdamW's fused kernel does not change them; `Adapters.after_step` does so after each optimizer step.
+        """
         return [t._version for lane in lanes for t in self.lane_tensors(lane).values()]

@@ -71,9 +71,9 @@ def test_dora_keeps_a_row_of_zeros_finite() -> None:
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 5, 25)
     scaling = torch.full((1, 1, 1), 2.0)
-    out = variant.forward(
-        x, x @ frozen_layer.weight.T, variant.prepare(one, frozen_layer, scaling), frozen_layer, scaling
-    )
+    constants = variant.gradient_constants(one, frozen_layer, scaling)
+    prepared = variant.prepare({**one, **constants}, frozen_layer, scaling)
+    out = variant.forward(x, x @ frozen_layer.weight.T, prepared, frozen_layer, scaling)
     assert torch.equal(out, x @ frozen_layer.weight.T)
 
 

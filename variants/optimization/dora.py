@@ -12,6 +12,10 @@ from variants.base import FrozenLayer, InitialTensors, Params, VariantSettings, 
 from variants.baseline.lora import LoRA
 
 
+CAST_NUMEL = 1 << 22
+"""Values of W that are cast to the lanes' dtype at once: 16 MiB in float32."""
+
+
 class DoRA(LoRA):
     """W' = (m / n) (W + s B A) with n = row norms of W + s B A and s = alpha / rank.
 
@@ -20,7 +24,7 @@ class DoRA(LoRA):
     Parameters: rank * (in + out) + out per layer.
 
     The gradient treats n as a constant (section 4.3 of the paper; the authors' code and PEFT do the same).
-    n is computed without a full-size W + s B A, from
+    n is computed once for each value of A and B, without a full-size W + s B A, from
     n^2 = |W|^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum(B (A A^T) * B),
     in float32 or float64 whatever the base model's dtype is. As in the authors' code, dropout also applies to
     the part of the change that comes from the frozen layer.
@@ -36,9 +40,12 @@ class DoRA(LoRA):
         initial.trainable["m"] = _squared_row_norms(layer).sqrt()
         return initial
 
+    def gradient_constants(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+        return {"n": _row_norms(*pad_rank_one(params["A"], params["B"]), layer, scaling)}
+
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
         a, b = pad_rank_one(params["A"], params["B"])
-        gain = params["m"] / _row_norms(a, b, layer, scaling)
+        gain = params["m"] / params["n"]
         return {"A": a, "sB": b * (gain.unsqueeze(2) * scaling), "more": gain.unsqueeze(1) - 1}
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
@@ -61,15 +68,24 @@ class DoRA(LoRA):
 def _squared_row_norms(layer: FrozenLayer) -> Tensor:
     """Return the squared norm of each row of W, (out,)."""
     if "squared rows" not in layer.cache:
-        layer.cache["squared rows"] = layer.weight.to(layer.dtype).square().sum(1)
+        parts = [part.to(layer.dtype).square().sum(1) for part in _split_rows(layer)]
+        layer.cache["squared rows"] = torch.cat(parts)
     return layer.cache["squared rows"]
+
+
+def _split_rows(layer: FrozenLayer) -> tuple[Tensor, ...]:
+    """Return W as blocks of rows, so that a cast to another dtype needs little memory."""
+    return layer.weight.split(max(1, CAST_NUMEL // layer.weight.shape[1]))
 
 
 @torch.no_grad()
 def _row_norms(a: Tensor, b: Tensor, layer: FrozenLayer, scaling: Tensor) -> Tensor:
     """Return the row norms of W + s B A, (K, out), for A (K, rank, in) and B (K, out, rank)."""
-    weight = layer.weight.to(layer.dtype).expand(len(a), -1, -1)
-    cross = (b * torch.bmm(weight, a.transpose(1, 2))).sum(2)
+    products = [
+        torch.bmm(part.to(layer.dtype).expand(len(a), -1, -1), a.transpose(1, 2))
+        for part in _split_rows(layer)
+    ]
+    cross = (b * (torch.cat(products, 1) if len(products) > 1 else products[0])).sum(2)
     square = (b * torch.bmm(b, torch.bmm(a, a.transpose(1, 2)))).sum(2)
     s = scaling.squeeze(2)
     total = _squared_row_norms(layer) + 2 * s * cross + s * s * square
