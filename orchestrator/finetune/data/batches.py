@@ -47,25 +47,56 @@ class Row:
     """The image of an image task."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows that are padded to one length, on the CPU."""
+class PaddedRows:
+    """Rows that are padded on the right to one length."""
 
     ids: Tensor
     """Token ids, (rows, length) int64; (rows, 0) for images."""
+    lengths: Tensor
+    """The length of each row without padding, (rows,) int64."""
+    second_segment_starts: Tensor | None
+    """The index at which each row's second text begins, or the row's length without one, (rows,) int64; None
+    if no row has a second text."""
+
+    @property
+    def length(self) -> int:
+        """The padded length of the rows."""
+        return self.ids.shape[1]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """A mask that is False at padding, (rows, length) bool; (rows, 0) for images."""
+        return torch.arange(self.length, device=self.lengths.device) < self.lengths.unsqueeze(1)
+
+    @property
+    def token_type_ids(self) -> Tensor | None:
+        """Token types: 1 in the second text, 0 elsewhere, (rows, length) int64.
+
+        None if no row has a second text.
+        """
+        if self.second_segment_starts is None:
+            return None
+        columns = torch.arange(self.length, device=self.lengths.device)
+        return (self.attention_mask & (columns >= self.second_segment_starts.unsqueeze(1))).long()
+
+
+@dataclass(frozen=True)
+class Batch(PaddedRows):
+    """Padded rows on the CPU, with their labels."""
+
+    ids: Tensor
     targets: Tensor
     """Labels, (rows, length) int64, or float64 for a regression task; (rows, 1) for images."""
     lengths: Tensor
-    """The length of each row without padding, (rows,) int64."""
     second_segment_starts: Tensor | None = None
-    """The index at which each row's second text begins, or the row's length without one, (rows,) int64; None
-    if no row has a second text."""
     images: tuple[Image, ...] = ()
     """One image per row for an image task, else none."""
 
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Batch:
         """Return the rows of batches of equal length as one batch."""
+        if len(batches) == 1:
+            return batches[0]
         starts = [b.lengths if b.second_segment_starts is None else b.second_segment_starts for b in batches]
         has_pairs = any(b.second_segment_starts is not None for b in batches)
         return cls(
@@ -86,10 +117,10 @@ class Batch:
             self.images[first:last],
         )
 
-    @property
-    def length(self) -> int:
-        """The padded length of the rows."""
-        return self.ids.shape[1]
+    @cached_property
+    def target_positions(self) -> Tensor:
+        """The indices, in the flattened targets, of those that count in the loss, (targets,) int64."""
+        return (self.targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
 
     @cached_property
     def target_counts(self) -> tuple[int, ...]:
@@ -99,37 +130,18 @@ class Batch:
     @property
     def target_count(self) -> int:
         """The number of targets that count in the loss."""
-        return sum(self.target_counts)
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """A mask that is False at padding, (rows, length) bool; (rows, 0) for images."""
-        return torch.arange(self.length) < self.lengths.unsqueeze(1)
-
-    @property
-    def token_type_ids(self) -> Tensor | None:
-        """Token types: 1 in the second text, 0 elsewhere, (rows, length) int64.
-
-        None if no row has a second text.
-        """
-        if self.second_segment_starts is None:
-            return None
-        in_second_text = torch.arange(self.length) >= self.second_segment_starts.unsqueeze(1)
-        return (self.attention_mask & in_second_text).long()
+        return len(self.target_positions)
 
 
 def bucket_length(length: int, max_row_length: int) -> int:
-    """Return the length that a row is padded to: 8, 16, 24, 32, 48, 64, 96, ... (2^k and 1.5 * 2^k).
+    """Return the length that a row is padded to: 8, 16, 24, 32, 48, 64, and then multiples of 64.
 
     Args:
         length: The length of the row. 0, the length of images, stays 0.
         max_row_length: The largest padded length, unless `length` is larger.
     """
-    if length == 0:
-        return 0
-    power = 1 << max(3, (length - 1).bit_length())
-    three_quarters = power * 3 // 4
-    size = three_quarters if power > 16 and length <= three_quarters else power
+    unit = 8 if length <= 32 else 16 if length <= 64 else 64
+    size = -(-length // unit) * unit
     return min(size, max(max_row_length, length))
 
 
@@ -274,15 +286,19 @@ def _to_row(example: Example, encoded: EncodedExample, task: Task, max_length: i
 
 def pad_rows(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:
     """Pad rows on the right to `length` and return them as a batch."""
-    ids = torch.tensor([[*r.ids, *[pad_token_id] * (length - len(r.ids))] for r in rows], dtype=torch.int64)
-    dtype = torch.float64 if any(isinstance(r.targets[-1], float) for r in rows) else torch.int64
-    padded_targets = [[*r.targets, *[IGNORE_INDEX] * (length - len(r.targets))] for r in rows]
-    targets = torch.tensor(padded_targets, dtype=dtype)
+    is_regression = any(isinstance(r.targets[-1], float) for r in rows)
+    # NumPy converts a tuple several times faster than torch.tensor.
+    ids = np.full((len(rows), length), pad_token_id, np.int64)
+    targets = np.full((len(rows), length or 1), IGNORE_INDEX, np.float64 if is_regression else np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row.ids)] = row.ids
+        targets[number, : len(row.targets)] = row.targets
     lengths = [len(r.ids) for r in rows]
     segment_starts = [len(r.ids) if (n := r.second_segment_start) is None else n for r in rows]
     second_segment_starts = torch.tensor(segment_starts) if segment_starts != lengths else None
     images = tuple(r.image for r in rows if r.image is not None)
-    return Batch(ids, targets, torch.tensor(lengths), second_segment_starts, images)
+    tensors = torch.from_numpy(ids), torch.from_numpy(targets), torch.tensor(lengths)
+    return Batch(*tensors, second_segment_starts, images)
 
 
 def make_training_batch(

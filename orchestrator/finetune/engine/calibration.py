@@ -20,7 +20,7 @@ from torch import Tensor
 
 from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.lane import variant_settings
-from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
+from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig
 from orchestrator.util.atomic_files import DamagedFileError
@@ -116,8 +116,7 @@ def _calibration_losses(lane_group: LaneGroup, configuration: Configuration) -> 
     needs_gradient = adapters.variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
     with nullcontext() if needs_gradient else torch.no_grad():
         for number in range(count):
-            batch = lane_group.micro_batch(configuration, number)
-            with adapters.disable_adapters(heads, batch.attention_mask.to(lane_group.base_model.device)):
-                logits, labels = compute_logits(lane_group.base_model, lane_group.data.task, batch)
-                yield compute_losses(logits, labels, lane_group.data.task).mean()
+            batch = lane_group.calibration_batch(configuration, number)
+            with adapters.disable_adapters(heads, batch.attention_mask):
+                yield compute_objective(lane_group.base_model, lane_group.data.task, batch)[0]
             lane_group.on_batch()

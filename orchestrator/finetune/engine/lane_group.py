@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from orchestrator.finetune.data import dataset_cache
 from orchestrator.finetune.data.batches import Batch, Row, compute_max_row_length, make_training_batch
+from orchestrator.finetune.data.device_batch import DeviceBatch, copy_without_waiting
+from orchestrator.finetune.data.step_batches import (
+    Share,
+    StepBatches,
+    StepBatchLoader,
+    StepKey,
+    assign_rows,
+)
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.evaluation import baseline_scores
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
-from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
+from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
@@ -118,6 +125,7 @@ class LaneGroup:
     ) -> None:
         self.base_model, self.adapters = base_model, adapters
         self.data, self.process_group, self.on_batch = data, process_group, on_batch
+        self._loader: StepBatchLoader | None = None
 
     def backward(self, lanes: Sequence[Lane]) -> tuple[Tensor, Sequence[int]]:
         """Compute this worker's part of the gradients of one optimizer step of every lane.
@@ -125,43 +133,43 @@ class LaneGroup:
         The gradients are left in the lanes' parameters and nothing else changes, so the call can be repeated
         after an error. The loss of a lane is the sum over its target tokens, divided by the number of target
         tokens in its whole accumulated batch on all workers. One backward pass over the sum of the lanes'
-        losses gives each lane its own gradient, because no two lanes share a parameter.
+        losses gives each lane its own gradient, because no two lanes share a parameter. On a GPU the host
+        queues the whole step without waiting for the device.
 
         Returns:
             The losses of the K lanes, shape (K,), and the target tokens of each lane's batch on all workers.
             With several workers the tensor continues with one flag for each parameter (1 if it has a gradient
             here) and with all gradients, flattened.
         """
-        if self.data.task.inputs == "image":
-            upcoming = [batch for n in (0, 1) for lane in lanes for batch in self._micro_batches(lane, n)]
-            self.base_model.processor.prefetch(
-                image for batch in upcoming for image in batch.images[slice(*self._own_rows(len(batch.ids)))]
-            )
-        micro_batches = [self._micro_batches(lane) for lane in lanes]
-        token_counts = [sum(batch.target_count for batch in batches) for batches in micro_batches]
+        steps = self._load_batches(lanes)
+        token_counts = [step.target_count for step in steps]
         losses_by_lane: list[list[Tensor]] = [[] for _ in lanes]
         for lane in lanes:
             lane.optimizer.zero_grad(set_to_none=True)
-        for micro in range(len(micro_batches[0])):
+        sizes = lanes[0].configuration.batches  # equal for all lanes of a group
+        for number, share in enumerate(
+            assign_rows(sizes, self.process_group.rank, self.process_group.world_size)
+        ):
             # Lanes of equal length only are batched together, so that no lane's result depends on padding.
             groups: dict[int, list[int]] = {}
-            for index, batches in enumerate(micro_batches):
-                groups.setdefault(batches[micro].length, []).append(index)
+            for index, step in enumerate(steps):
+                groups.setdefault(step.batches[number].length, []).append(index)
             for group in groups.values():
-                micro_losses = self._backward_micro_batch(
+                parts = self._backward_micro_batch(
                     [lanes[i] for i in group],
-                    [micro_batches[i][micro] for i in group],
+                    [steps[i].batches[number] for i in group],
                     [token_counts[i] for i in group],
-                    micro,
+                    share,
                 )
-                for index, part in zip(group, micro_losses, strict=True):
+                for index, part in zip(group, parts, strict=True):
                     losses_by_lane[index].append(part)
         flat = torch.stack([torch.stack(of).sum() for of in losses_by_lane])
         if self.process_group.world_size > 1:
             # Allocated here, not in `reduce_gradients`: an out-of-memory error must come before the
             # all-reduce, in which the other workers would wait.
             parameters = [p for lane in lanes for p in lane.parameters.values()]
-            has_gradient = flat.new_tensor([float(p.grad is not None) for p in parameters])
+            flags = torch.tensor([p.grad is not None for p in parameters], dtype=flat.dtype)
+            has_gradient = copy_without_waiting(flags, flat.device)
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             flat = torch.cat([flat, has_gradient, *(g.flatten().to(flat.dtype) for g in gradients)])
         return flat, token_counts
@@ -173,22 +181,34 @@ class LaneGroup:
 
         All workers must call this method, with the results of their `backward`.
         """
+        has_gradient = flat_tensor.new_empty(0)
+        parameters = [p for lane in lanes for p in lane.parameters.values()]
         if self.process_group.world_size > 1:
             self.process_group.all_reduce_(flat_tensor)
-            parameters = [p for lane in lanes for p in lane.parameters.values()]
             sizes = [len(lanes), len(parameters), *(p.numel() for p in parameters)]
             flat_tensor, has_gradient, *summed = flat_tensor.split(sizes)
-            for parameter, anyone, total in zip(parameters, has_gradient.tolist(), summed, strict=True):
-                parameter.grad = total.view_as(parameter).to(parameter.dtype) if anyone else None
-        # One copy from the device for all lanes, because each copy waits for the device.
+            for parameter, total in zip(parameters, summed, strict=True):
+                parameter.grad = total.view_as(parameter).to(parameter.dtype)
+        # One copy from the device for everything, because each copy waits for the device.
         norms = torch.stack([_gradient_norm(lane) for lane in lanes]).to(flat_tensor.dtype)
-        losses, gradient_norms = torch.stack([flat_tensor, norms]).tolist()
+        numbers = torch.cat([flat_tensor, norms, has_gradient]).tolist()
+        losses, gradient_norms = numbers[: len(lanes)], numbers[len(lanes) : 2 * len(lanes)]
+        for parameter, workers in zip(parameters, numbers[2 * len(lanes) :], strict=False):
+            if workers == 0:  # no worker has a gradient, so it is not the zero that the optimizer would see
+                parameter.grad = None
         return list(map(BackwardResult, losses, gradient_norms, token_counts))
 
-    def micro_batch(self, configuration: Configuration, number: int) -> Batch:
-        """Return a micro-batch of a configuration, counted from the start of its training."""
+    def calibration_batch(self, configuration: Configuration, number: int) -> DeviceBatch:
+        """Return rows in the order in which a configuration draws them, as many as in a micro-batch.
+
+        A micro-batch itself would not do: those of a step are sorted by length.
+
+        Args:
+            configuration: The configuration.
+            number: The number of the batch, counted from the start of training.
+        """
         count = configuration.batches.micro_batch_size
-        return make_training_batch(
+        batch = make_training_batch(
             self.data.train,
             configuration.seed,
             number * count,
@@ -196,57 +216,67 @@ class LaneGroup:
             compute_max_row_length(self.data.task, configuration.batches.max_length),
             self.base_model.processor.pad_token_id,
         )
+        return DeviceBatch.copy_to(self.base_model.device, [batch])
 
-    def _micro_batches(self, lane: Lane, steps_ahead: int = 0) -> list[Batch]:
-        """Return the micro-batches of the lane's next step, or of one that many steps later."""
-        count = lane.configuration.batches.accumulation_steps
-        first = (lane.step + steps_ahead) * count
-        return [self.micro_batch(lane.configuration, number) for number in range(first, first + count)]
-
-    def _own_rows(self, rows: int) -> tuple[int, int]:
-        """Return this worker's rows of a micro-batch of `rows` rows as a half-open range."""
-        mine = np.array_split(np.arange(rows), self.process_group.world_size)[self.process_group.rank]
-        return int(mine[0]), int(mine[-1]) + 1
+    def _load_batches(self, lanes: Sequence[Lane]) -> list[StepBatches]:
+        """Return this worker's batches of the lanes' next step."""
+        is_image_task = self.data.task.inputs == "image"
+        if self._loader is None:
+            max_length = lanes[0].configuration.batches.max_length
+            self._loader = StepBatchLoader(
+                self.data.train,
+                compute_max_row_length(self.data.task, max_length),
+                self.base_model.processor.pad_token_id,
+                (self.process_group.rank, self.process_group.world_size),
+                # On a CPU the thread would take the core that the model computes on.
+                ahead=self.base_model.device.type == "cuda" and not is_image_task,
+            )
+        keys = [StepKey(lane.configuration.seed, lane.step, lane.configuration.batches) for lane in lanes]
+        upcoming = [
+            key._replace(step=key.step + 1)
+            for key, lane in zip(keys, lanes, strict=True)
+            if key.step + 1 < lane.configuration.lr_schedule.steps
+        ]
+        if is_image_task:
+            both = self._loader.load([*keys, *upcoming])
+            self.base_model.processor.prefetch(i for s in both for b in s.batches for i in b.images)
+            return both[: len(keys)]
+        return self._loader.load(keys, upcoming)
 
     def _backward_micro_batch(
-        self, lanes: Sequence[Lane], batches: Sequence[Batch], token_counts: Sequence[int], micro: int
+        self, lanes: Sequence[Lane], batches: Sequence[Batch], token_counts: Sequence[int], share: Share
     ) -> Sequence[Tensor]:
         """Run forward and backward over this worker's rows of one micro-batch of each lane.
 
         Args:
             lanes: Lanes whose micro-batches have equal length.
-            batches: One micro-batch a lane, with the rows of all workers.
+            batches: This worker's rows of the micro-batch of each lane.
             token_counts: Target tokens of each lane's accumulated batch, by which its loss is divided.
-            micro: The number of the micro-batch within the step, which seeds dropout.
+            share: The number of the micro-batch within the step, which seeds dropout, and its rows.
 
         Returns:
             For each lane, these rows' part of its loss, a detached scalar.
         """
-        row_count = len(batches[0].ids)
-        first, last = self._own_rows(row_count)
-        own_batches = [batch.slice_rows(first, last) for batch in batches]
-        joined_batch = Batch.concatenate(own_batches)
-        needs_mask = self.adapters.variant.has_auxiliary_loss
+        sizes = lanes[0].configuration.batches
+        row_count = share.last_row - share.first_row
+        batch = DeviceBatch.copy_to(self.base_model.device, batches, [1 / n for n in token_counts])
         with self.adapters.activate_lanes(
             [lane.fingerprint for lane in lanes],
             [lane.step for lane in lanes],
-            micro,
-            rows_per_lane=last - first,
-            shard=(first, row_count),
-            attention_mask=joined_batch.attention_mask.to(self.base_model.device) if needs_mask else None,
+            share.micro_batch,
+            rows_per_lane=row_count,
+            shard=(share.first_row, sizes.micro_batch_size),
+            attention_mask=batch.attention_mask if self.adapters.variant.has_auxiliary_loss else None,
         ) as now:
-            logits, labels = compute_logits(self.base_model, self.data.task, joined_batch)
-            losses = compute_losses(logits, labels, self.data.task)
-            by_lane = losses.split([batch.target_count for batch in own_batches])
-            lane_losses = torch.stack([x.sum() / n for x, n in zip(by_lane, token_counts, strict=True)])
-            objective = lane_losses.sum()
+            objective, losses = compute_objective(self.base_model, self.data.task, batch)
             if (extra := now.auxiliary_loss()) is not None:
                 # The auxiliary loss is a mean over these rows: weighted by their share of the step's rows,
                 # the parts add up to one mean over the step.
-                accumulation = lanes[0].configuration.batches.accumulation_steps
-                objective = objective + extra.sum() * ((last - first) / (row_count * accumulation))
+                step_rows = sizes.micro_batch_size * sizes.accumulation_steps
+                objective = objective + extra.sum() * (row_count / step_rows)
             objective.backward()
-        return lane_losses.detach().unbind()
+        weighted = losses * batch.weights.to(losses.dtype)
+        return [part.sum() for part in weighted.split(batch.lane_target_counts)]
 
     def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
         """Score the lanes on a split, in the order of `lanes`.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from orchestrator.finetune.data.batches import Batch, Row, pad_rows, plan_batches
+from orchestrator.finetune.data.device_batch import DeviceBatch
 from orchestrator.finetune.evaluation import metrics
-from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
+from orchestrator.finetune.evaluation.forward import predict
 from orchestrator.finetune.evaluation.generate import generate_answers
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
@@ -166,17 +167,13 @@ def _predict_targets(
     process_group: ProcessGroup,
     on_batch: Callable[[], None],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return losses and predictions, each (lanes, targets) float64, in the order of the batch plan.
-
-    A prediction is the index of the largest logit, or the value that a regression head gives.
-    """
+    """Return losses and predictions, each (lanes, targets) float64, in the order of the batch plan."""
     values: list[Tensor] = []  # for each batch of this process: losses and predictions, (2, lanes, targets)
     with lane_rows():
         for number in range(process_group.rank, len(split.batch_plan), process_group.world_size):
             batch = split.batch(number)
-            logits, labels = compute_logits(base_model, task, Batch.concatenate([batch] * lane_count))
-            losses = compute_losses(logits, labels, task)
-            predictions = logits.squeeze(1) if task.output == "regression" else logits.argmax(dim=-1)
+            on_device = DeviceBatch.copy_to(base_model.device, [batch] * lane_count)
+            losses, predictions = predict(base_model, task, on_device)
             values.append(torch.stack([losses, predictions.to(losses.dtype)]).view(2, lane_count, -1))
             on_batch()
     # One copy from the device for all batches, because each copy waits for the device.

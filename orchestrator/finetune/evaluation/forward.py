@@ -1,4 +1,4 @@
-"""Forward passes that give logits and losses only where a target counts in the loss."""
+"""Forward passes that compute losses only where a target counts in the loss."""
 
 from __future__ import annotations
 
@@ -12,14 +12,52 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from orchestrator.finetune.data.batches import Batch
+from orchestrator.finetune.data.device_batch import DeviceBatch
+from orchestrator.finetune.evaluation import token_loss
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.tasks.base import IGNORE_INDEX, Task
+from orchestrator.finetune.models.output_layer import find_frozen_output_layer
+from orchestrator.finetune.models.unpacked_rows import without_packing_check
+from orchestrator.finetune.tasks.base import Task
+
+
+def compute_objective(base_model: BaseModel, task: Task, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+    """Compute what a backward pass minimizes.
+
+    Args:
+        base_model: The base model, inside a context that activates lanes.
+        task: The task.
+        batch: The rows of the lanes.
+
+    Returns:
+        The sum of the losses times `batch.weights`, a scalar with a gradient; and the loss of each target,
+        (targets,), detached, in float32 or float64: the cross-entropy in nats, or the squared error for a
+        regression task.
+    """
+    if (layer := _get_output_layer(base_model, task)) is not None:
+        hidden = _compute_hidden_states(base_model, batch)
+        return token_loss.compute_objective(
+            hidden, layer, batch.labels, batch.weights, batch.lane_target_counts
+        )
+    losses = compute_losses(_compute_logits(base_model, task, batch), batch.labels, task)
+    return losses @ batch.weights.to(losses.dtype), losses.detach()
+
+
+def predict(base_model: BaseModel, task: Task, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+    """Return the loss and the prediction of each target, (targets,) each.
+
+    A prediction is the index of the largest logit, or the value that a regression head gives. The arguments
+    are those of `compute_objective`. Call it without gradients.
+    """
+    if (layer := _get_output_layer(base_model, task)) is not None:
+        hidden = _compute_hidden_states(base_model, batch)
+        return token_loss.predict_tokens(hidden, layer, batch.labels, batch.lane_target_counts)
+    logits = _compute_logits(base_model, task, batch)
+    predictions = logits.squeeze(1) if task.output == "regression" else logits.argmax(dim=-1)
+    return compute_losses(logits, batch.labels, task), predictions
 
 
 def compute_logits(base_model: BaseModel, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
     """Compute the logits of the targets that count in the loss.
-
-    Indices are computed on the CPU, where targets are, so that the host need not wait for the device.
 
     Args:
         base_model: The base model, inside a context that activates lanes.
@@ -30,11 +68,8 @@ def compute_logits(base_model: BaseModel, task: Task, batch: Batch) -> tuple[Ten
         Logits, (targets, classes), and labels, (targets,), on the device, row after row. The classes are the
         vocabulary or those of the head; a regression head has one output.
     """
-    if batch.images:
-        return _compute_image_logits(base_model, batch)
-    if task.has_head:
-        return _compute_head_logits(base_model, batch)
-    return _compute_token_logits(base_model, batch)
+    on_device = DeviceBatch.copy_to(base_model.device, [batch])
+    return _compute_logits(base_model, task, on_device), on_device.labels
 
 
 def compute_losses(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
@@ -54,29 +89,46 @@ def compute_losses(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
     return cross_entropy(logits, labels, reduction="none")
 
 
-def _compute_token_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Compute the logits of a language model at positions with a label.
+def _get_output_layer(base_model: BaseModel, task: Task) -> torch.nn.Linear | None:
+    """Return the layer whose logits need not be kept: frozen, and the last one of a language model."""
+    if task.has_head or task.inputs == "image":
+        return None
+    layer = find_frozen_output_layer(base_model.model)
+    return layer if layer is not None and base_model.ends_with_output_layer else None
 
-    The output layer is a large part of a small model's cost. Where the model takes `logits_to_keep`, it runs
-    only over the columns in which some row has a label.
+
+def _compute_hidden_states(base_model: BaseModel, batch: DeviceBatch) -> Tensor:
+    """Compute the last hidden states of a language model at the targets, (targets, hidden size)."""
+    with without_packing_check():
+        states = base_model.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    return states.flatten(0, 1).index_select(0, batch.target_positions)
+
+
+def _compute_logits(base_model: BaseModel, task: Task, batch: DeviceBatch) -> Tensor:
+    with without_packing_check():
+        if batch.images:
+            return _compute_image_logits(base_model, batch)
+        if task.has_head:
+            return _compute_head_logits(base_model, batch)
+        return _compute_token_logits(base_model, batch)
+
+
+def _compute_token_logits(base_model: BaseModel, batch: DeviceBatch) -> Tensor:
+    """Compute the logits of a language model with the model's own forward method.
+
+    Where that takes `logits_to_keep`, the output layer runs only from the first column that has a target on.
     """
-    model, device, targets = base_model.model, base_model.device, batch.targets
-    ids = batch.ids.to(device)
-    has_label = targets != IGNORE_INDEX
-    columns = has_label.any(dim=0).nonzero().squeeze(1)
-    if accepts_logits_to_keep(type(model).forward) and len(columns) < targets.shape[1]:
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns.to(device)).logits
-        has_label, targets = has_label[:, columns], targets[:, columns]
-    else:
-        logits = model(input_ids=ids, use_cache=False).logits
-    logits = logits.flatten(0, 1)
-    label_positions = has_label.flatten().nonzero().squeeze(1)
-    if len(label_positions) < len(logits):
-        logits = logits[label_positions.to(device)]
-    return logits, targets.flatten()[label_positions].to(device)
+    model, length, first = base_model.model, batch.length, 0
+    options: dict[str, Any] = {}
+    if accepts_logits_to_keep(type(model).forward):
+        first = batch.first_target_column
+        options["logits_to_keep"] = length - first
+    logits = model(input_ids=batch.ids, use_cache=False, **options).logits
+    rows = batch.target_positions // length
+    return logits.flatten(0, 1).index_select(0, batch.target_positions - (rows + 1) * first)
 
 
-def _compute_head_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def _compute_head_logits(base_model: BaseModel, batch: DeviceBatch) -> Tensor:
     """Compute the logits of a head for texts.
 
     The head of a causal model reads the last token before padding, so no attention mask is needed. Other
@@ -84,26 +136,27 @@ def _compute_head_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, T
     batch without padding, and the attention kernel of a row would then depend on the other rows. The mask is
     plain only where transformers combines it with a sliding window, or where a convolution needs it as well.
     """
-    model_inputs: dict[str, Any] = {"input_ids": batch.ids.to(base_model.device)}
+    model_inputs: dict[str, Any] = {"input_ids": batch.ids}
     if base_model.has_token_types and (types := batch.token_type_ids) is not None:
-        model_inputs["token_type_ids"] = types.to(base_model.device)
+        model_inputs["token_type_ids"] = types
     if base_model.is_causal:
         model_inputs["use_cache"] = False
     else:
-        mask = batch.attention_mask.to(base_model.device)
+        mask = batch.attention_mask
         if base_model.has_convolution:
             mask = mask.long()
         elif not base_model.has_sliding_window:
             mask = mask[:, None, None, :]
         model_inputs["attention_mask"] = mask
-    labels = batch.targets[batch.targets != IGNORE_INDEX]
-    return base_model.model(**model_inputs).logits, labels.to(base_model.device)
+    logits: Tensor = base_model.model(**model_inputs).logits
+    return logits
 
 
-def _compute_image_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def _compute_image_logits(base_model: BaseModel, batch: DeviceBatch) -> Tensor:
     """Compute the logits of a head for images, which all have the same number of patches: none is masked."""
     pixels = base_model.processor.pixel_values(batch.images, base_model.device, base_model.model.dtype)
-    return base_model.model(pixel_values=pixels).logits, batch.targets.flatten().to(base_model.device)
+    logits: Tensor = base_model.model(pixel_values=pixels).logits
+    return logits
 
 
 @lru_cache

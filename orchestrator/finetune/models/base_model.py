@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.finetune.models import output_layer
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,6 +53,14 @@ class BaseModel:
         """Return whether the model is a DeBERTa-v2 with a convolution (xlarge), which also reads padding."""
         config = self.model.config
         return config.model_type == "deberta-v2" and getattr(config, "conv_kernel_size", 0) > 0
+
+    @cached_property
+    def ends_with_output_layer(self) -> bool:
+        """Return whether a language model's logits are the result of its output layer alone.
+
+        It is first read when the model is loaded, before layers are adapted.
+        """
+        return output_layer.ends_with_output_layer(self.model)
 
 
 def is_causal(model: Any) -> bool:

@@ -67,8 +67,10 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
     base_model = BaseModel(model, processor, device, head_names)
-    if not task.has_head and model_checks.attends_to_future_tokens(base_model):
-        raise model_checks.not_causal_error(model, choice.name)
+    if not task.has_head:
+        if model_checks.attends_to_future_tokens(base_model):
+            raise model_checks.not_causal_error(model, choice.name)
+        base_model.ends_with_output_layer  # noqa: B018 (kept; later, adapters are attached)
     if task.has_head and task.inputs == "text":
         model_checks.check_head_pooling(model, choice.name)
         # The head of a causal model reads the last token before padding.

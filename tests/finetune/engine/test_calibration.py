@@ -103,7 +103,7 @@ def test_calibration_uses_the_batches_that_the_lane_trains_on(variant: str, stor
 
     def load(choice: ModelChoice, task: Task) -> BaseModel:
         base_model = tiny_base_model(choice, task)
-        base_model.model.register_forward_pre_hook(
+        base_model.model.base_model.register_forward_pre_hook(
             lambda model, args, given: seen.append(given["input_ids"]), with_kwargs=True
         )
         return base_model

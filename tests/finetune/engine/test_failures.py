@@ -172,7 +172,7 @@ def out_of_memory_at(nth: int, is_wide: Callable[[int], bool]) -> tuple[BaseMode
     The list is filled with the rows of each such pass.
     """
     base_model = tiny_base_model(configuration().model)
-    forward, wide = base_model.model.forward, []
+    forward, wide = base_model.model.base_model.forward, []
 
     def raises_out_of_memory(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() and is_wide(len(kwargs["input_ids"])):
@@ -181,7 +181,7 @@ def out_of_memory_at(nth: int, is_wide: Callable[[int], bool]) -> tuple[BaseMode
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
-    base_model.model.forward = raises_out_of_memory
+    base_model.model.base_model.forward = raises_out_of_memory
     return base_model, wide
 
 
@@ -210,7 +210,7 @@ def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
     """The evaluation runs out of memory as long as the trainer holds four lanes, first in the nth forward
     pass that scores several lanes, also when it scores one lane alone."""
     base_model, wide = out_of_memory_at(nth, lambda rows: rows > 16)
-    forward = base_model.model.forward
+    forward = base_model.model.base_model.forward
 
     def raises_out_of_memory(*args: Any, **kwargs: Any) -> Any:
         held = sum(lane.state is not LaneState.ENDED for lane in source.lanes.values())
@@ -218,7 +218,7 @@ def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
-    base_model.model.forward = raises_out_of_memory
+    base_model.model.base_model.forward = raises_out_of_memory
     points = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(4)]
     source = Again(leases(points))
     train(source, store, load_base_model=lambda choice, task: base_model)
@@ -231,7 +231,7 @@ def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
 def test_lanes_that_do_not_fit_at_their_start_are_leased_again(store: Store, tmp_path: Path) -> None:
     """The fifth lane of six runs out of memory; the lease of the sixth is returned before it starts."""
     base_model = tiny_base_model(configuration().model)
-    forward, raised = base_model.model.forward, []
+    forward, raised = base_model.model.base_model.forward, []
 
     def raises_out_of_memory(*args: Any, **kwargs: Any) -> Any:
         if len(source.lanes) == 5 and not raised:
@@ -239,7 +239,7 @@ def test_lanes_that_do_not_fit_at_their_start_are_leased_again(store: Store, tmp
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
-    base_model.model.forward = raises_out_of_memory
+    base_model.model.base_model.forward = raises_out_of_memory
     points = [configuration(variant="eva", seed=seed, steps=2, evaluations=1) for seed in range(6)]
     few = {**variants.get("eva").extra_defaults, "calibration_batches": 2}
     points = [replace(one, variant=replace(one.variant, extra=few)) for one in points]

@@ -139,7 +139,7 @@ def load_on(rank: int, choice: ModelChoice, task: Task) -> BaseModel:
         raise OSError("no such model here")
     base_model = tiny_base_model(choice, task)
     if choice.name == "unscorable" and rank == 1:
-        forward, trained = base_model.model.forward, False
+        forward, trained = base_model.model.base_model.forward, False
 
         def fails(*args: Any, **kwargs: Any) -> Any:
             nonlocal trained
@@ -148,16 +148,16 @@ def load_on(rank: int, choice: ModelChoice, task: Task) -> BaseModel:
                 raise OSError("no scores here")
             return forward(*args, **kwargs)
 
-        base_model.model.forward = fails
+        base_model.model.base_model.forward = fails
     if choice.name == "limited_memory" and rank == 1:
-        enough = base_model.model.forward
+        enough = base_model.model.base_model.forward
 
         def raises_out_of_memory(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled() and len(kwargs["input_ids"]) > 2 * 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return enough(*args, **kwargs)
 
-        base_model.model.forward = raises_out_of_memory
+        base_model.model.base_model.forward = raises_out_of_memory
     return base_model
 
 
