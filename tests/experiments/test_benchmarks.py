@@ -14,14 +14,23 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path[:0] = [str(BENCHMARKS), str(ROOT / "tests" / "finetune")]
 
-import lanes as lanes_benchmark  # noqa: E402  (needs the path above)
+import lanes as lanes_benchmark  # noqa: E402  (needs the paths above)
+import makespan  # noqa: E402
 import meta_step  # noqa: E402
+import overhead  # noqa: E402
 import step  # noqa: E402
+from alternatives_peft import FineTune, Run, Study  # noqa: E402
+from scripted import configuration, tiny_base_model  # noqa: E402
 from synthetic_task import StepSize, draw_rows  # noqa: E402
 from tensor_counts import TensorCounter  # noqa: E402
 
+from orchestrator.finetune.data.batches import encode_examples, shuffled_indices  # noqa: E402
+from orchestrator.finetune.tasks import catalogue as tasks  # noqa: E402
+from orchestrator.finetune.tasks.local.letters import tokenizer  # noqa: E402
+from orchestrator.record.store import Store  # noqa: E402
+from orchestrator.study.configuration import ModelChoice  # noqa: E402
 from variants import catalogue  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -135,3 +144,70 @@ def test_the_gpu_benchmark_runs_where_ray_and_mlflow_are_missing(tmp_path: Path)
     noise = next(row for row in rows if "again" in row)
     assert noise["again"] == 0  # on a CPU a lane's numbers are the same every time
     assert noise["in_company"] == 0
+
+
+def test_the_overhead_of_a_loop_is_what_its_records_do_not_spend(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = [configuration(seed=seed, steps=4) for seed in range(3)]
+    overhead.train_runs(store, rows, 2, tiny_base_model)
+    found = overhead.summarize("tiny", list(store.records()))
+    assert found["runs"] == 3
+    assert 0 < found["warm_share"] < 1
+    costs = [record.cost for record in store.records()]
+    assert found["train_seconds"] == pytest.approx(sum(cost.train_seconds for cost in costs))
+    assert len(overhead.format_table([found]).splitlines()) == 3
+
+
+def peft_study(runs: list[Run]) -> Study:
+    """Return a study on the tiny model: it has the vocabulary and the row length of `letters`."""
+    task = tasks.get("letters")
+    rows = {
+        split: makespan._as_pairs(encode_examples(task.examples(split, 32), task, tokenizer()))
+        for split in ("train", "validation", "test")
+    }
+    return Study("unused", rows, runs, steps=6, evaluations=3, batch_size=8)
+
+
+@pytest.mark.parametrize("variant", makespan.STUDIES["small"].variants)
+def test_the_hand_written_loop_trains_and_keeps_its_base(variant: str) -> None:
+    base = tiny_base_model(ModelChoice("tiny", "0" * 64)).model
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    study = peft_study([Run(variant, 1e-2, 0)])
+    fine_tune = FineTune(study, base, study.runs[0])
+    untrained = fine_tune.score("validation")["loss"]
+    scores = fine_tune.train()
+    assert fine_tune.step == 6
+    assert scores.keys() == {"validation loss", "validation exact_match", "test loss", "test exact_match"}
+    assert scores["validation loss"] < untrained
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_the_hand_written_loop_takes_the_rows_of_the_lane() -> None:
+    study = peft_study([])
+    lane_rows = shuffled_indices(3, 32, 5 * 8, 8)
+    assert study.batch_rows(3, 5) == lane_rows
+
+
+def test_a_table_of_rounds_pairs_the_sides() -> None:
+    scores = {"lora 0.01 0": {"test exact_match": 0.95}}
+    rows = [
+        {"study": "small", "side": side, "round": number, "seconds": s, "total": s, "scores": scores}
+        for number, times in enumerate([(10.0, 20.0), (30.0, 40.0), (50.0, 200.0)])
+        for side, s in zip(("ours", "actors"), times, strict=True)
+    ]
+    lines = makespan.format_table(rows).splitlines()
+    assert lines[3] == "| small | actors | 3 | 40 (30-120) | 0.5 (0.375-0.625) | +0.000 (3 runs) |"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_all_sides_train_all_runs(tmp_path: Path) -> None:
+    arguments = ["--studies", "tiny", "--sides", *makespan.SIDES, "--work", str(tmp_path / "work")]
+    command = [sys.executable, str(BENCHMARKS / "makespan.py"), *arguments, "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "out").read_text())
+    assert {row["side"] for row in rows} == set(makespan.SIDES)
+    assert all(len(row["scores"]) == 2 for row in rows)

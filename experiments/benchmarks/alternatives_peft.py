@@ -1,0 +1,167 @@
+"""The study of `makespan.py` as a hand-written loop with PEFT, which the alternatives share.
+
+A study is a JSON file: the base model's folder, the tokenized rows of each split, and the runs. The data
+order, the steps and the evaluations are those of this project; the adapters are PEFT's, and so are their
+initial values, so scores agree only as far as two seeds agree.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+from orchestrator.finetune.data.batches import shuffled_indices
+
+IGNORED = -100
+RANK, ALPHA, WARMUP = 8, 16, 0.05
+EVALUATION_ROWS = 64
+LORA_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+"""Variant -> arguments of PEFT's LoraConfig."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tune."""
+
+    variant: str
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The name of the run in the results."""
+        return f"{self.variant} {self.rate:g} {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs and everything that they have in common."""
+
+    base: str
+    """The folder of the base model."""
+    rows: Mapping[str, Sequence[tuple[Sequence[int], Sequence[int]]]]
+    """Split -> token ids and labels of each row. Labels are shifted: label i belongs to the prediction after
+    token i."""
+    runs: Sequence[Run]
+    steps: int
+    evaluations: int
+    batch_size: int
+
+    @classmethod
+    def read(cls, file: Path) -> Study:
+        """Read a study from its file."""
+        data = json.loads(file.read_text())
+        return cls(**{**data, "runs": [Run(**run) for run in data["runs"]]})
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Split -> token ids and labels, (rows, length); all rows of `letters` have one length."""
+        return {
+            split: (torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows]))
+            for split, rows in self.rows.items()
+        }
+
+    @property
+    def evaluation_steps(self) -> list[int]:
+        """The steps after which the validation split is scored."""
+        return [round(self.steps * n / self.evaluations) for n in range(1, self.evaluations + 1)]
+
+    def batch_rows(self, seed: int, step: int) -> list[int]:
+        """Return the training rows of a step."""
+        rows = len(self.rows["train"])
+        return shuffled_indices(seed, rows, step * self.batch_size, self.batch_size)
+
+    def load_base(self) -> Any:
+        """Load the base model."""
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
+
+
+def peft_config(variant: str) -> PeftConfig:
+    """Return PEFT's configuration of a variant on all linear layers of the blocks."""
+    if variant == "hira":
+        return HiraConfig(r=RANK, target_modules="all-linear")
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", **LORA_OPTIONS[variant])
+
+
+class FineTune:
+    """A fine-tune that stops after every evaluation.
+
+    Args:
+        study: The study.
+        base: The loaded base model; it stays as it is.
+        run: What to train.
+    """
+
+    def __init__(self, study: Study, base: Any, run: Run) -> None:
+        self.study, self.run, self.step = study, run, 0
+        torch.manual_seed(run.seed)
+        # A copy, because PiSSA changes the weights. The base model of `letters` has 1 MB.
+        self.model = get_peft_model(copy.deepcopy(base), peft_config(run.variant))
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=run.rate, weight_decay=0.0, fused=True)
+        self.schedule = get_cosine_schedule_with_warmup(
+            self.optimizer, round(WARMUP * study.steps), study.steps
+        )
+
+    def train_to(self, step: int) -> dict[str, float]:
+        """Train to a step. Returns the validation scores, and after the last step the test scores too."""
+        ids, labels = self.study.tensors["train"]
+        while self.step < step:
+            rows = self.study.batch_rows(self.run.seed, self.step)
+            loss = compute_loss(self.model(input_ids=ids[rows], use_cache=False).logits, labels[rows])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+        splits = ["validation", "test"] if self.step == self.study.steps else ["validation"]
+        return {f"{split} {k}": v for split in splits for k, v in self.score(split).items()}
+
+    @torch.no_grad()
+    def score(self, split: str) -> dict[str, float]:
+        """Return the loss and the share of rows all of whose labels are predicted."""
+        ids, labels = self.study.tensors[split]
+        losses, correct = 0.0, 0
+        for rows in torch.arange(len(ids)).split(EVALUATION_ROWS):
+            logits = self.model(input_ids=ids[rows], use_cache=False).logits
+            losses += compute_loss(logits, labels[rows]).item() * len(rows)
+            correct += int(count_correct(logits, labels[rows]))
+        return {"loss": losses / len(ids), "exact_match": correct / len(ids)}
+
+    def train(self) -> dict[str, float]:
+        """Train to the end. Returns the last scores."""
+        return [self.train_to(step) for step in self.study.evaluation_steps][-1]
+
+
+def compute_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the labels that count."""
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the number of rows in which every label that counts is predicted."""
+    return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).sum()
+
+
+def iterate_scores(study: Study) -> Iterator[tuple[str, dict[str, float]]]:
+    """Train all runs one after another in this process, and yield the name and the last scores of each."""
+    base = study.load_base()
+    for run in study.runs:
+        yield run.key, FineTune(study, base, run).train()
