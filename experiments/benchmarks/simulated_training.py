@@ -109,6 +109,9 @@ class _SimulatedLaneGroup:
             for curve, step in steps
         ]
 
+    def load_or_compute_baseline_scores(self, wait: bool) -> None:
+        """Do nothing: the curves have these scores."""
+
 
 class SimulatedEngine(Engine):
     """An engine whose lane groups follow prepared curves and compute nothing."""

@@ -50,6 +50,8 @@ HUNG_SECONDS = 1800.0
 LANE_START_SECONDS = 7200.0
 """`HUNG_SECONDS` while lanes start. A node may first download a base model (16 GB at 5 MB/s take 55 minutes),
 and some variants compute singular vectors of every layer: both show no progress."""
+BASELINE_POLL_SECONDS = 1.0
+"""Interval at which a trainer looks for the scores of the base model that another trainer computes."""
 BROKER_LOST_SECONDS = 30.0
 """Time without an answer after which callers consider the broker lost."""
 REPORT_WAIT_SECONDS = 20.0

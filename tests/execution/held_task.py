@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
+from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.tasks.local.letters import Letters
 
 HERE = Path(__file__).parent
@@ -47,7 +49,25 @@ def hold(records: Path, count: int, step: int) -> None:
     register_optimizer_step_post_hook(look)
 
 
+def save_at_each_evaluation() -> None:
+    """Save lanes at each evaluation, and wait for it. A study saves them when it is worth the cost.
+
+    The lanes of a test take seconds, so a study would not save them, and the test has to know what is saved.
+    """
+    start = LaneRecorder.start_checkpoint
+
+    def start_and_finish(recorder: LaneRecorder, lane: Any) -> None:
+        start(recorder, lane)
+        recorder.finish_write()
+
+    LaneRecorder.start_checkpoint = start_and_finish  # type: ignore[method-assign]
+    CheckpointSchedule.is_due = (  # type: ignore[method-assign]
+        lambda schedule, lane, lane_count: lane.step in lane.evaluation_steps
+    )
+
+
 # Only in a Ray worker: a test also loads the task, to plan with it.
 if "RAY_RAYLET_PID" in os.environ:
+    save_at_each_evaluation()
     _where = json.loads((HERE / "hold.json").read_text())
     hold(Path(_where["records"]), _where["count"], _where["step"])

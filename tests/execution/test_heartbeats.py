@@ -5,6 +5,7 @@ The broker is a real actor. The loop runs in this process, with the client that 
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,9 @@ ONE = configuration(steps=2, evaluations=1, batch_size=8)
 ONE = replace(ONE, task=replace(ONE.task, validation_size=400))
 
 
+CLIENTS: list[BrokerClient] = []
+
+
 class CountingBroker(Broker):
     """A broker that counts the heartbeats of its trainers."""
 
@@ -57,7 +61,15 @@ def broker(connected: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made = actor.options(name=BROKER_NAME, num_cpus=0).remote(str(tmp_path / "store"), "none")
     ray.get(made.count_heartbeats.remote())
     yield made
+    for client in CLIENTS:
+        client.last_progress_time = -math.inf  # its thread calls Ray no more
     ray.kill(made)
+
+
+def connect() -> BrokerClient:
+    client = BrokerClient("trainer-0.x")
+    CLIENTS.append(client)
+    return client
 
 
 def submit(broker: Any, one: Configuration) -> None:
@@ -98,7 +110,7 @@ def test_a_trainer_that_evaluates_for_longer_than_it_may_be_silent_keeps_its_lan
     base_model.model.forward = slow
     store = Store(tmp_path / "store")
     loop.run(
-        BrokerClient("trainer-0.x"),
+        connect(),
         store,
         lambda choice, task: base_model,
         loop.LoopSettings(1, idle_seconds=0.0),
@@ -119,7 +131,7 @@ def test_a_trainer_that_shows_no_progress_is_silent_and_gets_longer_to_start_lan
     def count() -> int:
         return int(ray.get(broker.count_heartbeats.remote()))
 
-    client = BrokerClient("trainer-0.x")
+    client = connect()
     began = time.monotonic()
     assert len(client.lease(None, 1, 0).leases) == 1
     wait_for(lambda: time.monotonic() - began > HUNG_SECONDS)

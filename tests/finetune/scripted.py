@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.finetune.engine import leasing, loop
+from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.finetune.engine.lane_state import LaneState
+from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
@@ -288,6 +291,28 @@ def tiny_data() -> Path:
     return Path(tempfile.mkdtemp(prefix="data-"))
 
 
+@contextmanager
+def saved_at_each_evaluation() -> Iterator[None]:
+    """Save lanes at each evaluation, and wait for it. A study saves them when it is worth the cost.
+
+    Without this, a test could not know which steps are saved when it ends or changes something.
+    """
+    start = LaneRecorder.start_checkpoint
+
+    def start_and_finish(recorder: LaneRecorder, lane: Lane) -> None:
+        start(recorder, lane)
+        recorder.finish_write()
+
+    def is_due(schedule: CheckpointSchedule, lane: Lane, lane_count: int) -> bool:
+        return lane.step in lane.evaluation_steps
+
+    with (
+        patch.object(LaneRecorder, "start_checkpoint", start_and_finish),
+        patch.object(CheckpointSchedule, "is_due", is_due),
+    ):
+        yield
+
+
 def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None, **options: Any) -> None:
     """Run the loop with `lanes` lanes at most.
 
@@ -309,7 +334,10 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
             super().__init__(lease)
             source.lanes[self.fingerprint] = self
 
-    with patch.object(leasing, "Lane", Seen):
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(leasing, "Lane", Seen))
+        if "max_checkpoint_seconds" not in options:
+            patches.enter_context(saved_at_each_evaluation())
         loop.run(
             source,
             store,

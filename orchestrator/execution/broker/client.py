@@ -39,7 +39,7 @@ class BrokerClient:
         self.last_progress_time = time.monotonic()
         """The time of the last call of the loop, or of its last progress without a call."""
         self.is_starting_lanes = False
-        """True from a lease of lanes until the next call; loading a model shows no progress."""
+        """True from a lease of lanes until the next exchange; loading a model shows no progress."""
         threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
@@ -69,7 +69,7 @@ class BrokerClient:
 
     def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
         """Return the directives for all lanes that the trainer holds, by fingerprint."""
-        self.steps_taken = steps_taken
+        self.steps_taken, self.is_starting_lanes = steps_taken, False
         directives: dict[str, Directive] = self._call("exchange", self.trainer_id, self.held, steps_taken)
         for fingerprint, directive in directives.items():
             if directive is Directive.DROP:
@@ -106,7 +106,6 @@ class BrokerClient:
                 self.broker.heartbeat.remote(self.trainer_id)
 
     def _call(self, method: str, *args: Any) -> Any:
-        self.is_starting_lanes = False
         self.note_progress()
         call = getattr(self.broker, method)
         return retry_until_lost(lambda: ray.get(call.remote(*args), timeout=timeouts.BROKER_LOST_SECONDS))

@@ -71,6 +71,7 @@ class ActiveLanes:
     def remove(self, lane: Lane) -> None:
         """Take the lane off the model; its slot can be leased again at once."""
         lane.transition_to(LaneState.ENDED)
+        self.recorder.finish_write(lane.fingerprint)
         del self.lanes[lane.fingerprint]
         self.slots.parked_at.pop(lane.fingerprint, None)
         self.recorder.saved_progress.pop(lane.fingerprint, None)
@@ -88,6 +89,7 @@ class ActiveLanes:
 
     def return_lease(self, lease: Lease) -> None:
         """Give a lease back to the source without saving its lane. Rank 0 only."""
+        self.recorder.finish_write(lease.configuration.fingerprint)
         self.source.return_lease(lease.configuration.fingerprint, lease.attempt)
 
     def _record_end(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> None:

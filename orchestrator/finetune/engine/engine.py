@@ -165,6 +165,7 @@ class Engine:
             base_model, adapters, self._data_by_key[key], self.process_group, self._on_batch
         )
         self._group_key, self.variant = configuration.group_key, variant
+        self._lane_group.load_or_compute_baseline_scores(wait=False)
         return self._lane_group
 
     def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:

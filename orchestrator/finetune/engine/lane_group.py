@@ -21,7 +21,7 @@ from orchestrator.finetune.data.step_batches import (
     assign_rows,
 )
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
-from orchestrator.finetune.evaluation import baseline_scores
+from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
 from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.finetune.models.base_model import BaseModel
@@ -44,8 +44,8 @@ class TaskData:
     train: Sequence[Row]
     splits: Mapping[str, EvaluationSplit]
     """Validation and test."""
-    untrained: Mapping[str, Mapping[str, float]]
-    """Split -> score name -> score of the base model without a lane."""
+    baseline: BaselineScores
+    """The scores of the base model without a lane."""
 
     @classmethod
     def load(
@@ -58,7 +58,7 @@ class TaskData:
         folder: Path,
         on_batch: Callable[[], None] = lambda: None,
     ) -> TaskData:
-        """Read the prepared data of a task, and the base model's scores, or compute and store them.
+        """Read the prepared data of a task, and the base model's loss, or compute and store them.
 
         Args:
             configuration: Names the task's data and the length limit.
@@ -84,24 +84,44 @@ class TaskData:
             for s in HELD_OUT_SPLITS
         }
 
-        def compute() -> baseline_scores.Scores:
-            return {
-                s: evaluate(
-                    base_model,
-                    task,
-                    split,
-                    [0],
-                    adapters.disable_adapters,
-                    process_group,
-                    on_batch=on_batch,
-                )[0].scores
-                for s, split in splits.items()
-            }
-
-        untrained = baseline_scores.load_or_compute_scores(
-            folder, configuration, task, process_group, compute
+        baseline = BaselineScores.of(folder, configuration, task, process_group)
+        data = cls(task, prepared.rows["train"], splits, baseline)
+        has_answers = task.output == "generation"
+        at_once = ("validation",) if has_answers else HELD_OUT_SPLITS
+        baseline.load_or_compute_loss(
+            lambda: _score_base_model(base_model, data, adapters, at_once, False, on_batch), has_answers
         )
-        return cls(task, prepared.rows["train"], splits, untrained)
+        return data
+
+    @property
+    def untrained(self) -> Scores:
+        """The scores of the base model without a lane that are known so far, at least the validation loss."""
+        return self.baseline.scores
+
+
+def _score_base_model(
+    base_model: BaseModel,
+    data: TaskData,
+    adapters: Adapters,
+    splits: Sequence[str],
+    predict_with_generate: bool,
+    on_batch: Callable[[], None],
+) -> Scores:
+    """Return the scores of the base model without lanes on some splits; see `evaluate`."""
+    rows, process_group = adapters.disable_adapters, data.baseline.process_group
+    return {
+        split: evaluate(
+            base_model,
+            data.task,
+            data.splits[split],
+            [0],
+            rows,
+            process_group,
+            predict_with_generate,
+            on_batch,
+        )[0].scores
+        for split in splits
+    }
 
 
 class LaneGroup:
@@ -305,6 +325,19 @@ class LaneGroup:
                 )
                 found.update(zip(names, scored, strict=True))
         return [found[lane.fingerprint] for lane in lanes]
+
+    def load_or_compute_baseline_scores(self, wait: bool) -> None:
+        """Complete the scores of the base model without a lane; see `BaselineScores.load_or_compute_all`."""
+        compute = partial(
+            _score_base_model,
+            self.base_model,
+            self.data,
+            self.adapters,
+            HELD_OUT_SPLITS,
+            True,
+            self.on_batch,
+        )
+        self.data.baseline.load_or_compute_all(compute, wait, self.on_batch)
 
 
 def _gradient_norm(lane: Lane) -> Tensor:

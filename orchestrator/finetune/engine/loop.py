@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.finetune.engine.active_lanes import ActiveLanes
+from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane_source import LaneSource
 from orchestrator.finetune.engine.leasing import LaneLeasing
@@ -61,8 +62,10 @@ class LoopSettings:
     """A lane that has been parked for this long makes room for one that waits."""
     save_adapter: bool = False
     """If true, the adapters of finished lanes are saved in the store."""
-    checkpoint_seconds: float = 120.0
-    """The interval between two checkpoints of a lane; each evaluation is followed by one in addition."""
+    min_checkpoint_seconds: float = 60.0
+    """The shortest interval between two checkpoints of a lane, see `CheckpointSchedule`."""
+    max_checkpoint_seconds: float = 900.0
+    """The longest interval between two checkpoints of a lane."""
     store_full_timeout_seconds: float = 60.0
     """The longest time that a record waits for space on a full disk."""
 
@@ -101,7 +104,9 @@ def run(
     notify = source.notify if source is not None else log.warning
     on_batch = source.note_progress if source is not None else lambda: None
     engine = make_engine(load_base_model, store.calibration, store.data, process_group, on_batch)
-    recorder = LaneRecorder(store, engine, provenance, settings.store_full_timeout_seconds, notify)
+    schedule = CheckpointSchedule(settings.min_checkpoint_seconds, settings.max_checkpoint_seconds)
+    full_timeout = settings.store_full_timeout_seconds
+    recorder = LaneRecorder(store, engine, provenance, full_timeout, notify, schedule)
     slots = LaneSlots(settings.max_lanes, settings.spill_seconds)
     poll_interval = PollInterval(settings.poll_seconds)
     active = ActiveLanes(source, engine, recorder, process_group, slots, poll_interval)
@@ -116,13 +121,15 @@ def run(
                 active.return_lease(lane.lease)
         engine.detach_adapters()
         raise
+    finally:
+        recorder.close()
     engine.detach_adapters()
 
 
 def _run_until_idle(active: ActiveLanes, settings: LoopSettings) -> None:
     recovery = FailureRecovery(active)
     leasing = LaneLeasing(active, recovery)
-    rounds = TrainingRounds(active, recovery, settings.save_adapter, settings.checkpoint_seconds)
+    rounds = TrainingRounds(active, recovery, settings.save_adapter, active.recorder.checkpoint_schedule)
     while True:
         leasing.lease_lanes()
         if active.lanes:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 from safetensors import SafetensorError
 
-from orchestrator.finetune.engine import checkpoint
+from orchestrator.finetune.engine.checkpoint import Checkpoint
+from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
+from orchestrator.finetune.engine.checkpoint_writer import CheckpointWriter, WriteResult
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_state import LaneState
-from orchestrator.finetune.failures import Fault, StoreFullError, classify_error, is_file_not_found
+from orchestrator.finetune.failures import Fault, StoreFullError, classify_error
 from orchestrator.record import lane_capacity
 from orchestrator.record.schema import FINAL_STATES, Provenance, Record, RecordState
 from orchestrator.record.store import Store
@@ -25,7 +27,8 @@ log = logging.getLogger(__name__)
 class LaneRecorder:
     """Writes checkpoints and records of lanes to the store. Used on rank 0 only.
 
-    If a checkpoint cannot be written, the lane trains on and is saved the next time. If the disk is full, a
+    Checkpoints of lanes that train on are written in the background. If one cannot be written, the lane
+    trains on and is saved the next time. If the disk is full, a
     record is tried again for `store_full_timeout_seconds`; then StoreFullError is raised.
     """
 
@@ -36,12 +39,17 @@ class LaneRecorder:
     store_full_timeout_seconds: float
     notify: Callable[[str], None]
     """Shows a line to the users who watch the study."""
+    checkpoint_schedule: CheckpointSchedule
+    """Gets the duration of each write."""
     saved_progress: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Fingerprint -> steps and evaluations in the lane's newest checkpoint."""
     has_warned: bool = False
     """True if the last checkpoint could not be written."""
     store_full_since: float | None = None
     """The time since which the disk has been full."""
+
+    def __post_init__(self) -> None:
+        self.writer = CheckpointWriter(self.store.checkpoints)
 
     def warn(self, line: str) -> None:
         """Write a line to this process's log and show it to the users who watch the study."""
@@ -52,39 +60,79 @@ class LaneRecorder:
         """Note that the lane equals its newest checkpoint, so that it is not written again."""
         self.saved_progress[lane.fingerprint] = (lane.step, len(lane.evaluations))
 
+    def is_saved(self, lane: Lane) -> bool:
+        """Return whether the lane equals its newest checkpoint, or has nothing to save yet."""
+        is_saved = self.saved_progress.get(lane.fingerprint) == (lane.step, len(lane.evaluations))
+        return is_saved or lane.state is LaneState.LEASED
+
+    def start_checkpoint(self, lane: Lane) -> None:
+        """Copy the lane and start to write its checkpoint in the background, unless a write is running.
+
+        The outcome is noted by `note_finished_write`, or when the lane leaves.
+        """
+        self.note_finished_write()
+        if self.is_saved(lane) or self.writer.is_busy:
+            return
+        try:
+            self.writer.start(self._make_checkpoint(lane))
+        except Exception as error:
+            self._note_failed_write(error)
+
     def save_checkpoint(self, lane: Lane) -> None:
         """Write a checkpoint of the lane, unless its newest one is equal or the lane has not started."""
+        self.finish_write()
         if lane.is_at_last_step:
             # The last scores need the outcome of each item, which a checkpoint does not hold: a lane that
             # resumes there is evaluated again.
             lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]
-        is_saved = self.saved_progress.get(lane.fingerprint) == (lane.step, len(lane.evaluations))
-        if is_saved or lane.state is LaneState.LEASED:
-            return
-        try:
-            self._write_checkpoint(lane)
-        except Exception as error:
-            refused = isinstance(error, (OSError, SafetensorError))
-            if not refused and classify_error(error) not in (Fault.DISK, Fault.MEMORY):
-                raise
-            if not self.has_warned:
-                self.warn(f"cannot save lanes in {self.store.checkpoints}: {error}; training goes on")
-            self.has_warned = True
-        else:
-            self.mark_saved(lane)
-            self.has_warned = False
+        if not self.is_saved(lane):
+            self._note_result(self.writer.write(self._make_checkpoint(lane)))
 
-    def _write_checkpoint(self, lane: Lane) -> None:
-        folder = self.store.checkpoints / lane.fingerprint
-        lane_checkpoint = lane.make_checkpoint(self.engine.lane_group.adapters.frozen(lane.fingerprint))
+    def finish_write(self, fingerprint: str = "") -> None:
+        """Wait for the write that runs in the background; afterwards no checkpoint appears.
+
+        Args:
+            fingerprint: The lane whose write is waited for; empty for any.
+        """
+        self._note_result(self.writer.take_result(fingerprint))
+
+    def note_finished_write(self) -> None:
+        """Note the outcome of the write in the background if it has ended."""
+        self._note_result(self.writer.take_result(wait=False))
+
+    def close(self) -> None:
+        """Wait for the last write. Its error is logged, since another error may have ended the loop."""
         try:
-            checkpoint.write(folder, lane_checkpoint)
-        except (OSError, SafetensorError) as error:
-            if not is_file_not_found(error):
-                raise
-            # Another trainer has ended this lane and removed the folder, which happens once at most; this
-            # trainer will receive DROP for the lane.
-            checkpoint.write(folder, lane_checkpoint)
+            self.finish_write()
+        except Exception:
+            log.exception("the last checkpoint could not be written")
+
+    def _make_checkpoint(self, lane: Lane) -> Checkpoint:
+        return lane.make_checkpoint(self.engine.lane_group.adapters.frozen(lane.fingerprint))
+
+    def _note_result(self, result: WriteResult | None) -> None:
+        if result is None:
+            return
+        if result.error is not None:
+            self._note_failed_write(result.error)
+            return
+        self.saved_progress[result.fingerprint] = result.progress
+        self.checkpoint_schedule.write_seconds = result.seconds
+        self.has_warned = False
+
+    def _note_failed_write(self, error: Exception) -> None:
+        """Warn that a checkpoint could not be written, once until one is written again.
+
+        Raises:
+            Exception: The error, if neither the disk nor a lack of memory is its cause.
+        """
+        refused = isinstance(error, (OSError, SafetensorError))
+        if not refused and classify_error(error) not in (Fault.DISK, Fault.MEMORY):
+            raise error
+        if not self.has_warned:
+            self.warn(f"cannot save lanes in {self.store.checkpoints}: {error}; training goes on")
+        self.has_warned = True
+        self.checkpoint_schedule.write_seconds = 0.0
 
     def write_record(
         self, lane: Lane, state: RecordState, reason: str = "", traceback_text: str = ""
@@ -105,6 +153,7 @@ class LaneRecorder:
         """
         if state == "stopped":
             self.save_checkpoint(lane)
+        self.finish_write(lane.fingerprint)
         if not self._put(self._build_record(lane, state, reason, traceback_text)):
             existing = self.store.get(lane.fingerprint)
             state = existing.state if existing is not None else state
@@ -121,6 +170,7 @@ class LaneRecorder:
         record = self.store.get(fingerprint)
         if record is None or record.state not in FINAL_STATES:
             return None
+        self.finish_write(fingerprint)
         self.store.discard_checkpoints(fingerprint)
         return record.state
 

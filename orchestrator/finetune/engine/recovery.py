@@ -80,11 +80,7 @@ class FailureRecovery:
             active.process_group.broadcast_from_rank0(partial(active.recorder.wait_for_space, failed))
             return self.run_isolating_failures(lanes, work, can_split)
         if failed.fault is Fault.MEMORY and can_split and len(lanes) > 1:
-            active.slots.evaluated_lanes_by_group_key[lanes[0].configuration.group_key] = len(lanes) // 2
-            log.warning(
-                "evaluation: out of memory with %d lanes, now %d at once", len(lanes), len(lanes) // 2
-            )
-            free_memory()
+            self._halve_evaluation(lanes)
             return self.run_isolating_failures(lanes, work, can_split)
         if failed.fault is Fault.MEMORY and len(active.lanes) > 1:
             self.halve_lane_group()
@@ -95,6 +91,13 @@ class FailureRecovery:
             return []
         log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
         return self._run_in_turn([[lane] for lane in lanes], work, can_split)
+
+    def _halve_evaluation(self, lanes: Sequence[Lane]) -> None:
+        """Let evaluations score half as many lanes of this group key at once as `lanes`, from now on."""
+        max_lanes = len(lanes) // 2
+        self.active.slots.evaluated_lanes_by_group_key[lanes[0].configuration.group_key] = max_lanes
+        log.warning("evaluation: out of memory with %d lanes, now %d at once", len(lanes), max_lanes)
+        free_memory()
 
     def _run_in_turn(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
+from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.finetune.engine.lane_state import LaneState
@@ -24,7 +25,7 @@ class TrainingRounds:
     active: ActiveLanes
     recovery: FailureRecovery
     save_adapter: bool
-    checkpoint_seconds: float
+    checkpoint_schedule: CheckpointSchedule
     exchanged_at: float = NEVER
     busy_at: float = field(default_factory=time.monotonic)
     """The time at which the last round began."""
@@ -59,11 +60,9 @@ class TrainingRounds:
                 self._apply(directive, self.active.lanes[fingerprint])
 
     def _request_directives(self) -> Mapping[str, Directive]:
-        """Save the checkpoints that are due, then ask the source if that is due. Rank 0 only."""
+        """Start to write a checkpoint that is due, then ask the source if that is due. Rank 0 only."""
         active = self.active
-        for lane in active.in_state(LaneState.TRAINING):
-            if time.monotonic() - lane.saved_at > self.checkpoint_seconds:
-                active.recorder.save_checkpoint(lane)
+        self._start_due_checkpoint([*active.in_state(LaneState.TRAINING), *active.in_state(LaneState.PARKED)])
         now = time.monotonic()
         if not active.poll_interval.is_due(self.exchanged_at, now):
             return {}
@@ -71,6 +70,15 @@ class TrainingRounds:
         self.exchanged_at = time.monotonic()
         active.poll_interval.record_answer(now, self.exchanged_at)
         return directives
+
+    def _start_due_checkpoint(self, lanes: Sequence[Lane]) -> None:
+        """Start to save the lane whose last checkpoint is oldest, if that is due. Rank 0 only."""
+        recorder = self.active.recorder
+        recorder.note_finished_write()
+        is_due = partial(self.checkpoint_schedule.is_due, lane_count=len(self.active.lanes))
+        due = [lane for lane in lanes if not recorder.is_saved(lane) and is_due(lane)]
+        if due:
+            recorder.start_checkpoint(min(due, key=lambda lane: lane.saved_at))
 
     def _apply(self, directive: Directive, lane: Lane) -> None:
         active = self.active
@@ -183,14 +191,15 @@ class TrainingRounds:
         lane.queue_reports(after_step=lane.step - 1)
         lane.transition_to(LaneState.REPORTING)
         if not lane.is_at_last_step:
-            active.process_group.broadcast_from_rank0(partial(active.recorder.save_checkpoint, lane))
+            active.process_group.broadcast_from_rank0(partial(self._start_due_checkpoint, [lane]))
             self._send_reports(lane)
-        elif self.recovery.run_isolating_failures([lane], self._save_adapters):
+        elif self.recovery.run_isolating_failures([lane], self._prepare_records):
             active.end(lane, "finished")
 
-    def _save_adapters(self, lanes: Sequence[Lane]) -> Sequence[None]:
-        """Write the lanes' adapters to the store, on rank 0, if the study saves them."""
+    def _prepare_records(self, lanes: Sequence[Lane]) -> Sequence[None]:
+        """Complete the scores of the base model; on rank 0, save the lanes' adapters if the study does so."""
         active = self.active
+        active.engine.lane_group.load_or_compute_baseline_scores(wait=True)
         if self.save_adapter and active.process_group.rank == 0:
             for lane in lanes:
                 folder = active.recorder.store.adapters / lane.fingerprint

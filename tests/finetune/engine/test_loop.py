@@ -162,8 +162,9 @@ def test_a_resumed_lane_equals_an_uninterrupted_one(
             raise SimulatedCrashError
         return {}
 
+    at_each_step = {"min_checkpoint_seconds": 0.0, "max_checkpoint_seconds": 0.0}
     with pytest.raises(SimulatedCrashError):
-        train(Script(leases([one]), changes=die), store, checkpoint_seconds=0.0)
+        train(Script(leases([one]), changes=die), store, **at_each_step)
     assert store.get(one.fingerprint) is None
     train(Script(leases([one], attempt=2)), store, save_adapter=True)
     record, expected = get(store, one.fingerprint), get(whole, one.fingerprint)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import WORDS_TASK, configuration
+import torch
+from pair import process
+from scripted import WORDS_TASK, Script, configuration, leases, train
 
-from orchestrator.finetune.evaluation.baseline_scores import Scores, load_or_compute_scores
+from orchestrator.finetune.engine import lane_group
+from orchestrator.finetune.engine.lane_source import Directive, Report
+from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks import catalogue
+from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
+from orchestrator.util import timeouts
 
 pytestmark = pytest.mark.xdist_group("pair")
 
@@ -30,9 +37,10 @@ def load_and_count(
         calls.append(1)
         return SCORES
 
-    return load_or_compute_scores(
-        folder, wanted, catalogue.get(wanted.task.name), process_group, compute
-    ), len(calls)
+    baseline = BaselineScores.of(folder, wanted, catalogue.get(wanted.task.name), process_group)
+    baseline.load_or_compute_loss(compute, has_answers=False)
+    assert baseline.is_complete
+    return baseline.scores, len(calls)
 
 
 def test_scores_are_computed_once_for_all_lanes_on_one_model_and_task(tmp_path: Path) -> None:
@@ -101,3 +109,112 @@ def test_two_workers_have_equal_scores_and_one_writes_the_file(
     found = pair({"twice": twice}, tmp_path)["twice"]
     assert found == [[(SCORES, 1), (SCORES, 0)]] * 2
     assert len(list((tmp_path / "twice").iterdir())) == 1
+
+
+# -- generated answers --------------------------------------------------------------------------------------
+
+
+def point(seed: int) -> Configuration:
+    return configuration(task=WORDS_TASK, steps=4, evaluations=2, seed=seed)
+
+
+def wait_until(what: Callable[[], bool], worker: Any) -> None:
+    """Wait for what a process does; the test's time limit ends a wait for a process that hangs."""
+    while not what():
+        assert worker.is_alive()
+        time.sleep(0.02)
+
+
+def train_one(folder: Path, seed: int) -> None:
+    """Train one lane, as a trainer in a process of its own.
+
+    Files in `folder` tell the test what it does: `SEED.generates` has a byte for each time that it generates
+    the answers of the base model, for which it waits until there is a file `go`; `SEED.trained` appears with
+    the first report.
+    """
+    torch.set_num_threads(1)
+    score = lane_group._score_base_model
+
+    def counting(*arguments: Any) -> Scores:
+        if arguments[4]:  # predict_with_generate
+            with (folder / f"{seed}.generates").open("a") as file:
+                file.write("x")
+            while not (folder / "go").exists():
+                time.sleep(0.02)
+        return score(*arguments)
+
+    def answer(report: Report) -> Directive:
+        (folder / f"{seed}.trained").touch()
+        return Directive.CONTINUE
+
+    lane_group._score_base_model = counting
+    timeouts.BASELINE_POLL_SECONDS = 0.02
+    train(Script(leases([point(seed)]), answers=answer), Store(folder / "store"), data=folder / "data")
+
+
+def generated_by(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.glob("*.generates")}
+
+
+def check_records(folder: Path, *seeds: int) -> None:
+    records = [Store(folder / "store").get(point(seed).fingerprint) for seed in seeds]
+    scores = [record.baseline_scores for record in records if record is not None]
+    assert len(scores) == len(seeds)
+    assert all(each == scores[0] for each in scores)
+    assert all(
+        set(scores[0][split]) == {"loss", "accuracy", "exact_match"} for split in ("validation", "test")
+    )
+
+
+def test_two_trainers_generate_the_answers_of_the_base_model_once_and_none_waits_to_train(
+    tmp_path: Path,
+) -> None:
+    first = process(train_one, tmp_path, 0)
+    wait_until((tmp_path / "0.generates").exists, first)
+    second = process(train_one, tmp_path, 1)
+    wait_until((tmp_path / "1.trained").exists, second)
+    (tmp_path / "go").touch()
+    first.join()
+    second.join()
+    assert (first.exitcode, second.exitcode) == (0, 0)
+    assert generated_by(tmp_path) == {"0.generates": "x"}
+    check_records(tmp_path, 0, 1)
+
+
+def test_a_trainer_takes_over_from_one_that_was_killed_while_it_generated(tmp_path: Path) -> None:
+    first = process(train_one, tmp_path, 0)
+    wait_until((tmp_path / "0.generates").exists, first)
+    second = process(train_one, tmp_path, 1)
+    wait_until((tmp_path / "1.trained").exists, second)
+    first.kill()
+    wait_until((tmp_path / "1.generates").exists, second)
+    (tmp_path / "go").touch()
+    second.join()
+    assert second.exitcode == 0
+    assert generated_by(tmp_path) == {"0.generates": "x", "1.generates": "x"}
+    check_records(tmp_path, 1)
+
+
+def generate_together(group: ProcessGroup, folder: Path) -> list[tuple[Scores, int]]:
+    """Two workers of one trainer: the scores of the loss first, then all."""
+    folder.mkdir(exist_ok=True)
+    group.broadcast_from_rank0(lambda: None)
+    calls: list[int] = []
+
+    def compute() -> Scores:
+        calls.append(group.all_gather(group.rank)[1])
+        return SCORES
+
+    one = point(0)
+    baseline = BaselineScores.of(folder, one, catalogue.get(one.task.name), group)
+    baseline.load_or_compute_loss(lambda: {"validation": {"loss": 2.5}}, has_answers=True)
+    found: list[tuple[Scores, int]] = [(baseline.scores, len(calls))]
+    for _ in range(2):
+        baseline.load_or_compute_all(compute)
+        found.append((baseline.scores, len(calls)))
+    return found
+
+
+def test_two_workers_of_a_trainer_generate_together(pair: Callable[..., Any], tmp_path: Path) -> None:
+    found = pair({"together": generate_together}, tmp_path)["together"]
+    assert found == [[({"validation": {"loss": 2.5}}, 0), (SCORES, 1), (SCORES, 1)]] * 2

@@ -1,0 +1,139 @@
+"""Writes checkpoints in a thread, from copies in host memory, while the lanes train on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from orchestrator.finetune.engine import checkpoint as checkpoint_files
+from orchestrator.finetune.engine.checkpoint import Checkpoint
+from orchestrator.finetune.failures import is_file_not_found
+
+MAX_PINNED_BYTES = 2**30
+"""The largest checkpoint that is copied through pinned memory, which stays reserved for the process."""
+
+
+@dataclass(frozen=True)
+class WriteResult:
+    """How the write of a checkpoint has ended."""
+
+    fingerprint: str
+    progress: tuple[int, int]
+    """Steps and evaluations in the checkpoint."""
+    seconds: float
+    """Duration of the write, without the copy."""
+    error: Exception | None
+
+
+class CheckpointWriter:
+    """Writes checkpoints below a folder, one at a time.
+
+    Args:
+        folder: The store's folder of checkpoints.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[str, Future[WriteResult]] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Return whether a write has been started that has not ended."""
+        return self._pending is not None and not self._pending[1].done()
+
+    def start(self, checkpoint: Checkpoint) -> None:
+        """Copy a checkpoint and start to write it. The result of the write before must have been taken.
+
+        Args:
+            checkpoint: The state; its tensors may change after this call.
+
+        Raises:
+            MemoryError, RuntimeError: There is no memory for the copy.
+        """
+        assert self._pending is None, "the result of the last write was not taken"
+        copy, wait_for_copy = copy_to_host(checkpoint)
+        future = self._executor.submit(self.write, copy, wait_for_copy)
+        self._pending = (checkpoint.fingerprint, future)
+
+    def take_result(self, fingerprint: str = "", wait: bool = True) -> WriteResult | None:
+        """Return the result of the write that was started, once.
+
+        Args:
+            fingerprint: The lane whose write is meant; empty means any.
+            wait: Whether to wait for its end.
+
+        Returns:
+            The result; None if there is no such write, or it has not ended and `wait` is false.
+        """
+        if self._pending is None or fingerprint not in ("", self._pending[0]) or (self.is_busy and not wait):
+            return None
+        result = self._pending[1].result()
+        self._pending = None
+        return result
+
+    def write(self, checkpoint: Checkpoint, wait_for_copy: Callable[[], None] = lambda: None) -> WriteResult:
+        """Write a checkpoint in the calling thread.
+
+        Args:
+            checkpoint: The state; its tensors do not change during the call.
+            wait_for_copy: Called first; returns when the tensors have their values.
+        """
+        folder, error = self.folder / checkpoint.fingerprint, None
+        started = time.monotonic()
+        try:
+            wait_for_copy()
+            started = time.monotonic()
+            try:
+                checkpoint_files.write(folder, checkpoint)
+            except (OSError, SafetensorError) as missing:
+                if not is_file_not_found(missing):
+                    raise
+                # Another trainer has ended this lane and removed the folder, which happens once at most; this
+                # trainer will receive DROP for the lane.
+                checkpoint_files.write(folder, checkpoint)
+        except Exception as raised:
+            error = raised
+        progress = (checkpoint.step, len(checkpoint.state.get("evaluations", ())))
+        return WriteResult(checkpoint.fingerprint, progress, time.monotonic() - started, error)
+
+
+def copy_to_host(checkpoint: Checkpoint) -> tuple[Checkpoint, Callable[[], None]]:
+    """Copy the tensors of a checkpoint to host memory.
+
+    From a GPU they are copied into pinned memory, behind the kernels that are queued there; this function
+    does not wait for them.
+
+    Returns:
+        The copy, and a function that returns when its tensors have their values.
+    """
+    parts = (checkpoint.trainable, checkpoint.frozen, *checkpoint.moments.values())
+    tensors = [tensor for part in parts for tensor in part.values()]
+    pin = sum(tensor.nbytes for tensor in tensors) <= MAX_PINNED_BYTES
+
+    def copy(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _copy_tensor(tensor.detach(), pin) for name, tensor in part.items()}
+
+    copied = replace(
+        checkpoint,
+        trainable=copy(checkpoint.trainable),
+        frozen=copy(checkpoint.frozen),
+        moments={moment: copy(part) for moment, part in checkpoint.moments.items()},
+    )
+    if not any(tensor.is_cuda for tensor in tensors):
+        return copied, lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return copied, event.synchronize
+
+
+def _copy_tensor(tensor: Tensor, pin: bool) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin and tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,235 @@
+"""When a lane is saved, and that it trains on while its checkpoint is written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pair import process
+from scripted import Script, SimulatedCrashError, configuration, leases, numbers_of, solo, train
+
+from orchestrator.finetune.engine import checkpoint
+from orchestrator.finetune.engine.checkpoint import Checkpoint, read_newest
+from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
+from orchestrator.finetune.engine.checkpoint_writer import copy_to_host
+from orchestrator.finetune.engine.lane import Lane
+from orchestrator.finetune.engine.lane_source import Directive, Lease, Report
+from orchestrator.record.store import Store
+
+pytestmark = pytest.mark.xdist_group("pair")  # see pair.py: its server has torch imported already
+
+ONE = configuration(steps=12, evaluations=4)
+ALWAYS: Mapping[str, Any] = {"min_checkpoint_seconds": 0.0, "max_checkpoint_seconds": 0.0}
+"""A lane is saved whenever no other write runs, as in a study that writes checkpoints at no cost."""
+
+
+# -- when ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("write_seconds", "lanes", "expected"),
+    [
+        (0.0, 4, 60.0),  # no write yet, or the last one failed
+        (0.005, 4, 60.0),  # a small lane on a local disk: sqrt(2 * 0.02 * 86400) = 59
+        (0.5, 2, 415.7),  # 58 MiB on EFS
+        (0.5, 4, 587.9),
+        (2.0, 4, 900.0),  # 240 MiB on EFS: 1175
+    ],
+)
+def test_the_interval_follows_from_the_duration_of_a_write(
+    write_seconds: float, lanes: int, expected: float
+) -> None:
+    schedule = CheckpointSchedule(60.0, 900.0, write_seconds)
+    interval = schedule.compute_interval(lanes)
+    assert interval == pytest.approx(expected, abs=0.1)
+    lane = Lane(Lease(ONE, 1))
+    lane.saved_at = time.monotonic() - interval - 1
+    assert schedule.is_due(lane, lanes)
+    lane.saved_at = time.monotonic() - interval + 30
+    assert not schedule.is_due(lane, lanes)
+
+
+def test_a_lane_that_ends_before_the_first_interval_is_not_saved(store: Store) -> None:
+    written: list[int] = []
+
+    def answer(report: Report) -> Directive:
+        written.extend(path.stat().st_size for path in store.checkpoints.rglob("*"))
+        return Directive.CONTINUE
+
+    source = Script(leases([ONE]), answers=answer)
+    train(source, store, min_checkpoint_seconds=60.0, max_checkpoint_seconds=900.0)
+    assert [state for _, _, state in source.ended] == ["finished"]
+    assert written == []
+
+
+def test_a_lane_that_leaves_or_is_stopped_is_saved_at_any_time(store: Store, tmp_path: Path) -> None:
+    two = [replace(ONE, seed=seed) for seed in range(2)]
+
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
+        if 5 not in steps.values():
+            return {}
+        return {two[0].fingerprint: Directive.YIELD, two[1].fingerprint: Directive.STOP}
+
+    never = {"min_checkpoint_seconds": 60.0, "max_checkpoint_seconds": 900.0}
+    train(Script(leases(two), changes=changes), store, **never)
+    for one in two:
+        saved = read_newest(store.checkpoints / one.fingerprint, print)
+        assert saved is not None
+        assert saved.step == 5
+    train(Script(leases(two, attempt=2)), store, **never)
+    for one in two:
+        record = store.get(one.fingerprint)
+        assert record is not None
+        assert numbers_of(record) == numbers_of(solo(one, tmp_path))
+
+
+# -- in the background --------------------------------------------------------------------------------------
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    """Wait for another thread or process; the test's time limit ends a wait for nothing."""
+    while not what():
+        time.sleep(0.002)
+
+
+class Writes:
+    """Holds each write of a checkpoint until `go` returns true for the lane's fingerprint and step."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, go: Callable[[Checkpoint], bool]) -> None:
+        self.events: list[str] = []
+        write, discard = checkpoint.write, Store.discard_checkpoints
+
+        def held(folder: Path, saved: Checkpoint) -> Path:
+            wait_until(lambda: go(saved))
+            path = write(folder, saved)
+            self.events.append(f"written {saved.step}")
+            return path
+
+        def discarding(store: Store, fingerprint: str) -> None:
+            self.events.append("discarded")
+            discard(store, fingerprint)
+
+        patch.setattr(checkpoint, "write", held)
+        patch.setattr(Store, "discard_checkpoints", discarding)
+
+
+def test_a_lane_trains_on_while_its_checkpoint_is_written(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is written five steps after it was made. It has the state of the step at which it was
+    made, as a lane that resumes from it shows."""
+    wanted = numbers_of(solo(ONE, tmp_path))
+    over: list[bool] = []
+    writes = Writes(monkeypatch, lambda saved: saved.step == 0 or bool(over) or lane_step() >= saved.step + 5)
+
+    def lane_step() -> int:
+        return source.lanes[ONE.fingerprint].step
+
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
+        if writes.events and writes.events[-1] != "written 0":
+            over.append(True)  # the loop waits for the last write
+            raise SimulatedCrashError
+        return {}
+
+    source = Script(leases([ONE]), changes=changes)
+    with pytest.raises(SimulatedCrashError):
+        train(source, store, **ALWAYS)
+    made_at = int(next(event for event in writes.events if event != "written 0").split()[1])
+    assert 1 <= made_at <= lane_step() - 5
+    for file in (store.checkpoints / ONE.fingerprint).glob("*/*.safetensors"):
+        if file.name > f"step-{made_at:08d}.safetensors":  # the last write
+            file.unlink()
+    train(Script(leases([ONE], attempt=2)), store)
+    record = store.get(ONE.fingerprint)
+    assert record is not None
+    assert record.provenance.resumed_from == (made_at,)
+    assert numbers_of(record) == wanted
+
+
+@pytest.mark.parametrize("end", ["finished", "dropped"])
+def test_no_checkpoint_appears_after_the_record(
+    end: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write is held until the lane is at its last step, or until another trainer has recorded the lane."""
+    record = solo(ONE, tmp_path)
+    writes = Writes(monkeypatch, lambda saved: source.lanes[ONE.fingerprint].step >= leaves_at)
+    leaves_at = ONE.lr_schedule.steps if end == "finished" else 6
+
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
+        if end == "finished" or steps.get(ONE.fingerprint) != leaves_at:
+            return {}
+        store.put(record)
+        return {ONE.fingerprint: Directive.DROP}
+
+    source = Script(leases([ONE]), changes=changes)
+    train(source, store, **ALWAYS)
+    assert [event for event in writes.events if event.startswith("written")]
+    assert writes.events[-1] == "discarded"
+    assert not (store.checkpoints / ONE.fingerprint).exists()
+    assert store.get(ONE.fingerprint) is not None
+
+
+def test_a_write_that_fails_in_the_background_is_reported_once(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.checkpoints = tmp_path / "a file"
+    store.checkpoints.write_text("")
+    with caplog.at_level(logging.WARNING):
+        train(Script(leases([ONE])), store, **ALWAYS)
+    assert len([line for line in caplog.messages if "cannot save lanes" in line]) == 1
+    record = store.get(ONE.fingerprint)
+    assert record is not None
+    assert numbers_of(record) == numbers_of(solo(ONE, tmp_path))
+
+
+def train_and_hold_a_write(folder: Path) -> None:
+    """Train, and stand still in the third write of a checkpoint, before the file has its name."""
+    torch.set_num_threads(1)
+    sync, written = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        written.append(descriptor)
+        if len(written) == 3:
+            (folder / "in the write").touch()
+            wait_until(lambda: False)
+
+    os.fsync = fsync
+    train(Script(leases([ONE])), Store(folder / "store"), data=folder / "data", **ALWAYS)
+
+
+def test_a_trainer_that_is_killed_while_it_writes_loses_only_that_checkpoint(tmp_path: Path) -> None:
+    train(Script(leases([replace(ONE, seed=9)])), Store(tmp_path / "first"), data=tmp_path / "data")
+    worker = process(train_and_hold_a_write, tmp_path)
+    wait_until(lambda: (tmp_path / "in the write").exists() or not worker.is_alive())
+    worker.kill()
+    worker.join()
+    store = Store(tmp_path / "store")
+    saved = read_newest(store.checkpoints / ONE.fingerprint, print)
+    assert saved is not None
+    train(Script(leases([ONE], attempt=2)), store, data=tmp_path / "data")
+    record = store.get(ONE.fingerprint)
+    assert record is not None
+    assert record.provenance.resumed_from == (saved.step,)
+    assert numbers_of(record) == numbers_of(solo(ONE, tmp_path))
+
+
+def test_a_copy_keeps_its_values_when_the_lane_trains_on() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = torch.arange(12.0, device=device).reshape(3, 4)
+    expected = weight.T.cpu().clone()
+    saved = Checkpoint("f", 1, 3, {"a": weight.T}, {"b": weight}, {"exp_avg": {"a": weight.bfloat16()}})
+    copied, wait_for_copy = copy_to_host(saved)
+    weight.mul_(-1.0)
+    wait_for_copy()
+    assert torch.equal(copied.trainable["a"], expected)
+    assert torch.equal(copied.frozen["b"], expected.T)
+    assert torch.equal(copied.moments["exp_avg"]["a"], expected.T.bfloat16())
+    assert copied.trainable["a"].is_pinned() == (device == "cuda")
