@@ -46,8 +46,7 @@ class Batching(StrEnum):
     BATCHED = "batched"
     """One batched matrix product computes all lanes; the base model is never written."""
     DENSE = "dense"
-    """The variant forms a full-size update; large layers are computed one lane at a time and recomputed in
-    the backward pass."""
+    """The variant forms a full-size update, for one layer and lane at a time (`DenseProduct`)."""
     EXCLUSIVE = "exclusive"
     """The variant writes the base model or keeps full-size state; a lane group holds one lane."""
 
@@ -229,6 +228,24 @@ class Variant(PeftFormat):
         Args:
             x: The layer's input, (K, N, in).
             base: The frozen layer's output with bias, (K, N, out).
+            params: The result of `prepare`.
+            layer: The frozen layer.
+            scaling: The factor s of each lane, (K, 1, 1).
+        """
+        raise NotImplementedError
+
+    def includes_base(self, layer: FrozenLayer) -> bool:
+        """Return whether `forward_with_base` takes the place of the frozen layer and `forward` here.
+
+        It does so in evaluation, and in training without dropout.
+        """
+        return False
+
+    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+        """Return the outputs of the adapted layer, (K, N, out), computed without the frozen layer's output.
+
+        Args:
+            x: The layer's input, (K, N, in).
             params: The result of `prepare`.
             layer: The frozen layer.
             scaling: The factor s of each lane, (K, 1, 1).

@@ -6,16 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from variants.base import Batching, FrozenLayer, Params, Variant
+from variants.base import FrozenLayer, Params, Variant
 from variants.forward_context import AdapterState, ForwardContext, draw_dropout_masks, split_by_lane
 from variants.lane_tensors import LaneTensors, stack_by_name
 from variants.targets import is_conv1d
-
-DENSE_RECOMPUTE_NUMEL = 1 << 20
-"""Dense updates with more values than this are recomputed in the backward pass instead of kept. Below it the
-Python overhead of recomputing (about 0.1 ms) outweighs the memory."""
 
 
 class LaneLinear(nn.Module):
@@ -90,14 +85,20 @@ class LaneLinear(nn.Module):
         """
         context = self.adapter_state.get_context(self.name)
         context.called_layers.add(self.name)
-        base = self.base_layer(x)
         if not context.lanes or x.numel() == 0:
-            return base
+            return self.base_layer(x)
         flat = split_by_lane(x, context, self.name)
-        flat_base = base.reshape(len(context.lanes), -1, base.shape[-1])
         if context.dropout_steps is not None and self.variant.has_auxiliary_loss and torch.is_grad_enabled():
             self._record_auxiliary_loss(flat, context)
-        if context.dropout_steps is None or self.adapter_state.dropout == 0:
+        has_dropout = context.dropout_steps is not None and self.adapter_state.dropout > 0
+        layer = self.frozen_layer
+        if not has_dropout and self.variant.includes_base(layer):
+            scaling = self.adapter_state.scaling(self.variant, context.lanes, layer)
+            params = self._prepare_params(context, layer, scaling)
+            return self.variant.forward_with_base(flat, params, layer, scaling).view(*x.shape[:-1], -1)
+        base = self.base_layer(x)
+        flat_base = base.reshape(len(context.lanes), -1, base.shape[-1])
+        if not has_dropout:
             return self._apply_variant(flat, flat_base, context).view(base.shape)
         state = self.adapter_state
         dropped = flat * draw_dropout_masks(flat, state.dropout, self.name, context, state.seeds)
@@ -131,9 +132,6 @@ class LaneLinear(nn.Module):
             base = variant.forward(x_before_dropout, base, update, layer, scaling)
             unfrozen = {name: tensor for name, tensor in stacked.items() if name not in frozen}
             return variant.forward(x, base, variant.prepare(unfrozen, layer, scaling), layer, scaling)
-        if variant.batching == Batching.DENSE and layer.weight.numel() * len(lanes) > DENSE_RECOMPUTE_NUMEL:
-            parts = zip(x.split(1), base.split(1), lanes, strict=True)
-            return torch.cat([self._forward_one_lane(*part, layer) for part in parts])
         params = self._prepare_params(context, layer, scaling)
         return variant.forward(x, base, params, layer, scaling)
 
@@ -168,16 +166,6 @@ class LaneLinear(nn.Module):
                 kept[lane] = self._versions((lane,)), {name: t[index] for name, t in tensors.items()}
         constants = [kept[lane][1] for lane in lanes]
         return {**self._stack_tensors(lanes), **stack_by_name(constants)}
-
-    def _forward_one_lane(self, x: Tensor, base: Tensor, lane: str, layer: FrozenLayer) -> Tensor:
-        """Compute one lane without keeping a full-size tensor for the backward pass."""
-        variant, scaling = self.variant, self.adapter_state.scaling(self.variant, (lane,), layer)
-
-        def run(x: Tensor, base: Tensor, params: Params) -> Tensor:
-            return variant.forward(x, base, variant.prepare(params, layer, scaling), layer, scaling)
-
-        params = self._stack_tensors((lane,))
-        return checkpoint(run, x, base, params, use_reentrant=False, preserve_rng_state=False)
 
     def _stack_tensors(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
         own = self.own_tensors.stack(lanes)

@@ -6,11 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import variants.lane_linear as lane_linear
 from variants import catalogue
-from variants.attach import attach
 from variants.base import FrozenLayer, VariantSettings
 
 
@@ -119,29 +117,3 @@ def test_pissa_keeps_changes_that_bfloat16_would_round_away() -> None:
     )
     true = x.double() @ (2 * (start["B"].double() - start["B0"].double()) @ start["A0"].double()).T
     assert (output.double() - true).norm() < 0.01 * true.norm()
-
-
-def test_recomputed_dense_updates_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Computing one lane at a time with recomputation gives the same bits as computing all lanes at once."""
-
-    def gradients() -> list[Tensor]:
-        torch.manual_seed(0)
-        model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(24, 40)])})
-        adapters = attach(model, catalogue.get("hira"), VariantSettings(3, None))
-        for lane in "ab":
-            adapters.add_lane(lane, VariantSettings(3, None), seed=ord(lane))
-        with torch.no_grad():
-            for lane in "ab":
-                adapters.trainable(lane)["blocks.0.B"].normal_()
-        with adapters.activate_lanes(["a", "b"], None):
-            out = model["blocks"][0](torch.randn(16, 24))  # type: ignore[index]
-        out.square().sum().backward()
-        return [
-            out,
-            *(p.grad for lane in "ab" for p in adapters.trainable(lane).values() if p.grad is not None),
-        ]
-
-    at_once = gradients()
-    monkeypatch.setattr(lane_linear, "DENSE_RECOMPUTE_NUMEL", 0)
-    assert len(at_once) == 5
-    assert all(torch.equal(x, y) for x, y in zip(at_once, gradients(), strict=True))

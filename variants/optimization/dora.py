@@ -11,7 +11,6 @@ from torch import Generator, Tensor
 from variants.base import FrozenLayer, InitialTensors, Params, VariantSettings, pad_rank_one
 from variants.baseline.lora import LoRA
 
-
 CAST_NUMEL = 1 << 22
 """Values of W that are cast to the lanes' dtype at once: 16 MiB in float32."""
 

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from variants.base import (
-    Batching,
-    FrozenLayer,
-    Params,
-    VariantSettings,
-    batch_invariant_baddbmm,
-    pad_rank_one,
-)
+from variants.base import Batching, FrozenLayer, Params, VariantSettings
 from variants.baseline.lora import LoRA
+from variants.dense_product import DenseProduct
 
 
 class HiRA(LoRA):
@@ -28,6 +21,10 @@ class HiRA(LoRA):
 
     The size of the weights (about 0.02) scales every step, so HiRA needs 10 to 100 times LoRA's learning
     rate.
+
+    W + W * (B A) is formed for one layer and lane at a time, and is one matrix product with the input in
+    float32 and float64. In bfloat16 it would round the update away, so that the update is a product of its
+    own there, as it is with dropout.
     """
 
     name: ClassVar[str] = "hira"
@@ -40,11 +37,16 @@ class HiRA(LoRA):
         return 1.0
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        a, b = pad_rank_one(params["A"], params["B"])
-        return {"dW": layer.weight * torch.bmm(b, a)}
+        return params
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
-        return batch_invariant_baddbmm(base, x, params["dW"].to(x.dtype).transpose(1, 2))
+        return DenseProduct.apply(x, base, params["A"], params["B"], layer.weight, None)
+
+    def includes_base(self, layer: FrozenLayer) -> bool:
+        return layer.weight.dtype == layer.dtype
+
+    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+        return DenseProduct.apply(x, None, params["A"], params["B"], layer.weight, layer.bias)
 
     def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
         return layer.weight * (params["B"] @ params["A"])
