@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,9 +153,11 @@ def _our_scores(folder: Path) -> dict[str, dict[str, float]]:
     return scores
 
 
-def measure_round(name: str, options: argparse.Namespace, number: int, work: Path) -> list[dict[str, Any]]:
-    """Run all sides once, in an order that rotates with the round. Returns a row for each."""
-    study, rows = prepare_study(name, work), []
+def measure_round(
+    name: str, options: argparse.Namespace, number: int, work: Path
+) -> Iterator[dict[str, Any]]:
+    """Run all sides once, in an order that rotates with the round, and yield a row for each."""
+    study = prepare_study(name, work)
     shift = number % len(options.sides)
     for side in options.sides[shift:] + options.sides[:shift]:
         part = study
@@ -166,9 +168,8 @@ def measure_round(name: str, options: argparse.Namespace, number: int, work: Pat
         share = len(study.runs) / len(part.runs)
         row |= {"study": name, "side": side, "round": number, "runs": len(part.runs)}
         row |= {"commit": current_commit(), "load": os.getloadavg()[0], "total": row["seconds"] * share}
-        rows.append(row)
         print(f"{name}, {side}: {row['seconds']:.1f} s for {row['runs']} runs", flush=True)
-    return rows
+        yield row
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -229,9 +230,10 @@ def run() -> None:
     first = 1 + max((row["round"] for row in rows), default=-1)
     for number in range(first, first + options.rounds):
         for name in options.studies:
-            rows += measure_round(name, options, number, work)
-            if options.out is not None:
-                options.out.write_text(json.dumps(rows) + "\n")
+            for row in measure_round(name, options, number, work):
+                rows.append(row)
+                if options.out is not None:
+                    options.out.write_text(json.dumps(rows) + "\n")
     print(format_table(rows))
 
 
