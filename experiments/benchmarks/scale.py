@@ -50,6 +50,7 @@ ROLES = {
     "RayTrainWorker": "worker",
     "TrainController": "controller",
     "Broker": "broker",
+    "LaneTrial": "trial",
     "ResourceTrainable": "trial",
 }
 """Part of the title that Ray gives a process -> role of the process."""

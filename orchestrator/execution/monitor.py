@@ -54,7 +54,8 @@ class StudyMonitor(threading.Thread):
         self.last_contact = self.clock() + pool.spec.start_timeout
 
     def run(self) -> None:
-        """Poll until `close` is called, the trainers are drained, or the study cannot continue."""
+        """Start the first trainers, then poll until `close` is called or the study cannot continue."""
+        self._start_first_trainers()
         while not self.stop_requested.wait(timeouts.SESSION_POLL_SECONDS):
             try:
                 self._poll()
@@ -71,6 +72,15 @@ class StudyMonitor(threading.Thread):
             if self.error is not None or self.pool.failure_reason or self.is_drained:
                 self._abort()
                 return
+
+    def _start_first_trainers(self) -> None:
+        """Start trainers while the broker and the trials start."""
+        try:
+            self.pool.update(0, 0, 0, placed=frozenset(), hung=(), abort_reason="")
+        except RayError:
+            pass  # the first poll starts them
+        except Exception as error:
+            self.error = error
 
     def wait_for_pending_stops(self) -> None:
         """Wait in the main thread, after `fit`, until all stopped lanes have a record or the monitor ends."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from orchestrator.execution.broker.actor import start_broker
 from orchestrator.execution.monitor import StudyMonitor
-from orchestrator.execution.ray.private import withhold_cloud_credentials_from_trials
+from orchestrator.execution.ray.private import light_trial_actors, withhold_cloud_credentials_from_trials
 from orchestrator.execution.session_context import SessionContext
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.tune.concurrency import trial_limits
 from orchestrator.execution.tune.early_stopping import PerGroupScheduler
 from orchestrator.execution.tune.fifo import ConfigurationListGenerator, LiveTrialFIFOScheduler
-from orchestrator.execution.tune.trial import LaneTrainable
+from orchestrator.execution.tune.trainable import LaneTrainable
+from orchestrator.execution.tune.trial import LaneTrial
 from orchestrator.execution.tune.trial_events import ABORTED, AbortStopper, BrokerCallback, PendingStops
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import StudyError
@@ -66,7 +68,10 @@ def train(
     monitor.start()
     try:
         callback = BrokerCallback(broker, pending_stops)
-        results = _make_tuner(context, search, make_generator, callback).fit()
+        # Hyperband pauses trials, for which Tune's own class is needed.
+        is_pausing = context.scheduler == "hyperband"
+        with nullcontext() if is_pausing else light_trial_actors(LaneTrainable, LaneTrial):
+            results = _make_tuner(context, search, make_generator, callback).fit()
         monitor.wait_for_pending_stops()
     finally:
         monitor.close()
@@ -86,10 +91,8 @@ def _make_tuner(
     make_generator: Callable[[int | None], ConfigurationListGenerator],
     callback: BrokerCallback,
 ) -> tune.Tuner:
-    max_concurrent, memory = trial_limits(context.pool, context.cluster, context.scheduler)
-    if search and max_concurrent:
-        # A waiting trial was suggested without the results of the lanes that are in training.
-        max_concurrent = max(1, max_concurrent // 2)
+    is_search = search is not None
+    max_concurrent, memory = trial_limits(context.pool, context.cluster, context.scheduler, is_search)
     return tune.Tuner(
         tune.with_resources(LaneTrainable, tune.PlacementGroupFactory([{"memory": memory}])),
         tune_config=tune.TuneConfig(

@@ -17,11 +17,12 @@ from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.launch import cost
 from orchestrator.launch.estimate import TimeEstimate, estimate_times
+from orchestrator.launch.lanes import LanePlan, plan_lanes
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.show import narrow_command, replace_options
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
+from orchestrator.study.options import StudyOptions
 from orchestrator.util.graceful_interrupts import format_command
 
 if TYPE_CHECKING:
@@ -76,19 +77,20 @@ def print_plan(
         options: Options of the study.
     """
     hardware = _probe_hardware(options)
+    lanes = plan_lanes(options, hardware.gpus_per_worker, hardware.device, templates, store)
     estimates = [
         estimate
         for estimate in estimate_times(
             [*work.pending, *_later_configurations(work, templates)],
             store,
-            options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER,
+            lanes.lanes,
             options.workers_per_trainer,
         )
         if hardware.has_device(estimate.device)
     ]
     lines = [
         *_configuration_lines(templates, work, options),
-        *_trainer_lines(hardware, options),
+        *_trainer_lines(hardware, options, lanes),
         *(_time_line(estimate, hardware.num_trainers) for estimate in estimates),
     ]
     if not estimates:
@@ -189,11 +191,10 @@ def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
     return [*lines, *((f"Space, {name}", text) for text, name in spaces.items())]
 
 
-def _trainer_lines(hardware: _Hardware, options: StudyOptions) -> list[Line]:
-    lanes = options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER
+def _trainer_lines(hardware: _Hardware, options: StudyOptions, lanes: LanePlan) -> list[Line]:
     workers = options.workers_per_trainer
     split = f", {workers} workers per trainer" if workers > 1 else ""
-    return [("Trainers", f"{hardware.place}, {lanes} lanes each{split}")]
+    return [("Trainers", f"{hardware.place}{split}"), ("Lanes", lanes.text)]
 
 
 def _time_line(estimate: TimeEstimate, num_trainers: int) -> Line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
 
 MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
 """Largest number of configurations of a study whose report is written after Ctrl-C."""
+
+REPORT_LIBRARIES = (
+    "orchestrator.analyze.report",
+    "orchestrator.analyze.table",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "plotly.graph_objects",
+)
+"""The modules whose import takes most of the time before a report."""
+
+
+def import_report_libraries() -> None:
+    """Import what a report needs, in a thread while trainers train: the imports take a second or two."""
+    for module in REPORT_LIBRARIES:
+        importlib.import_module(module)
 
 
 def report_and_close(

@@ -7,6 +7,7 @@ The four steps are `study_context.resolve_study` (options and design), `plan.pri
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -170,6 +171,8 @@ class StudyRun:
         )
 
         def log_record(record: Record) -> None:
+            if not self.logged:
+                threading.Thread(target=reporting.import_report_libraries, daemon=True).start()
             self.logged.add(record.fingerprint)
             writer.put(record)
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, gcs_monitor, runtime
 from orchestrator.execution.rungs import submission_order
+from orchestrator.launch.lanes import choose_lanes
 from orchestrator.launch.stages import LaterConfigurations
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
 from orchestrator.util import timeouts
 from orchestrator.util.graceful_interrupts import graceful_interrupts
 
@@ -96,8 +96,10 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
         options.trainers, options.gpus_per_worker, options.workers_per_trainer
     )
     context.budget.set_gpus_per_trainer(gpus_per_worker * options.workers_per_trainer)
+    lanes, is_measured = choose_lanes(options, gpus_per_worker)
     trainer_spec = TrainerSpec(
-        lanes_per_trainer=options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER,
+        lanes_per_trainer=lanes,
+        measures_lanes=is_measured,
         gpus_per_worker=gpus_per_worker,
         store=str(store.root),
         scratch=str(scratch),
@@ -124,7 +126,8 @@ def _describe_pool(cluster: runtime.Cluster, pool_config: PoolConfig) -> str:
     where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
     gpus = spec.gpus_per_worker * spec.workers_per_trainer
     each = f", {gpus:g} GPUs each" if gpus else ""
-    return f"{where}: {pool_config.num_trainers} trainers of {spec.lanes_per_trainer} lanes{each}"
+    lanes = f"{'up to ' if spec.measures_lanes else ''}{spec.lanes_per_trainer} lanes"
+    return f"{where}: {pool_config.num_trainers} trainers of {lanes}{each}"
 
 
 def _session_context(
@@ -171,7 +174,7 @@ def _run_session(
     """
     from orchestrator.execution.session import train
 
-    scheduler, lanes = session.scheduler, session.pool.spec.lanes_per_trainer
+    scheduler, lanes = session.scheduler, session.pool.spec.expected_lanes
     searcher = None
     if work.search is not None:
         from orchestrator.execution.search.searcher import PerGroupSearcher

@@ -1,22 +1,49 @@
-"""Lane capacities: how many lanes of a group key fit on a device, learned from out-of-memory errors.
+"""Lane capacities: how many lanes of a group key train at once on a device.
 
-    root/limits/<hash of group key and device key>.json    {"shape", "place", "lanes", "tried"}, with checksum
+    root/limits/<hash of group key and device key>.json    {"shape", "place", "lanes", "tried", "measured"}
 
 "shape" is the group key, "place" the device key: the device and its memory, a trainer's share of it, and how
-it is used. After a file or the folder is removed, the next trainer tries as many lanes as its options say.
+it is used. "lanes" is the limit learned from an out-of-memory error with "tried" lanes, if there was one, and
+holds for every study. "measured" is the number that a trainer chose by the memory of its steps with one and
+with two lanes, if it did, and holds where --lanes-per-trainer is not given. Each file has a checksum. After a
+file or the folder is removed, the next trainer starts without this knowledge.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from orchestrator.util import atomic_files
 
 
+@dataclass(frozen=True)
+class MeasuredLanes:
+    """The number of lanes that a trainer chose by measurement, and the reasons."""
+
+    lanes: int
+    """The number of lanes that train at once."""
+    fitting: int
+    """The number of lanes that fit into memory, by linear extrapolation."""
+    one_lane_bytes: int
+    """The peak memory of a step with one lane."""
+    two_lanes_bytes: int
+    """The peak memory of a step with two lanes."""
+    tokens: int
+    """Mean number of tokens in a micro-batch of one lane."""
+
+    def __str__(self) -> str:
+        one, two = self.one_lane_bytes / 2**30, self.two_lanes_bytes / 2**30
+        reason = "" if self.lanes == self.fitting else f", {self.tokens} tokens per lane and micro-batch"
+        return f"one lane needs {one:.1f} GiB, two {two:.1f}: {self.fitting} fit{reason}"
+
+
 def read_max_lanes(folder: Path, group_key: str, device_key: str) -> int | None:
-    """Return the number of lanes that fit.
+    """Return the number of lanes that fit, as learned from out-of-memory errors.
 
     Args:
         folder: The store's folder of capacities.
@@ -26,14 +53,27 @@ def read_max_lanes(folder: Path, group_key: str, device_key: str) -> int | None:
     Returns:
         The number; None if it is not known, or its file cannot be read.
     """
-    try:
-        found = json.loads(
-            atomic_files.verify_checksum(capacity_file(folder, group_key, device_key).read_bytes())
-        )
-        lanes = found["lanes"] if (found["shape"], found["place"]) == (group_key, device_key) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    lanes = _read(capacity_file(folder, group_key, device_key), group_key, device_key).get("lanes")
     return lanes if isinstance(lanes, int) and lanes >= 1 else None
+
+
+def read_measured(folder: Path, group_key: str, device_key: str) -> MeasuredLanes | None:
+    """Return the number of lanes that a trainer chose by measurement; None if it is not known.
+
+    Args:
+        folder: The store's folder of capacities.
+        group_key: The group key of the lanes.
+        device_key: The key of the device.
+    """
+    return _parse_measured(_read(capacity_file(folder, group_key, device_key), group_key, device_key))
+
+
+def list_measured(folder: Path, group_keys: set[str]) -> Iterator[tuple[str, MeasuredLanes]]:
+    """Yield the device key and the measured number of every capacity of the given group keys."""
+    for path in sorted(folder.glob("*.json")):
+        found = _read(path)
+        if found.get("shape") in group_keys and (measured := _parse_measured(found)):
+            yield str(found.get("place")), measured
 
 
 def write_max_lanes(
@@ -54,16 +94,63 @@ def write_max_lanes(
     Raises:
         OSError: The disk is full or cannot be used.
     """
-    path = capacity_file(folder, group_key, device_key)
     previous = read_max_lanes(folder, group_key, device_key)
     if previous is None or max_lanes < previous:
-        folder.mkdir(parents=True, exist_ok=True)
-        data = {"shape": group_key, "place": device_key, "lanes": max_lanes, "tried": attempted_lanes}
-        atomic_files.write_atomically(path, atomic_files.add_checksum(json.dumps(data, indent=1)))
-    return path
+        return _write(folder, group_key, device_key, {"lanes": max_lanes, "tried": attempted_lanes})
+    return capacity_file(folder, group_key, device_key)
+
+
+def write_measured(folder: Path, group_key: str, device_key: str, measured: MeasuredLanes) -> Path:
+    """Store the number of lanes that a trainer chose by measurement, beside a limit that is known already.
+
+    Args:
+        folder: The store's folder of capacities.
+        group_key: The group key of the lanes.
+        device_key: The key of the device.
+        measured: The number, and its reasons.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: The disk is full or cannot be used.
+    """
+    return _write(folder, group_key, device_key, {"measured": asdict(measured)})
 
 
 def capacity_file(folder: Path, group_key: str, device_key: str) -> Path:
     """Return the path of a capacity's file, which need not exist."""
     name = hashlib.sha256(f"{group_key} {device_key}".encode()).hexdigest()[:24]
     return folder / f"{name}.json"
+
+
+def _read(path: Path, group_key: str = "", device_key: str = "") -> dict[str, Any]:
+    """Return the content of a capacity's file; empty if it cannot be read or has other keys than given."""
+    try:
+        found = json.loads(atomic_files.verify_checksum(path.read_bytes()))
+        wanted = (group_key or found["shape"], device_key or found["place"])
+        return found if (found["shape"], found["place"]) == wanted else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _parse_measured(found: dict[str, Any]) -> MeasuredLanes | None:
+    try:
+        measured = MeasuredLanes(**found["measured"])
+        return measured if measured.lanes >= 1 else None
+    except (KeyError, TypeError):
+        return None
+
+
+def _write(folder: Path, group_key: str, device_key: str, content: dict[str, Any]) -> Path:
+    """Write a capacity's file with new content; entries that are not in `content` are kept."""
+    path = capacity_file(folder, group_key, device_key)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {
+        "shape": group_key,
+        "place": device_key,
+        **_read(path, group_key, device_key),
+        **content,
+    }
+    atomic_files.write_atomically(path, atomic_files.add_checksum(json.dumps(data, indent=1)))
+    return path

@@ -17,7 +17,9 @@ from orchestrator.util.errors import UsageError, describe_disk_error
 
 DEFAULT_GRID_SEEDS, DEFAULT_POINTS = 3, 16
 DEFAULT_LANES_PER_TRAINER = 4
-"""On a CPU more lanes save no time. On a GPU the best number depends on its memory."""
+"""The number on a CPU, where more lanes save no time, and the number to expect before it is measured."""
+MAX_MEASURED_LANES = 8
+"""The largest number that a trainer chooses by measurement on its GPU."""
 OPTION_OF_HYPERPARAMETER = {
     "learning_rate": "learning_rates",
     "schedule": "lr_schedule",

@@ -44,7 +44,7 @@ from orchestrator.record.study_file import StudyFile
 NAME = "chaos"
 TITLES = {
     "trainer": ["RayTrainWorker"],
-    "trial": ["ResourceTrainable", "Trial"],  # its class is wrapped by Tune
+    "trial": ["LaneTrial", "ResourceTrainable"],  # Tune wraps its own class, which runs under Hyperband
     "broker": ["Broker"],
     "controller": ["TrainController"],
 }

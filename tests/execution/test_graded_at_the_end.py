@@ -9,11 +9,11 @@ import math
 
 from points import configuration
 
-from orchestrator.execution.tune.trial import LaneTrainable
+from orchestrator.execution.tune.trial import LaneTrial
 
 
 def test_metrics_before_the_last_evaluation_are_finite() -> None:
-    trial = object.__new__(LaneTrainable)  # the constructor of Tune would start a process
+    trial = object.__new__(LaneTrial)  # the constructor looks for the broker
     trial.configuration = configuration()
     task = trial.configuration.task
     on_the_way = trial._metrics(4, {"loss": 1.5})

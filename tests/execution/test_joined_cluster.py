@@ -26,14 +26,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 TWO = ("--variants", "lora", "--trainers", "1", "--seeds", "1", "--learning-rates", "3e-3", "1e-2")
 
-# A detached actor without resources, which Ray Train 2.60 starts with the first Train run on a cluster. It
-# stays on the cluster, because the Train runs of other studies may use it.
-RAYS_OWN = "_AutoscalingCoordinatorActor"
-
 
 def left() -> list[str]:
     """Return descriptions of the actors, placement groups and resources that studies still hold."""
-    there = [a for a in actors().values() if a["State"] != "DEAD" and a["ActorClassName"] != RAYS_OWN]
+    there = [a for a in actors().values() if a["State"] != "DEAD"]
     found = [f"actor {a['ActorClassName']} {a['State']}" for a in there]
     groups = [group["state"] for group in placement_group_table().values()]
     found += [f"placement group {state}" for state in groups if state != "REMOVED"]
@@ -51,7 +47,7 @@ def workers(before: set[int]) -> set[int]:
     for pid in study.rays() - before:
         try:
             line = " ".join(psutil.Process(pid).cmdline())
-            if "ray::IDLE" not in line and RAYS_OWN not in line:
+            if "ray::IDLE" not in line:
                 found.add(pid)
         except psutil.Error:
             continue

@@ -24,11 +24,14 @@ USED = [
     "ray.core.generated.gcs_pb2:PlacementGroupTableData.REMOVED",
     "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE.difference_update",
     # Overridden in trainers/trainer_run.py, tune/fifo.py and tune/early_stopping.py.
-    "ray.train.torch:TorchTrainer.fit",
+    "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer.fit",
     "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._create_default_callbacks",
     "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._initialize_and_run_controller",
     "ray.train.v2.api.data_parallel_trainer:PlacementGroupCleanerCallback",
     "ray.train.v2.api.data_parallel_trainer:DatasetsCallback",
+    "ray.train.v2._internal.execution.scaling_policy:FixedScalingPolicy._maybe_send_resource_request",
+    "ray.train.v2._internal.execution.scaling_policy:FixedScalingPolicy.after_controller_start",
+    "ray.tune.execution.class_cache:_ActorClassCache.get",
     "ray.tune.schedulers:HyperBandScheduler._process_bracket",
 ]
 

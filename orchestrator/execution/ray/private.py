@@ -7,7 +7,9 @@ because Ray and Ray Tune read environment variables on import that `runtime.conn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,11 +80,70 @@ def remove_orphaned_placement_groups() -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
-def train_controller_class() -> type:
-    """Return the class of the actor that controls a Ray Train run."""
-    from ray.train.v2._internal.execution.controller import TrainController
+def train_controller_class(environment: Mapping[str, str]) -> type:
+    """Return the class of the actor that controls a Ray Train run.
+
+    Args:
+        environment: Environment variables of the controller. They are set here and not by a runtime
+            environment, for which Ray would start Python twice in the controller and in its actors.
+    """
+    from ray.train.v2._internal.execution.controller import TrainController as Base
+
+    class TrainController(Base):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            os.environ.update(environment)
+            super().__init__(*args, **kwargs)
 
     return TrainController
+
+
+@contextmanager
+def without_monitors() -> Iterator[None]:
+    """Make `ray.init` start no autoscaler, log monitor and dashboard process.
+
+    In a Ray that serves one study on this machine they do nothing, and their start takes seconds.
+    `include_dashboard=False` starts the dashboard's process without its page.
+    """
+    import functools
+
+    from ray._private import parameter
+    from ray._private.node import Node
+
+    params, start = parameter.RayParams, Node.start_api_server
+    parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False)
+    Node.start_api_server = lambda node, **options: None
+    try:
+        yield
+    finally:
+        parameter.RayParams, Node.start_api_server = params, start
+
+
+def data_parallel_trainer_class() -> Any:
+    """Return Ray Train's trainer for any backend. `TorchTrainer` differs only in that it imports torch."""
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    return DataParallelTrainer
+
+
+def fixed_scaling_policy(scaling_config: Any) -> Any:
+    """Return Ray Train's policy for a fixed number of workers, without Train's coordinator of autoscaling.
+
+    The coordinator is an actor that every Train run registers with, one more process to start before the
+    first worker, and it stays on a joined cluster. An autoscaler also sees the placement group of the run.
+
+    Args:
+        scaling_config: The `ScalingConfig` of the run.
+    """
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    class UnregisteredScalingPolicy(FixedScalingPolicy):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            """Register nothing."""
+
+        def _maybe_send_resource_request(self) -> None:
+            """Send nothing."""
+
+    return UnregisteredScalingPolicy(scaling_config=scaling_config)
 
 
 def train_environment() -> dict[str, str]:
@@ -129,6 +190,41 @@ def make_trial(id_prefix: str, number: int, spec: Mapping[str, Any]) -> Trial:
     from ray.tune.search.basic_variant import _TrialIterator
 
     return next(_TrialIterator(id_prefix, 1, dict(spec), start=number))
+
+
+@contextmanager
+def light_trial_actors(trainable: type, actor_class: type) -> Iterator[None]:
+    """Make Ray Tune create its trials' actors from a class that does not need Ray Tune.
+
+    Tune requires a subclass of `Trainable` in the driver, and creates the actors from it. In the actors'
+    processes the import of Ray Tune takes half of the CPU time of their start. So that no argument of such an
+    actor needs this import either, Tune's description of a trial is pickled as the trial's id, and its
+    storage as an empty text. Tune's own actors also have a runtime environment, for which Ray starts Python
+    twice; these have none.
+
+    Args:
+        trainable: The subclass of `Trainable` that Tune was given; Tune adds subclasses of its own.
+        actor_class: The class to create actors from, with the methods that Tune calls.
+    """
+    import ray
+    from ray.train._internal.storage import StorageContext
+    from ray.tune.execution.class_cache import _ActorClassCache
+    from ray.tune.experiment.trial import _TrialInfo
+
+    light: Any = ray.remote(actor_class)  # type: ignore[call-overload]
+
+    def get(cache: Any, requested: type) -> Any:
+        return light if issubclass(requested, trainable) else original(cache, requested)
+
+    original, _ActorClassCache.get = _ActorClassCache.get, get
+    ray.util.register_serializer(_TrialInfo, serializer=lambda info: info.trial_id, deserializer=str)
+    ray.util.register_serializer(StorageContext, serializer=lambda storage: "", deserializer=str)
+    try:
+        yield
+    finally:
+        _ActorClassCache.get = original
+        for cls in (_TrialInfo, StorageContext):
+            ray.util.deregister_serializer(cls)
 
 
 def withhold_cloud_credentials_from_trials() -> None:

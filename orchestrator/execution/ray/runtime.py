@@ -275,7 +275,8 @@ def _start_local_ray(options: Mapping[str, Any], processes_before: Collection[ps
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     for _ in range(START_ATTEMPTS):
         try:
-            ray.init(address="local", **local, **options)
+            with private.without_monitors():
+                ray.init(address="local", **local, **options)
             return
         except Exception as error:  # Ray 2.60 raises bare Exceptions here
             if "timed out" not in str(error).lower():

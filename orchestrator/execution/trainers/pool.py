@@ -166,7 +166,7 @@ class TrainerPool:
             free: Number of trainers that would find a place now. An elastic pool respects this number,
                 because others may use the cluster too.
         """
-        lanes, running = self.spec.lanes_per_trainer, len(self.running)
+        lanes, running = self.spec.expected_lanes, len(self.running)
         unplaced = sum(name not in self.placed for name in self.running)
         wanted = -(-waiting // lanes) - unplaced if self.num_started else self.config.num_trainers
         if self.max_trainers is not None:

@@ -6,6 +6,7 @@ broker. When a worker dies, Train ends the run, and the driver replaces the trai
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
 from orchestrator.util import timeouts
 
 if TYPE_CHECKING:
@@ -26,13 +28,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MALLOC_ENVIRONMENT = {
-    # By default glibc returns large blocks to the system at every free. On a CPU, the resulting page faults
-    # take a sixth of the step time of a small model.
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
+MALLOC_OPTIONS = {-3: 2**30, -1: 2**30, -2: 2**26}
+"""glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, with values with which freed memory is kept. By
+default glibc returns large blocks to the system at every free. On a CPU, the resulting page faults take a
+sixth of the step time of a small model."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class TrainerSpec:
     """The properties that all trainers of a study share."""
 
     lanes_per_trainer: int
+    """The largest number of lanes."""
     gpus_per_worker: float
     store: str
     """Folder of the store, which has the same path on every node."""
@@ -48,6 +48,8 @@ class TrainerSpec:
     save_adapters: bool = False
     start_timeout: float = 300.0
     """Seconds that a study waits for a trainer while it has none."""
+    measures_lanes: bool = False
+    """If true, each trainer chooses its number of lanes by the memory of its first steps."""
     workers_per_trainer: int = 1
     gradient_checkpointing: bool = False
     device: str = "auto"
@@ -59,6 +61,12 @@ class TrainerSpec:
     def uses_gpus(self) -> bool:
         """Return whether the workers compute on the GPUs that they reserve."""
         return self.gpus_per_worker > 0 and self.device != "cpu"
+
+    @property
+    def expected_lanes(self) -> int:
+        """The number of lanes to expect of a trainer before it has chosen one."""
+        lanes = self.lanes_per_trainer
+        return min(lanes, DEFAULT_LANES_PER_TRAINER) if self.measures_lanes else lanes
 
     @property
     def resources_per_worker(self) -> dict[str, float]:
@@ -100,6 +108,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     else:
         # Trainers share the cores: with two threads per trainer, pretraining was 17 times slower.
         torch.set_num_threads(1)
+        _keep_freed_memory()
     if not Path(spec.scratch).is_dir():
         raise RuntimeError(f"this node does not see the study's store {spec.store}: mount it here, too")
     store = Store(Path(spec.store))
@@ -115,7 +124,10 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
             store,
             partial(load_base_model, spec, store.bases, device),
             settings=LoopSettings(
-                spec.lanes_per_trainer, timeouts.IDLE_TRAINER_SECONDS, save_adapter=spec.save_adapters
+                spec.lanes_per_trainer,
+                timeouts.IDLE_TRAINER_SECONDS,
+                is_measured=spec.measures_lanes,
+                save_adapter=spec.save_adapters,
             ),
             provenance=provenance.current_provenance,
             process_group=process_group,
@@ -140,6 +152,13 @@ def load_base_model(spec: TrainerSpec, bases: Path, device: Any, model: ModelCho
         enable_activation_checkpointing(base_model.model)
     fraction = min(1.0, spec.gpus_per_worker)
     return replace(base_model, memory_fraction=fraction) if spec.uses_gpus else base_model
+
+
+def _keep_freed_memory() -> None:
+    """Set `MALLOC_OPTIONS` where the C library is glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for option, value in MALLOC_OPTIONS.items() if mallopt else ():
+        mallopt(option, value)
 
 
 def _exit_with_raylet() -> None:

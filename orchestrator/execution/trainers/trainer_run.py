@@ -12,15 +12,14 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.backend import BackendConfig
 
 from orchestrator.execution.broker.failure_policy import ExitKind
+from orchestrator.execution.ray import private
 from orchestrator.execution.ray.errors import format_ray_error
-from orchestrator.execution.ray.private import train_controller_class, train_environment
 from orchestrator.execution.ray.runtime import driver_node_affinity
 from orchestrator.execution.trainers.exit_status import ExitStatus, classify_exit
-from orchestrator.execution.trainers.trainer import MALLOC_ENVIRONMENT, TrainerSpec, train_loop_per_worker
+from orchestrator.execution.trainers.trainer import TrainerSpec, train_loop_per_worker
 
 UNUSED_CALLBACKS = (
     # `private.remove_orphaned_placement_groups` replaces this one, whose actor outlives a killed driver.
@@ -30,20 +29,21 @@ UNUSED_CALLBACKS = (
 """Default callbacks of Ray Train that each start one additional process per trainer."""
 
 
-class SingleWorkerTorchConfig(TorchConfig):
-    """Configuration of torch for a run with one worker, which needs no process group.
+def make_backend_config(spec: TrainerSpec) -> BackendConfig:
+    """Return the backend of a Train run: a process group of torch, or nothing for a single worker.
 
-    The TCP store of a process group would listen on all addresses of its machine without authentication.
+    A single worker needs no process group, whose TCP store would listen on all addresses of its machine
+    without authentication. Without it, the driver and the Train controller import no torch.
     """
+    if spec.workers_per_trainer == 1:
+        return BackendConfig()
+    from ray.train.torch import TorchConfig
 
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """The backend that sets up nothing."""
-        return Backend
+    return TorchConfig("nccl" if spec.uses_gpus else "gloo")
 
 
 class TrainerRun(threading.Thread):
-    """A thread that runs one trainer, because `TorchTrainer.fit` blocks until the run ends.
+    """A thread that runs one trainer, because `fit` blocks until the run ends.
 
     Args:
         name: The trainer's name, which the broker uses too.
@@ -61,7 +61,7 @@ class TrainerRun(threading.Thread):
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        """Call `TorchTrainer.fit`, and store how the run ended in `exit_status`."""
+        """Call `fit` of Ray Train's trainer, and store how the run ended in `exit_status`."""
         end = ExitStatus(ExitKind.FAILED, "its thread ended without a result")
         try:
             self._make_trainer().fit()
@@ -85,22 +85,25 @@ class TrainerRun(threading.Thread):
                 ray.kill(self._controller)
 
     def _make_trainer(self) -> Any:
-        """Return a `TorchTrainer` that stores its controller in this object."""
+        """Return a trainer of Ray Train that stores its controller in this object."""
         spec, trainer_run = self.spec, self
-        environment = train_environment() | {
+        inherited = private.train_environment()
+        environment = inherited | {
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished run is noticed
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(60.0, spec.start_timeout)),
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process per trainer; workers watch their node
             "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # the value that Train sets itself
         }
         # Type checkers see the classes of Train's first version, which lack methods and arguments.
-        base: Any = TorchTrainer
+        base: Any = private.data_parallel_trainer_class()
         run_config: Any = RunConfig
         failure_config: Any = FailureConfig
-        actor: Any = ray.remote(train_controller_class())
-        torch_config = TorchConfig("nccl" if spec.uses_gpus else "gloo")
-        if spec.workers_per_trainer == 1:
-            torch_config = SingleWorkerTorchConfig()
+        actor: Any = ray.remote(private.train_controller_class(environment))
+        scaling_config = ScalingConfig(
+            num_workers=spec.workers_per_trainer,
+            use_gpu=spec.gpus_per_worker > 0,
+            resources_per_worker=spec.resources_per_worker,
+        )
 
         class Trainer(base):
             def _create_default_callbacks(self) -> list[Any]:
@@ -113,8 +116,8 @@ class TrainerRun(threading.Thread):
 
                 This replaces Train's own method, which does not expose the actor's handle that `kill` needs.
                 """
-                affinity, runtime_env = driver_node_affinity(), {"env_vars": environment}
-                placed = actor.options(num_cpus=0, scheduling_strategy=affinity, runtime_env=runtime_env)
+                arguments["scaling_policy"] = private.fixed_scaling_policy(scaling_config)
+                placed = actor.options(num_cpus=0, scheduling_strategy=driver_node_affinity())
                 with trainer_run._lock:
                     if trainer_run._killed:
                         raise RuntimeError("the trainer was killed before it started")
@@ -127,16 +130,12 @@ class TrainerRun(threading.Thread):
         return Trainer(
             train_loop_per_worker,
             train_loop_config={"name": self.name, "spec": asdict(spec)},
-            scaling_config=ScalingConfig(
-                num_workers=spec.workers_per_trainer,
-                use_gpu=spec.gpus_per_worker > 0,
-                resources_per_worker=spec.resources_per_worker,
-            ),
-            torch_config=torch_config,
+            scaling_config=scaling_config,
+            backend_config=make_backend_config(spec),
             run_config=run_config(
                 name=f"{self.namespace}-{self.name}",
                 storage_path=spec.scratch,
-                worker_runtime_env={} if spec.uses_gpus else {"env_vars": MALLOC_ENVIRONMENT},
+                worker_runtime_env={"env_vars": inherited} if inherited else {},
                 failure_config=no_retries,
             ),
         )

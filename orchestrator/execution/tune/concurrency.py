@@ -10,12 +10,18 @@ MIN_AUTOSCALED_TRAINERS = 8
 """Number of trainers that the limit for an autoscaled cluster allows for, as on one node with eight GPUs."""
 
 
-def trial_limits(pool: PoolConfig, cluster: Cluster, scheduler: str) -> tuple[int | None, int]:
+def trial_limits(
+    pool: PoolConfig, cluster: Cluster, scheduler: str, is_search: bool = False
+) -> tuple[int | None, int]:
     """Return the number of concurrent trials, and the bytes that each of them reserves in Ray.
 
-    The number covers the lanes of all trainers, and for each trainer one lane group to lease next. The trial
-    processes together may use half of the memory that Ray manages; the other half is for trainers. Tune's
-    limit cannot be raised later, so an elastic pool on a cluster with GPUs gets a limit for twice its
+    The number covers the lanes of all trainers, and one more for each trainer: a lane that ended is replaced
+    at once, while Tune starts the next trial in the free process. Every further trial would be one more
+    process to start before the first step. A search gets no further ones, since a waiting trial was suggested
+    without the results of the lanes that are in training.
+
+    The trial processes together may use half of the memory that Ray manages; the other half is for trainers.
+    Tune's limit cannot be raised later, so an elastic pool on a cluster with GPUs gets a limit for twice its
     trainers.
 
     Hyperband pauses a trial until all trials of its bracket have reached the same evaluation, and Tune's
@@ -25,7 +31,8 @@ def trial_limits(pool: PoolConfig, cluster: Cluster, scheduler: str) -> tuple[in
     num_trainers = pool.num_trainers
     if pool.elastic and not cluster.local and pool.spec.gpus_per_worker:
         num_trainers = max(MIN_AUTOSCALED_TRAINERS, 2 * num_trainers, pool.autoscaler_capacity)
-    wanted = 2 * num_trainers * pool.spec.lanes_per_trainer
+    lanes = pool.spec.expected_lanes if is_search else pool.spec.lanes_per_trainer + 1
+    wanted = num_trainers * lanes
     if scheduler == "hyperband":
         share = max(cluster.memory / wanted, 2 * TRIAL_MEMORY_BYTES)
         return None, int(min(share, max(node.memory for node in cluster.nodes)))

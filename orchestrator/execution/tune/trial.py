@@ -1,17 +1,17 @@
 """Tune's trial of one configuration, as a thin client of the broker.
 
-A trial imports no torch. It reserves memory instead of a CPU, so that trials never take the cores of
-trainers.
+A trial's process imports neither torch nor Ray Tune, which would take most of its CPU time and memory. It
+reserves memory instead of a CPU, so that trials never take the cores of trainers.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray import tune
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from orchestrator.execution.broker.client import BROKER_NAME
@@ -21,18 +21,21 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 
 TRIAL_MEMORY_BYTES = 300 * 2**20
-"""Memory of a trial's process with Ray Tune imported; 190 MiB were measured on Linux x86-64."""
+"""Memory of a trial's process with Ray Tune imported, as under Hyperband; 190 MiB were measured on Linux
+x86-64."""
 WORST_LOSS = 1e9
 """The loss of a diverged lane. It is finite, because NaN and infinity break Ray's schedulers."""
 
 
-class LaneTrainable(tune.Trainable):
-    """Trainable whose every `step` waits for the lane's next report.
+class LaneClient:
+    """Client of the broker whose every `step` waits for the lane's next report.
 
     A step lets the lane continue if the lane was paused after its last report. The last result has `done` and
-    the state in which the lane ended. The trainable never releases its lane, because its process may be
-    paused or reused for another trial; `BrokerCallback` tells the broker which trials have ended.
+    the state in which the lane ended. The client never releases its lane, because its process may be paused
+    or reused for another trial; `BrokerCallback` tells the broker which trials have ended.
     """
+
+    trial_id: str
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the configuration, which `config` has as JSON under "configuration"."""
@@ -87,15 +90,35 @@ class LaneTrainable(tune.Trainable):
         task = self.configuration.task
         return self._metrics(step, {"loss": WORST_LOSS, task.metric: task.floor})
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take another configuration, so that Tune can reuse the process."""
+
+class LaneTrial(LaneClient):
+    """The actor of a trial, with the methods of `tune.Trainable` that Tune calls for trials without a pause.
+
+    Args:
+        config: The trial's config, with the trial's id under "__trial_info__"; see
+            `private.light_trial_actors`.
+        storage: Unused: this trial writes no files.
+    """
+
+    def __init__(self, config: dict[str, Any], storage: object = None) -> None:
+        self.reset(config)
+
+    def reset(self, new_config: dict[str, Any], storage: object = None) -> bool:
+        """Take another trial, so that Tune can reuse the process."""
+        self.trial_id = new_config["__trial_info__"]
+        self.num_results = 0
         self.setup(new_config)
         return True
 
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Return the last report that Tune has seen, for a pause; the lane has checkpoints of its own."""
-        return {"reported_step": self.reported_step, "last_metrics": self.last_metrics}
+    def train(self) -> dict[str, Any]:
+        """Return the next result, with the entries that Tune itself reads."""
+        result = {"done": False, **self.step()}
+        self.num_results += 1
+        return {**result, "training_iteration": self.num_results, **self.get_auto_filled_metrics()}
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Take what `save_checkpoint` returned."""
-        self.reported_step, self.last_metrics = checkpoint["reported_step"], checkpoint["last_metrics"]
+    def get_auto_filled_metrics(self, debug_metrics_only: bool = True) -> dict[str, Any]:
+        """Return the trial's id, and the process that runs it."""
+        return {"trial_id": self.trial_id, "pid": os.getpid(), "node_ip": ray.util.get_node_ip_address()}
+
+    def stop(self) -> None:
+        """Release nothing: the process has no resources besides its memory."""

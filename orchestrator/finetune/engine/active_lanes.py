@@ -54,8 +54,7 @@ class ActiveLanes:
 
     def count_free_slots(self) -> int:
         """Return how many more lanes this trainer can hold."""
-        fitting = self.slots.max_lanes_by_group_key.get(self.group_key or "") or self.slots.count
-        return min(self.slots.count, self.engine.max_lanes, fitting) - len(self.lanes)
+        return min(self.slots.limit(self.group_key), self.engine.max_lanes) - len(self.lanes)
 
     def in_state(self, state: LaneState) -> list[Lane]:
         """Return the lanes in `state`, in the order in which they were leased."""

@@ -96,6 +96,13 @@ class Engine:
         return peak
 
     @property
+    def memory_limit(self) -> int:
+        """The bytes of its device's memory that this worker may use; there must be a base model."""
+        assert self._base_model is not None, "no base model is loaded"
+        base_model = self._base_model[1]
+        return int(_total_memory(base_model.device) * base_model.memory_fraction)
+
+    @property
     def device_key(self) -> str:
         """Everything besides the group key that decides how many lanes fit into memory, as text.
 

@@ -158,7 +158,9 @@ class LaneLeasing:
         group_key = lane.configuration.group_key
         if added and group_key not in active.slots.max_lanes_by_group_key:
             active.slots.max_lanes_by_group_key[group_key] = active.process_group.broadcast_from_rank0(
-                partial(active.recorder.read_max_lanes, group_key, active.slots.count)
+                partial(
+                    active.recorder.read_max_lanes, group_key, active.slots.count, active.slots.is_measured
+                )
             )
 
     def _find_checkpoint(self, fingerprint: str, newest: list[Checkpoint]) -> Path | None:

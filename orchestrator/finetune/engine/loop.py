@@ -60,6 +60,9 @@ class LoopSettings:
     """The shortest interval between two requests of one kind to the source; longer if it answers slowly."""
     spill_seconds: float = 1.0
     """A lane that has been parked for this long makes room for one that waits."""
+    is_measured: bool = False
+    """If true, the number of lanes follows from the memory of steps with one and with two lanes, up to
+    `max_lanes` (GPUs only: on a CPU the memory of a step is not known)."""
     save_adapter: bool = False
     """If true, the adapters of finished lanes are saved in the store."""
     min_checkpoint_seconds: float = 60.0
@@ -107,7 +110,7 @@ def run(
     schedule = CheckpointSchedule(settings.min_checkpoint_seconds, settings.max_checkpoint_seconds)
     full_timeout = settings.store_full_timeout_seconds
     recorder = LaneRecorder(store, engine, provenance, full_timeout, notify, schedule)
-    slots = LaneSlots(settings.max_lanes, settings.spill_seconds)
+    slots = LaneSlots(settings.max_lanes, settings.spill_seconds, settings.is_measured)
     poll_interval = PollInterval(settings.poll_seconds)
     active = ActiveLanes(source, engine, recorder, process_group, slots, poll_interval)
     try:

@@ -192,17 +192,35 @@ class LaneRecorder:
             outcome = f"remembered in {path}"
         self.warn(f"out of memory with {failed_lanes} lanes, now {max_lanes} at once; {outcome}")
 
-    def read_max_lanes(self, group_key: str, requested: int) -> int | None:
+    def write_measured_lanes(self, group_key: str, measured: lane_capacity.MeasuredLanes) -> None:
+        """Write to the store how many lanes this trainer chose by measurement.
+
+        Args:
+            group_key: The lanes' group key.
+            measured: The number, and its reasons.
+        """
+        folder, device_key = self.store.lane_capacity, self.engine.device_key
+        try:
+            lane_capacity.write_measured(folder, group_key, device_key, measured)
+        except OSError as error:
+            self.warn(f"the number of lanes is not remembered: {error}")
+        self.notify(f"{measured.lanes} lanes at once on {device_key}: {measured}")
+
+    def read_max_lanes(self, group_key: str, requested: int, is_measured: bool = False) -> int | None:
         """Return the number of lanes that fit into memory, None if no trainer has found a limit.
 
         Args:
             group_key: The lanes' group key.
-            requested: The number that the user chose; a warning says if fewer fit.
+            requested: The largest number to use; a warning says if fewer fit.
+            is_measured: If true, the number that a trainer chose by measurement is a limit as well.
         """
-        device_key = self.engine.device_key
-        max_lanes = lane_capacity.read_max_lanes(self.store.lane_capacity, group_key, device_key)
+        folder, device_key = self.store.lane_capacity, self.engine.device_key
+        max_lanes = lane_capacity.read_max_lanes(folder, group_key, device_key)
+        measured = lane_capacity.read_measured(folder, group_key, device_key) if is_measured else None
+        if measured is not None and measured.lanes <= (max_lanes or measured.lanes):
+            return measured.lanes
         if max_lanes is not None and max_lanes < requested:
-            path = lane_capacity.capacity_file(self.store.lane_capacity, group_key, device_key)
+            path = lane_capacity.capacity_file(folder, group_key, device_key)
             self.warn(
                 f"at most {max_lanes} lanes at once: more ran out of memory before (remove {path} to try)"
             )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from orchestrator.finetune.engine import lane_measurement
 from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
 from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
@@ -126,7 +127,7 @@ class TrainingRounds:
         outcomes_by_rank = active.process_group.all_gather(
             [result_or_error(partial(lane.take_optimizer_step, step)) for lane, step in gradients]
         )
-        self._note_peak_memory()
+        lane_measurement.note_step(active, [lane for lane, _ in gradients], self._note_peak_memory())
         diverged, mid_step = [], []
         for (lane, _), outcomes in zip(gradients, zip(*outcomes_by_rank, strict=True), strict=True):
             lane.peak_group_size = max(lane.peak_group_size, group_size)
@@ -149,11 +150,12 @@ class TrainingRounds:
         if mid_step:
             self.recovery.halve_lane_group(mid_step)
 
-    def _note_peak_memory(self) -> None:
-        """Raise the peak memory of every lane in the group to that of the last step or evaluation."""
+    def _note_peak_memory(self) -> int:
+        """Raise the peak memory of every lane to that of the last step or evaluation, and return the peak."""
         peak = self.active.engine.take_peak_memory()
         for lane in self.active.lanes.values():
             lane.peak_memory = max(lane.peak_memory, peak)
+        return peak
 
     def _compute_gradients(self, lanes: Sequence[Lane]) -> Sequence[BackwardResult]:
         process_group, lane_group = self.active.process_group, self.active.engine.lane_group

@@ -6,24 +6,46 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.finetune.engine.lane import Lane
+from orchestrator.finetune.engine.lane_memory import LaneMemory
 from orchestrator.finetune.engine.lane_state import LaneState
 
 
 @dataclass
 class LaneSlots:
-    """The slots of a trainer: the user's limit, the limits set by memory, and the parked lanes."""
+    """The slots of a trainer: the limit of all lanes, the limits of group keys, and the parked lanes."""
 
     count: int
-    """The largest number of lanes, as set by the user."""
+    """The largest number of lanes: the user's, or the largest that a measurement may choose."""
     spill_seconds: float
     """A lane that has been parked for this long makes room for one that waits."""
+    is_measured: bool = False
+    """If true, a group key without a known limit gets one by measurement. Until then its lane group has one
+    lane, and two once the memory of a step with one lane is known."""
     max_lanes_by_group_key: dict[str, int | None] = field(default_factory=dict)
-    """Group key -> lanes that fit into memory; None if that is unknown."""
+    """Group key -> lanes that fit into memory, or that a measurement chose; None if that is unknown."""
     evaluated_lanes_by_group_key: dict[str, int] = field(default_factory=dict)
     """Group key -> lanes that fit into memory in an evaluation, if more did not. An evaluation needs other
     memory than training: answers are generated with a cache of all their tokens."""
+    memory_by_group_key: dict[str, LaneMemory] = field(default_factory=dict)
+    """Group key -> the memory of its steps, as far as they are measured."""
     parked_at: dict[str, float] = field(default_factory=dict)
     """Fingerprint -> time since which the lane has been parked, in the order of parking."""
+
+    def limit(self, group_key: str | None) -> int:
+        """Return how many lanes this trainer may hold at once if they are of this group key."""
+        known = self.max_lanes_by_group_key.get(group_key or "")
+        if known is None and self.is_measured:
+            memory = self.memory_by_group_key.get(group_key or "")
+            known = 2 if memory is not None and memory.is_known(1) else 1
+        return self.count if known is None else min(self.count, known)
+
+    def needs_measurement(self, lanes: Collection[Lane]) -> bool:
+        """Return whether the memory of a step with these lanes, all of the group, is to be measured."""
+        group_key = next(iter(lanes)).configuration.group_key
+        if not self.is_measured or self.max_lanes_by_group_key.get(group_key) is not None:
+            return False
+        memory = self.memory_by_group_key.get(group_key)
+        return memory is None or not memory.is_known(len(lanes))
 
     def list_long_parked(self, now: float) -> list[str]:
         """Return the fingerprints of the lanes parked for more than `spill_seconds`, the longest first.

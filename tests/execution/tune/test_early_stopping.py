@@ -70,11 +70,11 @@ def test_trials_leave_half_of_the_memory_to_trainers_under_hyperband_too(nodes: 
         cluster = Cluster((Node(8, 0, memory),) * nodes)
         at_once, each = trial_limits(pool, cluster, "asha")
         assert at_once is not None
-        assert at_once <= 16
+        assert at_once <= 10
         assert at_once * TRIAL_MEMORY_BYTES <= cluster.memory / 2
         at_once, asked = trial_limits(pool, cluster, "hyperband")
         assert at_once is None
-        assert nodes <= nodes * (memory // asked) <= max(16, nodes), "as many, but one a node at least"
+        assert nodes <= nodes * (memory // asked) <= max(10, nodes), "as many, but one a node at least"
         assert nodes * (memory // asked) * each <= cluster.memory / 2
 
 

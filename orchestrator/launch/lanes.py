@@ -1,0 +1,69 @@
+"""The number of lanes per trainer: typed, the default of a CPU, or measured by the trainers on their GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.record import lane_capacity
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, MAX_MEASURED_LANES, StudyOptions
+
+
+@dataclass(frozen=True)
+class LanePlan:
+    """The number of lanes per trainer that a plan expects, and the reason."""
+
+    lanes: int
+    text: str
+
+
+def choose_lanes(options: StudyOptions, gpus_per_worker: float) -> tuple[int, bool]:
+    """Return the largest number of lanes of a trainer, and whether trainers choose the number by measurement.
+
+    Args:
+        options: Options of the study.
+        gpus_per_worker: GPUs of each worker.
+    """
+    if options.lanes_per_trainer is not None:
+        return options.lanes_per_trainer, False
+    is_measured = gpus_per_worker > 0 and options.device != "cpu"
+    return (MAX_MEASURED_LANES if is_measured else DEFAULT_LANES_PER_TRAINER), is_measured
+
+
+def plan_lanes(
+    options: StudyOptions,
+    gpus_per_worker: float | None,
+    device: str,
+    templates: Sequence[Configuration],
+    store: Store,
+) -> LanePlan:
+    """Return the expected number of lanes per trainer.
+
+    Args:
+        options: Options of the study.
+        gpus_per_worker: GPUs of each worker; None if the cluster decides.
+        device: Name of the GPU; empty if there is none or its name is unknown.
+        templates: One configuration per task and variant.
+        store: The store, which has the measurements of earlier trainers.
+    """
+    lanes, is_measured = choose_lanes(options, 1.0 if gpus_per_worker is None else gpus_per_worker)
+    if options.lanes_per_trainer is not None:
+        return LanePlan(lanes, f"{lanes} lanes each (--lanes-per-trainer)")
+    if not is_measured:
+        return LanePlan(lanes, f"{lanes} lanes each (the default of a CPU)")
+    group_keys = {template.group_key for template in templates}
+    known = [
+        (device_key, measured)
+        for device_key, measured in lane_capacity.list_measured(store.lane_capacity, group_keys)
+        if device_key.startswith(f"{device}, " if device else "")
+    ]
+    if not known:
+        return LanePlan(
+            DEFAULT_LANES_PER_TRAINER, f"2 to {lanes} lanes each, measured by the first trainer on its GPU"
+        )
+    numbers = sorted({measured.lanes for _, measured in known})
+    device_key, smallest = min(known, key=lambda one: one[1].lanes)
+    span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+    return LanePlan(smallest.lanes, f"{span} lanes each (measured on {device_key}: {smallest})")

@@ -1,0 +1,61 @@
+"""The number of lanes per trainer: typed, the default of a CPU, or measured on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from points import configuration
+
+from orchestrator.launch.lanes import choose_lanes, plan_lanes
+from orchestrator.record import lane_capacity
+from orchestrator.record.lane_capacity import MeasuredLanes
+from orchestrator.record.store import Store
+from orchestrator.study.options import StudyOptions
+
+H100 = "NVIDIA H100 80GB HBM3"
+POINTS = [configuration(), configuration("hira")]
+SIX = MeasuredLanes(lanes=6, fitting=7, one_lane_bytes=11 * 2**30, two_lanes_bytes=21 * 2**30, tokens=640)
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "expected"),
+    [
+        (StudyOptions(), 0.0, (4, False)),
+        (StudyOptions(), 1.0, (8, True)),
+        (StudyOptions(), 0.5, (8, True)),
+        (StudyOptions(device="cpu"), 1.0, (4, False)),
+        (StudyOptions(lanes_per_trainer=3), 1.0, (3, False)),
+        (StudyOptions(lanes_per_trainer=12), 0.0, (12, False)),
+    ],
+)
+def test_trainers_measure_on_gpus_unless_the_number_is_typed(
+    options: StudyOptions, gpus: float, expected: tuple[int, bool]
+) -> None:
+    assert choose_lanes(options, gpus) == expected
+
+
+def test_a_plan_says_the_number_of_lanes_and_why(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def plan(gpus: float | None, device: str = H100, **options: int) -> tuple[int, str]:
+        found = plan_lanes(StudyOptions(**options), gpus, device, POINTS, store)  # type: ignore[arg-type]
+        return found.lanes, found.text
+
+    assert plan(1.0, lanes_per_trainer=3) == (3, "3 lanes each (--lanes-per-trainer)")
+    assert plan(0.0) == (4, "4 lanes each (the default of a CPU)")
+    unknown = 4, "2 to 8 lanes each, measured by the first trainer on its GPU"
+    assert plan(1.0) == plan(None) == unknown
+    folder, place = store.lane_capacity, f"{H100}, 79 GiB"
+    lane_capacity.write_measured(folder, "another group key", place, SIX)
+    lane_capacity.write_measured(folder, POINTS[0].group_key, "NVIDIA A10G, 22 GiB", replace(SIX, lanes=2))
+    assert plan(1.0) == unknown, "measured for other lanes, or on another GPU"
+    lane_capacity.write_measured(folder, POINTS[0].group_key, place, SIX)
+    reason = f"measured on {place}: one lane needs 11.0 GiB, two 21.0: 7 fit, 640 tokens per lane"
+    assert plan(1.0) == (6, f"6 lanes each ({reason} and micro-batch)")
+    lane_capacity.write_measured(folder, POINTS[1].group_key, place, replace(SIX, lanes=3, fitting=3))
+    assert plan(1.0)[0] == 3
+    assert plan(1.0)[1].startswith(f"3 to 6 lanes each (measured on {place}: one lane needs 11.0 GiB")
+    assert plan(1.0, "")[0] == 2, "without the name of the GPU, the smallest number of all is expected"
+    assert plan(1.0, lanes_per_trainer=3)[0] == 3
