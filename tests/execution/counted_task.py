@@ -72,7 +72,7 @@ def save_at_each_evaluation() -> None:
 
     LaneRecorder.start_checkpoint = start_and_finish  # type: ignore[method-assign]
     CheckpointSchedule.is_due = (  # type: ignore[method-assign]
-        lambda schedule, lane, lane_count: lane.step in lane.evaluation_steps
+        lambda schedule, lane, *rest, **named: lane.step in lane.evaluation_steps
     )
 
 

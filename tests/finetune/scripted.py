@@ -303,7 +303,7 @@ def saved_at_each_evaluation() -> Iterator[None]:
         start(recorder, lane)
         recorder.finish_write()
 
-    def is_due(schedule: CheckpointSchedule, lane: Lane, lane_count: int) -> bool:
+    def is_due(schedule: CheckpointSchedule, lane: Lane, lane_count: int, is_first: bool) -> bool:
         return lane.step in lane.evaluation_steps
 
     with (

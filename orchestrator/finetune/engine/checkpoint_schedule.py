@@ -40,6 +40,14 @@ class CheckpointSchedule:
         optimum = math.sqrt(2 * self.write_seconds * lane_count * MEAN_SECONDS_BETWEEN_FAILURES)
         return min(max(optimum, self.min_seconds), self.max_seconds)
 
-    def is_due(self, lane: Lane, lane_count: int) -> bool:
-        """Return whether the interval has passed since the lane's start or last checkpoint."""
-        return time.monotonic() - lane.saved_at >= self.compute_interval(lane_count)
+    def is_due(self, lane: Lane, lane_count: int, is_first: bool) -> bool:
+        """Return whether the interval has passed since the lane's start or last checkpoint.
+
+        Args:
+            lane: The lane.
+            lane_count: The lanes of the trainer.
+            is_first: Whether the lane has not been saved since this trainer leased it. It is then saved after
+                the shortest interval, so that a study whose trainers die every few minutes makes progress.
+        """
+        interval = self.min_seconds if is_first else self.compute_interval(lane_count)
+        return time.monotonic() - lane.saved_at >= interval

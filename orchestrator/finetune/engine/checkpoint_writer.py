@@ -79,6 +79,10 @@ class CheckpointWriter:
         self._pending = None
         return result
 
+    def close(self) -> None:
+        """End the thread; a write that runs is waited for."""
+        self._executor.shutdown()
+
     def write(self, checkpoint: Checkpoint, wait_for_copy: Callable[[], None] = lambda: None) -> WriteResult:
         """Write a checkpoint in the calling thread.
 

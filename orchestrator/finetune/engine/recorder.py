@@ -65,6 +65,11 @@ class LaneRecorder:
         is_saved = self.saved_progress.get(lane.fingerprint) == (lane.step, len(lane.evaluations))
         return is_saved or lane.state is LaneState.LEASED
 
+    def was_saved_here(self, lane: Lane) -> bool:
+        """Return whether this trainer has written a checkpoint of the lane since it leased it."""
+        resumed_at = lane.resumed_from[-1] if lane.resumed_from else 0
+        return self.saved_progress.get(lane.fingerprint, (0, 0))[0] > resumed_at
+
     def start_checkpoint(self, lane: Lane) -> None:
         """Copy the lane and start to write its checkpoint in the background, unless a write is running.
 
@@ -106,6 +111,7 @@ class LaneRecorder:
             self.finish_write()
         except Exception:
             log.exception("the last checkpoint could not be written")
+        self.writer.close()
 
     def _make_checkpoint(self, lane: Lane) -> Checkpoint:
         return lane.make_checkpoint(self.engine.lane_group.adapters.frozen(lane.fingerprint))

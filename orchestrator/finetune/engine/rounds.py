@@ -76,8 +76,13 @@ class TrainingRounds:
         """Start to save the lane whose last checkpoint is oldest, if that is due. Rank 0 only."""
         recorder = self.active.recorder
         recorder.note_finished_write()
-        is_due = partial(self.checkpoint_schedule.is_due, lane_count=len(self.active.lanes))
-        due = [lane for lane in lanes if not recorder.is_saved(lane) and is_due(lane)]
+        is_due, lane_count = self.checkpoint_schedule.is_due, len(self.active.lanes)
+        due = [
+            lane
+            for lane in lanes
+            if not recorder.is_saved(lane)
+            and is_due(lane, lane_count, is_first=not recorder.was_saved_here(lane))
+        ]
         if due:
             recorder.start_checkpoint(min(due, key=lambda lane: lane.saved_at))
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pair import process
-from scripted import Script, SimulatedCrashError, configuration, leases, numbers_of, solo, train
+from scripted import Script, SimulatedCrashError, configuration, dies_at, leases, numbers_of, solo, train
 
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.finetune.engine.checkpoint import Checkpoint, read_newest
@@ -51,9 +51,11 @@ def test_the_interval_follows_from_the_duration_of_a_write(
     assert interval == pytest.approx(expected, abs=0.1)
     lane = Lane(Lease(ONE, 1))
     lane.saved_at = time.monotonic() - interval - 1
-    assert schedule.is_due(lane, lanes)
+    assert schedule.is_due(lane, lanes, is_first=False)
     lane.saved_at = time.monotonic() - interval + 30
-    assert not schedule.is_due(lane, lanes)
+    assert not schedule.is_due(lane, lanes, is_first=False)
+    lane.saved_at = time.monotonic() - 60 - 1
+    assert schedule.is_due(lane, lanes, is_first=True), "a trainer that dies often gets on"
 
 
 def test_a_lane_that_ends_before_the_first_interval_is_not_saved(store: Store) -> None:
@@ -88,6 +90,22 @@ def test_a_lane_that_leaves_or_is_stopped_is_saved_at_any_time(store: Store, tmp
         record = store.get(one.fingerprint)
         assert record is not None
         assert numbers_of(record) == numbers_of(solo(one, tmp_path))
+
+
+def test_each_lease_of_a_lane_has_a_first_checkpoint_after_the_shortest_interval(store: Store) -> None:
+    """Later checkpoints are not due within the test. Two trainers die one after another."""
+    seldom = {"min_checkpoint_seconds": 0.0, "max_checkpoint_seconds": 3600.0}
+    saved: list[set[int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointSchedule, "compute_interval", lambda schedule, lane_count: 3600.0)
+        for attempt in (1, 2):
+            with pytest.raises(SimulatedCrashError):
+                train(Script(leases([ONE], attempt), answers=dies_at(9)), store, **seldom)
+            files = (store.checkpoints / ONE.fingerprint / str(attempt)).iterdir()
+            saved.append({int(file.stem.removeprefix("step-")) for file in files})
+    (first,) = saved[0] - {0}  # at step 0 nothing had been trained, so another one followed at once
+    (second,) = saved[1]
+    assert 0 < first < second < 9
 
 
 # -- in the background --------------------------------------------------------------------------------------

@@ -73,6 +73,47 @@ def test_too_few_grades_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_every_batch_that_is_scored_generated_or_graded_shows_progress(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trainer whose evaluation takes an hour would otherwise count as hung."""
+    base_model, task = make_base_model(), tasks.get(WORDS_TASK)
+    split = split_of(task, base_model, size=100)
+    done: list[str] = []
+    grade_all = type(task).grade_all
+
+    def grade(task: Task, examples: list[Example], answers: list[str]) -> list[float]:
+        done.append("graded")
+        return grade_all(task, examples, answers)
+
+    monkeypatch.setattr(type(task), "grade_all", grade)
+    found = []
+    with three_lanes(base_model) as adapters:
+        rows = lambda: adapters.activate_lanes(["y"], None)  # noqa: E731
+        for predict_with_generate in (False, True):
+            notes: list[int] = []
+            found += evaluate(
+                base_model,
+                task,
+                split,
+                [0],
+                rows,
+                SINGLE_PROCESS_GROUP,
+                predict_with_generate,
+                on_batch=lambda notes=notes: notes.append(len(done)),  # type: ignore[misc]
+            )
+            if not predict_with_generate:
+                assert len(notes) == len(split.batch_plan) > 1
+    scored = len(split.batch_plan)
+    assert notes[:scored] == [0] * scored
+    assert notes.count(0) > scored, "batches that are generated"
+    assert notes[-2:] == [1, 2] == [i + 1 for i in range(len(done))], "100 answers are graded in two batches"
+    monkeypatch.setattr("orchestrator.finetune.evaluation.evaluate.GRADING_BATCH", 7)
+    with three_lanes(base_model) as adapters:
+        again = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["y"], None))
+    assert again == found[1:], "the grades do not depend on the batches"
+
+
 def test_scores_equal_those_of_plain_forward_passes() -> None:
     base_model, task = make_base_model(), tasks.get(WORDS_TASK)
     split = split_of(task, base_model)
