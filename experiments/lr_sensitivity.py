@@ -11,11 +11,9 @@ variant trains only what is new.
 The study: Qwen3-0.6B-Base is fine-tuned on MetaMathQA and scored on GSM8K; 5 variants x 11 rates x 3 seeds =
 165 fine-tunes of 1,562 steps of 64 rows, one pass over the 100,000 rows that the survey takes.
 
-Its cost is calculated, not measured. Rows of 250 tokens, padded to about 380, are 38 million tokens. At
-4 x 0.6e9 operations per token (forward, and backward without the gradients of the frozen weights) they take
-0.9e17 operations, or 5 minutes of an H100 at 30 % of its peak; 1,819 answers of up to 512 tokens take about 3
-more. So 165 x 8 minutes are 22 GPU hours; training takes twice as long for DoRA and HiRA. After the first
-fine-tune --plan estimates the cost from what was measured.
+Its cost is a prediction, not a measurement: about 20 hours of an H100, counted with torch's meta device from
+the operations and bytes of a step. The study has never been run. After the first fine-tune --plan estimates
+the cost from what was measured.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def plan_lanes(
     ]
     if not known:
         return LanePlan(
-            DEFAULT_LANES_PER_TRAINER, f"2 to {lanes} lanes each, measured by the first trainer on its GPU"
+            DEFAULT_LANES_PER_TRAINER, f"up to {lanes} lanes each, measured by the first trainer on its GPU"
         )
     numbers = sorted({measured.lanes for _, measured in known})
     device_key, smallest = min(known, key=lambda one: one[1].lanes)

@@ -208,7 +208,8 @@ class ResourceOptions:
     workers_per_trainer: int = 1
     """Workers of a trainer, which split every batch between them. Each holds the base model."""
     lanes_per_trainer: int | None = None
-    """Number of fine-tunes (lanes) that a trainer trains at once over one copy of the base. Default: 4."""
+    """Number of fine-tunes (lanes) that a trainer trains at once over one copy of the base. Default: 4 on a
+    CPU; on a GPU each trainer chooses up to 8 by the memory of its first steps."""
     gpus_per_worker: float | None = None
     """GPUs of a worker; a fraction lets several trainers share one. Default: 1 where there are GPUs, or where
     the cluster's head can start nodes with GPUs (not for --dry-run), else 0."""
