@@ -119,6 +119,8 @@ STORAGE_VISIBILITY_SECONDS = 5.0
 
 TRACKING_SERVER_SECONDS = 4.0
 """Time for an MLflow server or its database to answer before a study starts."""
+MLFLOW_PROGRESS_DELAY_SECONDS = 5.0
+"""Time until the start or an evaluation of a lane is logged to MLflow, if the lane has not ended by then."""
 MIN_MLFLOW_RETRY_SECONDS = 0.5
 """Pause before the first new attempt to write to MLflow; each later pause is twice as long."""
 MAX_MLFLOW_RETRY_SECONDS = 30.0

@@ -17,6 +17,8 @@ IMPORTED = sorted(
     for alias in node.names
 )
 USED = [
+    "ray._private.node:Node.start_api_server",
+    "ray._private.parameter:RayParams",
     "ray._private.state:state.get_draining_nodes",
     "ray._private.state:state._connect_and_get_accessor",
     "ray.actor:ActorHandle._actor_id",

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from ray.train import WorkerGroupError
@@ -104,18 +105,16 @@ def without_monitors() -> Iterator[None]:
     In a Ray that serves one study on this machine they do nothing, and their start takes seconds.
     `include_dashboard=False` starts the dashboard's process without its page.
     """
-    import functools
+    from ray._private import node, parameter
 
-    from ray._private import parameter
-    from ray._private.node import Node
-
-    params, start = parameter.RayParams, Node.start_api_server
-    parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False)
-    Node.start_api_server = lambda node, **options: None
+    params, node_class = cast("Any", parameter), cast("Any", node.Node)
+    all_params, start_api_server = params.RayParams, node_class.start_api_server
+    params.RayParams = partial(all_params, no_monitor=True, include_log_monitor=False)
+    node_class.start_api_server = lambda self, **options: None
     try:
         yield
     finally:
-        parameter.RayParams, Node.start_api_server = params, start
+        params.RayParams, node_class.start_api_server = all_params, start_api_server
 
 
 def data_parallel_trainer_class() -> Any:
@@ -211,18 +210,19 @@ def light_trial_actors(trainable: type, actor_class: type) -> Iterator[None]:
     from ray.tune.execution.class_cache import _ActorClassCache
     from ray.tune.experiment.trial import _TrialInfo
 
-    light: Any = ray.remote(actor_class)  # type: ignore[call-overload]
+    light: Any = ray.remote(actor_class)
+    actor_cache: Any = _ActorClassCache
 
     def get(cache: Any, requested: type) -> Any:
         return light if issubclass(requested, trainable) else original(cache, requested)
 
-    original, _ActorClassCache.get = _ActorClassCache.get, get
+    original, actor_cache.get = actor_cache.get, get
     ray.util.register_serializer(_TrialInfo, serializer=lambda info: info.trial_id, deserializer=str)
     ray.util.register_serializer(StorageContext, serializer=lambda storage: "", deserializer=str)
     try:
         yield
     finally:
-        _ActorClassCache.get = original
+        actor_cache.get = original
         for cls in (_TrialInfo, StorageContext):
             ray.util.deregister_serializer(cls)
 

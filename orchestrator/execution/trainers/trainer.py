@@ -156,9 +156,9 @@ def load_base_model(spec: TrainerSpec, bases: Path, device: Any, model: ModelCho
 
 def _keep_freed_memory() -> None:
     """Set `MALLOC_OPTIONS` where the C library is glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for option, value in MALLOC_OPTIONS.items() if mallopt else ():
-        mallopt(option, value)
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for option, value in MALLOC_OPTIONS.items():
+            mallopt(option, value)
 
 
 def _exit_with_raylet() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,9 @@ class MlflowWriter:
     """Background writer of a study's MLflow runs.
 
     The queue holds fingerprints only, and a record is read when its turn comes, so that a long outage does
-    not fill the memory. The progress of a lane is logged while no record is queued, and is dropped once the
-    lane has a record. While MLflow does not answer, the writer tries again with growing pauses. No method
+    not fill the memory. The progress of a lane is logged some seconds later, while no record is queued, and
+    dropped once the lane has a record: a short lane then costs MLflow one call in place of one for each of
+    its evaluations. While MLflow does not answer, the writer tries again with growing pauses. No method
     raises an exception. Records that are not logged when the writer closes are logged by
     `python -m orchestrator sync`.
 
@@ -50,6 +52,8 @@ class MlflowWriter:
         self._queue: dict[str, None] = {}  # an ordered set
         self._progress: dict[str, list[LaneProgress]] = {}
         """Fingerprint of a lane in training -> its start and evaluations that are not logged yet."""
+        self._progress_due: dict[str, float] = {}
+        """Fingerprint -> the time of `time.monotonic` from which on its progress is logged."""
         self._current = ""
         """Fingerprint of the record that is being logged, or empty."""
         self._rejected: set[str] = set()
@@ -78,12 +82,16 @@ class MlflowWriter:
         with self._condition:
             self._queue[fingerprint] = None
             self._progress.pop(fingerprint, None)
+            self._progress_due.pop(fingerprint, None)
             self._condition.notify()
 
     def put_progress(self, progress: LaneProgress) -> None:
         """Queue the start or an evaluation of a lane that is in training."""
         with self._condition:
-            self._progress.setdefault(progress.configuration.fingerprint, []).append(progress)
+            fingerprint = progress.configuration.fingerprint
+            self._progress.setdefault(fingerprint, []).append(progress)
+            due = time.monotonic() + timeouts.MLFLOW_PROGRESS_DELAY_SECONDS
+            self._progress_due.setdefault(fingerprint, due)
             self._condition.notify()
 
     @property
@@ -120,6 +128,7 @@ class MlflowWriter:
                 self._logger.finish_study, self._study.name, status, report_files, description, metrics
             )
             self._progress.clear()
+            self._progress_due.clear()
             self._deadline = time.monotonic() + timeout
             self._condition.notify()
         self._thread.join(timeout)
@@ -156,13 +165,17 @@ class MlflowWriter:
         The fingerprint is that of a record or, if no record waits, of a lane in training.
         """
         with self._condition:
-            self._condition.wait_for(lambda: self._queue or self._progress or self._deadline is not None)
+            while not self._queue and self._deadline is None:
+                left = min(self._progress_due.values(), default=math.inf) - time.monotonic()
+                if left <= 0:
+                    return min(self._progress_due, key=self._progress_due.__getitem__)
+                self._condition.wait(None if math.isinf(left) else left)
             fingerprint = next(iter(self._queue), None)
             if fingerprint is not None:
                 # Removed before the record is read, so that a newer record can be queued meanwhile.
                 del self._queue[fingerprint]
                 self._current = fingerprint
-            return fingerprint or next(iter(self._progress), None)
+            return fingerprint
 
     def _log_one(self, fingerprint: str) -> None:
         """Log the record that `_take_next` took from the queue, or else the progress of a lane.
@@ -195,6 +208,7 @@ class MlflowWriter:
         """
         with self._condition:
             waiting = self._progress.pop(fingerprint, [])
+            self._progress_due.pop(fingerprint, None)
         try:
             while waiting:
                 self._logger.log_progress(self._study.name, waiting[0])
@@ -203,6 +217,7 @@ class MlflowWriter:
             with self._condition:
                 if fingerprint not in self._queue and self._deadline is None:
                     self._progress[fingerprint] = [*waiting, *self._progress.get(fingerprint, ())]
+                    self._progress_due[fingerprint] = time.monotonic()
             raise
         except Exception as error:  # not fatal: MLflow may still accept the lane's record
             self.error = redact_secrets(f"{fingerprint[:12]}: {type(error).__name__}: {error}")
