@@ -337,9 +337,7 @@ def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
     return np.random.RandomState([seed % 2**32, seed // 2**32, epoch]).permutation(size)
 
 
-def plan_batches(
-    lengths: Sequence[int], max_row_length: int, max_new_tokens: int = 0
-) -> list[tuple[int, list[int]]]:
+def plan_batches(lengths: Sequence[int], max_row_length: int) -> list[tuple[int, list[int]]]:
     """Group the items of a split into batches.
 
     Items of one bucket share batches of nearly equal size: for a small last batch the device might select
@@ -348,8 +346,6 @@ def plan_batches(
     Args:
         lengths: The length of each item.
         max_row_length: The largest padded length, except for items that are longer.
-        max_new_tokens: The number of tokens that are generated per item. They are read from a cache, so
-            together with them a batch may have eight times `MAX_BATCH_TOKENS`.
 
     Returns:
         The padded length and the item numbers of each batch.
@@ -359,11 +355,7 @@ def plan_batches(
         by_bucket.setdefault(bucket_length(length, max_row_length), []).append(item)
     plan = []
     for length, items in sorted(by_bucket.items()):
-        batch_size = min(
-            MAX_BATCH_ROWS,
-            max(8, MAX_BATCH_TOKENS // max(1, length)),
-            max(8, 8 * MAX_BATCH_TOKENS // max(1, length + max_new_tokens)),
-        )
+        batch_size = min(MAX_BATCH_ROWS, max(8, MAX_BATCH_TOKENS // max(1, length)))
         batch_count = -(-len(items) // batch_size)
         plan += [(length, part.tolist()) for part in np.array_split(items, batch_count)]
     return plan

@@ -240,6 +240,7 @@ class Lane:
     def record_scores(self, split: Literal["validation", "test"], result: EvaluationResult) -> None:
         """Keep the scores after the present step, and after the last step the outcome of each item."""
         self.evaluations.append(Evaluation(self.step, split, result.scores))
+        self.seconds["generate_seconds"] += result.generate_seconds
         if self.is_at_last_step:
             self.items[split] = result.items
 

@@ -24,16 +24,13 @@ from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
 from orchestrator.finetune.evaluation.forward import compute_objective
+from orchestrator.finetune.evaluation.generate import count_lanes_together
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration
 from variants.attach import Adapters
-
-MAX_GENERATING_LANES = 4
-"""Lanes whose answers are generated together. The key-value cache of all their tokens stays in memory (up to
-4 GB a lane for Qwen3-0.6B), which is more than training needs."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +295,21 @@ class LaneGroup:
         weighted = losses * batch.weights.to(losses.dtype)
         return [part.sum() for part in weighted.split(batch.lane_target_counts)]
 
+    def generates_answers(self, lane: Lane) -> bool:
+        """Return whether an evaluation of the lane at its present step generates answers."""
+        task = self.data.task
+        return task.output == "generation" and (task.grade_at == "every_evaluation" or lane.is_at_last_step)
+
+    def count_lanes_generated_together(self, split: str) -> int:
+        """Return the number of lanes for whose answers there is memory at once, equal in all workers."""
+        rows, max_row_length = self.data.splits[split].rows, self.data.splits[split].max_row_length
+        lengths = [len(rows[item].prompt) for item in self.data.splits[split].graded_items]
+        if not lengths:
+            return 1
+        return count_lanes_together(
+            self.base_model, self.data.task, lengths, max_row_length, self.process_group
+        )
+
     def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
         """Score the lanes on a split, in the order of `lanes`.
 
@@ -305,11 +317,11 @@ class LaneGroup:
         step.
         """
         found: dict[str, EvaluationResult] = {}
-        grades_always = self.data.task.grade_at == "every_evaluation"
-        for generate in (False, True):
-            due = [lane for lane in lanes if generate == (grades_always or lane.is_at_last_step)]
-            generates = generate and self.data.task.output == "generation"
-            max_together = MAX_GENERATING_LANES if generates else max(1, len(due))
+        for generates in (False, True):
+            due = [lane for lane in lanes if self.generates_answers(lane) == generates]
+            max_together = max(1, len(due))
+            if generates and due:
+                max_together = self.count_lanes_generated_together(split)
             for first in range(0, len(due), max_together):
                 together = due[first : first + max_together]
                 names = [lane.fingerprint for lane in together]
@@ -320,7 +332,7 @@ class LaneGroup:
                     [lane.configuration.seed for lane in together],
                     partial(self.adapters.activate_lanes, names, None),
                     self.process_group,
-                    generate,
+                    generates,
                     self.on_batch,
                 )
                 found.update(zip(names, scored, strict=True))

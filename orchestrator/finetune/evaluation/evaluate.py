@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,8 @@ class EvaluationResult:
       item's samples; for regression 1 - |error| / (the range of the split's targets), at least 0.
     - `answers`: the first sample of each generated answer, or the prediction of a head as text.
     """
+    generate_seconds: float = field(default=0.0, compare=False)
+    """The lane's share of the time in which answers were generated and graded."""
 
 
 @torch.no_grad()
@@ -146,15 +149,17 @@ def evaluate(  # noqa: PLR0913 (one parameter more than the rule allows, to show
     results = [replace(result, items=replace(result.items, correct=())) for result in results]
     if not (predict_with_generate and split.graded_items):
         return results
+    started = monotonic()
     prompts, length = [(i, split.rows[i].prompt) for i in split.graded_items], split.max_row_length
     generated = generate_answers(base_model, task, prompts, length, seeds, lane_rows, process_group, on_batch)
     graded = []
     grades_by_lane = _grade_generated(task, split, generated, process_group, on_batch)
+    seconds = (monotonic() - started) / len(seeds)
     for result, grades, answers in zip(results, grades_by_lane, generated, strict=True):
         scores = {**result.scores, task.metric: float(grades.mean())}
         first_samples = tuple(samples[0] for samples in answers)
         items = ItemResults(tuple(grades.tolist()), result.items.loss, first_samples)
-        graded.append(EvaluationResult(scores, items))
+        graded.append(EvaluationResult(scores, items, seconds))
     return graded
 
 

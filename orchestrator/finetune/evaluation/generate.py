@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from orchestrator.finetune.data.batches import plan_batches
-from orchestrator.finetune.evaluation.token_sampling import (
-    InverseTransformLogitsProcessor,
-    draw_uniform_table,
+from orchestrator.finetune.evaluation.decoding import DecodingRules, decode_answers
+from orchestrator.finetune.evaluation.generation_plan import (
+    MIN_ROWS,
+    GenerationLimits,
+    plan_generation_batches,
 )
+from orchestrator.finetune.evaluation.token_sampling import draw_uniform_table
+from orchestrator.finetune.failures import Fault, classify_error, free_memory
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
 
-STOP_CHECK_INTERVAL = 8
-"""The number of new tokens after which answers are searched for a stop string."""
+log = logging.getLogger(__name__)
+
+Entry = tuple[int, Sequence[int], int]
+"""The item number, the token ids of the prompt, and the sample number of a row."""
 
 
 @torch.no_grad()
@@ -46,20 +51,27 @@ def generate_answers(  # noqa: PLR0913 (one parameter more than the rule allows,
         lane_rows: Makes a context in which the model treats its rows as those of the lanes, one after
             another, with an equal number of rows for each.
         process_group: The processes that generate for the same lanes.
-        on_batch: Called after every batch, to show progress.
+        on_batch: Called after every batch and within long ones, to show progress.
 
     Returns:
         The samples by lane and prompt, equal in all processes. A sample ends before the end token or the
         first stop string.
     """
-    own_answers: dict[tuple[int, int], str] = {}  # by lane and entry
     entries = [(item, ids, sample) for item, ids in prompts for sample in range(task.samples)]
-    batch_plan = plan_batches([len(ids) for _, ids, _ in entries], max_row_length, task.max_new_tokens)
-    with lane_rows(), _greedy_decoding(base_model.model, base_model.tokenizer, task.max_new_tokens):
-        for length, batch in batch_plan[process_group.rank :: process_group.world_size]:
-            texts = _generate_batch(base_model, task, [entries[e] for e in batch], length, seeds)
-            for row, text in enumerate(texts):
-                own_answers[row // len(batch), batch[row % len(batch)]] = text
+    limits = GenerationLimits.measure(base_model, process_group)
+    plan = plan_generation_batches(
+        [len(ids) for _, ids, _ in entries],
+        max_row_length,
+        task.max_new_tokens,
+        limits,
+        process_group.world_size,
+    )
+    generator = _Generator(base_model, task, seeds, on_batch)
+    own_answers: dict[tuple[int, int], str] = {}  # by lane and entry
+    with lane_rows():
+        for length, batch in plan[process_group.rank :: process_group.world_size]:
+            for lane, texts in enumerate(generator.generate([entries[e] for e in batch], length)):
+                own_answers.update({(lane, entry): text for entry, text in zip(batch, texts, strict=True)})
             on_batch()
     all_answers = dict(ChainMap(*process_group.all_gather(own_answers)))
     return [
@@ -71,45 +83,103 @@ def generate_answers(  # noqa: PLR0913 (one parameter more than the rule allows,
     ]
 
 
-def _generate_batch(
+def count_lanes_together(
     base_model: BaseModel,
     task: Task,
-    entries: Sequence[tuple[int, Sequence[int], int]],
-    length: int,
-    seeds: Sequence[int],
-) -> list[str]:
-    """Generate the answers of all lanes to one batch.
+    prompt_lengths: Sequence[int],
+    max_row_length: int,
+    process_group: ProcessGroup,
+) -> int:
+    """Return the number of lanes for whose key-value cache there is memory when they generate together.
 
     Args:
-        base_model: The base model, inside the contexts of lanes and of greedy decoding.
+        base_model: The base model.
         task: The task.
-        entries: The item number, the token ids of the prompt, and the sample number of each row.
-        length: The length that prompts are padded to.
-        seeds: The seed of each lane.
+        prompt_lengths: The length of each prompt in tokens.
+        max_row_length: The longest padded length, except for prompts that are longer.
+        process_group: The processes that generate for the same lanes.
 
     Returns:
-        The answers, (lanes * entries), lane by lane.
+        The number, at least 1, equal in all processes.
     """
-    tokenizer, lanes, device = base_model.tokenizer, len(seeds), base_model.device
-    # Prompts are padded on the left, so that all answers begin in one column.
-    prompts = [prompt for _, prompt, _ in entries]
-    ids = torch.tensor([[*[tokenizer.pad_token_id] * (length - len(p)), *p] for p in prompts])
-    mask = torch.tensor([[*[0] * (length - len(p)), *[1] * len(p)] for p in prompts])
-    logits_processors = []
-    if task.temperature > 0:
-        item_samples = [(item, sample) for item, _, sample in entries]
-        uniforms = draw_uniform_table(seeds, item_samples, task.max_new_tokens).to(device)
-        sampler = InverseTransformLogitsProcessor(uniforms, length, task.temperature, task.top_p)
-        logits_processors.append(sampler)
-    stopping = [_StopStringCriteria(tokenizer, task.stop, length)] if task.stop else []
-    generated = base_model.model.generate(
-        input_ids=ids.repeat(lanes, 1).to(device),
-        attention_mask=mask.repeat(lanes, 1).to(device),
-        logits_processor=LogitsProcessorList(logits_processors),
-        stopping_criteria=StoppingCriteriaList(stopping),
+    limits = GenerationLimits.measure(base_model, process_group)
+    lengths = [length for length in prompt_lengths for _ in range(task.samples)]
+    plan = plan_generation_batches(
+        lengths, max_row_length, task.max_new_tokens, limits, process_group.world_size
     )
-    answers = generated[:, length:].tolist()
-    return [truncate_at_stop(_decode_answer(answer, tokenizer), task.stop) for answer in answers]
+    return limits.lanes(plan, task.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class _Generator:
+    """Generates the answers of all lanes to batches of prompts."""
+
+    base_model: BaseModel
+    task: Task
+    seeds: Sequence[int]
+    """The seed of each lane."""
+    on_progress: Callable[[], None]
+
+    def generate(self, entries: Sequence[Entry], length: int) -> list[list[str]]:
+        """Generate the answers to a batch, with fewer rows at once if memory runs out.
+
+        Later batches of this process are then planned for less memory.
+
+        Args:
+            entries: The rows of each lane.
+            length: The length that prompts are padded to.
+
+        Returns:
+            The answers by lane and entry.
+        """
+        by_lane: list[list[str]] = [[] for _ in self.seeds]
+        done, rows = 0, len(entries)
+        while done < len(entries):
+            remaining = len(entries) - done
+            count = -(-remaining // -(-remaining // rows))  # parts of nearly equal size
+            answers = self._generate_if_memory_suffices(entries[done : done + count], length)
+            if answers is None:
+                free_memory()
+                rows = -(-rows // 2)
+                self.base_model.generation.memory_share /= 2
+                log.warning("out of memory with %d rows of generated answers, now %d at once", count, rows)
+                continue
+            done += count
+            for texts, more in zip(by_lane, answers, strict=True):
+                texts += more
+        return by_lane
+
+    def _generate_if_memory_suffices(self, entries: Sequence[Entry], length: int) -> list[list[str]] | None:
+        """Return the answers, or None if memory has run out and there are enough rows for two parts."""
+        try:
+            return self._generate_at_once(entries, length)
+        except Exception as error:
+            if classify_error(error) is not Fault.MEMORY or len(entries) < 2 * MIN_ROWS:
+                raise
+            return None  # the error, whose traceback keeps the tensors of the batch alive, ends here
+
+    def _generate_at_once(self, entries: Sequence[Entry], length: int) -> list[list[str]]:
+        tokenizer, task, lanes = self.base_model.tokenizer, self.task, len(self.seeds)
+        device = self.base_model.device
+        # Prompts are padded on the left, so that all answers begin in one column.
+        prompts = [prompt for _, prompt, _ in entries]
+        ids = torch.tensor([[*[tokenizer.pad_token_id] * (length - len(p)), *p] for p in prompts])
+        mask = torch.tensor([[*[0] * (length - len(p)), *[1] * len(p)] for p in prompts])
+        uniforms = None
+        if task.temperature > 0:
+            item_samples = [(item, sample) for item, _, sample in entries]
+            uniforms = draw_uniform_table(self.seeds, item_samples, task.max_new_tokens).to(device)
+        answers = decode_answers(
+            self.base_model,
+            DecodingRules(task.max_new_tokens, task.stop, task.temperature, task.top_p),
+            ids.repeat(lanes, 1).to(device),
+            mask.repeat(lanes, 1).to(device),
+            lanes,
+            uniforms,
+            self.on_progress,
+        )
+        texts = [truncate_at_stop(_decode_answer(ids, tokenizer), task.stop) for ids in answers.tolist()]
+        return [texts[first : first + len(entries)] for first in range(0, len(texts), len(entries))]
 
 
 def truncate_at_stop(text: str, stops: Sequence[str]) -> str:
@@ -120,42 +190,3 @@ def truncate_at_stop(text: str, stops: Sequence[str]) -> str:
 def _decode_answer(ids: list[int], tokenizer: Any) -> str:
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
     return tokenizer.decode(ids[:end], skip_special_tokens=True)
-
-
-class _StopStringCriteria(StoppingCriteria):
-    """Ends a row once its answer has a stop string, which saves the tokens after it.
-
-    An ended row is filled with padding, as after an end token, so other rows are not affected. The answer is
-    cut by `truncate_at_stop` in any case.
-
-    Args:
-        tokenizer: Decodes the answers.
-        stops: The stop strings.
-        prompt_length: The length of the padded prompts.
-    """
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt_length: int) -> None:
-        self.tokenizer, self.stops, self.prompt_length = tokenizer, stops, prompt_length
-        # A token has at least one byte: so many tokens hold any stop string that ended since the last check.
-        self.tail = STOP_CHECK_INTERVAL + max(len(stop.encode()) for stop in stops)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        done = torch.zeros(len(input_ids), dtype=torch.bool)
-        if (input_ids.shape[1] - self.prompt_length) % STOP_CHECK_INTERVAL == 0:
-            first = max(self.prompt_length, input_ids.shape[1] - self.tail)
-            texts = self.tokenizer.batch_decode(input_ids[:, first:], skip_special_tokens=True)
-            done = torch.tensor([any(stop in text for stop in self.stops) for text in texts])
-        return done.to(input_ids.device)
-
-
-@contextmanager
-def _greedy_decoding(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
-    """Replace the model's generation settings by plain greedy decoding, without sampling or penalties."""
-    original_config, eos, pad = model.generation_config, tokenizer.eos_token_id, tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = original_config

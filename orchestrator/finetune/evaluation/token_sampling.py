@@ -3,7 +3,7 @@
 torch's global generator, which transformers samples with, would give a lane other tokens in another lane
 group. Here numpy draws uniform numbers on the CPU in advance. A token is found by inverse transform sampling:
 it is the one at which the cumulative distribution of the model's softmax, in the order of the vocabulary,
-passes the uniform number. Greedy decoding then selects it, since its logit is the only finite one.
+passes the uniform number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 ROWS_PER_CHUNK = 32
 """Rows sampled at once. A row takes 1.2 MB per float64 copy with a vocabulary of 150,000."""
@@ -50,28 +49,12 @@ def draw_uniform_table(seeds: Sequence[int], item_samples: Sequence[tuple[int, i
     return torch.from_numpy(np.stack(rows))
 
 
-class InverseTransformLogitsProcessor(LogitsProcessor):
-    """Keeps the logit of one sampled token per row and sets the others to -inf.
-
-    Args:
-        uniforms: The uniform numbers of each row, (rows, positions).
-        prompt_length: The length of the padded prompts: the first number is for the token after them.
-        temperature: Divides the logits.
-        top_p: The probability of the nucleus to sample from; see `sample_tokens`.
-    """
-
-    def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float, top_p: float = 1.0) -> None:
-        self.uniforms, self.prompt_length = uniforms, prompt_length
-        self.temperature, self.top_p = temperature, top_p
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores of the next token, (rows, vocabulary), with one finite value per row."""
-        step_uniforms = self.uniforms[:, input_ids.shape[1] - self.prompt_length].to(scores.device)
-        parts = zip(scores.split(ROWS_PER_CHUNK), step_uniforms.split(ROWS_PER_CHUNK), strict=True)
-        token = torch.cat(
-            [sample_tokens(part, number, self.temperature, self.top_p) for part, number in parts]
-        )
-        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+def sample_tokens_in_chunks(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0
+) -> Tensor:
+    """Sample one token per row, `ROWS_PER_CHUNK` rows at a time; see `sample_tokens`."""
+    parts = zip(logits.split(ROWS_PER_CHUNK), uniforms.split(ROWS_PER_CHUNK), strict=True)
+    return torch.cat([sample_tokens(part, numbers, temperature, top_p) for part, numbers in parts])
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,16 @@ from orchestrator.finetune.models import output_layer
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass
+class GenerationState:
+    """What this process has learnt about generating answers with a base model."""
+
+    memory_share: float = 1.0
+    """The part of the planned memory that is used; halved after each out-of-memory error."""
+    cuda_graphs: bool = True
+    """Whether decode steps are captured as CUDA graphs; false after a capture has failed."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class BaseModel:
     """The modules of the task's head. Here their linear layers are zero; every lane has its own copy."""
     memory_fraction: float = 1.0
     """The part of the GPU's memory that the trainer may use when trainers share a GPU: 0.5 is half of it."""
+    generation: GenerationState = field(default_factory=GenerationState, compare=False)
 
     @property
     def tokenizer(self) -> Any:

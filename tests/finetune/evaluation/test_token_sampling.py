@@ -13,7 +13,7 @@ from test_evaluate import split_of
 from three_lanes import NAMES, three_lanes
 
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
-from orchestrator.finetune.evaluation import generate
+from orchestrator.finetune.evaluation import decoding
 from orchestrator.finetune.evaluation.evaluate import evaluate
 from orchestrator.finetune.evaluation.generate import generate_answers, truncate_at_stop
 from orchestrator.finetune.evaluation.token_sampling import draw_uniforms, sample_tokens
@@ -164,7 +164,7 @@ def test_an_answer_ends_before_its_first_stop_string(monkeypatch: pytest.MonkeyP
     base_model = make_base_model()
     plain = sampled(temperature=3.0)
     split = split_of(plain, base_model)
-    monkeypatch.setattr(generate, "STOP_CHECK_INTERVAL", 2)
+    monkeypatch.setattr(decoding, "STOP_CHECK_INTERVAL", 2)
     with three_lanes(base_model) as adapters:
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
         rows = lambda: adapters.activate_lanes(["x"], None)  # noqa: E731

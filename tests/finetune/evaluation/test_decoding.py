@@ -1,0 +1,238 @@
+"""Decoding gives the tokens of transformers' `generate`, and rows that have ended leave the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from three_lanes import NAMES, three_lanes
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen3Config,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from orchestrator.finetune.evaluation import cached_forward, decoding
+from orchestrator.finetune.evaluation.cached_forward import CachedForward
+from orchestrator.finetune.evaluation.decoding import DecodingRules, decode_answers, select_remaining_rows
+from orchestrator.finetune.evaluation.token_sampling import draw_uniform_table, sample_tokens
+from orchestrator.finetune.models.base_model import BaseModel
+from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
+
+SIZES = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": VOCABULARY.index("<eos>"),
+    "pad_token_id": VOCABULARY.index("<pad>"),
+}
+SLIDING = ["sliding_attention", "full_attention"] * 2
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=9, layer_types=SLIDING),
+    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=9, layer_types=SLIDING),
+    "gpt2": GPT2Config(**SIZES, n_positions=128),
+}
+ROWS, LENGTH, SEEDS = 20, 12, (0, 1, 2)
+RULES = DecodingRules(max_new_tokens=70, temperature=1.5, top_p=0.95)
+
+
+@cache
+def make_base_model(family: str, device: str = "cpu") -> BaseModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    model = model.eval().requires_grad_(False).to(device)
+    return BaseModel(model, tokenizer(), torch.device(device))
+
+
+def make_prompts(lanes: int = len(NAMES)) -> tuple[Tensor, Tensor]:
+    """Return the padded prompts and their mask, equal for all lanes."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, len(VOCABULARY), (ROWS, LENGTH), generator=generator)
+    padding = torch.randint(0, LENGTH - 1, (ROWS,), generator=generator)
+    mask = (torch.arange(LENGTH) >= padding[:, None]).long()
+    ids = torch.where(mask == 1, ids, VOCABULARY.index("<pad>"))
+    return ids.repeat(lanes, 1), mask.repeat(lanes, 1)
+
+
+def make_uniforms(seeds: Sequence[int] = SEEDS) -> Tensor:
+    return draw_uniform_table(seeds, [(row, 0) for row in range(ROWS)], RULES.max_new_tokens)
+
+
+class Sampler(LogitsProcessor):
+    """Leaves one token of each row, so that greedy decoding selects the sampled token."""
+
+    def __init__(self, uniforms: Tensor, rules: DecodingRules) -> None:
+        self.uniforms, self.rules = uniforms, rules
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        numbers = self.uniforms[:, input_ids.shape[1] - LENGTH]
+        tokens = sample_tokens(scores, numbers, self.rules.temperature, self.rules.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+class StopStrings(StoppingCriteria):
+    """Ends the rows that have a stop string, at every eighth token."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        answers = input_ids[:, LENGTH:]
+        if answers.shape[1] % decoding.STOP_CHECK_INTERVAL:
+            return torch.zeros(len(answers), dtype=torch.bool)
+        texts = tokenizer().batch_decode(answers, skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self.stop) for text in texts])
+
+
+def generate_with_transformers(
+    base_model: BaseModel, rules: DecodingRules, ids: Tensor, mask: Tensor, uniforms: Tensor | None
+) -> Tensor:
+    model, pad = base_model.model, base_model.tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        max_new_tokens=rules.max_new_tokens, eos_token_id=base_model.tokenizer.eos_token_id, pad_token_id=pad
+    )
+    answers: Tensor = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        logits_processor=LogitsProcessorList([] if uniforms is None else [Sampler(uniforms, rules)]),
+        stopping_criteria=StoppingCriteriaList([StopStrings(rules.stop)] if rules.stop else []),
+    )[:, LENGTH:]
+    return torch.nn.functional.pad(answers, (0, rules.max_new_tokens - answers.shape[1]), value=pad)
+
+
+def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which every forward pass appends its number of rows."""
+    rows: list[int] = []
+    call = CachedForward._call
+
+    def counting(self: CachedForward, ids: Tensor, *rest: Tensor) -> Tensor:
+        rows.append(len(ids))
+        return call(self, ids, *rest)
+
+    monkeypatch.setattr(CachedForward, "_call", counting)
+    return rows
+
+
+@pytest.mark.parametrize("stop", [(), ("a b", "e d")], ids=["eos", "stop"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_tokens_equal_those_of_transformers(
+    family: str, static: bool, sampled: bool, stop: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model with a sliding window uses the cache that grows in both cases."""
+    base_model, rules = make_base_model(family), replace(RULES, stop=stop)
+    ids, mask = make_prompts()
+    uniforms = make_uniforms() if sampled else None
+    monkeypatch.setattr(decoding, "CachedForward", partial(CachedForward, static=static))
+    with three_lanes(base_model) as adapters, adapters.activate_lanes(NAMES, None):
+        expected = generate_with_transformers(base_model, rules, ids, mask, uniforms)
+        rows = count_rows(monkeypatch)
+        found = decode_answers(base_model, rules, ids, mask, len(NAMES), uniforms)
+    assert torch.equal(found, expected)
+    if sampled:
+        assert rows[0] == len(ids) > rows[-1]  # rows have left
+
+
+def test_a_lanes_tokens_do_not_depend_on_the_lanes_beside_it() -> None:
+    """Rows leave at other times in company, since a lane keeps as many rows as the lane with the most."""
+    base_model = make_base_model("llama")
+    with three_lanes(base_model) as adapters:
+        with adapters.activate_lanes(NAMES, None):
+            together = decode_answers(base_model, RULES, *make_prompts(), len(NAMES), make_uniforms())
+        for name, seed, expected in zip(NAMES, SEEDS, together.chunk(len(NAMES)), strict=True):
+            with adapters.activate_lanes([name], None):
+                alone = decode_answers(base_model, RULES, *make_prompts(1), 1, make_uniforms([seed]))
+            assert torch.equal(alone, expected)
+
+
+def test_every_lane_keeps_as_many_rows_as_the_lane_with_the_most() -> None:
+    ended = torch.ones(2, 12, dtype=torch.bool)
+    ended[0, [1, 2, 3, 4, 5, 7, 9, 10, 11]] = False
+    ended[1, 6] = False
+    kept = select_remaining_rows(ended.flatten(), 2, 1.0)
+    assert kept is not None
+    first, second = kept.view(2, -1).tolist()
+    assert sorted(first) == [1, 2, 3, 4, 5, 7, 9, 10, 11]
+    assert len(second) == 9
+    assert 12 + 6 in second
+    assert all(12 <= row < 24 for row in second)
+    assert select_remaining_rows(ended.flatten(), 2, 0.7) is None
+    assert select_remaining_rows(torch.zeros(24, dtype=torch.bool), 2, 1.0) is None
+
+
+def test_a_lane_keeps_at_least_eight_rows() -> None:
+    kept = select_remaining_rows(torch.ones(24, dtype=torch.bool), 2, 1.0)
+    assert kept is not None
+    assert len(kept) == 16
+    assert select_remaining_rows(torch.ones(16, dtype=torch.bool), 2, 1.0) is None
+
+
+def test_decoding_ends_when_all_rows_have_ended_and_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    base_model = make_base_model("llama")
+    rules = replace(RULES, stop=tuple(VOCABULARY[4:]), temperature=0.0)  # any letter ends an answer
+    rows = count_rows(monkeypatch)
+    with three_lanes(base_model) as adapters, adapters.activate_lanes(["x"], None):
+        decode_answers(base_model, rules, *make_prompts(1), 1)
+        assert len(rows) == decoding.STOP_CHECK_INTERVAL
+        calls: list[int] = []
+        decode_answers(
+            base_model, RULES, *make_prompts(1), 1, make_uniforms([0]), lambda: calls.append(len(rows))
+        )
+    assert calls == [rows_before + 8 for rows_before in (32, 64)]
+
+
+def test_a_model_with_a_sliding_window_has_no_static_cache() -> None:
+    for family, config in CONFIGS.items():
+        config = make_base_model(family).model.config
+        cache = cached_forward._make_static_cache(config, 64)
+        assert (cache is None) == family.startswith("gemma")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_answers_of_cuda_graphs_equal_those_without(
+    family: str, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base_model = make_base_model(family, "cuda")
+    ids, mask = (tensor.cuda() for tensor in make_prompts())
+    uniforms = make_uniforms().cuda() if sampled else None
+    replays: list[int] = []
+    replay = cached_forward.CapturedStep.replay
+
+    def counting(self: cached_forward.CapturedStep, ids: Tensor, *rest: Tensor) -> Tensor:
+        replays.append(len(ids))
+        return replay(self, ids, *rest)
+
+    monkeypatch.setattr(cached_forward.CapturedStep, "replay", counting)
+    with three_lanes(base_model) as adapters, adapters.activate_lanes(NAMES, None):
+        with_graphs = decode_answers(base_model, RULES, ids, mask, len(NAMES), uniforms)
+        assert base_model.generation.cuda_graphs
+        assert len(replays) > RULES.max_new_tokens // 2
+        monkeypatch.setattr(base_model.generation, "cuda_graphs", False)
+        without = decode_answers(base_model, RULES, ids, mask, len(NAMES), uniforms)
+    assert torch.equal(with_graphs, without)

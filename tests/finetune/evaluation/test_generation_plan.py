@@ -1,0 +1,97 @@
+"""Batches of generated answers are as large as the memory of the device allows."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2Config, Qwen3Config
+
+from experiments.benchmarks.decode_steps import QWEN3_06B, DecodeSteps, count_decode_steps, count_study
+from orchestrator.finetune.data.batches import bucket_length
+from orchestrator.finetune.evaluation.generation_plan import (
+    MAX_GPU_ROWS,
+    MIN_ROWS,
+    GenerationLimits,
+    plan_generation_batches,
+)
+
+GIB = 2**30
+CACHED_BYTES = 28 * 2 * 8 * 128 * 2
+"""Bytes of a token in the key-value cache of Qwen3-0.6B in bfloat16."""
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=300)
+
+
+def limits_of(free_gib: float, device: str = "cuda", share: float = 1.0) -> GenerationLimits:
+    return GenerationLimits.from_memory(QWEN3_06B, 2, int(free_gib * GIB), device, share)
+
+
+@given(LENGTHS, st.integers(1, 300), st.integers(1, 600))
+def test_on_a_cpu_prompts_of_one_length_share_batches_of_near_equal_size(
+    lengths: list[int], longest: int, max_new_tokens: int
+) -> None:
+    plan = plan_generation_batches(lengths, longest, max_new_tokens, limits_of(8, "cpu"))
+    assert sorted(item for _, items in plan for item in items) == list(range(len(lengths)))
+    sizes: dict[int, list[int]] = {}
+    for length, items in plan:
+        assert {bucket_length(lengths[item], longest) for item in items} == {length}
+        sizes.setdefault(length, []).append(len(items))
+    for length, counts in sizes.items():
+        assert max(counts) <= min(64, max(8, 4096 // length), max(8, 32768 // (length + max_new_tokens)))
+        assert max(counts) - min(counts) <= 1
+
+
+@given(LENGTHS, st.integers(1, 600), st.floats(0.1, 80), st.integers(1, 4))
+def test_on_a_gpu_a_batch_has_as_many_rows_as_fit(
+    lengths: list[int], max_new_tokens: int, free_gib: float, workers: int
+) -> None:
+    limits = limits_of(free_gib)
+    plan = plan_generation_batches(lengths, 300, max_new_tokens, limits, workers)
+    assert sorted(item for _, items in plan for item in items) == list(range(len(lengths)))
+    fair_share = max(MIN_ROWS, -(-len(lengths) // workers))
+    for number, (length, items) in enumerate(plan):
+        assert length == max(bucket_length(lengths[item], 300) for item in items)
+        assert len(items) <= MAX_GPU_ROWS
+        if len(items) > MIN_ROWS:
+            assert len(items) * (length + max_new_tokens) * CACHED_BYTES <= free_gib * GIB / 2
+        if number < len(plan) - 1:
+            assert len(items) == min(fair_share, limits.rows(length, max_new_tokens))
+    assert [length for length, _ in plan] == sorted((length for length, _ in plan), reverse=True)
+
+
+def test_a_small_difference_of_free_memory_gives_the_same_limits() -> None:
+    assert limits_of(61.0) == limits_of(62.0) != limits_of(40.0)
+
+
+def test_fewer_lanes_generate_together_the_more_memory_a_lane_takes() -> None:
+    limits = limits_of(60)
+    for rows in (8, 64, 400):
+        plan = [(256, list(range(rows))), (64, list(range(rows)))]
+        lanes = limits.lanes(plan, 512)
+        assert lanes == max(1, limits.group_cache_tokens // (rows * (256 + 512)))
+    assert limits.lanes([(256, list(range(400)))], 512) == 1
+    assert limits.lanes([(256, list(range(8)))], 512) > 40
+
+
+def test_half_of_the_memory_gives_half_of_the_rows() -> None:
+    for device in ("cpu", "cuda"):
+        whole, half = limits_of(16, device), limits_of(16, device, 0.5)
+        assert half.rows(128, 512) == whole.rows(128, 512) // 2
+    assert limits_of(16, "cpu", 1e-6).rows(128, 512) == MIN_ROWS
+
+
+def test_the_cache_of_a_model_without_grouped_heads_is_counted_by_its_attention_heads() -> None:
+    grouped = Qwen3Config(hidden_size=64, num_attention_heads=8, num_key_value_heads=2, head_dim=8)
+    plain = GPT2Config(hidden_size=64, num_attention_heads=8, num_hidden_layers=grouped.num_hidden_layers)
+    few, many = (GenerationLimits.from_memory(c, 4, GIB, "cuda").cache_tokens for c in (plain, grouped))
+    assert many == 4 * few
+
+
+def test_decode_steps_are_counted_by_the_longest_answer_of_each_batch() -> None:
+    plan = [(16, [0, 2]), (8, [1])]
+    assert count_decode_steps(plan, [5, 7, 9]) == DecodeSteps(2, 16, 21, 25)
+
+
+def test_the_default_study_takes_less_than_5000_decode_steps_a_lane_on_a_gpu() -> None:
+    """The bound holds for a card of 80 GiB, even if no answer ends before the longest length."""
+    assert count_study(limits_of(60), longest_answers=True).steps < 5_000
+    assert count_study(limits_of(60, "cpu"), longest_answers=True).steps > 20_000
