@@ -9,6 +9,7 @@ from functools import partial
 
 from orchestrator.finetune.engine import lane_measurement
 from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
+from orchestrator.finetune.engine.answer_wait import AnswerWait, sum_generate_seconds
 from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.engine.lane_source import Directive, Report
@@ -31,6 +32,7 @@ class TrainingRounds:
     busy_at: float = field(default_factory=time.monotonic)
     """The time at which the last round began."""
     time_use: TimeUse = field(default_factory=TimeUse)
+    answer_wait: AnswerWait = field(default_factory=AnswerWait)
 
     def run(self) -> None:
         """Run one round over all lanes."""
@@ -40,8 +42,10 @@ class TrainingRounds:
             self._send_reports(lane)
         self._exchange()
         busy = bool(active.in_state(LaneState.TRAINING) or active.in_state(LaneState.EVALUATING))
-        self._train(active.in_state(LaneState.TRAINING))
-        self._evaluate(active.in_state(LaneState.EVALUATING))
+        if training := active.in_state(LaneState.TRAINING):
+            with self.answer_wait.measure_steps():
+                self._train(training)
+        self._evaluate(self._choose_lanes_to_evaluate())
         if active.lanes and not busy:
             time.sleep(active.poll_interval.min_seconds)
 
@@ -63,7 +67,9 @@ class TrainingRounds:
     def _request_directives(self) -> Mapping[str, Directive]:
         """Start to write a checkpoint that is due, then ask the source if that is due. Rank 0 only."""
         active = self.active
-        self._start_due_checkpoint([*active.in_state(LaneState.TRAINING), *active.in_state(LaneState.PARKED)])
+        # A lane in EVALUATING waits for others to have its answers generated with theirs.
+        states = LaneState.TRAINING, LaneState.PARKED, LaneState.EVALUATING
+        self._start_due_checkpoint([lane for state in states for lane in active.in_state(state)])
         now = time.monotonic()
         if not active.poll_interval.is_due(self.exchanged_at, now):
             return {}
@@ -123,8 +129,6 @@ class TrainingRounds:
 
     def _train(self, lanes: Sequence[Lane]) -> None:
         """Take one optimizer step with each lane."""
-        if not lanes:
-            return
         active = self.active
         self.time_use.begin_work(list(active.lanes.values()))
         group_size = len(active.lanes)
@@ -169,24 +173,43 @@ class TrainingRounds:
 
     # -- evaluations ------------------------------------------------------------------------------------
 
+    def _choose_lanes_to_evaluate(self) -> list[Lane]:
+        """Return the lanes to evaluate now: not those at their last step that wait for others.
+
+        A lane that waits stays in `EVALUATING`, so every round decides again.
+        """
+        active = self.active
+        due, training = active.in_state(LaneState.EVALUATING), active.in_state(LaneState.TRAINING)
+        if not (due and training):
+            return due
+        lane_group = active.engine.lane_group
+        ended = [lane for lane in due if lane.is_at_last_step and lane_group.generates_answers(lane)]
+        if not ended:
+            return due
+        waits = active.process_group.broadcast_from_rank0(
+            partial(self.answer_wait.is_worthwhile, training)
+        ) and len(ended) < lane_group.count_lanes_generated_together("test")
+        return [lane for lane in due if lane not in ended] if waits else due
+
     def _evaluate(self, lanes: Sequence[Lane]) -> None:
         """Score the lanes on validation, and those with `is_test_due` on test too, and report the scores."""
         if not lanes:
             return
-        active = self.active
+        active, seconds_before = self.active, sum_generate_seconds(lanes)
         self.time_use.begin_work(list(active.lanes.values()))
         run_isolating_failures = self.recovery.run_isolating_failures
         evaluate = active.engine.lane_group.evaluate
         for lane, scored in run_isolating_failures(lanes, partial(evaluate, split="validation"), True):
             lane.record_scores("validation", scored)
-        due = [lane for lane in active.in_state(LaneState.EVALUATING) if lane.is_test_due]
+        due = [lane for lane in lanes if lane.state is LaneState.EVALUATING and lane.is_test_due]
         for lane, scored in run_isolating_failures(due, partial(evaluate, split="test"), True):
             lane.record_scores("test", scored)
         self.time_use.add(lanes, "evaluate_seconds")
+        self.answer_wait.record_generation(lanes, seconds_before)
         self._note_peak_memory()
-        for lane in active.in_state(LaneState.EVALUATING):
+        for lane in lanes:
             # Saving another lane's adapter can run out of memory and evict this one.
-            if lane.fingerprint in active.lanes:
+            if lane.state is LaneState.EVALUATING:
                 self._conclude_evaluation(lane)
 
     def _conclude_evaluation(self, lane: Lane) -> None:
