@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pair import process
+from short_generation import halve_rows, read_results
 from transformers import GPT2Config, Qwen3Config
 
 from experiments.benchmarks.decode_steps import QWEN3_06B, DecodeSteps, count_decode_steps, count_study
@@ -19,6 +24,8 @@ GIB = 2**30
 CACHED_BYTES = 28 * 2 * 8 * 128 * 2
 """Bytes of a token in the key-value cache of Qwen3-0.6B in bfloat16."""
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=300)
+
+pytestmark = pytest.mark.xdist_group("pair")
 
 
 def limits_of(free_gib: float, device: str = "cuda", share: float = 1.0) -> GenerationLimits:
@@ -95,3 +102,17 @@ def test_the_default_study_takes_less_than_5000_decode_steps_a_lane_on_a_gpu() -
     """The bound holds for a card of 80 GiB, even if no answer ends before the longest length."""
     assert count_study(limits_of(60), longest_answers=True).steps < 5_000
     assert count_study(limits_of(60, "cpu"), longest_answers=True).steps > 20_000
+
+
+def test_a_batch_that_runs_out_of_memory_is_generated_in_halves(tmp_path: Path) -> None:
+    """The kernel refuses memory to a separate process, between the peaks of all rows and of half of them."""
+    done = process(halve_rows, tmp_path)
+    done.join()
+    assert done.exitcode == 0
+    results = read_results(tmp_path)
+    assert results["answers_short"] == results["answers"]
+    assert results["share_before"] == 1.0
+    assert results["share_after"] == 0.5
+    assert results["rows"][:1] == [64]
+    assert 32 in results["rows"]
+    assert max(results["later_rows"]) == 32
