@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,11 +23,12 @@ def ends_with_output_layer(model: Any) -> bool:
     """Return whether a model's logits are its output layer's result for the hidden states of its base model.
 
     They are not where a model scales its logits (Cohere, Granite) or caps them (Gemma 2), or scales its
-    hidden states first. This is tried with random hidden states, which `model.base_model` returns in place of
-    its own. Half of them are large, because capping changes only large logits.
+    hidden states first. This is tried without computing either part: `model.base_model` returns random hidden
+    states, the output layer must get these, and the model must return the random logits that the layer then
+    returns. Half of the logits are large, because capping changes small ones little.
 
     Args:
-        model: A transformers model without adapters on its output layer.
+        model: A transformers model without adapters on its output layer, on any device.
     """
     import torch
     from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -33,22 +36,39 @@ def ends_with_output_layer(model: Any) -> bool:
     layer, body = find_frozen_output_layer(model), model.base_model
     if layer is None or body is model:
         return False
-    weight = layer.weight
-    hidden = torch.randn(2, 4, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    hidden = (hidden * torch.tensor([1.0, 1e3])[:, None, None]).to(weight)
-    instance_forward = body.__dict__.get("forward")
-    body.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 4, layer.in_features, generator=generator).to(layer.weight.dtype)
+    scale = torch.tensor([1.0, 1e3])[:, None, None]
+    logits = torch.randn(2, 4, 8, generator=generator).mul(scale).to(layer.weight.dtype)
+    received: list[torch.Tensor] = []
+
+    def return_logits(states: torch.Tensor) -> torch.Tensor:
+        received.append(states)
+        return logits.clone()
+
     try:
-        with torch.no_grad():
-            ids = torch.zeros(2, 4, dtype=torch.int64, device=weight.device)
-            logits, expected = model(input_ids=ids, use_cache=False).logits, layer(hidden)
+        with (
+            _replaced_forward(
+                body, lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden.clone())
+            ),
+            _replaced_forward(layer, return_logits),
+            torch.no_grad(),
+        ):
+            ids = torch.zeros(2, 4, dtype=torch.int64, device=layer.weight.device)
+            found = model(input_ids=ids, use_cache=False).logits
+        return torch.equal(received[0], hidden) and torch.equal(found.to(logits.dtype), logits)
     except Exception:  # the model's forward method needs more of its base model than hidden states
         return False
+
+
+@contextmanager
+def _replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute with another forward method."""
+    own = module.__dict__.get("forward")  # set where another part of the program has replaced it
+    module.forward = forward
+    try:
+        yield
     finally:
-        del body.forward
-        if instance_forward is not None:
-            body.forward = instance_forward
-    tolerance = 1e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return logits.shape == expected.shape and torch.allclose(
-        logits.to(expected.dtype), expected, rtol=tolerance, atol=tolerance
-    )
+        del module.forward
+        if own is not None:
+            module.forward = own
