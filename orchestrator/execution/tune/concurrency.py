@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.execution.trainers.pool import PoolConfig
-from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
+from orchestrator.execution.tune.trial import PAUSABLE_TRIAL_MEMORY_BYTES, TRIAL_MEMORY_BYTES
 
 MIN_AUTOSCALED_TRAINERS = 8
 """Number of trainers that the limit for an autoscaled cluster allows for, as on one node with eight GPUs."""
@@ -34,6 +34,6 @@ def trial_limits(
     lanes = pool.spec.expected_lanes if is_search else pool.spec.lanes_per_trainer + 1
     wanted = num_trainers * lanes
     if scheduler == "hyperband":
-        share = max(cluster.memory / wanted, 2 * TRIAL_MEMORY_BYTES)
+        share = max(cluster.memory / wanted, 2 * PAUSABLE_TRIAL_MEMORY_BYTES)
         return None, int(min(share, max(node.memory for node in cluster.nodes)))
     return max(1, min(wanted, int(cluster.memory / 2 / TRIAL_MEMORY_BYTES))), TRIAL_MEMORY_BYTES

@@ -63,7 +63,7 @@ def test_trials_leave_half_of_the_memory_to_trainers_under_hyperband_too(nodes: 
     from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.execution.trainers.trainer import TrainerSpec
     from orchestrator.execution.tune.concurrency import trial_limits
-    from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
+    from orchestrator.execution.tune.trial import PAUSABLE_TRIAL_MEMORY_BYTES, TRIAL_MEMORY_BYTES
 
     pool = PoolConfig(2, TrainerSpec(lanes_per_trainer=4, gpus_per_worker=0, store="", scratch=""))
     for memory in (2 * 2**30, 64 * 2**30):
@@ -71,11 +71,12 @@ def test_trials_leave_half_of_the_memory_to_trainers_under_hyperband_too(nodes: 
         at_once, each = trial_limits(pool, cluster, "asha")
         assert at_once is not None
         assert at_once <= 10
-        assert at_once * TRIAL_MEMORY_BYTES <= cluster.memory / 2
+        assert each == TRIAL_MEMORY_BYTES
+        assert at_once * each <= cluster.memory / 2
         at_once, asked = trial_limits(pool, cluster, "hyperband")
         assert at_once is None
         assert nodes <= nodes * (memory // asked) <= max(10, nodes), "as many, but one a node at least"
-        assert nodes * (memory // asked) * each <= cluster.memory / 2
+        assert nodes * (memory // asked) * PAUSABLE_TRIAL_MEMORY_BYTES <= cluster.memory / 2
 
 
 @pytest.mark.parametrize(("per_seed", "groups"), [(False, 2), (True, 4)])
