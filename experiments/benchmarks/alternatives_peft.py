@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,7 +117,7 @@ class FineTune:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=run.rate, weight_decay=0.0, fused=True)
         self.schedule = get_cosine_schedule_with_warmup(
-            self.optimizer, round(WARMUP * study.steps), study.steps
+            self.optimizer, math.ceil(WARMUP * study.steps), study.steps
         )
 
     def train_to(self, step: int) -> dict[str, float]:
