@@ -79,8 +79,15 @@ def count_step(model_name: str, variant: str, lanes: int, fused: bool, size: Ste
         "slowest": {
             name: round(1e3 * seconds, 1) for name, seconds in counts.seconds_by_operator.most_common(8)
         },
+        "peak_gib_by_operator": _largest(counts.peak_by_operator),
         "most_launched": dict(counts.by_operator.most_common(8)),
     }
+
+
+def _largest(bytes_by_operator: dict[str, int]) -> dict[str, float]:
+    """Return the eight operators whose results take the most memory, in GiB; "" is what existed before."""
+    ordered = sorted(bytes_by_operator.items(), key=lambda item: -item[1])[:8]
+    return {name: round(size / 2**30, 2) for name, size in ordered}
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

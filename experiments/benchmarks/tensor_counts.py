@@ -61,6 +61,8 @@ class Counts:
     seconds_by_operator: Counter[str] = field(default_factory=Counter)
     peak_bytes: int = 0
     """The largest sum of the bytes of all live tensors."""
+    peak_by_operator: dict[str, int] = field(default_factory=dict)
+    """Operator -> bytes of its live results at the peak; "" stands for what existed before."""
 
 
 class TensorCounter(TorchDispatchMode):
@@ -76,8 +78,9 @@ class TensorCounter(TorchDispatchMode):
     def __init__(self, device_type: str, resident: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.device_type, self.counts = device_type, Counts()
-        self._live: dict[int, int] = {}
+        self._live: dict[int, tuple[str, int]] = {}
         self._live_bytes = 0
+        self._live_by_operator: Counter[str] = Counter()
         for tensor in resident:
             self._register(tensor)
 
@@ -90,7 +93,7 @@ class TensorCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in outputs:
-            self._register(tensor)
+            self._register(tensor, func._schema.name.partition("::")[2])
         self._count(func, [*tree_leaves(args), *tree_leaves(kwargs or {})], outputs)
         return result
 
@@ -99,20 +102,25 @@ class TensorCounter(TorchDispatchMode):
         """The bytes of all tensors that are alive now."""
         return self._live_bytes
 
-    def _register(self, tensor: Tensor) -> None:
+    def _register(self, tensor: Tensor, operator: str = "") -> None:
         if tensor.device.type != self.device_type:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
             return
-        self._live[key] = storage.nbytes()
+        self._live[key] = operator, storage.nbytes()
         self._live_bytes += storage.nbytes()
-        self.counts.peak_bytes = max(self.counts.peak_bytes, self._live_bytes)
+        self._live_by_operator[operator] += storage.nbytes()
+        if self._live_bytes > self.counts.peak_bytes:
+            self.counts.peak_bytes = self._live_bytes
+            self.counts.peak_by_operator = dict(self._live_by_operator)
         weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
-        self._live_bytes -= self._live.pop(key)
+        operator, size = self._live.pop(key)
+        self._live_bytes -= size
+        self._live_by_operator[operator] -= size
 
     def _count(self, func: Any, leaves: list[Any], outputs: list[Tensor]) -> None:
         name = func._schema.name.partition("::")[2]
