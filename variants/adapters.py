@@ -165,7 +165,7 @@ class Adapters(AdaptedModel):
             if name.rpartition(".")[0] not in self.layers:
                 count += parameter.numel()
         for name, rank in self.ranks_in_use(lane).items():
-            out_features, in_features = self.layers[name].frozen_layer.weight.shape
+            out_features, in_features = self.layers[name].frozen_layer.shape
             count += self.variant.parameter_count(out_features, in_features, replace(settings, rank=rank))
         return count
 

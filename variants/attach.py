@@ -11,7 +11,8 @@ from variants.adapters import Adapters
 from variants.base import AdaptationScope, UnsupportedError, Variant, VariantSettings
 from variants.heads import LaneHead
 from variants.lane_linear import LaneLinear
-from variants.targets import find_target_layers
+from variants.nf4 import NF4Linear
+from variants.targets import find_target_layers, smaller_side
 
 __all__ = ["Adapters", "CalibrationTensors", "attach"]
 
@@ -52,6 +53,13 @@ def attach(
     }
     if variant.adaptation_scope is AdaptationScope.HEAD_ONLY and not head_layers:
         raise UnsupportedError(f"{variant.name} trains the task's head alone, and this task has none")
+    if variant.adaptation_scope is AdaptationScope.FULL_MODEL:
+        for name, module in model.named_modules():
+            if isinstance(module, NF4Linear):
+                raise UnsupportedError(
+                    f"{variant.name} trains every weight, and {name} has 4 bits per value (nf4); load the "
+                    "model in bfloat16 or float32, or take a variant with adapters"
+                )
     target_layers: dict[str, nn.Module] = {}
     if variant.adaptation_scope is AdaptationScope.TARGET_LAYERS:
         found = find_target_layers(model, targets)
@@ -68,7 +76,7 @@ def attach(
 def _check_rank(variant: Variant, settings: VariantSettings, layers: Mapping[str, nn.Module]) -> None:
     if not variant.is_rank_limited_by_layer:
         return
-    smaller_sides: dict[str, int] = {name: min(layer.weight.shape) for name, layer in layers.items()}  # type: ignore[arg-type]  # Linear or Conv1D
+    smaller_sides: dict[str, int] = {name: smaller_side(layer) for name, layer in layers.items()}
     name, side = min(smaller_sides.items(), key=lambda item: item[1])
     limit = side // variant.singular_vectors_per_rank
     if settings.rank > limit:

@@ -82,7 +82,7 @@ def _split_by_memory(adapters: Adapters, memory_budget: int) -> Iterator[list[La
 
 
 def _matrix_shape(layer: LaneLinear, statistic: CalibrationStatistic) -> tuple[int, int]:
-    out_features, in_features = layer.frozen_layer.weight.shape
+    out_features, in_features = layer.frozen_layer.shape
     return (out_features if statistic is CalibrationStatistic.MEAN_GRADIENT else in_features), in_features
 
 
@@ -90,9 +90,9 @@ class _StatisticAccumulator:
     """Accumulation of one layer's matrix in a hook of the layer, while the model runs."""
 
     def __init__(self, layer: LaneLinear, statistic: CalibrationStatistic) -> None:
-        weight, dtype = layer.frozen_layer.weight, layer.frozen_layer.dtype
+        frozen = layer.frozen_layer
         self.adapter_state = layer.adapter_state
-        self.matrix = torch.zeros(_matrix_shape(layer, statistic), device=weight.device, dtype=dtype)
+        self.matrix = torch.zeros(_matrix_shape(layer, statistic), device=frozen.device, dtype=frozen.dtype)
         self.positions = 0
         self.shift: Tensor | None = None  # the first batch's mean; it reduces cancellation in the covariance
         self.shifted_sum = torch.zeros_like(self.matrix[0])

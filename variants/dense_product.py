@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants.lane_views import FrozenLayer
+
 
 class DenseProduct(torch.autograd.Function):
     """The product of each lane's rows with W + W * (B A), or with W * (B A) alone.
@@ -20,7 +22,13 @@ class DenseProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: Tensor | None, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        base: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        layer: FrozenLayer,
+        bias: Tensor | None,
     ) -> Tensor:
         """Compute the output.
 
@@ -31,13 +39,15 @@ class DenseProduct(torch.autograd.Function):
                 None computes x (W + W * (B A))^T + bias.
             a: A of each lane, (K, rank, in), in any dtype.
             b: B of each lane, (K, out, rank), in any dtype.
-            weight: W, (out, in), in the dtype of `x`.
+            layer: The frozen layer, whose W (out, in) has the dtype of `x`. W is not kept between the passes: a
+                weight of 4 bits is dequantized in each.
             bias: (out,); used without `base` only.
 
         Returns:
             (K, N, out).
         """
-        ctx.save_for_backward(x, a, b, weight)
+        ctx.save_for_backward(x, a, b)
+        ctx.layer, weight = layer, layer.weight
         ctx.adds_weight = base is None
         a, b = a.to(x.dtype), b.to(x.dtype)
         out, matrix = x.new_empty(*x.shape[:2], len(weight)), torch.empty_like(weight)
@@ -54,7 +64,8 @@ class DenseProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x, base, A and B."""
-        x, wide_a, wide_b, weight = ctx.saved_tensors
+        x, wide_a, wide_b = ctx.saved_tensors
+        weight = ctx.layer.weight
         a, b = wide_a.to(x.dtype), wide_b.to(x.dtype)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_a, grad_b, matrix = torch.empty_like(a), torch.empty_like(b), torch.empty_like(weight)

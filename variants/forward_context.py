@@ -109,10 +109,10 @@ class AdapterState:
             lanes: K lanes.
             layer: The layer.
         """
-        key = (lanes, layer.weight.device, layer.dtype)
+        key = (lanes, layer.device, layer.dtype)
         if key not in self._scalings:
             factors = [variant.scaling(self.settings[lane]) for lane in lanes]
-            tensor = torch.tensor(factors, dtype=layer.dtype, device=layer.weight.device)
+            tensor = torch.tensor(factors, dtype=layer.dtype, device=layer.device)
             self._scalings[key] = tensor.view(-1, 1, 1)
         return self._scalings[key]
 

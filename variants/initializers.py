@@ -25,7 +25,7 @@ def uniform_init(shape: tuple[int, ...], bound: float, layer: FrozenLayer, gener
         generator: The source of randomness, on the CPU.
     """
     draw = torch.rand(shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1).mul_(bound)
-    return draw.to(layer.weight.device, layer.dtype)
+    return draw.to(layer.device, layer.dtype)
 
 
 def lora_init(layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
@@ -38,8 +38,8 @@ def lora_init(layer: FrozenLayer, settings: VariantSettings, generator: Generato
         settings: The lane's settings, of which the rank is used.
         generator: The generator of this lane and layer.
     """
-    out_features, in_features = layer.weight.shape
+    out_features, in_features = layer.shape
     noise = parameter_generator(generator, "A")
     a = uniform_init((settings.rank, in_features), 1 / math.sqrt(in_features), layer, noise)
-    b = torch.zeros(out_features, settings.rank, dtype=layer.dtype, device=layer.weight.device)
+    b = torch.zeros(out_features, settings.rank, dtype=layer.dtype, device=layer.device)
     return InitialTensors({"A": a, "B": b})

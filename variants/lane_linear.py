@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from variants.base import FrozenLayer, Params, Variant
 from variants.forward_context import AdapterState, ForwardContext, draw_dropout_masks, split_by_lane
 from variants.lane_tensors import LaneTensors, stack_by_name
+from variants.nf4 import NF4Linear, NF4Weight
 from variants.targets import is_conv1d
 
 
@@ -44,12 +45,16 @@ class LaneLinear(nn.Module):
     @property
     def frozen_layer(self) -> FrozenLayer:
         """The frozen layer as variants see it; a new object after the weight was moved or written."""
-        stored: Tensor = self.base_layer.weight  # type: ignore[assignment]  # an nn.Module's attribute
+        base = self.base_layer
+        # An nn.Module's attributes have no types.
+        stored: Tensor = base.packed if isinstance(base, NF4Linear) else base.weight  # type: ignore[assignment]
         version = stored.data_ptr(), stored._version
         if self._frozen_layer is None or self._weight_version != version:
             self._weight_version = version
-            weight = stored.detach().t() if is_conv1d(self.base_layer) else stored.detach()
-            bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]  # likewise
+            weight: Tensor | NF4Weight = stored.detach().t() if is_conv1d(base) else stored.detach()
+            if isinstance(base, NF4Linear):
+                weight = base.quantized_weight
+            bias: Tensor | None = base.bias  # type: ignore[assignment]
             self._frozen_layer = FrozenLayer(self.name, weight, None if bias is None else bias.detach())
             self.own_tensors.gradient_constants.clear()
         return self._frozen_layer

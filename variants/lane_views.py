@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from variants.nf4 import NF4Weight
 from variants.seeds import seeded_generator
 from variants.variant_settings import VariantSettings
 
@@ -23,8 +24,8 @@ class FrozenLayer:
 
     name: str
     """Dotted path in the model."""
-    weight: Tensor
-    """(out, in), also if the module stores (in, out)."""
+    stored_weight: Tensor | NF4Weight
+    """The weight as the layer holds it; variants read `weight`, or `shape` and `device`."""
     bias: Tensor | None
     """(out,)"""
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -33,9 +34,30 @@ class FrozenLayer:
     """During initialization: the result of the variant's `reduce_calibration` for this layer."""
 
     @property
+    def weight(self) -> Tensor:
+        """The weight (out, in), also if the module stores (in, out).
+
+        A 4-bit weight is dequantized at every access.
+        """
+        stored = self.stored_weight
+        return stored.dequantize() if isinstance(stored, NF4Weight) else stored
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight, (out, in)."""
+        out_features, in_features = self.stored_weight.shape
+        return out_features, in_features
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weight."""
+        stored = self.stored_weight
+        return stored.packed.device if isinstance(stored, NF4Weight) else stored.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of a lane's tensors: float64 over a float64 weight, else float32."""
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        return torch.float64 if self.stored_weight.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 
 from variants.adapters import Adapters
 from variants.errors import MergeError
+from variants.nf4 import NF4Linear
 
 
 def merge_and_detach(adapters: Adapters, lane: str) -> None:
@@ -19,7 +20,7 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
 
     Raises:
         MergeError: The variant has no such update, another lane uses the base model, or a weight is tied to
-            a module that would change with it. In the latter two cases nothing has changed.
+            a module that would change with it or is quantized. In the latter three cases nothing has changed.
     """
     settings = adapters.lane_settings(lane)
     _check_mergeable(adapters, lane)
@@ -43,6 +44,12 @@ def _check_mergeable(adapters: Adapters, lane: str) -> None:
         if other != lane:
             raise MergeError(
                 f"lane {lane} cannot be merged while {other} uses the same base; remove it first"
+            )
+    for layer in adapters.layers.values():
+        if isinstance(layer.base_layer, NF4Linear):
+            raise MergeError(
+                f"{adapters.variant.name} cannot be merged into {layer.name}, which has 4 bits per value "
+                "(nf4); export the adapter and merge it into the 16-bit model"
             )
     layers = {id(layer.base_layer.weight): layer for layer in adapters.layers.values()}
     for path, module in adapters.model.named_modules():

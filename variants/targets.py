@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from variants.base import UnsupportedError
+from variants.nf4 import NF4Linear
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that adapters are computed for; others belong to quantized layers."""
@@ -55,8 +56,15 @@ def find_target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is an nn.Linear or transformers' Conv1D, whose weight is (in, out)."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Return whether a module is an nn.Linear, an NF4Linear, or transformers' Conv1D (weight (in, out))."""
+    return isinstance(module, (nn.Linear, NF4Linear)) or is_conv1d(module)
+
+
+def smaller_side(layer: nn.Module) -> int:
+    """Return the smaller one of the input and output features of a linear layer."""
+    if isinstance(layer, NF4Linear):
+        return min(layer.out_features, layer.in_features)
+    return min(layer.weight.shape)  # type: ignore[arg-type]  # an nn.Module's attribute
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -125,7 +133,8 @@ def _check_adaptable(name: str, modules: Mapping[str, nn.Module], match_all: boo
     module = modules[name]
     if "quantized" in type(module).__module__:
         raise UnsupportedError(
-            f"{name} is quantized ({type(module).__name__}): a row's output would depend on the others"
+            f"{name} is quantized ({type(module).__name__}): with quantized inputs a row's output would "
+            "depend on the others; load the 16-bit weights, which NF4Linear can quantize"
         )
     if (match_all or is_linear(module)) and not isinstance(module, nn.modules.conv._ConvNd):
         for key, parameter in module.named_parameters(recurse=False):
@@ -134,10 +143,11 @@ def _check_adaptable(name: str, modules: Mapping[str, nn.Module], match_all: boo
                     f"{name}.{key} is a 3-D weight of experts, which adapters do not reach; "
                     "name the layers to adapt instead of 'blocks'"
                 )
-    if is_linear(module):
+    if is_linear(module) and not isinstance(module, NF4Linear):
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         if weight.dtype not in FLOAT_DTYPES or weight.dim() != 2 or type(weight.data) is not torch.Tensor:
             raise UnsupportedError(
-                f"{name} holds a {weight.dtype} {type(weight.data).__name__}, not a plain float weight"
+                f"{name} holds a {weight.dtype} {type(weight.data).__name__}, not a plain float weight; "
+                "load the 16-bit weights, which NF4Linear can quantize"
             )

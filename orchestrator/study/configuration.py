@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter
 
 from orchestrator.util.canonical_json import canonical_json
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "nf4"]
 LRScheduleName = Literal["constant", "linear", "cosine"]
 
 
@@ -60,6 +60,12 @@ class ModelChoice:
     name: str
     content: str
     dtype: Dtype = "float32"
+    """"nf4": the linear layers of the blocks have weights of 4 bits, all other tensors are bfloat16."""
+
+    @property
+    def compute_dtype(self) -> Literal["float32", "bfloat16"]:
+        """The data type of the model's activations, and of its weights before any quantization."""
+        return "bfloat16" if self.dtype == "nf4" else self.dtype
 
 
 @dataclass(frozen=True)

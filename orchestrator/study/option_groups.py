@@ -170,8 +170,10 @@ class TrainingOptions:
     base_dropout: Literal["on", "off"] | None = None
     """Dropout of the base model itself in training: on or off (0.1 in RoBERTa, BERT, DeBERTa and GPT-2;
     Llama and Qwen have none). Default: the task's; on for GLUE's tasks, whose published runs had it."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Data type of the frozen base; adapters are float32. Default: the task's."""
+    dtype: Literal["float32", "bfloat16", "nf4"] | None = None
+    """Data type of the frozen base; adapters are float32. `nf4` (as in QLoRA) quantizes the weights of the
+    blocks' linear layers to 4 bits when the model is loaded: less memory, more time. The rest of the model
+    is bfloat16. Default: the task's."""
 
     def check_training(self) -> None:
         """Check the options of this group.
@@ -215,6 +217,10 @@ class ResourceOptions:
     the cluster's head can start nodes with GPUs (not for --dry-run), else 0."""
     device: Literal["auto", "cpu"] = "auto"
     """`cpu`: trainers reserve their GPUs in Ray but train on CPUs, as a rehearsal of a GPU cluster."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """Code of the base's norms, rotary embeddings and gated activations: transformers' own in PyTorch, or
+    `liger`, Liger's Triton kernels on GPUs (pip install -e ".[gpu]"): less time and memory for Qwen, Llama,
+    Mistral, Gemma and others. Results differ by rounding; records name the kernels."""
     trainer_timeout: float | None = None
     """Seconds after which a study without any trainer ends. Default: 300, or 1800 where GPU nodes have to be
     started first."""
@@ -245,6 +251,9 @@ class ResourceOptions:
                 raise UsageError(
                     f"{both} {self.gpus_per_worker:g}: NCCL refuses two workers on one GPU; {fix}."
                 )
+        if self.kernels == "liger" and (self.device == "cpu" or self.gpus_per_worker == 0):
+            other = "--device cpu" if self.device == "cpu" else "--gpus-per-worker 0"
+            raise UsageError(f"--kernels liger with {other}: Liger needs GPUs; take --kernels torch.")
         bounds.check_positive("--trainer-timeout", self.trainer_timeout, "300")
 
 

@@ -25,6 +25,7 @@ def traits(cases: Iterable[Case]) -> set[tuple[str, object]]:
     found: set[tuple[str, object]] = set()
     for case in cases:
         found |= {("model", case.model), ("dtype", case.dtype), ("several lanes", case.lanes > 1)}
+        found.add(("nf4", case.nf4))
         if not case.is_language_model:  # Language models have fixed shapes and biases.
             found |= {("tall", case.out_features > case.in_features), ("bias", case.bias)}
     return found

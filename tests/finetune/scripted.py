@@ -70,7 +70,7 @@ def tiny_base_model(choice: ModelChoice, task: Task | None = None) -> BaseModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _llama() if task is None or not task.has_head else _bert(task)
-    model = model.eval().requires_grad_(False).to(getattr(torch, choice.dtype))
+    model = model.eval().requires_grad_(False).to(getattr(torch, choice.compute_dtype))
     if task is None or not task.has_head:
         return BaseModel(model, tokenizer(), torch.device("cpu"))
     heads = ("classifier",)

@@ -82,7 +82,7 @@ class LoRAMoE(Variant):
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = lora_init(layer, settings, generator)
-        in_features, top_k = layer.weight.shape[1], int(settings.extra["top_k"])
+        in_features, top_k = layer.shape[1], int(settings.extra["top_k"])
         noise = parameter_generator(generator, "R")
         initial.trainable["R"] = uniform_init(
             (_expert_count(settings), in_features), 1 / math.sqrt(in_features), layer, noise

@@ -89,8 +89,8 @@ def _max_rank(settings: VariantSettings) -> int:
 
 
 def _init_layer(layer: FrozenLayer, rank: int, max_rank: int) -> InitialTensors:
-    out_features, in_features = layer.weight.shape
-    a = torch.zeros(max_rank, in_features, dtype=layer.dtype, device=layer.weight.device)
+    out_features, in_features = layer.shape
+    a = torch.zeros(max_rank, in_features, dtype=layer.dtype, device=layer.device)
     a[:rank] = layer.calibration["directions"][:rank]
     mask = (torch.arange(max_rank) < rank).to(a)
     return InitialTensors({"A": a, "B": a.new_zeros(out_features, max_rank)}, {"mask": mask})

@@ -71,7 +71,7 @@ class LoRAGA(LoRA):
         return {"A0": c * vh[:rank], "B0": c * u[:, rank : 2 * rank]}
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        like = layer.weight.device, layer.dtype
+        like = layer.device, layer.dtype
         a, b = layer.calibration["A0"].to(*like), layer.calibration["B0"].to(*like)
         return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 

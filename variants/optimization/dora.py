@@ -74,7 +74,7 @@ def _squared_row_norms(layer: FrozenLayer) -> Tensor:
 
 def _split_rows(layer: FrozenLayer) -> tuple[Tensor, ...]:
     """Return W as blocks of rows, so that a cast to another dtype needs little memory."""
-    return layer.weight.split(max(1, CAST_NUMEL // layer.weight.shape[1]))
+    return layer.weight.split(max(1, CAST_NUMEL // layer.shape[1]))
 
 
 @torch.no_grad()

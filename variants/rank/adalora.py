@@ -81,10 +81,10 @@ class AdaLoRA(LoRA):
         return super().scaling(settings) * settings.rank / (_initial_rank(settings) + 1e-5)
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        (out_features, in_features), rank = layer.weight.shape, _initial_rank(settings)
+        (out_features, in_features), rank = layer.shape, _initial_rank(settings)
         trainable = {
             "A": _normal_init((rank, in_features), layer, parameter_generator(generator, "A")),
-            "E": torch.zeros(rank, 1, dtype=layer.dtype, device=layer.weight.device),
+            "E": torch.zeros(rank, 1, dtype=layer.dtype, device=layer.device),
             "B": _normal_init((out_features, rank), layer, parameter_generator(generator, "B")),
         }
         return InitialTensors(trainable, _init_buffers(trainable, settings))
@@ -172,7 +172,7 @@ def _initial_rank(settings: VariantSettings) -> int:
 
 def _normal_init(shape: tuple[int, int], layer: FrozenLayer, generator: Generator) -> Tensor:
     draw = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(INIT_STD)
-    return draw.to(layer.weight.device, layer.dtype)
+    return draw.to(layer.device, layer.dtype)
 
 
 def _pruning_steps(settings: VariantSettings, total_steps: int) -> tuple[int, int]:

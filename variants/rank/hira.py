@@ -40,13 +40,13 @@ class HiRA(LoRA):
         return params
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
-        return DenseProduct.apply(x, base, params["A"], params["B"], layer.weight, None)
+        return DenseProduct.apply(x, base, params["A"], params["B"], layer, None)
 
     def includes_base(self, layer: FrozenLayer) -> bool:
-        return layer.weight.dtype == layer.dtype
+        return layer.stored_weight.dtype == layer.dtype
 
     def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
-        return DenseProduct.apply(x, None, params["A"], params["B"], layer.weight, layer.bias)
+        return DenseProduct.apply(x, None, params["A"], params["B"], layer, layer.bias)
 
     def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
         return layer.weight * (params["B"] @ params["A"])

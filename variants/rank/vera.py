@@ -57,7 +57,7 @@ class VeRA(LoRA):
         return 1.0
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        b = torch.zeros(layer.weight.shape[0], dtype=layer.dtype, device=layer.weight.device)
+        b = torch.zeros(layer.shape[0], dtype=layer.dtype, device=layer.device)
         return InitialTensors({"d": b.new_full((_vera_rank(settings),), 0.1), "b": b})
 
     def layer_group(self, layer_name: str) -> str | None:
@@ -67,9 +67,7 @@ class VeRA(LoRA):
         self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
     ) -> InitialTensors:
         rank, like = _vera_rank(settings), next(iter(layers.values()))
-        out_features, in_features = (
-            max(layer.weight.shape[side] for layer in layers.values()) for side in (0, 1)
-        )
+        out_features, in_features = (max(layer.shape[side] for layer in layers.values()) for side in (0, 1))
         a = uniform_init(
             (rank, in_features), math.sqrt(6 / in_features), like, parameter_generator(generator, "A")
         )
@@ -77,7 +75,7 @@ class VeRA(LoRA):
         return InitialTensors({}, {"A": a, "B": b})
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        out_features, in_features = layer.weight.shape
+        out_features, in_features = layer.shape
         gains = params["b"].unsqueeze(2) * params["d"].unsqueeze(1)
         a, b = pad_rank_one(params["A"][..., :in_features], gains * params["B"][:, :out_features])
         return {"A": a, "sB": b}

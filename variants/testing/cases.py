@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from variants.nf4 import NF4Linear, quantize_blocks
+
 ROWS, LENGTH, VOCABULARY, CLASSES = 8, 5, 64, 6
 """Rows per lane, positions per row, size of the vocabulary, outputs of a head. With fewer than 8 rows a
 matrix product on a CPU may round differently for several lanes than for one."""
@@ -27,6 +29,8 @@ class Case:
     in_features: int = 32
     bias: bool = False
     dtype: torch.dtype = torch.float32
+    nf4: bool = False
+    """True to quantize the layers of the blocks to 4 bits."""
     lanes: int = 3
     device: str = "cpu"
 
@@ -43,7 +47,21 @@ class Case:
     def build(self) -> nn.Module:
         """Return a new model in evaluation mode, with the same weights at every call."""
         model = copy.deepcopy(_prototype(self.model, self.out_features, self.in_features, self.bias))
-        return model.to(self.device, self.dtype).eval()
+        model = model.to(self.device, self.dtype).eval()
+        if self.nf4:
+            quantize_blocks(model)
+        return model
+
+    def build_for_peft(self) -> nn.Module:
+        """Return the same model with dequantized weights, because PEFT does not know `NF4Linear`."""
+        model = self.build()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, NF4Linear):
+                parent, _, key = name.rpartition(".")
+                layer = nn.Linear(module.in_features, module.out_features, bias=False)
+                layer.weight, layer.bias = nn.Parameter(module.weight), module.bias  # type: ignore[assignment]
+                setattr(model.get_submodule(parent), key, layer)
+        return model
 
     def rows(self, lane: int, step: int = 0) -> Tensor:
         """Return a lane's input at one of its steps.
@@ -124,6 +142,7 @@ CASES = (
     Case("llama-float32-several", model="llama"),
     Case("gpt2-float32-several", model="gpt2"),
     Case("headed-float32-several", model="headed", out_features=40, in_features=24, bias=True),
+    Case("nf4-llama-bfloat16-several", model="llama", dtype=torch.bfloat16, nf4=True),
     Case(
         "headed-bfloat16-one", model="headed", out_features=24, in_features=40, dtype=torch.bfloat16, lanes=1
     ),

@@ -231,7 +231,7 @@ def export_loads_in_peft(variant: Variant, case: Case) -> None:
     exported = lane_outputs(case, adapters)
     with tempfile.TemporaryDirectory() as folder:
         save_peft(adapters, "0", Path(folder), "base")
-        peft_model = PeftModel.from_pretrained(case.build(), folder)
+        peft_model = PeftModel.from_pretrained(case.build_for_peft(), folder)
         loaded = load_peft(case.build(), Path(folder), lane="0")
     with torch.no_grad():
         peft_output = model_output(peft_model, case.rows(0))
@@ -250,7 +250,7 @@ def applies(law: Law, variant: Variant, case: Case) -> bool:
     """Return whether a law applies to a variant on a case.
 
     Fitting concerns the formula, and neither models nor rounding, so a small float32 model is enough. A
-    variant that trains only a head needs a model with a head.
+    variant that trains only a head needs a model with a head. Full fine-tuning refuses quantized weights.
 
     Args:
         law: One of `LAWS`.
@@ -258,6 +258,8 @@ def applies(law: Law, variant: Variant, case: Case) -> bool:
         case: The case.
     """
     if variant.adaptation_scope is AdaptationScope.HEAD_ONLY and case.model != "headed":
+        return False
+    if variant.adaptation_scope is AdaptationScope.FULL_MODEL and case.nf4:
         return False
     return law is not fits_a_representable_target or (
         not case.is_language_model and case.dtype == torch.float32
@@ -297,7 +299,7 @@ def _expected_parameter_count(variant: Variant, case: Case, adapters: Adapters, 
         return sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for name in adapters.heads for p in model.get_submodule(name).parameters())
     for name, rank in ranks.items():
-        out_features, in_features = adapters.layers[name].frozen_layer.weight.shape
+        out_features, in_features = adapters.layers[name].frozen_layer.shape
         count += variant.parameter_count(out_features, in_features, replace(adapters.settings, rank=rank))
     return count
 

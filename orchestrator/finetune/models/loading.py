@@ -61,11 +61,7 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
     else:
         model_checks.check_causal(model, choice.name)
     device = torch.device(device)
-    model = model.eval().requires_grad_(False).to(device)
-    if device.type == "cpu":
-        # safetensors maps the files into memory: overwriting one would change the base model.
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
+    model = _move_to_device(model.eval().requires_grad_(False), choice, device)
     base_model = BaseModel(model, processor, device, head_names)
     if not task.has_head:
         if model_checks.attends_to_future_tokens(base_model):
@@ -91,7 +87,7 @@ def _load_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, Mappi
             model, loading_info = auto_class.from_pretrained(
                 source,
                 revision=revision,
-                dtype=getattr(torch, choice.dtype),
+                dtype=getattr(torch, choice.compute_dtype),
                 ignore_mismatched_sizes=True,  # of a head, which is replaced; check_weights refuses others
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -102,6 +98,38 @@ def _load_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, Mappi
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UsageError(f"Model {choice.name!r}: {weight_files.HAS_ADAPTER_MESSAGE}.")
     return model, loading_info
+
+
+def _move_to_device(model: Any, choice: ModelChoice, device: torch.device) -> Any:
+    """Move a model to its device, and with `nf4` quantize its blocks.
+
+    Weights whose files have the chosen dtype are mapped into memory; they go to the device one by one,
+    without a copy in the host's memory. transformers has converted weights of another dtype there. With `nf4` each
+    layer is quantized on the device before the next one is moved.
+    """
+    if choice.dtype == "nf4":
+        _quantize_blocks(model, choice.name, device)
+    model = model.to(device)
+    if device.type == "cpu":
+        # Overwriting a mapped file would change the base model.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def _quantize_blocks(model: Any, name: str, device: torch.device) -> None:
+    """Quantize the linear layers of the model's blocks to 4 bits.
+
+    Raises:
+        UsageError: The blocks have no linear layer.
+    """
+    from variants.nf4 import quantize_blocks
+
+    if quantize_blocks(model, device) == 0:
+        raise UsageError(
+            f"Model {name!r}: --dtype nf4 quantizes nn.Linear layers, and {type(model).__name__} has none in "
+            "its blocks; take --dtype bfloat16."
+        )
 
 
 def _initialize_heads(model: Any, head_names: Iterable[str]) -> None:
@@ -190,11 +218,15 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
         if layers > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers is {layers}; must be {MAX_LAYERS} or less")
         if getattr(config, "quantization_config", None) is not None:
-            raise ValueError("its weights are quantized (quantization_config), and lanes need plain floats")
+            raise ValueError(
+                "its weights are quantized (quantization_config); take its 16-bit weights with --dtype nf4"
+            )
         for name, value in config_overrides.items():
             setattr(config, name, value)
         with base_store.suppress_transformers_logging(), torch.device("meta"):
             model = auto_class.from_config(config)
+        if choice.dtype == "nf4":
+            _quantize_blocks(model, choice.name, torch.device("meta"))
     except UsageError:
         raise
     except Exception as error:  # the configuration and model classes of transformers raise many types
@@ -219,6 +251,17 @@ def read_vocab_size(choice: ModelChoice, root: Path) -> int | None:
         root: The folder of prepared models.
     """
     found: int | None = getattr(_read_config(choice, root).get_text_config(), "vocab_size", None)
+    return found
+
+
+def read_model_type(choice: ModelChoice, root: Path) -> str:
+    """Return the `model_type` of a model's configuration.
+
+    Args:
+        choice: The model, whose configuration can be read.
+        root: The folder of prepared models.
+    """
+    found: str = _read_config(choice, root).model_type
     return found
 
 

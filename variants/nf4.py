@@ -1,0 +1,175 @@
+"""NF4 (QLoRA, arXiv 2305.14314, appendix E): frozen linear layers with weights of 4 bits.
+
+Only the weight is quantized: the layer dequantizes it to the model's dtype and multiplies as `nn.Linear`
+does. So a row's output depends neither on the other rows nor on their number. The format is that of
+bitsandbytes without double quantization. Its `Linear4bit` is not used, because without gradients it takes
+another kernel for few rows, and on some CPUs it rewrites its weight in `forward`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+BLOCK_SIZE = 64
+"""Number of consecutive values of a weight (row by row) that share one scale."""
+VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
+)  # fmt: skip
+"""The 16 values of a weight over the scale of its block: quantiles of a normal distribution, and 0."""
+
+
+class NF4Weight(NamedTuple):
+    """A weight of 4 bits per value, with one float32 scale per block (4.5 bits per value together)."""
+
+    packed: Tensor
+    """(ceil(out * in / 64) * 32,) uint8: the index into `VALUES` of an even position in the upper four bits,
+    of the odd position after it in the lower four."""
+    scales: Tensor
+    """(ceil(out * in / 64),) float32: the largest absolute value of each block."""
+    shape: tuple[int, int]
+    """(out, in)"""
+    dtype: torch.dtype
+    """The dtype of the weight before quantization, to which it is dequantized."""
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> NF4Weight:
+        """Round a weight (out, in) to the nearest of the 16 values of its blocks."""
+        out_features, in_features = weight.shape
+        count = math.ceil(weight.numel() / BLOCK_SIZE) * BLOCK_SIZE
+        blocks = nn.functional.pad(weight.detach().reshape(-1).float(), (0, count - weight.numel()))
+        blocks = blocks.view(-1, BLOCK_SIZE)
+        scales = blocks.abs().amax(1)
+        # A block of zeros has scale 0 and is dequantized to zeros, whatever its indices are.
+        normalized = blocks / torch.where(scales == 0, 1.0, scales).unsqueeze(1)
+        values = torch.tensor(VALUES, device=weight.device)
+        indices = torch.bucketize(normalized, (values[1:] + values[:-1]) / 2, out_int32=True).to(torch.uint8)
+        pairs = indices.view(-1, 2)
+        return cls((pairs[:, 0] << 4) | pairs[:, 1], scales, (out_features, in_features), weight.dtype)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight (out, in) as a new tensor."""
+        out_features, in_features = self.shape
+        values = nn.functional.embedding(self.packed.int(), _byte_values(self.packed.device))
+        result = torch.empty(len(self.scales), BLOCK_SIZE, dtype=self.dtype, device=self.packed.device)
+        torch.mul(values.view_as(result), self.scales.unsqueeze(1), out=result)  # computed in float32
+        return result.view(-1)[: out_features * in_features].view(self.shape)
+
+
+@cache
+def _byte_values(device: torch.device) -> Tensor:
+    """Return the two values that each byte stands for, (256, 2) float32."""
+    values = torch.tensor(VALUES, device=device)
+    return torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer whose weight has 4 bits per value.
+
+    Attributes:
+        packed: See `NF4Weight`; a buffer.
+        scales: See `NF4Weight`; a buffer that stays float32.
+        bias: (out,), or None.
+    """
+
+    packed: Tensor
+    scales: Tensor
+
+    def __init__(self, quantized: NF4Weight, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = quantized.shape
+        self.dtype = quantized.dtype
+        self.register_buffer("packed", quantized.packed)
+        self.register_buffer("scales", quantized.scales)
+        self.bias = bias
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear) -> NF4Linear:
+        """Quantize a linear layer; the new layer shares its bias."""
+        return cls(NF4Weight.quantize(layer.weight), layer.bias)
+
+    @property
+    def quantized_weight(self) -> NF4Weight:
+        """The weight as it is stored."""
+        return NF4Weight(self.packed, self.scales, (self.out_features, self.in_features), self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight (out, in), a new tensor at every access."""
+        return self.quantized_weight.dequantize()
+
+    def extra_repr(self) -> str:
+        """Describe the layer as `nn.Linear` does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute x W^T + bias.
+
+        Args:
+            x: (..., in) in the layer's dtype.
+
+        Returns:
+            (..., out).
+        """
+        result: Tensor = _NF4Product.apply(x, self.bias, *self.quantized_weight)
+        return result
+
+
+class _NF4Product(torch.autograd.Function):
+    """x W^T + bias, whose backward pass dequantizes W again: autograd would keep W between the passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        packed: Tensor,
+        scales: Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(packed, scales)
+        ctx.shape, ctx.dtype = shape, dtype
+        return nn.functional.linear(x, NF4Weight(packed, scales, shape, dtype).dequantize(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight = NF4Weight(*ctx.saved_tensors, ctx.shape, ctx.dtype).dequantize()
+        return gradient.matmul(weight), None, None, None, None, None
+
+
+def quantize_blocks(model: nn.Module, device: torch.device | None = None) -> int:
+    """Replace the linear layers in the model's repeated blocks (its ModuleLists) by `NF4Linear`, one by one.
+
+    Embeddings, heads and norms keep their weights, and so do layers whose weight another module reads
+    (`nn.MultiheadAttention`).
+
+    Args:
+        model: The model, frozen and without adapters.
+        device: The device to which each layer is moved before it is quantized; None leaves it where it is.
+
+    Returns:
+        The number of layers that were replaced.
+    """
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    prefixes = tuple(f"{name}." if name else "" for name in lists)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and name.startswith(prefixes)
+    ]
+    for name in names:
+        parent, _, key = name.rpartition(".")
+        layer = model.get_submodule(name).to(device)
+        setattr(model.get_submodule(parent), key, NF4Linear.from_linear(layer))  # type: ignore[arg-type]
+        del layer  # its weight is freed before the next layer is moved
+    return len(names)
