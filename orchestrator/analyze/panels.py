@@ -141,7 +141,13 @@ def count_provenance(records: Iterable[Record]) -> dict[str, dict[str, int]]:
         if record.state not in FINAL_STATES:
             continue
         p = record.provenance
-        columns = {"commit": p.commit, "device": p.device, "workers": str(p.workers), **p.versions}
+        columns = {
+            "commit": p.commit,
+            "device": p.device,
+            "kernels": p.kernels,
+            "workers": str(p.workers),
+            **p.versions,
+        }
         for column, value in columns.items():
             counts[column][str(value)] += 1
     return {c: dict(sorted(counts[c].items(), key=lambda kv: (-kv[1], kv[0]))) for c in counts}

@@ -19,6 +19,7 @@ from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
+from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import graceful_interrupts
 
 if TYPE_CHECKING:
@@ -108,7 +109,10 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
         workers_per_trainer=options.workers_per_trainer,
         gradient_checkpointing=options.gradient_checkpointing,
         device=options.device,
+        kernels=options.kernels,
     )
+    if options.kernels == "liger" and not trainer_spec.uses_gpus:
+        raise UsageError("--kernels liger: the trainers of this study have no GPU; take --kernels torch.")
     new_workers = 0
     if not cluster.local:
         new_workers = autoscaler.worker_capacity(autoscaler.load_node_types() or (), gpus_per_worker) or 0

@@ -44,7 +44,7 @@ _RESULT = {
 _PROVENANCE = {
     "float64": "seconds train_seconds evaluate_seconds generate_seconds start_seconds other_seconds",
     "int64": "tokens trainable_parameters peak_memory pack_lanes workers attempt",
-    "string": "commit device host versions scheduler",
+    "string": "commit device kernels host versions scheduler",
     "list<int64>": "resumed_from",
     "timestamp": "started ended",
 }

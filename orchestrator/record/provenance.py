@@ -26,8 +26,8 @@ def current_provenance(device: str, **fields: Any) -> Provenance:
 
     Args:
         device: Name of the device.
-        **fields: The fields of `Provenance` that describe the lane: lane_group_size, workers, attempt,
-            resumed_from, started, ended.
+        **fields: The fields of `Provenance` that describe the lane: kernels, lane_group_size, workers,
+            attempt, resumed_from, started, ended.
     """
     host, versions = socket.gethostname(), package_versions()
     return Provenance(commit=current_commit(), versions=versions, device=device, host=host, **fields)

@@ -214,7 +214,7 @@ def _format_cost(record: Record) -> Iterator[str]:
     if provenance.ended:
         ended = datetime.fromtimestamp(provenance.ended, UTC)
         yield f"made         {ended:%Y-%m-%d %H:%M:%S} UTC on {provenance.host}"
-    yield f"with         {provenance.device}, commit {provenance.commit}"
+    yield f"with         {provenance.device}, {provenance.kernels} kernels, commit {provenance.commit}"
     if provenance.versions:
         yield _wrap_pairs([f"{k} {v}" for k, v in provenance.versions.items()])
     steps = ", ".join(map(str, provenance.resumed_from))

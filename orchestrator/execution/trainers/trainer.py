@@ -54,6 +54,8 @@ class TrainerSpec:
     gradient_checkpointing: bool = False
     device: str = "auto"
     """With "cpu", workers compute on the CPU even if they reserve GPUs in Ray."""
+    kernels: str = "torch"
+    """Code of the base model's norms and activations: "torch", or "liger" on GPUs."""
     train_loop: str = "orchestrator.finetune.engine.loop:run"
     """The function that each worker runs, "module:function"; benchmarks replace it."""
 
@@ -144,10 +146,12 @@ def load_base_model(spec: TrainerSpec, bases: Path, device: Any, model: ModelCho
         model: The base model.
         task: The task that the model is trained on.
     """
-    from orchestrator.finetune.models import loading
+    from orchestrator.finetune.models import liger_kernels, loading
     from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
 
     base_model = loading.load_base_model(model, bases, device, task)
+    if spec.kernels == "liger":
+        base_model = replace(base_model, kernels=liger_kernels.apply_liger(base_model.model, model.name))
     if spec.gradient_checkpointing:
         enable_activation_checkpointing(base_model.model)
     fraction = min(1.0, spec.gpus_per_worker)

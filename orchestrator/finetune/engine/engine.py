@@ -80,6 +80,11 @@ class Engine:
         device = self._base_model[1].device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
+    @property
+    def kernels(self) -> str:
+        """The kernels of the base model, see `BaseModel.kernels`; "torch" before one is loaded."""
+        return "torch" if self._base_model is None else self._base_model[1].kernels
+
     def take_peak_memory(self) -> int:
         """Return the peak memory of this worker's device in bytes, and on a GPU reset the measurement.
 
@@ -116,6 +121,8 @@ class Engine:
                 words.append(f"share {base_model.memory_fraction:g}")
             if getattr(base_model.model, CHECKPOINTING_ATTRIBUTE, False):
                 words.append("gradient checkpointing")
+            if base_model.kernels != "torch":
+                words.append(base_model.kernels)
         if self.process_group.world_size > 1:
             words.append(f"{self.process_group.world_size} workers")
         return ", ".join(words)

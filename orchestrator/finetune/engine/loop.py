@@ -94,8 +94,8 @@ def run(
         store: The store for checkpoints, adapters and records.
         load_base_model: Loads a base model for a task.
         settings: Limits and intervals.
-        provenance: Makes the provenance of a record, called as `provenance(device, lane_group_size=,
-            workers=, attempt=, resumed_from=, started=, ended=)`.
+        provenance: Makes the provenance of a record, called as `provenance(device, kernels=,
+            lane_group_size=, workers=, attempt=, resumed_from=, started=, ended=)`.
         process_group: The workers of this trainer.
         make_engine: Makes the engine, which computes steps and scores.
 

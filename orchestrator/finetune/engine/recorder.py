@@ -262,6 +262,7 @@ class LaneRecorder:
     def _build_record(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> Record:
         provenance = self.provenance(
             self.engine.device_name,
+            kernels=self.engine.kernels,
             lane_group_size=lane.peak_group_size,
             workers=self.engine.process_group.world_size,
             attempt=lane.lease.attempt,

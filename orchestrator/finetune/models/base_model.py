@@ -35,6 +35,8 @@ class BaseModel:
     """The device of the model."""
     head_names: tuple[str, ...] = ()
     """The modules of the task's head. Here their linear layers are zero; every lane has its own copy."""
+    kernels: str = "torch"
+    """The code of norms, rotary embeddings and activations: "torch", or "liger" and its version."""
     memory_fraction: float = 1.0
     """The part of the GPU's memory that the trainer may use when trainers share a GPU: 0.5 is half of it."""
     generation: GenerationState = field(default_factory=GenerationState, compare=False)

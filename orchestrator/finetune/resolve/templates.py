@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.models import loading
+from orchestrator.finetune.models import liger_kernels, loading
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.model_limits import check_attach
 from orchestrator.finetune.resolve.option_names import (
@@ -149,6 +149,9 @@ def _check_templates(
             raise UsageError(error)
         _check_schedule(configuration.lr_schedule)
     if has_layer_shapes(templates[0].model):
+        if options.kernels == "liger":
+            model = templates[0].model
+            liger_kernels.check_liger(loading.read_model_type(model, bases), model.name)
         # Building a model without weights takes seconds, so each adapter shape is checked once.
         distinct = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in to_check}
         check_attach(list(distinct.values()), resolved.task, bases)
