@@ -39,8 +39,8 @@ class DenseProduct(torch.autograd.Function):
                 None computes x (W + W * (B A))^T + bias.
             a: A of each lane, (K, rank, in), in any dtype.
             b: B of each lane, (K, out, rank), in any dtype.
-            layer: The frozen layer, whose W (out, in) has the dtype of `x`. W is not kept between the passes: a
-                weight of 4 bits is dequantized in each.
+            layer: The frozen layer, whose W (out, in) has the dtype of `x`. W is not kept between the passes:
+                a weight of 4 bits is dequantized in each.
             bias: (out,); used without `base` only.
 
         Returns:

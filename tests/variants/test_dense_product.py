@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from variants import catalogue
-from variants.base import VariantSettings
+from variants.base import FrozenLayer, VariantSettings
 from variants.dense_product import DenseProduct
 from variants.testing.cases import ROWS, Case
 from variants.testing.rig import attach_lanes, lane_inputs, perturb_lanes
@@ -47,7 +47,8 @@ def test_gradients_equal_numerical_ones(has_base: bool, is_transposed: bool) -> 
     x, base, a, b = (torch.randn(shape).double().requires_grad_() for shape in shapes)
 
     def product(x: Tensor, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return DenseProduct.apply(x, base if has_base else None, a, b, weight, None if has_base else bias)
+        layer = FrozenLayer("layer", weight, bias)
+        return DenseProduct.apply(x, base if has_base else None, a, b, layer, None if has_base else bias)
 
     expected = x @ (weight * (b @ a)).mT + (base if has_base else x @ weight.T + bias)
     torch.testing.assert_close(product(x, base, a, b), expected)

@@ -127,6 +127,26 @@ def test_lanes_get_the_gradients_that_they_get_over_the_dequantized_model(name: 
     assert any(gradient.any() for gradient in plain.values())
 
 
+@pytest.mark.parametrize("name", [n for n in catalogue.names() if n not in ("full", "head_only")])
+def test_no_variant_keeps_a_dequantized_weight_for_the_backward_pass(name: str) -> None:
+    adapters = attach_lanes(LLAMA, catalogue.get(name), 2)
+    perturb_lanes(LLAMA, adapters)
+    weights = {layer.frozen_layer.shape for layer in adapters.layers.values()}
+    saved: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    x = lane_inputs(LLAMA, adapters.lanes)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with adapters.activate_lanes(adapters.lanes, 0), hooks:
+        model_output(adapters.model, x)
+    assert saved
+    assert not weights & set(saved)
+    assert not {(columns, rows) for rows, columns in weights} & set(saved)
+
+
 def test_only_the_layers_of_the_blocks_are_quantized() -> None:
     model = LLAMA.build()
     quantized = {name for name, module in model.named_modules() if isinstance(module, NF4Linear)}

@@ -104,8 +104,8 @@ def _move_to_device(model: Any, choice: ModelChoice, device: torch.device) -> An
     """Move a model to its device, and with `nf4` quantize its blocks.
 
     Weights whose files have the chosen dtype are mapped into memory; they go to the device one by one,
-    without a copy in the host's memory. transformers has converted weights of another dtype there. With `nf4` each
-    layer is quantized on the device before the next one is moved.
+    without a copy in the host's memory. transformers has converted weights of another dtype there. With `nf4`
+    each layer is quantized on the device before the next one is moved.
     """
     if choice.dtype == "nf4":
         _quantize_blocks(model, choice.name, device)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from typing import Any
 
@@ -90,6 +91,9 @@ def main(device: str, kind: str, *variants: str) -> None:
     model = build(kind, device)
     plain = {variant: compute(model, variant) for variant in variants}
     liger_kernels.replace_modules(model)
+    assert re.search(
+        r"LigerRMSNorm.*Liger(SwiGLU|GEGLU)MLP|Liger\w+MLP.*LigerRMSNorm", repr(model), re.DOTALL
+    )
     for variant in variants:
         (loss, expected), (liger_loss, found) = plain[variant], compute(model, variant)
         assert expected.keys() == found.keys()

@@ -1,0 +1,108 @@
+"""Liger's kernels as an option: refusals, the names of Liger that are used, and equal results."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripted import configuration, tiny_base_model
+
+from orchestrator.finetune.models import liger_kernels
+from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.resolve.option_names import resolve_options
+from orchestrator.finetune.resolve.templates import build_configuration_templates
+from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import UsageError
+
+MISSING = [module for module in ("liger_kernel", "triton") if find_spec(module) is None]
+needs_liger = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
+
+
+def compare(device: str, model: str, *variants: str) -> list[dict[str, Any]]:
+    """Return what liger_comparison.py prints. Liger changes transformers for a whole process."""
+    script = Path(__file__).with_name("liger_comparison.py")
+    command = [sys.executable, str(script), device, model, *variants]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check_equal(results: list[dict[str, Any]], count: int) -> None:
+    assert len(results) == count
+    for result in results:
+        plain, liger = result["losses"]
+        assert liger == pytest.approx(plain, rel=1e-5), result
+        assert result["error"] < 1e-3, result
+
+
+def test_a_model_on_a_cpu_is_refused() -> None:
+    model = tiny_base_model(configuration().model).model
+    with pytest.raises(
+        UsageError, match=r"^--kernels liger: model 'tiny' is on a CPU, and Liger needs a GPU"
+    ):
+        liger_kernels.apply_liger(model, "tiny")
+
+
+@pytest.mark.parametrize("option", [{"device": "cpu"}, {"gpus_per_worker": 0.0}])
+def test_options_that_leave_no_gpu_are_refused(option: dict[str, Any]) -> None:
+    name = "--device cpu" if "device" in option else "--gpus-per-worker 0"
+    with pytest.raises(
+        UsageError, match=f"--kernels liger with {name}: Liger needs GPUs; take --kernels torch"
+    ):
+        StudyOptions(kernels="liger", **option)
+    assert StudyOptions(**option).kernels == "torch"
+
+
+def plan(task: str, folder: Path) -> None:
+    options = StudyOptions(task=(task,), variants=("lora",), kernels="liger")
+    resolved = resolve_options(options, task, (), folder)
+    build_configuration_templates(options, resolved, UNPREPARED, folder)
+
+
+def test_a_model_that_liger_does_not_know_is_refused_before_a_study(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is of type 'bert', and the kernels are for gemma, .*qwen3"):
+        plan("reviews", tmp_path)
+
+
+@pytest.mark.skipif(not MISSING, reason="Liger is installed")
+def test_a_missing_package_is_one_line_before_a_study(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--kernels liger needs {MISSING[0]}, which is not installed: .*"):
+        plan("letters", tmp_path)
+
+
+@needs_liger
+def test_liger_has_the_families_and_arguments_that_are_used() -> None:
+    from liger_kernel.transformers import monkey_patch
+
+    functions = {
+        family: monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[family] for family in liger_kernels.FAMILIES
+    }
+    used = {**liger_kernels.KERNELS, **liger_kernels.LOSSES}
+    for family, function in functions.items():
+        arguments = inspect.signature(function).parameters.keys()
+        activation = "geglu" if "gemma" in family else "swiglu"
+        assert {"rope", "rms_norm", activation, *liger_kernels.LOSSES} <= arguments, family
+        assert arguments <= used.keys() | {"model"}, f"{family} has a kernel that is not chosen"
+
+
+@needs_liger
+@pytest.mark.parametrize("model", ["llama", "qwen3"])
+def test_interpreted_kernels_give_the_same_losses_and_gradients(model: str) -> None:
+    """Triton's interpreter runs Liger's kernels on the CPU."""
+    check_equal(compare("cpu", model, "lora", "dora"), 2)
+
+
+@pytest.mark.gpu
+@needs_liger
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model", ["llama", "qwen3", "mistral", "gemma2"])
+def test_kernels_on_a_gpu_give_the_same_losses_and_gradients(model: str) -> None:
+    variants = ("lora", "dora", "hira", "pissa", "lora_moe")
+    check_equal(compare("cuda", model, *variants), len(variants))
