@@ -115,7 +115,7 @@ class CachedForward:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self._parameters:
             inputs["logits_to_keep"] = 1
-        return self._base_model.model(**inputs).logits[:, -1].float()  # type: ignore[no-any-return]
+        return self._base_model.model(**inputs).logits[:, -1].float()
 
     def _capture(self, ids: Tensor, mask: Tensor, positions: Tensor) -> None:
         """Capture the step with these inputs as a graph; if that fails, warn and use no graph from now on."""
