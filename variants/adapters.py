@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from variants.adapted_model import AdaptedModel, CalibrationTensors
 from variants.base import (
     Batching,
-    CalibrationStatistic,
     InitialTensors,
     LaneView,
     LayerView,
@@ -63,7 +62,7 @@ class Adapters(AdaptedModel):
             lane: The new lane's name.
             settings: The lane's settings, of which only alpha may differ from those of other lanes.
             seed: The seed of the lane's initial tensors, dropout masks and hooks.
-            calibration: The result of `calibrate`; None for a variant that needs no calibration.
+            calibration: The result of `calibrate`; None for a variant that needs no data.
 
         Raises:
             UnsupportedError: The settings differ from those of the lane group, there is no room for another
@@ -71,7 +70,7 @@ class Adapters(AdaptedModel):
         """
         settings = self._validate_new_lane(lane, settings)
         statistic = self.variant.calibration_statistic
-        if statistic is not CalibrationStatistic.NONE and calibration is None:
+        if statistic.needs_data and calibration is None:
             raise UnsupportedError(f"{self.variant.name} starts from {statistic}: calibrate first")
         self._store_lane(lane, self.initial_tensors(settings, seed, calibration or {}), settings, seed)
 

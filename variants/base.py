@@ -5,10 +5,11 @@ share one frozen base model.
 
 A variant is one file with one subclass of `Variant`. It must define `scaling`, `init`, `forward`,
 `delta_weight` and `parameter_count`. The choice of layers, the lanes, dropout, merging and storage are
-handled elsewhere. Optional parts: an initialization from gradients or inputs (`calibration_statistic`,
-`reduce_calibration`), parameters that layers share (`layer_group`), an auxiliary loss (`auxiliary_loss`),
-hooks around the optimizer's step (`before_step`, `after_step`), and ranks that change during training
-(`rank_in_use`, `rank_budget`).
+handled elsewhere. Optional parts: an initialization from gradients, inputs or an SVD of the weight
+(`calibration_statistic`, `reduce_calibration`), parameters that layers share (`layer_group`), an auxiliary
+loss (`auxiliary_loss`), tensors that are computed once a step (`gradient_constants`), the layer's whole
+output in place of an update (`includes_base`, `forward_with_base`), hooks around the optimizer's step
+(`before_step`, `after_step`), and ranks that change during training (`rank_in_use`, `rank_budget`).
 
 This module also exports everything that an implementation of a variant needs.
 """
@@ -63,13 +64,20 @@ class AdaptationScope(StrEnum):
 
 
 class CalibrationStatistic(StrEnum):
-    """The matrix per layer, taken over calibration batches, that an initialization is computed from."""
+    """The matrix per layer that an initialization is computed from."""
 
     NONE = "none"
+    WEIGHT = "weight"
+    """The frozen weight itself, (out, in), for a reduction that takes long, such as an SVD."""
     MEAN_GRADIENT = "gradient"
     """The mean gradient of the loss with respect to the frozen weight, (out, in)."""
     INPUT_COVARIANCE = "inputs"
     """The covariance of the layer's inputs, (in, in)."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Return whether the matrix is taken over calibration batches."""
+        return self in (CalibrationStatistic.MEAN_GRADIENT, CalibrationStatistic.INPUT_COVARIANCE)
 
 
 class VerifiedBy(StrEnum):
@@ -108,7 +116,7 @@ class Variant(PeftFormat):
     uses_dropout: ClassVar[bool] = True
     """True if dropout is part of the method; otherwise a dropout in the settings is replaced by 0."""
     calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.NONE
-    """Input of the initialization. If it is not NONE, `extra_defaults` must have `calibration_batches`."""
+    """Input of the initialization. If it needs data, `extra_defaults` must have `calibration_batches`."""
     mutable_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors that the hooks write; all others keep their initial values."""
     hook_only_buffers: ClassVar[frozenset[str]] = frozenset()

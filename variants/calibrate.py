@@ -29,10 +29,10 @@ def calibrate(
 ) -> dict[str, dict[str, Tensor]]:
     """Compute each layer's calibration statistic and reduce it by the variant's `reduce_calibration`.
 
-    The mean gradient is the mean over batches; the covariance of the inputs is over all positions except
-    padding. A layer's matrix has the shape (out, in) for gradients and (in, in) for inputs, in the lanes'
-    dtype. Layers are processed in groups whose matrices fit into the memory budget, with one pass over the
-    batches per group.
+    The weight needs no batches. The mean gradient is the mean over batches; the covariance of the inputs is
+    over all positions except padding. A layer's matrix has the shape (out, in) for gradients and (in, in) for
+    inputs, in the lanes' dtype. Layers are processed in groups whose matrices fit into the memory budget,
+    with one pass over the batches per group.
 
     Args:
         adapters: The adapters, whose lanes do not take part.
@@ -46,6 +46,8 @@ def calibrate(
     reduced: dict[str, dict[str, Tensor]] = {}
     settings = adapters.variant.validate_settings(settings)
     statistic = adapters.variant.calibration_statistic
+    if not statistic.needs_data:
+        return {name: _reduce_weight(layer, settings) for name, layer in adapters.layers.items()}
     for group in _split_by_memory(adapters, memory_budget):
         accumulators = {layer.name: _StatisticAccumulator(layer, statistic) for layer in group}
         try:
@@ -64,6 +66,12 @@ def calibrate(
             reduced[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
             accumulator.matrix = torch.empty(0)
     return reduced
+
+
+def _reduce_weight(layer: LaneLinear, settings: VariantSettings) -> dict[str, Tensor]:
+    frozen = layer.frozen_layer
+    tensors = layer.variant.reduce_calibration(frozen, frozen.weight.to(frozen.dtype), settings)
+    return {key: tensor.cpu() for key, tensor in tensors.items()}
 
 
 def _split_by_memory(adapters: Adapters, memory_budget: int) -> Iterator[list[LaneLinear]]:

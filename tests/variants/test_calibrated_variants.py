@@ -17,11 +17,7 @@ from variants.baseline.lora import LoRA
 from variants.calibrate import calibrate
 from variants.testing import Case
 
-CALIBRATED = [
-    name
-    for name in catalogue.names()
-    if catalogue.get(name).calibration_statistic is not CalibrationStatistic.NONE
-]
+CALIBRATED = [name for name in catalogue.names() if catalogue.get(name).calibration_statistic.needs_data]
 BATCHES = 3
 GPT2 = Case("gpt2", model="gpt2")
 """A model with layers of type Conv1D. The attention layers have the shape (32, 96)."""

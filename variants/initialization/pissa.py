@@ -8,9 +8,11 @@ import torch
 from torch import Generator, Tensor
 
 from variants.base import (
+    CalibrationStatistic,
     ExtraSettings,
     FrozenLayer,
     InitialTensors,
+    Params,
     UnsupportedError,
     VariantSettings,
     stable_seed,
@@ -29,11 +31,15 @@ class PiSSA(LoRA):
     The paper writes the residual into W. Here A0 and B0 are frozen tensors beside it, which is exact in
     bfloat16 and needs one base model for all lanes. Dropout does not apply to the residual.
 
+    The singular triplets are computed once for a base model and kept in the store. Without a store they are
+    computed once for each attached model.
+
     Settings: `svd` is "exact" or the number of power iterations of a randomized SVD (the paper recommends 16
     for speed).
     """
 
     name: ClassVar[str] = "pissa"
+    calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.WEIGHT
     extra_defaults: ClassVar[ExtraSettings] = {"svd": "exact"}
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
@@ -46,27 +52,31 @@ class PiSSA(LoRA):
         return settings
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        u, s, vh = _singular_triplets(layer, settings.rank, str(settings.extra["svd"]))
+        triplets = layer.calibration or self._singular_triplets(layer, settings)
+        u, s, vh = (triplets[name].to(layer.device, layer.dtype) for name in ("U", "S", "Vh"))
         root = (s / self.scaling(settings)).sqrt()
         b, a = u * root, root.unsqueeze(1) * vh
         return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+        """Return U (out, rank), S (rank,) and Vh (rank, in) of the weight."""
+        rank, svd = settings.rank, str(settings.extra["svd"])
+        u, s, vh = (
+            torch.linalg.svd(matrix, full_matrices=False)
+            if svd == "exact"
+            else randomized_svd(matrix, rank, int(svd), stable_seed(layer.name, rank))
+        )
+        return {"U": u[:, :rank].contiguous(), "S": s[:rank].contiguous(), "Vh": vh[:rank].contiguous()}
+
     def export_rank(self, settings: VariantSettings) -> int:
         return 2 * settings.rank
 
-
-def _singular_triplets(layer: FrozenLayer, rank: int, svd: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (out, rank), S (rank,) and V^T (rank, in); computed once per layer for all lanes."""
-    key = f"svd {svd} {rank}"
-    if key not in layer.cache:
-        weight = layer.weight.to(layer.dtype)
-        u, s, vh = (
-            torch.linalg.svd(weight, full_matrices=False)
-            if svd == "exact"
-            else randomized_svd(weight, rank, int(svd), stable_seed(layer.name, rank))
-        )
-        layer.cache[key] = u[:, :rank].contiguous(), s[:rank].contiguous(), vh[:rank].contiguous()
-    return layer.cache[key]
+    def _singular_triplets(self, layer: FrozenLayer, settings: VariantSettings) -> Params:
+        """Return the triplets of a layer, computed once for all lanes."""
+        key = f"svd {settings.extra['svd']} {settings.rank}"
+        if key not in layer.cache:
+            layer.cache[key] = self.reduce_calibration(layer, layer.weight.to(layer.dtype), settings)
+        return layer.cache[key]
 
 
 def randomized_svd(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

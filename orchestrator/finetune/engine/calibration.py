@@ -1,6 +1,7 @@
-"""Calibration tensors of variants that initialize from data, such as EVA and LoRA-GA.
+"""Calibration tensors of variants that initialize from data (EVA, LoRA-GA) or the weights' SVD (PiSSA).
 
-They are computed once for a model, task, variant and seed, whatever the learning rate, and kept in the store:
+They are computed once and kept in the store: from data for a model, task, variant and seed, from the weights
+for a model, variant and rank. The learning rate does not matter.
 
     <folder>/<key>.safetensors        tensors named <layer>/<name>; the file's header is the key
 """
@@ -38,9 +39,9 @@ def load_or_compute_calibration(
 ) -> CalibrationTensors | None:
     """Return the calibration tensors of a configuration, by layer and name.
 
-    If they are not in the store, rank 0 computes them on the frozen base model with the lane's initial head,
-    from the first batches that the lane will train on (as many as the variant's `calibration_batches`). The
-    other ranks read the file.
+    If they are not in the store, rank 0 computes them from the frozen weights or, with the lane's initial
+    head, from the first batches that the lane will train on (as many as the variant's `calibration_batches`).
+    The other ranks read the file.
 
     Args:
         lane_group: The lane group, which has the model, the adapters and the data.
@@ -49,18 +50,36 @@ def load_or_compute_calibration(
         process_group: The workers of this trainer.
 
     Returns:
-        Layer -> name -> tensor; None for a variant that initializes without data.
+        Layer -> name -> tensor; None for a variant that initializes without them.
     """
     if lane_group.adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
         return None
-    file = folder / f"{_calibration_key(configuration)}.safetensors"
+    if lane_group.adapters.variant.calibration_statistic.needs_data:
+        key = _data_key(configuration)
+    else:
+        key = _weight_key(configuration, lane_group.adapters)
+    file = folder / f"{key}.safetensors"
     process_group.run_on_all(
         lambda: _ensure_written(lane_group, configuration, file) if process_group.rank == 0 else None
     )
     return _read(file, lane_group.base_model.device)
 
 
-def _calibration_key(configuration: Configuration) -> str:
+def _weight_key(configuration: Configuration, adapters: Adapters) -> str:
+    """Return a hash of the base model, the variant's settings without alpha, and the adapted layers.
+
+    The names of the layers differ between a model with and without a task's head.
+    """
+    choice, model = configuration.variant, configuration.model
+    relevant = {
+        "variant": [choice.name, choice.numerics, choice.rank, dict(choice.extra)],
+        "model": [model.content, model.dtype],
+        "layers": {name: list(layer.frozen_layer.shape) for name, layer in adapters.layers.items()},
+    }
+    return hashlib.sha256(canonical_json(relevant)).hexdigest()
+
+
+def _data_key(configuration: Configuration) -> str:
     """Return a hash of the configuration without learning rate, schedule, alpha and evaluations.
 
     The calibration tensors do not depend on those.

@@ -17,9 +17,7 @@ from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue
 from variants.base import CalibrationStatistic
 
-CALIBRATED = [
-    n for n in catalogue.names() if catalogue.get(n).calibration_statistic is not CalibrationStatistic.NONE
-]
+CALIBRATED = [n for n in catalogue.names() if catalogue.get(n).calibration_statistic.needs_data]
 
 
 def point(variant: str, *, rate: float = 1e-2, seed: int = 0, batches: int = 3) -> Configuration:
@@ -33,9 +31,9 @@ def modification_times(store: Store) -> dict[str, int]:
 
 
 def test_every_calibration_statistic_has_a_variant() -> None:
-    assert {catalogue.get(name).calibration_statistic for name in CALIBRATED} == set(CalibrationStatistic) - {
-        CalibrationStatistic.NONE
-    }
+    assert {catalogue.get(name).calibration_statistic for name in catalogue.names()} == set(
+        CalibrationStatistic
+    )
 
 
 @pytest.mark.parametrize("variant", CALIBRATED)
@@ -113,3 +111,33 @@ def test_calibration_uses_the_batches_that_the_lane_trains_on(variant: str, stor
     batches = [ids for ids in seen if len(ids) == c.batches.micro_batch_size]
     assert len(batches) == 2 + c.lr_schedule.steps
     assert all(torch.equal(first, second) for first, second in zip(batches[:2], batches[2:4], strict=True))
+
+
+@pytest.mark.parametrize("svd", ["exact", 2])
+def test_another_trainer_computes_no_singular_triplets_again(
+    svd: str | int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first trainer keeps them in the store for all seeds and rates; another rank has its own."""
+    decomposed: list[torch.Size] = []
+    decompose = torch.linalg.svd
+
+    def count(matrix: torch.Tensor, full_matrices: bool = True) -> object:
+        decomposed.append(matrix.shape)
+        return decompose(matrix, full_matrices=full_matrices)
+
+    def lane(rate: float, seed: int, rank: int = 8) -> Configuration:
+        one = configuration(variant="pissa", rate=rate, seed=seed, steps=2)
+        return replace(one, variant=replace(one.variant, rank=rank, extra={"svd": svd}))
+
+    monkeypatch.setattr(torch.linalg, "svd", count)
+    train(Script(leases([lane(1e-3, 0), lane(1e-2, 1)])), store)
+    assert len(decomposed) == 14  # layers
+    again = lane(1e-1, 2)
+    train(Script(leases([again])), store)
+    assert len(decomposed) == 14
+    train(Script(leases([lane(1e-2, 0, rank=4)])), store)
+    assert len(decomposed) == 28
+    record = store.get(again.fingerprint)
+    assert record is not None
+    assert record.state == "finished", record.traceback
+    assert numbers_of(record) == numbers_of(solo(again, tmp_path))
