@@ -50,8 +50,6 @@ def count_step(model_name: str, variant: str, lanes: int, fused: bool, size: Ste
     model = build_model(model_name, META, torch.bfloat16)
     rows = draw_rows(SHAPES[model_name].vocab_size, ROWS, size.max_length - 1)
     group, members = make_lanes(model, rows, variant, lanes, size)
-    # A probe of the model's logits, which have no values here; in both families they are those of this layer.
-    vars(group.base_model)["ends_with_output_layer"] = True
     with fuse_model(model) if fused else flash_attention():
         resident = [*model.parameters(), *model.buffers()]
         resident += [t for lane in members for t in group.adapters.frozen(lane.fingerprint).values()]
