@@ -16,7 +16,7 @@ from orchestrator.execution.broker.lane_entry import LeasePhase
 from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.session_context import SessionContext
-from orchestrator.execution.trainers.pool import TrainerPool
+from orchestrator.execution.trainers.pool import BrokerState, TrainerPool
 from orchestrator.execution.tune.trial_events import ABORTED, PendingStops
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.util import timeouts
@@ -138,12 +138,16 @@ class StudyMonitor(threading.Thread):
             self.stops_recorded.set()
         if not self.stop_requested.is_set() and self.draining_since is None:
             self.pool.update(
-                progress.waiting,
-                progress.training,
-                progress.live_trainers,
-                placed=frozenset(map(parse_trainer_name, self.steps_taken)),
-                hung=updates["hung"],
-                abort_reason=updates["abort_reason"],
+                BrokerState(
+                    progress.waiting,
+                    progress.training,
+                    progress.live_trainers,
+                    placed=frozenset(map(parse_trainer_name, self.steps_taken)),
+                    hung=updates["hung"],
+                    excluded_devices=updates["excluded_devices"],
+                    holders=updates["holders"],
+                    abort_reason=updates["abort_reason"],
+                )
             )
         progress.waiting_for = self.pool.waiting_for
         progress.refresh()

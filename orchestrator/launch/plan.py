@@ -194,7 +194,11 @@ def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
 def _trainer_lines(hardware: _Hardware, options: StudyOptions, lanes: LanePlan) -> list[Line]:
     workers = options.workers_per_trainer
     split = f", {workers} workers per trainer" if workers > 1 else ""
-    return [("Trainers", f"{hardware.place}{split}"), ("Lanes", lanes.text)]
+    lines = [("Trainers", f"{hardware.place}{split}"), ("Lanes", lanes.text)]
+    if hardware.num_trainers and runtime.running_cluster_address() is not None:
+        gib = runtime.driver_node_gib(hardware.num_trainers)
+        lines.append(("Driver's node", f"{gib:g} GiB of memory for Ray, for this number of trainers"))
+    return lines
 
 
 def _time_line(estimate: TimeEstimate, num_trainers: int) -> Line:

@@ -91,7 +91,8 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
     from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.execution.trainers.trainer import TrainerSpec
 
-    options, store = context.options, context.store
+    store, node_types = context.store, autoscaler.startable_node_types(cluster)
+    options = autoscaler.adapt_to_cluster(context.options, cluster, context.templates, node_types)
     require_usable_cluster(cluster, store.root, store.bases, work.pending or work.requested)
     num_trainers, gpus_per_worker = cluster.plan_trainers(
         options.trainers, options.gpus_per_worker, options.workers_per_trainer
@@ -113,14 +114,13 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
     )
     if options.kernels == "liger" and not trainer_spec.uses_gpus:
         raise UsageError("--kernels liger: the trainers of this study have no GPU; take --kernels torch.")
-    new_workers = 0
-    if not cluster.local:
-        new_workers = autoscaler.worker_capacity(autoscaler.load_node_types() or (), gpus_per_worker) or 0
+    new_workers = autoscaler.worker_capacity(node_types, gpus_per_worker) or 0
     return PoolConfig(
         num_trainers=min(num_trainers, work.num_to_train),
         spec=trainer_spec,
         elastic=options.trainers is None,
         autoscaler_capacity=new_workers // options.workers_per_trainer,
+        can_grow=not cluster.local,
     )
 
 

@@ -58,6 +58,11 @@ REPORT_WAIT_SECONDS = 20.0
 """Length of one call that waits for a report; the trial then calls again."""
 IDLE_TRAINER_SECONDS = 60.0
 """Time without a lane after which a trainer ends."""
+DEVICE_TEST_SECONDS = 120.0
+"""Time for the test of a worker's device, including the start of CUDA on a busy machine; a broken GPU may
+never answer."""
+DEVICE_HOLD_POLL_SECONDS = 1.0
+"""Interval at which a trainer on an excluded device asks whether it shall end."""
 UNREACHABLE_TIMEOUT_SECONDS = 30.0
 """Time for Ray to find out why a worker cannot be reached."""
 PLACEMENT_GROUP_CLEANUP_SECONDS = 20.0

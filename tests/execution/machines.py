@@ -27,9 +27,10 @@ class Machines:
         self.cluster, self.address = cluster, cluster.address
         self.nodes: list[Node] = []
 
-    def add(self, gpus: int = 1) -> Node:
-        """Return a new node with a CPU for each of its GPUs."""
-        node = self.cluster.add_node(num_cpus=gpus, num_gpus=gpus, object_store_memory=80 * 2**20)
+    def add(self, gpus: int = 1, **environment: str) -> Node:
+        """Return a new node with a CPU for each of its GPUs, and these variables in its environment."""
+        size = {"num_cpus": gpus, "num_gpus": gpus, "object_store_memory": 80 * 2**20}
+        node = self.cluster.add_node(**size, env_vars=environment)
         self.nodes.append(node)
         return node
 

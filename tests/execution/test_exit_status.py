@@ -68,26 +68,30 @@ def test_an_error_gives_its_exit_kind(error: Exception, kind: ExitKind, reason: 
     assert "\n" not in end.reason
 
 
+def fail(policy: FailurePolicy, steps: int = 1) -> None:
+    policy.on_exit("trainer", steps, is_failure=True)
+
+
 def test_deaths_without_a_step_end_the_study_soon_and_without_a_gain_in_the_end() -> None:
     policy = FailurePolicy()
     for _ in range(MAX_TRAINER_FAILURES):
-        policy.on_trainer_failure()
+        fail(policy)
     assert not policy.abort_reason
-    policy.on_step()
-    policy.on_trainer_failure()
+    policy.on_step("trainer", 1)
+    fail(policy)
     assert not policy.abort_reason
     for _ in range(MAX_TRAINER_FAILURES):
-        policy.on_trainer_failure()
+        fail(policy)
     assert "without taking a step" in policy.abort_reason
     policy.on_progress()
     for trainers in (1, 4):
         policy.max_live_trainers = trainers
         for _ in range(MAX_TRAINER_FAILURES * (1 + trainers)):
-            policy.on_step()
-            policy.on_trainer_failure()
+            policy.on_step("trainer", 1)
+            fail(policy)
             assert not policy.abort_reason
-        policy.on_step()
-        policy.on_trainer_failure()
+        policy.on_step("trainer", 1)
+        fail(policy)
         assert "no lane got any further" in policy.abort_reason
         policy.on_progress()
         assert not policy.abort_reason

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.execution.ray.runtime import Cluster, Node
-from orchestrator.execution.trainers.pool import PoolConfig, TrainerPool
+from orchestrator.execution.trainers.pool import BrokerState, PoolConfig, TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.execution.trainers.trainer_run import TrainerRun
@@ -25,14 +25,20 @@ def make_pool(
     elastic: bool = True,
     started: bool = True,
     startable: int = 0,
+    holders: int = 0,
+    can_grow: bool = True,
 ) -> TrainerPool:
-    """Return a pool of trainers with four lanes and one GPU each, on nodes with `gpus` GPUs in total."""
+    """Return a pool of trainers with four lanes and one GPU each, on nodes with `gpus` GPUs in total.
+
+    The first `holders` of the placed trainers keep excluded devices reserved.
+    """
     spec, visibility = TrainerSpec(4, 1.0, "store", "scratch"), StorageVisibility(Path(), (), print)
-    pool = TrainerPool(PoolConfig(count, spec, elastic, startable), "space", None, visibility, print)
+    config = PoolConfig(count, spec, elastic, startable, can_grow)
+    pool = TrainerPool(config, "space", None, visibility, print)
     pool.cluster = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
     names = [f"trainer-{n}" for n in range(placed + unplaced)]
     pool.running = {name: TrainerRun(name, spec, "space") for name in names}
-    pool.placed = frozenset(names[:placed])
+    pool.placed, pool.holders = frozenset(names[:placed]), frozenset(names[:holders])
     pool.num_started = len(names) + started
     return pool
 
@@ -62,10 +68,43 @@ def make_pool(
             1,
         ),  # a fixed number was requested: the trainer waits for a node
         (make_pool(3, 3, placed=3, elastic=False), 16, 8, 0),
+        (make_pool(8, 8, placed=8, holders=1), 16, 0, 0),  # a GPU is broken, and there is no other
+        (make_pool(8, 9, placed=8, holders=1), 16, 1, 1),  # its trainer is replaced elsewhere
+        (make_pool(2, 3, placed=2, holders=1, elastic=False), 16, 1, 1),
+        (make_pool(2, 9, placed=3, holders=1, elastic=False), 16, 6, 0),  # as many train as were requested
+        (make_pool(2, 2, placed=2, holders=1, elastic=False), 16, 0, 0),
+        (
+            make_pool(2, 2, placed=2, holders=2),
+            16,
+            0,
+            1,
+        ),  # all are broken: one request, for a node that joins
+        (make_pool(2, 2, placed=2, holders=2, elastic=False), 16, 0, 1),
+        (make_pool(1, 1, placed=1, holders=1, startable=3), 16, 0, 2),  # an autoscaler starts other nodes
     ],
 )
 def test_number_of_trainers_to_start(pool: TrainerPool, waiting: int, free: int, start: int) -> None:
-    assert max(0, pool.num_to_start(waiting, 4 * len(pool.placed), free)) == start
+    training = 4 * (len(pool.placed) - len(pool.holders))
+    assert max(0, pool.num_to_start(waiting, training, free)) == start
+
+
+def test_a_study_ends_at_once_if_all_devices_are_broken_and_no_node_can_join() -> None:
+    devices = {f"GPU {n} of node 10.0.0.7 (1f2e3d4c)": "a matrix product is wrong" for n in range(5)}
+    lines: list[str] = []
+    pool = make_pool(5, 5, placed=5, can_grow=False)
+    pool.notify, pool._last_node_count, pool.had_waiting_lanes = lines.append, float("inf"), True
+    pool.update(BrokerState(8, 0, 0, pool.placed, (), devices, pool.placed, abort_reason=""))
+    reason = pool.failure_reason
+    assert reason.startswith(
+        "No device is left to train on. Left out: GPU 0 of node 10.0.0.7 (1f2e3d4c): a matrix"
+    )
+    assert "GPU 2 of" in reason
+    assert "; and 2 more. " in reason
+    assert "\n" not in reason
+    assert len(lines) == len(devices)
+    assert (
+        lines[4] == "GPU 4 of node 10.0.0.7 (1f2e3d4c) is left out of this study: a matrix product is wrong"
+    )
 
 
 def test_no_node_is_asked_for_while_a_trainer_has_yet_to_take_its_lanes() -> None:
@@ -89,6 +128,7 @@ def test_no_more_than_the_drivers_node_has_memory_for() -> None:
     assert pool.num_to_start(60, 4, 7) == 2, "half of 1.5 GiB is enough for three"
     assert len(lines) == 1
     assert lines[0].startswith("3 trainers at most, not 8: each keeps 0.25 GiB")
+    assert "take a node with 4 GiB for Ray" in lines[0]
     pool.config = replace(pool.config, elastic=False)
     assert pool.num_to_start(60, 4, 7) == 2
     small_pool = make_pool(8, 8, started=False)
@@ -128,3 +168,13 @@ def test_never_stuck_and_never_too_many(
     assert (unplaced + start) * 4 < waiting + 4 or not start
     if elastic and running:
         assert start <= max(0, free + max(0, startable - gpus) - unplaced)
+
+
+def test_gpu_workers_get_expandable_segments_unless_the_user_has_set_the_allocator() -> None:
+    gpu, cpu = TrainerSpec(4, 1.0, "store", "scratch"), TrainerSpec(4, 0.0, "store", "scratch")
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    assert gpu.worker_environment({"HOME": "/root"}) == dict.fromkeys(names, "expandable_segments:True")
+    for name in names:
+        assert gpu.worker_environment({name: "max_split_size_mb:64"}) == {name: "max_split_size_mb:64"}
+    for spec in (cpu, replace(gpu, device="cpu")):
+        assert not spec.worker_environment({}).keys() & set(names)

@@ -21,6 +21,7 @@ USED = [
     "ray._private.parameter:RayParams",
     "ray._private.state:state.get_draining_nodes",
     "ray._private.state:state._connect_and_get_accessor",
+    "ray._private.state:state.get_cluster_config",
     "ray.actor:ActorHandle._actor_id",
     "ray.core.generated.common_pb2:ActorDiedErrorContext.NODE_DIED",
     "ray.core.generated.gcs_pb2:PlacementGroupTableData.REMOVED",

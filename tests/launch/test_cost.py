@@ -174,7 +174,9 @@ def test_a_joined_cluster_is_assumed_to_have_the_gpus_of_the_records_or_options(
 ) -> None:
     monkeypatch.setattr(runtime, "running_cluster_address", lambda: "10.0.0.1:6379")
     assert "GPU hours       say --gpus-per-worker 1 if that cluster has GPUs" in plan(None)
-    said = plan(None, gpus_per_worker=1.0)
+    assert "Driver's node" not in plan(None)
+    said = plan(None, gpus_per_worker=1.0, trainers=64)
+    assert "Driver's node   32 GiB of memory for Ray, for this number of trainers\n" in said
     assert "GPU hours       unknown\n" in said
     assert "Price           0.21 (T4, spot) to 7.91 (H200, on demand) USD a GPU hour, AWS us-east-1" in said
     trained(store)

@@ -14,6 +14,8 @@ from orchestrator.cluster.preflight.check_result import UndeterminedError
 from orchestrator.cluster.preflight.node_info import collect_node_info
 from orchestrator.execution.ray import autoscaler
 from orchestrator.execution.ray import runtime as ray_cluster
+from orchestrator.execution.ray.autoscaler import NodeType
+from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, default_model, resolve_tasks
@@ -119,6 +121,15 @@ class PreflightCheck:
             remedy = f"the study fetches it, or: python -m orchestrator fetch-model {name}"
         raise UndeterminedError(f"{name} is not in the store yet; {remedy}")
 
+    def check_nodes(
+        self, cluster: Cluster, configurations: Sequence[Configuration], startable: Sequence[NodeType]
+    ) -> str:
+        """Check whether there is room for the trainers, on the devices that the study is meant for."""
+        options = self.options
+        if not any(kind.has_gpus for kind in startable):
+            options = autoscaler.adapt_to_cluster(options, cluster, configurations, startable)
+        return check_capacity(cluster, options, startable)
+
     def check_cluster(self, configurations: Sequence[Configuration]) -> str:
         """Join the running cluster, or start Ray on this machine, and check its nodes.
 
@@ -129,7 +140,7 @@ class PreflightCheck:
         """
         with ray_cluster.connect() as cluster:
             from orchestrator.cluster.preflight.node_agent import start_node_agents
-            from orchestrator.cluster.preflight.nodes import check_node_access, node_checks
+            from orchestrator.cluster.preflight.nodes import check_drivers, check_node_access, node_checks
             from orchestrator.cluster.preflight.shared_storage import require_shared
 
             root, bases = self.store.root, self.store.bases
@@ -137,7 +148,10 @@ class PreflightCheck:
                 infos = agents.call(collect_node_info)
                 # The file of the autoscaler is on the head; nodes that share its home directory see it, too.
                 startable = next(filter(None, (info.startable_node_types for info in infos.values())), ())
-                self.report("nodes", lambda: check_capacity(cluster, self.options, startable))
+                startable = startable or autoscaler.startable_node_types(cluster)
+                self.report("nodes", partial(self.check_nodes, cluster, configurations, startable))
+                if self.options.device != "cpu" and self.options.gpus_per_worker != 0:
+                    self.report("driver", lambda: check_drivers(infos))
                 for name, check in node_checks(agents, infos, root).items():
                     self.report(name, check)
                 if startable:

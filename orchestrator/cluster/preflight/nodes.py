@@ -20,6 +20,9 @@ from orchestrator.util.errors import UsageError
 GIB = 2**30
 MIN_FREE_BYTES = GIB
 """Enough for some checkpoints of small adapters and a day of Ray's logs."""
+MIN_NVIDIA_DRIVERS = {12: 525, 13: 580}
+"""Major version of CUDA -> the oldest major version of the driver that runs programs built for it, by
+NVIDIA's table of CUDA's minor version compatibility."""
 CLOCK_SAMPLES_PER_NODE = 3
 """Readings per node. The one with the smallest proven offset counts."""
 
@@ -84,6 +87,35 @@ def check_free_space(store: Path, store_free_bytes: int, infos: Mapping[str, Nod
     return (
         f"{store_free_bytes / GIB:.0f} GiB free for the store, {smallest / GIB:.0f} GiB or more on every disk"
     )
+
+
+def check_drivers(infos: Mapping[str, NodeInfo]) -> str:
+    """Check that torch can use the GPUs of every node that has an NVIDIA driver: node address -> description.
+
+    Returns:
+        The text of the check's line; empty if no node has a driver.
+    """
+    failures, good = [], {}
+    for node, info in infos.items():
+        if not info.nvidia_driver:
+            continue
+        cuda, major = info.torch_cuda, int(info.torch_cuda.partition(".")[0] or 0)
+        oldest = MIN_NVIDIA_DRIVERS.get(major, 0)
+        if not cuda:
+            failures.append(f"torch on {node} is built without CUDA: install a build for CUDA there")
+        elif int(info.nvidia_driver.partition(".")[0]) < oldest:
+            failures.append(
+                f"the NVIDIA driver {info.nvidia_driver} on {node} is too old for torch's CUDA {cuda}, which "
+                f"needs {oldest} or newer: install a newer driver there, or a build of torch for an older "
+                "CUDA on all nodes"
+            )
+        else:
+            good[node] = f"{info.nvidia_driver} for CUDA {cuda}"
+    if failures:
+        raise UsageError(shorten_list(failures, "; "))
+    if not good:
+        return ""
+    return f"NVIDIA driver {', '.join(sorted(set(good.values())))} on {format_node_count(len(good))}"
 
 
 @dataclass(frozen=True)

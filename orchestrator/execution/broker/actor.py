@@ -6,12 +6,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import ray
 
+from orchestrator.execution.broker.assignment import parse_trainer_name
 from orchestrator.execution.broker.client import BROKER_NAME
 from orchestrator.execution.broker.core import BrokerCore
 from orchestrator.execution.broker.failure_policy import ExitKind
@@ -106,6 +107,21 @@ class Broker:
 
     # -- trainers
 
+    async def admit(self, trainer_id: str, devices: Sequence[str]) -> dict[str, str]:
+        """Take the devices of a trainer that starts. Returns the reasons by excluded device among them."""
+        return self.core.failure_policy.devices.admit(parse_trainer_name(trainer_id), devices)
+
+    async def hold(self, trainer_id: str, faults: dict[str, str]) -> bool:
+        """Exclude devices that a trainer keeps reserved, with the reason for each; see `DeviceRegistry.hold`.
+
+        Returns:
+            True if the trainer shall end now, because it is drained or no lane waits for a trainer.
+        """
+        is_waiting = any(entry.needs_trainer for entry in self.core.open_entries.values())
+        devices = self.core.failure_policy.devices
+        is_idle = devices.hold(parse_trainer_name(trainer_id), faults, is_waiting, self.clock())
+        return is_idle or self.core.must_drain(trainer_id) or (self.core.closed and not is_waiting)
+
     async def lease(
         self, trainer_id: str, group_key: str | None, capacity: int, held: HeldLanes, steps_taken: int
     ) -> LeaseGrant:
@@ -163,9 +179,12 @@ class Broker:
             "incarnation": this incarnation; "ended", "progress" and "lines": the new ended lanes, starts and
             reports of lanes, and lines; "counts": the number of lanes in each phase and of live trainers;
             "steps_taken": the optimizer steps of each trainer; "hung": the names of hung trainers;
+            "excluded_devices": the reasons by excluded device; "holders": the names of the trainers that keep
+            such devices reserved;
             "abort_reason": the reason why no more trainers should be started, or "".
         """
         self.core.tick(self.clock())
+        devices = self.core.failure_policy.devices
         if incarnation != self.incarnation:
             num_ended = num_progress = num_lines = 0
         return {
@@ -176,6 +195,8 @@ class Broker:
             "counts": self.core.counts(),
             "steps_taken": dict(self.core.steps_taken),
             "hung": self.core.hung_trainers(self.clock()),
+            "excluded_devices": devices.excluded,
+            "holders": frozenset(devices.holders),
             "abort_reason": self.core.failure_policy.abort_reason,
         }
 

@@ -129,11 +129,11 @@ class BrokerCore:
             now: Time on the broker's clock.
         """
         view = self._update_contact(trainer_id, now)
-        if self._must_drain(trainer_id):
+        if self.must_drain(trainer_id):
             return LeaseGrant(closed=True)
         if group_key is not None or not view.lanes:
             view.group_key = group_key
-        staying = [view for t, view in self.trainers.items() if not self._must_drain(t)]
+        staying = [view for t, view in self.trainers.items() if not self.must_drain(t)]
         assign_starved_groups(self.open_entries.values(), staying, self.failures_by_group, now)
         waiting = [entry for entry in self.open_entries.values() if entry.needs_trainer]
         group = self._entries_held_by(trainer_id)
@@ -180,7 +180,7 @@ class BrokerCore:
         """
         view = self._update_contact(trainer_id, now)
         if steps > self.steps_taken.setdefault(trainer_id, 0):
-            self.failure_policy.on_step()
+            self.failure_policy.on_step(parse_trainer_name(trainer_id), steps)
             self.steps_taken[trainer_id] = steps
         for fingerprint, (attempt, configuration, report) in held.items():
             orphan = fingerprint not in self.entries
@@ -201,7 +201,7 @@ class BrokerCore:
         directives = {
             f: self.entries[f].directive(trainer_id, attempt, now) for f, (attempt, _, _) in held.items()
         }
-        if self._must_drain(trainer_id):
+        if self.must_drain(trainer_id):
             directives |= {
                 f: Directive.YIELD for f, a in directives.items() if a in (Directive.CONTINUE, Directive.PARK)
             }
@@ -257,15 +257,20 @@ class BrokerCore:
         """
         self.silent_since.pop(trainer_name, None)
         trainer_ids = [t for t in self.trainers if parse_trainer_name(t) == trainer_name]
+        is_lane_suspect = exit_kind not in (ExitKind.CRASHED, ExitKind.FAILED) or any(
+            entry.max_group_size is not None or self.failures_by_group[entry.group_key]
+            for trainer_id in trainer_ids
+            for entry in self._entries_held_by(trainer_id)
+        )
         narrowed = [self.remove_trainer(t, now, exit_kind, reason) for t in trainer_ids]
-        if exit_kind in (ExitKind.DONE, ExitKind.PLACEMENT_TIMEOUT, ExitKind.NODE_LOST) or any(narrowed):
-            return
-        if exit_kind is ExitKind.REPEATED_LANE_FAILURES and any(
+        no_fault = (ExitKind.DONE, ExitKind.PLACEMENT_TIMEOUT, ExitKind.NODE_LOST)
+        other_keys_left = exit_kind is ExitKind.REPEATED_LANE_FAILURES and any(
             self.failures_by_group[entry.group_key] < MAX_GROUP_FAILURES
             for entry in self.open_entries.values()
-        ):
-            return  # other group keys can be trained
-        self.failure_policy.on_trainer_failure()
+        )
+        is_failure = exit_kind not in no_fault and not any(narrowed) and not other_keys_left
+        steps = [n for t, n in self.steps_taken.items() if parse_trainer_name(t) == trainer_name]
+        self.failure_policy.on_exit(trainer_name, max(steps, default=0), is_failure, is_lane_suspect)
 
     def remove_trainer(
         self, trainer_id: str, now: float, exit_kind: ExitKind = ExitKind.DONE, reason: str = ""
@@ -331,7 +336,8 @@ class BrokerCore:
         held = (self.entries.get(fingerprint) for fingerprint in sorted(lanes))
         return [entry for entry in held if entry is not None and entry.trainer_id == trainer_id]
 
-    def _must_drain(self, trainer_id: str) -> bool:
+    def must_drain(self, trainer_id: str) -> bool:
+        """Return whether a trainer must return its lanes and end."""
         return not self.draining.isdisjoint((None, parse_trainer_name(trainer_id)))
 
     def _update_contact(self, trainer_id: str, now: float) -> TrainerView:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import StrEnum
+
+from orchestrator.execution.broker.devices import DeviceRegistry
 
 MAX_TRAINER_FAILURES = 3
 """Number of failures in a row, without a step in between, that a study survives."""
@@ -32,52 +35,87 @@ class ExitKind(StrEnum):
 class FailurePolicy:
     """Count trainer failures in a row and decide when the study must end.
 
-    Two counts end a study: failures while no trainer took a step, and failures while no lane made progress.
-    The second limit grows with the number of trainers.
+    Two counts end a study: failures while no trainer took a step, and failures of trainers that took steps
+    while no lane made progress. The second limit grows with the number of trainers. Failures on excluded
+    devices do not count.
     """
 
     def __init__(self) -> None:
-        self.failures_without_step = 0
-        """Failures since a trainer last took a step or a lane was found faulty."""
-        self.failures_without_progress = 0
-        """Failures since a lane last made progress. Faulty lanes count as failures here: if every lane seems
-        faulty, the cause is elsewhere."""
+        self.devices = DeviceRegistry()
         self.max_live_trainers = 1
         """The largest number of trainers that were alive at once."""
+        self._without_step: Counter[tuple[str, ...]] = Counter()
+        """Failures since a trainer last took a step or a lane was found faulty, by the trainer's devices."""
+        self._without_progress: Counter[tuple[str, ...]] = Counter()
+        """Failures of trainers that had taken a step, since a lane last made progress, by the trainer's
+        devices. Faulty lanes count as failures here: if every lane seems faulty, the cause is elsewhere."""
+        self._max_steps_of_dead = 0
+        """The most steps of a trainer that has ended since a lane last made progress."""
 
-    def on_step(self) -> None:
-        """Record that a trainer has taken an optimizer step."""
-        self.failures_without_step = 0
+    @property
+    def failures_without_step(self) -> int:
+        """Failures since a trainer last took a step or a lane was found faulty."""
+        return self._without_step.total()
+
+    def on_step(self, trainer_name: str, steps: int) -> None:
+        """Record that a trainer has taken `steps` optimizer steps so far.
+
+        A trainer that gets further than all that have ended makes progress, even if its lanes report much
+        later. A trainer that does not may only repeat the steps before the next failure.
+        """
+        self.devices.on_step(trainer_name)
+        self._without_step.clear()
+        if steps > self._max_steps_of_dead:
+            self._without_progress.clear()
 
     def on_progress(self) -> None:
         """Record that a lane has a new report, a newer checkpoint or a final record."""
-        self.failures_without_step = self.failures_without_progress = 0
+        self._without_step.clear()
+        self._without_progress.clear()
+        self._max_steps_of_dead = 0
 
     def on_faulty_lane(self) -> None:
         """Record that a lane was given up because it crashes every trainer."""
-        self.failures_without_step = 0
-        self.failures_without_progress += 1
+        self._without_step.clear()
+        self._without_progress[()] += 1
 
-    def on_trainer_failure(self) -> None:
-        """Record a failure that does not help to find a faulty lane.
+    def on_exit(
+        self, trainer_name: str, steps: int, is_failure: bool = False, is_lane_suspect: bool = True
+    ) -> None:
+        """Record that a trainer has ended.
 
-        Failures that do help are not counted, because halving lane groups and retrying single lanes bound
-        their number.
+        Args:
+            trainer_name: The trainer's name.
+            steps: The optimizer steps that it has taken.
+            is_failure: True if the trainer failed, and the failure does not help to find a faulty lane.
+                Failures that do help are not counted, because halving lane groups and retrying single lanes
+                bound their number.
+            is_lane_suspect: False if the trainer died and its lanes are probably not the cause. The death
+                then counts against the devices.
         """
-        self.failures_without_step += 1
-        self.failures_without_progress += 1
+        self._max_steps_of_dead = max(self._max_steps_of_dead, steps)
+        devices = self.devices.devices_of(trainer_name)
+        self.devices.on_exit(trainer_name)
+        if not self.devices.excluded.keys().isdisjoint(devices):
+            return
+        if is_failure:
+            self._without_step[devices] += 1
+            self._without_progress[devices] += steps > 0
+        if not is_lane_suspect and self.devices.on_death(devices):
+            for counter in (self._without_step, self._without_progress):
+                for key in [key for key in counter if not self.devices.excluded.keys().isdisjoint(key)]:
+                    del counter[key]
 
     @property
     def abort_reason(self) -> str:
         """The reason why no more trainers should be started; empty while they should."""
-        if self.failures_without_step > MAX_TRAINER_FAILURES:
+        failures = self._without_step.total()
+        if failures > MAX_TRAINER_FAILURES and not self.devices.has_sound_trainer():
+            return f"Trainers died {failures} times in a row without taking a step; see the messages above."
+        failures = self._without_progress.total()
+        if failures > MAX_TRAINER_FAILURES * (1 + self.max_live_trainers):
             return (
-                f"Trainers died {self.failures_without_step} times in a row without taking a step; see the "
-                "messages above."
-            )
-        if self.failures_without_progress > MAX_TRAINER_FAILURES * (1 + self.max_live_trainers):
-            return (
-                f"Trainers died {self.failures_without_progress} times in a row while no lane got any "
-                "further; see the messages above."
+                f"Trainers died {failures} times in a row while no lane got any further; see the messages "
+                "above."
             )
         return ""

@@ -1,18 +1,27 @@
-"""The nodes that an autoscaler may start, from the cluster file that `ray up` leaves on the head."""
+"""The nodes that an autoscaler may start, and how long and whether a study waits for GPU nodes.
+
+The node types come from the cluster file that `ray up` leaves on the head, or from Ray's control store if the
+autoscaler reports them there (Anyscale's does). KubeRay's autoscaler tells nobody: a study then waits for GPU
+nodes if the user asks for GPUs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.execution.ray import runtime
+from orchestrator.execution.ray import private, runtime
 from orchestrator.execution.ray.runtime import Cluster, Node
+from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import timeouts
+from orchestrator.util.errors import UsageError
 
 CLUSTER_CONFIG_FILE = Path("~/ray_bootstrap_config.yaml")
+MAX_UNLIMITED_NODES = 1000
+"""Number of nodes that are counted for a group without a limit."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,21 @@ class NodeType:
         return self.node is not None and self.node.gpus > 0
 
 
-def adapt_options(options: StudyOptions) -> StudyOptions:
+def adapt_options(options: StudyOptions, node_types: Sequence[NodeType] | None = None) -> StudyOptions:
     """Return the options with defaults for a joined cluster whose autoscaler can start GPU nodes.
 
     With these defaults the study waits for GPU nodes instead of training on the head. Options that the user
     has set stay. A dry run requests no GPU by default, so that it starts no machine.
+
+    Args:
+        options: The options of the command line.
+        node_types: The nodes that the autoscaler may start. Default: those of the cluster file, if this
+            process would join a cluster.
     """
-    is_joined = runtime.running_cluster_address() is not None
-    if not is_joined or not any(kind.has_gpus for kind in load_node_types() or ()):
+    if node_types is None:
+        is_joined = runtime.running_cluster_address() is not None
+        node_types = (load_node_types() or ()) if is_joined else ()
+    if not any(kind.has_gpus for kind in node_types):
         return options
     gpus, timeout = options.gpus_per_worker, options.trainer_timeout
     if gpus is None and not options.dry_run:
@@ -45,6 +61,64 @@ def adapt_options(options: StudyOptions) -> StudyOptions:
     if timeout is None and gpus:
         timeout = timeouts.NODE_START_SECONDS
     return replace(options, gpus_per_worker=gpus, trainer_timeout=timeout)
+
+
+def adapt_to_cluster(
+    options: StudyOptions,
+    cluster: Cluster,
+    configurations: Iterable[Configuration],
+    node_types: Sequence[NodeType],
+) -> StudyOptions:
+    """Return the options with defaults for a joined cluster's nodes, and refuse a GPU study without GPUs.
+
+    A study is a GPU study if a base model in bfloat16 is not one of the project's own small models. Where
+    the joined cluster has no GPU now, such a study must be told whether to wait for one.
+
+    Args:
+        options: The study's options, after `adapt_options`.
+        cluster: The nodes that are running.
+        configurations: Configurations of the study.
+        node_types: The nodes that an autoscaler may start, as far as they are known.
+
+    Raises:
+        UsageError: It is a GPU study, the joined cluster has no GPU, and no option says what to do.
+    """
+    if cluster.local or any(node.gpus for node in cluster.nodes):
+        return options
+    options = adapt_options(options, node_types)
+    if options.gpus_per_worker is None and options.device != "cpu":
+        from orchestrator.finetune.models.catalogue import built_in_names  # imports all tasks
+
+        names = {c.model.name for c in configurations if c.model.dtype == "bfloat16"}.difference(
+            built_in_names()
+        )
+        if names:
+            raise UsageError(
+                f"{min(names)} in bfloat16 is trained on GPUs, and none of the {len(cluster.nodes)} nodes of "
+                "the joined cluster has one now; add --gpus-per-worker 1 to wait for a GPU node (one that "
+                "joins, or that an autoscaler starts), or --device cpu to train on CPUs."
+            )
+    if options.gpus_per_worker and options.trainer_timeout is None:
+        options = replace(options, trainer_timeout=timeouts.NODE_START_SECONDS)
+    return options
+
+
+def startable_node_types(cluster: Cluster) -> tuple[NodeType, ...]:
+    """Return the types of nodes that the autoscaler of the connected cluster may start, as far as known."""
+    if cluster.local:
+        return ()
+    return load_node_types() or reported_node_types()
+
+
+def reported_node_types() -> tuple[NodeType, ...]:
+    """Return the types of nodes that the autoscaler has reported to the connected Ray's control store."""
+    found = []
+    for name, max_count, has in private.autoscaler_node_groups():
+        count = MAX_UNLIMITED_NODES if max_count < 0 else max_count
+        if count:
+            node = Node(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0))
+            found.append(NodeType(name, count, node if "CPU" in has else None))
+    return tuple(found)
 
 
 def load_node_types() -> tuple[NodeType, ...] | None:

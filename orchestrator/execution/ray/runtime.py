@@ -24,6 +24,10 @@ from orchestrator.util.graceful_interrupts import exit_on_interrupt
 
 TRAINER_MEMORY_BYTES = 2 * 2**30
 """Memory to plan for a trainer, whose worker and controller use about 1 GiB with a small model."""
+CONTROLLER_BYTES = 256 * 2**20
+"""Memory of a trainer's Train controller on the driver's node; 247 MiB were measured on Linux x86-64."""
+CONTROLLERS_SHARE = 0.5
+"""The part of Ray's memory on the driver's node that controllers may take; trials take the rest."""
 LOCAL_RAY_IN_USE = (  # two Rays on one machine can end each other's Train runs
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
@@ -127,6 +131,11 @@ class Cluster:
             return sum(min(int(n.cpus), max(1, int(n.memory / TRAINER_MEMORY_BYTES))) for n in self.nodes)
         each = int(1 / gpus_per_worker + 1e-9)  # a worker cannot use parts of two GPUs
         return sum(min(int(n.cpus), int(n.gpus) * each) for n in self.nodes)
+
+
+def driver_node_gib(num_trainers: int) -> float:
+    """Return the memory in GiB that Ray must have on the driver's node for a number of trainers."""
+    return num_trainers * CONTROLLER_BYTES / CONTROLLERS_SHARE / 2**30
 
 
 def estimate_local_cluster() -> Cluster:

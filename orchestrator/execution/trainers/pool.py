@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,13 @@ import ray
 
 from orchestrator.execution.broker.failure_policy import ExitKind
 from orchestrator.execution.ray import private
-from orchestrator.execution.ray.runtime import Cluster, usable_nodes
+from orchestrator.execution.ray.runtime import (
+    CONTROLLER_BYTES,
+    CONTROLLERS_SHARE,
+    Cluster,
+    driver_node_gib,
+    usable_nodes,
+)
 from orchestrator.execution.trainers.exit_status import ExitStatus
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer import TrainerSpec
@@ -19,8 +25,8 @@ from orchestrator.execution.trainers.trainer_run import TrainerRun
 from orchestrator.util import timeouts
 from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
-CONTROLLER_BYTES = 256 * 2**20
-"""Memory of a trainer's Train controller; 247 MiB were measured on Linux x86-64."""
+MAX_SHOWN_DEVICES = 3
+"""Number of excluded devices that the error line of a study names."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,30 @@ class PoolConfig:
     """True if the number of trainers follows the cluster's nodes, starting from `num_trainers`."""
     autoscaler_capacity: int = 0
     """Number of trainers that fit on the largest set of nodes which an autoscaler may start."""
+    can_grow: bool = True
+    """False if no node can join, because the study has started this Ray."""
+
+
+@dataclass(frozen=True)
+class BrokerState:
+    """The state of the broker that decides on trainers, as of one poll."""
+
+    waiting: int
+    """Number of lanes without a trainer."""
+    training: int
+    """Number of lanes on trainers."""
+    live_trainers: int
+    """Number of trainers that call the broker for lanes."""
+    placed: frozenset[str]
+    """Names of all trainers that have ever called the broker, which means that Ray has placed them."""
+    hung: Collection[str]
+    """Names of hung trainers."""
+    excluded_devices: Mapping[str, str]
+    """Reasons by device that no trainer may use; see `broker/devices.py`."""
+    holders: frozenset[str]
+    """Names of the trainers that keep excluded devices reserved and train nothing."""
+    abort_reason: str
+    """The reason to start no more trainers; empty while trainers should be started."""
 
 
 class TrainerPool:
@@ -65,6 +95,9 @@ class TrainerPool:
         """The runs that have started and not ended, by trainer name."""
         self.placed: frozenset[str] = frozenset()
         """Names of trainers that have called the broker, which means that Ray has placed them."""
+        self.holders: frozenset[str] = frozenset()
+        """Names of the running trainers that keep excluded devices reserved and train nothing."""
+        self.excluded_devices: Mapping[str, str] = {}
         self.num_started = 0
         self.clock = SuspendTolerantClock()
         self.no_trainer_since: float | None = None
@@ -78,36 +111,21 @@ class TrainerPool:
         other half. None until the nodes have been counted."""
         self._last_node_count = self._cleanup_until = -float("inf")
 
-    def update(
-        self,
-        waiting: int,
-        training: int,
-        live_trainers: int,
-        placed: frozenset[str],
-        hung: Collection[str],
-        abort_reason: str,
-    ) -> None:
+    def update(self, state: BrokerState) -> None:
         """Start, replace and remove trainers. The driver calls this at every poll of the broker.
 
         The first trainers start at once, since known results may be replayed before a lane waits. Later ones
         start when lanes have waited at two polls in a row.
-
-        Args:
-            waiting: Number of lanes without a trainer.
-            training: Number of lanes on trainers.
-            live_trainers: Number of trainers that call the broker.
-            placed: Names of all trainers that have ever called the broker, which means that Ray has placed
-                them.
-            hung: Names of hung trainers.
-            abort_reason: The reason to start no more trainers; empty while trainers should be started.
         """
         now = self.clock()
-        self.placed = placed
-        self.failure_reason = self.failure_reason or abort_reason
-        self._remove_ended_trainers(hung, now)
+        waiting, training = state.waiting, state.training
+        self._note_excluded(state)
+        self.failure_reason = self.failure_reason or state.abort_reason
+        self._remove_ended_trainers(state.hung, now)
         if now - self._last_node_count > timeouts.NODE_COUNT_INTERVAL_SECONDS:
             self._last_node_count = now
             self._count_nodes()
+        self._check_start_timeout(not state.live_trainers and bool(waiting or training), now)
         should_start = not self.num_started or (waiting and self.had_waiting_lanes)
         if should_start and not self.failure_reason:
             for _ in range(self.num_to_start(waiting, training, self._free_trainers())):
@@ -116,12 +134,29 @@ class TrainerPool:
                 self.num_started += 1
                 self.running[run.name] = run
         self.had_waiting_lanes = bool(waiting)
-        self._check_start_timeout(not live_trainers and bool(waiting or training), now)
+
+    def _note_excluded(self, state: BrokerState) -> None:
+        """Take over which trainers are placed and which hold excluded devices, and report new ones."""
+        self.placed = state.placed | state.holders
+        self.holders = state.holders & self.running.keys()
+        for device, reason in state.excluded_devices.items():
+            if device not in self.excluded_devices:
+                self.notify(f"{device} is left out of this study: {reason}")
+        self.excluded_devices = {**self.excluded_devices, **state.excluded_devices}
 
     def _check_start_timeout(self, is_missing: bool, now: float) -> None:
-        """Give up when lanes have been without any trainer for longer than the start timeout."""
+        """Give up when lanes have been without any trainer for longer than the start timeout.
+
+        If all devices are excluded and no node can join, give up at once.
+        """
+        is_left_out = bool(self.holders) and len(self.holders) == len(self.running)
         if not is_missing:
             self.no_trainer_since = None
+        elif is_left_out and not self.config.can_grow and not self._replacements_with_room():
+            self.failure_reason = self.failure_reason or (
+                f"No device is left to train on. {self._format_excluded()}Run the command again when one "
+                "works."
+            )
         elif self.no_trainer_since is None:
             self.no_trainer_since = now
         elif now - self.no_trainer_since > self.spec.start_timeout and not self.failure_reason:
@@ -129,13 +164,29 @@ class TrainerPool:
             need = ", ".join(f"{value * self.spec.workers_per_trainer:g} {name}" for name, value in resources)
             self.failure_reason = (
                 f"No trainer for {self.spec.start_timeout:g} s: a trainer needs {need}. "
+                f"{self._format_excluded()}"
                 "Free or add them, or give the cluster longer with --trainer-timeout."
             )
+
+    def _format_excluded(self) -> str:
+        """Return a sentence for the first excluded devices, and the number of the others; empty if none."""
+        shown = [f"{device}: {reason}" for device, reason in self.excluded_devices.items()]
+        more = f"; and {len(shown) - MAX_SHOWN_DEVICES} more" if len(shown) > MAX_SHOWN_DEVICES else ""
+        return f"Left out: {'; '.join(shown[:MAX_SHOWN_DEVICES])}{more}. " if shown else ""
+
+    def _replacements_with_room(self) -> int:
+        """Return how many of the trainers on excluded devices can be replaced elsewhere."""
+        return min(len(self.holders), max(0, self._capacity - len(self.running)))
+
+    @property
+    def _capacity(self) -> int:
+        """The number of trainers that fit on the nodes, including those that are there."""
+        return self.cluster.trainer_capacity(self.spec.gpus_per_worker, self.spec.workers_per_trainer)
 
     @property
     def waiting_for(self) -> str:
         """The kind of node without which no trainer can start; empty if no node is missing."""
-        if self.cluster.trainer_capacity(self.spec.gpus_per_worker, self.spec.workers_per_trainer):
+        if self._capacity:
             return ""
         return "a GPU node" if self.spec.gpus_per_worker else "a node"
 
@@ -147,7 +198,7 @@ class TrainerPool:
         """
         deadline = time.monotonic() + timeout
         for name, run in self.running.items():
-            if name in self.placed:
+            if name in self.placed - self.holders:
                 run.join(max(0.0, deadline - time.monotonic()))
         for run in self.running.values():
             run.kill()
@@ -166,22 +217,23 @@ class TrainerPool:
             free: Number of trainers that would find a place now. An elastic pool respects this number,
                 because others may use the cluster too.
         """
-        lanes, running = self.spec.expected_lanes, len(self.running)
+        lanes, running, holders = self.spec.expected_lanes, len(self.running), len(self.holders)
         unplaced = sum(name not in self.placed for name in self.running)
         wanted = -(-waiting // lanes) - unplaced if self.num_started else self.config.num_trainers
         if self.max_trainers is not None:
             wanted = min(wanted, self.max_trainers - running)
+        least = 0 if running > holders else 1  # one waiting trainer makes an autoscaler act
         if not self.config.elastic:
-            return min(wanted, self.config.num_trainers - running)
-        room = self.cluster.trainer_capacity(self.spec.gpus_per_worker, self.spec.workers_per_trainer)
+            possible = self.config.num_trainers - running + self._replacements_with_room()
+            return max(least if holders else 0, min(wanted, possible))
+        room = self._capacity
         startable_now = min(wanted, room - running, free - unplaced)
         # An autoscaler's nodes cost money. So the first trainer must be placed before more nodes are
         # requested, and no node is requested for lanes that a placed trainer is about to lease.
         more = max(0, self.config.autoscaler_capacity - room) if self.placed else 0
-        about_to_be_leased = max(0, (running - unplaced) * lanes - training)
+        about_to_be_leased = max(0, (running - holders - unplaced) * lanes - training)
         useful_later = min(wanted, -(-(waiting - about_to_be_leased) // lanes) - unplaced)
         startable_later = min(useful_later, room + more - running, free + more - unplaced)
-        least = 0 if running else 1  # one waiting trainer makes an autoscaler act
         return max(least, startable_now, startable_later)
 
     def _free_trainers(self) -> int:
@@ -213,12 +265,14 @@ class TrainerPool:
         memory = next((node.memory for node in self.cluster.nodes if node.id == driver_node_id), None)
         if memory is None or self.max_trainers is not None:  # the node is draining, or was counted before
             return
-        self.max_trainers = max(1, int(memory / 2 / CONTROLLER_BYTES))
-        if self.max_trainers < self.config.num_trainers:
+        self.max_trainers = max(1, int(memory * CONTROLLERS_SHARE / CONTROLLER_BYTES))
+        wanted = max(self.config.num_trainers, self.config.autoscaler_capacity)
+        if self.max_trainers < wanted:
             self.notify(
-                f"{self.max_trainers} trainers at most, not {self.config.num_trainers}: each keeps "
+                f"{self.max_trainers} trainers at most, not {wanted}: each keeps "
                 f"{CONTROLLER_BYTES / 2**30:g} GiB on the driver's node, half of whose {memory / 2**30:.0f} "
-                "GiB is for that; take a larger one, or more --lanes-per-trainer"
+                f"GiB is for that; take a node with {driver_node_gib(wanted):g} GiB for Ray, or more "
+                "--lanes-per-trainer"
             )
 
     def _remove_ended_trainers(self, hung: Collection[str], now: float) -> None:

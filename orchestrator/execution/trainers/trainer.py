@@ -32,6 +32,11 @@ MALLOC_OPTIONS = {-3: 2**30, -1: 2**30, -2: 2**26}
 """glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, with values with which freed memory is kept. By
 default glibc returns large blocks to the system at every free. On a CPU, the resulting page faults take a
 sixth of the step time of a small model."""
+CUDA_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The names of torch's settings for its CUDA allocator, the newer one first."""
+CUDA_ALLOCATOR_SETTINGS = "expandable_segments:True"
+"""Micro-batches have different lengths, so every step asks for blocks of new sizes, which fragments memory
+without this setting."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,17 @@ class TrainerSpec:
         """The resources that Ray reserves for a worker."""
         return {"CPU": 1, "GPU": self.gpus_per_worker} if self.gpus_per_worker else {"CPU": 1}
 
+    def worker_environment(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Return the environment variables that GPU workers need; none for workers on CPUs.
+
+        Args:
+            environment: The driver's variables. Settings of torch's CUDA allocator among them are passed on.
+        """
+        if not self.uses_gpus:
+            return {}
+        chosen = {name: environment[name] for name in CUDA_ALLOCATOR_VARIABLES if name in environment}
+        return chosen or dict.fromkeys(CUDA_ALLOCATOR_VARIABLES, CUDA_ALLOCATOR_SETTINGS)
+
 
 def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     """Run the fine-tuning loop in a Ray Train worker, over the lanes that the broker leases to its trainer.
@@ -83,42 +99,47 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
         config: "name": the trainer's name; "spec": a `TrainerSpec` as a dictionary.
 
     Raises:
-        RuntimeError: The worker cannot use its GPU, or its node does not see the store.
+        RuntimeError: The worker's node does not see the store.
     """
     import pkgutil
 
+    from orchestrator.execution.trainers.device_check import admit_trainer
+    from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, TorchProcessGroup
+
+    spec, name = TrainerSpec(**config["spec"]), config["name"]
+    # A new process is a new incarnation, which does not hold the lanes of its predecessor.
+    trainer_id = f"{name}.{uuid.uuid4().hex[:8]}"
+    threading.Thread(target=_exit_with_raylet, name="end with Ray", daemon=True).start()
+    threading.Thread(target=_drain_with_node, args=[name], name="drain", daemon=True).start()
+    process_group = TorchProcessGroup() if spec.workers_per_trainer > 1 else SINGLE_PROCESS_GROUP
+    if not admit_trainer(trainer_id, spec.uses_gpus, process_group):
+        return
+
+    # Imported once the device is announced to the broker: a damaged installation counts against the node.
     import torch
     from ray.train.torch import get_device
 
     from orchestrator.execution.broker.client import BrokerClient
     from orchestrator.finetune.engine.loop import LoopSettings
     from orchestrator.finetune.failures import TrainerBrokenError
-    from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, TorchProcessGroup
     from orchestrator.record import provenance
     from orchestrator.record.store import Store
     from orchestrator.util.redaction import redact_errors
 
-    spec = TrainerSpec(**config["spec"])
-    gpu = spec.uses_gpus
-    if gpu and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"Ray gave this trainer a GPU that torch {torch.__version__} cannot use; install another torch"
-        )
-    device = get_device() if gpu else torch.device("cpu")  # `cuda:0` may be another worker's GPU
-    if gpu:
+    if spec.uses_gpus:
+        device = get_device()  # `cuda:0` may be another worker's GPU
         torch.cuda.set_device(device)
+        if spec.gpus_per_worker < 1:  # so that no trainer takes the memory of another
+            torch.cuda.set_per_process_memory_fraction(spec.gpus_per_worker, device)
     else:
+        device = torch.device("cpu")
         # Trainers share the cores: with two threads per trainer, pretraining was 17 times slower.
         torch.set_num_threads(1)
         _keep_freed_memory()
     if not Path(spec.scratch).is_dir():
         raise RuntimeError(f"this node does not see the study's store {spec.store}: mount it here, too")
     store = Store(Path(spec.store))
-    process_group = TorchProcessGroup() if spec.workers_per_trainer > 1 else SINGLE_PROCESS_GROUP
-    # A new process is a new incarnation, which does not hold the lanes of its predecessor.
-    source = BrokerClient(f"{config['name']}.{uuid.uuid4().hex[:8]}") if process_group.rank == 0 else None
-    threading.Thread(target=_exit_with_raylet, name="end with Ray", daemon=True).start()
-    threading.Thread(target=_drain_with_node, args=[config["name"]], name="drain", daemon=True).start()
+    source = BrokerClient(trainer_id) if process_group.rank == 0 else None
 
     with redact_errors(TrainerBrokenError):
         pkgutil.resolve_name(spec.train_loop)(

@@ -5,6 +5,7 @@ The workers of a run train lane groups (`trainer.py`). `pool.py` decides how man
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import suppress
 from dataclasses import asdict
@@ -88,6 +89,7 @@ class TrainerRun(threading.Thread):
         """Return a trainer of Ray Train that stores its controller in this object."""
         spec, trainer_run = self.spec, self
         inherited = private.train_environment()
+        worker_environment = inherited | spec.worker_environment(os.environ)
         environment = inherited | {
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished run is noticed
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(60.0, spec.start_timeout)),
@@ -135,7 +137,7 @@ class TrainerRun(threading.Thread):
             run_config=run_config(
                 name=f"{self.namespace}-{self.name}",
                 storage_path=spec.scratch,
-                worker_runtime_env={"env_vars": inherited} if inherited else {},
+                worker_runtime_env={"env_vars": worker_environment} if worker_environment else {},
                 failure_config=no_retries,
             ),
         )

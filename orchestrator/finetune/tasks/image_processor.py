@@ -54,7 +54,8 @@ class ImageProcessor:
             source: A folder or a hub repository.
             revision: A commit of the repository.
         """
-        from transformers import AutoImageProcessor
+        # In transformers 5.16 and 5.17, the name in the package itself requires torchvision.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         options = {"revision": revision, "backend": "pil", "trust_remote_code": False}
         return cls(AutoImageProcessor.from_pretrained(source, **options))

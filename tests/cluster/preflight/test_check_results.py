@@ -11,7 +11,7 @@ import pytest
 from orchestrator.cluster.preflight import availability, capacity, nodes, shared_storage
 from orchestrator.cluster.preflight.check import PreflightCheck
 from orchestrator.cluster.preflight.check_result import UndeterminedError, shorten_list
-from orchestrator.cluster.preflight.node_info import NodeInfo
+from orchestrator.cluster.preflight.node_info import NodeInfo, parse_cuda_version, torch_cuda_version
 from orchestrator.execution.ray.autoscaler import NodeType, parse_node_types
 from orchestrator.execution.ray.runtime import Cluster, Node
 from orchestrator.study.options import StudyOptions
@@ -227,3 +227,34 @@ def test_a_node_that_cannot_read_the_model_is_a_failure() -> None:
     assert "from 2 nodes" in availability.check_availability({"10.0.0.1": "", "10.0.0.2": ""})
     with pytest.raises(UsageError, match=r"^from 10\.0\.0\.2: Model 'x' is not in /x$"):
         availability.check_availability({"10.0.0.1": "", "10.0.0.2": "Model 'x' is not in /x"})
+
+
+def with_driver(driver: str, cuda: str) -> NodeInfo:
+    return NodeInfo({}, GIB, "/tmp", nvidia_driver=driver, torch_cuda=cuda)
+
+
+def test_a_driver_that_is_too_old_for_torch_is_named() -> None:
+    good = {"head": with_driver("", ""), "10.0.0.1": with_driver("580.82.07", "13.0")}
+    assert nodes.check_drivers(good) == "NVIDIA driver 580.82.07 for CUDA 13.0 on 1 node"
+    assert nodes.check_drivers({"10.0.0.1": with_driver("550.54.15", "12.8")}).endswith("on 1 node")
+    assert nodes.check_drivers({"head": with_driver("", "13.0")}) == "", "a head without a GPU"
+    for driver, cuda, parts in (
+        ("570.86.15", "13.0", ("570.86.15 on 10.0.0.2", "CUDA 13.0", "580 or newer: install")),
+        ("515.65.01", "12.6", ("515.65.01 on 10.0.0.2", "CUDA 12.6", "525 or newer: install")),
+        ("580.82.07", "", ("10.0.0.2 is built without CUDA: install",)),
+    ):
+        with pytest.raises(UsageError) as refusal:
+            nodes.check_drivers({**good, "10.0.0.2": with_driver(driver, cuda)})
+        (line,) = str(refusal.value).splitlines()
+        assert all(part in line for part in parts), line
+
+
+def test_torchs_version_of_cuda_is_read_without_importing_torch() -> None:
+    assert (
+        parse_cuda_version("__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\nhip = None") == "13.0"
+    )
+    assert parse_cuda_version("cuda = '12.8'\n") == "12.8"
+    assert parse_cuda_version("__all__ = ['cuda']\ncuda: Optional[str] = None\nhip = '6.4'") == ""
+    import torch
+
+    assert torch_cuda_version() == (torch.version.cuda or "")

@@ -1,0 +1,36 @@
+"""The test that a trainer's worker makes of its device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from orchestrator.execution.trainers.device_check import find_device_fault
+
+
+def test_a_cpu_passes() -> None:
+    assert find_device_fault(uses_gpu=False) == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_a_gpu_that_torch_cannot_use_is_a_fault_of_one_line() -> None:
+    fault = find_device_fault(uses_gpu=True)
+    assert fault.startswith(f"torch {torch.__version__} cannot use it; install ")
+    assert "\n" not in fault
+
+
+def test_a_device_that_computes_something_else_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.execution.trainers.device_check.MAX_RELATIVE_ERROR", 0.0)
+    assert find_device_fault(uses_gpu=False).startswith("a matrix product is wrong by ")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_trainer_gets_no_more_than_its_share_of_a_gpu() -> None:
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(0.25)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(int(0.3 * total), dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,120 @@
+"""A GPU study does not train on the CPUs of a joined cluster unless that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+import study
+from points import configuration
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster as RayCluster
+from ray.core.generated import autoscaler_pb2
+
+from orchestrator.execution.ray import autoscaler
+from orchestrator.execution.ray.autoscaler import NodeType, adapt_to_cluster
+from orchestrator.execution.ray.runtime import Cluster, Node
+from orchestrator.study.configuration import ModelChoice
+from orchestrator.study.options import StudyOptions
+from orchestrator.util import timeouts
+from orchestrator.util.errors import UsageError
+
+GIB = 2**30
+HEAD = Cluster((Node(8, 0, 12 * GIB), Node(8, 0, 12 * GIB)), local=False)
+WITH_GPU = Cluster((*HEAD.nodes, Node(8, 1, 12 * GIB)), local=False)
+LAPTOP = Cluster(HEAD.nodes)
+GPU_TYPE = NodeType("gpu", 8, Node(4, 1, 14 * GIB))
+QWEN = ModelChoice("Qwen/Qwen3-0.6B-Base", "c0", "bfloat16")
+DEFAULT, TYPED = StudyOptions(), StudyOptions(gpus_per_worker=1.0)
+LONG = timeouts.NODE_START_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "model", "node_types", "gpus", "timeout"),
+    [
+        (WITH_GPU, DEFAULT, QWEN, (), None, None),
+        (
+            LAPTOP,
+            DEFAULT,
+            QWEN,
+            (),
+            None,
+            None,
+        ),  # no node can join; `study_context` refuses the default study
+        (HEAD, StudyOptions(device="cpu"), QWEN, (), None, None),
+        (HEAD, StudyOptions(gpus_per_worker=0.0), QWEN, (), 0.0, None),
+        (HEAD, DEFAULT, replace(QWEN, dtype="float32"), (), None, None),
+        (HEAD, DEFAULT, replace(QWEN, name="smollm2-135m"), (), None, None),
+        (HEAD, TYPED, QWEN, (), 1.0, LONG),  # an autoscaler that nobody knows here may start a node
+        (HEAD, StudyOptions(gpus_per_worker=1.0, trainer_timeout=60.0), QWEN, (), 1.0, 60.0),
+        (HEAD, DEFAULT, QWEN, (GPU_TYPE,), 1.0, LONG),
+    ],
+)
+def test_defaults_on_a_joined_cluster(
+    cluster: Cluster,
+    options: StudyOptions,
+    model: ModelChoice,
+    node_types: tuple[NodeType, ...],
+    gpus: float | None,
+    timeout: float | None,
+) -> None:
+    adapted = adapt_to_cluster(options, cluster, [replace(configuration(), model=model)], node_types)
+    assert (adapted.gpus_per_worker, adapted.trainer_timeout) == (gpus, timeout)
+
+
+@pytest.mark.parametrize("name", [QWEN.name, "/shared/my-model"])
+def test_a_gpu_study_is_refused_where_the_joined_cluster_has_no_gpu(name: str) -> None:
+    small, large = configuration(), replace(configuration(), model=replace(QWEN, name=name))
+    cpu_type = NodeType("cpu", 8, Node(4, 0, 14 * GIB))
+    with pytest.raises(UsageError) as refusal:
+        adapt_to_cluster(DEFAULT, HEAD, [small, large], (cpu_type,))
+    (line,) = str(refusal.value).splitlines()
+    assert line.startswith(f"{name} in bfloat16 is trained on GPUs, and none of the 2 nodes")
+    assert "--gpus-per-worker 1" in line
+    assert "--device cpu" in line
+
+
+@pytest.fixture
+def reported(connected: RayCluster) -> Iterator[None]:
+    """Report groups of nodes to Ray's control store, as Anyscale's autoscaler does."""
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    config = autoscaler_pb2.ClusterConfig()
+    for name, count, resources in (
+        ("gpu", 8, {"CPU": 4, "GPU": 1, "memory": 14 * GIB}),
+        ("gone", 0, {"CPU": 64}),
+        ("cpu", -1, {"CPU": 16}),
+    ):
+        config.node_group_configs.add(name=name, max_count=count, resources=resources)
+    client.report_cluster_config(config.SerializeToString())
+    yield
+    client.report_cluster_config(autoscaler_pb2.ClusterConfig().SerializeToString())
+
+
+@pytest.mark.ray
+def test_node_groups_that_an_autoscaler_has_reported_are_found(reported: None) -> None:
+    found = {kind.name: kind for kind in autoscaler.reported_node_types()}
+    assert found.keys() == {"gpu", "cpu"}
+    assert found["gpu"] == GPU_TYPE
+    assert autoscaler.worker_capacity(list(found.values()), 1.0) == 8
+    assert autoscaler.startable_node_types(HEAD) == tuple(found.values())
+    assert autoscaler.startable_node_types(LAPTOP) == ()
+
+
+@pytest.mark.ray
+def test_a_cluster_without_an_autoscaler_has_no_node_groups(connected: RayCluster) -> None:
+    assert autoscaler.reported_node_types() == ()
+
+
+@pytest.mark.ray
+def test_a_study_that_joins_a_cluster_without_gpus_names_both_options(
+    cluster: RayCluster, output: Path
+) -> None:
+    (config,) = (output / "store" / "bases").rglob("config.json")
+    small = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "--steps", "1")
+    arguments = (*small, "--model", str(config.parent), "--dtype", "bfloat16")
+    with pytest.raises(UsageError, match="is trained on GPUs, and none of the 1 nodes"):
+        study.run_here(output, *arguments, address=cluster.address)
+    assert study.records(output) == {}
