@@ -17,7 +17,7 @@ from ray.core.generated import autoscaler_pb2
 from orchestrator.execution.ray import autoscaler
 from orchestrator.execution.ray.autoscaler import NodeType, adapt_to_cluster
 from orchestrator.execution.ray.runtime import Cluster, Node
-from orchestrator.study.configuration import ModelChoice
+from orchestrator.study.configuration import Dtype, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
@@ -65,14 +65,15 @@ def test_defaults_on_a_joined_cluster(
     assert (adapted.gpus_per_worker, adapted.trainer_timeout) == (gpus, timeout)
 
 
-@pytest.mark.parametrize("name", [QWEN.name, "/shared/my-model"])
-def test_a_gpu_study_is_refused_where_the_joined_cluster_has_no_gpu(name: str) -> None:
-    small, large = configuration(), replace(configuration(), model=replace(QWEN, name=name))
+@pytest.mark.parametrize(("name", "dtype"), [(QWEN.name, "bfloat16"), ("/shared/my-model", "nf4")])
+def test_a_gpu_study_is_refused_where_the_joined_cluster_has_no_gpu(name: str, dtype: Dtype) -> None:
+    model = ModelChoice(name, "c0", dtype)
+    small, large = configuration(), replace(configuration(), model=model)
     cpu_type = NodeType("cpu", 8, Node(4, 0, 14 * GIB))
     with pytest.raises(UsageError) as refusal:
         adapt_to_cluster(DEFAULT, HEAD, [small, large], (cpu_type,))
     (line,) = str(refusal.value).splitlines()
-    assert line.startswith(f"{name} in bfloat16 is trained on GPUs, and none of the 2 nodes")
+    assert line.startswith(f"{name} in {dtype} is trained on GPUs, and none of the 2 nodes")
     assert "--gpus-per-worker 1" in line
     assert "--device cpu" in line
 

@@ -71,8 +71,8 @@ def adapt_to_cluster(
 ) -> StudyOptions:
     """Return the options with defaults for a joined cluster's nodes, and refuse a GPU study without GPUs.
 
-    A study is a GPU study if a base model in bfloat16 is not one of the project's own small models. Where
-    the joined cluster has no GPU now, such a study must be told whether to wait for one.
+    A study is a GPU study if it has a base model in bfloat16 or 4 bits that is not one of the project's own
+    small models. Where the joined cluster has no GPU now, such a study must be told whether to wait for one.
 
     Args:
         options: The study's options, after `adapt_options`.
@@ -89,13 +89,12 @@ def adapt_to_cluster(
     if options.gpus_per_worker is None and options.device != "cpu":
         from orchestrator.finetune.models.catalogue import built_in_names  # imports all tasks
 
-        names = {c.model.name for c in configurations if c.model.dtype == "bfloat16"}.difference(
-            built_in_names()
-        )
-        if names:
+        own = built_in_names()
+        models = {c.model for c in configurations if c.model.dtype != "float32" and c.model.name not in own}
+        for model in models:
             raise UsageError(
-                f"{min(names)} in bfloat16 is trained on GPUs, and none of the {len(cluster.nodes)} nodes of "
-                "the joined cluster has one now; add --gpus-per-worker 1 to wait for a GPU node (one that "
+                f"{model.name} in {model.dtype} is trained on GPUs, and none of the {len(cluster.nodes)} nodes "
+                "of the joined cluster has one now; add --gpus-per-worker 1 to wait for a GPU node (one that "
                 "joins, or that an autoscaler starts), or --device cpu to train on CPUs."
             )
     if options.gpus_per_worker and options.trainer_timeout is None:
