@@ -93,9 +93,9 @@ def adapt_to_cluster(
         models = {c.model for c in configurations if c.model.dtype != "float32" and c.model.name not in own}
         for model in models:
             raise UsageError(
-                f"{model.name} in {model.dtype} is trained on GPUs, and none of the {len(cluster.nodes)} nodes "
-                "of the joined cluster has one now; add --gpus-per-worker 1 to wait for a GPU node (one that "
-                "joins, or that an autoscaler starts), or --device cpu to train on CPUs."
+                f"{model.name} in {model.dtype} is trained on GPUs, and none of the {len(cluster.nodes)} "
+                "nodes of the joined cluster has one now; add --gpus-per-worker 1 to wait for a GPU node "
+                "(one that joins, or that an autoscaler starts), or --device cpu to train on CPUs."
             )
     if options.gpus_per_worker and options.trainer_timeout is None:
         options = replace(options, trainer_timeout=timeouts.NODE_START_SECONDS)

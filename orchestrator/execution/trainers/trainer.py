@@ -116,9 +116,6 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
         return
 
     # Imported once the device is announced to the broker: a damaged installation counts against the node.
-    import torch
-    from ray.train.torch import get_device
-
     from orchestrator.execution.broker.client import BrokerClient
     from orchestrator.finetune.engine.loop import LoopSettings
     from orchestrator.finetune.failures import TrainerBrokenError
@@ -126,16 +123,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     from orchestrator.record.store import Store
     from orchestrator.util.redaction import redact_errors
 
-    if spec.uses_gpus:
-        device = get_device()  # `cuda:0` may be another worker's GPU
-        torch.cuda.set_device(device)
-        if spec.gpus_per_worker < 1:  # so that no trainer takes the memory of another
-            torch.cuda.set_per_process_memory_fraction(spec.gpus_per_worker, device)
-    else:
-        device = torch.device("cpu")
-        # Trainers share the cores: with two threads per trainer, pretraining was 17 times slower.
-        torch.set_num_threads(1)
-        _keep_freed_memory()
+    device = _set_up_device(spec)
     if not Path(spec.scratch).is_dir():
         raise RuntimeError(f"this node does not see the study's store {spec.store}: mount it here, too")
     store = Store(Path(spec.store))
@@ -177,6 +165,23 @@ def load_base_model(spec: TrainerSpec, bases: Path, device: Any, model: ModelCho
         enable_activation_checkpointing(base_model.model)
     fraction = min(1.0, spec.gpus_per_worker)
     return replace(base_model, memory_fraction=fraction) if spec.uses_gpus else base_model
+
+
+def _set_up_device(spec: TrainerSpec) -> Any:
+    """Prepare torch for this worker's device. Returns the device."""
+    import torch
+    from ray.train.torch import get_device
+
+    if not spec.uses_gpus:
+        # Trainers share the cores: with two threads per trainer, pretraining was 17 times slower.
+        torch.set_num_threads(1)
+        _keep_freed_memory()
+        return torch.device("cpu")
+    device = get_device()  # `cuda:0` may be another worker's GPU
+    torch.cuda.set_device(device)
+    if spec.gpus_per_worker < 1:  # so that no trainer takes the memory of another
+        torch.cuda.set_per_process_memory_fraction(spec.gpus_per_worker, device)
+    return device
 
 
 def _keep_freed_memory() -> None:
