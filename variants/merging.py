@@ -54,6 +54,6 @@ def _check_mergeable(adapters: Adapters, lane: str) -> None:
     layers = {id(layer.base_layer.weight): layer for layer in adapters.layers.values()}
     for path, module in adapters.model.named_modules():
         for parameter in module._parameters.values():
-            layer = layers.get(id(parameter))
-            if layer is not None and layer.base_layer is not module:
-                raise MergeError(f"{layer.name} shares its weight with {path}: it cannot be merged")
+            owner = layers.get(id(parameter))
+            if owner is not None and owner.base_layer is not module:
+                raise MergeError(f"{owner.name} shares its weight with {path}: it cannot be merged")
