@@ -162,13 +162,14 @@ class LaneLinear(nn.Module):
         if type(self.variant).gradient_constants is Variant.gradient_constants:
             return self._stack_tensors(lanes)
         kept = self.own_tensors.gradient_constants
-        stale = tuple(lane for lane in lanes if lane not in kept or kept[lane][0] != self._versions((lane,)))
+        versions = {lane: self._versions((lane,)) for lane in lanes}
+        stale = tuple(lane for lane in lanes if lane not in kept or kept[lane][0] != versions[lane])
         if stale:
             scaling = self.adapter_state.scaling(self.variant, stale, layer)
             with torch.no_grad():
                 tensors = self.variant.gradient_constants(self._stack_tensors(stale), layer, scaling)
             for index, lane in enumerate(stale):
-                kept[lane] = self._versions((lane,)), {name: t[index] for name, t in tensors.items()}
+                kept[lane] = versions[lane], {name: t[index] for name, t in tensors.items()}
         constants = [kept[lane][1] for lane in lanes]
         return {**self._stack_tensors(lanes), **stack_by_name(constants)}
 

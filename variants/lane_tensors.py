@@ -99,4 +99,5 @@ class LaneTensors:
 
         AdamW's fused kernel does not change them; `Adapters.after_step` does so after each optimizer step.
         """
-        return [t._version for lane in lanes for t in self.lane_tensors(lane).values()]
+        kinds = (kind[lane] for lane in lanes for kind in (self.trainable, self.frozen))
+        return [tensor._version for tensors in kinds for tensor in tensors.values()]
