@@ -300,12 +300,12 @@ def test_another_data_revision_or_task_is_another_panel() -> None:
 
 
 def test_mixed_provenance_gives_one_warning_per_column() -> None:
-    other = Provenance(
-        "fedcba9", {"torch": "2.12.0", "ray": "2.60.0"}, device="cuda", lane_group_size=4, host="b"
-    )
+    versions = {"torch": "2.12.0", "ray": "2.60.0"}
+    kernels = "liger 0.8.5"
+    other = Provenance("fedcba9", versions, device="cuda", kernels=kernels, lane_group_size=4, host="b")
     summary = summarize_curves([record(seed=0), record(seed=1, provenance=other)])
     mixed = [w for w in summary.warnings if "mix" in w]
-    assert [w.split()[3].rstrip(":") for w in mixed] == ["commit", "device", "torch"]
+    assert [w.split()[3].rstrip(":") for w in mixed] == ["commit", "device", "kernels", "torch"]
     assert "0123abc (1)" in mixed[0]
     failed = record(seed=1, validation=None, state="failed", provenance=other)
     assert not any("mix" in w for w in summarize_curves([record(seed=0), failed]).warnings)

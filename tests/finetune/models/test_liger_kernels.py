@@ -6,18 +6,23 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scripted import configuration, tiny_base_model
+from scripted import Script, configuration, leases, tiny_base_model, train
 
 from orchestrator.finetune.models import liger_kernels
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
@@ -75,6 +80,17 @@ def test_a_model_that_liger_does_not_know_is_refused_before_a_study(tmp_path: Pa
 def test_a_missing_package_is_one_line_before_a_study(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"--kernels liger needs {MISSING[0]}, which is not installed: .*"):
         plan("letters", tmp_path)
+
+
+def test_a_record_names_the_kernels_of_its_base_model(store: Store) -> None:
+    def load(choice: ModelChoice, task: Task) -> BaseModel:
+        return replace(tiny_base_model(choice, task), kernels="liger 0.8.5")
+
+    plain, other = configuration(seed=0, steps=2), configuration(seed=1, steps=2)
+    train(Script(leases([plain])), store)
+    train(Script(leases([other])), store, load_base_model=load)
+    records = [store.get(each.fingerprint) for each in (plain, other)]
+    assert [record.provenance.kernels for record in records if record] == ["torch", "liger 0.8.5"]
 
 
 @needs_liger
