@@ -45,10 +45,10 @@ def _check_mergeable(adapters: Adapters, lane: str) -> None:
             raise MergeError(
                 f"lane {lane} cannot be merged while {other} uses the same base; remove it first"
             )
-    for layer in adapters.layers.values():
-        if isinstance(layer.base_layer, NF4Linear):
+    for adapted in adapters.layers.values():
+        if isinstance(adapted.base_layer, NF4Linear):
             raise MergeError(
-                f"{adapters.variant.name} cannot be merged into {layer.name}, which has 4 bits per value "
+                f"{adapters.variant.name} cannot be merged into {adapted.name}, which has 4 bits per value "
                 "(nf4); export the adapter and merge it into the 16-bit model"
             )
     layers = {id(layer.base_layer.weight): layer for layer in adapters.layers.values()}

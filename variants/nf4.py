@@ -142,8 +142,9 @@ class _NF4Product(torch.autograd.Function):
         return nn.functional.linear(x, NF4Weight(packed, scales, shape, dtype).dequantize(), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight = NF4Weight(*ctx.saved_tensors, ctx.shape, ctx.dtype).dequantize()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        packed, scales = ctx.saved_tensors
+        weight = NF4Weight(packed, scales, ctx.shape, ctx.dtype).dequantize()
         return gradient.matmul(weight), None, None, None, None, None
 
 
