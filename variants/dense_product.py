@@ -10,13 +10,16 @@ from torch.autograd.function import once_differentiable
 
 from variants.lane_views import FrozenLayer
 
+TOGETHER_NUMEL = 1 << 17
+"""Number of values of W up to which all lanes are computed together, which takes fewer launches."""
+
 
 class DenseProduct(torch.autograd.Function):
     """The product of each lane's rows with W + W * (B A), or with W * (B A) alone.
 
-    One lane after the other is computed, with one matrix of the size of W at a time. It is computed again in
-    the backward pass, which keeps x, A and B only. The backward pass has two products of full size: one for
-    the gradient of x, and one for the gradient G of the matrix, from which follow
+    One lane after the other is computed, with one matrix of the size of W at a time, unless W is small. The
+    matrix is computed again in the backward pass; x, A and B are kept. The backward pass has two products of
+    full size: one for the gradient of x, and one for the gradient G of the matrix, from which follow
     dB = (G * W) A^T and dA = B^T (G * W).
     """
 
@@ -50,14 +53,15 @@ class DenseProduct(torch.autograd.Function):
         ctx.layer, weight = layer, layer.weight
         ctx.adds_weight = base is None
         a, b = a.to(x.dtype), b.to(x.dtype)
-        out, matrix = x.new_empty(*x.shape[:2], len(weight)), torch.empty_like(weight)
-        for lane in range(len(x)):
-            _lane_matrix(a[lane], b[lane], weight, ctx.adds_weight, matrix)
-            start = bias if base is None else base[lane]
-            if start is None:
-                torch.mm(x[lane], matrix.t(), out=out[lane])
-            else:
-                torch.addmm(start, x[lane], matrix.t(), out=out[lane])
+        out = x.new_empty(*x.shape[:2], len(weight))
+        for lanes in _split_lanes(a, weight):
+            matrices = _lane_matrices(a[lanes], b[lanes], weight, ctx.adds_weight)
+            for lane, matrix in zip(range(len(x))[lanes], matrices, strict=True):
+                start = bias if base is None else base[lane]
+                if start is None:
+                    torch.mm(x[lane], matrix.t(), out=out[lane])
+                else:
+                    torch.addmm(start, x[lane], matrix.t(), out=out[lane])
         return out
 
     @staticmethod
@@ -68,22 +72,32 @@ class DenseProduct(torch.autograd.Function):
         weight = ctx.layer.weight
         a, b = wide_a.to(x.dtype), wide_b.to(x.dtype)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_a, grad_b, matrix = torch.empty_like(a), torch.empty_like(b), torch.empty_like(weight)
-        for lane in range(len(x)):
+        grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
+        for lanes in _split_lanes(a, weight):
             if grad_x is not None:
-                _lane_matrix(a[lane], b[lane], weight, ctx.adds_weight, matrix)
-                torch.mm(grad_out[lane], matrix, out=grad_x[lane])
-            torch.mm(grad_out[lane].t(), x[lane], out=matrix).mul_(weight)
-            torch.mm(matrix, a[lane].t(), out=grad_b[lane])
-            torch.mm(b[lane].t(), matrix, out=grad_a[lane])
+                matrices = _lane_matrices(a[lanes], b[lanes], weight, ctx.adds_weight)
+                torch.bmm(grad_out[lanes], matrices, out=grad_x[lanes])
+            matrices = torch.bmm(grad_out[lanes].transpose(1, 2), x[lanes]).mul_(weight)
+            torch.bmm(matrices, a[lanes].transpose(1, 2), out=grad_b[lanes])
+            torch.bmm(b[lanes].transpose(1, 2), matrices, out=grad_a[lanes])
         grad_base = None if ctx.adds_weight else grad_out
         return grad_x, grad_base, grad_a.to(wide_a.dtype), grad_b.to(wide_b.dtype), None, None
 
 
-def _lane_matrix(a: Tensor, b: Tensor, weight: Tensor, adds_weight: bool, out: Tensor) -> None:
-    """Write W + W * (B A), or W * (B A), to `out`."""
-    torch.mm(b, a, out=out)
-    if adds_weight:
-        torch.addcmul(weight, weight, out, out=out)
-    else:
-        out.mul_(weight)
+def _split_lanes(a: Tensor, weight: Tensor) -> list[slice]:
+    """Return the lanes that are computed together: all of them for a small W, else each one.
+
+    It depends on the layer and not on the number of lanes, since the results may differ in the last bits.
+    PyTorch computes a batch of one lane in bfloat16, and a product with a single column, in another order.
+    """
+    is_small = weight.numel() <= TOGETHER_NUMEL and a.dtype != torch.bfloat16 and a.shape[1] > 1
+    return [slice(None)] if is_small else [slice(lane, lane + 1) for lane in range(len(a))]
+
+
+def _lane_matrices(a: Tensor, b: Tensor, weight: Tensor, adds_weight: bool) -> Tensor:
+    """Return W + W * (B A), or W * (B A), of K lanes, (K, out, in), each with the strides of W."""
+    if weight.is_contiguous():
+        product = torch.bmm(b, a)
+    else:  # Conv1D stores (in, out)
+        product = torch.bmm(a.transpose(1, 2), b.transpose(1, 2)).transpose(1, 2)
+    return torch.addcmul(weight, weight, product, out=product) if adds_weight else product.mul_(weight)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from variants import catalogue
+from variants import catalogue, dense_product
 from variants.base import FrozenLayer, VariantSettings
 from variants.dense_product import DenseProduct
 from variants.testing.cases import ROWS, Case
@@ -31,14 +31,19 @@ class CountFullProducts(TorchDispatchMode):
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             rows, columns = args[-2:]
             sizes = {*rows.shape[-2:], *columns.shape[-2:]}
-            self.count += {IN, OUT} <= sizes and RANK not in sizes
+            lanes = len(rows) if rows.dim() == 3 else 1
+            self.count += lanes * ({IN, OUT} <= sizes and RANK not in sizes)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("has_base", [False, True])
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_gradients_equal_numerical_ones(has_base: bool, is_transposed: bool) -> None:
+@pytest.mark.parametrize("together_numel", [0, 1 << 17])
+def test_gradients_equal_numerical_ones(
+    has_base: bool, is_transposed: bool, together_numel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`is_transposed`: the module stores (in, out), as Conv1D does."""
+    monkeypatch.setattr(dense_product, "TOGETHER_NUMEL", together_numel)
     torch.manual_seed(0)
     weight, bias = torch.randn(4, 3).double(), torch.randn(4).double()
     if is_transposed:
