@@ -77,6 +77,9 @@ def train_pending(
         used = f", {context.budget.format_usage()}" if context.budget.gpus_per_trainer else ""
         duration = format_duration(time.monotonic() - began)
         progress.notify(f"{progress.ended.total()} trained in {duration}{early}{used}")
+        if progress.first_lane_at is not None:
+            wait = format_duration(progress.first_lane_at - began)
+            progress.notify(f"the first lane trained after {wait} of this time")
         named_later = [c for c in work.requested[num_requested:] if c.fingerprint not in later.reused]
         max_steps = sum(c.lr_schedule.steps for c in [*work.pending, *named_later])
         progress.notify(f"{steps} optimizer steps of {max_steps} for all configurations to the end")
