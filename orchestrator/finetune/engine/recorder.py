@@ -76,6 +76,7 @@ class LaneRecorder:
         The outcome is noted by `note_finished_write`, or when the lane leaves.
         """
         self.note_finished_write()
+        _drop_last_scores(lane)
         if self.is_saved(lane) or self.writer.is_busy:
             return
         try:
@@ -86,10 +87,7 @@ class LaneRecorder:
     def save_checkpoint(self, lane: Lane) -> None:
         """Write a checkpoint of the lane, unless its newest one is equal or the lane has not started."""
         self.finish_write()
-        if lane.is_at_last_step:
-            # The last scores need the outcome of each item, which a checkpoint does not hold: a lane that
-            # resumes there is evaluated again.
-            lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]
+        _drop_last_scores(lane)
         if not self.is_saved(lane):
             self._note_result(self.writer.write(self._make_checkpoint(lane)))
 
@@ -286,3 +284,12 @@ class LaneRecorder:
             stopping_settings=lane.lease.scheduler if state == "stopped" else "",
             stopped_at=lane.last_reported_step if state == "stopped" else None,
         )
+
+
+def _drop_last_scores(lane: Lane) -> None:
+    """Drop the scores of the last step of a lane that is saved there; it is evaluated again when it resumes.
+
+    These scores need the outcome of each item, which a checkpoint does not hold.
+    """
+    if lane.is_at_last_step:
+        lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]
