@@ -60,34 +60,39 @@ def test_the_start_of_a_process_imports_nothing_heavy(module: str, heavy: tuple[
     assert done.stdout.split() == []
 
 
-class LightTrial:
-    """The actor of a trial, which reports what its process has imported and whether it was used before."""
+def light_trial_class() -> type:
+    """Return the class of an actor, as a local class, since workers cannot import this module."""
 
-    def __init__(self, config: dict[str, Any], storage: object = None) -> None:
-        self.results = 0
-        self.reset(config, storage)
+    class LightTrial:
+        """The actor of a trial, which reports what its process has imported and how often it was used."""
 
-    def reset(self, config: dict[str, Any], storage: object = None) -> bool:
-        self.config, self.storage = config, storage
-        return True
+        def __init__(self, config: dict[str, Any], storage: object = None) -> None:
+            self.results = 0
+            self.reset(config, storage)
 
-    def train(self) -> dict[str, Any]:
-        self.results += 1
-        return {
-            "done": True,
-            "training_iteration": 1,
-            "loaded": [name for name in HEAVY if name in sys.modules],
-            "trial": self.config["__trial_info__"],
-            "storage": self.storage,
-            "x": self.config["x"],
-            "results": self.results,
-        }
+        def reset(self, config: dict[str, Any], storage: object = None) -> bool:
+            self.config, self.storage = config, storage
+            return True
 
-    def get_auto_filled_metrics(self, debug_metrics_only: bool = True) -> dict[str, Any]:
-        return {}
+        def train(self) -> dict[str, Any]:
+            self.results += 1
+            return {
+                "done": True,
+                "training_iteration": 1,
+                "loaded": [name for name in HEAVY if name in sys.modules],
+                "trial": self.config["__trial_info__"],
+                "storage": self.storage,
+                "x": self.config["x"],
+                "results": self.results,
+            }
 
-    def stop(self) -> None:
-        pass
+        def get_auto_filled_metrics(self, debug_metrics_only: bool = True) -> dict[str, Any]:
+            return {}
+
+        def stop(self) -> None:
+            pass
+
+    return LightTrial
 
 
 @pytest.mark.ray
@@ -110,7 +115,7 @@ def test_trials_run_in_processes_without_ray_tune(connected: RayCluster, tmp_pat
             ),
         ).fit()
 
-    with light_trial_actors(Trainable, LightTrial):
+    with light_trial_actors(Trainable, light_trial_class()):
         results = fit(Trainable)
     assert not results.errors
     last = [result.metrics for result in results]
