@@ -76,7 +76,7 @@ class StudyMonitor(threading.Thread):
     def _start_first_trainers(self) -> None:
         """Start trainers while the broker and the trials start."""
         try:
-            self.pool.update(0, 0, 0, placed=frozenset(), hung=(), abort_reason="")
+            self.pool.update(BrokerState())
         except RayError:
             pass  # the first poll starts them
         except Exception as error:

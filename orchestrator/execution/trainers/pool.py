@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -45,23 +45,23 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class BrokerState:
-    """The state of the broker that decides on trainers, as of one poll."""
+    """The state of the broker that decides on trainers, as of one poll. The defaults are those of its start."""
 
-    waiting: int
+    waiting: int = 0
     """Number of lanes without a trainer."""
-    training: int
+    training: int = 0
     """Number of lanes on trainers."""
-    live_trainers: int
+    live_trainers: int = 0
     """Number of trainers that call the broker for lanes."""
-    placed: frozenset[str]
+    placed: frozenset[str] = frozenset()
     """Names of all trainers that have ever called the broker, which means that Ray has placed them."""
-    hung: Collection[str]
+    hung: Collection[str] = ()
     """Names of hung trainers."""
-    excluded_devices: Mapping[str, str]
+    excluded_devices: Mapping[str, str] = field(default_factory=dict)
     """Reasons by device that no trainer may use; see `broker/devices.py`."""
-    holders: frozenset[str]
+    holders: frozenset[str] = frozenset()
     """Names of the trainers that keep excluded devices reserved and train nothing."""
-    abort_reason: str
+    abort_reason: str = ""
     """The reason to start no more trainers; empty while trainers should be started."""
 
 
