@@ -59,15 +59,13 @@ def _multiply(uses_gpu: bool) -> str:
         left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, generator=torch.Generator().manual_seed(0))
         expected = left.double() @ right.double()
         product = (left.to(device) @ right.to(device)).cpu()
-        error = float((product - expected).abs().max() / expected.abs().max())
+        difference = float((product - expected).abs().max() / expected.abs().max())
     except Exception as error:  # any type, also of a damaged installation of torch
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     # NaN is not within the limit.
-    return (
-        ""
-        if error <= MAX_RELATIVE_ERROR
-        else f"a matrix product is wrong by {error:.1e} of its largest element"
-    )
+    if difference <= MAX_RELATIVE_ERROR:
+        return ""
+    return f"a matrix product is wrong by {difference:.1e} of its largest element"
 
 
 def admit_trainer(trainer_id: str, uses_gpu: bool, process_group: ProcessGroup) -> bool:

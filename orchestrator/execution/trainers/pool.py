@@ -45,7 +45,7 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class BrokerState:
-    """The state of the broker that decides on trainers, as of one poll. The defaults are those of its start."""
+    """The state of the broker that decides on trainers, as of one poll; by default that of its start."""
 
     waiting: int = 0
     """Number of lanes without a trainer."""
