@@ -116,6 +116,7 @@ def test_a_study_that_joins_a_cluster_without_gpus_names_both_options(
     (config,) = (output / "store" / "bases").rglob("config.json")
     small = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "--steps", "1")
     arguments = (*small, "--model", str(config.parent), "--dtype", "bfloat16")
-    with pytest.raises(UsageError, match="is trained on GPUs, and none of the 1 nodes"):
-        study.run_here(output, *arguments, address=cluster.address)
+    code, out, err = study.run(output, *arguments, address=cluster.address)
+    assert code == 2, out + err
+    assert "is trained on GPUs, and none of the 1 nodes" in err
     assert study.records(output) == {}
