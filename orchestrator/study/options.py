@@ -114,7 +114,7 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
             batch_size: Examples per optimizer step: --batch-size, or the task's.
 
         Raises:
-            UsageError: --accumulation does not divide it, or a micro-batch has fewer rows than workers.
+            UsageError: --accumulation does not divide it, or it has fewer rows than there are workers.
         """
         parts = self.accumulation or 1
         if batch_size % parts:
@@ -122,10 +122,8 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
             raise UsageError(
                 f"--accumulation {parts}: must divide the batch size, {batch_size}; take {divisor}."
             )
-        micro_batch_size = batch_size // parts
-        if self.workers_per_trainer > micro_batch_size:
-            rows = f"the {micro_batch_size} in a micro-batch (batch size {batch_size}, accumulation {parts})"
-            rule = f"every worker needs a row of {rows}; take {micro_batch_size}"
+        if self.workers_per_trainer > batch_size:
+            rule = f"every worker needs a row of the {batch_size} in a batch; take {batch_size}"
             raise UsageError(f"--workers-per-trainer {self.workers_per_trainer}: {rule}.")
 
     def check_output(self) -> None:

@@ -43,8 +43,8 @@ BAD = {
     "population based training": ((*DRY, "--scheduler", "pbt"), ["'pbt'", "immutable", "asha"]),
     "zero workers": ((*DRY, "--workers-per-trainer", "0"), ["--workers-per-trainer 0", "1 or more"]),
     "more workers than rows": (
-        (*DRY, "--workers-per-trainer", "5", "--accumulation", "4", "--batch-size", "16"),
-        ["--workers-per-trainer 5", "take 4"],
+        (*DRY, "--workers-per-trainer", "17", "--accumulation", "4", "--batch-size", "16"),
+        ["--workers-per-trainer 17", "take 16"],
     ),
     "workers on fractions of a GPU": (
         (*DRY, "--workers-per-trainer", "2", "--gpus-per-worker", "0.5"),

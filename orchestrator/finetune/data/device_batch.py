@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.finetune.data.batches import Batch, PaddedRows
+from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.tasks.base import Image
 
 
@@ -75,11 +76,3 @@ def _move_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tens
     buffer = copy_without_waiting(torch.cat([t.reshape(-1).view(torch.int64) for t in tensors]), device)
     parts = buffer.split([tensor.numel() for tensor in tensors])
     return [p.view(t.dtype).view(t.shape) for p, t in zip(parts, tensors, strict=True)]
-
-
-def copy_without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from the CPU to a device; on a GPU the host does not wait for the copy.
-
-    From memory that is not pinned, PyTorch would wait until the GPU has done all earlier work.
-    """
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.tasks.base import Image
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError
@@ -75,11 +76,12 @@ class ImageProcessor:
         """
         positions = {image: number for number, image in enumerate(dict.fromkeys(images))}
         futures = [self._submit_decode(image) for image in positions]
-        pixels = torch.stack([each.result() for each in futures]).to(device)
+        pixels = copy_without_waiting(torch.stack([each.result() for each in futures]), device)
         batch = self.normalize(pixels).to(dtype)
         if len(positions) == len(images):
             return batch
-        return batch[torch.tensor([positions[image] for image in images], device=device)]
+        numbers = torch.tensor([positions[image] for image in images])
+        return batch.index_select(0, copy_without_waiting(numbers, device))
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Return rescaled and normalized pixels as float32.
@@ -92,7 +94,8 @@ class ImageProcessor:
             values = values * self.hf_processor.rescale_factor
         if self.hf_processor.do_normalize:
             channels = self.hf_processor.image_mean, self.hf_processor.image_std
-            mean, std = (values.new_tensor(each).view(1, -1, 1, 1) for each in channels)
+            on_cpu = torch.tensor(channels, dtype=values.dtype).view(2, 1, -1, 1, 1)
+            mean, std = copy_without_waiting(on_cpu, values.device)
             values = (values - mean) / std
         return values
 

@@ -1,0 +1,205 @@
+"""The micro-batches of a step: sorted rows, the shares of workers, and batches that a thread makes ahead."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.finetune.data.batches import Batch, Row, bucket_length, pad_rows, shuffled_indices
+from orchestrator.finetune.data.device_batch import DeviceBatch
+from orchestrator.finetune.data.step_batches import StepBatches, StepBatchLoader, StepKey, assign_rows
+from orchestrator.finetune.tasks.base import IGNORE_INDEX
+from orchestrator.study.configuration import BatchConfig
+
+SIZES = st.builds(BatchConfig, st.integers(1, 6), st.integers(1, 6))
+
+
+def row(number: int, length: int, targets: int = 1) -> Row:
+    """Return a row whose first token is its number."""
+    count = min(targets, length)
+    ids = (number, *range(2, length + 1))
+    return Row(ids, (*[IGNORE_INDEX] * (length - count), *[7] * count), (2,))
+
+
+ROWS = [row(number, 1 + number * 37 % 90, 1 + number % 3) for number in range(50)]
+
+
+def loader(
+    rank: int = 0, workers: int = 1, ahead: bool = False, rows: Sequence[Row] = ROWS
+) -> StepBatchLoader:
+    return StepBatchLoader(rows, 96, 0, (rank, workers), ahead)
+
+
+def assert_equal(found: StepBatches, expected: StepBatches) -> None:
+    assert found.target_count == expected.target_count
+    for one, other in zip(found.batches, expected.batches, strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.targets, other.targets)
+        assert torch.equal(one.lengths, other.lengths)
+
+
+@given(SIZES, st.integers(0, 40))
+def test_a_step_has_the_rows_that_it_draws_the_longest_first(sizes: BatchConfig, step: int) -> None:
+    (made,) = loader().load([StepKey(3, step, sizes)])
+    count = sizes.micro_batch_size * sizes.accumulation_steps
+    drawn = [ROWS[number] for number in shuffled_indices(3, len(ROWS), step * count, count)]
+    lengths = [length for batch in made.batches for length in batch.lengths.tolist()]
+    assert lengths == sorted((len(r.ids) for r in drawn), reverse=True)
+    numbers = [number for batch in made.batches for number in batch.ids[:, 0].tolist()]
+    stable = sorted(drawn, key=lambda r: -len(r.ids))
+    assert numbers == [r.ids[0] for r in stable], "rows of equal length stay in the order of drawing"
+    assert [b.length for b in made.batches] == [bucket_length(int(b.lengths[0]), 96) for b in made.batches]
+    assert made.target_count == sum(batch.target_count for batch in made.batches)
+
+
+@given(SIZES, st.integers(1, 36))
+def test_workers_share_a_step_and_whole_micro_batches_where_there_are_enough(
+    sizes: BatchConfig, workers: int
+) -> None:
+    rows = sizes.micro_batch_size * sizes.accumulation_steps
+    workers = min(workers, rows)
+    shares = [assign_rows(sizes, rank, workers) for rank in range(workers)]
+    computed = [
+        (share.micro_batch, number)
+        for of in shares
+        for share in of
+        for number in range(share.first_row, share.last_row)
+    ]
+    assert len(computed) == len(set(computed)) == rows
+    assert all(share.last_row > share.first_row for of in shares for share in of)
+    if workers <= sizes.accumulation_steps:
+        assert [s.micro_batch for s in shares[0]] == [*range(0, sizes.accumulation_steps, workers)]
+        assert all(s[1:] == (0, sizes.micro_batch_size) for of in shares for s in of)
+    else:
+        assert all(len(of) == 1 for of in shares)
+
+
+@settings(max_examples=30)
+@given(SIZES, st.integers(1, 6))
+def test_the_parts_of_the_workers_are_the_step_of_one_worker(sizes: BatchConfig, workers: int) -> None:
+    workers = min(workers, sizes.micro_batch_size * sizes.accumulation_steps)
+    key = StepKey(1, 2, sizes)
+    (whole,) = loader().load([key])
+    parts: dict[tuple[int, int], Batch] = {}
+    for rank in range(workers):
+        (part,) = loader(rank, workers).load([key])
+        assert part.target_count == whole.target_count
+        for share, batch in zip(assign_rows(sizes, rank, workers), part.batches, strict=True):
+            parts[share.micro_batch, share.first_row] = batch
+    for number, batch in enumerate(whole.batches):
+        joined = Batch.concatenate([parts[place] for place in sorted(parts) if place[0] == number])
+        assert torch.equal(joined.ids, batch.ids)
+        assert torch.equal(joined.targets, batch.targets)
+
+
+STEPS = [StepKey(seed, step, BatchConfig(3, 2)) for step in range(6) for seed in (0, 1)]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.lists(st.sampled_from(STEPS)), st.lists(st.sampled_from(STEPS))), max_size=6))
+def test_batches_do_not_depend_on_what_was_made_ahead(
+    calls: list[tuple[list[StepKey], list[StepKey]]],
+) -> None:
+    """As when lanes join, leave, resume at another step, or repeat a step after an error."""
+    threaded, plain = loader(ahead=True), loader()
+    for wanted, upcoming in calls:
+        for found, expected in zip(threaded.load(wanted, upcoming), plain.load(wanted), strict=True):
+            assert_equal(found, expected)
+
+
+class Watched(Sequence[Row]):
+    """Rows that note the threads that read them, and raise errors while `broken`."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+        self.broken = False
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(ROWS)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        self.threads.append(threading.current_thread().name)
+        if self.broken:
+            raise KeyError("title")
+        return ROWS[index]
+
+
+def test_the_next_step_is_made_in_a_thread_and_only_once() -> None:
+    rows = Watched()
+    made = loader(ahead=True, rows=rows)
+    first, second, third = (StepKey(0, step, BatchConfig(3, 2)) for step in range(3))
+    made.load([first], [second])
+    made.load([second, second], [third])
+    made.load([third])
+    own = threading.current_thread().name
+    assert len(rows.threads) == 3 * 6
+    assert rows.threads.count(own) == 6, "the first step"
+
+
+def test_an_error_of_the_thread_is_raised_where_the_step_is_wanted_and_the_step_can_be_repeated() -> None:
+    rows = Watched()
+    made = loader(ahead=True, rows=rows)
+    first, second = StepKey(0, 0, BatchConfig(3, 2)), StepKey(0, 1, BatchConfig(3, 2))
+    rows.broken = True
+    made.load([], [first])
+    with pytest.raises(KeyError, match="title"):
+        made.load([first], [second])
+    rows.broken = False
+    assert_equal(made.load([first])[0], loader().load([first])[0])
+
+
+def test_sorted_rows_have_a_third_of_the_padding() -> None:
+    """Rows of 250 tokens on average and 511 at most, 64 a step in micro-batches of 8."""
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.randn(4096, generator=random).mul(0.45).exp().mul(225).clamp(20, 511).long().tolist()
+    rows = [row(number, length) for number, length in enumerate(drawn)]
+    made = StepBatchLoader(rows, 511, 0).load([StepKey(0, step, BatchConfig(8, 8)) for step in range(64)])
+    batches = [batch for step in made for batch in step.batches]
+    padded, real = sum(b.ids.numel() for b in batches), sum(int(b.lengths.sum()) for b in batches)
+    assert 240 < real / 4096 < 260
+    assert padded / real < 1.3
+    unsorted = sum(
+        8 * bucket_length(max(drawn[i] for i in shuffled_indices(0, 4096, first, 8)), 511)
+        for first in range(0, 4096, 8)
+    )
+    assert unsorted / real > 1.5
+
+
+def test_a_batch_on_the_device_has_the_targets_of_its_rows() -> None:
+    first, second = pad_rows(ROWS[:3], 96, 0), pad_rows(ROWS[3:6], 96, 0)
+    moved = DeviceBatch.copy_to(torch.device("cpu"), [first, second], [0.5, 0.25])
+    joined = Batch.concatenate([first, second])
+    has_label = joined.targets != IGNORE_INDEX
+    assert torch.equal(moved.ids, joined.ids)
+    assert torch.equal(moved.attention_mask, joined.attention_mask)
+    assert torch.equal(moved.labels, joined.targets[has_label])
+    assert torch.equal(joined.targets.flatten()[moved.target_positions], moved.labels)
+    assert moved.lane_target_counts == (first.target_count, second.target_count)
+    weights = [0.5] * first.target_count + [0.25] * second.target_count
+    assert moved.weights.tolist() == weights
+    assert moved.first_target_column == int(has_label.any(0).nonzero()[0])
+    alone = DeviceBatch.copy_to(torch.device("cpu"), [first])
+    assert float(alone.weights.sum()) == pytest.approx(1.0)
+
+
+def test_the_labels_of_a_regression_task_keep_their_type() -> None:
+    rows = [Row((1, 2), (IGNORE_INDEX, 0.1), (1,), second_segment_start=1), Row((3,), (2.5,), (3,))]
+    moved = DeviceBatch.copy_to(torch.device("cpu"), [pad_rows(rows, 8, 0)])
+    assert moved.labels.tolist() == [0.1, 2.5]
+    assert moved.token_type_ids is not None
+    assert moved.token_type_ids[0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
