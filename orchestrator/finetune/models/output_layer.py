@@ -31,7 +31,7 @@ def ends_with_output_layer(model: Any) -> bool:
         model: A transformers model without adapters on its output layer, on any device.
     """
     import torch
-    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
     layer, body = find_frozen_output_layer(model), model.base_model
     if layer is None or body is model:
@@ -40,17 +40,16 @@ def ends_with_output_layer(model: Any) -> bool:
     hidden = torch.randn(2, 4, layer.in_features, generator=generator).to(layer.weight.dtype)
     scale = torch.tensor([1.0, 1e3])[:, None, None]
     logits = torch.randn(2, 4, 8, generator=generator).mul(scale).to(layer.weight.dtype)
+    states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden.clone())
     received: list[torch.Tensor] = []
 
-    def return_logits(states: torch.Tensor) -> torch.Tensor:
-        received.append(states)
+    def return_logits(layer_input: torch.Tensor) -> torch.Tensor:
+        received.append(layer_input)
         return logits.clone()
 
     try:
         with (
-            _replaced_forward(
-                body, lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden.clone())
-            ),
+            _replaced_forward(body, lambda *_, **__: states),
             _replaced_forward(layer, return_logits),
             torch.no_grad(),
         ):

@@ -80,7 +80,9 @@ def test_losses_and_gradients_equal_those_of_cross_entropy(
     assert not losses.requires_grad
     torch.testing.assert_close(losses, expected.detach())
     torch.testing.assert_close(objective.detach(), (expected * weights.to(wide)).sum().detach())
-    torch.testing.assert_close(found, hidden.grad)
+    # An element near zero is a difference of large ones, so the error of bfloat16 is that of the largest.
+    tolerance = {torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    assert (found - hidden.grad).abs().max() <= tolerance * hidden.grad.abs().max()
     assert layer.weight.grad is None
     with torch.no_grad():
         scored, predictions = token_loss.predict_tokens(hidden, layer, labels, (20, 10))
