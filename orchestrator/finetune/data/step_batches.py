@@ -1,9 +1,10 @@
 """The micro-batches of an optimizer step, made one step ahead in a thread.
 
 The rows of a step are sorted by length before they are cut into micro-batches, so that a micro-batch holds
-rows of nearly equal length and little padding. The loss of a step is divided by the targets of all its rows,
-so the order of rows changes no sum. What a step holds depends on the lane's seed, the step and the batch
-sizes alone, not on the lane group, on the workers, or on what was made before.
+rows of nearly equal length and little padding. Micro-batches of long rows have fewer rows than those of short
+ones, so that all take about the same memory and time. The loss of a step is divided by the targets of all its
+rows, so neither changes a sum. What a step holds depends on the lane's seed, the step, the batch sizes and
+the training rows alone, not on the lane group, on the workers, or on what was made before.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
 
 from orchestrator.finetune.data.batches import Batch, Row, bucket_length, pad_rows, shuffled_indices
 from orchestrator.finetune.tasks.base import IGNORE_INDEX
 from orchestrator.study.configuration import BatchConfig
+
+SAMPLED_ROWS = 1024
+"""The number of training rows from whose lengths the sizes of micro-batches are chosen, about."""
 
 
 class StepKey(NamedTuple):
@@ -35,6 +41,8 @@ class Share(NamedTuple):
     first_row: int
     last_row: int
     """The row after the share's last one."""
+    row_count: int
+    """The number of rows of the whole micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +55,62 @@ class StepBatches:
     """The number of targets of the step on all workers."""
 
 
-def assign_rows(batches: BatchConfig, rank: int, world_size: int) -> list[Share]:
+def plan_row_counts(lengths: Sequence[int], batches: BatchConfig) -> tuple[int, ...]:
+    """Return the number of rows in each micro-batch of a step, the micro-batch with the longest rows first.
+
+    The numbers are the same for all steps and lanes, so that lanes can be computed together. They are chosen
+    for a step whose sorted rows have the lengths expected of them: the largest micro-batch has as few tokens
+    as possible, padding included.
+
+    Args:
+        lengths: Padded lengths of training rows, at least one.
+        batches: The number of micro-batches, and their mean number of rows.
+    """
+    count, total = batches.accumulation_steps, batches.accumulation_steps * batches.micro_batch_size
+    descending = sorted((max(1, length) for length in lengths), reverse=True)
+    expected = [descending[(2 * i + 1) * len(descending) // (2 * total)] for i in range(total)]
+    for limit in sorted({length * rows for length in set(expected) for rows in range(1, total + 1)}):
+        counts: list[int] = []
+        for left in range(count, 0, -1):  # micro-batches that are still to be filled
+            first = sum(counts)
+            # Each later micro-batch needs a row.
+            counts.append(min(max(1, limit // expected[min(first, total - 1)]), total - first - (left - 1)))
+        if sum(counts) == total and max(map(mul, counts, _first_of(expected, counts))) <= limit:
+            return tuple(counts)
+    raise AssertionError("one row may have any length")
+
+
+def _first_of(values: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Return the first value of each of consecutive groups with these sizes."""
+    return [values[sum(counts[:index])] for index in range(len(counts))]
+
+
+def assign_rows(counts: Sequence[int], rank: int, world_size: int) -> list[Share]:
     """Return the shares of a worker in every step.
 
     Workers get whole micro-batches: worker r gets r, r + W, .... Only where there are fewer micro-batches
-    than workers are the rows of a micro-batch split, because a pass over few rows takes nearly as long as one
-    over many.
+    than workers are the rows of micro-batches split, because a pass over few rows takes nearly as long as one
+    over many. All workers then have the same number of rows, up to one.
 
     Args:
-        batches: The number and size of micro-batches.
+        counts: The number of rows of each micro-batch.
         rank: The worker.
         world_size: W, the number of workers; at most the number of rows in a step.
     """
-    count, rows = batches.accumulation_steps, batches.micro_batch_size
-    if count >= world_size:
-        return [Share(micro_batch, 0, rows) for micro_batch in range(rank, count, world_size)]
-    micro_batch, part = rank % count, rank // count
-    parts = len(range(micro_batch, world_size, count))
-    return [Share(micro_batch, rows * part // parts, rows * (part + 1) // parts)]
+    if len(counts) >= world_size:
+        return [
+            Share(number, 0, counts[number], counts[number])
+            for number in range(rank, len(counts), world_size)
+        ]
+    total = sum(counts)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    shares, start = [], 0
+    for number, rows in enumerate(counts):
+        own = range(max(first, start) - start, min(last, start + rows) - start)
+        if own:
+            shares.append(Share(number, own.start, own.stop, rows))
+        start += rows
+    return shares
 
 
 class StepBatchLoader:
@@ -90,6 +136,20 @@ class StepBatchLoader:
         self._worker = worker
         self._thread = ThreadPoolExecutor(1, "batches") if ahead else None
         self._upcoming: dict[StepKey, Future[StepBatches]] = {}
+        self._row_counts: dict[BatchConfig, tuple[int, ...]] = {}
+
+    def row_counts(self, batches: BatchConfig) -> tuple[int, ...]:
+        """Return the number of rows in each micro-batch of a step; see `plan_row_counts`."""
+        if batches not in self._row_counts:
+            stride = -(-len(self._rows) // SAMPLED_ROWS)
+            sampled = (self._rows[number] for number in range(0, len(self._rows), stride))
+            lengths = [bucket_length(len(row.ids), self._max_row_length) for row in sampled]
+            self._row_counts[batches] = plan_row_counts(lengths, batches)
+        return self._row_counts[batches]
+
+    def shares(self, batches: BatchConfig) -> list[Share]:
+        """Return the shares of this worker in every step."""
+        return assign_rows(self.row_counts(batches), *self._worker)
 
     def load(self, wanted: Sequence[StepKey], upcoming: Sequence[StepKey] = ()) -> list[StepBatches]:
         """Return the batches of steps. An error of the thread is raised here.
@@ -116,10 +176,12 @@ class StepBatchLoader:
         numbers = shuffled_indices(key.seed, len(self._rows), key.step * size * count, size * count)
         # The longest first: a step that does not fit the memory then fails in its first micro-batch.
         drawn = sorted((self._rows[number] for number in numbers), key=lambda row: -len(row.ids))
+        starts = [0, *accumulate(self.row_counts(key.batches))]
         made = []
-        for share in assign_rows(key.batches, *self._worker):
-            micro_batch = drawn[share.micro_batch * size : (share.micro_batch + 1) * size]
-            length = bucket_length(len(micro_batch[0].ids), self._max_row_length)
-            made.append(pad_rows(micro_batch[share.first_row : share.last_row], length, self._pad_token_id))
+        for share in self.shares(key.batches):
+            start = starts[share.micro_batch]
+            length = bucket_length(len(drawn[start].ids), self._max_row_length)
+            own = drawn[start + share.first_row : start + share.last_row]
+            made.append(pad_rows(own, length, self._pad_token_id))
         target_count = sum(len(row.targets) - row.targets.count(IGNORE_INDEX) for row in drawn)
         return StepBatches(tuple(made), target_count)

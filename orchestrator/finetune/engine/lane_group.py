@@ -18,7 +18,6 @@ from orchestrator.finetune.data.step_batches import (
     StepBatches,
     StepBatchLoader,
     StepKey,
-    assign_rows,
 )
 from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
@@ -30,7 +29,7 @@ from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
-from orchestrator.study.configuration import Configuration
+from orchestrator.study.configuration import BatchConfig, Configuration
 from variants.attach import Adapters
 
 
@@ -165,9 +164,7 @@ class LaneGroup:
         for lane in lanes:
             lane.optimizer.zero_grad(set_to_none=True)
         sizes = lanes[0].configuration.batches  # equal for all lanes of a group
-        for number, share in enumerate(
-            assign_rows(sizes, self.process_group.rank, self.process_group.world_size)
-        ):
+        for number, share in enumerate(self._step_loader(sizes).shares(sizes)):
             # Lanes of equal length only are batched together, so that no lane's result depends on padding.
             groups: dict[int, list[int]] = {}
             for index, step in enumerate(steps):
@@ -238,28 +235,31 @@ class LaneGroup:
 
     def _load_batches(self, lanes: Sequence[Lane]) -> list[StepBatches]:
         """Return this worker's batches of the lanes' next step."""
-        is_image_task = self.data.task.inputs == "image"
-        if self._loader is None:
-            max_length = lanes[0].configuration.batches.max_length
-            self._loader = StepBatchLoader(
-                self.data.train,
-                compute_max_row_length(self.data.task, max_length),
-                self.base_model.processor.pad_token_id,
-                (self.process_group.rank, self.process_group.world_size),
-                # On a CPU the thread would take the core that the model computes on.
-                ahead=self.base_model.device.type == "cuda" and not is_image_task,
-            )
+        loader = self._step_loader(lanes[0].configuration.batches)
         keys = [StepKey(lane.configuration.seed, lane.step, lane.configuration.batches) for lane in lanes]
         upcoming = [
             key._replace(step=key.step + 1)
             for key, lane in zip(keys, lanes, strict=True)
             if key.step + 1 < lane.configuration.lr_schedule.steps
         ]
-        if is_image_task:
-            both = self._loader.load([*keys, *upcoming])
+        if self.data.task.inputs == "image":
+            both = loader.load([*keys, *upcoming])
             self.base_model.processor.prefetch(i for s in both for b in s.batches for i in b.images)
             return both[: len(keys)]
-        return self._loader.load(keys, upcoming)
+        return loader.load(keys, upcoming)
+
+    def _step_loader(self, batches: BatchConfig) -> StepBatchLoader:
+        """Return the loader of the batches of steps, made at the first call."""
+        if self._loader is None:
+            self._loader = StepBatchLoader(
+                self.data.train,
+                compute_max_row_length(self.data.task, batches.max_length),
+                self.base_model.processor.pad_token_id,
+                (self.process_group.rank, self.process_group.world_size),
+                # On a CPU the thread would take the core that the model computes on.
+                ahead=self.base_model.device.type == "cuda" and self.data.task.inputs != "image",
+            )
+        return self._loader
 
     def _backward_micro_batch(
         self, lanes: Sequence[Lane], batches: Sequence[Batch], token_counts: Sequence[int], share: Share
@@ -283,7 +283,7 @@ class LaneGroup:
             [lane.step for lane in lanes],
             share.micro_batch,
             rows_per_lane=row_count,
-            shard=(share.first_row, sizes.micro_batch_size),
+            shard=(share.first_row, share.row_count),
             attention_mask=batch.attention_mask if self.adapters.variant.has_auxiliary_loss else None,
         ) as now:
             objective, losses = compute_objective(self.base_model, self.data.task, batch)

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from orchestrator.finetune.data.batches import Batch, Row, bucket_length, pad_rows, shuffled_indices
 from orchestrator.finetune.data.device_batch import DeviceBatch
-from orchestrator.finetune.data.step_batches import StepBatches, StepBatchLoader, StepKey, assign_rows
+from orchestrator.finetune.data.step_batches import (
+    StepBatches,
+    StepBatchLoader,
+    StepKey,
+    assign_rows,
+    plan_row_counts,
+)
 from orchestrator.finetune.tasks.base import IGNORE_INDEX
 from orchestrator.study.configuration import BatchConfig
 
@@ -58,26 +64,48 @@ def test_a_step_has_the_rows_that_it_draws_the_longest_first(sizes: BatchConfig,
     assert made.target_count == sum(batch.target_count for batch in made.batches)
 
 
-@given(SIZES, st.integers(1, 36))
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 36))
 def test_workers_share_a_step_and_whole_micro_batches_where_there_are_enough(
-    sizes: BatchConfig, workers: int
+    counts: list[int], workers: int
 ) -> None:
-    rows = sizes.micro_batch_size * sizes.accumulation_steps
-    workers = min(workers, rows)
-    shares = [assign_rows(sizes, rank, workers) for rank in range(workers)]
+    workers = min(workers, sum(counts))
+    shares = [assign_rows(counts, rank, workers) for rank in range(workers)]
     computed = [
         (share.micro_batch, number)
         for of in shares
         for share in of
         for number in range(share.first_row, share.last_row)
     ]
-    assert len(computed) == len(set(computed)) == rows
-    assert all(share.last_row > share.first_row for of in shares for share in of)
-    if workers <= sizes.accumulation_steps:
-        assert [s.micro_batch for s in shares[0]] == [*range(0, sizes.accumulation_steps, workers)]
-        assert all(s[1:] == (0, sizes.micro_batch_size) for of in shares for s in of)
+    assert len(computed) == len(set(computed)) == sum(counts)
+    assert all(share.row_count == counts[share.micro_batch] for of in shares for share in of)
+    if workers <= len(counts):
+        assert [s.micro_batch for s in shares[0]] == [*range(0, len(counts), workers)]
+        assert all(s.first_row == 0 and s.last_row == s.row_count for of in shares for s in of)
     else:
-        assert all(len(of) == 1 for of in shares)
+        rows = [sum(share.last_row - share.first_row for share in of) for of in shares]
+        assert max(rows) - min(rows) <= 1
+        assert min(rows) >= 1
+
+
+LENGTHS = st.lists(st.sampled_from([0, 8, 32, 64, 128, 512]), min_size=1, max_size=80)
+
+
+@given(LENGTHS, SIZES)
+def test_micro_batches_have_at_most_the_tokens_of_those_with_equal_numbers_of_rows(
+    lengths: list[int], sizes: BatchConfig
+) -> None:
+    counts = plan_row_counts(lengths, sizes)
+    size, count = sizes.micro_batch_size, sizes.accumulation_steps
+    assert len(counts) == count
+    assert sum(counts) == size * count
+    assert min(counts) >= 1
+    # The rows of a step with the lengths that are expected of them.
+    total, ordered = size * count, sorted((max(1, length) for length in lengths), reverse=True)
+    rows = [ordered[(2 * i + 1) * len(ordered) // (2 * total)] for i in range(total)]
+    largest = max(n * rows[sum(counts[:index])] for index, n in enumerate(counts))
+    assert largest <= max(size * rows[first] for first in range(0, total, size))
+    if len(set(lengths)) == 1:
+        assert set(counts) == {size}
 
 
 @settings(max_examples=30)
@@ -88,9 +116,10 @@ def test_the_parts_of_the_workers_are_the_step_of_one_worker(sizes: BatchConfig,
     (whole,) = loader().load([key])
     parts: dict[tuple[int, int], Batch] = {}
     for rank in range(workers):
-        (part,) = loader(rank, workers).load([key])
+        worker = loader(rank, workers)
+        (part,) = worker.load([key])
         assert part.target_count == whole.target_count
-        for share, batch in zip(assign_rows(sizes, rank, workers), part.batches, strict=True):
+        for share, batch in zip(worker.shares(sizes), part.batches, strict=True):
             parts[share.micro_batch, share.first_row] = batch
     for number, batch in enumerate(whole.batches):
         joined = Batch.concatenate([parts[place] for place in sorted(parts) if place[0] == number])
@@ -143,6 +172,8 @@ def test_the_next_step_is_made_in_a_thread_and_only_once() -> None:
     rows = Watched()
     made = loader(ahead=True, rows=rows)
     first, second, third = (StepKey(0, step, BatchConfig(3, 2)) for step in range(3))
+    made.row_counts(first.batches)  # reads a sample of the rows
+    rows.threads.clear()
     made.load([first], [second])
     made.load([second, second], [third])
     made.load([third])
@@ -163,7 +194,7 @@ def test_an_error_of_the_thread_is_raised_where_the_step_is_wanted_and_the_step_
     assert_equal(made.load([first])[0], loader().load([first])[0])
 
 
-def test_sorted_rows_have_a_third_of_the_padding() -> None:
+def test_sorted_rows_have_a_third_of_the_padding_and_no_micro_batch_is_large() -> None:
     """Rows of 250 tokens on average and 511 at most, 64 a step in micro-batches of 8."""
     random = torch.Generator().manual_seed(0)
     drawn = torch.randn(4096, generator=random).mul(0.45).exp().mul(225).clamp(20, 511).long().tolist()
@@ -173,6 +204,8 @@ def test_sorted_rows_have_a_third_of_the_padding() -> None:
     padded, real = sum(b.ids.numel() for b in batches), sum(int(b.lengths.sum()) for b in batches)
     assert 240 < real / 4096 < 260
     assert padded / real < 1.3
+    equal_rows = 8 * 511
+    assert max(b.ids.numel() for b in batches) < 0.85 * equal_rows
     unsorted = sum(
         8 * bucket_length(max(drawn[i] for i in shuffled_indices(0, 4096, first, 8)), 511)
         for first in range(0, 4096, 8)
