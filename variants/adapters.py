@@ -180,7 +180,7 @@ class Adapters(AdaptedModel):
         self._run_hook("before_step", lane, step, total_steps, moments)
 
     def after_step(self, lane: str, step: int, total_steps: int, moments: Moments) -> None:
-        """Run the variant's hook after an optimizer step, which must be followed by this call.
+        """Run the variant's hook after an optimizer step; must be called after every step.
 
         Args:
             lane: The lane that took the step.

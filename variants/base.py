@@ -7,8 +7,8 @@ A variant is one file with one subclass of `Variant`. It must define `scaling`, 
 `delta_weight` and `parameter_count`. The choice of layers, the lanes, dropout, merging and storage are
 handled elsewhere. Optional parts: an initialization from gradients, inputs or an SVD of the weight
 (`calibration_statistic`, `reduce_calibration`), parameters that layers share (`layer_group`), an auxiliary
-loss (`auxiliary_loss`), tensors that are computed once a step (`gradient_constants`), the layer's whole
-output in place of an update (`includes_base`, `forward_with_base`), hooks around the optimizer's step
+loss (`auxiliary_loss`), tensors that are computed once a step (`gradient_constants`), a forward pass that
+includes the frozen layer's output (`includes_base`, `forward_with_base`), hooks around the optimizer's step
 (`before_step`, `after_step`), and ranks that change during training (`rank_in_use`, `rank_budget`).
 
 This module also exports everything that an implementation of a variant needs.
@@ -47,7 +47,7 @@ class Batching(StrEnum):
     BATCHED = "batched"
     """One batched matrix product computes all lanes; the base model is never written."""
     DENSE = "dense"
-    """The variant forms a full-size update, for one layer and lane at a time (`DenseProduct`)."""
+    """The variant forms a full-size update, mostly for one layer and lane at a time (`DenseProduct`)."""
     EXCLUSIVE = "exclusive"
     """The variant writes the base model or keeps full-size state; a lane group holds one lane."""
 
@@ -243,9 +243,9 @@ class Variant(PeftFormat):
         raise NotImplementedError
 
     def includes_base(self, layer: FrozenLayer) -> bool:
-        """Return whether `forward_with_base` takes the place of the frozen layer and `forward` here.
+        """Return whether `forward_with_base` replaces the frozen layer and `forward` for this layer.
 
-        It does so in evaluation, and in training without dropout.
+        The replacement applies in evaluation, and in training without dropout.
         """
         return False
 

@@ -17,9 +17,9 @@ TOGETHER_NUMEL = 1 << 17
 class DenseProduct(torch.autograd.Function):
     """The product of each lane's rows with W + W * (B A), or with W * (B A) alone.
 
-    One lane after the other is computed, with one matrix of the size of W at a time, unless W is small. The
-    matrix is computed again in the backward pass; x, A and B are kept. The backward pass has two products of
-    full size: one for the gradient of x, and one for the gradient G of the matrix, from which follow
+    Lanes are computed one after another, with one matrix of the size of W at a time, unless W is small. The
+    matrix is computed again in the backward pass; only x, A and B are kept. The backward pass has two
+    products of full size: one for the gradient of x, and one for the gradient G of the matrix, which gives
     dB = (G * W) A^T and dA = B^T (G * W).
     """
 
@@ -85,10 +85,11 @@ class DenseProduct(torch.autograd.Function):
 
 
 def _split_lanes(a: Tensor, weight: Tensor) -> list[slice]:
-    """Return the lanes that are computed together: all of them for a small W, else each one.
+    """Return the groups of lanes that are computed together: one group for a small W, else one per lane.
 
-    It depends on the layer and not on the number of lanes, since the results may differ in the last bits.
-    PyTorch computes a batch of one lane in bfloat16, and a product with a single column, in another order.
+    The choice depends on the layer and not on the number of lanes, since the results may differ in the last
+    bits. bfloat16 and rank 1 are always computed per lane: PyTorch sums a batch of one lane in bfloat16, and
+    a product with a single column, in another order.
     """
     is_small = weight.numel() <= TOGETHER_NUMEL and a.dtype != torch.bfloat16 and a.shape[1] > 1
     return [slice(None)] if is_small else [slice(lane, lane + 1) for lane in range(len(a))]

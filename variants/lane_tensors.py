@@ -97,7 +97,7 @@ class LaneTensors:
     def versions(self, lanes: tuple[str, ...]) -> list[int]:
         """Return numbers that change with every in-place write of one of the lanes' tensors.
 
-        AdamW's fused kernel does not change them; `Adapters.after_step` does so after each optimizer step.
+        AdamW's fused kernel does not change them, so `Adapters.after_step` does, after each optimizer step.
         """
         kinds = (kind[lane] for lane in lanes for kind in (self.trainable, self.frozen))
         return [tensor._version for tensors in kinds for tensor in tensors.values()]

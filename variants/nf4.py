@@ -1,9 +1,9 @@
 """NF4 (QLoRA, arXiv 2305.14314, appendix E): frozen linear layers with weights of 4 bits.
 
 Only the weight is quantized: the layer dequantizes it to the model's dtype and multiplies as `nn.Linear`
-does. So a row's output depends neither on the other rows nor on their number. The format is that of
-bitsandbytes without double quantization. Its `Linear4bit` is not used, because without gradients it takes
-another kernel for few rows, and on some CPUs it rewrites its weight in `forward`.
+does. The output of a row therefore depends neither on the other rows nor on their number. The format is that
+of bitsandbytes without double quantization. The `Linear4bit` of bitsandbytes is not used: without gradients
+it takes another kernel for few rows, and on some CPUs it rewrites its weight in `forward`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VALUES = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
     1.0,
 )  # fmt: skip
-"""The 16 values of a weight over the scale of its block: quantiles of a normal distribution, and 0."""
+"""The 16 values that a weight divided by the scale of its block can have: normal quantiles, and 0."""
 
 
 class NF4Weight(NamedTuple):

@@ -61,7 +61,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def smaller_side(layer: nn.Module) -> int:
-    """Return the smaller one of the input and output features of a linear layer."""
+    """Return the smaller of the numbers of input and output features of a linear layer."""
     if isinstance(layer, NF4Linear):
         return min(layer.out_features, layer.in_features)
     return min(layer.weight.shape)  # type: ignore[arg-type]  # an nn.Module's attribute

@@ -22,9 +22,9 @@ class HiRA(LoRA):
     The size of the weights (about 0.02) scales every step, so HiRA needs 10 to 100 times LoRA's learning
     rate.
 
-    W + W * (B A) is formed for one layer and lane at a time, and is one matrix product with the input in
-    float32 and float64. In bfloat16 it would round the update away, so that the update is a product of its
-    own there, as it is with dropout.
+    W + W * (B A) is formed for one layer and lane at a time (for all lanes of a small layer). In float32 and
+    float64 the layer's output is one matrix product of the input and this sum. In bfloat16 the sum would
+    round the update away, so the update is a second product, as it is with dropout.
     """
 
     name: ClassVar[str] = "hira"
