@@ -1,4 +1,4 @@
-"""Copies from the CPU to a GPU that the host does not wait for."""
+"""Copies from the CPU to a GPU for which the host does not wait."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 
 def copy_without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from the CPU to a device; return it as it is if that is the CPU.
+    """Copy a tensor from the CPU to a device; if the device is the CPU, return the tensor itself.
 
-    From memory that is not pinned, PyTorch would wait until the GPU has done all earlier work.
+    The copy to a GPU is made from pinned memory: from other memory, PyTorch would wait until the GPU has
+    finished all earlier work.
     """
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

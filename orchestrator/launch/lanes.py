@@ -1,4 +1,4 @@
-"""The number of lanes per trainer: typed, the default of a CPU, or measured by the trainers on their GPUs."""
+"""The number of lanes per trainer: an option, the default of a CPU, or measured by the trainers on GPUs."""
 
 from __future__ import annotations
 

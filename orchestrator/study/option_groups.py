@@ -208,17 +208,17 @@ class ResourceOptions:
     """Number of Ray Train runs, each of which holds the base model. Default: as many as fit, adapted while
     nodes come and go. On a cluster that the study has joined, trainers beyond that number wait for nodes."""
     workers_per_trainer: int = 1
-    """Workers of a trainer, which split every batch between them. Each holds the base model."""
+    """Workers of a trainer, which share every batch. Each holds the base model."""
     lanes_per_trainer: int | None = None
     """Number of fine-tunes (lanes) that a trainer trains at once over one copy of the base. Default: 4 on a
     CPU; on a GPU each trainer chooses up to 8 by the memory of its first steps."""
     gpus_per_worker: float | None = None
     """GPUs of a worker; a fraction lets several trainers share one. Default: 1 where there are GPUs, or where
-    the cluster's head can start nodes with GPUs (not for --dry-run), else 0."""
+    the cluster's autoscaler is known to start nodes with GPUs (not for --dry-run), else 0."""
     device: Literal["auto", "cpu"] = "auto"
     """`cpu`: trainers reserve their GPUs in Ray but train on CPUs, as a rehearsal of a GPU cluster."""
     kernels: Literal["torch", "liger"] = "torch"
-    """Code of the base's norms, rotary embeddings and gated activations: transformers' own in PyTorch, or
+    """Kernels of the base's norms, rotary embeddings and gated activations: transformers' own in PyTorch, or
     `liger`, Liger's Triton kernels on GPUs (pip install -e ".[gpu]"): less time and memory for Qwen, Llama,
     Mistral, Gemma and others. Results differ by rounding; records name the kernels."""
     trainer_timeout: float | None = None

@@ -13,21 +13,22 @@ from collections.abc import Mapping, Sequence
 from orchestrator.util import timeouts
 
 MAX_DEVICE_DEATHS = 2
-"""Number of trainers that die on a device, without a step in between, until it is excluded."""
+"""Number of deaths of trainers on a device, without a step in between, after which it is excluded."""
 
 
 class DeviceRegistry:
     """Count the deaths of trainers on each device, and exclude devices that are broken.
 
-    A device is excluded if a worker's test of it fails, or after MAX_DEVICE_DEATHS deaths without a step in
-    between if a trainer runs on a sound device. Otherwise the cause is probably not the device.
+    A device is excluded if a worker's test of it fails. It is also excluded after MAX_DEVICE_DEATHS deaths
+    without a step in between, if a trainer runs on a sound device; without such a trainer the cause is
+    probably not the device.
     """
 
     def __init__(self) -> None:
         self.excluded: dict[str, str] = {}
         """Reasons by excluded device."""
         self.holders: dict[str, float] = {}
-        """The trainers that keep excluded devices reserved, by name: the last time at which a lane waited."""
+        """Name of a trainer that keeps excluded devices reserved -> the last time at which a lane waited."""
         self._devices: dict[str, tuple[str, ...]] = {}
         """The devices of the trainers that have started and not ended, by name."""
         self._deaths: Counter[str] = Counter()

@@ -1,8 +1,8 @@
-"""The nodes that an autoscaler may start, and how long and whether a study waits for GPU nodes.
+"""The nodes that an autoscaler may start, and the decision whether and how long a study waits for GPU nodes.
 
 The node types come from the cluster file that `ray up` leaves on the head, or from Ray's control store if the
-autoscaler reports them there (Anyscale's does). KubeRay's autoscaler tells nobody: a study then waits for GPU
-nodes if the user asks for GPUs.
+autoscaler reports them there (Anyscale's does). KubeRay's autoscaler does not report them: a study then waits
+for GPU nodes only if the user requests GPUs.
 """
 
 from __future__ import annotations

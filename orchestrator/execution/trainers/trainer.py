@@ -1,6 +1,6 @@
 """A trainer: one Ray Train run that holds a base model and trains lane groups until no lane waits.
 
-The workers of a trainer split every batch (`finetune/process_group.py`). The worker of rank 0 calls the
+The workers of a trainer share every batch (`finetune/process_group.py`). The worker of rank 0 calls the
 broker. When a worker dies, Train ends the run, and the driver replaces the trainer as a whole.
 """
 
@@ -60,7 +60,7 @@ class TrainerSpec:
     device: str = "auto"
     """With "cpu", workers compute on the CPU even if they reserve GPUs in Ray."""
     kernels: str = "torch"
-    """Code of the base model's norms and activations: "torch", or "liger" on GPUs."""
+    """Kernels of the base model's norms, rotary embeddings and activations: "torch", or "liger" on GPUs."""
     train_loop: str = "orchestrator.finetune.engine.loop:run"
     """The function that each worker runs, "module:function"; benchmarks replace it."""
 

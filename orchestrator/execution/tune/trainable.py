@@ -1,4 +1,4 @@
-"""Tune's class of a trial, which Tune requires in the driver; trials run it themselves under Hyperband."""
+"""Tune's class of a trial. Tune requires it in the driver; trial processes use it under Hyperband only."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from orchestrator.finetune.tasks.base import Image
 class DeviceBatch(PaddedRows):
     """Padded rows of one or several lanes on a device, with the positions and labels of their targets.
 
-    Targets whose label is IGNORE_INDEX are left out on the CPU: on a GPU the number of the others, which is
-    the size of tensors, would not be known without waiting for the device.
+    Targets with the label IGNORE_INDEX are removed on the CPU. On a GPU the host would have to wait for the
+    number of the remaining targets, which is a size of tensors.
     """
 
     ids: Tensor
@@ -40,7 +40,7 @@ class DeviceBatch(PaddedRows):
     def copy_to(
         cls, device: torch.device, batches: Sequence[Batch], weights: Sequence[float] | None = None
     ) -> DeviceBatch:
-        """Copy one batch per lane to a device, in one transfer that a GPU's host does not wait for.
+        """Copy one batch per lane to a device, in one transfer, without waiting for a GPU.
 
         Args:
             device: The device.

@@ -2,9 +2,10 @@
 
 The rows of a step are sorted by length before they are cut into micro-batches, so that a micro-batch holds
 rows of nearly equal length and little padding. Micro-batches of long rows have fewer rows than those of short
-ones, so that all take about the same memory and time. The loss of a step is divided by the targets of all its
-rows, so neither changes a sum. What a step holds depends on the lane's seed, the step, the batch sizes and
-the training rows alone, not on the lane group, on the workers, or on what was made before.
+rows, so that all have about the same number of tokens and take about the same memory and time. The loss of a
+step is divided by the number of targets in all its rows, so sorting and unequal row counts do not change the
+objective. The micro-batches of a step depend only on the lane's seed, the step, the batch sizes and the
+training rows; they do not depend on the lane group, the workers or earlier calls.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from orchestrator.finetune.tasks.base import IGNORE_INDEX
 from orchestrator.study.configuration import BatchConfig
 
 SAMPLED_ROWS = 1024
-"""The number of training rows from whose lengths the sizes of micro-batches are chosen, about."""
+"""Approximate number of training rows whose lengths decide the sizes of micro-batches."""
 
 
 class StepKey(NamedTuple):
-    """What decides the rows of a step. Lanes with equal keys share their batches."""
+    """The values that decide the rows of a step. Lanes with equal keys share their batches."""
 
     seed: int
     step: int
-    """The optimizer steps that the lane has taken before."""
+    """Number of optimizer steps that the lane has taken before this one."""
     batches: BatchConfig
 
 
@@ -40,7 +41,7 @@ class Share(NamedTuple):
     """The number of the micro-batch within its step."""
     first_row: int
     last_row: int
-    """The row after the share's last one."""
+    """The row after the last one of the share."""
     row_count: int
     """The number of rows of the whole micro-batch."""
 
@@ -58,9 +59,9 @@ class StepBatches:
 def plan_row_counts(lengths: Sequence[int], batches: BatchConfig) -> tuple[int, ...]:
     """Return the number of rows in each micro-batch of a step, the micro-batch with the longest rows first.
 
-    The numbers are the same for all steps and lanes, so that lanes can be computed together. They are chosen
-    for a step whose sorted rows have the lengths expected of them: the largest micro-batch has as few tokens
-    as possible, padding included.
+    The numbers are the same for all steps and lanes, so that lanes can be computed together. They minimize
+    the tokens of the largest micro-batch, padding included, in a step whose sorted rows have quantiles of
+    `lengths` as their lengths.
 
     Args:
         lengths: Padded lengths of training rows, at least one.
@@ -88,9 +89,9 @@ def _first_of(values: Sequence[int], counts: Sequence[int]) -> list[int]:
 def assign_rows(counts: Sequence[int], rank: int, world_size: int) -> list[Share]:
     """Return the shares of a worker in every step.
 
-    Workers get whole micro-batches: worker r gets r, r + W, .... Only where there are fewer micro-batches
-    than workers are the rows of micro-batches split, because a pass over few rows takes nearly as long as one
-    over many. All workers then have the same number of rows, up to one.
+    Worker r gets the whole micro-batches r, r + W, .... The rows of a micro-batch are split only if there are
+    fewer micro-batches than workers, because a pass over few rows takes nearly as long as one over many. The
+    workers' numbers of rows then differ by one at most.
 
     Args:
         counts: The number of rows of each micro-batch.
@@ -114,7 +115,7 @@ def assign_rows(counts: Sequence[int], rank: int, world_size: int) -> list[Share
 
 
 class StepBatchLoader:
-    """Makes the batches of steps, and those of the next steps in a thread.
+    """Makes the batches of steps; a thread makes those of the next steps in advance.
 
     Args:
         rows: The training rows.
@@ -156,8 +157,8 @@ class StepBatchLoader:
 
         Args:
             wanted: The steps.
-            upcoming: The steps that the next call will probably want. They are only ever made earlier: a
-                call gets the same batches whatever the calls before have asked for.
+            upcoming: The steps that the next call will probably want. They are made earlier; the batches that
+                a call returns do not depend on them.
         """
         loaded: dict[StepKey, StepBatches] = {}
         for key in wanted:

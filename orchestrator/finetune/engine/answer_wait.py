@@ -1,7 +1,7 @@
 """The decision whether lanes at their last step wait for others, to have their answers generated together.
 
-Generating the answers of a few lanes takes about as long as generating those of one, as long as there is
-memory for all of them, and no lane trains meanwhile.
+Generating the answers of a few lanes takes about as long as generating those of one lane, if there is memory
+for all of them. No lane trains while answers are generated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SMOOTHING = 0.8
 
 @dataclass
 class AnswerWait:
-    """Measures steps and generation on rank 0, and decides who waits; times in seconds."""
+    """Measures steps and generation on rank 0, and decides which lanes wait; times in seconds."""
 
     step_seconds: float | None = None
     """The mean duration of a round of optimizer steps; None before the first."""
@@ -46,10 +46,10 @@ class AnswerWait:
             self.generate_seconds = seconds
 
     def is_worthwhile(self, training: Sequence[Lane]) -> bool:
-        """Return whether finished lanes should wait for the first of these lanes to finish.
+        """Return whether lanes at their last step should wait for the next lane to reach its last step.
 
-        They wait if that takes less time than generating the answers of that lane separately would. Before
-        the first measurement they do not wait.
+        They wait if the remaining steps of that lane take less time than the last generation of answers.
+        Before the first measurement they do not wait.
 
         Args:
             training: The lanes that still take steps.

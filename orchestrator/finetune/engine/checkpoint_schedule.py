@@ -1,4 +1,4 @@
-"""The interval between two checkpoints of a lane, from what a write costs and a failure loses."""
+"""The interval between two checkpoints of a lane, from the duration of a write and the rate of failures."""
 
 from __future__ import annotations
 

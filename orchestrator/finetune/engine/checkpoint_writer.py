@@ -17,12 +17,12 @@ from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.failures import is_file_not_found
 
 MAX_PINNED_BYTES = 2**30
-"""The largest checkpoint that is copied through pinned memory, which stays reserved for the process."""
+"""Size of the largest checkpoint that is copied to pinned memory, which stays reserved for the process."""
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """How the write of a checkpoint has ended."""
+    """Result of the write of a checkpoint."""
 
     fingerprint: str
     progress: tuple[int, int]
@@ -50,7 +50,7 @@ class CheckpointWriter:
         return self._pending is not None and not self._pending[1].done()
 
     def start(self, checkpoint: Checkpoint) -> None:
-        """Copy a checkpoint and start to write it. The result of the write before must have been taken.
+        """Copy a checkpoint and start to write it, after `take_result` has returned the previous result.
 
         Args:
             checkpoint: The state; its tensors may change after this call.
@@ -64,10 +64,10 @@ class CheckpointWriter:
         self._pending = (checkpoint.fingerprint, future)
 
     def take_result(self, fingerprint: str = "", wait: bool = True) -> WriteResult | None:
-        """Return the result of the write that was started, once.
+        """Return the result of the last started write; each result is returned once.
 
         Args:
-            fingerprint: The lane whose write is meant; empty means any.
+            fingerprint: The lane whose result to return; empty for any lane.
             wait: Whether to wait for its end.
 
         Returns:
@@ -80,7 +80,7 @@ class CheckpointWriter:
         return result
 
     def close(self) -> None:
-        """End the thread; a write that runs is waited for."""
+        """Wait for a write that is running, and end the thread."""
         self._executor.shutdown()
 
     def write(self, checkpoint: Checkpoint, wait_for_copy: Callable[[], None] = lambda: None) -> WriteResult:

@@ -209,14 +209,14 @@ class LaneGroup:
         numbers = torch.cat([flat_tensor, norms, has_gradient]).tolist()
         losses, gradient_norms = numbers[: len(lanes)], numbers[len(lanes) : 2 * len(lanes)]
         for parameter, workers in zip(parameters, numbers[2 * len(lanes) :], strict=False):
-            if workers == 0:  # no worker has a gradient, so it is not the zero that the optimizer would see
+            if workers == 0:  # the optimizer skips None, but a zero gradient would change moments
                 parameter.grad = None
         return list(map(BackwardResult, losses, gradient_norms, token_counts))
 
     def calibration_batch(self, configuration: Configuration, number: int) -> DeviceBatch:
         """Return rows in the order in which a configuration draws them, as many as in a micro-batch.
 
-        A micro-batch itself would not do: those of a step are sorted by length.
+        Micro-batches are not used here, because their rows are selected by length.
 
         Args:
             configuration: The configuration.

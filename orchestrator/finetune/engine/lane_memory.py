@@ -11,11 +11,11 @@ MEMORY_SHARE = 0.9
 """The share of a trainer's memory that its lanes may use. Later steps have longer rows than the measured
 ones, and the allocator needs some memory between its blocks."""
 MEASURED_STEPS = 3
-"""The number of steps with each number of lanes whose largest peak counts."""
+"""Number of steps with one and with two lanes whose largest peak counts. One step before them does not."""
 MIN_USEFUL_LANES = 2
 SATURATING_TOKENS = 4_000
-"""The number of tokens in one pass from which on more lanes save no time on a GPU. Predicted for an H100 and
-Qwen3-0.6B: 63 ms for one lane of 2,800 tokens, and 60 ms a lane for four."""
+"""Number of tokens in one forward pass beyond which more lanes save no time on a GPU. Predicted for an H100
+and Qwen3-0.6B: 63 ms for one lane of 2,800 tokens, and 60 ms per lane for four."""
 
 
 @dataclass

@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 class LaneRecorder:
     """Writes checkpoints and records of lanes to the store. Used on rank 0 only.
 
-    Checkpoints of lanes that train on are written in the background. If one cannot be written, the lane
-    trains on and is saved the next time. If the disk is full, a
-    record is tried again for `store_full_timeout_seconds`; then StoreFullError is raised.
+    Checkpoints of lanes that train on are written in the background. If a checkpoint cannot be written, the
+    lane trains on and is saved the next time. If the disk is full, writing a record is repeated for
+    `store_full_timeout_seconds`; then StoreFullError is raised.
     """
 
     store: Store

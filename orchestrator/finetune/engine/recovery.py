@@ -40,17 +40,17 @@ class FailureRecovery:
     ) -> list[tuple[Lane, T]]:
         """Run `work` on the lanes together; if it raises, end only the lanes that cause it.
 
-        By the fault of the error: a lost device is raised; a full disk is waited for, and the work is
-        repeated; after an out-of-memory error the work is split if it can be, else the lane group is halved,
-        and the work is repeated for the lanes that remain; after any other error the work is repeated for
-        each lane alone, and a lane for which it raises again ends as `failed`.
+        An error of a lost device is raised. On a full disk the method waits for space and repeats the work.
+        After an out-of-memory error the work is split if it can be, else the lane group is halved; the work
+        is then repeated for the remaining lanes. After any other error the work is repeated for each lane
+        alone, and a lane for which it raises again ends as `failed`.
 
         Args:
             lanes: The lanes to work on; may be empty.
             work: Returns one result for each lane. May be called several times.
             can_split: Whether the work may be done for a part of the lanes at a time. After an out-of-memory
-                error it is then done for half as many lanes at once, and no lane leaves unless one alone does
-                not fit beside the others. The number is remembered for later work of this kind.
+                error it is then done for half as many lanes at once, and a lane leaves only if the work does
+                not fit for one lane at a time. The number is remembered for later work of this kind.
 
         Returns:
             Each lane for which the work succeeded and which is still active, with its result.

@@ -79,7 +79,7 @@ class TrainingRounds:
         return directives
 
     def _start_due_checkpoint(self, lanes: Sequence[Lane]) -> None:
-        """Start to save the lane whose last checkpoint is oldest, if that is due. Rank 0 only."""
+        """Start to save the lane with the oldest checkpoint among those that are due. Rank 0 only."""
         recorder = self.active.recorder
         recorder.note_finished_write()
         is_due, lane_count = self.checkpoint_schedule.is_due, len(self.active.lanes)

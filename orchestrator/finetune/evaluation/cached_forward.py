@@ -20,8 +20,8 @@ from orchestrator.util.errors import format_error
 log = logging.getLogger(__name__)
 
 GRAPH_MAX_KEPT_SHARE = 0.75
-"""The largest share of rows that a selection of rows keeps where it takes a new CUDA graph, whose capture
-costs as much as several decode steps."""
+"""Largest share of rows that a selection may keep if it needs a new CUDA graph, whose capture takes as long
+as several decode steps."""
 
 
 class CachedForward:

@@ -22,7 +22,7 @@ from orchestrator.finetune.models.base_model import BaseModel
 STOP_CHECK_INTERVAL = 8
 """The number of new tokens after which answers are searched for a stop string."""
 GPU_END_CHECK_INTERVAL = 8
-"""The number of new tokens after which a GPU is asked whether all rows have ended: the host waits for it."""
+"""Number of new tokens between two checks whether all rows have ended. In each the host waits for the GPU."""
 COMPACTION_INTERVAL = 32
 """The number of new tokens after which rows that have ended leave the batch."""
 

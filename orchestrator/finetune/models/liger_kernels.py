@@ -18,9 +18,9 @@ FAMILIES = (
 )  # fmt: skip
 """The `model_type` of the decoders to which Liger's kernels are applied."""
 KERNELS = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True}
-"""Liger's kernels that are used; a family takes those that it has."""
+"""Liger's kernels that are used, as far as Liger has them for a model."""
 LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-"""Liger's losses, which would replace the model's `forward`. The losses here are not the model's."""
+"""Liger's losses. They stay off: they would replace the model's `forward`; lanes have their own losses."""
 REMEDY = "take --kernels torch"
 """What to do where Liger cannot be used."""
 

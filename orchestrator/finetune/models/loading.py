@@ -103,9 +103,9 @@ def _load_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, Mappi
 def _move_to_device(model: Any, choice: ModelChoice, device: torch.device) -> Any:
     """Move a model to its device, and with `nf4` quantize its blocks.
 
-    Weights whose files have the chosen dtype are mapped into memory; they go to the device one by one,
-    without a copy in the host's memory. transformers has converted weights of another dtype there. With `nf4`
-    each layer is quantized on the device before the next one is moved.
+    Weights whose files have the chosen dtype are memory-mapped; they are copied to the device one by one,
+    without a copy in the host's memory. Weights of another dtype are in the host's memory, where transformers
+    has converted them. With `nf4` each layer is quantized on the device before the next one is moved.
     """
     if choice.dtype == "nf4":
         _quantize_blocks(model, choice.name, device)

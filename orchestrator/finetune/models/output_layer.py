@@ -22,10 +22,10 @@ def find_frozen_output_layer(model: Any) -> torch.nn.Linear | None:
 def ends_with_output_layer(model: Any) -> bool:
     """Return whether a model's logits are its output layer's result for the hidden states of its base model.
 
-    They are not where a model scales its logits (Cohere, Granite) or caps them (Gemma 2), or scales its
-    hidden states first. This is tried without computing either part: `model.base_model` returns random hidden
-    states, the output layer must get these, and the model must return the random logits that the layer then
-    returns. Half of the logits are large, because capping changes small ones little.
+    The logits differ from that result if a model scales them (Cohere, Granite), caps them (Gemma 2), or
+    scales its hidden states first. The test replaces both parts: `model.base_model` returns random hidden
+    states, which the output layer must get, and the layer returns random logits, which the model must return.
+    Half of the logits are large, because capping changes small ones little.
 
     Args:
         model: A transformers model without adapters on its output layer, on any device.

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 def without_packing_check() -> Iterator[None]:
     """Tell transformers that no row holds several sequences.
 
-    A model that gets no attention mask reads its position ids to find out, for which the host waits for the
-    device in every forward pass. Only some models take a mask that makes the search needless. Where a version
-    of transformers has no such function, nothing is changed.
+    Without an attention mask, transformers searches the position ids for packed sequences, and the host waits
+    for the device in every forward pass. A mask would avoid the search, but only some models accept one. A
+    version of transformers without the searching function is left unchanged.
     """
     from transformers import masking_utils
 
