@@ -58,7 +58,7 @@ class DecodeSteps:
 
     batches: int
     steps: int
-    """Passes that compute a new token: as many a batch as its longest answer has tokens."""
+    """Passes that compute a new token: for each batch the number of tokens of its longest answer."""
     row_steps: int
     """Rows computed in all steps, if each row leaves the batch when its answer ends."""
     padded_row_steps: int

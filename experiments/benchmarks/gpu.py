@@ -1,23 +1,23 @@
-"""Measure on one GPU what the predictions of docs/performance.md say, on a machine without Ray or network.
+"""Measure on one GPU what docs/performance.md predicts; needs neither Ray nor a network.
 
     python experiments/benchmarks/gpu.py                               every section, Qwen3-0.6B's shape
-    python experiments/benchmarks/gpu.py ceilings svd noise            right first: 5 minutes
+    python experiments/benchmarks/gpu.py ceilings svd noise            run these first: 5 minutes
     python experiments/benchmarks/gpu.py train step --lanes 1 2 4 8    the tables of lanes
     python experiments/benchmarks/gpu.py train oom --model llama-3.1-8b --variants lora dora --lanes 1 2
     python experiments/benchmarks/gpu.py --device cpu --tiny           everything at tiny size, in a minute
 
 Needs torch, transformers, pydantic, pyarrow, filelock and psutil, and this repository on PYTHONPATH; for
---liger also liger-kernel. Weights and tokens are random. Each measurement is printed as one line of JSON;
-before those of a section stands what was predicted for an H100. Sections:
+--liger also liger-kernel. Weights and tokens are random. Each measurement is printed as one line of JSON,
+after the prediction of its section for an H100. Sections:
 
 ceilings  products in bfloat16, copies on the device, launches: what the machine can do
-svd       PiSSA's exact start, for the sizes of layers
-noise     the loss of the same lane trained twice, and in company of others: how far apart they come
+svd       PiSSA's exact initialization, for the sizes of layers
+noise     the differences between the losses of a lane that is trained twice alone and once with others
 train     a micro-batch of 8 rows a lane: device time, host time, kernels, busy share, memory
 step      whole optimizer steps of the default study (64 rows a lane)
-generate  decoding: ms a token by rows of a batch, without adapters and with lanes
+generate  decoding: ms per token by rows of a batch, without adapters and with lanes
 scoring   the loss of 64 items, and 64 answers, by the project's own functions
-oom       lanes are added until memory ends: is all of it free again?
+oom       the memory that stays allocated after lanes were added until memory ran out
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PREDICTIONS = {
     "scoring": "none",
     "oom": "less than 50 MiB stay allocated",
 }
-"""Section -> what was predicted for an H100 and Qwen3-0.6B; docs/performance.md says how."""
+"""Section -> the prediction for an H100 and Qwen3-0.6B; docs/performance.md says how it was made."""
 
 
 @dataclass

@@ -43,7 +43,7 @@ MAX_LANES = 512
 
 @dataclass(frozen=True)
 class Setup:
-    """What all sections need."""
+    """The options and the output that all sections share."""
 
     device: torch.device
     model: str
@@ -63,7 +63,7 @@ class Setup:
 
     @property
     def longest(self) -> int:
-        """The longest row in ids."""
+        """The number of token ids of the longest row."""
         return 47 if self.is_tiny else 511
 
     def build(self) -> Any:
@@ -92,7 +92,7 @@ class Setup:
         return draw_rows(SHAPES[self.model].vocab_size, 16 if self.is_tiny else count, self.longest)
 
     def step_size(self, accumulation: int = 1) -> StepSize:
-        """Return the size of a step of 8 rows a micro-batch."""
+        """Return the size of a step with 8 rows per micro-batch."""
         return StepSize(8, 1 if self.is_tiny else accumulation, self.longest + 1)
 
     @contextmanager
@@ -164,7 +164,7 @@ def measure_svd(setup: Setup) -> None:
 
 
 def measure_noise(setup: Setup) -> None:
-    """Train one lane twice alone and once in company, and compare its losses."""
+    """Train one lane twice alone and once with other lanes, and compare its losses."""
     model, rows = setup.build(), setup.rows()
     curves = []
     for company in (1, 1, max(setup.lanes)):
@@ -327,7 +327,7 @@ def measure_scoring(setup: Setup) -> None:
 
 
 def measure_out_of_memory(setup: Setup) -> None:
-    """Double the lanes until memory ends, and see what stays allocated; a CPU is not driven there."""
+    """Double the lanes until memory runs out (on a GPU only), and measure what stays allocated."""
     model, rows, count = setup.build(), setup.rows(), max(setup.lanes)
     fault: Fault | None = None
     while fault is None and count <= (max(setup.lanes) if setup.device.type == "cpu" else MAX_LANES):

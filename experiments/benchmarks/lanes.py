@@ -4,7 +4,7 @@
     python experiments/benchmarks/lanes.py --cases letters --variants lora --lanes 1 2 4 8 16
     python experiments/benchmarks/lanes.py --cases qwen qwen-short            on a GPU
 
-For one variant of each kind of batching (lora: batched; dora: batched, with norms; hira: dense; full:
+For variants of each kind of batching (lora: batched; dora: batched, with norms; hira: dense; full:
 exclusive, which allows one lane), whole optimizer steps of the real loop are timed: batches, forward,
 backward, norms, AdamW. Group sizes run in turn. The figure is the number of lane-steps per second divided by
 that of one lane: 1.6 at 8 lanes means that 8 lanes take 5 times as long as one.

@@ -52,7 +52,7 @@ LR_SENSITIVITY = FOLDER.parent / "lr_sensitivity.py"
 TASK, MODEL = "letters", "letters-base"
 RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 CONVERGED = 0.9
-"""A run whose score reaches this on both sides has converged, and its scores are compared."""
+"""Score from which on a run counts as converged. Scores of runs that converged on both sides are compared."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class ListSource:
         print(line)
 
     def note_progress(self) -> None:
-        """Do nothing: nobody waits."""
+        """Do nothing: no heartbeat depends on the progress."""
 
     def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
         """Do nothing: the record is in the store."""

@@ -78,7 +78,7 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Summar
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return what a reader needs to judge a figure: commit, device, versions, threads, load."""
+    """Return the conditions of a measurement: commit, device, versions, threads, load."""
     import transformers
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()

@@ -3,8 +3,8 @@
     python experiments/benchmarks/scale.py --sizes 100 1000 5000 --output scale
 
 Each size is a study in a process of its own, on a Ray cluster of several nodes with fake GPUs on this
-machine. Tune, trials, broker, Ray Train's workers, records and checkpoints are real; a step is a sleep, and
-the losses are synthetic. Writes scale/<size>-<scheduler>.json and prints a table. Ray's processes need about
+machine. Tune, trials, broker, Ray Train's workers and records are real; a step is a sleep, and the losses
+are synthetic. Writes scale/<size>-<scheduler>.json and prints a table. Ray's processes need about
 4 GB of memory.
 """
 

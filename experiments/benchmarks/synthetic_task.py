@@ -68,7 +68,7 @@ class SyntheticTask(Task):
         self.max_new_tokens = max_new_tokens  # type: ignore[misc]  # a class variable of other tasks
 
     def grade(self, example: Example, answer: str) -> float:
-        """Return 0: nobody knows the right answer."""
+        """Return 0: the rows are random and have no right answer."""
         return 0.0
 
 

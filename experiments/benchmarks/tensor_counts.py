@@ -1,8 +1,8 @@
-"""Counts of what PyTorch computes: kernel launches, bytes, operations, and the peak of live tensors.
+"""Counts of PyTorch's kernel launches, bytes and operations, and the peak of live tensors.
 
 The counts come from the operators that are dispatched below autograd, so they include the backward pass and
-are exact for eager PyTorch, also on the meta device, where nothing is computed. What an operator allocates
-inside its kernel is not seen.
+are exact for eager PyTorch, also on the meta device, where nothing is computed. Memory that an operator
+allocates inside its kernel is not counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NO_KERNEL = {
 }  # fmt: skip
 """Operators that launch no kernel."""
 READ_ROWS = {"embedding", "index_select", "gather", "index"}
-"""Operators that read as many bytes of their first argument as they write."""
+"""Operators that read only as many bytes of their first argument as they write."""
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 MULTI_TENSOR = {"_foreach_": 64, "_fused_adamw": 36}
 """Prefix of an operator on lists of tensors -> tensors that one kernel takes."""
@@ -43,7 +43,7 @@ backward pass."""
 
 @dataclass
 class Counts:
-    """What was counted in a context of `TensorCounter`."""
+    """Counts of a context of `TensorCounter`."""
 
     launches: int = 0
     transfers: int = 0
@@ -62,7 +62,7 @@ class Counts:
     peak_bytes: int = 0
     """The largest sum of the bytes of all live tensors."""
     peak_by_operator: dict[str, int] = field(default_factory=dict)
-    """Operator -> bytes of its live results at the peak; "" stands for what existed before."""
+    """Operator -> bytes of its live results at the peak; "" stands for tensors that existed before."""
 
 
 class TensorCounter(TorchDispatchMode):
