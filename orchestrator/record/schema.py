@@ -99,8 +99,6 @@ class Provenance:
     commit: str = "unknown"
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
-    kernels: str = "torch"
-    """Code of the base model's norms and activations: "torch", or "liger" and its version."""
     host: str = ""
     lane_group_size: Annotated[int, Field(alias="pack_lanes")] = 1
     """The largest number of lanes in the lane group."""
@@ -111,6 +109,8 @@ class Provenance:
     started: float = 0.0
     ended: float = 0.0
     """Seconds since the epoch."""
+    kernels: str = "torch"
+    """Code of the base model's norms and activations: "torch", or "liger" and its version."""
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ def test_accumulation_splits_the_batch(bases: Path) -> None:
     assert one.batches == BatchConfig(3, 2, defaults.max_length)
     with pytest.raises(UsageError, match="--accumulation 3: must divide the batch size, 32; take 2"):
         resolve_configurations(bases, accumulation=3)
-    with pytest.raises(UsageError, match="every worker needs a row of the 2"):
-        resolve_configurations(bases, accumulation=16, workers_per_trainer=3)
+    with pytest.raises(UsageError, match="every worker needs a row of the 32 in a batch; take 32"):
+        resolve_configurations(bases, accumulation=16, workers_per_trainer=33)
 
 
 def test_a_lane_is_evaluated_as_often_as_requested_and_at_most_once_a_step(bases: Path) -> None:

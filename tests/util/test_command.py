@@ -21,10 +21,19 @@ from orchestrator.util.command import main
 from orchestrator.util.graceful_interrupts import exit_on_interrupt, graceful_interrupts
 from orchestrator.util.graceful_interrupts import interrupt_main_thread
 from orchestrator.util.errors import StudyError
-done = threading.Event()
+class Done:
+    is_set = False
+    def set(self):
+        self.is_set = True
+    def wait(self, seconds=3600.0):
+        time.sleep(seconds)
+        return self.is_set
+done = Done()
 def started():
     print("started", flush=True)
 """
+"""`Done` has no lock, unlike `threading.Event`: a signal handler that calls `Event.set` in the main thread
+waits for ever if the signal has interrupted `Event.wait` while that held the lock."""
 
 
 def _start(body: str, *words: str) -> subprocess.Popen[str]:

@@ -134,13 +134,13 @@ class Batch(PaddedRows):
 
 
 def bucket_length(length: int, max_row_length: int) -> int:
-    """Return the length that a row is padded to: 8, 16, 24, 32, 48, 64, and then multiples of 64.
+    """Return the length that a row is padded to: 8, 16, 24, 32, 48, 64, 96, 128, and then multiples of 64.
 
     Args:
         length: The length of the row. 0, the length of images, stays 0.
         max_row_length: The largest padded length, unless `length` is larger.
     """
-    unit = 8 if length <= 32 else 16 if length <= 64 else 64
+    unit = next((unit for unit in (8, 16, 32) if length <= 4 * unit), 64)
     size = -(-length // unit) * unit
     return min(size, max(max_row_length, length))
 

@@ -40,7 +40,7 @@ def row(length: int, label: int = 7) -> Row:
 
 def test_buckets() -> None:
     found = {bucket_length(n, 10**6) for n in range(1, 1025)}
-    assert sorted(found) == [8, 16, 24, 32, 48, *range(64, 1025, 64)]
+    assert sorted(found) == [8, 16, 24, 32, 48, 64, 96, *range(128, 1025, 64)]
     assert bucket_length(0, 512) == 0  # images
     assert bucket_length(12, 12) == 12
     assert bucket_length(12, 14) == 14
