@@ -132,7 +132,7 @@ class StudyMonitor(threading.Thread):
         self._read_ended_lanes(updates)
         counts, progress = updates["counts"], self.progress
         self._show_counts(counts)
-        self._enforce_budget(progress.live_trainers)
+        self._enforce_budget(progress.live_trainers + len(updates["holders"]))  # those hold GPUs, too
         num_open = sum(counts[phase] for phase in LeasePhase if phase is not LeasePhase.ENDED)
         if trials_ended and not self.pending_stops and not num_open:
             self.stops_recorded.set()

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.finetune.failures import Fault, classify_error
+from orchestrator.util import timeouts
 from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
@@ -121,7 +123,11 @@ class TorchProcessGroup(ProcessGroup):
         self._distributed: Any = distributed
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         gloo = distributed.get_backend() == "gloo"
-        self._object_group = distributed.group.WORLD if gloo else distributed.new_group(backend="gloo")
+        # The others wait while rank 0 computes what is stored once, such as singular vectors of all layers.
+        timeout = timedelta(seconds=timeouts.LANE_START_SECONDS)
+        self._object_group = (
+            distributed.group.WORLD if gloo else distributed.new_group(backend="gloo", timeout=timeout)
+        )
 
     def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
         """See `ProcessGroup`."""

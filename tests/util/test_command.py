@@ -25,9 +25,9 @@ class Done:
     is_set = False
     def set(self):
         self.is_set = True
-    def wait(self, seconds=3600.0):
-        time.sleep(seconds)
-        return self.is_set
+    def wait(self, seconds=None):
+        time.sleep(seconds or 0.05)
+        return self.is_set or (seconds is None and self.wait())
 done = Done()
 def started():
     print("started", flush=True)

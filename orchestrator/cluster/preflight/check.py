@@ -125,9 +125,8 @@ class PreflightCheck:
         self, cluster: Cluster, configurations: Sequence[Configuration], startable: Sequence[NodeType]
     ) -> str:
         """Check whether there is room for the trainers, on the devices that the study is meant for."""
-        options = self.options
-        if not any(kind.has_gpus for kind in startable):
-            options = autoscaler.adapt_to_cluster(options, cluster, configurations, startable)
+        own = autoscaler.startable_node_types(cluster)  # which the study itself will know
+        options = autoscaler.adapt_to_cluster(self.options, cluster, configurations, own)
         return check_capacity(cluster, options, startable)
 
     def check_cluster(self, configurations: Sequence[Configuration]) -> str:

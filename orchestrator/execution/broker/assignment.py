@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.execution.broker.lane_entry import LaneEntry
@@ -53,6 +53,19 @@ def can_join(entry: LaneEntry, group: Sequence[LaneEntry]) -> bool:
     """
     limits = [one.max_group_size for one in (*group, entry) if one.max_group_size is not None]
     return not limits or (len(group) < min(limits) and all(one.crash_id == entry.crash_id for one in group))
+
+
+def groups_in_training(
+    trainers: Mapping[str, TrainerView], steps_taken: Mapping[str, int], without: Collection[str]
+) -> set[str | None]:
+    """Return the group keys whose lanes some trainer trains, which are probably not at fault.
+
+    Args:
+        trainers: All trainers.
+        steps_taken: The optimizer steps of each trainer.
+        without: Trainers to leave out.
+    """
+    return {v.group_key for t, v in trainers.items() if t not in without and v.lanes and steps_taken.get(t)}
 
 
 def choose_group_key(view: TrainerView, waiting: list[LaneEntry], failures: Counter[str]) -> str | None:

@@ -16,6 +16,7 @@ from orchestrator.execution.broker.assignment import (
     assign_starved_groups,
     can_join,
     choose_group_key,
+    groups_in_training,
     parse_trainer_name,
     select_lanes,
 )
@@ -257,8 +258,10 @@ class BrokerCore:
         """
         self.silent_since.pop(trainer_name, None)
         trainer_ids = [t for t in self.trainers if parse_trainer_name(t) == trainer_name]
+        trained = groups_in_training(self.trainers, self.steps_taken, trainer_ids)
         is_lane_suspect = exit_kind not in (ExitKind.CRASHED, ExitKind.FAILED) or any(
-            entry.max_group_size is not None or self.failures_by_group[entry.group_key]
+            entry.max_group_size is not None
+            or (self.failures_by_group[entry.group_key] and entry.group_key not in trained)
             for trainer_id in trainer_ids
             for entry in self._entries_held_by(trainer_id)
         )

@@ -83,7 +83,7 @@ class DeviceRegistry:
         Returns:
             True if a device was excluded.
         """
-        self._deaths.update(devices)
+        self._deaths.update(set(devices))  # several workers on the CPUs of a node have one device
         broken = [device for device in devices if self._deaths[device] >= MAX_DEVICE_DEATHS]
         if not broken or not self.has_sound_trainer():
             return False

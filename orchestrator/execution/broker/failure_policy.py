@@ -28,6 +28,8 @@ class ExitKind(StrEnum):
     REPEATED_LANE_FAILURES = "repeated_lane_failures"
     """A worker gave up after several lanes in a row had failed with the same message. The cause is a property
     that these lanes share, or the machine. The trainer's other lanes were not tried."""
+    STORE_FULL = "store_full"
+    """The store's disk has stayed full for too long."""
     FAILED = "failed"
     """A worker raised another error, or Ray Train's controller died."""
 

@@ -14,7 +14,7 @@ from orchestrator.execution.broker.failure_policy import ExitKind
 from orchestrator.execution.ray import private
 from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.ray.runtime import is_listening
-from orchestrator.finetune.failures import BrokenKind, TrainerBrokenError
+from orchestrator.finetune.failures import BrokenKind, StoreFullError, TrainerBrokenError
 from orchestrator.util import timeouts
 
 
@@ -64,6 +64,8 @@ def _classify_worker_errors(error: WorkerGroupError) -> ExitStatus:
     if ExitKind.CRASHED in reasons:
         return ExitStatus(ExitKind.CRASHED, reasons[ExitKind.CRASHED].partition(" Some common causes")[0])
     raised = private.training_function_errors(error)
+    if full := next((one for one in raised if isinstance(one, StoreFullError)), None):
+        return ExitStatus(ExitKind.STORE_FULL, format_ray_error(full))
     for exception in raised:
         if isinstance(exception, TrainerBrokenError):
             is_lost = exception.kind is BrokenKind.DEVICE_LOST

@@ -266,7 +266,9 @@ class TrainerPool:
         if memory is None or self.max_trainers is not None:  # the node is draining, or was counted before
             return
         self.max_trainers = max(1, int(memory * CONTROLLERS_SHARE / CONTROLLER_BYTES))
-        wanted = max(self.config.num_trainers, self.config.autoscaler_capacity)
+        wanted = self.config.num_trainers
+        if self.config.elastic:
+            wanted = max(wanted, self.config.autoscaler_capacity)
         if self.max_trainers < wanted:
             self.notify(
                 f"{self.max_trainers} trainers at most, not {wanted}: each keeps "

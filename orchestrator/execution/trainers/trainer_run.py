@@ -21,6 +21,7 @@ from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.ray.runtime import driver_node_affinity
 from orchestrator.execution.trainers.exit_status import ExitStatus, classify_exit
 from orchestrator.execution.trainers.trainer import TrainerSpec, train_loop_per_worker
+from orchestrator.util import timeouts
 
 UNUSED_CALLBACKS = (
     # `private.remove_orphaned_placement_groups` replaces this one, whose actor outlives a killed driver.
@@ -40,7 +41,7 @@ def make_backend_config(spec: TrainerSpec) -> BackendConfig:
         return BackendConfig()
     from ray.train.torch import TorchConfig
 
-    return TorchConfig("nccl" if spec.uses_gpus else "gloo")
+    return TorchConfig("nccl" if spec.uses_gpus else "gloo", timeout_s=int(timeouts.LANE_START_SECONDS))
 
 
 class TrainerRun(threading.Thread):

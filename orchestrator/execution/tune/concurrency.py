@@ -21,7 +21,7 @@ def trial_limits(
     without the results of the lanes that are in training.
 
     The trial processes together may use half of the memory that Ray manages; the other half is for trainers.
-    Tune's limit cannot be raised later, so an elastic pool on a cluster with GPUs gets a limit for twice its
+    Tune's limit cannot be raised later, so an elastic pool on a joined cluster gets a limit for twice its
     trainers.
 
     Hyperband pauses a trial until all trials of its bracket have reached the same evaluation, and Tune's
@@ -29,8 +29,9 @@ def trial_limits(
     trials.
     """
     num_trainers = pool.num_trainers
-    if pool.elastic and not cluster.local and pool.spec.gpus_per_worker:
-        num_trainers = max(MIN_AUTOSCALED_TRAINERS, 2 * num_trainers, pool.autoscaler_capacity)
+    if pool.elastic and not cluster.local:
+        least = MIN_AUTOSCALED_TRAINERS if pool.spec.gpus_per_worker else 0
+        num_trainers = max(least, 2 * num_trainers, pool.autoscaler_capacity)
     lanes = pool.spec.expected_lanes if is_search else pool.spec.lanes_per_trainer + 1
     wanted = num_trainers * lanes
     if scheduler == "hyperband":

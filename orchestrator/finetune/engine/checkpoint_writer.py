@@ -46,8 +46,8 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Return whether a write has been started that has not ended."""
-        return self._pending is not None and not self._pending[1].done()
+        """Return whether a write has been started whose result has not been taken."""
+        return self._pending is not None
 
     def start(self, checkpoint: Checkpoint) -> None:
         """Copy a checkpoint and start to write it, after `take_result` has returned the previous result.
@@ -73,7 +73,9 @@ class CheckpointWriter:
         Returns:
             The result; None if there is no such write, or it has not ended and `wait` is false.
         """
-        if self._pending is None or fingerprint not in ("", self._pending[0]) or (self.is_busy and not wait):
+        if self._pending is None or fingerprint not in ("", self._pending[0]):
+            return None
+        if not (wait or self._pending[1].done()):
             return None
         result = self._pending[1].result()
         self._pending = None

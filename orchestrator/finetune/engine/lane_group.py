@@ -303,12 +303,11 @@ class LaneGroup:
 
     def count_lanes_generated_together(self, split: str) -> int:
         """Return the number of lanes for whose answers there is memory at once, equal in all workers."""
-        rows, max_row_length = self.data.splits[split].rows, self.data.splits[split].max_row_length
-        lengths = [len(rows[item].prompt) for item in self.data.splits[split].graded_items]
-        if not lengths:
+        scored = self.data.splits[split]
+        if not scored.prompt_lengths:
             return 1
         return count_lanes_together(
-            self.base_model, self.data.task, lengths, max_row_length, self.process_group
+            self.base_model, self.data.task, scored.prompt_lengths, scored.max_row_length, self.process_group
         )
 
     def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:

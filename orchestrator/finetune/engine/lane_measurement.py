@@ -47,6 +47,7 @@ def _count_tokens(lane_group: LaneGroup, configuration: Configuration) -> int:
     train, batches = lane_group.data.train, configuration.batches
     rows = [train[index] for index in range(min(len(train), SAMPLED_ROWS))]
     config = lane_group.base_model.model.config
+    config = getattr(config, "vision_config", None) or config  # of CLIP
     patches = (getattr(config, "image_size", 0) // getattr(config, "patch_size", 1)) ** 2
     lengths = [min(len(row.ids), batches.max_length) if row.image is None else patches for row in rows]
     return round(sum(lengths) / len(lengths) * batches.micro_batch_size)

@@ -132,6 +132,7 @@ class TrainingRounds:
         active = self.active
         self.time_use.begin_work(list(active.lanes.values()))
         group_size = len(active.lanes)
+        self._note_peak_memory()  # the peak of the step itself is measured below
         gradients = self.recovery.run_isolating_failures(lanes, self._compute_gradients)
         outcomes_by_rank = active.process_group.all_gather(
             [result_or_error(partial(lane.take_optimizer_step, step)) for lane, step in gradients]

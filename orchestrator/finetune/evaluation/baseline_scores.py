@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestrator.finetune.data.dataset_cache import task_file_digest
-from orchestrator.finetune.process_group import ProcessGroup
+from orchestrator.finetune.process_group import ProcessGroup, WorkerError, result_or_error
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import atomic_files, timeouts
@@ -103,7 +103,12 @@ class BaselineScores:
         """
         lock = FileLock(self.folder / f".{self.name}-{self.key}.untrained.lock", timeout=0)
         while not self.is_complete:
-            found = self.process_group.broadcast_from_rank0(lambda: self._read_or_lock(lock))
+            own = result_or_error(lambda: self._read_or_lock(lock)) if self.process_group.rank == 0 else None
+            # This call is made inside `run_on_all`: an error of rank 0 must be raised on all ranks alike.
+            found = self.process_group.all_gather(own)[0]
+            assert found is not None, "rank 0 has read the scores"
+            if isinstance(found, WorkerError):  # with one process, which gathers without looking
+                raise found
             if found is _Missing.OTHERS:
                 if not wait:
                     return

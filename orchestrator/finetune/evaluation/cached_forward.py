@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,9 @@ class CachedForward:
         # The first step allocates what later steps use again, which a capture must not do.
         if self._uses_graph and self._is_warmed_up and self._graph is None:
             self._capture(*inputs)
-        self._is_warmed_up = True
+        if self._uses_graph and not self._is_warmed_up:
+            self._is_warmed_up = True
+            return self._call_and_look_for_waits(*inputs)
         return self._call(*inputs) if self._graph is None else self._graph.replay(*inputs)
 
     def select_rows(self, rows: Tensor) -> None:
@@ -117,6 +120,26 @@ class CachedForward:
             inputs["logits_to_keep"] = 1
         return self._base_model.model(**inputs).logits[:, -1].float()
 
+    def _call_and_look_for_waits(self, *inputs: Tensor) -> Tensor:
+        """Compute a step, and use no graph from now on if the host waited for the device in it.
+
+        A capture of such a step fails, after which PyTorch's allocator cannot be used any more.
+        """
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                logits = self._call(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if any("synchronizing CUDA operation" in str(warning.message) for warning in caught):
+            self._disable_graphs("the host waits for the GPU in a decode step")
+        return logits
+
+    def _disable_graphs(self, reason: str) -> None:
+        self._uses_graph = self._base_model.generation.cuda_graphs = False
+        log.warning("answers are generated without CUDA graphs, slower: %s", reason)
+
     def _capture(self, ids: Tensor, mask: Tensor, positions: Tensor) -> None:
         """Capture the step with these inputs as a graph; if that fails, warn and use no graph from now on."""
         try:
@@ -124,8 +147,7 @@ class CachedForward:
         except RuntimeError as error:
             if classify_error(error) is Fault.MEMORY:
                 raise
-            self._uses_graph = self._base_model.generation.cuda_graphs = False
-            log.warning("answers are generated without CUDA graphs, slower: %s", format_error(error))
+            self._disable_graphs(format_error(error))
 
 
 class CapturedStep:
@@ -143,9 +165,14 @@ class CapturedStep:
     ) -> None:
         self._inputs = (ids.clone(), mask.clone(), positions.clone())
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads, which copy batches or checkpoints, may call CUDA meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits = call(*self._inputs)
+        stream = torch.cuda.current_stream()
+        try:
+            # Other threads, which copy batches or checkpoints, may call CUDA meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._logits = call(*self._inputs)
+        except BaseException:
+            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream current
+            raise
 
     def replay(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Compute a step with these inputs, of the shapes of the captured ones. Returns the logits."""
@@ -159,8 +186,9 @@ def _make_static_cache(config: Any, max_length: int) -> StaticCache | None:
     """Return a cache of a fixed size, or None if the steps of the model differ in more than their inputs.
 
     A layer with a sliding window counts its tokens in Python, and attention other than PyTorch's scaled dot
-    product needs a mask of its own form.
+    product needs a mask of its own form. Falcon with ALiBi derives its biases from a mask without gaps.
     """
     cache = StaticCache(config=config, max_cache_len=max_length)
     is_uniform = all(type(layer) is StaticLayer for layer in cache.layers)
-    return cache if is_uniform and config._attn_implementation == "sdpa" else None
+    is_supported = config._attn_implementation == "sdpa" and not getattr(config, "alibi", False)
+    return cache if is_uniform and is_supported else None

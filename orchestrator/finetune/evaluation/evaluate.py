@@ -81,6 +81,11 @@ class EvaluationSplit:
         """The numbers of the items that count in the metric."""
         return [i for i, example in enumerate(self.examples) if example.counts_in != "loss"]
 
+    @cached_property
+    def prompt_lengths(self) -> list[int]:
+        """The number of tokens in the prompt of each graded item."""
+        return [len(self.rows[item].prompt) for item in self.graded_items]
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
