@@ -56,7 +56,7 @@ def out_of_memory() -> WorkerGroupError:
             "a data file",
         ),
         (out_of_memory(), ExitKind.OUT_OF_MEMORY, "short of memory"),
-        (raised(StoreFullError("no space left on /store")), ExitKind.FAILED, "no space left on /store"),
+        (raised(StoreFullError("no space left on /store")), ExitKind.STORE_FULL, "no space left on /store"),
         (raised(ActorUnavailableError("the broker", None)), ExitKind.FAILED, "the broker"),  # no worker died
         (ActorUnavailableError("the controller", None), ExitKind.FAILED, "the controller"),
     ],

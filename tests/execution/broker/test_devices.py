@@ -206,3 +206,36 @@ def test_a_restarted_broker_learns_the_excluded_devices_from_their_holders(tmp_p
     assert asyncio.run(restarted.admit("trainer-1.y", ["GPU 0"])) == {"GPU 0": "2 trainers died there"}
     updates = asyncio.run(restarted.get_updates(0, 0, 0, ""))
     assert (updates["excluded_devices"].keys(), updates["holders"]) == ({"GPU 0"}, {"trainer-0"})
+
+
+def test_a_gpu_that_crashes_with_lanes_like_those_that_train_elsewhere_is_excluded() -> None:
+    """All lanes have one group key, so the first crash makes its lanes suspects of the next ones."""
+    core, now, held = BrokerCore(), 0.0, {}
+    devices = core.failure_policy.devices
+    for seed in range(40):
+        core.submit(f"t{seed}", configuration(seed=seed), now)
+    for gpu in range(3):
+        devices.admit(f"sound{gpu}", [f"GPU {gpu}"])
+        core.exchange(f"sound{gpu}.x", {}, 0, now)
+        leases = core.lease(f"sound{gpu}.x", None, 4, now).leases
+        held[gpu] = {x.configuration.fingerprint: (x.attempt, x.configuration, None) for x in leases}
+    for number in range(60):
+        now += 20.0
+        for gpu, lanes in held.items():
+            core.exchange(f"sound{gpu}.x", lanes, int(now), now)
+        name = f"broken{number}"
+        if devices.admit(name, ["GPU 9"]):
+            break
+        core.exchange(f"{name}.x", {}, 0, now)
+        core.lease(f"{name}.x", None, 4, now)
+        core.trainer_exited(name, now, ExitKind.CRASHED, "CUDA error: uncorrectable ECC error")
+    assert [*devices.excluded] == ["GPU 9"]
+    assert not core.failure_policy.abort_reason
+
+
+def test_one_death_of_a_trainer_with_several_workers_on_the_cpus_of_a_node_excludes_nothing() -> None:
+    registry = DeviceRegistry()
+    registry.admit("sound", ["CPU of node A"])
+    assert MAX_DEVICE_DEATHS == 2
+    assert not registry.on_death(["CPU of node B", "CPU of node B"])
+    assert registry.on_death(["CPU of node B", "CPU of node B"])

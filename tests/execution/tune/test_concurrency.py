@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def pool(trainers: int, lanes: int, gpus: float = 0, **options: Any) -> PoolConf
 def test_a_lane_of_each_trainer_waits_for_the_next_free_slot(scheduler: str) -> None:
     assert trial_limits(pool(2, 4), LARGE, scheduler)[0] == 2 * (4 + 1)
     assert trial_limits(pool(3, 1), LARGE, scheduler)[0] == 3 * (1 + 1)
+
+
+def test_a_joined_cluster_may_grow() -> None:
+    joined = replace(LARGE, local=False)
+    assert trial_limits(replace(pool(2, 4), elastic=True), joined, "none")[0] == 2 * 2 * (4 + 1)
+    assert trial_limits(pool(2, 4), joined, "none")[0] == 2 * (4 + 1)
+    assert trial_limits(pool(2, 4, gpus=1), joined, "none")[0] == 8 * (4 + 1)
 
 
 def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:

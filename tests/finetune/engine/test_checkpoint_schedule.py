@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 import time
@@ -18,7 +19,7 @@ from scripted import Script, SimulatedCrashError, configuration, dies_at, leases
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.finetune.engine.checkpoint import Checkpoint, read_newest
 from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
-from orchestrator.finetune.engine.checkpoint_writer import copy_to_host
+from orchestrator.finetune.engine.checkpoint_writer import CheckpointWriter, copy_to_host
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Directive, Lease, Report
 from orchestrator.record.store import Store
@@ -251,3 +252,16 @@ def test_a_copy_keeps_its_values_when_the_lane_trains_on() -> None:
     assert torch.equal(copied.frozen["b"], expected.T)
     assert torch.equal(copied.moments["exp_avg"]["a"], expected.T.bfloat16())
     assert copied.trainable["a"].is_pinned() == (device == "cuda")
+
+
+def test_a_write_that_has_ended_occupies_the_writer_until_its_result_is_taken(tmp_path: Path) -> None:
+    """Its end may come between the look for a result and the start of the next write."""
+    writer = CheckpointWriter(tmp_path)
+    writer.start(Checkpoint("f" * 64, 1, 1, {"a": torch.zeros(1)}, {}, {}))
+    assert writer._pending is not None
+    concurrent.futures.wait([writer._pending[1]])
+    assert writer.is_busy
+    result = writer.take_result(wait=False)
+    assert result is not None
+    assert result.error is None
+    assert not writer.is_busy

@@ -16,7 +16,7 @@ from scripted import WORDS_TASK, Script, configuration, leases, train
 from orchestrator.finetune.engine import lane_group
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
-from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup, WorkerError
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -218,3 +218,24 @@ def generate_together(group: ProcessGroup, folder: Path) -> list[tuple[Scores, i
 def test_two_workers_of_a_trainer_generate_together(pair: Callable[..., Any], tmp_path: Path) -> None:
     found = pair({"together": generate_together}, tmp_path)["together"]
     assert found == [[({"validation": {"loss": 2.5}}, 0), (SCORES, 1), (SCORES, 1)]] * 2
+
+
+def compute_without_folder(process_group: ProcessGroup, folder: Path) -> str:
+    """Return the reason for which a worker cannot compute the scores in a folder that cannot be made."""
+    folder.mkdir(exist_ok=True)
+    wanted = configuration()
+    (folder / "file").touch()
+    process_group.broadcast_from_rank0(lambda: None)
+    task = catalogue.get(wanted.task.name)
+    baseline = BaselineScores.of(folder / "file" / "folder", wanted, task, process_group)
+    with pytest.raises(WorkerError) as raised:
+        process_group.run_on_all(lambda: baseline.load_or_compute_all(lambda: SCORES))
+    return raised.value.reason
+
+
+def test_all_workers_get_the_error_of_the_one_that_cannot_take_the_lock(
+    pair: Callable[..., Any], tmp_path: Path
+) -> None:
+    reasons = pair({"error": compute_without_folder}, tmp_path)["error"]
+    assert len(reasons) == 2
+    assert all("NotADirectoryError" in reason for reason in reasons)
