@@ -15,7 +15,7 @@ MEASURED_STEPS = 3
 MIN_USEFUL_LANES = 2
 SATURATING_TOKENS = 4_000
 """Number of tokens in one forward pass beyond which more lanes save no time on a GPU. Predicted for an H100
-and Qwen3-0.6B: 63 ms for one lane of 2,800 tokens, and 60 ms per lane for four."""
+and Qwen3-0.6B: a step of one lane alone takes 0.38 s, and of each of four lanes together 0.36 s."""
 
 
 @dataclass
