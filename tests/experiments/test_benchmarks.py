@@ -200,7 +200,7 @@ def test_a_table_of_rounds_pairs_the_sides() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_all_sides_train_all_runs(tmp_path: Path) -> None:
     arguments = ["--studies", "tiny", "--sides", *makespan.SIDES, "--work", str(tmp_path / "work")]
     command = [sys.executable, str(BENCHMARKS / "makespan.py"), *arguments, "--out", str(tmp_path / "out")]
