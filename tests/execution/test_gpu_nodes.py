@@ -114,7 +114,18 @@ def test_a_study_that_joins_a_cluster_without_gpus_names_both_options(
     cluster: RayCluster, output: Path
 ) -> None:
     (config,) = (output / "store" / "bases").rglob("config.json")
-    small = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "--steps", "1")
+    small = (
+        "--variants",
+        "lora",
+        "--seeds",
+        "1",
+        "--learning-rates",
+        "1e-3",
+        "--steps",
+        "2",
+        "--set",
+        "warmup=0",
+    )
     arguments = (*small, "--model", str(config.parent), "--dtype", "bfloat16")
     code, out, err = study.run(output, *arguments, address=cluster.address)
     assert code == 2, out + err
