@@ -45,7 +45,7 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class BrokerState:
-    """The state of the broker that decides on trainers, as of one poll; by default that of its start."""
+    """What one poll of the broker says about lanes and trainers; the defaults describe a new broker."""
 
     waiting: int = 0
     """Number of lanes without a trainer."""

@@ -27,7 +27,7 @@ class LaneMemory:
     count, since it includes the initialization of a lane and lacks the state of its optimizer."""
 
     def is_known(self, num_lanes: int) -> bool:
-        """Return whether enough steps with this number of lanes are known; numbers above 2 are not needed."""
+        """Return whether enough steps with this number of lanes were measured; always true above 2 lanes."""
         return len(self.peaks.get(num_lanes, range(MEASURED_STEPS + 1))) > MEASURED_STEPS
 
     def choose(self, memory: int, tokens: int) -> MeasuredLanes:

@@ -105,7 +105,7 @@ class FailureRecovery:
         work: Callable[[Sequence[Lane]], Sequence[T]],
         can_split: bool,
     ) -> list[tuple[Lane, T]]:
-        """Run `work` on one part of the lanes after another, without lanes that have left meanwhile."""
+        """Call `work` once for each part of the lanes; lanes that left during earlier calls are skipped."""
         active = self.active
         results: list[tuple[Lane, T]] = []
         for part in parts:

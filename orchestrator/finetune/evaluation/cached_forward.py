@@ -63,7 +63,7 @@ class CachedForward:
         return GRAPH_MAX_KEPT_SHARE if self._uses_graph else 1.0
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Compute the prompts.
+        """Fill the key-value cache with the prompts, and return the logits that follow them.
 
         Args:
             ids: Token ids, padded on the left, (rows, length).
