@@ -29,10 +29,10 @@ def calibrate(
 ) -> dict[str, dict[str, Tensor]]:
     """Compute each layer's calibration statistic and reduce it by the variant's `reduce_calibration`.
 
-    The weight needs no batches. The mean gradient is the mean over batches; the covariance of the inputs is
-    over all positions except padding. A layer's matrix has the shape (out, in) for gradients and (in, in) for
-    inputs, in the lanes' dtype. Layers are processed in groups whose matrices fit into the memory budget,
-    with one pass over the batches per group.
+    A statistic of the weight needs no batches. The mean gradient is the mean over batches; the covariance of
+    the inputs is over all positions except padding. A layer's matrix has the shape (out, in) for gradients
+    and (in, in) for inputs, in the lanes' dtype. Layers are processed in groups whose matrices fit into the
+    memory budget, with one pass over the batches per group.
 
     Args:
         adapters: The adapters, whose lanes do not take part.

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from variants.lane_views import FrozenLayer
 
 TOGETHER_NUMEL = 1 << 17
-"""Number of values of W up to which all lanes are computed together, which takes fewer launches."""
+"""Largest number of values of W for which all lanes are computed together, with fewer kernel launches."""
 
 
 class DenseProduct(torch.autograd.Function):
@@ -39,7 +39,7 @@ class DenseProduct(torch.autograd.Function):
             ctx: The node.
             x: The layer's input, (K, N, in).
             base: The frozen layer's output for these rows, (K, N, out), to which x (W * (B A))^T is added.
-                None computes x (W + W * (B A))^T + bias.
+                If it is None, the output is x (W + W * (B A))^T + bias.
             a: A of each lane, (K, rank, in), in any dtype.
             b: B of each lane, (K, out, rank), in any dtype.
             layer: The frozen layer, whose W (out, in) has the dtype of `x`. W is not kept between the passes:
@@ -88,8 +88,8 @@ def _split_lanes(a: Tensor, weight: Tensor) -> list[slice]:
     """Return the groups of lanes that are computed together: one group for a small W, else one per lane.
 
     The choice depends on the layer and not on the number of lanes, since the results may differ in the last
-    bits. bfloat16 and rank 1 are always computed per lane: PyTorch sums a batch of one lane in bfloat16, and
-    a product with a single column, in another order.
+    bits. In bfloat16 and with rank 1 each lane is always computed alone, because the order in which PyTorch
+    sums then depends on the number of lanes.
     """
     is_small = weight.numel() <= TOGETHER_NUMEL and a.dtype != torch.bfloat16 and a.shape[1] > 1
     return [slice(None)] if is_small else [slice(lane, lane + 1) for lane in range(len(a))]

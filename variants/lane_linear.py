@@ -141,7 +141,10 @@ class LaneLinear(nn.Module):
         return variant.forward(x, base, params, layer, scaling)
 
     def _prepare_params(self, context: ForwardContext, layer: FrozenLayer, scaling: Tensor) -> Params:
-        """Prepare the lanes' parameters; without gradients only if they have changed."""
+        """Return the result of the variant's `prepare`.
+
+        Without gradients, the last result is used again until a tensor of the lanes has changed.
+        """
         lanes = context.lanes
         if torch.is_grad_enabled():
             return self.variant.prepare(self._stack_all(lanes, layer), layer, scaling)

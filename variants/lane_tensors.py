@@ -28,8 +28,8 @@ class LaneTensors:
         hook_only_buffers: Names of the frozen tensors that only hooks read.
         trainable: Lane -> name -> parameter.
         frozen: Lane -> name -> frozen tensor.
-        gradient_constants: Lane -> (versions, result of `Variant.gradient_constants` without the lane
-            dimension) for the values that its tensors had at these versions.
+        gradient_constants: Lane -> (versions of its tensors, the result of `Variant.gradient_constants` for
+            these versions, without the lane dimension).
     """
 
     def __init__(

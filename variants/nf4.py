@@ -41,7 +41,7 @@ class NF4Weight(NamedTuple):
 
     @classmethod
     def quantize(cls, weight: Tensor) -> NF4Weight:
-        """Round a weight (out, in) to the nearest of the 16 values of its blocks."""
+        """Quantize a weight (out, in): round each value to the nearest of the 16 values of its block."""
         out_features, in_features = weight.shape
         count = math.ceil(weight.numel() / BLOCK_SIZE) * BLOCK_SIZE
         blocks = nn.functional.pad(weight.detach().reshape(-1).float(), (0, count - weight.numel()))

@@ -12,7 +12,7 @@ from variants.base import FrozenLayer, InitialTensors, Params, VariantSettings, 
 from variants.baseline.lora import LoRA
 
 CAST_NUMEL = 1 << 22
-"""Values of W that are cast to the lanes' dtype at once: 16 MiB in float32."""
+"""Number of values of W that are cast to the lanes' dtype at once: 16 MiB in float32."""
 
 
 class DoRA(LoRA):

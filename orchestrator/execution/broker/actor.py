@@ -108,14 +108,15 @@ class Broker:
     # -- trainers
 
     async def admit(self, trainer_id: str, devices: Sequence[str]) -> dict[str, str]:
-        """Take the devices of a trainer that starts. Returns the reasons by excluded device among them."""
+        """Record the devices of a trainer that starts. Returns those that are excluded, with the reasons."""
         return self.core.failure_policy.devices.admit(parse_trainer_name(trainer_id), devices)
 
     async def hold(self, trainer_id: str, faults: dict[str, str]) -> bool:
         """Exclude devices that a trainer keeps reserved, with the reason for each; see `DeviceRegistry.hold`.
 
         Returns:
-            True if the trainer shall end now, because it is drained or no lane waits for a trainer.
+            True if the trainer shall end now: it is drained, no lane has waited for IDLE_TRAINER_SECONDS, or
+            no lane waits and the study submits no more.
         """
         is_waiting = any(entry.needs_trainer for entry in self.core.open_entries.values())
         devices = self.core.failure_policy.devices
@@ -179,8 +180,8 @@ class Broker:
             "incarnation": this incarnation; "ended", "progress" and "lines": the new ended lanes, starts and
             reports of lanes, and lines; "counts": the number of lanes in each phase and of live trainers;
             "steps_taken": the optimizer steps of each trainer; "hung": the names of hung trainers;
-            "excluded_devices": the reasons by excluded device; "holders": the names of the trainers that keep
-            such devices reserved;
+            "excluded_devices": excluded device -> reason; "holders": the names of the trainers that keep such
+            devices reserved;
             "abort_reason": the reason why no more trainers should be started, or "".
         """
         self.core.tick(self.clock())

@@ -20,26 +20,26 @@ class DeviceRegistry:
     """Count the deaths of trainers on each device, and exclude devices that are broken.
 
     A device is excluded if a worker's test of it fails. It is also excluded after MAX_DEVICE_DEATHS deaths
-    without a step in between, if a trainer runs on a sound device; without such a trainer the cause is
-    probably not the device.
+    without a step in between, if a trainer runs on devices without such deaths at that time; if none does,
+    the cause is probably not the device.
     """
 
     def __init__(self) -> None:
         self.excluded: dict[str, str] = {}
-        """Reasons by excluded device."""
+        """Excluded device -> reason."""
         self.holders: dict[str, float] = {}
         """Name of a trainer that keeps excluded devices reserved -> the last time at which a lane waited."""
         self._devices: dict[str, tuple[str, ...]] = {}
-        """The devices of the trainers that have started and not ended, by name."""
+        """Name of a trainer that has started and not ended -> its devices."""
         self._deaths: Counter[str] = Counter()
-        """Deaths of trainers on a device since a trainer took a step there."""
+        """Device -> deaths of trainers on it since a trainer last took a step there."""
 
     def devices_of(self, trainer_name: str) -> tuple[str, ...]:
         """Return the devices of a trainer's workers; empty if they are unknown."""
         return self._devices.get(trainer_name, ())
 
     def admit(self, trainer_name: str, devices: Sequence[str]) -> dict[str, str]:
-        """Note the devices of a trainer that starts. Returns the reasons by excluded device among them."""
+        """Record the devices of a trainer that starts. Returns those that are excluded, with the reasons."""
         self._devices[trainer_name] = tuple(devices)
         return {device: self.excluded[device] for device in devices if device in self.excluded}
 
@@ -50,7 +50,7 @@ class DeviceRegistry:
 
         Args:
             trainer_name: The trainer's name.
-            faults: Reasons by faulty device.
+            faults: Faulty device -> reason.
             is_waiting: True if a lane waits for a trainer.
             now: Time on the broker's clock.
 

@@ -52,7 +52,7 @@ def find_device_fault(uses_gpu: bool) -> str:
 
 
 def _multiply_patiently(uses_gpu: bool) -> str:
-    """Repeat the test while the device lacks memory: the process before may still be freeing its own."""
+    """Repeat the test while the device is out of memory or busy: an earlier process may still be ending."""
     deadline = time.monotonic() + timeouts.DEVICE_TEST_SECONDS / 2
     while True:
         fault = _multiply(uses_gpu)
@@ -100,7 +100,8 @@ def admit_trainer(trainer_id: str, uses_gpu: bool, process_group: ProcessGroup) 
     """
     name = device_name()
     names = process_group.all_gather(name)
-    # Before the device is touched: the death of the process in the test counts against the device.
+    # The devices are announced before they are used, so that a death of the process in the test counts
+    # against them.
     excluded = process_group.broadcast_from_rank0(lambda: _call_broker("admit", trainer_id, names))
     fault = excluded.get(name) or find_device_fault(uses_gpu)
     faults = {device: text for device, text in process_group.all_gather((name, fault)) if text}

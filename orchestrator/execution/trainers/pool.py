@@ -58,7 +58,7 @@ class BrokerState:
     hung: Collection[str] = ()
     """Names of hung trainers."""
     excluded_devices: Mapping[str, str] = field(default_factory=dict)
-    """Reasons by device that no trainer may use; see `broker/devices.py`."""
+    """Device that no trainer may use -> reason; see `broker/devices.py`."""
     holders: frozenset[str] = frozenset()
     """Names of the trainers that keep excluded devices reserved and train nothing."""
     abort_reason: str = ""
@@ -136,7 +136,7 @@ class TrainerPool:
         self.had_waiting_lanes = bool(waiting)
 
     def _note_excluded(self, state: BrokerState) -> None:
-        """Take over which trainers are placed and which hold excluded devices, and report new ones."""
+        """Store which trainers are placed and which keep excluded devices reserved; report new devices."""
         self.placed = state.placed | state.holders
         self.holders = state.holders & self.running.keys()
         for device, reason in state.excluded_devices.items():
@@ -272,9 +272,9 @@ class TrainerPool:
         if self.max_trainers < wanted:
             self.notify(
                 f"{self.max_trainers} trainers at most, not {wanted}: each keeps "
-                f"{CONTROLLER_BYTES / 2**30:g} GiB on the driver's node, half of whose {memory / 2**30:.0f} "
-                f"GiB is for that; take a node with {driver_node_gib(wanted):g} GiB for Ray, or more "
-                "--lanes-per-trainer"
+                f"{CONTROLLER_BYTES / 2**30:g} GiB on the driver's node for its Train controller, and the "
+                f"controllers may use half of the node's {memory / 2**30:.0f} GiB; take a node with "
+                f"{driver_node_gib(wanted):g} GiB for Ray, or more --lanes-per-trainer"
             )
 
     def _remove_ended_trainers(self, hung: Collection[str], now: float) -> None:

@@ -15,10 +15,10 @@ def trial_limits(
 ) -> tuple[int | None, int]:
     """Return the number of concurrent trials, and the bytes that each of them reserves in Ray.
 
-    The number covers the lanes of all trainers, and one more for each trainer: a lane that ended is replaced
-    at once, while Tune starts the next trial in the free process. Every further trial would be one more
-    process to start before the first step. A search gets no further ones, since a waiting trial was suggested
-    without the results of the lanes that are in training.
+    The number is that of the lanes of all trainers, plus one for each trainer: a lane that has ended is
+    replaced at once by the lane of that trial, while Tune starts the next trial in the free process. More
+    trials would mean more processes to start before the first step. A search adds none, since a trial that
+    waits was suggested without the results of the lanes that are in training.
 
     The trial processes together may use half of the memory that Ray manages; the other half is for trainers.
     Tune's limit cannot be raised later, so an elastic pool on a joined cluster gets a limit for twice its

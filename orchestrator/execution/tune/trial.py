@@ -98,7 +98,7 @@ class LaneTrial(LaneClient):
     Args:
         config: The trial's config, with the trial's id under "__trial_info__"; see
             `private.light_trial_actors`.
-        storage: Unused: this trial writes no files.
+        storage: Not used, because this trial writes no files.
     """
 
     def __init__(self, config: dict[str, Any], storage: object = None) -> None:
@@ -112,7 +112,7 @@ class LaneTrial(LaneClient):
         return True
 
     def train(self) -> dict[str, Any]:
-        """Return the next result, with the entries that Tune itself reads."""
+        """Return the next result, with the entries that Tune reads from every result."""
         result = {"done": False, **self.step()}
         self.num_results += 1
         return {**result, "training_iteration": self.num_results, **self.get_auto_filled_metrics()}
@@ -122,4 +122,4 @@ class LaneTrial(LaneClient):
         return {"trial_id": self.trial_id, "pid": os.getpid(), "node_ip": ray.util.get_node_ip_address()}
 
     def stop(self) -> None:
-        """Release nothing: the process has no resources besides its memory."""
+        """Do nothing: a trial's process has nothing to release."""
