@@ -1,6 +1,6 @@
 """A full or read-only disk ends a command with one line.
 
-tests/finetune/engine/test_failures.py tests what trainers do on such a disk.
+tests/finetune/engine/test_disk_failures.py tests what trainers do on such a disk.
 """
 
 from __future__ import annotations

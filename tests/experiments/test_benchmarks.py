@@ -9,30 +9,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lanes as lanes_benchmark
+import makespan
+import meta_step
+import overhead
 import pytest
+import step
 import torch
+from alternatives_peft import FineTune, Run, Study
+from scripted import configuration, tiny_base_model
+from synthetic_task import StepSize, draw_rows
+from tensor_counts import TensorCounter
+
+from orchestrator.finetune.data.batches import encode_examples, shuffled_indices
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.local.letters import tokenizer
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import ModelChoice
+from variants import catalogue
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(ROOT / "tests" / "finetune")]
-
-import lanes as lanes_benchmark  # noqa: E402  (needs the paths above)
-import makespan  # noqa: E402
-import meta_step  # noqa: E402
-import overhead  # noqa: E402
-import step  # noqa: E402
-from alternatives_peft import FineTune, Run, Study  # noqa: E402
-from scripted import configuration, tiny_base_model  # noqa: E402
-from synthetic_task import StepSize, draw_rows  # noqa: E402
-from tensor_counts import TensorCounter  # noqa: E402
-
-from orchestrator.finetune.data.batches import encode_examples, shuffled_indices  # noqa: E402
-from orchestrator.finetune.tasks import catalogue as tasks  # noqa: E402
-from orchestrator.finetune.tasks.local.letters import tokenizer  # noqa: E402
-from orchestrator.record.store import Store  # noqa: E402
-from orchestrator.study.configuration import ModelChoice  # noqa: E402
-from variants import catalogue  # noqa: E402
-
 CPU = torch.device("cpu")
 NOT_ON_A_BARE_MACHINE = ("ray", "mlflow", "datasets", "optuna", "tyro", "pandas", "math_verify", "matplotlib")
 

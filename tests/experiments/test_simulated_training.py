@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import replay_schedulers
+from scripted import Queue, Script, configuration, get_record, leases, train
+from simulated_curves import SimulationPlan, synthetic_curve
+from simulated_schedulers import simulate_scheduler
+from simulated_training import SimulatedEngine
 
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.record.schema import Record
@@ -20,23 +25,10 @@ from orchestrator.study.configuration import Configuration
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(ROOT / "tests" / "finetune")]
-
-import replay_schedulers  # noqa: E402  (needs the paths above)
-from scripted import Queue, Script, configuration, leases, train  # noqa: E402
-from simulated_curves import SimulationPlan, synthetic_curve  # noqa: E402
-from simulated_schedulers import simulate_scheduler  # noqa: E402
-from simulated_training import SimulatedEngine  # noqa: E402
 
 
 def simulate(source: Any, store: Store, plan: SimulationPlan, **options: Any) -> None:
     train(source, store, make_engine=partial(SimulatedEngine, plan), **options)
-
-
-def get_record(store: Store, point: Configuration) -> Record:
-    record = store.get(point.fingerprint)
-    assert record is not None
-    return record
 
 
 def replayed_fields(record: Record) -> tuple[Any, ...]:

@@ -165,7 +165,6 @@ class Script:
     spilled: list[tuple[str, int]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     taken: int = 0
-    progress_notes: int = 0
     lanes: dict[str, Lane] = field(default_factory=dict)
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
@@ -208,7 +207,7 @@ class Script:
         self.said.append(line)
 
     def note_progress(self) -> None:
-        self.progress_notes += 1
+        """Do nothing: no heartbeat depends on the progress."""
 
     def end_lease(self, fingerprint: str, attempt: int, state: str) -> None:
         self.ended.append((fingerprint, attempt, state))
@@ -348,6 +347,13 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
         )
 
 
+def get_record(store: Store, one: Configuration) -> Record:
+    """Return the record of a configuration, which must be in the store."""
+    record = store.get(one.fingerprint)
+    assert record is not None
+    return record
+
+
 ALONE: dict[str, Record] = {}
 """Fingerprint -> record of `solo`. Tests share it, because a configuration always gives the same results."""
 
@@ -359,8 +365,7 @@ def solo(one: Configuration, folder: Path, **options: Any) -> Record:
     store = Store(folder / f"solo-{one.fingerprint[:12]}")
     if store.get(one.fingerprint) is None:
         train(Script(leases([one])), store, lanes=1, **options)
-    record = store.get(one.fingerprint)
-    assert record is not None
+    record = get_record(store, one)
     return record if options else ALONE.setdefault(one.fingerprint, record)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, train
+from scripted import WORDS_TASK, Script, configuration, get_record, leases, numbers_of, solo, train
 
 from orchestrator.finetune.engine import answer_wait
 from orchestrator.finetune.engine.answer_wait import AnswerWait
@@ -31,7 +31,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     generate = evaluation.generate_answers
 
     def counting(*arguments: Any) -> Any:
-        lanes.append(len(arguments[4]))
+        lanes.append(len(arguments[4].seeds))
         return generate(*arguments)
 
     monkeypatch.setattr(evaluation, "generate_answers", counting)
@@ -52,8 +52,7 @@ def train_two(store: Store, source: Script | None = None) -> Script:
 
 def check_records(store: Store, folder: Path) -> None:
     for one in (FIRST, SECOND):
-        record = store.get(one.fingerprint)
-        assert record is not None
+        record = get_record(store, one)
         assert numbers_of(record) == numbers_of(solo(one, folder))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripted import Script, configuration, leases, numbers_of, solo, tiny_base_model, train
+from scripted import Script, configuration, get_record, leases, numbers_of, solo, tiny_base_model, train
 
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
@@ -47,8 +47,7 @@ def test_all_learning_rates_share_a_file_and_each_seed_has_its_own(variant: str,
     train(Script(leases([point(variant, seed=1)])), store)
     assert len(modification_times(store)) == 2
     for c in rates:
-        record = store.get(c.fingerprint)
-        assert record is not None
+        record = get_record(store, c)
         assert record.state == "finished", record.traceback
 
 
@@ -63,8 +62,7 @@ def test_a_damaged_file_is_computed_again(store: Store, damage: Callable[[bytes]
     again = point("eva", rate=1e-3)
     train(Script(leases([again])), store)
     assert file.read_bytes() == whole
-    record = store.get(again.fingerprint)
-    assert record is not None
+    record = get_record(store, again)
     assert record.state == "finished", record.traceback
 
 
@@ -79,8 +77,7 @@ def test_a_file_swapped_with_another_is_computed_again(store: Store, tmp_path: P
     again = point("eva", rate=1e-3)
     train(Script(leases([again])), store)
     assert file.read_bytes() == whole
-    record = store.get(again.fingerprint)
-    assert record is not None
+    record = get_record(store, again)
     assert numbers_of(record) == numbers_of(solo(again, tmp_path))
 
 
@@ -89,8 +86,7 @@ def test_calibrated_lanes_in_a_group_equal_lanes_alone(variant: str, store: Stor
     lanes = [point(variant, seed=seed) for seed in range(3)]
     train(Script(leases(lanes)), store)
     for c in lanes:
-        record = store.get(c.fingerprint)
-        assert record is not None
+        record = get_record(store, c)
         assert numbers_of(record) == numbers_of(solo(c, tmp_path))
 
 
@@ -137,7 +133,6 @@ def test_another_trainer_computes_no_singular_triplets_again(
     assert len(decomposed) == 14
     train(Script(leases([lane(1e-2, 0, rank=4)])), store)
     assert len(decomposed) == 28
-    record = store.get(again.fingerprint)
-    assert record is not None
+    record = get_record(store, again)
     assert record.state == "finished", record.traceback
     assert numbers_of(record) == numbers_of(solo(again, tmp_path))

@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import torch
 from pair import process
-from scripted import Script, SimulatedCrashError, configuration, dies_at, leases, numbers_of, solo, train
+from scripted import (
+    Script,
+    SimulatedCrashError,
+    configuration,
+    dies_at,
+    get_record,
+    leases,
+    numbers_of,
+    solo,
+    train,
+)
 
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.finetune.engine.checkpoint import Checkpoint, read_newest
@@ -88,8 +98,7 @@ def test_a_lane_that_leaves_or_is_stopped_is_saved_at_any_time(store: Store, tmp
         assert saved.step == 5
     train(Script(leases(two, attempt=2)), store, **never)
     for one in two:
-        record = store.get(one.fingerprint)
-        assert record is not None
+        record = get_record(store, one)
         assert numbers_of(record) == numbers_of(solo(one, tmp_path))
 
 
@@ -166,8 +175,7 @@ def test_a_lane_trains_on_while_its_checkpoint_is_written(
         if file.name > f"step-{made_at:08d}.safetensors":  # the last write
             file.unlink()
     train(Script(leases([ONE], attempt=2)), store)
-    record = store.get(ONE.fingerprint)
-    assert record is not None
+    record = get_record(store, ONE)
     assert record.provenance.resumed_from == (made_at,)
     assert numbers_of(record) == wanted
 
@@ -203,8 +211,7 @@ def test_a_write_that_fails_in_the_background_is_reported_once(
     with caplog.at_level(logging.WARNING):
         train(Script(leases([ONE])), store, **ALWAYS)
     assert len([line for line in caplog.messages if "cannot save lanes" in line]) == 1
-    record = store.get(ONE.fingerprint)
-    assert record is not None
+    record = get_record(store, ONE)
     assert numbers_of(record) == numbers_of(solo(ONE, tmp_path))
 
 
@@ -234,8 +241,7 @@ def test_a_trainer_that_is_killed_while_it_writes_loses_only_that_checkpoint(tmp
     saved = read_newest(store.checkpoints / ONE.fingerprint, print)
     assert saved is not None
     train(Script(leases([ONE], attempt=2)), store, data=tmp_path / "data")
-    record = store.get(ONE.fingerprint)
-    assert record is not None
+    record = get_record(store, ONE)
     assert record.provenance.resumed_from == (saved.step,)
     assert numbers_of(record) == numbers_of(solo(ONE, tmp_path))
 

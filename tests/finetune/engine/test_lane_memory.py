@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import Script, configuration, leases, numbers_of, solo, tiny_base_model, train
+from scripted import Script, configuration, get_record, leases, numbers_of, solo, tiny_base_model, train
 
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane_memory import MEASURED_STEPS, MEMORY_SHARE, LaneMemory
@@ -73,8 +73,7 @@ def test_a_trainer_measures_one_lane_then_two_then_grows_and_the_next_one_knows(
         f"5 lanes at once on {device_key(store)}: one lane needs 5.0 GiB, two 8.0: 5 fit"
     ]
     for one in ten:
-        record = store.get(one.fingerprint)
-        assert record is not None
+        record = get_record(store, one)
         assert numbers_of(record) == numbers_of(solo(one, tmp_path)), "the number of lanes changes no result"
     later = Script(leases(configuration(seed=seed, steps=4) for seed in range(10, 20)))
     train(later, store, lanes=8, is_measured=True, make_engine=MeasuredEngine)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from scripted import Script, configuration, leases, train
+from scripted import Script, configuration, get_record, leases, train
 
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.time_use import TimeUse, process_start
@@ -34,8 +34,7 @@ def test_records_say_where_the_time_of_their_trainer_went(tmp_path: Path) -> Non
     began = time.monotonic()
     one = configuration(seed=0)
     train(Script(leases([one])), store, lanes=1)
-    record = store.get(one.fingerprint)
-    assert record is not None
+    record = get_record(store, one)
     disjoint = [getattr(record.cost, name) for name in TIME_FIELDS if name != "generate_seconds"]
     assert all(seconds > 0 for seconds in disjoint)
     assert began - process_start() <= sum(disjoint) <= time.monotonic() - process_start()

@@ -1,6 +1,6 @@
 """Checkpoints that cannot be written for reasons other than a full disk, and remembered lane capacities.
 
-The tests of a full disk are in test_failures.py.
+The tests of a full disk are in test_disk_failures.py.
 """
 
 from __future__ import annotations

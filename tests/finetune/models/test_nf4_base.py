@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripted import Script, configuration, leases, numbers_of, solo, train
+from scripted import Script, configuration, get_record, leases, numbers_of, solo, train
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.finetune.models import catalogue as model_catalogue
@@ -120,8 +120,7 @@ def test_lanes_over_4_bits_train_as_they_do_alone(variant: str, store: Store, tm
     two = [configuration(seed=s, variant=variant, dtype="nf4", steps=6, dropout=0.1) for s in (0, 1)]
     train(Script(leases(two), start_at={two[1].fingerprint: 2}), store, load_base_model=load_base_model)
     for one in two:
-        record = store.get(one.fingerprint)
-        assert record is not None
+        record = get_record(store, one)
         assert record.state == "finished", record.reason
         assert record.curve[-1].loss < record.curve[0].loss
         alone = solo(one, tmp_path, load_base_model=load_base_model)
