@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,9 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 from orchestrator.finetune.data.batches import Row
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_group import LaneGroup
+from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.generate import generate_answers
 from orchestrator.finetune.failures import Fault, classify_error
-from orchestrator.finetune.models import activation_checkpointing
+from orchestrator.finetune.models import activation_checkpointing, liger_kernels
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 
@@ -72,17 +73,7 @@ class Setup:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         model = build_model(self.model, self.device, dtype)
         if self.liger:
-            import liger_kernel.transformers as liger
-
-            patch = getattr(liger, f"apply_liger_kernel_to_{SHAPES[self.model].family.lower()}")
-            patch(
-                rope=True,
-                rms_norm=True,
-                swiglu=True,
-                cross_entropy=False,
-                fused_linear_cross_entropy=False,
-                model=model,
-            )
+            liger_kernels.apply_liger(model, self.model)
         if self.checkpointing:
             activation_checkpointing.enable_activation_checkpointing(model)
         return model
@@ -257,9 +248,9 @@ def measure_decoding(setup: Setup) -> None:
     """Time one decode step of transformers' own generation by rows, without adapters and with lanes."""
     model, rows = setup.build(), setup.rows(128)
     for variant, count in ((None, 1), *((v, n) for v in setup.variants for n in setup.lanes)):
-        attached = nullcontext((None, []))
+        attached: AbstractContextManager[tuple[LaneGroup | None, list[Lane]]] = nullcontext((None, []))
         if variant is not None:
-            attached = setup.group(model, rows, variant, count, setup.step_size())  # type: ignore[assignment]
+            attached = setup.group(model, rows, variant, count, setup.step_size())
         with attached as (group, lanes):
             names = [lane.fingerprint for lane in lanes]
             for each in (4,) if setup.is_tiny else (32, 128, 512):
@@ -316,8 +307,7 @@ def measure_scoring(setup: Setup) -> None:
             SyntheticTask(new_tokens),
             prompts,
             setup.longest,
-            [0] * len(lanes),
-            lambda: group.adapters.activate_lanes(names, None),
+            EvaluatedLanes([0] * len(lanes), lambda: group.adapters.activate_lanes(names, None)),
             SINGLE_PROCESS_GROUP,
         )
         with setup.memory() as memory:
@@ -332,19 +322,27 @@ def measure_out_of_memory(setup: Setup) -> None:
     fault: Fault | None = None
     while fault is None and count <= (max(setup.lanes) if setup.device.type == "cpu" else MAX_LANES):
         before = _allocated(setup.device)
-        try:
-            with setup.group(model, rows, setup.variants[0], count, setup.step_size()) as (group, lanes):
-                group.backward(lanes)
-                synchronize(setup.device)
-        except Exception as error:
-            fault = classify_error(error)
-        group = lanes = None  # type: ignore[assignment]  # their tensors must not count
+        fault = _find_fault(setup, model, rows, count)
         free_device_memory(setup.device)
         kept = (_allocated(setup.device) - before) / MIB
         setup.add("oom", lanes=count, fault=str(fault), kept_mib=round(kept, 1))
         count *= 2
     if fault not in (None, Fault.MEMORY):
         raise RuntimeError(f"a lack of memory was classified as {fault}; failures.py must say MEMORY")
+
+
+def _find_fault(setup: Setup, model: Any, rows: list[Row], count: int) -> Fault | None:
+    """Compute gradients of some lanes. Returns the kind of the error, if there is one.
+
+    All tensors of the lanes are freed when this function returns.
+    """
+    try:
+        with setup.group(model, rows, setup.variants[0], count, setup.step_size()) as (group, lanes):
+            group.backward(lanes)
+            synchronize(setup.device)
+    except Exception as error:
+        return classify_error(error)
+    return None
 
 
 def _allocated(device: torch.device) -> int:

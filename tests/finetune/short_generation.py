@@ -14,6 +14,7 @@ from short_of_memory import MALLOPT, limit, status
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.finetune.evaluation.cached_forward import CachedForward
+from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.generate import generate_answers
 from orchestrator.finetune.failures import free_memory
 from orchestrator.finetune.models.base_model import BaseModel
@@ -79,8 +80,7 @@ def halve_rows(folder: Path) -> None:
             task,
             prompts[:count],
             32,
-            [0],
-            lambda: adapters.activate_lanes(["x"], None),
+            EvaluatedLanes([0], lambda: adapters.activate_lanes(["x"], None)),
             SINGLE_PROCESS_GROUP,
         )
 

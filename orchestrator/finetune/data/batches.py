@@ -107,16 +107,6 @@ class Batch(PaddedRows):
             tuple(image for b in batches for image in b.images),
         )
 
-    def slice_rows(self, first: int, last: int) -> Batch:
-        """Return rows `first` to `last - 1` with the same padding."""
-        return Batch(
-            self.ids[first:last],
-            self.targets[first:last],
-            self.lengths[first:last],
-            None if self.second_segment_starts is None else self.second_segment_starts[first:last],
-            self.images[first:last],
-        )
-
     @cached_property
     def target_positions(self) -> Tensor:
         """The indices, in the flattened targets, of those that count in the loss, (targets,) int64."""

@@ -23,6 +23,7 @@ from orchestrator.finetune.device_copy import copy_without_waiting
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
+from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.finetune.evaluation.generate import count_lanes_together
 from orchestrator.finetune.models.base_model import BaseModel
@@ -105,14 +106,14 @@ def _score_base_model(
     on_batch: Callable[[], None],
 ) -> Scores:
     """Return the scores of the base model without lanes on some splits; see `evaluate`."""
-    rows, process_group = adapters.disable_adapters, data.baseline.process_group
+    process_group = data.baseline.process_group
+    without_lanes = EvaluatedLanes([0], adapters.disable_adapters)
     return {
         split: evaluate(
             base_model,
             data.task,
             data.splits[split],
-            [0],
-            rows,
+            without_lanes,
             process_group,
             predict_with_generate,
             on_batch,
@@ -329,8 +330,10 @@ class LaneGroup:
                     self.base_model,
                     self.data.task,
                     self.data.splits[split],
-                    [lane.configuration.seed for lane in together],
-                    partial(self.adapters.activate_lanes, names, None),
+                    EvaluatedLanes(
+                        [lane.configuration.seed for lane in together],
+                        partial(self.adapters.activate_lanes, names, None),
+                    ),
                     self.process_group,
                     generates,
                     self.on_batch,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import monotonic
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 from orchestrator.finetune.data.batches import Batch, Row, pad_rows, plan_batches
 from orchestrator.finetune.data.device_batch import DeviceBatch
 from orchestrator.finetune.evaluation import metrics
+from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.forward import predict
 from orchestrator.finetune.evaluation.generate import generate_answers
 from orchestrator.finetune.models.base_model import BaseModel
@@ -114,12 +113,11 @@ class EvaluationResult:
 
 
 @torch.no_grad()
-def evaluate(  # noqa: PLR0913 (one parameter more than the rule allows, to show progress)
+def evaluate(
     base_model: BaseModel,
     task: Task,
     split: EvaluationSplit,
-    seeds: Sequence[int],
-    lane_rows: Callable[[], AbstractContextManager[Any]],
+    lanes: EvaluatedLanes,
     process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
     predict_with_generate: bool = True,
     on_batch: Callable[[], None] = lambda: None,
@@ -130,9 +128,7 @@ def evaluate(  # noqa: PLR0913 (one parameter more than the rule allows, to show
         base_model: The base model that carries the lanes' adapters.
         task: The task.
         split: The split.
-        seeds: The seed of each lane, which decides what is sampled for its answers.
-        lane_rows: Makes a context in which the model treats its rows as those of the lanes, one after
-            another, with an equal number of rows for each.
+        lanes: The lanes.
         process_group: The processes that evaluate the same lanes.
         predict_with_generate: Whether to generate and grade the answers of a generation task.
         on_batch: Called after every batch that is scored, generated or graded, to show progress.
@@ -143,12 +139,10 @@ def evaluate(  # noqa: PLR0913 (one parameter more than the rule allows, to show
     Raises:
         UsageError: The task grades an answer with anything but a number from 0 to 1.
     """
-    results = [EvaluationResult({}, ItemResults())] * len(seeds)
+    results = [EvaluationResult({}, ItemResults())] * len(lanes.seeds)
     if split.batch_plan:
-        losses, predictions = _predict_targets(
-            base_model, task, split, len(seeds), lane_rows, process_group, on_batch
-        )
-        results = [_score_predictions(task, split, *lane) for lane in zip(losses, predictions, strict=True)]
+        values = _predict_targets(base_model, task, split, lanes, process_group, on_batch)
+        results = [_score_predictions(task, split, *lane) for lane in zip(*values, strict=True)]
     if task.output != "generation":
         return results
     results = [replace(result, items=replace(result.items, correct=())) for result in results]
@@ -156,10 +150,10 @@ def evaluate(  # noqa: PLR0913 (one parameter more than the rule allows, to show
         return results
     started = monotonic()
     prompts, length = [(i, split.rows[i].prompt) for i in split.graded_items], split.max_row_length
-    generated = generate_answers(base_model, task, prompts, length, seeds, lane_rows, process_group, on_batch)
+    generated = generate_answers(base_model, task, prompts, length, lanes, process_group, on_batch)
     graded = []
     grades_by_lane = _grade_generated(task, split, generated, process_group, on_batch)
-    seconds = (monotonic() - started) / len(seeds)
+    seconds = (monotonic() - started) / len(lanes.seeds)
     for result, grades, answers in zip(results, grades_by_lane, generated, strict=True):
         scores = {**result.scores, task.metric: float(grades.mean())}
         first_samples = tuple(samples[0] for samples in answers)
@@ -172,14 +166,14 @@ def _predict_targets(
     base_model: BaseModel,
     task: Task,
     split: EvaluationSplit,
-    lane_count: int,
-    lane_rows: Callable[[], AbstractContextManager[Any]],
+    lanes: EvaluatedLanes,
     process_group: ProcessGroup,
     on_batch: Callable[[], None],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return losses and predictions, each (lanes, targets) float64, in the order of the batch plan."""
     values: list[Tensor] = []  # for each batch of this process: losses and predictions, (2, lanes, targets)
-    with lane_rows():
+    lane_count = len(lanes.seeds)
+    with lanes.activate():
         for number in range(process_group.rank, len(split.batch_plan), process_group.world_size):
             batch = split.batch(number)
             on_device = DeviceBatch.copy_to(base_model.device, [batch] * lane_count)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
-from orchestrator.finetune.data.batches import Batch
 from orchestrator.finetune.data.device_batch import DeviceBatch
 from orchestrator.finetune.evaluation import token_loss
 from orchestrator.finetune.models.base_model import BaseModel
@@ -38,7 +37,7 @@ def compute_objective(base_model: BaseModel, task: Task, batch: DeviceBatch) -> 
         return token_loss.compute_objective(
             hidden, layer, batch.labels, batch.weights, batch.lane_target_counts
         )
-    losses = compute_losses(_compute_logits(base_model, task, batch), batch.labels, task)
+    losses = compute_losses(compute_logits(base_model, task, batch), batch.labels, task)
     return losses @ batch.weights.to(losses.dtype), losses.detach()
 
 
@@ -51,25 +50,29 @@ def predict(base_model: BaseModel, task: Task, batch: DeviceBatch) -> tuple[Tens
     if (layer := _get_output_layer(base_model, task)) is not None:
         hidden = _compute_hidden_states(base_model, batch)
         return token_loss.predict_tokens(hidden, layer, batch.labels, batch.lane_target_counts)
-    logits = _compute_logits(base_model, task, batch)
+    logits = compute_logits(base_model, task, batch)
     predictions = logits.squeeze(1) if task.output == "regression" else logits.argmax(dim=-1)
     return compute_losses(logits, batch.labels, task), predictions
 
 
-def compute_logits(base_model: BaseModel, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
+def compute_logits(base_model: BaseModel, task: Task, batch: DeviceBatch) -> Tensor:
     """Compute the logits of the targets that count in the loss.
 
     Args:
         base_model: The base model, inside a context that activates lanes.
         task: The task.
-        batch: The rows, on the CPU.
+        batch: The rows of the lanes.
 
     Returns:
-        Logits, (targets, classes), and labels, (targets,), on the device, row after row. The classes are the
-        vocabulary or those of the head; a regression head has one output.
+        Logits, (targets, classes), row after row. The classes are the vocabulary or those of the head; a
+        regression head has one output.
     """
-    on_device = DeviceBatch.copy_to(base_model.device, [batch])
-    return _compute_logits(base_model, task, on_device), on_device.labels
+    with without_packing_check():
+        if batch.images:
+            return _compute_image_logits(base_model, batch)
+        if task.has_head:
+            return _compute_head_logits(base_model, batch)
+        return _compute_token_logits(base_model, batch)
 
 
 def compute_losses(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
@@ -102,15 +105,6 @@ def _compute_hidden_states(base_model: BaseModel, batch: DeviceBatch) -> Tensor:
     with without_packing_check():
         states = base_model.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
     return states.flatten(0, 1).index_select(0, batch.target_positions)
-
-
-def _compute_logits(base_model: BaseModel, task: Task, batch: DeviceBatch) -> Tensor:
-    with without_packing_check():
-        if batch.images:
-            return _compute_image_logits(base_model, batch)
-        if task.has_head:
-            return _compute_head_logits(base_model, batch)
-        return _compute_token_logits(base_model, batch)
 
 
 def _compute_token_logits(base_model: BaseModel, batch: DeviceBatch) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections import ChainMap
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from orchestrator.finetune.evaluation.decoding import DecodingRules, decode_answers
+from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.generation_plan import (
     MIN_ROWS,
     GenerationLimits,
@@ -30,13 +30,12 @@ Entry = tuple[int, Sequence[int], int]
 
 
 @torch.no_grad()
-def generate_answers(  # noqa: PLR0913 (one parameter more than the rule allows, to show progress)
+def generate_answers(
     base_model: BaseModel,
     task: Task,
     prompts: Sequence[tuple[int, Sequence[int]]],
     max_row_length: int,
-    seeds: Sequence[int],
-    lane_rows: Callable[[], AbstractContextManager[Any]],
+    lanes: EvaluatedLanes,
     process_group: ProcessGroup,
     on_batch: Callable[[], None] = lambda: None,
 ) -> list[list[tuple[str, ...]]]:
@@ -47,9 +46,7 @@ def generate_answers(  # noqa: PLR0913 (one parameter more than the rule allows,
         task: The task, which decides the sampling, the stop strings and the length of answers.
         prompts: An item number, which decides what is sampled, and token ids of each prompt.
         max_row_length: The longest padded length, except for prompts that are longer.
-        seeds: The seed of each lane, in the order of `lane_rows`.
-        lane_rows: Makes a context in which the model treats its rows as those of the lanes, one after
-            another, with an equal number of rows for each.
+        lanes: The lanes.
         process_group: The processes that generate for the same lanes.
         on_batch: Called after every batch and within long ones, to show progress.
 
@@ -66,9 +63,9 @@ def generate_answers(  # noqa: PLR0913 (one parameter more than the rule allows,
         limits,
         process_group.world_size,
     )
-    generator = _Generator(base_model, task, seeds, on_batch)
+    generator = _Generator(base_model, task, lanes.seeds, on_batch)
     own_answers: dict[tuple[int, int], str] = {}  # by lane and entry
-    with lane_rows():
+    with lanes.activate():
         for length, batch in plan[process_group.rank :: process_group.world_size]:
             for lane, texts in enumerate(generator.generate([entries[e] for e in batch], length)):
                 own_answers.update({(lane, entry): text for entry, text in zip(batch, texts, strict=True)})
@@ -79,7 +76,7 @@ def generate_answers(  # noqa: PLR0913 (one parameter more than the rule allows,
             tuple(all_answers[lane, first + sample] for sample in range(task.samples))
             for first in range(0, len(entries), task.samples)
         ]
-        for lane in range(len(seeds))
+        for lane in range(len(lanes.seeds))
     ]
 
 

@@ -205,7 +205,7 @@ def test_decoding_ends_when_all_rows_have_ended_and_shows_progress(monkeypatch: 
 
 
 def test_a_model_with_a_sliding_window_has_no_static_cache() -> None:
-    for family, config in CONFIGS.items():
+    for family in CONFIGS:
         config = make_base_model(family).model.config
         cache = cached_forward._make_static_cache(config, 64)
         assert (cache is None) == family.startswith("gemma")

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from logits import compute_logits
 from scripted import WORDS_TASK, tiny_base_model
 from splits import tokenized_split
 from three_lanes import NAMES, three_lanes
 from torch.nn.functional import cross_entropy
 
 from orchestrator.finetune.evaluation.evaluate import EvaluationSplit, _grade_generated, evaluate
-from orchestrator.finetune.evaluation.forward import accepts_logits_to_keep, compute_logits
+from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
+from orchestrator.finetune.evaluation.forward import accepts_logits_to_keep
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, WorkerError
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -38,9 +40,13 @@ def test_a_lanes_scores_do_not_depend_on_other_lanes(name: str) -> None:
     base_model, task = make_base_model(), tasks.get(name)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        together = evaluate(base_model, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
+        together = evaluate(
+            base_model, task, split, EvaluatedLanes([0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
+        )
         alone = [
-            evaluate(base_model, task, split, [0], lambda n=n: adapters.activate_lanes([n], None))[0]
+            evaluate(
+                base_model, task, split, EvaluatedLanes([0], lambda n=n: adapters.activate_lanes([n], None))
+            )[0]
             for n in NAMES
         ]  # type: ignore[misc]
     assert together == alone
@@ -57,7 +63,10 @@ def test_a_grade_outside_0_to_1_is_named(bad_grade: float, monkeypatch: pytest.M
         pytest.raises(UsageError, match=f"is {bad_grade}; must be a number from 0"),
     ):
         evaluate(
-            base_model, task, split_of(task, base_model), [0], lambda: adapters.activate_lanes(["y"], None)
+            base_model,
+            task,
+            split_of(task, base_model),
+            EvaluatedLanes([0], lambda: adapters.activate_lanes(["y"], None)),
         )
 
 
@@ -69,7 +78,10 @@ def test_too_few_grades_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(UsageError, match="grade_all gives 1 grades for 24"),
     ):
         evaluate(
-            base_model, task, split_of(task, base_model), [0], lambda: adapters.activate_lanes(["y"], None)
+            base_model,
+            task,
+            split_of(task, base_model),
+            EvaluatedLanes([0], lambda: adapters.activate_lanes(["y"], None)),
         )
 
 
@@ -96,8 +108,7 @@ def test_every_batch_that_is_scored_generated_or_graded_shows_progress(
                 base_model,
                 task,
                 split,
-                [0],
-                rows,
+                EvaluatedLanes([0], rows),
                 SINGLE_PROCESS_GROUP,
                 predict_with_generate,
                 on_batch=lambda notes=notes: notes.append(len(done)),  # type: ignore[misc]
@@ -110,7 +121,9 @@ def test_every_batch_that_is_scored_generated_or_graded_shows_progress(
     assert notes[-2:] == [1, 2] == [i + 1 for i in range(len(done))], "100 answers are graded in two batches"
     monkeypatch.setattr("orchestrator.finetune.evaluation.evaluate.GRADING_BATCH", 7)
     with three_lanes(base_model) as adapters:
-        again = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["y"], None))
+        again = evaluate(
+            base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["y"], None))
+        )
     assert again == found[1:], "the grades do not depend on the batches"
 
 
@@ -118,7 +131,9 @@ def test_scores_equal_those_of_plain_forward_passes() -> None:
     base_model, task = make_base_model(), tasks.get(WORDS_TASK)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters, torch.no_grad():
-        found = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["y"], None))[0]
+        found = evaluate(
+            base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["y"], None))
+        )[0]
         losses, hits, answers = [], [], []
         for row in split.rows:  # one row at a time, without padding
             with adapters.activate_lanes(["y"], None):
@@ -161,7 +176,7 @@ def test_generation_and_teacher_forcing_agree_for_exact_match() -> None:
             optimizer.step()
             optimizer.zero_grad()
     one, other = (
-        evaluate(base_model, t, split, [0], lambda: adapters.activate_lanes(["x"], None))[0]
+        evaluate(base_model, t, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["x"], None)))[0]
         for t in (generated, forced)
     )
     assert one.items.correct == other.items.correct
@@ -174,13 +189,13 @@ def test_disabled_adapters_give_the_scores_of_the_bare_model() -> None:
     base_model, task = make_base_model(), tasks.get("letters")
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        off = evaluate(base_model, task, split, [0], adapters.disable_adapters)[0]
+        off = evaluate(base_model, task, split, EvaluatedLanes([0], adapters.disable_adapters))[0]
 
     @contextmanager
     def bare() -> Iterator[None]:
         yield
 
-    assert evaluate(base_model, task, split, [0], bare)[0] == off
+    assert evaluate(base_model, task, split, EvaluatedLanes([0], bare))[0] == off
 
 
 def test_leaving_out_columns_without_labels_changes_no_logits() -> None:
@@ -199,10 +214,14 @@ def test_the_models_generation_settings_are_ignored_and_restored() -> None:
     base_model, task = make_base_model(), tasks.get(WORDS_TASK)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        plain = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["z"], None))[0]
+        plain = evaluate(
+            base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["z"], None))
+        )[0]
         own = base_model.model.generation_config
         own.do_sample, own.temperature, own.repetition_penalty = True, 5.0, 3.0
-        again = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["z"], None))[0]
+        again = evaluate(
+            base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["z"], None))
+        )[0]
     assert again == plain
     assert base_model.model.generation_config is own
     assert (own.do_sample, own.temperature) == (True, 5.0)
@@ -212,7 +231,9 @@ def test_a_bf16_base_model_has_finite_losses() -> None:
     base_model, task = make_base_model("bfloat16"), tasks.get(WORDS_TASK)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        scored = evaluate(base_model, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
+        scored = evaluate(
+            base_model, task, split, EvaluatedLanes([0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
+        )
     assert all(0 < one.scores["loss"] < 50 for one in scored)
 
 

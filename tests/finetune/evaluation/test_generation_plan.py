@@ -99,7 +99,7 @@ def test_decode_steps_are_counted_by_the_longest_answer_of_each_batch() -> None:
 
 
 def test_the_default_study_takes_less_than_5000_decode_steps_a_lane_on_a_gpu() -> None:
-    """The bound holds for a card of 80 GiB, even if no answer ends before the longest length."""
+    """The bound holds for a GPU of 80 GiB, even if no answer ends before the longest length."""
     assert count_study(limits_of(60), longest_answers=True).steps < 5_000
     assert count_study(limits_of(60, "cpu"), longest_answers=True).steps > 20_000
 

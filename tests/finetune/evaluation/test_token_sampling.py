@@ -15,6 +15,7 @@ from three_lanes import NAMES, three_lanes
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.evaluation import decoding
 from orchestrator.finetune.evaluation.evaluate import evaluate
+from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.generate import generate_answers, truncate_at_stop
 from orchestrator.finetune.evaluation.token_sampling import draw_uniforms, sample_tokens
 from orchestrator.finetune.models.base_model import BaseModel
@@ -77,14 +78,21 @@ def test_samples_do_not_depend_on_the_lane_group() -> None:
     base_model, task = make_base_model(), sampled()
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        together = evaluate(base_model, task, split, SEEDS, lambda: adapters.activate_lanes(NAMES, None))
+        together = evaluate(
+            base_model, task, split, EvaluatedLanes(SEEDS, lambda: adapters.activate_lanes(NAMES, None))
+        )
         for name, seed, one in zip(NAMES, SEEDS, together, strict=True):
             alone = evaluate(
-                base_model, task, split, [seed], lambda n=name: adapters.activate_lanes([n], None)
+                base_model,
+                task,
+                split,
+                EvaluatedLanes([seed], lambda n=name: adapters.activate_lanes([n], None)),
             )  # type: ignore[misc]
             assert alone == [one]
         # With the second lane's seed, the first lane's answers differ from the answers of both lanes.
-        other = evaluate(base_model, task, split, [1], lambda: adapters.activate_lanes([NAMES[0]], None))[0]
+        other = evaluate(
+            base_model, task, split, EvaluatedLanes([1], lambda: adapters.activate_lanes([NAMES[0]], None))
+        )[0]
     assert other.items.answers != together[0].items.answers
     assert other.items.answers != together[1].items.answers
 
@@ -96,7 +104,9 @@ def test_samples_do_not_depend_on_torchs_random_state() -> None:
         found = []
         for noise in (0, 1):
             torch.manual_seed(noise)
-            found += evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["x"], None))
+            found += evaluate(
+                base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["x"], None))
+            )
             state = torch.get_rng_state()
             torch.manual_seed(noise)
             assert torch.equal(state, torch.get_rng_state())
@@ -115,8 +125,7 @@ def test_samples_do_not_depend_on_the_order_or_on_other_prompts() -> None:
                 task,
                 some_prompts,
                 split.max_row_length,
-                [5],
-                lambda: adapters.activate_lanes(["x"], None),
+                EvaluatedLanes([5], lambda: adapters.activate_lanes(["x"], None)),
                 SINGLE_PROCESS_GROUP,
             )
             return {number: texts for (number, _), texts in zip(some_prompts, generated[0], strict=True)}
@@ -134,10 +143,10 @@ def test_a_score_is_the_mean_grade_of_the_samples() -> None:
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
         rows = lambda: adapters.activate_lanes(["y"], None)  # noqa: E731
-        found = evaluate(base_model, task, split, [3], rows)[0]
+        found = evaluate(base_model, task, split, EvaluatedLanes([3], rows))[0]
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
         generated = generate_answers(
-            base_model, task, prompts, split.max_row_length, [3], rows, SINGLE_PROCESS_GROUP
+            base_model, task, prompts, split.max_row_length, EvaluatedLanes([3], rows), SINGLE_PROCESS_GROUP
         )[0]
     grades = [
         sum(task.grade(example, text) for text in texts) / 4
@@ -153,8 +162,8 @@ def test_samples_at_temperature_zero_equal_the_greedy_answer() -> None:
     split = split_of(sampled(), base_model)
     with three_lanes(base_model) as adapters:
         rows = lambda: adapters.activate_lanes(NAMES, None)  # noqa: E731
-        cold = evaluate(base_model, sampled(samples=1, temperature=1e-6), split, SEEDS, rows)
-        greedy = evaluate(base_model, sampled(samples=1, temperature=0.0), split, SEEDS, rows)
+        cold = evaluate(base_model, sampled(samples=1, temperature=1e-6), split, EvaluatedLanes(SEEDS, rows))
+        greedy = evaluate(base_model, sampled(samples=1, temperature=0.0), split, EvaluatedLanes(SEEDS, rows))
     assert cold == greedy
 
 
@@ -169,7 +178,7 @@ def test_an_answer_ends_before_its_first_stop_string(monkeypatch: pytest.MonkeyP
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
         rows = lambda: adapters.activate_lanes(["x"], None)  # noqa: E731
         whole = generate_answers(
-            base_model, plain, prompts, split.max_row_length, [0], rows, SINGLE_PROCESS_GROUP
+            base_model, plain, prompts, split.max_row_length, EvaluatedLanes([0], rows), SINGLE_PROCESS_GROUP
         )[0]
         stops = ("a", "c d")
         stopped = generate_answers(
@@ -177,8 +186,7 @@ def test_an_answer_ends_before_its_first_stop_string(monkeypatch: pytest.MonkeyP
             sampled(temperature=3.0, stop=stops),
             prompts,
             split.max_row_length,
-            [0],
-            rows,
+            EvaluatedLanes([0], rows),
             SINGLE_PROCESS_GROUP,
         )[0]
     assert stopped == [tuple(truncate_at_stop(text, stops) for text in texts) for texts in whole]

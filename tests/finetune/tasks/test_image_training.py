@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from logits import compute_logits
 from pair import Scenario, play
 from scripted import Script, configuration, leases, numbers_of, solo, train
 from splits import tokenized_split
@@ -19,7 +20,7 @@ from transformers import AutoModel, AutoModelForImageClassification, BertConfig,
 
 from orchestrator.finetune.data.batches import encode_examples, pad_rows
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, evaluate
-from orchestrator.finetune.evaluation.forward import compute_logits
+from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
 from orchestrator.finetune.models.base_model import BaseModel
@@ -69,7 +70,7 @@ def test_only_the_image_tower_is_loaded_and_it_gets_a_head_of_zeros(image_folder
         "blocks",
         base_model.head_names,
     )
-    found = evaluate(base_model, task, split, [0], adapters.disable_adapters)[0]
+    found = evaluate(base_model, task, split, EvaluatedLanes([0], adapters.disable_adapters))[0]
     assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
 
 
@@ -225,7 +226,7 @@ def _on_two(process_group: ProcessGroup, where: Path, image_folder: Path) -> lis
         "blocks",
         base_model.head_names,
     )
-    return evaluate(base_model, task, split, [0], adapters.disable_adapters, process_group)
+    return evaluate(base_model, task, split, EvaluatedLanes([0], adapters.disable_adapters), process_group)
 
 
 def test_two_workers_split_images_like_texts(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from logits import compute_logits
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_base_model, train
 from splits import tokenized_split
 from three_lanes import NAMES, three_lanes
@@ -28,7 +29,8 @@ from transformers import (
 
 from orchestrator.finetune.data.batches import Batch, compute_max_row_length, encode_examples, pad_rows
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
-from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
+from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
+from orchestrator.finetune.evaluation.forward import compute_losses
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
@@ -133,16 +135,14 @@ def test_targets_of_regression_keep_their_values() -> None:
     assert batch.targets[batch.targets != IGNORE_INDEX].tolist() == [0.123456789, 7.0]
 
 
-def test_batches_are_concatenated_and_sliced_by_rows() -> None:
+def test_batches_are_concatenated() -> None:
     task = Reviews()
     rows = encode_examples(task.examples("train", 24), task, tokenizer(), 16)
     first, second = pad_rows(rows[:8], 16, 0), pad_rows(rows[8:], 16, 0)
     both = Batch.concatenate([first, second])
     for name in ("ids", "targets", "lengths", "attention_mask"):
         assert torch.equal(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)]))
-        assert torch.equal(getattr(both.slice_rows(8, 24), name), getattr(second, name))
     assert both.target_counts == first.target_counts + second.target_counts
-    assert both.slice_rows(20, 99).ids.shape == (4, 16)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,9 @@ def test_a_head_starts_with_zeros_so_that_the_base_model_guesses(folder: Path) -
         ("score",) if base_model.is_causal else ("classifier", "bert.pooler.dense")
     )
     with three_lanes(base_model) as adapters:
-        found = evaluate(base_model, task, make_split(task, base_model), [0], adapters.disable_adapters)[0]
+        found = evaluate(
+            base_model, task, make_split(task, base_model), EvaluatedLanes([0], adapters.disable_adapters)
+        )[0]
     assert found.scores == {"loss": pytest.approx(math.log(8)), "accuracy": task.floor}
     assert set(found.items.answers) == {task.labels[0]}
 
@@ -268,9 +270,13 @@ def test_scores_of_a_lane_do_not_depend_on_other_lanes(folder: Path, task: Task)
     base_model = load(folder, task)
     split = make_split(task, base_model)
     with three_lanes(base_model) as adapters:
-        together = evaluate(base_model, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
+        together = evaluate(
+            base_model, task, split, EvaluatedLanes([0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
+        )
         alone = [
-            evaluate(base_model, task, split, [0], lambda n=n: adapters.activate_lanes([n], None))[0]
+            evaluate(
+                base_model, task, split, EvaluatedLanes([0], lambda n=n: adapters.activate_lanes([n], None))
+            )[0]
             for n in NAMES
         ]  # type: ignore[misc]
     assert together == alone
@@ -282,7 +288,9 @@ def test_scores_equal_those_computed_with_the_model_itself(folder: Path, task: T
     base_model = load(folder, task)
     split = make_split(task, base_model, 24)
     with three_lanes(base_model) as adapters, torch.no_grad():
-        found = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["y"], None))[0]
+        found = evaluate(
+            base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["y"], None))
+        )[0]
         with adapters.activate_lanes(["y"], None):
             logits = [base_model.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
     if task.output == "classification":
@@ -322,7 +330,7 @@ def _shared(process_group: ProcessGroup, _: Path, bert: Path) -> list[Evaluation
             split = make_split(task, base_model, size)
             with three_lanes(base_model) as adapters:
                 rows = lambda adapters=adapters: adapters.activate_lanes(NAMES, None)  # noqa: E731
-                found += evaluate(base_model, task, split, (0, 1, 2), rows, process_group)
+                found += evaluate(base_model, task, split, EvaluatedLanes((0, 1, 2), rows), process_group)
     return found
 
 
