@@ -171,6 +171,7 @@ def quantize_blocks(model: nn.Module, device: torch.device | None = None) -> int
     for name in names:
         parent, _, key = name.rpartition(".")
         layer = model.get_submodule(name).to(device)
-        setattr(model.get_submodule(parent), key, NF4Linear.from_linear(layer))  # type: ignore[arg-type]
+        assert isinstance(layer, nn.Linear)
+        setattr(model.get_submodule(parent), key, NF4Linear.from_linear(layer))
         del layer  # its weight is freed before the next layer is moved
     return len(names)

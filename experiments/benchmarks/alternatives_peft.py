@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -159,10 +159,3 @@ def compute_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the number of rows in which every label that counts is predicted."""
     return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).sum()
-
-
-def iterate_scores(study: Study) -> Iterator[tuple[str, dict[str, float]]]:
-    """Train all runs one after another in this process, and yield the name and the last scores of each."""
-    base = study.load_base()
-    for run in study.runs:
-        yield run.key, FineTune(study, base, run).train()

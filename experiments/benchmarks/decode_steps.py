@@ -77,18 +77,17 @@ def count_decode_steps(plan: BatchPlan, answer_lengths: Sequence[int]) -> Decode
     return DecodeSteps(len(plan), sum(longest), sum(answer_lengths), padded)
 
 
-def count_study(limits: GenerationLimits, longest_answers: bool, seed: int = 0) -> DecodeSteps:
+def count_study(limits: GenerationLimits, longest_answers: bool) -> DecodeSteps:
     """Count the decode steps of a lane's final evaluation in the default study.
 
     Args:
         limits: The limits of a batch.
         longest_answers: Whether every answer has the largest length, as those of an untrained model may.
-        seed: Decides the lengths.
     """
     found = []
     for number, count in enumerate(SPLITS.values()):
-        prompts = draw_lengths(count, MEAN_PROMPT, MAX_LENGTH, 2 * seed + 10 * number)
-        answers = draw_lengths(count, MEAN_ANSWER, MAX_NEW_TOKENS - 1, 2 * seed + 10 * number + 1)
+        prompts = draw_lengths(count, MEAN_PROMPT, MAX_LENGTH, 10 * number)
+        answers = draw_lengths(count, MEAN_ANSWER, MAX_NEW_TOKENS - 1, 10 * number + 1)
         plan = plan_generation_batches(prompts, MAX_LENGTH, MAX_NEW_TOKENS, limits)
         found.append(count_decode_steps(plan, [MAX_NEW_TOKENS] * count if longest_answers else answers))
     return DecodeSteps(

@@ -19,20 +19,19 @@ from torch import Tensor, nn
 _LIBRARY = torch.library.Library("lora_benchmarks", "DEF")
 
 
-def _define(signature: str, results: int, first: int = 0) -> Any:
-    """Define an operator whose results have the shapes of its tensor arguments from `first` on.
+def _define(signature: str, results: int) -> Any:
+    """Define an operator whose results have the shapes of its first tensor arguments.
 
     Args:
         signature: Its name and arguments.
         results: The number of results.
-        first: The argument that gives the shape of the first result.
     """
     name = signature.partition("(")[0]
     returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
     _LIBRARY.define(f"{signature} -> {returns}")
 
     def on_meta(*args: Tensor) -> Any:
-        shaped = tuple(torch.empty_like(tensor) for tensor in args[first : first + results])
+        shaped = tuple(torch.empty_like(tensor) for tensor in args[:results])
         return shaped[0] if results == 1 else shaped
 
     _LIBRARY.impl(name, on_meta, "Meta")

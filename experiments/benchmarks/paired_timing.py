@@ -17,6 +17,9 @@ import torch
 
 from orchestrator.record.provenance import current_commit
 
+WARMUP_ROUNDS = 2
+"""The number of rounds before those that count."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -45,7 +48,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_in_turn(
-    sides: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup_rounds: int = 2
+    sides: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Run all sides once per round, in an order that rotates with the round.
 
@@ -53,14 +56,13 @@ def time_in_turn(
         sides: Name -> function to time.
         rounds: The number of rounds that count.
         device: The device that a side keeps busy; the clock stops when it has finished.
-        warmup_rounds: The number of rounds before them.
 
     Returns:
         Name -> seconds of each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
-    for number in range(-warmup_rounds, rounds):
+    for number in range(-WARMUP_ROUNDS, rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             synchronize(device)

@@ -35,6 +35,8 @@ from variants import catalogue
 from variants.attach import attach
 from variants.base import Batching, VariantSettings
 
+STEPS = 1562
+"""Optimizer steps of a lane of the default study."""
 FIRST_WORD = 2
 """The first token id that is neither padding nor the end."""
 
@@ -83,7 +85,7 @@ class StepSize:
     """The longest row in tokens."""
 
 
-def draw_rows(vocab_size: int, count: int, longest: int = 511, seed: int = 0) -> list[Row]:
+def draw_rows(vocab_size: int, count: int, longest: int = 511) -> list[Row]:
     """Return random rows whose lengths are distributed like those of MetaMathQA.
 
     A prompt has about 113 tokens, an answer 137, a row 250. With a smaller `longest`, all lengths shrink.
@@ -92,9 +94,8 @@ def draw_rows(vocab_size: int, count: int, longest: int = 511, seed: int = 0) ->
         vocab_size: The number of token ids.
         count: The number of rows.
         longest: The largest number of ids in a row.
-        seed: The seed.
     """
-    generator, scale = np.random.default_rng(seed), longest / 511
+    generator, scale = np.random.default_rng(0), longest / 511
     prompts = 52 + np.clip(generator.lognormal(math.log(62) - 0.125, 0.5, count), 12, 300)
     answers = np.clip(generator.lognormal(math.log(138) - 0.15, 0.55, count), 10, 600)
     rows = []
@@ -107,14 +108,14 @@ def draw_rows(vocab_size: int, count: int, longest: int = 511, seed: int = 0) ->
     return rows
 
 
-def draw_equal_rows(vocab_size: int, count: int, length: int, seed: int = 0) -> list[Row]:
+def draw_equal_rows(vocab_size: int, count: int, length: int) -> list[Row]:
     """Return random rows of one length, all of whose tokens count in the loss."""
-    ids = np.random.default_rng(seed).integers(FIRST_WORD, vocab_size, (count, length + 1)).tolist()
+    ids = np.random.default_rng(0).integers(FIRST_WORD, vocab_size, (count, length + 1)).tolist()
     return [Row(tuple(row[:-1]), tuple(row[1:]), tuple(row[: max(1, length // 2)])) for row in ids]
 
 
 def make_configuration(
-    variant: str, size: StepSize, seed: int = 0, steps: int = 1562, **optimizer: float
+    variant: str, size: StepSize, seed: int = 0, learning_rate: float = 1e-4
 ) -> Configuration:
     """Return a configuration of a variant with rank 8.
 
@@ -122,8 +123,7 @@ def make_configuration(
         variant: The name of the variant.
         size: The size of a step.
         seed: The seed.
-        steps: The steps of the schedule.
-        **optimizer: Fields of `OptimizerConfig`.
+        learning_rate: The learning rate.
     """
     rule = catalogue.get(variant)
     choice = VariantChoice(
@@ -137,8 +137,8 @@ def make_configuration(
         choice,
         TaskChoice("synthetic", "0", 64, 8, 8, "exact_match", 0.0),
         ModelChoice("random", "0", "bfloat16"),
-        OptimizerConfig(**{"learning_rate": 1e-4, **optimizer}),
-        LRSchedule(steps),
+        OptimizerConfig(learning_rate),
+        LRSchedule(STEPS),
         BatchConfig(size.rows, size.accumulation, size.max_length),
         evaluations=1,
         seed=seed,
@@ -146,7 +146,7 @@ def make_configuration(
 
 
 def make_lanes(
-    model: Any, rows: Sequence[Row], variant: str, count: int, size: StepSize, max_new_tokens: int = 64
+    model: Any, rows: Sequence[Row], variant: str, count: int, size: StepSize
 ) -> tuple[LaneGroup, list[Lane]]:
     """Attach a variant to a model and return a lane group with lanes of different seeds and rates.
 
@@ -156,7 +156,6 @@ def make_lanes(
         variant: The name of the variant; one that allows only one lane gets one.
         count: The number of lanes.
         size: The size of a step.
-        max_new_tokens: The length of a generated answer.
     """
     rule = catalogue.get(variant)
     choice = make_configuration(variant, size).variant
@@ -166,12 +165,12 @@ def make_lanes(
     held_out = [Example("", "") for _ in rows[:64]]
     split = EvaluationSplit(held_out, rows[:64], size.max_length - 1, NumberTokenizer.pad_token_id)
     # The last argument, the untrained model's scores, is read by no benchmark.
-    data = TaskData(SyntheticTask(max_new_tokens), rows, {"validation": split}, {})  # type: ignore[arg-type]
+    data = TaskData(SyntheticTask(), rows, {"validation": split}, {})  # type: ignore[arg-type]
     group = LaneGroup(base_model, adapters, data, SINGLE_PROCESS_GROUP)
     lanes = []
     for number in range(1 if rule.batching is Batching.EXCLUSIVE else count):
         rate = 1e-4 * (1 + number / 10)
-        lane = Lane(Lease(make_configuration(variant, size, number, learning_rate=rate), 1))
+        lane = Lane(Lease(make_configuration(variant, size, number, rate), 1))
         lane.initialize(adapters, 10.0, None)
         lanes.append(lane)
     return group, lanes

@@ -31,8 +31,8 @@ class PiSSA(LoRA):
     The paper writes the residual into W. Here A0 and B0 are frozen tensors beside it, which is exact in
     bfloat16 and needs one base model for all lanes. Dropout does not apply to the residual.
 
-    The singular triplets are computed once for each base model, rank and `svd`, and kept in the store. Without
-    a store they are computed once for each model to which the variant is attached.
+    The singular triplets are computed once for each base model, rank and `svd`, and kept in the store.
+    Without a store they are computed once for each model to which the variant is attached.
 
     Settings: `svd` is "exact" or the number of power iterations of a randomized SVD (the paper recommends 16
     for speed).

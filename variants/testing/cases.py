@@ -59,7 +59,8 @@ class Case:
             if isinstance(module, NF4Linear):
                 parent, _, key = name.rpartition(".")
                 layer = nn.Linear(module.in_features, module.out_features, bias=False)
-                layer.weight, layer.bias = nn.Parameter(module.weight), module.bias  # type: ignore[assignment]
+                layer.weight = nn.Parameter(module.weight)
+                layer.register_parameter("bias", module.bias)
                 setattr(model.get_submodule(parent), key, layer)
         return model
 

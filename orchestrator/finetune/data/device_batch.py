@@ -40,12 +40,12 @@ class DeviceBatch(PaddedRows):
     def copy_to(
         cls, device: torch.device, batches: Sequence[Batch], weights: Sequence[float] | None = None
     ) -> DeviceBatch:
-        """Copy one batch per lane to a device, in one transfer, without waiting for a GPU.
+        """Copy one batch per lane to a device, in one transfer for which the host does not wait.
 
         Args:
             device: The device.
             batches: One batch for each lane, of equal size.
-            weights: The weight of each lane's losses; by default each target has an equal part of 1.
+            weights: The weight of each target's loss, for each lane; by default 1 / (number of all targets).
         """
         joined = Batch.concatenate(batches)
         counts = tuple(batch.target_count for batch in batches)

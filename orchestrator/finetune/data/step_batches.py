@@ -78,7 +78,7 @@ def plan_row_counts(lengths: Sequence[int], batches: BatchConfig) -> tuple[int, 
             counts.append(min(max(1, limit // expected[min(first, total - 1)]), total - first - (left - 1)))
         if sum(counts) == total and max(map(mul, counts, _first_of(expected, counts))) <= limit:
             return tuple(counts)
-    raise AssertionError("one row may have any length")
+    raise AssertionError("the largest limit allows all rows of a step in one micro-batch")
 
 
 def _first_of(values: Sequence[int], counts: Sequence[int]) -> list[int]:

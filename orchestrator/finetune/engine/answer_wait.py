@@ -36,11 +36,11 @@ class AnswerWait:
         self.step_seconds = SMOOTHING * earlier + (1 - SMOOTHING) * seconds
 
     def record_generation(self, lanes: Sequence[Lane], seconds_before: float) -> None:
-        """Note how long the answers of these lanes took.
+        """Store how long the generation of answers took in an evaluation of these lanes.
 
         Args:
             lanes: The lanes that were evaluated together.
-            seconds_before: The sum of their `generate_seconds` before that.
+            seconds_before: The sum of their `generate_seconds` before the evaluation.
         """
         if seconds := sum_generate_seconds(lanes) - seconds_before:
             self.generate_seconds = seconds

@@ -105,7 +105,7 @@ class CheckpointWriter:
                 # Another trainer has ended this lane and removed the folder, which happens once at most; this
                 # trainer will receive DROP for the lane.
                 checkpoint_files.write(folder, checkpoint)
-        except Exception as raised:
+        except Exception as raised:  # of any type: the training thread decides, see `LaneRecorder`
             error = raised
         progress = (checkpoint.step, len(checkpoint.state.get("evaluations", ())))
         return WriteResult(checkpoint.fingerprint, progress, time.monotonic() - started, error)

@@ -102,7 +102,7 @@ class Engine:
 
     @property
     def memory_limit(self) -> int:
-        """The bytes of its device's memory that this worker may use; there must be a base model."""
+        """The memory in bytes that this worker may use on its device; a base model must be loaded."""
         assert self._base_model is not None, "no base model is loaded"
         base_model = self._base_model[1]
         return int(_total_memory(base_model.device) * base_model.memory_fraction)

@@ -11,8 +11,9 @@ MEMORY_SHARE = 0.9
 """The share of a trainer's memory that its lanes may use. Later steps have longer rows than the measured
 ones, and the allocator needs some memory between its blocks."""
 MEASURED_STEPS = 3
-"""Number of steps with one and with two lanes whose largest peak counts. One step before them does not."""
+"""Number of steps, for one lane and for two, whose largest peak counts. The step before them is left out."""
 MIN_USEFUL_LANES = 2
+"""Number of lanes that a trainer holds if they fit, however many tokens they have."""
 SATURATING_TOKENS = 4_000
 """Number of tokens in one forward pass beyond which more lanes save no time on a GPU. Predicted for an H100
 and Qwen3-0.6B: a step of one lane alone takes 0.38 s, and of each of four lanes together 0.36 s."""

@@ -175,7 +175,7 @@ class TrainingRounds:
     # -- evaluations ------------------------------------------------------------------------------------
 
     def _choose_lanes_to_evaluate(self) -> list[Lane]:
-        """Return the lanes to evaluate now: not those at their last step that wait for others.
+        """Return the lanes to evaluate now, without those at their last step that wait for others.
 
         A lane that waits stays in `EVALUATING`, so every round decides again.
         """

@@ -107,7 +107,7 @@ class BaselineScores:
             # This call is made inside `run_on_all`: an error of rank 0 must be raised on all ranks alike.
             found = self.process_group.all_gather(own)[0]
             assert found is not None, "rank 0 has read the scores"
-            if isinstance(found, WorkerError):  # with one process, which gathers without looking
+            if isinstance(found, WorkerError):  # a group of one process does not raise what it gathers
                 raise found
             if found is _Missing.OTHERS:
                 if not wait:

@@ -27,6 +27,7 @@ MAX_GPU_ROWS = 512
 MAX_CPU_ROWS = 64
 CPU_PROMPT_TOKENS = 4096
 CPU_CACHE_TOKENS = 8 * CPU_PROMPT_TOKENS
+"""The limits of a batch on a CPU, see `GenerationLimits`."""
 GPU_CACHE_SHARE = 0.5
 """The part of the free memory of a GPU that the key-value cache takes."""
 GPU_PROMPT_SHARE = 0.25
@@ -167,6 +168,6 @@ def _free_bytes(base_model: BaseModel) -> int:
 
 
 def _round_down(tokens: float) -> int:
-    """Keep the first three binary digits: a small difference of free memory gives the same plan."""
+    """Round down to three significant binary digits, so that small differences of memory do not count."""
     unit = 1 << max(0, int(tokens).bit_length() - 3)
     return int(tokens) // unit * unit

@@ -66,7 +66,7 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
     if not task.has_head:
         if model_checks.attends_to_future_tokens(base_model):
             raise model_checks.not_causal_error(model, choice.name)
-        base_model.ends_with_output_layer  # noqa: B018 (kept; later, adapters are attached)
+        _ = base_model.ends_with_output_layer  # determined now: adapters will hide the layers
     if task.has_head and task.inputs == "text":
         model_checks.check_head_pooling(model, choice.name)
         # The head of a causal model reads the last token before padding.
