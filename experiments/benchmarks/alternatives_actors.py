@@ -54,7 +54,12 @@ def run() -> None:
         tune.with_resources(PeftTrainable, {"cpu": 1}),
         param_space={"study": str(options.study.resolve()), "run": tune.grid_search(runs)},
         tune_config=tune.TuneConfig(reuse_actors=True),
-        run_config=tune.RunConfig(storage_path=str(options.scores.parent.resolve() / "tune"), verbose=0),
+        run_config=tune.RunConfig(
+            storage_path=str(options.scores.parent.resolve() / "tune"),
+            verbose=0,
+            # By default Tune saves class trainables at their end; this one would fail and lose its actor.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
     )
     scores = {
         result.metrics["run"]: {k: v for k, v in result.metrics.items() if k.startswith(("val", "test "))}
