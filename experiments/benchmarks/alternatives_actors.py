@@ -7,15 +7,13 @@ Each actor loads the base model once and trains one run after another; `step` tr
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from alternatives_peft import FineTune, Run, Study
+from alternatives_peft import FineTune, Run, Study, read_options, write_tune_scores
 from ray import tune
 
 
@@ -43,11 +41,7 @@ class PeftTrainable(tune.Trainable):
 
 def run() -> None:
     """Train the study of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("scores", type=Path)
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
+    options = read_options(__doc__)
     ray.init(num_cpus=options.processes, include_dashboard=False, log_to_driver=False)
     runs = [asdict(each) for each in Study.read(options.study).runs]
     tuner = tune.Tuner(
@@ -61,11 +55,7 @@ def run() -> None:
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    scores = {
-        result.metrics["run"]: {k: v for k, v in result.metrics.items() if k.startswith(("val", "test "))}
-        for result in tuner.fit()
-    }
-    options.scores.write_text(json.dumps(scores))
+    write_tune_scores(tuner.fit(), options.scores)
 
 
 if __name__ == "__main__":

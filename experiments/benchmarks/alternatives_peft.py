@@ -7,10 +7,11 @@ initial values, so scores agree only as far as two seeds agree.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -159,3 +160,21 @@ def compute_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the number of rows in which every label that counts is predicted."""
     return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).sum()
+
+
+def read_options(description: str | None) -> argparse.Namespace:
+    """Return the command line of an alternative: the file of the study, that of the scores, the processes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("scores", type=Path)
+    parser.add_argument("--processes", type=int, default=2)
+    return parser.parse_args()
+
+
+def write_tune_scores(results: Iterable[Any], file: Path) -> None:
+    """Write the last scores of each run, taken from the results of Ray Tune, to a JSON file."""
+    scores = {
+        result.metrics["run"]: {k: v for k, v in result.metrics.items() if k.startswith(("val", "test "))}
+        for result in results
+    }
+    file.write_text(json.dumps(scores))

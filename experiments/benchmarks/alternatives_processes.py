@@ -5,14 +5,13 @@ python alternatives_processes.py STUDY.json SCORES.json --processes 2
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import torch
-from alternatives_peft import FineTune, Run, Study
+from alternatives_peft import FineTune, Run, Study, read_options
 
 _STATE: dict[str, Any] = {}
 """The study and the base model of this process."""
@@ -32,11 +31,7 @@ def train(run: Run) -> tuple[str, dict[str, float]]:
 
 def run() -> None:
     """Train the study of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("scores", type=Path)
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
+    options = read_options(__doc__)
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.processes, start_process, (options.study,)) as pool:
         scores = dict(pool.imap_unordered(train, Study.read(options.study).runs))

@@ -7,8 +7,6 @@ Each trial of Ray Tune starts a TorchTrainer with one worker, with transformers'
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +15,16 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from alternatives_peft import WARMUP, Run, Study, compute_loss, count_correct, peft_config
+from alternatives_peft import (
+    WARMUP,
+    Run,
+    Study,
+    compute_loss,
+    count_correct,
+    peft_config,
+    read_options,
+    write_tune_scores,
+)
 from peft import get_peft_model
 from ray import tune
 from ray.train.torch import TorchTrainer
@@ -105,11 +112,7 @@ def train_trial(config: dict[str, Any]) -> None:
 
 def run() -> None:
     """Train the study of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("scores", type=Path)
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
+    options = read_options(__doc__)
     # A little more than the workers need, for the trials that wait for them.
     ray.init(num_cpus=options.processes + 1, include_dashboard=False, log_to_driver=False)
     runs = [asdict(each) for each in Study.read(options.study).runs]
@@ -119,11 +122,7 @@ def run() -> None:
         tune_config=tune.TuneConfig(max_concurrent_trials=options.processes),
         run_config=tune.RunConfig(storage_path=str(options.scores.parent.resolve() / "tune"), verbose=0),
     )
-    scores = {
-        result.metrics["run"]: {k: v for k, v in result.metrics.items() if k.startswith(("val", "test "))}
-        for result in tuner.fit()
-    }
-    options.scores.write_text(json.dumps(scores))
+    write_tune_scores(tuner.fit(), options.scores)
 
 
 if __name__ == "__main__":

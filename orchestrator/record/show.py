@@ -206,8 +206,8 @@ def _format_cost(record: Record) -> Iterator[str]:
     )
     if cost.start_seconds or cost.other_seconds:
         yield (
-            f"time         {cost.generate_seconds:.1f} s of the evaluation for generated answers; beside it "
-            f"{cost.start_seconds:.1f} s of the trainer's start, {cost.other_seconds:.1f} s other"
+            f"time         {cost.generate_seconds:.1f} s of the evaluation for generated answers; also "
+            f"{cost.start_seconds:.1f} s for the trainer's start, {cost.other_seconds:.1f} s for other work"
         )
     if cost.peak_memory:
         yield f"memory       {cost.peak_memory / 2**20:.0f} MiB at most, the lane group and its base model"

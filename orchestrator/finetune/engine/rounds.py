@@ -14,8 +14,8 @@ from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.finetune.engine.lane_state import LaneState
+from orchestrator.finetune.engine.lane_timer import LaneTimer
 from orchestrator.finetune.engine.recovery import FailureRecovery
-from orchestrator.finetune.engine.time_use import TimeUse
 from orchestrator.finetune.failures import Fault
 from orchestrator.finetune.process_group import WorkerError, result_or_error
 
@@ -31,7 +31,7 @@ class TrainingRounds:
     exchanged_at: float = NEVER
     busy_at: float = field(default_factory=time.monotonic)
     """The time at which the last round began."""
-    time_use: TimeUse = field(default_factory=TimeUse)
+    lane_timer: LaneTimer = field(default_factory=LaneTimer)
     answer_wait: AnswerWait = field(default_factory=AnswerWait)
 
     def run(self) -> None:
@@ -130,7 +130,7 @@ class TrainingRounds:
     def _train(self, lanes: Sequence[Lane]) -> None:
         """Take one optimizer step with each lane."""
         active = self.active
-        self.time_use.begin_work(list(active.lanes.values()))
+        self.lane_timer.begin_work(list(active.lanes.values()))
         group_size = len(active.lanes)
         self._note_peak_memory()  # the peak of the step itself is measured below
         gradients = self.recovery.run_isolating_failures(lanes, self._compute_gradients)
@@ -154,7 +154,7 @@ class TrainingRounds:
                 active.steps_taken += 1
         if gradients:
             self.recovery.last_failure = ""  # a lane has taken a step
-        self.time_use.add(lanes, "train_seconds")
+        self.lane_timer.add(lanes, "train_seconds")
         for lane, reason in diverged:
             active.end(lane, "diverged", reason)
         if mid_step:
@@ -197,7 +197,7 @@ class TrainingRounds:
         if not lanes:
             return
         active, seconds_before = self.active, sum_generate_seconds(lanes)
-        self.time_use.begin_work(list(active.lanes.values()))
+        self.lane_timer.begin_work(list(active.lanes.values()))
         run_isolating_failures = self.recovery.run_isolating_failures
         evaluate = active.engine.lane_group.evaluate
         for lane, scored in run_isolating_failures(lanes, partial(evaluate, split="validation"), True):
@@ -205,7 +205,7 @@ class TrainingRounds:
         due = [lane for lane in lanes if lane.state is LaneState.EVALUATING and lane.is_test_due]
         for lane, scored in run_isolating_failures(due, partial(evaluate, split="test"), True):
             lane.record_scores("test", scored)
-        self.time_use.add(lanes, "evaluate_seconds")
+        self.lane_timer.add(lanes, "evaluate_seconds")
         self.answer_wait.record_generation(lanes, seconds_before)
         self._note_peak_memory()
         for lane in lanes:

@@ -17,7 +17,7 @@ def process_start() -> float:
 
 
 @dataclass
-class TimeUse:
+class LaneTimer:
     """Divides all time since the start of the process, without gaps, among the lanes.
 
     Attributes:

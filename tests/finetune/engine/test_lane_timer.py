@@ -9,7 +9,7 @@ import pytest
 from scripted import Script, configuration, get_record, leases, train
 
 from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.time_use import TimeUse, process_start
+from orchestrator.finetune.engine.lane_timer import LaneTimer, process_start
 from orchestrator.record.schema import TIME_FIELDS
 from orchestrator.record.store import Store
 
@@ -17,16 +17,16 @@ from orchestrator.record.store import Store
 def test_every_second_belongs_to_one_kind_and_is_shared_equally() -> None:
     first, second = (Lane(lease) for lease in leases([configuration(seed=0), configuration(seed=1)]))
     began = time.monotonic() - 8.0
-    time_use = TimeUse(counted_until=began)
-    time_use.begin_work([])  # the time before the first lane is kept
-    time_use.begin_work([first, second])
+    timer = LaneTimer(counted_until=began)
+    timer.begin_work([])  # the time before the first lane is kept
+    timer.begin_work([first, second])
     assert first.seconds["start_seconds"] == second.seconds["start_seconds"] >= 4.0
-    time_use.add([first], "train_seconds")
-    time_use.begin_work([first, second])
-    time_use.add([first, second], "evaluate_seconds")
+    timer.add([first], "train_seconds")
+    timer.begin_work([first, second])
+    timer.add([first, second], "evaluate_seconds")
     assert second.seconds["train_seconds"] == 0.0
     total = sum(first.seconds.values()) + sum(second.seconds.values())
-    assert total == pytest.approx(time_use.counted_until - began)
+    assert total == pytest.approx(timer.counted_until - began)
 
 
 def test_records_say_where_the_time_of_their_trainer_went(tmp_path: Path) -> None:
