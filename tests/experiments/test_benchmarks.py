@@ -13,6 +13,7 @@ import lanes as lanes_benchmark
 import makespan
 import meta_step
 import overhead
+import process_times
 import pytest
 import step
 import torch
@@ -208,3 +209,33 @@ def test_all_sides_train_all_runs(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "out").read_text())
     assert {row["side"] for row in rows} == set(makespan.SIDES)
     assert all(len(row["scores"]) == 2 for row in rows)
+
+
+def test_the_cpu_time_of_a_command_is_counted_by_role() -> None:
+    """A driver computes for a second of CPU time and waits for a module that it starts."""
+    program = """
+import subprocess, sys, time
+while time.process_time() < 1:
+    pass
+subprocess.run([sys.executable, "-m", "timeit", "-n", "1", "sum(range(10**7))"])
+"""
+    _, times = process_times.measure([sys.executable, "-c", program], interval=0.01)
+    by_role = {one.role: one for one in times}
+    assert set(by_role) == {"driver", "timeit"}
+    assert by_role["driver"].cpu_seconds >= 0.9
+    assert by_role["timeit"].started > by_role["driver"].started
+
+
+@pytest.mark.parametrize(
+    ("command_line", "role"),
+    [
+        (["ray::RayTrainWorker.execute()"], "RayTrainWorker"),
+        (["/x/python", "-u", "/x/ray/dashboard/agent.py", "--node"], "dashboard"),
+        (["/x/raylet/raylet", "--raylet_socket_name=a"], "raylet"),
+        (["/x/python", "-m", "orchestrator.execution.ray", "1"], "orchestrator.execution.ray"),
+        (["python3", "some/script.py", "--x"], "script.py"),
+        (["sleep", "1"], "sleep"),
+    ],
+)
+def test_the_role_of_a_process_follows_from_its_command(command_line: list[str], role: str) -> None:
+    assert process_times.role_of(command_line, Path(command_line[0]).name) == role
