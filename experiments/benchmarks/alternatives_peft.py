@@ -153,12 +153,22 @@ class FineTune:
 
 
 def compute_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy over the labels that count."""
+    """Return the mean cross-entropy over the labels that count.
+
+    Args:
+        logits: (rows, length, vocabulary).
+        labels: (rows, length); `IGNORED` does not count.
+    """
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the number of rows in which every label that counts is predicted."""
+    """Return the number of rows in which every label that counts is predicted.
+
+    Args:
+        logits: (rows, length, vocabulary).
+        labels: (rows, length); `IGNORED` does not count.
+    """
     return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).sum()
 
 

@@ -90,7 +90,15 @@ class Setup:
     def group(
         self, model: Any, rows: list[Row], variant: str, lanes: int, size: StepSize
     ) -> Iterator[tuple[LaneGroup, list[Lane]]]:
-        """Attach lanes to a model inside the context."""
+        """Attach lanes to a model inside the context.
+
+        Args:
+            model: The base model.
+            rows: The training rows.
+            variant: The name of the variant.
+            lanes: The number of lanes.
+            size: The size of a step.
+        """
         group, members = make_lanes(model, rows, variant, lanes, size)
         try:
             yield group, members
@@ -100,7 +108,13 @@ class Setup:
             free_device_memory(self.device)
 
     def time(self, work: Callable[[], object], repeats: int = 8, warmups: int = 2) -> tuple[float, float]:
-        """Return the median ms until the device has finished, and until Python is free again."""
+        """Return the median ms until the device has finished, and until `work` has returned.
+
+        Args:
+            work: The function to time.
+            repeats: The number of calls that count.
+            warmups: The number of calls before them.
+        """
         ends, hosts = [], []
         for number in range(warmups + (2 if self.is_tiny else repeats)):
             synchronize(self.device)
@@ -307,7 +321,7 @@ def measure_scoring(setup: Setup) -> None:
             SyntheticTask(new_tokens),
             prompts,
             setup.longest,
-            EvaluatedLanes([0] * len(lanes), lambda: group.adapters.activate_lanes(names, None)),
+            EvaluatedLanes.of(group.adapters, names, [0] * len(lanes)),
             SINGLE_PROCESS_GROUP,
         )
         with setup.memory() as memory:
@@ -317,7 +331,11 @@ def measure_scoring(setup: Setup) -> None:
 
 
 def measure_out_of_memory(setup: Setup) -> None:
-    """Double the lanes until memory runs out (on a GPU only), and measure what stays allocated."""
+    """Double the lanes until memory runs out (on a GPU only), and measure what stays allocated.
+
+    Raises:
+        RuntimeError: The error was not classified as a lack of memory.
+    """
     model, rows, count = setup.build(), setup.rows(), max(setup.lanes)
     fault: Fault | None = None
     while fault is None and count <= (max(setup.lanes) if setup.device.type == "cpu" else MAX_LANES):

@@ -80,7 +80,12 @@ SIDES = ("ours", "actors", "processes", "trainers")
 
 
 def prepare_study(name: str, work: Path) -> Study:
-    """Return a study, with the base model of its task in the folder `work`."""
+    """Return a study of `STUDIES`.
+
+    Args:
+        name: The name of the study.
+        work: The folder that gets the base model of its task, if it lacks it.
+    """
     task, grid = tasks.get(TASK), STUDIES[name]
     content = prepare_base_model(MODEL, work / "bases")
     defaults, processor = task.defaults, task.processor()  # type: ignore[attr-defined]  # of PretrainedTask
@@ -99,10 +104,21 @@ def _as_pairs(rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
 
 
 def run_side(side: str, name: str, study: Study, folder: Path, work: Path) -> dict[str, Any]:
-    """Run a study on one side in an empty folder. Returns its seconds and scores.
+    """Run a study on one side.
+
+    Args:
+        side: One of `SIDES`.
+        name: The name of the study.
+        study: The study, or a part of it.
+        folder: The folder of this run, which must not exist.
+        work: The folder with the base model.
+
+    Returns:
+        "seconds" of the command, and "scores": name of a run -> its scores.
 
     Raises:
         subprocess.CalledProcessError: The command failed; its output is in `folder`/log.
+        RuntimeError: A run has no scores.
     """
     folder.mkdir(parents=True)
     command = _our_command(name, folder, work) if side == "ours" else _alternative(side, study, folder)
@@ -156,7 +172,14 @@ def _our_scores(folder: Path) -> dict[str, dict[str, float]]:
 def measure_round(
     name: str, options: argparse.Namespace, number: int, work: Path
 ) -> Iterator[dict[str, Any]]:
-    """Run all sides once, in an order that rotates with the round, and yield a row for each."""
+    """Run all sides once, in an order that rotates with the round, and yield a row for each.
+
+    Args:
+        name: The name of the study.
+        options: The options of the command line.
+        number: The number of the round.
+        work: The folder of the studies' files.
+    """
     study = prepare_study(name, work)
     shift = number % len(options.sides)
     for side in options.sides[shift:] + options.sides[:shift]:

@@ -139,6 +139,10 @@ def _load_on_cpu(bases: Path, choice: ModelChoice, task: Task) -> BaseModel:
 def summarize(name: str, records: Sequence[Record]) -> dict[str, Any]:
     """Return where the time of some records' trainers went, as a row of the result.
 
+    Args:
+        name: The name of the row.
+        records: The records.
+
     Raises:
         UsageError: No record says it.
     """

@@ -217,6 +217,10 @@ def measure_memory(step: OurStep | PeftStep, device: torch.device) -> tuple[floa
     """Return what a step keeps for its backward pass, and its peak, in MiB.
 
     Tensors that exist before the step, such as weights and the optimizer's state, are not counted.
+
+    Args:
+        step: The step to measure. It is taken twice.
+        device: The device that it runs on.
     """
     step.optimizer.zero_grad()
     resident = {tensor.untyped_storage()._cdata for tensor in _existing_tensors()}
@@ -254,7 +258,15 @@ def _existing_tensors() -> list[Tensor]:
 
 
 def measure(name: str, case_name: str, case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Return the measurements of a variant in a case as a row of the result."""
+    """Return the measurements of a variant in a case as a row of the result.
+
+    Args:
+        name: The name of the variant.
+        case_name: The name of the case, for the row.
+        case: The base model and the size of a batch.
+        device: The device.
+        rounds: The rounds of the three sides that count.
+    """
     models = [build_model(case.shape, device, case.dtype, case.layers) for _ in range(3)]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, models[0].config.vocab_size, (case.rows, case.length), generator=generator)

@@ -109,7 +109,13 @@ def draw_rows(vocab_size: int, count: int, longest: int = 511) -> list[Row]:
 
 
 def draw_equal_rows(vocab_size: int, count: int, length: int) -> list[Row]:
-    """Return random rows of one length, all of whose tokens count in the loss."""
+    """Return random rows of one length, all of whose tokens count in the loss.
+
+    Args:
+        vocab_size: The number of token ids.
+        count: The number of rows.
+        length: The number of ids in a row.
+    """
     ids = np.random.default_rng(0).integers(FIRST_WORD, vocab_size, (count, length + 1)).tolist()
     return [Row(tuple(row[:-1]), tuple(row[1:]), tuple(row[: max(1, length // 2)])) for row in ids]
 

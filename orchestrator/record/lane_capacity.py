@@ -69,7 +69,12 @@ def read_measured(folder: Path, group_key: str, device_key: str) -> MeasuredLane
 
 
 def list_measured(folder: Path, group_keys: set[str]) -> Iterator[tuple[str, MeasuredLanes]]:
-    """Yield the device key and the measured number of every capacity of the given group keys."""
+    """Yield the device key and the number of lanes of every measurement.
+
+    Args:
+        folder: The store's folder of capacities.
+        group_keys: The group keys whose measurements are wanted.
+    """
     for path in sorted(folder.glob("*.json")):
         found = _read(path)
         if found.get("shape") in group_keys and (measured := _parse_measured(found)):

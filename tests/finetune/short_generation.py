@@ -80,7 +80,7 @@ def halve_rows(folder: Path) -> None:
             task,
             prompts[:count],
             32,
-            EvaluatedLanes([0], lambda: adapters.activate_lanes(["x"], None)),
+            EvaluatedLanes.of(adapters, ["x"], [0]),
             SINGLE_PROCESS_GROUP,
         )
 

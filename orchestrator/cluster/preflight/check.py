@@ -124,8 +124,20 @@ class PreflightCheck:
     def check_nodes(
         self, cluster: Cluster, configurations: Sequence[Configuration], startable: Sequence[NodeType]
     ) -> str:
-        """Check whether there is room for the trainers, on the devices that the study is meant for."""
-        own = autoscaler.startable_node_types(cluster)  # which the study itself will know
+        """Check whether there is room for the trainers, on the devices that the study is meant for.
+
+        Args:
+            cluster: The nodes that are running.
+            configurations: Configurations of the study, which show whether it needs GPUs.
+            startable: The types of nodes that an autoscaler may start.
+
+        Returns:
+            The text of the check's line.
+
+        Raises:
+            UsageError: There is no room, or it is a GPU study and no option says what to do without a GPU.
+        """
+        own = autoscaler.startable_node_types(cluster)  # the study itself sees these, not `startable`
         options = autoscaler.adapt_to_cluster(self.options, cluster, configurations, own)
         return check_capacity(cluster, options, startable)
 

@@ -90,10 +90,16 @@ def check_free_space(store: Path, store_free_bytes: int, infos: Mapping[str, Nod
 
 
 def check_drivers(infos: Mapping[str, NodeInfo]) -> str:
-    """Check that torch can use the GPUs of every node that has an NVIDIA driver: node address -> description.
+    """Check that torch can use the GPUs of every node that has an NVIDIA driver.
+
+    Args:
+        infos: Node address -> description of the node.
 
     Returns:
         The text of the check's line; empty if no node has a driver.
+
+    Raises:
+        UsageError: A node's driver is too old for its torch, or its torch is built without CUDA.
     """
     failures, good = [], {}
     for node, info in infos.items():

@@ -90,8 +90,9 @@ def adapt_to_cluster(
         from orchestrator.finetune.models.catalogue import built_in_names  # imports all tasks
 
         own = built_in_names()
-        models = {c.model for c in configurations if c.model.dtype != "float32" and c.model.name not in own}
-        for model in models:
+        models = (c.model for c in configurations)
+        model = next((m for m in models if m.dtype != "float32" and m.name not in own), None)
+        if model is not None:
             raise UsageError(
                 f"{model.name} in {model.dtype} is trained on GPUs, and none of the {len(cluster.nodes)} "
                 "nodes of the joined cluster has one now; add --gpus-per-worker 1 to wait for a GPU node "

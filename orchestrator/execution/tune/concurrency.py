@@ -13,7 +13,7 @@ MIN_AUTOSCALED_TRAINERS = 8
 def trial_limits(
     pool: PoolConfig, cluster: Cluster, scheduler: str, is_search: bool = False
 ) -> tuple[int | None, int]:
-    """Return the number of concurrent trials, and the bytes that each of them reserves in Ray.
+    """Return the number of concurrent trials (None for no limit), and the bytes that each reserves in Ray.
 
     The number is that of the lanes of all trainers, plus one for each trainer: a lane that has ended is
     replaced at once by the lane of that trial, while Tune starts the next trial in the free process. More
@@ -27,6 +27,12 @@ def trial_limits(
     Hyperband pauses a trial until all trials of its bracket have reached the same evaluation, and Tune's
     limit counts paused trials. Under Hyperband the number is therefore None, and the reserved bytes limit the
     trials.
+
+    Args:
+        pool: The number of trainers and of their lanes.
+        cluster: The nodes, with their memory.
+        scheduler: The name of the scheduler.
+        is_search: True if trials are suggested by a search.
     """
     num_trainers = pool.num_trainers
     if pool.elastic and not cluster.local:

@@ -107,7 +107,7 @@ def _score_base_model(
 ) -> Scores:
     """Return the scores of the base model without lanes on some splits; see `evaluate`."""
     process_group = data.baseline.process_group
-    without_lanes = EvaluatedLanes([0], adapters.disable_adapters)
+    without_lanes = EvaluatedLanes.without_adapters(adapters)
     return {
         split: evaluate(
             base_model,
@@ -195,7 +195,16 @@ class LaneGroup:
     ) -> list[BackwardResult]:
         """Add the losses and gradients of all workers, with one all-reduce of one flat tensor.
 
-        All workers must call this method, with the results of their `backward`.
+        All workers must call this method.
+
+        Args:
+            lanes: The lanes that were given to `backward`.
+            flat_tensor: The losses of this worker, (K,), and with several workers its gradients; a result of
+                `backward`.
+            token_counts: The target tokens of each lane's batch, a result of `backward`.
+
+        Returns:
+            The result of each lane. The gradients of all workers are in the lanes' parameters.
         """
         has_gradient = flat_tensor.new_empty(0)
         parameters = [p for lane in lanes for p in lane.parameters.values()]
@@ -316,6 +325,10 @@ class LaneGroup:
 
         Answers are generated for all lanes if the task grades every evaluation, else for those at their last
         step.
+
+        Args:
+            lanes: The lanes.
+            split: "validation" or "test".
         """
         found: dict[str, EvaluationResult] = {}
         for generates in (False, True):
@@ -330,10 +343,7 @@ class LaneGroup:
                     self.base_model,
                     self.data.task,
                     self.data.splits[split],
-                    EvaluatedLanes(
-                        [lane.configuration.seed for lane in together],
-                        partial(self.adapters.activate_lanes, names, None),
-                    ),
+                    EvaluatedLanes.of(self.adapters, names, [lane.configuration.seed for lane in together]),
                     self.process_group,
                     generates,
                     self.on_batch,

@@ -175,7 +175,16 @@ class CapturedStep:
             raise
 
     def replay(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Compute a step with these inputs, of the shapes of the captured ones. Returns the logits."""
+        """Compute a step.
+
+        Args:
+            ids: Token ids, (rows, 1). All inputs have the shapes of the captured ones.
+            mask: The mask, (rows, 1, 1, length).
+            positions: The position of each token, (rows, 1).
+
+        Returns:
+            The logits, (rows, vocabulary); the next call overwrites them.
+        """
         for captured, new in zip(self._inputs, (ids, mask, positions), strict=True):
             captured.copy_(new)
         self._graph.replay()

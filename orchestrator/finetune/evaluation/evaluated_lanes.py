@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from variants.attach import Adapters
 
 
 @dataclass(frozen=True)
@@ -17,3 +21,19 @@ class EvaluatedLanes:
     activate: Callable[[], AbstractContextManager[Any]]
     """Makes a context in which the model treats its rows as those of the lanes, one lane after another, with
     an equal number of rows for each."""
+
+    @classmethod
+    def of(cls, adapters: Adapters, names: Sequence[str], seeds: Sequence[int]) -> EvaluatedLanes:
+        """Return lanes of a model.
+
+        Args:
+            adapters: The adapters of the model.
+            names: The names of the lanes.
+            seeds: The seed of each lane.
+        """
+        return cls(seeds, partial(adapters.activate_lanes, names, None))
+
+    @classmethod
+    def without_adapters(cls, adapters: Adapters) -> EvaluatedLanes:
+        """Return the base model of some adapters as a single lane."""
+        return cls([0], adapters.disable_adapters)

@@ -90,7 +90,13 @@ class GenerationLimits:
 
     @classmethod
     def measure(cls, base_model: BaseModel, process_group: ProcessGroup) -> GenerationLimits:
-        """Derive the limits from the memory that is free now, equal in all processes of the group."""
+        """Derive the limits from the memory that is free now.
+
+        Args:
+            base_model: The base model, whose device is looked at.
+            process_group: The processes that generate together. The one with the least memory decides, so
+                the limits are equal in all.
+        """
         state = base_model.generation.memory_share, _free_bytes(base_model)
         shares, free = zip(*process_group.all_gather(state), strict=True)
         value_bytes = base_model.model.dtype.itemsize
@@ -110,7 +116,12 @@ class GenerationLimits:
         return max(MIN_ROWS, min(self.max_rows, by_prompt, by_cache))
 
     def lanes(self, plan: BatchPlan, max_new_tokens: int) -> int:
-        """Return how many lanes can generate the batches of a plan together, at least 1."""
+        """Return how many lanes can generate the batches of a plan together, at least 1.
+
+        Args:
+            plan: The batches of one lane.
+            max_new_tokens: The longest answer in tokens.
+        """
         prompt = max(length * len(items) for length, items in plan)
         cache = max((length + max_new_tokens) * len(items) for length, items in plan)
         by_prompt, by_cache = self.group_prompt_tokens // max(1, prompt), self.group_cache_tokens // cache

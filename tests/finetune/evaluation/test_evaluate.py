@@ -40,15 +40,8 @@ def test_a_lanes_scores_do_not_depend_on_other_lanes(name: str) -> None:
     base_model, task = make_base_model(), tasks.get(name)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        together = evaluate(
-            base_model, task, split, EvaluatedLanes([0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
-        )
-        alone = [
-            evaluate(
-                base_model, task, split, EvaluatedLanes([0], lambda n=n: adapters.activate_lanes([n], None))
-            )[0]
-            for n in NAMES
-        ]  # type: ignore[misc]
+        together = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, NAMES, [0, 0, 0]))
+        alone = [evaluate(base_model, task, split, EvaluatedLanes.of(adapters, [n], [0]))[0] for n in NAMES]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
 
@@ -66,7 +59,7 @@ def test_a_grade_outside_0_to_1_is_named(bad_grade: float, monkeypatch: pytest.M
             base_model,
             task,
             split_of(task, base_model),
-            EvaluatedLanes([0], lambda: adapters.activate_lanes(["y"], None)),
+            EvaluatedLanes.of(adapters, ["y"], [0]),
         )
 
 
@@ -81,7 +74,7 @@ def test_too_few_grades_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             base_model,
             task,
             split_of(task, base_model),
-            EvaluatedLanes([0], lambda: adapters.activate_lanes(["y"], None)),
+            EvaluatedLanes.of(adapters, ["y"], [0]),
         )
 
 
@@ -121,9 +114,7 @@ def test_every_batch_that_is_scored_generated_or_graded_shows_progress(
     assert notes[-2:] == [1, 2] == [i + 1 for i in range(len(done))], "100 answers are graded in two batches"
     monkeypatch.setattr("orchestrator.finetune.evaluation.evaluate.GRADING_BATCH", 7)
     with three_lanes(base_model) as adapters:
-        again = evaluate(
-            base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["y"], None))
-        )
+        again = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["y"], [0]))
     assert again == found[1:], "the grades do not depend on the batches"
 
 
@@ -131,9 +122,7 @@ def test_scores_equal_those_of_plain_forward_passes() -> None:
     base_model, task = make_base_model(), tasks.get(WORDS_TASK)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters, torch.no_grad():
-        found = evaluate(
-            base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["y"], None))
-        )[0]
+        found = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["y"], [0]))[0]
         losses, hits, answers = [], [], []
         for row in split.rows:  # one row at a time, without padding
             with adapters.activate_lanes(["y"], None):
@@ -176,7 +165,7 @@ def test_generation_and_teacher_forcing_agree_for_exact_match() -> None:
             optimizer.step()
             optimizer.zero_grad()
     one, other = (
-        evaluate(base_model, t, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["x"], None)))[0]
+        evaluate(base_model, t, split, EvaluatedLanes.of(adapters, ["x"], [0]))[0]
         for t in (generated, forced)
     )
     assert one.items.correct == other.items.correct
@@ -189,7 +178,7 @@ def test_disabled_adapters_give_the_scores_of_the_bare_model() -> None:
     base_model, task = make_base_model(), tasks.get("letters")
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        off = evaluate(base_model, task, split, EvaluatedLanes([0], adapters.disable_adapters))[0]
+        off = evaluate(base_model, task, split, EvaluatedLanes.without_adapters(adapters))[0]
 
     @contextmanager
     def bare() -> Iterator[None]:
@@ -214,14 +203,10 @@ def test_the_models_generation_settings_are_ignored_and_restored() -> None:
     base_model, task = make_base_model(), tasks.get(WORDS_TASK)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        plain = evaluate(
-            base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["z"], None))
-        )[0]
+        plain = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["z"], [0]))[0]
         own = base_model.model.generation_config
         own.do_sample, own.temperature, own.repetition_penalty = True, 5.0, 3.0
-        again = evaluate(
-            base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["z"], None))
-        )[0]
+        again = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["z"], [0]))[0]
     assert again == plain
     assert base_model.model.generation_config is own
     assert (own.do_sample, own.temperature) == (True, 5.0)
@@ -231,9 +216,7 @@ def test_a_bf16_base_model_has_finite_losses() -> None:
     base_model, task = make_base_model("bfloat16"), tasks.get(WORDS_TASK)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        scored = evaluate(
-            base_model, task, split, EvaluatedLanes([0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
-        )
+        scored = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, NAMES, [0, 0, 0]))
     assert all(0 < one.scores["loss"] < 50 for one in scored)
 
 

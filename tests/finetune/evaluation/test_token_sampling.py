@@ -78,21 +78,12 @@ def test_samples_do_not_depend_on_the_lane_group() -> None:
     base_model, task = make_base_model(), sampled()
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        together = evaluate(
-            base_model, task, split, EvaluatedLanes(SEEDS, lambda: adapters.activate_lanes(NAMES, None))
-        )
+        together = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, NAMES, SEEDS))
         for name, seed, one in zip(NAMES, SEEDS, together, strict=True):
-            alone = evaluate(
-                base_model,
-                task,
-                split,
-                EvaluatedLanes([seed], lambda n=name: adapters.activate_lanes([n], None)),
-            )  # type: ignore[misc]
+            alone = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, [name], [seed]))
             assert alone == [one]
         # With the second lane's seed, the first lane's answers differ from the answers of both lanes.
-        other = evaluate(
-            base_model, task, split, EvaluatedLanes([1], lambda: adapters.activate_lanes([NAMES[0]], None))
-        )[0]
+        other = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, [NAMES[0]], [1]))[0]
     assert other.items.answers != together[0].items.answers
     assert other.items.answers != together[1].items.answers
 
@@ -104,9 +95,7 @@ def test_samples_do_not_depend_on_torchs_random_state() -> None:
         found = []
         for noise in (0, 1):
             torch.manual_seed(noise)
-            found += evaluate(
-                base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["x"], None))
-            )
+            found += evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["x"], [0]))
             state = torch.get_rng_state()
             torch.manual_seed(noise)
             assert torch.equal(state, torch.get_rng_state())
@@ -125,7 +114,7 @@ def test_samples_do_not_depend_on_the_order_or_on_other_prompts() -> None:
                 task,
                 some_prompts,
                 split.max_row_length,
-                EvaluatedLanes([5], lambda: adapters.activate_lanes(["x"], None)),
+                EvaluatedLanes.of(adapters, ["x"], [5]),
                 SINGLE_PROCESS_GROUP,
             )
             return {number: texts for (number, _), texts in zip(some_prompts, generated[0], strict=True)}

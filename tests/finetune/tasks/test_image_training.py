@@ -70,7 +70,7 @@ def test_only_the_image_tower_is_loaded_and_it_gets_a_head_of_zeros(image_folder
         "blocks",
         base_model.head_names,
     )
-    found = evaluate(base_model, task, split, EvaluatedLanes([0], adapters.disable_adapters))[0]
+    found = evaluate(base_model, task, split, EvaluatedLanes.without_adapters(adapters))[0]
     assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
 
 
@@ -226,7 +226,7 @@ def _on_two(process_group: ProcessGroup, where: Path, image_folder: Path) -> lis
         "blocks",
         base_model.head_names,
     )
-    return evaluate(base_model, task, split, EvaluatedLanes([0], adapters.disable_adapters), process_group)
+    return evaluate(base_model, task, split, EvaluatedLanes.without_adapters(adapters), process_group)
 
 
 def test_two_workers_split_images_like_texts(

@@ -179,7 +179,7 @@ def test_a_head_starts_with_zeros_so_that_the_base_model_guesses(folder: Path) -
     )
     with three_lanes(base_model) as adapters:
         found = evaluate(
-            base_model, task, make_split(task, base_model), EvaluatedLanes([0], adapters.disable_adapters)
+            base_model, task, make_split(task, base_model), EvaluatedLanes.without_adapters(adapters)
         )[0]
     assert found.scores == {"loss": pytest.approx(math.log(8)), "accuracy": task.floor}
     assert set(found.items.answers) == {task.labels[0]}
@@ -270,15 +270,8 @@ def test_scores_of_a_lane_do_not_depend_on_other_lanes(folder: Path, task: Task)
     base_model = load(folder, task)
     split = make_split(task, base_model)
     with three_lanes(base_model) as adapters:
-        together = evaluate(
-            base_model, task, split, EvaluatedLanes([0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
-        )
-        alone = [
-            evaluate(
-                base_model, task, split, EvaluatedLanes([0], lambda n=n: adapters.activate_lanes([n], None))
-            )[0]
-            for n in NAMES
-        ]  # type: ignore[misc]
+        together = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, NAMES, [0, 0, 0]))
+        alone = [evaluate(base_model, task, split, EvaluatedLanes.of(adapters, [n], [0]))[0] for n in NAMES]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
 
@@ -288,9 +281,7 @@ def test_scores_equal_those_computed_with_the_model_itself(folder: Path, task: T
     base_model = load(folder, task)
     split = make_split(task, base_model, 24)
     with three_lanes(base_model) as adapters, torch.no_grad():
-        found = evaluate(
-            base_model, task, split, EvaluatedLanes([0], lambda: adapters.activate_lanes(["y"], None))
-        )[0]
+        found = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["y"], [0]))[0]
         with adapters.activate_lanes(["y"], None):
             logits = [base_model.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
     if task.output == "classification":
