@@ -291,10 +291,10 @@ def tiny_data() -> Path:
 
 
 @contextmanager
-def saved_at_each_evaluation() -> Iterator[None]:
-    """Save lanes at each evaluation, and wait for it. A study saves them when it is worth the cost.
+def waits_for_writes() -> Iterator[None]:
+    """Let the loop wait for the end of each write of a checkpoint.
 
-    Without this, a test could not know which steps are saved when it ends or changes something.
+    Without this, a test could not know which steps are saved: none is saved while a write runs.
     """
     start = LaneRecorder.start_checkpoint
 
@@ -302,13 +302,18 @@ def saved_at_each_evaluation() -> Iterator[None]:
         start(recorder, lane)
         recorder.finish_write()
 
+    with patch.object(LaneRecorder, "start_checkpoint", start_and_finish):
+        yield
+
+
+@contextmanager
+def saved_at_each_evaluation() -> Iterator[None]:
+    """Save lanes at each evaluation, and wait for it. A study saves them when it is worth the cost."""
+
     def is_due(schedule: CheckpointSchedule, lane: Lane, lane_count: int, is_first: bool) -> bool:
         return lane.step in lane.evaluation_steps
 
-    with (
-        patch.object(LaneRecorder, "start_checkpoint", start_and_finish),
-        patch.object(CheckpointSchedule, "is_due", is_due),
-    ):
+    with waits_for_writes(), patch.object(CheckpointSchedule, "is_due", is_due):
         yield
 
 

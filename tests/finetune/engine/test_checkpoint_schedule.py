@@ -24,6 +24,7 @@ from scripted import (
     numbers_of,
     solo,
     train,
+    waits_for_writes,
 )
 
 from orchestrator.finetune.engine import checkpoint
@@ -109,7 +110,7 @@ def test_each_lease_of_a_lane_has_a_first_checkpoint_after_the_shortest_interval
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointSchedule, "compute_interval", lambda schedule, lane_count: 3600.0)
         for attempt in (1, 2):
-            with pytest.raises(SimulatedCrashError):
+            with waits_for_writes(), pytest.raises(SimulatedCrashError):
                 train(Script(leases([ONE], attempt), answers=dies_at(9)), store, **seldom)
             files = (store.checkpoints / ONE.fingerprint / str(attempt)).iterdir()
             saved.append({int(file.stem.removeprefix("step-")) for file in files})
