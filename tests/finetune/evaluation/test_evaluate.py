@@ -94,14 +94,14 @@ def test_every_batch_that_is_scored_generated_or_graded_shows_progress(
     monkeypatch.setattr(type(task), "grade_all", grade)
     found = []
     with three_lanes(base_model) as adapters:
-        rows = lambda: adapters.activate_lanes(["y"], None)  # noqa: E731
+        lanes = EvaluatedLanes.of(adapters, ["y"], [0])
         for predict_with_generate in (False, True):
             notes: list[int] = []
             found += evaluate(
                 base_model,
                 task,
                 split,
-                EvaluatedLanes([0], rows),
+                lanes,
                 SINGLE_PROCESS_GROUP,
                 predict_with_generate,
                 on_batch=lambda notes=notes: notes.append(len(done)),  # type: ignore[misc]

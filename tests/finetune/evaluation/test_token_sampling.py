@@ -131,11 +131,11 @@ def test_a_score_is_the_mean_grade_of_the_samples() -> None:
     base_model, task = make_base_model(), sampled(samples=4, temperature=2.0)
     split = split_of(task, base_model)
     with three_lanes(base_model) as adapters:
-        rows = lambda: adapters.activate_lanes(["y"], None)  # noqa: E731
-        found = evaluate(base_model, task, split, EvaluatedLanes([3], rows))[0]
+        lanes = EvaluatedLanes.of(adapters, ["y"], [3])
+        found = evaluate(base_model, task, split, lanes)[0]
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
         generated = generate_answers(
-            base_model, task, prompts, split.max_row_length, EvaluatedLanes([3], rows), SINGLE_PROCESS_GROUP
+            base_model, task, prompts, split.max_row_length, lanes, SINGLE_PROCESS_GROUP
         )[0]
     grades = [
         sum(task.grade(example, text) for text in texts) / 4
@@ -150,9 +150,9 @@ def test_samples_at_temperature_zero_equal_the_greedy_answer() -> None:
     base_model = make_base_model()
     split = split_of(sampled(), base_model)
     with three_lanes(base_model) as adapters:
-        rows = lambda: adapters.activate_lanes(NAMES, None)  # noqa: E731
-        cold = evaluate(base_model, sampled(samples=1, temperature=1e-6), split, EvaluatedLanes(SEEDS, rows))
-        greedy = evaluate(base_model, sampled(samples=1, temperature=0.0), split, EvaluatedLanes(SEEDS, rows))
+        lanes = EvaluatedLanes.of(adapters, NAMES, SEEDS)
+        cold = evaluate(base_model, sampled(samples=1, temperature=1e-6), split, lanes)
+        greedy = evaluate(base_model, sampled(samples=1, temperature=0.0), split, lanes)
     assert cold == greedy
 
 
@@ -165,9 +165,9 @@ def test_an_answer_ends_before_its_first_stop_string(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(decoding, "STOP_CHECK_INTERVAL", 2)
     with three_lanes(base_model) as adapters:
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
-        rows = lambda: adapters.activate_lanes(["x"], None)  # noqa: E731
+        lanes = EvaluatedLanes.of(adapters, ["x"], [0])
         whole = generate_answers(
-            base_model, plain, prompts, split.max_row_length, EvaluatedLanes([0], rows), SINGLE_PROCESS_GROUP
+            base_model, plain, prompts, split.max_row_length, lanes, SINGLE_PROCESS_GROUP
         )[0]
         stops = ("a", "c d")
         stopped = generate_answers(
@@ -175,7 +175,7 @@ def test_an_answer_ends_before_its_first_stop_string(monkeypatch: pytest.MonkeyP
             sampled(temperature=3.0, stop=stops),
             prompts,
             split.max_row_length,
-            EvaluatedLanes([0], rows),
+            lanes,
             SINGLE_PROCESS_GROUP,
         )[0]
     assert stopped == [tuple(truncate_at_stop(text, stops) for text in texts) for texts in whole]

@@ -320,8 +320,8 @@ def _shared(process_group: ProcessGroup, _: Path, bert: Path) -> list[Evaluation
         for size in (90, 9):
             split = make_split(task, base_model, size)
             with three_lanes(base_model) as adapters:
-                rows = lambda adapters=adapters: adapters.activate_lanes(NAMES, None)  # noqa: E731
-                found += evaluate(base_model, task, split, EvaluatedLanes((0, 1, 2), rows), process_group)
+                lanes = EvaluatedLanes.of(adapters, NAMES, (0, 1, 2))
+                found += evaluate(base_model, task, split, lanes, process_group)
     return found
 
 
