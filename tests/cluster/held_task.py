@@ -7,6 +7,7 @@ A lane trains to its first checkpoint and then waits for the file `go` beside th
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,6 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
-from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.tasks.local.letters import Letters
 
 STEPS, EVALUATIONS = 300, 15
@@ -49,22 +48,8 @@ def hold(optimizer: Any, args: Any, kwargs: Any) -> None:
         time.sleep(0.1)
 
 
-def save_at_each_evaluation() -> None:
-    """Save lanes at each evaluation, and wait for it. A study saves them when it is worth the cost.
+sys.path.append(str(HERE))
+import prompt_checkpoints  # noqa: E402 (from the folder of this file)
 
-    The lanes of a test take seconds, so a study would not save them, and the test has to know what is saved.
-    """
-    start = LaneRecorder.start_checkpoint
-
-    def start_and_finish(recorder: LaneRecorder, lane: Any) -> None:
-        start(recorder, lane)
-        recorder.finish_write()
-
-    LaneRecorder.start_checkpoint = start_and_finish  # type: ignore[method-assign]
-    CheckpointSchedule.is_due = (  # type: ignore[method-assign]
-        lambda schedule, lane, *rest, **named: lane.step in lane.evaluation_steps
-    )
-
-
-save_at_each_evaluation()
+prompt_checkpoints.save_promptly()
 register_optimizer_step_pre_hook(hold)

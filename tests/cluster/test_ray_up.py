@@ -99,6 +99,7 @@ def cluster(
     folder = tmp_path_factory.mktemp("shared")
     shutil.copytree(shared / "model", folder / "model")
     shutil.copy(ROOT / "tests/cluster/held_task.py", folder)
+    shutil.copy(ROOT / "tests/execution/prompt_checkpoints.py", folder)  # held_task.py imports it
     with Lab(read_only=[ROOT], shared=folder) as lab:
         head = lab.host("head", HEAD, empty=POSTGRESQL)
         head.create_postgresql()

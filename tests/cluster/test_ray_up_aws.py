@@ -139,6 +139,7 @@ def cluster(can_have_a_lab: None, tmp_path: Path, shared: Path) -> Iterator[Clus
     folder = tmp_path / "shared"
     shutil.copytree(shared / "model", folder / "model")
     shutil.copy(ROOT / "tests/cluster/held_task.py", folder)
+    shutil.copy(ROOT / "tests/execution/prompt_checkpoints.py", folder)  # held_task.py imports it
     # The lab's subnet is the stack's network. It has no access from outside, so the user's machine is in it.
     with Lab("10.77.0.0/16", read_only=[ROOT], shared=folder) as lab:
         aws = Account(lab, lambda host, kind: image(host, kind, aws.url))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,6 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
-from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.tasks.local.letters import Letters
 
 MOMENT = struct.Struct("d")  # seconds since the epoch
@@ -59,24 +58,10 @@ def count(folder: Path) -> None:
     register_optimizer_step_post_hook(step)
 
 
-def save_at_each_evaluation() -> None:
-    """Save lanes at each evaluation, and wait for it. A study saves them when it is worth the cost.
-
-    The lanes of a test take seconds, so a study would not save them, and the test has to know what is saved.
-    """
-    start = LaneRecorder.start_checkpoint
-
-    def start_and_finish(recorder: LaneRecorder, lane: Any) -> None:
-        start(recorder, lane)
-        recorder.finish_write()
-
-    LaneRecorder.start_checkpoint = start_and_finish  # type: ignore[method-assign]
-    CheckpointSchedule.is_due = (  # type: ignore[method-assign]
-        lambda schedule, lane, *rest, **named: lane.step in lane.evaluation_steps
-    )
-
-
 # Only in a Ray worker: a test may also train with this task in its own process, where steps do not count.
 if "STEPS_FOLDER" in os.environ and "RAY_RAYLET_PID" in os.environ:
-    save_at_each_evaluation()
+    sys.path.append(str(Path(__file__).parent))
+    import prompt_checkpoints
+
+    prompt_checkpoints.save_promptly()
     count(Path(os.environ["STEPS_FOLDER"]))

@@ -3,13 +3,14 @@
 A trainer is held after an optimizer step, so that a test has all the time that it needs to inspect or kill
 the study. The trainer then creates the file `held` beside this file, and continues when the file `released`
 appears. Only the first trainer that gets this far is held; a trainer that takes over after a kill is not.
-`study.hold` copies this file into a folder and writes its settings beside it.
+`study.hold` copies this file and `prompt_checkpoints.py` into a folder and writes the settings beside them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,6 @@ from weakref import WeakKeyDictionary
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
-from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.tasks.local.letters import Letters
 
 HERE = Path(__file__).parent
@@ -49,25 +48,11 @@ def hold(records: Path, count: int, step: int) -> None:
     register_optimizer_step_post_hook(look)
 
 
-def save_at_each_evaluation() -> None:
-    """Save lanes at each evaluation, and wait for it. A study saves them when it is worth the cost.
-
-    The lanes of a test take seconds, so a study would not save them, and the test has to know what is saved.
-    """
-    start = LaneRecorder.start_checkpoint
-
-    def start_and_finish(recorder: LaneRecorder, lane: Any) -> None:
-        start(recorder, lane)
-        recorder.finish_write()
-
-    LaneRecorder.start_checkpoint = start_and_finish  # type: ignore[method-assign]
-    CheckpointSchedule.is_due = (  # type: ignore[method-assign]
-        lambda schedule, lane, *rest, **named: lane.step in lane.evaluation_steps
-    )
-
-
 # Only in a Ray worker: a test also loads the task, to plan with it.
 if "RAY_RAYLET_PID" in os.environ:
-    save_at_each_evaluation()
+    sys.path.append(str(HERE))
+    import prompt_checkpoints
+
+    prompt_checkpoints.save_promptly()
     _where = json.loads((HERE / "hold.json").read_text())
     hold(Path(_where["records"]), _where["count"], _where["step"])

@@ -265,6 +265,7 @@ def hold(folder: Path, store: Store, records: int, step: int) -> Path:
     folder.mkdir(exist_ok=True)
     where = {"records": str(store.records_folder), "count": records, "step": step}
     (folder / "hold.json").write_text(json.dumps(where))
+    shutil.copy(Path(__file__).with_name("prompt_checkpoints.py"), folder)
     return Path(shutil.copy(Path(__file__).with_name("held_task.py"), folder))
 
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+import pytest
 import torch
+from prompt_checkpoints import is_at_evaluation, save_promptly
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.finetune.engine import leasing, loop
-from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.finetune.engine.lane_state import LaneState
-from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
@@ -290,38 +288,25 @@ def tiny_data() -> Path:
     return Path(tempfile.mkdtemp(prefix="data-"))
 
 
-@contextmanager
-def waits_for_writes() -> Iterator[None]:
-    """Let the loop wait for the end of each write of a checkpoint.
-
-    Without this, a test could not know which steps are saved: none is saved while a write runs.
-    """
-    start = LaneRecorder.start_checkpoint
-
-    def start_and_finish(recorder: LaneRecorder, lane: Lane) -> None:
-        start(recorder, lane)
-        recorder.finish_write()
-
-    with patch.object(LaneRecorder, "start_checkpoint", start_and_finish):
-        yield
-
-
-@contextmanager
-def saved_at_each_evaluation() -> Iterator[None]:
-    """Save lanes at each evaluation, and wait for it. A study saves them when it is worth the cost."""
-
-    def is_due(schedule: CheckpointSchedule, lane: Lane, lane_count: int, is_first: bool) -> bool:
-        return lane.step in lane.evaluation_steps
-
-    with waits_for_writes(), patch.object(CheckpointSchedule, "is_due", is_due):
-        yield
-
-
-def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None, **options: Any) -> None:
+def train(
+    source: Any,
+    store: Store,
+    lanes: int = 8,
+    *,
+    data: Path | None = None,
+    save_when: Callable[[Lane], bool] = is_at_evaluation,
+    **options: Any,
+) -> None:
     """Run the loop with `lanes` lanes at most.
 
-    `data` is a folder of prepared data that stores of the same model share. `options` are fields of
-    `LoopSettings` and arguments of `loop.run`.
+    Args:
+        source: A `Script`, or another lane source with a dictionary `lanes`.
+        store: The store.
+        lanes: The largest number of lanes at once.
+        data: A folder of prepared data that stores of the same model share.
+        save_when: Returns whether a lane is saved before its next step; the lane waits for the write. With
+            `max_checkpoint_seconds` in `options`, lanes are saved as in a study instead.
+        options: Fields of `LoopSettings` and arguments of `loop.run`.
     """
     if data is not None:
         store.data = data
@@ -338,10 +323,10 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
             super().__init__(lease)
             source.lanes[self.fingerprint] = self
 
-    with ExitStack() as patches:
-        patches.enter_context(patch.object(leasing, "Lane", Seen))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leasing, "Lane", Seen)
         if "max_checkpoint_seconds" not in options:
-            patches.enter_context(saved_at_each_evaluation())
+            save_promptly(patch.setattr, save_when)
         loop.run(
             source,
             store,
