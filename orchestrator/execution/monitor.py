@@ -17,6 +17,7 @@ from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.session_context import SessionContext
 from orchestrator.execution.trainers.pool import BrokerState, TrainerPool
+from orchestrator.execution.tune.concurrency import SearchLimiter
 from orchestrator.execution.tune.trial_events import ABORTED, PendingStops
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.util import timeouts
@@ -32,11 +33,20 @@ class StudyMonitor(threading.Thread):
         broker: The handle of the broker's actor.
         pool: The trainers.
         stops: Stopped trials whose lanes have no record yet; `BrokerCallback` adds to them.
+        limiter: Follows the numbers of lanes that trainers can hold; None if there is no such limit.
     """
 
-    def __init__(self, context: SessionContext, broker: Any, pool: TrainerPool, stops: PendingStops) -> None:
+    def __init__(
+        self,
+        context: SessionContext,
+        broker: Any,
+        pool: TrainerPool,
+        stops: PendingStops,
+        limiter: SearchLimiter | None = None,
+    ) -> None:
         super().__init__(name="monitor", daemon=True)
         self.context, self.broker, self.pool, self.pending_stops = context, broker, pool, stops
+        self.limiter = limiter
         self.budget, self.progress = context.budget, context.progress
         self.draining_since: float | None = None
         """Time at which the trainers were told to save their lanes because the study ends; None before."""
@@ -128,6 +138,8 @@ class StudyMonitor(threading.Thread):
         updates = ray.get(self.broker.get_updates.remote(*num_read, self.incarnation), timeout=10)
         if updates["incarnation"] != self.incarnation:
             self._resume_after_restart(updates["incarnation"])
+        if self.limiter is not None:
+            self.limiter.follow(updates["capacities"])
         self._forget_recorded_stops()
         self._read_ended_lanes(updates)
         counts, progress = updates["counts"], self.progress

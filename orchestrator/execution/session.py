@@ -14,7 +14,7 @@ from orchestrator.execution.ray.private import light_trial_actors, withhold_clou
 from orchestrator.execution.session_context import SessionContext
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
-from orchestrator.execution.tune.concurrency import trial_limits
+from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limits
 from orchestrator.execution.tune.early_stopping import PerGroupScheduler
 from orchestrator.execution.tune.fifo import ConfigurationListGenerator, LiveTrialFIFOScheduler
 from orchestrator.execution.tune.trainable import LaneTrainable
@@ -64,14 +64,15 @@ def train(
     visibility = StorageVisibility(context.scratch, context.cluster.nodes, progress.notify)
     pool = TrainerPool(context.pool, context.cluster.namespace, broker, visibility, progress.notify)
     pending_stops: PendingStops = {}
-    monitor = StudyMonitor(context, broker, pool, pending_stops)
+    limiter = _limit_search(context, search)
+    monitor = StudyMonitor(context, broker, pool, pending_stops, limiter)
     monitor.start()
     try:
         callback = BrokerCallback(broker, pending_stops)
         # Hyperband pauses trials, for which Tune's own class is needed.
         is_pausing = context.scheduler == "hyperband"
         with nullcontext() if is_pausing else light_trial_actors(LaneTrainable, LaneTrial):
-            results = _make_tuner(context, search, make_generator, callback).fit()
+            results = _make_tuner(context, limiter or search, make_generator, callback).fit()
         monitor.wait_for_pending_stops()
     finally:
         monitor.close()
@@ -85,9 +86,18 @@ def train(
     return sum(monitor.steps_taken.values())
 
 
+def _limit_search(context: SessionContext, search: PerGroupSearcher | None) -> SearchLimiter | None:
+    """Return the searcher with a limit; None without a search, and under Hyperband."""
+
+    def compute_limit(capacities: Sequence[int] = ()) -> int | None:
+        return trial_limits(context.pool, context.cluster, context.scheduler, True, capacities)[0]
+
+    return SearchLimiter(search, compute_limit) if search and compute_limit() else None
+
+
 def _make_tuner(
     context: SessionContext,
-    search: PerGroupSearcher | None,
+    search: PerGroupSearcher | SearchLimiter | None,
     make_generator: Callable[[int | None], ConfigurationListGenerator],
     callback: BrokerCallback,
 ) -> tune.Tuner:
@@ -98,7 +108,6 @@ def _make_tuner(
         tune_config=tune.TuneConfig(
             search_alg=search or make_generator(max_concurrent),
             num_samples=-1 if search else 1,  # the searcher ends the experiment
-            max_concurrent_trials=max_concurrent if search else None,
             scheduler=LiveTrialFIFOScheduler()
             if context.scheduler == "none"
             else PerGroupScheduler(context.scheduler, context.cached, context.tune_per_seed),

@@ -1,7 +1,7 @@
 """Checkpoints at known steps, written before the lane trains on.
 
-A study saves a lane when that is worth its cost, and the lane trains on while the file is written. A test that
-ends or changes something at a given step must know what is saved by then.
+A study saves a lane when that is worth its cost, and the lane trains on while the file is written. A test
+that ends or changes something at a given step must know what is saved by then.
 
 The tasks of tests import this file in the workers of trainers, from the folder that they are in; a test that
 copies such a task copies this file as well.

@@ -16,6 +16,7 @@ from test_joined_cluster import left
 
 from orchestrator.execution.search.journal import FINGERPRINT, JOURNAL_FILE, read_trials
 from orchestrator.execution.search.search_file import SearchFile
+from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.util.errors import UsageError
@@ -27,6 +28,19 @@ SEARCH = ("--search", "optuna", "--points", str(POINTS), "--space", "rank=4,8", 
 SMALL = ("--variants", "lora", "hira", "--steps", str(STEPS), "--scheduler", "asha")
 ONE_PLACE = ("--trainers", "1", "--lanes-per-trainer", "1")
 NAME = "lr_sensitivity-held_task-letters-base-tpe"
+
+
+def test_a_search_fills_the_lanes_that_its_trainer_has(
+    cluster: Cluster, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU whose trainer has measured more lanes than were to be expected."""
+    monkeypatch.setattr(TrainerSpec, "expected_lanes", 1)
+    options = ("--search", "optuna", "--points", "6", "--space", "alpha=log:4:64", "--variants", "lora")
+    resources = ("--steps", "60", "--trainers", "1", "--lanes-per-trainer", "3")
+    assert study.run_here(output, *options, *resources, address=cluster.address) == 0
+    sizes = [record.provenance.lane_group_size for record in Store(output / "store").records()]
+    assert len(sizes) == 6
+    assert max(sizes) == 3
 
 
 def test_a_search_killed_in_the_middle_goes_on_with_what_it_asked_for(

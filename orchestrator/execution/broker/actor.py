@@ -124,14 +124,28 @@ class Broker:
         return is_idle or self.core.must_drain(trainer_id) or (self.core.closed and not is_waiting)
 
     async def lease(
-        self, trainer_id: str, group_key: str | None, capacity: int, held: HeldLanes, steps_taken: int
+        self,
+        trainer_id: str,
+        group_key: str | None,
+        capacity: int,
+        held: HeldLanes,
+        steps_taken: int,
+        devices: Sequence[str] = (),
     ) -> LeaseGrant:
         """Exchange, then lease lanes; see `BrokerCore.lease`."""
-        await self.exchange(trainer_id, held, steps_taken)
+        await self.exchange(trainer_id, held, steps_taken, devices)
         return self.core.lease(trainer_id, group_key, capacity, self.clock())
 
-    async def exchange(self, trainer_id: str, held: HeldLanes, steps_taken: int) -> dict[str, Directive]:
-        """Take a trainer's reports and return the directives for its lanes; see `BrokerCore.exchange`."""
+    async def exchange(
+        self, trainer_id: str, held: HeldLanes, steps_taken: int, devices: Sequence[str] = ()
+    ) -> dict[str, Directive]:
+        """Take a trainer's reports and return the directives for its lanes; see `BrokerCore.exchange`.
+
+        The devices of the trainer's workers are noted if the trainer is unknown, as after a restart of the
+        broker. A trainer that has ended stays known, so its last calls add no device.
+        """
+        if trainer_id not in self.core.steps_taken:
+            self.core.failure_policy.devices.admit(parse_trainer_name(trainer_id), devices)
         directives = self.core.exchange(trainer_id, held, steps_taken, self.clock())
         self._wake_trials(held)
         return directives
@@ -181,7 +195,8 @@ class Broker:
             reports of lanes, and lines; "counts": the number of lanes in each phase and of live trainers;
             "steps_taken": the optimizer steps of each trainer; "hung": the names of hung trainers;
             "excluded_devices": excluded device -> reason; "holders": the names of the trainers that keep such
-            devices reserved;
+            devices reserved; "capacities": the number of lanes that a trainer can hold, of each trainer that
+            has told it;
             "abort_reason": the reason why no more trainers should be started, or "".
         """
         self.core.tick(self.clock())
@@ -198,6 +213,7 @@ class Broker:
             "hung": self.core.hung_trainers(self.clock()),
             "excluded_devices": devices.excluded,
             "holders": frozenset(devices.holders),
+            "capacities": [view.capacity for view in self.core.trainers.values() if view.capacity],
             "abort_reason": self.core.failure_policy.abort_reason,
         }
 

@@ -26,6 +26,13 @@ class TrainerView:
     no lanes."""
     lanes: set[str] = field(default_factory=set)
     """Fingerprints of the lanes that the trainer holds."""
+    capacity: int = 0
+    """The lanes that the trainer can hold at once, by its last request for more; 0 before the first one."""
+
+    def note_request(self, group_key: str | None, capacity: int) -> None:
+        """Note how many lanes the trainer requests. Without a group key it asks for the first lane only."""
+        if group_key is not None:
+            self.capacity = len(self.lanes) + capacity
 
 
 def parse_trainer_name(trainer_id: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -24,15 +24,17 @@ Result = TypeVar("Result")
 class BrokerClient:
     """The `LaneSource` of a trainer's fine-tuning loop.
 
-    Every lease, report and exchange names all lanes that the trainer holds, each with its last report. The
-    next call thereby repairs the effects of a lost reply or of a restart of the broker.
+    Every lease, report and exchange names all lanes that the trainer holds, each with its last report, and
+    the trainer's devices. The next call thereby repairs the effects of a lost reply or of a restart of the
+    broker.
 
     Args:
         trainer_id: The trainer's name and incarnation; a new process is a new incarnation.
+        devices: The names of the devices of the trainer's workers.
     """
 
-    def __init__(self, trainer_id: str) -> None:
-        self.trainer_id = trainer_id
+    def __init__(self, trainer_id: str, devices: Sequence[str] = ()) -> None:
+        self.trainer_id, self.devices = trainer_id, tuple(devices)
         self.broker = ray.get_actor(BROKER_NAME)
         self.held: dict[str, HeldLane] = {}
         self.steps_taken = 0
@@ -45,7 +47,9 @@ class BrokerClient:
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
         """Lease up to `capacity` lanes; see `LaneSource.lease`."""
         self.steps_taken = steps_taken
-        grant: LeaseGrant = self._call("lease", self.trainer_id, group_key, capacity, self.held, steps_taken)
+        grant: LeaseGrant = self._call(
+            "lease", self.trainer_id, group_key, capacity, self.held, steps_taken, self.devices
+        )
         for lease in grant.leases:
             self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
         self.is_starting_lanes = bool(grant.leases)
@@ -62,7 +66,7 @@ class BrokerClient:
             return Directive.DROP
         attempt, configuration, _ = self.held[fingerprint]
         self.held[fingerprint] = (attempt, configuration, report)
-        answer: Directive = self._call("exchange", self.trainer_id, self.held, self.steps_taken)[fingerprint]
+        answer = self._exchange()[fingerprint]
         if answer is Directive.DROP:
             del self.held[fingerprint]
         return answer
@@ -70,7 +74,7 @@ class BrokerClient:
     def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
         """Return the directives for all lanes that the trainer holds, by fingerprint."""
         self.steps_taken, self.is_starting_lanes = steps_taken, False
-        directives: dict[str, Directive] = self._call("exchange", self.trainer_id, self.held, steps_taken)
+        directives = self._exchange()
         for fingerprint, directive in directives.items():
             if directive is Directive.DROP:
                 del self.held[fingerprint]
@@ -93,6 +97,12 @@ class BrokerClient:
         """Tell the broker that a lane has ended; its record is in the store."""
         self._call("end_lease", self.trainer_id, fingerprint, attempt, state)
         self.held.pop(fingerprint, None)
+
+    def _exchange(self) -> dict[str, Directive]:
+        directives: dict[str, Directive] = self._call(
+            "exchange", self.trainer_id, self.held, self.steps_taken, self.devices
+        )
+        return directives
 
     def _send_heartbeats(self) -> None:
         """Keep the trainer alive for the broker while the loop loads a model or evaluates.

@@ -84,7 +84,7 @@ def _multiply(uses_gpu: bool) -> str:
     return f"a matrix product is wrong by {difference:.1e} of its largest element"
 
 
-def admit_trainer(trainer_id: str, uses_gpu: bool, process_group: ProcessGroup) -> bool:
+def admit_trainer(trainer_id: str, uses_gpu: bool, process_group: ProcessGroup) -> list[str]:
     """Announce the devices of a trainer to the broker and test them. All workers of the trainer call this.
 
     If the test fails on a worker, or the broker has excluded one of the devices, the call returns only when
@@ -96,7 +96,7 @@ def admit_trainer(trainer_id: str, uses_gpu: bool, process_group: ProcessGroup) 
         process_group: The workers of the trainer.
 
     Returns:
-        True if the trainer may train; False if it shall end.
+        The names of the devices of all workers; empty if the trainer shall end.
     """
     name = device_name()
     names = process_group.all_gather(name)
@@ -108,7 +108,7 @@ def admit_trainer(trainer_id: str, uses_gpu: bool, process_group: ProcessGroup) 
     if faults and process_group.rank == 0:
         while not _call_broker("hold", trainer_id, faults):
             time.sleep(timeouts.DEVICE_HOLD_POLL_SECONDS)
-    return not faults
+    return [] if faults else names
 
 
 def _call_broker(method: str, *arguments: Any) -> Any:

@@ -112,7 +112,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     threading.Thread(target=_exit_with_raylet, name="end with Ray", daemon=True).start()
     threading.Thread(target=_drain_with_node, args=[name], name="drain", daemon=True).start()
     process_group = TorchProcessGroup() if spec.workers_per_trainer > 1 else SINGLE_PROCESS_GROUP
-    if not admit_trainer(trainer_id, spec.uses_gpus, process_group):
+    if not (devices := admit_trainer(trainer_id, spec.uses_gpus, process_group)):
         return
 
     # Imported once the device is announced to the broker: a damaged installation counts against the node.
@@ -127,7 +127,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     if not Path(spec.scratch).is_dir():
         raise RuntimeError(f"this node does not see the study's store {spec.store}: mount it here, too")
     store = Store(Path(spec.store))
-    source = BrokerClient(trainer_id) if process_group.rank == 0 else None
+    source = BrokerClient(trainer_id, devices) if process_group.rank == 0 else None
 
     with redact_errors(TrainerBrokenError):
         pkgutil.resolve_name(spec.train_loop)(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray.tune.search import ConcurrencyLimiter, Searcher
+
 from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.execution.trainers.pool import PoolConfig
 from orchestrator.execution.tune.trial import PAUSABLE_TRIAL_MEMORY_BYTES, TRIAL_MEMORY_BYTES
@@ -10,19 +15,51 @@ MIN_AUTOSCALED_TRAINERS = 8
 """Number of trainers that the limit for an autoscaled cluster allows for, as on one node with eight GPUs."""
 
 
+class SearchLimiter(ConcurrencyLimiter):
+    """Limit the unfinished points of a search to the lanes that the trainers can hold.
+
+    Trainers on GPUs measure how many lanes they can hold, so the limit changes while the search runs.
+
+    Args:
+        searcher: The searcher to limit.
+        limit: Returns the limit for the numbers of lanes that trainers have measured.
+    """
+
+    def __init__(self, searcher: Searcher, limit: Callable[[Sequence[int]], Any]) -> None:
+        super().__init__(searcher, limit(()))
+        self._limit = limit
+
+    def follow(self, capacities: Sequence[int]) -> None:
+        """Set the limit for the lanes that each placed trainer can hold; called from another thread."""
+        self.max_concurrent = self._limit(capacities)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return nothing, because a search is continued by the command of its study."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its search algorithm into its scratch folder
+
+
 def trial_limits(
-    pool: PoolConfig, cluster: Cluster, scheduler: str, is_search: bool = False
+    pool: PoolConfig,
+    cluster: Cluster,
+    scheduler: str,
+    is_search: bool = False,
+    capacities: Sequence[int] = (),
 ) -> tuple[int | None, int]:
     """Return the number of concurrent trials (None for no limit), and the bytes that each reserves in Ray.
 
     The number is that of the lanes of all trainers, plus one for each trainer: a lane that has ended is
     replaced at once by the lane of that trial, while Tune starts the next trial in the free process. More
     trials would mean more processes to start before the first step. A search adds none, since a trial that
-    waits was suggested without the results of the lanes that are in training.
+    waits was suggested without the results of the lanes that are in training. Where trainers
+    measure their lanes, a search begins with the number to expect, and follows `capacities`: the numbers of
+    lanes that placed trainers can hold.
 
     The trial processes together may use half of the memory that Ray manages; the other half is for trainers.
-    Tune's limit cannot be raised later, so an elastic pool on a joined cluster gets a limit for twice its
-    trainers.
+    An elastic pool on a joined cluster gets a limit for twice its trainers, because it grows only if lanes
+    wait.
 
     Hyperband pauses a trial until all trials of its bracket have reached the same evaluation, and Tune's
     limit counts paused trials. Under Hyperband the number is therefore None, and the reserved bytes limit the
@@ -39,7 +76,8 @@ def trial_limits(
         least = MIN_AUTOSCALED_TRAINERS if pool.spec.gpus_per_worker else 0
         num_trainers = max(least, 2 * num_trainers, pool.autoscaler_capacity)
     lanes = pool.spec.expected_lanes if is_search else pool.spec.lanes_per_trainer + 1
-    wanted = num_trainers * lanes
+    measured = [min(one, pool.spec.lanes_per_trainer) for one in capacities[:num_trainers]]
+    wanted = sum(measured) + (num_trainers - len(measured)) * lanes
     if scheduler == "hyperband":
         share = max(cluster.memory / wanted, 2 * PAUSABLE_TRIAL_MEMORY_BYTES)
         return None, int(min(share, max(node.memory for node in cluster.nodes)))

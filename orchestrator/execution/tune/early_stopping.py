@@ -38,7 +38,6 @@ class PerGroupScheduler(LiveTrialFIFOScheduler):
     """
 
     _metric = "loss"
-    _supports_buffered_results = False  # each result needs a decision before the lane trains on
 
     def __init__(self, scheduler: str, cached: Collection[str] = (), per_seed: bool = False) -> None:
         super().__init__()

@@ -77,6 +77,11 @@ class LiveTrialFIFOScheduler(FIFOScheduler):
     Ray 2.60's own iterates over all trials of the experiment at each step of Tune's loop.
     """
 
+    # With TUNE_RESULT_BUFFER_LENGTH above 1, Tune would call a method that `LaneTrial` does not have. Without
+    # this support Tune sets the variable to 1. Each result matters at once: to the scheduler, which decides
+    # whether the lane trains on, and to the broker, in which a lane may wait for the next call.
+    _supports_buffered_results = False
+
     def __init__(self) -> None:
         super().__init__()
         self._counter = count()

@@ -208,6 +208,19 @@ def test_a_restarted_broker_learns_the_excluded_devices_from_their_holders(tmp_p
     assert (updates["excluded_devices"].keys(), updates["holders"]) == ({"GPU 0"}, {"trainer-0"})
 
 
+def test_a_restarted_broker_learns_the_devices_from_the_calls_of_their_trainers(tmp_path: Path) -> None:
+    restarted = Broker(str(tmp_path), "none")
+    devices = restarted.core.failure_policy.devices
+    asyncio.run(restarted.lease("sound.x", None, 1, {}, 0, ["GPU 1"]))
+    for name in ("trainer-0", "trainer-1"):
+        asyncio.run(restarted.exchange(f"{name}.x", {}, 0, ["GPU 0"]))
+        assert devices.excluded == {}
+        asyncio.run(restarted.trainer_exited(name, ExitKind.CRASHED, "CUDA error"))
+        asyncio.run(restarted.exchange(f"{name}.x", {}, 0, ["GPU 0"]))
+        assert devices.devices_of(name) == (), "a late call of a trainer that has ended adds no device"
+    assert devices.excluded.keys() == {"GPU 0"}
+
+
 def test_a_gpu_that_crashes_with_lanes_like_those_that_train_elsewhere_is_excluded() -> None:
     """All lanes have one group key, so the first crash makes its lanes suspects of the next ones."""
     core, now, held = BrokerCore(), 0.0, {}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
+from search_drive import Drive, space
 
 from orchestrator.execution.ray.runtime import Cluster, Node
 from orchestrator.execution.trainers.pool import PoolConfig
 from orchestrator.execution.trainers.trainer import TrainerSpec
-from orchestrator.execution.tune.concurrency import trial_limits
+from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limits
+from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
 HEAVY = ("ray.tune", "ray.train", "torch", "transformers", "pandas", "pyarrow")
 LARGE = Cluster((Node(8, 8, 2.0**40),))
@@ -47,6 +51,47 @@ def test_trainers_that_measure_may_get_as_many_trials_as_they_may_choose() -> No
     assert trial_limits(measured, LARGE, "none", is_search=True)[0] == 8 * 4
     assert pool(1, 2, measures_lanes=True).spec.expected_lanes == 2
     assert pool(1, 8).spec.expected_lanes == 8
+
+
+def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
+    measured = pool(2, 8, gpus=1, measures_lanes=True)
+
+    def limit(*capacities: int) -> int | None:
+        return trial_limits(measured, LARGE, "none", is_search=True, capacities=capacities)[0]
+
+    assert limit() == 2 * 4
+    assert limit(8) == 8 + 4, "the other trainer has not measured"
+    assert limit(8, 8) == 2 * 8
+    assert limit(2, 2) == 2 * 2, "no point is suggested before it can train"
+    assert limit(12, 8) == 2 * 8, "lanes that have been parked for long count twice"
+    assert limit(8, 8, 8) == 2 * 8
+    small = Cluster((Node(8, 2, 10 * 2 * TRIAL_MEMORY_BYTES),))
+    assert trial_limits(measured, small, "none", is_search=True, capacities=[8, 8])[0] == 10
+
+
+def test_the_limit_of_a_running_search_rises_and_falls(tmp_path: Path) -> None:
+    search = Drive(tmp_path, space("alpha=log:4:64", variants=("lora",)), points=9).search
+    limiter = SearchLimiter(search, lambda capacities: sum(capacities) or 2)
+    numbers = count()
+
+    def suggest_all() -> int:
+        """Ask until the limit is reached, as Tune does. Returns the number of unfinished points."""
+        while isinstance(limiter.suggest(f"t{next(numbers)}"), dict):
+            pass
+        return len(limiter.live_trials)
+
+    def end_one() -> None:
+        limiter.on_trial_complete(min(limiter.live_trials), {"state": "finished", "score": 0.5, "step": 90})
+
+    assert suggest_all() == 2
+    limiter.follow([3, 2])
+    assert suggest_all() == 5
+    limiter.follow([3])
+    end_one()
+    assert suggest_all() == 4
+    end_one()
+    end_one()
+    assert suggest_all() == 3
 
 
 @pytest.mark.parametrize(

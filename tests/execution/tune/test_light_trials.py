@@ -1,0 +1,121 @@
+"""Trials in Ray Tune's own loop, in processes without Ray Tune. The broker replays known results to them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import study
+from points import POINTS, STEPS, configuration, record
+from ray.cluster_utils import Cluster
+
+from orchestrator.execution.broker.actor import start_broker
+from orchestrator.execution.ray.private import light_trial_actors
+from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES, LaneTrial
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
+
+HEAVY = ("ray.tune", "ray.train", "torch", "transformers", "pandas")  # Ray itself loads pyarrow in actors
+FIRST, SECOND, THIRD = POINTS[:3]
+DIES, RAISES = configuration(rate=0.1), configuration(rate=0.2)
+
+
+def observed_trial(folder: Path) -> type:
+    """Return a trial that also reports about its process, and that fails on two configurations.
+
+    The class is local, because the processes of trials cannot import this module.
+
+    Args:
+        folder: An empty folder. The trial of DIES ends its process at its second result, the first time only.
+    """
+
+    class ObservedTrial(LaneTrial):
+        trials_here = 0
+
+        def reset(self, new_config: dict[str, Any], storage: object = None) -> bool:
+            self.trials_here += 1
+            return super().reset(new_config)
+
+        def train(self) -> dict[str, Any]:
+            if self.configuration == RAISES:
+                raise RuntimeError("an error in the process of a trial")
+            if self.configuration == DIES and self.num_results == 1 and not (folder / "died").exists():
+                (folder / "died").write_text(str(os.getpid()))
+                os._exit(1)
+            return {
+                **super().train(),
+                "loaded": [name for name in HEAVY if name in sys.modules],
+                "own_id": self.trial_id,
+                "trained": self.configuration.to_json(),
+                "trials_here": self.trials_here,
+            }
+
+    return ObservedTrial
+
+
+def test_trials_share_a_light_process_and_their_ends_are_seen(
+    connected: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a variable of Tune's for results in batches, which Tune would ask of these actors in vain."""
+    from ray import tune
+    from ray.train._internal.storage import StorageContext
+    from ray.tune.stopper import TimeoutStopper
+
+    from orchestrator.execution.tune.fifo import ConfigurationListGenerator, LiveTrialFIFOScheduler
+    from orchestrator.execution.tune.trainable import LaneTrainable
+    from orchestrator.execution.tune.trial_events import ABORTED, BrokerCallback
+
+    monkeypatch.setenv("TUNE_RESULT_BUFFER_LENGTH", "5")
+    ABORTED.clear()
+    points, store = [FIRST, SECOND, DIES, RAISES, THIRD], Store(tmp_path / "store")
+    for point in points:
+        store.put(record(point, "finished"))
+    broker = start_broker(store, "none")
+    tuner = tune.Tuner(
+        tune.with_resources(LaneTrainable, tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES}])),
+        tune_config=tune.TuneConfig(
+            search_alg=ConfigurationListGenerator(points, max_concurrent=1),
+            scheduler=LiveTrialFIFOScheduler(),
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            storage_path=str(tmp_path / "tune"),
+            verbose=0,
+            callbacks=[BrokerCallback(broker, {})],
+            # A trial that Ray never starts fails this test; without the limit it would hang.
+            stop=TimeoutStopper(study.HANG_SECONDS),
+            failure_config=tune.FailureConfig(max_failures=1),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    with light_trial_actors(LaneTrainable, observed_trial(tmp_path)):
+        results = tuner.fit()
+    updates = ray.get(broker.get_updates.remote(0, 0, 0, ""))
+    ray.kill(broker)
+
+    assert len(results) == len(points)
+    (first, second, died, raised, third) = results  # in the order of `points`
+    assert ["an error in the process" in str(one.error) for one in results] == [False] * 3 + [True, False]
+    for point, one in zip(points, results, strict=True):
+        if one is raised:
+            continue
+        assert one.metrics is not None
+        assert one.metrics["loaded"] == []
+        assert one.metrics["own_id"] == one.metrics["trial_id"]
+        assert Configuration.from_json(one.metrics["trained"]) == point
+        assert (one.metrics["state"], one.metrics["step"], one.metrics["done"]) == ("finished", STEPS, True)
+        assert one.metrics["training_iteration"] == STEPS + 1, "each report, and the end"
+    assert [one.metrics["trials_here"] for one in (first, second) if one.metrics] == [1, 2]
+    pids = [one.metrics["pid"] for one in (first, second, died, third) if one.metrics]
+    assert pids[0] == pids[1] == int((tmp_path / "died").read_text())
+    assert pids[1] != pids[2]
+    updates["counts"].pop("ended")
+    assert not updates["counts"].total(), "all are released"
+    context = StorageContext(str(tmp_path), "afterwards")
+    assert isinstance(ray.get(ray.put(context)), StorageContext), "Tune's own trials get theirs again"
