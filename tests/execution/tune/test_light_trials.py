@@ -23,16 +23,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 HEAVY = ("ray.tune", "ray.train", "torch", "transformers", "pandas")  # Ray itself loads pyarrow in actors
 FIRST, SECOND, THIRD = POINTS[:3]
-DIES, RAISES = configuration(rate=0.1), configuration(rate=0.2)
+DIES, RAISES, DIES_IN_RESET = (configuration(rate=rate) for rate in (0.1, 0.2, 0.3))
 
 
 def observed_trial(folder: Path) -> type:
-    """Return a trial that also reports about its process, and that fails on two configurations.
+    """Return a trial that also reports about its process, and that fails on three configurations.
 
     The class is local, because the processes of trials cannot import this module.
 
     Args:
-        folder: An empty folder. The trial of DIES ends its process at its second result, the first time only.
+        folder: An empty folder. The trial of DIES ends its process at its second result, that of
+            DIES_IN_RESET when it takes over a process; both do so once only.
     """
 
     class ObservedTrial(LaneTrial):
@@ -40,14 +41,22 @@ def observed_trial(folder: Path) -> type:
 
         def reset(self, new_config: dict[str, Any], storage: object = None) -> bool:
             self.trials_here += 1
-            return super().reset(new_config)
+            super().reset(new_config)
+            if self.configuration == DIES_IN_RESET:
+                self.die_once()
+            return True
+
+        def die_once(self) -> None:
+            pid_file = folder / f"died-{self.configuration.fingerprint}"
+            if not pid_file.exists():
+                pid_file.write_text(str(os.getpid()))
+                os._exit(1)
 
         def train(self) -> dict[str, Any]:
             if self.configuration == RAISES:
                 raise RuntimeError("an error in the process of a trial")
-            if self.configuration == DIES and self.num_results == 1 and not (folder / "died").exists():
-                (folder / "died").write_text(str(os.getpid()))
-                os._exit(1)
+            if self.configuration == DIES and self.num_results == 1:
+                self.die_once()
             return {
                 **super().train(),
                 "loaded": [name for name in HEAVY if name in sys.modules],
@@ -73,7 +82,7 @@ def test_trials_share_a_light_process_and_their_ends_are_seen(
 
     monkeypatch.setenv("TUNE_RESULT_BUFFER_LENGTH", "5")
     ABORTED.clear()
-    points, store = [FIRST, SECOND, DIES, RAISES, THIRD], Store(tmp_path / "store")
+    points, store = [FIRST, SECOND, DIES, RAISES, THIRD, DIES_IN_RESET], Store(tmp_path / "store")
     for point in points:
         store.put(record(point, "finished"))
     broker = start_broker(store, "none")
@@ -96,12 +105,13 @@ def test_trials_share_a_light_process_and_their_ends_are_seen(
     )
     with light_trial_actors(LaneTrainable, observed_trial(tmp_path)):
         results = tuner.fit()
-    updates = ray.get(broker.get_updates.remote(0, 0, 0, ""))
+    updates = ray.get(broker.get_updates.remote(0, 0, 0, ""), timeout=study.HANG_SECONDS)
     ray.kill(broker)
 
     assert len(results) == len(points)
-    (first, second, died, raised, third) = results  # in the order of `points`
-    assert ["an error in the process" in str(one.error) for one in results] == [False] * 3 + [True, False]
+    first, second, died, raised, third, died_in_reset = results  # in the order of `points`
+    assert [one.error is not None for one in results] == [False, False, False, True, False, False]
+    assert "an error in the process of a trial" in str(raised.error)
     for point, one in zip(points, results, strict=True):
         if one is raised:
             continue
@@ -112,9 +122,10 @@ def test_trials_share_a_light_process_and_their_ends_are_seen(
         assert (one.metrics["state"], one.metrics["step"], one.metrics["done"]) == ("finished", STEPS, True)
         assert one.metrics["training_iteration"] == STEPS + 1, "each report, and the end"
     assert [one.metrics["trials_here"] for one in (first, second) if one.metrics] == [1, 2]
-    pids = [one.metrics["pid"] for one in (first, second, died, third) if one.metrics]
-    assert pids[0] == pids[1] == int((tmp_path / "died").read_text())
-    assert pids[1] != pids[2]
+    pids = [one.metrics["pid"] for one in (first, second, died, third, died_in_reset) if one.metrics]
+    ends = [int((tmp_path / f"died-{one.fingerprint}").read_text()) for one in (DIES, DIES_IN_RESET)]
+    assert (pids[0], pids[1], pids[3]) == (ends[0], ends[0], ends[1])
+    assert (pids[2] != ends[0], pids[4] != ends[1]) == (True, True)
     updates["counts"].pop("ended")
     assert not updates["counts"].total(), "all are released"
     context = StorageContext(str(tmp_path), "afterwards")
