@@ -10,7 +10,11 @@ from ray import tune
 
 from orchestrator.execution.broker.actor import start_broker
 from orchestrator.execution.monitor import StudyMonitor
-from orchestrator.execution.ray.private import light_trial_actors, withhold_cloud_credentials_from_trials
+from orchestrator.execution.ray.private import (
+    light_trial_actors,
+    retry_after_death_in_reset,
+    withhold_cloud_credentials_from_trials,
+)
 from orchestrator.execution.session_context import SessionContext
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
@@ -71,7 +75,8 @@ def train(
         callback = BrokerCallback(broker, pending_stops)
         # Hyperband pauses trials, for which Tune's own class is needed.
         is_pausing = context.scheduler == "hyperband"
-        with nullcontext() if is_pausing else light_trial_actors(LaneTrainable, LaneTrial):
+        light = nullcontext() if is_pausing else light_trial_actors(LaneTrainable, LaneTrial)
+        with light, retry_after_death_in_reset():
             results = _make_tuner(context, limiter or search, make_generator, callback).fit()
         monitor.wait_for_pending_stops()
     finally:

@@ -35,6 +35,9 @@ USED = [
     "ray.train.v2._internal.execution.scaling_policy:FixedScalingPolicy._maybe_send_resource_request",
     "ray.train.v2._internal.execution.scaling_policy:FixedScalingPolicy.after_controller_start",
     "ray.tune.execution.class_cache:_ActorClassCache.get",
+    "ray.tune.execution.tune_controller:TuneController._actor_failed",
+    "ray.tune.execution.tune_controller:TuneController._set_trial_status",
+    "ray.tune.execution.tune_controller:TuneController._unstage_trial_with_resources",
     "ray.tune.schedulers:HyperBandScheduler._process_bracket",
 ]
 

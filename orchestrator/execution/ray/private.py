@@ -241,6 +241,35 @@ def light_trial_actors(trainable: type, actor_class: type) -> Iterator[None]:
             ray.util.deregister_serializer(cls)
 
 
+@contextmanager
+def retry_after_death_in_reset() -> Iterator[None]:
+    """Make Ray Tune try a trial again whose process has died before it took the trial over.
+
+    Tune reuses processes that have become idle, and notices the death of one in the reset for the next trial.
+    Ray 2.60 then handles the failure twice: it queues the trial again, and then ends it with an error.
+    """
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import Trial
+
+    controller_class: Any = TuneController
+    original = controller_class._actor_failed
+
+    def actor_failed(controller: Any, actor: Any, exception: Exception) -> None:
+        trial = controller._actor_to_trial[actor]
+        if trial in controller._resetting_trials:
+            # As for a trial that runs: the failure of the task `reset`, which follows, queues it again.
+            controller._resetting_trials.remove(trial)
+            controller._unstage_trial_with_resources(trial)
+            controller._set_trial_status(trial, Trial.RUNNING)
+        original(controller, actor, exception)
+
+    controller_class._actor_failed = actor_failed
+    try:
+        yield
+    finally:
+        controller_class._actor_failed = original
+
+
 def withhold_cloud_credentials_from_trials() -> None:
     """Stop Ray Tune from passing AWS credentials on to its trials.
 

@@ -53,9 +53,8 @@ def trial_limits(
     The number is that of the lanes of all trainers, plus one for each trainer: a lane that has ended is
     replaced at once by the lane of that trial, while Tune starts the next trial in the free process. More
     trials would mean more processes to start before the first step. A search adds none, since a trial that
-    waits was suggested without the results of the lanes that are in training. Where trainers
-    measure their lanes, a search begins with the number to expect, and follows `capacities`: the numbers of
-    lanes that placed trainers can hold.
+    waits was suggested without the results of the lanes that are in training. Where trainers measure their
+    lanes, a search begins with the number to expect and follows `capacities`.
 
     The trial processes together may use half of the memory that Ray manages; the other half is for trainers.
     An elastic pool on a joined cluster gets a limit for twice its trainers, because it grows only if lanes
@@ -70,6 +69,7 @@ def trial_limits(
         cluster: The nodes, with their memory.
         scheduler: The name of the scheduler.
         is_search: True if trials are suggested by a search.
+        capacities: The numbers of lanes that placed trainers can hold, of those that have told it.
     """
     num_trainers = pool.num_trainers
     if pool.elastic and not cluster.local:

@@ -14,7 +14,7 @@ from points import POINTS, STEPS, configuration, record
 from ray.cluster_utils import Cluster
 
 from orchestrator.execution.broker.actor import start_broker
-from orchestrator.execution.ray.private import light_trial_actors
+from orchestrator.execution.ray.private import light_trial_actors, retry_after_death_in_reset
 from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES, LaneTrial
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -103,7 +103,7 @@ def test_trials_share_a_light_process_and_their_ends_are_seen(
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    with light_trial_actors(LaneTrainable, observed_trial(tmp_path)):
+    with light_trial_actors(LaneTrainable, observed_trial(tmp_path)), retry_after_death_in_reset():
         results = tuner.fit()
     updates = ray.get(broker.get_updates.remote(0, 0, 0, ""), timeout=study.HANG_SECONDS)
     ray.kill(broker)
