@@ -16,6 +16,8 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, remove_placement_group
 
+from orchestrator.execution.broker.client import BROKER_NAME
+
 GPUS = ("--device", "cpu", "--gpus-per-worker", "1")
 """The options of a study that reserves these GPUs and trains on the CPU."""
 
@@ -73,6 +75,15 @@ def trainers(node: Node) -> int:
     return sum(
         a["ActorClassName"] == "RayTrainWorker" and a["Address"]["NodeID"] == node.node_id for a in alive
     )
+
+
+def lanes(phase: str) -> int:
+    """Return the number of lanes in a phase of `LeasePhase`, of the only study on the cluster."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["name"] == BROKER_NAME:
+            broker = ray.get_actor(BROKER_NAME, namespace=actor["namespace"])
+            return int(ray.get(broker.get_updates.remote(0, 0, 0, ""))["counts"][phase])
+    return 0
 
 
 @contextmanager

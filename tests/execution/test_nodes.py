@@ -9,11 +9,10 @@ import alone
 import pytest
 import ray
 import study
-from machines import GPUS, Machines, trainers
+from machines import GPUS, Machines, lanes, trainers
 from ray.util.placement_group import placement_group_table
 from steps import TASK, Steps
 
-from orchestrator.execution.broker.client import BROKER_NAME
 from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -33,14 +32,6 @@ def trainers_asked_for() -> list[str]:
     """Return the states of the placement groups that ask for a GPU, as those of trainers do."""
     groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
     return [g["state"] for g in groups if any("GPU" in bundle for bundle in g["bundles"].values())]
-
-
-def lanes_waiting() -> int:
-    """Return the number of lanes that the only study on the cluster has submitted and no trainer holds."""
-    brokers = ray.util.list_named_actors(all_namespaces=True)
-    (found,) = [actor for actor in brokers if actor["name"] == BROKER_NAME]
-    broker = ray.get_actor(BROKER_NAME, namespace=found["namespace"])
-    return int(ray.get(broker.get_updates.remote(0, 0, 0, ""))["counts"]["waiting"])
 
 
 def trained_as_alone(output: Path, bases: Path, folder: Path) -> None:
@@ -68,7 +59,7 @@ def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
 
     study.wait_for(trials_wait, process)
     # A trainer that starts while the other trials still start would take its first steps with one lane.
-    study.wait_for(lambda: lanes_waiting() == LANES, process)
+    study.wait_for(lambda: lanes("waiting") == LANES, process)
     assert "died" not in study.log(output), "a trainer waits for its place, and as long as it takes"
 
     first = machines.add()

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import ray
 import study
+from machines import lanes
 from ray.cluster_utils import Cluster
 from search_drive import asked
+from steps import TASK, Steps
 from test_joined_cluster import left
 
 from orchestrator.execution.search.journal import FINGERPRINT, JOURNAL_FILE, read_trials
 from orchestrator.execution.search.search_file import SearchFile
-from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.util.errors import UsageError
@@ -31,16 +32,27 @@ NAME = "lr_sensitivity-held_task-letters-base-tpe"
 
 
 def test_a_search_fills_the_lanes_that_its_trainer_has(
-    cluster: Cluster, output: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, output: Path, tmp_path: Path, steps: Steps
 ) -> None:
     """As on a GPU whose trainer has measured more lanes than were to be expected."""
-    monkeypatch.setattr(TrainerSpec, "expected_lanes", 1)
-    options = ("--search", "optuna", "--points", "6", "--space", "alpha=log:4:64", "--variants", "lora")
-    resources = ("--steps", "60", "--trainers", "1", "--lanes-per-trainer", "3")
-    assert study.run_here(output, *options, *resources, address=cluster.address) == 0
+    expected = "TrainerSpec.expected_lanes = 1"
+    script = study.altered(
+        tmp_path, "from orchestrator.execution.trainers.trainer import TrainerSpec", expected
+    )
+    options = ("--search", "optuna", "--points", "5", "--space", "alpha=log:4:64", "--variants", "lora")
+    resources = ("--task", str(TASK), "--steps", "30", "--trainers", "1", "--lanes-per-trainer", "3")
+    steps.slow_after(4)  # no point ends before three are in training
+    process = study.start(output, *options, *resources, address=cluster.address, script=script)
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        study.wait_for(lambda: lanes("leased") == 3, process)
+    finally:
+        ray.shutdown()
+    steps.run_free()
+    code, out, err = study.end(process)
+    assert code == 0, out + err
     sizes = [record.provenance.lane_group_size for record in Store(output / "store").records()]
-    assert len(sizes) == 6
-    assert max(sizes) == 3
+    assert (len(sizes), max(sizes)) == (5, 3)
 
 
 def test_a_search_killed_in_the_middle_goes_on_with_what_it_asked_for(

@@ -144,7 +144,7 @@ class Broker:
         The devices of the trainer's workers are noted if the trainer is unknown, as after a restart of the
         broker. A trainer that has ended stays known, so its last calls add no device.
         """
-        if trainer_id not in self.core.steps_taken:
+        if devices and trainer_id not in self.core.steps_taken:
             self.core.failure_policy.devices.admit(parse_trainer_name(trainer_id), devices)
         directives = self.core.exchange(trainer_id, held, steps_taken, self.clock())
         self._wake_trials(held)
