@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ class LaneLinear(nn.Module):
         own = self.own_tensors.versions(lanes)
         return own + self.layer_group.versions(lanes) if self.layer_group else own
 
-    def _stack_all(self, lanes: tuple[str, ...], layer: FrozenLayer) -> dict[str, Tensor]:
+    def _stack_all(self, lanes: tuple[str, ...], layer: FrozenLayer) -> Mapping[str, Tensor]:
         """Return the tensors of K lanes and the variant's gradient constants for them, each (K, ...)."""
         if type(self.variant).gradient_constants is Variant.gradient_constants:
             return self._stack_tensors(lanes)
@@ -176,7 +177,7 @@ class LaneLinear(nn.Module):
         constants = [kept[lane][1] for lane in lanes]
         return {**self._stack_tensors(lanes), **stack_by_name(constants)}
 
-    def _stack_tensors(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
+    def _stack_tensors(self, lanes: tuple[str, ...]) -> Mapping[str, Tensor]:
         own = self.own_tensors.stack(lanes)
         return {**self.layer_group.stack(lanes), **own} if self.layer_group else own
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-MAX_CACHED_STACKS = 2
-"""Number of stacks of frozen tensors to keep: one for the lanes in training, one for those in evaluation."""
+MAX_COPIED_STACKS = 2
+"""Number of stacks to keep that are copies: those of lanes that do not lie side by side in the storage."""
 
 
 def stack_by_name(lanes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -19,17 +20,21 @@ def stack_by_name(lanes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class LaneTensors:
-    """Tensors of several lanes, stored per lane and stacked for computation.
+    """Tensors of several lanes: each lane has its own, and computation gets them stacked.
 
-    They are stored separately because lanes are added and removed, and each lane has its own optimizer.
+    The first call of `stack` after a change of the set of lanes copies the tensors of each name into one
+    tensor, and from then on the lanes' tensors are slices of it. So writes of optimizers and hooks, which
+    know a single lane, need no further copy. A stack of parameters is a leaf of the autograd graph, and the
+    gradient of a stack is added to the `grad` of the lanes' parameters as soon as it is complete.
 
     Attributes:
         mutable_buffers: Names of the frozen tensors that hooks write, so that lanes must not share them.
         hook_only_buffers: Names of the frozen tensors that only hooks read.
-        trainable: Lane -> name -> parameter.
+        trainable: Lane -> name -> parameter. The parameter stays the same object while the lane exists, but
+            its storage changes when lanes are added or removed.
         frozen: Lane -> name -> frozen tensor.
-        gradient_constants: Lane -> (versions of its tensors, the result of `Variant.gradient_constants` for
-            these versions, without the lane dimension).
+        gradient_constants: Lane -> (versions, result of `Variant.gradient_constants` without the lane
+            dimension) for the values that its tensors had at these versions.
     """
 
     def __init__(
@@ -39,7 +44,9 @@ class LaneTensors:
         self.trainable: dict[str, dict[str, nn.Parameter]] = {}
         self.frozen: dict[str, dict[str, Tensor]] = {}
         self.gradient_constants: dict[str, tuple[list[int], dict[str, Tensor]]] = {}
-        self._cached_stacks: dict[tuple[str, ...], tuple[list[int], dict[str, Tensor]]] = {}
+        self._storage: dict[str, Tensor] | None = None
+        self._view_stacks: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._copied_stacks: dict[tuple[str, ...], tuple[list[int], dict[str, Tensor]]] = {}
 
     def add_lane(
         self, lane: str, trainable: Mapping[str, Tensor], frozen: Mapping[str, Tensor], device: torch.device
@@ -63,36 +70,43 @@ class LaneTensors:
             name: tensor.detach().to(device, copy=name in self.mutable_buffers).contiguous()
             for name, tensor in sorted(frozen.items())
         }
-        self._cached_stacks.clear()
+        self._forget_stacks()
 
     def remove_lane(self, lane: str) -> None:
         """Delete a lane's tensors."""
         del self.trainable[lane], self.frozen[lane]
         self.gradient_constants.pop(lane, None)
-        self._cached_stacks.clear()
+        self._forget_stacks()
 
     def lane_tensors(self, lane: str) -> dict[str, Tensor]:
         """Return a lane's trainable and frozen tensors, without the lane dimension."""
         return {**self.trainable[lane], **self.frozen[lane]}
 
-    def stack(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return the tensors of K lanes as (K, ...), without those that only hooks read."""
-        parameters = [self.trainable[lane] for lane in lanes]
-        frozen = [
-            {n: t for n, t in self.frozen[lane].items() if n not in self.hook_only_buffers} for lane in lanes
-        ]
-        stacked = stack_by_name(parameters)
-        if len(lanes) == 1:
-            return {**stacked, **stack_by_name(frozen)}
-        if not frozen[0]:
-            return stacked
-        # Frozen tensors are stacked again only after a hook has written one of them.
-        versions = [tensor._version for each in frozen for tensor in each.values()]
-        if lanes not in self._cached_stacks or self._cached_stacks[lanes][0] != versions:
-            if len(self._cached_stacks) >= MAX_CACHED_STACKS:
-                self._cached_stacks.pop(next(iter(self._cached_stacks)))
-            self._cached_stacks[lanes] = (versions, stack_by_name(frozen))
-        return {**stacked, **self._cached_stacks[lanes][1]}
+    def stack(self, lanes: tuple[str, ...]) -> Mapping[str, Tensor]:
+        """Return the tensors of K lanes as (K, ...), without those that only hooks read.
+
+        Lanes that lie side by side, in the order in which they were added, get views of the common storage;
+        other lanes get a copy, which is made again after a write of one of their tensors.
+        """
+        if (views := self._view_stacks.get(lanes)) is not None:
+            return views
+        if self._storage is None:
+            self._storage = self._stack_all_lanes()
+        everyone = tuple(self.trainable)
+        first = everyone.index(lanes[0])
+        if everyone[first : first + len(lanes)] == lanes:
+            parts = {name: tensor[first : first + len(lanes)] for name, tensor in self._storage.items()}
+            self._view_stacks[lanes] = self._with_leaves(parts, lanes)
+            return self._view_stacks[lanes]
+        versions = self.versions(lanes)
+        if lanes not in self._copied_stacks or self._copied_stacks[lanes][0] != versions:
+            self._copied_stacks.pop(lanes, None)
+            if len(self._copied_stacks) >= MAX_COPIED_STACKS:
+                self._copied_stacks.pop(next(iter(self._copied_stacks)))
+            positions = [everyone.index(lane) for lane in lanes]
+            copies = {n: torch.stack([t[i] for i in positions]) for n, t in self._storage.items()}
+            self._copied_stacks[lanes] = versions, self._with_leaves(copies, lanes)
+        return self._copied_stacks[lanes][1]
 
     def versions(self, lanes: tuple[str, ...]) -> list[int]:
         """Return numbers that change with every in-place write of one of the lanes' tensors.
@@ -101,3 +115,47 @@ class LaneTensors:
         """
         kinds = (kind[lane] for lane in lanes for kind in (self.trainable, self.frozen))
         return [tensor._version for tensors in kinds for tensor in tensors.values()]
+
+    def _forget_stacks(self) -> None:
+        """Let the next call of `stack` make the storage anew; until then the lanes keep their slices."""
+        self._storage = None
+        self._view_stacks.clear()
+        self._copied_stacks.clear()
+
+    def _stack_all_lanes(self) -> dict[str, Tensor]:
+        """Copy the tensors of all lanes into one tensor for each name, and make the lanes' slices of it."""
+        parameters = [{n: p.detach() for n, p in tensors.items()} for tensors in self.trainable.values()]
+        frozen = [
+            {n: t for n, t in tensors.items() if n not in self.hook_only_buffers}
+            for tensors in self.frozen.values()
+        ]
+        trainable_stacks, frozen_stacks = stack_by_name(parameters), stack_by_name(frozen)
+        for index, lane in enumerate(self.trainable):
+            for name, stacked in trainable_stacks.items():
+                self.trainable[lane][name].data = stacked[index]
+            for name, stacked in frozen_stacks.items():
+                self.frozen[lane][name] = stacked[index]
+        return {**trainable_stacks, **frozen_stacks}
+
+    def _with_leaves(self, stacks: Mapping[str, Tensor], lanes: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return the stacks; those of parameters require gradients and pass them on to the lanes."""
+        found = {}
+        for name, stacked in stacks.items():
+            found[name] = stacked.detach()
+            if name in self.trainable[lanes[0]]:
+                parameters = [self.trainable[lane][name] for lane in lanes]
+                found[name].requires_grad_()
+                found[name].register_post_accumulate_grad_hook(partial(_pass_on_gradient, parameters))
+        return found
+
+
+def _pass_on_gradient(parameters: Sequence[nn.Parameter], stacked: Tensor) -> None:
+    """Add the gradient of stacked parameters to the parameters' own, and delete it from the stack."""
+    assert stacked.grad is not None
+    slices, stacked.grad = stacked.grad.unbind(), None
+    sums = [p.grad for p in parameters if p.grad is not None]
+    if len(sums) == len(parameters):
+        torch._foreach_add_(sums, slices)  # one kernel on a GPU
+        return
+    for parameter, gradient in zip(parameters, slices, strict=True):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from orchestrator.record.provenance import current_commit
+from orchestrator.util.host_memory import keep_freed_memory
 
 WARMUP_ROUNDS = 2
 """The number of rounds before those that count."""
@@ -120,6 +121,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def choose_device(options: argparse.Namespace) -> torch.device:
-    """Return the device of the command line, and set the number of threads."""
+    """Return the device of the command line, and prepare the process for it as a trainer does."""
     torch.set_num_threads(options.threads)
-    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device

@@ -6,7 +6,6 @@ broker. When a worker dies, Train ends the run, and the driver replaces the trai
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import threading
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
 from orchestrator.util import timeouts
+from orchestrator.util.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from orchestrator.finetune.models.base_model import BaseModel
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MALLOC_OPTIONS = {-3: 2**30, -1: 2**30, -2: 2**26}
-"""glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD, with values with which freed memory is kept. By
-default glibc returns large blocks to the system at every free. On a CPU, the resulting page faults take a
-sixth of the step time of a small model."""
 CUDA_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The names of torch's settings for its CUDA allocator, the newer one first."""
 CUDA_ALLOCATOR_SETTINGS = "expandable_segments:True"
@@ -175,20 +171,13 @@ def _set_up_device(spec: TrainerSpec) -> Any:
     if not spec.uses_gpus:
         # Trainers share the cores: with two threads per trainer, pretraining was 17 times slower.
         torch.set_num_threads(1)
-        _keep_freed_memory()
+        keep_freed_memory()
         return torch.device("cpu")
     device = get_device()  # `cuda:0` may be another worker's GPU
     torch.cuda.set_device(device)
     if spec.gpus_per_worker < 1:  # so that no trainer takes the memory of another
         torch.cuda.set_per_process_memory_fraction(spec.gpus_per_worker, device)
     return device
-
-
-def _keep_freed_memory() -> None:
-    """Set `MALLOC_OPTIONS` where the C library is glibc."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        for option, value in MALLOC_OPTIONS.items():
-            mallopt(option, value)
 
 
 def _exit_with_raylet() -> None:

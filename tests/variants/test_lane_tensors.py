@@ -1,0 +1,113 @@
+"""The lanes' tensors are slices of one tensor for each name, and gradients of stacks reach each lane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from variants.lane_tensors import LaneTensors
+
+CPU = torch.device("cpu")
+LANES = ("a", "b", "c", "d")
+
+
+def make_lanes(lanes: Sequence[str] = LANES) -> LaneTensors:
+    """Return lanes with a parameter "w" and a frozen tensor "f" of random values."""
+    tensors = LaneTensors(mutable_buffers=frozenset({"f"}))
+    for lane in lanes:
+        add_lane(tensors, lane)
+    return tensors
+
+
+def add_lane(tensors: LaneTensors, lane: str) -> None:
+    generator = torch.Generator().manual_seed(ord(lane))
+    w, f = (torch.randn(3, 5, generator=generator) for _ in range(2))
+    tensors.add_lane(lane, {"w": w}, {"f": f}, CPU)
+
+
+def slices_of(stacked: Tensor) -> list[int]:
+    """Return the address of each lane's slice."""
+    return [one.data_ptr() for one in stacked]
+
+
+def test_a_write_of_one_lane_reaches_the_stack_without_a_copy() -> None:
+    tensors = make_lanes()
+    stack = tensors.stack(LANES)
+    parameters = [tensors.trainable[lane]["w"] for lane in LANES]
+    assert slices_of(stack["w"]) == [p.data_ptr() for p in parameters]
+    assert slices_of(stack["f"]) == [tensors.frozen[lane]["f"].data_ptr() for lane in LANES]
+    optimizer = torch.optim.AdamW([parameters[1]], lr=0.1, fused=True)
+    before = stack["w"].detach().clone()
+    stack["w"].sum().backward()
+    optimizer.step()
+    changed = (stack["w"] != before).flatten(1).any(1)
+    assert changed.tolist() == [False, True, False, False]
+    assert torch.equal(stack["w"][1], parameters[1])
+    assert tensors.stack(LANES)["w"] is stack["w"]
+
+
+def test_a_parameter_stays_the_same_object_when_lanes_come_and_go() -> None:
+    tensors = make_lanes(("a", "b"))
+    parameter, value = tensors.trainable["b"]["w"], tensors.trainable["b"]["w"].detach().clone()
+    tensors.stack(("a", "b"))
+    add_lane(tensors, "c")
+    tensors.stack(("a", "b", "c"))
+    tensors.remove_lane("a")
+    stack = tensors.stack(("b", "c"))
+    assert tensors.trainable["b"]["w"] is parameter
+    assert torch.equal(parameter, value)
+    with torch.no_grad():
+        parameter.mul_(2)
+        tensors.frozen["b"]["f"].fill_(7)
+    assert torch.equal(stack["w"][0], 2 * value)
+    assert (tensors.stack(("b", "c"))["f"][0] == 7).all()
+
+
+@pytest.mark.parametrize("lanes", [("b", "c"), ("d",), ("a", "c"), ("d", "a", "b")])
+def test_a_stack_of_some_lanes_has_their_values_after_every_write(lanes: tuple[str, ...]) -> None:
+    tensors = make_lanes()
+    tensors.stack(LANES)
+    for _ in range(2):
+        for name, own in (("w", tensors.trainable), ("f", tensors.frozen)):
+            assert torch.equal(tensors.stack(lanes)[name], torch.stack([own[lane][name] for lane in lanes]))
+        assert tensors.stack(lanes)["w"] is tensors.stack(lanes)["w"]
+        with torch.no_grad():
+            for lane in LANES:
+                tensors.trainable[lane]["w"].add_(1)
+                tensors.frozen[lane]["f"].add_(1)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [LANES, LANES],
+        [("a", "b"), LANES],
+        [LANES, ("d", "a"), ("b", "c"), LANES],
+        [("a",), ("c", "b"), ("d",), ("b", "c")],
+        [("c",)],
+    ],
+)
+def test_gradients_equal_those_of_separate_parameters(groups: Sequence[tuple[str, ...]]) -> None:
+    """Gradients are equal bit for bit, with the sign of zeros, and None for lanes without a gradient.
+
+    Every group of lanes uses its stack twice, as layers that share their tensors do.
+    """
+    tensors = make_lanes()
+    separate = {lane: t["w"].detach().clone().requires_grad_() for lane, t in tensors.trainable.items()}
+    for number, lanes in enumerate(groups):
+        generator = torch.Generator().manual_seed(number)
+        factors = torch.randn(2, len(lanes), 3, 5, generator=generator)
+        factors[:, :, 0] = -0.0
+        both = [[tensors.stack(lanes)["w"] for _ in range(2)]]
+        both += [[torch.stack([separate[lane] for lane in lanes]) for _ in range(2)]]
+        for first, second in both:
+            (first * factors[0] + (second * factors[1]).square()).sum().backward()
+    for lane, expected in separate.items():
+        found = tensors.trainable[lane]["w"].grad
+        assert (found is None) == (expected.grad is None)
+        if found is not None and expected.grad is not None:
+            assert torch.equal(found, expected.grad)
+            assert torch.equal(found.signbit(), expected.grad.signbit())
