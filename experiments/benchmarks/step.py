@@ -91,7 +91,9 @@ PEFT_CONFIGS: Mapping[str, Callable[[list[str]], PeftConfig]] = {
     "pissa": _lora(init_lora_weights="pissa_niter_16"),
     "eva": _lora(init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)),
     "hira": lambda targets: HiraConfig(r=RANK, target_modules=targets),
+    # Without a task type PEFT calls the model without AdaLoRA's loss term.
     "adalora": lambda targets: AdaLoraConfig(
+        task_type="CAUSAL_LM",
         init_r=RANK * 3 // 2,
         target_r=RANK,
         lora_alpha=ALPHA,
@@ -105,6 +107,7 @@ PEFT_CONFIGS: Mapping[str, Callable[[list[str]], PeftConfig]] = {
 """Variant -> PEFT's configuration for a list of target layers, of the variants that PEFT has."""
 EXTRA: Mapping[str, Mapping[str, Any]] = {
     "pissa": {"svd": "16"},
+    "adalora": {"initial": 1.5, "warmup": 0.1, "final": 0.5},
     "vera": {"rank_factor": VERA_FACTOR},
     "lora_plus": {"ratio": LORA_PLUS_RATIO},
 }
