@@ -13,7 +13,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.base import UnsupportedError, VariantSettings
+from variants.base import FrozenLayer, UnsupportedError, VariantSettings
 from variants.merging import merge_and_detach
 from variants.storage import load_peft, save_peft
 from variants.testing.cases import CASES, Case
@@ -209,6 +209,22 @@ def test_adaloras_loss_is_the_mean_distance_from_orthogonality() -> None:
             for m in (one["A"], one["B"].T):
                 norms.append((m @ m.T - torch.eye(6)).norm())
         torch.testing.assert_close(value, 0.5 * torch.stack(norms).mean())
+
+
+def test_the_gradient_of_adaloras_loss_equals_a_numerical_one() -> None:
+    layer = FrozenLayer("layer", torch.zeros(5, 4).double(), None)
+    a, b = (torch.randn(2, *shape).double().requires_grad_() for shape in ((3, 4), (5, 3)))
+    weight = torch.tensor([0.5, 2.0]).double().view(2, 1, 1)
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        x, mask = torch.zeros(2, 1, 1, 4).double(), torch.ones(2, 1, 1).double()
+        params = {"A": a, "B": b, "orthogonality": weight}
+        return catalogue.get("adalora").auxiliary_loss(x, mask, params, layer)
+
+    assert torch.autograd.gradcheck(loss, (a, b))
+    eye = torch.eye(3).double().repeat(2, 1, 1)
+    (at_zero,) = torch.autograd.grad(loss(eye.requires_grad_(), eye.detach()).sum(), eye)
+    assert not at_zero.any()
 
 
 # -- all three --------------------------------------------------------------------------------------------

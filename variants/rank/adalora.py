@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
 
 from variants.base import (
     ExtraSettings,
@@ -93,9 +94,7 @@ class AdaLoRA(LoRA):
         return params["A"] * params["E"], params["B"]
 
     def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
-        a, b = params["A"], params["B"].transpose(1, 2)
-        norms = [_distance_from_orthogonal(rows) for rows in (a, b)]
-        return params["orthogonality"].flatten() * (norms[0] + norms[1]) / 2
+        return _OrthogonalityLoss.apply(params["A"], params["B"], params["orthogonality"].flatten())
 
     def before_step(self, lane: LaneView) -> None:
         if lane.step >= _pruning_steps(lane.settings, lane.total_steps)[1]:
@@ -109,20 +108,22 @@ class AdaLoRA(LoRA):
         pruning_end = _pruning_steps(lane.settings, lane.total_steps)[1]
         views = list(lane.layers.values())
         if lane.step < pruning_end:
-            for view in views:
-                _update_importance(view)
+            _update_importance(views)
         if lane.step <= pruning_end:
             left = _triplet_budget(len(views), lane.settings, lane.step, lane.total_steps)
-            scores = torch.cat([_triplet_scores(view) for view in views])
+            if left == len(views) * _initial_rank(lane.settings):
+                return  # no triplet is pruned, and no mask has been written
+            scores = _triplet_scores(views)
             keep_mask = torch.ones_like(scores)
             keep_mask[scores.argsort(stable=True)[: len(scores) - left]] = 0
-            for view, mask in zip(views, keep_mask.view(len(views), -1, 1), strict=True):
-                view.trainable["E"].mul_(mask)
-                if lane.step == pruning_end:
-                    view.frozen["mask"].copy_(mask)
+            masks = list(keep_mask.view(len(views), -1, 1))
+            torch._foreach_mul_([view.trainable["E"] for view in views], masks)
+            if lane.step == pruning_end:
+                torch._foreach_copy_([view.frozen["mask"] for view in views], masks)
         else:
-            for view in views:
-                view.trainable["E"].mul_(view.frozen["mask"])
+            torch._foreach_mul_(
+                [view.trainable["E"] for view in views], [view.frozen["mask"] for view in views]
+            )
 
     def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
         return settings.rank * (in_features + out_features + 1)
@@ -193,23 +194,57 @@ def _triplet_budget(layer_count: int, settings: VariantSettings, step: int, tota
     return end + int((begin - end) * (1 - (step - start) / (pruning_end - start)) ** 3)
 
 
-def _distance_from_orthogonal(rows: Tensor) -> Tensor:
-    """Return |M M^T - I| for M (K, rank, n), (K,)."""
-    unit = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return (torch.bmm(rows, rows.transpose(1, 2)) - unit).flatten(1).norm(dim=1)
+class _OrthogonalityLoss(torch.autograd.Function):
+    """weight (|A A^T - I| + |B^T B - I|) / 2 as one node.
+
+    A A^T - I is symmetric, so the gradient of its norm is 2 (A A^T - I) A / |A A^T - I|. Eager autograd would
+    compute two products, one for each factor of A A^T.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        """Compute the loss of each lane, (K,), for A (K, rank, in), B (K, out, rank) and weight (K,)."""
+        difference = torch.cat([torch.bmm(a, a.transpose(1, 2)), torch.bmm(b.transpose(1, 2), b)])
+        difference.diagonal(dim1=1, dim2=2).sub_(1)
+        norms = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+        ctx.save_for_backward(a, b, weight, difference, norms)
+        return norms.view(2, -1).sum(0) * weight / 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Compute the gradients of A and B; a norm of 0 has the gradient 0."""
+        a, b, weight, difference, norms = ctx.saved_tensors
+        factors = (grad * weight).repeat(2) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        scaled = difference * factors.view(-1, 1, 1)
+        return torch.bmm(scaled[: len(a)], a), torch.bmm(b, scaled[len(a) :]), None
 
 
-def _update_importance(view: LayerView) -> None:
+def _update_importance(views: Sequence[LayerView]) -> None:
     """Update the running averages with |p * gradient| of this step."""
-    for name, parameter in view.trainable.items():
-        assert parameter.grad is not None
-        now = (parameter * parameter.grad).abs()
-        importance, uncertainty = view.frozen[f"importance {name}"], view.frozen[f"uncertainty {name}"]
-        importance.mul_(EMA_DECAY).add_(now, alpha=1 - EMA_DECAY)
-        uncertainty.mul_(EMA_DECAY).add_((now - importance).abs(), alpha=1 - EMA_DECAY)
+    for name in "AEB":
+        parameters: list[Tensor] = [view.trainable[name] for view in views]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        now = torch._foreach_mul(parameters, gradients)
+        torch._foreach_abs_(now)
+        importance = [view.frozen[f"importance {name}"] for view in views]
+        uncertainty = [view.frozen[f"uncertainty {name}"] for view in views]
+        torch._foreach_mul_(importance, EMA_DECAY)
+        torch._foreach_add_(importance, now, alpha=1 - EMA_DECAY)
+        torch._foreach_sub_(now, importance)
+        torch._foreach_abs_(now)
+        torch._foreach_mul_(uncertainty, EMA_DECAY)
+        torch._foreach_add_(uncertainty, now, alpha=1 - EMA_DECAY)
 
 
-def _triplet_scores(view: LayerView) -> Tensor:
-    """Return the score of each triplet, (rank,)."""
-    a, e, b = (view.frozen[f"importance {name}"] * view.frozen[f"uncertainty {name}"] for name in "AEB")
-    return e[:, 0] + a.mean(1) + b.mean(0)
+def _triplet_scores(views: Sequence[LayerView]) -> Tensor:
+    """Return the score of each triplet of all layers, (layers * rank,)."""
+    products = {
+        name: torch._foreach_mul(
+            [view.frozen[f"importance {name}"] for view in views],
+            [view.frozen[f"uncertainty {name}"] for view in views],
+        )
+        for name in "AEB"
+    }
+    means = zip(products["A"], products["E"], products["B"], strict=True)
+    return torch.cat([e[:, 0] + a.mean(1) + b.mean(0) for a, e, b in means])
