@@ -250,10 +250,10 @@ class Variant(PeftFormat):
         return False
 
     def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
-        """Return the outputs of the adapted layer, (K, N, out), computed without the frozen layer's output.
+        """Return the outputs of the adapted layer, (K*R, ..., out), without the frozen layer called.
 
         Args:
-            x: The layer's input, (K, N, in).
+            x: The layer's input as the model passes it, (K*R, ..., in).
             params: The result of `prepare`.
             layer: The frozen layer.
             scaling: The factor s of each lane, (K, 1, 1).

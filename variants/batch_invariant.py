@@ -49,5 +49,19 @@ def batch_invariant_baddbmm(base: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.baddbmm(base, x, y)
 
 
+def batch_invariant_baddbmm_(base: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add `torch.bmm(x, y)` to `base` in place, with the same bits for one lane as for several.
+
+    Args:
+        base: (K, n, p).
+        x: (K, n, m).
+        y: (K, m, p).
+    """
+    if _needs_second_copy(x):
+        base.copy_(batch_invariant_baddbmm(base, x, y))
+    else:
+        base.baddbmm_(x, y)
+
+
 def _needs_second_copy(x: Tensor) -> bool:
-    return len(x) == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) == 1

@@ -37,7 +37,7 @@ class DenseProduct(torch.autograd.Function):
 
         Args:
             ctx: The node.
-            x: The layer's input, (K, N, in).
+            x: The layer's input, (K, N, in), or (K*R, ..., in) without `base`.
             base: The frozen layer's output for these rows, (K, N, out), to which x (W * (B A))^T is added.
                 If it is None, the output is x (W + W * (B A))^T + bias.
             a: A of each lane, (K, rank, in), in any dtype.
@@ -47,8 +47,10 @@ class DenseProduct(torch.autograd.Function):
             bias: (out,); used without `base` only.
 
         Returns:
-            (K, N, out).
+            (K, N, out), or (K*R, ..., out).
         """
+        ctx.shape = x.shape
+        x = x.reshape(len(a), -1, x.shape[-1])
         ctx.save_for_backward(x, a, b)
         ctx.layer, weight = layer, layer.weight
         ctx.adds_weight = base is None
@@ -62,7 +64,7 @@ class DenseProduct(torch.autograd.Function):
                     torch.mm(x[lane], matrix.t(), out=out[lane])
                 else:
                     torch.addmm(start, x[lane], matrix.t(), out=out[lane])
-        return out
+        return out.view(*ctx.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -70,6 +72,7 @@ class DenseProduct(torch.autograd.Function):
         """Compute the gradients of x, base, A and B."""
         x, wide_a, wide_b = ctx.saved_tensors
         weight = ctx.layer.weight
+        grad_out = grad_out.reshape(*x.shape[:2], -1)
         a, b = wide_a.to(x.dtype), wide_b.to(x.dtype)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
@@ -78,9 +81,11 @@ class DenseProduct(torch.autograd.Function):
                 matrices = _lane_matrices(a[lanes], b[lanes], weight, ctx.adds_weight)
                 torch.bmm(grad_out[lanes], matrices, out=grad_x[lanes])
             matrices = torch.bmm(grad_out[lanes].transpose(1, 2), x[lanes]).mul_(weight)
-            torch.bmm(matrices, a[lanes].transpose(1, 2), out=grad_b[lanes])
+            # The transposed product: a CPU computes a result of few rows faster than one of few columns.
+            grad_b[lanes] = torch.bmm(a[lanes], matrices.transpose(1, 2)).transpose(1, 2)
             torch.bmm(b[lanes].transpose(1, 2), matrices, out=grad_a[lanes])
         grad_base = None if ctx.adds_weight else grad_out
+        grad_x = None if grad_x is None else grad_x.view(ctx.shape)
         return grad_x, grad_base, grad_a.to(wide_a.dtype), grad_b.to(wide_b.dtype), None, None
 
 

@@ -154,11 +154,11 @@ def _next_call_key(name: str, context: ForwardContext) -> str:
     return f"{name} {earlier_calls}" if earlier_calls else name
 
 
-def split_by_lane(x: Tensor, context: ForwardContext, layer_name: str) -> Tensor:
-    """Return rows (K*R, ..., features) as (K, N, features).
+def check_rows(x: Tensor, context: ForwardContext, layer_name: str) -> None:
+    """Check that every row belongs to a lane.
 
     Args:
-        x: The input of a layer.
+        x: The input of a layer, (K*R, ..., features).
         context: The context of the call.
         layer_name: The layer's name, for the error message.
 
@@ -172,7 +172,12 @@ def split_by_lane(x: Tensor, context: ForwardContext, layer_name: str) -> Tensor
             f"{layer_name} was called with {x.shape[0]} rows, not a multiple of {lane_count} lanes x "
             f"{context.rows_per_lane or 1} rows: the other rows belong to no lane"
         )
-    return x.reshape(lane_count, -1, x.shape[-1])
+
+
+def split_by_lane(x: Tensor, context: ForwardContext, layer_name: str) -> Tensor:
+    """Return rows (K*R, ..., features) as (K, N, features); see `check_rows`."""
+    check_rows(x, context, layer_name)
+    return x.reshape(len(context.lanes), -1, x.shape[-1])
 
 
 def draw_dropout_masks(

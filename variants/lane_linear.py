@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from variants.base import FrozenLayer, Params, Variant
-from variants.forward_context import AdapterState, ForwardContext, draw_dropout_masks, split_by_lane
+from variants.forward_context import (
+    AdapterState,
+    ForwardContext,
+    check_rows,
+    draw_dropout_masks,
+    split_by_lane,
+)
 from variants.lane_tensors import LaneTensors, stack_by_name
 from variants.nf4 import NF4Linear, NF4Weight
 from variants.targets import is_conv1d
@@ -93,16 +99,16 @@ class LaneLinear(nn.Module):
         context.called_layers.add(self.name)
         if not context.lanes or x.numel() == 0:
             return self.base_layer(x)
-        flat = split_by_lane(x, context, self.name)
+        check_rows(x, context, self.name)
         if context.dropout_steps is not None and self.variant.has_auxiliary_loss and torch.is_grad_enabled():
-            self._record_auxiliary_loss(flat, context)
+            self._record_auxiliary_loss(split_by_lane(x, context, self.name), context)
         has_dropout = context.dropout_steps is not None and self.adapter_state.dropout > 0
         layer = self.frozen_layer
         if not has_dropout and self.variant.includes_base(layer):
             scaling = self.adapter_state.scaling(self.variant, context.lanes, layer)
             params = self._prepare_params(context, layer, scaling)
-            return self.variant.forward_with_base(flat, params, layer, scaling).view(*x.shape[:-1], -1)
-        base = self.base_layer(x)
+            return self.variant.forward_with_base(x, params, layer, scaling)
+        flat, base = split_by_lane(x, context, self.name), self.base_layer(x)
         flat_base = base.reshape(len(context.lanes), -1, base.shape[-1])
         if not has_dropout:
             return self._apply_variant(flat, flat_base, context).view(base.shape)

@@ -33,7 +33,7 @@ NO_KERNEL = {
 """Operators that launch no kernel."""
 READ_ROWS = {"embedding", "index_select", "gather", "index"}
 """Operators that read only as many bytes of their first argument as they write."""
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "baddbmm_"}
 MULTI_TENSOR = {"_foreach_": 64, "_fused_adamw": 36}
 """Prefix of an operator on lists of tensors -> tensors that one kernel takes."""
 MORE_LAUNCHES = {"baddbmm": 1, "flash_attention_backward": 2}

@@ -20,6 +20,7 @@ from variants.base import (
     lora_init,
     pad_rank_one,
 )
+from variants.low_rank_product import Constants, LowRankProduct, multipliers
 
 
 class LoRA(Variant):
@@ -63,7 +64,8 @@ class LoRA(Variant):
         return params["A0"], -params["B0"]
 
     def prepare_frozen_update(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        return _scale_factors(*self.frozen_factors(params), scaling)
+        a, b = pad_rank_one(*self.frozen_factors(params))
+        return {"A": a, "B": b, "scale": scaling}
 
     def export_rank(self, settings: VariantSettings) -> int:
         """Return the rank of the exported adapter, a plain LoRA over the unchanged base model.
@@ -73,11 +75,33 @@ class LoRA(Variant):
         return settings.rank
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        return _scale_factors(*self.factors(params), scaling)
+        """Return A and s B as "A" and "sB", or in training what they are computed from.
+
+        In training s B is computed in both passes, so that it is not kept between them. The same holds for
+        the larger factors that frozen copies A0 and B0 need.
+        """
+        if not torch.is_grad_enabled():
+            a, b = pad_rank_one(*self.factors(params))
+            return {"A": a, "sB": b * scaling}
+        if "A0" not in params:
+            a, b = pad_rank_one(*self.factors(params))
+            return {"A": a, "B": b, "scale": scaling}
+        a, b = pad_rank_one(params["A"], params["B"])
+        a0, b0 = pad_rank_one(params["A0"], params["B0"])
+        return {"A": a, "B": b, "A0": a0, "B0": b0, "scale": scaling}
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
-        a, b = params["A"].to(x.dtype), params["sB"].to(x.dtype)
-        return batch_invariant_baddbmm(base, batch_invariant_bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+        b, constants = _constants(params, layer)
+        left, right = multipliers(params["A"], b, constants, x.dtype)
+        hidden = batch_invariant_bmm(x, left.transpose(1, 2))
+        return batch_invariant_baddbmm(base, hidden, right.transpose(1, 2))
+
+    def includes_base(self, layer: FrozenLayer) -> bool:
+        return type(self).forward is LoRA.forward  # not for a subclass with a forward pass of its own
+
+    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+        b, constants = _constants(params, layer)
+        return LowRankProduct.apply(x, params["A"], b, params.get("more"), constants)
 
     def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
         a, b = self.factors(params)
@@ -108,6 +132,8 @@ class LoRA(Variant):
         return VariantSettings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0)))
 
 
-def _scale_factors(a: Tensor, b: Tensor, scaling: Tensor) -> Params:
-    a, b = pad_rank_one(a, b)
-    return {"A": a, "sB": b * scaling}
+def _constants(params: Params, layer: FrozenLayer) -> tuple[Tensor, Constants]:
+    """Return B or s B, and the other tensors that `prepare` returns."""
+    if "sB" in params:
+        return params["sB"], Constants(layer)
+    return params["B"], Constants(layer, params["scale"], params.get("A0"), params.get("B0"))

@@ -52,6 +52,9 @@ class DoRA(LoRA):
         scaled = torch.addcmul(base, params["more"].to(x.dtype), unbiased)
         return super().forward(x, scaled, params, layer, scaling)
 
+    def includes_base(self, layer: FrozenLayer) -> bool:
+        return type(self).forward is DoRA.forward
+
     def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
         a, b, weight = params["A"], params["B"], layer.weight.to(layer.dtype)
         norm = _row_norms(
@@ -80,11 +83,9 @@ def _split_rows(layer: FrozenLayer) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def _row_norms(a: Tensor, b: Tensor, layer: FrozenLayer, scaling: Tensor) -> Tensor:
     """Return the row norms of W + s B A, (K, out), for A (K, rank, in) and B (K, out, rank)."""
-    products = [
-        torch.bmm(part.to(layer.dtype).expand(len(a), -1, -1), a.transpose(1, 2))
-        for part in _split_rows(layer)
-    ]
-    cross = (b * (torch.cat(products, 1) if len(products) > 1 else products[0])).sum(2)
+    # A W^T and not W A^T: a CPU computes a product of few rows faster than one of few columns.
+    products = [torch.bmm(a, part.to(layer.dtype).t().expand(len(a), -1, -1)) for part in _split_rows(layer)]
+    cross = (b.transpose(1, 2) * (torch.cat(products, 2) if len(products) > 1 else products[0])).sum(1)
     square = (b * torch.bmm(b, torch.bmm(a, a.transpose(1, 2)))).sum(2)
     s = scaling.squeeze(2)
     total = _squared_row_norms(layer) + 2 * s * cross + s * s * square

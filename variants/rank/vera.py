@@ -21,6 +21,7 @@ from variants.base import (
     uniform_init,
 )
 from variants.baseline.lora import LoRA
+from variants.low_rank_product import VectorProduct
 
 
 class VeRA(LoRA):
@@ -75,15 +76,31 @@ class VeRA(LoRA):
         return InitialTensors({}, {"A": a, "B": b})
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        out_features, in_features = layer.shape
-        gains = params["b"].unsqueeze(2) * params["d"].unsqueeze(1)
-        a, b = pad_rank_one(params["A"][..., :in_features], gains * params["B"][:, :out_features])
-        return {"A": a, "sB": b}
+        """Return A and diag(b) B diag(d) as "A" and "sB", or in training A, B, b and d."""
+        (out_features, in_features), d = layer.shape, params["d"]
+        a, b = pad_rank_one(params["A"][..., :in_features], params["B"][:, :out_features])
+        if a.shape[1] > d.shape[1]:
+            d = torch.nn.functional.pad(d, (0, 1))
+        prepared = {"A": a, "B": b, "b": params["b"], "d": d}
+        return prepared if torch.is_grad_enabled() else {"A": a, "sB": _scaled_b(prepared)}
+
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+        if "sB" not in params:
+            params = {"A": params["A"], "sB": _scaled_b(params)}
+        return super().forward(x, base, params, layer, scaling)
+
+    def includes_base(self, layer: FrozenLayer) -> bool:
+        return type(self).forward is VeRA.forward
+
+    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+        if "sB" in params:
+            return super().forward_with_base(x, params, layer, scaling)
+        return VectorProduct.apply(x, params["b"], params["d"], params["A"], params["B"], layer)
 
     def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
-        one = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
-        prepared = self.prepare(one, layer, torch.ones(()))
-        return (prepared["sB"] @ prepared["A"])[0]
+        out_features, in_features = layer.shape
+        gains = params["b"].unsqueeze(1) * params["d"]
+        return (gains * params["B"][:out_features]) @ params["A"][:, :in_features]
 
     def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
         return _vera_rank(settings) + out_features
@@ -103,3 +120,8 @@ class VeRA(LoRA):
 
 def _vera_rank(settings: VariantSettings) -> int:
     return settings.rank * int(settings.extra["rank_factor"])
+
+
+def _scaled_b(prepared: Params) -> Tensor:
+    """Return diag(b) B diag(d), (K, out, r)."""
+    return prepared["b"].unsqueeze(2) * prepared["d"].unsqueeze(1) * prepared["B"]

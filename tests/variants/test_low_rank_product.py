@@ -1,0 +1,180 @@
+"""The products of the LoRA family as one node: values, gradients, kept memory, and independence of lanes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from variants import catalogue
+from variants.base import FrozenLayer, Params, VariantSettings
+from variants.baseline.lora import LoRA
+from variants.low_rank_product import Constants, LowRankProduct, VectorProduct
+from variants.testing.cases import CASES, ROWS, Case
+from variants.testing.rig import (
+    attach_lanes,
+    calibrate_lane,
+    lane_inputs,
+    lane_outputs,
+    tensors_equal,
+    train,
+)
+
+LANES, N, IN, OUT, RANK = 2, 5, 3, 4, 2
+
+
+def _layer(is_transposed: bool, has_bias: bool) -> FrozenLayer:
+    """`is_transposed`: the module stores (in, out), as Conv1D does."""
+    weight = torch.randn(OUT, IN).double()
+    if is_transposed:
+        weight = weight.t().contiguous().t()
+    return FrozenLayer("layer", weight, torch.randn(OUT).double() if has_bias else None)
+
+
+def _base(x: Tensor, layer: FrozenLayer) -> Tensor:
+    return x @ layer.weight.mT + (0 if layer.bias is None else layer.bias)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_more", [False, True])
+@pytest.mark.parametrize("scaled_and_frozen", [(False, False), (True, False), (True, True)])
+def test_low_rank_gradients_equal_numerical_ones(
+    is_transposed: bool, has_bias: bool, has_more: bool, scaled_and_frozen: tuple[bool, bool]
+) -> None:
+    torch.manual_seed(0)
+    layer, (is_scaled, has_frozen) = _layer(is_transposed, has_bias), scaled_and_frozen
+    shapes = [(LANES, N, IN), (LANES, RANK, IN), (LANES, OUT, RANK), (LANES, 1, OUT)]
+    x, a, b, more = (torch.randn(shape).double().requires_grad_() for shape in shapes)
+    scale = torch.tensor([2.0, 3.0]).double().view(-1, 1, 1) if is_scaled else None
+    a0, b0 = (torch.randn_like(a).detach(), torch.randn_like(b).detach()) if has_frozen else (None, None)
+
+    def product(x: Tensor, a: Tensor, b: Tensor, more: Tensor) -> Tensor:
+        constants = Constants(layer, scale, a0, b0)
+        return LowRankProduct.apply(x, a, b, more if has_more else None, constants)
+
+    update = b @ a - (0 if a0 is None or b0 is None else b0 @ a0)
+    expected = _base(x, layer) + x @ ((1 if scale is None else scale) * update).mT
+    expected = expected + (more * (x @ layer.weight.mT) if has_more else 0)
+    torch.testing.assert_close(product(x, a, b, more), expected)
+    assert torch.autograd.gradcheck(product, (x, a, b, more))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_vector_gradients_equal_numerical_ones(is_transposed: bool, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = _layer(is_transposed, has_bias)
+    shapes = [(LANES, N, IN), (LANES, OUT), (LANES, RANK)]
+    x, b, d = (torch.randn(shape).double().requires_grad_() for shape in shapes)
+    a, b0 = torch.randn(LANES, RANK, IN).double(), torch.randn(LANES, OUT, RANK).double()
+
+    def product(x: Tensor, b: Tensor, d: Tensor) -> Tensor:
+        return VectorProduct.apply(x, b, d, a, b0, layer)
+
+    matrix = b.unsqueeze(2) * b0 * d.unsqueeze(1) @ a
+    torch.testing.assert_close(product(x, b, d), _base(x, layer) + x @ matrix.mT)
+    assert torch.autograd.gradcheck(product, (x, b, d))
+
+
+@pytest.mark.parametrize("variant", ["lora", "pissa"])
+def test_only_the_input_and_the_hidden_values_are_kept(variant: str) -> None:
+    """Besides the parameters: a copy of s B, or factors of twice the rank, would be seen here."""
+    case = Case("low rank", out_features=40, in_features=24)
+    adapters = attach_lanes(case, catalogue.get(variant), 1, VariantSettings(3, 6.0))
+    layer = adapters.model.there[0]  # type: ignore[union-attr,index]
+    x = lane_inputs(case, adapters.lanes).requires_grad_()
+    kept: list[Tensor] = []
+    resident = {
+        t.untyped_storage().data_ptr()
+        for t in [
+            *adapters.model.parameters(),
+            *adapters.trainable("0").values(),
+            *adapters.frozen("0").values(),
+        ]
+    }
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with adapters.activate_lanes(adapters.lanes, 0, rows_per_lane=ROWS), hooks:
+        layer(x)
+    own = Counter(t.numel() for t in kept if t.untyped_storage().data_ptr() not in resident)
+    rows = x.numel() // 24
+    assert own == {x.numel(): 1, 3 * rows: 1}
+
+
+def _gradients(product: Callable[..., Tensor], tensors: list[Tensor], lanes: slice) -> list[Tensor]:
+    own = [tensor[lanes].clone().requires_grad_() for tensor in tensors]
+    out = product(*own, lanes)
+    noise = torch.randn(3, *out.shape[1:], generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, own, noise[lanes])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "rank"), [(8, 2), (40, 4), (192, 8), (192, 128)])
+@pytest.mark.parametrize("name", ["lora", "pissa", "dora", "vera"])
+def test_a_lane_has_the_same_bits_alone_and_among_others(
+    name: str, rows: int, rank: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    layer = FrozenLayer("layer", torch.randn(96, 64).to(dtype), None)
+    x, more = torch.randn(3, rows, 64).to(dtype), torch.randn(3, 1, 96)
+    a, b, d = torch.randn(3, rank, 64), torch.randn(3, 96, rank), torch.randn(3, rank)
+    a0, b0, scale = torch.randn_like(a), torch.randn_like(b), torch.tensor([2.0, 3.0, 0.1]).view(-1, 1, 1)
+
+    def low_rank(x: Tensor, a: Tensor, b: Tensor, lanes: slice) -> Tensor:
+        frozen = (a0[lanes], b0[lanes]) if name == "pissa" else (None, None)
+        return LowRankProduct.apply(x, a, b, None, Constants(layer, scale[lanes], *frozen))
+
+    def dora(x: Tensor, a: Tensor, b: Tensor, more: Tensor, lanes: slice) -> Tensor:
+        return LowRankProduct.apply(x, a, b, more, Constants(layer))
+
+    def vera(x: Tensor, more: Tensor, d: Tensor, lanes: slice) -> Tensor:
+        return VectorProduct.apply(x, more, d, a[lanes], b[lanes], layer)
+
+    product, tensors = {"dora": (dora, [x, a, b, more]), "vera": (vera, [x, more[:, 0], d])}.get(
+        name, (low_rank, [x, a, b])
+    )
+    together = _gradients(product, tensors, slice(None))
+    for lane in range(3):
+        alone = _gradients(product, tensors, slice(lane, lane + 1))
+        for one, several in zip(alone, together, strict=True):
+            assert torch.equal(one[0], several[lane])
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["lora", "pissa", "dora", "vera", "hira"])
+def test_lanes_without_dropout_train_as_they_do_alone(name: str, case: Case) -> None:
+    """The law of independent lanes trains with dropout, for which the frozen layer is computed apart."""
+    grouped = attach_lanes(case, catalogue.get(name), 3)
+    train(case, grouped, steps=3)
+    for lane in grouped.lanes:
+        alone = attach_lanes(case, catalogue.get(name), 0)
+        alone.add_lane(lane, alone.settings, int(lane), calibrate_lane(case, alone, int(lane)))
+        train(case, alone, steps=3)
+        assert tensors_equal(grouped.trainable(lane), alone.trainable(lane))
+
+
+class Doubled(LoRA):
+    """LoRA with a forward pass of its own, which doubles the update."""
+
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+        return base + 2 * (super().forward(x, base, params, layer, scaling) - base)
+
+
+def test_a_subclass_with_its_own_forward_pass_is_not_bypassed() -> None:
+    case = Case("low rank", out_features=40, in_features=24)
+    outputs = []
+    for variant in (LoRA(), Doubled()):
+        adapters = attach_lanes(case, variant, 1)
+        with torch.no_grad():
+            for parameter in adapters.trainable("0").values():
+                parameter.fill_(0.01)
+        outputs.append(lane_outputs(case, adapters))
+    assert not torch.equal(*outputs)
