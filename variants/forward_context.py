@@ -112,8 +112,9 @@ class AdapterState:
         key = (lanes, layer.device, layer.dtype)
         if key not in self._scalings:
             factors = [variant.scaling(self.settings[lane]) for lane in lanes]
-            tensor = torch.tensor(factors, dtype=layer.dtype, device=layer.device)
-            self._scalings[key] = tensor.view(-1, 1, 1)
+            # Filled on the device: for the copy of a tensor from the CPU, the host would wait for a GPU.
+            filled = [torch.full((1, 1, 1), f, dtype=layer.dtype, device=layer.device) for f in factors]
+            self._scalings[key] = torch.cat(filled)
         return self._scalings[key]
 
     def invalidate(self) -> None:
