@@ -17,7 +17,7 @@ from orchestrator.util.errors import UsageError, describe_disk_error
 
 DEFAULT_GRID_SEEDS, DEFAULT_POINTS = 3, 16
 DEFAULT_LANES_PER_TRAINER = 4
-"""The number on a CPU, where more lanes save no time, and the number to expect before it is measured."""
+"""The number on a CPU, where more lanes save little time, and the number to expect before it is measured."""
 MAX_MEASURED_LANES = 8
 """The largest number that a trainer chooses by measurement on its GPU."""
 OPTION_OF_HYPERPARAMETER = {
