@@ -1,14 +1,19 @@
 """Measure on one GPU what docs/performance.md predicts; needs neither Ray nor a network.
 
-    python experiments/benchmarks/gpu.py                               every section, Qwen3-0.6B's shape
-    python experiments/benchmarks/gpu.py ceilings svd noise            run these first: 5 minutes
-    python experiments/benchmarks/gpu.py train step --lanes 1 2 4 8    the tables of lanes
+    python experiments/benchmarks/gpu.py ceilings svd noise --steps 20
+    python experiments/benchmarks/gpu.py train step --lanes 1 2 4 8
+    python experiments/benchmarks/gpu.py train step --liger --lanes 1 4 8
+    python experiments/benchmarks/gpu.py generate scoring oom --variants lora
     python experiments/benchmarks/gpu.py train oom --model llama-3.1-8b --variants lora dora --lanes 1 2
-    python experiments/benchmarks/gpu.py --device cpu --tiny           everything at tiny size, in a minute
+    python experiments/benchmarks/gpu.py --device cpu --tiny           everything at tiny size, in two minutes
 
-Needs torch, transformers, pydantic, pyarrow, filelock and psutil, and this repository on PYTHONPATH; for
---liger also liger-kernel. Weights and tokens are random. Each measurement is printed as one line of JSON,
-after the prediction of its section for an H100. Sections:
+Needs torch, transformers, filelock, psutil and pydantic (pip installs the last three with transformers and
+PEFT), and this repository on PYTHONPATH; for --liger also liger-kernel. Weights and tokens are random.
+
+Each measurement is printed as one line of JSON, after the prediction of its section for an H100, and --out is
+written again after every line. Each section runs in a process of its own: one that fails, crashes or loses
+the device is reported as an error, and the next one runs. After --minutes the section is ended, and the ones
+after it are reported as not run. Sections:
 
 ceilings  products in bfloat16, copies on the device, launches: what the machine can do
 svd       PiSSA's exact initialization, for the sizes of layers
@@ -24,7 +29,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +42,10 @@ from gpu_sections import SECTIONS, Setup
 from model_shapes import SHAPES
 from paired_timing import describe_machine
 
-from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.util.command import main
 
+MACHINE = "machine"
+"""The section that describes the machine. It runs first, always."""
 PREDICTIONS = {
     "ceilings": "620 TFLOP/s, 2.6 TB/s, 2.5 us a launch",
     "svd": "14336 x 4096 takes 5-40 s",
@@ -56,17 +65,19 @@ PREDICTIONS = {
 class Output:
     """Prints measurements and collects them for the result file."""
 
-    device: torch.device
     file: Path | None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, section: str, **values: Any) -> None:
-        """Print a measurement as a line of JSON."""
+        """Print a measurement as a line of JSON, and write all measurements to the result file."""
         self.rows.append({"section": section, **values})
         print(json.dumps(self.rows[-1], default=str), flush=True)
         if self.file is not None:
-            result = {"machine": describe_machine(self.device), "rows": self.rows}
-            self.file.write_text(json.dumps(result, indent=1, default=str) + "\n")
+            machine = next((row for row in self.rows if row["section"] == MACHINE), {})
+            result = {"machine": machine, "rows": self.rows}
+            temporary = self.file.with_name(f"{self.file.name}.part")
+            temporary.write_text(json.dumps(result, indent=1, default=str) + "\n")
+            temporary.replace(self.file)
 
 
 def read_options() -> argparse.Namespace:
@@ -83,9 +94,12 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=9.5, help="end after this time; default: 9.5")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # see run_section
     parser.add_argument("--out", type=Path, help="write the measurements to this JSON file")
     options = parser.parse_args()
-    if unknown := set(options.sections) - SECTIONS.keys():
+    known = {*SECTIONS, MACHINE} if options.here else SECTIONS.keys()
+    if unknown := set(options.sections) - known:
         parser.error(f"no section {min(unknown)!r}: take some of {', '.join(SECTIONS)}")
     return options
 
@@ -93,14 +107,28 @@ def read_options() -> argparse.Namespace:
 def run() -> int:
     """Measure the sections of the command line. Returns 1 if one of them failed, else 0."""
     options = read_options()
-    device = torch.device(options.device)
+    sections = options.sections or list(SECTIONS)
+    if options.here:
+        return int(not _measure_here(sections[0], options))
+    output, ends_at = Output(options.out), time.monotonic() + 60 * options.minutes
+    arguments = [text for text in sys.argv[1:] if text not in SECTIONS]
+    succeeded = True
+    for name in (MACHINE, *sections):
+        if name != MACHINE:
+            output.add(name, predicted=PREDICTIONS[name])
+        succeeded &= run_section(name, arguments, ends_at, output)
+    return int(not succeeded)
+
+
+def _measure_here(name: str, options: argparse.Namespace) -> bool:
+    """Measure a section in this process. Returns False if it failed, after the error is printed."""
+    device, output = torch.device(options.device), Output(None)
+    model = "tiny" if options.tiny else options.model
     if device.type == "cpu":
         torch.set_num_threads(1)
-    output = Output(device, options.out)
-    output.add("machine", **describe_machine(device), model="tiny" if options.tiny else options.model)
     setup = Setup(
         device,
-        "tiny" if options.tiny else options.model,
+        model,
         tuple(options.variants),
         tuple(options.lanes),
         options.steps,
@@ -108,23 +136,50 @@ def run() -> int:
         options.checkpointing,
         output.add,
     )
-    failed = False
-    for name in options.sections or SECTIONS:
-        output.add(name, predicted=PREDICTIONS[name])
-        failed |= not _measure(name, SECTIONS[name], setup)
-    return int(failed)
-
-
-def _measure(name: str, section: Callable[[Setup], None], setup: Setup) -> bool:
-    """Measure a section, and report an error as a measurement, so that the next section still runs."""
     try:
-        section(setup)
+        if name == MACHINE:
+            output.add(MACHINE, **describe_machine(device), model=model)
+        else:
+            SECTIONS[name](setup)
     except Exception as error:
-        setup.add(name, error=f"{type(error).__name__}: {error}"[:400])
-        if classify_error(error) is Fault.DEVICE:
-            raise
+        output.add(name, error=f"{type(error).__name__}: {error}"[:400])
         return False
     return True
+
+
+def run_section(name: str, arguments: list[str], ends_at: float, output: Output) -> bool:
+    """Measure a section in a process of its own. Returns whether it succeeded.
+
+    Args:
+        name: The section, or `MACHINE`.
+        arguments: The command line without sections.
+        ends_at: The time of `time.monotonic` at which the process is killed.
+        output: Gets the measurements of the process, each as soon as it is printed.
+    """
+    seconds = ends_at - time.monotonic()
+    if seconds <= 0:
+        output.add(name, error="not run: no time left (--minutes)")
+        return False
+    command = [sys.executable, __file__, name, *arguments, "--here"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    is_reported = False
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            values = json.loads(line)
+        except ValueError:  # a library's message
+            print(line, end="", flush=True)
+            continue
+        is_reported |= "error" in values
+        output.add(**values)
+    code = process.wait()
+    timer.cancel()
+    if code != 0 and not is_reported:
+        late = " (no time left, --minutes)" if time.monotonic() >= ends_at else ""
+        output.add(name, error=f"the process ended with code {code}{late}")
+    return code == 0
 
 
 if __name__ == "__main__":

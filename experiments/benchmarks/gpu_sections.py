@@ -107,6 +107,20 @@ class Setup:
             del group, members
             free_device_memory(self.device)
 
+    @contextmanager
+    def lack_of_memory(self, section: str, **values: Any) -> Iterator[None]:
+        """Report a lack of memory inside the context as a measurement, so that the next one follows.
+
+        Args:
+            section: The section.
+            **values: The values that name the measurement.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.add(section, **values, fits=False)
+        free_device_memory(self.device)
+
     def time(self, work: Callable[[], object], repeats: int = 8, warmups: int = 2) -> tuple[float, float]:
         """Return the median ms until the device has finished, and until `work` has returned.
 
@@ -188,11 +202,11 @@ def measure_micro_batches(setup: Setup) -> None:
         size = StepSize(8, 1, length + 1)
         for variant in setup.variants:
             for count in setup.lanes:
-                try:
-                    with setup.group(model, rows, variant, count, size) as (group, lanes):
-                        _measure_micro_batch(setup, group, lanes, variant, length)
-                except torch.OutOfMemoryError:
-                    setup.add("train", variant=variant, lanes=count, length=length, fits=False)
+                with (
+                    setup.lack_of_memory("train", variant=variant, lanes=count, length=length),
+                    setup.group(model, rows, variant, count, size) as (group, lanes),
+                ):
+                    _measure_micro_batch(setup, group, lanes, variant, length)
 
 
 def _measure_micro_batch(
@@ -238,7 +252,10 @@ def measure_steps(setup: Setup) -> None:
     model, rows = setup.build(), setup.rows()
     for variant in setup.variants:
         for count in setup.lanes:
-            with setup.group(model, rows, variant, count, setup.step_size(8)) as (group, lanes):
+            with (
+                setup.lack_of_memory("step", variant=variant, lanes=count),
+                setup.group(model, rows, variant, count, setup.step_size(8)) as (group, lanes),
+            ):
                 with setup.memory() as memory:
                     ms, _ = setup.time(partial(take_step, group, lanes), setup.steps)
                 backward_ms, _ = setup.time(partial(group.backward, lanes), setup.steps, 0)
@@ -271,7 +288,8 @@ def measure_decoding(setup: Setup) -> None:
                 row_count = each * max(1, len(names))
                 if row_count <= 1024:
                     active = group.adapters.activate_lanes(names, None) if group else nullcontext()
-                    _measure_generation(setup, model, row_count, active, variant, len(names))
+                    with setup.lack_of_memory("generate", variant=variant, lanes=len(names), rows=row_count):
+                        _measure_generation(setup, model, row_count, active, variant, len(names))
 
 
 def _measure_generation(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from orchestrator.launch import prices
 from orchestrator.launch.estimate import TimeEstimate
+from orchestrator.launch.prediction import Prediction, predict
 from orchestrator.launch.prices import GpuPrice
 from orchestrator.study import price
+from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 
 PRICE_DISCLAIMER = "check before you spend"
+DEFAULT_GPU = "H100"
+"""The GPU of a prediction if neither --plan-gpu nor the machine names one."""
 
 
 def cost_lines(
@@ -47,6 +52,54 @@ def cost_lines(
             text = f"about {format_range(low * ends[0], high * ends[1])} USD, at {text}"
         lines.append(("Price", text))
     return lines
+
+
+def predict_lines(
+    pending: Sequence[Configuration], bases: Path, device: str, lanes: int, options: StudyOptions
+) -> list[tuple[str, str]]:
+    """Describe the predicted GPU hours and price of a study for which nothing has been measured.
+
+    Args:
+        pending: The configurations to train.
+        bases: The store's folder of base models.
+        device: The name of the GPU; empty if it is not known.
+        lanes: The number of lanes per trainer.
+        options: The options of the study.
+
+    Returns:
+        Pairs of a label and a text; none if nothing can be predicted.
+    """
+    gpu = prices.find_price(device or DEFAULT_GPU)
+    if gpu is None:
+        return []
+    found, fused = (
+        predict(pending, bases, gpu, lanes, kernels, options.gradient_checkpointing)
+        for kernels in (options.kernels, "liger")
+    )
+    if found is None or fused is None:
+        return []
+    text = f"predicted: {_format_hours(found)} on one {gpu.gpu}"
+    if options.kernels != "liger":
+        text += f", {_format_hours(fused)} with --kernels liger"
+    source = (
+        f"calculated from counts of kernels and bytes and the {gpu.gpu}'s peak speeds, for rows of "
+        f"{float(f'{found.row_tokens:.2g}'):g} tokens on average; nothing was measured (docs/performance.md)"
+    )
+    if found.excluded:
+        source += f"; without {', '.join(found.excluded)}, which were not counted"
+    if not device:
+        source += "; --plan-gpu names another GPU"
+    lines = [("GPU hours", text), ("Prediction", source)]
+    ends, price_text = _price_per_gpu_hour(gpu.gpu, options)
+    if ends:
+        low, high = (seconds / 3600 * each for seconds, each in zip(found.range_seconds, ends, strict=True))
+        lines.append(("Price", f"predicted: {format_range(low, high)} USD, at {price_text}"))
+    return lines
+
+
+def _format_hours(prediction: Prediction) -> str:
+    low, high = prediction.range_seconds
+    return format_range(low / 3600, high / 3600)
 
 
 def format_range(low: float, high: float) -> str:

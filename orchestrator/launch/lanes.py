@@ -60,8 +60,11 @@ def plan_lanes(
         if device_key.startswith(f"{device}, " if device else "")
     ]
     if not known:
+        is_shared = gpus_per_worker is not None and gpus_per_worker < 1
+        place = f"{gpus_per_worker:g} of its GPU's memory" if is_shared else "its GPU's memory"
         return LanePlan(
-            DEFAULT_LANES_PER_TRAINER, f"up to {lanes} lanes each, measured by the first trainer on its GPU"
+            DEFAULT_LANES_PER_TRAINER,
+            f"up to {lanes} lanes each: the first trainer measures how many fit into {place}",
         )
     numbers = sorted({measured.lanes for _, measured in known})
     device_key, smallest = min(known, key=lambda one: one[1].lanes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -15,7 +16,7 @@ from orchestrator.execution.ray import runtime
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.templates import has_layer_shapes
-from orchestrator.launch import cost
+from orchestrator.launch import cost, prices
 from orchestrator.launch.estimate import TimeEstimate, estimate_times
 from orchestrator.launch.lanes import LanePlan, plan_lanes
 from orchestrator.launch.work import StudyWork
@@ -23,6 +24,7 @@ from orchestrator.record.show import narrow_command, replace_options
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.graceful_interrupts import format_command
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 STARTUP_SECONDS = 25.0
 """Time in which Ray and the first trainer start."""
+LABEL_WIDTH = 15
 UNKNOWN_TIME = "unknown: no lane of this task and model has been trained on such a device yet"
 UNCHECKED_OPTIONS = "--rank and --targets: the base model is not here yet"
 
@@ -57,7 +60,8 @@ class _Hardware:
             return True
         if not self.gpus_per_worker:
             return device == "cpu"
-        return device != "cpu" and device == (self.device or device)
+        same = prices.find_price(self.device) if self.device else None
+        return device != "cpu" and (device in (self.device or device, *(same.names if same else ())))
 
 
 def print_plan(
@@ -78,14 +82,10 @@ def print_plan(
     """
     hardware = _probe_hardware(options)
     lanes = plan_lanes(options, hardware.gpus_per_worker, hardware.device, templates, store)
+    to_train = [*work.pending, *_later_configurations(work, templates)]
     estimates = [
         estimate
-        for estimate in estimate_times(
-            [*work.pending, *_later_configurations(work, templates)],
-            store,
-            lanes.lanes,
-            options.workers_per_trainer,
-        )
+        for estimate in estimate_times(to_train, store, lanes.lanes, options.workers_per_trainer)
         if hardware.has_device(estimate.device)
     ]
     lines = [
@@ -95,16 +95,35 @@ def print_plan(
     ]
     if not estimates:
         lines.append(("Time", UNKNOWN_TIME if work.num_to_train else "nothing to train"))
+    predicted = []
+    if work.num_to_train and all(estimate.device == "cpu" for estimate in estimates):
+        predicted = cost.predict_lines(to_train, store.bases, hardware.device, lanes.lanes, options)
     if work.num_to_train:
-        lines += cost.cost_lines(estimates, hardware.gpus_per_worker, hardware.device, options)
+        lines += predicted or cost.cost_lines(estimates, hardware.gpus_per_worker, hardware.device, options)
     for label, text in lines:
-        console.print(f"{label:15} {text}", markup=False)
+        _print_line(console, label, text)
     if work.pending and not estimates and hardware.gpus_per_worker != 0:
         command = f"To know, train one of them, then plan again:\n  {_single_point_command(work.pending)}"
         console.print(command, markup=False, soft_wrap=True)
 
 
+def _print_line(console: Console, label: str, text: str) -> None:
+    """Print a line of the plan; where it is wider than the terminal, the text continues below itself."""
+    indent = " " * (LABEL_WIDTH + 1)
+    wrapped = textwrap.fill(
+        text,
+        console.width,
+        initial_indent=f"{label:{LABEL_WIDTH}} ",
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    console.print(wrapped, markup=False, soft_wrap=True)
+
+
 def _probe_hardware(options: StudyOptions) -> _Hardware:
+    if options.plan_gpu is not None:
+        return _named_hardware(options.plan_gpu, options)
     address = runtime.running_cluster_address()
     gpus_per_worker: float | None
     if address is None:
@@ -116,6 +135,20 @@ def _probe_hardware(options: StudyOptions) -> _Hardware:
         num_trainers, gpus_per_worker, device = options.trainers or 0, options.gpus_per_worker, ""
         place = f"{num_trainers or 'as many as have room'} on the cluster at {address}"
     return _Hardware(num_trainers, 0.0 if options.device == "cpu" else gpus_per_worker, device, place)
+
+
+def _named_hardware(name: str, options: StudyOptions) -> _Hardware:
+    """Return the hardware of a plan for GPUs that are not here (--plan-gpu).
+
+    Raises:
+        UsageError: The table of GPUs does not have this one.
+    """
+    gpu = prices.find_price(name)
+    if gpu is None:
+        known = suggest_nearest(name, [each.gpu for each in prices.load_prices()])
+        raise UsageError(f"--plan-gpu {name!r} is not in the table of GPUs. {known}")
+    place = f"{options.trainers or 'as many as have room'} on GPUs of type {gpu.gpu}"
+    return _Hardware(options.trainers or 0, options.gpus_per_worker or 1.0, gpu.names[0], place)
 
 
 def _later_configurations(work: StudyWork, templates: Sequence[Configuration]) -> list[Configuration]:
@@ -194,6 +227,8 @@ def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
 def _trainer_lines(hardware: _Hardware, options: StudyOptions, lanes: LanePlan) -> list[Line]:
     workers = options.workers_per_trainer
     split = f", {workers} workers per trainer" if workers > 1 else ""
+    if hardware.gpus_per_worker and hardware.gpus_per_worker < 1:
+        split = f", {int(1 / hardware.gpus_per_worker)} on each GPU"
     lines = [("Trainers", f"{hardware.place}{split}"), ("Lanes", lanes.text)]
     if hardware.num_trainers and runtime.running_cluster_address() is not None:
         gib = runtime.driver_node_gib(hardware.num_trainers)
@@ -218,7 +253,9 @@ def _single_point_command(pending: Sequence[Configuration]) -> str:
     """
     point = min(pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
     # --study is removed: in the same study, this point alone would be taken for the whole first stage.
-    return replace_options(narrow_command(format_command(sys.argv), point), {"--study": [], "--plan": []})
+    return replace_options(
+        narrow_command(format_command(sys.argv), point), {"--study": [], "--plan": [], "--plan-gpu": []}
+    )
 
 
 def print_point_shortfall(console: Console, usage: Mapping[str, GroupUsage], points: int) -> None:

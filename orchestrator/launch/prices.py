@@ -1,4 +1,4 @@
-"""Rental prices of a GPU hour, from `prices.json`, a small dated table. No network is used."""
+"""Rental prices and peak speeds of GPUs, from `prices.json`, a small dated table. No network is used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class GpuPrice:
-    """The price of one GPU for one hour, in USD: the price of an AWS instance divided by its GPUs."""
+    """The peak speeds of a GPU, and its price per hour in USD: an AWS instance's, divided by its GPUs."""
 
     gpu: str
     """Ray's name of the GPU."""
@@ -26,6 +26,10 @@ class GpuPrice:
     """The on-demand price."""
     date: str
     """The month of the on-demand price, YYYY-MM."""
+    bf16_tflops: float | None
+    """The peak of dense bfloat16 products in 1e12 operations per second; None if the GPU has no bfloat16."""
+    tb_per_s: float
+    """The peak of the memory in 1e12 bytes per second."""
     region: str
     """The AWS region of both prices."""
 

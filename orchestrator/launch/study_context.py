@@ -128,7 +128,7 @@ def resolve_study(
     default_tasks = experiment.default_tasks(options.dry_run)
     default_variants = experiment.default_variants(options.dry_run)
     resolved = resolve_tasks(options, default_tasks, default_variants, store.bases)
-    if runtime.running_cluster_address() is None:
+    if options.plan_gpu is None and runtime.running_cluster_address() is None:
         # Refuse more trainers than fit on this machine before the study's folder is made.
         _, gpus = runtime.estimate_local_cluster().plan_trainers(
             options.trainers, options.gpus_per_worker, options.workers_per_trainer

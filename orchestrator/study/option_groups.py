@@ -275,6 +275,9 @@ class OutputOptions:
     plan: bool = False
     """Print what would be trained, what the store has already, the estimated time and, on GPUs, hours and
     price; start nothing."""
+    plan_gpu: str | None = None
+    """GPU for which --plan gives hours and price, such as H100, also where there is none. Default: this
+    machine's, else H100."""
     price_per_gpu_hour: str | None = None
     """Price for --plan in USD, LOW:HIGH or one number. Default: AWS's spot and on-demand price of the GPU,
     from a small dated table."""
@@ -286,6 +289,8 @@ class OutputOptions:
             UsageError: One of them is empty, or no valid price.
         """
         _check_not_empty("--tracking-uri", self.tracking_uri)
+        if self.plan_gpu is not None and not self.plan:
+            raise UsageError(f"--plan-gpu {self.plan_gpu!r}: it changes the plan only; add --plan.")
         if self.price_per_gpu_hour is not None:
             price.parse_price(self.price_per_gpu_hour)
         if self.study is not None:

@@ -32,7 +32,17 @@ from variants import catalogue
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
 CPU = torch.device("cpu")
-NOT_ON_A_BARE_MACHINE = ("ray", "mlflow", "datasets", "optuna", "tyro", "pandas", "math_verify", "matplotlib")
+NOT_ON_A_BARE_MACHINE = (
+    "ray",
+    "mlflow",
+    "datasets",
+    "optuna",
+    "tyro",
+    "pandas",
+    "math_verify",
+    "matplotlib",
+    "pyarrow",
+)
 
 
 def count_product(rows: int) -> TensorCounter:
@@ -124,23 +134,50 @@ def test_lanes_are_compared_with_one() -> None:
     assert len(lanes_benchmark.format_table(rows).splitlines()) == 4
 
 
-def test_the_gpu_benchmark_runs_where_ray_and_mlflow_are_missing(tmp_path: Path) -> None:
-    block = f"import sys; sys.modules.update(dict.fromkeys({NOT_ON_A_BARE_MACHINE!r}))"
-    program = f"{block}; import runpy; runpy.run_path({str(BENCHMARKS / 'gpu.py')!r}, run_name='__main__')"
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); {program}"]
-    out = tmp_path / "gpu.json"
-    options = f"--device cpu --tiny --variants lora --lanes 1 2 --steps 2 --out {out}".split()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(out.read_text())["rows"]
-    sections = {row["section"] for row in rows if "predicted" not in row}
-    assert sections == {
+def run_gpu_benchmark(folder: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
+    """Run gpu.py at tiny size; modules in `folder` come first. Return the exit code and the rows."""
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options, "--device=cpu", "--tiny"]
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [*command, "--out", str(folder / "gpu.json")], env=environment, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    rows = json.loads((folder / "gpu.json").read_text())["rows"]
+    assert rows == [json.loads(line) for line in done.stdout.splitlines()]
+    return done.returncode, [row for row in rows if "predicted" not in row]
+
+
+def test_the_gpu_benchmark_runs_with_torch_transformers_and_peft_alone(tmp_path: Path) -> None:
+    for name in NOT_ON_A_BARE_MACHINE:
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here')\n")
+    code, rows = run_gpu_benchmark(tmp_path, *["--variants", "lora", "--lanes", "1", "2", "--steps", "2"])
+    assert code == 0, rows
+    assert {row["section"] for row in rows} == {
         "machine", "ceilings", "svd", "noise", "train", "step", "generate", "scoring", "oom"
     }  # fmt: skip
     noise = next(row for row in rows if "again" in row)
     assert noise["again"] == 0  # on a CPU a lane's numbers are the same every time
     assert noise["in_company"] == 0
+
+
+def test_a_section_that_fails_or_dies_costs_no_other_section(tmp_path: Path) -> None:
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "transformers.py").write_text("import os\nos._exit(7)\n")
+    code, (machine, train, svd) = run_gpu_benchmark(tmp_path, "train", "svd", "--liger")
+    assert code == 1
+    assert machine["model"] == "tiny"
+    assert train == {"section": "train", "error": "the process ended with code 7"}
+    assert svd["ms"] > 0
+    code, (_, train, svd) = run_gpu_benchmark(tmp_path, "train", "svd", "--variants", "unknown")
+    assert code == 1
+    assert train["error"].startswith("ValueError: no variant 'unknown'")
+    assert svd["ms"] > 0
+
+
+def test_sections_without_time_are_reported_as_not_run(tmp_path: Path) -> None:
+    code, rows = run_gpu_benchmark(tmp_path, "svd", "--minutes", "0")
+    assert code == 1
+    assert rows[-1] == {"section": "svd", "error": "not run: no time left (--minutes)"}
 
 
 def test_the_overhead_of_a_loop_is_what_its_records_do_not_spend(tmp_path: Path) -> None:

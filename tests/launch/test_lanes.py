@@ -45,7 +45,8 @@ def test_a_plan_says_the_number_of_lanes_and_why(tmp_path: Path) -> None:
 
     assert plan(1.0, lanes_per_trainer=3) == (3, "3 lanes each (--lanes-per-trainer)")
     assert plan(0.0) == (4, "4 lanes each (the default of a CPU)")
-    unknown = 4, "up to 8 lanes each, measured by the first trainer on its GPU"
+    unknown = 4, "up to 8 lanes each: the first trainer measures how many fit into its GPU's memory"
+    assert plan(0.5)[1].endswith("how many fit into 0.5 of its GPU's memory")
     assert plan(1.0) == plan(None) == unknown
     folder, place = store.lane_capacity, f"{H100}, 79 GiB"
     lane_capacity.write_measured(folder, "another group key", place, SIX)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.data import dataset_cache
 from orchestrator.finetune.data.batches import Batch, Row, compute_max_row_length, make_training_batch
 from orchestrator.finetune.data.device_batch import DeviceBatch
 from orchestrator.finetune.data.step_batches import (
@@ -71,6 +70,10 @@ class TaskData:
             UsageError: The task lacks data, `max_length` leaves nothing of it, or this machine cannot grade
                 the answers.
         """
+        # This imports pyarrow, which lanes on rows in memory do not need: experiments/benchmarks/gpu.py runs
+        # where it is missing.
+        from orchestrator.finetune.data import dataset_cache
+
         process_group.run_on_all(task.check_can_grade)
         prepared = dataset_cache.prepare_dataset(
             folder, configuration, task, base_model.processor, progress=lambda line: on_batch()

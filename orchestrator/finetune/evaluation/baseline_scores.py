@@ -24,7 +24,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from orchestrator.finetune.data.dataset_cache import task_file_digest
 from orchestrator.finetune.process_group import ProcessGroup, WorkerError, result_or_error
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import Configuration
@@ -154,6 +153,9 @@ class BaselineScores:
 
 def _cache_key_hash(configuration: Configuration, task: Task) -> str:
     """Return a hash of all that decides the scores."""
+    # The module imports pyarrow, which is missing where no data is prepared (see `TaskData.load`).
+    from orchestrator.finetune.data.dataset_cache import task_file_digest
+
     key_fields = {
         "task": asdict(replace(configuration.task, name=Path(task.name).stem)),
         "file": task_file_digest(task),

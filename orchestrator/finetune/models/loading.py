@@ -213,7 +213,7 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
 
     auto_class, config_overrides = _auto_class(task)
     try:
-        config = _read_config(choice, root)
+        config = read_config(choice, root)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
         if layers > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers is {layers}; must be {MAX_LAYERS} or less")
@@ -250,7 +250,7 @@ def read_vocab_size(choice: ModelChoice, root: Path) -> int | None:
         choice: The model, whose configuration can be read.
         root: The folder of prepared models.
     """
-    found: int | None = getattr(_read_config(choice, root).get_text_config(), "vocab_size", None)
+    found: int | None = getattr(read_config(choice, root).get_text_config(), "vocab_size", None)
     return found
 
 
@@ -261,12 +261,17 @@ def read_model_type(choice: ModelChoice, root: Path) -> str:
         choice: The model, whose configuration can be read.
         root: The folder of prepared models.
     """
-    found: str = _read_config(choice, root).model_type
+    found: str = read_config(choice, root).model_type
     return found
 
 
-def _read_config(choice: ModelChoice, root: Path) -> Any:
-    """Return the transformers configuration of a model."""
+def read_config(choice: ModelChoice, root: Path) -> Any:
+    """Return the transformers configuration of a model, which must be prepared or pretrained by a task.
+
+    Args:
+        choice: The model.
+        root: The folder of prepared models.
+    """
     from transformers import AutoConfig
 
     if (config := unprepared_config(choice)) is not None:

@@ -1,0 +1,332 @@
+"""Prediction of a study's GPU hours from counted kernels, for a GPU on which nothing has been measured.
+
+The time of a training step is the sum of its matrix products over the speed of products, and of the bytes of
+all other kernels over the speed of the memory, but at least the time that Python takes to launch the kernels.
+The constants below are fitted to counts of real steps on torch's meta device with eight models of 0.6 to 8 B
+parameters (`experiments/benchmarks/meta_step.py`), which the formula reproduces within 6 %; with a step's own
+mixture of lengths and lanes within 15 %. How fast a real GPU is has not been measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.launch.prices import GpuPrice
+from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice
+
+PRODUCT_SHARE, MEMORY_SHARE = 0.627, 0.776
+"""Assumed shares of the peak speeds that products and other kernels reach: 620 TFLOP/s and 2.6 TB/s of an
+H100."""
+LAUNCH_SECONDS = 10e-6
+"""Assumed time in which Python launches a kernel."""
+DECODE_LAYER_SECONDS = 1e-4
+"""Assumed time of a block in a decode step as a CUDA graph, without reading weights and cache: 40 kernels."""
+UNCERTAINTY = 0.3
+"""The prediction is a range of this share below and above the calculated time."""
+COMPUTED_TOKENS = 1.3
+"""Computed tokens per token of a row. In micro-batches that are cut from 64 rows sorted by length 1.2 are
+computed; the rest is for kernels that are too short to reach the assumed speeds."""
+CHARACTERS_PER_TOKEN = 3.3
+SAMPLED_EXAMPLES = 256
+MAX_DECODE_ROWS = 512
+VALUE_BYTES = 2
+"""Bytes of a bfloat16 value."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder-only language model with gated MLPs, such as Llama or Qwen3."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    queries: int
+    """Outputs of the projection of queries."""
+    keys: int
+    """Outputs of the projection of keys, and of that of values."""
+    vocab: int
+    norms_queries: bool = False
+    """Whether queries and keys pass through RMSNorm."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelShape:
+        """Return the sizes in a transformers configuration.
+
+        Raises:
+            AttributeError: The configuration is that of another architecture.
+        """
+        config = config.get_text_config()
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_hidden_layers,
+            head_dim * heads,
+            head_dim * config.num_key_value_heads,
+            config.vocab_size,
+            norms_queries=config.model_type.startswith("qwen3"),
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the linear layers of a block."""
+        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.intermediate)
+
+    @property
+    def layer_outputs(self) -> int:
+        """Outputs of the linear layers of a block."""
+        return self.queries + 2 * self.keys + 2 * self.intermediate + 2 * self.hidden
+
+    @property
+    def layer_inputs(self) -> int:
+        """Inputs of the linear layers of a block."""
+        return 5 * self.hidden + self.queries + self.intermediate
+
+
+QWEN3_06B = ModelShape(1024, 3072, 28, 2048, 1024, 151_936, norms_queries=True)
+KNOWN_SHAPES = {"Qwen/Qwen3-0.6B-Base": QWEN3_06B}
+"""Shapes of default models of tasks, which a plan needs before the model is downloaded."""
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """Bytes that the base model's kernels move, per token of a step and element, and their number."""
+
+    norm: float
+    """Bytes per element that passes through RMSNorm."""
+    attention: float
+    """Bytes per output of the projections of queries and keys."""
+    mlp: float
+    """Bytes per intermediate value of the MLP."""
+    launches: int
+    """Kernels per block and pass, without the adapters' and those that normalize queries."""
+    query_norm_launches: int
+
+
+@dataclass(frozen=True)
+class AdapterCost:
+    """What the adapters of a variant add, per token of a step."""
+
+    connection: float
+    """Bytes per input and output of an adapted layer."""
+    output: float
+    """Bytes per output of an adapted layer."""
+    products: float
+    """Operations of a block's products, in multiples of those of the frozen base model."""
+    launches: int
+    """Kernels per block and pass, more or fewer than those of the base model."""
+    lane_launches: int
+    """Kernels per block, pass and lane."""
+
+
+KERNELS = {"torch": KernelCost(117, 77, 38, 184, 44), "liger": KernelCost(7.4, 29, 26, 117, 4)}
+"""Value of --kernels -> cost."""
+_LORA = AdapterCost(9.5, 0, 1, 9, 19)
+ADAPTERS = {
+    "lora": _LORA,
+    "rslora": _LORA,
+    "lora_plus": _LORA,
+    "pissa": AdapterCost(9.5, 0, 1, 40, 23),
+    "dora": AdapterCost(17, 19, 1, 124, 30),
+    "hira": AdapterCost(0, 0, 2.88, -40, 75),
+}
+"""Variant -> cost. The other variants have not been counted."""
+HEAD_LAUNCHES = 75
+"""Kernels of the output layer and the loss, per pass and lane."""
+VOCAB_BYTES = 52
+"""Bytes per labelled token and entry of the vocabulary that the output layer and the loss move."""
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """Mean lengths of a task's rows in tokens."""
+
+    prompt: float
+    answer: float
+
+    @property
+    def row(self) -> float:
+        """Tokens of a whole row."""
+        return self.prompt + self.answer
+
+    @classmethod
+    def sample(cls, task: Task, max_length: int) -> RowLengths:
+        """Estimate the lengths from the characters of the first training examples.
+
+        Args:
+            task: A task without images.
+            max_length: The longest row in tokens.
+        """
+        examples = task.examples("train", SAMPLED_EXAMPLES)
+        prompt = mean(len(each.prompt) for each in examples) / CHARACTERS_PER_TOKEN
+        answer = mean(len(each.answer) for each in examples) / CHARACTERS_PER_TOKEN
+        prompt = min(prompt, max_length / 2)
+        return cls(prompt, max(1.0, min(answer, max_length - prompt)))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted time of configurations on one GPU, without the start of trainers."""
+
+    seconds: float
+    row_tokens: float
+    """Assumed mean tokens of a row; the largest of all tasks."""
+    excluded: tuple[str, ...]
+    """Variants that are not included, because nothing about them has been counted."""
+
+    @property
+    def range_seconds(self) -> tuple[float, float]:
+        """The lower and the upper end."""
+        return self.seconds * (1 - UNCERTAINTY), self.seconds * (1 + UNCERTAINTY)
+
+
+def predict(
+    pending: Sequence[Configuration],
+    bases: Path,
+    gpu: GpuPrice,
+    lanes: int,
+    kernels: str = "torch",
+    checkpointing: bool = False,
+) -> Prediction | None:
+    """Predict the time of configurations on a GPU. Returns None if nothing about them has been counted.
+
+    Args:
+        pending: The configurations to train.
+        bases: The store's folder of base models.
+        gpu: The GPU.
+        lanes: Lanes per trainer.
+        kernels: The value of --kernels.
+        checkpointing: Whether activations are computed again in the backward pass.
+    """
+    if gpu.bf16_tflops is None:
+        return None
+    total, longest, excluded = 0.0, 0.0, {}
+    shapes: dict[ModelChoice, ModelShape | None] = {}
+    lengths: dict[tuple[str, int], RowLengths] = {}
+    for each in pending:
+        task = tasks.get(each.task.name)
+        shape = shapes[each.model] if each.model in shapes else find_shape(each.model, bases)
+        shapes[each.model] = shape
+        if task.has_head or shape is None:
+            return None
+        if each.variant.name not in ADAPTERS:
+            excluded[each.variant.name] = None
+            continue
+        key = each.task.name, each.batches.max_length
+        rows = lengths[key] if key in lengths else RowLengths.sample(task, each.batches.max_length)
+        lengths[key], longest = rows, max(longest, rows.row)
+        step = step_seconds(shape, each.variant.name, each.batches, rows, gpu, lanes, kernels)
+        step *= 4 / 3 if checkpointing else 1  # the forward pass, a third of a step, is computed twice
+        total += step * each.lr_schedule.steps + _evaluation_seconds(each, task, shape, rows, gpu, step)
+    return Prediction(total, longest, tuple(excluded)) if total else None
+
+
+def find_shape(model: ModelChoice, bases: Path) -> ModelShape | None:
+    """Return the shape of a bfloat16 model; None if it has another data type or architecture, or is unknown.
+
+    Args:
+        model: The model.
+        bases: The store's folder of base models.
+    """
+    if model.dtype != "bfloat16":
+        return None
+    if model.content == UNPREPARED and loading.unprepared_config(model) is None:
+        return KNOWN_SHAPES.get(model.name)
+    try:
+        return ModelShape.from_config(loading.read_config(model, bases))
+    except AttributeError:
+        return None
+
+
+def step_seconds(
+    shape: ModelShape,
+    variant: str,
+    batches: BatchConfig,
+    rows: RowLengths,
+    gpu: GpuPrice,
+    lanes: int,
+    kernels: str,
+) -> float:
+    """Return the predicted seconds of a lane's optimizer step, its share of a group of `lanes` lanes."""
+    step_rows = batches.micro_batch_size * batches.accumulation_steps
+    tokens, labelled = COMPUTED_TOKENS * rows.row * step_rows, rows.answer * step_rows
+    device = tokens * shape.layers * _layer_seconds(shape, variant, rows, gpu, kernels)
+    head_operations = 4 * shape.hidden * shape.vocab
+    device += labelled * (head_operations / _products(gpu) + VOCAB_BYTES * shape.vocab / _memory(gpu))
+    # Micro-batches of several lanes share a pass only if they have one length.
+    passes = batches.accumulation_steps * (1 if lanes == 1 else 1.25)
+    launches = passes * (
+        shape.layers * _layer_launches(shape, variant, kernels, lanes) + HEAD_LAUNCHES * lanes
+    )
+    return max(device, launches * LAUNCH_SECONDS / lanes)
+
+
+def _layer_seconds(shape: ModelShape, variant: str, rows: RowLengths, gpu: GpuPrice, kernels: str) -> float:
+    """Return the seconds of the device for a block and a token, forward and backward."""
+    base, adapter = KERNELS[kernels], ADAPTERS[variant]
+    rotated = shape.queries + shape.keys
+    normed = 2 * shape.hidden + (rotated if shape.norms_queries else 0)
+    moved = base.norm * normed + base.attention * rotated + base.mlp * shape.intermediate
+    moved += adapter.connection * (shape.layer_inputs + shape.layer_outputs)
+    moved += adapter.output * shape.layer_outputs
+    operations = 4 * adapter.products * shape.layer_weights + 7 * shape.queries * rows.row
+    return operations / _products(gpu) + moved / _memory(gpu)
+
+
+def _layer_launches(shape: ModelShape, variant: str, kernels: str, lanes: int) -> float:
+    """Return the kernels of a pass over a block, forward and backward."""
+    base, adapter = KERNELS[kernels], ADAPTERS[variant]
+    normed = base.query_norm_launches if shape.norms_queries else 0
+    return base.launches + normed + adapter.launches + adapter.lane_launches * lanes
+
+
+def _evaluation_seconds(
+    configuration: Configuration, task: Task, shape: ModelShape, rows: RowLengths, gpu: GpuPrice, step: float
+) -> float:
+    """Return the seconds of all evaluations of a lane: the losses, and the generated answers.
+
+    Args:
+        configuration: The lane's configuration.
+        task: Its task.
+        shape: The shape of the model.
+        rows: Mean lengths of the rows.
+        gpu: The GPU.
+        step: Seconds of an optimizer step, a third of which are its forward pass.
+    """
+    choice, batches = configuration.task, configuration.batches
+    evaluations = configuration.evaluations
+    test_evaluations = evaluations if configuration.test_evaluations == "every" else 1
+    scored = evaluations * choice.validation_size + test_evaluations * choice.test_size
+    seconds = step / 3 * scored / (batches.micro_batch_size * batches.accumulation_steps)
+    if task.output != "generation":
+        return seconds
+    answered = {"validation": choice.validation_size, "test": choice.test_size}
+    graded = evaluations if task.grade_at == "every_evaluation" else 1
+    steps = sum(
+        times * -(-answered[split] * task.samples // MAX_DECODE_ROWS) * task.max_new_tokens
+        for split, times in (("validation", graded), ("test", test_evaluations))
+    )
+    answers = task.samples * (graded * choice.validation_size + test_evaluations * choice.test_size)
+    weights = VALUE_BYTES * (shape.layers * shape.layer_weights + shape.hidden * shape.vocab)
+    cached = VALUE_BYTES * 2 * shape.layers * shape.keys
+    read = steps * weights + answers * rows.answer * (rows.prompt + rows.answer) * cached
+    return seconds + steps * shape.layers * DECODE_LAYER_SECONDS + read / _memory(gpu)
+
+
+def _products(gpu: GpuPrice) -> float:
+    """Return the assumed operations per second of products."""
+    return PRODUCT_SHARE * 1e12 * (gpu.bf16_tflops or 0.0)
+
+
+def _memory(gpu: GpuPrice) -> float:
+    """Return the assumed bytes per second of the memory."""
+    return MEMORY_SHARE * 1e12 * gpu.tb_per_s
