@@ -11,9 +11,9 @@ variant trains only what is new.
 The study: Qwen3-0.6B-Base is fine-tuned on MetaMathQA and scored on GSM8K; 5 variants x 11 rates x 3 seeds =
 165 fine-tunes of 1,562 steps of 64 rows, one pass over the 100,000 rows that the survey takes.
 
-Its cost is a prediction, not a measurement: about 30 hours of an H100, or 20 with --kernels liger, from the
-operations and bytes of a step, counted on torch's meta device. The study has never been run. After the first
-fine-tune --plan estimates the cost from measurements.
+The study has never been run. --plan --plan-gpu H100 predicts 20 to 37 hours of an H100, 12 to 22 with
+--kernels liger, from the operations and bytes of a step, counted on torch's meta device. After the first
+fine-tune on a GPU --plan estimates the cost from measurements.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measure on one GPU what docs/performance.md predicts; needs neither Ray nor a network.
 
     python experiments/benchmarks/gpu.py ceilings svd noise --steps 20
-    python experiments/benchmarks/gpu.py train step --lanes 1 2 4 8
-    python experiments/benchmarks/gpu.py train step --liger --lanes 1 4 8
+    python experiments/benchmarks/gpu.py train step --lanes 1 2 4 8 --steps 3
+    python experiments/benchmarks/gpu.py train step --liger --lanes 1 4 8 --steps 3
     python experiments/benchmarks/gpu.py generate scoring oom --variants lora
     python experiments/benchmarks/gpu.py train oom --model llama-3.1-8b --variants lora dora --lanes 1 2
     python experiments/benchmarks/gpu.py --device cpu --tiny           everything at tiny size, in two minutes

@@ -35,6 +35,7 @@ STARTUP_SECONDS = 25.0
 """Time in which Ray and the first trainer start."""
 LABEL_WIDTH = 15
 UNKNOWN_TIME = "unknown: no lane of this task and model has been trained on such a device yet"
+PREDICTED_TIME = "not measured: the predicted GPU hours divided by the number of GPUs"
 UNCHECKED_OPTIONS = "--rank and --targets: the base model is not here yet"
 
 Line = tuple[str, str]
@@ -93,11 +94,14 @@ def print_plan(
         *_trainer_lines(hardware, options, lanes),
         *(_time_line(estimate, hardware.num_trainers) for estimate in estimates),
     ]
-    if not estimates:
-        lines.append(("Time", UNKNOWN_TIME if work.num_to_train else "nothing to train"))
-    predicted = []
-    if work.num_to_train and all(estimate.device == "cpu" for estimate in estimates):
+    predicted: list[Line] = []
+    is_on_cpu = options.device == "cpu" or options.gpus_per_worker == 0
+    if work.num_to_train and not is_on_cpu and all(each.device == "cpu" for each in estimates):
         predicted = cost.predict_lines(to_train, store.bases, hardware.device, lanes.lanes, options)
+    if not work.num_to_train:
+        lines.append(("Time", "nothing to train"))
+    elif not estimates:
+        lines.append(("Time", PREDICTED_TIME if predicted and hardware.gpus_per_worker else UNKNOWN_TIME))
     if work.num_to_train:
         lines += predicted or cost.cost_lines(estimates, hardware.gpus_per_worker, hardware.device, options)
     for label, text in lines:

@@ -209,7 +209,8 @@ def predict(
     """
     if gpu.bf16_tflops is None:
         return None
-    total, longest, excluded = 0.0, 0.0, {}
+    total, longest = 0.0, 0.0
+    excluded: dict[str, None] = {}
     shapes: dict[ModelChoice, ModelShape | None] = {}
     lengths: dict[tuple[str, int], RowLengths] = {}
     for each in pending:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import hub_folder
 import pytest
 from huggingface_hub import constants
 from in_process import SWEEP, Run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +23,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind in ("GSM_AnsAug", "GSM_Rephrased", "GSM_FOBAR", "MATH_AnsAug"):
             row = {"type": kind, "query": own, "original_question": own}
             rows.append({**row, "response": f"#### {number + 1}\nThe answer is: {number + 1}"})
+    for row in rows[:400]:  # as long as MetaMathQA's: 113 tokens with the prompt, and 137
+        row["query"] = row["query"].ljust(208)
+        row["response"] = row["response"].rjust(451)
     hub_folder.write(root, "meta-math/MetaMathQA", {"train": rows})
     test = [{"question": f"{n}?", "answer": f"It is {n}.\n#### {n}"} for n in range(1319)]
     hub_folder.write(root, "openai/gsm8k", {"test": test}, subset="main")
@@ -52,6 +58,21 @@ def test_local_folders_are_planned_in_full(
     assert lines["Seeds"] == "3"
     assert lines["Configurations"] == "165, of them 0 known"
     assert lines["Steps"] == f"at most {165 * 1562}"
+
+
+def test_the_plan_prints_the_hours_that_the_readme_quotes(
+    data: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(data))
+    monkeypatch.setenv("COLUMNS", "200")
+    done = run(SWEEP, "--plan", "--plan-gpu", "H100")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"GPU hours +predicted: (.+) on one H100, (.+) with --kernels liger", done.stdout)
+    assert found is not None, done.stdout
+    assert "for rows of 250 tokens on average" in " ".join(done.stdout.split())
+    for page in ("README.md", "docs/options.md", "experiments/lr_sensitivity.py"):
+        text = " ".join((ROOT / page).read_text().replace("`", "").split())
+        assert f"{found[1]} hours of an H100, {found[2]} with --kernels liger" in text, page
 
 
 def test_a_plan_prints_what_it_cannot_check(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from points import STEPS, configuration, record
 from rich.console import Console
 
 from orchestrator.execution.ray import runtime
+from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch import prices
 from orchestrator.launch.cost import format_range
 from orchestrator.launch.estimate import TRAINER_OVERHEAD, estimate_times
@@ -21,7 +22,7 @@ from orchestrator.launch.plan import print_plan
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule
+from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
@@ -155,6 +156,70 @@ def test_an_unknown_time_is_reported_with_the_command_that_measures_it(store: St
     assert "Price           0.45 (spot) to 1.01 (on demand) USD a GPU hour, g5.xlarge" in said
     command = "experiments/lr_sensitivity.py --variants lora --learning-rates 3e-05 --seeds 1"
     assert said.endswith(f"train one of them, then plan again:\n  python {command}\n")
+
+
+def bfloat16(points: Sequence[Configuration]) -> list[Configuration]:
+    """Return the points with the default study's model, which is not there."""
+    model = ModelChoice("Qwen/Qwen3-0.6B-Base", UNPREPARED, "bfloat16")
+    return [replace(point, model=model) for point in points]
+
+
+def test_hours_are_predicted_and_marked_until_a_lane_was_measured(store: Store, plan: Plan) -> None:
+    points = bfloat16(HUNDRED)
+    for gpu, name, options in (
+        (None, "H100", {}),
+        (None, "A10G", {"plan": True, "plan_gpu": "A10G"}),
+        (A10G, "A10G", {}),
+        (A10G, "L40S", {"plan": True, "plan_gpu": "L40S"}),
+        ("", "H100", {}),
+    ):
+        said = plan(gpu, points, **options)
+        assert re.search(
+            rf"^GPU hours       predicted: \S+ to \S+ on one {name}, .* --kernels liger$", said, re.M
+        )
+        assert re.search(r"^Prediction .* tokens on average; nothing was measured", said, re.M)
+        assert re.search(r"^Price           predicted: ", said, re.M)
+        assert "about" not in said, "as an estimate from measurements is"
+    for seed, device in enumerate(("cpu", A10G)):
+        made = record(bfloat16([configuration(seed=seed)])[0], "finished")
+        store.put(
+            replace(made, cost=Cost(30.0, 6.0), provenance=Provenance(device=device, lane_group_size=4))
+        )
+    assert "predicted" in plan(None, points), "a CPU's time says nothing about a GPU"
+    for gpu, options in ((A10G, {}), (None, {"plan": True, "plan_gpu": "A10G"})):
+        said = plan(gpu, points, **options)
+        assert "predicted" not in said
+        assert "GPU hours       about 1 to 1.2 on NVIDIA A10G\n" in said
+    assert "predicted" in plan("NVIDIA L4", points), "another GPU was measured"
+
+
+def test_a_prediction_names_what_it_leaves_out(plan: Plan) -> None:
+    points = bfloat16(HUNDRED)
+    vera = [replace(point, variant=replace(point.variant, name="vera")) for point in points]
+    said = plan(None, [*points, *vera])
+    assert "; without vera, which were not counted" in said
+    (hours,) = (line for line in plan(None, points).splitlines() if line.startswith("GPU hours"))
+    assert hours in said
+    for unpredicted in (vera, HUNDRED):  # the second is in float32
+        assert "predicted" not in plan(None, unpredicted)
+    assert "GPU hours       unknown\n" in plan("Tesla T4", points), "a GPU without bfloat16"
+    for options in ({"device": "cpu"}, {"gpus_per_worker": 0.0}):
+        assert "GPU hours" not in plan(A10G, points, **options)
+
+
+def test_a_gpu_that_is_not_in_the_table_is_refused(plan: Plan) -> None:
+    with pytest.raises(
+        UsageError, match=r"--plan-gpu 'H10' is not in the table of GPUs\. Did you mean 'H100'"
+    ):
+        plan(None, plan=True, plan_gpu="H10")
+    with pytest.raises(UsageError, match="--plan-gpu 'H100': it changes the plan only; add --plan"):
+        StudyOptions(plan_gpu="H100")
+
+
+def test_a_shared_gpu_is_planned_as_such(plan: Plan) -> None:
+    said = plan(None, plan=True, plan_gpu="H100", gpus_per_worker=0.5)
+    assert "Trainers        as many as have room on GPUs of type H100, 2 on each GPU\n" in said
+    assert "measures how many fit into 0.5 of its GPU's memory\n" in said
 
 
 def test_a_plan_without_gpus_mentions_none(store: Store, plan: Plan) -> None:

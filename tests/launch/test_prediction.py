@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import meta_step
+import model_shapes
 import pytest
+from synthetic_task import StepSize
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "experiments" / "benchmarks"))
+from orchestrator.launch import prediction, prices
+from orchestrator.launch.prediction import ModelShape, RowLengths, step_seconds
+from orchestrator.study.configuration import BatchConfig
 
-import meta_step  # noqa: E402  (needs the path above)
-import model_shapes  # noqa: E402
-from synthetic_task import StepSize  # noqa: E402
-
-from orchestrator.launch import prediction, prices  # noqa: E402
-from orchestrator.launch.prediction import ModelShape, RowLengths, step_seconds  # noqa: E402
-from orchestrator.study.configuration import BatchConfig  # noqa: E402
-
-H100 = prices.find_price("H100")
-assert H100 is not None
+(H100,) = (gpu for gpu in prices.load_prices() if gpu.gpu == "H100")
 METAMATHQA = RowLengths(prompt=113, answer=137)
 
 
