@@ -125,23 +125,23 @@ class AdapterCost:
     launches: int
     """Kernels per block and pass, more or fewer than those of the base model."""
     lane_launches: int
-    """Kernels per block, pass and lane."""
+    """Kernels per block and micro-batch of a lane."""
 
 
 KERNELS = {"torch": KernelCost(117, 77, 38, 184, 44), "liger": KernelCost(7.4, 29, 26, 117, 4)}
 """Value of --kernels -> cost."""
-_LORA = AdapterCost(9.5, 0, 1, 9, 19)
+_LORA = AdapterCost(9.5, 0, 1, 28, 0)
 ADAPTERS = {
     "lora": _LORA,
     "rslora": _LORA,
     "lora_plus": _LORA,
-    "pissa": AdapterCost(9.5, 0, 1, 40, 23),
-    "dora": AdapterCost(17, 19, 1, 124, 30),
-    "hira": AdapterCost(0, 0, 2.88, -40, 75),
+    "pissa": AdapterCost(9.5, 0, 1, 63, 0),
+    "dora": AdapterCost(17, 19, 1, 160, 0),
+    "hira": AdapterCost(0, 0, 2.88, -35, 70),
 }
 """Variant -> cost. The other variants have not been counted."""
 HEAD_LAUNCHES = 75
-"""Kernels of the output layer and the loss, per pass and lane."""
+"""Kernels of the output layer and the loss, per micro-batch of a lane."""
 VOCAB_BYTES = 52
 """Bytes per labelled token and entry of the vocabulary that the output layer and the loss move."""
 
@@ -263,11 +263,7 @@ def step_seconds(
     device = tokens * shape.layers * _layer_seconds(shape, variant, rows, gpu, kernels)
     head_operations = 4 * shape.hidden * shape.vocab
     device += labelled * (head_operations / _products(gpu) + VOCAB_BYTES * shape.vocab / _memory(gpu))
-    # Micro-batches of several lanes share a pass only if they have one length.
-    passes = batches.accumulation_steps * (1 if lanes == 1 else 1.25)
-    launches = passes * (
-        shape.layers * _layer_launches(shape, variant, kernels, lanes) + HEAD_LAUNCHES * lanes
-    )
+    launches = _count_launches(shape, variant, kernels, batches.accumulation_steps, lanes)
     return max(device, launches * LAUNCH_SECONDS / lanes)
 
 
@@ -283,11 +279,22 @@ def _layer_seconds(shape: ModelShape, variant: str, rows: RowLengths, gpu: GpuPr
     return operations / _products(gpu) + moved / _memory(gpu)
 
 
-def _layer_launches(shape: ModelShape, variant: str, kernels: str, lanes: int) -> float:
-    """Return the kernels of a pass over a block, forward and backward."""
+def _count_launches(shape: ModelShape, variant: str, kernels: str, micro_batches: int, lanes: int) -> float:
+    """Return the kernels of a step of all lanes, forward and backward.
+
+    Args:
+        shape: The shape of the model.
+        variant: The variant.
+        kernels: The value of --kernels.
+        micro_batches: Micro-batches of a lane.
+        lanes: The number of lanes.
+    """
     base, adapter = KERNELS[kernels], ADAPTERS[variant]
     normed = base.query_norm_launches if shape.norms_queries else 0
-    return base.launches + normed + adapter.launches + adapter.lane_launches * lanes
+    # Micro-batches of several lanes share a pass only if they have one length.
+    passes = micro_batches * (1 if lanes == 1 else 1.3)
+    shared = passes * shape.layers * (base.launches + normed + adapter.launches)
+    return shared + micro_batches * lanes * (shape.layers * adapter.lane_launches + HEAD_LAUNCHES)
 
 
 def _evaluation_seconds(
