@@ -52,7 +52,7 @@ PREDICTIONS = {
     "noise": "`again` is above 0: attention's backward pass adds with atomics",
     "train": "LoRA, 384 tokens: 1 lane 60-75 ms and busy 0.8-0.95, 4 lanes 180-300 ms and busy above 0.95; "
     "with --liger 4 lanes 110-170 ms. Busy below 0.7 at one lane: the host is slower than assumed",
-    "step": "a LoRA lane of four: 0.36 s, or 9 minutes for 1,562 steps; with --liger 0.20 s, or 5 minutes",
+    "step": "a LoRA lane of four: 0.33 s, or 9 minutes for 1,562 steps; with --liger 0.18 s, or 5 minutes",
     "generate": "22-30 ms a token at 32 rows, at 512 rows within 20 % of that; further lanes add less than "
     "10 % at 32 rows. With a captured graph 3-4 ms",
     "scoring": "none",

@@ -2,9 +2,10 @@
 
 The time of a training step is the sum of its matrix products over the speed of products, and of the bytes of
 all other kernels over the speed of the memory, but at least the time that Python takes to launch the kernels.
-The constants below are fitted to counts of real steps on torch's meta device with eight models of 0.6 to 8 B
-parameters (`experiments/benchmarks/meta_step.py`), which the formula reproduces within 6 %; with a step's own
-mixture of lengths and lanes within 15 %. How fast a real GPU is has not been measured.
+The constants below are fitted to steps of eight models of 0.6 to 8 B parameters on torch's meta device, with
+one lane and rows of one length, counted as in `experiments/benchmarks/meta_step.py`. The formula reproduces
+these counts within 6 %, and those of steps with rows of mixed lengths and several lanes within 15 %. How fast
+a real GPU is has not been measured.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class AdapterCost:
     """Kernels per block and micro-batch of a lane."""
 
 
-KERNELS = {"torch": KernelCost(117, 77, 38, 184, 44), "liger": KernelCost(7.4, 29, 26, 117, 4)}
+KERNELS = {"torch": KernelCost(118, 68, 29, 184, 44), "liger": KernelCost(8.7, 21, 18, 117, 4)}
 """Value of --kernels -> cost."""
 _LORA = AdapterCost(9.5, 0, 1, -14, 0)
 ADAPTERS = {
@@ -136,8 +137,8 @@ ADAPTERS = {
     "rslora": _LORA,
     "lora_plus": _LORA,
     "pissa": AdapterCost(9.5, 0, 1, 21, 0),
-    "dora": AdapterCost(17, 19, 1, 119, 0),
-    "hira": AdapterCost(0, 0, 2.88, -28, 70),
+    "dora": AdapterCost(11, 22, 1, 119, 0),
+    "hira": AdapterCost(2.1, 0, 2.88, -28, 70),
 }
 """Variant -> cost. The other variants have not been counted."""
 HEAD_LAUNCHES = 75
