@@ -25,6 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # is busy.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# No call may start Ray implicitly, which the next test of this process would find running.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
 # Ray writes the address of a running cluster to the temporary folder. Each test process has its own folder,
 # so that it joins neither a cluster of another test process nor one of the user. The path is short because it
 # is part of the paths of Unix sockets.

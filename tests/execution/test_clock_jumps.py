@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from points import POINTS
+from ray.cluster_utils import Cluster as RayCluster
 from ray.exceptions import GetTimeoutError
 from rich.console import Console
 
@@ -91,7 +92,10 @@ class OneAnswerLate(StudyMonitor):
         pass
 
 
-def test_no_broker_is_lost_because_the_drivers_clock_jumps(tmp_path: Path, jump: Jump) -> None:
+@pytest.mark.ray
+def test_no_broker_is_lost_because_the_drivers_clock_jumps(
+    connected: RayCluster, tmp_path: Path, jump: Jump
+) -> None:
     config = PoolConfig(1, TrainerSpec(1, 0.0, "store", "scratch", start_timeout=0.0))
     pool = TrainerPool(config, "space", None, StorageVisibility(tmp_path, (), print), print)
     progress = Progress(tmp_path, 1, 0, Console(file=io.StringIO()))

@@ -280,7 +280,8 @@ def test_scores_of_a_lane_do_not_depend_on_other_lanes(folder: Path, task: Task)
 def test_scores_equal_those_computed_with_the_model_itself(folder: Path, task: Task) -> None:
     base_model = load(folder, task)
     split = make_split(task, base_model, 24)
-    with three_lanes(base_model) as adapters, torch.no_grad():
+    # With larger updates this random model multiplies rounding errors by a thousand.
+    with three_lanes(base_model, deviation=0.1) as adapters, torch.no_grad():
         found = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["y"], [0]))[0]
         with adapters.activate_lanes(["y"], None):
             logits = [base_model.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
