@@ -55,7 +55,8 @@ class DenseProduct(torch.autograd.Function):
         ctx.layer, weight = layer, layer.weight
         ctx.adds_weight = base is None
         a, b = a.to(x.dtype), b.to(x.dtype)
-        out = x.new_empty(*x.shape[:2], len(weight))
+        result = x.new_empty(*ctx.shape[:-1], len(weight))
+        out = result.view(*x.shape[:2], -1)
         for lanes in _split_lanes(a, weight):
             matrices = _lane_matrices(a[lanes], b[lanes], weight, ctx.adds_weight)
             for lane, matrix in zip(range(len(x))[lanes], matrices, strict=True):
@@ -64,7 +65,7 @@ class DenseProduct(torch.autograd.Function):
                     torch.mm(x[lane], matrix.t(), out=out[lane])
                 else:
                     torch.addmm(start, x[lane], matrix.t(), out=out[lane])
-        return out.view(*ctx.shape[:-1], -1)
+        return result  # not a view of it, which a model could not write in place
 
     @staticmethod
     @once_differentiable

@@ -18,7 +18,7 @@ from variants.forward_context import (
 )
 from variants.lane_tensors import LaneTensors, stack_by_name
 from variants.nf4 import NF4Linear, NF4Weight
-from variants.targets import is_conv1d
+from variants.targets import is_conv1d, is_plain_conv1d
 
 
 class LaneLinear(nn.Module):
@@ -104,7 +104,7 @@ class LaneLinear(nn.Module):
             self._record_auxiliary_loss(split_by_lane(x, context, self.name), context)
         has_dropout = context.dropout_steps is not None and self.adapter_state.dropout > 0
         layer = self.frozen_layer
-        if not has_dropout and self.variant.includes_base(layer):
+        if not has_dropout and self.variant.includes_base(layer) and self._is_plain_product():
             scaling = self.adapter_state.scaling(self.variant, context.lanes, layer)
             params = self._prepare_params(context, layer, scaling)
             return self.variant.forward_with_base(x, params, layer, scaling)
@@ -119,6 +119,18 @@ class LaneLinear(nn.Module):
         dropped_base = self.base_layer(dropped)
         change = self._apply_variant(dropped, dropped_base, context) - dropped_base
         return (flat_base + change).view(base.shape)
+
+    def _is_plain_product(self) -> bool:
+        """Return whether the frozen layer computes x W^T + bias and nothing else.
+
+        Otherwise it must be called: its class has a forward method of its own, or the layer has hooks.
+        """
+        base = self.base_layer
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return False
+        if "forward" in vars(base):  # a method that was replaced on the object, as accelerate does
+            return False
+        return type(base).forward in (nn.Linear.forward, NF4Linear.forward) or is_plain_conv1d(base)
 
     def _apply_variant(
         self, x: Tensor, base: Tensor, context: ForwardContext, x_before_dropout: Tensor | None = None

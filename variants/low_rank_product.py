@@ -69,7 +69,7 @@ class LowRankProduct(torch.autograd.Function):
         ctx.is_rounded, ctx.constants, ctx.rank = a.dtype != x.dtype, constants, a.shape[1]
         ctx.save_for_backward(x, hidden, *((left, right) if ctx.is_rounded else (a, b)), more, unbiased)
         ctx.shape = shape
-        return out.view(*shape[:-1], -1)
+        return _as_own_tensor(out, shape)
 
     @staticmethod
     @once_differentiable
@@ -150,7 +150,8 @@ class VectorProduct(torch.autograd.Function):
         gains = d.to(x.dtype).unsqueeze(1)
         update = batch_invariant_bmm(inner * gains, b0.to(x.dtype).transpose(1, 2))
         ctx.save_for_backward(inner, update, b, d, a, b0)
-        return out.addcmul_(update, b.to(x.dtype).unsqueeze(1)).view(*ctx.shape[:-1], -1)
+        out.addcmul_(update, b.to(x.dtype).unsqueeze(1))
+        return _as_own_tensor(out, ctx.shape)
 
     @staticmethod
     @once_differentiable
@@ -169,3 +170,15 @@ class VectorProduct(torch.autograd.Function):
             batch_invariant_baddbmm_(grad_x, grad_inner.mul_(d.to(dtype).unsqueeze(1)), a.to(dtype))
             grad_x = grad_x.view(ctx.shape)
         return grad_x, grad_b, grad_d, None, None, None
+
+
+def _as_own_tensor(out: Tensor, input_shape: torch.Size) -> Tensor:
+    """Return a layer's output with the leading dimensions of its input.
+
+    The result is no view for autograd, which forbids models to write views that a Function returns in place.
+
+    Args:
+        out: (K, N, out), which the caller must not use again.
+        input_shape: (..., in).
+    """
+    return torch.ops.aten._unsafe_view(out, [*input_shape[:-1], out.shape[-1]])

@@ -139,7 +139,9 @@ class _NF4Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(packed, scales)
         ctx.shape, ctx.dtype = shape, dtype
-        return nn.functional.linear(x, NF4Weight(packed, scales, shape, dtype).dequantize(), bias)
+        out = nn.functional.linear(x, NF4Weight(packed, scales, shape, dtype).dequantize(), bias)
+        # With a bias `out` is a view, and autograd forbids to write a view that a Function returns in place.
+        return torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -75,6 +75,12 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
+def is_plain_conv1d(module: nn.Module) -> bool:
+    """Return whether a module's forward method is that of transformers' Conv1D."""
+    forward = type(module).forward
+    return (forward.__module__, forward.__qualname__) == ("transformers.pytorch_utils", "Conv1D.forward")
+
+
 def _match_pattern(modules: Mapping[str, nn.Module], targets: str) -> list[str]:
     try:
         re.compile(targets.removeprefix("re:"))  # PEFT reads an exported pattern with `re`

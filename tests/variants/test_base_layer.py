@@ -1,0 +1,153 @@
+"""Frozen layers that do more than one product are called, and models may write a layer's output in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import OlmoConfig, OlmoForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from variants import catalogue
+from variants.adapters import Adapters
+from variants.attach import attach
+from variants.base import AdaptationScope, VariantSettings
+from variants.nf4 import NF4Linear
+from variants.testing.cases import Case
+from variants.testing.rig import attach_lanes, perturb_lanes
+
+NAMES = [n for n in catalogue.names() if catalogue.get(n).adaptation_scope is AdaptationScope.TARGET_LAYERS]
+CASE = Case("rows", out_features=32, in_features=32)
+
+
+class HalvedLinear(nn.Linear):
+    """A linear layer with a forward method of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class HalvedConv1D(Conv1D):
+    """A Conv1D with a forward method of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def halved_by_a_hook() -> nn.Module:
+    layer = nn.Linear(32, 32)
+    layer.register_forward_hook(lambda module, args, out: out / 2)
+    return layer
+
+
+def halved_by_a_pre_hook() -> nn.Module:
+    layer = nn.Linear(32, 32)
+    layer.register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+    return layer
+
+
+def halved_on_the_object() -> nn.Module:
+    layer = nn.Linear(32, 32)
+    whole = layer.forward
+    layer.forward = lambda x: whole(x) / 2  # type: ignore[method-assign]
+    return layer
+
+
+LAYERS: list[Callable[[], nn.Module]] = [
+    lambda: HalvedLinear(32, 32),
+    lambda: HalvedConv1D(32, 32),
+    halved_by_a_hook,
+    halved_by_a_pre_hook,
+    halved_on_the_object,
+]
+
+
+class OneLayer(nn.Module):
+    """A model of one layer in a block, whose output is passed to `consumer`."""
+
+    def __init__(self, layer: nn.Module, consumer: Callable[[Tensor], Tensor] = lambda out: out) -> None:
+        super().__init__()
+        self.there = nn.ModuleList([layer])
+        self.consumer = consumer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.consumer(self.there[0](x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("build", LAYERS, ids=["subclass", "Conv1D", "hook", "pre-hook", "object"])
+def test_a_layer_that_is_more_than_a_product_is_called(name: str, build: Callable[[], nn.Module]) -> None:
+    model = OneLayer(build())
+    x = CASE.rows(0)
+    expected = model(x).detach()
+    adapters = attach_lanes(CASE, catalogue.get(name), 1, model=model)
+    for with_gradients in (False, True):
+        with torch.set_grad_enabled(with_gradients), adapters.activate_lanes(["0"], None):
+            assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, NF4Linear])
+@pytest.mark.parametrize("name", ["lora", "pissa", "dora", "vera", "hira"])
+def test_a_plain_layer_is_computed_without_a_call(name: str, kind: type[nn.Module]) -> None:
+    layer = NF4Linear.from_linear(nn.Linear(32, 32)) if kind is NF4Linear else kind(32, 32)
+    adapters = attach_lanes(CASE, catalogue.get(name), 1, model=OneLayer(layer))
+    assert adapters.layers["there.0"]._is_plain_product()
+
+
+CONSUMERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "clamp": lambda out: out.clamp_(-0.5, 0.5),
+    "add": lambda out: out.add_(out.detach().sin()),
+}
+IN_PLACE = {
+    "relu": torch.relu,
+    "clamp": lambda out: out.clamp(-0.5, 0.5),
+    "add": lambda out: out + out.detach().sin(),
+}
+
+
+def gradients(adapters: Adapters) -> list[Tensor]:
+    x = torch.cat([CASE.rows(lane) for lane in range(len(adapters.lanes))]).requires_grad_()
+    with adapters.activate_lanes(adapters.lanes, 0):
+        adapters.model(x).square().sum().backward()
+    assert x.grad is not None
+    found = [p.grad for lane in adapters.lanes for p in adapters.trainable(lane).values()]
+    return [x.grad, *(tensor for tensor in found if tensor is not None)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize("kind", ["bias", "no bias", "NF4", "dropout"])
+def test_a_model_may_write_a_layers_output_in_place(name: str, consumer: str, kind: str) -> None:
+    """The gradients are those of a model that writes its result elsewhere."""
+    found = []
+    for consumers in (CONSUMERS, IN_PLACE):
+        torch.manual_seed(0)
+        layer: nn.Module = nn.Linear(32, 32, bias=kind != "no bias")
+        if kind == "NF4":
+            layer = NF4Linear.from_linear(layer)  # type: ignore[arg-type]
+        settings = VariantSettings(4, 8.0, dropout=0.5 if kind == "dropout" else 0.0)
+        adapters = attach_lanes(
+            CASE, catalogue.get(name), 2, catalogue.get(name).validate_settings(settings), OneLayer(layer)
+        )
+        perturb_lanes(CASE, adapters)
+        adapters.model.consumer = consumers[consumer]  # type: ignore[assignment]
+        found.append(gradients(adapters))
+    assert len(found[0]) == len(found[1]) > 1
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "dora", "vera", "hira"])
+def test_olmo_clips_the_projections_of_its_attention(name: str) -> None:
+    config = OlmoConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        clip_qkv=0.05,
+    )  # fmt: skip
+    variant = catalogue.get(name)
+    adapters = attach(OlmoForCausalLM(config), variant, variant.validate_settings(VariantSettings(4, 8.0)))
+    adapters.add_lane("0", adapters.settings, 0)
+    with adapters.activate_lanes(["0"], 0):
+        adapters.model(torch.randint(0, 64, (2, 5))).logits.square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in adapters.trainable("0").values())
