@@ -117,7 +117,11 @@ class Adapters(AdaptedModel):
         self.state.invalidate()
 
     def trainable(self, lane: str) -> dict[str, nn.Parameter]:
-        """Return a lane's parameters by "<owner>.<parameter>"."""
+        """Return a lane's parameters by "<owner>.<parameter>".
+
+        A backward pass sets their `grad`, but they are not in the autograd graph, which has stacks of the
+        lanes' tensors. So `torch.autograd.grad`, hooks and `requires_grad_` on them have no effect.
+        """
         self._require_lane(lane)
         owners = self.tensors_by_owner.items()
         return {f"{owner}.{name}": t for owner, own in owners for name, t in own.trainable[lane].items()}
@@ -189,9 +193,7 @@ class Adapters(AdaptedModel):
             moments: Returns the optimizer's state of a parameter.
         """
         for owner_tensors in self.tensors_by_owner.values():
-            # AdamW's fused kernel writes the parameters without raising their versions, and cached values
-            # that are derived from the parameters are recognized as outdated by the versions.
-            torch.autograd.graph.increment_version(owner_tensors.trainable[lane].values())
+            owner_tensors.after_write(lane)
         self._run_hook("after_step", lane, step, total_steps, moments)
 
     def _run_hook(self, hook: str, lane: str, step: int, total_steps: int, moments: Moments) -> None:

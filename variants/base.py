@@ -245,12 +245,13 @@ class Variant(PeftFormat):
     def includes_base(self, layer: FrozenLayer) -> bool:
         """Return whether `forward_with_base` replaces the frozen layer and `forward` for this layer.
 
-        The replacement applies in evaluation, and in training without dropout.
+        The replacement applies in evaluation, and in training without dropout, to layers that compute
+        x W^T + bias and have no hooks; other layers are called.
         """
         return False
 
     def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
-        """Return the outputs of the adapted layer, (K*R, ..., out), without the frozen layer called.
+        """Return the adapted layer's outputs, (K*R, ..., out), computed without a call of the frozen layer.
 
         Args:
             x: The layer's input as the model passes it, (K*R, ..., in).

@@ -113,8 +113,10 @@ class AdapterState:
         if key not in self._scalings:
             factors = [variant.scaling(self.settings[lane]) for lane in lanes]
             # Filled on the device: for the copy of a tensor from the CPU, the host would wait for a GPU.
-            filled = [torch.full((1, 1, 1), f, dtype=layer.dtype, device=layer.device) for f in factors]
-            self._scalings[key] = torch.cat(filled)
+            # Training uses the factors too, which tensors made in inference mode would not permit.
+            with torch.inference_mode(False):
+                filled = [torch.full((1, 1, 1), f, dtype=layer.dtype, device=layer.device) for f in factors]
+                self._scalings[key] = torch.cat(filled)
         return self._scalings[key]
 
     def invalidate(self) -> None:

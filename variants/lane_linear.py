@@ -188,7 +188,8 @@ class LaneLinear(nn.Module):
         stale = tuple(lane for lane in lanes if lane not in kept or kept[lane][0] != versions[lane])
         if stale:
             scaling = self.adapter_state.scaling(self.variant, stale, layer)
-            with torch.no_grad():
+            # Training uses them too, which tensors made in inference mode would not permit.
+            with torch.inference_mode(False), torch.no_grad():
                 tensors = self.variant.gradient_constants(self._stack_tensors(stale), layer, scaling)
             for index, lane in enumerate(stale):
                 kept[lane] = versions[lane], {name: t[index] for name, t in tensors.items()}

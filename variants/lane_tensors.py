@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 MAX_COPIED_STACKS = 2
-"""Number of stacks to keep that are copies: those of lanes that do not lie side by side in the storage."""
+"""Largest number of copied stacks kept (for lanes that are not adjacent in the storage)."""
 
 
 def stack_by_name(lanes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -23,8 +23,8 @@ class LaneTensors:
     """Tensors of several lanes: each lane has its own, and computation gets them stacked.
 
     The first call of `stack` after a change of the set of lanes copies the tensors of each name into one
-    tensor, and from then on the lanes' tensors are slices of it. So writes of optimizers and hooks, which
-    know a single lane, need no further copy. A stack of parameters is a leaf of the autograd graph, and the
+    tensor, and from then on the lanes' tensors are slices of it. An optimizer or hook that writes one lane's
+    tensor thereby writes the stack. A stack of parameters is a leaf of the autograd graph, and the
     gradient of a stack is added to the `grad` of the lanes' parameters as soon as it is complete.
 
     Attributes:
@@ -90,6 +90,10 @@ class LaneTensors:
         """
         if (views := self._view_stacks.get(lanes)) is not None:
             return views
+        with torch.inference_mode(False):  # the stacks of an evaluation are used in training too
+            return self._make_stack(lanes)
+
+    def _make_stack(self, lanes: tuple[str, ...]) -> Mapping[str, Tensor]:
         if self._storage is None:
             self._storage = self._stack_all_lanes()
         everyone = tuple(self.trainable)
@@ -108,10 +112,23 @@ class LaneTensors:
             self._copied_stacks[lanes] = versions, self._with_leaves(copies, lanes)
         return self._copied_stacks[lanes][1]
 
+    def after_write(self, lane: str) -> None:
+        """Raise the versions of a lane's parameters and of their stacks, and delete copied stacks.
+
+        AdamW's fused kernel writes the parameters without raising their versions, by which cached values that
+        are derived from them are recognized as outdated. The stack, which the autograd graph has kept, counts
+        versions of its own: raising them lets a backward pass through a graph from before the write fail,
+        where it would otherwise compute wrong gradients.
+        """
+        parameters = self.trainable[lane]
+        written = [*parameters.values(), *((self._storage or {}).get(name) for name in parameters)]
+        torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
+        self._copied_stacks.clear()
+
     def versions(self, lanes: tuple[str, ...]) -> list[int]:
         """Return numbers that change with every in-place write of one of the lanes' tensors.
 
-        AdamW's fused kernel does not change them, so `Adapters.after_step` does, after each optimizer step.
+        AdamW's fused kernel does not change them, so `after_write` does, after each optimizer step.
         """
         kinds = (kind[lane] for lane in lanes for kind in (self.trainable, self.frozen))
         return [tensor._version for tensors in kinds for tensor in tensors.values()]
@@ -129,7 +146,10 @@ class LaneTensors:
             {n: t for n, t in tensors.items() if n not in self.hook_only_buffers}
             for tensors in self.frozen.values()
         ]
-        trainable_stacks, frozen_stacks = stack_by_name(parameters), stack_by_name(frozen)
+        trainable_stacks, frozen_stacks = (
+            {name: _copy_slice(tensor) for name, tensor in stack_by_name(lanes).items()}
+            for lanes in (parameters, frozen)
+        )
         for index, lane in enumerate(self.trainable):
             for name, stacked in trainable_stacks.items():
                 self.trainable[lane][name].data = stacked[index]
@@ -147,6 +167,11 @@ class LaneTensors:
                 found[name].requires_grad_()
                 found[name].register_post_accumulate_grad_hook(partial(_pass_on_gradient, parameters))
         return found
+
+
+def _copy_slice(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor that is a part of a larger storage, such as that of former lanes."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _pass_on_gradient(parameters: Sequence[nn.Parameter], stacked: Tensor) -> None:

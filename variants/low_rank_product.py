@@ -16,7 +16,7 @@ from variants.lane_views import FrozenLayer
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """What a low-rank product reads and has no gradient for."""
+    """Inputs of a low-rank product that get no gradient."""
 
     layer: FrozenLayer
     scale: Tensor | None = None
@@ -33,7 +33,7 @@ class LowRankProduct(torch.autograd.Function):
     Eager autograd would copy the frozen layer's output before it adds the update, keep s B, add two gradients
     of x in memory of their own, and transpose the gradients of A and B by a copy. Here the update and its
     gradient of x are added in place, and only x, A x^T, A and B are kept. Products with a side of `rank` are
-    computed as (rank, N) and not as (N, rank), for which MKL takes up to four times as long.
+    computed as (rank, N). MKL takes up to four times as long for (N, rank).
     """
 
     @staticmethod
@@ -65,7 +65,8 @@ class LowRankProduct(torch.autograd.Function):
         batch_invariant_baddbmm_(out, hidden.transpose(1, 2), right.transpose(1, 2))
         if constants.a0 is not None:
             hidden = hidden[:, : a.shape[1]] + hidden[:, a.shape[1] :]  # (A - A0) x^T + A0 x^T
-        # Factors of the same dtype are computed again in the backward pass, and rounded ones are kept.
+        # If x has the lanes' dtype, the factors are computed again from A and B in the backward pass;
+        # otherwise their rounded copies are kept.
         ctx.is_rounded, ctx.constants, ctx.rank = a.dtype != x.dtype, constants, a.shape[1]
         ctx.save_for_backward(x, hidden, *((left, right) if ctx.is_rounded else (a, b)), more, unbiased)
         ctx.shape = shape

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+from variants import catalogue
 from variants.lane_tensors import LaneTensors
+from variants.testing.cases import CASES, ROWS
+from variants.testing.rig import LaneOptimizer, attach_lanes, lane_inputs, lane_outputs, model_output, train
 
 CPU = torch.device("cpu")
 LANES = ("a", "b", "c", "d")
@@ -111,3 +115,61 @@ def test_gradients_equal_those_of_separate_parameters(groups: Sequence[tuple[str
         if found is not None and expected.grad is not None:
             assert torch.equal(found, expected.grad)
             assert torch.equal(found.signbit(), expected.grad.signbit())
+
+
+@pytest.mark.parametrize("lanes", [("0",), ("1", "2"), ("0", "1", "2")])
+@pytest.mark.parametrize("name", ["lora", "pissa", "dora", "hira"])
+def test_a_step_between_the_passes_is_an_error(name: str, lanes: tuple[str, ...]) -> None:
+    """The graph has the stack: without an error, gradients would be computed from the new values."""
+    case = CASES[0]
+    adapters = attach_lanes(case, catalogue.get(name), 3)
+    train(case, adapters, 2)  # so that every tensor has an influence
+    optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 2) for lane in lanes}
+    with adapters.activate_lanes(lanes, 0, rows_per_lane=ROWS):
+        x = lane_inputs(case, lanes)
+        model_output(adapters.model, x).square().sum().backward()
+        late = model_output(adapters.model, x).square().sum()
+    optimizers[lanes[-1]].step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+def test_the_last_lane_does_not_keep_the_memory_of_the_others() -> None:
+    tensors = make_lanes()
+    tensors.stack(LANES)
+    parameter, value = tensors.trainable["b"]["w"], tensors.trainable["b"]["w"].detach().clone()
+    for lane in ("a", "c", "d"):
+        tensors.remove_lane(lane)
+    stack = tensors.stack(("b",))
+    for tensor in (parameter, tensors.frozen["b"]["f"], stack["w"], stack["f"]):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert tensors.trainable["b"]["w"] is parameter
+    assert torch.equal(parameter, value)
+    assert slices_of(stack["w"]) == [parameter.data_ptr()]
+
+
+def test_no_copied_stack_outlives_a_step() -> None:
+    tensors = make_lanes()
+    copied = weakref.ref(tensors.stack(("a", "c"))["w"])
+    assert copied() is not None
+    tensors.after_write("b")
+    assert copied() is None
+
+
+@pytest.mark.parametrize("lanes", [("0", "1", "2"), ("0", "2")])
+@pytest.mark.parametrize("name", ["lora", "vera", "dora"])
+def test_lanes_train_after_an_evaluation_in_inference_mode(name: str, lanes: tuple[str, ...]) -> None:
+    case = CASES[0]
+    evaluated, other = (attach_lanes(case, catalogue.get(name), 3) for _ in range(2))
+    with torch.inference_mode():
+        lane_outputs(case, evaluated, lanes)
+    for adapters in (evaluated, other):
+        with adapters.activate_lanes(lanes, 0, rows_per_lane=ROWS):
+            model_output(adapters.model, lane_inputs(case, lanes)).square().sum().backward()
+    for lane in lanes:
+        for parameter, expected in zip(
+            evaluated.trainable(lane).values(), other.trainable(lane).values(), strict=True
+        ):
+            assert parameter.grad is not None
+            assert expected.grad is not None
+            assert torch.equal(parameter.grad, expected.grad)

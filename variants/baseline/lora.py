@@ -75,10 +75,10 @@ class LoRA(Variant):
         return settings.rank
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        """Return A and s B as "A" and "sB", or in training what they are computed from.
+        """Return A and s B as "A" and "sB", or in training A, B and s as "A", "B" and "scale".
 
-        In training s B is computed in both passes, so that it is not kept between them. The same holds for
-        the larger factors that frozen copies A0 and B0 need.
+        Frozen copies are returned as "A0" and "B0" in training. There s B is computed in both passes, so that
+        it is not kept between them. The same holds for the larger factors that A0 and B0 need.
         """
         if not torch.is_grad_enabled():
             a, b = pad_rank_one(*self.factors(params))

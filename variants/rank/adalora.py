@@ -112,7 +112,7 @@ class AdaLoRA(LoRA):
         if lane.step <= pruning_end:
             left = _triplet_budget(len(views), lane.settings, lane.step, lane.total_steps)
             if left == len(views) * _initial_rank(lane.settings):
-                return  # no triplet is pruned, and no mask has been written
+                return  # all triplets are kept, and the stored mask still has its initial ones
             scores = _triplet_scores(views)
             keep_mask = torch.ones_like(scores)
             keep_mask[scores.argsort(stable=True)[: len(scores) - left]] = 0

@@ -76,7 +76,7 @@ class VeRA(LoRA):
         return InitialTensors({}, {"A": a, "B": b})
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        """Return A and diag(b) B diag(d) as "A" and "sB", or in training A, B, b and d."""
+        """Return A and diag(b) B diag(d) as "A" and "sB", or in training "A", "B", "b" and "d"."""
         (out_features, in_features), d = layer.shape, params["d"]
         a, b = pad_rank_one(params["A"][..., :in_features], params["B"][:, :out_features])
         if a.shape[1] > d.shape[1]:
