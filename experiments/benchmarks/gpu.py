@@ -165,21 +165,33 @@ def run_section(name: str, arguments: list[str], ends_at: float, output: Output)
     timer = threading.Timer(seconds, process.kill)
     timer.start()
     is_reported = False
-    assert process.stdout is not None
-    for line in process.stdout:
-        try:
-            values = json.loads(line)
-        except ValueError:  # a library's message
-            print(line, end="", flush=True)
-            continue
-        is_reported |= "error" in values
-        output.add(**values)
-    code = process.wait()
-    timer.cancel()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            values = _read_measurement(line)
+            if values is None:
+                print(line, end="", flush=True)
+                continue
+            is_reported |= "error" in values
+            output.add(**values)
+        code = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
     if code != 0 and not is_reported:
         late = " (no time left, --minutes)" if time.monotonic() >= ends_at else ""
         output.add(name, error=f"the process ended with code {code}{late}")
     return code == 0
+
+
+def _read_measurement(line: str) -> dict[str, Any] | None:
+    """Return the measurement that `Output.add` has printed, or None for a library's message."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and "section" in values else None
 
 
 if __name__ == "__main__":

@@ -137,14 +137,14 @@ def _load_on_cpu(bases: Path, choice: ModelChoice, task: Task) -> BaseModel:
 
 
 def summarize(name: str, records: Sequence[Record]) -> dict[str, Any]:
-    """Return where the time of some records' trainers went, as a row of the result.
+    """Return how the trainers of some records used their time, as a row of the result.
 
     Args:
         name: The name of the row.
         records: The records.
 
     Raises:
-        UsageError: No record says it.
+        UsageError: No record states its trainer's use of time.
     """
     time_use = summarize_time_use(records)
     if time_use is None:

@@ -3,9 +3,12 @@
     python experiments/benchmarks/process_times.py python experiments/lr_sensitivity.py --dry-run
 
 The roles are those of Ray: the driver, trials, trainers' workers, Train's controllers, the broker, Ray's own
-processes. They are read every --interval seconds, so the last moment of each is not counted. The columns
-"first" and "last" are the seconds after the command's start at which the first process of a role started and
-the last one was seen. A study that joins a running Ray has its workers elsewhere; unset RAY_ADDRESS.
+processes. They are read every --interval seconds, so CPU time after a process's last reading is missing. The
+columns "first" and "last" are the seconds after the command's start at which the first process of a role
+started and the last one was seen. The exit code is that of the command.
+
+The processes of a Ray that was running before are not counted. A study joins the Ray of RAY_ADDRESS, and
+also one that runs on this machine: unset RAY_ADDRESS, and end that Ray or measure on another machine.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -59,15 +61,12 @@ def role_of(command_line: Sequence[str], name: str) -> str:
     return next((Path(part).name for part in command_line[1:] if part.endswith(".py")), name)
 
 
-def measure(command: Sequence[str], interval: float = 0.25) -> tuple[float, list[ProcessTime]]:
-    """Run a command, and return its wall time in seconds and the CPU times of its processes.
+def measure(command: Sequence[str], interval: float = 0.25) -> tuple[int, float, list[ProcessTime]]:
+    """Run a command, and return its exit code, its wall time in seconds, and the CPU times of its processes.
 
     Args:
         command: The command; it inherits the standard streams.
         interval: Seconds between two readings.
-
-    Raises:
-        subprocess.CalledProcessError: The command failed.
     """
     found: dict[psutil.Process, ProcessTime] = {}
     began, began_at = time.monotonic(), time.time()
@@ -80,9 +79,7 @@ def measure(command: Sequence[str], interval: float = 0.25) -> tuple[float, list
                 one = found.setdefault(process, ProcessTime(role, process.create_time() - began_at, now, 0.0))
                 one.role, one.last_seen, one.cpu_seconds = role, now, times.user + times.system
         time.sleep(interval)
-    if driver.returncode:
-        raise subprocess.CalledProcessError(driver.returncode, command)
-    return time.monotonic() - began, list(found.values())
+    return driver.returncode, time.monotonic() - began, list(found.values())
 
 
 def format_table(seconds: float, times: Sequence[ProcessTime]) -> str:
@@ -106,8 +103,8 @@ def format_table(seconds: float, times: Sequence[ProcessTime]) -> str:
     return f"{table}\n\n{seconds:.1f} s, {total:.1f} s of CPU: {share:.0%} of {cores} cores"
 
 
-def run() -> None:
-    """Run the command of the command line, and print the table."""
+def run() -> int:
+    """Run the command of the command line, print the table, and return the command's exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -117,11 +114,12 @@ def run() -> None:
     options = parser.parse_args()
     if not options.command:
         parser.error("no command; give one, such as: python experiments/lr_sensitivity.py --dry-run")
-    seconds, times = measure(options.command, options.interval)
+    code, seconds, times = measure(options.command, options.interval)
     print(f"\n{format_table(seconds, times)}")
     if options.out is not None:
         result = {"seconds": seconds, "processes": [asdict(one) for one in times]}
         options.out.write_text(json.dumps(result) + "\n")
+    return code if code >= 0 else 128 - code  # ended by a signal: as in a shell
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ def measure(name: str, case_name: str, case: Case, device: torch.device, rounds:
         case_name: The name of the case, for the row.
         case: The base model and the size of a batch.
         device: The device.
-        rounds: The rounds of the three sides that count.
+        rounds: Number of timed rounds.
     """
     models = [build_model(case.shape, device, case.dtype, case.layers) for _ in range(3)]
     generator = torch.Generator().manual_seed(0)

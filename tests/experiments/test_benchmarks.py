@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import gpu
 import lanes as lanes_benchmark
 import makespan
 import meta_step
 import overhead
 import process_times
+import psutil
 import pytest
 import step
 import torch
@@ -175,6 +178,32 @@ def test_a_section_that_fails_or_dies_costs_no_other_section(tmp_path: Path) -> 
     assert svd["ms"] > 0
 
 
+def test_a_librarys_message_in_json_is_no_measurement(tmp_path: Path) -> None:
+    """The messages: a number, a list, and an object without a section."""
+    say = "import sys\nif {'svd', '--here'} <= {*sys.orig_argv}:\n    print('3\\n[1]\\n{\"level\": 2}')\n"
+    (tmp_path / "sitecustomize.py").write_text(say)
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "svd", "--tiny", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "gpu.json")],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"3", "[1]", '{"level": 2}'} <= {*done.stdout.splitlines()}
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == {"machine", "svd"}
+
+
+def test_an_error_leaves_no_process_of_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    before = psutil.Process().children()
+    output = gpu.Output(tmp_path / "no folder" / "gpu.json")
+    with pytest.raises(FileNotFoundError):
+        gpu.run_section("train", ["--tiny", "--device", "cpu"], time.monotonic() + 60, output)
+    assert psutil.Process().children() == before
+
+
 def test_sections_without_time_are_reported_as_not_run(tmp_path: Path) -> None:
     code, rows = run_gpu_benchmark(tmp_path, "svd", "--minutes", "0")
     assert code == 1
@@ -256,11 +285,24 @@ while time.process_time() < 1:
     pass
 subprocess.run([sys.executable, "-m", "timeit", "-n", "1", "sum(range(10**7))"])
 """
-    _, times = process_times.measure([sys.executable, "-c", program], interval=0.01)
+    _, _, times = process_times.measure([sys.executable, "-c", program], interval=0.01)
     by_role = {one.role: one for one in times}
     assert set(by_role) == {"driver", "timeit"}
     assert by_role["driver"].cpu_seconds >= 0.9
     assert by_role["timeit"].started > by_role["driver"].started
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(5)", 5), ("os.kill(os.getpid(), 9)", 137)])
+def test_the_table_of_a_command_that_fails_is_printed(end: str, code: int) -> None:
+    script, program = str(BENCHMARKS / "process_times.py"), f"import os, sys\nsum(range(10**7))\n{end}"
+    done = subprocess.run(
+        [sys.executable, script, "--interval", "0.05", sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert "| driver |" in done.stdout
 
 
 @pytest.mark.parametrize(

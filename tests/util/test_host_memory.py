@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from orchestrator.util.host_memory import M_MMAP_THRESHOLD, OTHER_OPTIONS, set_options
+
 COUNT_FAULTS = """
 import resource, sys, torch
 from orchestrator.util.host_memory import keep_freed_memory
@@ -38,3 +40,18 @@ def count_faults(mode: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_a_repeated_step_gets_the_memory_of_the_one_before() -> None:
     assert count_faults("keep") < count_faults("default") / 10
+
+
+@pytest.mark.parametrize(("largest", "threshold"), [(2**62, 2**30), (2**25, 2**25), (0, None)])
+def test_a_refused_threshold_is_replaced_by_one_that_is_not(largest: int, threshold: int | None) -> None:
+    """`largest`: the largest threshold that the C library takes."""
+    options: dict[int, int] = {}
+
+    def mallopt(option: int, value: int) -> int:
+        if option == M_MMAP_THRESHOLD and value > largest:
+            return 0
+        options[option] = value
+        return 1
+
+    set_options(mallopt)
+    assert options == ({} if threshold is None else {M_MMAP_THRESHOLD: threshold, **OTHER_OPTIONS})

@@ -45,7 +45,8 @@ class DeviceBatch(PaddedRows):
         Args:
             device: The device.
             batches: One batch for each lane, of equal size.
-            weights: The weight of each target's loss, for each lane; by default 1 / (number of all targets).
+            weights: For each lane, the weight of each of its targets' losses; by default
+                1 / (number of all targets).
         """
         joined = Batch.concatenate(batches)
         counts = tuple(batch.target_count for batch in batches)

@@ -11,7 +11,8 @@ MEMORY_SHARE = 0.9
 """The share of a trainer's memory that its lanes may use. Later steps have longer rows than the measured
 ones, and the allocator needs some memory between its blocks."""
 MEASURED_STEPS = 3
-"""Number of steps, for one lane and for two, whose largest peak counts. The step before them is left out."""
+"""Steps measured with one lane, and again with two; the largest peak is used. One warm-up step precedes
+them."""
 MIN_USEFUL_LANES = 2
 """Number of lanes that a trainer holds if they fit, however many tokens they have."""
 SATURATING_TOKENS = 4_000

@@ -24,7 +24,7 @@ class EvaluatedLanes:
 
     @classmethod
     def of(cls, adapters: Adapters, names: Sequence[str], seeds: Sequence[int]) -> EvaluatedLanes:
-        """Return lanes of a model.
+        """Return the named lanes of `adapters`.
 
         Args:
             adapters: The adapters of the model.
@@ -35,5 +35,5 @@ class EvaluatedLanes:
 
     @classmethod
     def without_adapters(cls, adapters: Adapters) -> EvaluatedLanes:
-        """Return the base model of some adapters as a single lane."""
+        """Return the base model, without adapters, as one lane."""
         return cls([0], adapters.disable_adapters)

@@ -27,7 +27,8 @@ MAX_GPU_ROWS = 512
 MAX_CPU_ROWS = 64
 CPU_PROMPT_TOKENS = 4096
 CPU_CACHE_TOKENS = 8 * CPU_PROMPT_TOKENS
-"""The limits of a batch on a CPU, see `GenerationLimits`."""
+"""The limits of a batch on a CPU are `MAX_CPU_ROWS`, `CPU_PROMPT_TOKENS` and `CPU_CACHE_TOKENS`; see
+`GenerationLimits`."""
 GPU_CACHE_SHARE = 0.5
 """The part of the free memory of a GPU that the key-value cache takes."""
 GPU_PROMPT_SHARE = 0.25
