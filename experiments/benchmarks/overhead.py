@@ -81,6 +81,9 @@ class ListSource:
         """Print the line."""
         print(line)
 
+    def note_max_lanes(self, max_lanes: int) -> None:
+        """Do nothing: the lanes are those of the list."""
+
     def note_progress(self) -> None:
         """Do nothing: no heartbeat depends on the progress."""
 

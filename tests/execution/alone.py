@@ -43,6 +43,9 @@ class _Queue:
     def notify(self, line: str) -> None:
         raise AssertionError(line)
 
+    def note_max_lanes(self, max_lanes: int) -> None:
+        """Do nothing: the lanes are those of the list."""
+
     def note_progress(self) -> None:
         pass
 

@@ -204,6 +204,9 @@ class Script:
     def notify(self, line: str) -> None:
         self.said.append(line)
 
+    def note_max_lanes(self, max_lanes: int) -> None:
+        """Do nothing: the lanes are those of the list."""
+
     def note_progress(self) -> None:
         """Do nothing: no heartbeat depends on the progress."""
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import ray
 
-from orchestrator.execution.broker.assignment import parse_trainer_name
+from orchestrator.execution.broker.assignment import count_usable_lanes, parse_trainer_name
 from orchestrator.execution.broker.client import BROKER_NAME
 from orchestrator.execution.broker.core import BrokerCore
 from orchestrator.execution.broker.failure_policy import ExitKind
-from orchestrator.execution.broker.lane_entry import HeldLanes, LaneEntry
+from orchestrator.execution.broker.lane_entry import NO_INFO, HeldLanes, LaneEntry, TrainerInfo
 from orchestrator.execution.ray.runtime import driver_node_affinity
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
@@ -130,23 +130,24 @@ class Broker:
         capacity: int,
         held: HeldLanes,
         steps_taken: int,
-        devices: Sequence[str] = (),
+        info: TrainerInfo = NO_INFO,
     ) -> LeaseGrant:
         """Exchange, then lease lanes; see `BrokerCore.lease`."""
-        await self.exchange(trainer_id, held, steps_taken, devices)
+        await self.exchange(trainer_id, held, steps_taken, info)
         return self.core.lease(trainer_id, group_key, capacity, self.clock())
 
     async def exchange(
-        self, trainer_id: str, held: HeldLanes, steps_taken: int, devices: Sequence[str] = ()
+        self, trainer_id: str, held: HeldLanes, steps_taken: int, info: TrainerInfo = NO_INFO
     ) -> dict[str, Directive]:
         """Take a trainer's reports and return the directives for its lanes; see `BrokerCore.exchange`.
 
         The devices of the trainer's workers are noted if the trainer is unknown, as after a restart of the
         broker. A trainer that has ended stays known, so its last calls add no device.
         """
-        if devices and trainer_id not in self.core.steps_taken:
-            self.core.failure_policy.devices.admit(parse_trainer_name(trainer_id), devices)
+        if info.devices and trainer_id not in self.core.steps_taken:
+            self.core.failure_policy.devices.admit(parse_trainer_name(trainer_id), info.devices)
         directives = self.core.exchange(trainer_id, held, steps_taken, self.clock())
+        self.core.trainers[trainer_id].max_lanes = info.max_lanes
         self._wake_trials(held)
         return directives
 
@@ -195,8 +196,8 @@ class Broker:
             reports of lanes, and lines; "counts": the number of lanes in each phase and of live trainers;
             "steps_taken": the optimizer steps of each trainer; "hung": the names of hung trainers;
             "excluded_devices": excluded device -> reason; "holders": the names of the trainers that keep such
-            devices reserved; "capacities": the number of lanes that a trainer can hold, of each trainer that
-            has told it;
+            devices reserved; "capacities": the number of lanes that a search may keep unfinished for a
+            trainer, of each trainer that has told its limit;
             "abort_reason": the reason why no more trainers should be started, or "".
         """
         self.core.tick(self.clock())
@@ -213,7 +214,7 @@ class Broker:
             "hung": self.core.hung_trainers(self.clock()),
             "excluded_devices": devices.excluded,
             "holders": frozenset(devices.holders),
-            "capacities": [view.capacity for view in self.core.trainers.values() if view.capacity],
+            "capacities": count_usable_lanes(self.core.trainers.values(), self.core.open_entries.values()),
             "abort_reason": self.core.failure_policy.abort_reason,
         }
 

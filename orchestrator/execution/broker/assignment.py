@@ -26,13 +26,8 @@ class TrainerView:
     no lanes."""
     lanes: set[str] = field(default_factory=set)
     """Fingerprints of the lanes that the trainer holds."""
-    capacity: int = 0
-    """The lanes that the trainer can hold at once, by its last request for more; 0 before the first one."""
-
-    def note_request(self, group_key: str | None, capacity: int) -> None:
-        """Note how many lanes the trainer requests. Without a group key it asks for the first lane only."""
-        if group_key is not None:
-            self.capacity = len(self.lanes) + capacity
+    max_lanes: int = 0
+    """The number of lanes of its group key that the trainer can hold, by its last call; 0 if unknown."""
 
 
 def parse_trainer_name(trainer_id: str) -> str:
@@ -51,6 +46,33 @@ def select_lanes(
         if entry.group_key == group_key and can_join(entry, [*group, *selected]):
             selected.append(entry)
     return selected
+
+
+def count_usable_lanes(trainers: Iterable[TrainerView], entries: Iterable[LaneEntry]) -> list[int]:
+    """Return for each trainer how many lanes a search may keep unfinished for it.
+
+    These are the lanes that it holds and the waiting lanes of its group key that have room, and one more if
+    there is still room and no lane of another group key waits: only the next point shows whether it may join
+    the lane group. An empty trainer counts as one lane.
+
+    Args:
+        trainers: The trainers; those that have not told their limit yet are left out.
+        entries: All lanes that have not ended.
+    """
+    waiting = Counter(entry.group_key for entry in entries if entry.needs_trainer)
+    views = [view for view in trainers if view.max_lanes]
+    usable = []
+    for view in views:
+        joining = min(max(0, view.max_lanes - len(view.lanes)), waiting[view.group_key or ""])
+        joining = joining if view.lanes else 0
+        waiting[view.group_key or ""] -= joining
+        usable.append(len(view.lanes) + joining)
+    others = waiting.total()
+    for number, view in enumerate(views):
+        if usable[number] < (view.max_lanes if view.lanes else 1):
+            usable[number] += not others or not view.lanes
+            others = max(0, others - 1)
+    return usable
 
 
 def can_join(entry: LaneEntry, group: Sequence[LaneEntry]) -> bool:

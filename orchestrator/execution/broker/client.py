@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from orchestrator.execution.broker.lane_entry import HeldLane
+from orchestrator.execution.broker.lane_entry import HeldLane, TrainerInfo
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
 from orchestrator.record.schema import RecordState
 from orchestrator.util import timeouts
@@ -25,8 +25,8 @@ class BrokerClient:
     """The `LaneSource` of a trainer's fine-tuning loop.
 
     Every lease, report and exchange names all lanes that the trainer holds, each with its last report, and
-    the trainer's devices. The next call thereby repairs the effects of a lost reply or of a restart of the
-    broker.
+    the trainer's devices and limit of lanes. The next call thereby repairs the effects of a lost reply or of
+    a restart of the broker.
 
     Args:
         trainer_id: The trainer's name and incarnation; a new process is a new incarnation.
@@ -34,7 +34,7 @@ class BrokerClient:
     """
 
     def __init__(self, trainer_id: str, devices: Sequence[str] = ()) -> None:
-        self.trainer_id, self.devices = trainer_id, tuple(devices)
+        self.trainer_id, self._info = trainer_id, TrainerInfo(tuple(devices))
         self.broker = ray.get_actor(BROKER_NAME)
         self.held: dict[str, HeldLane] = {}
         self.steps_taken = 0
@@ -48,7 +48,7 @@ class BrokerClient:
         """Lease up to `capacity` lanes; see `LaneSource.lease`."""
         self.steps_taken = steps_taken
         grant: LeaseGrant = self._call(
-            "lease", self.trainer_id, group_key, capacity, self.held, steps_taken, self.devices
+            "lease", self.trainer_id, group_key, capacity, self.held, steps_taken, self._info
         )
         for lease in grant.leases:
             self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
@@ -89,6 +89,10 @@ class BrokerClient:
         """Show a line to the user of the study."""
         self._call("notify", line)
 
+    def note_max_lanes(self, max_lanes: int) -> None:
+        """Note how many lanes the trainer can hold; the next lease or exchange sends it."""
+        self._info = self._info._replace(max_lanes=max_lanes)
+
     def note_progress(self) -> None:
         """Note that the loop has made progress; see `LaneSource.note_progress`."""
         self.last_progress_time = time.monotonic()
@@ -100,7 +104,7 @@ class BrokerClient:
 
     def _exchange(self) -> dict[str, Directive]:
         directives: dict[str, Directive] = self._call(
-            "exchange", self.trainer_id, self.held, self.steps_taken, self.devices
+            "exchange", self.trainer_id, self.held, self.steps_taken, self._info
         )
         return directives
 

@@ -130,7 +130,6 @@ class BrokerCore:
             now: Time on the broker's clock.
         """
         view = self._update_contact(trainer_id, now)
-        view.note_request(group_key, capacity)
         if self.must_drain(trainer_id):
             return LeaseGrant(closed=True)
         if group_key is not None or not view.lanes:

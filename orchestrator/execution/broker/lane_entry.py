@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import nan
+from typing import NamedTuple
 
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.record.schema import FINAL_STATES, MAX_FAILURES, Record, RecordState
@@ -30,6 +31,18 @@ HeldLane = tuple[int, Configuration, Report | None]
 """A lane as its trainer announces it: attempt, configuration, last report of this attempt."""
 HeldLanes = Mapping[str, HeldLane]
 """The lanes that a trainer announces, by fingerprint."""
+
+
+class TrainerInfo(NamedTuple):
+    """What a trainer announces about itself with every lease and exchange."""
+
+    devices: tuple[str, ...] = ()
+    """The names of the devices of its workers."""
+    max_lanes: int = 0
+    """The number of lanes that it can hold at once, of the group key that it trains; 0 if it is unknown."""
+
+
+NO_INFO = TrainerInfo()
 
 
 class LeasePhase(StrEnum):

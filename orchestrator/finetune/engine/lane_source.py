@@ -98,6 +98,9 @@ class LaneSource(Protocol):
     def notify(self, line: str) -> None:
         """Show a line to the users who watch the study."""
 
+    def note_max_lanes(self, max_lanes: int) -> None:
+        """Note how many lanes of its group key the trainer can hold now, those that it holds included."""
+
     def note_progress(self) -> None:
         """Note that the loop has computed something since its last call, such as a batch of an evaluation.
 

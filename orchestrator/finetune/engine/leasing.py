@@ -94,6 +94,8 @@ class LaneLeasing:
     def lease_lanes(self) -> None:
         """Lease lanes if there is room: at once after a lane has left, else at the interval of `polling`."""
         active, again = self.active, True
+        if active.rank_0_source is not None:
+            active.rank_0_source.note_max_lanes(active.count_free_slots() + len(active.lanes))
         while again and (active.count_free_slots() > 0 or active.slots.parked_at):
             plan, self.closed, again = active.process_group.broadcast_from_rank0(self._request_leases)
             for name in (*plan.replaced, *plan.evicted):

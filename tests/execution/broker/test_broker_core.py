@@ -290,15 +290,3 @@ def test_a_hung_trainer_is_named_and_one_that_speaks_again_is_not() -> None:
     assert core.hung_trainers(later) == ["trainer-0"]
     core.trainer_exited("trainer-0", later, ExitKind.FAILED, "it hung")
     assert core.hung_trainers(later) == []
-
-
-def test_a_trainer_tells_how_many_lanes_it_can_hold_once_it_has_one() -> None:
-    core = BrokerCore()
-    core.submit("t", configuration(), 0.0)
-    (first,) = core.lease("a", None, 1, 0.0).leases
-    assert core.trainers["a"].capacity == 0, "the first lane decides how many fit"
-    held: dict[str, HeldLane] = {first.configuration.fingerprint: (1, first.configuration, None)}
-    for capacity in (1, 7, 3):  # it measures, chooses eight, and four after an out-of-memory error
-        core.exchange("a", held, 0, 0.0)
-        core.lease("a", first.configuration.group_key, capacity, 0.0)
-        assert core.trainers["a"].capacity == 1 + capacity

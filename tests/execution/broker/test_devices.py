@@ -14,7 +14,7 @@ from orchestrator.execution.broker.assignment import MAX_GROUP_FAILURES
 from orchestrator.execution.broker.core import BrokerCore
 from orchestrator.execution.broker.devices import MAX_DEVICE_DEATHS, DeviceRegistry
 from orchestrator.execution.broker.failure_policy import MAX_TRAINER_FAILURES, ExitKind
-from orchestrator.execution.broker.lane_entry import HeldLane
+from orchestrator.execution.broker.lane_entry import HeldLane, TrainerInfo
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 
@@ -211,12 +211,12 @@ def test_a_restarted_broker_learns_the_excluded_devices_from_their_holders(tmp_p
 def test_a_restarted_broker_learns_the_devices_from_the_calls_of_their_trainers(tmp_path: Path) -> None:
     restarted = Broker(str(tmp_path), "none")
     devices = restarted.core.failure_policy.devices
-    asyncio.run(restarted.lease("sound.x", None, 1, {}, 0, ["GPU 1"]))
+    asyncio.run(restarted.lease("sound.x", None, 1, {}, 0, TrainerInfo(("GPU 1",))))
     for name in ("trainer-0", "trainer-1"):
-        asyncio.run(restarted.exchange(f"{name}.x", {}, 0, ["GPU 0"]))
+        asyncio.run(restarted.exchange(f"{name}.x", {}, 0, TrainerInfo(("GPU 0",))))
         assert devices.excluded == {}
         asyncio.run(restarted.trainer_exited(name, ExitKind.CRASHED, "CUDA error"))
-        asyncio.run(restarted.exchange(f"{name}.x", {}, 0, ["GPU 0"]))
+        asyncio.run(restarted.exchange(f"{name}.x", {}, 0, TrainerInfo(("GPU 0",))))
         assert devices.devices_of(name) == (), "a late call of a trainer that has ended adds no device"
     assert devices.excluded.keys() == {"GPU 0"}
 

@@ -63,7 +63,7 @@ def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
     assert limit(8) == 8 + 4, "the other trainer has not measured"
     assert limit(8, 8) == 2 * 8
     assert limit(2, 2) == 2 * 2, "no point is suggested before it can train"
-    assert limit(12, 8) == 2 * 8, "lanes that have been parked for long count twice"
+    assert limit(12, 8) == 2 * 8, "no more than the trainer may choose"
     assert limit(8, 8, 8) == 2 * 8
     small = Cluster((Node(8, 2, 10 * 2 * TRIAL_MEMORY_BYTES),))
     assert trial_limits(measured, small, "none", is_search=True, capacities=[8, 8])[0] == 10
