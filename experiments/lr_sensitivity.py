@@ -12,8 +12,8 @@ The study: Qwen3-0.6B-Base is fine-tuned on MetaMathQA and scored on GSM8K; 5 va
 165 fine-tunes of 1,562 steps of 64 rows, one pass over the 100,000 rows that the survey takes.
 
 The study has never been run. --plan --plan-gpu H100 predicts 19 to 36 hours of an H100, 11 to 20 with
---kernels liger, from the operations and bytes of a step, counted on torch's meta device. After the first
-fine-tune on a GPU --plan estimates the cost from measurements.
+--kernels liger, for rows of 250 tokens, from the operations and bytes of a step, counted on torch's meta
+device. After the first fine-tune on a GPU --plan estimates the cost from measurements.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from orchestrator.launch.known_models import KNOWN_MODELS, config_sizes
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -24,21 +26,18 @@ class ModelShape:
         return int(self.sizes["vocab_size"])
 
 
-def _shape(family: str, tied: bool, sizes: str, **more: int) -> ModelShape:
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads",
-    )  # fmt: skip
-    numbers = dict(zip(names, map(int, sizes.split()), strict=True))
-    return ModelShape(family, {**numbers, "tie_word_embeddings": tied, **more})
+def _shape(sizes: Mapping[str, Any]) -> ModelShape:
+    """Return the shape for sizes as in `orchestrator/launch/known_models.py`."""
+    family = {"llama": "Llama", "qwen3": "Qwen3"}[sizes["model_type"]]
+    return ModelShape(family, {key: value for key, value in sizes.items() if key != "model_type"})
 
 
 SHAPES = {
-    "tiny": _shape("Qwen3", True, "512 32 64 2 2 1", head_dim=16),
-    "letters": _shape("Llama", False, "25 96 192 3 4 4"),
-    "smollm2-135m": _shape("Llama", True, "49152 576 1536 30 9 3"),
-    "qwen3-0.6b": _shape("Qwen3", True, "151936 1024 3072 28 16 8", head_dim=128),
-    "llama-3.1-8b": _shape("Llama", False, "128256 4096 14336 32 32 8"),
+    "tiny": _shape(config_sizes("qwen3", True, "512 32 64 2 2 1", head_dim=16)),
+    "letters": _shape(config_sizes("llama", False, "25 96 192 3 4 4")),
+    "smollm2-135m": _shape(KNOWN_MODELS["HuggingFaceTB/SmolLM2-135M"]),
+    "qwen3-0.6b": _shape(KNOWN_MODELS["Qwen/Qwen3-0.6B-Base"]),
+    "llama-3.1-8b": _shape(KNOWN_MODELS["meta-llama/Llama-3.1-8B"]),
 }
 """Name -> shape. `letters` is the base model of the task of that name."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.launch import prices
+from orchestrator.launch.decoder_shape import PredictionError
 from orchestrator.launch.estimate import TimeEstimate
 from orchestrator.launch.prediction import Prediction, predict
 from orchestrator.launch.prices import GpuPrice
@@ -14,8 +15,6 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 
 PRICE_DISCLAIMER = "check before you spend"
-DEFAULT_GPU = "H100"
-"""The GPU of a prediction if neither --plan-gpu nor the machine names one."""
 
 
 def cost_lines(
@@ -45,8 +44,8 @@ def cost_lines(
         # that share, or as much as with a GPU of its own.
         low = estimate.low_seconds * options.workers_per_trainer * (gpus_per_worker or 1.0) / 3600
         high = estimate.high_seconds * options.workers_per_trainer / 3600
-        early = "" if options.scheduler == "none" else ", less what early stopping saves"
-        lines.append(("GPU hours", f"about {format_range(low, high)} on {estimate.device}{early}"))
+        text = f"about {format_range(low, high)} on {estimate.device}{_early_stopping(options)}"
+        lines.append(("GPU hours", text))
         ends, text = _price_per_gpu_hour(estimate.device, options)
         if ends:
             text = f"about {format_range(low * ends[0], high * ends[1])} USD, at {text}"
@@ -67,34 +66,45 @@ def predict_lines(
         options: The options of the study.
 
     Returns:
-        Pairs of a label and a text; none if nothing can be predicted.
+        Pairs of a label and a text.
+
+    Raises:
+        PredictionError: Nothing can be predicted.
     """
-    gpu = prices.find_price(device or DEFAULT_GPU)
+    gpu = prices.find_price(device or prices.DEFAULT_GPU)
     if gpu is None:
-        return []
+        raise PredictionError(f"the table of GPUs has no {device}")
     found, fused = (
         predict(pending, bases, gpu, lanes, kernels, options.gradient_checkpointing)
         for kernels in (options.kernels, "liger")
     )
-    if found is None or fused is None:
-        return []
     text = f"predicted: {_format_hours(found)} on one {gpu.gpu}"
     if options.kernels != "liger":
         text += f", {_format_hours(fused)} with --kernels liger"
+    part = ""
+    if found.excluded:
+        without = ", ".join(found.excluded)
+        part = f" for {found.num_included} of {len(pending)} configurations, without {without}"
+    text += part + _early_stopping(options)
     source = (
         f"calculated from counts of kernels and bytes and the {gpu.gpu}'s peak speeds, for rows of "
         f"{float(f'{found.row_tokens:.2g}'):g} tokens on average; nothing was measured (docs/performance.md)"
     )
     if found.excluded:
-        source += f"; without {', '.join(found.excluded)}, which were not counted"
+        own = "its" if len(found.excluded) == 1 else "their"
+        source += f"; does not include {', '.join(found.excluded)}: {own} kernels have not been counted"
     if not device:
         source += "; --plan-gpu names another GPU"
     lines = [("GPU hours", text), ("Prediction", source)]
     ends, price_text = _price_per_gpu_hour(gpu.gpu, options)
     if ends:
         low, high = (seconds / 3600 * each for seconds, each in zip(found.range_seconds, ends, strict=True))
-        lines.append(("Price", f"predicted: {format_range(low, high)} USD, at {price_text}"))
+        lines.append(("Price", f"predicted: {format_range(low, high)} USD{part}, at {price_text}"))
     return lines
+
+
+def _early_stopping(options: StudyOptions) -> str:
+    return "" if options.scheduler == "none" else ", less what early stopping saves"
 
 
 def _format_hours(prediction: Prediction) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.launch import prices
+from orchestrator.launch.decoder_shape import PredictionError
+from orchestrator.launch.prediction import predict_lanes
 from orchestrator.record import lane_capacity
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -60,13 +63,35 @@ def plan_lanes(
         if device_key.startswith(f"{device}, " if device else "")
     ]
     if not known:
+        expected, reason = _expect_lanes(options, gpus_per_worker, device, templates, store)
         is_shared = gpus_per_worker is not None and gpus_per_worker < 1
         place = f"{gpus_per_worker:g} of its GPU's memory" if is_shared else "its GPU's memory"
         return LanePlan(
-            DEFAULT_LANES_PER_TRAINER,
-            f"up to {lanes} lanes each: the first trainer measures how many fit into {place}",
+            expected,
+            f"up to {lanes} lanes each: the first trainer measures how many fit into {place}{reason}",
         )
     numbers = sorted({measured.lanes for _, measured in known})
     device_key, smallest = min(known, key=lambda one: one[1].lanes)
     span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
     return LanePlan(smallest.lanes, f"{span} lanes each (measured on {device_key}: {smallest})")
+
+
+def _expect_lanes(
+    options: StudyOptions,
+    gpus_per_worker: float | None,
+    device: str,
+    templates: Sequence[Configuration],
+    store: Store,
+) -> tuple[int, str]:
+    """Return the number of lanes that the trainers will probably choose, and a clause for the plan's line."""
+    gpu = prices.find_price(device or prices.DEFAULT_GPU)
+    if gpu is None:
+        return DEFAULT_LANES_PER_TRAINER, ""
+    memory = gpu.memory_gib * 2**30 * min(1.0, gpus_per_worker or 1.0)
+    try:
+        lanes, tokens = predict_lanes(
+            templates, store.bases, memory, options.kernels, options.gradient_checkpointing
+        )
+    except PredictionError:
+        return DEFAULT_LANES_PER_TRAINER, ""
+    return lanes, f"; {lanes} are expected, for {tokens} tokens per lane and micro-batch on one {gpu.gpu}"

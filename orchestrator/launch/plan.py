@@ -17,6 +17,7 @@ from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.launch import cost, prices
+from orchestrator.launch.decoder_shape import PredictionError
 from orchestrator.launch.estimate import TimeEstimate, estimate_times
 from orchestrator.launch.lanes import LanePlan, plan_lanes
 from orchestrator.launch.work import StudyWork
@@ -24,7 +25,6 @@ from orchestrator.record.show import narrow_command, replace_options
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.graceful_interrupts import format_command
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ STARTUP_SECONDS = 25.0
 """Time in which Ray and the first trainer start."""
 LABEL_WIDTH = 15
 UNKNOWN_TIME = "unknown: no lane of this task and model has been trained on such a device yet"
-PREDICTED_TIME = "not measured: the predicted GPU hours divided by the number of GPUs"
+PREDICTED_TIME = "unknown; the predicted GPU hours divided by the number of GPUs"
 UNCHECKED_OPTIONS = "--rank and --targets: the base model is not here yet"
 
 Line = tuple[str, str]
@@ -95,20 +95,28 @@ def print_plan(
         *(_time_line(estimate, hardware.num_trainers) for estimate in estimates),
     ]
     predicted: list[Line] = []
+    reason = ""
     is_on_cpu = options.device == "cpu" or options.gpus_per_worker == 0
     if work.num_to_train and not is_on_cpu and all(each.device == "cpu" for each in estimates):
-        predicted = cost.predict_lines(to_train, store.bases, hardware.device, lanes.lanes, options)
+        try:
+            predicted = cost.predict_lines(to_train, store.bases, hardware.device, lanes.lanes, options)
+        except PredictionError as error:
+            reason = str(error)
     if not work.num_to_train:
         lines.append(("Time", "nothing to train"))
     elif not estimates:
         lines.append(("Time", PREDICTED_TIME if predicted and hardware.gpus_per_worker else UNKNOWN_TIME))
     if work.num_to_train:
         lines += predicted or cost.cost_lines(estimates, hardware.gpus_per_worker, hardware.device, options)
+    if reason and (hardware.gpus_per_worker != 0 or any(each.model.dtype != "float32" for each in templates)):
+        lines.append(("Prediction", f"none: {reason}"))
     for label, text in lines:
         _print_line(console, label, text)
     if work.pending and not estimates and hardware.gpus_per_worker != 0:
-        command = f"To know, train one of them, then plan again:\n  {_single_point_command(work.pending)}"
-        console.print(command, markup=False, soft_wrap=True)
+        where = f" on a machine with GPUs of type {options.plan_gpu}" if options.plan_gpu else ""
+        command = _single_point_command(work.pending)
+        text = f"To know, train one of them{where}, then plan again:\n  {command}"
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def _print_line(console: Console, label: str, text: str) -> None:
@@ -142,15 +150,8 @@ def _probe_hardware(options: StudyOptions) -> _Hardware:
 
 
 def _named_hardware(name: str, options: StudyOptions) -> _Hardware:
-    """Return the hardware of a plan for GPUs that are not here (--plan-gpu).
-
-    Raises:
-        UsageError: The table of GPUs does not have this one.
-    """
-    gpu = prices.find_price(name)
-    if gpu is None:
-        known = suggest_nearest(name, [each.gpu for each in prices.load_prices()])
-        raise UsageError(f"--plan-gpu {name!r} is not in the table of GPUs. {known}")
+    """Return the hardware of a plan for GPUs that are not here (--plan-gpu)."""
+    gpu = prices.require_price("--plan-gpu", name)
     place = f"{options.trainers or 'as many as have room'} on GPUs of type {gpu.gpu}"
     return _Hardware(options.trainers or 0, options.gpus_per_worker or 1.0, gpu.names[0], place)
 
@@ -232,7 +233,7 @@ def _trainer_lines(hardware: _Hardware, options: StudyOptions, lanes: LanePlan) 
     workers = options.workers_per_trainer
     split = f", {workers} workers per trainer" if workers > 1 else ""
     if hardware.gpus_per_worker and hardware.gpus_per_worker < 1:
-        split = f", {int(1 / hardware.gpus_per_worker)} on each GPU"
+        split = f", up to {int(1 / hardware.gpus_per_worker)} share one GPU"
     lines = [("Trainers", f"{hardware.place}{split}"), ("Lanes", lanes.text)]
     if hardware.num_trainers and runtime.running_cluster_address() is not None:
         gib = runtime.driver_node_gib(hardware.num_trainers)

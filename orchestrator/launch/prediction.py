@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.engine import lane_memory
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
+from orchestrator.launch.decoder_shape import ModelShape, PredictionError, find_shape
 from orchestrator.launch.prices import GpuPrice
 from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice
 
@@ -43,62 +42,6 @@ VALUE_BYTES = 2
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a decoder-only language model with gated MLPs, such as Llama or Qwen3."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    queries: int
-    """Outputs of the projection of queries."""
-    keys: int
-    """Outputs of the projection of keys, and of that of values."""
-    vocab: int
-    norms_queries: bool = False
-    """Whether queries and keys pass through RMSNorm."""
-
-    @classmethod
-    def from_config(cls, config: Any) -> ModelShape:
-        """Return the sizes in a transformers configuration.
-
-        Raises:
-            AttributeError: The configuration is that of another architecture.
-        """
-        config = config.get_text_config()
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_hidden_layers,
-            head_dim * heads,
-            head_dim * config.num_key_value_heads,
-            config.vocab_size,
-            norms_queries=config.model_type.startswith("qwen3"),
-        )
-
-    @property
-    def layer_weights(self) -> int:
-        """Weights of the linear layers of a block."""
-        return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.intermediate)
-
-    @property
-    def layer_outputs(self) -> int:
-        """Outputs of the linear layers of a block."""
-        return self.queries + 2 * self.keys + 2 * self.intermediate + 2 * self.hidden
-
-    @property
-    def layer_inputs(self) -> int:
-        """Inputs of the linear layers of a block."""
-        return 5 * self.hidden + self.queries + self.intermediate
-
-
-QWEN3_06B = ModelShape(1024, 3072, 28, 2048, 1024, 151_936, norms_queries=True)
-KNOWN_SHAPES = {"Qwen/Qwen3-0.6B-Base": QWEN3_06B}
-"""Shapes of default models of tasks, which a plan needs before the model is downloaded."""
-
-
-@dataclass(frozen=True)
 class KernelCost:
     """Bytes that the base model's kernels move, per token of a step and element, and their number."""
 
@@ -111,6 +54,8 @@ class KernelCost:
     launches: int
     """Kernels per block and pass, without the adapters' and those that normalize queries."""
     query_norm_launches: int
+    kept: float
+    """Values that are kept for the backward pass, per input and output of a linear layer."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +72,11 @@ class AdapterCost:
     """Kernels per block and pass, more or fewer than those of the base model."""
     lane_launches: int
     """Kernels per block and micro-batch of a lane."""
+    kept: float = 0.0
+    """Values that are kept for the backward pass, per input and output of a linear layer."""
 
 
-KERNELS = {"torch": KernelCost(118, 68, 29, 184, 44), "liger": KernelCost(8.7, 21, 18, 117, 4)}
+KERNELS = {"torch": KernelCost(118, 68, 29, 184, 44, 1.45), "liger": KernelCost(8.7, 21, 18, 117, 4, 1.1)}
 """Value of --kernels -> cost."""
 _LORA = AdapterCost(9.5, 0, 1, -14, 0)
 ADAPTERS = {
@@ -137,7 +84,7 @@ ADAPTERS = {
     "rslora": _LORA,
     "lora_plus": _LORA,
     "pissa": AdapterCost(9.5, 0, 1, 21, 0),
-    "dora": AdapterCost(11, 22, 1, 119, 0),
+    "dora": AdapterCost(11, 22, 1, 119, 0, 0.55),
     "hira": AdapterCost(2.1, 0, 2.88, -28, 70),
 }
 """Variant -> cost. The other variants have not been counted."""
@@ -181,6 +128,8 @@ class Prediction:
     seconds: float
     row_tokens: float
     """Assumed mean tokens of a row; the largest of all tasks."""
+    num_included: int
+    """The number of configurations whose time is included."""
     excluded: tuple[str, ...]
     """Variants that are not included, because nothing about them has been counted."""
 
@@ -190,6 +139,35 @@ class Prediction:
         return self.seconds * (1 - UNCERTAINTY), self.seconds * (1 + UNCERTAINTY)
 
 
+class _Inputs:
+    """The shapes of models and the lengths of rows that predictions need, each read once.
+
+    Args:
+        bases: The store's folder of base models.
+    """
+
+    def __init__(self, bases: Path) -> None:
+        self._bases = bases
+        self._shapes: dict[ModelChoice, ModelShape] = {}
+        self._rows: dict[tuple[str, int], RowLengths] = {}
+
+    def find(self, configuration: Configuration) -> tuple[Task, ModelShape, RowLengths]:
+        """Return the task, the shape of the model and the lengths of the rows.
+
+        Raises:
+            PredictionError: Nothing about such steps has been counted.
+        """
+        task, model = tasks.get(configuration.task.name), configuration.model
+        if task.has_head:
+            raise PredictionError(f"steps of tasks like {configuration.task.name} have not been counted")
+        if model not in self._shapes:
+            self._shapes[model] = find_shape(model, self._bases)
+        key = configuration.task.name, configuration.batches.max_length
+        if key not in self._rows:
+            self._rows[key] = RowLengths.sample(task, configuration.batches.max_length)
+        return task, self._shapes[model], self._rows[key]
+
+
 def predict(
     pending: Sequence[Configuration],
     bases: Path,
@@ -197,8 +175,8 @@ def predict(
     lanes: int,
     kernels: str = "torch",
     checkpointing: bool = False,
-) -> Prediction | None:
-    """Predict the time of configurations on a GPU. Returns None if nothing about them has been counted.
+) -> Prediction:
+    """Predict the time of configurations on a GPU.
 
     Args:
         pending: The configurations to train.
@@ -207,46 +185,82 @@ def predict(
         lanes: Lanes per trainer.
         kernels: The value of --kernels.
         checkpointing: Whether activations are computed again in the backward pass.
+
+    Raises:
+        PredictionError: Nothing about these steps or this GPU is known.
     """
     if gpu.bf16_tflops is None:
-        return None
-    total, longest = 0.0, 0.0
+        raise PredictionError(f"a {gpu.gpu} has no bfloat16")
+    total, longest, num_included = 0.0, 0.0, 0
     excluded: dict[str, None] = {}
-    shapes: dict[ModelChoice, ModelShape | None] = {}
-    lengths: dict[tuple[str, int], RowLengths] = {}
+    inputs = _Inputs(bases)
     for each in pending:
-        task = tasks.get(each.task.name)
-        shape = shapes[each.model] if each.model in shapes else find_shape(each.model, bases)
-        shapes[each.model] = shape
-        if task.has_head or shape is None:
-            return None
+        task, shape, rows = inputs.find(each)
         if each.variant.name not in ADAPTERS:
             excluded[each.variant.name] = None
             continue
-        key = each.task.name, each.batches.max_length
-        rows = lengths[key] if key in lengths else RowLengths.sample(task, each.batches.max_length)
-        lengths[key], longest = rows, max(longest, rows.row)
+        longest, num_included = max(longest, rows.row), num_included + 1
         step = step_seconds(shape, each.variant.name, each.batches, rows, gpu, lanes, kernels)
-        step *= 4 / 3 if checkpointing else 1  # the forward pass, a third of a step, is computed twice
-        total += step * each.lr_schedule.steps + _evaluation_seconds(each, task, shape, rows, gpu, step)
-    return Prediction(total, longest, tuple(excluded)) if total else None
+        total += _evaluation_seconds(each, task, shape, rows, gpu, step)
+        # The forward pass, a third of a step, is computed twice.
+        total += step * each.lr_schedule.steps * (4 / 3 if checkpointing else 1)
+    if not num_included:
+        raise PredictionError(f"steps of {', '.join(excluded)} have not been counted")
+    return Prediction(total, longest, num_included, tuple(excluded))
 
 
-def find_shape(model: ModelChoice, bases: Path) -> ModelShape | None:
-    """Return the shape of a bfloat16 model; None if it has another data type or architecture, or is unknown.
+def predict_lanes(
+    configurations: Sequence[Configuration],
+    bases: Path,
+    memory: float,
+    kernels: str = "torch",
+    checkpointing: bool = False,
+) -> tuple[int, int]:
+    """Predict how many lanes trainers on GPUs will choose; see `finetune/engine/lane_memory.py`.
 
     Args:
-        model: The model.
+        configurations: One configuration of each group key.
         bases: The store's folder of base models.
+        memory: The memory in bytes that a trainer may use.
+        kernels: The value of --kernels.
+        checkpointing: Whether activations are computed again in the backward pass.
+
+    Returns:
+        The smallest number of lanes of all configurations, and the mean tokens of a micro-batch of its lanes.
+
+    Raises:
+        PredictionError: The memory of none of these steps has been counted.
     """
-    if model.dtype != "bfloat16":
-        return None
-    if model.content == UNPREPARED and loading.unprepared_config(model) is None:
-        return KNOWN_SHAPES.get(model.name)
-    try:
-        return ModelShape.from_config(loading.read_config(model, bases))
-    except AttributeError:
-        return None
+    inputs = _Inputs(bases)
+    counted = [each for each in configurations if each.variant.name in ADAPTERS]
+    if not counted:
+        raise PredictionError("the memory of no such step has been counted")
+    found = []
+    for each in counted:
+        _, shape, rows = inputs.find(each)
+        tokens = round(rows.row * each.batches.micro_batch_size)
+        # The second time for an output layer of its own, or for the logits of a chunk.
+        weights = shape.layers * shape.layer_weights + 2 * shape.hidden * shape.vocab
+        left = lane_memory.MEMORY_SHARE * memory - VALUE_BYTES * weights
+        fitting = int(left // lane_bytes(shape, each.variant.name, tokens, kernels, checkpointing))
+        found.append((lane_memory.limit_lanes(fitting, tokens), tokens))
+    return min(found)
+
+
+def lane_bytes(shape: ModelShape, variant: str, tokens: float, kernels: str, checkpointing: bool) -> float:
+    """Return the bytes that a lane keeps for the backward pass of a micro-batch.
+
+    Args:
+        shape: The shape of the model.
+        variant: The variant.
+        tokens: Mean tokens of a micro-batch.
+        kernels: The value of --kernels.
+        checkpointing: Whether only the inputs of blocks are kept, and the values of one block.
+    """
+    kept = KERNELS[kernels].kept + ADAPTERS[variant].kept
+    block = kept * (shape.layer_inputs + shape.layer_outputs)
+    values = block + shape.layers * shape.hidden if checkpointing else shape.layers * block
+    return VALUE_BYTES * values * COMPUTED_TOKENS * tokens
 
 
 def step_seconds(

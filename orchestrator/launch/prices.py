@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from orchestrator.util.errors import UsageError, suggest_nearest
+
+DEFAULT_GPU = "H100"
+"""The GPU of a prediction if neither --plan-gpu nor the machine names one."""
+
 
 @dataclass(frozen=True)
 class GpuPrice:
@@ -30,6 +35,8 @@ class GpuPrice:
     """The peak of dense bfloat16 products in 1e12 operations per second; None if the GPU has no bfloat16."""
     tb_per_s: float
     """The peak of the memory in 1e12 bytes per second."""
+    memory_gib: float
+    """The memory that a program can use, in GiB."""
     region: str
     """The AWS region of both prices."""
 
@@ -44,8 +51,23 @@ def load_prices() -> tuple[GpuPrice, ...]:
 
 
 def find_price(device: str) -> GpuPrice | None:
-    """Return the price of the GPU with exactly this name, torch's or Ray's; None if the table has none.
+    """Return the price of the GPU with this name, torch's or Ray's, in any case; None if there is none.
 
     Similar names do not count: an H100 of another make has another price.
     """
-    return next((price for price in load_prices() if device in (price.gpu, *price.names)), None)
+    name = device.casefold()
+    return next(
+        (price for price in load_prices() if name in map(str.casefold, (price.gpu, *price.names))), None
+    )
+
+
+def require_price(option: str, gpu: str) -> GpuPrice:
+    """Return the price of a GPU that an option names.
+
+    Raises:
+        UsageError: The table has no such GPU.
+    """
+    if (found := find_price(gpu)) is None:
+        known = suggest_nearest(gpu, [each.gpu for each in load_prices()])
+        raise UsageError(f"{option} {gpu!r} is not in the table of GPUs. {known}")
+    return found

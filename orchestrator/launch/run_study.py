@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.execution.ray import runtime
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
-from orchestrator.launch import reporting, training
+from orchestrator.launch import prices, reporting, training
 from orchestrator.launch.design import MakeDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import print_plan, print_point_shortfall
@@ -65,6 +65,8 @@ def run_study(
         KeyboardInterrupt: The run was interrupted. Unfinished lanes keep their checkpoints.
         OSError: A file could not be written.
     """
+    if options.plan_gpu is not None:
+        prices.require_price("--plan-gpu", options.plan_gpu)  # before any data is read
     if options.plan and options.preset:
         # Printed first, because `resolve_study` fails if the data of a task are missing.
         print_preset(options)

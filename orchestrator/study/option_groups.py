@@ -273,8 +273,8 @@ class OutputOptions:
     save_adapters: bool = False
     """Keep every trained adapter, in PEFT's format, as an artifact of its MLflow run."""
     plan: bool = False
-    """Print what would be trained, what the store has already, the estimated time and, on GPUs, hours and
-    price; start nothing."""
+    """Print what would be trained, what the store has already, the estimated time, and the GPU hours and
+    their price; start nothing."""
     plan_gpu: str | None = None
     """GPU for which --plan gives hours and price, such as H100, also where there is none. Default: this
     machine's, else H100."""

@@ -67,6 +67,9 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
         if self.max_gpu_hours is not None and self.gpus_per_worker == 0:
             limit = f"--max-gpu-hours {self.max_gpu_hours:g}"
             raise UsageError(f"{limit} with --gpus-per-worker 0: no GPU is held; take --max-hours.")
+        if self.plan_gpu is not None and (self.device == "cpu" or self.gpus_per_worker == 0):
+            cpu = "--device cpu" if self.device == "cpu" else "--gpus-per-worker 0"
+            raise UsageError(f"--plan-gpu {self.plan_gpu!r} with {cpu}: take one of the two away.")
         if self.stop and (self.on in (None, LOCAL) or self.plan):
             raise UsageError(
                 "--stop ends a study on a cluster: add --on cluster.yaml (here: Ctrl-C), without --plan."

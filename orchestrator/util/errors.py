@@ -65,8 +65,11 @@ def suggest_nearest(value: str, choices: Iterable[str]) -> str:
         A sentence with the nearest choice or, if none is near, with all of them.
     """
     choices = sorted(choices)
-    close = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(choices)}."
+    by_lower = {choice.lower(): choice for choice in choices}
+    typed = value.lower()
+    longer = [choice for choice in by_lower if typed and choice.startswith(typed)]
+    close = longer or difflib.get_close_matches(typed, by_lower, n=1, cutoff=0.5)
+    return f"Did you mean {by_lower[close[0]]!r}?" if close else f"Choose from: {', '.join(choices)}."
 
 
 def quote_value(value: str) -> str:

@@ -75,6 +75,25 @@ def test_the_plan_prints_the_hours_that_the_readme_quotes(
         assert f"{found[1]} hours of an H100, {found[2]} with --kernels liger" in text, page
 
 
+def test_an_unknown_gpu_is_refused_before_data_are_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    done = run(SWEEP, "--plan", "--plan-gpu", "A100")
+    done.assert_refused("error: --plan-gpu 'A100' is not in the table of GPUs. Did you mean 'A100-40G'?")
+
+
+def test_a_model_of_the_hub_is_predicted_before_it_is_here(
+    data: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(data))
+    monkeypatch.setenv("COLUMNS", "200")
+    done = run(SWEEP, "--plan", "--plan-gpu", "H100", "--model", "meta-llama/Llama-3.1-8B")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "GPU hours       predicted: " in done.stdout
+    assert "2 are expected, for 2000 tokens per lane and micro-batch on one H100" in " ".join(
+        done.stdout.split()
+    )
+
+
 def test_a_plan_prints_what_it_cannot_check(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(data))
     monkeypatch.setenv("COLUMNS", "200")

@@ -187,7 +187,7 @@ def test_hours_are_predicted_and_marked_until_a_lane_was_measured(store: Store, 
         )
     assert "predicted" in plan(None, points), "a CPU's time says nothing about a GPU"
     for gpu, options in ((A10G, {}), (None, {"plan": True, "plan_gpu": "A10G"})):
-        said = plan(gpu, points, **options)
+        said = plan(gpu, points, lanes_per_trainer=4, **options)  # as many as the measured lane had
         assert "predicted" not in said
         assert "GPU hours       about 1 to 1.2 on NVIDIA A10G\n" in said
     assert "predicted" in plan("NVIDIA L4", points), "another GPU was measured"
@@ -197,17 +197,52 @@ def test_a_prediction_names_what_it_leaves_out(plan: Plan) -> None:
     points = bfloat16(HUNDRED)
     vera = [replace(point, variant=replace(point.variant, name="vera")) for point in points]
     said = plan(None, [*points, *vera])
-    assert "; without vera, which were not counted" in said
+    part = "for 100 of 200 configurations, without vera"
+    assert re.search(rf"^GPU hours .* on one H100, .* with --kernels liger {part}$", said, re.M)
+    assert re.search(rf"^Price  .* USD {part}, at ", said, re.M)
+    assert "; does not include vera: its kernels have not been counted; --plan-gpu" in said
+    early = plan(None, points, scheduler="asha")
+    assert re.search("^GPU hours .* with --kernels liger, less what early stopping saves$", early, re.M)
     (hours,) = (line for line in plan(None, points).splitlines() if line.startswith("GPU hours"))
     assert hours in said
     for unpredicted in (vera, HUNDRED):  # the second is in float32
         assert "predicted" not in plan(None, unpredicted)
     assert "GPU hours       unknown\n" in plan("Tesla T4", points), "a GPU without bfloat16"
+
+
+def test_a_plan_says_why_nothing_is_predicted(plan: Plan) -> None:
+    points = bfloat16(HUNDRED)
+    vera = [replace(point, variant=replace(point.variant, name="vera")) for point in points]
+    unknown = [replace(point, model=replace(point.model, name="an/unknown-model")) for point in points]
+    for gpu, left, reason in (
+        (None, vera, "steps of vera have not been counted"),
+        (A10G, vera, "steps of vera have not been counted"),
+        (A10G, HUNDRED, f"{HUNDRED[0].model.name} is in float32, and only steps in bfloat16 were counted"),
+        (None, unknown, "the sizes of an/unknown-model are unknown until it is here"),
+        ("Tesla T4", points, "a T4 has no bfloat16"),
+        ("NVIDIA B200", points, "the table of GPUs has no NVIDIA B200"),
+    ):
+        said = plan(gpu, left)
+        assert f"Prediction      none: {reason}\n" in said, said
+        assert "predicted: " not in said
+
+
+def test_a_plan_of_cpus_has_no_gpu_hours(plan: Plan) -> None:
+    points = bfloat16(HUNDRED)
     for options in ({"device": "cpu"}, {"gpus_per_worker": 0.0}):
         assert "GPU hours" not in plan(A10G, points, **options)
 
 
 def test_a_gpu_that_is_not_in_the_table_is_refused(plan: Plan) -> None:
+    assert "on one L4," in plan(None, bfloat16(HUNDRED), plan=True, plan_gpu="l4")
+    with pytest.raises(UsageError, match=r"'A100' is not in the table of GPUs\. Did you mean 'A100-[48]0G'"):
+        plan(None, plan=True, plan_gpu="A100")
+    for options, typed in (
+        ({"device": "cpu"}, "--device cpu"),
+        ({"gpus_per_worker": 0.0}, "--gpus-per-worker 0"),
+    ):
+        with pytest.raises(UsageError, match=f"--plan-gpu 'H100' with {typed}: take one of the two away"):
+            StudyOptions(plan=True, plan_gpu="H100", **options)  # type: ignore[arg-type]
     with pytest.raises(
         UsageError, match=r"--plan-gpu 'H10' is not in the table of GPUs\. Did you mean 'H100'"
     ):
@@ -218,7 +253,7 @@ def test_a_gpu_that_is_not_in_the_table_is_refused(plan: Plan) -> None:
 
 def test_a_shared_gpu_is_planned_as_such(plan: Plan) -> None:
     said = plan(None, plan=True, plan_gpu="H100", gpus_per_worker=0.5)
-    assert "Trainers        as many as have room on GPUs of type H100, 2 on each GPU\n" in said
+    assert "Trainers        as many as have room on GPUs of type H100, up to 2 share one GPU\n" in said
     assert "measures how many fit into 0.5 of its GPU's memory\n" in said
 
 

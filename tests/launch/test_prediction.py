@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import meta_step
 import model_shapes
 import pytest
+from points import configuration
 from synthetic_task import StepSize
 
+from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch import prediction, prices
-from orchestrator.launch.prediction import ModelShape, RowLengths, step_seconds
-from orchestrator.study.configuration import BatchConfig
+from orchestrator.launch.decoder_shape import ModelShape, PredictionError, find_shape
+from orchestrator.launch.known_models import KNOWN_MODELS
+from orchestrator.launch.prediction import RowLengths, predict, predict_lanes, step_seconds
+from orchestrator.study.configuration import BatchConfig, ModelChoice
 
 (H100,) = (gpu for gpu in prices.load_prices() if gpu.gpu == "H100")
 METAMATHQA = RowLengths(prompt=113, answer=137)
@@ -69,14 +76,78 @@ def test_the_number_of_kernels_is_that_of_a_counted_micro_batch(
     assert predicted * lanes == pytest.approx(counted["launches"], rel=0.15)
 
 
-def test_the_shape_of_the_default_model_is_the_benchmarks() -> None:
-    assert ModelShape.from_config(transformers_config("qwen3-0.6b")) == prediction.QWEN3_06B
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_models_of_the_hub_are_predicted_before_they_are_here(name: str, tmp_path: Path) -> None:
+    shape = find_shape(ModelChoice(name, UNPREPARED, "bfloat16"), tmp_path)
+    assert shape.norms_queries == ("Qwen3" in name)
+    weights = (shape.layers * shape.layer_weights + shape.hidden * shape.vocab) / 1e9
+    billions = {"135M": 0.135, "0.6B": 0.6, "1.7B": 1.72, "8B": 7.5}
+    assert weights == pytest.approx(next(b for size, b in billions.items() if size in name), rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral", "Olmoe", "Phi", "Starcoder2", "Gemma2", "GPT2"])
+def test_models_with_other_layers_have_no_prediction(family: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")()
+    with pytest.raises(PredictionError, match=f"type {config.model_type} have not been counted"):
+        ModelShape.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "variant", "kernels"), [("qwen3-0.6b", "lora", "torch"), ("llama-3.1-8b", "dora", "liger")]
+)
+def test_the_predicted_memory_of_a_lane_is_that_of_a_counted_step(
+    model: str, variant: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory that a second lane adds in two blocks, without the first and last layers."""
+    shape = model_shapes.SHAPES[model]
+    peaks = {}
+    for blocks, lanes in product((1, 3), (1, 2)):
+        cut = replace(shape, sizes={**shape.sizes, "num_hidden_layers": blocks})
+        monkeypatch.setitem(model_shapes.SHAPES, model, cut)
+        counted = meta_step.count_step(model, variant, lanes, kernels == "liger", StepSize(8, 8, 512))
+        peaks[blocks, lanes] = counted["peak_gib"] * 2**30
+    block = (peaks[3, 2] - peaks[3, 1] - peaks[1, 2] + peaks[1, 1]) / 2
+    sizes = replace(ModelShape.from_config(transformers_config(model)), layers=1)
+    predicted = prediction.lane_bytes(sizes, variant, METAMATHQA.row * 8, kernels, False)
+    assert predicted == pytest.approx(block, rel=0.15)
+
+
+def test_gradient_checkpointing_adds_to_the_steps_and_not_to_the_evaluations(tmp_path: Path) -> None:
+    model = ModelChoice("Qwen/Qwen3-0.6B-Base", UNPREPARED, "bfloat16")
+    one = replace(configuration(), model=model)
+    rows = RowLengths.sample(tasks.get(one.task.name), one.batches.max_length)
+    shape = find_shape(model, tmp_path)
+    steps = one.lr_schedule.steps * step_seconds(shape, "lora", one.batches, rows, H100, 4, "torch")
+    without, with_it = (predict([one], tmp_path, H100, 4, "torch", used).seconds for used in (False, True))
+    assert with_it - without == pytest.approx(steps / 3)
+
+
+def test_the_predicted_lanes_follow_the_memory_of_the_gpu(tmp_path: Path) -> None:
+    def lanes(name: str, gib: float, rows: int = 8, **options: Any) -> int:
+        model = ModelChoice(name, UNPREPARED, "bfloat16")
+        one = replace(configuration(), model=model, batches=BatchConfig(rows, 1, 512))
+        return predict_lanes([one], tmp_path, gib * 2**30, **options)[0]
+
+    small, large = "Qwen/Qwen3-0.6B-Base", "meta-llama/Llama-3.1-8B"
+    assert lanes(small, 79) == lanes(large, 79) == 8, "short rows"
+    assert lanes(large, 16) == 1, "not even the weights fit"
+    assert lanes(large, 24, 64) < lanes(large, 79, 64)
+    assert lanes(large, 24, 64, checkpointing=True) > lanes(large, 24, 64)
 
 
 def test_every_gpu_with_bfloat16_has_a_prediction_and_a_slower_one_a_longer() -> None:
+    shape = ModelShape.from_config(transformers_config("qwen3-0.6b"))
     seconds = {
         gpu.gpu: step_seconds(
-            prediction.QWEN3_06B, "lora", BatchConfig(8, 8, 512), METAMATHQA, gpu, 4, "torch"
+            shape,
+            "lora",
+            BatchConfig(8, 8, 512),
+            METAMATHQA,
+            gpu,
+            4,
+            "torch",
         )
         for gpu in prices.load_prices()
         if gpu.bf16_tflops is not None

@@ -50,11 +50,11 @@ def test_the_chosen_lanes_fit_and_one_more_would_not_or_would_not_pay(
     assert found.fitting == 1 or shared + found.fitting * lane <= MEMORY_SHARE * memory
     assert shared + (found.fitting + 1) * lane > MEMORY_SHARE * memory
     if found.lanes < min(found.fitting, 8):
-        assert found.lanes * tokens <= 4_000 or found.lanes == 2
-        assert (found.lanes + 1) * tokens > 4_000
+        assert found.lanes * tokens <= 9_000 or found.lanes == 2
+        assert (found.lanes + 1) * tokens > 9_000
 
 
-@pytest.mark.parametrize(("tokens", "lanes"), [(100, 8), (500, 8), (1_000, 4), (2_000, 2), (3_500, 2)])
+@pytest.mark.parametrize(("tokens", "lanes"), [(100, 8), (1_000, 8), (2_000, 4), (2_250, 4), (5_000, 2)])
 def test_long_micro_batches_get_two_lanes_and_short_ones_up_to_eight(tokens: int, lanes: int) -> None:
     assert peaks(10, 11).choose(100, tokens).lanes == lanes
 
@@ -93,6 +93,20 @@ def test_a_variant_that_trains_alone_is_not_measured_further(store: Store) -> No
     train(source, store, lanes=8, is_measured=True, make_engine=MeasuredEngine)
     assert max(map(len, source.held)) == 1
     assert not store.lane_capacity.exists()
+
+
+class Listener(Script):
+    """A source that keeps what the trainer tells about its number of lanes."""
+
+    def note_max_lanes(self, max_lanes: int) -> None:
+        self.told = [*getattr(self, "told", []), max_lanes]
+
+
+@pytest.mark.parametrize(("variant", "limits"), [("full", {1}), ("lora", {1, 2, 5})])
+def test_a_trainer_tells_how_many_lanes_it_can_hold(variant: str, limits: set[int], store: Store) -> None:
+    source = Listener(leases(configuration(variant=variant, seed=seed, steps=12) for seed in range(6)))
+    train(source, store, lanes=8, is_measured=True, make_engine=MeasuredEngine)
+    assert set(source.told) == limits
 
 
 MEASURED = MeasuredLanes(lanes=5, fitting=6, one_lane_bytes=5, two_lanes_bytes=8, tokens=700)
