@@ -16,13 +16,14 @@ MIN_AUTOSCALED_TRAINERS = 8
 
 
 class SearchLimiter(ConcurrencyLimiter):
-    """Limit the unfinished points of a search to the lanes that the trainers can hold.
+    """Limit the unfinished points of a search to those that the trainers can train.
 
-    Trainers on GPUs measure how many lanes they can hold, so the limit changes while the search runs.
+    The limit changes while the search runs: trainers on GPUs measure how many lanes they can hold, and points
+    of different group keys cannot train together.
 
     Args:
         searcher: The searcher to limit.
-        limit: Returns the limit for the numbers of lanes that trainers have measured.
+        limit: Returns the limit for the lanes of each trainer, as in `trial_limits`.
     """
 
     def __init__(self, searcher: Searcher, limit: Callable[[Sequence[int]], Any]) -> None:
@@ -30,7 +31,7 @@ class SearchLimiter(ConcurrencyLimiter):
         self._limit = limit
 
     def follow(self, capacities: Sequence[int]) -> None:
-        """Set the limit for the lanes that each placed trainer can hold; called from another thread."""
+        """Set the limit for the lanes of each trainer; called from another thread."""
         self.max_concurrent = self._limit(capacities)
 
     def get_state(self) -> dict[str, Any]:
@@ -69,7 +70,8 @@ def trial_limits(
         cluster: The nodes, with their memory.
         scheduler: The name of the scheduler.
         is_search: True if trials are suggested by a search.
-        capacities: The numbers of lanes that placed trainers can hold, of those that have told it.
+        capacities: The number of lanes that a search may keep unfinished for each trainer, of those that have
+            told their limit; see `count_usable_lanes` in `broker/assignment.py`.
     """
     num_trainers = pool.num_trainers
     if pool.elastic and not cluster.local:
