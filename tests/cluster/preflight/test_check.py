@@ -100,7 +100,8 @@ def check_process(address: str, *arguments: str, **environment: str) -> tuple[in
 
 
 def files_in(folder: Path) -> set[Path]:
-    return set(folder.rglob("*"))
+    """Return the paths below a folder, without the bytecode that Python writes beside an imported task."""
+    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 
 @pytest.mark.cluster
