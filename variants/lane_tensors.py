@@ -113,12 +113,15 @@ class LaneTensors:
         return self._copied_stacks[lanes][1]
 
     def after_write(self, lane: str) -> None:
-        """Raise the versions of a lane's parameters and of their stacks, and delete copied stacks.
+        """Mark a lane's parameters as written, and delete copied stacks. Call it after each optimizer step.
 
-        AdamW's fused kernel writes the parameters without raising their versions, by which cached values that
-        are derived from them are recognized as outdated. The stack, which the autograd graph has kept, counts
-        versions of its own: raising them lets a backward pass through a graph from before the write fail,
-        where it would otherwise compute wrong gradients.
+        The method increments autograd's version counters of the parameters and of the stacks that share their
+        memory. AdamW's fused kernel increments neither. Cached values are computed again if a parameter has a
+        new version. A backward pass through a graph from before the write raises autograd's error if the
+        stack has a new version; otherwise it would compute wrong gradients.
+
+        Args:
+            lane: The lane whose parameters were written in place.
         """
         parameters = self.trainable[lane]
         written = [*parameters.values(), *((self._storage or {}).get(name) for name in parameters)]

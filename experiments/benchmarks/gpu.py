@@ -121,7 +121,7 @@ def run() -> int:
 
 
 def _measure_here(name: str, options: argparse.Namespace) -> bool:
-    """Measure a section in this process. Returns False if it failed, after the error is printed."""
+    """Measure a section in this process, and print its error if it fails. Return whether it succeeded."""
     device, output = torch.device(options.device), Output(None)
     model = "tiny" if options.tiny else options.model
     if device.type == "cpu":

@@ -352,7 +352,7 @@ def measure_out_of_memory(setup: Setup) -> None:
     """Double the lanes until memory runs out (on a GPU only), and measure what stays allocated.
 
     Raises:
-        RuntimeError: The error was not classified as a lack of memory.
+        RuntimeError: A step failed for another reason than a lack of memory.
     """
     model, rows, count = setup.build(), setup.rows(), max(setup.lanes)
     fault: Fault | None = None

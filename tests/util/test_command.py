@@ -27,7 +27,9 @@ class Done:
         self.is_set = True
     def wait(self, seconds=None):
         time.sleep(seconds or 0.05)
-        return self.is_set or (seconds is None and self.wait())
+        while seconds is None and not self.is_set:
+            time.sleep(0.05)
+        return self.is_set
 done = Done()
 def started():
     print("started", flush=True)

@@ -39,7 +39,15 @@ class DeviceRegistry:
         return self._devices.get(trainer_name, ())
 
     def admit(self, trainer_name: str, devices: Sequence[str]) -> dict[str, str]:
-        """Record the devices of a trainer that starts. Returns those that are excluded, with the reasons."""
+        """Record the devices of a trainer that starts.
+
+        Args:
+            trainer_name: The trainer's name.
+            devices: The names of its workers' devices.
+
+        Returns:
+            Device -> reason, for those of the devices that are excluded.
+        """
         self._devices[trainer_name] = tuple(devices)
         return {device: self.excluded[device] for device in devices if device in self.excluded}
 

@@ -34,7 +34,7 @@ HeldLanes = Mapping[str, HeldLane]
 
 
 class TrainerInfo(NamedTuple):
-    """What a trainer announces about itself with every lease and exchange."""
+    """The devices and the limit of a trainer, which it sends with every call of `lease` and `exchange`."""
 
     devices: tuple[str, ...] = ()
     """The names of the devices of its workers."""

@@ -115,14 +115,14 @@ def assign_rows(counts: Sequence[int], rank: int, world_size: int) -> list[Share
 
 
 class StepBatchLoader:
-    """Makes the batches of steps; a thread makes those of the next steps in advance.
+    """Builds the padded batches of optimizer steps, if wanted in a thread and ahead of the steps.
 
     Args:
         rows: The training rows.
         max_row_length: The largest padded length, as `compute_max_row_length` returns it.
         pad_token_id: The id of the padding token.
-        worker: The rank of this worker, and the number of workers.
-        ahead: Whether a thread makes the batches of the next steps.
+        worker: The rank of this worker in its trainer, and the number of workers.
+        ahead: If true, a thread builds the batches of the next steps while the model computes.
     """
 
     def __init__(

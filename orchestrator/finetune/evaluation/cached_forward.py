@@ -175,15 +175,15 @@ class CapturedStep:
             raise
 
     def replay(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Compute a step.
+        """Copy the inputs of a decode step into the captured tensors, and replay the CUDA graph.
 
         Args:
-            ids: Token ids, (rows, 1). All inputs have the shapes of the captured ones.
-            mask: The mask, (rows, 1, 1, length).
-            positions: The position of each token, (rows, 1).
+            ids: The last token id of each row, (rows, 1). All inputs have the shapes of the captured ones.
+            mask: The attention mask over the positions of the cache, (rows, 1, 1, length).
+            positions: The position of each token in its row, (rows, 1).
 
         Returns:
-            The logits, (rows, vocabulary); the next call overwrites them.
+            The logits of the next token, (rows, vocabulary); the next call overwrites them.
         """
         for captured, new in zip(self._inputs, (ids, mask, positions), strict=True):
             captured.copy_(new)

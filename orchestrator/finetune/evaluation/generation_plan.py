@@ -117,10 +117,10 @@ class GenerationLimits:
         return max(MIN_ROWS, min(self.max_rows, by_prompt, by_cache))
 
     def lanes(self, plan: BatchPlan, max_new_tokens: int) -> int:
-        """Return how many lanes can generate the batches of a plan together, at least 1.
+        """Return how many lanes fit into memory if they generate their answers together, at least 1.
 
         Args:
-            plan: The batches of one lane.
+            plan: The batches in which each of the lanes generates its answers.
             max_new_tokens: The longest answer in tokens.
         """
         prompt = max(length * len(items) for length, items in plan)
