@@ -43,7 +43,7 @@ backward pass."""
 
 @dataclass
 class Counts:
-    """Counts of a context of `TensorCounter`."""
+    """What a `TensorCounter` has counted within its context."""
 
     launches: int = 0
     transfers: int = 0

@@ -108,7 +108,7 @@ class Broker:
     # -- trainers
 
     async def admit(self, trainer_id: str, devices: Sequence[str]) -> dict[str, str]:
-        """Record the devices of a trainer that starts. Returns those that are excluded, with the reasons."""
+        """Record the devices of a trainer that starts; see `DeviceRegistry.admit`."""
         return self.core.failure_policy.devices.admit(parse_trainer_name(trainer_id), devices)
 
     async def hold(self, trainer_id: str, faults: dict[str, str]) -> bool:

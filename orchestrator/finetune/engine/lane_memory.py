@@ -23,7 +23,7 @@ kernels); 8 lanes save nothing more. The number leaves room for rows that are a 
 
 
 def limit_lanes(fitting: int, tokens: int) -> int:
-    """Return the number of lanes that a trainer holds.
+    """Return how many lanes a trainer should train at once.
 
     Args:
         fitting: The number of lanes that fit into memory.
