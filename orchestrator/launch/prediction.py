@@ -1,8 +1,8 @@
 """Prediction of a study's GPU hours from counted kernels, for a GPU on which nothing has been measured.
 
 The time of a training step has two parts: the operations of its matrix products divided by the GPU's speed in
-them, and the bytes that all other kernels move divided by the memory's speed. Their sum is at least the time
-that Python takes to launch the kernels.
+them, and the bytes that all other kernels move divided by the memory's speed. If Python takes longer to
+launch the kernels than both together, that time counts instead.
 The constants below are fitted to steps of eight models of 0.6 to 8 B parameters on torch's meta device, with
 one lane and rows of one length, counted as in `experiments/benchmarks/meta_step.py`. The formula reproduces
 these counts within 6 %, and those of steps with rows of mixed lengths and several lanes within 15 %. How fast
