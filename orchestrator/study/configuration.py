@@ -101,7 +101,10 @@ class LRSchedule:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Batches: `accumulation_steps` micro-batches of `micro_batch_size` examples per optimizer step."""
+    """Batches: `accumulation_steps` micro-batches of `micro_batch_size` examples per optimizer step.
+
+    Training examples of more than `max_length` tokens are truncated.
+    """
 
     micro_batch_size: Annotated[int, Field(alias="batch_size")]
     accumulation_steps: Annotated[int, Field(alias="accumulation")] = 1

@@ -30,10 +30,11 @@ OWN_RANGE = (0.5, 2.0)
 """Range of a variant's numeric setting without an entry in the table, as multiples of its default."""
 RESWEEP_DECADES = (-1.0, -0.5, 0.0, 0.5, 1.0)
 """Positions of the rates at which every level is trained, in decades from the best rate of the default. With
-the middle three alone, the optimum of an alias such as alpha lies outside, and B(alpha) is estimated as 3.6
-points instead of 0.1."""
+the middle three alone, the best rate of an extreme alpha lies outside of them: the loss B(alpha), which
+docs/sensitivity.md defines, is then estimated as 3.6 points instead of 0.1."""
 RESWEEP_TOLERANCE = 0.13
-"""Largest distance of a rate from such a position, in decades: half of the spacing of 4 rates a decade."""
+"""Largest distance of a rate from a position in `RESWEEP_DECADES`, in decades: half of the spacing of 4 rates
+a decade, rounded up."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def resweep_rates(rates: Sequence[float], center: float) -> tuple[float, ...]:
 
     Args:
         rates: Rates of the curve.
-        center: The rate of x*, one of `rates`.
+        center: The best rate of the default configuration (x* in docs/sensitivity.md), one of `rates`.
 
     Returns:
         Up to five rates, ascending; fewer near an end of the curve. `center` is one of them.

@@ -30,8 +30,9 @@ class GridOptions:
 
     dry_run: bool = False
     """Rehearse the whole study on this machine, without a GPU: a small task on a base model that is
-    pretrained here once (about half a minute). Ends in a few minutes with a real report. --task names
-    another task: letters (the default), reviews or digits; the real ones take longer."""
+    pretrained here once (about half a minute). Ends in a few minutes with a complete report. --task names
+    another task than the script's (letters; tuned_comparison.py: letters and digits), for example reviews;
+    tasks on downloaded models take longer."""
     variants: tuple[str, ...] | None = None
     """Variants to compare, e.g. `lora pissa`. Default: those of the script."""
     task: tuple[str, ...] | None = None
@@ -179,7 +180,7 @@ class TrainingOptions:
         """Check the options of this group.
 
         Raises:
-            UsageError: One of them is out of bounds.
+            UsageError: One of them is out of bounds, or does not go with another.
         """
         bounds.check_bound("--steps", self.steps, bounds.MAX_STEPS)
         bounds.check_positive("--epochs", self.epochs, "1")
@@ -286,7 +287,7 @@ class OutputOptions:
         """Check the options of this group.
 
         Raises:
-            UsageError: One of them is empty, or no valid price.
+            UsageError: One of them is empty or invalid, or does not go with another.
         """
         _check_not_empty("--tracking-uri", self.tracking_uri)
         if self.plan_gpu is not None and not self.plan:

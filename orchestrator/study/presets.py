@@ -1,7 +1,7 @@
 """Presets: the grids of the published study (arXiv 2601.22708) as defaults of the options of a study.
 
-A preset is the file `orchestrator/published/NAME.toml`. Options on the
-command line have precedence over the preset.
+A preset is the file `orchestrator/published/NAME.toml`. Options on the command line have precedence over the
+preset.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def read_preset(name: str) -> Preset:
         UsageError: There is no preset of this name.
     """
     if name not in preset_names():
-        raise UsageError(f"--preset {name!r} is not one. {suggest_nearest(name, preset_names())}")
+        raise UsageError(f"--preset {name!r}: no such preset. {suggest_nearest(name, preset_names())}")
     data = tomllib.loads((PUBLISHED_FOLDER / f"{name}.toml").read_text())
     common = tomllib.loads((PUBLISHED_FOLDER / "common.toml").read_text())
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in data["options"].items()}

@@ -49,8 +49,9 @@ def check_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> None:
         max_bytes: Largest length in UTF-8.
 
     Raises:
-        UsageError: The name is empty or too long, or has a character that the name of a folder cannot have or
-            that is not printable. The error names a similar valid name.
+        UsageError: The name is empty or too long, has a character that the name of a folder cannot have or
+            that is not printable, or starts or ends with a character that it may only have inside. The error
+            names a similar valid name.
     """
     near = nearest_valid_name(name, max_bytes)
     if name != near:
@@ -82,8 +83,8 @@ def resolve_study_folder(name: str, output: Path, store: Path) -> Path:
         store: Folder of the store.
 
     Raises:
-        UsageError: The name is not valid, or the folder is that of the store or of the default store, or a
-            folder inside them.
+        UsageError: The name is not valid, or the folder is that of the store or of the default store, or is
+            one of their `STORE_FOLDERS` or inside it.
     """
     check_name(name, MAX_NAME_BYTES + SUFFIX_BYTES)
     found = output / name

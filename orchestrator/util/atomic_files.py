@@ -23,7 +23,7 @@ Content = TypeVar("Content")
 
 @contextmanager
 def add_path_to_disk_errors(path: Path) -> Iterator[None]:
-    """Set `path` as the file of a disk error that names no file, or the temporary file of `path`.
+    """Set `path` as the file of a disk error that names no file or names the temporary file of `path`.
 
     Other errors are left as they are: errors of networks and time limits of Ray are OSErrors, too.
     """

@@ -50,7 +50,7 @@ class InterruptHandler:
         self.stop_gracefully: Callable[[], None] | None = None
         self.before_exit: Callable[[], object] | None = None
         self.exit_lock = threading.Lock()
-        """Held for good by the thread that ends the process."""
+        """The thread that ends the process acquires this lock and never releases it."""
         self.is_resume_command_printed = False
         self._read_fd, self._write_fd = -1, -1
 

@@ -24,11 +24,11 @@ def keep_freed_memory() -> None:
 def set_options(mallopt: Callable[[int, int], int]) -> None:
     """Set `OTHER_OPTIONS` if one of `MMAP_THRESHOLDS` could be set.
 
-    Each of them alone would end glibc's own adjustment of the threshold, which would stay at 128 KiB and
-    cause more page faults than before.
+    Setting any of these options ends glibc's own adjustment of the mmap threshold. Without a value from
+    `MMAP_THRESHOLDS` it would stay at 128 KiB and cause more page faults than before.
 
     Args:
-        mallopt: Sets an option and returns 1, or returns 0.
+        mallopt: Sets an option to a value; returns 1, or 0 if that failed.
     """
     if any(mallopt(M_MMAP_THRESHOLD, value) == 1 for value in MMAP_THRESHOLDS):
         for option, value in OTHER_OPTIONS.items():

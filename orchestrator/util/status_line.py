@@ -1,4 +1,4 @@
-"""Lines for the person at the terminal, on the process's first stderr."""
+"""Lines for the person at the terminal, on the process's original stderr (`sys.__stderr__`)."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ to boot and to be set up."""
 TRAINER_SILENT_SECONDS = 60.0
 """Silence after which a trainer loses its lanes."""
 STARVATION_SECONDS = 60.0
-"""Wait after which a group key, or a suspect, gets a trainer of its own."""
+"""Wait after which a trainer is emptied for the lanes of a group key, or for a lane that may have caused a
+crash."""
 ORPHAN_LANE_SECONDS = 60.0
 """Time after a restart of the broker in which a lane that a trainer has announced waits for its trial."""
 HEARTBEAT_SECONDS = 10.0
@@ -135,7 +136,7 @@ CLOSING_MLFLOW_RETRY_SECONDS = 1.0
 ABANDONED_FOLDER_SECONDS = 3600.0
 """Age after which a temporary folder counts as left behind by a killed process."""
 SANDBOX_SETUP_SECONDS = 60.0
-"""Time for the setup of the sandbox on a busy machine; after it, the machine is considered faulty."""
+"""Time for the setup of the sandbox on a busy machine; a program whose sandbox takes longer has failed."""
 
 # -- polling and printing
 

@@ -14,14 +14,15 @@ from functools import lru_cache
 from typing import Any
 
 MAX_EXPRESSION_LENGTH = 200
-"""The longest expression in characters; a longer one is no answer."""
+"""The longest formula in characters. Of a longer one only a number in it is taken."""
 
 MAX_TEXT_LENGTH, MAX_STATEMENTS = 4000, 8
 """The numbers of characters at the end of a text, and of statements in them, that are examined. They limit
 the time for a text that repeats itself."""
 
 MAX_POWER = 12
-"""The highest power of a group in a text with letters or roots; nested powers are multiplied."""
+"""The largest product of the exponents of bracketed groups, such as (x + 1)^3, in a text with letters or
+roots."""
 
 _ARITHMETIC = re.compile(r"\\(?:[dt]?frac|cdot|times|left|right|displaystyle)(?![a-z])")
 _STATED = re.compile(
@@ -61,8 +62,8 @@ def grade(answer: str, reference: str) -> float:
 def extract_answer(text: str) -> str:
     r"""Return the answer in a text: a number or an expression, empty if there is none.
 
-    The answer is the value in the last \boxed{...} or after the last "####" or "answer is". A text without
-    such a value is answered by its last number.
+    The answer is the value in the last \boxed{...} or after the last "####" or "answer is", whichever comes
+    later. If there is no such value, the answer is the text itself if it is a formula, else its last number.
 
     Args:
         text: The text.
@@ -98,8 +99,9 @@ def _extract_value(span: str, first: bool) -> str:
     """Return the expression or number in a span: the whole span if it is one, else its first or last number.
 
     Args:
-        span: A part of a text. Of an equation the right-hand side counts.
-        first: True to take the first number, False to take the last one.
+        span: A part of a text.
+        first: True to take the first number, and of an equation only the right-hand side; False to take the
+            last number.
     """
     bare = _strip_markup(span)
     if "=" in bare and first:
@@ -139,6 +141,7 @@ def _is_expression(text: str) -> bool:
 
 
 def _format_number(match: re.Match[str], word: re.Match[str] | None) -> str:
+    """Return a number without separators, multiplied by the scale that follows it ("3 million")."""
     body = re.sub(r",(?=\d{3})|\{,\}|\\[,!]", "", match.group("body")).strip()
     negative = bool(match.group("sign")) != bool(match.group("inner"))
     scale = _SCALES.get(word.group(1).lower()) if word else None
@@ -215,7 +218,7 @@ def _parse(text: str) -> Any:
 
 
 def _parse_fraction(text: str) -> Fraction | None:
-    """Parse a number, a fraction or a mixed number; math-verify reads 3 1/2 as 3/2."""
+    """Parse a number, a fraction or a mixed number (math-verify reads 3 1/2 as 3/2); None for other texts."""
     text = _SIMPLE_FRACTION.sub(r" \1\2/\3\4", text)
     parts = re.fullmatch(
         r"(-?)(?:(\d+)\s+)?(-?[\d.]+(?:[eE][-+]?\d{1,3})?)(?:\s?/\s?(-?[\d.]+))?", text.strip()

@@ -18,9 +18,14 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
 
     An error that would end a lane on a GPU is found here, before any machine is requested.
 
+    Args:
+        configurations: Configurations of one task.
+        task: The task.
+        bases: The store's folder of base models.
+
     Raises:
         UsageError: The variant's rank or targets do not fit the model, the model lacks positions for the
-            task's texts, or it does not support dropout of its own.
+            task's texts, or it does not support `base_dropout`.
     """
     from orchestrator.finetune.data.batches import compute_max_row_length
     from orchestrator.finetune.engine.lane import variant_settings
@@ -62,6 +67,11 @@ def check_positions(model: Any, name: str, length: int, task: Task) -> None:
 
 def check_token_ids(configuration: Configuration, bases: Path, largest_id: int) -> None:
     """Check that the model has an embedding for the largest token id of the data.
+
+    Args:
+        configuration: The configuration with the model.
+        bases: The store's folder of base models.
+        largest_id: The largest token id.
 
     Raises:
         UsageError: It has none. On a GPU such an index would end the worker's process.

@@ -26,8 +26,9 @@ _IGNORED_KEYS = {"transformers_version", "_name_or_path"}
 def content_hash(folder: Path) -> str:
     """Return the SHA-256 (hex) over the files of a model folder: configuration, tokenizer and weights.
 
-    Hidden files, subfolders, Markdown files and the library versions in JSON files are left out. Large files
-    are read once per process, as long as their sizes and modification times stay the same.
+    Hidden files, subfolders and Markdown files are left out, and so are the keys `transformers_version` and
+    `_name_or_path` of JSON files. A folder is read once per process, as long as the sizes and modification
+    times of its files stay the same.
 
     Args:
         folder: A folder written by `save_pretrained`.

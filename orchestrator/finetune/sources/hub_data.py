@@ -4,9 +4,9 @@ If ORCHESTRATOR_DATA is set to a folder that contains `organization/dataset/` as
 (`hf download --repo-type dataset --local-dir`), a table is read from there. Otherwise it is read from the hub
 at one commit, and `datasets` keeps it in its own cache.
 
-The commit is the task's if the task names one. Otherwise the hub is asked once for the newest commit, which
-is then pinned in the store like that of a base model (`hub_models.py`). A configuration identifies its data
-by the content of the examples in either case.
+If the task names a commit, that one is read; if it names a branch, the newest commit of the branch.
+Otherwise the hub is asked once for the newest commit, which is then pinned in the store like that of a base
+model (`hub_models.py`). In all cases a configuration identifies its data by the content of the examples.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Table:
         columns: The columns to read, which must exist, with the type of their cells:
             {"text": str, "label": range(2)}.
         subset: The configuration of the dataset, if it has several.
-        revision: A commit of the hub. Default: the newest one when the task is first used in a store.
+        revision: A commit or a branch of the hub. Default: the newest commit when the task is first used in a
+            store.
     """
 
     repository: str
@@ -194,9 +195,17 @@ def _resolve_source(table: Table, task: str) -> tuple[str, str | None]:
 
 
 def _find_commit(table: Table, task: str, commit: str | None) -> tuple[str, Path | None]:
-    """Return the commit, and its folder in the local cache if the hub cannot be reached.
+    """Return the commit, and its folder in the local cache if the hub cannot be reached, else None.
 
     `load_dataset` reads that folder without asking the hub.
+
+    Args:
+        table: The table.
+        task: The name of its task, for error messages.
+        commit: A commit or a branch; None for the newest commit.
+
+    Raises:
+        UsageError: Neither the hub nor the cache has it.
     """
     try:
         return find_commit(table.repository, "dataset", commit)

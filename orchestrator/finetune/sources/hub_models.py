@@ -1,8 +1,8 @@
 """Base models of the Hugging Face hub: `organization/model`, or `organization/model@revision`.
 
-A name is pinned to a commit when it is first prepared, in an entry beside the other base models; every worker
-loads that commit from its own cache or from the hub. If the entry is removed, the next study uses the newest
-commit.
+A name is pinned to a commit when the model is first prepared, in an entry beside the other base models; every
+worker loads that commit from its own cache or from the hub. If the entry is removed, the next study uses the
+newest commit.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def resolve_commit(name: str, commit: str | None = None) -> str:
 
 
 def find_commit(repository: str, repo_type: str, revision: str | None) -> tuple[str, Path | None]:
-    """Return a commit, and its folder in the local cache if the hub cannot be reached.
+    """Return a commit, and its folder in the local cache if the hub cannot be reached, else None.
 
     Args:
         repository: The name on the hub: `organization/name`.
         repo_type: "model" or "dataset".
-        revision: A commit or a branch. Default: the newest commit.
+        revision: A commit or a branch; None for the newest commit.
 
     Raises:
         Exception: The hub's error, if the local cache does not have the revision either.

@@ -188,7 +188,7 @@ class Task(TextEncoder):
 
     @property
     def has_head(self) -> bool:
-        """Return whether the model has a head, for classes or for a number."""
+        """True if the model has a head, for classes or for a number."""
         return self.output in ("classification", "regression")
 
     @property

@@ -72,7 +72,8 @@ def check_examples(examples: Sequence[object], count: int, task: str, split: Spl
         split: The split that the examples belong to.
 
     Raises:
-        UsageError: There are fewer, an item is no `Example`, or an example has an unknown `counts_in`.
+        UsageError: There are fewer than `count`, an item is no `Example`, or an example has an unknown
+            `counts_in`.
     """
     checked = []
     for number, example in enumerate(examples):

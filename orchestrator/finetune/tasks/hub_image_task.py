@@ -7,7 +7,7 @@ images that also occur in the test set are left out, and duplicates in the train
 From the paper (arXiv 2601.22708, section on images): CLIP ViT-B/16, top-1 accuracy, rank 8, ten learning
 rates, everything else "identical to" its language tasks, which is AdamW, a cosine schedule, batches of 64,
 and in the paper's scripts 3 % warm-up and weight decay 5e-4. The paper does not give the number of steps
-(here 1,000: one epoch of the largest dataset, 18 of the smallest), the input of the head (here the mean of
+(here 1,000: one epoch of the largest dataset, 20 of the smallest), the input of the head (here the mean of
 the patches, as in transformers' CLIPForImageClassification), or the preparation of images (here by CLIP's
 processor, without augmentation).
 """
@@ -44,7 +44,8 @@ image_defaults = partial(
     warmup=0.03,
     weight_decay=5e-4,
 )
-"""The settings of all image tasks, to be called with the numbers of training, validation and test images."""
+"""Function that returns the settings of an image task. Its arguments are the numbers of training, validation
+and test images."""
 
 
 class HubImageTask(Task):

@@ -31,7 +31,8 @@ instruction_defaults = partial(
     dtype="bfloat16",
     accumulation=8,
 )
-"""Settings for a small model, to be called with the sizes of the splits, the steps, and what differs."""
+"""Function that returns the settings for a small model. Its arguments are the sizes of the splits, the steps,
+and what differs."""
 
 READ_BATCH_SIZE = 1000  # rows
 

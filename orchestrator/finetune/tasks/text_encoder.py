@@ -38,7 +38,7 @@ class TextEncoder:
 
     @property
     def has_head(self) -> bool:
-        """Return whether the model has a head; a model with a head reads the prompt only."""
+        """True if the model has a head; a model with a head reads the prompt only."""
         raise NotImplementedError
 
     def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
@@ -70,8 +70,8 @@ class TextEncoder:
         """Encode a pair of texts that is longer than a limit.
 
         The longer text loses its end until both are equally long, then both lose tokens in turn, as in GLUE's
-        reference code; the special tokens are kept. If `encode` is overridden its result is returned as it is
-        and truncated like a single text.
+        reference code; the special tokens are kept. If `encode` is overridden, its result is returned
+        unchanged, and the caller truncates it like a single text.
 
         Args:
             example: The example to encode.

@@ -97,7 +97,7 @@ def _identity_map(path: str) -> str:
 
 
 def write_file(path: str, text: str) -> None:
-    """Write a file of the kernel's, such as a setting of this process in /proc/self."""
+    """Write a file in /proc, such as a setting of this process in /proc/self."""
     with open(path, "w") as file:
         file.write(text)
 

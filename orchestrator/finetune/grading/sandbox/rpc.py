@@ -99,11 +99,11 @@ class RemoteObject:
 
 
 class Channel:
-    """One end of the connection.
+    """One end of the connection between a program and its tests.
 
     Args:
         connection: The socket.
-        is_server: True at the end of the program, which replies to requests and makes none.
+        is_server: True in the process of the program, which replies to requests and makes none.
 
     Attributes:
         objects: The objects of this process that were sent, by their numbers.

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 WEAK_SANDBOX_VARIABLE = "ORCHESTRATOR_WEAK_SANDBOX"
 TIMED_OUT, KILLED = "out of time", "killed"
-"""Results that may also be caused by other processes on the machine."""
+"""Reasons of a failure that other processes on the machine may have caused."""
 
 SandboxLevel = Literal["namespaces", "limits"]
 

@@ -83,7 +83,7 @@ def _machine_index() -> int:
 
 
 def install_seccomp_filter() -> None:
-    """Refuse the calls permanently for this process and its descendants; needs `no_new_privs`."""
+    """Install the filter, permanently, for this process and its descendants; needs `no_new_privs`."""
     steps = _filter_steps(_machine_index())
     code = _assemble(steps)
     libc = ctypes.CDLL(None, use_errno=True)

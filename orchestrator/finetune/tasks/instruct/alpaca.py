@@ -1,6 +1,6 @@
 """Training on Alpaca, evaluation on IFEval: following instructions that can be checked.
 
-The pair is that of "Learning Rate Matters" (2602.04998).
+"Learning Rate Matters" (2602.04998) has the same pair of datasets.
 
 Training: yahma/alpaca-cleaned (51,760 rows, Stanford Alpaca corrected by hand) in Stanford Alpaca's two
 prompts, with and without an input. Evaluation: IFEval (Zhou et al. 2023, 2311.07911) in the prompt without

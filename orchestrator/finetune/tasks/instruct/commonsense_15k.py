@@ -19,7 +19,7 @@ choice is extracted from the answer's text (`grading/choice.py`), nearly as by L
 Test: the public split with labels of each set, in turn so that all have the same weight: BoolQ (without its
 passage, as in LLM-Adapters), PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge, OpenBookQA. PIQA
 and SIQA are read from the hub's own conversion to Parquet, since `datasets` no longer runs loading scripts.
-The default are 150 random questions of each set, always the same ones (LLM-Adapters: all 22,000). At an
+By default 150 random questions of each set are used, always the same ones (LLM-Adapters: all 22,000). At an
 accuracy of 0.8 the standard error is 1.2 points. The validation split consists of held-out training
 questions.
 """

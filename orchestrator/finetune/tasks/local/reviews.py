@@ -145,7 +145,7 @@ class Reviews(PretrainedTask):
 def draw_review(generator: random.Random) -> Review:
     """Return a random review.
 
-    One of seven clauses is negated, which inverts its mood; `very` has no effect on the mood.
+    A clause is negated with probability 0.15, which inverts its mood; `very` has no effect on the mood.
 
     Args:
         generator: The source of random numbers.
