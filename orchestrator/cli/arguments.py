@@ -32,7 +32,8 @@ def parse_options(description: str | None, options_class: type[Options]) -> Opti
         options_class: `StudyOptions`, or a subclass with options of the script's own.
 
     Raises:
-        UsageError: An option has a new name, or a wrong value.
+        UsageError: An option was renamed or removed or has a wrong value, or a cluster is up and the command
+            does not say where to run.
     """
     check_retired_options(sys.argv[1:])
     import tyro

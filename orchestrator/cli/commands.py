@@ -238,7 +238,7 @@ def run_command() -> int:
         The exit code.
 
     Raises:
-        UsageError: An option has a new name or a wrong value, or the subcommand cannot be run with it.
+        UsageError: An option was renamed or removed or has a wrong value, or the subcommand cannot be run.
     """
     check_retired_options(sys.argv[1:])
     command = tyro.cli(

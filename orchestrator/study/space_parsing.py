@@ -28,7 +28,8 @@ def parse_space(
         words: The NAME=SPEC words.
         variants: Names of the variants.
         defaults: Settings of each variant.
-        learning_rates: Unless named or fixed, the learning rate is varied from the lowest to the highest.
+        learning_rates: The grid. The learning rate is varied between its ends, unless `words` or
+            `fixed_names` contain it or the grid has one rate.
         fixed_names: Names to which --set gives a value.
 
     Raises:

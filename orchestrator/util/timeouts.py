@@ -50,7 +50,8 @@ HUNG_SECONDS = 1800.0
 """Time without a call or progress of a trainer's training thread after which its heartbeats end."""
 LANE_START_SECONDS = 7200.0
 """`HUNG_SECONDS` while lanes start. A node may first download a base model (16 GB at 5 MB/s take 55 minutes),
-and some variants compute singular vectors of every layer: both show no progress."""
+and some variants compute singular vectors of every layer: both show no progress. Also the time limit of
+communication between a trainer's workers, which wait for each other meanwhile."""
 BASELINE_POLL_SECONDS = 1.0
 """Interval at which a trainer looks for the scores of the base model that another trainer computes."""
 BROKER_LOST_SECONDS = 30.0

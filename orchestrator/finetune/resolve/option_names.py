@@ -94,7 +94,7 @@ def resolve_options(
 
 
 def default_model(task: Task) -> str:
-    """Return the name of the task's own base model.
+    """Return the name of the task's default base model.
 
     Raises:
         UsageError: The task of a user's file names none.
@@ -107,7 +107,7 @@ def default_model(task: Task) -> str:
 
 
 def fill_accumulation(options: StudyOptions, task: Task) -> StudyOptions:
-    """Return the options with an accumulation: the task's, or the largest below it that divides the batch."""
+    """Fill in `accumulation` if missing: the largest divisor of the batch size up to the task's default."""
     if options.accumulation is not None:
         return options
     size, max_accumulation = options.batch_size or task.defaults.batch_size, task.defaults.accumulation

@@ -162,9 +162,9 @@ class Task(TextEncoder):
         """
 
     def pretrain_recipe(self) -> str:
-        """Return a key of everything that decides the result of `pretrain`; empty without an own base.
+        """Return a key of everything that decides the result of `pretrain`; empty if nothing is pretrained.
 
-        The base model of a task is called `<task name>-base`.
+        The base model that a task pretrains is called `<task name>-base`.
         """
         return ""
 

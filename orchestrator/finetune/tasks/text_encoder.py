@@ -19,10 +19,10 @@ class EncodedExample:
 
     Args:
         ids: The token ids.
-        labels: A label per token: its id, or IGNORE_INDEX. They are not shifted; the loop shifts them.
+        labels: A label per token: its id, or IGNORE_INDEX. They are not shifted yet (see `data/batches.py`).
         prompt_length: The number of ids of the prompt, after which generation starts.
-        second_segment_start: Where the second text of a pair starts, if the tokenizer gives its tokens
-            the type 1; None if it does not.
+        second_segment_start: The index of the first token of a pair's second text, if the tokenizer gives its
+            tokens the type 1; None if it does not.
     """
 
     ids: tuple[int, ...]
