@@ -14,7 +14,10 @@ from sqlalchemy.engine import Engine
 
 
 def runs_of(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
-    """Return the study's run and the others by fingerprint. Check that none exists twice, even deleted."""
+    """Return the study's run, and the lanes' runs by fingerprint.
+
+    Check that none exists twice, not even as a deleted run.
+    """
     client = MlflowClient(uri, uri)
     experiment = client.get_experiment_by_name(study).experiment_id
     runs = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=1000)
@@ -32,7 +35,7 @@ PROCESSES = multiprocessing.get_context("spawn")
 
 
 def stop_at(statement: str, times: int, stopped: Event) -> None:
-    """Set `stopped` and halt this process before `statement` is executed for the `times`-th time."""
+    """Set `stopped` and halt this process before the `times`-th statement that begins with `statement`."""
     numbers = count(1)
 
     @event.listens_for(Engine, "before_cursor_execute")

@@ -1,4 +1,8 @@
-"""Rows of the coverage benchmark for claim 1, on the studies of factors that factor_coverage.py simulates."""
+"""Rows of the coverage benchmark on the studies of factors that factor_coverage.py simulates.
+
+They test claim 1, that the learning rate matters most, and the order of the factors. The last arguments of
+each function are `studies`, the number of studies, and `seed`, the seed of the random numbers.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ from coverage_rows import Row
 from factor_coverage import PLANTED, ROWS, Surface, claim_cases, claim_shares, is_ordered, simulate
 
 NOISE = "0.7 points"
-"""The noise of the studies whose factors are ordered, one of `ROWS`."""
+"""The noise of the studies whose factors are ordered, a key of `ROWS`."""
 
 
 def order_rows(seeds: int, studies: int, seed: int) -> list[Row]:
-    """Measure how often A and B give the planted order of the factors, and show alpha as a learning rate.
+    """Measure how often A and B give the planted order of the factors, and alpha acts as a learning rate.
 
-    A and B are the losses when a factor is set blindly, and the same with the learning rate tuned again.
+    A is a factor's loss when it is set blindly, B the same with the learning rate tuned again. Alpha acts
+    like the learning rate, so it should have a large A and a B of about 0.
     """
     surface = Surface(ROWS[NOISE], draw=np.random.default_rng(seed))
     by_a = by_b = alias = 0
@@ -35,7 +40,7 @@ def order_rows(seeds: int, studies: int, seed: int) -> list[Row]:
 
 
 def claim_rows(index: int, seeds: int, studies: int, seed: int) -> list[Row]:
-    """Measure how often claim 1 has the counted outcome of a case, which is the right one or an error.
+    """Measure the share of studies in which claim 1 has the outcome that a case counts (`ClaimCase.counted`).
 
     Args:
         index: The index of the case in `claim_cases`.

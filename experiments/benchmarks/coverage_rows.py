@@ -78,7 +78,8 @@ def noise_rows(noise: Noise, n: int, count: int, studies: int, seed: int) -> lis
     """Measure the error for equal variants, and the coverage for variants that differ.
 
     In half of the studies the variants differ by up to 1.5 standard errors in either direction, in the other
-    half by 20 times as much, so that all are found to differ.
+    half by 20 times as much, so that all that differ are found to differ. If K is odd, the middle variant
+    equals the baseline.
     """
     generator = np.random.default_rng(seed)
     error = missed = 0
@@ -231,4 +232,4 @@ def look_rows(step: int, count: int, studies: int, seed: int) -> list[Row]:
 
 
 RowFunction = Callable[..., list[Row]]
-"""A function of this module; its last arguments are `studies` and `seed`."""
+"""A function that returns rows; its last arguments are `studies` and `seed`."""

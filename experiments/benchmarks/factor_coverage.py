@@ -299,9 +299,9 @@ def _top(cost: float) -> PlantedFactor:
 
 
 def _just_false() -> PlantedFactor:
-    """Return the factor whose loss is exactly the margin smaller than the rate's at half the rate's range.
+    """Return a factor for which claim 1 is just false at half of the learning rate's range.
 
-    The cost of its levels is found by bisection.
+    There, the smaller of A(rate) - A and B(rate) - B is `MARGIN`. The cost of a level is found by bisection.
     """
     low, high = 0.0, 0.9
     for _ in range(40):
@@ -342,7 +342,7 @@ def claim_cases() -> list[ClaimCase]:
 def claim_shares(
     case: ClaimCase, seeds: int, replicates: int, draw: np.random.Generator
 ) -> tuple[float, float]:
-    """Return the share of studies with the outcome that a case counts, and of those refuted uncorrected.
+    """Return the share of studies with the counted outcome, and of those that uncorrected p values refute.
 
     Args:
         case: The case.

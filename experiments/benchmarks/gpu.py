@@ -63,7 +63,7 @@ PREDICTIONS = {
 
 @dataclass
 class Output:
-    """Prints measurements and collects them for the result file."""
+    """The measurements so far, printed as they come and written to the result file."""
 
     file: Path | None
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -59,7 +59,7 @@ class Setup:
 
     @property
     def is_tiny(self) -> bool:
-        """Return whether this is a rehearsal."""
+        """Whether this is a rehearsal, with a tiny model and fewer measurements."""
         return self.model == "tiny"
 
     @property
@@ -195,7 +195,7 @@ def measure_noise(setup: Setup) -> None:
 
 
 def measure_micro_batches(setup: Setup) -> None:
-    """Time forward and backward of one micro-batch of rows of one length."""
+    """Time forward and backward of one micro-batch of rows with lengths from L / 2 to L, for each L."""
     model = setup.build()
     for length in (setup.longest,) if setup.is_tiny else (384, setup.longest):
         rows = [row for row in setup.rows(8192) if length / 2 < len(row.ids) <= length]
@@ -248,7 +248,7 @@ def _profile_kernels(setup: Setup, work: Callable[[], object]) -> dict[str, Any]
 
 
 def measure_steps(setup: Setup) -> None:
-    """Time whole optimizer steps of the real lane group, and the parts of one."""
+    """Time whole optimizer steps of the real lane group, and their forward and backward passes alone."""
     model, rows = setup.build(), setup.rows()
     for variant in setup.variants:
         for count in setup.lanes:
@@ -276,7 +276,7 @@ def measure_steps(setup: Setup) -> None:
 
 
 def measure_decoding(setup: Setup) -> None:
-    """Time one decode step of transformers' own generation by rows, without adapters and with lanes."""
+    """Time a decode step of transformers' generation by number of rows, without adapters and with lanes."""
     model, rows = setup.build(), setup.rows(128)
     for variant, count in ((None, 1), *((v, n) for v in setup.variants for n in setup.lanes)):
         attached: AbstractContextManager[tuple[LaneGroup | None, list[Lane]]] = nullcontext((None, []))

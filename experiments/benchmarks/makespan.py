@@ -196,7 +196,11 @@ def measure_round(
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table: seconds of each side, and the ratio of ours to it over the rounds that have both."""
+    """Return the table of all rounds.
+
+    Each side has its seconds, the ratio of our seconds to them over the rounds that have both, and the mean
+    difference of the test scores of runs that have converged on both sides.
+    """
     lines = []
     for study, side in dict.fromkeys((row["study"], row["side"]) for row in rows):
         mine, other = (

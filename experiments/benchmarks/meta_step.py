@@ -83,7 +83,10 @@ def count_step(model_name: str, variant: str, lanes: int, fused: bool, size: Ste
 
 
 def _largest(bytes_by_operator: dict[str, int]) -> dict[str, float]:
-    """Return the eight operators whose results take the most memory, in GiB; "" is earlier tensors."""
+    """Return the eight operators whose results take the most memory, in GiB.
+
+    The key "" stands for tensors that existed before.
+    """
     ordered = sorted(bytes_by_operator.items(), key=lambda item: -item[1])[:8]
     return {name: round(size / 2**30, 2) for name, size in ordered}
 

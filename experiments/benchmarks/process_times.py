@@ -48,7 +48,7 @@ def role_of(command_line: Sequence[str], name: str) -> str:
 
     Args:
         command_line: Its arguments. Ray replaces them by "ray::" and the class of the actor.
-        name: Its name, which is its role if it is none of Ray's.
+        name: Its name, which is its role if the arguments name no actor or daemon of Ray, module or script.
     """
     text = " ".join(command_line)
     if match := _RAY_ACTOR.match(text):

@@ -53,7 +53,8 @@ class Options:
     """Numbers of learning rates in the replayed grids."""
     schedulers: tuple[str, ...] = ("asha", "hyperband", "median")
     evaluations: tuple[int, ...] = ()
-    """Evaluations of a lane; each must divide the stored number, which is the default."""
+    """Numbers of evaluations of a lane. Default: the stored number. Each must divide it, or exceed it with
+    --loss-window."""
     loss_window: int = 0
     """With more evaluations than are stored, the mean training loss of this many steps replaces a validation
     loss. (Both estimate the same where no example is seen twice.)"""

@@ -42,7 +42,11 @@ class SimulationPlan:
 
     @classmethod
     def read(cls, store: Any) -> SimulationPlan:
-        """Return the plan in the folder of `store`. Raises OSError when there is none."""
+        """Return the plan in the folder of `store`.
+
+        Raises:
+            OSError: There is none.
+        """
         return cls(**json.loads((store.root / PLAN_FILE).read_text()))
 
 
@@ -69,8 +73,8 @@ def replayed_curve(record: Record, configuration: Configuration, loss_window: in
     Args:
         record: The record of the same training, with the same or another number of evaluations.
         configuration: The configuration to be simulated.
-        loss_window: See `SimulationPlan`. The metric of an added validation loss is the task's floor, because
-            no score is known.
+        loss_window: See `SimulationPlan`. An evaluation that is added has the task's floor as its score,
+            because its score is not known.
     """
     losses = [step.loss for step in record.curve]
     scores = {(e.step, e.split): e.scores for e in record.evaluations}

@@ -81,7 +81,7 @@ class _SimulatedAdapters:
 
 
 class _SimulatedLaneGroup:
-    """Stand-in for `LaneGroup`: reads gradients and scores from the lanes' curves."""
+    """Stand-in for `LaneGroup`: reads losses, gradient norms and scores from the lanes' curves."""
 
     def __init__(self, adapters: _SimulatedAdapters, untrained: Any, seconds_per_step: float) -> None:
         self.adapters, self.seconds_per_step = adapters, seconds_per_step
@@ -127,7 +127,7 @@ class SimulatedEngine(Engine):
         """Return the curve of `configuration`, as the plan says.
 
         Raises:
-            LookupError: The plan names a store, which holds no complete record to replay.
+            LookupError: The plan names a store that holds no complete record to replay.
         """
         if self.store is None:
             return synthetic_curve(configuration)
@@ -139,7 +139,7 @@ class SimulatedEngine(Engine):
         return replayed_curve(record, configuration, self.plan.loss_window)
 
     def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
-        """Start the lane, or restore it from `checkpoint`. Replaces the lane group if its key differs."""
+        """Start the lane, or restore it from `checkpoint`, in a new lane group if its group key differs."""
         curve, group_key = self.curve_for(lane.configuration), lane.configuration.group_key
         lane_group: Any = self._lane_group
         if lane_group is None or group_key != self._group_key:
@@ -225,7 +225,7 @@ def train_simulated(
         The optimizer steps that the trainers have counted.
 
     Raises:
-        StudyError: No trainer could be started.
+        StudyError: No trainer could be started or is left, or too many have failed.
     """
     from rich.console import Console
 
@@ -259,7 +259,7 @@ def train_simulated(
 
 
 def _wait_for_previous_broker() -> None:
-    """Wait until the broker of the study before has ended: both have the same actor name."""
+    """Wait until the broker of the previous study has ended, because both have the same actor name."""
     import ray
 
     from orchestrator.execution.broker.client import BROKER_NAME

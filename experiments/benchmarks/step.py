@@ -7,8 +7,8 @@
 A step is forward, backward and AdamW. Three sides run in turn: this project with one lane, PEFT, and the
 frozen base model (forward and backward to its input embeddings, no optimizer). All have the same random base,
 the same tokens, the same data type and loss. The table has the median over the rounds of the ratio of times
-(quartiles in brackets), and ours and PEFT's memory in MiB: what is kept for the backward pass, and the peak
-of all tensors that a step allocates. On a GPU the peak is that of the allocator.
+(quartiles in brackets), and the memory of this project and of PEFT in MiB: what is kept for the backward
+pass, and the peak of all tensors that a step allocates. On a GPU the peak is that of the allocator.
 """
 
 from __future__ import annotations

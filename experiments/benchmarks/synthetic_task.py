@@ -59,7 +59,7 @@ class SyntheticTask(Task):
     """A generation task on random rows.
 
     Args:
-        max_new_tokens: The length of an answer.
+        max_new_tokens: The largest length of an answer.
     """
 
     name, title, floor, default_model = "synthetic", "random tokens", 0.0, "none"

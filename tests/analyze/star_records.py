@@ -41,8 +41,8 @@ def template(variant: str = "lora", task: str = "letters", **extra: float) -> Co
 class Surface:
     """A response surface: the score over log10 rate is a bell whose top and place depend on the factors.
 
-    The score is top - sum of costs, times a bell around `optimum` plus shifts. Right of `cliff` decades above
-    the optimum the score is 0 (collapse).
+    The score is (top - costs) x exp(-(distance / width)^2), with the distance in decades from the optimum,
+    which the `aliases` shift. More than `cliff` decades above the optimum, the score is 0 (collapse).
     """
 
     top: float = 0.9
@@ -69,7 +69,15 @@ class Surface:
 def star_configurations(
     default: Configuration, factors: Sequence[Factor], rates: Sequence[float], center: float, count: int = 2
 ) -> Iterator[Configuration]:
-    """Yield the configurations of a star, with seed 0."""
+    """Yield the configurations of a star, with seed 0.
+
+    Args:
+        default: The configuration that the factors change.
+        factors: The factors besides the learning rate.
+        rates: The learning rates of the curve.
+        center: The best rate of the curve.
+        count: Number of further levels of each factor.
+    """
     for rate in rates:
         yield apply_values(default, {"learning_rate": rate})
     for factor in factors:
@@ -79,7 +87,7 @@ def star_configurations(
 
 
 def make_record(configuration: Configuration, validation: float | None, test: float | None = None) -> Record:
-    """Return a finished record, or a diverged one without a score."""
+    """Return a finished record, or a diverged one if `validation` is None. By default, `test` equals it."""
     test = validation if test is None else test
     evaluations = () if validation is None else (
         Evaluation(60, "validation", {"exact_match": validation, "loss": 1.0}),

@@ -40,7 +40,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, width: int) -> tuple[list[int], str]:
-    """Return the page's number of parts of figures, its width, its number of images, and Chromium's log."""
+    """Open the page in a frame of this width.
+
+    Returns:
+        The number of Plotly's SVG elements, the width of the page in pixels and the number of images; and
+        Chromium's log.
+    """
     frame = folder / f"frame-{width}.html"
     frame.write_text(FRAME.format(width=width))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]

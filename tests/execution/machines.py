@@ -30,7 +30,7 @@ class Machines:
         self.nodes: list[Node] = []
 
     def add(self, gpus: int = 1, **environment: str) -> Node:
-        """Return a new node with a CPU for each of its GPUs, and these variables in its environment."""
+        """Add a node with a CPU for each of its GPUs, and these variables in its environment. Return it."""
         size = {"num_cpus": gpus, "num_gpus": gpus, "object_store_memory": 80 * 2**20}
         node = self.cluster.add_node(**size, env_vars=environment)
         self.nodes.append(node)

@@ -233,7 +233,7 @@ def run_here(
         The exit code.
 
     Raises:
-        UsageError: An option is wrong; the script itself raises the same error.
+        UsageError: An option is wrong. (As a command, the script prints this error and ends with code 2.)
     """
     spec = importlib.util.spec_from_file_location(Path(script).stem, EXPERIMENTS / script)
     assert spec is not None

@@ -59,7 +59,7 @@ def test_the_time_left_counts_lanes_under_way(tmp_path: Path, now: SimpleNamespa
         progress.first_lane_at = NOW - 7000
         progress.steps_taken = 3500  # three quarters of the steps of the other four lanes
         assert progress.seconds_left() == pytest.approx(1000)
-        progress.steps_taken = 5000  # repeated steps count for at most all lanes in training
+        progress.steps_taken = 5000  # with repeated steps; at most all steps of the lanes in training count
         assert progress.seconds_left() == 0.0
 
 

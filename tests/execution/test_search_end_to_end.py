@@ -34,7 +34,7 @@ NAME = "lr_sensitivity-held_task-letters-base-tpe"
 def test_a_search_fills_the_lanes_that_its_trainer_has(
     cluster: Cluster, output: Path, tmp_path: Path, steps: Steps
 ) -> None:
-    """As on a GPU whose trainer has measured more lanes than were to be expected."""
+    """The trainer has more lanes than the driver expects, as on a GPU where the trainer measures them."""
     expected = "TrainerSpec.expected_lanes = 1"
     script = study.altered(
         tmp_path, "from orchestrator.execution.trainers.trainer import TrainerSpec", expected

@@ -24,7 +24,7 @@ POINTS = 9
 
 
 def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerGroupSearcher, list[Any]]:
-    """Search with lanes whose loss falls with the score, evaluated after 30, 60 and 90 steps."""
+    """Search with lanes whose loss is 1 - score, evaluated after 30, 60 and 90 steps."""
     from ray import tune
 
     from orchestrator.execution.tune.early_stopping import PerGroupScheduler

@@ -1,3 +1,5 @@
+"""Fixtures of the tests of fine-tuning: one thread, an empty store, and a pair of workers."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

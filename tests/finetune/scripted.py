@@ -157,13 +157,20 @@ class Script:
     """The function that returns the directives of an exchange for the steps of all lanes."""
     reports: list[Report] = field(default_factory=list)
     ended: list[tuple[str, int, str]] = field(default_factory=list)
+    """(fingerprint, attempt, state) of each lane that has ended."""
     held: list[Mapping[str, int]] = field(default_factory=list)
+    """The values of `steps` at all exchanges."""
     parked: set[str] = field(default_factory=set)
     steps: Mapping[str, int] = field(default_factory=dict)
+    """Fingerprint -> step of each lane of the trainer at the last exchange."""
     spilled: list[tuple[str, int]] = field(default_factory=list)
+    """(fingerprint, attempt) of each lease that was returned."""
     said: list[str] = field(default_factory=list)
+    """The lines of `notify`."""
     taken: int = 0
+    """The optimizer steps that the loop has counted."""
     lanes: dict[str, Lane] = field(default_factory=dict)
+    """Fingerprint -> the lane that was made last for it; `train` fills this."""
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
         self.taken = steps_taken
@@ -218,14 +225,19 @@ class Script:
 class Queue(Script):
     """A lane source that parks every lane at each report but its last, for `park_exchanges` exchanges.
 
-    A lane whose lease was returned waits behind all other lanes from then on.
+    A lane whose lease is returned waits for as many exchanges, and then behind all waiting lanes. A report
+    that the lane repeats after that does not park it.
     """
 
     park_exchanges: int = 2
     most: int = 0
+    """The largest number of lanes that the trainer had at an exchange."""
     since: dict[str, int] = field(default_factory=dict)
+    """Fingerprint -> number of exchanges when the lane was last parked."""
     away: dict[str, int] = field(default_factory=dict)
+    """Fingerprint -> number of exchanges when the lane's lease was returned."""
     attempt: Counter[str] = field(default_factory=Counter)
+    """Fingerprint -> number of leases after the first."""
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
         for name in [
@@ -267,7 +279,7 @@ class SimulatedCrashError(Exception):
 
 
 def dies_at(step: int) -> Callable[[Report], Directive]:
-    """Return `answers` that let lanes continue, and raise when a lane reports from this step."""
+    """Return `answers` that let lanes continue, and raise SimulatedCrashError at a report of this step."""
 
     def answer(report: Report) -> Directive:
         if report.step == step:
@@ -363,6 +375,6 @@ def solo(one: Configuration, folder: Path, **options: Any) -> Record:
 
 
 def numbers_of(record: Record) -> Record:
-    """Return the record without what differs between two runs of a configuration: seconds and provenance."""
+    """Return the record without what differs between two runs: seconds, peak memory and provenance."""
     cost = replace(record.cost, peak_memory=0, **dict.fromkeys(TIME_FIELDS, 0.0))
     return replace(record, cost=cost, provenance=Provenance())

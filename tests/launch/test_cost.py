@@ -159,7 +159,7 @@ def test_an_unknown_time_is_reported_with_the_command_that_measures_it(store: St
 
 
 def bfloat16(points: Sequence[Configuration]) -> list[Configuration]:
-    """Return the points with the default study's model, which is not there."""
+    """Return the points with the default study's model, whose files are not on this machine."""
     model = ModelChoice("Qwen/Qwen3-0.6B-Base", UNPREPARED, "bfloat16")
     return [replace(point, model=model) for point in points]
 

@@ -48,7 +48,7 @@ def transformers_config(name: str) -> Any:
 def test_the_formula_reproduces_counted_steps(
     model: str, variant: str, lanes: int, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With four blocks, which take a seventh of the time to count."""
+    """The models have four blocks, to save time: the count takes a seventh as long."""
     shape = model_shapes.SHAPES[model]
     cut = replace(shape, sizes={**shape.sizes, "num_hidden_layers": 4})
     monkeypatch.setitem(model_shapes.SHAPES, model, cut)
@@ -70,7 +70,7 @@ def test_the_number_of_kernels_is_that_of_a_counted_micro_batch(
     monkeypatch.setitem(model_shapes.SHAPES, "qwen3-0.6b", cut)
     counted = meta_step.count_step("qwen3-0.6b", variant, lanes, False, StepSize(8, 8, 512))
     sizes = ModelShape.from_config(transformers_config("qwen3-0.6b"))
-    # A small model on a fast device: the host's time is all of it.
+    # With launches of one second, the host's time is all of the time.
     monkeypatch.setattr(prediction, "LAUNCH_SECONDS", 1.0)
     predicted = step_seconds(sizes, variant, BatchConfig(8, 8, 512), METAMATHQA, H100, lanes, "torch")
     assert predicted * lanes == pytest.approx(counted["launches"], rel=0.15)
@@ -100,7 +100,7 @@ def test_models_with_other_layers_have_no_prediction(family: str) -> None:
 def test_the_predicted_memory_of_a_lane_is_that_of_a_counted_step(
     model: str, variant: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The memory that a second lane adds in two blocks, without the first and last layers."""
+    """Compare the memory that a second lane adds per block, without the embedding and the output layer."""
     shape = model_shapes.SHAPES[model]
     peaks = {}
     for blocks, lanes in product((1, 3), (1, 2)):

@@ -1,4 +1,4 @@
-"""The test of claim 1 on differences with a known truth."""
+"""The test of claim 1 (the learning rate matters most) on differences with a known truth."""
 
 from __future__ import annotations
 

@@ -20,7 +20,10 @@ COMMAND = "python experiments/tuned_comparison.py --task letters"
 
 @dataclass(frozen=True)
 class Truth:
-    """The true curve of a variant: top - 0.2 (log10 rate - optimum)^2; 0 half a decade above the optimum."""
+    """The true curve of a variant: top - 0.2 distance^2, with the distance from `optimum` in decades.
+
+    The score is never negative, and 0 more than half a decade above the optimum.
+    """
 
     top: float = 0.9
     optimum: float = -2.0

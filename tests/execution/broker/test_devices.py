@@ -222,7 +222,7 @@ def test_a_restarted_broker_learns_the_devices_from_the_calls_of_their_trainers(
 
 
 def test_a_gpu_that_crashes_with_lanes_like_those_that_train_elsewhere_is_excluded() -> None:
-    """All lanes have one group key, so the first crash makes its lanes suspects of the next ones."""
+    """All lanes have one group key, so a new trainer on the broken GPU gets suspects of earlier crashes."""
     core, now, held = BrokerCore(), 0.0, {}
     devices = core.failure_policy.devices
     for seed in range(40):

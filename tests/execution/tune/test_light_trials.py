@@ -71,7 +71,7 @@ def observed_trial(folder: Path) -> type:
 def test_trials_share_a_light_process_and_their_ends_are_seen(
     connected: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a variable of Tune's for results in batches, which Tune would ask of these actors in vain."""
+    """The environment asks Tune to fetch results in batches, by a method that these actors do not have."""
     from ray import tune
     from ray.train._internal.storage import StorageContext
     from ray.tune.stopper import TimeoutStopper

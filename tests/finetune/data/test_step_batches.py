@@ -135,7 +135,7 @@ STEPS = [StepKey(seed, step, BatchConfig(3, 2)) for step in range(6) for seed in
 def test_batches_do_not_depend_on_what_was_made_ahead(
     calls: list[tuple[list[StepKey], list[StepKey]]],
 ) -> None:
-    """As when lanes join, leave, resume at another step, or repeat a step after an error."""
+    """The steps that are wanted and announced vary, as when lanes join, leave, resume or repeat a step."""
     threaded, plain = loader(ahead=True), loader()
     for wanted, upcoming in calls:
         for found, expected in zip(threaded.load(wanted, upcoming), plain.load(wanted), strict=True):
@@ -195,7 +195,7 @@ def test_an_error_of_the_thread_is_raised_where_the_step_is_wanted_and_the_step_
 
 
 def test_sorted_rows_have_a_third_of_the_padding_and_no_micro_batch_is_large() -> None:
-    """Rows of 250 tokens on average and 511 at most, 64 a step in micro-batches of 8."""
+    """A step has 64 rows of 250 tokens on average and 511 at most, in micro-batches of about 8 rows."""
     random = torch.Generator().manual_seed(0)
     drawn = torch.randn(4096, generator=random).mul(0.45).exp().mul(225).clamp(20, 511).long().tolist()
     rows = [row(number, length) for number, length in enumerate(drawn)]

@@ -129,7 +129,7 @@ def wait_until(what: Callable[[], bool]) -> None:
 
 
 class Writes:
-    """Holds each write of a checkpoint until `go` returns true for the lane's fingerprint and step."""
+    """Writes of checkpoints, each of which waits until `go` returns true for its checkpoint."""
 
     def __init__(self, patch: pytest.MonkeyPatch, go: Callable[[Checkpoint], bool]) -> None:
         self.events: list[str] = []

@@ -82,7 +82,7 @@ def test_no_operation_of_a_step_waits_for_the_device(kind: str, checkpointing: b
 
 
 class Transfers(TorchDispatchMode):
-    """Counts copies to the meta device and reads of numbers on any device."""
+    """A mode that counts copies to the meta device and reads of numbers on any device."""
 
     copies = reads = 0
 

@@ -81,7 +81,7 @@ def make_uniforms(seeds: Sequence[int] = SEEDS) -> Tensor:
 
 
 class Sampler(LogitsProcessor):
-    """Leaves one token of each row, so that greedy decoding selects the sampled token."""
+    """A logits processor that leaves only the sampled token of each row, for greedy decoding to select."""
 
     def __init__(self, uniforms: Tensor, rules: DecodingRules) -> None:
         self.uniforms, self.rules = uniforms, rules
@@ -93,7 +93,7 @@ class Sampler(LogitsProcessor):
 
 
 class StopStrings(StoppingCriteria):
-    """Ends the rows that have a stop string, at every eighth token."""
+    """A stopping criterion that ends the rows that have a stop string, at every eighth token."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = stop
@@ -157,7 +157,7 @@ def test_the_tokens_equal_those_of_transformers(
 
 
 def test_a_lanes_tokens_do_not_depend_on_the_lanes_beside_it() -> None:
-    """Rows leave at other times in company, since a lane keeps as many rows as the lane with the most."""
+    """Beside other lanes, rows leave later, since each lane keeps as many rows as the lane with the most."""
     base_model = make_base_model("llama")
     with three_lanes(base_model) as adapters:
         with adapters.activate_lanes(NAMES, None):

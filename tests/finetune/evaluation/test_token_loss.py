@@ -104,7 +104,7 @@ def test_a_lane_whose_logits_are_not_finite_has_no_finite_loss_and_harms_no_othe
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest number of values of a tensor that is computed."""
+    """A mode that notes the number of values of the largest tensor that is computed."""
 
     size = 0
 

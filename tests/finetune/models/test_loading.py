@@ -88,7 +88,7 @@ def test_another_recipe_gives_another_base_model(root: Path) -> None:
         model_catalogue.prepare_task_base_model(Letters(recipe), root, silent) for recipe in (QUICK, other)
     )
     assert one != two
-    assert model_catalogue.find_content("letters-base", root) is None  # neither is the task's own recipe
+    assert model_catalogue.find_content("letters-base", root) is None  # neither recipe is the task's own
     assert len([path for path in root.glob("letters-base-*") if path.is_dir()]) == 2
 
 
