@@ -22,7 +22,7 @@ def panel_caveats(panel: Panel) -> list[str]:
 
 
 def _curve_caveats(c: Curve) -> Iterator[tuple[str, str]]:
-    """Yield each caveat of a curve and a detail, often empty, to print behind the curve's label."""
+    """Yield each caveat of a curve and a detail, often empty, to print after the curve's label."""
     best = c.point_at_rate(c.best_rate)
     if best is None:
         yield "no score yet", ""

@@ -78,11 +78,10 @@ class TimeUse:
 
 
 def summarize_time_use(records: Iterable[Record]) -> TimeUse | None:
-    """Return where the trainers' time went, or None without records that say it.
+    """Return the trainers' time by kind; None if no record has the time of starts or of other work.
 
     Args:
-        records: The records of the study. Those of earlier versions, which lack the time of starts and of
-            other work, are left out.
+        records: The records of the study. Those of earlier versions lack these two times and are left out.
     """
     costs = [r.cost for r in records if r.cost.start_seconds or r.cost.other_seconds]
     if not costs:

@@ -1,6 +1,7 @@
-"""Geometry of the plots of curves: the pieces of a line, the axes of the top, the sideways shifts.
+"""Geometry of the plots of curves, for the static and the interactive pictures.
 
-The static and the interactive plots share it.
+It has the pieces of a line, axes that zoom in on the best points of the curves, and the factors that shift
+the curves sideways.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ MAX_OVERLAID_CURVES = 8
 """With more curves than this, the report shows the heat map first and each curve in axes of its own."""
 BROKEN_LABELS: tuple[RunLabel, ...] = ("collapsed", "diverged")
 """The labels of runs whose training broke down."""
-_MIN_TOP_HEIGHT = 0.08  # least height of the top, before margins, as a fraction of the whole plot's height
+_MIN_TOP_HEIGHT = 0.08  # least height of `TopAxes` before margins, as a fraction of the whole plot's height
 _TOP_DECADES = 0.75  # decades of learning rate shown on either side of the best rates
-_WORTHWHILE_ZOOM = 0.7  # the axes of the top must be lower than this fraction of the whole plot
+_WORTHWHILE_ZOOM = 0.7  # `TopAxes` must cover less than this fraction of the whole plot's height
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class TopAxes:
 
 
 def is_broken(point: CurvePoint) -> bool:
-    """Return whether more than half of the runs at a rate collapse or diverge, of those that ended."""
+    """Return whether more than half of the runs that ended at a rate collapsed or diverged."""
     broken = sum(point.count_runs(label) for label in BROKEN_LABELS)
     return 2 * broken > broken + point.count_runs("finished")
 
@@ -104,11 +105,11 @@ def top_axes(panel: Panel) -> TopAxes | None:
 
 
 def _near_the_top(scores: Sequence[float], height: float) -> tuple[float, float]:
-    """Return the lowest and the highest of the scores that form the top.
+    """Return the lowest and the highest of the scores that the zoomed axes show.
 
-    The top ends at the first gap, from the highest score downwards, that is larger than a fifth of the plot's
-    height and has at least three quarters of the scores above it. Without such a gap, all scores form the
-    top.
+    They show the scores above the first gap, from the highest score downwards, that is larger than a fifth of
+    the plot's height and has at least three quarters of the scores above it. Without such a gap, they show
+    all scores.
 
     Args:
         scores: The best score of each curve.

@@ -18,7 +18,7 @@ NOT_RESOLVED = "not resolved"
 
 
 def panel_title(panel: Panel) -> str:
-    """Return the task, the model and the columns in which the panel differs from others of these two."""
+    """Return the task and the model, followed by `Panel.varied`: "digits on base (steps=100)"."""
     more = ", ".join(f"{k}={v}" for k, v in panel.varied.items())
     return f"{panel.task} on {panel.model}" + (f" ({more})" if more else "")
 

@@ -83,7 +83,8 @@ def fold_command(command: str, width: int) -> str:
 
     Args:
         command: The command.
-        width: The largest number of characters of a line. Only a longer single word exceeds it.
+        width: The largest number of characters of a line, without the indentation by two spaces of all lines
+            but the first. Only a longer single word exceeds it.
     """
     lines = [""]
     for word in map(shlex.quote, shlex.split(command)):

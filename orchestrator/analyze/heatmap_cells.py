@@ -27,7 +27,7 @@ class HeatMap:
     points: tuple[tuple[CurvePoint | None, ...], ...]
     """The points of the curves; None at a rate without a run."""
     best_columns: tuple[int | None, ...]
-    """The column of each curve's best rate; None for a curve without one, or that is flat."""
+    """The column of each curve's best rate; None without a score, or if the best score is at both edges."""
 
 
 def heat_map(panel: Panel) -> HeatMap:

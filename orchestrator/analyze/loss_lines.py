@@ -48,7 +48,7 @@ class LossPanel:
 
     @property
     def loss_range(self) -> tuple[float, float]:
-        """The lower and the upper end of the loss axis. Losses far above the first are cut off."""
+        """The lower and the upper end of the loss axis. Losses far above every line's first are cut off."""
         lines = [line for own in self.variants.values() for line in own]
         first = max(line.losses[0] for line in lines)
         low = min(min(line.losses) for line in lines)
@@ -60,7 +60,7 @@ def loss_panels(summary: Summary, records: Sequence[Record]) -> list[LossPanel]:
 
     Args:
         summary: The summary, which says which learning rates are best.
-        records: The records of the study. Those without a loss for each step are ignored.
+        records: The records of the study. Those without a curve are ignored.
     """
     by_fingerprint = {record.fingerprint: record for record in records}
     found = []

@@ -53,9 +53,10 @@ class CurveRecords:
 def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value], list[CurveRecords]]]:
     """Group records into panels of curves that may be compared.
 
-    The records of one curve differ in learning rate and seed only. Columns of the whole study, such as the
-    number of steps, split panels whenever they vary. Rank, dropout and targets do so only if they vary within
-    one variant, so that a variant that needs another rank stays in the panel.
+    The records of one curve differ in learning rate and seed only. Alpha and the variants' own
+    hyperparameters split curves. Rank, dropout and targets split panels only if they vary within one variant,
+    so that a variant that needs another rank stays in the panel. All other columns, such as the number of
+    steps, split panels whenever they vary.
 
     Args:
         records: Distinct records.

@@ -146,7 +146,8 @@ class Spread:
 class Panel:
     """The curves of one task and base model, the highest best validation score first.
 
-    The runs of a panel differ only in learning rate, seed and variant.
+    The runs of a panel differ only in learning rate, seed, variant and settings that may differ between
+    variants, see `panels.group_into_panels`.
     """
 
     task: str

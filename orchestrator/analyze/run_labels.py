@@ -23,8 +23,8 @@ def label_runs(records: Iterable[Record]) -> dict[str, RunLabel]:
 
     A run is collapsed if it finished with a validation score no better than `base_score`, at or above the
     best learning rate of its curve. A curve consists of all runs that differ in the learning rate and the
-    seed alone; if its best mean score is no better than the base's, none of its runs is collapsed. A run
-    below the best rate that is no better than the base has not learned yet, and is not collapsed either.
+    seed alone; if its best mean score is no better than `base_score`, none of its runs is collapsed. A run
+    below the best rate that is no better than `base_score` has not learned yet, and is not collapsed either.
 
     Divergence is detected from the loss. A model that gives a constant answer has about the loss of the
     untrained base, so such a run is not recorded as diverged.

@@ -1,8 +1,9 @@
-"""The choice of a study, kept in its folder as `choice.json`.
+"""The choice of a study: values that it has chosen from its results, such as the best learning rates.
 
-Later training builds on the choice, so a second run must not silently choose differently. A script defines
-its own kind of choice, a dataclass that adds fields to `Choice`. The file holds the dataclass as
-JSON: {"configurations": [fingerprint, ...], ...}.
+The choice is kept as `choice.json` in the study's folder. Later training changes the records that it was made
+from, so a repeated command reads the file instead of choosing again. A script defines its own kind of choice,
+a dataclass that adds fields to `Choice`. The file holds the dataclass as JSON:
+{"configurations": [fingerprint, ...], ...}.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ FILE = "choice.json"
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidates of a choice; base class of the choices themselves."""
+    """Base class of choices: the candidates. A subclass adds the chosen values."""
 
     configurations: tuple[str, ...]
     """The fingerprints of all configurations that the choice was made among."""
@@ -89,7 +90,7 @@ def check_same_candidates(
         Whether the study has made its choice.
 
     Raises:
-        UsageError: The study has made its choice, and the command has configurations that took no part in it.
+        UsageError: The choice was made among other configurations, or a file of the study is damaged.
     """
     saved = read_choice(folder, Choice)
     if saved is None:

@@ -3,7 +3,7 @@
 The rate is chosen by the validation mean over seeds. No choice depends on a test score; the gain and the
 spreads are test scores at the chosen rates. A diverged run counts as the task's floor. A stopped run is
 censored: it enters no mean, and a rate with one is chosen only if it is the best even with the floor for
-every stopped run, see `censored.eligible_points`. A failed run is missing. All scores: higher is better.
+every stopped run, see `censored.eligible_points`. A failed run is missing. Higher scores are better.
 """
 
 from __future__ import annotations

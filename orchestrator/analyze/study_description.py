@@ -26,8 +26,8 @@ class StudyDescription(NamedTuple):
     """The outcomes in one line, the verdicts, and a table of the best points, in Markdown."""
     metrics: dict[str, float]
     """Name -> value. `verdict_1`, `verdict_2` and so on: 1 supported, 0 undecided, -1 refuted; descriptive
-    verdicts have none. For each best point `best_validation_score.<variant>`, `best_test_score.<variant>` and
-    `best_log10_learning_rate.<variant>`; with several tasks, the names end in `.<task>`."""
+    verdicts have none. For each best point `best_validation_score.<label>`, `best_test_score.<label>` and
+    `best_log10_learning_rate.<label>`; with several tasks, the names end in `.<task>`."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
         The results that exist now. A running study has more results later.
 
     Raises:
-        UsageError: There is no such study, or none of its configurations has a record.
+        UsageError: There is no such study or no such store, or none of the study's configurations has a
+            record.
     """
     folder = Path(output) if output is not None else default_output()
     opened = Store(Path(store) if store is not None else folder / "store", create=False)

@@ -80,7 +80,7 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
 
 
 def _in_study_order(study: StudyFile, records: Sequence[Record]) -> list[Record]:
-    """Return records in the order in which the study requested them: of a star, the default's curve first."""
+    """Return records in the order in which the study requested them, in which a star's default is first."""
     order = {fingerprint: i for i, fingerprint in enumerate(study.configurations)}
     return sorted(records, key=lambda record: order.get(record.fingerprint, len(order)))
 

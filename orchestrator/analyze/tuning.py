@@ -40,7 +40,8 @@ class TuningPoint:
     validation: Estimate
     test: Estimate
     last_validation: Annotated[float | None, Field(alias="last_seen")]
-    """The mean of the last validation scores during training, which stopped runs have as well."""
+    """The mean over runs of the last validation score during training, which stopped runs have as well; the
+    floor for a diverged run."""
     states: Mapping[str, int]
     """State -> number of runs."""
     eligible: Annotated[bool, Field(alias="chosen_from")]

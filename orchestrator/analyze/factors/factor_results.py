@@ -71,7 +71,8 @@ class VariantFactors:
     """Titles of the study's factors that this variant was not trained with."""
     claim: ClaimTest
     far_more: bool
-    """True if A and B of the rate are more than three times those of every factor outside the alias group."""
+    """True if A and B of the rate are significantly more than three times those of every factor outside the
+    alias group (one-sided tests at 5 %)."""
     importance: Mapping[str, Mapping[str, float]]
     """Range of the rate -> title of the factor -> share of the variance (fANOVA)."""
     seeds: int

@@ -1,8 +1,8 @@
 """Functional ANOVA over the runs of a star: the share of each factor in the variance of the score.
 
-The shares depend on the range of each factor: the rate's share fell from 0.85 to 0.48 to 0.20 as its range
-was narrowed (docs/sensitivity.md). They are therefore reported at half, the measured and double range of the
-rate, and no verdict is based on them.
+The shares depend on the range of each factor: in one example the rate's share fell from 0.85 to 0.48 to 0.20
+as its range was narrowed (docs/sensitivity.md). They are therefore reported at half, the measured and double
+range of the rate, and no verdict is based on them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ def factor_importance(star: Star) -> dict[str, dict[str, float]]:
     """Return the shares of the factors in the variance of the score (Hutter et al. 2014).
 
     Scores below the floor of the task count as the floor, and the mean over seeds is taken. Beyond the
-    measured rates the score is constant, as in A.
+    measured rates the score is taken to be constant, as in the loss A of `factor_effects`.
 
     Args:
         star: The runs of one variant and task.
 
     Returns:
-        Range of the rate ("half", "measured", "double") -> title of the factor -> share. A factor without a
-        complete seed has no share; without a complete seed of the curve no factor has one.
+        Range of the rate ("half", "measured", "double") -> title of the factor -> share. A factor has no
+        share if no seed has a score at all its levels and rates. The result has no shares at all if no seed
+        has a score at all rates of the curve.
     """
     return {name: _importance(star, scale) for scale, name in RANGE_NAMES.items()}
 

@@ -1,7 +1,7 @@
 """Tests of claim 1, "the learning rate matters most", on differences of losses per seed.
 
-Each factor outside the alias group is compared with the learning rate by its losses A and B, which
-`factor_effects` defines.
+Each factor outside the alias group (the factors that act as a learning rate, such as alpha) is compared with
+the learning rate by its losses A and B, which `factor_effects` defines.
 
 - The claim is supported if the rate's loss exceeds the other loss by more than the margin in all comparisons.
   This is an intersection-union test: each comparison is tested at the full level.
@@ -82,7 +82,8 @@ class ClaimTest:
     """Result of the test of claim 1 for one variant and task, over all ranges of the rate."""
 
     outcome: ClaimOutcome
-    """Outcome over all ranges; "undecided (range)" if it depends on the range."""
+    """The outcome if it is the same at all ranges; else "undecided" if it is so at the measured range; else
+    "undecided (range)"."""
     p_supported: float
     """P value of support: at most `ALPHA` if the claim is supported at every range."""
     p_refuted: float

@@ -46,9 +46,10 @@ class Arm:
     values: Scores
     """Test scores, shape (levels, rates, seeds)."""
     default_rate_choices: Scores | None
-    """Validation scores at the published default rate, shape (levels, seeds); None if not measured."""
+    """Validation scores at the published default rate, shape (levels, seeds with all these scores), which may
+    be other seeds than `seeds`; None if not measured."""
     default_rate_values: Scores | None
-    """Test scores at the published default rate, shape (levels, seeds); None if not measured."""
+    """Test scores at the published default rate, of the same shape; None if not measured."""
     labels: Mapping[RunLabel, int]
     """Label -> number of runs at the levels other than the default."""
 
@@ -75,7 +76,7 @@ class Star:
     peak: Peak
     """Optimum of the mean validation score over all seeds, including incomplete ones."""
     center: float
-    """The rate of x*: the rate of the curve that is nearest to the optimum."""
+    """The rate of x* (see `factor_effects`): the rate of the curve that is nearest to the optimum."""
     arms: tuple[Arm, ...]
     curve: tuple[Record, ...]
     """Records of the curve."""
@@ -141,7 +142,7 @@ def _build_star(
     """Return the star of one variant, task and base model; None if its curve has no score.
 
     Args:
-        levels: The runs of each configuration, which is given up to the learning rate and the seed.
+        levels: The runs in groups of equal configurations, apart from the learning rate and the seed.
         factors: Factors whose arms are collected.
         labels: Fingerprint -> label.
     """
@@ -286,7 +287,7 @@ def _build_arm(
 
 
 def _level_order(factor: Factor, levels: Sequence[Value]) -> list[int]:
-    """Return the indices that sort the levels: by value, or for a choice in the order of `Factor.levels`."""
+    """Return the indices that sort the levels by value, or those of a choice by `Factor.levels`."""
     if factor.prior != "choice":
         return sorted(range(len(levels)), key=lambda i: float(levels[i]))
     listed = list(factor.levels)

@@ -20,7 +20,7 @@ INK, SOFT, LINE, PAPER = "#010101", "#020202", "#030303", "#fdfdfd"
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 """plotly's names of `style.MARKERS`, in the same order."""
 MAX_RATE_TICKS = 6
-"""Number of learning rates with a tick, so that their labels do not overlap."""
+"""Largest number of learning rates with a tick, so that their labels do not overlap."""
 
 
 def new_figure(height: int, narrow: Mapping[str, Any], **layout: Any) -> go.Figure:

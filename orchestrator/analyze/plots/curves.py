@@ -86,7 +86,7 @@ def _set_up_axes(axes: Axes, panel: Panel, top: TopAxes | None = None, is_small:
         axes: The axes.
         panel: The panel that they show.
         top: The limits of the axes; None for those of all scores.
-        is_small: Whether the axes are some of many, with small ticks and without labels.
+        is_small: True for small axes, one of many in a figure: with small ticks and without labels.
     """
     rates = sorted({p.learning_rate for c in panel.curves for p in c.points})
     axes.set_xscale("log")

@@ -141,7 +141,7 @@ def render(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
     """Render a picture with `RC_PARAMS`, without pyplot and its global state.
 
     Args:
-        draw: Returns the figure; it is called with `RC_PARAMS` in effect.
+        draw: Function that returns the figure; it is called with `RC_PARAMS` in effect.
 
     Returns:
         The picture as PNG and as SVG.

@@ -55,7 +55,7 @@ class Overlay:
 
     @property
     def description(self) -> str:
-        """The models, tasks and seeds of the curves, and the missing tasks and rates, in 1 to 3 sentences."""
+        """The models, tasks and seeds, the missing tasks and the variants not drawn, in 1 to 3 sentences."""
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
         text = f"{self.study}: {', '.join(self.models)} on {', '.join(self.own_tasks)}, {seeds}."
         missing = _TASKS_IN_AVERAGE.get(self.task, 1) - len(self.own_tasks)
@@ -140,7 +140,7 @@ def _make_overlay(study_name: str, task: str, records: Sequence[Record]) -> Over
 
 
 def _own_curve(study_name: str, title: str, variant: str, records: Sequence[Record]) -> OwnCurve | None:
-    """Return the curve of a variant over the rates at which each of its tasks has a score; None without any.
+    """Return the curve of a variant over the rates at which each of its tasks has a score; None without one.
 
     Args:
         study_name: The name of the study, for the error.

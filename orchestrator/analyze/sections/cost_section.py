@@ -69,7 +69,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def time_use_text(summary: Summary) -> str:
-    """Return a sentence on where the trainers' time went, empty if the records do not say it."""
+    """Return a sentence with the shares of the trainers' time by kind; empty if `time_use` is None."""
     if summary.time_use is None:
         return ""
     shares = ", ".join(f"{name} {share:.1%}" for name, share in summary.time_use.shares.items())

@@ -33,8 +33,9 @@ _LEVELS = np.array(
 )
 _NORMAL_STUDIES = 20_000  # largest number of simulated studies
 _NORMAL_EXCESS = {False: 1.05, True: 1.25}
-"""Ratio of the error rate under normal noise to the level, at unresolved quantiles; by whether the
-differences are centered. The error rates under other noise are lower, so that the level lies in between."""
+"""Type I error rate under normal noise, as a multiple of the nominal level, to which unresolved quantiles are
+set: without (False) and with centered differences (True). It is above 1 because the error rates under other
+noise are lower."""
 _BATCH = 500  # simulated studies per NumPy call
 _SEED = 0
 
@@ -190,7 +191,10 @@ def _from_flips(
 
 @lru_cache(maxsize=256)
 def _sign_patterns(n: int) -> Floats:
-    """Return sign patterns, shape (m, n): one of each opposite pair, without the pattern of equal signs."""
+    """Return sign patterns, shape (m, n): one of each opposite pair, without the pattern of equal signs.
+
+    If there are more than `_RANDOM_PATTERNS` of them, return that many random patterns instead.
+    """
     if 2 ** (n - 1) - 1 <= _RANDOM_PATTERNS:
         codes = np.arange(1, 2 ** (n - 1))
         return np.asarray(1.0 - 2.0 * ((codes[:, None] >> np.arange(n)) & 1), dtype=np.float64)

@@ -18,7 +18,7 @@ from orchestrator.analyze.statistics.sign_flips import from_z, null_distribution
 
 Floats = NDArray[np.float64]
 _ABOVE_ZERO = float(np.finfo(np.float64).tiny)
-_ROUNDING = 1e-12  # Standard deviations below are rounding errors of equal differences.
+_ROUNDING = 1e-12  # Standard deviations below this are rounding errors of equal differences.
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ def compare_at_fixed_rate(
     The scores of diverged and collapsed runs count as they are, because a user of one fixed rate gets them.
 
     Args:
-        rates: The learning rates, ascending. If the grids of the replicates are shifted, each is a mean.
+        rates: The learning rates, ascending. If the grids of the replicates are shifted, each is a geometric
+            mean over replicates.
         variants: Variant -> scores, for the baseline and the other variants. All have the same replicates.
         baseline: The variant that the others are compared with.
         margin: The smallest difference that matters.

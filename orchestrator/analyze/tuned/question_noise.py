@@ -27,8 +27,8 @@ def question_errors(
         pairs: Variant -> the chosen records of the variant and of the baseline in each replicate.
 
     Returns:
-        Variant -> standard error; None if a record has no results per question, or if the test score is not
-        the mean of these results (a correlation, F1).
+        Variant -> standard error; None if a record has no results per question, if the test score is not the
+        mean of these results (a correlation, F1), or with no pair or fewer than two questions.
     """
     return {variant: _question_error(own) for variant, own in pairs.items()}
 

@@ -321,7 +321,8 @@ def _fixed_rate(
     """Compare the baseline and the counted variants at fixed rates.
 
     Returns:
-        The comparison; None with fewer than two replicates in which all of them have the same rates.
+        The comparison; None if fewer than two replicates have the same rates for all these variants, or if
+        these replicates have different numbers of rates.
     """
     names = [settings.baseline, *sorted(counted)]
     shared = [

@@ -197,7 +197,8 @@ class TaskComparison:
     fixed_rate: FixedRateComparison | None
     """The test of claim 3; None if the variants do not share their learning rates."""
     missing: bool
-    """True if configurations of the study have not ended, or variants have different numbers of tunings."""
+    """True if configurations of the study have not ended, tunings are incomplete (see `find_tunings`), or
+    variants have different numbers of tunings."""
 
     @property
     def title(self) -> str:

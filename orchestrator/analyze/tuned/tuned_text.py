@@ -30,12 +30,12 @@ def row_note(row: VariantRow) -> str:
 
 
 def share_text(share: UsableShare | None) -> str:
-    """Return a share as two counts, for example 9/10."""
+    """Return a share as two counts, for example 9/10; "-" for None."""
     return "-" if share is None else f"{share.usable}/{share.n}"
 
 
 def chosen_rates_text(row: VariantRow) -> str:
-    """Return the range of the chosen learning rates, for example 3.1e-3 to 1e-2."""
+    """Return the range of the chosen learning rates, for example 3.1e-3 to 1e-2; "-" without any."""
     rates = sorted(t.chosen.learning_rate for t in row.tunings if t.chosen is not None)
     if not rates:
         return "-"
@@ -44,14 +44,14 @@ def chosen_rates_text(row: VariantRow) -> str:
 
 
 def width_text(row: VariantRow) -> str:
-    """Return the width of the top of the pooled curve in decades, or "not resolved"."""
+    """Return `PooledCurve.width`, or "not resolved" if it is None; "-" without a curve."""
     if row.curve is None:
         return "-"
     return "not resolved" if row.curve.width is None else f"{row.curve.width:.2f}"
 
 
 def optimum_text(row: VariantRow) -> str:
-    """Return the optimum of the pooled curve, marked if it may lie beyond the tried rates."""
+    """Return the optimum of the pooled curve, marked if it is at an edge; "-" without a curve."""
     if row.curve is None:
         return "-"
     return rate(row.curve.best_rate) + (" (edge)" if row.curve.is_at_edge else "")

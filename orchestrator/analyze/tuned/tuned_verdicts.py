@@ -113,7 +113,11 @@ def _design(task: TaskComparison) -> str:
 
 
 def next_step(task: TaskComparison, study: StudyFile) -> tuple[str, str]:
-    """Return the sentence and the command for `Verdict.next_step`; both empty if no comparison is open."""
+    """Return the sentence and the command of the next step.
+
+    Both are empty if claim 2 is decided or no comparison is open. The command alone is empty if no command is
+    known to decide the open comparisons.
+    """
     if task.missing:
         return "Some configurations have not ended; the same command continues.", study.command
     open_rows = [row for row in task.rows if row.role == "variant" and row.counts == "open"]

@@ -60,7 +60,7 @@ def chosen_test(tuning: Tuning) -> float:
 
 
 def has_result(tuning: Tuning) -> bool:
-    """Return whether at least one run did not fail. Only then an unusable tuning is a result."""
+    """Return whether at least one run did not fail. Only then does an unusable tuning count as a result."""
     return any(run.label != "failed" for run in tuning.runs)
 
 
@@ -98,7 +98,8 @@ def noise_span(rows: Sequence[VariantRow]) -> float | None:
     V / (V - 1), because the subtraction removes 1 / V of them.
 
     Returns:
-        The span; None with fewer than two variants, or two replicates in which all variants are usable.
+        The span; None with fewer than two variants that have a usable tuning, or with fewer than two
+        replicates in which all of these are usable.
     """
     scores = _score_matrix(rows)
     n, count = scores.shape
