@@ -19,9 +19,9 @@ class Verdict:
     answer: str
     """The result in a few sentences, with the deciding numbers and their intervals."""
     design: str
-    """One sentence: tasks, models, variants, factors, seeds or replicates, and budget."""
+    """The tasks, models, variants, factors, seeds or replicates, and budget, in one to three sentences."""
     next_step: str = ""
-    """One sentence on what would make the answer more precise; empty if nothing would."""
+    """One or two sentences on what would make the answer more precise; empty if nothing would."""
     next_command: str = ""
     """The command for `next_step`, or empty."""
     scope: str = ""

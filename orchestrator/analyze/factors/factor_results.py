@@ -39,11 +39,13 @@ class FactorEffect:
     off_by_half_decade: Estimate
     """D: mean loss if the factor is too low or too high by a ratio of 3.16."""
     usable: UsableShare | None
-    """Share of usable runs at the levels other than the default; None without such runs."""
+    """Share of usable runs, of those in `labels` that ended; None without such runs."""
     labels: Mapping[RunLabel, int]
-    """Label -> number of runs at the levels other than the default."""
+    """Label -> number of runs at the levels other than the default; for the learning rate, of all runs of its
+    curve."""
     edge_levels: tuple[str, ...]
-    """Labels of the levels whose best rate is the first or last one in `rates`, so that B may be too high."""
+    """Labels of the levels whose best rate is the first or last one in `rates`, so that B may be too high.
+    For the learning rate: its best rate if that is the first or last one."""
     rate_retuned: Estimate | None = None
     """B(rate | this factor): loss if the rate is drawn from its prior and this factor is tuned."""
     misset_contrast: Contrast | None = None

@@ -203,7 +203,7 @@ def fixed_rate_verdict(found: FixedRateComparison, baseline: str, task: str, des
         found: The comparison at fixed rates.
         baseline: The variant at whose rate the others are compared.
         task: The name of the task.
-        design: The design of the study in one sentence.
+        design: The text for `Verdict.design`.
     """
     answer = f"On {task}, {_change_phrase(found, baseline)}. {_regret_sentence(found.rows, baseline)}"
     if found.winners:
