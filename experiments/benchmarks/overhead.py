@@ -151,7 +151,7 @@ def summarize(name: str, records: Sequence[Record]) -> dict[str, Any]:
     """
     time_use = summarize_time_use(records)
     if time_use is None:
-        raise UsageError(f"{name}: no record says where the time went; it was written by an earlier version.")
+        raise UsageError(f"{name}: no record says where the time went; an earlier version wrote them all.")
     warm = time_use.total - time_use.start
     return {
         "runs": len(records),

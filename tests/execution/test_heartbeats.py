@@ -87,7 +87,7 @@ def wait_for(what: Callable[[], bool]) -> None:
 def test_a_trainer_that_evaluates_for_longer_than_it_may_be_silent_keeps_its_lanes(
     broker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of the seven batches of an evaluation lasts half of that time and until a heartbeat comes."""
+    """Each of the seven batches lasts half of the longest permitted silence, and until a heartbeat comes."""
     monkeypatch.setattr(timeouts, "LANE_START_SECONDS", HUNG_SECONDS)  # the untrained base is evaluated, too
     submit(broker, ONE)
     base_model = tiny_base_model(ONE.model)

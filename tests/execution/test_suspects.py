@@ -24,7 +24,7 @@ POINTS = [configuration(rate=10.0**-n) for n in range(12)]
 
 
 class Trainer:
-    """A trainer that trains its lanes in turn and dies at the step at which one of them crashes."""
+    """A trainer that takes a step of one lane at a time. The test decides which lane, and when it crashes."""
 
     def __init__(self, name: str, lanes: int) -> None:
         self.name, self.places = name, lanes

@@ -54,7 +54,7 @@ def test_a_group_key_that_waits_too_long_gets_the_trainer_with_fewest_lanes() ->
 
 
 def restarted() -> tuple[BrokerCore, Configuration]:
-    """Return a restarted broker under ASHA, and the lane that trainer "a" holds as attempt 1."""
+    """Return a restarted broker under ASHA, and the configuration that trainer "a" trains as attempt 1."""
     return BrokerCore(scheduler="asha"), configuration()
 
 

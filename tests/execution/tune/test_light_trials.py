@@ -27,7 +27,7 @@ DIES, RAISES, DIES_IN_RESET = (configuration(rate=rate) for rate in (0.1, 0.2, 0
 
 
 def observed_trial(folder: Path) -> type:
-    """Return a trial that also reports about its process, and that fails on three configurations.
+    """Return a class of trials that also report about their process and fail on three configurations.
 
     The class is local, because the processes of trials cannot import this module.
 

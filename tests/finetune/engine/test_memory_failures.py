@@ -119,8 +119,8 @@ def test_an_evaluation_that_runs_out_of_memory_scores_fewer_lanes_at_once_and_no
 def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
     nth: int, store: Store, tmp_path: Path
 ) -> None:
-    """The evaluation runs out of memory as long as the trainer holds four lanes, first in the nth forward
-    pass that scores several lanes, also when it scores one lane alone."""
+    """From the nth forward pass that scores several lanes on, each pass of an evaluation runs out of memory
+    while the trainer holds four lanes, even a pass that scores one lane alone."""
     base_model, wide = out_of_memory_at(nth, lambda rows: rows > 16)
     forward = base_model.model.base_model.forward
 

@@ -128,9 +128,9 @@ def wait_until(what: Callable[[], bool], worker: Any) -> None:
 def train_one(folder: Path, seed: int) -> None:
     """Train one lane, as a trainer in a process of its own.
 
-    Files in `folder` tell the test what it does: `SEED.generates` has a byte for each time that it generates
-    the answers of the base model, for which it waits until there is a file `go`; `SEED.trained` appears with
-    the first report.
+    Files in `folder` tell the test what the trainer does: `SEED.generates` gets a byte when the trainer is
+    about to generate the answers of the base model, which it does once the file `go` exists; `SEED.trained`
+    appears with the first report.
     """
     torch.set_num_threads(1)
     score = lane_group._score_base_model
@@ -196,7 +196,7 @@ def test_a_trainer_takes_over_from_one_that_was_killed_while_it_generated(tmp_pa
 
 
 def generate_together(group: ProcessGroup, folder: Path) -> list[tuple[Scores, int]]:
-    """Two workers of one trainer: the scores of the loss first, then all."""
+    """Get the scores of the loss, then twice all scores, as a worker. Return them with the call counts."""
     folder.mkdir(exist_ok=True)
     group.broadcast_from_rank0(lambda: None)
     calls: list[int] = []

@@ -142,7 +142,7 @@ def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_tokens_equal_those_of_transformers(
     family: str, static: bool, sampled: bool, stop: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model with a sliding window uses the cache that grows in both cases."""
+    """The cache is static or grows. A model with a sliding window always uses the one that grows."""
     base_model, rules = make_base_model(family), replace(RULES, stop=stop)
     ids, mask = make_prompts()
     uniforms = make_uniforms() if sampled else None

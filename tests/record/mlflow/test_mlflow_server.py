@@ -115,7 +115,7 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 
 def _children(uri: str, study: str) -> dict[str, str]:
-    """Return the status of each run by fingerprint. Check that each exists once, beside the study's own."""
+    """Return the status of each run by fingerprint, and of the study's own. Check that each exists once."""
     client = MlflowClient(uri, uri)
     runs = client.search_runs([client.get_experiment_by_name(study).experiment_id], max_results=1000)
     (parent,) = [r for r in runs if r.data.tags.get("role") == "study"]
