@@ -33,7 +33,8 @@ class StudyMonitor(threading.Thread):
         broker: The handle of the broker's actor.
         pool: The trainers.
         stops: Stopped trials whose lanes have no record yet; `BrokerCallback` adds to them.
-        limiter: Follows the numbers of lanes that trainers can hold; None if there is no such limit.
+        limiter: Limit of a search's unfinished points, to be updated with the lanes that the trainers can
+            hold; None without such a limit.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class StudyMonitor(threading.Thread):
         self._read_ended_lanes(updates)
         counts, progress = updates["counts"], self.progress
         self._show_counts(counts)
-        self._enforce_budget(progress.live_trainers + len(updates["holders"]))  # those hold GPUs, too
+        self._enforce_budget(progress.live_trainers + len(updates["holders"]))  # holders reserve GPUs, too
         num_open = sum(counts[phase] for phase in LeasePhase if phase is not LeasePhase.ENDED)
         if trials_ended and not self.pending_stops and not num_open:
             self.stops_recorded.set()
@@ -207,7 +208,7 @@ class StudyMonitor(threading.Thread):
             progress.first_lane_at = time.monotonic()
 
     def _enforce_budget(self, live_trainers: int) -> None:
-        """Once a limit is reached, let trainers save their lanes and detect when no lane trains any more."""
+        """Count the GPU hours; once a limit is reached, let trainers save their lanes until none trains."""
         now = time.monotonic()
         if not self.budget.update(live_trainers, now) or self.stop_requested.is_set():
             return

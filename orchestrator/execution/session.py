@@ -55,8 +55,9 @@ def train(
         The number of optimizer steps that the trainers have taken.
 
     Raises:
-        StudyError: No trainer could be started, or the broker was lost. The trainers and the broker have
-            ended by then.
+        StudyError: No trainer could be started, trainers failed too often, or the broker was lost. The
+            trainers and the broker have ended by then.
+        Exception: Any error of the monitor, such as OSError for a full disk.
     """
 
     def make_generator(max_concurrent: int | None) -> ConfigurationListGenerator:

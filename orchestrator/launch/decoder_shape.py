@@ -33,7 +33,7 @@ class ModelShape:
     """Outputs of the projection of keys, and of that of values."""
     vocab: int
     norms_queries: bool = False
-    """Whether queries and keys pass through RMSNorm."""
+    """True if queries and keys pass through RMSNorm."""
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:

@@ -1,6 +1,6 @@
 """Sizes of models of the Hugging Face hub that are planned or counted before they are downloaded.
 
-Also for `experiments/benchmarks/model_shapes.py`, so this module imports nothing heavy.
+`experiments/benchmarks/model_shapes.py` uses this module too, so it imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -230,7 +230,8 @@ def predict_lanes(
         The smallest number of lanes of all configurations, and the mean tokens of a micro-batch of its lanes.
 
     Raises:
-        PredictionError: The memory of none of these steps has been counted.
+        PredictionError: The memory of none of these variants has been counted, or the steps of one of these
+            tasks or models have not.
     """
     inputs = _Inputs(bases)
     counted = [each for each in configurations if each.variant.name in ADAPTERS]
@@ -291,6 +292,8 @@ def _layer_seconds(shape: ModelShape, variant: str, rows: RowLengths, gpu: GpuPr
     moved = base.norm * normed + base.attention * rotated + base.mlp * shape.intermediate
     moved += adapter.connection * (shape.layer_inputs + shape.layer_outputs)
     moved += adapter.output * shape.layer_outputs
+    # A frozen weight has two products of 2 operations: the output, and the gradient of the input. Causal
+    # attention has two products forward and five backward, each over half of the row on average.
     operations = 4 * adapter.products * shape.layer_weights + 7 * shape.queries * rows.row
     return operations / _products(gpu) + moved / _memory(gpu)
 

@@ -51,7 +51,7 @@ def load_prices() -> tuple[GpuPrice, ...]:
 
 
 def find_price(device: str) -> GpuPrice | None:
-    """Return the price of the GPU with this name, torch's or Ray's, in any case; None if there is none.
+    """Return the row of the GPU with this name (torch's or Ray's, ignoring case); None if there is none.
 
     Similar names do not count: an H100 of another make has another price.
     """
@@ -62,7 +62,7 @@ def find_price(device: str) -> GpuPrice | None:
 
 
 def require_price(option: str, gpu: str) -> GpuPrice:
-    """Return the price of a GPU that an option names.
+    """Return the row of a GPU that an option names.
 
     Raises:
         UsageError: The table has no such GPU.

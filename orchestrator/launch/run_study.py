@@ -137,8 +137,9 @@ def drop_abandoned(
 ) -> StudyFile:
     """Return the study without configurations that have no record and that this command does not request.
 
-    An earlier command with other options asked for them. A comparison of tuned variants and a study of
-    factors have no final answer while a configuration of theirs has not ended, and these would never end.
+    An earlier command with other options requested them. A comparison of tuned variants and a study of
+    factors have no final answer while one of their configurations has not ended, and the abandoned ones would
+    never end.
     """
     if settings.kind not in ("replicates", "factors"):
         return study

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LaterConfigurations:
-    """Registers the configurations that are added after the training has started."""
+    """Registration of the configurations that are added after the training has started."""
 
     context: StudyContext
     work: StudyWork

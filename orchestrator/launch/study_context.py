@@ -52,7 +52,7 @@ class StudyContext:
     """Number of replicates: repeated tunings of each variant, each with its own seed."""
 
     def collect_work(self) -> StudyWork:
-        """Sort the configurations of the study by the records in the store."""
+        """Divide the configurations of the study by the records in the store; see `StudyWork`."""
         if self.design is not None:
             requested = self.design.request(SettledRecords(self.store, self.options.scheduler))
             total = max(len(requested), len(self.design.outline()))

@@ -1,4 +1,4 @@
-"""The configurations of a study, sorted by their records in the store."""
+"""The configurations of a study, divided into those with a result in the store and those to train."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StudyWork:
         options: StudyOptions,
         expected: int = 0,
     ) -> StudyWork:
-        """Sort `requested` by the records in `store`.
+        """Divide `requested` by the records in `store`: usable, failed too often, or to be trained.
 
         Args:
             requested: Configurations of the study so far.

@@ -1,7 +1,7 @@
 """Merging of stores: copies what another store has and this one lacks, and overwrites no result.
 
-Final records are immutable and named by their content, so they, base models, adapters and calibrations are
-only copied where they are missing. Of stopped and failed records the more advanced one is kept.
+Final records, base models, adapters and calibrations do not change once they are written, so they are only
+copied where they are missing. Of stopped and failed records the more advanced one is kept.
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ _WITH_NAN = {"ser_json_inf_nan": "strings"}
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step of a lane; the loss is in nats per token."""
+    """One optimizer step of a lane.
+
+    The loss is the mean over the step's targets: cross-entropy in nats, or the squared error of a regression.
+    """
 
     __pydantic_config__: ClassVar = _WITH_NAN
     step: int
@@ -74,6 +77,7 @@ class Cost:
     evaluate_seconds: float = 0.0
     """Time of evaluations, generated answers included."""
     tokens: int = 0
+    """Target tokens of the optimizer steps, on all workers."""
     trainable_parameters: int = 0
     peak_memory: int = 0
     """Peak memory in bytes while the lane was in its lane group, of all lanes of the group together: memory
@@ -182,7 +186,7 @@ class LaneProgress:
     scores: Mapping[str, float] = field(default_factory=dict)
     """Score name -> value on the validation split; empty at the start."""
     train_loss: float = math.nan
-    """Training loss of this step, in nats per token; NaN at the start."""
+    """Training loss of this step, as in `StepMetrics`; NaN at the start."""
 
 
 @lru_cache(maxsize=1)

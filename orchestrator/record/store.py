@@ -271,7 +271,13 @@ class Store:
         return data
 
     def read_record(self, path: Path) -> Record | None:
-        """Return the record in a file; None, with one warning, if the file is damaged or misplaced."""
+        """Return the record in a file; None if there is none.
+
+        A file that is damaged or misplaced is skipped with one warning.
+
+        Raises:
+            UsageError: The record has an unknown schema version.
+        """
         data = self._read_json(path)
         if data is None:
             return None

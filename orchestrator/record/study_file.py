@@ -182,6 +182,9 @@ def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
 
     Returns:
         Name of each study -> its folder and content, sorted by name.
+
+    Raises:
+        UsageError: A file is no study, is damaged, or was written by a newer version of this program.
     """
     found = {}
     for path in sorted(output.glob(f"*/{STUDY_FILE}")):

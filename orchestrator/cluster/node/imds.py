@@ -23,7 +23,7 @@ class MetadataUnavailableError(Exception):
 
 @dataclass(frozen=True)
 class InterruptionNotice:
-    """AWS will take the machine back."""
+    """The notice that AWS will take the machine back."""
 
     action: str
     """terminate, stop or hibernate. All of them end the processes of this machine."""
@@ -38,7 +38,8 @@ class InterruptionNotice:
 def parse_notice(text: str, now: float) -> InterruptionNotice:
     """Parse the service's JSON.
 
-    Any response is a notice. Missing or unreadable values are replaced by AWS's promise.
+    Any response is a notice. If values are missing or unreadable, the machine is assumed to be terminated
+    `SPOT_NOTICE_SECONDS` from now, the notice that AWS promises.
 
     Args:
         text: The response.

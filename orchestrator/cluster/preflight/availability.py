@@ -36,7 +36,11 @@ def find_model(name: str, bases: Path) -> str | None:
 
 
 def check_data(task: Task) -> str:
-    """Read the task's data as a study does. Returns the text of the check's line."""
+    """Read the task's data as a study does. Returns the text of the check's line.
+
+    Raises:
+        UsageError: The data cannot be read.
+    """
     try:
         with user_code.report_user_errors(task.name, "gives no examples"):
             choice = task.choice()
@@ -74,7 +78,14 @@ def unavailable_reason(model: ModelChoice | None, task: TaskChoice, bases: Path)
 
 
 def check_availability(reasons: Mapping[str, str]) -> str:
-    """Summarize the answers of all nodes: node address -> result of `unavailable_reason`."""
+    """Return the text of the check's line.
+
+    Args:
+        reasons: Node address -> result of `unavailable_reason` there.
+
+    Raises:
+        UsageError: A node cannot read model or data.
+    """
     if failures := [f"{node}: {reason}" for node, reason in reasons.items() if reason]:
         raise UsageError(f"from {shorten_list(failures, '; ')}")
     return f"model and data are available from {format_node_count(len(reasons))}"

@@ -66,7 +66,8 @@ class PreflightCheck:
             The exit code: 0, or 1 if a check failed.
 
         Raises:
-            UsageError: The options are wrong for every study.
+            UsageError: The options are wrong for every study, or another study runs its own Ray here.
+            StudyError: Ray does not start here.
         """
         options = self.options = autoscaler.adapt_options(self.options)
         default_task = DRY_RUN_TASK if options.dry_run else DEFAULT_TASK
@@ -175,7 +176,7 @@ class PreflightCheck:
 
 @contextmanager
 def remove_created_folders(*folders: Path) -> Iterator[None]:
-    """On exit, remove the folders that did not exist on entry, and their new parents, if they are empty."""
+    """Remove, on exit, folders that did not exist on entry, and their new parents, if they are empty."""
     missing = {
         parent
         for folder in folders

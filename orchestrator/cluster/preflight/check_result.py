@@ -12,7 +12,7 @@ MAX_LISTED = 3
 
 
 class UndeterminedError(Exception):
-    """The result of a check depends on nodes or files that do not exist yet. The text is its line."""
+    """The result depends on nodes or files that do not exist yet. The message is the check's line."""
 
 
 def format_node_count(count: int) -> str:

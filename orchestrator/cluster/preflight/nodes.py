@@ -198,7 +198,7 @@ def require_usable_cluster(
         cluster: The nodes that are running.
         store: The store's folder.
         bases: The store's folder of base models.
-        configurations: The configurations to train; all have the same model and task.
+        configurations: The configurations to train. Access to model and data is checked for the first only.
 
     Raises:
         UsageError: A check has failed. The message has one line per failure.

@@ -10,8 +10,8 @@ from orchestrator.execution.broker.lane_entry import LaneEntry
 from orchestrator.util import timeouts
 
 MAX_GROUP_FAILURES = 3
-"""Failures in a row of the lanes of one group key, after which the other group keys go first. The same number
-ends a trainer; see `finetune/engine/loop.py`."""
+"""Failures in a row of the lanes of one group key, after which the other group keys go first. A trainer
+ends after as many lanes in a row that fail with one message; see `finetune/engine/recovery.py`."""
 
 
 @dataclass

@@ -37,9 +37,9 @@ class ExitKind(StrEnum):
 class FailurePolicy:
     """Count trainer failures in a row and decide when the study must end.
 
-    Two counts end a study: failures while no trainer took a step, and failures of trainers that took steps
-    while no lane made progress. The second limit grows with the number of trainers. Failures on excluded
-    devices do not count.
+    Two counts end a study: failures while no trainer took a step, unless a trainer on sound devices is there,
+    and failures of trainers that took steps while no lane made progress. The second limit grows with the
+    number of trainers. Failures on excluded devices do not count.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,12 @@
 """The state of one lane between its trials and its trainer, as a state machine without I/O.
 
-    WAITING --lease--> LEASED --report--> PAUSED --a trial asks on--> LEASED --end_lease--> ENDED
-       ^  ^              |                  | |  +---requeue----+------------------+   the trainer ended or
-       gave the lane back, or a paused lane was stopped |                                    | +---------a
-       trial asks on------- RETURNED   the trainer gave back a paused lane, or ended
+    WAITING  -> LEASED      a trainer leases the lane
+    LEASED   -> PAUSED      the lane has reported, and its trial has not asked for more (early stopping only)
+    PAUSED   -> LEASED      its trial asks for more
+    LEASED   -> WAITING     the trainer ended or gave the lane back
+    PAUSED   -> RETURNED    the same; if the scheduler has stopped the lane, it becomes WAITING
+    RETURNED -> WAITING     its trial asks for more, or the scheduler stops the lane
+    any      -> ENDED       the lane has a final record, was stopped, or has failed too often
 
 Trials join and leave by name. When the scheduler stops the last trial, the trainer ends the lane early and
 writes its record; a lane that no trainer holds is leased once more for this. A lane that lost its trials for
@@ -126,7 +129,7 @@ class LaneEntry:
 
     @property
     def _awaits_trial(self) -> bool:
-        """Return whether the lane has reported and no trial has asked for the next report."""
+        """True if the lane has reported and no trial has asked for the next report."""
         last_step = self.reports[-1].step if self.reports else -1
         return self.pauses_after_report and self.resume_after_step < last_step
 
@@ -145,7 +148,7 @@ class LaneEntry:
 
     @property
     def needs_trainer(self) -> bool:
-        """Return whether the lane should be leased."""
+        """True if the lane should be leased."""
         return self.phase is LeasePhase.WAITING and (bool(self.trials) or self.is_stopped)
 
     def replay(self, record: Record) -> None:
@@ -232,7 +235,7 @@ class LaneEntry:
 
     @property
     def is_faulty(self) -> bool:
-        """Return whether the lane has crashed trainers, or failed, too often to be tried again."""
+        """True if trainers died with this lane alone, and deaths and failures reach MAX_FAILURES."""
         return self.solo_crashes > 0 and self.solo_crashes + self.failures >= MAX_FAILURES
 
     def end_lease(self, trainer_id: str, attempt: int, state: RecordState, now: float) -> None:

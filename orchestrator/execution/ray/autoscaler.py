@@ -26,16 +26,16 @@ MAX_UNLIMITED_NODES = 1000
 
 @dataclass(frozen=True)
 class NodeType:
-    """The nodes of one type in a cluster file."""
+    """A type of nodes that an autoscaler may start."""
 
     name: str
     max_nodes: int
     node: Node | None
-    """Resources of one node; None if the file does not specify them, as for existing machines."""
+    """Resources of one node; None if they are unknown, as for existing machines in a cluster file."""
 
     @property
     def has_gpus(self) -> bool:
-        """True if the file specifies GPUs for the nodes."""
+        """True if the nodes are known to have GPUs."""
         return self.node is not None and self.node.gpus > 0
 
 

@@ -142,7 +142,8 @@ def fixed_scaling_policy(scaling_config: Any) -> Any:
     """Return Ray Train's policy for a fixed number of workers, without Train's coordinator of autoscaling.
 
     The coordinator is an actor that every Train run registers with, one more process to start before the
-    first worker, and it stays on a joined cluster. An autoscaler also sees the placement group of the run.
+    first worker, and it stays on a joined cluster. It is not needed: an autoscaler starts nodes for the
+    placement group of the run.
 
     Args:
         scaling_config: The `ScalingConfig` of the run.
@@ -243,9 +244,9 @@ def light_trial_actors(trainable: type, actor_class: type) -> Iterator[None]:
 
 @contextmanager
 def retry_after_death_in_reset() -> Iterator[None]:
-    """Make Ray Tune try a trial again whose process has died before it took the trial over.
+    """Make Ray Tune try a trial again if the process that was to run it has died.
 
-    Tune reuses processes that have become idle, and notices the death of one in the reset for the next trial.
+    Tune reuses idle processes, and notices the death of such a process when it resets it for the next trial.
     Ray 2.60 then handles the failure twice: it queues the trial again, and then ends it with an error.
     """
     from ray.tune.execution.tune_controller import TuneController
@@ -257,7 +258,7 @@ def retry_after_death_in_reset() -> Iterator[None]:
     def actor_failed(controller: Any, actor: Any, exception: Exception) -> None:
         trial = controller._actor_to_trial[actor]
         if trial in controller._resetting_trials:
-            # As for a trial that runs: the failure of the task `reset`, which follows, queues it again.
+            # Treat it as a running trial: Tune next handles the failed task `reset`, and queues it again.
             controller._resetting_trials.remove(trial)
             controller._unstage_trial_with_resources(trial)
             controller._set_trial_status(trial, Trial.RUNNING)

@@ -23,7 +23,7 @@ from orchestrator.util.errors import StudyError, UsageError, format_error
 from orchestrator.util.graceful_interrupts import exit_on_interrupt
 
 TRAINER_MEMORY_BYTES = 2 * 2**30
-"""Memory to plan for a trainer, whose worker and controller use about 1 GiB with a small model."""
+"""Memory to plan for a worker on CPUs; it and its Train controller use about 1 GiB with a small model."""
 CONTROLLER_BYTES = 256 * 2**20
 """Memory of a trainer's Train controller on the driver's node; 247 MiB were measured on Linux x86-64."""
 CONTROLLERS_SHARE = 0.5
@@ -94,8 +94,13 @@ class Cluster:
         The workers of a trainer may lie on several nodes. On a joined cluster, trainers without a place wait
         for nodes, so any number may be requested, and there is at least one.
 
+        Args:
+            requested: Number of trainers; None for as many as fit.
+            gpus_per_worker: GPUs of each worker; None for 1 if a node has GPUs, else 0.
+            workers_per_trainer: Workers of each trainer.
+
         Raises:
-            UsageError: More was requested than a local Ray has.
+            UsageError: A local Ray has no room for the requested trainers, or for one.
         """
         all_gpus = sum(node.gpus for node in self.nodes)
         gpus = gpus_per_worker if gpus_per_worker is not None else float(all_gpus > 0)
@@ -204,7 +209,8 @@ def connect(before_exit: Callable[[], object] = lambda: None) -> Iterator[Cluste
         The cluster.
 
     Raises:
-        UsageError: The cluster cannot be joined, or its workers would import another copy of this code.
+        UsageError: The cluster cannot be joined, its workers would import another copy of this code, or
+            another study runs its own Ray on this machine.
         StudyError: Ray does not start here.
     """
     _refuse_other_source_tree()

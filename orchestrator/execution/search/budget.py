@@ -25,6 +25,7 @@ class SearchBudget:
 
     Attributes:
         file: The settings of the search.
+        folder: The study's folder.
         groups: The groups that are searched now, by name.
         configurations: The configurations of all points by fingerprint, in the order in which they were asked
             for.
@@ -115,7 +116,7 @@ class SearchBudget:
                     self.add_point(group, parameters, configuration)
 
     def mark_exhausted(self, group: str) -> None:
-        """Write to the settings that the space of this group has no further point."""
+        """Note in `search.json` that the space of this group has no further point."""
         self.file = replace(self.file, exhausted=(*self.file.exhausted, group))
         self.save()
 
@@ -189,7 +190,7 @@ def open_search(
 ) -> SearchBudget:
     """Open the search of the study in `folder`, new or resumed. Writes nothing.
 
-    A sampler that does not use results has asked for all its points at once.
+    All remaining points of a sampler that does not use results are drawn at once.
 
     Args:
         folder: The study's folder.

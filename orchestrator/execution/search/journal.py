@@ -132,7 +132,7 @@ class _ListBackend(BaseJournalBackend):
 
 
 def write_journal(folder: Path, trials: Mapping[str, Iterable[FrozenTrial]]) -> None:
-    """Replace a study's journal atomically.
+    """Replace a study's journal atomically, and remove the points file of an earlier version.
 
     Args:
         folder: The study's folder.

@@ -46,6 +46,7 @@ class SearchFile:
 
     sampler: str
     seed: int
+    """Not used; 0 in new files."""
     points: int
     """Number of points of each group."""
     spaces: Mapping[str, Mapping[str, str]]

@@ -27,7 +27,7 @@ class PointResult:
     """The result of a point, as its sampler receives it."""
 
     state: str
-    """The name of an Optuna trial state: COMPLETE, PRUNED (stopped early) or FAIL."""
+    """The name of an Optuna trial state: COMPLETE, PRUNED (stopped early), FAIL, or WAITING (no result)."""
     score: float | None = None
     """The validation score: the last one if the point was stopped early, None if it failed."""
     scores: tuple[float, ...] = ()

@@ -31,7 +31,7 @@ def classify_exit(error: Exception, controller: Any = None) -> ExitStatus:
     """Return the reason for a trainer's end. Ray is asked for the state of the run's actors.
 
     Args:
-        error: The exception that `TorchTrainer.fit` raised.
+        error: The exception that `fit` of Ray Train's trainer raised.
         controller: The handle of the run's Train controller, or None if none was created. With None, a worker
             that was lost during startup counts as FAILED instead of NODE_LOST.
     """
@@ -78,6 +78,9 @@ def _classify_worker_death(error: RayActorError) -> ExitKind:
     """Return the reason for a worker's death, after waiting until Ray knows it.
 
     Ray reports a lost worker as unavailable until Ray knows whether the process or the node died.
+
+    Returns:
+        NODE_LOST, CRASHED, or FAILED if Ray does not know the reason in UNREACHABLE_TIMEOUT_SECONDS.
     """
     deadline = time.monotonic() + timeouts.UNREACHABLE_TIMEOUT_SECONDS
     while True:

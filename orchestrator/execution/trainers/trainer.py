@@ -62,7 +62,7 @@ class TrainerSpec:
 
     @property
     def uses_gpus(self) -> bool:
-        """Return whether the workers compute on the GPUs that they reserve."""
+        """True if the workers compute on the GPUs that they reserve."""
         return self.gpus_per_worker > 0 and self.device != "cpu"
 
     @property
@@ -164,7 +164,7 @@ def load_base_model(spec: TrainerSpec, bases: Path, device: Any, model: ModelCho
 
 
 def _set_up_device(spec: TrainerSpec) -> Any:
-    """Prepare torch for this worker's device. Returns the device."""
+    """Prepare torch for this worker's device, and return the device."""
     import torch
     from ray.train.torch import get_device
 

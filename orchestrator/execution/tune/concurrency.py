@@ -51,15 +51,16 @@ def trial_limits(
 ) -> tuple[int | None, int]:
     """Return the number of concurrent trials (None for no limit), and the bytes that each reserves in Ray.
 
-    The number is that of the lanes of all trainers, plus one for each trainer: a lane that has ended is
-    replaced at once by the lane of that trial, while Tune starts the next trial in the free process. More
+    The number is that of the lanes of all trainers, plus one for each trainer: when a lane ends, the lane of
+    the additional trial replaces it at once, while Tune starts the next trial in the free process. More
     trials would mean more processes to start before the first step. A search adds none, since a trial that
     waits was suggested without the results of the lanes that are in training. Where trainers measure their
-    lanes, a search begins with the number to expect and follows `capacities`.
+    lanes, a search begins with `TrainerSpec.expected_lanes` and then follows `capacities`.
 
     The trial processes together may use half of the memory that Ray manages; the other half is for trainers.
-    An elastic pool on a joined cluster gets a limit for twice its trainers, because it grows only if lanes
-    wait.
+    An elastic pool on a joined cluster grows only if lanes wait. Its limit is therefore that of twice its
+    trainers, of the trainers for which an autoscaler may start nodes, or of `MIN_AUTOSCALED_TRAINERS` with
+    GPUs, whichever is largest.
 
     Hyperband pauses a trial until all trials of its bracket have reached the same evaluation, and Tune's
     limit counts paused trials. Under Hyperband the number is therefore None, and the reserved bytes limit the

@@ -1,9 +1,9 @@
 """Star design: the curve of the learning rate, then one factor at a time at levels other than its default.
 
-Stage 1 is the curve: the default configuration at 4 rates a decade. The rate of the curve that is nearest to
-its optimum is the rate of x*. Stage 2 has one arm per factor: each level is trained at up to five rates of
-the curve, half a decade apart around x*, and at the rate of the published default. Arms and curve have the
-same seeds.
+Stage 1 is the curve: the default configuration at 4 rates a decade. The default configuration at the rate
+nearest to the curve's optimum is called x*. Stage 2 has one arm per factor: each level is trained at up to
+five rates of the curve, half a decade apart around that of x*, and at the rate of the published default. Arms
+and curve have the same seeds.
 """
 
 from __future__ import annotations

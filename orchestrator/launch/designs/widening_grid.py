@@ -82,7 +82,7 @@ class WideningGrid:
     def _edges(
         self, templates: Sequence[Configuration], rates: Sequence[float], records: Mapping[str, Record]
     ) -> tuple[bool, bool]:
-        """Return whether the best rate of some variant is the lowest one, and whether of some the highest.
+        """Return whether some variant's best rate is the lowest, and whether some variant's is the highest.
 
         Args:
             templates: One configuration per variant of a task.
