@@ -19,7 +19,7 @@ from variants.lane_tensors import LaneTensors
 from variants.seeds import seeded_generator
 
 LAYER_GROUP_PREFIX = "group:"
-"""Starts the owner's name of a layer group's tensors, also in checkpoints."""
+"""Prefix of the owner's name of a layer group's tensors, also in checkpoints."""
 
 CalibrationTensors = Mapping[str, Mapping[str, Tensor]]
 """Layer -> the result of the variant's `reduce_calibration`."""
@@ -39,7 +39,7 @@ class AdaptedModel:
         layers: The adapted layers by dotted path.
         heads: The task's linear layers by dotted path.
         layer_groups: Tensors that several layers share, by owner.
-        full_model: The lane's copies of all parameters, for full fine-tuning only.
+        full_model: The lane's copies of all parameters outside the heads; None without full fine-tuning.
         tensors_by_owner: The tensors of all lanes, by owner.
     """
 

@@ -67,6 +67,7 @@ class Adapters(AdaptedModel):
         Raises:
             UnsupportedError: The settings differ from those of the lane group, there is no room for another
                 lane, or the calibration is missing.
+            ValueError: The lane exists already.
         """
         settings = self._validate_new_lane(lane, settings)
         statistic = self.variant.calibration_statistic
@@ -92,7 +93,9 @@ class Adapters(AdaptedModel):
             seed: The seed of the lane's dropout masks and hooks.
 
         Raises:
-            UnsupportedError: The tensors do not fit the model, or the settings do not fit the lane group.
+            UnsupportedError: The model has no such owner, an owner of the model has no tensors, the settings
+                differ from those of the lane group, or there is no room for another lane.
+            ValueError: The lane exists already.
         """
         settings = self._validate_new_lane(lane, settings)
         saved: defaultdict[str, InitialTensors] = defaultdict(lambda: InitialTensors({}))
@@ -184,7 +187,9 @@ class Adapters(AdaptedModel):
         self._run_hook("before_step", lane, step, total_steps, moments)
 
     def after_step(self, lane: str, step: int, total_steps: int, moments: Moments) -> None:
-        """Run the variant's hook after an optimizer step; must be called after every step.
+        """Mark the lane's parameters as written, and run the variant's hook after an optimizer step.
+
+        Call this method after every step, also for a variant without the hook.
 
         Args:
             lane: The lane that took the step.
@@ -226,9 +231,9 @@ class Adapters(AdaptedModel):
         Args:
             lanes: K lanes, each once.
             dropout_step: The optimizer step of all lanes or of each lane, which determines the dropout masks;
-                None turns dropout off, for evaluation.
+                None for evaluation, which has neither dropout nor auxiliary losses.
             micro_batch: The number of the micro-batch within the step.
-            rows_per_lane: R; None turns off the layers' check of their number of rows.
+            rows_per_lane: R; if None, layers check only that their number of rows is a multiple of K.
             shard: (first, total) if a worker computes only the rows from `first` on of the `total` rows that
                 each lane has on all workers together.
             attention_mask: (K*R, L), False at padding.
@@ -255,7 +260,8 @@ class Adapters(AdaptedModel):
             bypassed = sorted(context.weight_reads - context.called_layers)
             if bypassed:
                 raise BypassedLayerError(
-                    f"{bypassed[0]}: the model reads its weight and never calls it; target other layers"
+                    f"{bypassed[0]}: the model reads the layer's weight and never calls the layer; "
+                    "target other layers"
                 )
         context.prepared_params.clear()
         self.state.last_context = context

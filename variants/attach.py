@@ -40,7 +40,8 @@ def attach(
         base_dropout: True to apply the model's own dropout in training, with separate masks for each lane.
 
     Raises:
-        UnsupportedError: A target does not exist or cannot be adapted, or the settings do not fit a layer.
+        UnsupportedError: A target does not exist or cannot be adapted, the settings do not fit a layer, the
+            model carries adapters already, or the variant cannot train this model.
     """
     if any(isinstance(module, (LaneLinear, LaneHead)) for module in model.modules()):
         raise UnsupportedError("the model carries adapters already; detach() them first")

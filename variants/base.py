@@ -7,9 +7,10 @@ A variant is one file with one subclass of `Variant`. It must define `scaling`, 
 `delta_weight` and `parameter_count`. The choice of layers, the lanes, dropout, merging and storage are
 handled elsewhere. Optional parts: an initialization from gradients, inputs or an SVD of the weight
 (`calibration_statistic`, `reduce_calibration`), parameters that layers share (`layer_group`), an auxiliary
-loss (`auxiliary_loss`), tensors that are computed once a step (`gradient_constants`), a forward pass that
-includes the frozen layer's output (`includes_base`, `forward_with_base`), hooks around the optimizer's step
-(`before_step`, `after_step`), and ranks that change during training (`rank_in_use`, `rank_budget`).
+loss (`auxiliary_loss`), learning rates of its own (`parameter_lr_scale`, `schedule_lr_scale`), tensors that
+are computed once a step (`gradient_constants`), a forward pass that includes the frozen layer's output
+(`includes_base`, `forward_with_base`), hooks around the optimizer's step (`before_step`, `after_step`), and
+ranks that differ between layers or change during training (`init_layers`, `rank_in_use`, `rank_budget`).
 
 This module also exports everything that an implementation of a variant needs.
 """
@@ -76,7 +77,7 @@ class CalibrationStatistic(StrEnum):
 
     @property
     def needs_data(self) -> bool:
-        """Return whether the matrix is taken over calibration batches."""
+        """Whether the matrix is computed from calibration batches."""
         return self in (CalibrationStatistic.MEAN_GRADIENT, CalibrationStatistic.INPUT_COVARIANCE)
 
 
@@ -84,7 +85,7 @@ class VerifiedBy(StrEnum):
     """Source that the implementation of a variant was compared with."""
 
     REFERENCE_IMPLEMENTATION = "reference_implementation"
-    """A trusted implementation (PEFT), step for step."""
+    """A trusted implementation, step for step: PEFT, or plain AdamW for the two controls."""
     AUTHORS_CODE = "authors_code"
     """The update rule in the authors' code."""
     PAPER = "paper"
@@ -126,13 +127,14 @@ class Variant(PeftFormat):
     extra_defaults: ClassVar[ExtraSettings] = {}
     """Hyperparameters that only this variant has, with their defaults."""
     extra_limits: ClassVar[Mapping[str, Limits]] = {}
-    """Permitted values of those hyperparameters that are numbers; others are not checked."""
+    """Permitted values of the numeric hyperparameters in `extra_defaults`; the others are not checked."""
     frozen_update_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors whose part of the update counts as part of the frozen weight (PiSSA's
     residual, ReLoRA's merged factors), so that dropout does not apply to it. In training with dropout
     `prepare_frozen_update` prepares that part, and `prepare` does not get these tensors."""
     dropout_on_base: ClassVar[bool] = False
-    """True if the update reads the frozen layer's output, to which dropout then applies too."""
+    """True if the update reads the frozen layer's output. In training with dropout, the update then reads the
+    frozen layer's output for the input after dropout."""
 
     def scaling(self, settings: VariantSettings) -> float:
         """Return the factor s in front of the update."""

@@ -20,8 +20,9 @@ class TableDropout(nn.Dropout):
 class LaneDropout(nn.Module):
     """Dropout of the model with separate masks for each lane.
 
-    It replaces an `nn.Dropout` of the model. Every attention module gets another one as `lane_dropout`, for
-    the attention probabilities. It returns its input unchanged unless lanes are in training.
+    It replaces an `nn.Dropout` of the model. Every attention module of transformers also gets one as
+    `lane_dropout`, for the attention probabilities. The input is returned unchanged unless lanes are in
+    training.
     """
 
     def __init__(self, name: str, p: float, adapter_state: AdapterState, is_table: bool = False) -> None:
@@ -38,7 +39,7 @@ class LaneDropout(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Return whether the rows of the current context belong to lanes in training."""
+        """Whether the rows of the current context belong to lanes in training."""
         context = self.adapter_state.get_context(self.name)
         return bool(context.lanes) and context.dropout_steps is not None
 

@@ -10,9 +10,9 @@ def pad_rank_one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Pad factors of rank 1 with a second rank of zeros; return factors of a higher rank unchanged.
 
     PyTorch sums a product with a single column in another order for one lane than for several, so a lane's
-    result would depend on the other lanes. It does if a lane has a single row of one position (N = 1), where
-    products with x have a single column; that case is not padded. With fewer than 8 rows a lane, the frozen
-    layer's product may depend on the number of lanes as well.
+    result would depend on the other lanes. The result still depends on them if a lane has a single row of one
+    position (N = 1), where products with x have a single column, because x is not padded. With fewer than 8
+    rows per lane, the frozen layer's product may also depend on the number of lanes.
 
     Args:
         a: (K, rank, in).

@@ -28,7 +28,7 @@ def names() -> tuple[str, ...]:
 
 
 def axis(name: str) -> str:
-    """Return what a variant changes: baseline, rank, optimization, initialization or experts.
+    """Return the folder of a variant: baseline, rank, optimization, initialization or experts.
 
     Raises:
         ValueError: There is no variant of this name; the message suggests the nearest name.

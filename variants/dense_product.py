@@ -36,7 +36,7 @@ class DenseProduct(torch.autograd.Function):
         """Compute the output.
 
         Args:
-            ctx: The node.
+            ctx: The autograd context.
             x: The layer's input, (K, N, in), or (K*R, ..., in) without `base`.
             base: The frozen layer's output for these rows, (K, N, out), to which x (W * (B A))^T is added.
                 If it is None, the output is x (W + W * (B A))^T + bias.
@@ -65,7 +65,7 @@ class DenseProduct(torch.autograd.Function):
                     torch.mm(x[lane], matrix.t(), out=out[lane])
                 else:
                     torch.addmm(start, x[lane], matrix.t(), out=out[lane])
-        return result  # not a view of it, which a model could not write in place
+        return result  # not `out`: a model could not write a view in place
 
     @staticmethod
     @once_differentiable

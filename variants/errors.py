@@ -8,7 +8,7 @@ class MergeError(ValueError):
 
 
 class UnsupportedError(ValueError):
-    """A variant or a model cannot take a value; the message states the value, the rule and a remedy."""
+    """A setting, layer, model or file is not supported; the message names it and says why."""
 
 
 class UnassignedRowsError(RuntimeError):

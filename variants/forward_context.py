@@ -21,11 +21,12 @@ class ForwardContext:
     lanes: tuple[str, ...]
     """K lanes; empty for the frozen base model."""
     dropout_steps: Sequence[int] | None = None
-    """The optimizer step of each lane, which determines its dropout masks; None without dropout."""
+    """The optimizer step of each lane, which determines its dropout masks. None in evaluation, which has
+    neither dropout nor auxiliary losses."""
     micro_batch: int = 0
     """The number of the micro-batch within the step."""
     rows_per_lane: int | None = None
-    """R; None turns off the layers' check of their number of rows."""
+    """R; if None, layers check only that their number of rows is a multiple of K."""
     shard: tuple[int, int] | None = None
     """(first, total): these rows are those from `first` on of the `total` rows that a lane has on all workers
     together. None if this worker has all of them."""
@@ -41,7 +42,8 @@ class ForwardContext:
     """Module -> number of times that its masks were drawn. A model may call a module twice, and each call has
     its own masks."""
     recomputed_mask_draws: dict[str, int] | None = None
-    """The count of mask draws while `AdapterState.checkpoint_contexts` recomputes a part of the model."""
+    """The value of `mask_draws` at the present point of a recomputation by gradient checkpointing (see
+    `AdapterState.checkpoint_contexts`); None outside of it."""
     prepared_params: dict[str, tuple[list[int], Params]] = field(default_factory=dict)
     """Layer -> (versions of the parameters, result of `Variant.prepare`). It is used without gradients, where
     the same parameters serve many calls."""
@@ -49,7 +51,7 @@ class ForwardContext:
     """Layer -> auxiliary loss of each lane, (K,)."""
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Return the mean auxiliary loss over layers, (K,), or None if the variant has none."""
+        """Return the mean auxiliary loss over layers, (K,), or None if no layer has computed one."""
         return torch.stack(list(self.auxiliary_losses.values())).mean(0) if self.auxiliary_losses else None
 
 
@@ -91,10 +93,10 @@ class AdapterState:
         )
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the two context managers that gradient checkpointing needs for a part of the model.
+        """Return the two context managers that `context_fn` of `torch.utils.checkpoint` has to return.
 
-        The first is for the computation of the part, which starts right after this call, and the second for
-        the recomputation in the backward pass, which then draws the same masks.
+        The first is for the computation of a part of the model, which starts right after this call. The
+        second is for the recomputation in the backward pass, which then draws the same masks.
         """
         context = self.current_context or self.last_context
         return nullcontext(), nullcontext() if context is None else _count_recomputed_draws(

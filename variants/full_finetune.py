@@ -11,7 +11,7 @@ from torch import nn
 from variants.lane_tensors import LaneTensors
 
 MODEL_PREFIX = "model:"
-"""Starts the owner's name of a module's parameters, also in checkpoints."""
+"""Prefix of the owner's name of a module's parameters, also in checkpoints."""
 
 
 class FullModelParameters:
@@ -47,7 +47,10 @@ class FullModelParameters:
         self.tensors = {owner: LaneTensors() for owner, _ in self._names.values()}
 
     def init(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return copies of the model's parameters, as owner -> parameter -> copy."""
+        """Return the model's parameters in the lane's dtype, as owner -> parameter -> tensor.
+
+        A parameter that has this dtype already is not copied.
+        """
         copies: dict[str, dict[str, torch.Tensor]] = {owner: {} for owner in self.tensors}
         for parameter, (owner, key) in self._names.items():
             copies[owner][key] = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))

@@ -18,8 +18,8 @@ INIT_STD = 0.02
 class LaneHead(nn.Module):
     """Replacement of a linear layer that computes y = W x + b with each lane's own W (out, in) and b (out,).
 
-    W is drawn from N(0, 0.02), and b starts at 0. Both are float32, or float64 over a float64 model. Only the
-    frozen base model uses the weights of the replaced layer.
+    W is drawn from N(0, 0.02^2), and b starts at 0. Both are float32, or float64 over a float64 model. Only
+    the frozen base model uses the weights of the replaced layer.
 
     Attributes:
         name: The dotted path of the layer in the model.
@@ -41,7 +41,7 @@ class LaneHead(nn.Module):
         return self.base_layer.weight
 
     def init(self, generator: Generator) -> dict[str, Tensor]:
-        """Draw a lane's initial weight and bias; the noise comes from the CPU."""
+        """Return a lane's initial weight, drawn on the CPU, and a bias of zeros if the layer has one."""
         weight = self.base_layer.weight
         draw = torch.empty(weight.shape, dtype=torch.float32)
         draw.normal_(0, INIT_STD, generator=parameter_generator(generator, "weight"))

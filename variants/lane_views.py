@@ -95,5 +95,5 @@ class LaneView:
     """Returns AdamW's `exp_avg` and `exp_avg_sq` of a parameter; empty before its first step."""
 
     def generator(self, layer: str) -> torch.Generator:
-        """Return a new generator for `layer`, which differs at every step."""
+        """Return a new generator, seeded with the lane's seed, the layer's name and the step."""
         return seeded_generator(self.seed, layer, self.step)

@@ -20,7 +20,7 @@ class Constants:
 
     layer: FrozenLayer
     scale: Tensor | None = None
-    """The factor s of each lane, (K, 1, 1), with which B is multiplied; None if B has been multiplied."""
+    """The factor s of each lane, (K, 1, 1); None if B contains it already."""
     a0: Tensor | None = None
     """(K, rank, in): if there are A0 and B0, the update is s (B A - B0 A0)."""
     b0: Tensor | None = None
@@ -43,7 +43,7 @@ class LowRankProduct(torch.autograd.Function):
         """Compute the output.
 
         Args:
-            ctx: The node.
+            ctx: The autograd context.
             x: The layer's input, (K*R, ..., in) or (K, N, in).
             a: A of each lane, (K, rank, in), with a rank of at least 2 (see `pad_rank_one`).
             b: B of each lane, (K, out, rank).
@@ -135,7 +135,7 @@ class VectorProduct(torch.autograd.Function):
         """Compute the output.
 
         Args:
-            ctx: The node.
+            ctx: The autograd context.
             x: The layer's input, (K*R, ..., in) or (K, N, in).
             b: (K, out).
             d: (K, r).

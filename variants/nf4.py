@@ -75,7 +75,7 @@ class NF4Linear(nn.Module):
 
     Attributes:
         packed: See `NF4Weight`; a buffer.
-        scales: See `NF4Weight`; a buffer that stays float32.
+        scales: See `NF4Weight`; a float32 buffer.
         bias: (out,), or None.
     """
 

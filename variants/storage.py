@@ -188,7 +188,8 @@ def _match_variant(config: Mapping[str, Any], folder: Path) -> tuple[Variant, Va
     init_method = config.get("init_lora_weights")
     if isinstance(init_method, str) and init_method.startswith(_BASE_CHANGING_INITS):
         raise UnsupportedError(
-            f"{folder}: a {init_method} adapter over a changed base model; let PEFT save it as plain LoRA"
+            f"{folder}: a {init_method} adapter over a base model that PEFT has changed; let PEFT save it as "
+            "plain LoRA (`path_initial_model_for_weight_conversion`)"
         )
     method = (config.get("peft_type"), *(flag for flag in PEFT_FLAGS if config.get(flag)))
     for name in catalogue.names():

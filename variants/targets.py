@@ -31,7 +31,8 @@ def find_target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
             for the whole name.
 
     Raises:
-        UnsupportedError: A name matches nothing, or a selected module cannot be adapted.
+        UnsupportedError: A name matches nothing, a selected module cannot be adapted, or the regular
+            expression is invalid or takes too long.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if targets == "blocks":
@@ -83,7 +84,7 @@ def is_plain_conv1d(module: nn.Module) -> bool:
 
 def _match_pattern(modules: Mapping[str, nn.Module], targets: str) -> list[str]:
     try:
-        re.compile(targets.removeprefix("re:"))  # PEFT reads an exported pattern with `re`
+        re.compile(targets.removeprefix("re:"))  # `regex` accepts patterns that `re` does not
         pattern = regex.compile(targets.removeprefix("re:"))
     except (re.error, regex.error) as error:
         raise UnsupportedError(f"targets {targets!r}: not a regular expression ({error})") from None
@@ -122,13 +123,13 @@ def _suggest_layer(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _check_adaptable(name: str, modules: Mapping[str, nn.Module], match_all: bool) -> None:
-    """Raise UnsupportedError for a module whose weights adapters cannot reach.
+    """Raise UnsupportedError for a module that adapters cannot be applied to.
 
     Args:
         name: The module's path.
         modules: All modules by path.
-        match_all: True if the user selected every module in scope, so that modules without linear layers
-            are checked too.
+        match_all: True to look for 3-D weights of experts in every module; False to look for them only in
+            linear layers.
     """
     parents = [".".join(name.split(".")[:end]) for end in range(1, name.count(".") + 1)]
     for path in [*parents, name]:

@@ -35,17 +35,17 @@ class LoRAMoE(Variant):
     The experts share `rank` equally. Their number is the largest one from 2 to `experts` that divides `rank`
     (8 experts of rank 1 at rank 8, 4 at rank 4). As in the authors' code, s = alpha / (rank of one expert).
     With equal gates this gives LoRA's scaling alpha / rank for the sum of all experts. The published study
-    used s = alpha / rank, which is an eighth of it with 8 experts.
+    used s = alpha / rank, which is an eighth of this s with 8 experts.
 
     Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), so that each expert's A is as in LoRA; B = 0, so
     y = W x.
 
     Parameters: rank * (in + out) + experts * in per layer.
 
-    Settings: `top_k` 0 weighs all experts, as in the paper. Another number keeps a token's largest gates and
-    scales them to a sum of 1. The published study used 2. This is not the default because the paper does not
-    do it, because it saves nothing where one matrix product computes all experts, and because it leaves
-    experts without gradients.
+    Settings: `top_k` 0 weighs all experts, as in the paper. Another number keeps that many of a token's
+    gates, the largest, and scales them to a sum of 1. The published study used 2, which is not the default:
+    the paper does not drop gates, nothing is saved where one matrix product computes all experts, and
+    experts may be left without gradients.
 
     The loss gains the localized balancing constraint. Each expert's gates are summed over the tokens of an
     example. The constraint is `balance` times the squared coefficient of variation of these sums over the

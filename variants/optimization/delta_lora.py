@@ -24,9 +24,10 @@ from variants.baseline.lora import LoRA
 class DeltaLoRA(LoRA):
     """W' = Wt + s B A with s = alpha / rank; after each step t > K, Wt gains ratio * s * (change of B A).
 
-    Wt is never written. The sum of the changes telescopes: Wt = W + ratio * s (B A - B0 A0), where A0 and B0
-    are A and B after K + 1 steps, kept as frozen tensors. This is exact in every dtype and needs one base
-    model for all lanes. Before that step A0 and B0 follow A and B. No gradient flows through Wt.
+    Steps are counted from t = 0, as in algorithm 1 of the paper. Wt is never written. The sum of the changes
+    telescopes: Wt = W + ratio * s (B A - B0 A0), where A0 and B0 are A and B after K + 1 steps, kept as the
+    frozen tensors "before A" and "before B". This is exact in every dtype and needs one base model for all
+    lanes. In the first K + 1 steps A0 and B0 follow A and B. No gradient flows through Wt.
 
     Initialization and parameters as in LoRA: rank * (in + out) per layer.
 
@@ -58,10 +59,10 @@ class DeltaLoRA(LoRA):
                     view.frozen[f"before {name}"].copy_(tensor)
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Return B A + ratio (B A - B0 A0) as one product.
+        """Return A (..., 3 rank, in) and B (..., out, 3 rank) with the product B A + ratio (B A - B0 A0).
 
-        The difference is written as B (A - A0) + (B - B0) A0. It is exactly zero while nothing has changed,
-        and it is not rounded to the precision of B A.
+        The difference is written as B (A - A0) + (B - B0) A0. It is exactly zero while A = A0 and B = B0, and
+        it is not rounded to the precision of B A.
         """
         a, b, ratio = params["A"], params["B"], params["ratio"]
         a0, b0 = params["before A"], params["before B"]

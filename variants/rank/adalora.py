@@ -34,7 +34,7 @@ AVERAGE_BUFFERS = frozenset(f"{kind} {name}" for kind in ("importance", "uncerta
 class AdaLoRA(LoRA):
     """W' = W + s B diag(E) A with s = alpha / (initial rank + 1e-5), as in PEFT.
 
-    Initialization: A and B from N(0, 0.02), E = 0, so W' = W. Every layer begins with `initial` * rank
+    Initialization: A and B from N(0, 0.02^2), E = 0, so W' = W. Every layer begins with `initial` * rank
     triplets (a row of A, an entry of E, a column of B); `rank` is the mean number of triplets per layer at
     the end.
 
@@ -42,10 +42,10 @@ class AdaLoRA(LoRA):
 
     After each step the importance of a value p is the running average of |p * gradient| times the running
     average of its deviation from that average. A triplet's score is the importance of its E plus the mean
-    importance over its row of A and its column of B. After step t, E is set to zero for all but the b(t)
-    triplets of all layers with the highest scores. The budget b(t) is the initial number up to t_i and then
-    falls cubically to layers * rank at T - t_f. Until then a pruned triplet may return; afterwards it may
-    not. T is the number of total steps, t_i = `warmup` * T and t_f = `final` * T.
+    importance of its row of A plus that of its column of B. After step t, E is set to zero for all but the
+    b(t) triplets of all layers with the highest scores. The budget b(t) is the initial number up to t_i and
+    then falls cubically to layers * rank at T - t_f. Until then a pruned triplet may return; afterwards it
+    may not. T is the number of total steps, t_i = `warmup` * T and t_f = `final` * T.
 
     Parameters: ranks in use * (in + out + 1) per layer.
 
@@ -195,7 +195,7 @@ def _triplet_budget(layer_count: int, settings: VariantSettings, step: int, tota
 
 
 class _OrthogonalityLoss(torch.autograd.Function):
-    """weight (|A A^T - I| + |B^T B - I|) / 2 as one node.
+    """The loss weight (|A A^T - I| + |B^T B - I|) / 2, with Frobenius norms, as one autograd node.
 
     A A^T - I is symmetric, so the gradient of its norm is 2 (A A^T - I) A / |A A^T - I|. Eager autograd would
     compute two products, one for each factor of A A^T.

@@ -33,7 +33,7 @@ class ReLoRA(LoRA):
     - B A joins the frozen products Bi Ai (and not W: this is exact in every dtype and needs one base model
       for all lanes; dropout does not apply to it, as it would not to W).
     - A is drawn again and B becomes zero, so W' does not change.
-    - Both Adam moments of A and B become zero where exp_avg is smallest, for the fraction `pruned` of all
+    - Both Adam moments of A and B become zero where |exp_avg| is smallest, for the fraction `pruned` of the
       values.
     - The learning rate warms up from zero to its schedule again ("jagged cosine"), linearly over the fraction
       `warmup` of the total steps, for at least one step.
@@ -114,7 +114,7 @@ def _merge_steps(total_steps: int, settings: VariantSettings) -> list[int]:
 
 
 def _prune_moments(moments: Mapping[str, Tensor], share: float) -> None:
-    """Set a fraction of all moments to zero in place: those where exp_avg is smallest.
+    """Set a fraction of both moments to zero in place, where |exp_avg| is smallest.
 
     Sorting is used because torch.quantile refuses more than 16 million values.
     """

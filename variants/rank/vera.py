@@ -27,8 +27,8 @@ from variants.low_rank_product import VectorProduct
 class VeRA(LoRA):
     """W' = W + diag(b) B diag(d) A with trainable vectors b (out,) and d (r,). There is no alpha.
 
-    A (r, in) and B (out, r) are slices of two frozen random matrices that all layers share and that fit the
-    largest layer.
+    A (r, in) and B (out, r) are slices of two frozen random matrices that all layers share. These have the
+    largest `in` and the largest `out` of all layers.
 
     Initialization: A and B Kaiming-uniform (bounds sqrt(6 / largest in) and sqrt(6 / r)), d = 0.1, b = 0, so
     W' = W.

@@ -36,7 +36,7 @@ class Case:
 
     @property
     def is_language_model(self) -> bool:
-        """Return whether inputs are token ids."""
+        """Whether inputs are token ids."""
         return self.model in ("llama", "gpt2")
 
     @property
@@ -80,7 +80,10 @@ class Case:
         return torch.randn(ROWS, LENGTH, self.in_features, generator=noise).to(self.device, self.dtype)
 
     def loss(self, output: Tensor, rows: Tensor) -> Tensor:
-        """Return a lane's loss: next-token prediction for language models, else regression on rotated input.
+        """Return a lane's loss, a scalar.
+
+        Language models predict the next token. Other models predict their input with its features rolled by
+        one position.
 
         Args:
             output: The model's output for the lane's rows.

@@ -68,7 +68,7 @@ def every_tensor_gets_a_gradient(variant: Variant, case: Case) -> None:
 
 
 def merged_equals_forward(variant: Variant, case: Case) -> None:
-    """A merged model computes what the lane computed, or merging is refused with the variant's name."""
+    """A merged model computes what the lane computed, or an error that names the variant refuses to merge."""
     adapters = attach_lanes(case, variant, case.lanes)
     perturb_lanes(case, adapters)
     before = lane_outputs(case, adapters).chunk(len(adapters.lanes))[0]
@@ -142,7 +142,7 @@ def saved_lane_is_restored(variant: Variant, case: Case) -> None:
 
 
 def lanes_are_independent(variant: Variant, case: Case) -> None:
-    """Lanes of one lane group end where each ends when it trains alone, bit for bit.
+    """Each lane of a lane group ends with the tensors and outputs of the lane trained alone, bit for bit.
 
     They start 0, 3 and 7 steps apart, with their own alpha, learning rate and dropout masks. The equality to
     the bit needs at least 8 rows per lane on a CPU.
@@ -193,8 +193,8 @@ def parameter_count_equals_the_formula(variant: Variant, case: Case) -> None:
 def fits_a_representable_target(variant: Variant, case: Case) -> None:
     """A lane learns, from its initialization, what other values of its own parameters compute.
 
-    The parameters with the highest learning rate get 0.02. The loss is scaled to begin at 1, because an
-    auxiliary loss is meant to stand beside the loss of a task.
+    The highest learning rate of a parameter is 0.02. The loss is scaled to begin at 1, because the weight of
+    an auxiliary loss is meant for the loss of a task.
     """
     teacher = attach_lanes(case, variant, 1)
     perturb_lanes(case, teacher)
@@ -249,8 +249,9 @@ LAWS: dict[str, Law] = {law.__name__: law for law in (
 def applies(law: Law, variant: Variant, case: Case) -> bool:
     """Return whether a law applies to a variant on a case.
 
-    Fitting concerns the formula, and neither models nor rounding, so a small float32 model is enough. A
-    variant that trains only a head needs a model with a head. Full fine-tuning refuses quantized weights.
+    `fits_a_representable_target` tests the formula and neither models nor rounding, so small float32 models
+    are enough. A variant that trains only a head needs a model with a head. Full fine-tuning refuses
+    quantized weights.
 
     Args:
         law: One of `LAWS`.

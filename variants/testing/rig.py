@@ -52,7 +52,10 @@ def attach_lanes(
 
 
 def calibrate_lane(case: Case, adapters: Adapters, lane: int) -> CalibrationTensors | None:
-    """Calibrate on a lane's first three batches with the lane's own head; None if the variant needs none."""
+    """Return the calibration tensors from a lane's first three batches with the lane's initial head.
+
+    The result is None if the variant needs no calibration.
+    """
     if adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
         return None
 
