@@ -53,7 +53,7 @@ def test_ray_starts_what_cluster_yaml_promises_and_ends_all_of_it() -> None:
     config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
     ray_aws = _NODE_PROVIDERS["aws"](config["provider"])
     config = ray_aws.bootstrap_config(ray_aws.fillout_available_node_types_resources(config))
-    assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 1, "what an autoscaler counts with"
+    assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 1, "the autoscaler uses it"
     provider = _get_node_provider(config["provider"], config["cluster_name"])
     for name, kind in (("head", "head"), ("gpu", "worker")):
         node_config = dict(config["available_node_types"][name]["node_config"])
@@ -76,7 +76,7 @@ def test_ray_starts_what_cluster_yaml_promises_and_ends_all_of_it() -> None:
     volumes = ec2.describe_volumes()["Volumes"]
     assert sorted(v["Size"] for v in volumes) == [100, 150]
     assert all(v["Encrypted"] and TAG in v["Tags"] for v in volumes)
-    assert sorted(ingress()) == [("-1", ["itself"]), ("tcp 22", [SSH_FROM])], "and no group of Ray's own"
+    assert sorted(ingress()) == [("-1", ["itself"]), ("tcp 22", [SSH_FROM])], "Ray has made no group"
 
     provider.terminate_nodes(provider.non_terminated_nodes({}))  # as `ray down` does
     states = {m["State"]["Name"] for r in ec2.describe_instances()["Reservations"] for m in r["Instances"]}

@@ -36,7 +36,7 @@ def test_no_command_of_the_cluster_file_has_a_secret_as_a_word() -> None:
         bare = re.sub(r"'[^']*'", "", text)
         assert not re.search(r"(?i)\$\{?\w*(token|secret|password|key)", bare), text
         assert not re.search(r"(?i)\bhf_\w{10}|AKIA[0-9A-Z]{12}|://[^/@:\s]+:[^@\s]+@", text), text
-    assert any("${HF_TOKEN" in text for text in commands), "this would see one"
+    assert any("${HF_TOKEN" in text for text in commands), "commands with secrets are among those searched"
 
 
 def test_the_shell_environment_of_a_node_refers_to_the_token_without_its_value(tmp_path: Path) -> None:

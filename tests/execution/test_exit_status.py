@@ -98,4 +98,4 @@ def test_deaths_without_a_step_end_the_study_soon_and_without_a_gain_in_the_end(
     for _ in range(MAX_TRAINER_FAILURES * (1 + trainers) + 1):
         assert not policy.abort_reason
         policy.on_faulty_lane()
-    assert policy.abort_reason, "where all lanes are guilty, it is not the lanes"
+    assert policy.abort_reason, "if all lanes fail, the lanes are not the cause"

@@ -46,7 +46,7 @@ def test_the_next_stage_is_asked_for_when_all_trials_have_ended(tmp_path: Path) 
     search = ConfigurationListGenerator(POINTS[:1], next_stage=lambda: stages.pop(0))
     (first,) = trials(search, tmp_path)
     assert trials(search, tmp_path) == []
-    assert len(stages) == 2, "asked while a trial is unfinished"
+    assert len(stages) == 2, "the next stage was requested before the trial ended"
     search.on_trial_complete(first.trial_id, error=True)
     second = trials(search, tmp_path)
     assert [Configuration.from_json(trial.config["configuration"]) for trial in second] == POINTS[1:3]

@@ -141,7 +141,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(
     code, out, err = study.end(process)
     assert code == 130, out + err
     assert "Traceback" not in err
-    assert "Stopped:" not in out, "that is for an end which is waited for"
+    assert "Stopped:" not in out, "this line is for an end that the study waits for"
     saved = study.saved(output)
     assert list(saved.values()) == [8, 8], "the two steps since then are lost"
     for fingerprint, step in saved.items():

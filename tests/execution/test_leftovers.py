@@ -80,7 +80,7 @@ def test_kill_9_of_the_driver_leaves_nothing_that_runs_and_loses_nothing(
         assert [step.step for step in now[fingerprint].curve] == list(range(1, STEPS + 1))
     counted = re.search(r"(\d+) optimizer steps of", out)
     assert counted, out
-    assert int(counted[1]) == 2 * STEPS - 8, "and repeat nothing before those"
+    assert int(counted[1]) == 2 * STEPS - 8, "no step before the checkpoint is repeated"
     assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in now)
     assert study.parents(output, NAME) == ["FINISHED"]
     study.wait_for(lambda: study.rays() <= before)

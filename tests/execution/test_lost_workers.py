@@ -87,7 +87,7 @@ def test_a_worker_is_lost_with_its_node_and_not_when_it_crashes(machines: Machin
     study.wait_for(known)  # Ray learns the details of a death one by one
     assert known()
     machines.lose(node)
-    assert has_worker_on_lost_node(other), "at once, before Ray has marked the node dead"
+    assert has_worker_on_lost_node(other), "seen before Ray marks the node as dead"
 
 
 def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> None:
@@ -104,7 +104,7 @@ def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> N
 
     study.wait_for(lambda: clear() == 1)
     study.wait_for(lambda: ray.available_resources().get("GPU") == 1)
-    assert clear() == 1, "that of a controller that lives stays"
+    assert clear() == 1, "the group of a living controller stays"
     ray.kill(lives)
     study.wait_for(lambda: clear() == 0)
 

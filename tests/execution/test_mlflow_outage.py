@@ -119,7 +119,7 @@ def everything_on_disk_opens_without_running_code(output: Path, server: Server) 
     assert {"store/records.parquet"} <= set(found[".parquet"])
     assert f"{NAME}/ray.log" in found[".log"]
     assert on_disk.opened(server.folder)[".db"] == ["server.db"]
-    assert not list((output / "store").glob("scratch/*")), "what Ray wrote for itself is gone"
+    assert not list((output / "store").glob("scratch/*")), "Ray's own files are removed"
 
 
 def test_no_code_of_ours_reads_or_writes_pickles() -> None:

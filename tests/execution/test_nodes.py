@@ -53,8 +53,8 @@ def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
 
     def trials_wait() -> bool:
         now = held()
-        assert (now["CPU"], now["GPU"]) == (0, 0), "whoever waits takes nothing that could train"
-        assert now["memory"] <= LANES * TRIAL_MEMORY_BYTES + 1, "that of a trial each, in Ray's books"
+        assert (now["CPU"], now["GPU"]) == (0, 0), "waiting trials reserve nothing that a trainer needs"
+        assert now["memory"] <= LANES * TRIAL_MEMORY_BYTES + 1, "only trials reserve memory"
         return now["memory"] >= TRIAL_MEMORY_BYTES
 
     study.wait_for(trials_wait, process)

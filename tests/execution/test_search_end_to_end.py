@@ -73,7 +73,7 @@ def test_a_search_killed_in_the_middle_goes_on_with_what_it_asked_for(
     before = asked(output / NAME)
     made = {record.fingerprint: record.provenance.ended for record in store.records()}
     assert 2 <= len(made) < len(before) < 2 * POINTS, "one is half trained, others have yet to be asked for"
-    assert set(made) <= set(before), "nobody trains what was not written down"
+    assert set(made) <= set(before), "every trained point is in the journal"
 
     assert study.run_here(output, *SEARCH, *small, address=cluster.address) == 0
     file = SearchFile.read(output / NAME)

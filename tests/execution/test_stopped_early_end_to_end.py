@@ -122,7 +122,7 @@ def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
     assert study.run_here(output, *arguments, script="early_stopping.py") == 0
     out = capsys.readouterr().out
     assert out.count("5 of 5 known, nothing to train") == 2
-    assert out.strip().splitlines()[-5:] == said, "the choice of then, not of the records of now"
+    assert out.strip().splitlines()[-5:] == said, "the stored choice, made from the earlier records"
 
     with pytest.raises(UsageError) as refused:
         study.run_here(output, *SMALL, *GRID, "1", script="early_stopping.py")
@@ -143,5 +143,5 @@ def test_hyperband_pauses_more_lanes_than_there_are_places(
     assert Counter(r.state for r in now.values()) == {"finished": 3, "stopped": 2}
     assert all(r.steps == 8 for r in now.values() if r.state == "stopped")
     spilled = [r for r in now.values() if 8 in r.provenance.resumed_from]
-    assert len(spilled) >= 2, "the third of the bracket came to its rung in the place of the others"
+    assert len(spilled) >= 2, "the third lane of the bracket trained in another's place"
     assert steps_said(out) == (3 * 24 + 2 * 8, 120)

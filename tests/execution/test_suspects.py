@@ -141,7 +141,7 @@ def test_a_new_report_clears_suspicion_and_a_repeated_one_does_not() -> None:
         assert count_suspects(core) == (attempt == 2)
         core.remove_trainer(trainer, 0.0, ExitKind.CRASHED)
     assert count_suspects(core) == 1
-    assert core.entries[point.fingerprint].solo_crashes == 1, "it had news since the first two"
+    assert core.entries[point.fingerprint].solo_crashes == 1, "a new report resets the count of crashes alone"
 
 
 def test_a_trainer_that_was_killed_or_lost_with_its_node_suspects_nobody() -> None:
@@ -159,7 +159,7 @@ def test_a_suspect_takes_the_place_of_a_lane_group_that_is_parked_as_a_whole() -
     held = {parked.fingerprint: (1, parked, Report(parked.fingerprint, 1, 1, {}, 1.0))}
     core.entries[suspect.fingerprint].mark_suspect(1, 2)
     assert core.exchange("trainer-0.x", held, 1, 0.0) == {parked.fingerprint: Directive.PARK}
-    assert core.lease("trainer-0.x", parked.group_key, 1, 0.0).leases == (), "it may not join"
+    assert core.lease("trainer-0.x", parked.group_key, 1, 0.0).leases == (), "a suspect may not join"
     grant = core.lease("trainer-0.x", None, 1, 0.0)
     assert [lease.configuration for lease in grant.leases] == [suspect]
     assert grant.requires_empty_group
@@ -321,7 +321,7 @@ def test_a_suspect_that_waits_too_long_gets_a_trainer_that_drains() -> None:
     for _ in range(3):
         assert len(finish_one(timeouts.STARVATION_SECONDS) - suspects) == 1, "the queue goes on"
     late = timeouts.STARVATION_SECONDS + 1
-    assert finish_one(late) == set(), "it drains"
+    assert finish_one(late) == set(), "the trainer drains"
     assert len(finish_one(late) & suspects) == len(trainer.held) == 1
 
 

@@ -117,7 +117,7 @@ def test_a_cluster_that_another_user_has_announced_is_not_joined_unasked(tempora
             runtime.running_cluster_address()
     assert f"RAY_ADDRESS={where}" in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert runtime.running_cluster_address() is None, "one that does not answer is nobody's"
+    assert runtime.running_cluster_address() is None, "one that does not answer is ignored"
 
 
 def pipe(address_file: Path) -> None:

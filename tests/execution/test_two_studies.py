@@ -66,7 +66,7 @@ def test_two_studies_at_once_share_what_they_know_and_both_finish(
         hours = re.search(r"(\d+) trained in .*, ([\d.e-]+) GPU hours", out)
         assert hours, out
         most = 1.01 * seconds_at_work(output, name) / 3600  # hours are printed with three digits
-        assert 0 < float(hours[2]) < most, "of one GPU"
+        assert 0 < float(hours[2]) < most, "no more than one GPU for the whole time"
         assert int(hours[1]) == 2
         counted = re.search(r"(\d+) optimizer steps of", out)
         assert counted

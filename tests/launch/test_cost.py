@@ -120,7 +120,7 @@ def test_time_scales_with_steps_and_evaluations_and_another_batch_makes_a_range(
     longer = [replace(c, lr_schedule=LRSchedule(3 * STEPS)) for c in HUNDRED]
     assert seconds(store, *longer) == pytest.approx((96, 96)), "three times the steps, scored as often"
     seldom = [replace(c, evaluations=1) for c in HUNDRED]
-    assert seconds(store, *seldom) == pytest.approx((30 + 6 * 2 / 5,) * 2), "once and the test, not 4 times"
+    assert seconds(store, *seldom) == pytest.approx((30 + 6 * 2 / 5,) * 2), "one validation, not 4"
     wide = [replace(c, batches=BatchConfig(16)) for c in HUNDRED]
     assert seconds(store, *wide) == pytest.approx((36, 66))
     parts = [replace(c, batches=BatchConfig(4, 2)) for c in HUNDRED]

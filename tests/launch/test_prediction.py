@@ -131,7 +131,7 @@ def test_the_predicted_lanes_follow_the_memory_of_the_gpu(tmp_path: Path) -> Non
         return predict_lanes([one], tmp_path, gib * 2**30, **options)[0]
 
     small, large = "Qwen/Qwen3-0.6B-Base", "meta-llama/Llama-3.1-8B"
-    assert lanes(small, 79) == lanes(large, 79) == 8, "short rows"
+    assert lanes(small, 79) == lanes(large, 79) == 8, "all eight lanes of short rows fit"
     assert lanes(large, 16) == 1, "not even the weights fit"
     assert lanes(large, 24, 64) < lanes(large, 79, 64)
     assert lanes(large, 24, 64, checkpointing=True) > lanes(large, 24, 64)

@@ -81,7 +81,7 @@ def test_the_page_loads_nothing_and_shows_every_score(page: Path) -> None:
 
 def test_summary_and_pictures_are_beside_the_page(page: Path) -> None:
     summary = json.loads((page / "summary.json").read_text())
-    assert [task["task"] for task in summary["tasks"]] == ["gsm8k"], "the task of the own study alone"
+    assert [task["task"] for task in summary["tasks"]] == ["gsm8k"], "the task of the user's study alone"
     gsm8k = summary["tasks"][0]
     assert gsm8k["scores"]["LoRA"][6] == 75.51
     assert gsm8k["noise"]["reference_ranks"] == [1, 10]

@@ -84,7 +84,7 @@ def test_the_verdicts_give_the_claim_the_numbers_and_the_design(summary: Summary
     digits_part, letters_part = at_one_rate.answer.split("On letters, between LoRA's best rate and")
     assert "changes for hira" in letters_part
     assert "stays open" in digits_part, "a replicate of hira has diverged there"
-    assert at_one_rate.outcome == "undecided", "it is not the same on both tasks"
+    assert at_one_rate.outcome == "undecided", "the tasks have different outcomes"
 
 
 def test_an_undecided_claim_names_the_replicates_in_the_worst_case_and_the_command() -> None:
@@ -159,7 +159,7 @@ def test_the_axes_of_many_variants_leave_room_for_their_curves(variants: int) ->
     figure.draw_without_rendering()
     for axes in figure.axes:
         box = axes.get_window_extent()
-        assert min(box.width, box.height) > 0.9 * figure.dpi, "inches"
+        assert min(box.width, box.height) > 0.9 * figure.dpi, "no axes are smaller than 0.9 inches"
 
 
 def test_one_replicate_gives_a_page_without_intervals(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_a_diverged_run_counts_as_the_floor_and_a_stopped_or_failed_one_is_not_c
     assert [run.validation for run in tuning.runs] == [0.2, 0.0, None, None]
     nothing = only_tuning(record(rate=1e-2, validation=None))
     assert nothing.chosen is not None
-    assert not nothing.is_usable, "it is chosen, for want of another, and counts as not usable"
+    assert not nothing.is_usable, "the only run is chosen, and is not usable"
 
 
 def test_each_seed_is_a_tuning_and_incomplete_ones_are_left_out() -> None:

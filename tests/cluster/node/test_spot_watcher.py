@@ -103,7 +103,7 @@ def test_a_notice_drains_the_node_with_the_seconds_that_are_left(
     assert raylet == A
     assert min_seconds <= seconds <= max_seconds
     watcher.poll()
-    assert len(ray.requests) == 1, "once"
+    assert len(ray.requests) == 1, "a notice drains the node once"
     ray.raylets = {A, B}
     service.give_notice(-100)
     watcher.poll()

@@ -46,8 +46,8 @@ def test_a_group_key_that_waits_too_long_gets_the_trainer_with_fewest_lanes() ->
     late = timeouts.STARVATION_SECONDS + 1
     held = {f: (core.entries[f].attempt, core.configurations[f], None) for f in core.trainers["a"].lanes}
     core.exchange("a", held, 0, late)
-    assert core.lease("b", group_key, 1, late).leases == (), "b drains its lane group for the unserved shape"
-    assert len(core.lease("a", group_key, 1, late).leases) == 1, "a goes on with its own"
+    assert core.lease("b", group_key, 1, late).leases == (), "b drains for the other group key"
+    assert len(core.lease("a", group_key, 1, late).leases) == 1, "a goes on with its own group key"
     (fingerprint,) = core.trainers["b"].lanes
     core.end_lease("b", fingerprint, core.entries[fingerprint].attempt, "finished", late)
     assert [lease.configuration.variant.name for lease in core.lease("b", None, 2, late).leases] == ["hira"]
@@ -228,7 +228,7 @@ def test_a_variant_that_fails_is_left_until_the_others_are_trained_and_kills_no_
         (lease,) = core.lease("trainer-0.x", configuration("hira").group_key, 1, 0.0).leases
         core.end_lease("trainer-0.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
     core.trainer_exited("trainer-0", 0.0, ExitKind.REPEATED_LANE_FAILURES, "3 configurations in a row failed")
-    assert core.failure_policy.failures_without_step == 0, "another variant waits"
+    assert core.failure_policy.failures_without_step == 0, "no failure counts while another variant waits"
     late = timeouts.STARVATION_SECONDS + 1
     for rate in rates[:3]:
         (lease,) = core.lease("trainer-1.x", None, 1, late).leases
@@ -236,12 +236,12 @@ def test_a_variant_that_fails_is_left_until_the_others_are_trained_and_kills_no_
         assert lease.configuration == good
         core.exchange("trainer-1.x", {good.fingerprint: (1, good, None)}, 1, late)
         core.lease("trainer-1.x", good.group_key, 0, late)
-        assert core.trainers["trainer-1.x"].draining_for is None, "no trainer is emptied for what fails"
+        assert core.trainers["trainer-1.x"].draining_for is None, "no trainer drains for a variant that fails"
         core.end_lease("trainer-1.x", good.fingerprint, 1, "finished", late)
     for number in (2, 3, 4, 5):
         assert not core.failure_policy.abort_reason
         assert fail_all_lanes(core, f"trainer-{number}") == {"hira"}
-    assert core.failure_policy.abort_reason, "nothing else is left: before all of them are spoilt"
+    assert core.failure_policy.abort_reason, "the study ends before all lanes of the last variant fail"
     assert any(entry.needs_trainer for entry in core.open_entries.values())
 
 

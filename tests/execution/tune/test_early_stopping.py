@@ -75,7 +75,7 @@ def test_trials_leave_half_of_the_memory_to_trainers_under_hyperband_too(nodes: 
         assert at_once * each <= cluster.memory / 2
         at_once, asked = trial_limits(pool, cluster, "hyperband")
         assert at_once is None
-        assert nodes <= nodes * (memory // asked) <= max(10, nodes), "as many, but one a node at least"
+        assert nodes <= nodes * (memory // asked) <= max(10, nodes), "at most ten, but one a node"
         assert nodes * (memory // asked) * PAUSABLE_TRIAL_MEMORY_BYTES <= cluster.memory / 2
 
 

@@ -129,4 +129,4 @@ def test_trials_share_a_light_process_and_their_ends_are_seen(
     updates["counts"].pop("ended")
     assert not updates["counts"].total(), "all are released"
     context = StorageContext(str(tmp_path), "afterwards")
-    assert isinstance(ray.get(ray.put(context)), StorageContext), "Tune's own trials get theirs again"
+    assert isinstance(ray.get(ray.put(context)), StorageContext), "Ray sends it unchanged again"

