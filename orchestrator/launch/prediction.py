@@ -36,8 +36,11 @@ COMPUTED_TOKENS = 1.3
 """Computed tokens per token of a row. In micro-batches that are cut from 64 rows sorted by length 1.2 are
 computed; the rest is for kernels that are too short to reach the assumed speeds."""
 CHARACTERS_PER_TOKEN = 3.3
+"""Assumed mean characters of a token."""
 SAMPLED_EXAMPLES = 256
+"""Training examples from which the lengths of rows are estimated."""
 MAX_DECODE_ROWS = 512
+"""Answers that are generated at once, as `MAX_GPU_ROWS` in `finetune/evaluation/generation_plan.py`."""
 VALUE_BYTES = 2
 """Bytes of a bfloat16 value."""
 

@@ -81,7 +81,7 @@ class ReplicateOptions:
     own; with --search it is a search of its own. Default: 10; in a rehearsal 5, of three variants on four
     rates."""
     max_replicates: int | None = None
-    """The largest number of replicates that you may ever add to this study, fixed before the first look. The
+    """The largest number of replicates that this study may ever have, fixed before the first look. The
     error rate of 5 % is shared out over at most five looks on the way there, so that intervals are wider
     before the last one. Default: --replicates, one look."""
     margin: float = 0.01

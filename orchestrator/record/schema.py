@@ -114,7 +114,7 @@ class Provenance:
     ended: float = 0.0
     """Seconds since the epoch."""
     kernels: str = "torch"
-    """Code of the base model's norms and activations: "torch", or "liger" and its version."""
+    """Code of the base model's norms, rotary embeddings and activations: "torch", or "liger" with a version."""
 
 
 @dataclass(frozen=True)

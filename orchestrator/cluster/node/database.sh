@@ -4,7 +4,8 @@
 #   database.sh          install PostgreSQL, start it, create role and database
 #   database.sh watch    start it again whenever it has died; run by orchestrator.cluster.node.supervisor
 #
-# PostgreSQL authenticates the user by the system, so there is no password to hide. Other machines cannot connect.
+# PostgreSQL takes the name of the user from the operating system (peer), so there is no password to hide. Other
+# machines cannot connect.
 # The data is lost with the head's disk: `python -m orchestrator sync` creates MLflow's runs again from the store.
 #
 # PostgreSQL replaces its child processes when they die. Nothing replaces its main process: the systemd unit of Debian
@@ -19,9 +20,9 @@ is_gone() { # a server that is starting or busy is not gone
     pg_isready -q -h /var/run/postgresql || code=$?
     [ $code = 2 ]
 }
-start() { # a server that runs is left alone; its error is ignored
+start() { # for a server that runs already, pg_ctlcluster changes nothing and fails, which is ignored
     pg_lsclusters -h | while read -r version name _; do
-        # Without the variable, by which the supervisor of this script would end the server, too.
+        # Without LORA_SUPERVISOR_LOG: the supervisor of this script ends all processes that have it.
         as_root env -u LORA_SUPERVISOR_LOG pg_ctlcluster "$version" "$name" start </dev/null || true
     done
 }
