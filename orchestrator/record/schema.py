@@ -114,7 +114,7 @@ class Provenance:
     ended: float = 0.0
     """Seconds since the epoch."""
     kernels: str = "torch"
-    """Code of the base model's norms, rotary embeddings and activations: "torch", or "liger" with a version."""
+    """Code of the base model's norms, rotary embedding and activation: "torch", or "liger" and version."""
 
 
 @dataclass(frozen=True)
