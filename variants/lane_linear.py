@@ -68,7 +68,7 @@ class LaneLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen layer's weight, for models that read its dtype or device."""
+        """The frozen layer's weight, for models that read its dtype or device; the context records it."""
         if self.adapter_state.current_context is not None:
             self.adapter_state.current_context.weight_reads.add(self.name)
         return self.base_layer.weight  # type: ignore[return-value]  # an nn.Module's attribute

@@ -23,7 +23,7 @@ from variants.optimization.dora import DoRA
 
 
 class StartsElsewhere(LoRA):
-    """B starts at non-zero values without an offset (RandLoRA in the paper's code)."""
+    """B starts at non-zero values, and no initial product is subtracted (RandLoRA in the paper's code)."""
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
@@ -32,7 +32,7 @@ class StartsElsewhere(LoRA):
 
 
 class DeadTensor(LoRA):
-    """One trainable tensor never gets a gradient (LoHa with both B at zero)."""
+    """One trainable tensor never gets a gradient, as in a LoHa whose two B both start at zero."""
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)

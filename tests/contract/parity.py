@@ -35,7 +35,7 @@ from variants.testing.rig import LaneOptimizer, attach_lanes, model_output
 RANK, ALPHA, STEPS, LEARNING_RATE, DECAY = 4, 8.0, 10, 0.01, 0.01
 
 LANGUAGE_MODELS = ("llama", "gpt2")
-"""Models whose layers are of type Linear and of type Conv1D."""
+"""A model whose layers are of type Linear, and one whose layers are of type Conv1D."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,19 @@ ADALORA_FIXED_RANKS = _adalora(orthogonality=0.0, final=4)
 
 
 def compare_steps(variant: Variant, reference: Reference, model: str) -> Adapters:
-    """Take ten steps on both sides and compare all parameters after each step.
+    """Take ten steps on both sides, and compare the loss and all parameters of each step.
+
+    Args:
+        variant: Our variant.
+        reference: The implementation to compare it with.
+        model: The model of a `Case`.
 
     Returns:
         Our adapters after the steps.
 
     Raises:
-        AssertionError: A tensor differs by more than 1e-6; the message names the step and the tensor.
+        AssertionError: The loss or a parameter differs by more than 1e-6 of its value; the message names the
+            step.
     """
     case = Case(model, model=model, dtype=torch.float64)
     settings = VariantSettings(RANK, ALPHA, extra=reference.extra)
@@ -202,7 +208,7 @@ def _plain_model(case: Case, adapters: Adapters) -> tuple[nn.Module, dict[str, n
 def _peft_model(
     case: Case, adapters: Adapters, reference: Reference
 ) -> tuple[PeftModel, dict[str, nn.Parameter]]:
-    """Return PEFT's model and its parameters by our names. Copy their initial values to the lane."""
+    """Return PEFT's model and its parameters by our names, after copying their initial values to the lane."""
     assert reference.config is not None
     # PEFT's model is made in float32 and then converted to float64, because PEFT's SVD needs float32, and
     # PEFT would train AdaLoRA's `ranknum` in float64.
@@ -247,7 +253,7 @@ def _pad_ranks(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _share_residual(adapters: Adapters, reference_model: PeftModel, expected: Mapping[str, Tensor]) -> None:
-    """Copy PEFT's initial factors to the lane's offset, and the lane's residual weight to PEFT."""
+    """Copy PEFT's initial factors to the lane's A0 and B0, and the lane's residual weight to PEFT."""
     scaling = adapters.variant.scaling(adapters.settings)
     modules = dict(reference_model.get_base_model().named_modules())
     frozen = adapters.frozen("0")

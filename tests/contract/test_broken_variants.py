@@ -31,7 +31,7 @@ MUTANTS: list[tuple[type[Variant], Case, str]] = [
 
 
 @pytest.mark.parametrize(("kind", "case", "law"), MUTANTS, ids=[law for _, _, law in MUTANTS])
-def test_breaks_one_law_only(kind: type[Variant], case: Case, law: str) -> None:
+def test_a_broken_variant_breaks_one_law_only(kind: type[Variant], case: Case, law: str) -> None:
     assert [name for name, _ in find_broken_laws(kind(), case)] == [law]
 
 

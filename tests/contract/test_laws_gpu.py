@@ -62,8 +62,8 @@ def test_lanes_agree_on_a_gpu(name: str, case: Case) -> None:
     check_lanes_agree(name, replace(case, device="cuda"))
 
 
-def test_the_check_itself_on_the_cpu() -> None:
-    """Run the check of the GPU tests on a CPU, so that a defect of the check is noticed without a GPU.
+def test_the_check_of_the_gpu_tests_holds_on_a_cpu() -> None:
+    """A defect of the check is noticed without a GPU.
 
     The laws are stricter on a CPU, where a lane in a group equals the lane alone bit for bit.
     """

@@ -1,6 +1,6 @@
 """Ten optimizer steps of a variant equal ten steps of PEFT or, for the two controls, of plain AdamW.
 
-The models have layers of type Linear (Llama) and Conv1D (GPT-2).
+The language models have layers of type Linear (Llama) and Conv1D (GPT-2).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from variants.base import VerifiedBy
     [(name, model) for name, reference in parity.REFERENCES.items() for model in reference.models],
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-def test_ten_steps(name: str, model: str) -> None:
+def test_ten_steps_equal_those_of_the_reference(name: str, model: str) -> None:
     parity.compare_steps(catalogue.get(name), parity.REFERENCES[name], model)
 
 
 @pytest.mark.parametrize("model", parity.LANGUAGE_MODELS)
-def test_adalora_with_fixed_ranks(model: str) -> None:
+def test_adalora_with_fixed_ranks_equals_peft(model: str) -> None:
     ours = parity.compare_steps(catalogue.get("adalora"), parity.ADALORA_FIXED_RANKS, model)
     ranks = ours.ranks_in_use("0").values()
     assert sum(ranks) == len(ranks) * parity.RANK

@@ -1,4 +1,7 @@
-"""Lanes of rank 1. PyTorch multiplies a single column differently for one lane than for several."""
+"""Lanes of rank 1 are independent of each other.
+
+PyTorch alone would sum products with a single column in another order for one lane than for several.
+"""
 
 from __future__ import annotations
 

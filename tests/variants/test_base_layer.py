@@ -140,7 +140,7 @@ def test_a_model_may_write_a_layers_output_in_place(name: str, consumer: str, ki
 
 
 @pytest.mark.parametrize("name", ["lora", "pissa", "dora", "vera", "hira"])
-def test_olmo_clips_the_projections_of_its_attention(name: str) -> None:
+def test_lanes_train_in_olmo_which_clips_the_outputs_of_layers_in_place(name: str) -> None:
     config = OlmoConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         clip_qkv=0.05,

@@ -11,7 +11,7 @@ from variants import catalogue
 from variants.base import Batching, UnsupportedError, VariantSettings, VerifiedBy
 
 
-def test_axes_and_batching_of_five_variants() -> None:
+def test_five_variants_have_their_axis_batching_and_verification() -> None:
     expected = {
         "lora": ("baseline", Batching.BATCHED),
         "rslora": ("optimization", Batching.BATCHED),

@@ -20,7 +20,10 @@ IN, OUT, RANK, LANES = 24, 40, 3, 2
 
 
 class CountFullProducts(TorchDispatchMode):
-    """Counts the matrix products of N rows with a matrix (OUT, IN), or that result in one from N rows."""
+    """A mode that counts matrix products with a factor or result of shape (OUT, IN).
+
+    Products with A or B are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,8 +64,10 @@ def test_gradients_equal_numerical_ones(
 
 
 @pytest.mark.parametrize(("dtype", "products"), [(torch.float32, 3), (torch.bfloat16, 5)])
-def test_number_of_products_of_full_size_and_kept_tensors(dtype: torch.dtype, products: int) -> None:
-    """A lane in float32 needs one product forward and two backward; bfloat16 adds those of the base."""
+def test_a_lane_takes_three_products_of_full_size_and_keeps_only_x_and_its_factors(
+    dtype: torch.dtype, products: int
+) -> None:
+    """A lane has one product forward and two backward. In bfloat16 the frozen layer adds one to each pass."""
     case = Case("dense", out_features=OUT, in_features=IN, dtype=dtype)
     adapters = attach_lanes(case, catalogue.get("hira"), LANES, VariantSettings(RANK, None))
     layer = adapters.model.there[0]  # type: ignore[union-attr,index]

@@ -43,7 +43,7 @@ def validated_settings(name: str) -> VariantSettings:
 
 
 def random_calibration(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
-    """Return calibration tensors for random gradients or inputs, or None if the variant needs none."""
+    """Return calibration tensors computed from a random matrix, or None if the variant needs none."""
     variant = adapters.variant
     if variant.calibration_statistic is CalibrationStatistic.NONE:
         return None

@@ -174,7 +174,7 @@ def adapted(rank: int = 8, **extra: float | int) -> Adapters:
 
 
 def gradients(adapters: Adapters, names: list[str], x: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of lane "1"."""
+    """Return the gradients of lane "1" after one backward pass of these lanes together."""
     for lane in names:
         for parameter in adapters.trainable(lane).values():
             parameter.grad = None

@@ -27,7 +27,7 @@ LANES, N, IN, OUT, RANK = 2, 5, 3, 4, 2
 
 
 def _layer(is_transposed: bool, has_bias: bool) -> FrozenLayer:
-    """`is_transposed`: the module stores (in, out), as Conv1D does."""
+    """Return a float64 layer; if `is_transposed`, its module stores (in, out), as Conv1D does."""
     weight = torch.randn(OUT, IN).double()
     if is_transposed:
         weight = weight.t().contiguous().t()
@@ -82,7 +82,7 @@ def test_vector_gradients_equal_numerical_ones(is_transposed: bool, has_bias: bo
 
 @pytest.mark.parametrize("variant", ["lora", "pissa"])
 def test_only_the_input_and_the_hidden_values_are_kept(variant: str) -> None:
-    """Besides the parameters: a copy of s B, or factors of twice the rank, would be seen here."""
+    """The lane's own tensors are not counted. A copy of s B or factors of twice the rank would be counted."""
     case = Case("low rank", out_features=40, in_features=24)
     adapters = attach_lanes(case, catalogue.get(variant), 1, VariantSettings(3, 6.0))
     layer = adapters.model.there[0]  # type: ignore[union-attr,index]
@@ -151,7 +151,7 @@ def test_a_lane_has_the_same_bits_alone_and_among_others(
 @pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=lambda case: case.name)
 @pytest.mark.parametrize("name", ["lora", "pissa", "dora", "vera", "hira"])
 def test_lanes_without_dropout_train_as_they_do_alone(name: str, case: Case) -> None:
-    """The law of independent lanes trains with dropout, for which the frozen layer is computed apart."""
+    """The law of independent lanes trains with dropout, where the frozen layer is called separately."""
     grouped = attach_lanes(case, catalogue.get(name), 3)
     train(case, grouped, steps=3)
     for lane in grouped.lanes:

@@ -50,7 +50,10 @@ def test_each_weight_is_rounded_to_the_nearest_value_of_its_block(shape: tuple[i
 
 
 def test_the_error_on_normal_weights_is_that_of_nf4() -> None:
-    """No value is off by more than half of the widest gap of its block; the mean square is below 1 %."""
+    """No error exceeds half of the widest gap of its block.
+
+    The mean square of the errors is below 1 % of the mean square of the weights.
+    """
     weight = random_weight(512, 256)
     error = (NF4Weight.quantize(weight).dequantize() - weight).view(-1, BLOCK_SIZE)
     scales = weight.view(-1, BLOCK_SIZE).abs().amax(1, keepdim=True)
@@ -167,7 +170,7 @@ def test_full_fine_tuning_is_refused() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations have made and that are still in use."""
+    """A mode that counts the bytes of the storages that operations have made and that are still in use."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -100,7 +100,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_pissa_is_exported_as_lora_of_twice_the_rank(tmp_path: Path) -> None:
-    # Twice this rank is more than the size of the layers, 16, and the adapter still loads.
+    # Twice this rank exceeds the smaller side of some layers, 16, and the adapter is loaded all the same.
     settings = VariantSettings(10, 5.0)
     adapters = attach(LLAMA.build(), catalogue.get("pissa"), settings)
     adapters.add_lane("a", settings, 0)

@@ -36,7 +36,7 @@ def test_blocks_selects_the_linear_layers_of_all_blocks(llama: nn.Module, gpt2: 
     ]
 
 
-def test_name_endings_and_regular_expressions(llama: nn.Module) -> None:
+def test_targets_may_be_name_endings_or_a_regular_expression(llama: nn.Module) -> None:
     assert len(find_target_layers(llama, "q_proj, v_proj")) == 4
     assert list(find_target_layers(llama, "lm_head")) == ["lm_head"]
     assert list(find_target_layers(llama, "1.mlp.up_proj")) == ["model.layers.1.mlp.up_proj"]

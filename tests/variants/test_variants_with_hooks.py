@@ -232,7 +232,10 @@ def test_the_gradient_of_adaloras_loss_equals_a_numerical_one() -> None:
 
 @pytest.mark.parametrize("name", ["adalora", "delta_lora", "relora"])
 def test_lanes_are_independent_through_all_phases(name: str) -> None:
-    """The five steps of the law contain one merge and one pruning; these sixteen contain several."""
+    """The law's five steps contain one merge of ReLoRA and two prunings of AdaLoRA.
+
+    These sixteen steps contain three merges and six prunings.
+    """
     case = CASES[3]
     grouped, steps = attach_lanes(case, catalogue.get(name), 3), 16
     train(case, grouped, steps)

@@ -52,7 +52,10 @@ class LoRA(Variant):
         return lora_init(layer, settings, generator)
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Return A (..., R, in) and B (..., out, R) with W' - W = s B A, where R is `export_rank`."""
+        """Return A (..., R, in) and B (..., out, R) with W' - W = s B A.
+
+        R is the rank, or twice the rank with A0 and B0. Factors that a subclass adds increase R.
+        """
         a, b = params["A"], params["B"]
         if "A0" not in params:
             return a, b

@@ -24,10 +24,10 @@ from variants.baseline.lora import LoRA
 class DeltaLoRA(LoRA):
     """W' = Wt + s B A with s = alpha / rank; after each step t > K, Wt gains ratio * s * (change of B A).
 
-    Steps are counted from t = 0, as in algorithm 1 of the paper. Wt is never written. The sum of the changes
-    telescopes: Wt = W + ratio * s (B A - B0 A0), where A0 and B0 are A and B after K + 1 steps, kept as the
-    frozen tensors "before A" and "before B". This is exact in every dtype and needs one base model for all
-    lanes. In the first K + 1 steps A0 and B0 follow A and B. No gradient flows through Wt.
+    The first step is t = 0. Wt is never written. The sum of the changes telescopes:
+    Wt = W + ratio * s (B A - B0 A0), where A0 and B0 are A and B after K + 1 steps, kept as the frozen
+    tensors "before A" and "before B". This is exact in every dtype and needs one base model for all lanes. In
+    the first K + 1 steps A0 and B0 follow A and B. No gradient flows through Wt.
 
     Initialization and parameters as in LoRA: rank * (in + out) per layer.
 

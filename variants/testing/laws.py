@@ -68,7 +68,7 @@ def every_tensor_gets_a_gradient(variant: Variant, case: Case) -> None:
 
 
 def merged_equals_forward(variant: Variant, case: Case) -> None:
-    """A merged model computes what the lane computed, or an error that names the variant refuses to merge."""
+    """A merged model computes what the lane computed, or merging raises an error that names the variant."""
     adapters = attach_lanes(case, variant, case.lanes)
     perturb_lanes(case, adapters)
     before = lane_outputs(case, adapters).chunk(len(adapters.lanes))[0]
