@@ -56,8 +56,8 @@ def run_study(
         replicates: Number of replicates of a study that tunes each variant several times.
 
     Returns:
-        The exit code: 0 if all configurations have a result, EXIT_LIMIT_REACHED if a limit ended the run
-        before, else 1.
+        The exit code: 0 if all configurations have a result, or after --plan; EXIT_LIMIT_REACHED if a limit
+        ended the run before; else 1.
 
     Raises:
         UsageError: The value of an option is wrong. Nothing was trained.
