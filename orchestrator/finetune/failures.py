@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from orchestrator.util.errors import DISK_FULL_ERRNOS
 
-# torch reports these causes only in the message, from the host's allocator, CUDA's, or a library above it.
+# torch reports these causes only in the message, whose text comes from an allocator or a library.
 _OUT_OF_MEMORY_PATTERN = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|ALLOC_FAILED|bad_alloc|"
     r"Cannot allocate memory"
@@ -51,11 +51,11 @@ class TrainerBrokenError(RuntimeError):
 
     Args:
         reason: The cause, in one line.
-        kind: The cause, for programs.
+        kind: The cause, by which the driver classifies the end of the trainer.
     """
 
     def __init__(self, reason: str, kind: BrokenKind) -> None:
-        super().__init__(reason, kind)  # as the exception is pickled
+        super().__init__(reason, kind)  # unpickling passes these arguments
         self.reason, self.kind = reason, kind
 
     def __str__(self) -> str:
@@ -63,11 +63,11 @@ class TrainerBrokenError(RuntimeError):
 
 
 class StoreFullError(RuntimeError):
-    """The disk has stayed full for so long that a record could not be written."""
+    """The disk with the store has stayed full for longer than a trainer waits for space."""
 
 
 def classify_error(error: BaseException) -> Fault:
-    """Return the cause of an error, taken from the errors that caused it if its own type does not tell."""
+    """Return the cause of an error; if its type and message do not tell it, that of its `__cause__`."""
     import torch
 
     known = getattr(error, "fault", None)

@@ -84,7 +84,8 @@ class ProcessGroup:
         """Return the values of all workers, by rank.
 
         Raises:
-            WorkerError: A worker raised an error before it called this method.
+            WorkerError: One of the values of several workers is a WorkerError. A single worker gets it back.
+            WorkersOutOfSyncError: The workers have called different collective operations.
         """
         return [value]
 
@@ -151,7 +152,8 @@ class TorchProcessGroup(ProcessGroup):
         except (WorkerError, WorkersOutOfSyncError):  # raised by a collective operation, so on all workers
             raise
         except Exception as error:
-            # The others receive the error in their next `all_gather`: inside `work`, or the one below.
+            # This call raises the error here. The others receive it, and raise it, in their next
+            # `all_gather`: inside `work`, or the one below.
             self.all_gather(WorkerError.from_exception(error))
         self.all_gather(None, "the end of an attempt")
         return result

@@ -23,9 +23,9 @@ from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Examp
 from orchestrator.util.errors import UsageError, format_error, quote_value
 
 MAX_BATCH_ROWS = 64
-"""The largest number of items of a split in a batch."""
+"""The largest number of items in an evaluation batch."""
 MAX_BATCH_TOKENS = 4096
-"""About the largest number of tokens in a batch of a split."""
+"""The largest number of tokens in an evaluation batch, unless 8 items have more."""
 TOKENIZER_BATCH_SIZE = 1024
 """The number of examples that are tokenized in one call."""
 

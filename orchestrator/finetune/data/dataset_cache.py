@@ -67,7 +67,7 @@ def prepare_dataset(
         configuration: The configuration; it names the task's data and decides the maximum length.
         task: The configuration's task.
         processor: The model's tokenizer; not used for image tasks.
-        progress: Receives lines about what takes long.
+        progress: Called with one line before or during work that takes long.
 
     Returns:
         The dataset, mapped from files.
@@ -114,12 +114,12 @@ def _encode_columns(*arguments: Any) -> Iterator[dict[str, Any]]:
 
 
 def max_token_id(dataset: PreparedDataset) -> int:
-    """Return the largest token id in a dataset, -1 if it has none."""
+    """Return the largest token id in a dataset of texts, -1 if it has none."""
     return max(rows.max_value("ids") for rows in dataset.rows.values() if isinstance(rows, ArrowSequence))
 
 
 def compute_max_sequence_length(dataset: PreparedDataset, task: Task) -> int:
-    """Return the largest number of tokens that the model reads in one sequence.
+    """Return the largest number of tokens that the model reads in one sequence of a dataset of texts.
 
     This is the length of the longest row. If answers are generated, it is at least the length of the longest
     prompt with all but the last token of the longest answer.
@@ -228,9 +228,9 @@ def task_file_digest(task: Task) -> str:
 def _tokenizer_digest(tokenizer: Any) -> str:
     """Return the SHA-256 (hex) of what decides token ids.
 
-    This is the end token and, of a fast tokenizer, its rules and vocabulary, of a slow one its vocabulary, of
-    another processor its JSON. The model's files are not enough: another version of a library may read them
-    in another way.
+    The digest covers the class of the tokenizer, its end token, and the rules and vocabulary of a fast
+    tokenizer, the vocabulary of a slow one, or the JSON of another processor. A digest of the model's files
+    would not be enough: another version of a library may read them in another way.
     """
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         rules = json.loads(fast.to_str())

@@ -1,4 +1,4 @@
-"""Batches on the model's device, where no computation waits for the host."""
+"""Batches on the model's device, made so that the host does not wait for the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The micro-batches of an optimizer step, made one step ahead in a thread.
+"""The micro-batches of an optimizer step, on a GPU made one step ahead in a thread.
 
 The rows of a step are sorted by length before they are cut into micro-batches, so that a micro-batch holds
 rows of nearly equal length and little padding. Micro-batches of long rows have fewer rows than those of short
@@ -51,7 +51,7 @@ class StepBatches:
     """A worker's part of the rows of one optimizer step of a lane."""
 
     batches: tuple[Batch, ...]
-    """One batch for each of the worker's shares, padded to the longest row of the whole micro-batch."""
+    """One batch for each of the worker's shares, padded to the bucket of the micro-batch's longest row."""
     target_count: int
     """The number of targets of the step on all workers."""
 
@@ -115,7 +115,7 @@ def assign_rows(counts: Sequence[int], rank: int, world_size: int) -> list[Share
 
 
 class StepBatchLoader:
-    """Builds the padded batches of optimizer steps, if wanted in a thread and ahead of the steps.
+    """A loader of the padded batches of optimizer steps, which can make them ahead of the steps in a thread.
 
     Args:
         rows: The training rows.

@@ -44,7 +44,7 @@ class ActiveLanes:
     @property
     def source(self) -> LaneSource:
         """The source of lanes. Rank 0 only."""
-        assert self.rank_0_source is not None, "only rank 0 speaks to the source"
+        assert self.rank_0_source is not None, "only rank 0 uses the source"
         return self.rank_0_source
 
     @property

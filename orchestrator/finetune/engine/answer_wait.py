@@ -14,15 +14,15 @@ from time import monotonic
 from orchestrator.finetune.engine.lane import Lane
 
 SMOOTHING = 0.8
-"""The weight of earlier rounds in the mean duration of a round of steps."""
+"""The weight of earlier rounds in the moving average of the duration of a round of steps."""
 
 
 @dataclass
 class AnswerWait:
-    """Measures steps and generation on rank 0, and decides which lanes wait; times in seconds."""
+    """The durations of steps and of generation, by which rank 0 decides whether lanes wait; in seconds."""
 
     step_seconds: float | None = None
-    """The mean duration of a round of optimizer steps; None before the first."""
+    """The moving average of the duration of a round of optimizer steps; None before the first."""
     generate_seconds: float | None = None
     """The duration of the last generation of answers, of all lanes together; None before the first."""
 

@@ -1,7 +1,7 @@
 """Calibration tensors of variants that initialize from data (EVA, LoRA-GA) or the weights' SVD (PiSSA).
 
-They are computed once and kept in the store: from data for a model, task, variant and seed, from the weights
-for a model, variant and rank. The learning rate does not matter.
+They are computed once and kept in the store: those from data for each model, task, variant and seed, those
+from the weights for each model, variant and rank. They do not depend on the learning rate.
 
     <folder>/<key>.safetensors        tensors named <layer>/<name>; the file's header is the key
 """
@@ -40,8 +40,8 @@ def load_or_compute_calibration(
     """Return the calibration tensors of a configuration, by layer and name.
 
     If they are not in the store, rank 0 computes them from the frozen weights or, with the lane's initial
-    head, from the first batches that the lane will train on (as many as the variant's `calibration_batches`).
-    The other ranks read the file.
+    head, from the first rows that the lane will train on, in as many batches as the variant's setting
+    `calibration_batches`. Then all ranks read the file.
 
     Args:
         lane_group: The lane group, which has the model, the adapters and the data.
@@ -50,7 +50,7 @@ def load_or_compute_calibration(
         process_group: The workers of this trainer.
 
     Returns:
-        Layer -> name -> tensor; None for a variant that initializes without them.
+        Layer -> name -> tensor on the model's device; None for a variant that initializes without them.
     """
     if lane_group.adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
         return None
@@ -66,7 +66,7 @@ def load_or_compute_calibration(
 
 
 def _weight_key(configuration: Configuration, adapters: Adapters) -> str:
-    """Return a hash of the base model, the variant's settings without alpha, and the adapted layers.
+    """Return a hash of the base model, the variant, its rank and extra settings, and the adapted layers.
 
     The names of the layers differ between a model with and without a task's head.
     """
@@ -80,9 +80,9 @@ def _weight_key(configuration: Configuration, adapters: Adapters) -> str:
 
 
 def _data_key(configuration: Configuration) -> str:
-    """Return a hash of the configuration without learning rate, schedule, alpha and evaluations.
+    """Return a hash of the configuration without optimizer, schedule, alpha, evaluations and model name.
 
-    The calibration tensors do not depend on those.
+    The calibration tensors do not depend on those. The model's content is part of the hash.
     """
     relevant = replace(
         configuration,
@@ -108,7 +108,7 @@ def _ensure_written(lane_group: LaneGroup, configuration: Configuration, file: P
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{layer}/{k}": t.contiguous() for layer, of in calibration.items() for k, t in of.items()}
-    tensor_files.write(file, tensors, file.stem)  # two trainers that compute the same write whole files
+    tensor_files.write(file, tensors, file.stem)  # atomic: another trainer may write the same file
 
 
 def _read(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:

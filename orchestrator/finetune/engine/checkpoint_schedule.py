@@ -16,7 +16,7 @@ assumption costs little: with four times as many failures, the best interval is 
 
 @dataclass
 class CheckpointSchedule:
-    """Decides when a lane is saved, by Young's formula; times in seconds.
+    """The schedule of lanes' checkpoints by Young's formula (Young 1974, CACM 17); times in seconds.
 
     If all lanes of a trainer are saved every T seconds, which takes C seconds, and a failure comes every M
     seconds, then C / T of the time goes into writing, and T / (2 M) is lost by failures. The sum is least at

@@ -1,4 +1,4 @@
-"""Writes checkpoints in a thread, from copies in host memory, while the lanes train on."""
+"""Writes of checkpoints in a thread, from copies in host memory, while the lanes train on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_PINNED_BYTES = 2**30
 
 @dataclass(frozen=True)
 class WriteResult:
-    """Result of the write of a checkpoint."""
+    """The result of writing a checkpoint."""
 
     fingerprint: str
     progress: tuple[int, int]
@@ -33,7 +33,7 @@ class WriteResult:
 
 
 class CheckpointWriter:
-    """Writes checkpoints below a folder, one at a time.
+    """A writer of checkpoints below a folder, one at a time.
 
     Args:
         folder: The store's folder of checkpoints.
@@ -46,7 +46,7 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Return whether a write has been started whose result has not been taken."""
+        """Whether a write has been started whose result has not been taken."""
         return self._pending is not None
 
     def start(self, checkpoint: Checkpoint) -> None:
@@ -91,6 +91,9 @@ class CheckpointWriter:
         Args:
             checkpoint: The state; its tensors do not change during the call.
             wait_for_copy: Called first; returns when the tensors have their values.
+
+        Returns:
+            The result. An error of the write is part of it and is not raised.
         """
         folder, error = self.folder / checkpoint.fingerprint, None
         started = time.monotonic()

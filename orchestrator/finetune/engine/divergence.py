@@ -1,4 +1,4 @@
-"""The rule by which a lane has diverged. Its state is part of the lane's checkpoint."""
+"""The rule that decides whether a lane has diverged. Its state is part of the lane's checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.study.lr_schedule import warmup_steps
 
 
 class DivergenceDetector:
-    """Checks the training loss and the gradient norm of every step before the step is taken.
+    """A check of the training loss and the gradient norm of every step, made before the step is taken.
 
     A lane has diverged when a value is not finite, or when after warm-up the smoothed loss m_t = s m_{t-1} +
     (1 - s) loss_t, with m_0 = loss_0 and s = `rule.smoothing`, has exceeded `rule.loss_ratio` times the
@@ -19,7 +19,7 @@ class DivergenceDetector:
     Args:
         rule: The rule's parameters.
         schedule: The lane's schedule, which gives the numbers of steps and of warm-up steps.
-        untrained_loss: Validation loss of the base model, in nats a token.
+        untrained_loss: Validation loss of the base model, in the unit of the training loss.
     """
 
     def __init__(self, rule: DivergenceConfig, schedule: LRSchedule, untrained_loss: float) -> None:
@@ -36,7 +36,7 @@ class DivergenceDetector:
 
         Args:
             step: The step to be taken, counted from 0.
-            loss: Its training loss, in nats a token.
+            loss: Its training loss, in nats per target (squared error for a regression task).
             gradient_norm: L2 norm of its gradient.
         """
         if not math.isfinite(loss):

@@ -28,7 +28,7 @@ from variants.storage import save_lane, save_peft
 
 
 class Engine:
-    """Holds the base model and the lane group, and replaces them only when a lane needs others.
+    """The base model and the lane group of a trainer, which are replaced only when a lane needs others.
 
     Args:
         load_base_model: Loads a base model for a task.
@@ -58,7 +58,7 @@ class Engine:
 
     @property
     def has_lane_group(self) -> bool:
-        """Return whether adapters are attached."""
+        """Whether adapters are attached."""
         return self._lane_group is not None
 
     @property
@@ -89,8 +89,8 @@ class Engine:
         """Return the peak memory of this worker's device in bytes, and on a GPU reset the measurement.
 
         Returns:
-            On a GPU the peak since the last call of the bytes that torch had allocated; on a CPU the largest
-            resident size of the process since its start.
+            On a GPU the peak since the last call of the bytes that torch had allocated; on a CPU, and before
+            a base model is loaded, the largest resident size of the process since its start.
         """
         device = self._base_model[1].device if self._base_model is not None else None
         if device is None or device.type != "cuda":
@@ -134,8 +134,9 @@ class Engine:
 
         Raises:
             RuntimeError: The configuration was made with other numerics of its variant or task.
-            UsageError: The task's data cannot be prepared or graded.
+            UsageError: The base model cannot be loaded, or the task's data cannot be prepared.
             ValueError: The variant does not fit the model.
+            WorkerError: A worker's machine cannot grade the answers, or another worker has failed.
         """
         same = configuration.group_key == self._group_key and self._lane_group is not None
         if same and self.variant.batching is not Batching.EXCLUSIVE:
@@ -195,7 +196,7 @@ class Engine:
             lambda: lane.initialize(lane_group.adapters, untrained, checkpoint, calibration)
         )
         if checkpoint is None and self.process_group.world_size > 1:
-            # Another GPU model may compute singular vectors of other signs: rank 0 decides.
+            # Different GPU models may compute singular vectors with different signs: those of rank 0 count.
             frozen = lane_group.adapters.frozen(lane.fingerprint)
             with torch.no_grad():
                 for tensor in (*lane.parameters.values(), *frozen.values()):

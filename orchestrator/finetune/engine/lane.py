@@ -40,11 +40,11 @@ class BackwardResult:
     """The result of the backward passes of one optimizer step."""
 
     loss: float
-    """Mean over the target tokens, in nats."""
+    """Mean over the targets of the cross-entropy in nats, or of the squared error for a regression task."""
     gradient_norm: float
     """L2 norm of all gradients, before clipping."""
     tokens: int
-    """Target tokens of the accumulated batch, on all workers."""
+    """Targets of the accumulated batch, on all workers."""
 
 
 def has_weight_decay(name: str, adapters: Adapters) -> bool:
@@ -129,12 +129,12 @@ class Lane:
 
     @property
     def is_at_last_step(self) -> bool:
-        """Return whether the lane has taken all its steps."""
+        """Whether the lane has taken all its steps."""
         return self.step == self.configuration.lr_schedule.steps
 
     @property
     def is_test_due(self) -> bool:
-        """Return whether an evaluation at this step scores the test split as well."""
+        """Whether an evaluation at this step scores the test split as well."""
         return self.is_at_last_step or self.configuration.test_evaluations == "every"
 
     # -- initialization ---------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Lane:
         Args:
             adapters: The adapters of the model.
             untrained_loss: Validation loss of the base model, for the divergence rule.
-            checkpoint: Where the lane resumes; None starts it.
+            checkpoint: The state from which the lane resumes; None for a lane that starts.
             calibration: Tensors for variants that initialize from data.
 
         Raises:
@@ -238,7 +238,7 @@ class Lane:
     # -- scores -----------------------------------------------------------------------------------------
 
     def record_scores(self, split: Literal["validation", "test"], result: EvaluationResult) -> None:
-        """Keep the scores after the present step, and after the last step the outcome of each item."""
+        """Add the scores of an evaluation at the present step, and at the last step its results per item."""
         self.evaluations.append(Evaluation(self.step, split, result.scores))
         self.seconds["generate_seconds"] += result.generate_seconds
         if self.is_at_last_step:
@@ -261,7 +261,7 @@ class Lane:
         return max(steps, default=0)
 
     def find_nonfinite_loss(self) -> str | None:
-        """Return why the lane has diverged if a loss after the present step is not finite, else None."""
+        """Return the reason why the lane has diverged if an evaluation at this step has a non-finite loss."""
         for e in self.evaluations:
             if e.step == self.step and not math.isfinite(e.scores.get("loss", 0.0)):
                 return f"{e.split} loss {e.scores['loss']} after step {e.step}"
@@ -290,6 +290,7 @@ class Lane:
         for name, parameter in self.parameters.items():
             for moment, kept in self._moments(parameter).items():
                 moments[moment][name] = kept
+        # The keys are part of files that exist, so two have names of earlier versions.
         state = {
             "curve": [asdict(s) for s in self.curve],
             "evaluations": [asdict(e) for e in self.evaluations],
@@ -312,7 +313,7 @@ class Lane:
         self.curve = [StepMetrics(**s) for s in state["curve"]]
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
         self.divergence_detector.load_state_dict(state["watch"])
-        # Checkpoints of earlier versions have the first two of these fields.
+        # Checkpoints of earlier versions have only the first two of these fields.
         self.seconds.update(zip(TIME_FIELDS, state["seconds"], strict=False))
         self.tokens, self.peak_group_size = state["tokens"], state["pack_lanes"]
         self.peak_memory = state.get("peak_memory", 0)  # earlier versions did not measure it
@@ -320,9 +321,9 @@ class Lane:
         self.resumed_from = (*state["resumed_from"], checkpoint.step)
         for name, parameter in self.parameters.items():
             if all(name in checkpoint.moments.get(moment, {}) for moment in MOMENTS):
-                # The step counter of fused AdamW is a float32 tensor beside the parameter.
+                # The step counter of fused AdamW is a float32 tensor on the parameter's device.
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.step), dtype=torch.float32, device=parameter.device)
                 } | {m: checkpoint.moments[m][name].to(parameter.device) for m in MOMENTS}
-        # A new driver, or a restarted broker, may have missed any of the reports: all are sent again.
+        # A new driver or a restarted broker may lack any of the earlier reports, so all are sent again.
         self.queue_reports()

@@ -35,7 +35,7 @@ from variants.attach import Adapters
 
 @dataclass(frozen=True)
 class TaskData:
-    """The tokenised splits of a task, and the scores of the untrained base model."""
+    """The tokenized splits of a task, and the scores of the untrained base model."""
 
     task: Task
     train: Sequence[Row]
@@ -55,20 +55,20 @@ class TaskData:
         folder: Path,
         on_batch: Callable[[], None] = lambda: None,
     ) -> TaskData:
-        """Read the prepared data of a task, and the base model's loss, or compute and store them.
+        """Read the prepared data of a task and the base model's loss; compute and store what is missing.
 
         Args:
             configuration: Names the task's data and the length limit.
             task: The task.
-            base_model: Its processor tokenises the data; the model computes the untrained scores.
+            base_model: Its processor tokenizes the data; the model computes the untrained scores.
             adapters: The adapters of the model; they are disabled while it is scored.
             process_group: The workers of this trainer, which share the scoring.
             folder: The store's folder of prepared data.
             on_batch: Called after every batch that is scored, and while data is prepared, to show progress.
 
         Raises:
-            UsageError: The task lacks data, `max_length` leaves nothing of it, or this machine cannot grade
-                the answers.
+            UsageError: The task lacks data, or `max_length` leaves nothing of it.
+            WorkerError: A worker's machine cannot grade the answers, or another worker has failed.
         """
         # This imports pyarrow, which lanes on rows in memory do not need: experiments/benchmarks/gpu.py runs
         # where it is missing.
@@ -126,7 +126,7 @@ def _score_base_model(
 
 
 class LaneGroup:
-    """Computes losses, gradients and scores of lanes. It uses neither the source nor the store.
+    """The computation of losses, gradients and scores of lanes. It uses no lane source.
 
     Args:
         base_model: The frozen base model.
@@ -169,7 +169,8 @@ class LaneGroup:
             lane.optimizer.zero_grad(set_to_none=True)
         sizes = lanes[0].configuration.batches  # equal for all lanes of a group
         for number, share in enumerate(self._step_loader(sizes).shares(sizes)):
-            # Lanes of equal length only are batched together, so that no lane's result depends on padding.
+            # Only lanes whose micro-batches have the same padded length are computed together: otherwise the
+            # padding of a lane's rows, and so its result, would depend on the other lanes.
             groups: dict[int, list[int]] = {}
             for index, step in enumerate(steps):
                 groups.setdefault(step.batches[number].length, []).append(index)
@@ -315,7 +316,7 @@ class LaneGroup:
         return task.output == "generation" and (task.grade_at == "every_evaluation" or lane.is_at_last_step)
 
     def count_lanes_generated_together(self, split: str) -> int:
-        """Return the number of lanes for whose answers there is memory at once, equal in all workers."""
+        """Return how many lanes fit into memory when they generate answers together; equal on all workers."""
         scored = self.data.splits[split]
         if not scored.prompt_lengths:
             return 1

@@ -43,7 +43,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class LeaseGrant:
-    """The leases that a trainer is granted: at most `capacity`, all of one group key."""
+    """The source's answer to a request for lanes: at most as many as requested, all of one group key."""
 
     leases: tuple[Lease, ...] = ()
     closed: bool = False
@@ -63,7 +63,7 @@ class Report:
     scores: Mapping[str, float]
     """Score name -> value, validation split."""
     train_loss: float
-    """Training loss of that step, in nats a token."""
+    """Training loss of that step, in nats per target (squared error for a regression task)."""
 
 
 class LaneSource(Protocol):
@@ -90,7 +90,7 @@ class LaneSource(Protocol):
         """Send a heartbeat and return directives for lanes of this trainer, by fingerprint."""
 
     def return_lease(self, fingerprint: str, attempt: int) -> None:
-        """Give back the lease of a lane that has left the group and was saved if possible.
+        """Give back the lease of a lane that has not ended and that this trainer no longer trains.
 
         Any trainer may lease the lane again; a parked lane only after its trial has asked to continue.
         """

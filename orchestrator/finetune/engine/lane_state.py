@@ -1,9 +1,9 @@
 """The states of a lane on a trainer, as a state machine.
 
-    leased -> training <-> evaluating -> reporting -> training | parked | ended
+    leased -> training -> evaluating -> reporting -> training | parked | ended
 
-A lane can end in any state. A parked lane that continues enters the state that its pending work
-requires (`Lane.enter_next_state`).
+A lane can end from any state. A lane that resumes from a checkpoint, and a parked lane that continues, enter
+the state that their pending work requires (`Lane.enter_next_state`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def process_start() -> float:
 
 @dataclass
 class LaneTimer:
-    """Divides all time since the start of the process, without gaps, among the lanes.
+    """The division of all time since the start of the process, without gaps, among the lanes.
 
     Attributes:
         counted_until: The time up to which seconds have been divided, on the monotonic clock.

@@ -1,4 +1,4 @@
-"""Leases new lanes from the source and chooses the parked lanes that make room for them."""
+"""The leasing of lanes from the source, and the choice of parked lanes that make room for them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class GroupOccupancy:
 
     @property
     def is_all_parked(self) -> bool:
-        """Return whether every lane of the group may make room."""
+        """Whether every lane of the group may make room."""
         return len(self.long_parked) == len(self.fingerprints)
 
 
@@ -84,7 +84,7 @@ def plan_lease(
 
 @dataclass
 class LaneLeasing:
-    """Fills the free slots of a trainer with lanes from the source."""
+    """The leasing of lanes from the source for the free slots of a trainer."""
 
     active: ActiveLanes
     recovery: FailureRecovery

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 BaseModelLoader = Callable[[ModelChoice, Task], BaseModel]
 EngineFactory = Callable[[BaseModelLoader, Path, Path, ProcessGroup, Callable[[], None]], Engine]
 """Called with the loader, the folders of calibrations and of prepared data, the process group, and a function
-that the engine calls after every batch of an evaluation or calibration."""
+that the engine calls to show progress, for instance after every batch of an evaluation or calibration."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class LoopSettings:
     max_checkpoint_seconds: float = 900.0
     """The longest interval between two checkpoints of a lane."""
     store_full_timeout_seconds: float = 60.0
-    """The longest time that a record waits for space on a full disk."""
+    """The longest time for which a trainer waits for space on a full disk."""
 
 
 def run(
@@ -101,8 +101,8 @@ def run(
 
     Raises:
         TrainerBrokenError: This process can train no more lanes.
-        StoreFullError: A record could not be written for `store_full_timeout_seconds`. All leases were given
-            back.
+        StoreFullError: The disk has been full for `store_full_timeout_seconds`. All leases were given back.
+            Ranks other than 0 raise a WorkerError in its place.
     """
     notify = source.notify if source is not None else log.warning
     on_batch = source.note_progress if source is not None else lambda: None

@@ -1,4 +1,4 @@
-"""Writes the checkpoints and records of lanes, and the lane limits found by out-of-memory errors."""
+"""The storage of lanes' checkpoints and records, and of the numbers of lanes that fit into memory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class LaneRecorder:
-    """Writes checkpoints and records of lanes to the store. Used on rank 0 only.
+    """The writer of lanes' checkpoints and records to the store. Used on rank 0 only.
 
     Checkpoints of lanes that train on are written in the background. If a checkpoint cannot be written, the
-    lane trains on and is saved the next time. If the disk is full, writing a record is repeated for
+    lane trains on, and a later attempt saves it. If the disk is full, writing a record is repeated for
     `store_full_timeout_seconds`; then StoreFullError is raised.
     """
 
@@ -246,6 +246,7 @@ class LaneRecorder:
         time.sleep(min(1.0, self.store_full_timeout_seconds / 4))
 
     def _put(self, record: Record) -> bool:
+        """Write a record, waiting for space if the disk is full; return False if a final record exists."""
         while True:
             try:
                 is_written = self.store.put(record)
@@ -287,9 +288,10 @@ class LaneRecorder:
 
 
 def _drop_last_scores(lane: Lane) -> None:
-    """Drop the scores of the last step of a lane that is saved there; it is evaluated again when it resumes.
+    """Drop the last step's scores of a lane that is saved at its last step.
 
-    These scores need the outcome of each item, which a checkpoint does not hold.
+    A record needs the results per item with these scores, and a checkpoint does not hold them. The lane is
+    evaluated again when it resumes.
     """
     if lane.is_at_last_step:
         lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]

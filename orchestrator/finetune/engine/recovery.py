@@ -24,7 +24,7 @@ OUT_OF_MEMORY_ADVICE = "try --gradient-checkpointing, --accumulation, a smaller 
 
 @dataclass
 class FailureRecovery:
-    """Runs work on lanes and decides what a failure ends: one lane, half of the group, or the trainer."""
+    """The handling of failures in work on lanes: end one lane, halve the lane group, or stop the trainer."""
 
     active: ActiveLanes
     last_failure: str = ""
@@ -126,7 +126,7 @@ class FailureRecovery:
         max_lanes, leaving = active.slots.halve(active.lanes.values(), mid_step)
 
         def return_leases() -> None:
-            """Rank 0 only."""
+            """Give back the leases of the lanes that leave, and store the new maximum. Rank 0 only."""
             for lane in mid_step:
                 active.return_lease(lane.lease)
             for lane in leaving:
@@ -153,7 +153,7 @@ class FailureRecovery:
         if failed.fault is Fault.MEMORY:
             free_memory()
         if not active.lanes:
-            active.engine.detach_adapters()  # some workers only may have a lane group
+            active.engine.detach_adapters()  # the error may have left a lane group on some workers only
         if failed.reason != self.last_failure:
             self.last_failure, self.lanes_failed_alike = failed.reason, set()
         self.lanes_failed_alike.add(lane.fingerprint)

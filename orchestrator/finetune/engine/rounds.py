@@ -22,13 +22,14 @@ from orchestrator.finetune.process_group import WorkerError, result_or_error
 
 @dataclass
 class TrainingRounds:
-    """Trains, evaluates and reports the lanes of a trainer, one round at a time."""
+    """The rounds in which a trainer trains its lanes, evaluates them and reports their scores."""
 
     active: ActiveLanes
     recovery: FailureRecovery
     save_adapter: bool
     checkpoint_schedule: CheckpointSchedule
     exchanged_at: float = NEVER
+    """The time at which the source last answered a request for directives."""
     busy_at: float = field(default_factory=time.monotonic)
     """The time at which the last round began."""
     lane_timer: LaneTimer = field(default_factory=LaneTimer)
@@ -65,7 +66,7 @@ class TrainingRounds:
                 self._apply(directive, self.active.lanes[fingerprint])
 
     def _request_directives(self) -> Mapping[str, Directive]:
-        """Start to write a checkpoint that is due, then ask the source if that is due. Rank 0 only."""
+        """Start to write a checkpoint if one is due, and request directives if that is due. Rank 0 only."""
         active = self.active
         # A lane in EVALUATING waits for others to have its answers generated with theirs.
         states = LaneState.TRAINING, LaneState.PARKED, LaneState.EVALUATING

@@ -1,9 +1,9 @@
 """The scores of a base model before training, computed once per store.
 
-They are equal for all lanes on one model and task. Lanes start with the loss alone. The scores of generated
-answers take minutes: the first trainer that needs them generates the answers under a lock, and the others
-train meanwhile. A trainer waits for them only when it writes the record of a finished lane before they are in
-the store.
+They are equal for all lanes on one model and task. A lane needs only the loss to start. The scores of
+generated answers take minutes: the first trainer that needs them generates the answers under a lock, and the
+others train meanwhile. A trainer waits for them only when it writes the record of a finished lane before they
+are in the store.
 
     <folder>/letters-3f9c0a1b2c3d4e5f.untrained.json
         {"key": the hash in the file name, "scores": {split: {score: number}}}

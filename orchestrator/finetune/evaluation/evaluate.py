@@ -104,8 +104,9 @@ class EvaluationResult:
     """The results per item, in the order of item numbers.
 
     - `loss`: of the items that count in the loss.
-    - `correct`: of the items that count in the metric: 0 or 1; for generated answers the mean grade of the
-      item's samples; for regression 1 - |error| / (the range of the split's targets), at least 0.
+    - `correct`: for generated answers, of the items that count in the metric: the mean grade of the item's
+      samples. For other outputs, of the items that count in the loss: 0 or 1, or for regression
+      1 - |error| / (the range of the split's targets), at least 0.
     - `answers`: the first sample of each generated answer, or the prediction of a head as text.
     """
     generate_seconds: float = field(default=0.0, compare=False)
@@ -137,7 +138,8 @@ def evaluate(
         One result per lane, equal in all processes.
 
     Raises:
-        UsageError: The task grades an answer with anything but a number from 0 to 1.
+        UsageError: The task does not grade each answer with a number from 0 to 1, or has an unknown metric.
+        RuntimeError: The task's grading would end the process.
     """
     results = [EvaluationResult({}, ItemResults())] * len(lanes.seeds)
     if split.batch_plan:
@@ -256,6 +258,7 @@ def _grade_batch(task: Task, answers: Sequence[tuple[Example, str]]) -> list[flo
 
     Raises:
         UsageError: The task does not return one number from 0 to 1 for each answer.
+        RuntimeError: The grading raises SystemExit.
     """
     try:
         grades = task.grade_all([example for example, _ in answers], [answer for _, answer in answers])

@@ -20,7 +20,7 @@ from orchestrator.finetune.tasks.base import Task
 
 
 def compute_objective(base_model: BaseModel, task: Task, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-    """Compute what a backward pass minimizes.
+    """Compute the objective that training minimizes, and the loss of each target.
 
     Args:
         base_model: The base model, inside a context that activates lanes.
@@ -93,7 +93,7 @@ def compute_losses(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
 
 
 def _get_output_layer(base_model: BaseModel, task: Task) -> torch.nn.Linear | None:
-    """Return the layer whose logits need not be kept: frozen, and the last one of a language model."""
+    """Return a language model's frozen last layer, whose logits need not be kept; None if there is none."""
     if task.has_head or task.inputs == "image":
         return None
     layer = find_frozen_output_layer(base_model.model)

@@ -44,7 +44,7 @@ def generate_answers(
     Args:
         base_model: The base model that carries the lanes' adapters.
         task: The task, which decides the sampling, the stop strings and the length of answers.
-        prompts: An item number, which decides what is sampled, and token ids of each prompt.
+        prompts: The item number, which decides what is sampled, and the token ids of each prompt.
         max_row_length: The longest padded length, except for prompts that are longer.
         lanes: The lanes.
         process_group: The processes that generate for the same lanes.
@@ -87,7 +87,7 @@ def count_lanes_together(
     max_row_length: int,
     process_group: ProcessGroup,
 ) -> int:
-    """Return the number of lanes for whose key-value cache there is memory when they generate together.
+    """Return how many lanes fit into memory when they generate their answers together.
 
     Args:
         base_model: The base model.
@@ -97,7 +97,7 @@ def count_lanes_together(
         process_group: The processes that generate for the same lanes.
 
     Returns:
-        The number, at least 1, equal in all processes.
+        The number of lanes, at least 1, equal in all processes.
     """
     limits = GenerationLimits.measure(base_model, process_group)
     lengths = [length for length in prompt_lengths for _ in range(task.samples)]
@@ -109,7 +109,7 @@ def count_lanes_together(
 
 @dataclass(frozen=True)
 class _Generator:
-    """Generates the answers of all lanes to batches of prompts."""
+    """A generator of the answers of all lanes to batches of prompts."""
 
     base_model: BaseModel
     task: Task
@@ -120,7 +120,7 @@ class _Generator:
     def generate(self, entries: Sequence[Entry], length: int) -> list[list[str]]:
         """Generate the answers to a batch, with fewer rows at once if memory runs out.
 
-        Later batches of this process are then planned for less memory.
+        Later calls of `generate_answers` then plan for half of the memory, in all processes of the group.
 
         Args:
             entries: The rows of each lane.

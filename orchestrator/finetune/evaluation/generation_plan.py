@@ -61,7 +61,7 @@ class GenerationLimits:
     def from_memory(
         cls, config: Any, value_bytes: int, free_bytes: int, device_type: str, memory_share: float = 1.0
     ) -> GenerationLimits:
-        """Derive the limits from a model's shape and the free memory.
+        """Derive the limits from a model's dimensions and the free memory.
 
         Args:
             config: The transformers configuration of the model.

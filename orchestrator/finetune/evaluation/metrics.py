@@ -1,8 +1,8 @@
 """Metrics of a task with a head, computed from the predictions and targets of a whole split.
 
 A metric is a finite number for any predictions. Where its definition divides by zero, for instance because
-all predictions are equal, it is 0: what guessing is worth. scikit-learn and SciPy are imported on first use,
-since they take a second.
+all predictions are equal, it is 0. scikit-learn and SciPy are imported on first use, since that takes a
+second.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def pearson(predictions: np.ndarray, targets: np.ndarray) -> float:
 
     if not np.isfinite(predictions).all() or _is_constant(predictions) or _is_constant(targets):
         return 0.0
-    # The mean of a diverging lane's predictions would overflow at 1e308.
+    # Scaled, because the mean of very large predictions (near 1e308, of a diverging lane) would overflow.
     return float(pearsonr(predictions / np.abs(predictions).max(), targets).statistic)
 
 

@@ -19,7 +19,8 @@ class GenerationState:
     memory_share: float = 1.0
     """The part of the planned memory that is used; halved after each out-of-memory error."""
     cuda_graphs: bool = True
-    """Whether decode steps are captured as CUDA graphs; false after a capture has failed."""
+    """Whether decode steps are captured as CUDA graphs; false after a capture has failed, or after a step in
+    which the host waited for the GPU."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,28 @@ class BaseModel:
 
     @cached_property
     def is_causal(self) -> bool:
-        """Return whether a token attends only to the tokens before it."""
+        """Whether a token attends only to the tokens before it."""
         return is_causal(self.model)
 
     @cached_property
     def has_token_types(self) -> bool:
-        """Return whether token types 0 and 1 have embeddings (RoBERTa has only 0, DeBERTa-v3 neither)."""
+        """Whether token types 0 and 1 have embeddings (RoBERTa has only 0, DeBERTa-v3 neither)."""
         return (getattr(self.model.config, "type_vocab_size", None) or 0) > 1
 
     @cached_property
     def has_sliding_window(self) -> bool:
-        """Return whether a token attends only to its neighbors in some layers."""
+        """Whether a token attends only to its neighbors in some layers."""
         return any("sliding" in kind for kind in getattr(self.model.config, "layer_types", None) or ())
 
     @cached_property
     def has_convolution(self) -> bool:
-        """Return whether the model is a DeBERTa-v2 with a convolution (xlarge), which also reads padding."""
+        """Whether the model is a DeBERTa-v2 with a convolution (xlarge), which also reads padding."""
         config = self.model.config
         return config.model_type == "deberta-v2" and getattr(config, "conv_kernel_size", 0) > 0
 
     @cached_property
     def ends_with_output_layer(self) -> bool:
-        """Return whether a language model's logits are the result of its output layer alone.
+        """Whether a language model's logits are the result of its output layer alone.
 
         It is first read when the model is loaded, before layers are adapted.
         """

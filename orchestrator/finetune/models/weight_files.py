@@ -47,7 +47,8 @@ def check_weight_files(folder: Path, name: str, complete: bool = True) -> None:
         complete: True if all files must exist; False for a hub's cache, whose missing files are downloaded.
 
     Raises:
-        UsageError: There are no weights, or a weight file is missing, cut, or of another format.
+        UsageError: There are no weights, a weight file is missing, cut, or of another format, or the folder
+            holds an adapter.
     """
     if not (folder / "config.json").is_file():
         return
