@@ -117,6 +117,7 @@ class ArrowFile(Generic[T]):
             temporary_file.unlink(missing_ok=True)
 
     def _write_batches(self, writer: Any, rows: Iterator[Mapping[str, Any]]) -> None:
+        """Write rows as record batches, each with its digest, and the last one with the number of batches."""
         size = IMAGE_RECORD_BATCH_ROWS if BYTES in self.columns.values() else RECORD_BATCH_ROWS
         first_index, count = 0, 0
         chunk = list(islice(rows, size))
@@ -130,6 +131,7 @@ class ArrowFile(Generic[T]):
             first_index, chunk = first_index + len(chunk), next_chunk
 
     def _to_record_batch(self, chunk: list[Mapping[str, Any]], first_index: int) -> pa.RecordBatch:
+        """Return rows as a record batch; raise a UsageError about the first one that cannot be stored."""
         try:
             return pa.RecordBatch.from_pylist(chunk, self.schema)
         except _CONVERSION_ERRORS as error:

@@ -157,8 +157,8 @@ class StepBatchLoader:
 
         Args:
             wanted: The steps.
-            upcoming: The steps that the next call will probably want. They are made earlier; the batches that
-                a call returns do not depend on them.
+            upcoming: The steps that the next call will probably want. A loader with a thread prepares them;
+                the batches that a call returns do not depend on them.
         """
         loaded: dict[StepKey, StepBatches] = {}
         for key in wanted:
@@ -173,6 +173,7 @@ class StepBatchLoader:
         return [loaded[key] for key in wanted]
 
     def _make(self, key: StepKey) -> StepBatches:
+        """Build this worker's batches of one step."""
         size, count = key.batches.micro_batch_size, key.batches.accumulation_steps
         numbers = shuffled_indices(key.seed, len(self._rows), key.step * size * count, size * count)
         # The longest first: a step that does not fit the memory then fails in its first micro-batch.

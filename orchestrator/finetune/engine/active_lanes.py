@@ -61,7 +61,14 @@ class ActiveLanes:
         return [lane for lane in self.lanes.values() if lane.state is state]
 
     def end(self, lane: Lane, state: RecordState, reason: str = "", traceback_text: str = "") -> None:
-        """Write the lane's record, report its end to the source, and remove it."""
+        """Write the lane's record, report its end to the source, and remove it.
+
+        Args:
+            lane: The lane.
+            state: The state of its record.
+            reason: Why it ended, in one line.
+            traceback_text: The traceback of a failed lane.
+        """
         self.process_group.broadcast_from_rank0(
             partial(self._record_end, lane, state, reason, traceback_text)
         )

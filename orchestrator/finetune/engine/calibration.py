@@ -97,6 +97,7 @@ def _data_key(configuration: Configuration) -> str:
 
 
 def _ensure_written(lane_group: LaneGroup, configuration: Configuration, file: Path) -> None:
+    """Compute the calibration and write it, unless the file holds it already. Rank 0 only."""
     # A file that is missing, damaged or another configuration's is computed again.
     with suppress(OSError, ValueError, SafetensorError):
         _read(file, torch.device("cpu"))
@@ -129,6 +130,7 @@ def _read(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
 
 
 def _calibration_losses(lane_group: LaneGroup, configuration: Configuration) -> Generator[Tensor, None, None]:
+    """Yield the frozen model's loss on each calibration batch, with a gradient if the statistic needs one."""
     adapters: Adapters = lane_group.adapters
     heads = adapters.init_heads(configuration.seed)
     count = int(adapters.settings.extra["calibration_batches"])

@@ -174,6 +174,7 @@ class Lane:
         self.enter_next_state()
 
     def _make_optimizer(self) -> torch.optim.AdamW:
+        """Return AdamW with a parameter group for each pair of learning rate scale and weight decay."""
         options = self.configuration.optimizer
         head = options.head_learning_rate
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
@@ -232,6 +233,7 @@ class Lane:
         return None
 
     def _moments(self, parameter: Tensor) -> Mapping[str, Tensor]:
+        """Return AdamW's moments of a parameter by name; none before the first step."""
         kept = self.optimizer.state.get(parameter, {})
         return {moment: kept[moment] for moment in MOMENTS if moment in kept}
 
@@ -308,6 +310,7 @@ class Lane:
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        """Set the lane and its optimizer to the state of a checkpoint, and queue its reports again."""
         state = checkpoint.state
         self.step = checkpoint.step
         self.curve = [StepMetrics(**s) for s in state["curve"]]

@@ -130,6 +130,7 @@ def run(
 
 
 def _run_until_idle(active: ActiveLanes, settings: LoopSettings) -> None:
+    """Run rounds until the source is closed, or no lane has been held for `idle_seconds`."""
     recovery = FailureRecovery(active)
     leasing = LaneLeasing(active, recovery)
     rounds = TrainingRounds(active, recovery, settings.save_adapter, active.recorder.checkpoint_schedule)

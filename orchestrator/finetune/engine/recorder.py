@@ -115,6 +115,7 @@ class LaneRecorder:
         return lane.make_checkpoint(self.engine.lane_group.adapters.frozen(lane.fingerprint))
 
     def _note_result(self, result: WriteResult | None) -> None:
+        """Note the progress and duration of a write that has ended, or its error; do nothing for None."""
         if result is None:
             return
         if result.error is not None:
@@ -259,6 +260,7 @@ class LaneRecorder:
                 return is_written
 
     def _build_record(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> Record:
+        """Return the record of a lane that ends; see `write_record`."""
         provenance = self.provenance(
             self.engine.device_name,
             kernels=self.engine.kernels,

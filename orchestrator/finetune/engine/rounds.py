@@ -94,6 +94,7 @@ class TrainingRounds:
             recorder.start_checkpoint(min(due, key=lambda lane: lane.saved_at))
 
     def _apply(self, directive: Directive, lane: Lane) -> None:
+        """Carry out the source's directive for a lane."""
         active = self.active
         if directive is Directive.DROP:
             # Removes the checkpoints of a lane that another trainer has ended.
@@ -169,6 +170,7 @@ class TrainingRounds:
         return peak
 
     def _compute_gradients(self, lanes: Sequence[Lane]) -> Sequence[BackwardResult]:
+        """Compute the lanes' gradients, summed over all workers, and return each lane's loss and norm."""
         process_group, lane_group = self.active.process_group, self.active.engine.lane_group
         local = process_group.run_on_all(lambda: lane_group.backward(lanes))
         return process_group.all_gather(lane_group.reduce_gradients(lanes, *local))[0]

@@ -143,6 +143,7 @@ class BaselineScores:
         return None
 
     def _store(self, kind: str, scores: Scores) -> Scores:
+        """Write scores to their file on rank 0, and return them."""
         sealed = atomic_files.add_checksum(json.dumps({"key": self.key, "scores": scores}))
         path, is_writer = self._path(kind), self.process_group.rank == 0
         self.process_group.run_on_all(

@@ -111,6 +111,7 @@ class CachedForward:
         self._mask, self._positions = self._mask[rows], self._positions[rows]
 
     def _call(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Run the model on tokens, and return the logits of the last position, (rows, vocabulary) float32."""
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
         # transformers 5.20 calls the parameter `past_key_values`, 5.24 calls it `cache`.
         inputs["cache" if "cache" in self._parameters else "past_key_values"] = self._cache

@@ -156,6 +156,7 @@ class _Generator:
             return None  # the error, whose traceback keeps the tensors of the batch alive, ends here
 
     def _generate_at_once(self, entries: Sequence[Entry], length: int) -> list[list[str]]:
+        """Return the answers to a batch by lane and entry, with all rows computed together."""
         tokenizer, task, lanes = self.base_model.tokenizer, self.task, len(self.seeds)
         device = self.base_model.device
         # Prompts are padded on the left, so that all answers begin in one column.

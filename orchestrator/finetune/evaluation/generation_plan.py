@@ -106,7 +106,7 @@ class GenerationLimits:
         )
 
     def rows(self, length: int, max_new_tokens: int) -> int:
-        """Return the number of rows of a lane in a batch.
+        """Return the number of rows of a lane in a batch, at least `MIN_ROWS`.
 
         Args:
             length: The padded length of the prompts.

@@ -68,6 +68,7 @@ class _FrozenCrossEntropy(torch.autograd.Function):
             chunk_losses, sums = _exponentiate(logits, labels[rows])
             losses.append(chunk_losses)
             if ctx.needs_input_grad[0]:
+                # The gradient with respect to the logits is weight * (softmax - one-hot label).
                 factors = weights[rows].to(logits.dtype).unsqueeze(1)
                 logits.mul_(factors / sums).scatter_add_(1, labels[rows].unsqueeze(1), -factors)
                 gradients.append(logits.to(hidden.dtype) @ layer.weight)

@@ -162,7 +162,7 @@ def check_head_pooling(model: Any, name: str) -> None:
         raise UsageError(f"Model {name!r} ({kind}): neither an encoder nor a decoder known here.")
     if is_encoder and is_causal(model):
         raise UsageError(
-            f"Model {name!r} ({kind}): its head reads the first token, which sees no other with is_decoder; "
+            f"Model {name!r} ({kind}): its head reads the first token, which attends to no other one; "
             "set is_decoder to false in its config.json."
         )
 

@@ -112,6 +112,7 @@ def _find_problem(path: Path, tensors: frozenset[str]) -> str:
 
 
 def _find_safetensors_problem(path: Path, header: bytes, tensors: frozenset[str]) -> str:
+    """Describe what is wrong with a safetensors file; see `_find_problem`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -128,6 +129,7 @@ def _find_safetensors_problem(path: Path, header: bytes, tensors: frozenset[str]
 
 
 def _find_pickle_problem(path: Path, header: bytes) -> str:
+    """Describe what is wrong with a file that torch.save should have written; see `_find_problem`."""
     if header == _LEGACY_TORCH_MAGIC:
         return ""
     if not zipfile.is_zipfile(path):
