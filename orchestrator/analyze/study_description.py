@@ -62,9 +62,11 @@ def describe_summary(summary: Summary) -> StudyDescription:
         for number, verdict in enumerate(summary.verdicts, 1)
         if verdict.outcome in _OUTCOME_NUMBERS
     }
-    has_tasks = len({point.task for point in points}) > 1
+    titles, tasks = ({getattr(point, part) for point in points} for part in ("title", "task"))
     for point in points:
-        name = f"{point.label}.{point.task}" if has_tasks else point.label
+        # Panels of one task differ in their titles, by the model or the settings.
+        panel = point.task if len(tasks) == len(titles) else point.title
+        name = f"{point.label}.{panel}" if len(titles) > 1 else point.label
         metrics[f"best_log10_learning_rate.{name}"] = math.log10(point.learning_rate)
         for split, estimate in (("validation", point.validation), ("test", point.test)):
             if estimate.mean is not None:

@@ -246,12 +246,16 @@ def _decide_by_share(row: VariantRow, baseline: VariantRow, alpha: float) -> Var
         row = replace(row, counts="not counted")
     if row.usable is None or baseline.usable is None or row.usable_p is None or row.usable_p > alpha:
         return row
-    is_worse = row.usable.share < baseline.usable.share
+    is_worse = _is_usable_less_often(row, baseline)
     if row.interval is None:
         row = replace(row, outcome="worse" if is_worse else "better")
     if row.counts == "not counted" or (is_worse and row.interval is not None):
         return row
     return replace(row, counts="yes" if is_worse else "no")
+
+
+def _is_usable_less_often(row: VariantRow, baseline: VariantRow) -> bool:
+    return row.usable is not None and baseline.usable is not None and row.usable.share < baseline.usable.share
 
 
 def _claim(
@@ -263,7 +267,7 @@ def _claim(
     """Test claim 2: the baseline is not inferior to more than half of the counted variants.
 
     Args:
-        rows: The rows of all variants.
+        rows: The rows of all variants, the baseline's first.
         found: The intervals of the variants, in the order of `share_p`.
         share_p: Variant -> p value of the test of equal shares of usable tunings, without correction.
         alpha: The type I error rate of this look.
@@ -275,7 +279,7 @@ def _claim(
         p = float(found.p_not_superior_alone[others.index(row.variant)])
         p_holds, p_beaten = (p, 1.0 - p) if row.interval is not None else (1.0, 1.0)
         if row.usable_p is not None and row.usable_p <= alpha:  # The shares differ, see `_decide_by_share`.
-            if row.counts == "no":
+            if not _is_usable_less_often(row, rows[0]):
                 p_holds, p_beaten = 1.0, min(p_beaten, share_p[row.variant])
             elif row.interval is None:
                 p_holds = share_p[row.variant]

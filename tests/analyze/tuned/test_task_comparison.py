@@ -97,6 +97,26 @@ def test_unusable_tunings_leave_an_interval_of_the_others_and_a_share_with_an_ex
     assert task.outcome != "descriptive"
 
 
+def test_a_variant_that_is_usable_less_often_is_no_better_for_that() -> None:
+    """Claim 2 is refuted by the scores of the usable replicates alone, as if the others did not exist."""
+    truths = {"lora": Truth(), "pissa": Truth(0.96, -2.6)}
+    records = tuned_records(truths, replicates=14, noise=0.015)
+    broken = [
+        replace(r, state="diverged")
+        if r.configuration.variant.name == "pissa" and r.configuration.seed >= 4
+        else r
+        for r in records
+    ]
+    task = compare_one(broken)
+    row = row_of(task, "pissa")
+    assert row.usable_p == pytest.approx(2 / 2**10)
+    assert (row.pairs, row.counts) == (4, "no")
+    assert task.p_against is not None
+    assert task.p_against > row.usable_p
+    both_usable = compare_one([r for r in records if r.configuration.seed < 4])
+    assert task.p_against == pytest.approx(both_usable.p_against)
+
+
 def test_a_variant_that_never_gives_a_usable_run_is_worse_by_its_share_alone() -> None:
     def lost(variant: str) -> list[Record]:
         records = tuned_records(EQUAL, replicates=8)
