@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice
+from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice, TaskChoice
 
 TRAINER_OVERHEAD = 1.25
 """Upper estimate of trainer seconds per lane second; checkpointing, reporting and idling belong to no lane.
@@ -63,6 +63,7 @@ class _LaneWorkload(NamedTuple):
     steps: int
     batches: BatchConfig
     evaluations: int
+    test_evaluations: str
 
 
 class _MeasuredSeconds(NamedTuple):
@@ -133,7 +134,8 @@ def _estimate_task(
     """
     first = pending[0]
     workloads = Counter(
-        _LaneWorkload(c.variant.name, c.lr_schedule.steps, c.batches, c.evaluations) for c in pending
+        _LaneWorkload(c.variant.name, c.lr_schedule.steps, c.batches, c.evaluations, c.test_evaluations)
+        for c in pending
     )
     group_sizes = {
         workload: 1 if _is_exclusive(workload.variant) else min(lanes_per_trainer, count)
@@ -187,6 +189,12 @@ def _is_exclusive(variant: str) -> bool:
     return catalogue.get(variant).batching is Batching.EXCLUSIVE
 
 
+def _count_scored(lane: _LaneWorkload | Configuration, task: TaskChoice) -> int:
+    """Return the number of examples that all evaluations of a lane score."""
+    test_evaluations = lane.evaluations if lane.test_evaluations == "every" else 1
+    return lane.evaluations * task.validation_size + test_evaluations * task.test_size
+
+
 def _scaled_seconds(
     record: Record, workload: _LaneWorkload, first: Configuration, group_size: int, workers: int
 ) -> tuple[float, float]:
@@ -212,8 +220,8 @@ def _scaled_seconds(
     accumulation_ratio = workload.batches.accumulation_steps / before.batches.accumulation_steps
     row_ratio = accumulation_ratio * workload.batches.micro_batch_size / before.batches.micro_batch_size
     train = cost.train_seconds / max(1, record.steps) * workload.steps
-    scored = workload.evaluations * first.task.validation_size + first.task.test_size
-    scored_before = before.evaluations * before.task.validation_size + before.task.test_size
+    scored = _count_scored(workload, first.task)
+    scored_before = _count_scored(before, before.task)
     evaluate = cost.evaluate_seconds * scored / max(1, scored_before)
     worker_ratio = provenance.workers / workers
     low = train * min(accumulation_ratio * pass_ratio, row_ratio) + evaluate * min(pass_ratio, 1)

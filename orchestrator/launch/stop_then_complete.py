@@ -30,9 +30,9 @@ class EarlyStoppingChoice(Choice):
     """Content of `choice.json`: the chosen learning rates and the optimizer steps of a study."""
 
     rates: Mapping[str, float | None]
-    """Variant -> chosen learning rate; None without a score."""
+    """Variant (and task, if there are several) -> chosen learning rate; None without a score."""
     steps: Mapping[str, int]
-    """Variant -> number of optimizer steps of all its lanes."""
+    """Variant (and task) -> number of optimizer steps of all its lanes."""
 
 
 def run_early_stopping_comparison(experiment: Experiment, options: EarlyStoppingOptions) -> int:
@@ -100,13 +100,26 @@ def _refuse_unusable_results(
 
 
 def _current_choice(options: EarlyStoppingOptions, study_name: str) -> EarlyStoppingChoice:
-    """Return the best rate of each variant in the summary of a study, and its number of optimizer steps."""
+    """Return the best rate of each variant in the summary of a study, and its number of optimizer steps.
+
+    In a study of several tasks the names are those of the variant and the task.
+    """
     folder, study = find_study(options.output, study_name)
     panels = json.loads((folder / "summary.json").read_text())["panels"]
-    rates = {curve["variant"]: curve["best_rate"] for panel in panels for curve in panel["curves"]}
+    has_tasks = len({panel["task"] for panel in panels}) > 1
+
+    def name(variant: str, task: str) -> str:
+        return f"{variant} {task}" if has_tasks else variant
+
+    rates = {
+        name(curve["variant"], panel["task"]): curve["best_rate"]
+        for panel in panels
+        for curve in panel["curves"]
+    }
     steps: Counter[str] = Counter()
     for record in filter(None, map(Store(options.store_folder).get, study.configurations)):
-        steps[record.configuration.variant.name] += record.steps
+        chosen = record.configuration
+        steps[name(chosen.variant.name, chosen.task.name)] += record.steps
     return EarlyStoppingChoice(tuple(sorted(study.configurations)), rates, dict(steps))
 
 

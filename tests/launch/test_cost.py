@@ -121,6 +121,8 @@ def test_time_scales_with_steps_and_evaluations_and_another_batch_makes_a_range(
     assert seconds(store, *longer) == pytest.approx((96, 96)), "three times the steps, scored as often"
     seldom = [replace(c, evaluations=1) for c in HUNDRED]
     assert seconds(store, *seldom) == pytest.approx((30 + 6 * 2 / 5,) * 2), "one validation, not 4"
+    tested = [replace(c, test_evaluations="every") for c in HUNDRED]
+    assert seconds(store, *tested) == pytest.approx((30 + 6 * 8 / 5,) * 2), "four tests, not one"
     wide = [replace(c, batches=BatchConfig(16)) for c in HUNDRED]
     assert seconds(store, *wide) == pytest.approx((36, 66))
     parts = [replace(c, batches=BatchConfig(4, 2)) for c in HUNDRED]

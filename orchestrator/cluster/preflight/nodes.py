@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from orchestrator.cluster.preflight import availability, shared_storage
@@ -198,7 +199,7 @@ def require_usable_cluster(
         cluster: The nodes that are running.
         store: The store's folder.
         bases: The store's folder of base models.
-        configurations: The configurations to train. Access to model and data is checked for the first only.
+        configurations: The configurations to train.
 
     Raises:
         UsageError: A check has failed. The message has one line per failure.
@@ -208,9 +209,9 @@ def require_usable_cluster(
     failures = []
     with start_node_agents(cluster.nodes) as agents:
         checks = node_checks(agents, agents.call(collect_node_info), store)
-        if configurations:
-            model, task = configurations[0].model, configurations[0].task
-            checks["reach"] = lambda: check_node_access(agents, model, task, bases)
+        for each in {(c.model.name, c.task.name): c for c in configurations}.values():
+            name = f"reach of {each.task.name} and {each.model.name}"
+            checks[name] = partial(check_node_access, agents, each.model, each.task, bases)
         for name, check in checks.items():
             try:
                 check()
