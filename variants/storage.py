@@ -64,7 +64,8 @@ def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
         file: The file to read.
 
     Raises:
-        UnsupportedError: The file belongs to another variant or does not fit the model.
+        UnsupportedError: The file belongs to another variant or to other numerics of it, or does not fit the
+            model.
     """
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
@@ -72,6 +73,11 @@ def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
     if metadata.get("variant") != adapters.variant.name:
         raise UnsupportedError(
             f"{file} holds a lane of {metadata.get('variant')}, not of {adapters.variant.name}"
+        )
+    if metadata.get("numerics") != str(adapters.variant.numerics):
+        raise UnsupportedError(
+            f"{file} was saved with numerics {metadata.get('numerics')} of {adapters.variant.name}; "
+            f"this version has {adapters.variant.numerics}"
         )
     parts: dict[str, dict[str, Tensor]] = {"trainable": {}, "frozen": {}}
     for name, tensor in tensors.items():

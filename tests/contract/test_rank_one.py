@@ -23,9 +23,10 @@ def gradients(adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
     for lane in lanes:
         for parameter in adapters.trainable(lane).values():
             parameter.grad = None
-    with adapters.activate_lanes(lanes, None) as context:
+    with adapters.activate_lanes(lanes, 0) as context:
         loss = model_output(adapters.model, lane_inputs(CASE, lanes)).square().sum()
         auxiliary = context.auxiliary_loss()
+        assert (auxiliary is not None) == adapters.variant.has_auxiliary_loss
         (loss if auxiliary is None else loss + auxiliary.sum()).backward()
     return {n: p.grad.clone() for n, p in adapters.trainable("1").items() if p.grad is not None}
 

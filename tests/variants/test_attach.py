@@ -39,9 +39,9 @@ def adapted(
 
 def randomize(adapters: Adapters) -> None:
     with torch.no_grad():
-        for lane in adapters.lanes:
+        for seed, lane in enumerate(adapters.lanes):
             for parameter in adapters.trainable(lane).values():
-                parameter.normal_(generator=torch.Generator().manual_seed(len(lane)))
+                parameter.normal_(generator=torch.Generator().manual_seed(seed))
 
 
 def test_rows_without_a_lane_are_refused() -> None:

@@ -96,12 +96,12 @@ def test_a_plain_layer_is_computed_without_a_call(name: str, kind: type[nn.Modul
     assert adapters.layers["there.0"]._is_plain_product()
 
 
-CONSUMERS: dict[str, Callable[[Tensor], Tensor]] = {
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "clamp": lambda out: out.clamp_(-0.5, 0.5),
     "add": lambda out: out.add_(out.detach().sin()),
 }
-IN_PLACE = {
+ELSEWHERE = {
     "relu": torch.relu,
     "clamp": lambda out: out.clamp(-0.5, 0.5),
     "add": lambda out: out + out.detach().sin(),
@@ -118,12 +118,12 @@ def gradients(adapters: Adapters) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize("consumer", IN_PLACE)
 @pytest.mark.parametrize("kind", ["bias", "no bias", "NF4", "dropout"])
 def test_a_model_may_write_a_layers_output_in_place(name: str, consumer: str, kind: str) -> None:
     """The gradients are those of a model that writes its result elsewhere."""
     found = []
-    for consumers in (CONSUMERS, IN_PLACE):
+    for consumers in (IN_PLACE, ELSEWHERE):
         torch.manual_seed(0)
         layer: nn.Module = nn.Linear(32, 32, bias=kind != "no bias")
         if kind == "NF4":

@@ -166,3 +166,12 @@ def test_a_lane_of_another_variant_is_refused(tmp_path: Path) -> None:
     others = attach(LLAMA.build(), catalogue.get("dora"), VariantSettings(2))
     with pytest.raises(UnsupportedError, match="holds a lane of lora, not of dora"):
         load_lane(others, "b", tmp_path / "a.safetensors")
+
+
+def test_a_lane_of_other_numerics_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = attach(LLAMA.build(), catalogue.get("lora"), VariantSettings(2))
+    adapters.add_lane("a", VariantSettings(2), seed=5)
+    save_lane(adapters, "a", tmp_path / "a.safetensors")
+    monkeypatch.setattr(type(adapters.variant), "numerics", 2)
+    with pytest.raises(UnsupportedError, match="saved with numerics 1 of lora; this version has 2"):
+        load_lane(adapters, "b", tmp_path / "a.safetensors")

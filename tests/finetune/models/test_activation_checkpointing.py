@@ -100,10 +100,10 @@ def gradients(adapters: Adapters) -> dict[str, Tensor]:
 def count_attention_calls(model: Any) -> Counter[str]:
     """Return a counter of the calls of each block's attention."""
     calls: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        if name.endswith((".self_attn", ".attention")):
-            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-    assert len(list(model.named_modules()))
+    blocks = {n: m for n, m in model.named_modules() if n.endswith((".self_attn", ".attention"))}
+    assert blocks
+    for name, module in blocks.items():
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
     return calls
 
 
