@@ -68,8 +68,8 @@ def test_the_best_points_of_several_tasks_have_names_of_their_own() -> None:
 def test_the_best_points_of_panels_of_one_task_have_names_of_their_own() -> None:
     records = [record(steps=steps, validation=score) for steps, score in ((60, 0.5), (600, 0.75))]
     metrics = describe_study(STUDY, records).metrics
-    names = [f"best_validation_score.lora.letters on letters-base (steps_horizon={steps})" for steps in (60, 600)]
-    assert [metrics[name] for name in names] == [0.5, 0.75]
+    name = "best_validation_score.lora.letters on letters-base (steps_horizon={})"
+    assert (metrics[name.format(60)], metrics[name.format(600)]) == (0.5, 0.75)
 
 
 def test_the_best_points_of_a_search_name_what_it_found() -> None:
