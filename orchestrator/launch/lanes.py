@@ -11,7 +11,15 @@ from orchestrator.launch.prediction import predict_lanes
 from orchestrator.record import lane_capacity
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, MAX_MEASURED_LANES, StudyOptions
+from orchestrator.study.options import (
+    DEFAULT_LANES_PER_TRAINER,
+    MAX_MEASURED_LANES,
+    SHORT_LANES_PER_TRAINER,
+    StudyOptions,
+)
+
+SHORT_LANE_TOKENS = 256
+"""Largest number of tokens in a micro-batch of one lane with which 8 lanes on a CPU are faster than 4."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +30,30 @@ class LanePlan:
     text: str
 
 
-def choose_lanes(options: StudyOptions, gpus_per_worker: float) -> tuple[int, bool]:
+def choose_lanes(
+    options: StudyOptions, gpus_per_worker: float, templates: Sequence[Configuration]
+) -> tuple[int, bool]:
     """Return the largest number of lanes of a trainer, and whether trainers choose the number by measurement.
 
     Args:
         options: Options of the study.
         gpus_per_worker: GPUs of each worker.
+        templates: One configuration per task and variant.
     """
     if options.lanes_per_trainer is not None:
         return options.lanes_per_trainer, False
-    is_measured = gpus_per_worker > 0 and options.device != "cpu"
-    return (MAX_MEASURED_LANES if is_measured else DEFAULT_LANES_PER_TRAINER), is_measured
+    if gpus_per_worker > 0 and options.device != "cpu":
+        return MAX_MEASURED_LANES, True
+    # A search and early stopping decide by lanes that have ended, so fewer should train at once.
+    is_plain_grid = options.search == "grid" and options.scheduler == "none"
+    if is_plain_grid and all(_is_short(template) for template in templates):
+        return SHORT_LANES_PER_TRAINER, False
+    return DEFAULT_LANES_PER_TRAINER, False
+
+
+def _is_short(template: Configuration) -> bool:
+    tokens = template.batches.micro_batch_size * template.batches.max_length
+    return 0 < tokens <= SHORT_LANE_TOKENS  # `max_length` is 0 for images
 
 
 def plan_lanes(
@@ -51,11 +72,12 @@ def plan_lanes(
         templates: One configuration per task and variant.
         store: The store, which has the measurements of earlier trainers.
     """
-    lanes, is_measured = choose_lanes(options, 1.0 if gpus_per_worker is None else gpus_per_worker)
+    lanes, is_measured = choose_lanes(options, 1.0 if gpus_per_worker is None else gpus_per_worker, templates)
     if options.lanes_per_trainer is not None:
         return LanePlan(lanes, f"{lanes} lanes each (--lanes-per-trainer)")
     if not is_measured:
-        return LanePlan(lanes, f"{lanes} lanes each (the default of a CPU)")
+        short = " for short micro-batches" if lanes == SHORT_LANES_PER_TRAINER else ""
+        return LanePlan(lanes, f"{lanes} lanes each (the default of a CPU{short})")
     group_keys = {template.group_key for template in templates}
     known = [
         (device_key, measured)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from points import configuration
 
-from orchestrator.launch.lanes import choose_lanes, plan_lanes
+from orchestrator.launch.lanes import LanePlan, choose_lanes, plan_lanes
 from orchestrator.record import lane_capacity
 from orchestrator.record.lane_capacity import MeasuredLanes
 from orchestrator.record.store import Store
+from orchestrator.study.configuration import BatchConfig
 from orchestrator.study.options import StudyOptions
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -33,7 +34,26 @@ SIX = MeasuredLanes(lanes=6, fitting=7, one_lane_bytes=11 * 2**30, two_lanes_byt
 def test_trainers_measure_on_gpus_unless_the_number_is_typed(
     options: StudyOptions, gpus: float, expected: tuple[int, bool]
 ) -> None:
-    assert choose_lanes(options, gpus) == expected
+    assert choose_lanes(options, gpus, POINTS) == expected
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "expected"),
+    [
+        (BatchConfig(16, max_length=16), StudyOptions(), 8),
+        (BatchConfig(16, 2, max_length=16), StudyOptions(), 8),
+        (BatchConfig(16, max_length=17), StudyOptions(), 4),
+        (BatchConfig(16, max_length=0), StudyOptions(), 4),
+        (BatchConfig(16, max_length=16), StudyOptions(search="optuna"), 4),
+        (BatchConfig(16, max_length=16), StudyOptions(scheduler="asha"), 4),
+    ],
+    ids=["short", "two micro-batches", "long", "images", "search", "early stopping"],
+)
+def test_a_grid_of_short_micro_batches_has_more_lanes_on_a_cpu(
+    batches: BatchConfig, options: StudyOptions, expected: int
+) -> None:
+    short = replace(POINTS[0], batches=BatchConfig(16, max_length=13))
+    assert choose_lanes(options, 0.0, [short, replace(POINTS[1], batches=batches)]) == (expected, False)
 
 
 def test_a_plan_says_the_number_of_lanes_and_why(tmp_path: Path) -> None:
@@ -45,6 +65,9 @@ def test_a_plan_says_the_number_of_lanes_and_why(tmp_path: Path) -> None:
 
     assert plan(1.0, lanes_per_trainer=3) == (3, "3 lanes each (--lanes-per-trainer)")
     assert plan(0.0) == (4, "4 lanes each (the default of a CPU)")
+    short = [replace(point, batches=BatchConfig(8, max_length=16)) for point in POINTS]
+    text = "8 lanes each (the default of a CPU for short micro-batches)"
+    assert plan_lanes(StudyOptions(), 0.0, "", short, store) == LanePlan(8, text)
     unknown = 4, "up to 8 lanes each: the first trainer measures how many fit into its GPU's memory"
     assert plan(0.5)[1].endswith("how many fit into 0.5 of its GPU's memory")
     assert plan(1.0) == plan(None) == unknown
