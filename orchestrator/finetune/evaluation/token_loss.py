@@ -16,6 +16,8 @@ from torch.nn.functional import linear
 
 CHUNK_TARGETS = 1024
 """The largest number of targets whose logits exist at the same time."""
+WIDE_ROWS = 512
+"""The largest number of targets whose logits exist in float32 beside those of a 16-bit model."""
 
 
 def compute_objective(
@@ -49,9 +51,11 @@ def predict_tokens(
     """
     losses, predictions = [], []
     for rows in _chunks(lane_counts):
-        logits = _wide_logits(hidden[rows], layer)
-        predictions.append(logits.argmax(dim=1))
-        losses.append(_exponentiate(logits, labels[rows])[0])
+        logits = linear(hidden[rows], layer.weight, layer.bias)
+        for part, part_labels in zip(logits.split(WIDE_ROWS), labels[rows].split(WIDE_ROWS), strict=True):
+            wide = _widen(part)
+            predictions.append(wide.argmax(dim=1))
+            losses.append(_exponentiate(wide, part_labels)[0])
     return torch.cat(losses), torch.cat(predictions)
 
 
@@ -64,14 +68,19 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses, gradients = [], []
         for rows in _chunks(counts):
-            logits = _wide_logits(hidden[rows], layer)
-            chunk_losses, sums = _exponentiate(logits, labels[rows])
-            losses.append(chunk_losses)
+            logits = linear(hidden[rows], layer.weight, layer.bias)
+            parts = (tensor.split(WIDE_ROWS) for tensor in (logits, labels[rows], weights[rows]))
+            for part, part_labels, part_weights in zip(*parts, strict=True):
+                wide = _widen(part)
+                part_losses, sums = _exponentiate(wide, part_labels)
+                losses.append(part_losses)
+                if ctx.needs_input_grad[0]:
+                    # The gradient with respect to the logits is weight * (softmax - one-hot label).
+                    factors = part_weights.to(wide.dtype).unsqueeze(1)
+                    wide.mul_(factors / sums).scatter_add_(1, part_labels.unsqueeze(1), -factors)
+                    part.copy_(wide)
             if ctx.needs_input_grad[0]:
-                # The gradient with respect to the logits is weight * (softmax - one-hot label).
-                factors = weights[rows].to(logits.dtype).unsqueeze(1)
-                logits.mul_(factors / sums).scatter_add_(1, labels[rows].unsqueeze(1), -factors)
-                gradients.append(logits.to(hidden.dtype) @ layer.weight)
+                gradients.append(logits @ layer.weight)
         if gradients:
             ctx.gradient = torch.cat(gradients)
         all_losses = torch.cat(losses)
@@ -93,9 +102,8 @@ def _chunks(lane_counts: Sequence[int]) -> Iterator[slice]:
         start += count
 
 
-def _wide_logits(hidden: Tensor, layer: nn.Linear) -> Tensor:
-    """Return logits, (n, vocabulary), computed in the model's dtype, in float32 or float64."""
-    logits = linear(hidden, layer.weight, layer.bias)
+def _widen(logits: Tensor) -> Tensor:
+    """Return logits in float32 or float64: the same tensor, if they have this dtype."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -90,6 +91,23 @@ def test_losses_and_gradients_equal_those_of_cross_entropy(
     assert torch.equal(predictions, logits.argmax(dim=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_parts_of_a_chunk_in_float32_give_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for wide_rows in (512, 7):
+        monkeypatch.setattr(token_loss, "WIDE_ROWS", wide_rows)
+        hidden, layer, labels, weights = problem(dtype)
+        objective, losses = token_loss.compute_objective(hidden, layer, labels, weights, (20, 10))
+        objective.backward()
+        assert hidden.grad is not None
+        found.append(
+            (losses, hidden.grad, *token_loss.predict_tokens(hidden.detach(), layer, labels, (20, 10)))
+        )
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_a_lane_whose_logits_are_not_finite_has_no_finite_loss_and_harms_no_other() -> None:
     hidden, layer, labels, weights = problem(torch.float32)
     alone = token_loss.compute_objective(hidden, layer, labels, weights, (20, 10))[1]
@@ -104,24 +122,27 @@ def test_a_lane_whose_logits_are_not_finite_has_no_finite_loss_and_harms_no_othe
 
 
 class LargestTensor(TorchDispatchMode):
-    """A mode that notes the number of values of the largest tensor that is computed."""
+    """A mode that notes the number of values of the largest tensor of each dtype that is computed."""
 
-    size = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: Counter[torch.dtype] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         if isinstance(made, Tensor):
-            self.size = max(self.size, made.numel())
+            self.sizes[made.dtype] = max(self.sizes[made.dtype], made.numel())
         return made
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("train", [True, False])
-def test_only_the_logits_of_one_chunk_exist_and_none_is_kept(train: bool) -> None:
+def test_only_the_logits_of_one_chunk_exist_and_none_is_kept(train: bool, dtype: torch.dtype) -> None:
     """The tensors of 8,192 targets over 150,000 tokens have shapes only: logits of all would take 4.9 GB."""
     vocabulary, count = 150_000, 8192
     with torch.device("meta"):
-        layer = nn.Linear(64, vocabulary, bias=False).requires_grad_(False)
-        hidden = torch.empty(count, 64, requires_grad=train)
+        layer = nn.Linear(64, vocabulary, bias=False, dtype=dtype).requires_grad_(False)
+        hidden = torch.empty(count, 64, dtype=dtype, requires_grad=train)
         labels, weights = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.float64)
     kept: list[int] = []
     with (
@@ -135,7 +156,9 @@ def test_only_the_logits_of_one_chunk_exist_and_none_is_kept(train: bool) -> Non
             assert hidden.grad is not None
         else:
             token_loss.predict_tokens(hidden, layer, labels, (count,))
-    assert largest.size == token_loss.CHUNK_TARGETS * vocabulary
+    assert largest.sizes[dtype] == token_loss.CHUNK_TARGETS * vocabulary
+    if dtype == torch.bfloat16:
+        assert largest.sizes[torch.float32] == token_loss.WIDE_ROWS * vocabulary
 
 
 def test_no_chunk_has_targets_of_two_lanes() -> None:
