@@ -19,7 +19,7 @@ TRAINER_SHUTDOWN_SECONDS = 5.0
 """Time for trainers to end by themselves."""
 INTERRUPT_TRAINER_SHUTDOWN_SECONDS = 0.5
 """`TRAINER_SHUTDOWN_SECONDS` after Ctrl-C, when everything has been reported already."""
-TRAINER_THREAD_JOIN_SECONDS = 2.0
+TRAINER_THREAD_JOIN_SECONDS = 10.0
 """Time for all threads of killed trainers together to end."""
 MLFLOW_FLUSH_SECONDS = 60.0
 """Time for the MLflow writer to log the rest at the end of a study."""
