@@ -135,7 +135,7 @@ def _curve_traces(panel: Panel, curve: Curve, look: CurveStyle, step: float) -> 
 def _mean_trace(curve: Curve, color: str, symbol: str, step: float) -> go.Scatter:
     shown = [p for p in curve.points if p.eligible and p.validation.mean is not None]
     ends = [(p.validation.interval, p.validation.mean or 0.0) for p in shown]
-    is_best = [p.learning_rate == curve.best_rate for p in shown]
+    is_best = [_is_best(curve, p) for p in shown]
     return go.Scatter(
         x=plotly_style.rounded([p.learning_rate * step for p in shown]),
         y=plotly_style.rounded([p.validation.mean for p in shown]),
@@ -158,10 +158,15 @@ def _mean_trace(curve: Curve, color: str, symbol: str, step: float) -> go.Scatte
     )
 
 
+def _is_best(curve: Curve, point: CurvePoint) -> bool:
+    """Return whether a point is the best one of a curve that is not flat."""
+    return point.learning_rate == curve.best_rate and curve.bracketed != "both edges"
+
+
 def _point_text(curve: Curve, point: CurvePoint) -> str:
     lines = [
         f"<b>{curve.label}</b> at {formatting.rate(point.learning_rate)}"
-        + (" (its best rate)" if point.learning_rate == curve.best_rate else ""),
+        + (" (its best rate)" if _is_best(curve, point) else ""),
         f"validation {formatting.number(point.validation.mean)} {formatting.interval(point.validation)}",
         f"test {formatting.number(point.test.mean)} {formatting.interval(point.test)}",
         f"{point.validation.n} seeds"

@@ -77,7 +77,7 @@ def _points(search: SearchResult, variant: TuningResult, styles: dict[str, Curve
 
 
 def _state_symbol(symbol: str, point: TuningPoint) -> str:
-    if "diverged" in point.states:
+    if point.states.get("diverged") and not point.states.get("finished"):
         return "x-thin-open"
     return f"{symbol}-open" if "stopped" in point.states else symbol
 

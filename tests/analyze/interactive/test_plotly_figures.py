@@ -67,6 +67,16 @@ def test_collapsed_and_diverged_runs_have_marks_of_their_own_and_cliffs_are_dash
     assert {t["legendgroup"] for t in dashed} == set(STUDY)
 
 
+def test_a_flat_curve_has_no_best_rate() -> None:
+    records = [record("lora", rate, seed, 0.5) for rate in RATES for seed in range(2)]
+    summary = summarize_curves(records)
+    assert summary.panels[0].curves[0].bracketed == "both edges"
+    traces = only_curves(summary)["data"]
+    (means,) = (t for t in traces if t["mode"] == "markers" and "error_y" in t)
+    assert set(means["marker"]["size"]) == {8}
+    assert not any("its best rate" in text for text in means["text"])
+
+
 def test_the_tops_repeat_the_whole_and_one_click_in_the_legend_hides_a_curve_in_both() -> None:
     content = only_curves(summarize_curves(study()))
     whole = [t for t in content["data"] if t.get("yaxis") != "y2"]
@@ -140,6 +150,8 @@ def test_the_points_of_a_search_show_their_settings_and_state() -> None:
         record("lora", 1e-3, 0, 0.9, rank=4),
         record("lora", 1e-2, 0, 0.3, rank=8, state="stopped"),
         record("lora", 1e-1, 0, None, rank=8),
+        record("lora", 2e-2, 0, 0.7, rank=8),
+        record("lora", 2e-2, 1, None, rank=8),
     ]
     study_file = StudyFile("search", "", "run", settings=AnalysisSettings(kind="search"))
     (figure,) = search_figures(summarize(study_file, records).searches)
@@ -153,5 +165,6 @@ def test_the_points_of_a_search_show_their_settings_and_state() -> None:
         "1e-3, rank 4: finished": (0.9, "circle"),
         "1e-2, rank 8: stopped": (0.3, "circle-open"),
         "1e-1, rank 8: diverged": (0.0, "x-thin-open"),
+        "2e-2, rank 8: finished, diverged": (0.7, "circle"),
     }
     assert best["y"][-1] == 0.9
