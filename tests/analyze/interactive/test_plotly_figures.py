@@ -150,8 +150,6 @@ def test_the_points_of_a_search_show_their_settings_and_state() -> None:
         record("lora", 1e-3, 0, 0.9, rank=4),
         record("lora", 1e-2, 0, 0.3, rank=8, state="stopped"),
         record("lora", 1e-1, 0, None, rank=8),
-        record("lora", 2e-2, 0, 0.7, rank=8),
-        record("lora", 2e-2, 1, None, rank=8),
     ]
     study_file = StudyFile("search", "", "run", settings=AnalysisSettings(kind="search"))
     (figure,) = search_figures(summarize(study_file, records).searches)
@@ -165,6 +163,13 @@ def test_the_points_of_a_search_show_their_settings_and_state() -> None:
         "1e-3, rank 4: finished": (0.9, "circle"),
         "1e-2, rank 8: stopped": (0.3, "circle-open"),
         "1e-1, rank 8: diverged": (0.0, "x-thin-open"),
-        "2e-2, rank 8: finished, diverged": (0.7, "circle"),
     }
     assert best["y"][-1] == 0.9
+
+
+def test_a_point_of_a_search_with_a_finished_and_a_diverged_seed_has_a_score_and_no_cross() -> None:
+    records = [record("lora", 1e-2, seed, score) for seed, score in ((0, 0.7), (1, None))]
+    study_file = StudyFile("search", "", "run", settings=AnalysisSettings(kind="search"))
+    (figure,) = search_figures(summarize(study_file, records).searches)
+    points, _ = json.loads(figure.to_json())["data"]
+    assert (points["y"], points["marker"]["symbol"]) == ([0.7], ["circle"])
