@@ -167,9 +167,9 @@ def test_the_points_of_a_search_show_their_settings_and_state() -> None:
     assert best["y"][-1] == 0.9
 
 
-def test_a_point_of_a_search_with_a_finished_and_a_diverged_seed_has_a_score_and_no_cross() -> None:
+def test_a_point_of_a_search_with_a_finished_seed_has_its_mean_and_no_cross() -> None:
     records = [record("lora", 1e-2, seed, score) for seed, score in ((0, 0.7), (1, None))]
     study_file = StudyFile("search", "", "run", settings=AnalysisSettings(kind="search"))
     (figure,) = search_figures(summarize(study_file, records).searches)
     points, _ = json.loads(figure.to_json())["data"]
-    assert (points["y"], points["marker"]["symbol"]) == ([0.7], ["circle"])
+    assert (points["y"], points["marker"]["symbol"]) == ([0.35], ["circle"]), "diverged counts as the floor"
