@@ -12,6 +12,7 @@ from orchestrator.analyze.curve_text import panel_title
 from orchestrator.analyze.intervals import Estimate
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.tuning import SearchResult
 from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import StudyFile
@@ -27,7 +28,8 @@ class StudyDescription(NamedTuple):
     metrics: dict[str, float]
     """Name -> value. `verdict_1`, `verdict_2` and so on: 1 supported, 0 undecided, -1 refuted; descriptive
     verdicts have none. For each best point `best_validation_score.<label>`, `best_test_score.<label>` and
-    `best_log10_learning_rate.<label>`; with several tasks, the names end in `.<task>`."""
+    `best_log10_learning_rate.<label>`; with several panels or searches, the names end in `.<task>`, or in
+    `.<title>` if they differ in more than the task."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,10 @@ def describe_summary(summary: Summary) -> StudyDescription:
         for number, verdict in enumerate(summary.verdicts, 1)
         if verdict.outcome in _OUTCOME_NUMBERS
     }
-    titles, tasks = ({getattr(point, part) for point in points} for part in ("title", "task"))
+    # All panels count, also those without a score yet, so that the names stay the same.
+    tasks = {panel.task for panel in summary.panels} | {search.task for search in summary.searches}
+    titles = {*map(panel_title, summary.panels), *map(_search_title, summary.searches)}
     for point in points:
-        # Panels of one task differ in their titles, by the model or the settings.
         panel = point.task if len(tasks) == len(titles) else point.title
         name = f"{point.label}.{panel}" if len(titles) > 1 else point.label
         metrics[f"best_log10_learning_rate.{name}"] = math.log10(point.learning_rate)
@@ -84,9 +87,13 @@ def _best_points(summary: Summary) -> Iterator[_BestPoint]:
     for search in summary.searches:
         for result in search.variants:
             if (best := result.best) is not None:
-                title, found = f"{search.task} on {search.model}", formatting.settings_text(best.settings)
-                scores = (best.validation, best.test)
+                found, scores = formatting.settings_text(best.settings), (best.validation, best.test)
+                title = _search_title(search)
                 yield _BestPoint(title, search.task, result.variant, found, best.learning_rate, *scores)
+
+
+def _search_title(search: SearchResult) -> str:
+    return f"{search.task} on {search.model}"
 
 
 def _verdict_markdown(verdict: Verdict) -> str:

@@ -108,11 +108,13 @@ class StudyMonitor(threading.Thread):
                 ray.get(self.broker.close.remote(), timeout=5)
         finally:
             try:
-                self.pool.shut_down(
-                    timeouts.INTERRUPT_TRAINER_SHUTDOWN_SECONDS
-                    if self.budget.is_interrupted
-                    else timeouts.TRAINER_SHUTDOWN_SECONDS
-                )
+                if self.budget.is_interrupted:
+                    self.pool.shut_down(
+                        timeouts.INTERRUPT_TRAINER_SHUTDOWN_SECONDS,
+                        timeouts.INTERRUPT_TRAINER_THREAD_JOIN_SECONDS,
+                    )
+                else:
+                    self.pool.shut_down(timeouts.TRAINER_SHUTDOWN_SECONDS)
                 if self.error is None:
                     self._poll_last_updates()
             finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from orchestrator.launch import prices
 from orchestrator.launch.decoder_shape import PredictionError
 from orchestrator.launch.prediction import predict_lanes
+from orchestrator.launch.work import StudyWork
 from orchestrator.record import lane_capacity
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -19,7 +20,8 @@ from orchestrator.study.options import (
 )
 
 SHORT_LANE_TOKENS = 256
-"""Largest number of tokens in a micro-batch of one lane with which 8 lanes on a CPU are faster than 4."""
+"""Largest number of tokens in a micro-batch of one lane for which a trainer on a CPU has 8 lanes. `letters`,
+with 208 tokens, trains faster with 8 lanes than with 4; lanes of more tokens were not measured."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +33,34 @@ class LanePlan:
 
 
 def choose_lanes(
-    options: StudyOptions, gpus_per_worker: float, templates: Sequence[Configuration]
+    options: StudyOptions,
+    gpus_per_worker: float,
+    configurations: Sequence[Configuration],
+    num_per_trainer: int,
 ) -> tuple[int, bool]:
     """Return the largest number of lanes of a trainer, and whether trainers choose the number by measurement.
 
     Args:
         options: Options of the study.
         gpus_per_worker: GPUs of each worker.
-        templates: One configuration per task and variant.
+        configurations: The configurations of the study, whose micro-batches may differ in size.
+        num_per_trainer: Number of configurations to train for each trainer, rounded up. With more lanes than
+            this, one trainer would train the lanes of others.
     """
     if options.lanes_per_trainer is not None:
         return options.lanes_per_trainer, False
     if gpus_per_worker > 0 and options.device != "cpu":
         return MAX_MEASURED_LANES, True
-    # A search and early stopping decide by lanes that have ended, so fewer should train at once.
+    # A search and early stopping decide by the results of other lanes, so fewer should train at once.
     is_plain_grid = options.search == "grid" and options.scheduler == "none"
-    if is_plain_grid and all(_is_short(template) for template in templates):
-        return SHORT_LANES_PER_TRAINER, False
-    return DEFAULT_LANES_PER_TRAINER, False
+    lanes = DEFAULT_LANES_PER_TRAINER
+    if is_plain_grid and all(map(_is_short, configurations)):
+        lanes = max(lanes, min(SHORT_LANES_PER_TRAINER, num_per_trainer))
+    return lanes, False
 
 
-def _is_short(template: Configuration) -> bool:
-    tokens = template.batches.micro_batch_size * template.batches.max_length
+def _is_short(configuration: Configuration) -> bool:
+    tokens = configuration.batches.micro_batch_size * configuration.batches.max_length
     return 0 < tokens <= SHORT_LANE_TOKENS  # `max_length` is 0 for images
 
 
@@ -62,6 +70,8 @@ def plan_lanes(
     device: str,
     templates: Sequence[Configuration],
     store: Store,
+    work: StudyWork,
+    num_trainers: int,
 ) -> LanePlan:
     """Return the expected number of lanes per trainer.
 
@@ -71,12 +81,17 @@ def plan_lanes(
         device: Name of the GPU; empty if there is none or its name is unknown.
         templates: One configuration per task and variant.
         store: The store, which has the measurements of earlier trainers.
+        work: The configurations to train.
+        num_trainers: Number of trainers; 0 if the cluster decides.
     """
-    lanes, is_measured = choose_lanes(options, 1.0 if gpus_per_worker is None else gpus_per_worker, templates)
+    gpus = 1.0 if gpus_per_worker is None else gpus_per_worker
+    lanes, is_measured = choose_lanes(
+        options, gpus, [*templates, *work.pending], work.count_for(num_trainers)
+    )
     if options.lanes_per_trainer is not None:
         return LanePlan(lanes, f"{lanes} lanes each (--lanes-per-trainer)")
     if not is_measured:
-        short = " for short micro-batches" if lanes == SHORT_LANES_PER_TRAINER else ""
+        short = " for short micro-batches" if lanes > DEFAULT_LANES_PER_TRAINER else ""
         return LanePlan(lanes, f"{lanes} lanes each (the default of a CPU{short})")
     group_keys = {template.group_key for template in templates}
     known = [

@@ -82,7 +82,9 @@ def print_plan(
         options: Options of the study.
     """
     hardware = _probe_hardware(options)
-    lanes = plan_lanes(options, hardware.gpus_per_worker, hardware.device, templates, store)
+    lanes = plan_lanes(
+        options, hardware.gpus_per_worker, hardware.device, templates, store, work, hardware.num_trainers
+    )
     to_train = [*work.pending, *_later_configurations(work, templates)]
     estimates = [
         estimate

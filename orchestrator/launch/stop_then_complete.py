@@ -125,11 +125,12 @@ def _current_choice(options: EarlyStoppingOptions, study_name: str) -> EarlyStop
 
 def _print_comparison(scheduler: str, early: EarlyStoppingChoice, full: EarlyStoppingChoice) -> None:
     """Print the chosen rate and the optimizer steps of each variant, with and without early stopping."""
-    print(f"\n{'':12} {'chosen rate':^17} {'optimizer steps':^19}")
-    print(f"{'variant':12} {scheduler:>9} {'grid':>7} {scheduler:>11} {'grid':>7}")
+    width = max(12, *map(len, full.rates))
+    print(f"\n{'':{width}} {'chosen rate':^17} {'optimizer steps':^19}")
+    print(f"{'variant':{width}} {scheduler:>9} {'grid':>7} {scheduler:>11} {'grid':>7}")
     for variant, full_rate in full.rates.items():
         chosen = f"{rate(early.rates.get(variant)):>9} {rate(full_rate):>7}"
-        print(f"{variant:12} {chosen} {early.steps.get(variant, 0):11} {full.steps[variant]:7}")
+        print(f"{variant:{width}} {chosen} {early.steps.get(variant, 0):11} {full.steps[variant]:7}")
     same = sum(
         early.rates.get(v) == full_rate for v, full_rate in full.rates.items() if full_rate is not None
     )

@@ -101,7 +101,9 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
         options.trainers, options.gpus_per_worker, options.workers_per_trainer
     )
     context.budget.set_gpus_per_trainer(gpus_per_worker * options.workers_per_trainer)
-    lanes, is_measured = choose_lanes(options, gpus_per_worker, context.templates)
+    lanes, is_measured = choose_lanes(
+        options, gpus_per_worker, [*context.templates, *work.pending], work.count_for(num_trainers)
+    )
     trainer_spec = TrainerSpec(
         lanes_per_trainer=lanes,
         measures_lanes=is_measured,

@@ -90,3 +90,7 @@ class StudyWork:
     def num_to_train(self) -> int:
         """Number of configurations to train, including those that are not sampled or requested yet."""
         return len(self.pending) + self.total - len(self.requested)
+
+    def count_for(self, num_trainers: int) -> int:
+        """Return the number of configurations to train for each trainer, rounded up."""
+        return -(-self.num_to_train // max(1, num_trainers))

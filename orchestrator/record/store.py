@@ -271,9 +271,10 @@ class Store:
         return data
 
     def read_record(self, path: Path) -> Record | None:
-        """Return the record in a file; None if there is none.
+        """Return the record in a file.
 
-        A file that is damaged or misplaced is skipped with one warning.
+        Returns:
+            The record; None if there is no file, and, with one warning, if it is damaged or misplaced.
 
         Raises:
             UsageError: The record has an unknown schema version.

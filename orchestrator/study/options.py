@@ -17,7 +17,8 @@ from orchestrator.util.errors import UsageError, describe_disk_error
 
 DEFAULT_GRID_SEEDS, DEFAULT_POINTS = 3, 16
 DEFAULT_LANES_PER_TRAINER = 4
-"""The number on a CPU, where more lanes save little time, and the number to expect before it is measured."""
+"""The number on a CPU, where more lanes save little time unless they are short, and the number to expect
+before it is measured."""
 SHORT_LANES_PER_TRAINER = 8
 """The number on a CPU for lanes of few tokens, which share the time of Python and of the kernels' calls."""
 MAX_MEASURED_LANES = 8

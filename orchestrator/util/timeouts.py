@@ -21,6 +21,8 @@ INTERRUPT_TRAINER_SHUTDOWN_SECONDS = 0.5
 """`TRAINER_SHUTDOWN_SECONDS` after Ctrl-C, when everything has been reported already."""
 TRAINER_THREAD_JOIN_SECONDS = 10.0
 """Time for all threads of killed trainers together to end."""
+INTERRUPT_TRAINER_THREAD_JOIN_SECONDS = 2.0
+"""`TRAINER_THREAD_JOIN_SECONDS` after Ctrl-C."""
 MLFLOW_FLUSH_SECONDS = 60.0
 """Time for the MLflow writer to log the rest at the end of a study."""
 INTERRUPT_MLFLOW_FLUSH_SECONDS = 5.0

@@ -190,6 +190,12 @@ def check_node_access(agents: NodeAgents, model: ModelChoice | None, task: TaskC
     )
 
 
+def _check_access_to_all(agents: NodeAgents, configurations: Sequence[Configuration], bases: Path) -> str:
+    """Check that every node can read the models and the data of all configurations."""
+    needed = {(c.model.name, c.task.name): c for c in configurations}.values()
+    return "; ".join(check_node_access(agents, each.model, each.task, bases) for each in needed)
+
+
 def require_usable_cluster(
     cluster: Cluster, store: Path, bases: Path, configurations: Sequence[Configuration]
 ) -> None:
@@ -209,9 +215,8 @@ def require_usable_cluster(
     failures = []
     with start_node_agents(cluster.nodes) as agents:
         checks = node_checks(agents, agents.call(collect_node_info), store)
-        for each in {(c.model.name, c.task.name): c for c in configurations}.values():
-            name = f"reach of {each.task.name} and {each.model.name}"
-            checks[name] = partial(check_node_access, agents, each.model, each.task, bases)
+        if configurations:
+            checks["reach"] = partial(_check_access_to_all, agents, configurations, bases)
         for name, check in checks.items():
             try:
                 check()

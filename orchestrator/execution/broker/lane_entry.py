@@ -2,7 +2,7 @@
 
     WAITING  -> LEASED      a trainer leases the lane
     LEASED   -> PAUSED      the lane has reported, and its trial has not asked for more (early stopping only)
-    PAUSED   -> LEASED      its trial asks for more
+    PAUSED   -> LEASED      its trial asks for more, or the scheduler stopped it at a later report
     LEASED   -> WAITING     the trainer ended or gave the lane back
     PAUSED   -> RETURNED    the same; if the scheduler has stopped the lane, it becomes WAITING
     RETURNED -> WAITING     its trial asks for more, or the scheduler stops the lane

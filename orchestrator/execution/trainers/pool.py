@@ -190,11 +190,12 @@ class TrainerPool:
             return ""
         return "a GPU node" if self.spec.gpus_per_worker else "a node"
 
-    def shut_down(self, timeout: float) -> None:
+    def shut_down(self, timeout: float, join_timeout: float = timeouts.TRAINER_THREAD_JOIN_SECONDS) -> None:
         """End all trainers, after the broker was told that no more lanes come.
 
         Args:
             timeout: Seconds that placed trainers get to end by themselves before they are killed.
+            join_timeout: Seconds that all threads of killed trainers together get to end.
         """
         deadline = time.monotonic() + timeout
         for name, run in self.running.items():
@@ -202,8 +203,8 @@ class TrainerPool:
                 run.join(max(0.0, deadline - time.monotonic()))
         for run in self.running.values():
             run.kill()
-        # A thread that called Ray after its shutdown would fail.
-        deadline = time.monotonic() + timeouts.TRAINER_THREAD_JOIN_SECONDS
+        # Ray may crash this process if a thread waits for a result while Ray is shut down.
+        deadline = time.monotonic() + join_timeout
         for run in self.running.values():
             run.join(max(0.0, deadline - time.monotonic()))
         self.running.clear()
