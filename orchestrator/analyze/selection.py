@@ -22,7 +22,7 @@ FILE = "choice.json"
 
 @dataclass(frozen=True)
 class Choice:
-    """Base class of choices: the candidates. A subclass adds the chosen values."""
+    """The base class of what a study has chosen. A subclass adds the chosen values."""
 
     configurations: tuple[str, ...]
     """The fingerprints of all configurations that the choice was made among."""

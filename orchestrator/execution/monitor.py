@@ -210,7 +210,14 @@ class StudyMonitor(threading.Thread):
             progress.first_lane_at = time.monotonic()
 
     def _enforce_budget(self, live_trainers: int) -> None:
-        """Count the GPU hours; once a limit is reached, let trainers save their lanes until none trains."""
+        """Update the count of GPU hours, and drain the trainers once a limit of the run is reached.
+
+        Drained trainers save their lanes and give them back. The study counts as drained when no lane is in
+        training any more, or after `RunBudget.save_timeout` seconds.
+
+        Args:
+            live_trainers: Number of trainers that reserve GPUs.
+        """
         now = time.monotonic()
         if not self.budget.update(live_trainers, now) or self.stop_requested.is_set():
             return

@@ -59,17 +59,17 @@ class ModelShape:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of the linear layers of a block."""
+        """Number of values in the weights of all linear layers of a block."""
         return self.hidden * (2 * self.queries + 2 * self.keys + 3 * self.intermediate)
 
     @property
     def layer_outputs(self) -> int:
-        """Outputs of the linear layers of a block."""
+        """Sum of the output sizes of all linear layers of a block."""
         return self.queries + 2 * self.keys + 2 * self.intermediate + 2 * self.hidden
 
     @property
     def layer_inputs(self) -> int:
-        """Inputs of the linear layers of a block."""
+        """Sum of the input sizes of all linear layers of a block."""
         return 5 * self.hidden + self.queries + self.intermediate
 
 

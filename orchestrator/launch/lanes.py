@@ -86,7 +86,7 @@ def plan_lanes(
     """
     gpus = 1.0 if gpus_per_worker is None else gpus_per_worker
     lanes, is_measured = choose_lanes(
-        options, gpus, [*templates, *work.pending], work.count_for(num_trainers)
+        options, gpus, [*templates, *work.pending], work.num_per_trainer(num_trainers)
     )
     if options.lanes_per_trainer is not None:
         return LanePlan(lanes, f"{lanes} lanes each (--lanes-per-trainer)")

@@ -62,7 +62,11 @@ def find_price(device: str) -> GpuPrice | None:
 
 
 def require_price(option: str, gpu: str) -> GpuPrice:
-    """Return the row of a GPU that an option names.
+    """Return the row of the price table for the GPU that the value of an option names.
+
+    Args:
+        option: The option, for the error message, such as `--plan-gpu`.
+        gpu: Its value: the name of a GPU; see `find_price`.
 
     Raises:
         UsageError: The table has no such GPU.

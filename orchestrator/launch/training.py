@@ -102,7 +102,7 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
     )
     context.budget.set_gpus_per_trainer(gpus_per_worker * options.workers_per_trainer)
     lanes, is_measured = choose_lanes(
-        options, gpus_per_worker, [*context.templates, *work.pending], work.count_for(num_trainers)
+        options, gpus_per_worker, [*context.templates, *work.pending], work.num_per_trainer(num_trainers)
     )
     trainer_spec = TrainerSpec(
         lanes_per_trainer=lanes,

@@ -91,6 +91,6 @@ class StudyWork:
         """Number of configurations to train, including those that are not sampled or requested yet."""
         return len(self.pending) + self.total - len(self.requested)
 
-    def count_for(self, num_trainers: int) -> int:
-        """Return the number of configurations to train for each trainer, rounded up."""
+    def num_per_trainer(self, num_trainers: int) -> int:
+        """Return `num_to_train` divided by the number of trainers, rounded up; 0 trainers count as one."""
         return -(-self.num_to_train // max(1, num_trainers))

@@ -34,7 +34,8 @@ _WITH_NAN = {"ser_json_inf_nan": "strings"}
 class StepMetrics:
     """One optimizer step of a lane.
 
-    The loss is the mean over the step's targets: cross-entropy in nats, or the squared error of a regression.
+    `loss` is the mean over the step's targets: of the cross-entropy in nats, or of the squared error for a
+    regression task. `gradient_norm` is the L2 norm of all gradients of the lane before clipping.
     """
 
     __pydantic_config__: ClassVar = _WITH_NAN

@@ -54,7 +54,8 @@ class LoRA(Variant):
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
         """Return A (..., R, in) and B (..., out, R) with W' - W = s B A.
 
-        R is the rank, or twice the rank with A0 and B0. Factors that a subclass adds increase R.
+        R is the rank. If the lane has frozen initial values "A0" and "B0" (as in PiSSA), the product is
+        B A - B0 A0, and R is twice the rank. R is larger in subclasses that append further factors.
         """
         a, b = params["A"], params["B"]
         if "A0" not in params:

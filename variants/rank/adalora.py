@@ -195,10 +195,10 @@ def _triplet_budget(layer_count: int, settings: VariantSettings, step: int, tota
 
 
 class _OrthogonalityLoss(torch.autograd.Function):
-    """The loss weight (|A A^T - I| + |B^T B - I|) / 2, with Frobenius norms, as one autograd node.
+    """An autograd node that computes the loss term weight * (|A A^T - I| + |B^T B - I|) / 2 of each lane.
 
-    A A^T - I is symmetric, so the gradient of its norm is 2 (A A^T - I) A / |A A^T - I|. Eager autograd would
-    compute two products, one for each factor of A A^T.
+    The norms are Frobenius norms. A A^T - I is symmetric, so the gradient of its norm is
+    2 (A A^T - I) A / |A A^T - I|. Eager autograd would compute two products, one for each factor of A A^T.
     """
 
     @staticmethod

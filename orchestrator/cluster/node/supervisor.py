@@ -56,7 +56,7 @@ def is_healthy(url: str) -> bool:
 
 @dataclass
 class Supervisor:
-    """The supervision of one command, until this process is told to end."""
+    """A supervisor of one command, until this process is told to end."""
 
     name: str
     """Name of the log."""

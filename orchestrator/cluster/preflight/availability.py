@@ -78,7 +78,7 @@ def unavailable_reason(model: ModelChoice | None, task: TaskChoice, bases: Path)
 
 
 def check_availability(reasons: Mapping[str, str]) -> str:
-    """Return the text of the check's line.
+    """Return the line of the check that all nodes can read the model and the data.
 
     Args:
         reasons: Node address -> result of `unavailable_reason` there.

@@ -164,7 +164,11 @@ def load_base_model(spec: TrainerSpec, bases: Path, device: Any, model: ModelCho
 
 
 def _set_up_device(spec: TrainerSpec) -> Any:
-    """Prepare torch for this worker's device, and return the device."""
+    """Set torch's threads, or its GPU and share of the GPU's memory, for this worker.
+
+    Returns:
+        The `torch.device` on which the worker computes.
+    """
     import torch
     from ray.train.torch import get_device
 

@@ -117,7 +117,11 @@ class ArrowFile(Generic[T]):
             temporary_file.unlink(missing_ok=True)
 
     def _write_batches(self, writer: Any, rows: Iterator[Mapping[str, Any]]) -> None:
-        """Write rows as record batches, each with its digest, and the last one with the number of batches."""
+        """Write rows as Arrow record batches.
+
+        The metadata of each batch has the batch's digest. The metadata of the last one also has the number of
+        batches, which shows a reader that the file is complete.
+        """
         size = IMAGE_RECORD_BATCH_ROWS if BYTES in self.columns.values() else RECORD_BATCH_ROWS
         first_index, count = 0, 0
         chunk = list(islice(rows, size))

@@ -19,7 +19,7 @@ SMOOTHING = 0.8
 
 @dataclass
 class AnswerWait:
-    """The durations of steps and of generation, by which rank 0 decides whether lanes wait; in seconds."""
+    """A rule by which rank 0 decides whether lanes wait, from measured durations in seconds."""
 
     step_seconds: float | None = None
     """The moving average of the duration of a round of optimizer steps; None before the first."""

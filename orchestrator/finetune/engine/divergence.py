@@ -10,7 +10,7 @@ from orchestrator.study.lr_schedule import warmup_steps
 
 
 class DivergenceDetector:
-    """A check of the training loss and the gradient norm of every step, made before the step is taken.
+    """A detector that checks the training loss and the gradient norm of every step before it is taken.
 
     A lane has diverged when a value is not finite, or when after warm-up the smoothed loss m_t = s m_{t-1} +
     (1 - s) loss_t, with m_0 = loss_0 and s = `rule.smoothing`, has exceeded `rule.loss_ratio` times the

@@ -126,7 +126,7 @@ def _score_base_model(
 
 
 class LaneGroup:
-    """The computation of losses, gradients and scores of lanes. It uses no lane source.
+    """A group of lanes that computes their losses, gradients and scores. It uses no lane source.
 
     Args:
         base_model: The frozen base model.

@@ -43,9 +43,10 @@ class Lease:
 
 @dataclass(frozen=True)
 class LeaseGrant:
-    """The source's answer to a request for lanes: at most as many as requested, all of one group key."""
+    """What a lane source answers when a trainer requests lanes."""
 
     leases: tuple[Lease, ...] = ()
+    """The leases for the trainer: at most as many as it has requested, and all of one group key."""
     closed: bool = False
     """If true, the trainer may end: no lane waits for it, and none will."""
     requires_empty_group: bool = False

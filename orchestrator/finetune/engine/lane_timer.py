@@ -18,7 +18,7 @@ def process_start() -> float:
 
 @dataclass
 class LaneTimer:
-    """The division of all time since the start of the process, without gaps, among the lanes.
+    """A timer that divides all time since the start of the process, without gaps, among the lanes.
 
     Attributes:
         counted_until: The time up to which seconds have been divided, on the monotonic clock.

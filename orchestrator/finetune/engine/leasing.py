@@ -84,7 +84,7 @@ def plan_lease(
 
 @dataclass
 class LaneLeasing:
-    """The leasing of lanes from the source for the free slots of a trainer."""
+    """A part of the loop that leases lanes from the source for the free slots of a trainer."""
 
     active: ActiveLanes
     recovery: FailureRecovery

@@ -24,7 +24,7 @@ OUT_OF_MEMORY_ADVICE = "try --gradient-checkpointing, --accumulation, a smaller 
 
 @dataclass
 class FailureRecovery:
-    """The handling of failures in work on lanes: end one lane, halve the lane group, or stop the trainer."""
+    """A handler of failures: it ends one lane, halves the lane group, or stops the trainer."""
 
     active: ActiveLanes
     last_failure: str = ""

@@ -195,9 +195,10 @@ def _resolve_source(table: Table, task: str) -> tuple[str, str | None]:
 
 
 def _find_commit(table: Table, task: str, commit: str | None) -> tuple[str, Path | None]:
-    """Return the commit, and its folder in the local cache if the hub cannot be reached, else None.
+    """Return the commit of a table, and where to read it if the hub cannot be reached.
 
-    `load_dataset` reads that folder without asking the hub.
+    The second value is then the commit's folder in the local cache, which `load_dataset` reads without asking
+    the hub. It is None if the hub can be reached.
 
     Args:
         table: The table.

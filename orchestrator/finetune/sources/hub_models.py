@@ -71,7 +71,9 @@ def resolve_commit(name: str, commit: str | None = None) -> str:
 
 
 def find_commit(repository: str, repo_type: str, revision: str | None) -> tuple[str, Path | None]:
-    """Return a commit, and its folder in the local cache if the hub cannot be reached, else None.
+    """Return the commit of a revision, and where to read it if the hub cannot be reached.
+
+    The second value is then the commit's folder in the local cache. It is None if the hub can be reached.
 
     Args:
         repository: The name on the hub: `organization/name`.
