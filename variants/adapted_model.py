@@ -64,7 +64,7 @@ class AdaptedModel:
         """
         self.model, self.variant, self.settings = model, variant, settings
         self.state = AdapterState()
-        self.state.dropout = settings.dropout
+        self.state.group_settings = replace(settings, alpha=None)
         self.layers: dict[str, LaneLinear] = {}
         self.layer_groups: dict[str, LaneTensors] = {}
         for name, base in target_layers.items():

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from variants.adapted_model import AdaptedModel, CalibrationTensors
 from variants.base import (
+    RANK_MASK,
     Batching,
     InitialTensors,
     LaneView,
@@ -24,9 +24,6 @@ from variants.base import (
 from variants.errors import BypassedLayerError
 from variants.forward_context import ForwardContext
 from variants.full_finetune import MODEL_PREFIX
-
-Moments = Callable[[Tensor], Mapping[str, Tensor]]
-"""Returns AdamW's `exp_avg` and `exp_avg_sq` of a parameter; empty before its first step."""
 
 
 class Adapters(AdaptedModel):
@@ -160,33 +157,34 @@ class Adapters(AdaptedModel):
         """Return the number of unmasked ranks of each layer."""
         settings = self.lane_settings(lane)
         return {
-            n: self.variant.rank_in_use(layer.lane_tensors(lane), settings)
-            for n, layer in self.layers.items()
+            name: self.variant.rank_in_use(layer.lane_tensors(lane), settings)
+            for name, layer in self.layers.items()
         }
 
     def parameter_count(self, lane: str) -> int:
         """Return the number of trainable values of a lane, without masked ranks."""
-        settings, count = self.lane_settings(lane), 0
-        for name, parameter in self.trainable(lane).items():
-            if name.rpartition(".")[0] not in self.layers:
-                count += parameter.numel()
-        for name, rank in self.ranks_in_use(lane).items():
-            out_features, in_features = self.layers[name].frozen_layer.shape
-            count += self.variant.parameter_count(out_features, in_features, replace(settings, rank=rank))
+        self._require_lane(lane)
+        count = 0
+        for owner, own in self.tensors_by_owner.items():
+            size = sum(parameter.numel() for parameter in own.trainable[lane].values())
+            mask = own.frozen[lane].get(RANK_MASK)
+            if mask is not None:  # all tensors of such a layer have one slice for each rank
+                size = size // mask.numel() * self.ranks_in_use(lane)[owner]
+            count += size
         return count
 
-    def before_step(self, lane: str, step: int, total_steps: int, moments: Moments) -> None:
+    def before_step(self, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer) -> None:
         """Run the variant's hook before an optimizer step.
 
         Args:
             lane: The lane that takes the step.
             step: The number of steps taken so far.
             total_steps: The number of steps that the lane takes in all.
-            moments: Returns the optimizer's state of a parameter.
+            optimizer: The lane's AdamW.
         """
-        self._run_hook("before_step", lane, step, total_steps, moments)
+        self._run_hook("before_step", lane, step, total_steps, optimizer)
 
-    def after_step(self, lane: str, step: int, total_steps: int, moments: Moments) -> None:
+    def after_step(self, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer) -> None:
         """Mark the lane's parameters as written, and run the variant's hook after an optimizer step.
 
         Call this method after every step, also for a variant without the hook.
@@ -195,13 +193,15 @@ class Adapters(AdaptedModel):
             lane: The lane that took the step.
             step: The number of steps taken so far, this one included.
             total_steps: The number of steps that the lane takes in all.
-            moments: Returns the optimizer's state of a parameter.
+            optimizer: The lane's AdamW.
         """
         for owner_tensors in self.tensors_by_owner.values():
             owner_tensors.after_write(lane)
-        self._run_hook("after_step", lane, step, total_steps, moments)
+        self._run_hook("after_step", lane, step, total_steps, optimizer)
 
-    def _run_hook(self, hook: str, lane: str, step: int, total_steps: int, moments: Moments) -> None:
+    def _run_hook(
+        self, hook: str, lane: str, step: int, total_steps: int, optimizer: torch.optim.Optimizer
+    ) -> None:
         if getattr(type(self.variant), hook) is getattr(Variant, hook):
             return  # the variant does not define it
         settings = self.lane_settings(lane)
@@ -209,7 +209,7 @@ class Adapters(AdaptedModel):
         for name, layer in self.layers.items():
             own = layer.own_tensors
             views[name] = LayerView(layer.frozen_layer, own.trainable[lane], own.frozen[lane])
-        view = LaneView(views, settings, self.lane_seed(lane), step, total_steps, moments)
+        view = LaneView(views, settings, self.lane_seed(lane), step, total_steps, optimizer)
         with torch.no_grad():
             getattr(self.variant, hook)(view)
 

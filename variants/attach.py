@@ -12,7 +12,7 @@ from variants.base import AdaptationScope, UnsupportedError, Variant, VariantSet
 from variants.heads import LaneHead
 from variants.lane_linear import LaneLinear
 from variants.nf4 import NF4Linear
-from variants.targets import find_target_layers, smaller_side
+from variants.targets import find_target_layers, layer_shape
 
 __all__ = ["Adapters", "CalibrationTensors", "attach"]
 
@@ -70,15 +70,18 @@ def attach(
                 f"targets {targets!r}: all of it is the task's head, which is trained in full; "
                 "name other layers"
             )
-        _check_rank(variant, settings, target_layers)
+        _check_layers(variant, settings, target_layers)
     return Adapters(model, variant, settings, target_layers, head_layers, base_dropout)
 
 
-def _check_rank(variant: Variant, settings: VariantSettings, layers: Mapping[str, nn.Module]) -> None:
-    if not variant.is_rank_limited_by_layer:
-        return
-    smaller_sides: dict[str, int] = {name: smaller_side(layer) for name, layer in layers.items()}
-    name, side = min(smaller_sides.items(), key=lambda item: item[1])
-    limit = side // variant.singular_vectors_per_rank
-    if settings.rank > limit:
-        raise UnsupportedError(f"rank {settings.rank} is larger than layer {name} allows: at most {limit}")
+def _check_layers(variant: Variant, settings: VariantSettings, layers: Mapping[str, nn.Module]) -> None:
+    sizes = {name: layer_shape(layer) for name, layer in layers.items()}
+    if variant.is_rank_limited_by_layer:
+        name, shape = min(sizes.items(), key=lambda item: min(item[1]))
+        limit = min(shape) // variant.singular_vectors_per_rank
+        if settings.rank > limit:
+            raise UnsupportedError(
+                f"rank {settings.rank} is larger than layer {name} allows: at most {limit}"
+            )
+    for name, (out_features, in_features) in sizes.items():
+        variant.check_layer(name, out_features, in_features, settings)

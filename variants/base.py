@@ -3,14 +3,16 @@
 Shapes: a weight W is (out, in), A is (rank, in), B is (out, rank). A lane is one adapter in training; K lanes
 share one frozen base model.
 
-A variant is one file with one subclass of `Variant`. It must define `scaling`, `init`, `forward`,
-`delta_weight` and `parameter_count`. The choice of layers, the lanes, dropout, merging and storage are
-handled elsewhere. Optional parts: an initialization from gradients, inputs or an SVD of the weight
-(`calibration_statistic`, `reduce_calibration`), parameters that layers share (`layer_group`), an auxiliary
-loss (`auxiliary_loss`), learning rates of its own (`parameter_lr_scale`, `schedule_lr_scale`), tensors that
-are computed once a step (`gradient_constants`), a forward pass that includes the frozen layer's output
-(`includes_base`, `forward_with_base`), hooks around the optimizer's step (`before_step`, `after_step`), and
-ranks that differ between layers or change during training (`init_layers`, `rank_in_use`, `rank_budget`).
+A variant is one file with one public subclass of `Variant`, which must define `parameters`, `forward` and
+`delta_weight`, or extend a class that does: `LoRA` (a product of two factors), `DenseUpdate` (a matrix of the
+size of W), `InputMap` (a map of the layer's input). The choice of layers, the lanes, dropout, merging and
+storage are handled elsewhere. Optional parts: an initialization from gradients, inputs or an SVD of the
+weight (`calibration_statistic`, `reduce_calibration`), parameters that layers share (`layer_group`), an
+auxiliary loss (`auxiliary_loss`), learning rates of its own (`parameter_lr_scale`, `schedule_lr_scale`),
+tensors that are computed once a step (`gradient_constants`), a forward pass that includes the frozen layer's
+output (`includes_base`, `forward_with_base`), hooks around the optimizer's step (`before_step`,
+`after_step`), and ranks that differ between layers or change during training (`init_layers`, a frozen tensor
+"mask", `rank_budget`).
 
 This module also exports everything that an implementation of a variant needs.
 """
@@ -20,78 +22,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from enum import StrEnum
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from variants.batch_invariant import batch_invariant_baddbmm, batch_invariant_bmm, pad_rank_one
+from variants.batch_invariant import baddbmm, bmm
 from variants.errors import MergeError, UnsupportedError
-from variants.initializers import lora_init, uniform_init
+from variants.initializers import lora_init, normal_init, uniform_init
 from variants.lane_views import FrozenLayer, InitialTensors, LaneView, LayerView, Params
-from variants.peft_format import PeftFormat
+from variants.peft_format import PeftFormat, PeftMethod
 from variants.seeds import parameter_generator, stable_seed
-from variants.variant_settings import ExtraSettings, Limits, VariantSettings
+from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
+from variants.variant_settings import (
+    Choice,
+    ExtraSettings,
+    Flag,
+    Hyperparameter,
+    Int,
+    Number,
+    VariantSettings,
+    complete_extra,
+)
 
 __all__ = [
-    "AdaptationScope", "Batching", "CalibrationStatistic", "ExtraSettings", "FrozenLayer",
-    "InitialTensors", "LaneView", "LayerView", "Limits", "MergeError", "Params", "UnsupportedError",
-    "Variant", "VariantSettings", "VerifiedBy", "batch_invariant_baddbmm", "batch_invariant_bmm",
-    "lora_init", "pad_rank_one", "parameter_generator", "stable_seed", "uniform_init",
+    "RANK_MASK", "AdaptationScope", "Batching", "CalibrationStatistic", "Choice", "ExtraSettings", "Flag",
+    "FrozenLayer", "Hyperparameter", "InitialTensors", "Int", "LaneView", "LayerView", "MergeError",
+    "Number", "Params", "PeftMethod", "Start", "UnsupportedError", "Variant", "VariantSettings",
+    "VerifiedBy", "baddbmm", "bmm", "lora_init", "normal_init", "parameter_generator", "stable_seed",
+    "uniform_init",
 ]  # fmt: skip
 
-
-class Batching(StrEnum):
-    """Kind of computation that the lanes of a lane group share."""
-
-    BATCHED = "batched"
-    """One batched matrix product computes all lanes; the base model is never written."""
-    DENSE = "dense"
-    """The variant forms a full-size update, mostly for one layer and lane at a time (`DenseProduct`)."""
-    EXCLUSIVE = "exclusive"
-    """The variant writes the base model or keeps full-size state; a lane group holds one lane."""
-
-
-class AdaptationScope(StrEnum):
-    """The part of the model that a variant trains, besides the task's head."""
-
-    TARGET_LAYERS = "target_layers"
-    """The target layers."""
-    HEAD_ONLY = "head_only"
-    """Nothing: only the task's head learns."""
-    FULL_MODEL = "full_model"
-    """Every parameter of the model."""
-
-
-class CalibrationStatistic(StrEnum):
-    """The matrix per layer that an initialization is computed from."""
-
-    NONE = "none"
-    WEIGHT = "weight"
-    """The frozen weight itself, (out, in), for a reduction that takes long, such as an SVD."""
-    MEAN_GRADIENT = "gradient"
-    """The mean gradient of the loss with respect to the frozen weight, (out, in)."""
-    INPUT_COVARIANCE = "inputs"
-    """The covariance of the layer's inputs, (in, in)."""
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the matrix is computed from calibration batches."""
-        return self in (CalibrationStatistic.MEAN_GRADIENT, CalibrationStatistic.INPUT_COVARIANCE)
-
-
-class VerifiedBy(StrEnum):
-    """Source that the implementation of a variant was compared with."""
-
-    REFERENCE_IMPLEMENTATION = "reference_implementation"
-    """A trusted implementation, step for step: PEFT, or plain AdamW for the two controls."""
-    AUTHORS_CODE = "authors_code"
-    """The update rule in the authors' code."""
-    PAPER = "paper"
-    """The paper's equations."""
-    NONE = "none"
-    """Nothing."""
+RANK_MASK = "mask"
+"""Name of a layer's frozen tensor with a 1 for each rank in use and a 0 for the others."""
 
 
 class Variant(PeftFormat):
@@ -101,8 +64,19 @@ class Variant(PeftFormat):
     """
 
     name: ClassVar[str]
-    """The name on the command line, equal to the name of the file."""
+    """The name on the command line; by default the name of the file."""
+    axis: ClassVar[str]
+    """The kind of change that the variant makes to LoRA: the folder of the file."""
+    parameters: ClassVar[str] = ""
+    """Formula of the number of trainable values of one layer. It may use `rank` (the rank in use), `in`,
+    `out`, `layers` (the number of adapted layers), `formula_names`, and min, max, ceil, sqrt and round."""
+    shared_parameters: ClassVar[str] = ""
+    """The same for the trainable tensors of each layer group, with the largest `in` and `out` of its layers
+    and their number `layers`."""
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {}
+    """Hyperparameters that only this variant has: defaults, permitted values and help."""
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.NONE
+    """Not inherited: a class that does not define this attribute itself is not verified."""
     batching: ClassVar[Batching] = Batching.BATCHED
     numerics: ClassVar[int] = 1
     """Raised by hand when a change alters results; records of a lower number then no longer count."""
@@ -116,18 +90,21 @@ class Variant(PeftFormat):
     uses_alpha: ClassVar[bool] = True
     uses_dropout: ClassVar[bool] = True
     """True if dropout is part of the method; otherwise a dropout in the settings is replaced by 0."""
+    start: ClassVar[Start] = Start.BASE
+    is_mergeable: ClassVar[bool] = True
+    """False if the update is not a matrix that could be added to the weight."""
+    rounds_alike: ClassVar[bool] = True
+    """False if a lane in a group equals the same lane alone only up to rounding, and not bit for bit."""
+    typical_lr_scale: ClassVar[float] = 1.0
+    """Order of magnitude of the best learning rate divided by LoRA's."""
     calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.NONE
-    """Input of the initialization. If it needs data, `extra_defaults` must have `calibration_batches`."""
+    """Input of the initialization. If it needs data, `hyperparameters` must have `calibration_batches`."""
     mutable_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors that the hooks write; all others keep their initial values."""
     hook_only_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors that only the hooks read."""
     has_auxiliary_loss: ClassVar[bool] = False
     """True if the variant defines `auxiliary_loss`."""
-    extra_defaults: ClassVar[ExtraSettings] = {}
-    """Hyperparameters that only this variant has, with their defaults."""
-    extra_limits: ClassVar[Mapping[str, Limits]] = {}
-    """Permitted values of the numeric hyperparameters in `extra_defaults`; the others are not checked."""
     frozen_update_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors whose part of the update counts as part of the frozen weight (PiSSA's
     residual, ReLoRA's merged factors), so that dropout does not apply to it. In training with dropout
@@ -136,12 +113,30 @@ class Variant(PeftFormat):
     """True if the update reads the frozen layer's output. In training with dropout, the update then reads the
     frozen layer's output for the input after dropout."""
 
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        *_, folder, file = ("", *cls.__module__.split("."))
+        cls.name, cls.axis = vars(cls).get("name", file), vars(cls).get("axis", folder)
+        cls.verified_by = vars(cls).get("verified_by", VerifiedBy.NONE)  # not that of the class it extends
+
+    @property
+    def extra_defaults(self) -> ExtraSettings:
+        """Defaults of the hyperparameters that only this variant has."""
+        return {name: each.default for name, each in self.hyperparameters.items()}
+
+    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+        """Return the values that `parameters` may use by name: by default, the own hyperparameters."""
+        return settings.extra
+
     def scaling(self, settings: VariantSettings) -> float:
-        """Return the factor s in front of the update."""
-        raise NotImplementedError
+        """Return the factor s in front of the update: alpha / rank, or 1 for a variant without alpha."""
+        if not self.uses_alpha:
+            return 1.0
+        assert settings.alpha is not None
+        return settings.alpha / settings.rank
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        """Return one lane's initial tensors of one layer.
+        """Return one lane's initial tensors of one layer; by default LoRA's A and B (`lora_init`).
 
         Args:
             layer: The frozen layer.
@@ -150,7 +145,7 @@ class Variant(PeftFormat):
                 noise of parameter A. It depends on seed, layer and parameter only, so that every variant and
                 learning rate gets the same noise.
         """
-        raise NotImplementedError
+        return lora_init(layer, settings, generator)
 
     def init_layers(
         self,
@@ -198,7 +193,9 @@ class Variant(PeftFormat):
         """
         raise NotImplementedError
 
-    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
         """Compute the tensors for `forward` that depend on the parameters and not on the layer's input.
 
         Training calls the method at every forward pass, inside the graph; evaluation calls it once for many
@@ -210,10 +207,13 @@ class Variant(PeftFormat):
             scaling: The factor s of each lane, (K, 1, 1), for tensors (K, rows, columns). For a tensor of
                 four dimensions such as (K, experts, out, rank) use `scaling.view(-1, 1, 1, 1)`: otherwise
                 PyTorch aligns the lanes with the experts.
+            settings: The settings that all lanes of the group share; their alpha is None.
         """
         return params
 
-    def gradient_constants(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+    def gradient_constants(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
         """Compute the tensors for `prepare` that depend on the parameters but are constants in the gradient.
 
         They are computed once for each value of a lane's parameters, without a graph, and serve all
@@ -223,13 +223,22 @@ class Variant(PeftFormat):
             params: The lanes' tensors, (K, ...).
             layer: The frozen layer.
             scaling: The factor s of each lane, (K, 1, 1).
+            settings: The settings that all lanes of the group share; their alpha is None.
 
         Returns:
             Tensors (K, ...) under names that no parameter has.
         """
         return {}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        scaling: Tensor,
+        settings: VariantSettings,
+    ) -> Tensor:
         """Return the outputs of the adapted layer, (K, N, out).
 
         Parameters come in `layer.dtype`. Cast them to `x.dtype` before a product with x, and multiply with
@@ -241,6 +250,7 @@ class Variant(PeftFormat):
             params: The result of `prepare`.
             layer: The frozen layer.
             scaling: The factor s of each lane, (K, 1, 1).
+            settings: The settings that all lanes of the group share; their alpha is None.
         """
         raise NotImplementedError
 
@@ -252,7 +262,9 @@ class Variant(PeftFormat):
         """
         return False
 
-    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+    def forward_with_base(
+        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Tensor:
         """Return the adapted layer's outputs, (K*R, ..., out), computed without a call of the frozen layer.
 
         Args:
@@ -260,10 +272,13 @@ class Variant(PeftFormat):
             params: The result of `prepare`.
             layer: The frozen layer.
             scaling: The factor s of each lane, (K, 1, 1).
+            settings: The settings that all lanes of the group share; their alpha is None.
         """
         raise NotImplementedError
 
-    def prepare_frozen_update(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+    def prepare_frozen_update(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
         """Compute the tensors with which `forward` adds the frozen part of the update.
 
         The method is called only in training with dropout, for layers that have tensors of
@@ -274,23 +289,47 @@ class Variant(PeftFormat):
             params: The lanes' tensors, (K, ...).
             layer: The frozen layer.
             scaling: The factor s of each lane, (K, 1, 1).
+            settings: The settings that all lanes of the group share; their alpha is None.
         """
         raise NotImplementedError
 
-    def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
+    def delta_weight(
+        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
+    ) -> Tensor:
         """Return W' - W of one lane as (out, in) in `layer.dtype`.
 
         Args:
             params: The lane's tensors before `prepare`, without the lane dimension.
             layer: The frozen layer.
             scaling: The lane's factor s.
+            settings: The lane's settings.
 
         Raises:
-            MergeError: The update is not a matrix that could be added to the weight.
+            MergeError: The update of this layer is not a matrix that could be added to the weight.
         """
-        raise MergeError(f"{self.name} cannot be merged: its update is not a matrix")
+        raise NotImplementedError
 
-    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_bias(
+        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
+    ) -> Tensor | None:
+        """Return the change of one lane's bias, (out,), or None if the variant does not change the bias.
+
+        Args:
+            params: The lane's tensors before `prepare`, without the lane dimension.
+            layer: The frozen layer.
+            scaling: The lane's factor s.
+            settings: The lane's settings.
+        """
+        return None
+
+    def auxiliary_loss(
+        self,
+        x: Tensor,
+        attention_mask: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        settings: VariantSettings,
+    ) -> Tensor:
         """Return the auxiliary loss of this layer for each lane, (K,).
 
         A lane's training loss gains the mean over its layers. The loss must be a mean over examples, so that
@@ -301,6 +340,7 @@ class Variant(PeftFormat):
             attention_mask: (K, R, L), 0.0 at padding and 1.0 elsewhere.
             params: The lanes' tensors before `prepare`, (K, ...).
             layer: The frozen layer.
+            settings: The settings that all lanes of the group share; their alpha is None.
         """
         raise NotImplementedError
 
@@ -321,20 +361,30 @@ class Variant(PeftFormat):
     def after_step(self, lane: LaneView) -> None:
         """Run after the optimizer's step, while the gradients are still available."""
 
-    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
-        """Return the number of trainable values in one layer that uses `settings.rank` ranks."""
-        raise NotImplementedError
-
     def rank_in_use(self, params: Params, settings: VariantSettings) -> int:
         """Return the number of ranks of one lane and layer that are not masked."""
-        return settings.rank
+        return int(params[RANK_MASK].sum()) if RANK_MASK in params else settings.rank
 
-    def rank_budget(self, layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
-        """Return the sum of `rank_in_use` over all layers after `step` of `total_steps` steps."""
+    def rank_budget(
+        self, layer_count: int, settings: VariantSettings, step: int, total_steps: int
+    ) -> int | None:
+        """Return the sum of `rank_in_use` over all layers after `step` of `total_steps` steps.
+
+        None means that the variant has no exact budget, for example because it rounds each layer's rank.
+        """
         return layer_count * settings.rank
 
+    def check_layer(
+        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
+    ) -> None:
+        """Check that the settings fit a layer, before the model is adapted.
+
+        Raises:
+            UnsupportedError: They do not fit; the message names the layer, the size and the rule.
+        """
+
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
-        """Check the settings and return them with the defaults of `extra_defaults` filled in.
+        """Check the settings and return them with the defaults of `hyperparameters` filled in.
 
         Settings that the variant does not use become 0 (rank, dropout) or None (alpha).
 
@@ -348,13 +398,7 @@ class Variant(PeftFormat):
             raise UnsupportedError(f"alpha {alpha!r}: must be a finite number above 0")
         if not 0 <= dropout < 1:
             raise UnsupportedError(f"dropout {dropout!r}: must be at least 0 and below 1")
-        unknown = set(settings.extra) - set(self.extra_defaults)
-        if unknown:
-            known = ", ".join(sorted(self.extra_defaults)) or "none"
-            raise UnsupportedError(f"{self.name} does not know {min(unknown)!r}; its own settings: {known}")
-        extra = {**self.extra_defaults, **settings.extra}
-        for name, limits in self.extra_limits.items():
-            limits.check(name, extra[name], self.extra_defaults[name])
+        extra = complete_extra(self.name, self.hyperparameters, settings.extra)
         return replace(
             settings,
             rank=rank if self.uses_rank else 0,

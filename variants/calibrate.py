@@ -29,10 +29,10 @@ def calibrate(
 ) -> dict[str, dict[str, Tensor]]:
     """Compute each layer's calibration statistic and reduce it by the variant's `reduce_calibration`.
 
-    A statistic of the weight needs no batches. The mean gradient is the mean over batches; the covariance of
-    the inputs is over all positions except padding. A layer's matrix has the shape (out, in) for gradients
-    and (in, in) for inputs, in the lanes' dtype. Layers are processed in groups whose matrices fit into the
-    memory budget, with one pass over the batches per group.
+    A statistic of the weight needs no batches. The mean gradient is the mean over batches; the covariance and
+    the moment of the inputs are over all positions except padding. A layer's matrix has the shape (out, in)
+    for gradients and (in, in) for inputs, in the lanes' dtype. Layers are processed in groups whose matrices
+    fit into the memory budget, with one pass over the batches per group.
 
     Args:
         adapters: The adapters, whose lanes do not take part.
@@ -102,7 +102,11 @@ class _StatisticAccumulator:
         self.adapter_state = layer.adapter_state
         self.matrix = torch.zeros(_matrix_shape(layer, statistic), device=frozen.device, dtype=frozen.dtype)
         self.positions = 0
-        self.shift: Tensor | None = None  # the first batch's mean; it reduces cancellation in the covariance
+        # For the covariance, the first batch's mean, which reduces cancellation; zeros for the moment.
+        self.shift: Tensor | None = None
+        if statistic is CalibrationStatistic.INPUT_MOMENT:
+            self.shift = torch.zeros_like(self.matrix[0])
+        self.is_centred = statistic is CalibrationStatistic.INPUT_COVARIANCE
         self.shifted_sum = torch.zeros_like(self.matrix[0])
         is_gradient = statistic is CalibrationStatistic.MEAN_GRADIENT
         hook = self._accumulate_gradient if is_gradient else self._accumulate_inputs
@@ -122,9 +126,11 @@ class _StatisticAccumulator:
         self.positions += len(x)
 
     def compute(self, batch_count: int) -> Tensor:
-        """Return the mean gradient over `batch_count` batches, or the covariance of the inputs."""
+        """Return the mean gradient over the batches, or the covariance or moment of the inputs."""
         if self.shift is None:
             return self.matrix.div_(max(1, batch_count))
+        if not self.is_centred:
+            return self.matrix.div_(self.positions)
         offset = self.shifted_sum / self.positions
         return self.matrix.div_(self.positions).addr_(offset, offset, alpha=-1)
 

@@ -46,7 +46,7 @@ def get(name: str) -> Variant:
 
     Raises:
         ValueError: There is no variant of this name; the message suggests the nearest name.
-        TypeError: The variant's file does not define exactly one variant with the right name.
+        TypeError: The variant's file does not define exactly one variant.
     """
     from variants.base import Variant
 
@@ -56,6 +56,6 @@ def get(name: str) -> Variant:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Variant) and value.__module__ == module.__name__
     ]
-    if len(classes) != 1 or classes[0].name != name:
-        raise TypeError(f"{module.__name__} must define one Variant with name {name!r}")
+    if len(classes) != 1:
+        raise TypeError(f"{module.__name__} must define one Variant, not {len(classes)}")
     return classes[0]()

@@ -61,7 +61,7 @@ class AdapterState:
     Attributes:
         settings: Lane -> settings.
         seeds: Lane -> seed.
-        dropout: The adapters' dropout probability.
+        group_settings: The settings that all lanes share; their alpha is None.
         current_context: The context of the calls being made; None outside any context.
         last_context: The last context that has ended, which a recomputation in the backward pass needs.
     """
@@ -69,7 +69,7 @@ class AdapterState:
     def __init__(self) -> None:
         self.settings: dict[str, VariantSettings] = {}
         self.seeds: dict[str, int] = {}
-        self.dropout = 0.0
+        self.group_settings = VariantSettings(alpha=None)
         self.current_context: ForwardContext | None = None
         self.last_context: ForwardContext | None = None
         self._scalings: dict[Any, Tensor] = {}

@@ -43,3 +43,16 @@ def lora_init(layer: FrozenLayer, settings: VariantSettings, generator: Generato
     a = uniform_init((settings.rank, in_features), 1 / math.sqrt(in_features), layer, noise)
     b = torch.zeros(out_features, settings.rank, dtype=layer.dtype, device=layer.device)
     return InitialTensors({"A": a, "B": b})
+
+
+def normal_init(shape: tuple[int, ...], std: float, layer: FrozenLayer, generator: Generator) -> Tensor:
+    """Draw from the normal distribution with mean 0.
+
+    Args:
+        shape: The shape of the result.
+        std: The standard deviation.
+        layer: The layer whose device and lane dtype the result gets.
+        generator: The source of randomness, on the CPU.
+    """
+    draw = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(std)
+    return draw.to(layer.device, layer.dtype)

@@ -102,18 +102,22 @@ class LaneLinear(nn.Module):
         check_rows(x, context, self.name)
         if context.dropout_steps is not None and self.variant.has_auxiliary_loss and torch.is_grad_enabled():
             self._record_auxiliary_loss(split_by_lane(x, context, self.name), context)
-        has_dropout = context.dropout_steps is not None and self.adapter_state.dropout > 0
+        has_dropout = context.dropout_steps is not None and self.adapter_state.group_settings.dropout > 0
         layer = self.frozen_layer
         if not has_dropout and self.variant.includes_base(layer) and self._is_plain_product():
             scaling = self.adapter_state.scaling(self.variant, context.lanes, layer)
             params = self._prepare_params(context, layer, scaling)
-            return self.variant.forward_with_base(x, params, layer, scaling)
+            return self.variant.forward_with_base(
+                x, params, layer, scaling, self.adapter_state.group_settings
+            )
         flat, base = split_by_lane(x, context, self.name), self.base_layer(x)
         flat_base = base.reshape(len(context.lanes), -1, base.shape[-1])
         if not has_dropout:
             return self._apply_variant(flat, flat_base, context).view(base.shape)
         state = self.adapter_state
-        dropped = flat * draw_dropout_masks(flat, state.dropout, self.name, context, state.seeds)
+        dropped = flat * draw_dropout_masks(
+            flat, state.group_settings.dropout, self.name, context, state.seeds
+        )
         if not self.variant.dropout_on_base:
             return self._apply_variant(dropped, flat_base, context, flat).view(base.shape)
         dropped_base = self.base_layer(dropped)
@@ -148,29 +152,31 @@ class LaneLinear(nn.Module):
         """
         lanes, layer, variant = context.lanes, self.frozen_layer, self.variant
         scaling = self.adapter_state.scaling(variant, lanes, layer)
+        settings = self.adapter_state.group_settings
         if x_before_dropout is not None and (
             frozen := variant.frozen_update_buffers & self.lane_tensors(lanes[0]).keys()
         ):
             stacked = self._stack_tensors(lanes)
-            update = variant.prepare_frozen_update(stacked, layer, scaling)
-            base = variant.forward(x_before_dropout, base, update, layer, scaling)
+            update = variant.prepare_frozen_update(stacked, layer, scaling, settings)
+            base = variant.forward(x_before_dropout, base, update, layer, scaling, settings)
             unfrozen = {name: tensor for name, tensor in stacked.items() if name not in frozen}
-            return variant.forward(x, base, variant.prepare(unfrozen, layer, scaling), layer, scaling)
+            params = variant.prepare(unfrozen, layer, scaling, settings)
+            return variant.forward(x, base, params, layer, scaling, settings)
         params = self._prepare_params(context, layer, scaling)
-        return variant.forward(x, base, params, layer, scaling)
+        return variant.forward(x, base, params, layer, scaling, settings)
 
     def _prepare_params(self, context: ForwardContext, layer: FrozenLayer, scaling: Tensor) -> Params:
         """Return the result of the variant's `prepare`.
 
         Without gradients, the last result is used again until a tensor of the lanes has changed.
         """
-        lanes = context.lanes
+        lanes, settings = context.lanes, self.adapter_state.group_settings
         if torch.is_grad_enabled():
-            return self.variant.prepare(self._stack_all(lanes, layer), layer, scaling)
+            return self.variant.prepare(self._stack_all(lanes, layer), layer, scaling, settings)
         versions = self._versions(lanes)
         cached = context.prepared_params.get(self.name)
         if cached is None or cached[0] != versions:
-            cached = versions, self.variant.prepare(self._stack_all(lanes, layer), layer, scaling)
+            cached = versions, self.variant.prepare(self._stack_all(lanes, layer), layer, scaling, settings)
             context.prepared_params[self.name] = cached
         return cached[1]
 
@@ -190,7 +196,9 @@ class LaneLinear(nn.Module):
             scaling = self.adapter_state.scaling(self.variant, stale, layer)
             # Training uses them too, which tensors made in inference mode would not permit.
             with torch.inference_mode(False), torch.no_grad():
-                tensors = self.variant.gradient_constants(self._stack_tensors(stale), layer, scaling)
+                tensors = self.variant.gradient_constants(
+                    self._stack_tensors(stale), layer, scaling, self.adapter_state.group_settings
+                )
             for index, lane in enumerate(stale):
                 kept[lane] = versions[lane], {name: t[index] for name, t in tensors.items()}
         constants = [kept[lane][1] for lane in lanes]
@@ -206,6 +214,7 @@ class LaneLinear(nn.Module):
         if context.attention_mask is not None and context.attention_mask.numel() == attention_mask.numel():
             attention_mask = context.attention_mask.view(attention_mask.shape).to(x.dtype)
         params = self._stack_tensors(context.lanes)
-        term = self.variant.auxiliary_loss(x, attention_mask, params, self.frozen_layer)
+        settings = self.adapter_state.group_settings
+        term = self.variant.auxiliary_loss(x, attention_mask, params, self.frozen_layer, settings)
         # A recomputation in the backward pass must not add the term a second time.
         context.auxiliary_losses.setdefault(self.name, term)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,9 +91,29 @@ class LaneView:
     """Number of optimizer steps taken: 0 before the first step, 1 after it."""
     total_steps: int
     """Number of optimizer steps that the lane takes in all."""
-    moments: Callable[[Tensor], Mapping[str, Tensor]]
-    """Returns AdamW's `exp_avg` and `exp_avg_sq` of a parameter; empty before its first step."""
+    optimizer: torch.optim.Optimizer
+    """The lane's AdamW."""
+
+    def moments(self, parameter: Tensor) -> Mapping[str, Tensor]:
+        """Return AdamW's `exp_avg` and `exp_avg_sq` of a parameter; empty before its first step."""
+        state = self.optimizer.state.get(parameter, {})
+        return {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
+
+    def learning_rate(self, parameter: Tensor) -> float:
+        """Return the parameter's learning rate in this step: schedule and the variant's factors included."""
+        return float(self._group_of(parameter)["lr"])
+
+    def weight_decay(self, parameter: Tensor) -> float:
+        """Return the parameter's weight decay."""
+        return float(self._group_of(parameter)["weight_decay"])
 
     def generator(self, layer: str) -> torch.Generator:
         """Return a new generator, seeded with the lane's seed, the layer's name and the step."""
         return seeded_generator(self.seed, layer, self.step)
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        return next(
+            group
+            for group in self.optimizer.param_groups
+            if any(parameter is member for member in group["params"])
+        )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from variants.batch_invariant import batch_invariant_baddbmm_, batch_invariant_bmm
+from variants.batch_invariant import baddbmm_, bmm
 from variants.lane_views import FrozenLayer
 
 
@@ -61,8 +61,8 @@ class LowRankProduct(torch.autograd.Function):
             unbiased = out if layer.bias is None else out - layer.bias
             out = torch.addcmul(out, more.to(x.dtype), unbiased)
         left, right = multipliers(a, b, constants, x.dtype)
-        hidden = batch_invariant_bmm(left, x.transpose(1, 2))
-        batch_invariant_baddbmm_(out, hidden.transpose(1, 2), right.transpose(1, 2))
+        hidden = bmm(left, x.transpose(1, 2))
+        baddbmm_(out, hidden.transpose(1, 2), right.transpose(1, 2))
         if constants.a0 is not None:
             hidden = hidden[:, : a.shape[1]] + hidden[:, a.shape[1] :]  # (A - A0) x^T + A0 x^T
         # If x has the lanes' dtype, the factors are computed again from A and B in the backward pass;
@@ -81,17 +81,17 @@ class LowRankProduct(torch.autograd.Function):
         grad_out = grad_out.reshape(*x.shape[:2], -1)
         if not ctx.is_rounded:
             left, right = multipliers(left, right, ctx.constants, x.dtype)
-        grad_hidden = batch_invariant_bmm(right.transpose(1, 2), grad_out.transpose(1, 2))
+        grad_hidden = bmm(right.transpose(1, 2), grad_out.transpose(1, 2))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_base = grad_out if more is None else torch.addcmul(grad_out, more.to(x.dtype), grad_out)
             grad_x = torch.mm(grad_base.reshape(-1, grad_out.shape[2]), layer.weight).view(x.shape)
-            batch_invariant_baddbmm_(grad_x, grad_hidden.transpose(1, 2), left)
+            baddbmm_(grad_x, grad_hidden.transpose(1, 2), left)
             grad_x = grad_x.view(ctx.shape)
-        grad_a = batch_invariant_bmm(grad_hidden[:, : ctx.rank], x).to(layer.dtype)
+        grad_a = bmm(grad_hidden[:, : ctx.rank], x).to(layer.dtype)
         # Written in the layout of B, because autograd would copy a transposed gradient again.
         grad_b = torch.empty(*grad_out.shape[::2], ctx.rank, dtype=layer.dtype, device=x.device)
-        transposed = batch_invariant_bmm(hidden, grad_out).transpose(1, 2)
+        transposed = bmm(hidden, grad_out).transpose(1, 2)
         grad_b.copy_(transposed) if scale is None else torch.mul(transposed, scale, out=grad_b)
         grad_more = None if more is None else (grad_out * unbiased).sum(1, keepdim=True).to(more.dtype)
         return grad_x, grad_a, grad_b, grad_more, None
@@ -149,9 +149,9 @@ class VectorProduct(torch.autograd.Function):
         ctx.layer, ctx.shape = layer, x.shape
         x = x.reshape(len(a), -1, x.shape[-1])
         out = linear(x, layer.weight, layer.bias)
-        inner = batch_invariant_bmm(x, a.to(x.dtype).transpose(1, 2))
+        inner = bmm(x, a.to(x.dtype).transpose(1, 2))
         gains = d.to(x.dtype).unsqueeze(1)
-        update = batch_invariant_bmm(inner * gains, b0.to(x.dtype).transpose(1, 2))
+        update = bmm(inner * gains, b0.to(x.dtype).transpose(1, 2))
         ctx.save_for_backward(inner, update, b, d, a, b0)
         out.addcmul_(update, b.to(x.dtype).unsqueeze(1))
         return _as_own_tensor(out, ctx.shape)
@@ -164,13 +164,13 @@ class VectorProduct(torch.autograd.Function):
         dtype, layer = grad_out.dtype, ctx.layer
         grad_out = grad_out.reshape(update.shape)
         grad_b = (grad_out * update).sum(1).to(b.dtype)
-        grad_inner = batch_invariant_bmm(grad_out * b.to(dtype).unsqueeze(1), b0.to(dtype))
+        grad_inner = bmm(grad_out * b.to(dtype).unsqueeze(1), b0.to(dtype))
         grad_d = (grad_inner * inner).sum(1).to(d.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_out.reshape(-1, grad_out.shape[2]), layer.weight)
             grad_x = grad_x.view(*grad_out.shape[:2], -1)
-            batch_invariant_baddbmm_(grad_x, grad_inner.mul_(d.to(dtype).unsqueeze(1)), a.to(dtype))
+            baddbmm_(grad_x, grad_inner.mul_(d.to(dtype).unsqueeze(1)), a.to(dtype))
             grad_x = grad_x.view(ctx.shape)
         return grad_x, grad_b, grad_d, None, None, None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from variants.adapters import Adapters
 from variants.errors import MergeError
@@ -27,10 +28,11 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
     with torch.no_grad():
         scaling = adapters.variant.scaling(settings) if adapters.layers else 1.0
         for layer in adapters.layers.values():
-            weight = layer.frozen_layer.weight
-            delta = adapters.variant.delta_weight(layer.lane_tensors(lane), layer.frozen_layer, scaling)
-            wide = torch.promote_types(weight.dtype, layer.frozen_layer.dtype)
-            weight.copy_((weight.to(wide) + delta).to(weight.dtype))
+            inputs = layer.lane_tensors(lane), layer.frozen_layer, scaling, settings
+            delta, delta_bias = adapters.variant.delta_weight(*inputs), adapters.variant.delta_bias(*inputs)
+            _add(layer.frozen_layer.weight, delta)
+            if delta_bias is not None and layer.frozen_layer.bias is not None:
+                _add(layer.frozen_layer.bias, delta_bias)
         for head in adapters.heads.values():
             for name, trained in head.own_tensors.trainable[lane].items():
                 getattr(head.base_layer, name).copy_(trained)
@@ -39,7 +41,14 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
     adapters.detach()
 
 
+def _add(tensor: Tensor, delta: Tensor) -> None:
+    """Add to a tensor of the base model in place; the sum is computed in the wider of the two dtypes."""
+    tensor.copy_((tensor.to(torch.promote_types(tensor.dtype, delta.dtype)) + delta).to(tensor.dtype))
+
+
 def _check_mergeable(adapters: Adapters, lane: str) -> None:
+    if not adapters.variant.is_mergeable:
+        raise MergeError(f"{adapters.variant.name} cannot be merged: its update is not a matrix")
     for other in adapters.lanes:
         if other != lane:
             raise MergeError(

@@ -3,46 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from variants.lane_views import InitialTensors, Params
+from variants.lane_views import FrozenLayer, InitialTensors, Params
 from variants.variant_settings import VariantSettings
 
-PEFT_FLAGS = ("use_rslora", "use_dora")
-"""Fields of PEFT's config that turn LoRA into another method."""
+
+@dataclass(frozen=True)
+class PeftMethod:
+    """A method of the PEFT library: its name, and the names of its tensors and of its config's fields."""
+
+    peft_type: str
+    names: Mapping[str, str]
+    """Name of a layer's tensor -> PEFT's name below the module, without the adapter's name."""
+    group_names: Mapping[str, str] = field(default_factory=dict)
+    """Name of a frozen tensor of a layer group -> PEFT's name, relative to the root of PEFT's model."""
+    rank: str | None = "r"
+    """PEFT's field for the rank; None if the method has none."""
+    alpha: str | None = "lora_alpha"
+    dropout: str | None = "lora_dropout"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Own hyperparameter of the variant -> PEFT's field."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that have the same value in every adapter of the method. An adapter in which they have another
+    value belongs to another method."""
+
+    def describes(self, config: Mapping[str, Any]) -> bool:
+        """Return whether an adapter_config.json belongs to this method."""
+        fixed = ((config.get(name), value) for name, value in self.constants.items())
+        # A field that an older PEFT did not write counts as false.
+        return config.get("peft_type") == self.peft_type and all(
+            given == value or (not given and not value) for given, value in fixed
+        )
 
 
 class PeftFormat:
     """Mixin with the conversions to and from PEFT.
 
-    The defaults are right for a method that PEFT does not have: nothing is exported or loaded.
+    They follow from `peft`; a variant overrides them where a value has to be converted.
     """
 
-    peft_method: ClassVar[tuple[str, ...]] = ()
-    """PEFT's `peft_type` of the method, followed by those of `PEFT_FLAGS` that are set. A subclass that does
-    not define this attribute itself loads no adapters: what it exports, its parent class loads."""
-    peft_names: ClassVar[Mapping[str, str]] = {}
-    """Name of a layer's tensor -> PEFT's name; empty if PEFT does not have the method."""
-    peft_group_names: ClassVar[Mapping[str, str]] = {}
-    """Name of a frozen tensor of a layer group -> PEFT's name, relative to the root of PEFT's model."""
+    peft: ClassVar[PeftMethod | None] = None
+    """The method's description for PEFT; None if PEFT does not have the method. A subclass that does not
+    define this attribute itself loads no adapters: what it exports, its parent class loads."""
 
-    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor]:
+    def export_rank(self, settings: VariantSettings) -> int:
+        """Return the rank of the exported adapter.
+
+        It exceeds the trained rank if the lane has frozen factors too (PEFT exports PiSSA in this way).
+        """
+        return settings.rank
+
+    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
         """Return the tensors of one layer under PEFT's names.
 
         Args:
             params: One lane's tensors of the layer, those of its layer group included.
             settings: The lane's settings.
+            layer: The frozen layer.
 
         Returns:
             An empty mapping if PEFT does not have the method.
         """
-        return {peft_name: params[name] for name, peft_name in self.peft_names.items()}
+        names = {} if self.peft is None else self.peft.names
+        return {peft_name: params[name] for name, peft_name in names.items()}
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         """Return the fields of PEFT's adapter_config.json that describe the result of `to_peft`."""
-        raise NotImplementedError
+        peft = self.peft
+        assert peft is not None
+        values = {
+            peft.rank: self.export_rank(settings), peft.alpha: settings.alpha, peft.dropout: settings.dropout
+        }  # fmt: skip
+        config = {name: value for name, value in values.items() if name is not None}
+        own = {name: settings.extra[ours] for ours, name in peft.fields.items()}
+        return {"peft_type": peft.peft_type, **config, **own, **peft.constants}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
         """Return the settings that a PEFT config of this method describes.
@@ -50,7 +88,14 @@ class PeftFormat:
         Args:
             config: The content of adapter_config.json.
         """
-        raise NotImplementedError
+        peft = self.peft
+        assert peft is not None
+        return VariantSettings(
+            int(config[peft.rank]) if peft.rank else 0,
+            float(config[peft.alpha]) if peft.alpha else None,
+            float(config.get(peft.dropout) or 0.0) if peft.dropout else 0.0,
+            {ours: config[name] for ours, name in peft.fields.items() if config.get(name) is not None},
+        )
 
     def init_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
         """Invert `to_peft`.
@@ -59,4 +104,15 @@ class PeftFormat:
             tensors: One layer's tensors under PEFT's names.
             settings: The result of `settings_from_peft`.
         """
-        return InitialTensors({name: tensors[peft_name] for name, peft_name in self.peft_names.items()})
+        names = {} if self.peft is None else self.peft.names
+        return InitialTensors({name: tensors[peft_name] for name, peft_name in names.items()})
+
+    def init_group_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
+        """Return a layer group's tensors.
+
+        Args:
+            tensors: The tensors of PEFT's file that belong to no module of the base model, by PEFT's name.
+            settings: The result of `settings_from_peft`.
+        """
+        names = {} if self.peft is None else self.peft.group_names
+        return InitialTensors({}, {name: tensors[peft_name] for name, peft_name in names.items()})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.adapters import Adapters
 from variants.base import InitialTensors, UnsupportedError, Variant, VariantSettings
-from variants.peft_format import PEFT_FLAGS
+from variants.peft_format import PeftMethod
 from variants.targets import find_target_layers, is_conv1d
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -99,17 +99,17 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str)
     Raises:
         UnsupportedError: PEFT does not have the method.
     """
-    settings = adapters.lane_settings(lane)
+    settings, peft = adapters.lane_settings(lane), adapters.variant.peft
+    if peft is None:
+        raise UnsupportedError(f"{adapters.variant.name} cannot be exported: PEFT does not have this method")
     tensors: dict[str, Tensor] = {}
     for name, layer in adapters.layers.items():
         lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
-        for key, tensor in adapters.variant.to_peft(lane_tensors, settings).items():
+        for key, tensor in adapters.variant.to_peft(lane_tensors, settings, layer.frozen_layer).items():
             tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor.contiguous().cpu()
-    if not tensors:
-        raise UnsupportedError(f"{adapters.variant.name} cannot be exported: PEFT does not have this method")
     for group in adapters.layer_groups.values():
-        for key, peft_key in adapters.variant.peft_group_names.items():
-            tensors[f"{PEFT_ROOT}{peft_key}"] = group.frozen[lane][key].contiguous().cpu()
+        for key, peft_key in peft.group_names.items():
+            tensors[f"{PEFT_ROOT}{peft_key}"] = group.lane_tensors(lane)[key].detach().contiguous().cpu()
     for name, head in adapters.heads.items():
         for key, tensor in head.own_tensors.lane_tensors(lane).items():
             tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor.detach().cpu()
@@ -163,8 +163,7 @@ def load_peft(model: nn.Module, folder: Path, lane: str = "peft") -> Adapters:
     # Not by attach(): the rank of an exported PiSSA adapter may exceed the size of a layer.
     adapters = Adapters(model, variant, variant.validate_settings(settings), target_layers, heads)
     initial = {name: variant.init_from_peft(tensors_by_module[name], settings) for name in adapters.layers}
-    shared = {key: shared[peft_key] for key, peft_key in variant.peft_group_names.items()}
-    initial |= {name: InitialTensors({}, shared) for name in adapters.layer_groups}
+    initial |= {name: variant.init_group_from_peft(shared, settings) for name in adapters.layer_groups}
     initial |= {name: InitialTensors(tensors_by_module[name]) for name in heads}
     trainable = {f"{name}.{key}": t for name, each in initial.items() for key, t in each.trainable.items()}
     frozen = {f"{name}.{key}": t for name, each in initial.items() for key, t in each.frozen.items()}
@@ -197,10 +196,10 @@ def _match_variant(config: Mapping[str, Any], folder: Path) -> tuple[Variant, Va
             f"{folder}: a {init_method} adapter over a base model that PEFT has changed; let PEFT save it as "
             "plain LoRA (`path_initial_model_for_weight_conversion`)"
         )
-    method = (config.get("peft_type"), *(flag for flag in PEFT_FLAGS if config.get(flag)))
     for name in catalogue.names():
         variant = catalogue.get(name)
-        if vars(type(variant)).get("peft_method") == method:
+        peft: PeftMethod | None = vars(type(variant)).get("peft")
+        if peft is not None and peft.describes(config):
             return variant, variant.settings_from_peft(config)
     raise UnsupportedError(
         f"{folder}: no variant here is PEFT's {config.get('peft_type')} with these settings"

@@ -61,11 +61,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, NF4Linear)) or is_conv1d(module)
 
 
-def smaller_side(layer: nn.Module) -> int:
-    """Return the smaller of the numbers of input and output features of a linear layer."""
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return the numbers of output and input features of a linear layer."""
     if isinstance(layer, NF4Linear):
-        return min(layer.out_features, layer.in_features)
-    return min(layer.weight.shape)  # type: ignore[arg-type]  # an nn.Module's attribute
+        return layer.out_features, layer.in_features
+    rows, columns = layer.weight.shape  # type: ignore[misc]  # an nn.Module's attribute
+    return (columns, rows) if is_conv1d(layer) else (rows, columns)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -14,10 +13,10 @@ from variants.base import (
     LaneView,
     Params,
     VariantSettings,
-    pad_rank_one,
     parameter_generator,
 )
 from variants.baseline.lora import LoRA
+from variants.batch_invariant import pad_rank_one
 from variants.initialization.pissa import PiSSA
 from variants.optimization.dora import DoRA
 
@@ -34,23 +33,28 @@ class StartsElsewhere(LoRA):
 class DeadTensor(LoRA):
     """One trainable tensor never gets a gradient, as in a LoHa whose two B both start at zero."""
 
+    parameters = "rank * (in + out) + out"
+
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
         initial.trainable["C"] = torch.ones(layer.weight.shape[0], dtype=layer.dtype)
         return initial
 
-    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        return super().prepare({**params, "B": params["B"] + 0 * params["C"].unsqueeze(2)}, layer, scaling)
-
-    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
-        return super().parameter_count(out_features, in_features, settings) + out_features
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        return super().prepare(
+            {**params, "B": params["B"] + 0 * params["C"].unsqueeze(2)}, layer, scaling, settings
+        )
 
 
 class MergesUnscaled(LoRA):
     """The merged weight lacks the factor s."""
 
-    def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
-        return super().delta_weight(params, layer, 1.0)
+    def delta_weight(
+        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
+    ) -> Tensor:
+        return super().delta_weight(params, layer, 1.0, settings)
 
 
 class RoundsTheBase(LoRA):
@@ -78,18 +82,22 @@ class MovesFrozen(PiSSA):
 class ForgetsFrozen(LoRA):
     """The initialization draws a random tensor that is not saved."""
 
-    peft_names: ClassVar[Mapping[str, str]] = {}  # With an export, another law would fail too.
+    peft = None  # With an export, another law would fail too.
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         signs = torch.randn(layer.weight.shape[0], generator=torch.Generator().manual_seed(1)).sign()
         layer.cache["signs"] = signs.to(layer.dtype)
         return super().init(layer, settings, generator)
 
-    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        return super().prepare({**params, "B": _signed(params["B"], layer)}, layer, scaling)
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        return super().prepare({**params, "B": _signed(params["B"], layer)}, layer, scaling, settings)
 
-    def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
-        return super().delta_weight({**params, "B": _signed(params["B"], layer)}, layer, scaling)
+    def delta_weight(
+        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
+    ) -> Tensor:
+        return super().delta_weight({**params, "B": _signed(params["B"], layer)}, layer, scaling, settings)
 
 
 def _signed(b: Tensor, layer: FrozenLayer) -> Tensor:
@@ -100,8 +108,10 @@ def _signed(b: Tensor, layer: FrozenLayer) -> Tensor:
 class LeaksBetweenLanes(LoRA):
     """Every lane is scaled by the alpha of the first lane."""
 
-    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        return super().prepare(params, layer, scaling[:1])
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        return super().prepare(params, layer, scaling[:1], settings)
 
 
 class ScalesAcrossExperts(LoRA):
@@ -110,7 +120,9 @@ class ScalesAcrossExperts(LoRA):
     The result is right with one lane, and there is no error with as many lanes as experts.
     """
 
-    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
         experts = len(scaling)
         b = params["B"].unsqueeze(1).expand(-1, experts, -1, -1)
         return {"A": params["A"], "sB": (b * scaling).mean(1)}
@@ -119,16 +131,17 @@ class ScalesAcrossExperts(LoRA):
 class CountsWrong(LoRA):
     """The parameter count includes a vector that does not exist."""
 
-    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
-        return settings.rank * (in_features + out_features) + out_features
+    parameters = "rank * (in + out) + out"
 
 
 class GoesUphill(LoRA):
     """The values are right, and the gradients have the wrong sign."""
 
-    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
         flipped = {name: 2 * tensor.detach() - tensor for name, tensor in params.items()}
-        return super().prepare(flipped, layer, scaling)
+        return super().prepare(flipped, layer, scaling, settings)
 
 
 class ExportsWrongAlpha(LoRA):
@@ -141,7 +154,9 @@ class ExportsWrongAlpha(LoRA):
 class AttachedNorm(DoRA):
     """DoRA with a gradient through the norm, which is another method with the same outputs at step 0."""
 
-    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
         a, b = pad_rank_one(params["A"], params["B"])
         adapted = layer.weight + scaling * torch.bmm(b, a)
         gain = params["m"] / adapted.norm(dim=2)

@@ -7,22 +7,13 @@ random values are copied from one side to the other, and then all parameters are
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from peft import (
-    AdaLoraConfig,
-    EvaConfig,
-    HiraConfig,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    VeraConfig,
-    get_peft_model,
-    initialize_lora_eva_weights,
-)
-from peft.optimizers import create_loraplus_optimizer
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from variants.attach import Adapters
@@ -62,76 +53,18 @@ class Reference:
 
 
 AB = {"lora_A.weight": "A", "lora_B.weight": "B"}
+"""Names of LoRA's tensors, for `Reference.names`."""
 
 
-def _lora(**more: object) -> Callable[[list[str]], PeftConfig]:
+def lora_config(**more: object) -> Callable[[list[str]], PeftConfig]:
+    """Return a function that makes PEFT's config of LoRA with further fields."""
     return lambda targets: LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=targets, **more)
 
 
-def _lora_plus_optimizer(model: PeftModel) -> torch.optim.Optimizer:
-    return create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=LEARNING_RATE, loraplus_lr_ratio=16, loraplus_weight_decay=DECAY
-    )
-
-
-def _adalora(orthogonality: float, final: int) -> Reference:
-    """Return AdaLoRA's reference, whose ranks are fixed for the last `final` steps."""
-
-    def config(targets: list[str]) -> PeftConfig:
-        return AdaLoraConfig(
-            init_r=6, target_r=RANK, lora_alpha=int(ALPHA), target_modules=targets, total_step=STEPS,
-            tinit=2, tfinal=final, orth_reg_weight=orthogonality,
-        )  # fmt: skip
-
-    return Reference(
-        config,
-        {f"lora_{name}": name for name in "AEB"},
-        extra={"initial": 1.5, "warmup": 0.2, "final": final / STEPS, "orthogonality": orthogonality},
-        after_step=lambda model, step: model.base_model.update_and_allocate(step),
-    )
-
-
-def _init_eva(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
-    """Initialize EVA in PEFT with the lane's calibration batches, and compare ranks and directions."""
-    with torch.random.fork_rng():
-        batches = [{"input_ids": torch.cat([case.rows(0, step) for step in range(3)])}]
-        initialize_lora_eva_weights(reference_model, batches, show_progress_bar=False)
-    modules = dict(reference_model.get_base_model().named_modules())
-    ranks = adapters.ranks_in_use("0")
-    assert len(set(ranks.values())) > 1
-    assert ranks == {name: modules[name].r["default"] for name in ranks}
-    for name, rank in ranks.items():
-        mine, a = adapters.trainable("0")[f"{name}.A"][:rank], modules[name].lora_A["default"].weight
-        assert nn.functional.cosine_similarity(mine, a.to(mine), dim=1).abs().min() > 1 - 1e-5
-
-
-def _init_vera(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
-    for key, tensor in adapters.frozen("0").items():
-        tensor.copy_(getattr(reference_model.base_model, f"vera_{key[-1]}")["default"])
-
-
-REFERENCES = {
-    "lora": Reference(_lora(), AB),
-    "rslora": Reference(_lora(use_rslora=True), AB),
-    "dora": Reference(_lora(use_dora=True), {**AB, "lora_magnitude_vector": "m"}),
-    "hira": Reference(
-        lambda targets: HiraConfig(r=RANK, target_modules=targets), {"hira_A": "A", "hira_B": "B"}
-    ),
-    "pissa": Reference(_lora(init_lora_weights="pissa"), AB, residual=True),
-    "adalora": _adalora(orthogonality=0.5, final=0),
-    "eva": Reference(_lora(init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)), AB, init=_init_eva),
-    "vera": Reference(
-        lambda targets: VeraConfig(r=16 * RANK, target_modules=targets),
-        {"vera_lambda_b": "b", "vera_lambda_d": "d"},
-        extra={"rank_factor": 16},
-        init=_init_vera,
-    ),
-    "lora_plus": Reference(_lora(), AB, optimizer=_lora_plus_optimizer),
-    "full": Reference(None),
-    "head_only": Reference(None, models=("headed",)),
-}
-ADALORA_FIXED_RANKS = _adalora(orthogonality=0.0, final=4)
-"""AdaLoRA with fixed ranks in the last steps, without the orthogonality loss, which differs from PEFT's."""
+def load_references() -> dict[str, Reference]:
+    """Return `REFERENCE` of each module tests/contract/references/<variant>.py."""
+    files = sorted((Path(__file__).parent / "references").glob("[!_]*.py"))
+    return {file.stem: importlib.import_module(f"references.{file.stem}").REFERENCE for file in files}
 
 
 def compare_steps(variant: Variant, reference: Reference, model: str) -> Adapters:

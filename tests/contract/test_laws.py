@@ -82,7 +82,7 @@ def test_the_default_run_is_a_pairwise_cover_and_the_slow_cases_are_the_rest_of_
 def test_check_laws_accepts_a_correct_variant_and_names_the_law_that_a_broken_one_breaks() -> None:
     case = CASES[0]
     check_laws(LoRA(), [case])
-    with pytest.raises(AssertionError, match=f"lora breaks merged_equals_forward on {case.name}"):
+    with pytest.raises(AssertionError, match=f"broken breaks merged_equals_forward on {case.name}"):
         check_laws(broken.MergesUnscaled(), [case])
 
 

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import parity
 import pytest
+from references import adalora
 
 from variants import catalogue
 from variants.base import VerifiedBy
 
+REFERENCES = parity.load_references()
+
 
 @pytest.mark.parametrize(
     ("name", "model"),
-    [(name, model) for name, reference in parity.REFERENCES.items() for model in reference.models],
+    [(name, model) for name, reference in REFERENCES.items() for model in reference.models],
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_ten_steps_equal_those_of_the_reference(name: str, model: str) -> None:
-    parity.compare_steps(catalogue.get(name), parity.REFERENCES[name], model)
+    parity.compare_steps(catalogue.get(name), REFERENCES[name], model)
 
 
 @pytest.mark.parametrize("model", parity.LANGUAGE_MODELS)
 def test_adalora_with_fixed_ranks_equals_peft(model: str) -> None:
-    ours = parity.compare_steps(catalogue.get("adalora"), parity.ADALORA_FIXED_RANKS, model)
+    ours = parity.compare_steps(catalogue.get("adalora"), adalora.FIXED_RANKS, model)
     ranks = ours.ranks_in_use("0").values()
     assert sum(ranks) == len(ranks) * parity.RANK
     assert len(set(ranks)) > 1
@@ -35,4 +38,4 @@ def test_variants_verified_by_a_reference_implementation_are_compared_with_one()
         for name in catalogue.names()
         if catalogue.get(name).verified_by == VerifiedBy.REFERENCE_IMPLEMENTATION
     }
-    assert verified == set(parity.REFERENCES)
+    assert verified == set(REFERENCES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from variants.base import AdaptationScope, Batching, Variant, VerifiedBy
 
 
@@ -15,13 +13,10 @@ class Full(Variant):
     Initialization: the model itself. The lane trains float32 copies, which take the place of the frozen
     parameters while the lane is computed in the model's dtype. The base model stays unchanged, and the lane
     group holds one lane. With weight decay the copies decay towards zero, as in any full fine-tuning.
-
-    Parameters: those of the model.
     """
 
-    name: ClassVar[str] = "full"
-    verified_by: ClassVar[VerifiedBy] = VerifiedBy.REFERENCE_IMPLEMENTATION
-    batching: ClassVar[Batching] = Batching.EXCLUSIVE
-    adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.FULL_MODEL
-    uses_rank: ClassVar[bool] = False
-    uses_alpha: ClassVar[bool] = False
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    batching = Batching.EXCLUSIVE
+    adaptation_scope = AdaptationScope.FULL_MODEL
+    uses_rank = False
+    uses_alpha = False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from variants.base import AdaptationScope, Variant, VerifiedBy
 
 
@@ -12,12 +10,9 @@ class HeadOnly(Variant):
 
     A control without rank and alpha, for tasks with a head (classification). The difference between an
     adapter's score and this one is what the adapter adds.
-
-    Parameters: those of the head.
     """
 
-    name: ClassVar[str] = "head_only"
-    verified_by: ClassVar[VerifiedBy] = VerifiedBy.REFERENCE_IMPLEMENTATION
-    adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.HEAD_ONLY
-    uses_rank: ClassVar[bool] = False
-    uses_alpha: ClassVar[bool] = False
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    adaptation_scope = AdaptationScope.HEAD_ONLY
+    uses_rank = False
+    uses_alpha = False

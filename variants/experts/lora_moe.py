@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -13,14 +11,15 @@ from variants.base import (
     ExtraSettings,
     FrozenLayer,
     InitialTensors,
-    Limits,
+    Int,
+    Number,
     Params,
     UnsupportedError,
     Variant,
     VariantSettings,
     VerifiedBy,
-    batch_invariant_baddbmm,
-    batch_invariant_bmm,
+    baddbmm,
+    bmm,
     lora_init,
     parameter_generator,
     uniform_init,
@@ -40,8 +39,6 @@ class LoRAMoE(Variant):
     Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), so that each expert's A is as in LoRA; B = 0, so
     y = W x.
 
-    Parameters: rank * (in + out) + experts * in per layer.
-
     Settings: `top_k` 0 weighs all experts, as in the paper. Another number keeps that many of a token's
     gates, the largest, and scales them to a sum of 1. The published study used 2, which is not the default:
     the paper does not drop gates, nothing is saved where one matrix product computes all experts, and
@@ -58,23 +55,28 @@ class LoRAMoE(Variant):
     released script has 0.
     """
 
-    name: ClassVar[str] = "lora_moe"
-    verified_by: ClassVar[VerifiedBy] = VerifiedBy.AUTHORS_CODE
-    has_auxiliary_loss: ClassVar[bool] = True
-    extra_defaults: ClassVar[ExtraSettings] = {"experts": 8, "top_k": 0, "balance": 0.1}
-    extra_limits: ClassVar[Mapping[str, Limits]] = {
-        "experts": Limits(2), "top_k": Limits(), "balance": Limits()
-    }  # fmt: skip
+    parameters = "rank * (in + out) + experts * in"
+    verified_by = VerifiedBy.AUTHORS_CODE
+    is_mergeable = False
+    has_auxiliary_loss = True
+    hyperparameters = {
+        "experts": Int(8, minimum=2, help="largest number of experts"),
+        "top_k": Int(0, minimum=0, help="gates that are kept for each token; 0 keeps all"),
+        "balance": Number(0.1, help="weight of the balance loss"),
+    }
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
         settings = super().validate_settings(settings)
-        experts, top_k = _expert_count(settings), settings.extra["top_k"]
+        experts, top_k = _expert_count(settings), settings["top_k"]
         if experts == 1:
-            most = settings.extra["experts"]
+            most = settings["experts"]
             raise UnsupportedError(f"rank {settings.rank}: no number of experts from 2 to {most} divides it")
         if int(top_k) > experts:
             raise UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
         return settings
+
+    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+        return {"experts": _expert_count(settings)}
 
     def scaling(self, settings: VariantSettings) -> float:
         assert settings.alpha is not None
@@ -82,48 +84,56 @@ class LoRAMoE(Variant):
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = lora_init(layer, settings, generator)
-        in_features, top_k = layer.shape[1], int(settings.extra["top_k"])
+        in_features = layer.shape[1]
         noise = parameter_generator(generator, "R")
         initial.trainable["R"] = uniform_init(
             (_expert_count(settings), in_features), 1 / math.sqrt(in_features), layer, noise
         )
-        a = initial.trainable["A"]
-        initial.frozen["balance"] = a.new_tensor(float(settings.extra["balance"]))
-        if top_k:
-            initial.frozen["kept"] = a.new_ones(top_k)  # its length tells `_gates` how many gates to keep
         return initial
 
-    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
         return {**params, "sB": params["B"] * scaling}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
-        a, b, gates = params["A"].to(x.dtype), params["sB"].to(x.dtype), _gates(x, params)
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        scaling: Tensor,
+        settings: VariantSettings,
+    ) -> Tensor:
+        a, b, gates = params["A"].to(x.dtype), params["sB"].to(x.dtype), _gates(x, params, settings)
         rank_gates = gates.repeat_interleave(a.shape[1] // gates.shape[2], dim=2).to(x.dtype)
-        return batch_invariant_baddbmm(
-            base, batch_invariant_bmm(x, a.transpose(1, 2)) * rank_gates, b.transpose(1, 2)
-        )
+        return baddbmm(base, bmm(x, a.transpose(1, 2)) * rank_gates, b.transpose(1, 2))
 
-    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
-        gates = _gates(x.flatten(1, 2), params).unflatten(1, x.shape[1:3])
+    def auxiliary_loss(
+        self,
+        x: Tensor,
+        attention_mask: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        settings: VariantSettings,
+    ) -> Tensor:
+        gates = _gates(x.flatten(1, 2), params, settings).unflatten(1, x.shape[1:3])
         load = (gates * attention_mask.unsqueeze(3).to(gates.dtype)).sum(2)
         uneven = load.var(2) / (load.mean(2).square() + 1e-10)
-        return params["balance"] * uneven.mean(1)
-
-    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
-        return settings.rank * (in_features + out_features) + _expert_count(settings) * in_features
+        return float(settings["balance"]) * uneven.mean(1)
 
 
 def _expert_count(settings: VariantSettings) -> int:
-    most = min(int(settings.extra["experts"]), settings.rank)
+    most = min(int(settings["experts"]), settings.rank)
     return next(experts for experts in range(most, 0, -1) if settings.rank % experts == 0)
 
 
-def _gates(x: Tensor, params: Params) -> Tensor:
+def _gates(x: Tensor, params: Params, settings: VariantSettings) -> Tensor:
     """Return the gates (K, N, experts) for x (K, N, in), in float32 or float64."""
-    logits = batch_invariant_bmm(x, params["R"].to(x.dtype).transpose(1, 2))
+    logits = bmm(x, params["R"].to(x.dtype).transpose(1, 2))
     gates = logits.softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
-    if "kept" not in params:
+    if not settings["top_k"]:
         return gates
-    smallest = gates.topk(params["kept"].shape[-1], dim=2).values[..., -1:]
+    smallest = gates.topk(int(settings["top_k"]), dim=2).values[..., -1:]
     gates = gates.where(gates >= smallest, torch.zeros_like(gates))
     return gates / gates.sum(2, keepdim=True)

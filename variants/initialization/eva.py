@@ -6,23 +6,24 @@ Layers whose directions explain more variance get more ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from variants.base import (
+    RANK_MASK,
     CalibrationStatistic,
-    ExtraSettings,
     FrozenLayer,
     InitialTensors,
-    Limits,
+    Int,
+    Number,
     Params,
     VariantSettings,
+    VerifiedBy,
     stable_seed,
 )
 from variants.baseline.lora import LoRA
-from variants.initialization.pissa import randomized_svd
+from variants.linalg import randomized_svd
 
 
 class EVA(LoRA):
@@ -35,8 +36,6 @@ class EVA(LoRA):
     largest fraction of their own layer's variance are used. A layer may get no rank. All layers have
     `rho` * rank ranks allocated; a frozen mask hides those that are not in use.
 
-    Parameters: ranks in use * (in + out) per layer.
-
     Principal directions are the right singular vectors of the inputs minus their mean, as in the authors'
     code and PEFT (both use an incremental PCA).
 
@@ -45,10 +44,12 @@ class EVA(LoRA):
     position except padding counts; PEFT leaves out the prompt by default.
     """
 
-    name: ClassVar[str] = "eva"
-    calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.INPUT_COVARIANCE
-    extra_defaults: ClassVar[ExtraSettings] = {"calibration_batches": 64, "rho": 2.0}
-    extra_limits: ClassVar[Mapping[str, Limits]] = {"calibration_batches": Limits(1), "rho": Limits(1)}
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    calibration_statistic = CalibrationStatistic.INPUT_COVARIANCE
+    hyperparameters = {
+        "calibration_batches": Int(64, help="batches whose inputs are decomposed"),
+        "rho": Number(2.0, minimum=1, help="largest rank of a layer divided by the mean rank"),
+    }
 
     def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
         columns = min(_max_rank(settings), len(matrix))
@@ -72,11 +73,8 @@ class EVA(LoRA):
             for (name, layer), rank in zip(layers.items(), used, strict=True)
         }
 
-    def factors(self, params: Params) -> tuple[Tensor, Tensor]:
-        return params["A"], params["B"] * params["mask"].unsqueeze(-2)
-
-    def rank_in_use(self, params: Params, settings: VariantSettings) -> int:
-        return int(params["mask"].sum())
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        return params["A"], params["B"] * params[RANK_MASK].unsqueeze(-2)
 
     def export_rank(self, settings: VariantSettings) -> int:
         """Return the allocated rank: masked ranks are exported as zeros."""
@@ -85,7 +83,7 @@ class EVA(LoRA):
 
 def _max_rank(settings: VariantSettings) -> int:
     """Return the number of ranks that each layer has allocated."""
-    return round(settings.rank * float(settings.extra["rho"]))
+    return round(settings.rank * float(settings["rho"]))
 
 
 def _init_layer(layer: FrozenLayer, rank: int, max_rank: int) -> InitialTensors:
@@ -93,4 +91,4 @@ def _init_layer(layer: FrozenLayer, rank: int, max_rank: int) -> InitialTensors:
     a = torch.zeros(max_rank, in_features, dtype=layer.dtype, device=layer.device)
     a[:rank] = layer.calibration["directions"][:rank]
     mask = (torch.arange(max_rank) < rank).to(a)
-    return InitialTensors({"A": a, "B": a.new_zeros(out_features, max_rank)}, {"mask": mask})
+    return InitialTensors({"A": a, "B": a.new_zeros(out_features, max_rank)}, {RANK_MASK: mask})

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import ClassVar
 
 from torch import Generator, Tensor
 
 from variants.base import (
     CalibrationStatistic,
-    ExtraSettings,
     FrozenLayer,
     InitialTensors,
-    Limits,
+    Int,
+    Number,
     Params,
     VariantSettings,
     VerifiedBy,
     stable_seed,
 )
 from variants.baseline.lora import LoRA
-from variants.initialization.pissa import randomized_svd
+from variants.linalg import fix_signs, randomized_svd
 
 
 class LoRAGA(LoRA):
@@ -30,8 +28,6 @@ class LoRAGA(LoRA):
     and B = B0 = c U[:, r:2r] with c = out^(1/4) / sqrt(`gamma`) (the authors' scale "stable" and direction
     "ArB2r"), so W' = W. Each rank takes two singular vectors, so the rank is at most half the smaller side of
     the layer.
-
-    Parameters: rank * (in + out) per layer.
 
     Deviations:
     - The paper writes W - s B0 A0 into the weight. Here A0 and B0 are frozen tensors beside it. Unlike in
@@ -47,16 +43,14 @@ class LoRAGA(LoRA):
     c, does not scale A0, and divides by `rank` by default.
     """
 
-    name: ClassVar[str] = "lora_ga"
-    verified_by: ClassVar[VerifiedBy] = VerifiedBy.AUTHORS_CODE
-    calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.MEAN_GRADIENT
-    singular_vectors_per_rank: ClassVar[int] = 2
-    frozen_update_buffers: ClassVar[frozenset[str]] = frozenset()
-    numerics: ClassVar[int] = 2  # numerics 1 kept the signs that the SVD returned
-    extra_defaults: ClassVar[ExtraSettings] = {"calibration_batches": 64, "gamma": 16.0}
-    extra_limits: ClassVar[Mapping[str, Limits]] = {
-        "calibration_batches": Limits(1),
-        "gamma": Limits(above=0),
+    verified_by = VerifiedBy.AUTHORS_CODE
+    calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
+    singular_vectors_per_rank = 2
+    frozen_update_buffers = frozenset()
+    numerics = 2  # numerics 1 kept the signs that the SVD returned
+    hyperparameters = {
+        "calibration_batches": Int(64, help="batches that the mean gradient is taken over"),
+        "gamma": Number(16.0, above=0, help="a larger value makes A and B smaller"),
     }
 
     def scaling(self, settings: VariantSettings) -> float:
@@ -65,9 +59,8 @@ class LoRAGA(LoRA):
     def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
         rank = settings.rank
         u, _, vh = randomized_svd(matrix, 2 * rank, iterations=4, seed=stable_seed(layer.name, rank))
-        signs = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
-        u, vh = u * signs.t(), signs * vh
-        c = matrix.shape[0] ** 0.25 / math.sqrt(float(settings.extra["gamma"]))
+        u, vh = fix_signs(u, vh)
+        c = matrix.shape[0] ** 0.25 / math.sqrt(float(settings["gamma"]))
         return {"A0": c * vh[:rank], "B0": c * u[:, rank : 2 * rank]}
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import torch
 from torch import Generator, Tensor
 
 from variants.base import (
-    ExtraSettings,
     FrozenLayer,
     InitialTensors,
     LaneView,
-    Limits,
+    Number,
     Params,
     VariantSettings,
     VerifiedBy,
@@ -29,42 +25,40 @@ class DeltaLoRA(LoRA):
     tensors "before A" and "before B". This is exact in every dtype and needs one base model for all lanes. In
     the first K + 1 steps A0 and B0 follow A and B. No gradient flows through Wt.
 
-    Initialization and parameters as in LoRA: rank * (in + out) per layer.
-
-    Settings: `ratio` is the paper's lambda, by default 2. `start` is K as a fraction of the total steps, by
-    default the paper's K = 500 of the 1,562 steps of the published study.
+    Initialization as in LoRA. The default `start` is the paper's K = 500 of the 1,562 steps of the published
+    study.
 
     Dropout in the settings is replaced by 0: the paper removes dropout from the low-rank path, so that the
     gradient with respect to B A equals the gradient with respect to W.
     """
 
-    name: ClassVar[str] = "delta_lora"
-    verified_by: ClassVar[VerifiedBy] = VerifiedBy.PAPER
-    uses_dropout: ClassVar[bool] = False
-    mutable_buffers: ClassVar[frozenset[str]] = frozenset({"before A", "before B"})
-    extra_defaults: ClassVar[ExtraSettings] = {"ratio": 2.0, "start": 500 / 1562}
-    extra_limits: ClassVar[Mapping[str, Limits]] = {"ratio": Limits(), "start": Limits(below=1)}
+    verified_by = VerifiedBy.PAPER
+    uses_dropout = False
+    mutable_buffers = frozenset({"before A", "before B"})
+    hyperparameters = {
+        "ratio": Number(2.0, help="the paper's lambda, the factor on the change of B A"),
+        "start": Number(500 / 1562, below=1, help="the paper's K as a fraction of the total steps"),
+    }
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
-        initial.frozen["ratio"] = initial.trainable["A"].new_full((1, 1), float(settings.extra["ratio"]))
         for name, tensor in initial.trainable.items():
             initial.frozen[f"before {name}"] = tensor
         return initial
 
     def after_step(self, lane: LaneView) -> None:
-        if lane.step <= round(float(lane.settings.extra["start"]) * lane.total_steps) + 1:
+        if lane.step <= round(float(lane.settings["start"]) * lane.total_steps) + 1:
             for view in lane.layers.values():
                 for name, tensor in view.trainable.items():
                     view.frozen[f"before {name}"].copy_(tensor)
 
-    def factors(self, params: Params) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
         """Return A (..., 3 rank, in) and B (..., out, 3 rank) with the product B A + ratio (B A - B0 A0).
 
         The difference is written as B (A - A0) + (B - B0) A0. It is exactly zero while A = A0 and B = B0, and
         it is not rounded to the precision of B A.
         """
-        a, b, ratio = params["A"], params["B"], params["ratio"]
+        a, b, ratio = params["A"], params["B"], float(settings["ratio"])
         a0, b0 = params["before A"], params["before B"]
         still, followed = b.detach(), a.detach() - a0
         return (

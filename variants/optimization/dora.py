@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import torch
 from torch import Generator, Tensor
 
-from variants.base import FrozenLayer, InitialTensors, Params, VariantSettings, pad_rank_one
+from variants.base import FrozenLayer, InitialTensors, Params, PeftMethod, VariantSettings, VerifiedBy
 from variants.baseline.lora import LoRA
+from variants.batch_invariant import pad_rank_one
 
 CAST_NUMEL = 1 << 22
 """Number of values of W that are cast to the lanes' dtype at once: 16 MiB in float32."""
@@ -20,8 +18,6 @@ class DoRA(LoRA):
 
     Initialization: A and B as in LoRA, m = row norms of W (one for each output), so W' = W exactly.
 
-    Parameters: rank * (in + out) + out per layer.
-
     The gradient treats n as a constant (section 4.3 of the paper; the authors' code and PEFT do the same).
     n is computed once for each value of A and B, without a full-size W + s B A, from
     n^2 = |W|^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum(B (A A^T) * B),
@@ -29,42 +25,58 @@ class DoRA(LoRA):
     the part of the change that comes from the frozen layer.
     """
 
-    name: ClassVar[str] = "dora"
-    peft_method: ClassVar[tuple[str, ...]] = ("LORA", "use_dora")
-    peft_names: ClassVar[Mapping[str, str]] = {**LoRA.peft_names, "m": "lora_magnitude_vector"}
-    dropout_on_base: ClassVar[bool] = True
+    parameters = "rank * (in + out) + out"
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    dropout_on_base = True
+    peft = PeftMethod(
+        "LORA",
+        {**LoRA.peft.names, "m": "lora_magnitude_vector"},
+        constants={**LoRA.peft.constants, "use_dora": True},
+    )
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
         initial.trainable["m"] = _squared_row_norms(layer).sqrt()
         return initial
 
-    def gradient_constants(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        return {"n": _row_norms(*pad_rank_one(params["A"], params["B"]), layer, scaling)}
+    def gradient_constants(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        a, b = pad_rank_one(*self.factors(params, layer, settings))
+        return {"n": _row_norms(a, b, layer, scaling)}
 
-    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        a, b = pad_rank_one(params["A"], params["B"])
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        a, b = pad_rank_one(*self.factors(params, layer, settings))
         gain = params["m"] / params["n"]
         return {"A": a, "sB": b * (gain.unsqueeze(2) * scaling), "more": gain.unsqueeze(1) - 1}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        scaling: Tensor,
+        settings: VariantSettings,
+    ) -> Tensor:
         unbiased = base if layer.bias is None else base - layer.bias
         scaled = torch.addcmul(base, params["more"].to(x.dtype), unbiased)
-        return super().forward(x, scaled, params, layer, scaling)
+        return super().forward(x, scaled, params, layer, scaling, settings)
 
     def includes_base(self, layer: FrozenLayer) -> bool:
         return type(self).forward is DoRA.forward
 
-    def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
-        a, b, weight = params["A"], params["B"], layer.weight.to(layer.dtype)
+    def delta_weight(
+        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
+    ) -> Tensor:
+        (a, b), weight = self.factors(params, layer, settings), layer.weight.to(layer.dtype)
         norm = _row_norms(
             a[None], b[None], layer, torch.full((1, 1, 1), scaling, dtype=a.dtype, device=a.device)
         )
         gain = (params["m"] / norm[0]).unsqueeze(1)
-        return (gain - 1) * weight + gain * super().delta_weight(params, layer, scaling)
-
-    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
-        return super().parameter_count(out_features, in_features, settings) + out_features
+        return (gain - 1) * weight + gain * scaling * (b @ a)
 
 
 def _squared_row_norms(layer: FrozenLayer) -> Tensor:

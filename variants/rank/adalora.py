@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
 from variants.base import (
-    ExtraSettings,
+    RANK_MASK,
     FrozenLayer,
     InitialTensors,
     LaneView,
     LayerView,
-    Limits,
+    Number,
     Params,
+    PeftMethod,
     UnsupportedError,
     VariantSettings,
+    VerifiedBy,
+    normal_init,
     parameter_generator,
 )
 from variants.baseline.lora import LoRA
@@ -47,8 +50,6 @@ class AdaLoRA(LoRA):
     then falls cubically to layers * rank at T - t_f. Until then a pruned triplet may return; afterwards it
     may not. T is the number of total steps, t_i = `warmup` * T and t_f = `final` * T.
 
-    Parameters: ranks in use * (in + out + 1) per layer.
-
     Defaults: t_i = 100 and t_f = 900 of T = 1,562 steps and ranks 12 -> 8, as in the published study;
     pruning at every step and averages of 0.85, as in PEFT. Where the initial rank exceeds the smaller side of
     a layer (`rank` must not), the rows cannot all be orthogonal, as in PEFT.
@@ -57,22 +58,23 @@ class AdaLoRA(LoRA):
     are zero after T - t_f.
     """
 
-    name: ClassVar[str] = "adalora"
-    peft_method: ClassVar[tuple[str, ...]] = ("ADALORA",)
-    peft_names: ClassVar[Mapping[str, str]] = {name: f"lora_{name}" for name in "AEB"}
-    has_auxiliary_loss: ClassVar[bool] = True
-    hook_only_buffers: ClassVar[frozenset[str]] = AVERAGE_BUFFERS
-    mutable_buffers: ClassVar[frozenset[str]] = AVERAGE_BUFFERS | {"mask"}
-    extra_defaults: ClassVar[ExtraSettings] = {
-        "initial": 1.5, "warmup": 100 / 1562, "final": 900 / 1562, "orthogonality": 0.5
-    }  # fmt: skip
-    extra_limits: ClassVar[Mapping[str, Limits]] = {
-        "initial": Limits(above=1), "warmup": Limits(), "final": Limits(), "orthogonality": Limits()
-    }  # fmt: skip
+    parameters = "rank * (in + out + 1)"
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    has_auxiliary_loss = True
+    typical_lr_scale = 10.0
+    hook_only_buffers = AVERAGE_BUFFERS
+    mutable_buffers = AVERAGE_BUFFERS | {RANK_MASK}
+    hyperparameters = {
+        "initial": Number(1.5, above=1, help="initial rank divided by the final mean rank"),
+        "warmup": Number(100 / 1562, help="fraction of the total steps before pruning begins"),
+        "final": Number(900 / 1562, help="fraction of the total steps with fixed ranks at the end"),
+        "orthogonality": Number(0.5, help="weight of the orthogonality loss"),
+    }
+    peft = PeftMethod("ADALORA", {name: f"lora_{name}" for name in "AEB"})
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
         settings = super().validate_settings(settings)
-        if float(settings.extra["warmup"]) + float(settings.extra["final"]) >= 1:
+        if float(settings["warmup"]) + float(settings["final"]) >= 1:
             raise UnsupportedError(
                 "warmup and final: must be fractions of the total steps with a sum below 1"
             )
@@ -84,22 +86,29 @@ class AdaLoRA(LoRA):
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         (out_features, in_features), rank = layer.shape, _initial_rank(settings)
         trainable = {
-            "A": _normal_init((rank, in_features), layer, parameter_generator(generator, "A")),
+            "A": normal_init((rank, in_features), INIT_STD, layer, parameter_generator(generator, "A")),
             "E": torch.zeros(rank, 1, dtype=layer.dtype, device=layer.device),
-            "B": _normal_init((out_features, rank), layer, parameter_generator(generator, "B")),
+            "B": normal_init((out_features, rank), INIT_STD, layer, parameter_generator(generator, "B")),
         }
-        return InitialTensors(trainable, _init_buffers(trainable, settings))
+        return InitialTensors(trainable, _init_buffers(trainable))
 
-    def factors(self, params: Params) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
         return params["A"] * params["E"], params["B"]
 
-    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
-        return _OrthogonalityLoss.apply(params["A"], params["B"], params["orthogonality"].flatten())
+    def auxiliary_loss(
+        self,
+        x: Tensor,
+        attention_mask: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        settings: VariantSettings,
+    ) -> Tensor:
+        return _OrthogonalityLoss.apply(params["A"], params["B"], float(settings["orthogonality"]))
 
     def before_step(self, lane: LaneView) -> None:
         if lane.step >= _pruning_steps(lane.settings, lane.total_steps)[1]:
             for view in lane.layers.values():
-                mask = view.frozen["mask"]
+                mask = view.frozen[RANK_MASK]
                 for name, parameter in view.trainable.items():
                     if parameter.grad is not None:
                         parameter.grad.mul_(mask.t() if name == "B" else mask)
@@ -119,24 +128,18 @@ class AdaLoRA(LoRA):
             masks = list(keep_mask.view(len(views), -1, 1))
             torch._foreach_mul_([view.trainable["E"] for view in views], masks)
             if lane.step == pruning_end:
-                torch._foreach_copy_([view.frozen["mask"] for view in views], masks)
+                torch._foreach_copy_([view.frozen[RANK_MASK] for view in views], masks)
         else:
             torch._foreach_mul_(
-                [view.trainable["E"] for view in views], [view.frozen["mask"] for view in views]
+                [view.trainable["E"] for view in views], [view.frozen[RANK_MASK] for view in views]
             )
-
-    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
-        return settings.rank * (in_features + out_features + 1)
-
-    def rank_in_use(self, params: Params, settings: VariantSettings) -> int:
-        return int(params["mask"].sum())
 
     def rank_budget(self, layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
         is_pruned = step >= _pruning_steps(settings, total_steps)[1]
         return layer_count * (settings.rank if is_pruned else _initial_rank(settings))
 
-    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor]:
-        return {"lora_A": params["A"], "lora_E": params["E"] * params["mask"], "lora_B": params["B"]}
+    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
+        return {"lora_A": params["A"], "lora_E": params["E"] * params[RANK_MASK], "lora_B": params["B"]}
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         return {
@@ -145,7 +148,7 @@ class AdaLoRA(LoRA):
             "init_r": _initial_rank(settings),
             "lora_alpha": settings.alpha,
             "lora_dropout": settings.dropout,
-            "orth_reg_weight": settings.extra["orthogonality"],
+            "orth_reg_weight": settings["orthogonality"],
             "total_step": 1,  # PEFT requires a number, which matters only if it trains on
             "bias": "none",
         }
@@ -158,22 +161,16 @@ class AdaLoRA(LoRA):
     def init_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
         """Invert `to_peft`; the running averages, which PEFT does not save, start at zero."""
         trainable = super().init_from_peft(tensors, settings).trainable
-        return InitialTensors(trainable, _init_buffers(trainable, self.validate_settings(settings)))
+        return InitialTensors(trainable, _init_buffers(trainable))
 
 
-def _init_buffers(trainable: Mapping[str, Tensor], settings: VariantSettings) -> dict[str, Tensor]:
-    weight = torch.full_like(trainable["E"][:1], float(settings.extra["orthogonality"]))
+def _init_buffers(trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
     averages = {name: torch.zeros_like(trainable[name[-1]]) for name in sorted(AVERAGE_BUFFERS)}
-    return {**averages, "mask": torch.ones_like(trainable["E"]), "orthogonality": weight}
+    return {**averages, RANK_MASK: torch.ones_like(trainable["E"])}
 
 
 def _initial_rank(settings: VariantSettings) -> int:
-    return math.ceil(round(float(settings.extra["initial"]) * settings.rank, 6))
-
-
-def _normal_init(shape: tuple[int, int], layer: FrozenLayer, generator: Generator) -> Tensor:
-    draw = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(INIT_STD)
-    return draw.to(layer.device, layer.dtype)
+    return math.ceil(round(float(settings["initial"]) * settings.rank, 6))
 
 
 def _pruning_steps(settings: VariantSettings, total_steps: int) -> tuple[int, int]:
@@ -181,8 +178,8 @@ def _pruning_steps(settings: VariantSettings, total_steps: int) -> tuple[int, in
 
     At least one step is scored before T - t_f.
     """
-    start = round(float(settings.extra["warmup"]) * total_steps)
-    return start, max(2, start + 1, total_steps - round(float(settings.extra["final"]) * total_steps))
+    start = round(float(settings["warmup"]) * total_steps)
+    return start, max(2, start + 1, total_steps - round(float(settings["final"]) * total_steps))
 
 
 def _triplet_budget(layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
@@ -202,20 +199,21 @@ class _OrthogonalityLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-        """Compute the loss of each lane, (K,), for A (K, rank, in), B (K, out, rank) and weight (K,)."""
+    def forward(ctx: Any, a: Tensor, b: Tensor, weight: float) -> Tensor:
+        """Compute the loss of each lane, (K,), for A (K, rank, in) and B (K, out, rank)."""
         difference = torch.cat([torch.bmm(a, a.transpose(1, 2)), torch.bmm(b.transpose(1, 2), b)])
         difference.diagonal(dim1=1, dim2=2).sub_(1)
         norms = torch.linalg.vector_norm(difference.flatten(1), dim=1)
-        ctx.save_for_backward(a, b, weight, difference, norms)
+        ctx.weight = weight
+        ctx.save_for_backward(a, b, difference, norms)
         return norms.view(2, -1).sum(0) * weight / 2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """Compute the gradients of A and B; a norm of 0 has the gradient 0."""
-        a, b, weight, difference, norms = ctx.saved_tensors
-        factors = (grad * weight).repeat(2) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        a, b, difference, norms = ctx.saved_tensors
+        factors = (grad * ctx.weight).repeat(2) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         scaled = difference * factors.view(-1, 1, 1)
         return torch.bmm(scaled[: len(a)], a), torch.bmm(b, scaled[len(a) :]), None
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from variants.base import (
-    ExtraSettings,
     FrozenLayer,
     InitialTensors,
+    Int,
     LaneView,
-    Limits,
+    Number,
     Params,
     VariantSettings,
     VerifiedBy,
@@ -38,7 +37,7 @@ class ReLoRA(LoRA):
     - The learning rate warms up from zero to its schedule again ("jagged cosine"), linearly over the fraction
       `warmup` of the total steps, for at least one step.
 
-    Parameters: rank * (in + out) per layer. The frozen factors are allocated from the start, as zeros.
+    The frozen factors are allocated from the start, as zeros.
 
     Defaults: 3 merges and a warm-up of 10 of 1,562 steps, as in the published study; pruning as the paper
     states it ("we set 99% of low-magnitude optimizer state values to zero"; the authors' code resets 99.9 %
@@ -53,25 +52,25 @@ class ReLoRA(LoRA):
       step of a part.
     """
 
-    name: ClassVar[str] = "relora"
-    verified_by: ClassVar[VerifiedBy] = VerifiedBy.PAPER
-    mutable_buffers: ClassVar[frozenset[str]] = frozenset({"merged A", "merged B"})
-    frozen_update_buffers: ClassVar[frozenset[str]] = mutable_buffers
-    extra_defaults: ClassVar[ExtraSettings] = {"merges": 3, "warmup": 10 / 1562, "pruned": 0.99}
-    extra_limits: ClassVar[Mapping[str, Limits]] = {
-        "merges": Limits(1), "warmup": Limits(below=1), "pruned": Limits(below=1)
-    }  # fmt: skip
+    verified_by = VerifiedBy.PAPER
+    mutable_buffers = frozenset({"merged A", "merged B"})
+    frozen_update_buffers = mutable_buffers
+    hyperparameters = {
+        "merges": Int(3, help="number of times that B A is merged"),
+        "warmup": Number(10 / 1562, below=1, help="fraction of the total steps of each warm-up"),
+        "pruned": Number(0.99, below=1, help="fraction of the Adam moments that a merge sets to zero"),
+    }
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
-        merged_rank = settings.rank * int(settings.extra["merges"])
+        merged_rank = settings.rank * int(settings["merges"])
         a, b = initial.trainable["A"], initial.trainable["B"]
         initial.frozen["merged A"] = a.new_zeros(merged_rank, a.shape[1])
         initial.frozen["merged B"] = b.new_zeros(b.shape[0], merged_rank)
         return initial
 
     def schedule_lr_scale(self, step: int, total_steps: int, settings: VariantSettings) -> float:
-        warm = max(1, math.ceil(round(float(settings.extra["warmup"]) * total_steps, 9)))
+        warm = max(1, math.ceil(round(float(settings["warmup"]) * total_steps, 9)))
         since = min(
             (step - merge_step for merge_step in _merge_steps(total_steps, settings) if merge_step <= step),
             default=warm,
@@ -91,10 +90,10 @@ class ReLoRA(LoRA):
             a.copy_(lora_init(view.layer, lane.settings, lane.generator(name)).trainable["A"])
             b.zero_()
             for parameter in (a, b):
-                _prune_moments(lane.moments(parameter), float(lane.settings.extra["pruned"]))
+                _prune_moments(lane.moments(parameter), float(lane.settings["pruned"]))
 
-    def factors(self, params: Params) -> tuple[Tensor, Tensor]:
-        a, b = super().factors(params)
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        a, b = super().factors(params, layer, settings)
         if "merged A" not in params:
             return a, b
         merged_a, merged_b = self.frozen_factors(params)
@@ -104,12 +103,12 @@ class ReLoRA(LoRA):
         return params["merged A"], params["merged B"]
 
     def export_rank(self, settings: VariantSettings) -> int:
-        return settings.rank * (int(settings.extra["merges"]) + 1)
+        return settings.rank * (int(settings["merges"]) + 1)
 
 
 def _merge_steps(total_steps: int, settings: VariantSettings) -> list[int]:
     """Return the numbers of steps after which a merge is due."""
-    parts = min(int(settings.extra["merges"]) + 1, total_steps // 2)
+    parts = min(int(settings["merges"]) + 1, total_steps // 2)
     return [total_steps * part // parts for part in range(1, parts)]
 
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from variants.base import (
-    ExtraSettings,
     FrozenLayer,
     InitialTensors,
-    Limits,
+    Int,
     Params,
+    PeftMethod,
     VariantSettings,
-    pad_rank_one,
+    VerifiedBy,
     parameter_generator,
     uniform_init,
 )
 from variants.baseline.lora import LoRA
+from variants.batch_invariant import pad_rank_one
 from variants.low_rank_product import VectorProduct
 
 
@@ -33,8 +35,6 @@ class VeRA(LoRA):
     Initialization: A and B Kaiming-uniform (bounds sqrt(6 / largest in) and sqrt(6 / r)), d = 0.1, b = 0, so
     W' = W.
 
-    Parameters: r + out per layer.
-
     Settings: r = `rank_factor` * rank. A rank of VeRA costs one value per layer, so VeRA needs a much higher
     rank than LoRA, while a study has one rank for all variants. At rank 8 the default factor of 32 gives 256,
     PEFT's default.
@@ -45,17 +45,20 @@ class VeRA(LoRA):
     VeRA needs larger learning rates than LoRA.
     """
 
-    name: ClassVar[str] = "vera"
-    is_rank_limited_by_layer: ClassVar[bool] = False
-    uses_alpha: ClassVar[bool] = False
-    peft_method: ClassVar[tuple[str, ...]] = ("VERA",)
-    peft_names: ClassVar[Mapping[str, str]] = {"b": "vera_lambda_b", "d": "vera_lambda_d"}
-    peft_group_names: ClassVar[Mapping[str, str]] = {"A": "vera_A", "B": "vera_B"}
-    extra_defaults: ClassVar[ExtraSettings] = {"rank_factor": 32}
-    extra_limits: ClassVar[Mapping[str, Limits]] = {"rank_factor": Limits(1)}
-
-    def scaling(self, settings: VariantSettings) -> float:
-        return 1.0
+    parameters = "rank * rank_factor + out"
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    is_rank_limited_by_layer = False
+    uses_alpha = False
+    typical_lr_scale = 10.0
+    hyperparameters = {"rank_factor": Int(32, help="r divided by the rank of the settings")}
+    peft = PeftMethod(
+        "VERA",
+        {"b": "vera_lambda_b", "d": "vera_lambda_d"},
+        {"A": "vera_A", "B": "vera_B"},
+        alpha=None,
+        dropout="vera_dropout",
+        constants={"save_projection": True, "bias": "none"},
+    )
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         b = torch.zeros(layer.shape[0], dtype=layer.dtype, device=layer.device)
@@ -75,7 +78,9 @@ class VeRA(LoRA):
         b = uniform_init((out_features, rank), math.sqrt(6 / rank), like, parameter_generator(generator, "B"))
         return InitialTensors({}, {"A": a, "B": b})
 
-    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
         """Return A and diag(b) B diag(d) as "A" and "sB", or in training "A", "B", "b" and "d"."""
         (out_features, in_features), d = layer.shape, params["d"]
         a, b = pad_rank_one(params["A"][..., :in_features], params["B"][:, :out_features])
@@ -84,42 +89,48 @@ class VeRA(LoRA):
         prepared = {"A": a, "B": b, "b": params["b"], "d": d}
         return prepared if torch.is_grad_enabled() else {"A": a, "sB": _scaled_b(prepared)}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        scaling: Tensor,
+        settings: VariantSettings,
+    ) -> Tensor:
         if "sB" not in params:
             params = {"A": params["A"], "sB": _scaled_b(params)}
-        return super().forward(x, base, params, layer, scaling)
+        return super().forward(x, base, params, layer, scaling, settings)
 
     def includes_base(self, layer: FrozenLayer) -> bool:
         return type(self).forward is VeRA.forward
 
-    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+    def forward_with_base(
+        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Tensor:
         if "sB" in params:
-            return super().forward_with_base(x, params, layer, scaling)
+            return super().forward_with_base(x, params, layer, scaling, settings)
         return VectorProduct.apply(x, params["b"], params["d"], params["A"], params["B"], layer)
 
-    def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
+    def delta_weight(
+        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
+    ) -> Tensor:
         out_features, in_features = layer.shape
         gains = params["b"].unsqueeze(1) * params["d"]
         return (gains * params["B"][:out_features]) @ params["A"][:, :in_features]
 
-    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
-        return _vera_rank(settings) + out_features
+    def export_rank(self, settings: VariantSettings) -> int:
+        return _vera_rank(settings)
 
-    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
-        return {
-            "peft_type": "VERA",
-            "r": _vera_rank(settings),
-            "vera_dropout": settings.dropout,
-            "save_projection": True,
-            "bias": "none",
-        }
+    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
+        return {peft_name: params[name] for name, peft_name in self.peft.names.items()}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
-        return VariantSettings(config["r"], None, float(config.get("vera_dropout", 0)), {"rank_factor": 1})
+        return replace(super().settings_from_peft(config), extra={"rank_factor": 1})
 
 
 def _vera_rank(settings: VariantSettings) -> int:
-    return settings.rank * int(settings.extra["rank_factor"])
+    return settings.rank * int(settings["rank_factor"])
 
 
 def _scaled_b(prepared: Params) -> Tensor:

@@ -158,15 +158,10 @@ class LaneOptimizer:
         factor = adapters.variant.schedule_lr_scale(taken, self.total_steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["scale"] * factor
-        adapters.before_step(self.lane, taken, self.total_steps, self.moments)
+        adapters.before_step(self.lane, taken, self.total_steps, self.optimizer)
         self.optimizer.step()
         self.steps_taken += 1
-        adapters.after_step(self.lane, self.steps_taken, self.total_steps, self.moments)
-
-    def moments(self, parameter: Tensor) -> Mapping[str, Tensor]:
-        """Return AdamW's `exp_avg` and `exp_avg_sq` of a parameter; empty before its first step."""
-        state = self.optimizer.state.get(parameter, {})
-        return {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
+        adapters.after_step(self.lane, self.steps_taken, self.total_steps, self.optimizer)
 
 
 def train_step(case: Case, adapters: Adapters, optimizers: Mapping[str, LaneOptimizer]) -> None:

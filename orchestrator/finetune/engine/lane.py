@@ -223,19 +223,14 @@ class Lane:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         steps = self.configuration.lr_schedule.steps
-        self.adapters.before_step(self.fingerprint, self.step, steps, self._moments)
+        self.adapters.before_step(self.fingerprint, self.step, steps, self.optimizer)
         self.optimizer.step()
         self.step += 1
-        self.adapters.after_step(self.fingerprint, self.step, steps, self._moments)
+        self.adapters.after_step(self.fingerprint, self.step, steps, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         if self.step in self.evaluation_steps:
             self.transition_to(LaneState.EVALUATING)
         return None
-
-    def _moments(self, parameter: Tensor) -> Mapping[str, Tensor]:
-        """Return AdamW's moments of a parameter by name; none before the first step."""
-        kept = self.optimizer.state.get(parameter, {})
-        return {moment: kept[moment] for moment in MOMENTS if moment in kept}
 
     # -- scores -----------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""HiRA's layer as one product: gradients, number of products of full size, and kept memory."""
+"""The layer of a dense update: gradients, number of products of full size, and kept memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from variants import catalogue, dense_product
+from variants import catalogue, dense_update
 from variants.base import FrozenLayer, VariantSettings
-from variants.dense_product import DenseProduct
 from variants.testing.cases import ROWS, Case
 from variants.testing.rig import attach_lanes, lane_inputs, perturb_lanes
 
@@ -46,7 +45,7 @@ def test_gradients_equal_numerical_ones(
     has_base: bool, is_transposed: bool, together_numel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`is_transposed`: the module stores (in, out), as Conv1D does."""
-    monkeypatch.setattr(dense_product, "TOGETHER_NUMEL", together_numel)
+    monkeypatch.setattr(dense_update, "TOGETHER_NUMEL", together_numel)
     torch.manual_seed(0)
     weight, bias = torch.randn(4, 3).double(), torch.randn(4).double()
     if is_transposed:
@@ -55,8 +54,10 @@ def test_gradients_equal_numerical_ones(
     x, base, a, b = (torch.randn(shape).double().requires_grad_() for shape in shapes)
 
     def product(x: Tensor, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        layer = FrozenLayer("layer", weight, bias)
-        return DenseProduct.apply(x, base if has_base else None, a, b, layer, None if has_base else bias)
+        layer, scaling = FrozenLayer("layer", weight, bias), torch.ones(2, 1, 1).double()
+        inputs = {"A": a, "B": b}, layer, scaling, VariantSettings(2, None)
+        hira = catalogue.get("hira")
+        return hira.forward(x, base, *inputs) if has_base else hira.forward_with_base(x, *inputs)
 
     expected = x @ (weight * (b @ a)).mT + (base if has_base else x @ weight.T + bias)
     torch.testing.assert_close(product(x, base, a, b), expected)
@@ -87,7 +88,7 @@ def test_a_lane_takes_three_products_of_full_size_and_keeps_only_x_and_its_facto
     assert counter.count == LANES * 3 + base_products
     weight = layer.base_layer.weight
     own = Counter(t.numel() for t in kept if t.untyped_storage().data_ptr() != weight.data_ptr())
-    assert own == {x.numel(): 1, LANES * RANK * IN: 1, LANES * RANK * OUT: 1}
+    assert own == {x.numel(): 1, LANES * RANK * IN: 1, LANES * RANK * OUT: 1, LANES: 1}  # LANES factors s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,118 @@
+"""Comparison of a variant's layers with its update rule, written down independently in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from variants import catalogue
+from variants.adapters import Adapters
+from variants.base import VariantSettings
+from variants.testing.cases import Case
+from variants.testing.rig import attach_lanes, perturb_lanes
+
+ROWS, TOLERANCE = 8, 1e-9
+
+Change = Callable[[Mapping[str, Tensor], Tensor, VariantSettings, float], Tensor]
+"""Function of (a layer's tensors, W (out, in), settings, s) that returns W' - W, (out, in)."""
+Update = Callable[[Tensor, Mapping[str, Tensor], Tensor, VariantSettings, float], Tensor]
+"""Function of (x (N, in), a layer's tensors, W (out, in), settings, s) that returns W' x - W x, (N, out)."""
+
+
+def adapt(name: str, settings: VariantSettings, perturb: bool = True, **sizes: int) -> Adapters:
+    """Return a float64 model with four layers of two shapes and one lane, "0", of a variant.
+
+    Args:
+        name: The variant.
+        settings: The lane's settings.
+        perturb: True to move all parameters away from their initial values.
+        sizes: `out_features` and `in_features` of the first layer; 40 and 24 by default.
+    """
+    sizes = {"out_features": 40, "in_features": 24, **sizes}
+    case = Case("rule", bias=True, dtype=torch.float64, **sizes)  # type: ignore[arg-type]
+    adapters = attach_lanes(case, catalogue.get(name), 1, settings)
+    if perturb:
+        perturb_lanes(case, adapters)
+    return adapters
+
+
+def check_update(
+    name: str,
+    change: Change,
+    settings: VariantSettings | None = None,
+    has_merge: bool = True,
+    **sizes: int,
+) -> None:
+    """Check outputs, gradients and the merged weight of each layer against W' - W.
+
+    Args:
+        name: The variant.
+        change: The rule, in plain PyTorch.
+        settings: The lane's settings; rank 4 and alpha 8 by default.
+        has_merge: False if the variant has no `delta_weight`.
+        sizes: As in `adapt`.
+    """
+
+    def update(
+        x: Tensor, params: Mapping[str, Tensor], weight: Tensor, settings: VariantSettings, s: float
+    ) -> Tensor:
+        return x @ change(params, weight, settings, s).T
+
+    adapters = check_output(name, update, settings, **sizes)
+    if not has_merge:
+        return
+    lane = adapters.lane_settings("0")
+    scaling = adapters.variant.scaling(lane)
+    for layer in adapters.layers.values():
+        tensors, frozen = layer.lane_tensors("0"), layer.frozen_layer
+        merged = adapters.variant.delta_weight(tensors, frozen, scaling, lane)
+        expected = change(tensors, frozen.weight, lane, scaling)
+        torch.testing.assert_close(merged, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def check_output(
+    name: str, update: Update, settings: VariantSettings | None = None, **sizes: int
+) -> Adapters:
+    """Check outputs and gradients of each layer against W' x - W x.
+
+    Args:
+        name: The variant.
+        update: The rule, in plain PyTorch.
+        settings: The lane's settings; rank 4 and alpha 8 by default.
+        sizes: As in `adapt`.
+
+    Returns:
+        The adapters.
+    """
+    adapters = adapt(name, settings or VariantSettings(4, 8.0), **sizes)
+    lane = adapters.lane_settings("0")
+    scaling = adapters.variant.scaling(lane)
+    noise = torch.Generator().manual_seed(0)
+    for layer in adapters.layers.values():
+        frozen = layer.frozen_layer
+        x = torch.randn(ROWS, frozen.shape[1], generator=noise, dtype=torch.float64)
+        direction = torch.randn(ROWS, frozen.shape[0], generator=noise, dtype=torch.float64)
+        tensors = layer.lane_tensors("0")
+        for tensor in tensors.values():
+            tensor.grad = None
+        own_x, x = x.clone().requires_grad_(), x.requires_grad_()
+        with adapters.activate_lanes(["0"], 0, rows_per_lane=ROWS):
+            output = layer(own_x)
+            (output * direction).sum().backward()
+        leaves = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in tensors.items()}
+        expected = x @ frozen.weight.T + frozen.bias + update(x, leaves, frozen.weight, lane, scaling)
+        torch.testing.assert_close(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        (expected * direction).sum().backward()
+        torch.testing.assert_close(own_x.grad, x.grad, rtol=TOLERANCE, atol=TOLERANCE)
+        for key, leaf in leaves.items():
+            if leaf.requires_grad:
+                torch.testing.assert_close(
+                    tensors[key].grad,
+                    leaf.grad,
+                    rtol=TOLERANCE,
+                    atol=TOLERANCE,
+                    msg=lambda m, k=key: f"{k}: {m}",
+                )
+    return adapters

@@ -1,0 +1,42 @@
+"""Singular value decompositions for initializations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def randomized_svd(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S and V^T of the largest triplets by a randomized SVD.
+
+    The result has up to ten triplets more than `rank`.
+
+    Halko, Martinsson and Tropp (2011, arXiv 0909.4061), algorithms 4.4 and 5.1. The global random state of
+    torch is not used.
+
+    Args:
+        weight: (out, in).
+        rank: The number of triplets needed.
+        iterations: The number of power iterations.
+        seed: The seed of the random projection.
+    """
+    columns = min(rank + 10, *weight.shape)
+    noise = torch.randn(weight.shape[1], columns, generator=torch.Generator().manual_seed(seed))
+    q = torch.linalg.qr(weight @ noise.to(weight))[0]
+    for _ in range(iterations):
+        q = torch.linalg.qr(weight @ torch.linalg.qr(weight.t() @ q)[0])[0]
+    u, s, vh = torch.linalg.svd(q.t() @ weight, full_matrices=False)
+    return q @ u, s, vh
+
+
+def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pairs of singular vectors with such signs that the largest entry of each v is positive.
+
+    An SVD determines a pair (u, v) up to a common sign, and the sign depends on the linear algebra library.
+
+    Args:
+        u: (out, r).
+        vh: (r, in).
+    """
+    signs = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
+    return u * signs.t(), signs * vh

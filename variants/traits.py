@@ -1,0 +1,70 @@
+"""Traits of a variant: what it trains, how it starts, how lanes share it, and what it was compared with."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Batching(StrEnum):
+    """Kind of computation that the lanes of a lane group share."""
+
+    BATCHED = "batched"
+    """One batched matrix product computes all lanes; the base model is never written."""
+    DENSE = "dense"
+    """The variant forms a full-size update, mostly for one layer and lane at a time (`DenseProduct`)."""
+    EXCLUSIVE = "exclusive"
+    """The variant writes the base model or keeps full-size state; a lane group holds one lane."""
+
+
+class AdaptationScope(StrEnum):
+    """The part of the model that a variant trains, besides the task's head."""
+
+    TARGET_LAYERS = "target_layers"
+    """The target layers."""
+    HEAD_ONLY = "head_only"
+    """Nothing: only the task's head learns."""
+    FULL_MODEL = "full_model"
+    """Every parameter of the model."""
+
+
+class CalibrationStatistic(StrEnum):
+    """The matrix per layer that an initialization is computed from."""
+
+    NONE = "none"
+    WEIGHT = "weight"
+    """The frozen weight itself, (out, in), for a reduction that takes long, such as an SVD."""
+    MEAN_GRADIENT = "gradient"
+    """The mean gradient of the loss with respect to the frozen weight, (out, in)."""
+    INPUT_COVARIANCE = "inputs"
+    """The covariance of the layer's inputs, (in, in)."""
+    INPUT_MOMENT = "moment"
+    """The mean of x x^T over the layer's inputs x, not centred, (in, in)."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the matrix is computed from calibration batches."""
+        return self not in (CalibrationStatistic.NONE, CalibrationStatistic.WEIGHT)
+
+
+class Start(StrEnum):
+    """The function that a lane computes at step 0."""
+
+    BASE = "base"
+    """The frozen model's, bit for bit."""
+    ROUNDED = "rounded"
+    """The frozen model's up to rounding."""
+    OTHER = "other"
+    """Another function than the frozen model's."""
+
+
+class VerifiedBy(StrEnum):
+    """Source that the implementation of a variant was compared with."""
+
+    REFERENCE_IMPLEMENTATION = "reference_implementation"
+    """A trusted implementation, step for step: PEFT, or plain AdamW for the two controls."""
+    AUTHORS_CODE = "authors_code"
+    """The update rule in the authors' code."""
+    PAPER = "paper"
+    """The paper's equations."""
+    NONE = "none"
+    """Nothing."""

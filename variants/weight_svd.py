@@ -1,0 +1,56 @@
+"""The base class of variants that start from singular triplets of the weight."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from variants.base import CalibrationStatistic, Choice, FrozenLayer, Params, VariantSettings, stable_seed
+from variants.baseline.lora import LoRA
+from variants.linalg import randomized_svd
+
+
+class WeightSVD(LoRA):
+    """A product of factors that starts from the largest or smallest singular triplets of W = U S V^T.
+
+    The triplets are computed once for each base model, rank and `svd`, and kept in the store. Without a store
+    they are computed once for each model to which the variant is attached. They involve no noise: seeds
+    differ only in their data order.
+    """
+
+    calibration_statistic = CalibrationStatistic.WEIGHT
+    hyperparameters = {
+        "svd": Choice(
+            "exact", ("exact",), or_count="a number of power iterations, such as 16",
+            help="'exact', or the number of power iterations of a randomized SVD",
+        )
+    }  # fmt: skip
+    smallest: ClassVar[bool] = False
+    """True for the smallest triplets, which only an exact SVD finds."""
+
+    def triplet_count(self, settings: VariantSettings) -> int:
+        """Return the number of triplets that `triplets` returns: the rank."""
+        return settings.rank
+
+    def triplets(self, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U (out, r), S (r,) and V^T (r, in), in descending order, in the lanes' dtype."""
+        found: Params = layer.calibration
+        if not found:
+            key = f"svd {self.name} {settings['svd']} {settings.rank}"
+            if key not in layer.cache:
+                layer.cache[key] = self.reduce_calibration(layer, layer.weight.to(layer.dtype), settings)
+            found = layer.cache[key]
+        u, s, vh = (found[name].to(layer.device, layer.dtype) for name in ("U", "S", "Vh"))
+        return u, s, vh
+
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+        count, svd = self.triplet_count(settings), str(settings["svd"])
+        u, s, vh = (
+            torch.linalg.svd(matrix, full_matrices=False)
+            if svd == "exact" or self.smallest
+            else randomized_svd(matrix, count, int(svd), stable_seed(layer.name, count))
+        )
+        kept = slice(len(s) - count, None) if self.smallest else slice(count)
+        return {"U": u[:, kept].contiguous(), "S": s[kept].contiguous(), "Vh": vh[kept].contiguous()}
