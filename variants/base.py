@@ -12,9 +12,7 @@ auxiliary loss (`auxiliary_loss`), learning rates of its own (`parameter_lr_scal
 tensors that are computed once a step (`gradient_constants`), a forward pass that includes the frozen layer's
 output (`includes_base`, `forward_with_base`), hooks around the optimizer's step (`before_step`,
 `after_step`), and ranks that differ between layers or change during training (`init_layers`, a frozen tensor
-"mask", `rank_budget`).
-
-This module also exports everything that an implementation of a variant needs.
+"mask", `rank_budget`). This module exports everything that an implementation needs.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ from variants.batch_invariant import baddbmm, bmm
 from variants.errors import MergeError, UnsupportedError
 from variants.initializers import lora_init, normal_init, uniform_init
 from variants.lane_views import FrozenLayer, InitialTensors, LaneView, LayerView, Params
+from variants.parameter_formula import ParameterCount
 from variants.peft_format import PeftFormat, PeftMethod
 from variants.seeds import parameter_generator, stable_seed
 from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
@@ -57,7 +56,7 @@ RANK_MASK = "mask"
 """Name of a layer's frozen tensor with a 1 for each rank in use and a 0 for the others."""
 
 
-class Variant(PeftFormat):
+class Variant(ParameterCount, PeftFormat):
     """A rule that states how a frozen linear layer learns.
 
     A variant has no state: one instance serves all layers and lanes.
@@ -67,12 +66,6 @@ class Variant(PeftFormat):
     """The name on the command line; by default the name of the file."""
     axis: ClassVar[str]
     """The kind of change that the variant makes to LoRA: the folder of the file."""
-    parameters: ClassVar[str] = ""
-    """Formula of the number of trainable values of one layer. It may use `rank` (the rank in use), `in`,
-    `out`, `layers` (the number of adapted layers), `formula_names`, and min, max, ceil, sqrt and round."""
-    shared_parameters: ClassVar[str] = ""
-    """The same for the trainable tensors of each layer group, with the largest `in` and `out` of its layers
-    and their number `layers`."""
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {}
     """Hyperparameters that only this variant has: defaults, permitted values and help."""
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.NONE
@@ -123,10 +116,6 @@ class Variant(PeftFormat):
     def extra_defaults(self) -> ExtraSettings:
         """Defaults of the hyperparameters that only this variant has."""
         return {name: each.default for name, each in self.hyperparameters.items()}
-
-    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
-        """Return the values that `parameters` may use by name: by default, the own hyperparameters."""
-        return settings.extra
 
     def scaling(self, settings: VariantSettings) -> float:
         """Return the factor s in front of the update: alpha / rank, or 1 for a variant without alpha."""

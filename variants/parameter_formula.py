@@ -1,12 +1,14 @@
-"""Evaluation of the formulas in which variants state their numbers of trainable values."""
+"""The part of a variant that states its number of trainable values, as formulas."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
+from typing import ClassVar
 
-from variants.variant_settings import Value
+from variants.lane_views import FrozenLayer
+from variants.variant_settings import ExtraSettings, Value, VariantSettings
 
 FUNCTIONS = {"min": min, "max": max, "ceil": math.ceil, "sqrt": math.sqrt, "round": round}
 
@@ -27,3 +29,31 @@ def evaluate_formula(
     values |= {"out": shape[0], "in_": shape[1]}  # `in` is a keyword of Python
     expression = re.sub(r"\bin\b", "in_", formula or "0")
     return int(eval(expression, {"__builtins__": {}}, values))
+
+
+class ParameterCount:
+    """Mixin with a variant's formulas."""
+
+    parameters: ClassVar[str] = ""
+    """Formula of the number of trainable values of one layer. It may use `rank` (the rank in use), `in`,
+    `out`, `layers` (the number of adapted layers), `formula_names`, and min, max, ceil, sqrt and round."""
+    shared_parameters: ClassVar[str] = ""
+    """The same for the trainable tensors of each layer group, with the largest `in` and `out` of its layers
+    and their number `layers`."""
+
+    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+        """Return the values that the formulas may use by name: by default, the own hyperparameters."""
+        return settings.extra
+
+    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int, settings: VariantSettings) -> int:
+        """Return the number of trainable values of one layer; by default the value of `parameters`.
+
+        A variant overrides this method if no formula over the layer's shape states the number.
+
+        Args:
+            layer: The frozen layer.
+            rank: The rank in use.
+            layers: The number of adapted layers.
+            settings: The settings, with all defaults filled in.
+        """
+        return evaluate_formula(self.parameters, rank, layer.shape, layers, self.formula_names(settings))

@@ -361,7 +361,8 @@ def _expected_parameter_count(variant: Variant, case: Case, adapters: Adapters, 
     shapes = {name: layer.frozen_layer.shape for name, layer in adapters.layers.items()}
     names = variant.formula_names(adapters.settings)
     for name, rank in ranks.items():
-        count += evaluate_formula(variant.parameters, rank, shapes[name], len(shapes), names)
+        layer = adapters.layers[name].frozen_layer
+        count += variant.layer_parameters(layer, rank, len(shapes), adapters.settings)
     for group in adapters.layer_groups.values():
         members = [shapes[name] for name, layer in adapters.layers.items() if layer.layer_group is group]
         largest = max(out for out, _ in members), max(into for _, into in members)
