@@ -10,6 +10,7 @@ from variants import catalogue
 from variants.attach import Adapters, attach
 from variants.base import ExtraSettings, FrozenLayer, MergeError, UnsupportedError, VariantSettings
 from variants.merging import merge_and_detach
+from variants.parameter_formula import evaluate_formula
 
 VARIANT = catalogue.get("lora_moe")
 OUT, IN = 20, 12
@@ -43,8 +44,8 @@ def inputs(count: int = 2) -> Tensor:
 
 def compute(x: Tensor, params: dict[str, Tensor], lane_settings: VariantSettings) -> Tensor:
     scaling = torch.full((len(x), 1, 1), VARIANT.scaling(lane_settings))
-    prepared = VARIANT.prepare(params, layer(), scaling)
-    return VARIANT.forward(x, x @ layer().weight.T, prepared, layer(), scaling)
+    prepared = VARIANT.prepare(params, layer(), scaling, lane_settings)
+    return VARIANT.forward(x, x @ layer().weight.T, prepared, layer(), scaling, lane_settings)
 
 
 def compute_with_loop(
@@ -86,8 +87,8 @@ def test_equal_gates_give_lora_of_the_full_rank() -> None:
     x, params = inputs(), stacked_tensors(lane_settings)
     params["R"] = torch.zeros_like(params["R"])
     lora, scaling = catalogue.get("lora"), torch.full((2, 1, 1), 2.0)
-    own = lora.prepare({"A": params["A"], "B": params["B"]}, layer(), scaling)
-    expected = lora.forward(x, x @ layer().weight.T, own, layer(), scaling)
+    own = lora.prepare({"A": params["A"], "B": params["B"]}, layer(), scaling, lane_settings)
+    expected = lora.forward(x, x @ layer().weight.T, own, layer(), scaling, lane_settings)
     torch.testing.assert_close(compute(x, params, lane_settings), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -98,7 +99,9 @@ def test_the_number_of_experts_divides_the_rank(rank: int, experts: int) -> None
     assert params["R"].shape == (2, experts, IN)
     assert params["A"].shape == (2, rank, IN)
     assert VARIANT.scaling(lane_settings) == pytest.approx(16 * experts / rank)
-    assert VARIANT.parameter_count(OUT, IN, lane_settings) == rank * (OUT + IN) + experts * IN
+    names = VARIANT.formula_names(lane_settings)
+    count = evaluate_formula(VARIANT.parameters, rank, (OUT, IN), 1, names)
+    assert count == rank * (OUT + IN) + experts * IN
 
 
 @pytest.mark.parametrize(
@@ -116,10 +119,13 @@ def test_invalid_settings_are_refused(rank: int, extra: ExtraSettings, message: 
         VARIANT.validate_settings(VariantSettings(rank, 16.0, extra=extra))
 
 
-def balance(x: Tensor, params: dict[str, Tensor], attention_mask: Tensor | None = None) -> Tensor:
+def balance(
+    x: Tensor, params: dict[str, Tensor], attention_mask: Tensor | None = None, weight: float = 0.1
+) -> Tensor:
     """Return the balancing loss of one example per lane, for inputs `x` (K, L, in)."""
     attention_mask = torch.ones(x.shape[:2]) if attention_mask is None else attention_mask
-    return VARIANT.auxiliary_loss(x.unsqueeze(1), attention_mask.unsqueeze(1), params, layer())
+    lane_settings = settings(8, balance=weight)
+    return VARIANT.auxiliary_loss(x.unsqueeze(1), attention_mask.unsqueeze(1), params, layer(), lane_settings)
 
 
 def test_the_balancing_loss_is_the_squared_variation_of_the_loads() -> None:
@@ -130,16 +136,15 @@ def test_the_balancing_loss_is_the_squared_variation_of_the_loads() -> None:
         assert term > 0
     even = {**params, "R": torch.zeros_like(params["R"])}
     torch.testing.assert_close(balance(x, even), torch.zeros(2))
-    heavier = stacked_tensors(settings(8, balance=0.5))
-    torch.testing.assert_close(balance(x, heavier), 5 * balance(x, params))
+    torch.testing.assert_close(balance(x, params, weight=0.5), 5 * balance(x, params))
 
 
 def test_the_balancing_loss_of_a_batch_is_the_mean_over_its_parts() -> None:
     x, params = torch.randn(2, 6, 7, inputs().shape[-1]), stacked_tensors(settings(8))
     attention_mask = (torch.rand(2, 6, 7) > 0.3).float()
-    whole = VARIANT.auxiliary_loss(x, attention_mask, params, layer())
+    whole = VARIANT.auxiliary_loss(x, attention_mask, params, layer(), settings(8))
     parts = [
-        VARIANT.auxiliary_loss(x[:, i : i + 2], attention_mask[:, i : i + 2], params, layer())
+        VARIANT.auxiliary_loss(x[:, i : i + 2], attention_mask[:, i : i + 2], params, layer(), settings(8))
         for i in (0, 2, 4)
     ]
     torch.testing.assert_close(torch.stack(parts).mean(0), whole)

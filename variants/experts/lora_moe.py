@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from torch import Tensor
 
-import torch
-from torch import Generator, Tensor
-
-from variants.base import (
-    ExtraSettings,
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Number,
-    Params,
-    UnsupportedError,
-    Variant,
-    VariantSettings,
-    VerifiedBy,
-    baddbmm,
-    bmm,
-    lora_init,
-    parameter_generator,
-    uniform_init,
-)
+from variants.base import Int, Number, VariantSettings, VerifiedBy
+from variants.mixture import Mixture
 
 
-class LoRAMoE(Variant):
+class LoRAMoE(Mixture):
     """y = W x + s sum_i g_i(x) B_i A_i x with g = softmax(R x) over the experts, R (experts, in).
 
     It cannot be merged into W.
@@ -56,84 +38,15 @@ class LoRAMoE(Variant):
     """
 
     parameters = "rank * (in + out) + experts * in"
-    verified_by = VerifiedBy.AUTHORS_CODE
-    is_mergeable = False
-    has_auxiliary_loss = True
     hyperparameters = {
         "experts": Int(8, minimum=2, help="largest number of experts"),
         "top_k": Int(0, minimum=0, help="gates that are kept for each token; 0 keeps all"),
         "balance": Number(0.1, help="weight of the balance loss"),
     }
+    verified_by = VerifiedBy.AUTHORS_CODE
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
-        settings = super().validate_settings(settings)
-        experts, top_k = _expert_count(settings), settings["top_k"]
-        if experts == 1:
-            most = settings["experts"]
-            raise UnsupportedError(f"rank {settings.rank}: no number of experts from 2 to {most} divides it")
-        if int(top_k) > experts:
-            raise UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
-        return settings
-
-    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
-        return {"experts": _expert_count(settings)}
-
-    def scaling(self, settings: VariantSettings) -> float:
-        assert settings.alpha is not None
-        return settings.alpha * _expert_count(settings) / settings.rank
-
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = lora_init(layer, settings, generator)
-        in_features = layer.shape[1]
-        noise = parameter_generator(generator, "R")
-        initial.trainable["R"] = uniform_init(
-            (_expert_count(settings), in_features), 1 / math.sqrt(in_features), layer, noise
-        )
-        return initial
-
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        return {**params, "sB": params["B"] * scaling}
-
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
+    def imbalance(
+        self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: VariantSettings
     ) -> Tensor:
-        a, b, gates = params["A"].to(x.dtype), params["sB"].to(x.dtype), _gates(x, params, settings)
-        rank_gates = gates.repeat_interleave(a.shape[1] // gates.shape[2], dim=2).to(x.dtype)
-        return baddbmm(base, bmm(x, a.transpose(1, 2)) * rank_gates, b.transpose(1, 2))
-
-    def auxiliary_loss(
-        self,
-        x: Tensor,
-        attention_mask: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        settings: VariantSettings,
-    ) -> Tensor:
-        gates = _gates(x.flatten(1, 2), params, settings).unflatten(1, x.shape[1:3])
-        load = (gates * attention_mask.unsqueeze(3).to(gates.dtype)).sum(2)
-        uneven = load.var(2) / (load.mean(2).square() + 1e-10)
-        return float(settings["balance"]) * uneven.mean(1)
-
-
-def _expert_count(settings: VariantSettings) -> int:
-    most = min(int(settings["experts"]), settings.rank)
-    return next(experts for experts in range(most, 0, -1) if settings.rank % experts == 0)
-
-
-def _gates(x: Tensor, params: Params, settings: VariantSettings) -> Tensor:
-    """Return the gates (K, N, experts) for x (K, N, in), in float32 or float64."""
-    logits = bmm(x, params["R"].to(x.dtype).transpose(1, 2))
-    gates = logits.softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
-    if not settings["top_k"]:
-        return gates
-    smallest = gates.topk(int(settings["top_k"]), dim=2).values[..., -1:]
-    gates = gates.where(gates >= smallest, torch.zeros_like(gates))
-    return gates / gates.sum(2, keepdim=True)
+        load = (gates * mask).sum(2)
+        return load.var(2) / (load.mean(2).square() + 1e-10)

@@ -1,0 +1,175 @@
+"""Base of the variants with several LoRA experts per layer and a router that weighs them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
+    Params,
+    UnsupportedError,
+    Variant,
+    VariantSettings,
+    baddbmm,
+    bmm,
+    lora_init,
+    parameter_generator,
+    uniform_init,
+)
+
+
+class Mixture(Variant):
+    """y = W x + s sum_i g_i(x) B_i A_i x with gates g from a router.
+
+    Shapes: A (rank, in) and B (out, rank) hold the factors of all experts, one expert after the other, so
+    that one matrix product computes all of them. R (experts, in) is the router.
+
+    s = alpha / (rank of one expert). With `shares_rank` the experts share `rank` equally, and their number is
+    the largest one from 2 to `experts` that divides `rank`. Equal gates that sum to 1 then give LoRA's
+    scaling alpha / rank for the sum of all experts. Without `shares_rank` each expert has `rank`.
+
+    A subclass declares the hyperparameters `experts`, `top_k` and `balance` and overrides what its paper
+    changes: `init` (start of the experts), `route` (gates), `features` (input of B), `imbalance` (auxiliary
+    loss of one example).
+    """
+
+    is_mergeable = False
+    has_auxiliary_loss = True
+    shares_rank: ClassVar[bool] = True
+
+    def expert_count(self, settings: VariantSettings) -> int:
+        """Return the number of experts of a layer."""
+        most = int(settings["experts"])
+        if not self.shares_rank:
+            return most
+        rank = settings.rank
+        return next(experts for experts in range(min(most, rank), 0, -1) if rank % experts == 0)
+
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        experts, top_k = self.expert_count(settings), int(settings.extra.get("top_k", 0))
+        if experts == 1:
+            most = settings["experts"]
+            raise UnsupportedError(f"rank {settings.rank}: no number of experts from 2 to {most} divides it")
+        if top_k > experts:
+            raise UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
+        return settings
+
+    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+        return {**settings.extra, "experts": self.expert_count(settings)}
+
+    def scaling(self, settings: VariantSettings) -> float:
+        assert settings.alpha is not None
+        return settings.alpha * (self.expert_count(settings) if self.shares_rank else 1) / settings.rank
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        return init_experts(layer, settings, generator, self.expert_count(settings), settings.rank)
+
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        return {**params, "sB": params["B"] * scaling}
+
+    def route(self, x: Tensor, params: Params, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        """Return the gates and the router's probabilities, (K, N, experts) in float32 or float64.
+
+        Args:
+            x: The layer's input, (K, N, in).
+            params: The lanes' tensors, (K, ...).
+            settings: The settings; `top_k` keeps that many of a token's gates, and 0 keeps all of them.
+        """
+        probabilities = router_probabilities(x, params)
+        return keep_largest(probabilities, int(settings["top_k"])), probabilities
+
+    def features(self, x: Tensor, params: Params, experts: int) -> Tensor:
+        """Return the factor of each column of B before it is multiplied by its expert's gate, (K, N, rank)."""
+        return bmm(x, params["A"].to(x.dtype).transpose(1, 2))
+
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        scaling: Tensor,
+        settings: VariantSettings,
+    ) -> Tensor:
+        b, gates = params["sB"].to(x.dtype), self.route(x, params, settings)[0]
+        rank_gates = gates.repeat_interleave(b.shape[2] // gates.shape[2], dim=2).to(x.dtype)
+        features = self.features(x, params, gates.shape[2])
+        return baddbmm(base, features * rank_gates, b.transpose(1, 2))
+
+    def auxiliary_loss(
+        self,
+        x: Tensor,
+        attention_mask: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        settings: VariantSettings,
+    ) -> Tensor:
+        routes = self.route(x.flatten(1, 2), params, settings)
+        gates, probabilities = (route.unflatten(1, x.shape[1:3]) for route in routes)
+        mask = attention_mask.unsqueeze(3).to(gates.dtype)
+        return float(settings["balance"]) * self.imbalance(gates, probabilities, mask, settings).mean(1)
+
+    def imbalance(
+        self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: VariantSettings
+    ) -> Tensor:
+        """Return how unevenly the experts are used in each example, (K, R).
+
+        This is the Switch Transformer's balancing loss experts * sum_i f_i P_i, where f_i is the share of an
+        example's tokens that expert i serves and P_i is the mean of its probabilities.
+
+        Args:
+            gates: (K, R, L, experts) of R examples of L positions per lane.
+            probabilities: (K, R, L, experts), the second result of `route`.
+            mask: (K, R, L, 1), 0.0 at padding and 1.0 elsewhere.
+            settings: The settings.
+        """
+        tokens = mask.sum(2).clamp(min=1)
+        served = ((gates > 0) * mask).sum(2) / tokens
+        return gates.shape[3] * (served * (probabilities * mask).sum(2) / tokens).sum(2)
+
+
+def init_experts(
+    layer: FrozenLayer, settings: VariantSettings, generator: Generator, experts: int, rank: int
+) -> InitialTensors:
+    """Return LoRA's initial A and B for all experts of a layer, and R from U(-1/sqrt(in), 1/sqrt(in)).
+
+    Args:
+        layer: The frozen layer.
+        settings: The lane's settings.
+        generator: The generator of this lane and layer.
+        experts: The number of experts.
+        rank: The rank of all experts together.
+    """
+    initial = lora_init(layer, replace(settings, rank=rank), generator)
+    in_features = layer.shape[1]
+    noise = parameter_generator(generator, "R")
+    initial.trainable["R"] = uniform_init((experts, in_features), 1 / math.sqrt(in_features), layer, noise)
+    return initial
+
+
+def router_probabilities(x: Tensor, params: Params) -> Tensor:
+    """Return softmax(R x) as (K, N, experts) for x (K, N, in), in float32 or float64."""
+    logits = bmm(x, params["R"].to(x.dtype).transpose(1, 2))
+    return logits.softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def keep_largest(probabilities: Tensor, top_k: int) -> Tensor:
+    """Set all but the `top_k` largest gates of each token to zero and scale the others to a sum of 1.
+
+    Gates that equal the smallest one kept are kept too. With `top_k` 0 all gates are kept.
+    """
+    if not top_k:
+        return probabilities
+    smallest = probabilities.topk(top_k, dim=2).values[..., -1:]
+    gates = probabilities.where(probabilities >= smallest, torch.zeros_like(probabilities))
+    return gates / gates.sum(2, keepdim=True)
