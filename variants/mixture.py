@@ -89,7 +89,7 @@ class Mixture(Variant):
         return keep_largest(probabilities, int(settings["top_k"])), probabilities
 
     def features(self, x: Tensor, params: Params, experts: int) -> Tensor:
-        """Return the factor of each column of B before it is multiplied by its expert's gate, (K, N, rank)."""
+        """Return the factors of the columns of B before the gates weigh them, (K, N, rank)."""
         return bmm(x, params["A"].to(x.dtype).transpose(1, 2))
 
     def forward(
