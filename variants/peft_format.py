@@ -30,6 +30,10 @@ class PeftMethod:
     constants: Mapping[str, Any] = field(default_factory=dict)
     """Fields that have the same value in every adapter of the method. An adapter in which they have another
     value belongs to another method."""
+    optional: frozenset[str] = frozenset()
+    """Those of our tensors in `names` that not every layer has."""
+    adapts_conv1d: bool = True
+    """False if PEFT has the method for layers of type Linear only, and not for Conv1D (GPT-2)."""
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         """Return whether an adapter_config.json belongs to this method."""
@@ -68,8 +72,10 @@ class PeftFormat:
         Returns:
             An empty mapping if PEFT does not have the method.
         """
-        names = {} if self.peft is None else self.peft.names
-        return {peft_name: params[name] for name, peft_name in names.items()}
+        if self.peft is None:
+            return {}
+        missing = self.peft.optional - params.keys()
+        return {theirs: params[ours] for ours, theirs in self.peft.names.items() if ours not in missing}
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         """Return the fields of PEFT's adapter_config.json that describe the result of `to_peft`."""
@@ -98,14 +104,21 @@ class PeftFormat:
         )
 
     def init_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
-        """Invert `to_peft`.
+        """Invert `to_peft`. Tensors of whole numbers are frozen, because they have no gradient.
 
         Args:
             tensors: One layer's tensors under PEFT's names.
             settings: The result of `settings_from_peft`.
         """
-        names = {} if self.peft is None else self.peft.names
-        return InitialTensors({name: tensors[peft_name] for name, peft_name in names.items()})
+        peft = self.peft
+        assert peft is not None
+        present = {
+            ours: tensors[theirs]
+            for ours, theirs in peft.names.items()
+            if theirs in tensors or ours not in peft.optional
+        }
+        trainable = {name: tensor for name, tensor in present.items() if tensor.is_floating_point()}
+        return InitialTensors(trainable, {n: t for n, t in present.items() if n not in trainable})
 
     def init_group_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
         """Return a layer group's tensors.

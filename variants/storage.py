@@ -97,11 +97,15 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str)
         base_model_name: The name of the base model in adapter_config.json.
 
     Raises:
-        UnsupportedError: PEFT does not have the method.
+        UnsupportedError: PEFT does not have the method, or not for layers of this type.
     """
     settings, peft = adapters.lane_settings(lane), adapters.variant.peft
     if peft is None:
         raise UnsupportedError(f"{adapters.variant.name} cannot be exported: PEFT does not have this method")
+    if not peft.adapts_conv1d and any(is_conv1d(layer.base_layer) for layer in adapters.layers.values()):
+        raise UnsupportedError(
+            f"{adapters.variant.name} cannot be exported: PEFT has this method for layers of type Linear only"
+        )
     tensors: dict[str, Tensor] = {}
     for name, layer in adapters.layers.items():
         lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
@@ -118,9 +122,11 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str)
         "base_model_name_or_path": base_model_name,
         "target_modules": sorted(adapters.layers),
         "modules_to_save": sorted(adapters.heads) or None,
-        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in adapters.layers.values()),
         "inference_mode": True,
     }
+    if peft.adapts_conv1d:  # PEFT's other methods do not have this field
+        layers = adapters.layers.values()
+        config["fan_in_fan_out"] = all(is_conv1d(layer.base_layer) for layer in layers)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -177,12 +183,13 @@ def _read_peft_tensors(
     """Return module -> PEFT's name -> tensor, and the tensors that belong to no module of the base model."""
     tensors_by_module: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
-    for key, tensor in load_file(file).items():
+    for key, stored in load_file(file).items():
+        tensor = stored.to(dtype) if stored.is_floating_point() else stored
         if key.startswith(PEFT_PREFIX):
             name, rest = _split_key(key.removeprefix(PEFT_PREFIX), modules)
-            tensors_by_module.setdefault(name, {})[rest] = tensor.to(dtype)
+            tensors_by_module.setdefault(name, {})[rest] = tensor
         else:
-            shared[key.removeprefix(PEFT_ROOT)] = tensor.to(dtype)
+            shared[key.removeprefix(PEFT_ROOT)] = tensor
     return tensors_by_module, shared
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import parity
 import pytest
+from peft import get_peft_model
 from references import adalora
 
 from variants import catalogue
 from variants.base import VerifiedBy
+from variants.testing.cases import Case
 
 REFERENCES = parity.load_references()
 
@@ -39,3 +41,15 @@ def test_variants_verified_by_a_reference_implementation_are_compared_with_one()
         if catalogue.get(name).verified_by == VerifiedBy.REFERENCE_IMPLEMENTATION
     }
     assert verified == set(REFERENCES)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_peft_refuses_conv1d_exactly_where_the_variant_says_so(name: str) -> None:
+    peft, config = catalogue.get(name).peft, REFERENCES[name].config
+    if peft is None or config is None:
+        pytest.skip("without PEFT's method")
+    if peft.adapts_conv1d:
+        assert "gpt2" in REFERENCES[name].models
+        return
+    with pytest.raises((TypeError, ValueError), match=r"[Uu]nsupported|not supported|not implemented"):
+        get_peft_model(Case("gpt2", model="gpt2").build(), config(["c_attn"]))

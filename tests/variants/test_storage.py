@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import HiraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
+from peft import HiraConfig, LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Generator, nn
 
 from variants import catalogue
 from variants.attach import attach
-from variants.base import FrozenLayer, InitialTensors, UnsupportedError, VariantSettings
+from variants.base import FrozenLayer, InitialTensors, PeftMethod, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
+from variants.peft_format import PeftFormat
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 from variants.testing import Case
 
@@ -77,7 +78,7 @@ def test_modules_to_save_become_the_lanes_head(tmp_path: Path, variant: str) -> 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LoHaConfig(r=3, target_modules=["q_proj"]), "no variant here is PEFT's LOHA"),
+        (LNTuningConfig(target_modules=["norm"]), "no variant here is PEFT's LN_TUNING"),
         (LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, use_rslora=True), "no variant here is"),
         (LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"), "a pissa adapter over"),
         (LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"q_proj": 2}), "PEFT's rank_pattern"),
@@ -157,6 +158,35 @@ def test_the_exported_alpha_gives_the_variants_scaling(name: str) -> None:
         pytest.skip("PEFT scales this method by other rules")
     rank = config["r"] ** 0.5 if config["use_rslora"] else config["r"]
     assert config["lora_alpha"] / rank == pytest.approx(variant.scaling(settings))
+
+
+class LinearOnly(LoRA):
+    """A user's variant that PEFT has for layers of type Linear only, with whole numbers in its format."""
+
+    name = "linear_only"
+    peft = PeftMethod(
+        "LINEAR", {"A": "a", "B": "b", "places": "i"}, optional=frozenset({"B"}), adapts_conv1d=False
+    )
+
+
+def test_whole_numbers_are_frozen_and_optional_tensors_may_be_missing() -> None:
+    settings = VariantSettings(2, 4.0)
+    layer = FrozenLayer("layer", torch.zeros(3, 5), None)
+    tensors = {"A": torch.ones(2, 5), "places": torch.arange(2)}
+    exported = PeftFormat.to_peft(LinearOnly(), tensors, settings, layer)
+    assert exported.keys() == {"a", "i"}
+    loaded = LinearOnly().init_from_peft(exported, settings)
+    assert (loaded.trainable.keys(), loaded.frozen.keys()) == ({"A"}, {"places"})
+    with pytest.raises(KeyError, match="'a'"):
+        LinearOnly().init_from_peft({"i": exported["i"]}, settings)
+
+
+def test_an_export_that_peft_could_not_load_is_refused(tmp_path: Path) -> None:
+    adapters = attach(GPT2.build(), LinearOnly(), VariantSettings(2))
+    adapters.add_lane("a", VariantSettings(2), seed=5)
+    with pytest.raises(UnsupportedError, match="linear_only cannot be exported: PEFT has this method for"):
+        save_peft(adapters, "a", tmp_path, "some/base")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lane_of_another_variant_is_refused(tmp_path: Path) -> None:

@@ -229,6 +229,8 @@ def export_loads_in_peft(variant: Variant, case: Case) -> None:
 
     if variant.peft is None:
         raise NotApplicableError(f"PEFT does not have {variant.name}")
+    if case.model == "gpt2" and not variant.peft.adapts_conv1d:
+        raise NotApplicableError(f"PEFT has {variant.name} for layers of type Linear only")
     adapters = attach_lanes(case, variant, 1)
     perturb_lanes(case, adapters)
     exported = lane_outputs(case, adapters)
