@@ -1,4 +1,4 @@
-"""A trained head on the frozen base model, without any adapter."""
+"""Head only: the task's head learns on the frozen base model, without any adapter."""
 
 from __future__ import annotations
 

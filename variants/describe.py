@@ -1,0 +1,206 @@
+"""Descriptions of the catalogue's entries, from their docstrings, attributes and measured costs.
+
+`python -m variants` prints them, and the tables of docs/variants.md are made from them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from variants import catalogue
+from variants.base import AdaptationScope, Start, Variant, VariantSettings, VerifiedBy
+from variants.parameter_formula import evaluate_formula
+
+COSTS_FILE = Path(__file__).with_name("costs.json")
+"""Measurements of `experiments/benchmarks/variant_costs.py`."""
+RANK, SIDE, LAYERS = 8, 4096, 32
+"""The size at which parameters are counted: the rank, both sides of a layer, and the number of layers (as
+many as a model of 8 billion parameters has of one type)."""
+
+CHECKED_TEXT = {
+    VerifiedBy.REFERENCE_IMPLEMENTATION: "PEFT",
+    VerifiedBy.AUTHORS_CODE: "authors' code",
+    VerifiedBy.PAPER: "paper",
+    VerifiedBy.NONE: "nothing",
+}
+START_TEXT = {
+    Start.BASE: "W' = W at step 0, bit for bit",
+    Start.ROUNDED: "W' = W at step 0, up to rounding",
+    Start.OTHER: "W' differs from W at step 0",
+}
+_PAPER_ID = re.compile(
+    r"(?P<arxiv>arXiv \d{4}\.\d{4,5})|(?P<review>openreview \w+)|(?P<doi>doi [\w./]+)", re.IGNORECASE
+)
+_INITIALIZATION = re.compile(
+    r"Initialization(?P<like> [\w ]*as in [^.;,\n]+)?:?\s*(?P<text>.*?)(?:\n\s*\n|\Z)", re.S
+)
+
+
+@dataclass(frozen=True)
+class HyperparameterText:
+    """A hyperparameter that only one variant has."""
+
+    name: str
+    default: float | int | str | bool
+    rule: str
+    """The permitted values in words."""
+    help: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """An entry of the catalogue for readers and programs."""
+
+    name: str
+    title: str
+    axis: str
+    authors: str
+    """Authors and year; empty for a control."""
+    paper: str
+    """arXiv number, OpenReview id, DOI or venue; empty for a control."""
+    summary: str
+    """One clause that says what the variant does."""
+    rule: str
+    """The docstring of the variant's class: equation, initialization, defaults, deviations."""
+    parameters: str
+    """Formula of the number of trainable values of one layer."""
+    parameter_count: int | None
+    """Its value at rank `RANK` for a layer with sides `SIDE`, one of `LAYERS`; None without a formula."""
+    shared_parameters: str
+    """The same for each group of layers that share trainable tensors; empty without such tensors."""
+    shared_parameter_count: int | None
+    initialization: str
+    """The beginning of the docstring's part on the initialization."""
+    start: str
+    """The function at step 0: base, rounded or other (`Start`)."""
+    batching: str
+    mergeable: bool
+    is_control: bool
+    """Whether the entry trains something else than the target layers."""
+    checked: str
+    """What the implementation was compared with (`VerifiedBy`)."""
+    peft: str
+    """The method's `PeftType` in the PEFT library; empty if lanes cannot be exported."""
+    calibration: str
+    """The matrix from which the initialization is computed (`CalibrationStatistic`)."""
+    uses_rank: bool
+    uses_alpha: bool
+    uses_dropout: bool
+    hyperparameters: tuple[HyperparameterText, ...]
+    step_time: float | None
+    """Time of a training step divided by LoRA's; None if it was not measured."""
+    memory: float | None
+    """Peak memory of a training step divided by LoRA's; None if it was not measured."""
+
+    @property
+    def link(self) -> str:
+        """The address of the paper; empty if it is unknown."""
+        return paper_link(self.paper)
+
+
+def describe_all() -> list[Description]:
+    """Return the descriptions of all entries, sorted by axis and name, LoRA and the controls first."""
+    found = [describe(name) for name in catalogue.names()]
+    return sorted(
+        found, key=lambda each: (each.axis != "baseline", each.axis, each.name != "lora", each.name)
+    )
+
+
+def describe(name: str) -> Description:
+    """Return the description of the entry `name`.
+
+    Raises:
+        ValueError: There is no such entry.
+    """
+    variant = catalogue.get(name)
+    title, authors, paper, summary = parse_module_docstring(inspect.getmodule(type(variant)).__doc__ or "")
+    costs = read_costs().get("steps", {}).get("variants", {}).get(name, {})
+    return Description(
+        name=name,
+        title=title,
+        axis=variant.axis,
+        authors=authors,
+        paper=paper,
+        summary=summary,
+        rule=inspect.cleandoc(type(variant).__doc__ or ""),
+        parameters=variant.parameters,
+        parameter_count=_count(variant, variant.parameters),
+        shared_parameters=variant.shared_parameters,
+        shared_parameter_count=_count(variant, variant.shared_parameters),
+        initialization=find_initialization(type(variant)),
+        start=variant.start.value,
+        batching=variant.batching.value,
+        mergeable=variant.is_mergeable,
+        is_control=variant.adaptation_scope is not AdaptationScope.TARGET_LAYERS,
+        checked=variant.verified_by.value,
+        peft=variant.peft.peft_type if variant.peft else "",
+        calibration=variant.calibration_statistic.value,
+        uses_rank=variant.uses_rank,
+        uses_alpha=variant.uses_alpha,
+        uses_dropout=variant.uses_dropout,
+        hyperparameters=tuple(
+            HyperparameterText(key, each.default, each.rule, each.help)
+            for key, each in variant.hyperparameters.items()
+        ),
+        step_time=costs.get("step_time"),
+        memory=costs.get("memory"),
+    )
+
+
+@cache
+def read_costs() -> dict[str, Any]:
+    """Return the committed measurements of the variants; empty if there are none."""
+    return json.loads(COSTS_FILE.read_text()) if COSTS_FILE.exists() else {}
+
+
+def parse_module_docstring(docstring: str) -> tuple[str, str, str, str]:
+    """Return title, authors with the year, paper and summary from "Title (Authors, source): summary"."""
+    first = " ".join(docstring.strip().split("\n\n")[0].split())
+    head, colon, summary = first.partition("): ")
+    if not colon or " (" not in head:
+        title, _, summary = first.partition(": ")
+        return title, "", "", summary
+    title, _, source = head.partition(" (")
+    return title, *split_source(source), summary
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """Split "Hu et al. 2021, arXiv 2106.09685" into authors with the year, and the paper."""
+    found = _PAPER_ID.search(source)
+    paper = found[0] if found else source.rpartition(", ")[2]
+    authors = source[: found.start()] if found else source.rpartition(", ")[0]
+    return authors.strip(" ,"), re.sub("^openreview", "OpenReview", paper, flags=re.IGNORECASE)
+
+
+def paper_link(paper: str) -> str:
+    """Return the address of a paper from its arXiv number, OpenReview id or DOI; empty for a venue."""
+    kind, _, number = paper.partition(" ")
+    address = {"arxiv": "https://arxiv.org/abs/", "openreview": "https://openreview.net/forum?id="}
+    address["doi"] = "https://doi.org/"
+    return address[kind.lower()] + number if _PAPER_ID.fullmatch(paper) else ""
+
+
+def find_initialization(variant_class: type[Variant]) -> str:
+    """Return the first sentence on the initialization in the docstring of a class, or of its bases."""
+    for each in variant_class.__mro__:
+        found = _INITIALIZATION.search(inspect.cleandoc(each.__doc__ or ""))
+        if found and each is not Variant:
+            text = f"{found['like'].strip()}. " if found["like"] else found["text"]
+            sentence = re.split(r"(?<=[^.])\.(?:\s|$)|, so W' = W", " ".join(text.split()))[0]
+            return sentence.removeprefix("and parameters ").rstrip(".")
+    return ""
+
+
+def _count(variant: Variant, formula: str) -> int | None:
+    """Return the value of a formula at the size in `RANK`, `SIDE` and `LAYERS`; None without a formula."""
+    if not formula:
+        return None
+    settings = variant.validate_settings(VariantSettings(rank=RANK))
+    names = variant.formula_names(settings)
+    return evaluate_formula(formula, RANK, (SIDE, SIDE), LAYERS, names)
