@@ -42,7 +42,7 @@ from variants.variant_settings import (
     Number,
     VariantSettings,
     complete_extra,
-)
+)  # fmt: skip
 
 __all__ = [
     "RANK_MASK", "AdaptationScope", "Batching", "CalibrationStatistic", "Choice", "ExtraSettings", "Flag",
@@ -301,14 +301,7 @@ class Variant(ParameterCount, PeftFormat):
     def delta_bias(
         self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
     ) -> Tensor | None:
-        """Return the change of one lane's bias, (out,), or None if the variant does not change the bias.
-
-        Args:
-            params: The lane's tensors before `prepare`, without the lane dimension.
-            layer: The frozen layer.
-            scaling: The lane's factor s.
-            settings: The lane's settings.
-        """
+        """Return the change of one lane's bias, (out,), or None; the arguments are those of `delta_weight`."""
         return None
 
     def auxiliary_loss(

@@ -115,9 +115,7 @@ def test_another_tree_counts_the_same_if_it_is_the_same(counted: dict[Any, dict[
 
 
 def test_every_variant_that_peft_has_is_compared() -> None:
-    with_method = {
-        name for name in catalogue.names() if vars(type(catalogue.get(name))).get("peft_method", ())
-    }
+    with_method = {name for name in catalogue.names() if vars(type(catalogue.get(name))).get("peft")}
     assert with_method <= step.PEFT_CONFIGS.keys()
 
 

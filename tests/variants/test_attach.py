@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.base import FrozenLayer, MergeError, Params, UnsupportedError, Variant, VariantSettings
+from variants.base import MergeError, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.errors import BypassedLayerError, UnassignedRowsError
 from variants.merging import merge_and_detach
@@ -166,8 +166,7 @@ def test_merging_is_refused_if_it_would_change_other_lanes_or_modules() -> None:
 class Unmergeable(LoRA):
     name = "unmergeable"
 
-    def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
-        return Variant.delta_weight(self, params, layer, scaling)
+    is_mergeable = False
 
 
 def test_a_refused_merge_changes_nothing() -> None:

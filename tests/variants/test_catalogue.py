@@ -50,7 +50,11 @@ def test_names_do_not_import_torch() -> None:
         ("lora", VariantSettings(dropout=1.0), "dropout 1.0"),
         ("lora", VariantSettings(extra={"svd": 4}), "lora does not know 'svd'; its own settings: none"),
         ("pissa", VariantSettings(extra={"svd": "fast"}), "svd 'fast'"),
-        ("pissa", VariantSettings(extra={"svd": 0}), "svd '0'"),
+        (
+            "pissa",
+            VariantSettings(extra={"svd": 0}),
+            "svd 0: must be 'exact' or a number of power iterations",
+        ),
     ],
 )
 def test_invalid_settings_are_refused(name: str, settings: VariantSettings, message: str) -> None:

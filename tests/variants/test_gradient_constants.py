@@ -21,9 +21,11 @@ class CountingDoRA(DoRA):
     def __init__(self) -> None:
         self.computed = 0
 
-    def gradient_constants(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+    def gradient_constants(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
         self.computed += len(scaling)
-        return super().gradient_constants(params, layer, scaling)
+        return super().gradient_constants(params, layer, scaling, settings)
 
 
 def test_norms_are_computed_once_a_step_and_lane_whatever_lanes_share_a_micro_batch() -> None:

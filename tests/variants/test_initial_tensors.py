@@ -68,10 +68,10 @@ def test_dora_keeps_a_row_of_zeros_finite() -> None:
     start = initial_tensors("dora", frozen_layer, VariantSettings(4, 8.0))
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 5, 25)
-    scaling = torch.full((1, 1, 1), 2.0)
-    constants = variant.gradient_constants(one, frozen_layer, scaling)
-    prepared = variant.prepare({**one, **constants}, frozen_layer, scaling)
-    out = variant.forward(x, x @ frozen_layer.weight.T, prepared, frozen_layer, scaling)
+    group = frozen_layer, torch.full((1, 1, 1), 2.0), VariantSettings(4, None)
+    constants = variant.gradient_constants(one, *group)
+    prepared = variant.prepare({**one, **constants}, *group)
+    out = variant.forward(x, x @ frozen_layer.weight.T, prepared, *group)
     assert torch.equal(out, x @ frozen_layer.weight.T)
 
 
@@ -107,13 +107,7 @@ def test_pissa_keeps_changes_that_bfloat16_would_round_away() -> None:
     start["B"] = start["B"] + 1e-4 * torch.randn(64, 4, generator=torch.Generator().manual_seed(4))
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 9, 64).bfloat16()
-    scaling = torch.full((1, 1, 1), 2.0)
-    output = variant.forward(
-        x,
-        torch.zeros(1, 9, 64).bfloat16(),
-        variant.prepare(one, frozen_layer, scaling),
-        frozen_layer,
-        scaling,
-    )
+    group = frozen_layer, torch.full((1, 1, 1), 2.0), VariantSettings(4, None)
+    output = variant.forward(x, torch.zeros(1, 9, 64).bfloat16(), variant.prepare(one, *group), *group)
     true = x.double() @ (2 * (start["B"].double() - start["B0"].double()) @ start["A0"].double()).T
     assert (output.double() - true).norm() < 0.01 * true.norm()

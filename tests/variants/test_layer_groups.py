@@ -66,7 +66,10 @@ def test_each_layer_uses_its_slice_of_the_shared_matrices() -> None:
             expected = own["b"].diag() @ b[:out_features] @ own["d"].diag() @ a[:, :in_features]
             layer = adapters.layers[name]
             torch.testing.assert_close(
-                variant.delta_weight(layer.lane_tensors(lane), layer.frozen_layer, 1.0), expected
+                variant.delta_weight(
+                    layer.lane_tensors(lane), layer.frozen_layer, 1.0, adapters.lane_settings(lane)
+                ),
+                expected,
             )
 
 

@@ -45,9 +45,11 @@ def delta_weight(adapters: Adapters, name: str, lane: str = "0") -> Tensor:
     layer, settings = adapters.layers[name], adapters.lane_settings(lane)
     with torch.no_grad():
         return adapters.variant.delta_weight(
-            layer.lane_tensors(lane), layer.frozen_layer, adapters.variant.scaling(settings)
+            layer.lane_tensors(lane), layer.frozen_layer, adapters.variant.scaling(settings), settings
         )
 
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # -- ReLoRA -------------------------------------------------------------------------------------------------
 
@@ -62,7 +64,7 @@ def test_a_merge_of_relora_changes_no_output(case: Case) -> None:
     old = {name: tensor.clone() for name, tensor in adapters.trainable("0").items()}
     assert not any(tensor.any() for tensor in frozen.values())
     for lane, each in optimizers.items():
-        adapters.after_step(lane, 250, 1000, each.moments)
+        adapters.after_step(lane, 250, 1000, each.optimizer)
     after = lane_outputs(case, adapters)
     assert relative_error(after, before) < case.tolerance / 10
     for name, tensor in adapters.trainable("0").items():
@@ -79,10 +81,10 @@ def test_relora_prunes_adams_moments() -> None:
     for _ in range(3):
         train_step(RECTANGLES, adapters, {"0": optimizer})
     parameters = adapters.trainable("0").values()
-    before = [{key: moment.clone() for key, moment in optimizer.moments(p).items()} for p in parameters]
-    adapters.after_step("0", 250, 1000, optimizer.moments)
+    before = [{key: optimizer.optimizer.state[p][key].clone() for key in MOMENTS} for p in parameters]
+    adapters.after_step("0", 250, 1000, optimizer.optimizer)
     for parameter, old in zip(parameters, before, strict=True):
-        now = optimizer.moments(parameter)
+        now = optimizer.optimizer.state[parameter]
         kept = now["exp_avg"] != 0
         assert kept.sum() == parameter.numel() - int(0.99 * parameter.numel()) > 0
         assert torch.equal(kept, now["exp_avg_sq"] != 0)
@@ -190,7 +192,7 @@ def test_adalora_prunes_the_least_important_of_all_layers() -> None:
     train_step(RECTANGLES, adapters, {"0": optimizer})
     for kind in ("importance", "uncertainty"):
         adapters.frozen("0")[f"there.1.{kind} E"].fill_(1e6)
-    adapters.after_step("0", 17, 40, optimizer.moments)
+    adapters.after_step("0", 17, 40, optimizer.optimizer)
     ranks = adapters.ranks_in_use("0")
     assert ranks["there.1"] == 6
     assert sum(ranks.values()) == 16
@@ -214,12 +216,12 @@ def test_adaloras_loss_is_the_mean_distance_from_orthogonality() -> None:
 def test_the_gradient_of_adaloras_loss_equals_a_numerical_one() -> None:
     layer = FrozenLayer("layer", torch.zeros(5, 4).double(), None)
     a, b = (torch.randn(2, *shape).double().requires_grad_() for shape in ((3, 4), (5, 3)))
-    weight = torch.tensor([0.5, 2.0]).double().view(2, 1, 1)
+    settings = VariantSettings(3, None, extra={"orthogonality": 0.5})
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
         x, mask = torch.zeros(2, 1, 1, 4).double(), torch.ones(2, 1, 1).double()
-        params = {"A": a, "B": b, "orthogonality": weight}
-        return catalogue.get("adalora").auxiliary_loss(x, mask, params, layer)
+        params = {"A": a, "B": b}
+        return catalogue.get("adalora").auxiliary_loss(x, mask, params, layer, settings)
 
     assert torch.autograd.gradcheck(loss, (a, b))
     eye = torch.eye(3).double().repeat(2, 1, 1)

@@ -285,8 +285,9 @@ class Lane:
         """
         moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
         for name, parameter in self.parameters.items():
-            for moment, kept in self._moments(parameter).items():
-                moments[moment][name] = kept
+            kept = self.optimizer.state.get(parameter, {})  # empty before the first step
+            for moment in moments.keys() & kept.keys():
+                moments[moment][name] = kept[moment]
         # The keys are part of files that exist, so two have names of earlier versions.
         state = {
             "curve": [asdict(s) for s in self.curve],
