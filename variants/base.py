@@ -301,7 +301,7 @@ class Variant(ParameterCount, PeftFormat):
     def delta_bias(
         self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
     ) -> Tensor | None:
-        """Return the change of one lane's bias, (out,), or None; the arguments are those of `delta_weight`."""
+        """Return the change of one lane's bias, (out,), or None; arguments as in `delta_weight`."""
         return None
 
     def auxiliary_loss(
