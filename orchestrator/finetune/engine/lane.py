@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from variants.attach import Adapters, CalibrationTensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP_COUNTERS = "step"
+"""Name under which a checkpoint keeps AdamW's step counters among the moments, stacked to one tensor in the
+order of the parameters' names. A parameter whose training begins or restarts late has a lower counter."""
 CLIP_EPSILON = 1e-6
 """Added to the gradient norm before clipping, as torch.nn.utils.clip_grad_norm_ does."""
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
@@ -283,11 +286,11 @@ class Lane:
         Args:
             frozen: The adapter's tensors that are not trained, by name.
         """
-        moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
-        for name, parameter in self.parameters.items():
-            kept = self.optimizer.state.get(parameter, {})  # empty before the first step
-            for moment in moments.keys() & kept.keys():
-                moments[moment][name] = kept[moment]
+        states = {name: self.optimizer.state.get(p, {}) for name, p in sorted(self.parameters.items())}
+        stepped = {name: state for name, state in states.items() if state}
+        moments = {moment: {name: state[moment] for name, state in stepped.items()} for moment in MOMENTS}
+        if stepped:
+            moments[STEP_COUNTERS] = {"all": torch.stack([state["step"] for state in stepped.values()])}
         # The keys are part of files that exist, so two have names of earlier versions.
         state = {
             "curve": [asdict(s) for s in self.curve],
@@ -318,11 +321,18 @@ class Lane:
         self.peak_memory = state.get("peak_memory", 0)  # earlier versions did not measure it
         self.started = state["started"]
         self.resumed_from = (*state["resumed_from"], checkpoint.step)
-        for name, parameter in self.parameters.items():
-            if all(name in checkpoint.moments.get(moment, {}) for moment in MOMENTS):
-                # The step counter of fused AdamW is a float32 tensor on the parameter's device.
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step), dtype=torch.float32, device=parameter.device)
-                } | {m: checkpoint.moments[m][name].to(parameter.device) for m in MOMENTS}
+        self._restore_optimizer(checkpoint.moments)
         # A new driver or a restarted broker may lack any of the earlier reports, so all are sent again.
         self.queue_reports()
+
+    def _restore_optimizer(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set AdamW's state of the parameters that have moments in a checkpoint."""
+        names = sorted(name for name in moments.get(MOMENTS[0], {}) if name in self.parameters)
+        counters = torch.full((len(names),), float(self.step))  # checkpoints of earlier versions have none
+        counters = moments.get(STEP_COUNTERS, {}).get("all", counters)
+        for name, counter in zip(names, counters, strict=True):
+            parameter = self.parameters[name]
+            # The step counter of fused AdamW is a float32 tensor on the parameter's device.
+            self.optimizer.state[parameter] = {
+                "step": counter.to(parameter.device, torch.float32, copy=True)
+            } | {moment: moments[moment][name].to(parameter.device) for moment in MOMENTS}
