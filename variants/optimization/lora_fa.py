@@ -1,0 +1,44 @@
+"""LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): LoRA with a frozen A and a corrected gradient of B."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator
+
+from variants.base import FrozenLayer, InitialTensors, LaneView, VariantSettings, VerifiedBy
+from variants.baseline.lora import LoRA
+
+DAMPING = 1e-8
+"""Added to the diagonal of A A^T, as in PEFT."""
+
+
+class LoRAFA(LoRA):
+    """W' = W + s B A with s = alpha / rank, where A is frozen.
+
+    The optimizer gets g_B (A A^T + 1e-8 I)^-1 / s^2 in place of the gradient g_B. With gradient descent, W'
+    would then change by the gradient with respect to W, projected onto the row space of A. The inverse is
+    computed once, because A is constant.
+
+    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.
+
+    Source: `create_lorafa_optimizer` of PEFT. Deviation: PEFT rounds the corrected gradient to bfloat16. The
+    first version of the paper has no correction of the gradient; the published study used that version.
+    """
+
+    parameters = "rank * out"
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    hook_only_buffers = frozenset({"inverse"})
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, settings, generator)
+        a = initial.trainable["A"]
+        identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
+        inverse = torch.linalg.inv(a @ a.t() + DAMPING * identity)
+        return InitialTensors({"B": initial.trainable["B"]}, {"A": a, "inverse": inverse})
+
+    def before_step(self, lane: LaneView) -> None:
+        factor = self.scaling(lane.settings) ** -2
+        for view in lane.layers.values():
+            gradient = view.trainable["B"].grad
+            if gradient is not None:
+                gradient.copy_(factor * (gradient @ view.frozen["inverse"]))
