@@ -1,0 +1,31 @@
+"""RPLoRA: the preconditioned gradients reach the optimizer."""
+
+from __future__ import annotations
+
+import torch
+from recorded_step import record_step
+from rule import check_update
+
+from variants import catalogue
+from variants.base import VariantSettings
+from variants.testing.cases import Case
+from variants.testing.rig import LaneOptimizer, attach_lanes
+
+
+def test_the_update_is_that_of_lora() -> None:
+    check_update("rplora", lambda p, weight, settings, s: s * p["B"] @ p["A"])
+
+
+def test_gradients_are_preconditioned() -> None:
+    case = Case("wide", out_features=24, in_features=40, dtype=torch.float64)
+    settings = VariantSettings(4, 8.0, extra={"delta": 0.1})
+    adapters = attach_lanes(case, catalogue.get("rplora"), 1, settings)
+    optimizer, identity = LaneOptimizer(adapters, "0", 0.01, 3), torch.eye(4, dtype=torch.float64)
+    for _ in range(3):
+        before, gradients = record_step(case, adapters, optimizer)
+        after = adapters.trainable("0")
+        for layer in adapters.layers:
+            a, b = before[f"{layer}.A"], before[f"{layer}.B"]
+            left, right = (torch.linalg.inv(m + 0.1 * identity) for m in (b.T @ b, a @ a.T))
+            torch.testing.assert_close(after[f"{layer}.A"].grad, left @ gradients[f"{layer}.A"])
+            torch.testing.assert_close(after[f"{layer}.B"].grad, gradients[f"{layer}.B"] @ right)
