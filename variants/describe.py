@@ -159,6 +159,23 @@ def read_costs() -> dict[str, Any]:
     return json.loads(COSTS_FILE.read_text()) if COSTS_FILE.exists() else {}
 
 
+def describe_conditions(section: str) -> str:
+    """Return the machine and the sizes of a section of the measurements; empty if it was not measured.
+
+    Args:
+        section: steps or initializations.
+    """
+    measured = read_costs().get(section)
+    if not measured:
+        return ""
+    machine = measured["machine"]
+    where = f"{machine['device']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}"
+    if section == "initializations":
+        return f"measured on {where}"
+    tokens = f"{measured['rows']} x {measured['length']} tokens in {measured['dtype']}"
+    return f"measured on {where}, with {measured['layers']} blocks of {measured['shape']} and {tokens}"
+
+
 def parse_module_docstring(docstring: str) -> tuple[str, str, str, str]:
     """Return title, authors with the year, paper and summary from "Title (Authors, source): summary"."""
     first = " ".join(docstring.strip().split("\n\n")[0].split())

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from variants.describe import Description, describe_all, paper_link, read_costs
+from variants.describe import Description, describe_all, describe_conditions, paper_link, read_costs
 from variants.describe_text import AXES, checked_text, format_count, format_ratio, format_value
 from variants.taxonomy import Method, read_methods
 from variants.traits import Start
@@ -69,6 +69,8 @@ def catalogue_tables(entries: Sequence[Description]) -> str:
     parts = []
     for axis, group in groupby(entries, lambda each: each.axis):
         parts.append(f"### {axis.capitalize()}: {AXES[axis]}\n\n{_table(header, map(_entry_cells, group))}")
+    conditions = describe_conditions("steps") or "not measured yet"
+    parts.append(f"Time and memory relative to LoRA's: {conditions}.")
     return "\n\n".join(parts)
 
 
@@ -116,7 +118,8 @@ def initialization_table(costs: Mapping[str, Any]) -> str:
     rows = (
         (f"`{name}`", f"{row['seconds']:.1f}", f"{row['peak_mib']:,.0f}") for name, row in measured.items()
     )
-    return _table(("variant", "seconds", "peak memory, MiB"), rows)
+    table = _table(("variant", "seconds", "peak memory, MiB"), rows)
+    return f"{table}\n\nThe table was {describe_conditions('initializations')}."
 
 
 def _link(paper: str) -> str:

@@ -7,7 +7,15 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from variants.describe import CHECKED_TEXT, LAYERS, RANK, SIDE, START_TEXT, Description
+from variants.describe import (
+    CHECKED_TEXT,
+    LAYERS,
+    RANK,
+    SIDE,
+    START_TEXT,
+    Description,
+    describe_conditions,
+)
 from variants.taxonomy import Method
 from variants.traits import Start, VerifiedBy
 
@@ -26,17 +34,17 @@ AXES = {
 _COLUMNS = (18, 13, 11, 7, 15, 8, 8)
 """Widths of the columns of a catalogue's line, which add up to `WIDTH`."""
 
-_INTRODUCTION = (
+INTRODUCTION = (
     f"Trainable values of one layer of {SIDE:,} x {SIDE:,} at rank {RANK}, one of {LAYERS} such layers; how "
     "lanes share a computation; whether the update can be merged into the weight; what the implementation "
-    "was checked against; time and memory of a training step relative to LoRA's (- where not measured). "
+    "was checked against; time and memory of a training step relative to LoRA's ({}). "
     "`python -m variants NAME` explains an entry."
 )
 
 
 def format_catalogue(entries: Sequence[Description]) -> str:
     """Return the catalogue: three lines for each entry, by axis."""
-    lines = _fill(_INTRODUCTION, "")
+    lines = _fill(INTRODUCTION.format(describe_conditions("steps") or "not measured yet"), "")
     header = ("", "parameters", "batching", "merges", "checked", "time", "memory")
     for axis, group in groupby(entries, lambda each: each.axis):
         lines += ["", _heading(axis, AXES), _row(header)]
