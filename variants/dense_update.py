@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ class DenseUpdate(Variant):
     def matrix(
         self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
     ) -> Tensor:
-        """Return M of each lane, (K, out, in), in `layer.dtype`.
+        """Return M of each lane, (K, out, in), as a new tensor in `layer.dtype`, which may be overwritten.
 
         Autograd computes the gradients of the lane's tensors from this method.
 
@@ -41,6 +41,27 @@ class DenseUpdate(Variant):
             layer: The frozen layer.
             scaling: The factor s of each lane, (K, 1, 1).
             settings: The settings that all lanes of the group share; their alpha is None.
+        """
+        raise NotImplementedError
+
+    def matrix_gradients(
+        self,
+        gradient: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        scaling: Tensor,
+        settings: VariantSettings,
+    ) -> Params:
+        """Return the gradients of the trainable tensors from that of M, by name.
+
+        This method is optional, for a variant whose formula is faster than autograd through `matrix`.
+
+        Args:
+            gradient: The gradient of M, (K, out, in), which may be overwritten.
+            params: As in `matrix`, like the arguments that follow.
+            layer: The frozen layer.
+            scaling: The factor s of each lane, (K, 1, 1).
+            settings: The settings that all lanes of the group share.
         """
         raise NotImplementedError
 
@@ -85,11 +106,10 @@ class MatrixInputs:
     layer: FrozenLayer
     settings: VariantSettings
 
-    def matrix_of(self, layer: FrozenLayer) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
-        """Return the function of (scaling, tensors) that computes M for lanes of `layer`."""
-        return lambda scaling, tensors: self.variant.matrix(
-            dict(zip(self.names, tensors, strict=True)), layer, scaling, self.settings
-        )
+    def select(self, weight: Tensor, scaling: Tensor, tensors: Sequence[Tensor], lanes: slice) -> Any:
+        """Return the arguments of the variant's `matrix` for some of the lanes, with W as `weight`."""
+        params = {name: tensor[lanes] for name, tensor in zip(self.names, tensors, strict=True)}
+        return params, replace(self.layer, stored_weight=weight), scaling[lanes], self.settings
 
     def split_lanes(self, lanes: int, weight: Tensor, dtype: torch.dtype) -> list[slice]:
         """Return the groups of lanes that are computed together: one group for a small W, else one per lane.
@@ -135,13 +155,12 @@ class DenseProduct(torch.autograd.Function):
         x = x.reshape(len(scaling), -1, x.shape[-1])
         ctx.save_for_backward(x, scaling, *tensors)
         weight, layer = inputs.layer.weight, inputs.layer
-        matrix_of = inputs.matrix_of(replace(layer, stored_weight=weight))
         result = x.new_empty(*ctx.shape[:-1], len(weight))
         out = result.view(*x.shape[:2], -1)
         for lanes in inputs.split_lanes(len(x), weight, x.dtype):
-            matrices = matrix_of(scaling[lanes], [tensor[lanes] for tensor in tensors]).to(x.dtype)
+            matrices = inputs.variant.matrix(*inputs.select(weight, scaling, tensors, lanes)).to(x.dtype)
             if base is None:
-                matrices = matrices + weight
+                matrices.add_(weight)
             for lane, matrix in zip(range(len(x))[lanes], matrices, strict=True):
                 start = layer.bias if base is None else base[lane]
                 if start is None:
@@ -156,27 +175,31 @@ class DenseProduct(torch.autograd.Function):
         """Compute the gradients of x, base and the lanes' tensors."""
         x, scaling, *tensors = ctx.saved_tensors
         inputs, weight = ctx.inputs, ctx.inputs.layer.weight
-        matrix_of = inputs.matrix_of(replace(inputs.layer, stored_weight=weight))
+        variant = inputs.variant
+        has_formula = type(variant).matrix_gradients is not DenseUpdate.matrix_gradients
         grad_out = grad_out.reshape(*x.shape[:2], -1)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        learns = ctx.needs_input_grad[4:]
-        gradients = [torch.empty_like(t) if needs else None for t, needs in zip(tensors, learns, strict=True)]
+        learns = dict(zip(inputs.names, ctx.needs_input_grad[4:], strict=True))
+        gradients: dict[str, list[Tensor]] = {name: [] for name, needs in learns.items() if needs}
         for lanes in inputs.split_lanes(len(x), weight, x.dtype):
-            parts = [
-                tensor[lanes].detach().requires_grad_(needs)
-                for tensor, needs in zip(tensors, learns, strict=True)
-            ]
-            with torch.enable_grad():
-                matrices = matrix_of(scaling[lanes], parts)
+            params, *group = inputs.select(weight, scaling, tensors, lanes)
+            params = {name: tensor.detach().requires_grad_(learns[name]) for name, tensor in params.items()}
+            with torch.set_grad_enabled(not has_formula):
+                matrices = variant.matrix(params, *group)
+            gradient = torch.bmm(grad_out[lanes].transpose(1, 2), x[lanes]).to(matrices.dtype)
+            if has_formula:
+                found = variant.matrix_gradients(gradient, params, *group)
+            else:
+                learning = [params[name] for name in gradients]
+                found = dict(zip(gradients, torch.autograd.grad(matrices, learning, gradient), strict=True))
+            for name, parts in gradients.items():
+                parts.append(found[name])
             if grad_x is not None:
                 factor = matrices.detach().to(x.dtype)
-                torch.bmm(grad_out[lanes], factor + weight if ctx.adds_weight else factor, out=grad_x[lanes])
-            grad_matrices = torch.bmm(grad_out[lanes].transpose(1, 2), x[lanes]).to(matrices.dtype)
-            learning = [part for part in parts if part.requires_grad]
-            found = iter(torch.autograd.grad(matrices, learning, grad_matrices))
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient[lanes] = next(found)
+                torch.bmm(
+                    grad_out[lanes], factor.add_(weight) if ctx.adds_weight else factor, out=grad_x[lanes]
+                )
         grad_base = None if ctx.adds_weight else grad_out
         grad_x = None if grad_x is None else grad_x.view(ctx.shape)
-        return grad_x, grad_base, None, None, *gradients
+        joined = {n: torch.cat(parts) if len(parts) > 1 else parts[0] for n, parts in gradients.items()}
+        return grad_x, grad_base, None, None, *(joined.get(name) for name in inputs.names)

@@ -29,3 +29,16 @@ class HiRA(DenseUpdate):
         self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
     ) -> Tensor:
         return layer.weight * torch.bmm(params["B"], params["A"])
+
+    def matrix_gradients(
+        self,
+        gradient: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        scaling: Tensor,
+        settings: VariantSettings,
+    ) -> Params:
+        product = gradient.mul_(layer.weight)
+        # The transposed product: a CPU computes a result of few rows faster than one of few columns.
+        grad_b = torch.bmm(params["A"], product.transpose(1, 2)).transpose(1, 2)
+        return {"A": torch.bmm(params["B"].transpose(1, 2), product), "B": grad_b}
