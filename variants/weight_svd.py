@@ -28,17 +28,17 @@ class WeightSVD(LoRA):
         )
     }  # fmt: skip
     smallest: ClassVar[bool] = False
-    """True for the smallest triplets, which only an exact SVD finds."""
+    """True for the smallest triplets, which only an exact SVD finds: such a variant has no `svd`."""
 
     def triplet_count(self, settings: VariantSettings) -> int:
-        """Return the number of triplets that `triplets` returns: the rank."""
+        """Return the number of triplets that `triplets` returns, where the layer has so many: the rank."""
         return settings.rank
 
     def triplets(self, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor, Tensor]:
         """Return U (out, r), S (r,) and V^T (r, in), in descending order, in the lanes' dtype."""
         found: Params = layer.calibration
         if not found:
-            key = f"svd {self.name} {settings['svd']} {settings.rank}"
+            key = f"svd {self.name} {settings.extra.get('svd')} {self.triplet_count(settings)}"
             if key not in layer.cache:
                 layer.cache[key] = self.reduce_calibration(layer, layer.weight.to(layer.dtype), settings)
             found = layer.cache[key]
@@ -46,7 +46,7 @@ class WeightSVD(LoRA):
         return u, s, vh
 
     def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
-        count, svd = self.triplet_count(settings), str(settings["svd"])
+        count, svd = self.triplet_count(settings), str(settings.extra.get("svd", "exact"))
         u, s, vh = (
             torch.linalg.svd(matrix, full_matrices=False)
             if svd == "exact" or self.smallest

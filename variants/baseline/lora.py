@@ -117,8 +117,8 @@ class LoRA(Variant):
         if config["peft_type"] != "LORA" or config["use_rslora"]:
             return config
         # PEFT scales by lora_alpha / r, which has to equal this variant's s even if s is not alpha / rank.
-        has_own_scaling = config["r"] != settings.rank or type(self).scaling is not Variant.scaling
-        if has_own_scaling:
+        has_own_scaling = type(self).scaling is not Variant.scaling or not self.uses_alpha
+        if has_own_scaling or config["r"] != settings.rank:
             config["lora_alpha"] = config["r"] * self.scaling(settings)
         return config
 

@@ -70,7 +70,7 @@ def calibrate_lane(case: Case, adapters: Adapters, lane: int) -> CalibrationTens
 
 @torch.no_grad()
 def perturb_lanes(case: Case, adapters: Adapters) -> None:
-    """Add noise to every parameter until each lane's output differs by 20 % from the base model's.
+    """Add noise to every parameter until each lane's output differs by 20 % from what it was.
 
     The noise of a tensor depends on its name only, and not on the order in which a lane keeps its tensors.
 
@@ -81,10 +81,10 @@ def perturb_lanes(case: Case, adapters: Adapters) -> None:
     Raises:
         AssertionError: The parameters do not affect the output.
     """
-    base = base_outputs(case, adapters).chunk(len(adapters.lanes))
+    before = lane_outputs(case, adapters).chunk(len(adapters.lanes))
     for attempt in range(50):
-        outputs = lane_outputs(case, adapters).chunk(len(base))
-        if all(relative_error(out, start) > 0.2 for out, start in zip(outputs, base, strict=True)):
+        outputs = lane_outputs(case, adapters).chunk(len(before))
+        if all(relative_error(out, start) > 0.2 for out, start in zip(outputs, before, strict=True)):
             return
         for lane in adapters.lanes:
             for name, parameter in adapters.trainable(lane).items():
