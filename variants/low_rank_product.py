@@ -88,11 +88,14 @@ class LowRankProduct(torch.autograd.Function):
             grad_x = torch.mm(grad_base.reshape(-1, grad_out.shape[2]), layer.weight).view(x.shape)
             baddbmm_(grad_x, grad_hidden.transpose(1, 2), left)
             grad_x = grad_x.view(ctx.shape)
-        grad_a = bmm(grad_hidden[:, : ctx.rank], x).to(layer.dtype)
-        # Written in the layout of B, because autograd would copy a transposed gradient again.
-        grad_b = torch.empty(*grad_out.shape[::2], ctx.rank, dtype=layer.dtype, device=x.device)
-        transposed = bmm(hidden, grad_out).transpose(1, 2)
-        grad_b.copy_(transposed) if scale is None else torch.mul(transposed, scale, out=grad_b)
+        grad_a = grad_b = None  # a factor that does not learn, such as a basis of RandLoRA, needs none
+        if ctx.needs_input_grad[1]:
+            grad_a = bmm(grad_hidden[:, : ctx.rank], x).to(layer.dtype)
+        if ctx.needs_input_grad[2]:
+            # Written in the layout of B, because autograd would copy a transposed gradient again.
+            grad_b = torch.empty(*grad_out.shape[::2], ctx.rank, dtype=layer.dtype, device=x.device)
+            transposed = bmm(hidden, grad_out).transpose(1, 2)
+            grad_b.copy_(transposed) if scale is None else torch.mul(transposed, scale, out=grad_b)
         grad_more = None if more is None else (grad_out * unbiased).sum(1, keepdim=True).to(more.dtype)
         return grad_x, grad_a, grad_b, grad_more, None
 

@@ -63,6 +63,24 @@ def test_low_rank_gradients_equal_numerical_ones(
     assert torch.autograd.gradcheck(product, (x, a, b, more))
 
 
+@pytest.mark.parametrize("learning", ["a", "b"])
+def test_the_gradient_of_one_factor_does_not_depend_on_whether_the_other_learns(learning: str) -> None:
+    torch.manual_seed(0)
+    layer, scale = _layer(False, True), torch.tensor([2.0, 3.0]).double().view(-1, 1, 1)
+    x = torch.randn(LANES, N, IN).double()
+    factors = {"a": torch.randn(LANES, RANK, IN).double(), "b": torch.randn(LANES, OUT, RANK).double()}
+    gradients = []
+    for learn in (("a", "b"), (learning,)):
+        a, b = (tensor.clone().requires_grad_(name in learn) for name, tensor in factors.items())
+        LowRankProduct.apply(x, a, b, None, Constants(layer, scale)).square().sum().backward()
+        gradients.append({"a": a.grad, "b": b.grad})
+    both, one = gradients
+    assert both["a"] is not None
+    assert both["b"] is not None
+    assert torch.equal(one[learning], both[learning])
+    assert one[{"a": "b", "b": "a"}[learning]] is None
+
+
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_vector_gradients_equal_numerical_ones(is_transposed: bool, has_bias: bool) -> None:
