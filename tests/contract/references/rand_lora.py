@@ -1,0 +1,22 @@
+"""PEFT's RandLoRA on the whole model, whose bases are copied to the lane."""
+
+from __future__ import annotations
+
+from parity import ALPHA, RANK, Reference
+from peft import PeftModel, RandLoraConfig
+
+from variants.adapters import Adapters
+from variants.testing.cases import Case
+
+
+def _copy_bases(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
+    for key, tensor in adapters.frozen("0").items():
+        tensor.copy_(getattr(reference_model.base_model, f"randlora_{key[-1]}")["default"])
+
+
+REFERENCE = Reference(
+    lambda targets: RandLoraConfig(r=2 * RANK, randlora_alpha=int(2 * ALPHA), target_modules=targets),
+    {"randlora_lambda": "l", "randlora_gamma": "g"},
+    extra={"rank_factor": 2, "normalized": False},
+    init=_copy_bases,
+)

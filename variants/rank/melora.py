@@ -1,0 +1,65 @@
+"""MELoRA (Ren et al. 2024, arXiv 2402.17263): one small LoRA for each block of inputs and outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+    parameter_generator,
+    uniform_init,
+)
+from variants.baseline.lora import LoRA
+
+
+class MELoRA(LoRA):
+    """W' = W + s diag(B_1 A_1, ..., B_n A_n): part i of the inputs changes part i of the outputs.
+
+    A is (n, rank, in / n) and B is (n, out / n, rank), so the update has the rank n * rank and as many values
+    as a LoRA of rank `rank`. s = alpha / rank, as in each of the small LoRAs.
+
+    Initialization: A from U(-b, b) with b = sqrt(n / in), which is Kaiming-uniform for in / n inputs; B = 0,
+    so W' = W.
+
+    Default: the published study's 2 blocks, so rank 8 gives the overall rank 16.
+
+    Source: `tuners/melora.py` of the authors' code (ChasonShi/MELoRA).
+    """
+
+    parameters = "rank * (in + out)"
+    hyperparameters = {"blocks": Int(2, help="number n of small LoRAs; must divide both sides of each layer")}
+    verified_by = VerifiedBy.AUTHORS_CODE
+
+    def check_layer(
+        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
+    ) -> None:
+        if out_features % settings["blocks"] or in_features % settings["blocks"]:
+            raise UnsupportedError(
+                f"{layer_name}: blocks {settings['blocks']} does not divide {out_features} x {in_features}"
+            )
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        (out_features, in_features), n = layer.shape, settings["blocks"]
+        shape, noise = (n, settings.rank, in_features // n), parameter_generator(generator, "A")
+        a = uniform_init(shape, (n / in_features) ** 0.5, layer, noise)
+        return InitialTensors({"A": a, "B": a.new_zeros(n, out_features // n, settings.rank)})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        return _block_diagonal(params["A"]), _block_diagonal(params["B"])
+
+    def export_rank(self, settings: VariantSettings) -> int:
+        return settings["blocks"] * settings.rank
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """Return the matrix (..., n p, n q) with the blocks (..., n, p, q) on its diagonal."""
+    n = blocks.shape[-3]
+    places = torch.eye(n, dtype=blocks.dtype, device=blocks.device).view(n, 1, n, 1)
+    return (blocks.unsqueeze(-2) * places).flatten(-2).flatten(-3, -2)

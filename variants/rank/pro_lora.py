@@ -1,0 +1,74 @@
+"""PRoLoRA (Wang et al. 2024, arXiv 2402.16902): factors made of rotated copies of a smaller chunk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+    parameter_generator,
+    uniform_init,
+)
+from variants.baseline.lora import LoRA
+
+
+class PRoLoRA(LoRA):
+    """W' = W + s B A with s = alpha / rank, of which `rank - unshared` ranks consist of copies.
+
+    Their part of A is [C, roll(C, -t), roll(C, -2 t), ...] with m = `in_copies` copies of one chunk
+    C (rank - unshared, in / m), each rotated by t = max(1, (rank - unshared) // m) ranks more than the one
+    before. If m does not divide `in`, the chunk has the next larger size and the last columns are dropped.
+    B is made in the same way from D (out / n, rank - unshared) with n = `out_copies`. The other ranks are
+    LoRA's: A (unshared, in), B (out, unshared).
+
+    Initialization: A and C from U(-1/sqrt(in), 1/sqrt(in)), B = D = 0, so W' = W. The bound does not
+    depend on the size of the chunk (the paper's rectified initialization).
+
+    Defaults: this project's. The paper chooses `unshared` and m = n for each budget of parameters.
+
+    Source: `modules/chunkwise_sharing_LoRA.py` of the authors' code (Forence1999/PRoLoRA).
+    """
+
+    parameters = "(rank - unshared) * (ceil(in / in_copies) + ceil(out / out_copies)) + unshared * (in + out)"
+    hyperparameters = {
+        "unshared": Int(1, help="ranks without copies; below the rank"),
+        "in_copies": Int(2, help="number m of chunks of A"),
+        "out_copies": Int(2, help="number n of chunks of B"),
+    }
+    verified_by = VerifiedBy.AUTHORS_CODE
+
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        if settings["unshared"] >= settings.rank:
+            raise UnsupportedError(f"unshared {settings['unshared']}: must be below the rank {settings.rank}")
+        return settings
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        (out_features, in_features), unshared = layer.shape, settings["unshared"]
+        shared, bound = settings.rank - unshared, in_features**-0.5
+        columns = -(-in_features // settings["in_copies"])
+        a, c = (
+            uniform_init(shape, bound, layer, parameter_generator(generator, name))
+            for name, shape in {"A": (unshared, in_features), "C": (shared, columns)}.items()
+        )
+        d = a.new_zeros(-(-out_features // settings["out_copies"]), shared)
+        return InitialTensors({"A": a, "B": a.new_zeros(out_features, unshared), "C": c, "D": d})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        out_features, in_features = layer.shape
+        a = _rotated_copies(params["C"], settings["in_copies"])[..., :in_features]
+        b = _rotated_copies(params["D"].mT, settings["out_copies"])[..., :out_features].mT
+        return torch.cat([a, params["A"]], dim=-2), torch.cat([b, params["B"]], dim=-1)
+
+
+def _rotated_copies(chunk: Tensor, copies: int) -> Tensor:
+    """Return copies of a chunk (..., ranks, columns) side by side, each rotated further along its ranks."""
+    stride = max(1, chunk.shape[-2] // copies)
+    return torch.cat([chunk.roll(-stride * copy, dims=-2) for copy in range(copies)], dim=-1)

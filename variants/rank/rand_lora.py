@@ -1,0 +1,121 @@
+"""RandLoRA (Albert et al. 2025, arXiv 2502.00987): full rank from random bases; scales learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    Flag,
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    PeftMethod,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+    parameter_generator,
+    uniform_init,
+)
+from variants.baseline.lora import LoRA
+from variants.shared_factors import largest_sides
+
+
+class RandLoRA(LoRA):
+    """W' = W + s / sqrt(n) sum_i B_i diag(l_i) A diag(g_i), or its transpose if out < in.
+
+    With p = min(out, in) and q = max(out, in), A (r, p) and the n matrices B_i (q, r) are frozen and random,
+    slices of two tensors that all layers share; l_i (r,) and g_i (p,) are trained. r = `rank_factor` * rank,
+    n = ceil(min(p, base_limit) / r), s = alpha / rank.
+
+    Initialization: A and B uniform with a standard deviation of 1, l (r, n) = 0, so W' = W; g (n, p) = 1 / q.
+
+    Defaults: at rank 8, `rank_factor` 4 gives the basis rank 32 of the published study, whose U is
+    `base_limit` 1024. Without a limit (a `base_limit` of at least p) the update can have full rank.
+
+    Deviations: PEFT has no `base_limit`, and no 1 / sqrt(n), which is the authors' (`normalized`). A lane
+    draws A and B from its own seed and keeps them in its checkpoint; PEFT has one `projection_prng_key`.
+    The published study's code draws l from N(0, 1), so it does not start at W.
+
+    Source: `tuners/randlora/` of the authors' code (PaulAlbert31/RandLoRA) and of PEFT.
+    """
+
+    parameters = "ceil(min(in, out, base_limit) / (rank * rank_factor)) * (rank * rank_factor + min(in, out))"
+    hyperparameters = {
+        "rank_factor": Int(4, help="rank r of each basis, divided by the rank"),
+        "base_limit": Int(1024, help="the n bases together have at least this rank, or that of the layer"),
+        "normalized": Flag(True, help="divide by the root of the number of bases (PEFT does not)"),
+    }
+    is_rank_limited_by_layer = False
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = PeftMethod(
+        "RANDLORA",
+        {"l": "randlora_lambda", "g": "randlora_gamma"},
+        group_names={"A": "randlora_A", "B": "randlora_B"},
+        alpha="randlora_alpha",
+        dropout="randlora_dropout",
+        constants={"save_projection": True, "bias": "none"},
+    )
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        n, r = _basis_count(layer.shape, settings), _basis_rank(settings)
+        g = torch.full((n, min(layer.shape)), 1 / max(layer.shape), dtype=layer.dtype, device=layer.device)
+        return InitialTensors({"l": g.new_zeros(r, n), "g": g})
+
+    def layer_group(self, layer_name: str) -> str:
+        return "rand_lora"
+
+    def init_layer_group(
+        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
+    ) -> InitialTensors:
+        sides, r, like = largest_sides(layers), _basis_rank(settings), next(iter(layers.values()))
+        shapes = {"A": (r, 1, min(sides)), "B": (max(sides), _basis_count(sides, settings), r)}
+        bases = {
+            name: uniform_init(shape, 1.0, like, parameter_generator(generator, name))
+            for name, shape in shapes.items()
+        }
+        return InitialTensors({}, {name: basis / basis.std() for name, basis in bases.items()})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        n, p, q = _basis_count(layer.shape, settings), min(layer.shape), max(layer.shape)
+        scales = params["l"].unsqueeze(-1) * params["g"].unsqueeze(-3)  # (..., r, n, p)
+        if settings["normalized"]:
+            scales = scales / math.sqrt(n)
+        # As in PEFT, the columns of B are in another order (n, r) than the rows of A, which are random too.
+        a = (params["A"][..., :p] * scales).flatten(-3, -2)
+        b = params["B"][..., :q, :n, :].flatten(-2)
+        return (a, b) if layer.shape[1] == p else (b.mT, a.mT)
+
+    def export_rank(self, settings: VariantSettings) -> int:
+        return _basis_rank(settings)
+
+    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
+        n, p = params["g"].shape
+        if n * _basis_rank(settings) < p:
+            raise UnsupportedError(
+                f"rand_lora with base_limit {settings['base_limit']} cannot be exported: PEFT has {p}"
+            )
+        g = params["g"] / math.sqrt(n) if settings["normalized"] else params["g"]
+        return {"randlora_lambda": params["l"], "randlora_gamma": g}
+
+    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
+        alpha = self.scaling(settings) * _basis_rank(settings)
+        return {**super().peft_config(settings), "randlora_alpha": alpha}
+
+    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
+        extra = {"rank_factor": 1, "base_limit": 1 << 30, "normalized": False}
+        return replace(super().settings_from_peft(config), extra=extra)
+
+
+def _basis_rank(settings: VariantSettings) -> int:
+    return settings.rank * settings["rank_factor"]
+
+
+def _basis_count(shape: tuple[int, int], settings: VariantSettings) -> int:
+    return math.ceil(min(*shape, settings["base_limit"]) / _basis_rank(settings))

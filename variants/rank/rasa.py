@@ -1,0 +1,87 @@
+"""RaSA (He et al. 2025, arXiv 2503.12576): layers of one type give some ranks to a pool that all use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+    lora_init,
+)
+from variants.baseline.lora import LoRA
+from variants.shared_factors import SharedFactors, shared_lora_init
+
+
+class RaSA(SharedFactors, LoRA):
+    """W' = W + [B, sB] diag(E) [A; sA], with a pool sA (k L, in), sB (out, k L) for the L layers of one type.
+
+    A (rank - k, in), B (out, rank - k) and E (rank - k + k L, 1) belong to one layer. A type is all layers
+    whose names differ only in indices. The rank of the update is rank - k + k L.
+
+    Initialization: A and sA from U(-1/sqrt(in), 1/sqrt(in)), B = sB = 0, so W' = W; E is
+    0.5 alpha / (rank - k) for the layer's own ranks and 0.5 alpha / (k L) for the pool's. There is no other
+    factor alpha / rank.
+
+    Default: k = 1 of `rank` 8, the published study's and the authors'.
+
+    Deviation: the authors' code refuses layers of one type with different shapes; here the pool has the
+    largest shape, and a layer uses a part of it.
+
+    Source: `tuners/rasa/` of the authors' code (zwhe99/RaSA).
+    """
+
+    parameters = "(rank - shared) * (in + out + 1)"
+    shared_parameters = "shared * layers * (in + out + layers)"  # with the pool's part of each layer's E
+    hyperparameters = {"shared": Int(1, help="ranks k that each layer gives to the pool; below the rank")}
+    verified_by = VerifiedBy.AUTHORS_CODE
+    peft = None  # type: ignore[assignment]  # the exported rank would depend on the number of layers
+
+    def scaling(self, settings: VariantSettings) -> float:
+        return 1.0
+
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        if settings["shared"] >= settings.rank:
+            raise UnsupportedError(f"shared {settings['shared']}: must be below the rank {settings.rank}")
+        return settings
+
+    def init_layer_group(
+        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
+    ) -> InitialTensors:
+        pool = shared_lora_init(layers, settings["shared"] * len(layers), generator)
+        return InitialTensors({f"s{name}": tensor for name, tensor in pool.trainable.items()})
+
+    def init_layers(
+        self,
+        layers: Mapping[str, FrozenLayer],
+        settings: VariantSettings,
+        generator_of: Callable[[str], Generator],
+    ) -> dict[str, InitialTensors]:
+        assert settings.alpha is not None
+        own = settings.rank - settings["shared"]
+        sizes = Counter(self.layer_group(name) for name in layers)
+        initial = {}
+        for name, layer in layers.items():
+            pool = settings["shared"] * sizes[self.layer_group(name)]
+            tensors = lora_init(layer, replace(settings, rank=own), generator_of(name)).trainable
+            tensors["E"] = tensors["A"].new_full((own + pool, 1), 0.5 * settings.alpha / own)
+            tensors["E"][own:] = 0.5 * settings.alpha / pool
+            initial[name] = InitialTensors(tensors)
+        return initial
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        out_features, in_features = layer.shape
+        a = torch.cat([params["A"], params["sA"][..., :in_features]], dim=-2)
+        b = torch.cat([params["B"], params["sB"][..., :out_features, :]], dim=-1)
+        return params["E"] * a, b

@@ -1,0 +1,55 @@
+"""ShareLoRA (Song et al. 2024, arXiv 2406.10785): all layers of a type share A, B, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Generator, Tensor
+
+from variants.base import (
+    Choice,
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
+    Params,
+    VariantSettings,
+    VerifiedBy,
+)
+from variants.baseline.lora import LoRA
+from variants.shared_factors import SharedFactors
+
+
+class ShareLoRA(SharedFactors, LoRA):
+    """W' = W + s B A with s = alpha / rank, where all layers of one type have the same A, B, or both.
+
+    A type is all layers whose names differ only in indices.
+
+    Initialization: LoRA's, so W' = W.
+
+    Default: `part` is "A", the authors' choice: B, which is their own, maps to each layer's outputs.
+
+    Source: `GLUE/run_glue_share.py` and `sharelora/` of the authors' code (Rain9876/ShareLoRA).
+    """
+
+    parameters = "rank * ((1 - a) * in + (1 - b) * out)"
+    shared_parameters = "rank * (a * in + b * out)"
+    hyperparameters = {"part": Choice("A", ("A", "B", "AB"), help="the factors that layers share")}
+    verified_by = VerifiedBy.AUTHORS_CODE
+
+    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+        """Return 1 for a shared factor and 0 for a factor of one layer, as "a" and "b"."""
+        return {name.lower(): int(name in settings["part"]) for name in "AB"}
+
+    def init_layer_group(
+        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
+    ) -> InitialTensors:
+        both = super().init_layer_group(layers, settings, generator).trainable
+        return InitialTensors({name: both[name] for name in settings["part"]})
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        own = super().init(layer, settings, generator).trainable
+        return InitialTensors({name: own[name] for name in own if name not in settings["part"]})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        out_features, in_features = layer.shape
+        return params["A"][..., :in_features], params["B"][..., :out_features, :]

@@ -1,0 +1,37 @@
+"""Tied-LoRA (Renduchintala et al. 2023, arXiv 2311.09578): layers of one type share A and B."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import FrozenLayer, InitialTensors, Params, VariantSettings, VerifiedBy
+from variants.baseline.lora import LoRA
+from variants.shared_factors import SharedFactors
+
+
+class TiedLoRA(SharedFactors, LoRA):
+    """W' = W + s diag(v) B diag(u) A, with u (rank, 1), v (out, 1) of one layer and A, B of all of its type.
+
+    All four are trained (vBuA in the paper). A type is all layers whose names differ only in indices; the
+    paper adapts one type, the joint projection of query, key and value.
+
+    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W; u = v = 1, the values for which the
+    rule is that of LoRA with tied A and B.
+
+    Source: the paper's rule; the authors have published no code.
+    """
+
+    parameters = "rank + out"
+    shared_parameters = "rank * (in + out)"
+    verified_by = VerifiedBy.PAPER
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        sizes = {"u": settings.rank, "v": layer.shape[0]}
+        ones = torch.ones(max(sizes.values()), 1, dtype=layer.dtype, device=layer.device)
+        return InitialTensors({name: ones[:size] for name, size in sizes.items()})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        out_features, in_features = layer.shape
+        a, b = params["A"][..., :in_features], params["B"][..., :out_features, :]
+        return params["u"] * a, params["v"] * b

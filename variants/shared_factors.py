@@ -1,0 +1,58 @@
+"""LoRA factors that all layers of one type share, such as the query projections of all blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Generator
+
+from variants.initializers import uniform_init
+from variants.lane_views import FrozenLayer, InitialTensors
+from variants.seeds import parameter_generator
+from variants.variant_settings import VariantSettings
+
+
+class SharedFactors:
+    """Mixin of a variant whose layers of one type share trainable factors A (rank, in) and B (out, rank).
+
+    A type is all layers whose names differ only in indices. If their shapes differ, A and B have the largest
+    `in` and `out`, and a layer uses the first columns of A and the first rows of B.
+    """
+
+    def layer_group(self, layer_name: str) -> str:
+        """Return the layer's type."""
+        return layer_type(layer_name)
+
+    def init_layer_group(
+        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
+    ) -> InitialTensors:
+        """Return LoRA's initial A and B for the largest layer."""
+        return shared_lora_init(layers, settings.rank, generator)
+
+
+def layer_type(layer_name: str) -> str:
+    """Return a layer's name without indices: "layers.self_attn.q_proj" for "layers.0.self_attn.q_proj"."""
+    return ".".join(part for part in layer_name.split(".") if not part.isdigit())
+
+
+def largest_sides(layers: Mapping[str, FrozenLayer]) -> tuple[int, int]:
+    """Return the largest `out` and the largest `in` of several layers."""
+    out_features, in_features = zip(*(layer.shape for layer in layers.values()), strict=True)
+    return max(out_features), max(in_features)
+
+
+def shared_lora_init(layers: Mapping[str, FrozenLayer], rank: int, generator: Generator) -> InitialTensors:
+    """Return LoRA's initial A (rank, in) and B (out, rank) for the largest `in` and `out` of the layers.
+
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)); B is zero.
+
+    Args:
+        layers: The layers that share A and B.
+        rank: The rank of the factors.
+        generator: The generator of the layer group.
+    """
+    out_features, in_features = largest_sides(layers)
+    like, noise = next(iter(layers.values())), parameter_generator(generator, "A")
+    a = uniform_init((rank, in_features), 1 / math.sqrt(in_features), like, noise)
+    return InitialTensors({"A": a, "B": a.new_zeros(out_features, rank)})
