@@ -1,0 +1,43 @@
+"""HydraLoRA (Tian et al. 2024, arXiv 2404.19245): one A and several B per layer, weighed by a router."""
+
+from __future__ import annotations
+
+from torch import Generator, Tensor
+
+from variants.base import FrozenLayer, InitialTensors, Int, Params, VariantSettings, VerifiedBy, bmm
+from variants.mixture import Mixture, router_probabilities
+
+
+class HydraLoRA(Mixture):
+    """y = W x + s sum_i g_i(x) B_i A x with g = softmax(R x) over the experts and s = alpha / rank.
+
+    Shapes: A (rank, in); B (out, experts * rank) holds the B_i side by side; R (experts, in).
+
+    Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so y = W x.
+
+    The default of 3 experts is that of the paper's table 2 (rank 8). The paper finds the number by k-means
+    over the training data; the official script has 4.
+
+    Deviations: dropout also applies to the router's input. As in the official code, there is no balancing
+    loss.
+
+    Source: the paper's equations 3 and 4; HydraLoRA/peft/tuners/lora.py of Clin0212/HydraLoRA.
+    """
+
+    parameters = "rank * (in + experts * out) + experts * in"
+    hyperparameters = {"experts": Int(3, minimum=2, help="number of B matrices")}
+    verified_by = VerifiedBy.AUTHORS_CODE
+    has_auxiliary_loss = False
+    shares_rank = False
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, settings, generator)
+        initial.trainable["B"] = initial.trainable["B"].repeat(1, self.expert_count(settings))
+        return initial
+
+    def route(self, x: Tensor, params: Params, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        probabilities = router_probabilities(x, params)
+        return probabilities, probabilities
+
+    def features(self, x: Tensor, params: Params, experts: int) -> Tensor:
+        return bmm(x, params["A"].to(x.dtype).transpose(1, 2)).repeat(1, 1, experts)
