@@ -1,0 +1,97 @@
+"""MoLA (Gao et al. 2024, arXiv 2402.08562): mixtures of LoRA experts, larger ones in later blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Generator, Tensor
+
+from variants.base import (
+    Choice,
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Number,
+    Params,
+    VariantSettings,
+    VerifiedBy,
+)
+from variants.mixture import Mixture, init_experts
+
+SHAPES = {"inverted_triangle": (2, 4, 6, 8), "triangle": (8, 6, 4, 2), "hourglass": (8, 2, 2, 8),
+          "rectangle": (5, 5, 5, 5)}  # fmt: skip
+
+
+class MoLA(Mixture):
+    """y = W x + s sum_i g_i(x) B_i A_i x with the `top_k` largest gates of softmax(R x).
+
+    The gates are scaled to a sum of 1, and s = alpha / rank, where `rank` is the rank of each expert.
+
+    Shapes: A (experts * rank, in), B (out, experts * rank), R (experts, in). `shape` gives the number of
+    experts in the quarters of the blocks, from the first block to the last: 2, 4, 6, 8 (inverted_triangle),
+    8, 6, 4, 2 (triangle), 8, 2, 2, 8 (hourglass) or 5 everywhere (rectangle). A layer's block is the first
+    number in its name; a layer without a number counts as one of the last block.
+
+    Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so y = W x.
+
+    Defaults: inverted_triangle and top 2, as in the official script; weight 0.001 of the balancing loss, as
+    in the official code, where it is optional. The loss is experts * sum_i f_i P_i, where f_i is the share of
+    the selections that fall on expert i.
+
+    Deviations: the balancing loss is a mean over examples and layers, and not a sum over layers of a loss of
+    the whole batch; padding does not count; dropout also applies to the router's input.
+
+    Source: src/mola_lora_hacked.py and src/mola_modeling_llama_hacked.py of GCYZSL/MoLA.
+    """
+
+    parameters = "rank * (in + out) + rank / expert_rank * in"
+    hyperparameters = {
+        "shape": Choice("inverted_triangle", tuple(SHAPES), help="numbers of experts by depth"),
+        "top_k": Int(2, minimum=1, maximum=2, help="experts per token"),
+        "balance": Number(1e-3, help="weight of the balancing loss"),
+    }
+    verified_by = VerifiedBy.AUTHORS_CODE
+    shares_rank = False
+
+    def expert_count(self, settings: VariantSettings) -> int:
+        """Return the number of experts of the smallest layers."""
+        return min(SHAPES[str(settings["shape"])])
+
+    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+        return {**settings.extra, "expert_rank": settings.rank}
+
+    def rank_in_use(self, params: Params, settings: VariantSettings) -> int:
+        return len(params["A"])  # of all experts together
+
+    def rank_budget(
+        self, layer_count: int, settings: VariantSettings, step: int, total_steps: int
+    ) -> int | None:
+        return None  # the ranks depend on the layers' names
+
+    def init_layers(
+        self,
+        layers: Mapping[str, FrozenLayer],
+        settings: VariantSettings,
+        generator: Callable[[str], Generator],
+    ) -> dict[str, InitialTensors]:
+        blocks = {name: _block(name) for name in layers}
+        count = 1 + max((block for block in blocks.values() if block is not None), default=0)
+        initial = {}
+        for name, layer in layers.items():
+            block = count - 1 if (found := blocks[name]) is None else found
+            experts = SHAPES[str(settings["shape"])][4 * block // count]
+            initial[name] = init_experts(layer, settings, generator(name), experts, experts * settings.rank)
+        return initial
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        return self.init_layers({layer.name: layer}, settings, lambda name: generator)[layer.name]
+
+    def imbalance(
+        self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: VariantSettings
+    ) -> Tensor:
+        return super().imbalance(gates, probabilities, mask, settings) / settings["top_k"]
+
+
+def _block(layer_name: str) -> int | None:
+    return next((int(part) for part in layer_name.split(".") if part.isdigit()), None)
