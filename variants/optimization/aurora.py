@@ -1,0 +1,100 @@
+"""AuroRA (Dong et al. 2025, arXiv 2505.18738): tanh and splines between LoRA's factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    Variant,
+    VariantSettings,
+    VerifiedBy,
+    baddbmm,
+    bmm,
+    lora_init,
+    normal_init,
+    parameter_generator,
+    uniform_init,
+)
+
+
+class AuroRA(Variant):
+    """y = W x + s B f(A x) with f(z) = tanh(H tanh(z)) + C b(z) and s = alpha / rank.
+
+    b(z) is the sum over the entries of z of the B-spline basis functions of degree `degree` on `intervals`
+    equal intervals of [-1, 1]; it is zero for entries far outside.
+
+    Shapes: A (rank, in), B (out, rank), H (rank, rank), C (rank, intervals + degree).
+
+    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), H from N(0, 1 / rank) (Xavier), C from U(-0.1, 0.1),
+    B = 0, so y = W x.
+
+    Defaults: cubic splines on 5 intervals, as in the published study's code, as is the start of H and C. The
+    paper has no s and uses rank 2; use alpha = rank for s = 1.
+
+    Deviation: the splines are computed in float32 or float64. The update depends on the input and cannot be
+    merged; the study's code merged B f(A), which is another function.
+
+    Source: the paper's equations 4 to 8.
+    """
+
+    parameters = "rank * (in + out + rank + intervals + degree)"
+    hyperparameters = {
+        "intervals": Int(5, minimum=1, help="intervals of the spline's grid on [-1, 1]"),
+        "degree": Int(3, minimum=1, help="degree of the splines"),
+    }
+    verified_by = VerifiedBy.PAPER
+    is_mergeable = False
+    rounds_alike = False  # tanh rounds the last values of a tensor according to the tensor's size
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        initial, rank = lora_init(layer, settings, generator), settings.rank
+        splines = int(settings["intervals"]) + int(settings["degree"])
+        initial.trainable["H"] = normal_init(
+            (rank, rank), rank**-0.5, layer, parameter_generator(generator, "H")
+        )
+        initial.trainable["C"] = uniform_init(
+            (rank, splines), 0.1, layer, parameter_generator(generator, "C")
+        )
+        return initial
+
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        return {**params, "sB": params["B"] * scaling}
+
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        scaling: Tensor,
+        settings: VariantSettings,
+    ) -> Tensor:
+        transposed = {name: params[name].transpose(1, 2) for name in ("A", "sB", "H", "C")}
+        z = bmm(x, transposed["A"].to(x.dtype)).to(layer.dtype)
+        splines = spline_basis(z, int(settings["intervals"]), int(settings["degree"])).sum(2)
+        fixed = bmm(z.tanh(), transposed["H"]).tanh()
+        hidden = baddbmm(fixed, splines, transposed["C"])
+        return baddbmm(base, hidden.to(x.dtype), transposed["sB"].to(x.dtype))
+
+
+def spline_basis(z: Tensor, intervals: int, degree: int) -> Tensor:
+    """Return the B-spline basis functions of each entry of z (...), as (..., intervals + degree).
+
+    The knots are equally spaced: `intervals` intervals of [-1, 1] and `degree` further ones on each side. The
+    Cox-de Boor recursion then needs only a knot's number.
+    """
+    position = ((z + 1) * intervals / 2 + degree).unsqueeze(-1)  # in intervals from the first knot
+    knots = torch.arange(intervals + 2 * degree, device=z.device, dtype=z.dtype)
+    basis = ((position >= knots) & (position < knots + 1)).to(z.dtype)
+    for order in range(1, degree + 1):
+        knots = knots[:-1]
+        rising, falling = (position - knots) / order, (knots + order + 1 - position) / order
+        basis = rising * basis[..., :-1] + falling * basis[..., 1:]
+    return basis
