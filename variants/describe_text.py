@@ -152,10 +152,21 @@ def wrap_docstring(text: str, width: int) -> list[str]:
 
 
 def shorten(text: str, length: int) -> str:
-    """Return a text without remarks in brackets if it is too long, and cut at a word if it still is."""
+    """Return a text that is too long without remarks in brackets, and if it still is, without its end.
+
+    The text is cut after a part, which a comma or semicolon outside brackets ends, or else after a word.
+    """
     if len(text) > length:
         text = re.sub(r" \([^()]*(?:\([^()]*\)[^()]*)*\)", "", text)
-    return text if len(text) <= length else f"{text[: length - 4].rpartition(' ')[0].rstrip(',;:')} ..."
+    if len(text) <= length:
+        return text
+    ends = dict.fromkeys(",; ", 0)
+    depth = 0
+    for place, character in enumerate(text[: length - 3]):
+        depth += (character == "(") - (character == ")")
+        if depth == 0 and character in ends:
+            ends[character] = place
+    return f"{text[: max(ends[','], ends[';']) or ends[' ']]} ..."
 
 
 def checked_text(each: Description) -> str:

@@ -13,6 +13,7 @@ from variants.__main__ import main
 from variants.base import VariantSettings
 from variants.describe import describe, describe_all, parse_module_docstring, read_costs
 from variants.describe_docs import render
+from variants.describe_text import shorten
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes
 
@@ -122,3 +123,11 @@ def test_committed_costs_are_of_entries_that_exist_and_name_the_machine() -> Non
         assert set(section["variants"]) <= set(catalogue.names())
         assert section["machine"]["device"]
         assert "/" not in json.dumps(section)
+
+
+def test_a_long_text_is_cut_after_a_part_outside_brackets() -> None:
+    text = "A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0"
+    assert shorten(text, 80) == text
+    assert shorten(text, 50) == "A from U(-1/sqrt(in), 1/sqrt(in)), B = 0"
+    assert shorten(text, 39) == "A from U(-1/sqrt(in), 1/sqrt(in)) ..."
+    assert shorten("with the largest triplets of the weight", 20) == "with the largest ..."

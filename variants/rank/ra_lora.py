@@ -42,7 +42,7 @@ class RaLoRA(LoRA):
     verified_by = VerifiedBy.AUTHORS_CODE
     calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
     hyperparameters = {
-        "calibration_batches": Int(32, minimum=1),
+        "calibration_batches": Int(32, help="number of batches of the mean gradient"),
         "max_power": Int(4, help="the largest number of blocks is 2 to this power"),
     }
 
