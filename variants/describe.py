@@ -13,8 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from variants import catalogue
-from variants.base import AdaptationScope, Start, Variant, VariantSettings, VerifiedBy
+from variants.base import AdaptationScope, FrozenLayer, Start, Variant, VariantSettings, VerifiedBy
 from variants.parameter_formula import evaluate_formula
 
 COSTS_FILE = Path(__file__).with_name("costs.json")
@@ -130,7 +132,7 @@ def describe(name: str) -> Description:
         summary=summary,
         rule=inspect.cleandoc(type(variant).__doc__ or ""),
         parameters=variant.parameters,
-        parameter_count=_count(variant, variant.parameters),
+        parameter_count=_layer_count(variant),
         shared_parameters=variant.shared_parameters,
         shared_parameter_count=_count(variant, variant.shared_parameters),
         initialization=find_initialization(type(variant)),
@@ -212,6 +214,20 @@ def find_initialization(variant_class: type[Variant]) -> str:
             sentence = re.split(r"(?<=[^.])\.(?:\s|$)|, so W' = W", " ".join(text.split()))[0]
             return sentence.removeprefix("and parameters ").rstrip(".")
     return ""
+
+
+def _layer_count(variant: Variant) -> int | None:
+    """Return the number of a layer's trainable values at the size in `RANK`, `SIDE` and `LAYERS`.
+
+    None if the variant has no formula for it and does not count them itself.
+    """
+    counts_itself = type(variant).layer_parameters is not Variant.layer_parameters
+    if not variant.parameters and not counts_itself:
+        return None
+    layer = FrozenLayer("layer", torch.empty(SIDE, SIDE, device="meta"), None)
+    return variant.layer_parameters(
+        layer, RANK, LAYERS, variant.validate_settings(VariantSettings(rank=RANK))
+    )
 
 
 def _count(variant: Variant, formula: str) -> int | None:

@@ -76,7 +76,7 @@ def catalogue_tables(entries: Sequence[Description]) -> str:
 
 def _entry_cells(each: Description) -> tuple[str, ...]:
     formula = f"`{each.parameters}`" if each.parameters else ""
-    count = format_count(each.parameter_count) if each.parameters else ""
+    count = "" if each.parameter_count is None else format_count(each.parameter_count)
     if each.shared_parameters:
         formula += f"; shared by a group of layers: `{each.shared_parameters}`"
         count += f"; shared: {format_count(each.shared_parameter_count)}"

@@ -93,9 +93,10 @@ def _facts(each: Description) -> Iterable[tuple[str, str]]:
     used = {"rank": each.uses_rank, "alpha": each.uses_alpha, "dropout": each.uses_dropout}
     names = [name for name, is_used in used.items() if is_used]
     yield "settings", ", ".join(names) or "none of rank, alpha and dropout"
-    if each.parameters:
+    if each.parameter_count is not None:
+        formula = f"{each.parameters}; " if each.parameters else ""
         count = format_count(each.parameter_count)
-        yield "parameters", f"{each.parameters}; {count} at rank {RANK} and {SIDE} x {SIDE}"
+        yield "parameters", f"{formula}{count} at rank {RANK} and {SIDE} x {SIDE}"
     if each.shared_parameters:
         count = format_count(each.shared_parameter_count)
         yield "shared", f"{each.shared_parameters} per group of layers; {count} at the same size"

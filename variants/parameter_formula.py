@@ -10,7 +10,7 @@ from typing import ClassVar
 from variants.lane_views import FrozenLayer
 from variants.variant_settings import ExtraSettings, Value, VariantSettings
 
-FUNCTIONS = {"min": min, "max": max, "ceil": math.ceil, "sqrt": math.sqrt, "round": round}
+FUNCTIONS = {"min": min, "max": max, "ceil": math.ceil, "sqrt": math.sqrt, "round": round, "gcd": math.gcd}
 
 
 def evaluate_formula(
@@ -36,7 +36,7 @@ class ParameterCount:
 
     parameters: ClassVar[str] = ""
     """Formula of the number of trainable values of one layer. It may use `rank` (the rank in use), `in`,
-    `out`, `layers` (the number of adapted layers), `formula_names`, and min, max, ceil, sqrt and round."""
+    `out`, `layers` (the number of adapted layers), `formula_names`, and `FUNCTIONS`."""
     shared_parameters: ClassVar[str] = ""
     """The same for the trainable tensors of each layer group, with the largest `in` and `out` of its layers
     and their number `layers`."""

@@ -38,8 +38,8 @@ def test_lanes_of_rank_one_are_independent(name: str) -> None:
     try:
         adapters = attach_lanes(CASE, catalogue.get(name), 3, VariantSettings(1, 8.0))
     except UnsupportedError as refusal:
-        refusing = ("head_only", "lora_moe", "pro_lora", "rasa")
-        assert name in refusing, "a head has no rank, and a rank of 1 cannot be split"
+        if name != "head_only" and "rank 1" not in str(refusal):  # a rank of 1 cannot be split
+            raise
         pytest.skip(str(refusal))
     perturb_lanes(CASE, adapters)
     alone, grouped = gradients(adapters, ("1",)), gradients(adapters, ("0", "1", "2"))

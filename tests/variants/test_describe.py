@@ -72,6 +72,9 @@ def test_counts_are_those_of_the_tensors() -> None:
         scaled = {"lora": 8 * 2 * 64, "dora": 8 * 2 * 64 + 64, "vera": 256 + 64}[name]
         assert count == scaled
         assert entry.parameter_count == {"lora": 65536, "dora": 69632, "vera": 4352}[name]
+    # A variant without a formula: a matrix (64, 64), and factors (64, 8) and (8, 64).
+    assert not describe("lokr").parameters
+    assert describe("lokr").parameter_count == 64 * 64 + 2 * 8 * 64
 
 
 def test_a_name_with_dashes_is_known_and_an_unknown_one_gets_a_hint(

@@ -16,7 +16,7 @@ from variants.base import (
     bmm,
     parameter_generator,
     uniform_init,
-)  # fmt: skip
+)
 from variants.dense_update import DenseUpdate
 
 

@@ -1,0 +1,112 @@
+"""LoKr (Yeh et al. 2023, arXiv 2309.14859): the Kronecker product of a small and a low-rank matrix.
+
+It is KronA (Edalati et al. 2022, arXiv 2212.10650) where the second factor is not low-rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    PeftMethod,
+    UnsupportedError,
+    Variant,
+    VariantSettings,
+    VerifiedBy,
+    bmm,
+    parameter_generator,
+    uniform_init,
+)
+
+
+class LoKr(Variant):
+    """W' = W + s kron(C, D) with C (out1, in1), D (out2, in2) and s = alpha / rank.
+
+    in1 is the largest divisor of `in` up to its square root and up to `factor`, or `factor` itself where it
+    divides; in2 = in / in1; likewise for `out`. If rank < max(out2, in2) / 2, D = B A with A (rank, in2) and
+    B (out2, rank).
+
+    Initialization: C = 0, so W' = W; A and D from U(-1/sqrt(in2), 1/sqrt(in2)), B from
+    U(-1/sqrt(rank), 1/sqrt(rank)).
+
+    Divisors, initialization and default are those of PEFT. The matrix is never formed: an input x, as a
+    matrix X (in1, in2), adds s C X D^T to the output.
+
+    Deviation: LyCORIS sets B (or D) to zero in place of C, and has s = 1 if D is not low-rank.
+    """
+
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    uses_dropout = False
+    hyperparameters = {"factor": Int(-1, minimum=-1, help="upper limit of in1 and out1; -1: none")}
+    peft = PeftMethod(
+        "LOKR",
+        {"C": "lokr_w1", "D": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b"},
+        alpha="alpha",
+        dropout=None,
+        fields={"factor": "decompose_factor"},
+        constants={"decompose_both": False},
+        optional=frozenset("ABD"),
+        adapts_conv1d=False,
+    )
+
+    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int, settings: VariantSettings) -> int:
+        (out1, out2), (in1, in2) = (_divide(side, settings["factor"]) for side in layer.shape)
+        return out1 * in1 + (rank * (out2 + in2) if 2 * rank < max(out2, in2) else out2 * in2)
+
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        if settings["factor"] == 0:
+            raise UnsupportedError("factor 0: must be at least 1, or -1 for no limit")
+        return settings
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        (out1, out2), (in1, in2) = (_divide(side, settings["factor"]) for side in layer.shape)
+
+        def draw(name: str, *shape: int) -> Tensor:
+            return uniform_init(shape, 1 / math.sqrt(shape[1]), layer, parameter_generator(generator, name))
+
+        rank = settings.rank
+        if 2 * rank < max(out2, in2):
+            trainable = {"A": draw("A", rank, in2), "B": draw("B", out2, rank)}
+        else:
+            trainable = {"D": draw("D", out2, in2)}
+        c = torch.zeros(out1, in1, dtype=layer.dtype, device=layer.device)
+        return InitialTensors({"C": c, **trainable})
+
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        scaling: Tensor,
+        settings: VariantSettings,
+    ) -> Tensor:
+        c = (scaling * params["C"]).to(x.dtype)
+        rows = x.reshape(len(x), -1, x.shape[2] // c.shape[2])  # (K, N * in1, in2)
+        for name in ("D",) if "D" in params else ("A", "B"):
+            rows = bmm(rows, params[name].to(x.dtype).transpose(1, 2))
+        columns = rows.view(*x.shape[:2], c.shape[2], -1).transpose(2, 3)  # (K, N, out2, in1)
+        update = bmm(columns.reshape(len(x), -1, c.shape[2]), c.transpose(1, 2))
+        return base + update.view(*columns.shape[:3], -1).transpose(2, 3).reshape(base.shape)
+
+    def delta_weight(
+        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
+    ) -> Tensor:
+        return scaling * torch.kron(params["C"], params["D"] if "D" in params else params["B"] @ params["A"])
+
+
+def _divide(side: int, factor: int) -> tuple[int, int]:
+    """Return two numbers whose product is `side`, as PEFT chooses them."""
+    if factor > 0 and side % factor == 0:
+        return factor, side // factor
+    limit = math.isqrt(side) if factor < 0 else min(factor, math.isqrt(side))
+    small = max(number for number in range(1, limit + 1) if side % number == 0)
+    return small, side // small

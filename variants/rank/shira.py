@@ -1,0 +1,70 @@
+"""SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175): a random sparse subset of the weights learns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    Params,
+    PeftMethod,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+    parameter_generator,
+)
+from variants.dense_update import DenseUpdate
+
+
+class SHiRA(DenseUpdate):
+    """W' = W + S, where the sparse matrix S has rank * (in + out) trainable values, as many as LoRA.
+
+    "indices" (2, values) are the rows and columns of the values in row-major order, drawn without
+    replacement. There is no alpha.
+
+    Initialization: the values are zero, so W' = W.
+
+    The rule is PEFT's with its mask "random" (the paper's SHiRA-Rand). The paper's masks by magnitude,
+    gradient or structure are not implemented.
+    """
+
+    parameters = "rank * (in + out)"
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    is_rank_limited_by_layer = False
+    uses_alpha = False
+    uses_dropout = False
+    peft = PeftMethod(
+        "SHIRA",
+        {"values": "shira_weight", "indices": "shira_indices"},
+        alpha=None,
+        dropout=None,
+        constants={"mask_type": "random"},
+        adapts_conv1d=False,
+    )
+
+    def check_layer(
+        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
+    ) -> None:
+        count, limit = settings.rank * (in_features + out_features), in_features * out_features
+        if count > limit:
+            raise UnsupportedError(
+                f"{layer_name}: rank {settings.rank} needs {count} values, but the layer has {limit} weights"
+            )
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        out_features, in_features = layer.shape
+        noise = parameter_generator(generator, "indices")
+        order = torch.randperm(out_features * in_features, generator=noise)
+        chosen = order[: settings.rank * (in_features + out_features)].sort().values
+        indices = torch.stack([chosen // in_features, chosen % in_features]).int()
+        values = torch.zeros(len(chosen), dtype=layer.dtype, device=layer.device)
+        return InitialTensors({"values": values}, {"indices": indices.to(layer.device)})
+
+    def matrix(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Tensor:
+        rows, columns = params["indices"].long().unbind(1)
+        flat = params["values"].new_zeros(len(rows), layer.shape[0] * layer.shape[1])
+        return flat.scatter(1, rows * layer.shape[1] + columns, params["values"]).view(-1, *layer.shape)
