@@ -17,6 +17,7 @@ from variants.heads import LaneHead
 from variants.lane_linear import LaneLinear
 from variants.lane_tensors import LaneTensors
 from variants.seeds import seeded_generator
+from variants.targets import layer_shape
 
 LAYER_GROUP_PREFIX = "group:"
 """Prefix of the owner's name of a layer group's tensors, also in checkpoints."""
@@ -62,6 +63,7 @@ class AdaptedModel:
             heads: The task's linear layers by dotted path.
             base_dropout: True to apply the model's own dropout in training.
         """
+        settings = variant.fit_settings(settings, [layer_shape(base) for base in target_layers.values()])
         self.model, self.variant, self.settings = model, variant, settings
         self.state = AdapterState()
         self.state.group_settings = replace(settings, alpha=None)

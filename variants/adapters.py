@@ -304,7 +304,8 @@ class Adapters(AdaptedModel):
     def _validate_new_lane(self, lane: str, settings: VariantSettings) -> VariantSettings:
         if lane in self.state.settings:
             raise ValueError(f"lane {lane!r} is there already")
-        settings = self.variant.validate_settings(settings)
+        shapes = [layer.frozen_layer.shape for layer in self.layers.values()]
+        settings = self.variant.fit_settings(self.variant.validate_settings(settings), shapes)
         if len(self.lanes) >= self.max_lanes:
             raise UnsupportedError(
                 f"{self.variant.name} trains one lane at a time; lane {self.lanes[0]} is there already"

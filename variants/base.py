@@ -18,7 +18,7 @@ output (`includes_base`, `forward_with_base`), hooks around the optimizer's step
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -364,6 +364,10 @@ class Variant(ParameterCount, PeftFormat):
         Raises:
             UnsupportedError: They do not fit; the message names the layer, the size and the rule.
         """
+
+    def fit_settings(self, settings: VariantSettings, shapes: Iterable[tuple[int, int]]) -> VariantSettings:
+        """Return valid settings with the values that follow from the (out, in) of all adapted layers."""
+        return settings
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
         """Check the settings and return them with the defaults of `hyperparameters` filled in.

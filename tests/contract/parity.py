@@ -159,7 +159,7 @@ def _peft_model(
     trained = {name for name, parameter in reference_model.named_parameters() if parameter.requires_grad}
     for name, parameter in reference_model.double().named_parameters():
         parameter.requires_grad_(name in trained)
-    expected = _peft_parameters(reference_model, reference)
+    expected = _peft_parameters(reference_model, reference, adapters)
     initial = {name: parameter.detach().clone() for name, parameter in adapters.trainable("0").items()}
     with torch.no_grad():
         for name, parameter in adapters.trainable("0").items():
@@ -170,15 +170,21 @@ def _peft_model(
     return reference_model, expected
 
 
-def _peft_parameters(reference_model: PeftModel, reference: Reference) -> dict[str, nn.Parameter]:
+def _peft_parameters(
+    reference_model: PeftModel, reference: Reference, adapters: Adapters
+) -> dict[str, nn.Parameter]:
     """Return PEFT's parameters by our names."""
     found = {}
+    peft = adapters.variant.peft
+    shared = set() if peft is None else set(peft.group_names.values())
     for key, parameter in reference_model.named_parameters():
         if not parameter.requires_grad:
             continue
         name = key.removeprefix("base_model.model.").replace(".default", "")
         ending = next(end for end in reference.names if f".{end}" in name)
-        found[f"{name[: name.index(f'.{ending}')]}.{reference.names[ending]}"] = parameter
+        # PEFT has no layer groups: all layers share such a tensor, and the first one names it.
+        owner = next(iter(adapters.layer_groups)) if ending in shared else name[: name.index(f".{ending}")]
+        found[f"{owner}.{reference.names[ending]}"] = parameter
     return found
 
 
