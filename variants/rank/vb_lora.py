@@ -1,0 +1,131 @@
+"""VB-LoRA (Li et al. 2024, arXiv 2405.15179): factors put together from a few vectors of one shared bank."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Number,
+    Params,
+    PeftMethod,
+    Start,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+    normal_init,
+    parameter_generator,
+    uniform_init,
+)
+from variants.baseline.lora import LoRA
+
+DEFAULT_LENGTH = 256
+"""PEFT's length of a vector."""
+
+
+class VBLoRA(LoRA):
+    """W' = W + B A, where each piece of `vector_length` values in a row of A or a column of B is a mixture.
+
+    The mixture is the sum of `top_k` vectors of a bank (vectors, vector_length), which all layers share, with
+    the softmax of their logits as weights: those with the largest logits. The logits are
+    PA (rank, in / vector_length, vectors) and PB (out / vector_length, rank, vectors). There is no alpha.
+
+    Initialization: bank from U(-0.02, 0.02), logits from N(0, 0.1^2), so W' is close to W and not equal.
+
+    Defaults: PEFT's, and the authors' ratio 10 of the learning rate of the logits to that of the bank. If 256
+    does not divide both sides of all layers, the default `vector_length` is its largest divisor that does.
+
+    Source: `tuners/vblora/` of PEFT, and `NLU/` of the authors' code (leo-yangli/VB-LoRA).
+    """
+
+    parameters = "rank * (in + out) / vector_length * vectors"
+    shared_parameters = "vectors * vector_length"
+    hyperparameters = {
+        "vectors": Int(256, help="number of vectors in the bank"),
+        "vector_length": Int(0, minimum=0, help="values of a vector; divides all sides; 0: 256 if possible"),
+        "top_k": Int(2, help="number of vectors in a mixture"),
+        "logit_lr_ratio": Number(10.0, above=0, help="learning rate of the logits relative to the bank's"),
+    }
+    uses_alpha = False
+    start = Start.OTHER
+    typical_lr_scale = 10.0
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = PeftMethod(
+        "VBLORA",
+        {"PA": "vblora_logits_A", "PB": "vblora_logits_B"},
+        group_names={"bank": "vblora_vector_bank"},
+        alpha=None,
+        dropout="vblora_dropout",
+        fields={"vectors": "num_vectors", "vector_length": "vector_length", "top_k": "topk"},
+    )
+
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        top_k, vectors = settings["top_k"], settings["vectors"]
+        if top_k > vectors:
+            raise UnsupportedError(f"top_k {top_k}: must be at most vectors {vectors}")
+        return settings
+
+    def check_layer(
+        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
+    ) -> None:
+        if math.gcd(out_features, in_features) % (settings["vector_length"] or 1):
+            raise UnsupportedError(
+                f"{layer_name}: vector_length {settings['vector_length']} does not divide "
+                f"{out_features} x {in_features}"
+            )
+
+    def fit_settings(self, settings: VariantSettings, shapes: Iterable[tuple[int, int]]) -> VariantSettings:
+        length = settings["vector_length"] or math.gcd(DEFAULT_LENGTH, *itertools.chain(*shapes))
+        return replace(settings, extra={**settings.extra, "vector_length": length})
+
+    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+        return {**settings.extra, "vector_length": settings["vector_length"] or DEFAULT_LENGTH}
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        out_pieces, in_pieces = (side // settings["vector_length"] for side in layer.shape)
+        shapes = {"PA": (settings.rank, in_pieces), "PB": (out_pieces, settings.rank)}
+        return InitialTensors(
+            {
+                name: normal_init(
+                    (*shape, settings["vectors"]), 0.1, layer, parameter_generator(generator, name)
+                )
+                for name, shape in shapes.items()
+            }
+        )
+
+    def layer_group(self, layer_name: str) -> str:
+        return "vb_lora"
+
+    def init_layer_group(
+        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
+    ) -> InitialTensors:
+        shape, like = (settings["vectors"], settings["vector_length"]), next(iter(layers.values()))
+        noise = parameter_generator(generator, "bank")
+        return InitialTensors({"bank": uniform_init(shape, 0.02, like, noise)})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        a, b = (_mixtures(params[name], params["bank"], settings["top_k"]) for name in ("PA", "PB"))
+        return a.flatten(-2), b.transpose(-1, -2).flatten(-3, -2)
+
+    def init_group_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
+        return InitialTensors({"bank": tensors["vblora_vector_bank"]})
+
+    def parameter_lr_scale(self, parameter: str, settings: VariantSettings) -> float:
+        return 1.0 if parameter == "bank" else settings["logit_lr_ratio"]
+
+
+def _mixtures(logits: Tensor, bank: Tensor, k: int) -> Tensor:
+    """Return (..., n, m, length) from logits (..., n, m, vectors) and a bank (..., vectors, length)."""
+    top = logits.topk(k, dim=-1)
+    weights = torch.zeros_like(logits).scatter(-1, top.indices, top.values.softmax(-1))
+    return (weights.flatten(-3, -2) @ bank).unflatten(-2, logits.shape[-3:-1])
