@@ -22,8 +22,8 @@ from variants.shared_factors import SharedFactors
 class ShareLoRA(SharedFactors, LoRA):
     """W' = W + s B A with s = alpha / rank, where all layers of one type have the same A, B, or both.
 
-    A type is all layers whose names differ only in indices. In the formulas of the number of parameters, a is 1
-    if A is shared and else 0, and b is the same for B.
+    A type is all layers whose names differ only in indices. In the formulas for the number of parameters, a
+    is 1 if A is shared and 0 otherwise, and b is the same for B.
 
     Initialization: LoRA's, so W' = W.
 
