@@ -1,6 +1,7 @@
 """Every variant of the catalogue satisfies every law on every case.
 
-The default run has a pairwise cover of all combinations. The other combinations are marked `slow`.
+The default run checks each law of each variant on one case, and for the variants in COVERED on a pairwise
+cover of the cases. The other combinations are marked `slow`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,21 @@ import pytest
 from variants import catalogue
 from variants.baseline.lora import LoRA
 from variants.testing import CASES, LAWS, Case, NotApplicableError, applies, check_laws
+
+COVERED = (
+    "adalora",
+    "dora",
+    "eva",
+    "full",
+    "head_only",
+    "hira",
+    "lora",
+    "lora_moe",
+    "pissa",
+    "relora",
+    "vera",
+)
+"""Variants of which each uses another part of the contract."""
 
 
 def traits(cases: Iterable[Case]) -> set[tuple[str, object]]:
@@ -43,13 +59,14 @@ def applicable_cases(law: str, name: str) -> tuple[Case, ...]:
 
 
 def parameters() -> Iterator[Any]:
-    """Yield all combinations. The cover starts at a different case for each variant and law."""
+    """Yield all combinations. The default cases start at a different one for each variant and law."""
     for i, name in enumerate(catalogue.names()):
         # This file has no expensive fixtures, so the workers of pytest-xdist may share it.
         group = pytest.mark.xdist_group(f"laws-{name}")
         for j, law in enumerate(LAWS):
             cases = applicable_cases(law, name)
-            default = cover(cases, cases[(i + j) % len(cases)])
+            first = cases[(i + j) % len(cases)]
+            default = cover(cases, first) if name in COVERED else (first,)
             for case in cases:
                 marks = [group] if case in default else [group, pytest.mark.slow]
                 yield pytest.param(name, case, law, id=f"{name}-{case.name}-{law}", marks=marks)
@@ -66,7 +83,7 @@ def test_law(name: str, case: Case, law: str) -> None:
         pytest.skip(str(reason))
 
 
-def test_the_default_run_is_a_pairwise_cover_and_the_slow_cases_are_the_rest_of_the_product() -> None:
+def test_the_default_and_the_slow_run_are_the_whole_product_and_the_default_run_meets_every_pair() -> None:
     names = catalogue.names()
     product = [(name, case, law) for name in names for law in LAWS for case in applicable_cases(law, name)]
     assert [each.values for each in PARAMETERS] == product
@@ -74,7 +91,9 @@ def test_the_default_run_is_a_pairwise_cover_and_the_slow_cases_are_the_rest_of_
     for name in names:
         for law in LAWS:
             chosen = [case for case in CASES if (name, case, law) in default]
-            assert traits(chosen) == traits(applicable_cases(law, name)), f"{name}, {law}"
+            assert chosen
+            if name in COVERED:
+                assert traits(chosen) == traits(applicable_cases(law, name)), f"{name}, {law}"
     pairs = {(case, law) for _, case, law in product}
     assert {(case, law) for _, case, law in default} == pairs, "a case that no variant meets by default"
 
