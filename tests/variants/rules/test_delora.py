@@ -1,0 +1,56 @@
+"""DeLoRA against the rule of the authors' code, computed in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from rule import check_update
+from torch import Tensor
+
+from variants import catalogue
+from variants.base import FrozenLayer, Params, VariantSettings
+
+
+def bounded(a: Tensor, b: Tensor, strength: Tensor) -> Tensor:
+    diagonal = torch.diag(strength / len(a) / (a.norm(dim=1) * b.norm(dim=0)))
+    return b @ diagonal @ a
+
+
+def change(params: Params, weight: Tensor, settings: VariantSettings, s: float) -> Tensor:
+    update = bounded(params["A"], params["B"], params["lambda"])
+    if "A0" in params:
+        update = update - bounded(params["A0"], params["B0"], params["lambda"])
+    return update * weight.norm(dim=0).unsqueeze(0)
+
+
+@pytest.mark.parametrize("initial", ["kaiming", "zero"])
+def test_update(initial: str) -> None:
+    check_update("delora", change, VariantSettings(3, extra={"initial": initial, "lambda": 20.0}))
+
+
+def test_both_factors_start_kaiming_uniform() -> None:
+    variant = catalogue.get("delora")
+    settings = variant.validate_settings(VariantSettings(16))
+    layer = FrozenLayer("layer", torch.zeros(400, 900), None)
+    start = variant.init(layer, settings, torch.Generator().manual_seed(0))
+    for name, bound in (("A", 1 / 30), ("B", 1 / 4)):
+        tensor = start.trainable[name]
+        assert 0.99 * bound < tensor.abs().max() <= bound
+        assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+        assert torch.equal(start.frozen[f"{name}0"], tensor)
+    assert start.trainable["lambda"].tolist() == [8.0]
+
+
+def test_the_norm_of_the_change_is_bounded_by_lambda() -> None:
+    noise = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 14, generator=noise)
+    variant = catalogue.get("delora")
+    settings = variant.validate_settings(VariantSettings(4, extra={"initial": "zero", "lambda": 3.0}))
+    layer = FrozenLayer("layer", weight, None)
+    params = dict(variant.init(layer, settings, noise).trainable)
+    for scale in (1.0, 1e6):
+        params["B"] = scale * torch.randn(20, 4, generator=noise)
+        found = variant.delta_weight(params, layer, 1.0, settings)
+        assert found.norm() <= 3.0 * weight.norm(dim=0).max()

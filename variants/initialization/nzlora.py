@@ -1,0 +1,59 @@
+"""NZLoRA (Li et al. 2025, arXiv 2505.23194, Init[AB]): LoRA with both A and B random at the start."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Generator
+
+from variants.base import (
+    Choice,
+    Flag,
+    FrozenLayer,
+    InitialTensors,
+    Number,
+    Start,
+    VariantSettings,
+    VerifiedBy,
+    parameter_generator,
+    uniform_init,
+)
+from variants.baseline.lora import LoRA
+
+
+class NZLoRA(LoRA):
+    """W' = W + s B A with s = alpha / rank.
+
+    Initialization: A from U(-a, a) and B from U(-b, b) with a = sqrt(`gamma_a` / in) and
+    b = sqrt(`gamma_b` / in), so W' differs from W by the noise s B A. `in` is the layer's in both bounds.
+    With `bound` "linear", a = `gamma_a` / sqrt(in) and b likewise. With `subtract`, training starts at W:
+    W' = W + s (B A - B0 A0), where A0 and B0 are the initial values.
+
+    The default gamma of 1 makes A as in LoRA. The published study used 16 for both and the bound "sqrt",
+    according to its code, or "linear" according to its text. The authors' own code was not available for
+    comparison.
+    """
+
+    parameters = "rank * (in + out)"
+    hyperparameters = {
+        "gamma_a": Number(1.0, above=0, help="scale of the initial A"),
+        "gamma_b": Number(1.0, above=0, help="scale of the initial B"),
+        "bound": Choice("sqrt", ("sqrt", "linear"), help="sqrt(gamma / in) or gamma / sqrt(in)"),
+        "subtract": Flag(False, help="subtract the initial product from W"),
+    }
+    verified_by = VerifiedBy.PAPER
+    start = Start.OTHER
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        (out_features, in_features), rank = layer.shape, settings.rank
+        trainable = {}
+        for name, shape in {"A": (rank, in_features), "B": (out_features, rank)}.items():
+            gamma = settings[f"gamma_{name.lower()}"]
+            scale = math.sqrt(gamma) if settings["bound"] == "sqrt" else gamma
+            noise = parameter_generator(generator, name)
+            trainable[name] = uniform_init(shape, scale / math.sqrt(in_features), layer, noise)
+        copies = {f"{name}0": tensor for name, tensor in trainable.items()}
+        return InitialTensors(trainable, copies if settings["subtract"] else {})
+
+    def export_rank(self, settings: VariantSettings) -> int:
+        return settings.rank * (2 if settings["subtract"] else 1)

@@ -1,0 +1,109 @@
+"""DeLoRA (Bini et al. 2025, arXiv 2503.18225): directions of unit length learn apart from their strength."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    Choice,
+    FrozenLayer,
+    InitialTensors,
+    Number,
+    Params,
+    PeftMethod,
+    VariantSettings,
+    VerifiedBy,
+    lora_init,
+    parameter_generator,
+    uniform_init,
+)
+from variants.baseline.lora import LoRA
+
+NORM_MINIMUM = 1e-4
+"""Smallest norm of a row of A or a column of B by which PEFT divides."""
+
+
+class DeLoRA(LoRA):
+    """W' = W + (lambda / rank) (B N A - B0 N0 A0) diag(w), where N = diag(1 / (|b_i| |a_i|)).
+
+    a_i is a row of A, b_i a column of B, and w the norms of W's columns (one for each input). A, B and the
+    number lambda learn. The norm of the change is at most 2 |lambda| max(w), whatever A and B are.
+
+    Initialization: A and B Kaiming-uniform (bounds 1 / sqrt(in) and 1 / sqrt(rank)) with frozen copies A0 and
+    B0, so W' = W. With `initial` "zero" there are no copies and B is zero, as in PEFT.
+
+    The defaults, lambda = 8 and Kaiming, are the published study's. PEFT's lambda is 15.
+
+    Norms below 1e-4 count as 1e-4, as in PEFT, which the zero start needs. Dropout applies to both products.
+    As in the authors' code, lambda multiplies both; in the published study's code the product of A0 and B0
+    keeps the initial lambda. DeLoRA needs larger learning rates than LoRA.
+
+    Source: `get_ABCD` in the authors' delora.py.
+    """
+
+    parameters = "rank * (in + out) + 1"
+    hyperparameters = {
+        "lambda": Number(8.0, above=0, help="initial strength"),
+        "initial": Choice("kaiming", ("kaiming", "zero"), help="initial B"),
+    }
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    uses_alpha = False
+    typical_lr_scale = 10.0
+    frozen_update_buffers = frozenset()
+    peft = PeftMethod(
+        "DELORA",
+        {"A": "delora_A", "B": "delora_B", "lambda": "delora_lambda"},
+        alpha=None,
+        dropout="module_dropout",
+        fields={"lambda": "delora_lambda"},
+        constants={"bias": "none"},
+        adapts_conv1d=False,
+    )
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        trainable = lora_init(layer, settings, generator).trainable
+        trainable["lambda"] = trainable["A"].new_full((1,), settings["lambda"])
+        if settings["initial"] == "zero":
+            return InitialTensors(trainable)
+        bound, noise = settings.rank**-0.5, parameter_generator(generator, "B")
+        trainable["B"] = uniform_init((layer.shape[0], settings.rank), bound, layer, noise)
+        return InitialTensors(trainable, {"A0": trainable["A"], "B0": trainable["B"]})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        norms, strength = _column_norms(layer), params["lambda"] / settings.rank
+        scaled = {**params, "A": _scale_rows(params["A"], params["B"], strength) * norms}
+        if "A0" in params:
+            scaled["A0"] = _scale_rows(params["A0"], params["B0"], strength) * norms
+        return super().factors(scaled, layer, settings)
+
+    def export_rank(self, settings: VariantSettings) -> int:
+        return settings.rank * (1 if settings["initial"] == "zero" else 2)
+
+    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
+        """Return A, B and lambda, or with frozen copies those of one DeLoRA of twice the rank and lambda."""
+        if "A0" in params:
+            a, b = torch.cat([params["A"], params["A0"]]), torch.cat([params["B"], -params["B0"]], dim=1)
+            params = {"A": a, "B": b, "lambda": 2 * params["lambda"]}
+        return {peft_name: params[name] for name, peft_name in self.peft.names.items()}
+
+    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
+        settings = super().settings_from_peft(config)
+        return replace(settings, extra={**settings.extra, "initial": "zero"})
+
+
+def _scale_rows(a: Tensor, b: Tensor, strength: Tensor) -> Tensor:
+    """Return strength * N A for A (..., rank, in), B (..., out, rank) and a strength (..., 1)."""
+    norms = a.norm(dim=-1).clamp_min(NORM_MINIMUM) * b.norm(dim=-2).clamp_min(NORM_MINIMUM)
+    return a * (strength / norms).unsqueeze(-1)
+
+
+def _column_norms(layer: FrozenLayer) -> Tensor:
+    """Return the norm of each column of W, (in,)."""
+    if "column norms" not in layer.cache:
+        layer.cache["column norms"] = layer.weight.to(layer.dtype).norm(dim=0)
+    return layer.cache["column norms"]
