@@ -1,0 +1,114 @@
+"""GoRA (He et al. 2025, arXiv 2502.12171): LoRA whose ranks and initial B follow from the mean gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import pad
+
+from variants.base import (
+    CalibrationStatistic,
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Number,
+    Params,
+    Start,
+    VariantSettings,
+    VerifiedBy,
+    stable_seed,
+    uniform_init,
+)
+from variants.baseline.lora import LoRA
+
+
+class GoRA(LoRA):
+    """W' = W + s_l B A with s_l = alpha / sqrt(r_l), where r_l is the rank of layer l.
+
+    G is the mean gradient over `calibration_batches` batches. The importance of a layer is the mean of
+    |W * G|, elementwise. With the fraction f_l that layer l has of all importance,
+    r_l = f_l * rank * (sum over layers of sqrt(in + out)) / sqrt(in + out), rounded, at least
+    `smallest` * rank and at most `largest` * rank. All layers have `largest` * rank ranks allocated; a frozen
+    mask hides those that are not in use.
+
+    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), and
+    B = -gamma sqrt(in / r_l) / s_l G A^T (A A^T)^-1, so that W' - W is a step of gradient descent, projected
+    onto the row space of A, whose size is about `gamma` * |G|. So W' differs from W at step 0.
+
+    Defaults: those of the authors' scripts at rank 8 (ranks 4 to 32, gamma 0.05, 32 batches).
+
+    Source: the paper's equations, and the authors' code (`gora.py`). Deviations: the code has a positive B,
+    which is a step of gradient ascent, and rounds ranks down. The scripts use LoRA+'s learning rates besides.
+    Here A is the same for all seeds, because the calibration statistic is reduced before seeds are known.
+    """
+
+    parameters = "rank * (in + out)"
+    verified_by = VerifiedBy.PAPER
+    start = Start.OTHER
+    calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
+    hyperparameters = {
+        "calibration_batches": Int(32, minimum=1),
+        "gamma": Number(0.05, help="size of the initial update, relative to the gradient"),
+        "smallest": Number(0.5, above=0, maximum=1, help="smallest rank of a layer, relative to `rank`"),
+        "largest": Number(4.0, minimum=1, help="largest rank of a layer, relative to `rank`"),
+    }
+
+    def scaling(self, settings: VariantSettings) -> float:
+        return super().scaling(settings) * math.sqrt(settings.rank)
+
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+        generator = torch.Generator().manual_seed(stable_seed(layer.name, "A"))
+        shape = (_largest_rank(layer, settings), layer.shape[1])
+        a = uniform_init(shape, 1 / math.sqrt(shape[1]), layer, generator).to(matrix)
+        importance = (layer.weight.to(matrix) * matrix).abs().mean()
+        return {"A": a, "G A^T": matrix @ a.t(), "importance": importance.unsqueeze(0)}
+
+    def init_layers(
+        self,
+        layers: Mapping[str, FrozenLayer],
+        settings: VariantSettings,
+        generator_of: Callable[[str], Generator],
+    ) -> dict[str, InitialTensors]:
+        importance = {name: float(layer.calibration["importance"]) for name, layer in layers.items()}
+        widths = {name: math.sqrt(sum(layer.shape)) for name, layer in layers.items()}
+        unit = settings.rank * sum(widths.values()) / (sum(importance.values()) or 1.0)
+        smallest = max(1, round(settings.rank * settings["smallest"]))
+        initial = {}
+        for name, layer in layers.items():
+            rank = round(unit * importance[name] / widths[name])
+            rank = max(smallest, min(rank, len(layer.calibration["A"])))
+            initial[name] = self._init_layer(layer, rank, settings)
+        return initial
+
+    def _init_layer(self, layer: FrozenLayer, rank: int, settings: VariantSettings) -> InitialTensors:
+        a, ga = (layer.calibration[name].to(layer.device, layer.dtype) for name in ("A", "G A^T"))
+        a, ga = a[:rank], ga[:, :rank]
+        scaling = self.scaling(settings) * math.sqrt(settings.rank / rank)
+        size = settings["gamma"] * math.sqrt(layer.shape[1] / rank) / scaling
+        hidden = round(settings.rank * settings["largest"]) - rank
+        mask = (torch.arange(rank + hidden, device=a.device) < rank).to(a)
+        trainable = {
+            "A": pad(a, (0, 0, 0, hidden)),
+            "B": pad(-size * torch.linalg.solve(a @ a.t(), ga, left=False), (0, hidden)),
+        }
+        return InitialTensors(trainable, {"mask": mask})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        mask = params["mask"]
+        # `scaling` divides by sqrt(rank), but s_l by sqrt(r_l).
+        used = mask * (settings.rank / mask.sum(-1, keepdim=True)).sqrt()
+        return params["A"], params["B"] * used.unsqueeze(-2)
+
+    def rank_budget(self, layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> None:
+        """Return None, because the ranks are rounded for each layer."""
+
+    def export_rank(self, settings: VariantSettings) -> int:
+        """Return the allocated rank: masked ranks are exported as zeros."""
+        return round(settings.rank * settings["largest"])
+
+
+def _largest_rank(layer: FrozenLayer, settings: VariantSettings) -> int:
+    return min(round(settings.rank * settings["largest"]), *layer.shape)
