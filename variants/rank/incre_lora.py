@@ -1,0 +1,192 @@
+"""IncreLoRA (Zhang et al. 2023, arXiv 2308.12043): an SVD is trained, and important layers gain triplets."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    LaneView,
+    LayerView,
+    Number,
+    Params,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+    normal_init,
+    parameter_generator,
+)
+from variants.baseline.lora import LoRA
+
+EMA_DECAY = 0.85
+"""Decay of the running averages of importance and uncertainty (the paper's beta1 and beta2)."""
+RESERVE_VALUE = 1e-5
+"""E of a triplet in reserve."""
+HOOK_TENSORS = frozenset({"old A", "old B", "old E", "age", "age E", "importance", "uncertainty"})
+
+
+class IncreLoRA(LoRA):
+    """W' = W + s B diag(E) A with s = alpha / (r + 1e-5), where r is the present rank of the layer.
+
+    A triplet is a row of A, an entry of E and a column of B. Each layer begins with `initial` triplets. In
+    each round, the `top` of the layers with the highest importance gain one, until layers * rank triplets
+    are in use. The rounds are spread evenly over the fraction `growth` of the steps. A layer has at most
+    `largest` * rank triplets.
+
+    The importance of a layer is the running average of |E * g_E|, summed over triplets and divided by
+    sqrt(in * out), times the running average of its deviation from that average.
+
+    Each layer has one more triplet in reserve, whose E is 1e-5 and whose A and B learn already ("advance
+    learning"). When the layer gains it, its E begins to learn too, and another triplet becomes the reserve.
+    After the last round the reserves get E = 0. AdamW counts the steps of an added triplet from its own first
+    step, and its learning rate warms up over the fraction `warmup` of the steps.
+
+    The loss gains `orthogonality` times the mean of | |a|^2 - 1 | and | |b|^2 - 1 | over the rows a of A and
+    the columns b of B that learn.
+
+    Initialization: A and B from N(0, 0.02^2), E = 0, so W' = W.
+
+    Defaults: those of the authors' script for MNLI at rank 8 (from rank 1, 18 of 72 layers in each of 28
+    rounds during a third of the training). Source: the authors' code (`increlora.py`). Deviations:
+    - The code's importance is the sum of |dW * g_dW| over all entries of the update dW. It needs the gradient
+      with respect to the full matrix, which is not computed here. The sum over the rank-one parts of dW
+      replaces the sum over its entries.
+    - The number of triplets of a layer is limited.
+    - The code's learning rate of added triplets also decays from its full value to zero after their warm-up.
+    """
+
+    parameters = "rank * (in + out + 1)"
+    verified_by = VerifiedBy.NONE
+    has_auxiliary_loss = True
+    mutable_buffers = HOOK_TENSORS | {"mask", "live"}
+    hook_only_buffers = HOOK_TENSORS
+    hyperparameters = {
+        "initial": Int(1, minimum=1, help="number of triplets of a layer at the start"),
+        "top": Number(0.25, above=0, maximum=1, help="fraction of the layers that gain a triplet in a round"),
+        "growth": Number(0.33, above=0, below=1, help="fraction of the steps after which ranks are final"),
+        "warmup": Number(0.012, below=1, help="fraction of the steps in which an added triplet warms up"),
+        "orthogonality": Number(0.1, help="weight of the loss of rows and columns without unit length"),
+        "largest": Number(4.0, minimum=1, help="largest rank of a layer, relative to `rank`"),
+    }
+
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        if settings["initial"] > settings.rank:
+            raise UnsupportedError(f"initial {settings['initial']}: must not exceed the rank {settings.rank}")
+        return settings
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        (out_features, in_features), allocated = layer.shape, self.export_rank(settings)
+        trainable = {
+            "A": normal_init((allocated, in_features), 0.02, layer, parameter_generator(generator, "A")),
+            "B": normal_init((out_features, allocated), 0.02, layer, parameter_generator(generator, "B")),
+        }
+        trainable["E"] = trainable["A"].new_zeros(allocated, 1)
+        mask = (torch.arange(allocated) < settings["initial"]).to(trainable["E"]).unsqueeze(1)
+        frozen = {f"old {name}": tensor for name, tensor in trainable.items()}
+        frozen |= {"mask": mask, "live": mask, "age": torch.zeros_like(mask), "age E": torch.zeros_like(mask)}
+        frozen |= {name: mask.new_zeros(1) for name in ("importance", "uncertainty")}
+        return InitialTensors(trainable, frozen)
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        ranks = params["mask"].sum(-2, keepdim=True) + 1e-5
+        # `scaling` divides by `rank`, but s by the present rank.
+        return params["A"] * (params["E"] * params["live"] * (settings.rank / ranks)), params["B"]
+
+    def auxiliary_loss(
+        self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer, settings: VariantSettings
+    ) -> Tensor:
+        live = params["live"].squeeze(-1)
+        excess = (params["A"].square().sum(2) - 1).abs() + (params["B"].square().sum(1) - 1).abs()
+        return settings["orthogonality"] * (live * excess).sum(1) / (2 * live.sum(1))
+
+    def before_step(self, lane: LaneView) -> None:
+        for view in lane.layers.values():
+            for name, parameter in view.trainable.items():
+                view.frozen[f"old {name}"].copy_(parameter)
+            gradient = view.trainable["E"].grad
+            if gradient is not None:
+                gradient.mul_(view.frozen["mask"])
+                _update_importance(view, gradient)
+
+    def after_step(self, lane: LaneView) -> None:
+        views, settings = list(lane.layers.values()), lane.settings
+        for view in views:
+            _restep(lane, view)
+        budget = self.rank_budget(len(views), settings, lane.step, lane.total_steps)
+        if lane.step == 1 or budget > self.rank_budget(len(views), settings, lane.step - 1, lane.total_steps):
+            self._add_triplets(views, budget, settings)
+
+    def _add_triplets(self, views: list[LayerView], budget: int, settings: VariantSettings) -> None:
+        """Give triplets to the most important layers until `budget` are in use, and set up the reserves."""
+        scores = [float(view.frozen["importance"] * view.frozen["uncertainty"]) for view in views]
+        order = sorted(range(len(views)), key=scores.__getitem__, reverse=True)
+        ranks = [int(view.frozen["mask"].sum()) for view in views]
+        limits = [min(self.export_rank(settings), *view.layer.shape) for view in views]
+        while sum(ranks) < budget:
+            count = min(_layers_per_round(len(views), settings), budget - sum(ranks))
+            for index in [i for i in order if ranks[i] < limits[i]][:count]:
+                ranks[index] += 1
+        reserves = int(budget < len(views) * settings.rank)
+        for view, rank, limit in zip(views, ranks, limits, strict=True):
+            mask, live, e = view.frozen["mask"], view.frozen["live"], view.trainable["E"]
+            mask[:rank] = 1
+            live[: min(rank + reserves, limit)] = 1
+            live[min(rank + reserves, limit) :] = 0
+            e.mul_(live)
+            e.copy_(torch.where((live > mask) & (e == 0), RESERVE_VALUE, e))
+
+    def rank_budget(self, layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
+        final, initial = layer_count * settings.rank, layer_count * settings["initial"]
+        per_round = _layers_per_round(layer_count, settings)
+        rounds = math.ceil((final - initial) / per_round)
+        done = math.floor(rounds * min(1.0, step / max(1.0, settings["growth"] * total_steps)))
+        return min(final, initial + done * per_round)
+
+    def export_rank(self, settings: VariantSettings) -> int:
+        """Return the allocated number of triplets; those that are not in use are exported as zeros."""
+        return round(settings.rank * settings["largest"])
+
+
+def _layers_per_round(layer_count: int, settings: VariantSettings) -> int:
+    return max(1, round(settings["top"] * layer_count))
+
+
+def _update_importance(view: LayerView, gradient: Tensor) -> None:
+    """Update the running averages of a layer with |E * g_E|."""
+    importance, uncertainty = view.frozen["importance"], view.frozen["uncertainty"]
+    now = (view.trainable["E"] * gradient).abs().sum() / math.sqrt(math.prod(view.layer.shape))
+    importance.lerp_(now, 1 - EMA_DECAY)
+    uncertainty.lerp_((now - importance).abs(), 1 - EMA_DECAY)
+
+
+def _restep(lane: LaneView, view: LayerView) -> None:
+    """Take the step of added triplets again, as AdamW whose counter began with the triplet, with a warm-up.
+
+    AdamW counts the steps of whole tensors. With that counter, the first steps of a new row would be several
+    times too large. Rows that do not learn get their old values.
+    """
+    options, initial = lane.optimizer.defaults, lane.settings["initial"]
+    (beta1, beta2), epsilon = options["betas"], options["eps"]
+    warmup = max(1, round(lane.settings["warmup"] * lane.total_steps))
+    view.frozen["age"].add_(view.frozen["live"])
+    view.frozen["age E"].add_(view.frozen["mask"])
+    for name, parameter in view.trainable.items():
+        moments = lane.moments(parameter)
+        if not moments:
+            continue
+        age = view.frozen["age E" if name == "E" else "age"]
+        age = age.t() if name == "B" else age
+        steps = age.clamp_min(1)
+        size = (moments["exp_avg_sq"] / (1 - beta2**steps)).sqrt_().add_(epsilon)
+        update = moments["exp_avg"] / (1 - beta1**steps) / size
+        rate = lane.learning_rate(parameter) * (age / warmup).clamp_max(1)
+        old = view.frozen[f"old {name}"]
+        new = old - rate * (update + lane.weight_decay(parameter) * old)
+        added = (slice(None), slice(initial, None)) if name == "B" else slice(initial, None)
+        parameter[added] = new[added]
