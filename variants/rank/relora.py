@@ -86,11 +86,24 @@ class ReLoRA(LoRA):
         for name, view in lane.layers.items():
             a, b = view.trainable["A"], view.trainable["B"]
             view.frozen["merged A"][rank_slice] = a
-            view.frozen["merged B"][:, rank_slice] = b
-            a.copy_(lora_init(view.layer, lane.settings, lane.generator(name)).trainable["A"])
-            b.zero_()
+            view.frozen["merged B"][:, rank_slice] = self.merged_fraction(lane.settings) * b
+            self.restart_factors(lane, name)
             for parameter in (a, b):
-                _prune_moments(lane.moments(parameter), float(lane.settings["pruned"]))
+                self.restart_optimizer(lane, parameter)
+
+    def merged_fraction(self, settings: VariantSettings) -> float:
+        """Return the fraction of B A that joins the frozen products."""
+        return 1.0
+
+    def restart_factors(self, lane: LaneView, layer: str) -> None:
+        """Change A and B of a layer after a merge."""
+        view = lane.layers[layer]
+        view.trainable["A"].copy_(lora_init(view.layer, lane.settings, lane.generator(layer)).trainable["A"])
+        view.trainable["B"].zero_()
+
+    def restart_optimizer(self, lane: LaneView, parameter: Tensor) -> None:
+        """Change AdamW's state of a parameter after a merge."""
+        _prune_moments(lane.moments(parameter), float(lane.settings["pruned"]))
 
     def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
         a, b = super().factors(params, layer, settings)
