@@ -35,7 +35,7 @@ def changes(adapters: Adapters) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("momentum", [0.1, 0.75, 1.0])
 def test_a_merge_takes_a_part_of_the_product(momentum: float) -> None:
-    """A and B are multiplied by 1 - m, so (1 - m)^2 of the product remains beside the m of it that is merged."""
+    """A and B are multiplied by 1 - m, so (1 - m)^2 of the product remains beside the merged part."""
     settings = VariantSettings(4, 8.0, extra={"merges": 1, "momentum": momentum})
     adapters = attach_lanes(CASE, catalogue.get("periodic_lora"), 1, settings)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 8)
