@@ -34,9 +34,10 @@ class GoRA(LoRA):
     `smallest` * rank and at most `largest` * rank. All layers have `largest` * rank ranks allocated; a frozen
     mask hides those that are not in use.
 
-    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), and
-    B = -gamma sqrt(in / r_l) / s_l G A^T (A A^T)^-1, so that W' - W is a step of gradient descent, projected
-    onto the row space of A, whose size is about `gamma` * |G|. So W' differs from W at step 0.
+    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = -gamma sqrt(in / r_l) / s_l G A^T (A A^T)^-1.
+
+    So W' - W begins as a step of gradient descent, projected onto the row space of A, of a size of about
+    `gamma` * |G|.
 
     Defaults: those of the authors' scripts at rank 8 (ranks 4 to 32, gamma 0.05, 32 batches).
 
