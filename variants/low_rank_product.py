@@ -32,8 +32,8 @@ class LowRankProduct(torch.autograd.Function):
 
     Eager autograd would copy the frozen layer's output before it adds the update, keep s B, add two gradients
     of x in memory of their own, and transpose the gradients of A and B by a copy. Here the update and its
-    gradient of x are added in place, and only x, A x^T, A and B are kept. Products with a side of `rank` are
-    computed as (rank, N). MKL takes up to four times as long for (N, rank).
+    gradient of x are added in place, and only x, A x^T, A and B are kept; x only if A learns. Products with
+    a side of `rank` are computed as (rank, N). MKL takes up to four times as long for (N, rank).
     """
 
     @staticmethod
@@ -68,8 +68,9 @@ class LowRankProduct(torch.autograd.Function):
         # If x has the lanes' dtype, the factors are computed again from A and B in the backward pass;
         # otherwise their rounded copies are kept.
         ctx.is_rounded, ctx.constants, ctx.rank = a.dtype != x.dtype, constants, a.shape[1]
-        ctx.save_for_backward(x, hidden, *((left, right) if ctx.is_rounded else (a, b)), more, unbiased)
-        ctx.shape = shape
+        kept_x = x if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept_x, hidden, *((left, right) if ctx.is_rounded else (a, b)), more, unbiased)
+        ctx.shape, ctx.stacked_shape, ctx.dtype = shape, x.shape, x.dtype
         return _as_own_tensor(out, shape)
 
     @staticmethod
@@ -78,14 +79,14 @@ class LowRankProduct(torch.autograd.Function):
         """Compute the gradients of x, A, B and `more`."""
         x, hidden, left, right, more, unbiased = ctx.saved_tensors
         layer, scale = ctx.constants.layer, ctx.constants.scale
-        grad_out = grad_out.reshape(*x.shape[:2], -1)
+        grad_out = grad_out.reshape(*ctx.stacked_shape[:2], -1)
         if not ctx.is_rounded:
-            left, right = multipliers(left, right, ctx.constants, x.dtype)
+            left, right = multipliers(left, right, ctx.constants, ctx.dtype)
         grad_hidden = bmm(right.transpose(1, 2), grad_out.transpose(1, 2))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_base = grad_out if more is None else torch.addcmul(grad_out, more.to(x.dtype), grad_out)
-            grad_x = torch.mm(grad_base.reshape(-1, grad_out.shape[2]), layer.weight).view(x.shape)
+            grad_base = grad_out if more is None else torch.addcmul(grad_out, more.to(ctx.dtype), grad_out)
+            grad_x = torch.mm(grad_base.reshape(-1, grad_out.shape[2]), layer.weight).view(ctx.stacked_shape)
             baddbmm_(grad_x, grad_hidden.transpose(1, 2), left)
             grad_x = grad_x.view(ctx.shape)
         grad_a = grad_b = None  # a factor that does not learn, such as a basis of RandLoRA, needs none
@@ -93,7 +94,7 @@ class LowRankProduct(torch.autograd.Function):
             grad_a = bmm(grad_hidden[:, : ctx.rank], x).to(layer.dtype)
         if ctx.needs_input_grad[2]:
             # Written in the layout of B, because autograd would copy a transposed gradient again.
-            grad_b = torch.empty(*grad_out.shape[::2], ctx.rank, dtype=layer.dtype, device=x.device)
+            grad_b = torch.empty(*grad_out.shape[::2], ctx.rank, dtype=layer.dtype, device=hidden.device)
             transposed = bmm(hidden, grad_out).transpose(1, 2)
             grad_b.copy_(transposed) if scale is None else torch.mul(transposed, scale, out=grad_b)
         grad_more = None if more is None else (grad_out * unbiased).sum(1, keepdim=True).to(more.dtype)

@@ -17,12 +17,12 @@ class LoRAFA(LoRA):
 
     The optimizer gets g_B (A A^T + 1e-8 I)^-1 / s^2 in place of the gradient g_B. With gradient descent, W'
     would then change by the gradient with respect to W, projected onto the row space of A. The inverse is
-    computed once, because A is constant.
+    computed once, because A is constant. The backward pass needs A x^T, and not the layer's input x.
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.
 
-    Source: `create_lorafa_optimizer` of PEFT. Deviation: PEFT rounds the corrected gradient to bfloat16. The
-    first version of the paper has no correction of the gradient; the published study used that version.
+    Source: `create_lorafa_optimizer` of PEFT. Deviation: PEFT rounds the corrected gradient of a
+    parameter in float32 to bfloat16. The survey's code freezes A and does not correct the gradient.
     """
 
     parameters = "rank * out"
