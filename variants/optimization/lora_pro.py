@@ -72,10 +72,10 @@ class LoRAPro(LoRA):
             grad_a, grad_b = scaling * (b.t() @ direction), scaling * (direction @ a.t())
             d_a, d_b = _projected_pair(a, b, grad_a, grad_b, scaling)
             x = _solve_sylvester(a, b, -d_a @ a.t())
-            a.grad, b.grad = d_a + x @ a, d_b - b @ x
-            for parameter in (a, b):
+            for parameter, step in ((a, d_a + x @ a), (b, d_b - b @ x)):
                 rate = lane.learning_rate(parameter)
-                parameter.mul_(1 - rate * lane.weight_decay(parameter)).sub_(parameter.grad, alpha=rate)
+                parameter.mul_(1 - rate * lane.weight_decay(parameter)).sub_(step, alpha=rate)
+                parameter.grad = step
 
 
 def _projected_pair(
