@@ -12,6 +12,7 @@ from variants.base import AdaptationScope, CalibrationStatistic, VariantSettings
 from variants.forward_context import draw_dropout_masks
 
 SETTINGS = VariantSettings(rank=8, alpha=16.0, dropout=0.25)
+INPUT_STATISTICS = (CalibrationStatistic.INPUT_COVARIANCE, CalibrationStatistic.INPUT_MOMENT)
 
 
 class Block(nn.Module):
@@ -50,7 +51,7 @@ def random_calibration(adapters: Adapters) -> dict[str, dict[str, Tensor]] | Non
     found = {}
     for name, layer in adapters.layers.items():
         matrix = torch.randn(layer.frozen_layer.weight.shape, generator=torch.Generator().manual_seed(1))
-        if variant.calibration_statistic is CalibrationStatistic.INPUT_COVARIANCE:
+        if variant.calibration_statistic in INPUT_STATISTICS:
             matrix = matrix.T @ matrix
         found[name] = variant.reduce_calibration(layer.frozen_layer, matrix, adapters.settings)
     return found
@@ -115,8 +116,9 @@ WITH_FROZEN_UPDATE = [
 ]
 
 
-def test_only_pissa_and_relora_have_a_frozen_update() -> None:
-    assert WITH_FROZEN_UPDATE == ["pissa", "relora"]
+def test_only_variants_with_a_residual_or_merged_factors_have_a_frozen_update() -> None:
+    assert {"corda", "milora", "nora", "olora", "pissa", "relora", "sorsa"} <= set(WITH_FROZEN_UPDATE)
+    assert not {"lora", "dora", "lora_ga", "delora", "dude"} & set(WITH_FROZEN_UPDATE)
 
 
 @pytest.mark.parametrize("name", WITH_FROZEN_UPDATE)
@@ -142,6 +144,8 @@ def test_dropout_does_not_apply_to_the_frozen_update(name: str) -> None:
         masks = draw_dropout_masks(x.unsqueeze(0), settings.dropout, layer.name, context, {"0": 0})
         dropped = x * masks[0]
     assert (dropped == 0).float().mean() > 0.1
+    learned = {n: t for n, t in tensors.items() if n not in adapters.variant.frozen_update_buffers}
+    a, b = adapters.variant.factors(learned, layer.frozen_layer, settings)
     frozen = layer.base_layer.weight + scaling * b0 @ a0
-    expected = x @ frozen.T + layer.base_layer.bias + scaling * dropped @ tensors["A"].T @ tensors["B"].T
+    expected = x @ frozen.T + layer.base_layer.bias + scaling * dropped @ a.T @ b.T
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,74 @@
+"""CorDA (Yang et al. 2024, arXiv 2406.05223): LoRA from the components of W that certain inputs use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    CalibrationStatistic,
+    Choice,
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+)
+from variants.baseline.lora import LoRA
+
+
+class CorDA(LoRA):
+    """W' = W + s (B A - B0 A0) with s = alpha / rank.
+
+    Initialization: C = X^T X / positions over the inputs X of `calibration_batches` batches, W C = U S V^T.
+    A = A0 = sqrt(S / s) V^T C^-1 and B = B0 = U sqrt(S / s), so W' = W. In the `mode` "instruction" they
+    have the `rank` largest triplets, and the components of W that the inputs use most learn; in the mode
+    "knowledge" the smallest, and these components are preserved. C gets 1 % of its mean diagonal added to
+    its diagonal, or 2, 4, 8, ... % until its inverse is accurate.
+
+    The defaults: 256 batches (the authors: 256 samples) and PEFT's mode.
+
+    Deviation: the authors and PEFT divide each sample by its largest value and sum over positions. Another
+    factor on C leaves U, S V^T C^-1 and the subtracted product as they are, and moves a factor from A to B.
+    In the mode "knowledge" the authors take C from samples of another task; here C is always the training
+    data's.
+
+    Source: cordalib/decomposition.py of the authors' code; PEFT's corda.py.
+    """
+
+    parameters = "rank * (in + out)"
+    hyperparameters = {
+        "calibration_batches": Int(256, minimum=1, help="number of batches of the inputs' second moment"),
+        "mode": Choice("instruction", ("instruction", "knowledge"), help="largest or smallest components"),
+    }
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    calibration_statistic = CalibrationStatistic.INPUT_MOMENT
+
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+        moment, inverse = _invertible(matrix, layer)
+        u, s, vh = torch.linalg.svd(layer.weight.to(matrix) @ moment, full_matrices=False)
+        rank, in_instruction_mode = settings.rank, settings["mode"] == "instruction"
+        used = slice(rank) if in_instruction_mode else slice(len(s) - rank, None)
+        return {"U": u[:, used].contiguous(), "S": s[used].contiguous(), "V": vh[used] @ inverse}
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        u, s, v = (layer.calibration[name].to(layer.device, layer.dtype) for name in "USV")
+        root = (s / self.scaling(settings)).sqrt()
+        a, b = root.unsqueeze(1) * v, u * root
+        return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
+
+    def export_rank(self, settings: VariantSettings) -> int:
+        return 2 * settings.rank
+
+
+def _invertible(moment: Tensor, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    """Return the moment with an increased diagonal, and the inverse of the result, (in, in) each."""
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    for doublings in range(20):
+        damped = moment + 0.01 * 2**doublings * moment.diagonal().mean() * identity
+        inverse, failure = torch.linalg.inv_ex(damped)
+        if not failure and torch.dist(damped @ inverse, identity) < 0.05:
+            return damped, inverse
+    raise UnsupportedError(f"{layer.name}: the second moment of its inputs cannot be inverted")

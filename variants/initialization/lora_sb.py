@@ -1,0 +1,53 @@
+"""LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557): LoRA-XS with the factors of a first full update."""
+
+from __future__ import annotations
+
+from torch import Generator, Tensor
+
+from variants.base import (
+    CalibrationStatistic,
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Number,
+    Params,
+    VariantSettings,
+    stable_seed,
+)
+from variants.initialization.lora_xs import LoRAXS
+from variants.linalg import randomized_svd
+
+
+class LoRASB(LoRAXS):
+    """W' = W + B R A, of which only R (rank, rank) learns. There is no alpha: the authors set s to 1.
+
+    Initialization: G is the mean gradient over `calibration_batches` batches. -`step_size` * sign(G), the
+    first step of a sign optimizer on W, is U S V^T. With the `rank` largest triplets, B = U, A = V^T and
+    R = diag(S). Nothing is subtracted from W: at step 0, W' is W after that step at rank `rank`.
+
+    The defaults: the authors use 50 examples in batches of 3, so 17 batches. Their `step_size` is the
+    learning rate divided by the number of warmup steps in batches of 3, 1e-4 / 333 = 3e-7 for MetaMathQA.
+
+    Deviation: `step_size` does not follow from the learning rate here, so that all rates of a sweep start
+    from the same calibration. The published study's code takes the singular vectors of G itself and starts
+    from W + B diag(S) A, a step that increases the loss.
+
+    Source: train_arithmetic.py and utils/gradient_utils.py of the authors' code.
+    """
+
+    hyperparameters = {
+        "calibration_batches": Int(17, minimum=1, help="number of batches of the mean gradient"),
+        "step_size": Number(3e-7, above=0, help="size of the first step"),
+    }
+    calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
+    uses_alpha = False
+
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+        rank = settings.rank
+        first_step = -settings["step_size"] * matrix.sign()
+        u, s, vh = randomized_svd(first_step, rank, iterations=10, seed=stable_seed(layer.name, rank))
+        return {"A": vh[:rank], "R": s[:rank].diag(), "B": u[:, :rank]}
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        a, r, b = (layer.calibration[name].to(layer.device, layer.dtype) for name in "ARB")
+        return InitialTensors({"R": r}, {"A": a, "B": b})

@@ -1,0 +1,23 @@
+"""MiLoRA (Wang et al. 2024, arXiv 2406.09044): LoRA from the smallest singular triplets of the weight."""
+
+from __future__ import annotations
+
+from variants.base import VerifiedBy
+from variants.initialization.pissa import PiSSA
+
+
+class MiLoRA(PiSSA):
+    """W' = W + s (B A - B0 A0) with s = alpha / rank; W - s B0 A0 is the paper's frozen principal part.
+
+    Initialization: with the `rank` smallest triplets of W = U S V^T (of the min(in, out) triplets of the thin
+    SVD), B = B0 = U sqrt(S / s) and A = A0 = sqrt(S / s) V^T, so W' = W.
+
+    The SVD is always exact: a randomized SVD finds the largest triplets only. (The published study's code
+    has one, which is PiSSA's initialization in effect.) The authors use alpha = rank.
+
+    Source: `initialize_lora_layer` with the mode "min" in the authors' svd_init.py.
+    """
+
+    verified_by = VerifiedBy.AUTHORS_CODE
+    hyperparameters = {}
+    smallest = True

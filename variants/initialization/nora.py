@@ -1,0 +1,58 @@
+"""NoRA (Lin et al. 2024, arXiv 2408.10280): a LoRA that learns inside a frozen one from the weight's SVD."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import FrozenLayer, InitialTensors, Int, Params, VariantSettings, VerifiedBy
+from variants.weight_svd import WeightSVD
+
+
+class NoRA(WeightSVD):
+    """W' = W + s (B inner_B inner_A A - B0 A0) with s = alpha / rank; only the inner factors learn.
+
+    A (R, in) and B (out, R) are frozen, inner_A (rank, R) and inner_B (R, rank) learn. R is `outer` * rank,
+    at most the smaller side of the layer.
+
+    Initialization: with the R largest triplets of W = U S V^T, A = V^T and B = U. The inner factors are the
+    first `rank` rows and columns of sqrt(S), so B inner_B inner_A A has the `rank` largest triplets of W. B0
+    and A0 are the initial values of B inner_B and inner_A A, so W' = W.
+
+    `outer` = 4 is a choice of this project: the paper's code for language models was not available.
+
+    Deviation: the initialization and the subtraction are those of the published study's code, which however
+    takes one column and one row of sqrt(S), the second, whatever the rank is (an update of rank 1), and does
+    not freeze A and B. In the authors' code for CLIP (`NoRALinear_C`), A and B come from an SVD of W weighted
+    by its inputs, the inner factors are random, and nothing is subtracted.
+    """
+
+    parameters = "2 * rank * min(outer * rank, in, out)"
+    verified_by = VerifiedBy.AUTHORS_CODE
+    hyperparameters = {
+        **WeightSVD.hyperparameters,
+        "outer": Int(4, minimum=1, help="rank of the frozen factors as a multiple of the rank"),
+    }
+
+    def triplet_count(self, settings: VariantSettings) -> int:
+        return settings["outer"] * settings.rank
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        u, s, vh = self.triplets(layer, settings)
+        inner = torch.zeros(settings.rank, len(s), dtype=layer.dtype, device=layer.device)
+        inner.diagonal().copy_(s[: settings.rank].sqrt())
+        params = {"A": vh, "B": u, "inner_A": inner, "inner_B": inner.t().contiguous()}
+        a, b = self._products(params)
+        trainable = {name: params.pop(name) for name in ("inner_A", "inner_B")}
+        return InitialTensors(trainable, {**params, "A0": a, "B0": b})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        a, b = self._products(params)
+        return super().factors({**params, "A": a, "B": b}, layer, settings)
+
+    def export_rank(self, settings: VariantSettings) -> int:
+        return 2 * settings.rank
+
+    def _products(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Return inner_A A (..., rank, in) and B inner_B (..., out, rank)."""
+        return params["inner_A"] @ params["A"], params["B"] @ params["inner_B"]

@@ -1,0 +1,48 @@
+"""OLoRA (Büyükakyüz 2024, arXiv 2406.01775): LoRA from the QR decomposition of the weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    CalibrationStatistic,
+    FrozenLayer,
+    InitialTensors,
+    Params,
+    VariantSettings,
+    VerifiedBy,
+)
+from variants.baseline.lora import LoRA
+
+
+class OLoRA(LoRA):
+    """W' = W + s (B A - B0 A0) with s = alpha / rank.
+
+    Initialization: W = Q R; B = B0 = the first `rank` columns of Q, A = A0 = the first `rank` rows of R, so
+    W' = W. It involves no noise. s B0 A0 is subtracted as in the paper's algorithm, also where s is not 1.
+
+    The decomposition is computed once for each base model and rank, and kept in the store.
+
+    PEFT is the reference for layers of type Linear. Deviation: PEFT decomposes the stored weight of a Conv1D
+    layer, W^T, whose factors fit square layers only.
+    """
+
+    parameters = "rank * (in + out)"
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    calibration_statistic = CalibrationStatistic.WEIGHT
+
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+        q, r = torch.linalg.qr(matrix)
+        return {"A0": r[: settings.rank].contiguous(), "B0": q[:, : settings.rank].contiguous()}
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        key = f"qr {settings.rank}"
+        if not layer.calibration and key not in layer.cache:
+            layer.cache[key] = self.reduce_calibration(layer, layer.weight.to(layer.dtype), settings)
+        factors = layer.calibration or layer.cache[key]
+        a, b = (factors[name].to(layer.device, layer.dtype) for name in ("A0", "B0"))
+        return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
+
+    def export_rank(self, settings: VariantSettings) -> int:
+        return 2 * settings.rank

@@ -1,0 +1,69 @@
+"""SORSA (Cao et al. 2024, arXiv 2409.00055): the largest singular triplets learn, kept nearly orthonormal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    LaneView,
+    Number,
+    Params,
+    VariantSettings,
+    VerifiedBy,
+)
+from variants.weight_svd import WeightSVD
+
+
+class SORSA(WeightSVD):
+    """W' = W + B diag(S) A - B0 A0 with trainable A, B and S (rank,). There is no alpha.
+
+    Initialization: with the `rank` largest triplets of W = U S V^T, A = V^T, B = U and S; A0 = V^T and
+    B0 = U diag(S) are frozen copies, so W' = W.
+
+    The loss gains `gamma` / (learning rate) times the mean of |A A^T - I| and |B^T B - I| (Frobenius norms)
+    over all layers. The learning rate is the highest of the schedule. As in the authors' code, the gradient
+    of this term is added after clipping.
+
+    The default of `gamma` is that of the authors' scripts.
+
+    Source: sorsalib/src/sorsa/layer.py and trainer.py of the authors' code.
+    """
+
+    parameters = "rank * (in + out + 1)"
+    hyperparameters = {
+        **WeightSVD.hyperparameters,
+        "gamma": Number(4e-4, help="weight of the orthonormality loss times the learning rate"),
+    }
+    verified_by = VerifiedBy.AUTHORS_CODE
+    uses_alpha = False
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        u, s, vh = self.triplets(layer, settings)
+        return InitialTensors({"A": vh, "B": u, "S": s}, {"A0": vh, "B0": u * s})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        scaled = {**params, "B": params["B"] * params["S"].unsqueeze(-2)}
+        return super().factors(scaled, layer, settings)
+
+    def export_rank(self, settings: VariantSettings) -> int:
+        return 2 * settings.rank
+
+    def before_step(self, lane: LaneView) -> None:
+        weight = lane.settings["gamma"] / lane.optimizer.defaults["lr"] / (2 * len(lane.layers))
+        for view in lane.layers.values():
+            for name in ("A", "B"):
+                parameter = view.trainable[name]
+                if parameter.grad is not None:
+                    rows = parameter if name == "A" else parameter.t()
+                    gradient = _orthonormality_gradient(rows)
+                    parameter.grad.add_(gradient if name == "A" else gradient.t(), alpha=weight)
+
+
+def _orthonormality_gradient(rows: Tensor) -> Tensor:
+    """Return the gradient of |M M^T - I| with respect to M (rank, n); zero where the norm is zero."""
+    error = rows @ rows.t()
+    error.diagonal().sub_(1)
+    return 2 * error @ rows / error.norm().clamp_min(torch.finfo(error.dtype).tiny)

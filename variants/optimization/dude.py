@@ -1,0 +1,23 @@
+"""DuDe (Han et al. 2025, arXiv 2505.14367): DoRA whose direction starts as PiSSA does."""
+
+from __future__ import annotations
+
+from variants.base import VerifiedBy
+from variants.initialization.pissa import PiSSA
+from variants.optimization.dora import DoRA
+
+
+class DuDe(DoRA, PiSSA):
+    """W' = (m / n) (W + s (B A - B0 A0)) with n = the row norms of the second factor, s = alpha / rank.
+
+    Initialization: A = A0 and B = B0 from the `rank` largest singular triplets of W as in PiSSA, m = row
+    norms of W as in DoRA, so W' = W. Also as in DoRA, the gradient treats n as a constant.
+
+    Dropout applies to all of the change, W' - W.
+
+    Source: the paper's figure and PEFT, which can combine the two.
+    """
+
+    parameters = "rank * (in + out) + out"
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    frozen_update_buffers = frozenset()
