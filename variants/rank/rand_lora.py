@@ -28,20 +28,21 @@ from variants.shared_factors import largest_sides
 
 
 class RandLoRA(LoRA):
-    """W' = W + s / sqrt(n) sum_i B_i diag(l_i) A diag(g_i), or its transpose if out < in.
+    """W' = W + D, or W' = W + D^T if out < in, with D = s / sqrt(n) sum_i B_i diag(l_i) A diag(g_i).
 
     With p = min(out, in) and q = max(out, in), A (r, p) and the n matrices B_i (q, r) are frozen and random,
     slices of two tensors that all layers share; l_i (r,) and g_i (p,) are trained. r = `rank_factor` * rank,
     n = ceil(min(p, base_limit) / r), s = alpha / rank.
 
-    Initialization: A and B uniform with a standard deviation of 1, l (r, n) = 0, so W' = W; g (n, p) = 1 / q.
+    Initialization: A and B uniform with a standard deviation of 1, l (r, n) = 0, so W' = W; all
+    values of g (n, p) are 1 / max(n, p).
 
     Defaults: at rank 8, `rank_factor` 4 gives the basis rank 32 of the published study, whose U is
     `base_limit` 1024. Without a limit (a `base_limit` of at least p) the update can have full rank.
 
     Deviations: PEFT has no `base_limit`, and no 1 / sqrt(n), which is the authors' (`normalized`). A lane
     draws A and B from its own seed and keeps them in its checkpoint; PEFT has one `projection_prng_key`.
-    The published study's code draws l from N(0, 1), so it does not start at W.
+    The published study's code draws l from N(0, 1), so it does not start at W, and has g = 1 / q.
 
     Source: `tuners/randlora/` of the authors' code (PaulAlbert31/RandLoRA) and of PEFT.
     """
@@ -65,7 +66,8 @@ class RandLoRA(LoRA):
 
     def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         n, r = _basis_count(layer.shape, settings), _basis_rank(settings)
-        g = torch.full((n, min(layer.shape)), 1 / max(layer.shape), dtype=layer.dtype, device=layer.device)
+        shape = n, min(layer.shape)
+        g = torch.full(shape, 1 / max(shape), dtype=layer.dtype, device=layer.device)
         return InitialTensors({"l": g.new_zeros(r, n), "g": g})
 
     def layer_group(self, layer_name: str) -> str:

@@ -51,7 +51,7 @@ def test_it_starts_at_the_base_with_bases_of_unit_deviation() -> None:
     tensors, frozen = adapters.trainable("0"), adapters.frozen("0")
     assert tensors["model.layers.1.mlp.down_proj.l"].shape == (16, 2)
     assert not tensors["model.layers.1.mlp.down_proj.l"].any()
-    assert (tensors["model.layers.1.mlp.down_proj.g"] == 1 / 48).all()
+    assert (tensors["model.layers.1.mlp.down_proj.g"] == 1 / 32).all()
     assert {name: tuple(t.shape) for name, t in frozen.items()} == {
         "group:rand_lora.A": (16, 1, 48), "group:rand_lora.B": (48, 3, 16)
     }  # fmt: skip
