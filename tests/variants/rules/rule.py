@@ -17,6 +17,8 @@ ROWS, TOLERANCE = 8, 1e-9
 
 Change = Callable[[Mapping[str, Tensor], Tensor, VariantSettings, float], Tensor]
 """Function of (a layer's tensors, W (out, in), settings, s) that returns W' - W, (out, in)."""
+BiasChange = Callable[[Mapping[str, Tensor], Tensor, VariantSettings], Tensor]
+"""Function of (a layer's tensors, its bias, settings) that returns the change of the bias, (out,)."""
 Update = Callable[[Tensor, Mapping[str, Tensor], Tensor, VariantSettings, float], Tensor]
 """Function of (x (N, in), a layer's tensors, W (out, in), settings, s) that returns W' x - W x, (N, out)."""
 
@@ -43,15 +45,17 @@ def check_update(
     change: Change,
     settings: VariantSettings | None = None,
     has_merge: bool = True,
+    change_bias: BiasChange | None = None,
     **sizes: int,
 ) -> None:
-    """Check outputs, gradients and the merged weight of each layer against W' - W.
+    """Check outputs, gradients and the merged weight and bias of each layer against W' - W.
 
     Args:
         name: The variant.
         change: The rule, in plain PyTorch.
         settings: The lane's settings; rank 4 and alpha 8 by default.
         has_merge: False if the variant has no `delta_weight`.
+        change_bias: The change of the bias; None if the variant does not change it.
         sizes: As in `adapt`.
     """
 
@@ -60,7 +64,7 @@ def check_update(
     ) -> Tensor:
         return x @ change(params, weight, settings, s).T
 
-    adapters = check_output(name, update, settings, **sizes)
+    adapters = check_output(name, update, settings, change_bias, **sizes)
     if not has_merge:
         return
     lane = adapters.lane_settings("0")
@@ -70,10 +74,19 @@ def check_update(
         merged = adapters.variant.delta_weight(tensors, frozen, scaling, lane)
         expected = change(tensors, frozen.weight, lane, scaling)
         torch.testing.assert_close(merged, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        merged_bias = adapters.variant.delta_bias(tensors, frozen, scaling, lane)
+        assert (merged_bias is None) == (change_bias is None)
+        if change_bias is not None:
+            expected = change_bias(tensors, frozen.bias, lane)
+            torch.testing.assert_close(merged_bias, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def check_output(
-    name: str, update: Update, settings: VariantSettings | None = None, **sizes: int
+    name: str,
+    update: Update,
+    settings: VariantSettings | None = None,
+    change_bias: BiasChange | None = None,
+    **sizes: int,
 ) -> Adapters:
     """Check outputs and gradients of each layer against W' x - W x.
 
@@ -81,6 +94,7 @@ def check_output(
         name: The variant.
         update: The rule, in plain PyTorch.
         settings: The lane's settings; rank 4 and alpha 8 by default.
+        change_bias: As in `check_update`.
         sizes: As in `adapt`.
 
     Returns:
@@ -103,6 +117,8 @@ def check_output(
             (output * direction).sum().backward()
         leaves = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in tensors.items()}
         expected = x @ frozen.weight.T + frozen.bias + update(x, leaves, frozen.weight, lane, scaling)
+        if change_bias is not None:
+            expected = expected + change_bias(leaves, frozen.bias, lane)
         torch.testing.assert_close(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
         (expected * direction).sum().backward()
         torch.testing.assert_close(own_x.grad, x.grad, rtol=TOLERANCE, atol=TOLERANCE)
