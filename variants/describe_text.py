@@ -26,7 +26,7 @@ AXES = {
     "optimization": "another way to train the two factors",
     "initialization": "other initial values",
     "experts": "several adapters, mixed for each token",
-    "multiplicative": "a factor on the weight or on the activations, outside the survey's taxonomy",
+    "multiplicative": "a learned map of the layer's input or output, outside the survey",
     "beyond_layers": "changes of other parts of the model than linear layers",
 }
 """What the entries of an axis change, by axis; an axis that is not listed is shown without a description."""

@@ -1,0 +1,106 @@
+"""BOFT (Liu et al. 2023, arXiv 2311.06243): OFT with butterfly factors, and a gain for each output.
+
+A product of sparse rotations is a dense rotation with few parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    PeftMethod,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+)  # fmt: skip
+from variants.input_map import InputMap
+from variants.rotations import cayley_change, multiply_blocks
+
+
+class BOFT(InputMap):
+    """W' = diag(s) W R^T with R = B_m ... B_1, that is, x W'^T = (x R W^T) diag(s).
+
+    B_i = P_i D_i P_i^T. D_i is block-diagonal with rotations (I - Q) (I + Q)^-1 of size b = `block_size`,
+    where Q = (M - M^T) / 2 and M (b, b) learns. P_i permutes the inputs within groups of b 2^(i-1): of the
+    parts of b / 2 inputs in a group, those with even numbers come first. m is `factors`; for m = 1, BOFT is
+    OFT with the gains s (out, 1).
+
+    Initialization: M = 0 and s = 1, so W' = W. Defaults: those of PEFT (b = 4, m = 1). The paper's
+    experiments have m > 1.
+
+    Deviation: there is no multiplicative dropout (0 is PEFT's default).
+
+    PEFT needs a CUDA extension for m > 1; without it, PEFT ignores its config and takes m = 1.
+
+    Source: paper, Section 4; PEFT, tuners/boft/layer.py.
+    """
+
+    parameters = "factors * in * block_size + out"
+    hyperparameters = {
+        "block_size": Int(4, minimum=2, help="size of the rotations"),
+        "factors": Int(1, help="number of butterfly factors"),
+    }
+    uses_rank = uses_alpha = uses_dropout = False
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = PeftMethod(
+        "BOFT",
+        {"M": "boft_R", "s": "boft_s"},
+        rank=None,
+        alpha=None,
+        dropout=None,
+        adapts_conv1d=False,
+        fields={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
+    )
+
+    def check_layer(
+        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
+    ) -> None:
+        size, factors = settings["block_size"], settings["factors"]
+        if factors > 1 and size % 2:
+            raise UnsupportedError(f"block_size {size} must be even for more than one factor")
+        if in_features % (size << (factors - 1)):
+            raise UnsupportedError(
+                f"{layer_name} has {in_features} inputs: not a multiple of {size << (factors - 1)}, which "
+                f"block_size {size} and {factors} factors need"
+            )
+
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        size, (out_features, in_features) = settings["block_size"], layer.shape
+        gains = torch.ones(out_features, 1, dtype=layer.dtype, device=layer.device)
+        return InitialTensors(
+            {"M": gains.new_zeros(settings["factors"], in_features // size, size, size), "s": gains}
+        )
+
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        """Return D_i - I as "change", (K, m, in / b, b, b), and s - 1 as "gain", (K, 1, out)."""
+        m = params["M"]
+        return {"change": cayley_change((m.mT - m) / 2), "gain": (params["s"] - 1).transpose(1, 2)}
+
+    def map_input(
+        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Tensor:
+        half, change = settings["block_size"] // 2, torch.zeros_like(x)
+        for factor in reversed(range(settings["factors"])):
+            mapped = x + change
+            if factor == 0:
+                change = change + multiply_blocks(mapped, params["change"][:, 0])
+                continue
+            count = 2**factor
+            sorted_parts = mapped.reshape(*x.shape[:2], -1, 2, count, half).transpose(-3, -2).reshape(x.shape)
+            product = multiply_blocks(sorted_parts, params["change"][:, factor])
+            change = change + product.view(*x.shape[:2], -1, count, 2, half).transpose(-3, -2).reshape(
+                x.shape
+            )
+        return change
+
+    def map_product(self, product: Tensor, params: Params, settings: VariantSettings) -> Tensor:
+        return product * params["gain"]

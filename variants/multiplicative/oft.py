@@ -1,0 +1,90 @@
+"""OFT (Qiu et al. 2023, arXiv 2306.07280): rotates the layer's input in blocks of a fixed size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from variants.base import (
+    Flag,
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    PeftMethod,
+    VariantSettings,
+    VerifiedBy,
+)
+from variants.input_map import InputMap
+from variants.rotations import cayley_change, multiply_blocks, nearest_divisor, neumann_change, skew_symmetric
+
+
+class OFT(InputMap):
+    """W' = W R^T, that is, x W'^T = (x R) W^T; R is block-diagonal, and each block is a rotation (b, b).
+
+    A block follows from a skew-symmetric Q, whose values above the diagonal learn: R = I + 2 Q + 2 Q^2 +
+    2 Q^3 + Q^4 (OFTv2, arXiv 2506.19847; `terms` powers of Q), which is a rotation for small Q only, or
+    R = (I - Q) (I + Q)^-1 without `cayley_neumann`. b is the divisor of `in` nearest to `block_size`.
+
+    Initialization: Q = 0, so W' = W. Defaults: those of PEFT.
+
+    Deviations: there is no constrained form (COFT) and no Q that all blocks share. PEFT accepts a
+    `module_dropout` for OFT and ignores it; there is none here.
+
+    Source: paper, Section 3; PEFT, tuners/oft/layer.py. For one Q, PEFT's two forms rotate in opposite
+    directions. That is kept, so that adapters can be exchanged.
+    """
+
+    parameters = "in * (block_size - 1) / 2"
+    hyperparameters = {
+        "block_size": Int(32, minimum=2, help="inputs that are rotated together"),
+        "cayley_neumann": Flag(True, help="power series in place of a matrix inverse"),
+        "terms": Int(5, minimum=4, help="powers of Q in the series"),
+    }
+    uses_rank = uses_alpha = uses_dropout = False
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = PeftMethod(
+        "OFT",
+        {"Q": "oft_R.weight"},
+        rank=None,
+        alpha=None,
+        dropout=None,
+        fields={
+            "block_size": "oft_block_size",
+            "cayley_neumann": "use_cayley_neumann",
+            "terms": "num_cayley_neumann_terms",
+        },
+        adapts_conv1d=False,
+    )
+
+    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
+        # PEFT warns about a series of an older version if its config does not name a version.
+        return {**super().peft_config(settings), "peft_version": "0.18.0"}
+
+    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int, settings: VariantSettings) -> int:
+        return layer.shape[1] * (nearest_divisor(layer.shape[1], settings["block_size"]) - 1) // 2
+
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        in_features = layer.shape[1]
+        size = nearest_divisor(in_features, settings["block_size"])
+        shape = in_features // size, size * (size - 1) // 2
+        return InitialTensors({"Q": torch.zeros(shape, dtype=layer.dtype, device=layer.device)})
+
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        """Return R - I of each block, (K, in / b, b, b), as "change"."""
+        q = params["Q"]
+        skew = skew_symmetric(q, layer.shape[1] // q.shape[1])
+        if settings["cayley_neumann"]:
+            return {"change": neumann_change(skew.flatten(0, 1), settings["terms"]).view(skew.shape)}
+        return {"change": cayley_change(-skew)}
+
+    def map_input(
+        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Tensor:
+        return multiply_blocks(x, params["change"])
