@@ -1,0 +1,99 @@
+"""RoAd (Liao and Monz 2024, arXiv 2409.00119): rotates and scales pairs of the layer's outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from variants.base import (
+    Choice,
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    PeftMethod,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+)  # fmt: skip
+from variants.output_map import OutputMap
+
+_ANGLES = {"road_1": 1, "road_2": 2, "road_4": 4}
+
+
+class RoAd(OutputMap):
+    """W' = R W and bias' = R bias; R turns each pair of outputs (y1, y2) and scales it.
+
+    y1' = a11 cos(t11) y1 - a12 sin(t12) y2 and y2' = a21 cos(t21) y2 + a22 sin(t22) y1. By `form` a pair has
+    one angle t and one scale a ("road_1"), one of each per output ("road_2"), or four ("road_4").
+
+    Initialization: t = 0 and a = 1, so W' = W. Defaults: RoAd1 with pairs of neighbours, as in the paper. In
+    each group of `group_size` outputs the pairs are (i, i + group_size / 2); PEFT's default is 64, which only
+    renumbers the outputs.
+
+    RoAd needs larger learning rates than LoRA (1e-3 and more).
+
+    Source: paper, Section 3.2; PEFT, tuners/road/layer.py.
+    """
+
+    parameters = "angles * out"
+    hyperparameters = {
+        "form": Choice("road_1", tuple(_ANGLES), help="1, 2 or 4 different angles and scales for each pair"),
+        "group_size": Int(2, minimum=2, help="outputs among which pairs are formed"),
+    }
+    uses_rank = uses_alpha = uses_dropout = False
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    typical_lr_scale = 10.0
+    peft = PeftMethod(
+        "ROAD",
+        {"theta": "road_theta", "scale": "road_alpha"},
+        rank=None,
+        alpha=None,
+        dropout=None,
+        fields={"form": "variant", "group_size": "group_size"},
+        adapts_conv1d=False,
+    )
+
+    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+        return {**settings.extra, "angles": _ANGLES[settings["form"]]}
+
+    def check_layer(
+        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
+    ) -> None:
+        size = settings["group_size"]
+        if size % 2 or out_features % size:
+            raise UnsupportedError(
+                f"{layer_name} has {out_features} outputs: group_size {size} must be even and divide them"
+            )
+
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        scale = torch.ones(
+            _ANGLES[settings["form"]] * layer.shape[0] // 2, dtype=layer.dtype, device=layer.device
+        )
+        return InitialTensors({"theta": torch.zeros_like(scale), "scale": scale})
+
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        """Return the factors of y as "own" and those of the other output of the pair as "other".
+
+        Both are (K, 1, groups, 2, pairs): first and second outputs of the pairs of each group.
+        """
+        columns, rows = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[_ANGLES[settings["form"]]]
+        pairs = settings["group_size"] // 2
+        theta, scale = (
+            params[name].unflatten(1, (-1, columns, rows, pairs)).expand(-1, -1, 2, 2, -1)
+            for name in ("theta", "scale")
+        )
+        own = scale[:, :, 0] * theta[:, :, 0].cos()
+        other = scale[:, :, 1] * theta[:, :, 1].sin()
+        signs = torch.tensor([[-1.0], [1.0]], dtype=other.dtype, device=other.device)
+        return {"own": own.unsqueeze(1), "other": (signs * other).unsqueeze(1)}
+
+    def map_output(self, y: Tensor, params: Params, settings: VariantSettings) -> Tensor:
+        grouped = y.unflatten(2, params["own"].shape[2:])
+        mapped = grouped * params["own"] + grouped.flip(-2) * params["other"]
+        return mapped.to(y.dtype).view(y.shape)
