@@ -1,0 +1,81 @@
+"""HRA (Yuan et al. 2024, arXiv 2405.17484): multiplies W by a chain of learned Householder reflections."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    Params,
+    PeftMethod,
+    Start,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+    parameter_generator,
+    uniform_init,
+)  # fmt: skip
+from variants.baseline.lora import LoRA
+from variants.input_map import RowsProduct
+
+
+class HRA(LoRA):
+    """W' = W H_1 ... H_r with H_i = I - 2 u_i u_i^T / |u_i|^2 and learned columns u_i of U (in, r).
+
+    With the unit vectors N = (n_1, ..., n_r), the chain is I - N T N^T, where T is the inverse of I / 2 + the
+    part of N^T N above the diagonal. Hence W' - W = -(W N T) N^T: a low-rank update, for which W multiplies r
+    vectors and not the input.
+
+    Initialization: u_i from U(-sqrt(2 / r), sqrt(2 / r)) and u_2 = u_1, u_4 = u_3, ... Two equal reflections
+    cancel each other, so W' = W up to rounding. r must be even.
+
+    Deviations: PEFT's option `apply_GS`, which makes the vectors orthogonal, is not offered; at equal vectors
+    it divides rounding errors by their length. The paper's loss for orthogonality is not offered either, as
+    in PEFT. The authors' code for LLaMA computes H W from independent vectors; the paper's equation is W H.
+
+    Source: paper, Section 3; PEFT, tuners/hra/layer.py.
+    """
+
+    parameters = "rank * in"
+    start = Start.ROUNDED
+    uses_alpha = uses_dropout = False
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = PeftMethod(
+        "HRA", {"U": "hra_u"}, alpha=None, dropout=None, constants={"apply_GS": False}, adapts_conv1d=False
+    )
+
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        if settings.rank % 2:
+            raise UnsupportedError(
+                f"rank {settings.rank}: HRA starts from pairs of reflections; it must be even"
+            )
+        return settings
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        pairs = settings.rank // 2
+        noise = parameter_generator(generator, "U")
+        half = uniform_init((layer.shape[1], pairs), 1 / math.sqrt(pairs), layer, noise)
+        return InitialTensors({"U": half.repeat_interleave(2, dim=1)})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        """Return A (..., r, in) and B (..., out, r).
+
+        The rows of A are n_1, n_2 - n_1, n_3, n_4 - n_3, ... If the vectors of a pair are nearly equal, their
+        update is small, and bfloat16 would lose it in a difference of two large terms.
+        """
+        u = params["U"] if params["U"].dim() == 3 else params["U"].unsqueeze(0)
+        units = u / u.norm(dim=1, keepdim=True)
+        eye = torch.eye(u.shape[2], dtype=u.dtype, device=u.device)
+        upper = (units.mT @ units).triu(1) + eye / 2
+        pairs = torch.diag((torch.arange(u.shape[2] - 1, device=u.device) % 2 == 0).to(u.dtype), 1)
+        basis = eye + pairs  # N = D (I + pairs) with the rows of A as the columns of D
+        inner = basis @ torch.linalg.solve_triangular(upper, basis.mT.expand_as(upper), upper=True)
+        a = (units - units @ pairs).mT
+        products = RowsProduct.apply(a.to(layer.stored_weight.dtype), layer).to(u.dtype)  # (K, r, out)
+        b = -products.mT @ inner
+        return (a, b) if params["U"].dim() == 3 else (a[0], b[0])
