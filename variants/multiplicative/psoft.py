@@ -1,0 +1,49 @@
+"""PSOFT (Wu et al. 2025, arXiv 2505.11235): rotates and scales W within its principal subspace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import FrozenLayer, InitialTensors, Params, UnsupportedError, VariantSettings, VerifiedBy
+from variants.rotations import cayley_change, skew_symmetric
+from variants.weight_svd import WeightSVD
+
+
+class PSOFT(WeightSVD):
+    """W' = W + U S (diag(b) R diag(a) - I) V^T with the r largest singular triplets (U, S, V) of W.
+
+    The rotation R = (I + Q) (I - Q)^-1 (r, r) follows from a skew-symmetric Q, whose values above the
+    diagonal learn, as do the vectors a and b (r,). U S and V^T are frozen. PEFT's factor alpha / r cancels.
+
+    Initialization: Q = 0 and a = b = 1, so W' = W. Defaults: those of PEFT (exact inverse, both vectors).
+
+    An adapter is not exported: PEFT computes the singular vectors again, and their signs, which it does not
+    fix, decide what Q means.
+
+    Source: paper, Section 4; PEFT, tuners/psoft/layer.py.
+    """
+
+    parameters = "rank * (rank - 1) / 2 + 2 * rank"
+    uses_alpha = False
+    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = None
+
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        if settings.rank == 1:
+            raise UnsupportedError("rank 1: a rotation needs at least two singular triplets")
+        return super().validate_settings(settings)
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        u, s, vh = self.triplets(layer, settings)
+        rank = len(s)
+        ones = torch.ones(rank, dtype=layer.dtype, device=layer.device)
+        trainable = {"Q": ones.new_zeros(rank * (rank - 1) // 2), "a": ones, "b": ones.clone()}
+        return InitialTensors(trainable, {"US": (u * s).to(layer.dtype), "Vh": vh.to(layer.dtype)})
+
+    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+        a, b = params["a"], params["b"]
+        rotated = cayley_change(skew_symmetric(params["Q"], a.shape[-1]))
+        # b R a - I, with the part of the identity apart, so that it is exactly zero at step 0.
+        change = b.unsqueeze(-1) * rotated * a.unsqueeze(-2) + torch.diag_embed(a * b - 1)
+        return params["Vh"], params["US"] @ change
