@@ -103,6 +103,9 @@ class Adapters(AdaptedModel):
             owner, _, key = name.rpartition(".")
             saved[owner].frozen[key] = tensor
         owners = self.tensors_by_owner.keys()
+        grouped = {name for name, layer in self.layers.items() if layer.layer_group is not None}
+        if not grouped & saved.keys():  # the groups may have all tensors of these layers (ShareLoRA)
+            saved |= {name: InitialTensors({}) for name in grouped}
         problems = [f"layer {owner!r} is not adapted" for owner in sorted(saved.keys() - owners)]
         problems += [f"layer {owner!r} is missing" for owner in sorted(owners - saved.keys())]
         if problems:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from rule import check_update
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.base import Params, VariantSettings
+from variants.storage import load_lane, save_lane
 from variants.testing.cases import Case
-from variants.testing.rig import attach_lanes
+from variants.testing.rig import attach_lanes, lane_outputs, perturb_lanes
 
 
 def product(params: Params, weight: Tensor, settings: VariantSettings, s: float) -> Tensor:
@@ -37,6 +40,17 @@ def test_the_layers_of_one_type_share_the_named_factors(part: str) -> None:
         if name.endswith(".A"):
             assert 0.8 * 32**-0.5 < tensor.abs().max() <= 32**-0.5
     assert len({tuple(t.shape) for n, t in tensors.items() if n.endswith(".A")}) == 1
+
+
+def test_a_lane_without_tensors_in_its_layers_is_restored(tmp_path: Path) -> None:
+    case = Case("llama", model="llama")
+    settings = VariantSettings(3, 6.0, extra={"part": "AB"})
+    adapters = attach_lanes(case, catalogue.get("share_lora"), 1, settings)
+    perturb_lanes(case, adapters)
+    save_lane(adapters, "0", tmp_path / "lane.safetensors")
+    restored = attach_lanes(case, catalogue.get("share_lora"), 0, settings)
+    load_lane(restored, "0", tmp_path / "lane.safetensors")
+    assert torch.equal(lane_outputs(case, restored), lane_outputs(case, adapters))
 
 
 def test_the_gradient_of_a_shared_factor_is_the_sum_over_its_layers() -> None:
