@@ -51,7 +51,7 @@ class GoRA(LoRA):
     start = Start.OTHER
     calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
     hyperparameters = {
-        "calibration_batches": Int(32, minimum=1),
+        "calibration_batches": Int(32, help="number of batches of the mean gradient"),
         "gamma": Number(0.05, help="size of the initial update, relative to the gradient"),
         "smallest": Number(0.5, above=0, maximum=1, help="smallest rank of a layer, relative to `rank`"),
         "largest": Number(4.0, minimum=1, help="largest rank of a layer, relative to `rank`"),
