@@ -34,6 +34,7 @@ from variants.testing.rig import (
     attach_lanes,
     base_outputs,
     calibrate_lane,
+    has_update,
     lane_inputs,
     lane_outputs,
     model_output,
@@ -65,7 +66,7 @@ def starts_as_declared(variant: Variant, case: Case) -> None:
     elif variant.start is Start.ROUNDED:
         assert relative_error(lane, base) < case.tolerance
     elif variant.is_mergeable:
-        assert _has_update(adapters), "a lane starts at the base: declare Start.BASE"
+        assert has_update(adapters), "a lane starts at the base: declare Start.BASE"
         if not case.nf4:  # weights of 4 bits refuse the merge
             _check_merged(case, adapters)
     else:
@@ -304,16 +305,6 @@ def check_laws(variant: Variant, cases: Iterable[Case] = CASES) -> None:
     for case in cases:
         for name, error in find_broken_laws(variant, case):
             raise AssertionError(f"{variant.name} breaks {name} on {case.name}: {error}") from error
-
-
-def _has_update(adapters: Adapters) -> bool:
-    """Return whether the first lane's update of some layer is not zero."""
-    lane, variant = adapters.lanes[0], adapters.variant
-    settings = adapters.lane_settings(lane)
-    inputs = ((layer.lane_tensors(lane), layer.frozen_layer) for layer in adapters.layers.values())
-    scaling = variant.scaling(settings)
-    with torch.no_grad():
-        return any(variant.delta_weight(*each, scaling, settings).count_nonzero() for each in inputs)
 
 
 def _has_rank(adapters: Adapters, lane: str, owner: str) -> bool:

@@ -98,6 +98,16 @@ def perturb_lanes(case: Case, adapters: Adapters) -> None:
 
 
 @torch.no_grad()
+def has_update(adapters: Adapters) -> bool:
+    """Return whether the first lane changes the weight of some layer, however little."""
+    lane, variant = adapters.lanes[0], adapters.variant
+    settings = adapters.lane_settings(lane)
+    inputs = ((layer.lane_tensors(lane), layer.frozen_layer) for layer in adapters.layers.values())
+    scaling = variant.scaling(settings)
+    return any(variant.delta_weight(*each, scaling, settings).count_nonzero() for each in inputs)
+
+
+@torch.no_grad()
 def lane_outputs(case: Case, adapters: Adapters, lanes: Sequence[str] | None = None) -> Tensor:
     """Return the outputs (K * ROWS, ...) of some or all lanes, each for its own rows."""
     lanes = adapters.lanes if lanes is None else lanes
