@@ -74,7 +74,9 @@ def perturb_lanes(case: Case, adapters: Adapters) -> None:
 
     If an update is bounded (a reflection), no noise may reach that; 10 % are then enough.
 
-    The noise of a tensor depends on its name only, and not on the order in which a lane keeps its tensors.
+    The noise of a tensor depends on its name only, and not on the order in which a lane keeps its tensors. It
+    is smaller for a variant with a `typical_lr_scale` below 1, because noise that is large for the parameters
+    of such a variant changes the output by far more than 20 % at once.
 
     Args:
         case: The case that the adapters were attached for.
@@ -84,6 +86,7 @@ def perturb_lanes(case: Case, adapters: Adapters) -> None:
         AssertionError: The parameters do not affect the output.
     """
     before = lane_outputs(case, adapters).chunk(len(adapters.lanes))
+    size = 0.1 * min(1.0, adapters.variant.typical_lr_scale)
     rounds = 200  # a variant that divides by the size of the layer needs large parameters
     for attempt in range(rounds + 1):
         outputs = lane_outputs(case, adapters).chunk(len(before))
@@ -93,7 +96,7 @@ def perturb_lanes(case: Case, adapters: Adapters) -> None:
         for lane in adapters.lanes:
             for name, parameter in adapters.trainable(lane).items():
                 noise = seeded_generator(99, lane, name, attempt)
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise).to(parameter))
+                parameter.add_(size * torch.randn(parameter.shape, generator=noise).to(parameter))
     raise AssertionError(f"{adapters.variant.name}: a change of its parameters does not change the output")
 
 
