@@ -1,0 +1,35 @@
+"""SineLoRA (Ji et al. 2024, arXiv 2403.19243): the sine of a low-rank matrix, which has a higher rank."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from variants.base import FrozenLayer, Number, Params, VariantSettings, VerifiedBy
+from variants.dense_update import DenseUpdate
+
+
+class SineLoRA(DenseUpdate):
+    """W' = W + s sin(omega B A) / sqrt(in), elementwise, with s = alpha / rank and the frequency omega.
+
+    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.
+
+    The default frequency of 600 is that of the published study's code; the authors' code has none.
+
+    The sine applies to the weights, as in the paper and the authors' code, so the update can be merged. The
+    study's code applied it to the outputs B A x and divided by sqrt(out).
+
+    Source: llm/peft/src/peft/tuners/sinlora.py of samy-ji/Sine-Low-Rank.
+    """
+
+    parameters = "rank * (in + out)"
+    hyperparameters = {"frequency": Number(600.0, above=0, help="omega in sin(omega B A)")}
+    verified_by = VerifiedBy.AUTHORS_CODE
+    typical_lr_scale = 0.03  # at B = 0 the update is omega / sqrt(in) times as steep as LoRA's
+
+    def matrix(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Tensor:
+        phase = settings["frequency"] * (params["B"] @ params["A"])
+        return scaling / math.sqrt(layer.shape[1]) * phase.sin()
