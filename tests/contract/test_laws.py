@@ -36,6 +36,16 @@ COVERED = (
 """Variants of which each uses another part of the contract."""
 
 
+EXCEPTIONS = {
+    ("goat", "fits_a_representable_target"): (
+        ("tall-bias-float32-one", "wide-nobias-float32-several"),
+        "Each token uses two of four experts of rank 1, and their selection has no gradient: the loss falls "
+        "to 0.13 and 0.16 of its first value, and 1000 steps instead of 150 reach 0.05 at best.",
+    )
+}
+"""(variant, law) -> cases on which the variant breaks the law by its nature, and the reason."""
+
+
 def traits(cases: Iterable[Case]) -> set[tuple[str, object]]:
     """Return the values in `cases` that the default run pairs with a law."""
     found: set[tuple[str, object]] = set()
@@ -69,6 +79,9 @@ def parameters() -> Iterator[Any]:
             default = cover(cases, first) if name in COVERED else (first,)
             for case in cases:
                 marks = [group] if case in default else [group, pytest.mark.slow]
+                exceptions, reason = EXCEPTIONS.get((name, law), ((), ""))
+                if case.name in exceptions:
+                    marks.append(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
                 yield pytest.param(name, case, law, id=f"{name}-{case.name}-{law}", marks=marks)
 
 

@@ -1,0 +1,121 @@
+"""GOAT (Fan et al. 2025, arXiv 2502.16894): experts that start from different parts of the weight's SVD."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    CalibrationStatistic,
+    Choice,
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Number,
+    Params,
+    Start,
+    VariantSettings,
+    VerifiedBy,
+    baddbmm,
+    bmm,
+)
+from variants.mixture import Mixture
+
+
+class GOAT(Mixture):
+    """y = (W - s/E sum_i B0_i A0_i) x + s sum_i g_i(x) B_i A_i x with the gates g = softmax(R x).
+
+    The `top_k` largest gates are kept and scaled to a sum of 1. E is the number of experts; see `Mixture` for
+    it and for the shapes.
+
+    Initialization: with W = U diag(S) V^T, expert i of rank d takes the d singular triplets from number
+    (i - 1) floor(min(out, in) / E) on: A_i = sqrt(S / (rho s)) V^T, B_i = U sqrt(S / (rho s)). A0 and B0 are
+    frozen copies. Their product is taken off with the mean gate 1 / E, so y = W x only for tokens with equal
+    gates, and on average over tokens: the model starts near the base model.
+
+    Scaling: `scaling` "alpha" has s = alpha / d (16 for 8 experts of rank 1 and alpha 16), as in the
+    published study and the authors' training scripts; "theory" has s = sqrt(3 eta in / d) as in the paper's
+    theorem 3.5, and alpha is not used. Other defaults: 8 experts, top 2, rho 10, weight 0.001 of the
+    balancing loss, as in the authors' scripts and the study.
+
+    Deviations: the balancing loss experts * sum_i f_i P_i is a mean over examples and layers, and not a sum
+    over layers of a loss of the whole batch; padding does not count; dropout also applies to the router's
+    input. In the study's code the product B0 A0 was taken off without the factor 1 / E.
+
+    Source: the paper's equations 13 to 19; goat/peta/src/goat/layer.py and goat/train_nlg.py (init_cof) of
+    Facico/GOAT-PEFT.
+    """
+
+    parameters = "rank * (in + out) + experts * in"
+    hyperparameters = {
+        "experts": Int(8, minimum=2, help="largest number of experts; the number used divides the rank"),
+        "top_k": Int(2, minimum=0, help="experts per token; 0 weighs all"),
+        "balance": Number(1e-3, help="weight of the balancing loss"),
+        "rho": Number(10.0, above=0, help="divisor of the initial experts"),
+        "scaling": Choice("alpha", ("alpha", "theory"), help="s = alpha / expert rank, or theorem 3.5"),
+        "eta": Number(1.0, above=0, help="ratio of learning rates in theorem 3.5"),
+    }
+    verified_by = VerifiedBy.AUTHORS_CODE
+    start = Start.OTHER
+    calibration_statistic = CalibrationStatistic.WEIGHT
+    frozen_update_buffers = frozenset({"A0", "B0"})
+
+    def scaling(self, settings: VariantSettings) -> float:
+        return 1.0 if settings["scaling"] == "theory" else super().scaling(settings)
+
+    def theory_scale(self, layer: FrozenLayer, settings: VariantSettings) -> float:
+        """Return sqrt(3 eta in / (rank of one expert)) if the scaling is that of theorem 3.5, else 1."""
+        if settings["scaling"] != "theory":
+            return 1.0
+        expert_rank = settings.rank / self.expert_count(settings)
+        return math.sqrt(3 * settings["eta"] * layer.shape[1] / expert_rank)
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, settings, generator)
+        key = f"svd goat {settings.rank} {self.expert_count(settings)}"
+        if not layer.calibration and key not in layer.cache:
+            layer.cache[key] = self.reduce_calibration(layer, layer.weight.to(layer.dtype), settings)
+        triplets = layer.calibration or layer.cache[key]
+        u, s, vh = (triplets[name].to(layer.device, layer.dtype) for name in ("U", "S", "Vh"))
+        scale = self.scaling(settings) * self.theory_scale(layer, settings)
+        root = (s / (scale * settings["rho"])).sqrt()
+        a, b = root.unsqueeze(1) * vh, u * root
+        return InitialTensors({**initial.trainable, "A": a, "B": b}, {"A0": a, "B0": b})
+
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+        experts = self.expert_count(settings)
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        first = torch.arange(experts, device=s.device) * (len(s) // experts)
+        chosen = (first.unsqueeze(1) + torch.arange(settings.rank // experts, device=s.device)).flatten()
+        return {"U": u[:, chosen], "S": s[chosen], "Vh": vh[chosen]}
+
+    def prepare(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        scale = scaling * self.theory_scale(layer, settings)
+        prepared = dict(super().prepare(params, layer, scale, settings))
+        if "A0" in params:
+            prepared["sB0"] = params["B0"] * (scale / self.expert_count(settings))
+        return prepared
+
+    def prepare_frozen_update(
+        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
+    ) -> Params:
+        scale = scaling * self.theory_scale(layer, settings) / self.expert_count(settings)
+        return {"A0": params["A0"], "sB0": params["B0"] * scale}
+
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        params: Params,
+        layer: FrozenLayer,
+        scaling: Tensor,
+        settings: VariantSettings,
+    ) -> Tensor:
+        if "sB0" in params:
+            a0, b0 = params["A0"].to(x.dtype), params["sB0"].to(x.dtype)
+            base = baddbmm(base, bmm(x, a0.transpose(1, 2)), -b0.transpose(1, 2))
+        return super().forward(x, base, params, layer, scaling, settings) if "sB" in params else base
