@@ -31,7 +31,7 @@ class PRoLoRA(LoRA):
     Initialization: A and C from U(-1/sqrt(in), 1/sqrt(in)), B = D = 0, so W' = W. The bound does not
     depend on the size of the chunk (the paper's rectified initialization).
 
-    Defaults: this project's. The paper chooses `unshared` and m = n for each budget of parameters.
+    Defaults: this project's; the authors' scripts take all three as arguments.
 
     Source: `modules/chunkwise_sharing_LoRA.py` of the authors' code (Forence1999/PRoLoRA).
     """

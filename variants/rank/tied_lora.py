@@ -19,7 +19,7 @@ class TiedLoRA(SharedFactors, LoRA):
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W; u = v = 1, the values for which the
     rule is that of LoRA with tied A and B.
 
-    Source: the paper's rule; the authors have published no code.
+    Source: the paper's rule. Its authors' code was not found.
     """
 
     parameters = "rank + out"

@@ -35,9 +35,9 @@ DEFAULT_LENGTH = 256
 class VBLoRA(LoRA):
     """W' = W + B A, where each piece of `vector_length` values in a row of A or a column of B is a mixture.
 
-    The mixture is the sum of `top_k` vectors of a bank (vectors, vector_length), which all layers share, with
-    the softmax of their logits as weights: those with the largest logits. The logits are
-    PA (rank, in / vector_length, vectors) and PB (out / vector_length, rank, vectors). There is no alpha.
+    A mixture is the sum of the `top_k` vectors with the largest logits, weighted by the softmax of these
+    logits. The vectors come from a bank (vectors, vector_length) that all layers share. The logits of a layer
+    are PA (rank, in / vector_length, vectors) and PB (out / vector_length, rank, vectors). There is no alpha.
 
     Initialization: bank from U(-0.02, 0.02), logits from N(0, 0.1^2), so W' is close to W and not equal.
 
