@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.linalg import vector_norm
 
 from variants.base import (
     Choice,
@@ -105,5 +106,5 @@ def _scale_rows(a: Tensor, b: Tensor, strength: Tensor) -> Tensor:
 def _column_norms(layer: FrozenLayer) -> Tensor:
     """Return the norm of each column of W, (in,)."""
     if "column norms" not in layer.cache:
-        layer.cache["column norms"] = layer.weight.to(layer.dtype).norm(dim=0)
+        layer.cache["column norms"] = vector_norm(layer.weight, dim=0, dtype=layer.dtype)
     return layer.cache["column norms"]
