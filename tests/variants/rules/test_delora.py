@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.base import FrozenLayer, Params, VariantSettings
+from variants.storage import load_peft, save_peft
+from variants.testing import Case
+from variants.testing.rig import attach_lanes, lane_outputs, perturb_lanes
 
 
 def bounded(a: Tensor, b: Tensor, strength: Tensor) -> Tensor:
@@ -54,3 +58,16 @@ def test_the_norm_of_the_change_is_bounded_by_lambda() -> None:
         params["B"] = scale * torch.randn(20, 4, generator=noise)
         found = variant.delta_weight(params, layer, 1.0, settings)
         assert found.norm() <= 3.0 * weight.norm(dim=0).max()
+
+
+@pytest.mark.parametrize(("initial", "rank"), [("kaiming", 8), ("zero", 4)])
+def test_frozen_copies_are_exported_as_ranks(initial: str, rank: int, tmp_path: Path) -> None:
+    case = Case("llama", model="llama")
+    settings = VariantSettings(4, extra={"initial": initial})
+    adapters = attach_lanes(case, catalogue.get("delora"), 1, settings)
+    perturb_lanes(case, adapters)
+    save_peft(adapters, "0", tmp_path, "base")
+    loaded = load_peft(case.build(), tmp_path, lane="0")
+    assert loaded.settings.rank == rank
+    assert loaded.settings["initial"] == "zero"
+    torch.testing.assert_close(lane_outputs(case, loaded), lane_outputs(case, adapters))
