@@ -54,7 +54,7 @@ class GOAT(Mixture):
         "top_k": Int(2, minimum=0, help="experts per token; 0 weighs all"),
         "balance": Number(1e-3, help="weight of the balancing loss"),
         "rho": Number(10.0, above=0, help="divisor of the initial experts"),
-        "scaling": Choice("alpha", ("alpha", "theory"), help="s = alpha / expert rank, or theorem 3.5"),
+        "scaling": Choice("alpha", ("alpha", "theory"), help="s from alpha or from theorem 3.5"),
         "eta": Number(1.0, above=0, help="ratio of learning rates in theorem 3.5"),
     }
     verified_by = VerifiedBy.AUTHORS_CODE

@@ -31,7 +31,8 @@ class MoLA(Mixture):
     Shapes: A (experts * rank, in), B (out, experts * rank), R (experts, in). `shape` gives the number of
     experts in the quarters of the blocks, from the first block to the last: 2, 4, 6, 8 (inverted_triangle),
     8, 6, 4, 2 (triangle), 8, 2, 2, 8 (hourglass) or 5 everywhere (rectangle). A layer's block is the first
-    number in its name; a layer without a number counts as one of the last block.
+    number in its name; a layer without a number counts as one of the last block. The formula of the number
+    of parameters has the rank of all experts of a layer together.
 
     Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so y = W x.
 
