@@ -73,6 +73,8 @@ class Variant(ParameterCount, PeftFormat):
     batching: ClassVar[Batching] = Batching.BATCHED
     numerics: ClassVar[int] = 1
     """Raised by hand when a change alters results; records of a lower number then no longer count."""
+    revision: ClassVar[str] = ""
+    """Version of code from outside this package, which the fingerprint includes; empty for other variants."""
     adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.TARGET_LAYERS
     uses_rank: ClassVar[bool] = True
     is_rank_limited_by_layer: ClassVar[bool] = True

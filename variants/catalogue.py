@@ -1,7 +1,8 @@
 """The catalogue of variants by name.
 
-A variant is the file variants/<axis>/<name>.py; no list has to be maintained. This module imports torch only
-when a variant is used.
+A variant of this package is the file variants/<axis>/<name>.py; no list has to be maintained. Further names
+are those of entry points of installed packages, `peft:TYPE` for a tuner of the PEFT library, and the path of
+a user's Python file. This module imports torch only when a variant is used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import importlib
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from variants.variant_names import FILE_SUFFIX, PEFT_PREFIX, canonical_name, entry_points_by_name
 
 if TYPE_CHECKING:
     from variants.base import Variant
@@ -22,35 +25,71 @@ def _axis_by_name() -> dict[str, str]:
     return {file.stem: file.parent.name for file in files if file.parent.name != "testing"}
 
 
-def names() -> tuple[str, ...]:
-    """Return the names of all variants in alphabetical order."""
+def built_in_names() -> tuple[str, ...]:
+    """Return the names of the variants of this package in alphabetical order."""
     return tuple(sorted(_axis_by_name()))
 
 
+def names() -> tuple[str, ...]:
+    """Return the names of all variants of this package and of entry points in alphabetical order."""
+    return tuple(sorted({*_axis_by_name(), *entry_points_by_name()}))
+
+
+def is_known(name: str) -> bool:
+    """Return whether `get` can look a name up: one of `names`, a path to a .py file, or `peft:TYPE`.
+
+    The file or the tuner need not exist: `get` raises an error that says what is wrong.
+    """
+    return name in names() or name.endswith(FILE_SUFFIX) or name.startswith(PEFT_PREFIX)
+
+
 def axis(name: str) -> str:
-    """Return the folder of a variant: baseline, rank, optimization, initialization or experts.
+    """Return the folder of a variant (baseline, rank, ...), or "peft" or "user" for one from elsewhere.
 
     Raises:
         ValueError: There is no variant of this name; the message suggests the nearest name.
     """
-    if name not in _axis_by_name():
-        close = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.5)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(names())}."
-        raise ValueError(f"no variant {name!r}. {hint}")
-    return _axis_by_name()[name]
+    if name in _axis_by_name():
+        return _axis_by_name()[name]
+    if name.startswith(PEFT_PREFIX):
+        return "peft"
+    if is_known(name):
+        return "user"
+    raise ValueError(_describe_unknown(name))
 
 
-@cache
 def get(name: str) -> Variant:
     """Return the variant of this name.
 
     Raises:
-        ValueError: There is no variant of this name; the message suggests the nearest name.
-        TypeError: The variant's file does not define exactly one variant.
+        ValueError: There is no variant of this name, or a variant from outside this package cannot be
+            imported. The message is one line.
+        TypeError: The variant's file in this package does not define exactly one variant.
     """
+    return _get(canonical_name(name) if name.endswith(FILE_SUFFIX) else name)
+
+
+@cache
+def _get(name: str) -> Variant:
+    if name in _axis_by_name():
+        return _get_built_in(name)
+    if name.startswith(PEFT_PREFIX):
+        from variants.peft_bridge import peft_variant
+
+        return peft_variant(name)
+    from variants import user_variants
+
+    if name in entry_points_by_name():
+        return user_variants.load_entry_point(name)
+    if name.endswith(FILE_SUFFIX):
+        return user_variants.load_file(name)
+    raise ValueError(_describe_unknown(name))
+
+
+def _get_built_in(name: str) -> Variant:
     from variants.base import Variant
 
-    module = importlib.import_module(f"variants.{axis(name)}.{name}")
+    module = importlib.import_module(f"variants.{_axis_by_name()[name]}.{name}")
     classes = [
         value
         for value in vars(module).values()
@@ -59,3 +98,9 @@ def get(name: str) -> Variant:
     if len(classes) != 1:
         raise TypeError(f"{module.__name__} must define one Variant, not {len(classes)}")
     return classes[0]()
+
+
+def _describe_unknown(name: str) -> str:
+    close = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.5)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(names())}."
+    return f"no variant {name!r}. {hint}"

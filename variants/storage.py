@@ -49,6 +49,7 @@ def save_lane(adapters: Adapters, lane: str, file: Path) -> None:
     metadata = {
         "variant": adapters.variant.name,
         "numerics": str(adapters.variant.numerics),
+        "revision": adapters.variant.revision,
         "settings": json.dumps(asdict(adapters.lane_settings(lane))),
         "seed": str(adapters.lane_seed(lane)),
     }
@@ -64,8 +65,8 @@ def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
         file: The file to read.
 
     Raises:
-        UnsupportedError: The file belongs to another variant or to other numerics of it, or does not fit the
-            model.
+        UnsupportedError: The file belongs to another variant or to other numerics or another revision of it,
+            or does not fit the model.
     """
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
@@ -78,6 +79,11 @@ def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
         raise UnsupportedError(
             f"{file} was saved with numerics {metadata.get('numerics')} of {adapters.variant.name}; "
             f"this version has {adapters.variant.numerics}"
+        )
+    if metadata.get("revision", "") != adapters.variant.revision:
+        raise UnsupportedError(
+            f"{file} was saved with revision {metadata.get('revision')!r} of {adapters.variant.name}; this "
+            f"version has {adapters.variant.revision!r}"
         )
     parts: dict[str, dict[str, Tensor]] = {"trainable": {}, "frozen": {}}
     for name, tensor in tensors.items():

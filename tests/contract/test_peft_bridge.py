@@ -1,0 +1,238 @@
+"""`peft:TYPE` for every tuner of the installed PEFT: the laws, and agreement with PEFT on a whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import Generator, nn
+
+from variants import catalogue
+from variants.attach import Adapters, attach
+from variants.base import FrozenLayer, UnsupportedError, Variant, VariantSettings
+from variants.peft_fields import FIXED_FIELDS, OWN_ENTRIES, REFUSED_TYPES, REFUSED_VALUES
+from variants.peft_layers import build_layer, split_tensors
+from variants.testing import CASES, LAWS, Case, NotApplicableError, applies
+from variants.testing.rig import LaneOptimizer, attach_lanes, model_output
+
+TYPES = sorted(each.value for each in PEFT_TYPE_TO_CONFIG_MAPPING if each.value not in REFUSED_TYPES)
+SMALL: dict[str, dict[str, Any]] = {
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 64},
+    "OFT": {"oft_block_size": 8},
+    "ROAD": {"group_size": 4},
+    "SUPERTUNING": {"sparsity": 0.9},
+    "WAVEFT": {"n_frequency": 64, "scaling": 5.0},
+}
+"""Hyperparameters that fit the small layers of the cases, where PEFT's defaults do not."""
+FAILURES = {
+    (
+        "DELORA",
+        "fits_a_representable_target",
+        "rectangles",
+    ): "B = 0 is normalized with the clamp 1e-4, so that "
+    "the first step sets the update to its full size, whatever the learning rate is",
+    ("GLORA", "every_tensor_gets_a_gradient", "gpt2"): "D multiplies the bias, which is 0 in a new GPT-2",
+}
+"""(tuner, law, model) -> reason for which the tuner breaks the law by its nature, as PEFT computes it."""
+LAW_CASES = tuple(CASES[number] for number in (0, 1, 3, 5, 6, 8))
+
+
+def variant(peft_type: str) -> Variant:
+    """Return the variant of a tuner, with defaults that fit the small layers of the cases."""
+    found = catalogue.get(f"peft:{peft_type}")
+    declared = dict(found.hyperparameters)
+    for name, value in SMALL.get(peft_type, {}).items():
+        declared[name] = dataclasses.replace(declared[name], default=value)
+    cls = type(found)
+    attributes = {"name": cls.name, "axis": cls.axis, "hyperparameters": declared}
+    return type(cls.__name__, (cls,), attributes)()
+
+
+def law_parameters() -> list[Any]:
+    """Return all combinations. The default run has one case for each tuner and law, which varies."""
+    found = []
+    for i, peft_type in enumerate(TYPES):
+        for j, (name, law) in enumerate(LAWS.items()):
+            cases = [case for case in LAW_CASES if applies(law, variant(peft_type), case)]
+            for k, case in enumerate(cases):
+                marks = [] if k == (i + j) % len(cases) else [pytest.mark.slow]
+                if reason := FAILURES.get((peft_type, name, case.model)):
+                    marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
+                found.append(
+                    pytest.param(peft_type, case, name, id=f"{peft_type}-{case.name}-{name}", marks=marks)
+                )
+    return found
+
+
+@pytest.mark.parametrize(("peft_type", "case", "law"), law_parameters())
+def test_law(peft_type: str, case: Case, law: str) -> None:
+    try:
+        LAWS[law](variant(peft_type), case)
+    except NotApplicableError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("peft_type", TYPES)
+def test_three_steps_equal_those_of_peft(peft_type: str) -> None:
+    """In float64, with the initial values of the lane. PEFT adapts the whole model at once."""
+    case, ours = Case("llama", model="llama", dtype=torch.float64), variant(peft_type)
+    adapters = attach_lanes(case, ours, 1)
+    model = peft_model(case, adapters)
+    expected = {
+        name.removeprefix("base_model.model."): p for name, p in model.named_parameters() if p.requires_grad
+    }
+    lane = {name.replace("/", "."): p for name, p in adapters.trainable("0").items()}
+    assert lane.keys() == expected.keys()
+    optimizer = LaneOptimizer(adapters, "0", 0.01, 3)
+    reference = torch.optim.AdamW(expected.values(), lr=0.01)
+    for step in range(3):
+        rows = case.rows(0, step)
+        optimizer.zero_grad()
+        reference.zero_grad()
+        with adapters.activate_lanes(["0"], step):
+            loss = case.loss(model_output(adapters.model, rows), rows)
+        loss.backward()
+        expected_loss = case.loss(model_output(model, rows), rows)
+        expected_loss.backward()
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+        optimizer.step()
+        reference.step()
+    for name, parameter in lane.items():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-8, msg=f"{name} differs")
+
+
+def peft_model(case: Case, adapters: Adapters) -> nn.Module:
+    """Return PEFT's model in float64, with the values of a lane.
+
+    PEFT makes it in float32, because its SVD needs float32.
+    """
+    config = adapters.variant.config(adapters.settings, 8.0)  # type: ignore[attr-defined]
+    config.target_modules = set(adapters.layers)
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(case.build().float(), config).eval()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in model.double().named_parameters():
+        parameter.requires_grad_(name in trained)
+    modules = dict(model.get_base_model().named_modules())
+    for name, tensor in {**adapters.trainable("0"), **adapters.frozen("0")}.items():
+        layer, _, path = name.rpartition(".")
+        if "dtype" in vars(modules[layer]):  # AdaMSS casts its input to it
+            modules[layer].dtype = torch.float64
+        owner, _, key = path.rpartition("/")
+        found = modules[layer].get_submodule(owner.replace("/", ".")) if owner else vars(modules[layer])[key]
+        if isinstance(found, nn.Module):
+            getattr(found, key).data.copy_(tensor)
+        else:
+            found["default"] = tensor.clone()
+    return model
+
+
+@pytest.mark.parametrize("peft_type", TYPES)
+def test_all_random_values_of_a_layer_are_tensors_of_the_lane(peft_type: str) -> None:
+    """What differs between layers of two seeds is stored with the lane, and equal seeds give equal layers."""
+    layer = FrozenLayer("layer", CASES[0].build().there[0].weight.detach(), None)
+    config = variant(peft_type).config(variant(peft_type).validate_settings(VariantSettings(4, 8.0)), 8.0)
+    made = [build_layer(config, layer.weight, None, seed) for seed in (1, 1, 2)]
+    tensors = [{**t, **f} for t, f in map(split_tensors, made)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    buffers = [dict(each.named_buffers()) for each in made]
+    for name, buffer in buffers[0].items():
+        if name.replace(".", "/") not in tensors[0]:
+            assert torch.equal(buffer, buffers[2][name]), name
+    assert plain_state(made[0]) == plain_state(made[2])
+
+
+def plain_state(layer: nn.Module) -> dict[str, str]:
+    """Return all attributes of a layer and of its parts that are neither modules nor tensors, as text."""
+    return {
+        f"{path}.{name}": repr(value)
+        for path, module in layer.named_modules()
+        for name, value in vars(module).items()
+        if not name.startswith("_") and "tensor(" not in repr(value) and " object at 0x" not in repr(value)
+    }
+
+
+def test_a_lane_has_the_noise_of_its_seed_and_leaves_the_global_state_alone() -> None:
+    layer = FrozenLayer("layer", CASES[0].build().there[0].weight.detach(), None)
+    loha, settings = variant("LOHA"), VariantSettings(4, 8.0, extra=variant("LOHA").extra_defaults)
+    state = torch.random.get_rng_state()
+    one, again, other = (
+        loha.init(layer, settings, Generator().manual_seed(seed)).trainable["hada_w1_b/default"]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_every_type_of_peft_has_a_variant_or_a_reason() -> None:
+    assert {each.value for each in PEFT_TYPE_TO_CONFIG_MAPPING} == {*TYPES, *REFUSED_TYPES}
+    for peft_type in TYPES:
+        found = catalogue.get(f"peft:{peft_type}")
+        assert (found.name, found.axis) == (f"peft:{peft_type}", "peft")
+        assert found.revision == f"peft {peft.__version__}"
+    for peft_type, reason in REFUSED_TYPES.items():
+        with pytest.raises(UnsupportedError, match=re.escape(reason)) as raised:
+            catalogue.get(f"peft:{peft_type}")
+        assert (peft_type in OWN_ENTRIES) == ("; take " in str(raised.value))
+    assert set(OWN_ENTRIES.values()) <= set(catalogue.names())
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "name", "value", "reason"),
+    [
+        ("LOHA", "rank_dropout", 0.1, FIXED_FIELDS["rank_dropout"]),
+        ("OFT", "coft", True, FIXED_FIELDS["coft"]),
+        ("ADAMSS", "use_asa", True, FIXED_FIELDS["use_asa"]),
+        *(
+            ("LORA", "init_lora_weights", value, why)
+            for value, why in REFUSED_VALUES["init_lora_weights"].items()
+        ),
+        ("LOHA", "nothing", 1, "peft:LOHA does not know 'nothing'"),
+        ("OFT", "oft_block_size", 0, "Either `r` or `oft_block_size` must be non-zero"),
+        ("LOKR", "decompose_both", 3, "must be true or false"),
+    ],
+)
+def test_a_value_is_refused_with_the_reason(peft_type: str, name: str, value: Any, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=re.escape(reason)):
+        catalogue.get(f"peft:{peft_type}").validate_settings(VariantSettings(4, 8.0, extra={name: value}))
+
+
+def test_a_layer_that_a_tuner_cannot_adapt_is_refused_before_a_lane_starts() -> None:
+    message = r"there\.0: .*divisible by group_size \(64\)"
+    with pytest.raises(UnsupportedError, match=message):
+        attach(CASES[0].build(), catalogue.get("peft:ROAD"), VariantSettings(4, 8.0))
+
+
+@pytest.mark.parametrize("value", ["gaussian", "orthogonal"])
+def test_a_word_of_peft_is_an_initialization(value: str) -> None:
+    settings = VariantSettings(4, 8.0, extra={"init_lora_weights": value})
+    layer = FrozenLayer("layer", torch.zeros(256, 256), None)
+    lora = catalogue.get("peft:LORA")
+    tensors = lora.init(layer, lora.validate_settings(settings), Generator().manual_seed(0)).trainable
+    a, b = tensors["lora_A/default/weight"], tensors["lora_B/default/weight"]
+    if value == "gaussian":
+        assert abs(a.std().item() - 1 / 4) < 0.02
+        assert not b.any()
+    else:
+        assert b.any()
+        assert (b @ a).abs().max() < 1e-5
+
+
+def test_without_peft_the_error_is_one_line() -> None:
+    code = (
+        "import sys; sys.modules['peft'] = None\nfrom variants import catalogue\n"
+        "try: catalogue.get('peft:LOHA')\nexcept ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "peft:LOHA needs the PEFT library; pip install 'lora-orchestrator[peft]'\n"

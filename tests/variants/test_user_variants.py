@@ -1,0 +1,149 @@
+"""Variants in a user's file and in an installed package: names, settings, laws, and errors in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from variants import catalogue, variant_names
+from variants.attach import attach
+from variants.base import UnsupportedError, VariantSettings
+from variants.storage import load_lane, save_lane
+from variants.testing import CASES, Case, check_laws
+
+OWN = '''
+"""A LoRA whose scaling is a hyperparameter."""
+
+from variants.base import Number, VariantSettings
+from variants.baseline.lora import LoRA
+
+
+class Scaled(LoRA):
+    """W' = W + factor B A."""
+
+    uses_alpha = False
+    hyperparameters = {"factor": Number(2.0, above=0)}
+    peft = None
+
+    def scaling(self, settings: VariantSettings) -> float:
+        return settings["factor"]
+'''
+UNSCALED_MERGE = """
+from variants.baseline.lora import LoRA
+
+
+class Unscaled(LoRA):
+    peft = None
+
+    def delta_weight(self, params, layer, scaling, settings):
+        return params["B"] @ params["A"]
+"""
+LLAMA = Case("llama", model="llama")
+
+
+def write(folder: Path, text: str = OWN, name: str = "my-own.v2.py") -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_a_file_outside_the_package_satisfies_the_laws(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    variant = catalogue.get(path)
+    assert (variant.name, catalogue.axis(path), variant.axis) == (path, "user", "user")
+    assert variant.extra_defaults == {"factor": 2.0}
+    check_laws(variant, [CASES[0]])
+    with pytest.raises(AssertionError, match=r"broken\.py breaks merged_equals_forward"):
+        check_laws(catalogue.get(write(tmp_path, UNSCALED_MERGE, "broken.py")), [CASES[0]])
+
+
+def test_a_relative_path_names_the_same_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert catalogue.get("my-own.v2.py") is catalogue.get(path)
+    assert variant_names.canonical_key("./my-own.v2.py.fac-tor") == f"{path}.fac_tor"
+
+
+def test_the_revision_is_that_of_the_content(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder in folders:
+        folder.mkdir()
+    texts = (OWN, OWN, OWN.replace("2.0", "4.0"))
+    a, b, c = (catalogue.get(write(f, text)).revision for f, text in zip(folders, texts, strict=True))
+    assert a == b != c
+    assert catalogue.get("lora").revision == ""
+
+
+def test_a_lane_of_another_revision_is_not_loaded(tmp_path: Path) -> None:
+    variant = catalogue.get(write(tmp_path))
+    adapters = attach(LLAMA.build(), variant, VariantSettings(4))
+    adapters.add_lane("a", VariantSettings(4), 0)
+    save_lane(adapters, "a", tmp_path / "a.safetensors")
+    adapters.remove_lane("a")
+    load_lane(adapters, "a", tmp_path / "a.safetensors")
+    adapters.remove_lane("a")
+    vars(variant).update(revision="f" * 16)
+    with pytest.raises(UnsupportedError, match="was saved with revision"):
+        load_lane(adapters, "a", tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist"),
+        ("x = ", r"cannot be imported: SyntaxError"),
+        ("\n\n1 / 0", r"\(line 3\) cannot be imported: ZeroDivisionError"),
+        ("import sys\nsys.exit(3)", r"\(line 2\) cannot be imported: SystemExit"),
+        ("", "must define one public subclass of Variant; it defines 0"),
+        (OWN + OWN.replace("Scaled", "Other"), "it defines 2"),
+    ],
+)
+def test_a_file_that_is_no_variant_gives_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "bad.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UnsupportedError, match=message) as raised:
+        catalogue.get(str(path))
+    assert "\n" not in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+def install(folder: Path, target: str) -> None:
+    """Write a package with an entry point `my-scaled` for a variant, as pip installs it."""
+    (folder / "my_package.py").write_text(OWN)
+    info = folder / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{variant_names.ENTRY_POINT_GROUP}]\nmy-scaled = {target}\n")
+
+
+def run(folder: Path, code: str) -> list[str]:
+    """Run code in a process that finds the packages in a folder, and return the lines that it prints."""
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); from variants import catalogue; {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_a_package_registers_a_variant(tmp_path: Path) -> None:
+    install(tmp_path, "my_package:Scaled")
+    code = (
+        "print('my_scaled' in catalogue.names(), catalogue.axis('my_scaled'), 'torch' in sys.modules);"
+        "v = catalogue.get('my_scaled'); print(v.name, dict(v.extra_defaults), len(v.revision))"
+    )
+    assert run(tmp_path, code) == ["True user False", "my_scaled {'factor': 2.0} 16"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("my_package:Missing", "cannot be imported: AttributeError"),
+        ("json:loads", "is no subclass of Variant"),
+    ],
+)
+def test_a_broken_entry_point_gives_one_line(tmp_path: Path, target: str, message: str) -> None:
+    install(tmp_path, target)
+    code = "\ntry: catalogue.get('my_scaled')\nexcept ValueError as error: print(error)"
+    (line,) = run(tmp_path, code)
+    assert message in line

@@ -1,0 +1,96 @@
+"""Variants outside this package: a user's Python file, or an entry point of an installed package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from variants.base import Variant
+from variants.errors import UnsupportedError
+from variants.variant_names import entry_points_by_name
+
+
+def load_file(path: str) -> Variant:
+    """Return the variant in a Python file; its name is the path.
+
+    Args:
+        path: The full path of the file.
+
+    Raises:
+        UnsupportedError: The file does not exist, cannot be imported, or does not define exactly one variant.
+            The message is one line.
+    """
+    if not os.path.isfile(path):  # Path.is_file raises OSError if a name is too long
+        raise UnsupportedError(f"variant file {path!r} does not exist")
+    revision = _hash_file(path)
+    name = f"lora_orchestrator_user_variant_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look up the module of a class
+    try:
+        spec.loader.exec_module(module)
+        variant = variant_class(module)()
+    except (UnsupportedError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit as well: sys.exit in the file would end the study
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f" (line {lines[-1]})" if lines else ""
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UnsupportedError(f"variant file {path!r}{where} cannot be imported: {problem}") from error
+    return identify(variant, path, revision)
+
+
+def variant_class(module: ModuleType) -> type[Variant]:
+    """Return the only variant that a module defines.
+
+    Raises:
+        UnsupportedError: The module defines none, or several.
+    """
+    classes = [
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, Variant)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+    if len(classes) != 1:
+        raise UnsupportedError(
+            f"{module.__file__!r} must define one public subclass of Variant; it defines {len(classes)}"
+        )
+    return classes[0]
+
+
+def identify(variant: Variant, name: str, revision: str) -> Variant:
+    """Set the name of a variant and the version of its code, which becomes part of the fingerprint."""
+    # Not those of the class: an entry point may name a class that has another name elsewhere.
+    vars(variant).update(name=name, axis="user", revision=revision)
+    return variant
+
+
+def load_entry_point(name: str) -> Variant:
+    """Return the variant that an installed package registers under a name of `entry_points_by_name`.
+
+    Raises:
+        UnsupportedError: The entry point cannot be imported or is no variant. The message is one line.
+    """
+    entry = entry_points_by_name()[name]
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UnsupportedError(f"variant {name!r} ({entry.value}) cannot be imported: {problem}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Variant)):
+        raise UnsupportedError(f"variant {name!r} ({entry.value}) is no subclass of Variant")
+    return identify(loaded(), name, _hash_file(str(sys.modules[loaded.__module__].__file__)))
+
+
+def _hash_file(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
