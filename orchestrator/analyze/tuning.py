@@ -26,7 +26,7 @@ from orchestrator.study.configuration import Configuration
 EDGE_FRACTION = 0.05
 """A value is at an edge if its distance from an end is at most this fraction of the range of tried values."""
 _MIN_VALUES_FOR_RANGE = 5  # fewer values count as a list of choices, which has no edges
-_NON_HYPERPARAMETER_COLUMNS = ("seed", "variant", "variant_numerics", "loop_numerics")
+_NON_HYPERPARAMETER_COLUMNS = ("seed", "variant", "variant_numerics", "variant_revision", "loop_numerics")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import UsageError
+from variants.variant_names import canonical_name
 
 
 def run_replicated_tuning(experiment: Experiment, options: ComparisonOptions) -> int:
@@ -50,7 +51,7 @@ def _with_baseline(experiment: Experiment, options: ComparisonOptions) -> tuple[
     """
     baseline = experiment.settings.baseline
     typed = options.variants or experiment.default_variants(options.dry_run)
-    variants = tuple(dict.fromkeys([baseline, *(name.replace("-", "_") for name in typed)]))
+    variants = tuple(dict.fromkeys([baseline, *map(canonical_name, typed)]))
     if len(variants) < 2:
         raise UsageError(
             f"--variants {baseline}: it is what the others are compared with; name one more, for example "

@@ -16,6 +16,7 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.factors import ALL, load_factors
 from orchestrator.study.space import format_value, get_value
 from orchestrator.util.errors import UsageError
+from variants.variant_names import canonical_key
 
 _FACTOR_SCRIPT = "hyperparameter_sensitivity"
 _OTHER_SCRIPTS = re.compile(rf"(tuned_comparison|early_stopping|{_FACTOR_SCRIPT})\.py$")
@@ -140,7 +141,7 @@ def _select_fixed_values(words: list[str], varied: list[str], configuration: Con
 
 def _key(word: str) -> str:
     """Return the hyperparameter's key of a word NAME=VALUE."""
-    return word.partition("=")[0].replace("-", "_")
+    return canonical_key(word.partition("=")[0])
 
 
 def _factor_names(command: str) -> list[str]:

@@ -27,7 +27,8 @@ class VariantChoice:
 
     `alpha` is None for a variant without alpha, such as HiRA. `targets` is "blocks" (every linear layer in
     the model's repeated blocks), a comma-separated list of endings of layer names, or "re:" and a regular
-    expression. `extra` has the settings that only this variant has: name -> value.
+    expression. `extra` has the settings that only this variant has: name -> value. `revision` identifies code
+    from outside this project: PEFT's version, or a hash of a user's file; it is empty for other variants.
     """
 
     name: str
@@ -37,6 +38,7 @@ class VariantChoice:
     targets: str = "blocks"
     extra: Mapping[str, float | int | str | bool] = field(default_factory=dict)
     numerics: int = 1
+    revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,9 @@ class Configuration:
         nested = self.to_json()
         columns: dict[str, Any] = {"variant": self.variant.name, "task": self.task.name}
         columns |= {"model": self.model.name, "model_content": self.model.content, "dtype": self.model.dtype}
-        columns |= {k: v for k, v in nested["variant"].items() if k not in ("name", "extra", "numerics")}
+        columns |= {
+            k: v for k, v in nested["variant"].items() if k not in ("name", "extra", "numerics", "revision")
+        }
         columns |= {f"variant_{k}": v for k, v in nested["variant"]["extra"].items()}
         columns |= nested["optimizer"]
         schedule = self.lr_schedule
@@ -220,6 +224,8 @@ class Configuration:
         columns |= {"evaluations": self.evaluations, "seed": self.seed, "base_dropout": self.base_dropout}
         columns |= {"test_evaluations": self.test_evaluations}
         columns |= {"variant_numerics": self.variant.numerics, "loop_numerics": self.loop_numerics}
+        if self.variant.revision:
+            columns["variant_revision"] = self.variant.revision
         return columns
 
 
@@ -232,6 +238,8 @@ def _drop_later_defaults(data: dict[str, Any]) -> None:
         del data["schedule"]["final_factor"]
     if data["test_evaluations"] == "last":
         del data["test_evaluations"]
+    if data["variant"]["revision"] == "":
+        del data["variant"]["revision"]
 
 
 @lru_cache(maxsize=1)

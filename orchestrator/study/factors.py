@@ -20,6 +20,7 @@ from orchestrator.study import space
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Value, apply_values, format_value, get_value
 from orchestrator.util.errors import UsageError, suggest_nearest
+from variants.variant_names import canonical_key
 
 Prior = Literal["log", "uniform", "choice"]
 RATE = "learning_rate"
@@ -118,7 +119,7 @@ def choose_factors(words: Sequence[str], own_settings: Mapping[str, Mapping[str,
     table = load_factors()
     common = [name for name in table if "." not in name]
     known = {**{name: table[name] for name in common}, **_own_factors(own)}
-    names = [word.replace("-", "_") for word in words]
+    names = [canonical_key(word) for word in words]
     chosen = list(known) if ALL in names else list(dict.fromkeys(names))
     for name in chosen:
         if name in known:

@@ -34,7 +34,8 @@ class GridOptions:
     another task than the script's (letters; tuned_comparison.py: letters and digits), for example reviews;
     tasks on downloaded models take longer."""
     variants: tuple[str, ...] | None = None
-    """Variants to compare, e.g. `lora pissa`. Default: those of the script."""
+    """Variants to compare, e.g. `lora pissa`: names from `python -m variants`, `peft:TYPE` for a tuner of the
+    PEFT library, or the path of a .py file that defines one. Default: those of the script."""
     task: tuple[str, ...] | None = None
     """Task to fine-tune on: its name, or the path of a .py file that defines one. With several, every variant
     is trained on each of them."""

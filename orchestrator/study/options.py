@@ -14,6 +14,7 @@ from orchestrator.study.option_groups import (
     TrainingOptions,
 )
 from orchestrator.util.errors import UsageError, describe_disk_error
+from variants.variant_names import canonical_key
 
 DEFAULT_GRID_SEEDS, DEFAULT_POINTS = 3, 16
 DEFAULT_LANES_PER_TRAINER = 4
@@ -157,7 +158,7 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
 
 def setting_key(word: str) -> str:
     """Return the key (NAME or VARIANT.NAME) of a word of --set or --space."""
-    return word.partition("=")[0].replace("-", "_")
+    return canonical_key(word.partition("=")[0])
 
 
 _DEFAULTS = {each.name: each.default for each in fields(StudyOptions) if each.default is not MISSING}

@@ -16,6 +16,7 @@ from orchestrator.study.options import OPTION_OF_HYPERPARAMETER, StudyOptions, s
 from orchestrator.study.published_variants import PUBLISHED_FOLDER, PublishedVariant, read_variants
 from orchestrator.study.rates import parse_learning_rates
 from orchestrator.util.errors import UsageError, suggest_nearest
+from variants.variant_names import canonical_name
 
 _PREFIX = "published-"
 
@@ -157,11 +158,11 @@ def published_words(name: str, variants: Sequence[str]) -> list[str]:
     Returns:
         One word per hyperparameter. A setting of the preset replaces one of the published variant.
     """
-    variants = [variant.replace("-", "_") for variant in variants]
+    variants = [canonical_name(variant) for variant in variants]
     settings = [f"{v.name}.{word}" for v in read_variants() if v.name in variants for word in v.set]
     own = [
         word
         for word in read_preset(name).options["set"]
-        if "." not in setting_key(word) or setting_key(word).partition(".")[0] in variants
+        if "." not in setting_key(word) or setting_key(word).rpartition(".")[0] in variants
     ]
     return list({setting_key(word): word for word in (*settings, *own)}.values())

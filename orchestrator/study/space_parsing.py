@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from orchestrator.study import space
 from orchestrator.study.space import Dimension, Hyperparameter, Space, Value, VariantDefaults
 from orchestrator.util.errors import UsageError, suggest_nearest
+from variants.variant_names import canonical_key
 
 EXAMPLE = "For example: learning_rate=log:1e-4:1e-2 rank=4,8,16 lora_plus.ratio=logint:1:64."
 
@@ -91,7 +92,7 @@ def _find_hyperparameter(variant: str, name: str, defaults: VariantDefaults) -> 
 def _parse_argument(option: str, word: str, variants: Sequence[str], defaults: VariantDefaults) -> _Argument:
     """Split a word and look up its name."""
     key, found, text = word.partition("=")
-    key = key.replace("-", "_")
+    key = canonical_key(key)
     if not found or not key or not text:
         rule = "must be NAME=VALUE. For example: weight_decay=0.01 lora_plus.ratio=4."
         raise UsageError(

@@ -14,6 +14,7 @@ from orchestrator.study.presets import preset_defaults
 from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
 from variants import catalogue
+from variants.variant_names import FILE_SUFFIX
 
 LOCAL_OPTIONS = ("on", "stop", "output")
 """Options that concern this machine only."""
@@ -54,8 +55,7 @@ def build_arguments(options: StudyOptions) -> list[str]:
         if isinstance(value, bool):
             arguments.append(flag)
         elif isinstance(value, tuple):
-            to_word = _project_path if field.name == "task" else str
-            arguments += [flag, *map(to_word, value)]
+            arguments += [flag, *(_remote_word(field.name, flag, word) for word in value)]
         else:
             arguments += [flag, str(value)]
     return arguments
@@ -85,14 +85,29 @@ def _is_source(file: Path) -> bool:
     return any(file.is_relative_to(PROJECT_ROOT / folder) for folder in SOURCE_FOLDERS)
 
 
-def _project_path(task: str) -> str:
-    """Return a task's file as a path in the project; a task that is no file of this machine as it is."""
-    file = Path(task)
-    if not file.is_file():
-        return task
+def _remote_word(field: str, option: str, word: object) -> str:
+    """Return a word of an option with the paths of tasks and variants relative to the project.
+
+    In the words of --set, --space and --factors, VARIANT.NAME may stand before the first "=".
+    """
+    text = str(word)
+    if field in ("task", "variants"):
+        return _project_path(option, text)
+    if field in ("set", "space", "factors"):
+        key, equals, value = text.partition("=")
+        variant, dot, name = key.rpartition(".")
+        return f"{_project_path(option, variant)}{dot}{name}{equals}{value}"
+    return text
+
+
+def _project_path(option: str, name: str) -> str:
+    """Return the file of a task or variant as a path in the project; another name as it is."""
+    file = Path(name)
+    if not name.endswith(FILE_SUFFIX) or not file.is_file():
+        return name
     if not _is_source(file.resolve()):
         raise UsageError(
-            f"--task {task!r}: a file of this machine, which the head does not see; move it into "
+            f"{option} {name!r}: a file of this machine, which the head does not see; move it into "
             f"{PROJECT_ROOT / 'experiments'}, which `ray up` sends there."
         )
     return file.resolve().relative_to(PROJECT_ROOT).as_posix()

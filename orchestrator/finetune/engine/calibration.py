@@ -72,7 +72,10 @@ def _weight_key(configuration: Configuration, adapters: Adapters) -> str:
     """
     choice, model = configuration.variant, configuration.model
     relevant = {
-        "variant": [choice.name, choice.numerics, choice.rank, dict(choice.extra)],
+        "variant": [
+            *(choice.name, choice.numerics, choice.rank, dict(choice.extra)),
+            *([choice.revision] if choice.revision else []),
+        ],
         "model": [model.content, model.dtype],
         "layers": {name: list(layer.frozen_layer.shape) for name, layer in adapters.layers.items()},
     }

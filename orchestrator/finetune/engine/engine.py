@@ -133,7 +133,8 @@ class Engine:
         It replaces the present one if the group key differs or the variant allows one lane only.
 
         Raises:
-            RuntimeError: The configuration was made with other numerics of its variant or task.
+            RuntimeError: The configuration was made with other numerics of its variant or task, or with
+                another revision of a variant from outside this project.
             UsageError: The base model cannot be loaded, or the task's data cannot be prepared.
             ValueError: The variant does not fit the model.
             WorkerError: A worker's machine cannot grade the answers, or another worker has failed.
@@ -144,15 +145,7 @@ class Engine:
         self.detach_adapters()
         choice = configuration.variant
         variant, task = variants.get(choice.name), tasks.get(configuration.task.name)
-        for what, here, wanted in (
-            ("variant", variant.numerics, choice.numerics),
-            ("task", task.numerics, configuration.task.numerics),
-        ):
-            if here != wanted:
-                raise RuntimeError(
-                    f"the configuration is for numerics {wanted} of its {what}, this worker has {here}; "
-                    "install the same version on every machine"
-                )
+        _check_versions(configuration, variant, task)
         base_model = self._load_base_model(configuration.model, task)
         has_base_dropout = configuration.base_dropout == "on"
         if has_base_dropout:
@@ -247,3 +240,23 @@ def _total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
+
+
+def _check_versions(configuration: Configuration, variant: Variant, task: Task) -> None:
+    """Raise RuntimeError if a configuration was made with other code of its variant or task."""
+    choice = configuration.variant
+    for what, here, wanted in (
+        ("variant", variant.numerics, choice.numerics),
+        ("task", task.numerics, configuration.task.numerics),
+    ):
+        if here != wanted:
+            raise RuntimeError(
+                f"the configuration is for numerics {wanted} of its {what}, this worker has {here}; "
+                "install the same version on every machine"
+            )
+    if variant.revision != choice.revision:
+        raise RuntimeError(
+            f"the configuration is for revision {choice.revision!r} of {choice.name}, this worker has "
+            f"{variant.revision!r}; use the same file or version on every machine, and start the study "
+            "again after a change"
+        )

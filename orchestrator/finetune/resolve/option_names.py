@@ -16,6 +16,7 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
+from variants.variant_names import canonical_name
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,9 @@ def resolve_options(
     """
     hub_data.set_pin_folder(bases)
     typed_names = options.variants or default_variants
-    variants = tuple(dict.fromkeys(name.replace("-", "_") for name in typed_names))
+    variants = tuple(dict.fromkeys(map(canonical_name, typed_names)))
     for name in variants:
-        if name not in catalogue.names():
-            raise UsageError(f"--variants: no variant {name!r}. {suggest_nearest(name, catalogue.names())}")
+        _check_variant(name)
     task = tasks.get(task_name)
     if task.has_head:
         metrics.get_metric(task)  # raises UsageError for an unknown metric
@@ -91,6 +91,20 @@ def resolve_options(
     bounds.check_grid_size(options.seed_count, len(learning_rates))
     fixed, search_space = _parse_fixed_and_space(options, variants, task, learning_rates)
     return ResolvedOptions(variants, task, model, learning_rates, fixed, search_space)
+
+
+def _check_variant(name: str) -> None:
+    """Raise UsageError if there is no such variant, or one from outside this project cannot be imported."""
+    if not catalogue.is_known(name):
+        raise UsageError(
+            f"--variants: no variant {name!r}. {suggest_nearest(name, catalogue.names())} peft:TYPE and the "
+            "path to a .py file with a variant work, too."
+        )
+    if name not in catalogue.built_in_names():
+        try:
+            catalogue.get(name)
+        except ValueError as error:
+            raise UsageError(f"--variants: {error}") from error
 
 
 def default_model(task: Task) -> str:

@@ -242,4 +242,5 @@ def _variant_choice(name: str, options: StudyOptions) -> VariantChoice:
         targets=options.targets if adapts_layers else "blocks",
         extra=dict(variant.extra_defaults),
         numerics=variant.numerics,
+        revision=variant.revision,
     )

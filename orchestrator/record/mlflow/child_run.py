@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from orchestrator.record.mlflow import run_content
 from orchestrator.record.mlflow.saved_view import MEAN_METRIC
 from orchestrator.record.schema import LaneProgress, Record
+from variants.variant_names import short_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -154,7 +155,7 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, record: Rec
             "base_model_content": configuration.model.content,
             "fingerprint": record.fingerprint,
         }
-        name = f"{configuration.variant.name}-{record.fingerprint[:12]}"
+        name = f"{short_name(configuration.variant.name)}-{record.fingerprint[:12]}"
         model = client.create_logged_model(experiment_id, name, run_id, tags, model_type=_MODEL_TYPE)
         linked = set()
     client.log_model_artifacts(model.model_id, str(adapter))

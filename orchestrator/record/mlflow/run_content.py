@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -105,13 +106,14 @@ def _color(variant: str) -> str:
     if variant == "lora":
         return "#000000"
     names = catalogue.names()
-    return _COLORS[(names.index(variant) if variant in names else len(names)) % len(_COLORS)]
+    number = names.index(variant) if variant in names else zlib.crc32(variant.encode())
+    return _COLORS[number % len(_COLORS)]
 
 
 def _axis(variant: str) -> str:
     try:
         return catalogue.axis(variant)
-    except ValueError:  # a variant of another tool (peft:...), or one renamed since
+    except ValueError:  # a variant that was renamed since
         return "unknown"
 
 

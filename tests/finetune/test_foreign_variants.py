@@ -1,0 +1,176 @@
+"""Studies with `peft:TYPE` and with a variant in a user's file, from the options to records and views."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scripted import Script, SimulatedCrashError, configuration, dies_at, leases, numbers_of, solo, train
+
+from orchestrator.analyze.report import write_report
+from orchestrator.cluster.remote import command_line, source_digest
+from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.resolve.option_names import resolve_options
+from orchestrator.finetune.resolve.templates import build_configuration_templates
+from orchestrator.record import parquet, show
+from orchestrator.record.mlflow import run_content
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.options import StudyOptions
+from orchestrator.study.space import get_value
+from orchestrator.util.errors import UsageError
+from variants import catalogue
+from variants.variant_names import canonical_name, short_name
+
+OWN = '''
+"""A LoRA whose scaling is a hyperparameter."""
+
+from variants.base import Number
+from variants.baseline.lora import LoRA
+
+
+class Scaled(LoRA):
+    uses_alpha = False
+    hyperparameters = {"factor": Number(2.0, above=0)}
+    peft = None
+
+    def scaling(self, settings):
+        return settings["factor"]
+'''
+NAMES = ("peft:loha", "peft:SHIRA", "own-variant.v2.py")
+HYPERPARAMETERS = {"peft:loha": "rank", "peft:SHIRA": "rank", "own-variant.v2.py": "factor"}
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder with a variant's file."""
+    (tmp_path / "own-variant.v2.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+
+
+def resolved(bases: Path, name: str, **more: object) -> list[Configuration]:
+    typed = StudyOptions(task=("letters",), variants=("lora", name), steps=8, evaluations=4, **more)  # type: ignore[arg-type]
+    chosen = resolve_options(typed, "letters", (), bases)
+    return build_configuration_templates(typed, chosen, UNPREPARED, bases)
+
+
+def small(name: str, bases: Path) -> Configuration:
+    """Return a configuration that trains the tiny model, with the variant as a study resolves it."""
+    _, template = resolved(bases, name, set=(f"{name}.{HYPERPARAMETERS[name]}=4",))
+    return replace(configuration(steps=8, evaluations=4, variant="lora"), variant=template.variant)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_study_resolves_the_name_its_settings_and_the_version_of_the_code(
+    name: str, tmp_path: Path
+) -> None:
+    own = HYPERPARAMETERS[name]
+    lora, one = resolved(tmp_path, name, rank=2, set=(f"{name}.{own}=4",))
+    assert one.variant.name == canonical_name(name)
+    assert get_value(one, f"{one.variant.name}.{own}") == 4
+    assert lora.variant.rank == 2
+    assert one.variant.revision == catalogue.get(one.variant.name).revision != ""
+    assert one.to_columns()["variant_revision"] == one.variant.revision
+    changed = replace(one, variant=replace(one.variant, revision="other"))
+    assert changed.fingerprint != one.fingerprint
+    assert changed.group_key != one.group_key
+    assert "revision" not in lora.to_json()["variant"]
+    assert Configuration.from_json(one.to_json()) == one
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_space_varies_a_setting_of_the_variant(name: str, tmp_path: Path) -> None:
+    key = f"{name}.{HYPERPARAMETERS[name]}"
+    options = StudyOptions(
+        task=("letters",), variants=("lora", name), search="qmc", points=3, space=(f"{key}=1,4",)
+    )
+    space = resolve_options(options, "letters", (), tmp_path).space
+    assert space is not None
+    assert [d.key for d in space.variants["lora"]] == ["learning_rate"]
+    found = [d.key for d in space.variants[canonical_name(name)]]
+    assert found == ["learning_rate", f"{canonical_name(name)}.{HYPERPARAMETERS[name]}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("peft:VERA", "--variants: peft:VERA: its layers share tensors.*take vera"),
+        ("peft:NOTHING", "PEFT .* has no such tuner of layers; it has ADAMSS, BEFT"),
+        ("missing.py", "--variants: variant file '.*missing.py' does not exist"),
+        ("lorra", "--variants: no variant 'lorra'. Did you mean 'lora'"),
+    ],
+)
+def test_a_name_that_means_nothing_gives_one_line(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        resolved(tmp_path, name)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lane_that_resumes_equals_one_that_was_not_interrupted(
+    name: str, store: Store, tmp_path: Path
+) -> None:
+    one = small(name, tmp_path)
+    with pytest.raises(SimulatedCrashError):
+        train(Script(leases([one]), answers=dies_at(4)), store)
+    train(Script(leases([one], attempt=2)), store)
+    record = store.get(one.fingerprint)
+    assert record is not None
+    assert record.state == "finished", record.traceback
+    assert record.provenance.resumed_from == (4,)
+    assert record.curve[-1].loss < record.curve[0].loss
+    assert numbers_of(record) == numbers_of(solo(one, tmp_path))
+
+
+def test_a_worker_with_another_version_of_the_code_refuses_a_configuration(
+    store: Store, tmp_path: Path
+) -> None:
+    one = small("own-variant.v2.py", tmp_path)
+    one = replace(one, variant=replace(one.variant, revision="f" * 16))
+    train(Script(leases([one])), store)
+    record = store.get(one.fingerprint)
+    assert record is not None
+    assert "this worker has" in record.reason
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_views_of_a_record_take_the_name(name: str, tmp_path: Path) -> None:
+    one = small(name, tmp_path)
+    record = solo(one, tmp_path)
+    tags = run_content.configuration_tags(one, "study")
+    assert (tags["variant"], tags["axis"]) == (one.variant.name, catalogue.axis(one.variant.name))
+    assert {"variant", "variant_revision"} <= {param.key for param in run_content.params(one)}
+    assert not set("/:.%\"'") & set(short_name(one.variant.name))
+    command = f"python experiments/x.py --variants lora {name} --set {name}.factor=4 lora.rank=3 --seeds 3"
+    narrowed = show.narrow_command(command, one)
+    assert f"--variants {one.variant.name} " in narrowed
+    assert f"{name}.factor=4" in narrowed
+    assert "lora.rank" not in narrowed
+    rows = parquet.runs_table([record, solo(configuration(steps=8, evaluations=4), tmp_path)], {})
+    assert rows.column("variant").to_pylist()[0] == one.variant.name
+    assert rows.column("variant_revision").to_pylist() == [one.variant.revision, None]
+    summary = write_report(StudyFile("s", "?", command), [record], tmp_path / "report", "sqlite:///x.db")
+    assert [curve.variant for panel in summary.panels for curve in panel.curves] == [one.variant.name]
+
+
+def test_a_file_of_the_project_is_named_on_a_cluster_by_its_path_in_the_project(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command_line, "PROJECT_ROOT", tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "own-variant.v2.py").write_text(OWN)
+    assert "experiments" in source_digest.SOURCE_FOLDERS
+    monkeypatch.chdir(tmp_path / "experiments")
+    options = StudyOptions(
+        variants=("lora", "peft:LOHA", "own-variant.v2.py"),
+        set=("own-variant.v2.py.factor=4", "lora.rank=2", "alpha=3"),
+    )
+    assert command_line.build_arguments(options) == [
+        *("--variants", "lora", "peft:LOHA", "experiments/own-variant.v2.py"),
+        *("--set", "experiments/own-variant.v2.py.factor=4", "lora.rank=2", "alpha=3"),
+    ]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"--variants 'own-variant\.v2\.py': a file of this machine"):
+        command_line.build_arguments(options)
