@@ -23,7 +23,7 @@ REFUSED_TYPES = {
     "TRAINABLE_TOKENS": "it trains rows of an embedding instead of a linear layer",
 }
 """PEFT's types that have no variant, with the reason."""
-OWN_ENTRIES = {"ADALORA": "adalora", "VERA": "vera"}
+OWN_ENTRIES = {"ADALORA": "adalora", "RANDLORA": "rand_lora", "VBLORA": "vb_lora", "VERA": "vera"}
 """Variants of this project for refused types."""
 
 DROPOUT_FIELDS = {
