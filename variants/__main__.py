@@ -18,6 +18,8 @@ from typing import Annotated
 
 import tyro
 
+from variants.variant_names import canonical_name
+
 EXIT_USAGE = 2
 """Exit code for a name that does not exist, and for options that exclude each other."""
 
@@ -81,7 +83,7 @@ def _text(arguments: Arguments) -> str:
     if not arguments.name:
         entries = describe_all()
         return _to_json(entries) if arguments.json else format_catalogue(entries)
-    entry = describe(arguments.name.replace("-", "_"))
+    entry = describe(canonical_name(arguments.name))
     return _to_json(entry) if arguments.json else format_entry(entry)
 
 

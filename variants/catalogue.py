@@ -13,7 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from variants.variant_names import FILE_SUFFIX, PEFT_PREFIX, canonical_name, entry_points_by_name
+from variants.variant_names import (
+    FILE_SUFFIX,
+    PEFT_AXIS,
+    PEFT_PREFIX,
+    USER_AXIS,
+    canonical_name,
+    entry_points_by_name,
+)
 
 if TYPE_CHECKING:
     from variants.base import Variant
@@ -44,7 +51,7 @@ def is_known(name: str) -> bool:
 
 
 def axis(name: str) -> str:
-    """Return the folder of a variant (baseline, rank, ...), or "peft" or "user" for one from elsewhere.
+    """Return the folder of a variant (baseline, rank, ...), or the axis of one from elsewhere.
 
     Raises:
         ValueError: There is no variant of this name; the message suggests the nearest name.
@@ -52,9 +59,9 @@ def axis(name: str) -> str:
     if name in _axis_by_name():
         return _axis_by_name()[name]
     if name.startswith(PEFT_PREFIX):
-        return "peft"
+        return PEFT_AXIS
     if is_known(name):
-        return "user"
+        return USER_AXIS
     raise ValueError(_describe_unknown(name))
 
 

@@ -13,6 +13,7 @@ from variants.describe import Description, describe_all, describe_conditions, pa
 from variants.describe_text import AXES, checked_text, format_count, format_ratio, format_value
 from variants.taxonomy import Method, read_methods
 from variants.traits import Start
+from variants.variant_names import USER_AXIS
 
 DOCS_FILE = Path(__file__).parents[1] / "docs" / "variants.md"
 """The page in a checkout of the repository; an installed package does not have it."""
@@ -30,7 +31,7 @@ def render(text: str) -> str:
         ValueError: The page lacks the markers of a table.
     """
     tables = {
-        "catalogue": catalogue_tables(describe_all()),
+        "catalogue": catalogue_tables([each for each in describe_all() if each.axis != USER_AXIS]),
         "taxonomy": taxonomy_table(read_methods()),
         "initializations": initialization_table(read_costs()),
     }

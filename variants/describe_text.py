@@ -27,6 +27,7 @@ AXES = {
     "initialization": "other initial values",
     "experts": "several adapters, mixed for each token",
     "multiplicative": "a learned map of the layer's input or output, outside the survey",
+    "user": "variants of installed packages",
     "beyond_layers": "changes of other parts of the model than linear layers",
 }
 """What the entries of an axis change, by axis; an axis that is not listed is shown without a description."""

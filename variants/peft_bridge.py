@@ -35,7 +35,7 @@ from variants.peft_fields import (
     read_hyperparameters,
 )
 from variants.peft_layers import SHAPES_FROM_VALUES, LayerTemplate, build_layer, split_tensors
-from variants.variant_names import PEFT_PREFIX
+from variants.variant_names import PEFT_AXIS, PEFT_PREFIX
 
 _STARTS = {
     **dict.fromkeys(("DEFT", "HRA", "OSF"), Start.ROUNDED),
@@ -221,7 +221,7 @@ def peft_variant(name: str) -> Variant:
     attributes = {
         "__doc__": PeftTuner.__doc__,
         "name": name,
-        "axis": "peft",
+        "axis": PEFT_AXIS,
         "revision": f"peft {peft.__version__}",
         "verified_by": VerifiedBy.REFERENCE_IMPLEMENTATION,
         "config_class": config_class,

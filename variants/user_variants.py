@@ -12,7 +12,7 @@ from types import ModuleType
 
 from variants.base import Variant
 from variants.errors import UnsupportedError
-from variants.variant_names import entry_points_by_name
+from variants.variant_names import USER_AXIS, entry_points_by_name
 
 
 def load_file(path: str) -> Variant:
@@ -71,7 +71,7 @@ def variant_class(module: ModuleType) -> type[Variant]:
 def identify(variant: Variant, name: str, revision: str) -> Variant:
     """Set the name of a variant and the version of its code, which becomes part of the fingerprint."""
     # Not those of the class: an entry point may name a class that has another name elsewhere.
-    vars(variant).update(name=name, axis="user", revision=revision)
+    vars(variant).update(name=name, axis=USER_AXIS, revision=revision)
     return variant
 
 

@@ -11,6 +11,8 @@ PEFT_PREFIX = "peft:"
 """Prefix of the name of one of PEFT's tuners: `peft:LOHA`."""
 FILE_SUFFIX = ".py"
 """End of the path of a Python file with a variant; the full path is the variant's name."""
+PEFT_AXIS, USER_AXIS = "peft", "user"
+"""Axes of the variants from outside this package: tuners of PEFT, and files and entry points."""
 ENTRY_POINT_GROUP = "lora_orchestrator.variants"
 """Group of the entry points that a package registers its variants under: NAME = "module:Class"."""
 

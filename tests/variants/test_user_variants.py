@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from variants import catalogue, variant_names
+from variants.__main__ import main
 from variants.attach import attach
 from variants.base import UnsupportedError, VariantSettings
 from variants.storage import load_lane, save_lane
@@ -110,6 +111,18 @@ def test_a_file_that_is_no_variant_gives_one_line(tmp_path: Path, text: str | No
     assert str(path) in str(raised.value)
 
 
+def test_the_catalogue_explains_a_file_and_a_tuner_of_peft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    assert main([path]) == 0
+    assert "W' = W + factor B A" in capsys.readouterr().out
+    assert main(["peft:lokr"]) == 0
+    assert "decompose_factor" in capsys.readouterr().out
+    assert main(["peft:vera"]) == 2
+    assert "its layers share tensors" in capsys.readouterr().err
+
+
 def install(folder: Path, target: str) -> None:
     """Write a package with an entry point `my-scaled` for a variant, as pip installs it."""
     (folder / "my_package.py").write_text(OWN)
@@ -133,6 +146,13 @@ def test_a_package_registers_a_variant(tmp_path: Path) -> None:
         "v = catalogue.get('my_scaled'); print(v.name, dict(v.extra_defaults), len(v.revision))"
     )
     assert run(tmp_path, code) == ["True user False", "my_scaled {'factor': 2.0} 16"]
+    code = (
+        "from variants.__main__ import main; from variants.describe_docs import DOCS_FILE, render;"
+        "main([]); print('docs', render(DOCS_FILE.read_text()).count('my_scaled'))"
+    )
+    lines = run(tmp_path, code)
+    assert any(line.startswith("my_scaled") for line in lines)
+    assert lines[-1] == "docs 0"
 
 
 @pytest.mark.parametrize(
