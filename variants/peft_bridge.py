@@ -217,7 +217,7 @@ def peft_variant(name: str) -> Variant:
     if PEFT_TYPE_TO_TUNER_MAPPING[types[peft_type]].uses_shared_state:
         raise UnsupportedError(f"{name}: {REFUSED_TYPES['VERA']}")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[types[peft_type]]
-    defaults = {each.name: each.default for each in fields(config_class)}
+    defaults: dict[str, Any] = {each.name: each.default for each in fields(config_class)}
     attributes = {
         "__doc__": PeftTuner.__doc__,
         "name": name,

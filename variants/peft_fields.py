@@ -42,6 +42,7 @@ ALPHA_FIELDS = ("lora_alpha", "alpha", "psoft_alpha")
 _GLOBAL_NOISE = "PEFT draws its masks from PyTorch's global random state"
 _CHANGES_BASE = "PEFT changes the weights of the base model for it, which all lanes share"
 FIXED_FIELDS = {
+    "apply_GS": "PEFT's initial vectors are equal in pairs, of which orthogonalization makes NaN",
     "boft_dropout": _GLOBAL_NOISE,
     "boft_n_butterfly_factor": "PEFT ignores it without its CUDA extension",
     "coft": "PEFT overwrites the parameters in the forward pass",

@@ -72,7 +72,8 @@ def split_tensors(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor
     Their names are the paths in the layer with "/" for ".". Frozen tensors include those that PEFT keeps in
     plain dicts, such as the positions of SHiRA's values.
     """
-    trainable, frozen = {}, {}
+    trainable: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
     for path, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         if path.startswith("base_layer.") or path.rpartition(".")[2] in SHAPE_BUFFERS:
             continue
@@ -95,11 +96,11 @@ class LayerTemplate:
         alpha_scale: The factor in front of the update for alpha = 1; None for a tuner without alpha.
     """
 
-    def __init__(self, layer: nn.Module, alpha: float, uses_alpha: bool) -> None:
+    def __init__(self, layer: Any, alpha: float, uses_alpha: bool) -> None:
         """Take over a layer; its tensors are deleted, except SHAPE_BUFFERS.
 
         Args:
-            layer: The result of `build_layer`.
+            layer: The result of `build_layer`, whose attributes differ between tuners.
             alpha: The alpha in the layer's config.
             uses_alpha: True if the config has an alpha.
         """
@@ -168,7 +169,7 @@ class _GradientHook(nn.Module):
     The hook reads other tensors of the layer, so it runs with those of the call.
     """
 
-    def __init__(self, layer: nn.Module, path: str, hook: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, layer: nn.Module, path: str, hook: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
         self.layer, self.path, self.hook = layer, path, hook
 
@@ -180,6 +181,6 @@ class _GradientHook(nn.Module):
                 lambda gradient: torch.func.functional_call(self, own, (gradient,), tie_weights=False)
             )
 
-    def forward(self, gradient: Tensor) -> Tensor:
-        """Return the gradient that the hook computes."""
+    def forward(self, gradient: Tensor) -> Tensor | None:
+        """Return the gradient that the hook computes; None to leave it as it is."""
         return self.hook(gradient)

@@ -46,11 +46,11 @@ FAILURES = {
 LAW_CASES = tuple(CASES[number] for number in (0, 1, 3, 5, 6, 8))
 
 
-def variant(peft_type: str) -> Variant:
-    """Return the variant of a tuner, with defaults that fit the small layers of the cases."""
+def variant(peft_type: str, **more: Any) -> Variant:
+    """Return the variant of a tuner, with defaults that fit the small layers of the cases, or others."""
     found = catalogue.get(f"peft:{peft_type}")
     declared = dict(found.hyperparameters)
-    for name, value in SMALL.get(peft_type, {}).items():
+    for name, value in {**SMALL.get(peft_type, {}), **more}.items():
         declared[name] = dataclasses.replace(declared[name], default=value)
     cls = type(found)
     attributes = {"name": cls.name, "axis": cls.axis, "hyperparameters": declared}
@@ -81,10 +81,35 @@ def test_law(peft_type: str, case: Case, law: str) -> None:
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("peft_type", TYPES)
-def test_three_steps_equal_those_of_peft(peft_type: str) -> None:
+OTHER_VALUES: list[tuple[str, dict[str, Any]]] = [
+    ("BOFT", {"boft_block_size": 0, "boft_block_num": 4}),
+    ("C3A", {"init_weights": "gaussian"}),
+    ("DEFT", {"decomposition_method": "qr"}),
+    ("GLORA", {"config_A_B": "vector", "config_C": "none", "config_D_E": "vector"}),
+    ("GRALORA", {"hybrid_r": 2}),
+    ("LOKR", {"decompose_both": True, "init_weights": "lycoris"}),
+    ("LORA", {"use_dora": True}),
+    ("LORA", {"use_rslora": True, "init_lora_weights": "orthogonal"}),
+    ("LORA", {"lora_bias": True}),
+    ("MISS", {"init_weights": "bat"}),
+    ("MISS", {"init_weights": "mini", "mini_r": 4}),
+    ("OFT", {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True}),
+    ("PEANUT", {"depth": 2}),
+    ("PSOFT", {"psoft_svd": "lowrank", "psoft_orth": False, "ab_svd_init": "pissa_init"}),
+    ("ROAD", {"variant": "road_4"}),
+    ("SUPERTUNING", {"select_top": False}),
+]
+"""Tuners with other values than the defaults."""
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "values"),
+    [*((each, {}) for each in TYPES), *OTHER_VALUES],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_three_steps_equal_those_of_peft(peft_type: str, values: dict[str, Any]) -> None:
     """In float64, with the initial values of the lane. PEFT adapts the whole model at once."""
-    case, ours = Case("llama", model="llama", dtype=torch.float64), variant(peft_type)
+    case, ours = Case("llama", model="llama", dtype=torch.float64), variant(peft_type, **values)
     adapters = attach_lanes(case, ours, 1)
     model = peft_model(case, adapters)
     expected = {
@@ -108,6 +133,11 @@ def test_three_steps_equal_those_of_peft(peft_type: str) -> None:
         reference.step()
     for name, parameter in lane.items():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-8, msg=f"{name} differs")
+
+
+@pytest.mark.parametrize(("peft_type", "values"), OTHER_VALUES)
+def test_other_values_merge(peft_type: str, values: dict[str, Any]) -> None:
+    LAWS["merged_equals_forward"](variant(peft_type, **values), CASES[0])
 
 
 def peft_model(case: Case, adapters: Adapters) -> nn.Module:
@@ -193,6 +223,7 @@ def test_every_type_of_peft_has_a_variant_or_a_reason() -> None:
     [
         ("LOHA", "rank_dropout", 0.1, FIXED_FIELDS["rank_dropout"]),
         ("OFT", "coft", True, FIXED_FIELDS["coft"]),
+        ("HRA", "apply_GS", True, FIXED_FIELDS["apply_GS"]),
         ("ADAMSS", "use_asa", True, FIXED_FIELDS["use_asa"]),
         *(
             ("LORA", "init_lora_weights", value, why)
