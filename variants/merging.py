@@ -20,25 +20,46 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
         lane: The lane to merge.
 
     Raises:
-        MergeError: The variant has no such update, another lane uses the base model, or a weight is tied to
-            a module that would change with it or is quantized. In the latter three cases nothing has changed.
+        MergeError: The variant has no such update, the update changes the bias of a layer without one,
+            another lane uses the base model, or a weight is tied to a module that would change with it or is
+            quantized. In the latter four cases nothing has changed.
     """
     settings = adapters.lane_settings(lane)
     _check_mergeable(adapters, lane)
     with torch.no_grad():
         scaling = adapters.variant.scaling(settings) if adapters.layers else 1.0
-        for layer in adapters.layers.values():
-            inputs = layer.lane_tensors(lane), layer.frozen_layer, scaling, settings
-            delta, delta_bias = adapters.variant.delta_weight(*inputs), adapters.variant.delta_bias(*inputs)
-            _add(layer.frozen_layer.weight, delta)
-            if delta_bias is not None and layer.frozen_layer.bias is not None:
-                _add(layer.frozen_layer.bias, delta_bias)
+        biases = _bias_updates(adapters, lane, scaling)
+        for name, layer in adapters.layers.items():
+            frozen, tensors = layer.frozen_layer, layer.lane_tensors(lane)
+            _add(frozen.weight, adapters.variant.delta_weight(tensors, frozen, scaling, settings))
+            if name in biases and frozen.bias is not None:
+                _add(frozen.bias, biases[name])
         for head in adapters.heads.values():
             for name, trained in head.own_tensors.trainable[lane].items():
                 getattr(head.base_layer, name).copy_(trained)
     if adapters.full_model is not None:
         adapters.full_model.copy_to_model(lane)
     adapters.detach()
+
+
+def _bias_updates(adapters: Adapters, lane: str, scaling: float) -> dict[str, Tensor]:
+    """Return the change of each layer's bias, before anything is written.
+
+    Raises:
+        MergeError: The bias of a layer that has none would change.
+    """
+    settings, updates = adapters.lane_settings(lane), {}
+    for name, layer in adapters.layers.items():
+        frozen = layer.frozen_layer
+        update = adapters.variant.delta_bias(layer.lane_tensors(lane), frozen, scaling, settings)
+        if update is None:
+            continue
+        if frozen.bias is None and update.any():
+            raise MergeError(
+                f"{adapters.variant.name} cannot be merged into {name}, which has no bias to change"
+            )
+        updates[name] = update
+    return updates
 
 
 def _add(tensor: Tensor, delta: Tensor) -> None:

@@ -17,7 +17,6 @@ from variants.base import (
     Batching,
     FrozenLayer,
     InitialTensors,
-    MergeError,
     Params,
     Start,
     UnsupportedError,
@@ -160,11 +159,7 @@ class PeftTuner(Variant):
     ) -> Tensor | None:
         no_rows = torch.empty(0, layer.shape[1], dtype=layer.dtype, device=layer.device)
         _, at_zero = self._outputs(no_rows, params, layer, scaling, settings)
-        if layer.bias is not None:
-            return at_zero - layer.bias.to(layer.dtype)
-        if at_zero.any():
-            raise MergeError(f"{self.name} cannot be merged into {layer.name}, which has no bias to change")
-        return None
+        return at_zero if layer.bias is None else at_zero - layer.bias.to(layer.dtype)
 
     def _outputs(
         self, rows: Tensor, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings

@@ -17,11 +17,19 @@ from torch import Generator, nn
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.base import FrozenLayer, UnsupportedError, Variant, VariantSettings
+from variants.base import FrozenLayer, MergeError, UnsupportedError, Variant, VariantSettings
+from variants.merging import merge_and_detach
 from variants.peft_fields import FIXED_FIELDS, OWN_ENTRIES, REFUSED_TYPES, REFUSED_VALUES
 from variants.peft_layers import build_layer, split_tensors
 from variants.testing import CASES, LAWS, Case, NotApplicableError, applies
-from variants.testing.rig import LaneOptimizer, attach_lanes, model_output
+from variants.testing.rig import (
+    LaneOptimizer,
+    attach_lanes,
+    model_output,
+    model_state,
+    perturb_lanes,
+    tensors_equal,
+)
 
 TYPES = sorted(each.value for each in PEFT_TYPE_TO_CONFIG_MAPPING if each.value not in REFUSED_TYPES)
 SMALL: dict[str, dict[str, Any]] = {
@@ -64,7 +72,10 @@ def law_parameters() -> list[Any]:
         for j, (name, law) in enumerate(LAWS.items()):
             cases = [case for case in LAW_CASES if applies(law, variant(peft_type), case)]
             for k, case in enumerate(cases):
-                marks = [] if k == (i + j) % len(cases) else [pytest.mark.slow]
+                # This file has no expensive fixtures, so the workers of pytest-xdist may share it.
+                marks = [pytest.mark.xdist_group(f"peft-{peft_type}")]
+                if k != (i + j) % len(cases):
+                    marks.append(pytest.mark.slow)
                 if reason := FAILURES.get((peft_type, name, case.model)):
                     marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
                 found.append(
@@ -243,6 +254,18 @@ def test_a_layer_that_a_tuner_cannot_adapt_is_refused_before_a_lane_starts() -> 
     message = r"there\.0: .*divisible by group_size \(64\)"
     with pytest.raises(UnsupportedError, match=message):
         attach(CASES[0].build(), catalogue.get("peft:ROAD"), VariantSettings(4, 8.0))
+
+
+def test_a_bias_that_a_layer_does_not_have_is_not_merged_and_nothing_changes() -> None:
+    case = CASES[0]
+    model = case.build()
+    model.back[1].register_parameter("bias", None)  # the last layer
+    adapters = attach_lanes(case, variant("BEFT"), 1, model=model)
+    perturb_lanes(case, adapters)
+    weights = model_state(model)
+    with pytest.raises(MergeError, match=r"peft:BEFT cannot be merged into back\.1, which has no bias"):
+        merge_and_detach(adapters, "0")
+    assert tensors_equal(model_state(model), weights)
 
 
 @pytest.mark.parametrize("value", ["gaussian", "orthogonal"])
