@@ -107,7 +107,7 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str)
     """
     settings, peft = adapters.lane_settings(lane), adapters.variant.peft
     if peft is None:
-        raise UnsupportedError(f"{adapters.variant.name} cannot be exported: PEFT does not have this method")
+        raise UnsupportedError(f"{adapters.variant.name} cannot be exported: it does not state PEFT's format")
     if not peft.adapts_conv1d and any(is_conv1d(layer.base_layer) for layer in adapters.layers.values()):
         raise UnsupportedError(
             f"{adapters.variant.name} cannot be exported: PEFT has this method for layers of type Linear only"

@@ -236,7 +236,7 @@ def export_loads_in_peft(variant: Variant, case: Case) -> None:
     from peft import PeftModel  # imported here, so that the other laws do not need peft
 
     if variant.peft is None:
-        raise NotApplicableError(f"PEFT does not have {variant.name}")
+        raise NotApplicableError(f"{variant.name} does not state PEFT's format")
     if case.model == "gpt2" and not variant.peft.adapts_conv1d:
         raise NotApplicableError(f"PEFT has {variant.name} for layers of type Linear only")
     adapters = attach_lanes(case, variant, 1)
