@@ -17,7 +17,7 @@ from variants.heads import LaneHead
 from variants.lane_linear import LaneLinear
 from variants.lane_tensors import LaneTensors
 from variants.seeds import seeded_generator
-from variants.targets import layer_shape
+from variants.targets import view_layer
 
 LAYER_GROUP_PREFIX = "group:"
 """Prefix of the owner's name of a layer group's tensors, also in checkpoints."""
@@ -63,7 +63,8 @@ class AdaptedModel:
             heads: The task's linear layers by dotted path.
             base_dropout: True to apply the model's own dropout in training.
         """
-        settings = variant.fit_settings(settings, [layer_shape(base) for base in target_layers.values()])
+        shapes = [view_layer(name, base).shape for name, base in target_layers.items()]
+        settings = variant.fit_settings(settings, shapes)
         self.model, self.variant, self.settings = model, variant, settings
         self.state = AdapterState()
         self.state.group_settings = replace(settings, alpha=None)
@@ -105,14 +106,14 @@ class AdaptedModel:
             calibration: The result of `calibrate`; empty if the variant needs none.
         """
         layers = {
-            name: replace(layer.frozen_layer, calibration=calibration.get(name, {}))
+            name: replace(layer.frozen_layer, calibration=calibration.get(name, {}), settings=settings)
             for name, layer in self.layers.items()
         }
 
-        initial = self.variant.init_layers(layers, settings, partial(seeded_generator, seed))
+        initial = self.variant.init_layers(layers, partial(seeded_generator, seed))
         for owner, shared in self.layer_groups.items():
             members = {name: layers[name] for name, each in self.layers.items() if each.layer_group is shared}
-            initial[owner] = self.variant.init_layer_group(members, settings, seeded_generator(seed, owner))
+            initial[owner] = self.variant.init_layer_group(members, seeded_generator(seed, owner))
         initial |= {name: InitialTensors(weights) for name, weights in self.init_heads(seed).items()}
         if self.full_model is not None:
             initial |= {owner: InitialTensors(copies) for owner, copies in self.full_model.init().items()}

@@ -211,7 +211,7 @@ class Adapters(AdaptedModel):
         views = {}
         for name, layer in self.layers.items():
             own = layer.own_tensors
-            views[name] = LayerView(layer.frozen_layer, own.trainable[lane], own.frozen[lane])
+            views[name] = LayerView(layer.lane_layer(lane), own.trainable[lane], own.frozen[lane])
         view = LaneView(views, settings, self.lane_seed(lane), step, total_steps, optimizer)
         with torch.no_grad():
             getattr(self.variant, hook)(view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from variants.base import AdaptationScope, UnsupportedError, Variant, VariantSet
 from variants.heads import LaneHead
 from variants.lane_linear import LaneLinear
 from variants.nf4 import NF4Linear
-from variants.targets import find_target_layers, layer_shape
+from variants.targets import find_target_layers, view_layer
 
 __all__ = ["Adapters", "CalibrationTensors", "attach"]
 
@@ -75,13 +76,13 @@ def attach(
 
 
 def _check_layers(variant: Variant, settings: VariantSettings, layers: Mapping[str, nn.Module]) -> None:
-    sizes = {name: layer_shape(layer) for name, layer in layers.items()}
+    views = [replace(view_layer(name, layer), settings=settings) for name, layer in layers.items()]
     if variant.is_rank_limited_by_layer:
-        name, shape = min(sizes.items(), key=lambda item: min(item[1]))
-        limit = min(shape) // variant.singular_vectors_per_rank
+        name, side = min(((view.name, min(view.shape)) for view in views), key=lambda item: item[1])
+        limit = side // variant.singular_vectors_per_rank
         if settings.rank > limit:
             raise UnsupportedError(
                 f"rank {settings.rank} is larger than layer {name} allows: at most {limit}"
             )
-    for name, (out_features, in_features) in sizes.items():
-        variant.check_layer(name, out_features, in_features, settings)
+    for view in views:
+        variant.check_layer(view)

@@ -18,17 +18,25 @@ output (`includes_base`, `forward_with_base`), hooks around the optimizer's step
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor
 
 from variants.batch_invariant import baddbmm, bmm
 from variants.errors import MergeError, UnsupportedError
 from variants.initializers import lora_init, normal_init, uniform_init
-from variants.lane_views import FrozenLayer, InitialTensors, LaneView, LayerView, Params
+from variants.lane_views import (
+    FrozenLayer,
+    GeneratorOf,
+    InitialTensors,
+    LaneView,
+    Layers,
+    LayerView,
+    Params,
+    shared_settings,
+)  # fmt: skip
 from variants.parameter_formula import ParameterCount
 from variants.peft_format import PeftFormat, PeftMethod
 from variants.seeds import parameter_generator, stable_seed
@@ -46,10 +54,10 @@ from variants.variant_settings import (
 
 __all__ = [
     "RANK_MASK", "AdaptationScope", "Batching", "CalibrationStatistic", "Choice", "ExtraSettings", "Flag",
-    "FrozenLayer", "Hyperparameter", "InitialTensors", "Int", "LaneView", "LayerView", "MergeError",
-    "Number", "Params", "PeftMethod", "Start", "UnsupportedError", "Variant", "VariantSettings",
-    "VerifiedBy", "baddbmm", "bmm", "lora_init", "normal_init", "parameter_generator", "stable_seed",
-    "uniform_init",
+    "FrozenLayer", "GeneratorOf", "Hyperparameter", "InitialTensors", "Int", "LaneView", "LayerView",
+    "Layers", "MergeError", "Number", "Params", "PeftMethod", "Start", "UnsupportedError", "Variant",
+    "VariantSettings", "VerifiedBy", "baddbmm", "bmm", "lora_init", "normal_init", "parameter_generator",
+    "shared_settings", "stable_seed", "uniform_init",
 ]  # fmt: skip
 
 RANK_MASK = "mask"
@@ -126,44 +134,47 @@ class Variant(ParameterCount, PeftFormat):
         assert settings.alpha is not None
         return settings.alpha / settings.rank
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         """Return one lane's initial tensors of one layer; by default LoRA's A and B (`lora_init`).
 
         Args:
-            layer: The frozen layer.
-            settings: The lane's settings, with all defaults filled in.
+            layer: The frozen layer, with the lane's settings.
             generator: The generator of this lane and layer. `parameter_generator(generator, "A")` gives the
                 noise of parameter A. It depends on seed, layer and parameter only, so that every variant and
                 learning rate gets the same noise.
         """
-        return lora_init(layer, settings, generator)
+        return lora_init(layer, generator)
 
-    def init_layers(
-        self,
-        layers: Mapping[str, FrozenLayer],
-        settings: VariantSettings,
-        generator: Callable[[str], torch.Generator],
-    ) -> dict[str, InitialTensors]:
-        """Return one lane's initial tensors of all layers.
-
-        A variant overrides this method to distribute ranks among the layers.
+    def init_layers(self, layers: Layers, generator_of: GeneratorOf) -> dict[str, InitialTensors]:
+        """Return one lane's initial tensors of all layers, for example with ranks that differ.
 
         Args:
-            layers: The frozen layers by name.
-            settings: The lane's settings, with all defaults filled in.
-            generator: Returns the lane's generator for a layer's name.
+            layers: The frozen layers by name, with the lane's settings (`shared_settings`).
+            generator_of: Returns the lane's generator for a layer's name.
         """
-        return {name: self.init(layer, settings, generator(name)) for name, layer in layers.items()}
+        return {name: self.init(layer, generator_of(name)) for name, layer in layers.items()}
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
         """Reduce a layer's calibration statistic to the few small tensors that the initialization needs.
 
         Args:
             layer: The frozen layer.
             matrix: The matrix that `calibration_statistic` names.
-            settings: The settings, with all defaults filled in.
         """
         raise NotImplementedError
+
+    def calibrated(self, layer: FrozenLayer, *names: str) -> list[Tensor]:
+        """Return tensors of `reduce_calibration` on the layer's device and in the lanes' dtype.
+
+        Without a store a statistic of the weight is reduced here, once for all lanes of a model.
+        """
+        found = layer.calibration
+        if not found:
+            key = f"{self.name} {layer.settings.rank} {sorted(layer.settings.extra.items())}"
+            if key not in layer.cache:
+                layer.cache[key] = self.reduce_calibration(layer, layer.weight.to(layer.dtype))
+            found = layer.cache[key]
+        return [found[name].to(layer.device, layer.dtype) for name in names]
 
     def layer_group(self, layer_name: str) -> str | None:
         """Return the name of the layer group whose tensors this layer shares, or None.
@@ -172,21 +183,16 @@ class Variant(ParameterCount, PeftFormat):
         """
         return None
 
-    def init_layer_group(
-        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
-    ) -> InitialTensors:
+    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
         """Return one lane's initial tensors that the layers of a group share.
 
         Args:
-            layers: The frozen layers of the group by name.
-            settings: The lane's settings, with all defaults filled in.
+            layers: The frozen layers of the group by name, with the lane's settings (`shared_settings`).
             generator: The generator of this lane and group.
         """
         raise NotImplementedError
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         """Compute the tensors for `forward` that depend on the parameters and not on the layer's input.
 
         Training calls the method at every forward pass, inside the graph; evaluation calls it once for many
@@ -194,17 +200,13 @@ class Variant(ParameterCount, PeftFormat):
 
         Args:
             params: The lanes' tensors and the result of `gradient_constants`, (K, ...).
-            layer: The frozen layer.
-            scaling: The factor s of each lane, (K, 1, 1), for tensors (K, rows, columns). For a tensor of
-                four dimensions such as (K, experts, out, rank) use `scaling.view(-1, 1, 1, 1)`: otherwise
-                PyTorch aligns the lanes with the experts.
-            settings: The settings that all lanes of the group share; their alpha is None.
+            layer: The frozen layer. Its factor s, (K, 1, 1), is for tensors (K, rows, columns). For a tensor
+                of four dimensions such as (K, experts, out, rank) use `layer.scaling.view(-1, 1, 1, 1)`:
+                otherwise PyTorch aligns the lanes with the experts.
         """
         return params
 
-    def gradient_constants(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def gradient_constants(self, params: Params, layer: FrozenLayer) -> Params:
         """Compute the tensors for `prepare` that depend on the parameters but are constants in the gradient.
 
         They are computed once for each value of a lane's parameters, without a graph, and serve all
@@ -213,35 +215,23 @@ class Variant(ParameterCount, PeftFormat):
         Args:
             params: The lanes' tensors, (K, ...).
             layer: The frozen layer.
-            scaling: The factor s of each lane, (K, 1, 1).
-            settings: The settings that all lanes of the group share; their alpha is None.
 
         Returns:
             Tensors (K, ...) under names that no parameter has.
         """
         return {}
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         """Return the outputs of the adapted layer, (K, N, out).
 
         Parameters come in `layer.dtype`. Cast them to `x.dtype` before a product with x, and multiply with
-        `batch_invariant_bmm` and `batch_invariant_baddbmm`.
+        `bmm` and `baddbmm` of this module.
 
         Args:
             x: The layer's input, (K, N, in).
             base: The frozen layer's output with bias, (K, N, out).
             params: The result of `prepare`.
             layer: The frozen layer.
-            scaling: The factor s of each lane, (K, 1, 1).
-            settings: The settings that all lanes of the group share; their alpha is None.
         """
         raise NotImplementedError
 
@@ -253,23 +243,17 @@ class Variant(ParameterCount, PeftFormat):
         """
         return False
 
-    def forward_with_base(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         """Return the adapted layer's outputs, (K*R, ..., out), computed without a call of the frozen layer.
 
         Args:
             x: The layer's input as the model passes it, (K*R, ..., in).
             params: The result of `prepare`.
             layer: The frozen layer.
-            scaling: The factor s of each lane, (K, 1, 1).
-            settings: The settings that all lanes of the group share; their alpha is None.
         """
         raise NotImplementedError
 
-    def prepare_frozen_update(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare_frozen_update(self, params: Params, layer: FrozenLayer) -> Params:
         """Compute the tensors with which `forward` adds the frozen part of the update.
 
         The method is called only in training with dropout, for layers that have tensors of
@@ -279,41 +263,26 @@ class Variant(ParameterCount, PeftFormat):
         Args:
             params: The lanes' tensors, (K, ...).
             layer: The frozen layer.
-            scaling: The factor s of each lane, (K, 1, 1).
-            settings: The settings that all lanes of the group share; their alpha is None.
         """
         raise NotImplementedError
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
         """Return W' - W of one lane as (out, in) in `layer.dtype`.
 
         Args:
             params: The lane's tensors before `prepare`, without the lane dimension.
-            layer: The frozen layer.
-            scaling: The lane's factor s.
-            settings: The lane's settings.
+            layer: The frozen layer, with the lane's settings and its factor s, ().
 
         Raises:
             MergeError: The update of this layer is not a matrix that could be added to the weight.
         """
         raise NotImplementedError
 
-    def delta_bias(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor | None:
+    def delta_bias(self, params: Params, layer: FrozenLayer) -> Tensor | None:
         """Return the change of one lane's bias, (out,), or None; arguments as in `delta_weight`."""
         return None
 
-    def auxiliary_loss(
-        self,
-        x: Tensor,
-        attention_mask: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        settings: VariantSettings,
-    ) -> Tensor:
+    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         """Return the auxiliary loss of this layer for each lane, (K,).
 
         A lane's training loss gains the mean over its layers. The loss must be a mean over examples, so that
@@ -324,7 +293,6 @@ class Variant(ParameterCount, PeftFormat):
             attention_mask: (K, R, L), 0.0 at padding and 1.0 elsewhere.
             params: The lanes' tensors before `prepare`, (K, ...).
             layer: The frozen layer.
-            settings: The settings that all lanes of the group share; their alpha is None.
         """
         raise NotImplementedError
 
@@ -358,9 +326,7 @@ class Variant(ParameterCount, PeftFormat):
         """
         return layer_count * settings.rank
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
+    def check_layer(self, layer: FrozenLayer) -> None:
         """Check that the settings fit a layer, before the model is adapted.
 
         Raises:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from variants.attach import Adapters
-from variants.base import CalibrationStatistic, VariantSettings
+from variants.base import (
+    CalibrationStatistic,
+    VariantSettings,
+)
 from variants.lane_linear import LaneLinear
 
 MEMORY_BUDGET_BYTES = 4 << 30
@@ -44,7 +48,8 @@ def calibrate(
         Layer -> the tensors of `reduce_calibration`, on the CPU.
     """
     reduced: dict[str, dict[str, Tensor]] = {}
-    settings = adapters.variant.validate_settings(settings)
+    # Without alpha: the result serves lanes of all alphas.
+    settings = replace(adapters.variant.validate_settings(settings), alpha=None)
     statistic = adapters.variant.calibration_statistic
     if not statistic.needs_data:
         return {name: _reduce_weight(layer, settings) for name, layer in adapters.layers.items()}
@@ -61,16 +66,16 @@ def calibrate(
             for accumulator in accumulators.values():
                 accumulator.handle.remove()
         for name, accumulator in accumulators.items():
-            layer = adapters.layers[name].frozen_layer
-            tensors = adapters.variant.reduce_calibration(layer, accumulator.compute(batches), settings)
+            layer = replace(adapters.layers[name].frozen_layer, settings=settings)
+            tensors = adapters.variant.reduce_calibration(layer, accumulator.compute(batches))
             reduced[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
             accumulator.matrix = torch.empty(0)
     return reduced
 
 
 def _reduce_weight(layer: LaneLinear, settings: VariantSettings) -> dict[str, Tensor]:
-    frozen = layer.frozen_layer
-    tensors = layer.variant.reduce_calibration(frozen, frozen.weight.to(frozen.dtype), settings)
+    frozen = replace(layer.frozen_layer, settings=settings)
+    tensors = layer.variant.reduce_calibration(frozen, frozen.weight.to(frozen.dtype))
     return {key: tensor.cpu() for key, tensor in tensors.items()}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants.base import Batching, FrozenLayer, Params, Variant, VariantSettings
+from variants.base import Batching, FrozenLayer, Params, Variant
 
 TOGETHER_NUMEL = 1 << 17
 """Largest number of values of W for which all lanes are computed together, with fewer kernel launches."""
@@ -29,9 +29,7 @@ class DenseUpdate(Variant):
     """True if `matrix` gives the same bits for several lanes as for one. The lanes of a small layer are then
     computed together."""
 
-    def matrix(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
         """Return M of each lane, (K, out, in), as a new tensor in `layer.dtype`, which may be overwritten.
 
         Autograd computes the gradients of the lane's tensors from this method.
@@ -39,77 +37,50 @@ class DenseUpdate(Variant):
         Args:
             params: The result of `prepare`, (K, ...).
             layer: The frozen layer.
-            scaling: The factor s of each lane, (K, 1, 1).
-            settings: The settings that all lanes of the group share; their alpha is None.
         """
         raise NotImplementedError
 
-    def matrix_gradients(
-        self,
-        gradient: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Params:
+    def matrix_gradients(self, gradient: Tensor, params: Params, layer: FrozenLayer) -> Params:
         """Return the gradients of the trainable tensors from that of M, by name.
 
         This method is optional, for a variant whose formula is faster than autograd through `matrix`.
 
         Args:
             gradient: The gradient of M, (K, out, in), which may be overwritten.
-            params: As in `matrix`, like the arguments that follow.
+            params: The result of `prepare`, (K, ...).
             layer: The frozen layer.
-            scaling: The factor s of each lane, (K, 1, 1).
-            settings: The settings that all lanes of the group share.
         """
         raise NotImplementedError
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
-        inputs = self._inputs(params, layer, settings)
-        return DenseProduct.apply(x, base, inputs, scaling, *params.values())
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        return DenseProduct.apply(x, base, MatrixInputs(self, tuple(params), layer), *params.values())
 
     def includes_base(self, layer: FrozenLayer) -> bool:
         return layer.stored_weight.dtype == layer.dtype
 
-    def forward_with_base(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
-        inputs = self._inputs(params, layer, settings)
-        return DenseProduct.apply(x, None, inputs, scaling, *params.values())
+    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        return DenseProduct.apply(x, None, MatrixInputs(self, tuple(params), layer), *params.values())
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
         stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
-        s = torch.full((1, 1, 1), scaling, dtype=layer.dtype, device=layer.device)
-        return self.matrix(self.prepare(stacked, layer, s, settings), layer, s, settings)[0]
-
-    def _inputs(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> MatrixInputs:
-        return MatrixInputs(self, tuple(params), layer, settings)
+        layer = layer.add_lane_dimension()
+        return self.matrix(self.prepare(stacked, layer), layer)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class MatrixInputs:
-    """Everything that M depends on, except tensors with a lane dimension."""
+    """Everything that M depends on, except the lanes' tensors."""
 
     variant: DenseUpdate
     names: tuple[str, ...]
     layer: FrozenLayer
-    settings: VariantSettings
 
-    def select(self, weight: Tensor, scaling: Tensor, tensors: Sequence[Tensor], lanes: slice) -> Any:
+    def select(
+        self, weight: Tensor, tensors: Sequence[Tensor], lanes: slice
+    ) -> tuple[dict[str, Tensor], FrozenLayer]:
         """Return the arguments of the variant's `matrix` for some of the lanes, with W as `weight`."""
         params = {name: tensor[lanes] for name, tensor in zip(self.names, tensors, strict=True)}
-        return params, replace(self.layer, stored_weight=weight), scaling[lanes], self.settings
+        return params, replace(self.layer, stored_weight=weight, scaling=self.layer.scaling[lanes])
 
     def split_lanes(self, lanes: int, weight: Tensor, dtype: torch.dtype) -> list[slice]:
         """Return the groups of lanes that are computed together: one group for a small W, else one per lane.
@@ -118,7 +89,7 @@ class MatrixInputs:
         last bits. In bfloat16 and with rank 1 each lane is always computed alone, because the order in which
         PyTorch sums then depends on the number of lanes.
         """
-        may_stack = self.variant.stacks_lanes and dtype != torch.bfloat16 and self.settings.rank > 1
+        may_stack = self.variant.stacks_lanes and dtype != torch.bfloat16 and self.layer.settings.rank > 1
         if may_stack and weight.numel() <= TOGETHER_NUMEL:
             return [slice(0, lanes)]
         return [slice(lane, lane + 1) for lane in range(lanes)]
@@ -133,9 +104,7 @@ class DenseProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, base: Tensor | None, inputs: MatrixInputs, scaling: Tensor, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: Tensor | None, inputs: MatrixInputs, *tensors: Tensor) -> Tensor:
         """Compute the output.
 
         Args:
@@ -143,22 +112,21 @@ class DenseProduct(torch.autograd.Function):
             x: The layer's input, (K, N, in), or (K*R, ..., in) without `base`.
             base: The frozen layer's output for these rows, (K, N, out), to which x M^T is added. If it is
                 None, the output is x (W + M)^T + bias.
-            inputs: The variant, the layer and the settings. W is not kept between the passes: a weight of 4
-                bits is dequantized in each.
-            scaling: The factor s of each lane, (K, 1, 1).
+            inputs: The variant and the layer. W is not kept between the passes: a weight of 4 bits is
+                dequantized in each.
             tensors: The lanes' tensors, (K, ...), in the order of `inputs.names`.
 
         Returns:
             (K, N, out), or (K*R, ..., out).
         """
         ctx.shape, ctx.inputs, ctx.adds_weight = x.shape, inputs, base is None
-        x = x.reshape(len(scaling), -1, x.shape[-1])
-        ctx.save_for_backward(x, scaling, *tensors)
+        x = x.reshape(len(inputs.layer.scaling), -1, x.shape[-1])
+        ctx.save_for_backward(x, *tensors)
         weight, layer = inputs.layer.weight, inputs.layer
         result = x.new_empty(*ctx.shape[:-1], len(weight))
         out = result.view(*x.shape[:2], -1)
         for lanes in inputs.split_lanes(len(x), weight, x.dtype):
-            matrices = inputs.variant.matrix(*inputs.select(weight, scaling, tensors, lanes)).to(x.dtype)
+            matrices = inputs.variant.matrix(*inputs.select(weight, tensors, lanes)).to(x.dtype)
             if base is None:
                 matrices.add_(weight)
             for lane, matrix in zip(range(len(x))[lanes], matrices, strict=True):
@@ -173,22 +141,22 @@ class DenseProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x, base and the lanes' tensors."""
-        x, scaling, *tensors = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors
         inputs, weight = ctx.inputs, ctx.inputs.layer.weight
         variant = inputs.variant
         has_formula = type(variant).matrix_gradients is not DenseUpdate.matrix_gradients
         grad_out = grad_out.reshape(*x.shape[:2], -1)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        learns = dict(zip(inputs.names, ctx.needs_input_grad[4:], strict=True))
+        learns = dict(zip(inputs.names, ctx.needs_input_grad[3:], strict=True))
         gradients: dict[str, list[Tensor]] = {name: [] for name, needs in learns.items() if needs}
         for lanes in inputs.split_lanes(len(x), weight, x.dtype):
-            params, *group = inputs.select(weight, scaling, tensors, lanes)
+            params, layer = inputs.select(weight, tensors, lanes)
             params = {name: tensor.detach().requires_grad_(learns[name]) for name, tensor in params.items()}
             with torch.set_grad_enabled(not has_formula):
-                matrices = variant.matrix(params, *group)
+                matrices = variant.matrix(params, layer)
             gradient = torch.bmm(grad_out[lanes].transpose(1, 2), x[lanes]).to(matrices.dtype)
             if has_formula:
-                found = variant.matrix_gradients(gradient, params, *group)
+                found = variant.matrix_gradients(gradient, params, layer)
             else:
                 learning = [params[name] for name in gradients]
                 found = dict(zip(gradients, torch.autograd.grad(matrices, learning, gradient), strict=True))
@@ -202,4 +170,4 @@ class DenseProduct(torch.autograd.Function):
         grad_base = None if ctx.adds_weight else grad_out
         grad_x = None if grad_x is None else grad_x.view(ctx.shape)
         joined = {n: torch.cat(parts) if len(parts) > 1 else parts[0] for n, parts in gradients.items()}
-        return grad_x, grad_base, None, None, *(joined.get(name) for name in inputs.names)
+        return grad_x, grad_base, None, *(joined.get(name) for name in inputs.names)

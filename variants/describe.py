@@ -224,10 +224,10 @@ def _layer_count(variant: Variant) -> int | None:
     counts_itself = type(variant).layer_parameters is not Variant.layer_parameters
     if not variant.parameters and not counts_itself:
         return None
-    layer = FrozenLayer("layer", torch.empty(SIDE, SIDE, device="meta"), None)
-    return variant.layer_parameters(
-        layer, RANK, LAYERS, variant.validate_settings(VariantSettings(rank=RANK))
-    )
+    settings = variant.validate_settings(VariantSettings(rank=RANK))
+    weight = torch.empty(SIDE, SIDE, device="meta")
+    layer = FrozenLayer("layer", weight, None, settings=settings)
+    return variant.layer_parameters(layer, RANK, LAYERS)
 
 
 def _count(variant: Variant, formula: str) -> int | None:

@@ -12,7 +12,6 @@ from torch import Generator, Tensor
 
 from variants.lane_views import FrozenLayer, InitialTensors
 from variants.seeds import parameter_generator
-from variants.variant_settings import VariantSettings
 
 
 def uniform_init(shape: tuple[int, ...], bound: float, layer: FrozenLayer, generator: Generator) -> Tensor:
@@ -28,20 +27,21 @@ def uniform_init(shape: tuple[int, ...], bound: float, layer: FrozenLayer, gener
     return draw.to(layer.device, layer.dtype)
 
 
-def lora_init(layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+def lora_init(layer: FrozenLayer, generator: Generator, rank: int | None = None) -> InitialTensors:
     """Return LoRA's initial A (rank, in) and B (out, rank); B is zero, and so is the update.
 
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming-uniform with a = sqrt(5).
 
     Args:
         layer: The frozen layer.
-        settings: The lane's settings, of which the rank is used.
         generator: The generator of this lane and layer.
+        rank: The rank; by default that of the layer's settings.
     """
     out_features, in_features = layer.shape
+    rank = layer.settings.rank if rank is None else rank
     noise = parameter_generator(generator, "A")
-    a = uniform_init((settings.rank, in_features), 1 / math.sqrt(in_features), layer, noise)
-    b = torch.zeros(out_features, settings.rank, dtype=layer.dtype, device=layer.device)
+    a = uniform_init((rank, in_features), 1 / math.sqrt(in_features), layer, noise)
+    b = torch.zeros(out_features, rank, dtype=layer.dtype, device=layer.device)
     return InitialTensors({"A": a, "B": b})
 
 

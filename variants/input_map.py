@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants.base import FrozenLayer, Params, Variant, VariantSettings, bmm
+from variants.base import FrozenLayer, Params, Variant, bmm
 
 
 class InputMap(Variant):
@@ -21,9 +21,7 @@ class InputMap(Variant):
     about 2^-9 of x, so c(x) W^T is a second product, as it is where the frozen layer has to be called.
     """
 
-    def map_input(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def map_input(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         """Return the change c(x) of the layer's input, (K, N, in) in the dtype of `x`.
 
         It must not be computed as the difference of two inputs, which would round it to the precision of x.
@@ -32,68 +30,52 @@ class InputMap(Variant):
             x: The layer's input, (K, N, in).
             params: The result of `prepare`.
             layer: The frozen layer.
-            scaling: The factor s of each lane, (K, 1, 1).
-            settings: The lanes' settings.
         """
         raise NotImplementedError
 
-    def map_product(self, product: Tensor, params: Params, settings: VariantSettings) -> Tensor:
+    def map_product(self, product: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         """Return the change of the product with W, (K, N, out) in any dtype; not called if not overridden.
 
         Args:
             product: (x + c(x)) W^T without the bias, (K, N, out).
             params: The result of `prepare`.
-            settings: The lanes' settings.
+            layer: The frozen layer.
         """
         raise NotImplementedError
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
-        change = self.map_input(x, params, layer, scaling, settings)
-        return self._map_output(FrozenProduct.apply(change, base, layer), params, layer, settings)
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        change = self.map_input(x, params, layer)
+        return self._map_output(FrozenProduct.apply(change, base, layer), params, layer)
 
     def includes_base(self, layer: FrozenLayer) -> bool:
         return layer.stored_weight.dtype == layer.dtype
 
-    def forward_with_base(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
-        rows = x.reshape(len(scaling), -1, x.shape[-1])
-        mapped = rows + self.map_input(rows, params, layer, scaling, settings)
-        out = self._map_output(FrozenProduct.apply(mapped, None, layer), params, layer, settings)
+    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        rows = x.reshape(len(layer.scaling), -1, x.shape[-1])
+        mapped = rows + self.map_input(rows, params, layer)
+        out = self._map_output(FrozenProduct.apply(mapped, None, layer), params, layer)
         return out.view(*x.shape[:-1], -1)
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
         weight = layer.weight.to(layer.dtype)
         eye = torch.eye(layer.shape[1], dtype=layer.dtype, device=layer.device).unsqueeze(0)
-        factor = eye.new_full((1, 1, 1), scaling)
         stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
-        prepared = self.prepare(stacked, layer, factor, settings)
-        change = self.map_input(eye, prepared, layer, factor, settings) @ weight.t()  # W' - W, transposed
+        layer = layer.add_lane_dimension()
+        prepared = self.prepare(stacked, layer)
+        change = self.map_input(eye, prepared, layer) @ weight.t()  # W' - W, transposed
         if self._maps_product:
-            change = change + self.map_product(weight.t() + change, prepared, settings)
+            change = change + self.map_product(weight.t() + change, prepared, layer)
         return change[0].t()
 
     @property
     def _maps_product(self) -> bool:
         return type(self).map_product is not InputMap.map_product
 
-    def _map_output(
-        self, out: Tensor, params: Params, layer: FrozenLayer, settings: VariantSettings
-    ) -> Tensor:
+    def _map_output(self, out: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         if not self._maps_product:
             return out
         product = out if layer.bias is None else out - layer.bias
-        return (out + self.map_product(product, params, settings)).to(out.dtype)
+        return (out + self.map_product(product, params, layer)).to(out.dtype)
 
 
 class FrozenProduct(torch.autograd.Function):

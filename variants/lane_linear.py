@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from variants.forward_context import (
     split_by_lane,
 )
 from variants.lane_tensors import LaneTensors, stack_by_name
-from variants.nf4 import NF4Linear, NF4Weight
-from variants.targets import is_conv1d, is_plain_conv1d
+from variants.nf4 import NF4Linear
+from variants.targets import is_plain_conv1d, view_layer
 
 
 class LaneLinear(nn.Module):
@@ -58,13 +59,20 @@ class LaneLinear(nn.Module):
         version = stored.data_ptr(), stored._version
         if self._frozen_layer is None or self._weight_version != version:
             self._weight_version = version
-            weight: Tensor | NF4Weight = stored.detach().t() if is_conv1d(base) else stored.detach()
-            if isinstance(base, NF4Linear):
-                weight = base.quantized_weight
-            bias: Tensor | None = base.bias  # type: ignore[assignment]
-            self._frozen_layer = FrozenLayer(self.name, weight, None if bias is None else bias.detach())
+            self._frozen_layer = view_layer(self.name, base)
             self.own_tensors.gradient_constants.clear()
         return self._frozen_layer
+
+    def group_layer(self, lanes: tuple[str, ...]) -> FrozenLayer:
+        """Return the frozen layer with the settings that K lanes share and the factor s of each."""
+        state, layer = self.adapter_state, self.frozen_layer
+        scaling = state.scaling(self.variant, lanes, layer)
+        return replace(layer, settings=state.group_settings, scaling=scaling)
+
+    def lane_layer(self, lane: str) -> FrozenLayer:
+        """Return the frozen layer with the settings and the factor s of one lane."""
+        settings, layer = self.adapter_state.settings[lane], self.frozen_layer
+        return layer.with_settings(settings, self.variant.scaling(settings))
 
     @property
     def weight(self) -> Tensor:
@@ -103,13 +111,9 @@ class LaneLinear(nn.Module):
         if context.dropout_steps is not None and self.variant.has_auxiliary_loss and torch.is_grad_enabled():
             self._record_auxiliary_loss(split_by_lane(x, context, self.name), context)
         has_dropout = context.dropout_steps is not None and self.adapter_state.group_settings.dropout > 0
-        layer = self.frozen_layer
+        layer = self.group_layer(context.lanes)
         if not has_dropout and self.variant.includes_base(layer) and self._is_plain_product():
-            scaling = self.adapter_state.scaling(self.variant, context.lanes, layer)
-            params = self._prepare_params(context, layer, scaling)
-            return self.variant.forward_with_base(
-                x, params, layer, scaling, self.adapter_state.group_settings
-            )
+            return self.variant.forward_with_base(x, self._prepare_params(context, layer), layer)
         flat, base = split_by_lane(x, context, self.name), self.base_layer(x)
         flat_base = base.reshape(len(context.lanes), -1, base.shape[-1])
         if not has_dropout:
@@ -150,33 +154,29 @@ class LaneLinear(nn.Module):
         Returns:
             (K, N, out).
         """
-        lanes, layer, variant = context.lanes, self.frozen_layer, self.variant
-        scaling = self.adapter_state.scaling(variant, lanes, layer)
-        settings = self.adapter_state.group_settings
+        lanes, layer, variant = context.lanes, self.group_layer(context.lanes), self.variant
         if x_before_dropout is not None and (
             frozen := variant.frozen_update_buffers & self.lane_tensors(lanes[0]).keys()
         ):
             stacked = self._stack_tensors(lanes)
-            update = variant.prepare_frozen_update(stacked, layer, scaling, settings)
-            base = variant.forward(x_before_dropout, base, update, layer, scaling, settings)
+            update = variant.prepare_frozen_update(stacked, layer)
+            base = variant.forward(x_before_dropout, base, update, layer)
             unfrozen = {name: tensor for name, tensor in stacked.items() if name not in frozen}
-            params = variant.prepare(unfrozen, layer, scaling, settings)
-            return variant.forward(x, base, params, layer, scaling, settings)
-        params = self._prepare_params(context, layer, scaling)
-        return variant.forward(x, base, params, layer, scaling, settings)
+            return variant.forward(x, base, variant.prepare(unfrozen, layer), layer)
+        return variant.forward(x, base, self._prepare_params(context, layer), layer)
 
-    def _prepare_params(self, context: ForwardContext, layer: FrozenLayer, scaling: Tensor) -> Params:
+    def _prepare_params(self, context: ForwardContext, layer: FrozenLayer) -> Params:
         """Return the result of the variant's `prepare`.
 
         Without gradients, the last result is used again until a tensor of the lanes has changed.
         """
-        lanes, settings = context.lanes, self.adapter_state.group_settings
+        lanes = context.lanes
         if torch.is_grad_enabled():
-            return self.variant.prepare(self._stack_all(lanes, layer), layer, scaling, settings)
+            return self.variant.prepare(self._stack_all(lanes), layer)
         versions = self._versions(lanes)
         cached = context.prepared_params.get(self.name)
         if cached is None or cached[0] != versions:
-            cached = versions, self.variant.prepare(self._stack_all(lanes, layer), layer, scaling, settings)
+            cached = versions, self.variant.prepare(self._stack_all(lanes), layer)
             context.prepared_params[self.name] = cached
         return cached[1]
 
@@ -185,7 +185,7 @@ class LaneLinear(nn.Module):
         own = self.own_tensors.versions(lanes)
         return own + self.layer_group.versions(lanes) if self.layer_group else own
 
-    def _stack_all(self, lanes: tuple[str, ...], layer: FrozenLayer) -> Mapping[str, Tensor]:
+    def _stack_all(self, lanes: tuple[str, ...]) -> Mapping[str, Tensor]:
         """Return the tensors of K lanes and the variant's gradient constants for them, each (K, ...)."""
         if type(self.variant).gradient_constants is Variant.gradient_constants:
             return self._stack_tensors(lanes)
@@ -193,12 +193,9 @@ class LaneLinear(nn.Module):
         versions = {lane: self._versions((lane,)) for lane in lanes}
         stale = tuple(lane for lane in lanes if lane not in kept or kept[lane][0] != versions[lane])
         if stale:
-            scaling = self.adapter_state.scaling(self.variant, stale, layer)
             # Training uses them too, which tensors made in inference mode would not permit.
             with torch.inference_mode(False), torch.no_grad():
-                tensors = self.variant.gradient_constants(
-                    self._stack_tensors(stale), layer, scaling, self.adapter_state.group_settings
-                )
+                tensors = self.variant.gradient_constants(self._stack_tensors(stale), self.group_layer(stale))
             for index, lane in enumerate(stale):
                 kept[lane] = versions[lane], {name: t[index] for name, t in tensors.items()}
         constants = [kept[lane][1] for lane in lanes]
@@ -213,8 +210,7 @@ class LaneLinear(nn.Module):
         attention_mask = x.new_ones(x.shape[:3])
         if context.attention_mask is not None and context.attention_mask.numel() == attention_mask.numel():
             attention_mask = context.attention_mask.view(attention_mask.shape).to(x.dtype)
-        params = self._stack_tensors(context.lanes)
-        settings = self.adapter_state.group_settings
-        term = self.variant.auxiliary_loss(x, attention_mask, params, self.frozen_layer, settings)
+        params, layer = self._stack_tensors(context.lanes), self.group_layer(context.lanes)
+        term = self.variant.auxiliary_loss(x, attention_mask, params, layer)
         # A recomputation in the backward pass must not add the term a second time.
         context.auxiliary_losses.setdefault(self.name, term)

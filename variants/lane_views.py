@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,12 @@ Params = Mapping[str, Tensor]
 meant."""
 
 
+ONE = torch.ones(())
+
+
 @dataclass(frozen=True, eq=False)
 class FrozenLayer:
-    """View of a frozen linear layer, which variants read and never write."""
+    """View of a frozen linear layer with the settings of its lanes, which variants read and never write."""
 
     name: str
     """Dotted path in the model."""
@@ -32,6 +35,10 @@ class FrozenLayer:
     """Values that a variant derives from the frozen weight alone (an SVD, row norms), shared by all lanes."""
     calibration: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """During initialization: the result of the variant's `reduce_calibration` for this layer."""
+    settings: VariantSettings = field(default_factory=VariantSettings, repr=False)
+    """The lane's settings; where several lanes are computed, those that they share, with alpha None."""
+    scaling: Tensor = field(default=ONE, repr=False)
+    """The factor s of each lane, (K, 1, 1), or () where one lane without a lane dimension is meant."""
 
     @property
     def weight(self) -> Tensor:
@@ -58,6 +65,15 @@ class FrozenLayer:
     def dtype(self) -> torch.dtype:
         """The dtype of a lane's tensors: float64 over a float64 weight, else float32."""
         return torch.float64 if self.stored_weight.dtype == torch.float64 else torch.float32
+
+    def with_settings(self, settings: VariantSettings, scaling: float | Tensor = 1.0) -> FrozenLayer:
+        """Return the layer with other settings and another factor s."""
+        s = torch.as_tensor(scaling, dtype=self.dtype, device=self.device)
+        return replace(self, settings=settings, scaling=s)
+
+    def add_lane_dimension(self) -> FrozenLayer:
+        """Return the layer of a single lane for methods that compute K lanes, with `scaling` (1, 1, 1)."""
+        return replace(self, scaling=self.scaling.view(1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -117,3 +133,14 @@ class LaneView:
             for group in self.optimizer.param_groups
             if any(parameter is member for member in group["params"])
         )
+
+
+Layers = Mapping[str, FrozenLayer]
+"""Layers by name."""
+GeneratorOf = Callable[[str], torch.Generator]
+"""Returns a lane's generator for a layer's name."""
+
+
+def shared_settings(layers: Layers) -> VariantSettings:
+    """Return the settings of layers that all have the same."""
+    return next(iter(layers.values())).settings

@@ -24,16 +24,14 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
             another lane uses the base model, or a weight is tied to a module that would change with it or is
             quantized. In the latter four cases nothing has changed.
     """
-    settings = adapters.lane_settings(lane)
     _check_mergeable(adapters, lane)
     with torch.no_grad():
-        scaling = adapters.variant.scaling(settings) if adapters.layers else 1.0
-        biases = _bias_updates(adapters, lane, scaling)
+        biases = _bias_updates(adapters, lane)
         for name, layer in adapters.layers.items():
-            frozen, tensors = layer.frozen_layer, layer.lane_tensors(lane)
-            _add(frozen.weight, adapters.variant.delta_weight(tensors, frozen, scaling, settings))
-            if name in biases and frozen.bias is not None:
-                _add(frozen.bias, biases[name])
+            view = layer.lane_layer(lane)
+            _add(view.weight, adapters.variant.delta_weight(layer.lane_tensors(lane), view))
+            if name in biases and view.bias is not None:
+                _add(view.bias, biases[name])
         for head in adapters.heads.values():
             for name, trained in head.own_tensors.trainable[lane].items():
                 getattr(head.base_layer, name).copy_(trained)
@@ -42,19 +40,19 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
     adapters.detach()
 
 
-def _bias_updates(adapters: Adapters, lane: str, scaling: float) -> dict[str, Tensor]:
+def _bias_updates(adapters: Adapters, lane: str) -> dict[str, Tensor]:
     """Return the change of each layer's bias, before anything is written.
 
     Raises:
         MergeError: The bias of a layer that has none would change.
     """
-    settings, updates = adapters.lane_settings(lane), {}
+    updates = {}
     for name, layer in adapters.layers.items():
-        frozen = layer.frozen_layer
-        update = adapters.variant.delta_bias(layer.lane_tensors(lane), frozen, scaling, settings)
+        view = layer.lane_layer(lane)
+        update = adapters.variant.delta_bias(layer.lane_tensors(lane), view)
         if update is None:
             continue
-        if frozen.bias is None and update.any():
+        if view.bias is None and update.any():
             raise MergeError(
                 f"{adapters.variant.name} cannot be merged into {name}, which has no bias to change"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -69,13 +68,13 @@ class Mixture(Variant):
         assert settings.alpha is not None
         return settings.alpha * (self.expert_count(settings) if self.shares_rank else 1) / settings.rank
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        return init_experts(layer, settings, generator, self.expert_count(settings), settings.rank)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        return init_experts(
+            layer, layer.settings, generator, self.expert_count(layer.settings), layer.settings.rank
+        )
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        return {**params, "sB": params["B"] * scaling}
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+        return {**params, "sB": params["B"] * layer.scaling}
 
     def route(self, x: Tensor, params: Params, settings: VariantSettings) -> tuple[Tensor, Tensor]:
         """Return the gates and the router's probabilities, (K, N, experts) in float32 or float64.
@@ -92,32 +91,19 @@ class Mixture(Variant):
         """Return the factors of the columns of B before the gates weigh them, (K, N, rank)."""
         return bmm(x, params["A"].to(x.dtype).transpose(1, 2))
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
-        b, gates = params["sB"].to(x.dtype), self.route(x, params, settings)[0]
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        b, gates = params["sB"].to(x.dtype), self.route(x, params, layer.settings)[0]
         rank_gates = gates.repeat_interleave(b.shape[2] // gates.shape[2], dim=2).to(x.dtype)
         features = self.features(x, params, gates.shape[2])
         return baddbmm(base, features * rank_gates, b.transpose(1, 2))
 
-    def auxiliary_loss(
-        self,
-        x: Tensor,
-        attention_mask: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        settings: VariantSettings,
-    ) -> Tensor:
-        routes = self.route(x.flatten(1, 2), params, settings)
+    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        routes = self.route(x.flatten(1, 2), params, layer.settings)
         gates, probabilities = (route.unflatten(1, x.shape[1:3]) for route in routes)
         mask = attention_mask.unsqueeze(3).to(gates.dtype)
-        return float(settings["balance"]) * self.imbalance(gates, probabilities, mask, settings).mean(1)
+        return float(layer.settings["balance"]) * self.imbalance(
+            gates, probabilities, mask, layer.settings
+        ).mean(1)
 
     def imbalance(
         self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: VariantSettings
@@ -150,7 +136,7 @@ def init_experts(
         experts: The number of experts.
         rank: The rank of all experts together.
     """
-    initial = lora_init(layer, replace(settings, rank=rank), generator)
+    initial = lora_init(layer, generator, rank)
     in_features = layer.shape[1]
     noise = parameter_generator(generator, "R")
     initial.trainable["R"] = uniform_init((experts, in_features), 1 / math.sqrt(in_features), layer, noise)

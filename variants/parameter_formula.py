@@ -45,15 +45,16 @@ class ParameterCount:
         """Return the values that the formulas may use by name: by default, the own hyperparameters."""
         return settings.extra
 
-    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int, settings: VariantSettings) -> int:
+    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int) -> int:
         """Return the number of trainable values of one layer; by default the value of `parameters`.
 
         A variant overrides this method if no formula over the layer's shape states the number.
 
         Args:
-            layer: The frozen layer.
+            layer: The frozen layer, with the lanes' settings.
             rank: The rank in use.
             layers: The number of adapted layers.
-            settings: The settings, with all defaults filled in.
         """
-        return evaluate_formula(self.parameters, rank, layer.shape, layers, self.formula_names(settings))
+        return evaluate_formula(
+            self.parameters, rank, layer.shape, layers, self.formula_names(layer.settings)
+        )

@@ -96,86 +96,73 @@ class PeftTuner(Variant):
         except (ValueError, TypeError) as error:
             raise UnsupportedError(" ".join(str(error).split())) from error
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
-        config = self.config(settings, 1.0)
+    def check_layer(self, layer: FrozenLayer) -> None:
+        out_features, in_features = layer.shape
+        config = self.config(layer.settings, 1.0)
         if config.peft_type.value in SHAPES_FROM_VALUES:
             return
         try:
             build_layer(config, torch.empty(out_features, in_features, device="meta"), None, 0)
         except UnsupportedError as error:
-            raise UnsupportedError(f"{layer_name}: {error}") from error
+            raise UnsupportedError(f"{layer.name}: {error}") from error
 
-    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int, settings: VariantSettings) -> int:
-        config = self.config(replace(settings, rank=rank), 1.0)
+    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int) -> int:
+        config = self.config(replace(layer.settings, rank=rank), 1.0)
         device = layer.device if config.peft_type.value in SHAPES_FROM_VALUES else "meta"
         bias = None if layer.bias is None else layer.bias.to(device)
         made = build_layer(config, layer.weight.to(device, torch.float32), bias, 0)
         return sum(tensor.numel() for tensor in split_tensors(made)[0].values())
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        config = self.config(settings, self.scaling(settings))
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        config = self.config(layer.settings, self.scaling(layer.settings))
         made = build_layer(config, layer.weight.to(torch.float32), layer.bias, generator.initial_seed())
         trainable, frozen = split_tensors(made)
-        layer.cache[self._cache_key(settings)] = LayerTemplate(made, self.scaling(settings), self.uses_alpha)
+        layer.cache[self._cache_key(layer.settings)] = LayerTemplate(
+            made, self.scaling(layer.settings), self.uses_alpha
+        )
         wide = {name: tensor.to(layer.dtype) for name, tensor in trainable.items()}
         return InitialTensors(
             wide, {n: t.to(layer.dtype) if t.is_floating_point() else t for n, t in frozen.items()}
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
-        return self.forward_with_base(x, params, layer, scaling, settings)
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        return self.forward_with_base(x, params, layer)
 
     def includes_base(self, layer: FrozenLayer) -> bool:
         return True
 
-    def forward_with_base(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         tensors = {name: tensor[0] for name, tensor in params.items()}
-        out = self._template(layer, settings)(
-            x.reshape(1, -1, x.shape[-1]), layer.weight, layer.bias, tensors, scaling
+        out = self._template(layer)(
+            x.reshape(1, -1, x.shape[-1]), layer.weight, layer.bias, tensors, layer.scaling
         )
         return out.view(*x.shape[:-1], -1)
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
         rows = torch.eye(layer.shape[1], dtype=layer.dtype, device=layer.device)
-        outputs, at_zero = self._outputs(rows, params, layer, scaling, settings)
+        outputs, at_zero = self._outputs(rows, params, layer)
         return (outputs - at_zero).t() - layer.weight.to(layer.dtype)
 
-    def delta_bias(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor | None:
+    def delta_bias(self, params: Params, layer: FrozenLayer) -> Tensor | None:
         no_rows = torch.empty(0, layer.shape[1], dtype=layer.dtype, device=layer.device)
-        _, at_zero = self._outputs(no_rows, params, layer, scaling, settings)
+        _, at_zero = self._outputs(no_rows, params, layer)
         return at_zero if layer.bias is None else at_zero - layer.bias.to(layer.dtype)
 
-    def _outputs(
-        self, rows: Tensor, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> tuple[Tensor, Tensor]:
+    def _outputs(self, rows: Tensor, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return the layer's outputs for rows of inputs, and its output for the input 0."""
         x = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).unsqueeze(0)
         bias = None if layer.bias is None else layer.bias.to(layer.dtype)
-        template = self._template(layer, settings)
-        outputs = template(x, layer.weight.to(layer.dtype), bias, params, scaling)[0]
+        template = self._template(layer)
+        outputs = template(x, layer.weight.to(layer.dtype), bias, params, layer.scaling)[0]
         return outputs[:-1], outputs[-1]
 
-    def _template(self, layer: FrozenLayer, settings: VariantSettings) -> LayerTemplate:
+    def _template(self, layer: FrozenLayer) -> LayerTemplate:
         """Return PEFT's layer for these settings, made again for a lane that was restored."""
-        key = self._cache_key(settings)
+        key = self._cache_key(layer.settings)
         if key not in layer.cache:
-            made = build_layer(self.config(settings, 1.0), layer.weight.to(torch.float32), layer.bias, 0)
+            made = build_layer(
+                self.config(layer.settings, 1.0), layer.weight.to(torch.float32), layer.bias, 0
+            )
             layer.cache[key] = LayerTemplate(made, 1.0, self.uses_alpha)
         return layer.cache[key]
 

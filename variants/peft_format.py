@@ -61,7 +61,7 @@ class PeftFormat:
         """
         return settings.rank
 
-    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
+    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
         """Return the tensors of one layer under PEFT's names.
 
         Args:

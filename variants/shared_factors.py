@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from torch import Generator
 
 from variants.initializers import uniform_init
-from variants.lane_views import FrozenLayer, InitialTensors
+from variants.lane_views import InitialTensors, Layers, shared_settings
 from variants.seeds import parameter_generator
-from variants.variant_settings import VariantSettings
 
 
 class SharedFactors:
@@ -24,10 +22,9 @@ class SharedFactors:
         """Return the layer's type."""
         return layer_type(layer_name)
 
-    def init_layer_group(
-        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
-    ) -> InitialTensors:
+    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
         """Return LoRA's initial A and B for the largest layer."""
+        settings = shared_settings(layers)
         return shared_lora_init(layers, settings.rank, generator)
 
 
@@ -36,13 +33,13 @@ def layer_type(layer_name: str) -> str:
     return ".".join(part for part in layer_name.split(".") if not part.isdigit())
 
 
-def largest_sides(layers: Mapping[str, FrozenLayer]) -> tuple[int, int]:
+def largest_sides(layers: Layers) -> tuple[int, int]:
     """Return the largest `out` and the largest `in` of several layers."""
     out_features, in_features = zip(*(layer.shape for layer in layers.values()), strict=True)
     return max(out_features), max(in_features)
 
 
-def shared_lora_init(layers: Mapping[str, FrozenLayer], rank: int, generator: Generator) -> InitialTensors:
+def shared_lora_init(layers: Layers, rank: int, generator: Generator) -> InitialTensors:
     """Return LoRA's initial A (rank, in) and B (out, rank) for the largest `in` and `out` of the layers.
 
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)); B is zero.

@@ -115,7 +115,7 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str)
     tensors: dict[str, Tensor] = {}
     for name, layer in adapters.layers.items():
         lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
-        for key, tensor in adapters.variant.to_peft(lane_tensors, settings, layer.frozen_layer).items():
+        for key, tensor in adapters.variant.to_peft(lane_tensors, layer.lane_layer(lane)).items():
             # A copy, because safetensors refuses tensors that share memory, as those of a layer group do.
             tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor.contiguous().cpu().clone()
     for group in adapters.layer_groups.values():

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 import regex
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from variants.base import UnsupportedError
-from variants.nf4 import NF4Linear
+from variants.base import FrozenLayer, UnsupportedError
+from variants.nf4 import NF4Linear, NF4Weight
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that adapters are computed for; others belong to quantized layers."""
@@ -61,12 +61,21 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, NF4Linear)) or is_conv1d(module)
 
 
-def layer_shape(layer: nn.Module) -> tuple[int, int]:
-    """Return the numbers of output and input features of a linear layer."""
-    if isinstance(layer, NF4Linear):
-        return layer.out_features, layer.in_features
-    rows, columns = layer.weight.shape  # type: ignore[misc]  # an nn.Module's attribute
-    return (columns, rows) if is_conv1d(layer) else (rows, columns)
+def view_layer(name: str, module: nn.Module) -> FrozenLayer:
+    """Return a linear layer of the model as variants see it.
+
+    Args:
+        name: The dotted path of the layer in the model.
+        module: The layer.
+    """
+    # An nn.Module's attributes have no types.
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    if isinstance(module, NF4Linear):
+        weight: Tensor | NF4Weight = module.quantized_weight
+    else:
+        stored: Tensor = module.weight.detach()  # type: ignore[operator]
+        weight = stored.t() if is_conv1d(module) else stored
+    return FrozenLayer(name, weight, None if bias is None else bias.detach())
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -34,19 +34,13 @@ class WeightSVD(LoRA):
         """Return the number of triplets that `triplets` returns, where the layer has so many: the rank."""
         return settings.rank
 
-    def triplets(self, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor, Tensor]:
+    def triplets(self, layer: FrozenLayer) -> tuple[Tensor, Tensor, Tensor]:
         """Return U (out, r), S (r,) and V^T (r, in), in descending order, in the lanes' dtype."""
-        found: Params = layer.calibration
-        if not found:
-            key = f"svd {self.name} {settings.extra.get('svd')} {self.triplet_count(settings)}"
-            if key not in layer.cache:
-                layer.cache[key] = self.reduce_calibration(layer, layer.weight.to(layer.dtype), settings)
-            found = layer.cache[key]
-        u, s, vh = (found[name].to(layer.device, layer.dtype) for name in ("U", "S", "Vh"))
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         return u, s, vh
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
-        count, svd = self.triplet_count(settings), str(settings.extra.get("svd", "exact"))
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+        count, svd = self.triplet_count(layer.settings), str(layer.settings.extra.get("svd", "exact"))
         u, s, vh = (
             torch.linalg.svd(matrix, full_matrices=False)
             if svd == "exact" or self.smallest

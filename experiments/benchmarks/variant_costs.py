@@ -118,13 +118,15 @@ def _initialize(name: str, side: int, device_type: str, threads: int) -> dict[st
     settings = variant.validate_settings(VariantSettings())
     noise = torch.Generator(device).manual_seed(0)
     weight = torch.randn(side, side, generator=noise, device=device).mul_(0.02)
-    layer = FrozenLayer("layer", weight, None)
+    layer = FrozenLayer("layer", weight, None, settings=settings)
     matrix = _statistic(variant, layer, noise)
     before = _start_of_peak(device)
     started = time.perf_counter()
     if matrix is not None:
-        layer = replace(layer, calibration=variant.reduce_calibration(layer, matrix, settings))
-    variant.init_layers({"layer": layer}, settings, lambda layer_name: seeded_generator(0, layer_name))
+        layer = replace(layer, calibration=variant.reduce_calibration(layer, matrix))
+    variant.init_layers(
+        {"layer": layer.with_settings(settings)}, lambda layer_name: seeded_generator(0, layer_name)
+    )
     synchronize(device)
     seconds = time.perf_counter() - started
     return {"seconds": round(seconds, 2), "peak_mib": round((_peak(device) - before) / 2**20, 1)}

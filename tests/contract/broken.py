@@ -24,8 +24,8 @@ from variants.optimization.dora import DoRA
 class StartsElsewhere(LoRA):
     """B starts at non-zero values, and no initial product is subtracted (RandLoRA in the paper's code)."""
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, settings, generator)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, generator)
         initial.trainable["B"].normal_(0, 0.01, generator=parameter_generator(generator, "B"))
         return initial
 
@@ -35,42 +35,36 @@ class DeadTensor(LoRA):
 
     parameters = "rank * (in + out) + out"
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, settings, generator)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, generator)
         initial.trainable["C"] = torch.ones(layer.weight.shape[0], dtype=layer.dtype)
         return initial
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        return super().prepare(
-            {**params, "B": params["B"] + 0 * params["C"].unsqueeze(2)}, layer, scaling, settings
-        )
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+        return super().prepare({**params, "B": params["B"] + 0 * params["C"].unsqueeze(2)}, layer)
 
 
 class MergesUnscaled(LoRA):
     """The merged weight lacks the factor s."""
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
-        return super().delta_weight(params, layer, 1.0, settings)
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+        return super().delta_weight(params, layer.with_settings(layer.settings, 1.0))
 
 
 class RoundsTheBase(LoRA):
     """The initialization changes W, but only the last bit of each weight."""
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         bits = torch.int32 if layer.weight.dtype == torch.float32 else torch.int16
         layer.weight.view(bits).bitwise_and_(-2)
-        return super().init(layer, settings, generator)
+        return super().init(layer, generator)
 
 
 class MovesFrozen(PiSSA):
     """The hook writes a frozen tensor that is not in `mutable_buffers`."""
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, settings, generator)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, generator)
         initial.frozen["steps"] = torch.zeros(1, dtype=layer.dtype)
         return initial
 
@@ -84,20 +78,16 @@ class ForgetsFrozen(LoRA):
 
     peft = None  # With an export, another law would fail too.
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         signs = torch.randn(layer.weight.shape[0], generator=torch.Generator().manual_seed(1)).sign()
         layer.cache["signs"] = signs.to(layer.dtype)
-        return super().init(layer, settings, generator)
+        return super().init(layer, generator)
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        return super().prepare({**params, "B": _signed(params["B"], layer)}, layer, scaling, settings)
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+        return super().prepare({**params, "B": _signed(params["B"], layer)}, layer)
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
-        return super().delta_weight({**params, "B": _signed(params["B"], layer)}, layer, scaling, settings)
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+        return super().delta_weight({**params, "B": _signed(params["B"], layer)}, layer)
 
 
 def _signed(b: Tensor, layer: FrozenLayer) -> Tensor:
@@ -108,10 +98,8 @@ def _signed(b: Tensor, layer: FrozenLayer) -> Tensor:
 class LeaksBetweenLanes(LoRA):
     """Every lane is scaled by the alpha of the first lane."""
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        return super().prepare(params, layer, scaling[:1], settings)
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+        return super().prepare(params, layer.with_settings(layer.settings, layer.scaling[:1]))
 
 
 class ScalesAcrossExperts(LoRA):
@@ -120,12 +108,10 @@ class ScalesAcrossExperts(LoRA):
     The result is right with one lane, and there is no error with as many lanes as experts.
     """
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        experts = len(scaling)
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+        experts = len(layer.scaling)
         b = params["B"].unsqueeze(1).expand(-1, experts, -1, -1)
-        return {"A": params["A"], "sB": (b * scaling).mean(1)}
+        return {"A": params["A"], "sB": (b * layer.scaling).mean(1)}
 
 
 class CountsWrong(LoRA):
@@ -137,11 +123,9 @@ class CountsWrong(LoRA):
 class GoesUphill(LoRA):
     """The values are right, and the gradients have the wrong sign."""
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         flipped = {name: 2 * tensor.detach() - tensor for name, tensor in params.items()}
-        return super().prepare(flipped, layer, scaling, settings)
+        return super().prepare(flipped, layer)
 
 
 class ExportsWrongAlpha(LoRA):
@@ -154,10 +138,8 @@ class ExportsWrongAlpha(LoRA):
 class AttachedNorm(DoRA):
     """DoRA with a gradient through the norm, which is another method with the same outputs at step 0."""
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         a, b = pad_rank_one(params["A"], params["B"])
-        adapted = layer.weight + scaling * torch.bmm(b, a)
+        adapted = layer.weight + layer.scaling * torch.bmm(b, a)
         gain = params["m"] / adapted.norm(dim=2)
-        return {"A": a, "sB": b * (gain.unsqueeze(2) * scaling), "more": gain.unsqueeze(1) - 1}
+        return {"A": a, "sB": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}

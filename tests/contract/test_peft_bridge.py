@@ -208,7 +208,7 @@ def test_a_lane_has_the_noise_of_its_seed_and_leaves_the_global_state_alone() ->
     loha, settings = variant("LOHA"), VariantSettings(4, 8.0, extra=variant("LOHA").extra_defaults)
     state = torch.random.get_rng_state()
     one, again, other = (
-        loha.init(layer, settings, Generator().manual_seed(seed)).trainable["hada_w1_b/default"]
+        loha.init(layer.with_settings(settings), Generator().manual_seed(seed)).trainable["hada_w1_b/default"]
         for seed in (1, 1, 2)
     )
     assert torch.equal(one, again)
@@ -273,7 +273,9 @@ def test_a_word_of_peft_is_an_initialization(value: str) -> None:
     settings = VariantSettings(4, 8.0, extra={"init_lora_weights": value})
     layer = FrozenLayer("layer", torch.zeros(256, 256), None)
     lora = catalogue.get("peft:LORA")
-    tensors = lora.init(layer, lora.validate_settings(settings), Generator().manual_seed(0)).trainable
+    tensors = lora.init(
+        layer.with_settings(lora.validate_settings(settings)), Generator().manual_seed(0)
+    ).trainable
     a, b = tensors["lora_A/default/weight"], tensors["lora_B/default/weight"]
     if value == "gaussian":
         assert abs(a.std().item() - 1 / 4) < 0.02

@@ -28,7 +28,7 @@ class Gradients(LoRA):
 
     calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
         return {"matrix": matrix}
 
 
@@ -165,7 +165,7 @@ def test_lora_ga_starts_from_the_gradients_singular_vectors(shape: tuple[int, in
     settings = variant.validate_settings(VariantSettings(4, 8.0))
     layer = FrozenLayer("layer", torch.zeros(shape), None)
     u, s, vh = decaying(*shape)
-    found = variant.reduce_calibration(layer, u * s @ vh, settings)
+    found = variant.reduce_calibration(layer.with_settings(settings), u * s @ vh)
     c = shape[0] ** 0.25 / 4
     torch.testing.assert_close(found["A0"].norm(dim=1), torch.full((4,), c))
     torch.testing.assert_close(found["B0"].norm(dim=0), torch.full((4,), c))
@@ -180,7 +180,7 @@ def test_lora_ga_does_not_depend_on_the_signs_of_an_svd(monkeypatch: pytest.Monk
     settings = variant.validate_settings(VariantSettings(4, 8.0))
     layer = FrozenLayer("layer", torch.zeros(24, 40), None)
     u, s, vh = decaying(24, 40)
-    found = variant.reduce_calibration(layer, u * s @ vh, settings)
+    found = variant.reduce_calibration(layer.with_settings(settings), u * s @ vh)
     svd = torch.linalg.svd
 
     def svd_with_other_signs(*matrix: Tensor, **how: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +189,7 @@ def test_lora_ga_does_not_depend_on_the_signs_of_an_svd(monkeypatch: pytest.Monk
         return u * signs, s, signs.unsqueeze(1) * vh
 
     monkeypatch.setattr(torch.linalg, "svd", svd_with_other_signs)
-    again = variant.reduce_calibration(layer, u * s @ vh, settings)
+    again = variant.reduce_calibration(layer.with_settings(settings), u * s @ vh)
     assert torch.equal(found["A0"], again["A0"])
     assert torch.equal(found["B0"], again["B0"])
 

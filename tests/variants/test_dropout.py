@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.attach import Adapters, attach
 from variants.base import AdaptationScope, CalibrationStatistic, VariantSettings
+from variants.baseline.lora import LoRA
 from variants.forward_context import draw_dropout_masks
 
 SETTINGS = VariantSettings(rank=8, alpha=16.0, dropout=0.25)
@@ -53,7 +54,7 @@ def random_calibration(adapters: Adapters) -> dict[str, dict[str, Tensor]] | Non
         matrix = torch.randn(layer.frozen_layer.weight.shape, generator=torch.Generator().manual_seed(1))
         if variant.calibration_statistic in INPUT_STATISTICS:
             matrix = matrix.T @ matrix
-        found[name] = variant.reduce_calibration(layer.frozen_layer, matrix, adapters.settings)
+        found[name] = variant.reduce_calibration(layer.frozen_layer.with_settings(adapters.settings), matrix)
     return found
 
 
@@ -112,7 +113,9 @@ def test_dora_applies_dropout_to_the_change_of_the_base_output() -> None:
 
 
 WITH_FROZEN_UPDATE = [
-    n for n in catalogue.names() if catalogue.get(n).frozen_update_buffers & tensor_names(n)
+    n
+    for n in catalogue.names()
+    if isinstance(catalogue.get(n), LoRA) and catalogue.get(n).frozen_update_buffers & tensor_names(n)
 ]
 
 
@@ -145,7 +148,7 @@ def test_dropout_does_not_apply_to_the_frozen_update(name: str) -> None:
         dropped = x * masks[0]
     assert (dropped == 0).float().mean() > 0.1
     learned = {n: t for n, t in tensors.items() if n not in adapters.variant.frozen_update_buffers}
-    a, b = adapters.variant.factors(learned, layer.frozen_layer, settings)
+    a, b = adapters.variant.factors(learned, layer.frozen_layer.with_settings(settings))
     frozen = layer.base_layer.weight + scaling * b0 @ a0
     expected = x @ frozen.T + layer.base_layer.bias + scaling * dropped @ a.T @ b.T
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)

@@ -29,7 +29,8 @@ def stacked_tensors(lane_settings: VariantSettings, count: int = 2, seed: int = 
     """Return tensors (K, ...) of K lanes with a non-zero B and a router whose gates differ."""
     noise = torch.Generator().manual_seed(seed)
     initial = [
-        VARIANT.init(layer(), lane_settings, torch.Generator().manual_seed(lane)) for lane in range(count)
+        VARIANT.init(layer().with_settings(lane_settings), torch.Generator().manual_seed(lane))
+        for lane in range(count)
     ]
     by_lane = [{**tensors.trainable, **tensors.frozen} for tensors in initial]
     stacked = {name: torch.stack([tensors[name] for tensors in by_lane]) for name in by_lane[0]}
@@ -44,8 +45,8 @@ def inputs(count: int = 2) -> Tensor:
 
 def compute(x: Tensor, params: dict[str, Tensor], lane_settings: VariantSettings) -> Tensor:
     scaling = torch.full((len(x), 1, 1), VARIANT.scaling(lane_settings))
-    prepared = VARIANT.prepare(params, layer(), scaling, lane_settings)
-    return VARIANT.forward(x, x @ layer().weight.T, prepared, layer(), scaling, lane_settings)
+    prepared = VARIANT.prepare(params, layer().with_settings(lane_settings, scaling))
+    return VARIANT.forward(x, x @ layer().weight.T, prepared, layer().with_settings(lane_settings, scaling))
 
 
 def compute_with_loop(
@@ -87,8 +88,8 @@ def test_equal_gates_give_lora_of_the_full_rank() -> None:
     x, params = inputs(), stacked_tensors(lane_settings)
     params["R"] = torch.zeros_like(params["R"])
     lora, scaling = catalogue.get("lora"), torch.full((2, 1, 1), 2.0)
-    own = lora.prepare({"A": params["A"], "B": params["B"]}, layer(), scaling, lane_settings)
-    expected = lora.forward(x, x @ layer().weight.T, own, layer(), scaling, lane_settings)
+    own = lora.prepare({"A": params["A"], "B": params["B"]}, layer().with_settings(lane_settings, scaling))
+    expected = lora.forward(x, x @ layer().weight.T, own, layer().with_settings(lane_settings, scaling))
     torch.testing.assert_close(compute(x, params, lane_settings), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -125,7 +126,9 @@ def balance(
     """Return the balancing loss of one example per lane, for inputs `x` (K, L, in)."""
     attention_mask = torch.ones(x.shape[:2]) if attention_mask is None else attention_mask
     lane_settings = settings(8, balance=weight)
-    return VARIANT.auxiliary_loss(x.unsqueeze(1), attention_mask.unsqueeze(1), params, layer(), lane_settings)
+    return VARIANT.auxiliary_loss(
+        x.unsqueeze(1), attention_mask.unsqueeze(1), params, layer().with_settings(lane_settings)
+    )
 
 
 def test_the_balancing_loss_is_the_squared_variation_of_the_loads() -> None:
@@ -142,9 +145,11 @@ def test_the_balancing_loss_is_the_squared_variation_of_the_loads() -> None:
 def test_the_balancing_loss_of_a_batch_is_the_mean_over_its_parts() -> None:
     x, params = torch.randn(2, 6, 7, inputs().shape[-1]), stacked_tensors(settings(8))
     attention_mask = (torch.rand(2, 6, 7) > 0.3).float()
-    whole = VARIANT.auxiliary_loss(x, attention_mask, params, layer(), settings(8))
+    whole = VARIANT.auxiliary_loss(x, attention_mask, params, layer().with_settings(settings(8)))
     parts = [
-        VARIANT.auxiliary_loss(x[:, i : i + 2], attention_mask[:, i : i + 2], params, layer(), settings(8))
+        VARIANT.auxiliary_loss(
+            x[:, i : i + 2], attention_mask[:, i : i + 2], params, layer().with_settings(settings(8))
+        )
         for i in (0, 2, 4)
     ]
     torch.testing.assert_close(torch.stack(parts).mean(0), whole)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from variants.base import FrozenLayer, Params, VariantSettings
 from variants.optimization.dora import DoRA
@@ -21,11 +20,9 @@ class CountingDoRA(DoRA):
     def __init__(self) -> None:
         self.computed = 0
 
-    def gradient_constants(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        self.computed += len(scaling)
-        return super().gradient_constants(params, layer, scaling, settings)
+    def gradient_constants(self, params: Params, layer: FrozenLayer) -> Params:
+        self.computed += len(layer.scaling)
+        return super().gradient_constants(params, layer)
 
 
 def test_norms_are_computed_once_a_step_and_lane_whatever_lanes_share_a_micro_batch() -> None:

@@ -20,7 +20,7 @@ def layer(out_features: int = 40, in_features: int = 25, dtype: torch.dtype = to
 def initial_tensors(name: str, frozen_layer: FrozenLayer, settings: VariantSettings) -> dict[str, Tensor]:
     variant = catalogue.get(name)
     settings = variant.validate_settings(settings)
-    start = variant.init(frozen_layer, settings, torch.Generator().manual_seed(2))
+    start = variant.init(frozen_layer.with_settings(settings), torch.Generator().manual_seed(2))
     return {**start.trainable, **start.frozen}
 
 
@@ -58,7 +58,9 @@ def test_dora_keeps_float32_norms_over_a_bfloat16_base() -> None:
     a, b = torch.randn(3, 4, 96, generator=noise), torch.randn(3, 64, 4, generator=noise)
     s = torch.tensor([0.5, 2.0, 8.0]).view(3, 1, 1)
     plain = (frozen_layer.weight.double() + s.double() * (b.double() @ a.double())).norm(dim=2)
-    torch.testing.assert_close(_row_norms(a, b, frozen_layer, s).double(), plain, rtol=2e-6, atol=0)
+    torch.testing.assert_close(
+        _row_norms(a, b, frozen_layer.with_settings(VariantSettings(4), s)).double(), plain, rtol=2e-6, atol=0
+    )
 
 
 def test_dora_keeps_a_row_of_zeros_finite() -> None:
@@ -68,10 +70,10 @@ def test_dora_keeps_a_row_of_zeros_finite() -> None:
     start = initial_tensors("dora", frozen_layer, VariantSettings(4, 8.0))
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 5, 25)
-    group = frozen_layer, torch.full((1, 1, 1), 2.0), VariantSettings(4, None)
-    constants = variant.gradient_constants(one, *group)
-    prepared = variant.prepare({**one, **constants}, *group)
-    out = variant.forward(x, x @ frozen_layer.weight.T, prepared, *group)
+    group = frozen_layer.with_settings(VariantSettings(4, None), torch.full((1, 1, 1), 2.0))
+    constants = variant.gradient_constants(one, group)
+    prepared = variant.prepare({**one, **constants}, group)
+    out = variant.forward(x, x @ frozen_layer.weight.T, prepared, group)
     assert torch.equal(out, x @ frozen_layer.weight.T)
 
 
@@ -107,7 +109,7 @@ def test_pissa_keeps_changes_that_bfloat16_would_round_away() -> None:
     start["B"] = start["B"] + 1e-4 * torch.randn(64, 4, generator=torch.Generator().manual_seed(4))
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 9, 64).bfloat16()
-    group = frozen_layer, torch.full((1, 1, 1), 2.0), VariantSettings(4, None)
-    output = variant.forward(x, torch.zeros(1, 9, 64).bfloat16(), variant.prepare(one, *group), *group)
+    group = frozen_layer.with_settings(VariantSettings(4, None), torch.full((1, 1, 1), 2.0))
+    output = variant.forward(x, torch.zeros(1, 9, 64).bfloat16(), variant.prepare(one, group), group)
     true = x.double() @ (2 * (start["B"].double() - start["B0"].double()) @ start["A0"].double()).T
     assert (output.double() - true).norm() < 0.01 * true.norm()

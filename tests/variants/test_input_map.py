@@ -37,11 +37,10 @@ def test_a_change_below_the_precision_of_the_input_reaches_a_bfloat16_layer(name
             x = x.bfloat16().to(layer.frozen_layer.weight.dtype)
             # With an output of zero in place of the frozen layer's, the change itself is not rounded to it.
             base = x.new_zeros(1, 8, layer.frozen_layer.shape[0])
-            settings, scaling = adapters.state.group_settings, torch.ones(1, 1, 1)
             stacked = {key: tensor.unsqueeze(0) for key, tensor in layer.lane_tensors("0").items()}
-            prepared = adapters.variant.prepare(stacked, layer.frozen_layer, scaling, settings)
-            inputs = x.unsqueeze(0), base, prepared, layer.frozen_layer, scaling, settings
-            changes.append(adapters.variant.forward(*inputs).float())
+            group = layer.group_layer(("0",))
+            prepared = adapters.variant.prepare(stacked, group)
+            changes.append(adapters.variant.forward(x.unsqueeze(0), base, prepared, group).float())
         rounded, exact = changes
         assert exact.norm() > 0
         assert (rounded - exact).norm() < 0.05 * exact.norm()

@@ -67,7 +67,8 @@ def test_each_layer_uses_its_slice_of_the_shared_matrices() -> None:
             layer = adapters.layers[name]
             torch.testing.assert_close(
                 variant.delta_weight(
-                    layer.lane_tensors(lane), layer.frozen_layer, 1.0, adapters.lane_settings(lane)
+                    layer.lane_tensors(lane),
+                    layer.frozen_layer.with_settings(adapters.lane_settings(lane), 1.0),
                 ),
                 expected,
             )

@@ -185,16 +185,8 @@ def test_lanes_without_dropout_train_as_they_do_alone(name: str, case: Case) -> 
 class Doubled(LoRA):
     """LoRA with a forward pass of its own, which doubles the update."""
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
-        return base + 2 * (super().forward(x, base, params, layer, scaling, settings) - base)
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        return base + 2 * (super().forward(x, base, params, layer) - base)
 
 
 def test_a_subclass_with_its_own_forward_pass_is_not_bypassed() -> None:

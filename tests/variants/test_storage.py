@@ -121,9 +121,9 @@ class Aardvark(LoRA):
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         return {**super().peft_config(settings), "init_lora_weights": "gaussian"}
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         return InitialTensors(
-            {name: 2 * tensor for name, tensor in super().init(layer, settings, generator).trainable.items()}
+            {name: 2 * tensor for name, tensor in super().init(layer, generator).trainable.items()}
         )
 
 
@@ -174,7 +174,7 @@ def test_whole_numbers_are_frozen_and_optional_tensors_may_be_missing() -> None:
     settings = VariantSettings(2, 4.0)
     layer = FrozenLayer("layer", torch.zeros(3, 5), None)
     tensors = {"A": torch.ones(2, 5), "places": torch.arange(2)}
-    exported = PeftFormat.to_peft(LinearOnly(), tensors, settings, layer)
+    exported = PeftFormat.to_peft(LinearOnly(), tensors, layer.with_settings(settings))
     assert exported.keys() == {"a", "i"}
     loaded = LinearOnly().init_from_peft(exported, settings)
     assert (loaded.trainable.keys(), loaded.frozen.keys()) == ({"A"}, {"places"})

@@ -39,7 +39,7 @@ from variants.baseline.lora import LoRA
 class Unscaled(LoRA):
     peft = None
 
-    def delta_weight(self, params, layer, scaling, settings):
+    def delta_weight(self, params, layer):
         return params["B"] @ params["A"]
 """
 LLAMA = Case("llama", model="llama")

@@ -45,7 +45,8 @@ def delta_weight(adapters: Adapters, name: str, lane: str = "0") -> Tensor:
     layer, settings = adapters.layers[name], adapters.lane_settings(lane)
     with torch.no_grad():
         return adapters.variant.delta_weight(
-            layer.lane_tensors(lane), layer.frozen_layer, adapters.variant.scaling(settings), settings
+            layer.lane_tensors(lane),
+            layer.frozen_layer.with_settings(settings, adapters.variant.scaling(settings)),
         )
 
 
@@ -221,7 +222,7 @@ def test_the_gradient_of_adaloras_loss_equals_a_numerical_one() -> None:
     def loss(a: Tensor, b: Tensor) -> Tensor:
         x, mask = torch.zeros(2, 1, 1, 4).double(), torch.ones(2, 1, 1).double()
         params = {"A": a, "B": b}
-        return catalogue.get("adalora").auxiliary_loss(x, mask, params, layer, settings)
+        return catalogue.get("adalora").auxiliary_loss(x, mask, params, layer.with_settings(settings))
 
     assert torch.autograd.gradcheck(loss, (a, b))
     eye = torch.eye(3).double().repeat(2, 1, 1)

@@ -11,6 +11,12 @@ from variants.base import FrozenLayer, Params, PeftMethod, Variant, VariantSetti
 from variants.batch_invariant import pad_rank_one
 from variants.low_rank_product import Constants, LowRankProduct, multipliers
 
+LORA_PEFT = PeftMethod(
+    "LORA",
+    {"A": "lora_A.weight", "B": "lora_B.weight"},
+    constants={"use_rslora": False, "use_dora": False, "bias": "none"},
+)
+
 
 class LoRA(Variant):
     """W' = W + s B A with s = alpha / rank.
@@ -28,13 +34,9 @@ class LoRA(Variant):
     parameters = "rank * (in + out)"
     verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
     frozen_update_buffers = frozenset({"A0", "B0"})
-    peft: ClassVar[PeftMethod] = PeftMethod(
-        "LORA",
-        {"A": "lora_A.weight", "B": "lora_B.weight"},
-        constants={"use_rslora": False, "use_dora": False, "bias": "none"},
-    )
+    peft: ClassVar[PeftMethod | None] = LORA_PEFT
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., R, in) and B (..., out, R) with W' - W = s B A.
 
         R is the rank. If the lane has frozen initial values "A0" and "B0" (as in PiSSA), the product is
@@ -55,39 +57,27 @@ class LoRA(Variant):
         """Return A (..., R, in) and B (..., out, R) for the part s B A of `prepare_frozen_update`."""
         return params["A0"], -params["B0"]
 
-    def prepare_frozen_update(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare_frozen_update(self, params: Params, layer: FrozenLayer) -> Params:
         a, b = pad_rank_one(*self.frozen_factors(params))
-        return {"A": a, "B": b, "scale": scaling}
+        return {"A": a, "B": b, "scale": layer.scaling}
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         """Return A and s B as "A" and "sB", or in training A, B and s as "A", "B" and "scale".
 
         Frozen copies are returned as "A0" and "B0" in training. There s B is computed in both passes, so that
         it is not kept between them. The same holds for the larger factors that A0 and B0 need.
         """
         if not torch.is_grad_enabled():
-            a, b = pad_rank_one(*self.factors(params, layer, settings))
-            return {"A": a, "sB": b * scaling}
+            a, b = pad_rank_one(*self.factors(params, layer))
+            return {"A": a, "sB": b * layer.scaling}
         if "A0" not in params or type(self).factors is not LoRA.factors:
-            a, b = pad_rank_one(*self.factors(params, layer, settings))
-            return {"A": a, "B": b, "scale": scaling}
+            a, b = pad_rank_one(*self.factors(params, layer))
+            return {"A": a, "B": b, "scale": layer.scaling}
         a, b = pad_rank_one(params["A"], params["B"])
         a0, b0 = pad_rank_one(params["A0"], params["B0"])
-        return {"A": a, "B": b, "A0": a0, "B0": b0, "scale": scaling}
+        return {"A": a, "B": b, "A0": a0, "B0": b0, "scale": layer.scaling}
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         b, constants = _constants(params, layer)
         left, right = multipliers(params["A"], b, constants, x.dtype)
         hidden = bmm(x, left.transpose(1, 2))
@@ -96,21 +86,17 @@ class LoRA(Variant):
     def includes_base(self, layer: FrozenLayer) -> bool:
         return type(self).forward is LoRA.forward  # not for a subclass with a forward pass of its own
 
-    def forward_with_base(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         b, constants = _constants(params, layer)
         return LowRankProduct.apply(x, params["A"], b, params.get("more"), constants)
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
-        a, b = self.factors(params, layer, settings)
-        return scaling * (b @ a)
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+        a, b = self.factors(params, layer)
+        return layer.scaling * (b @ a)
 
-    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
-        a, b = self.factors(params, layer, settings)
-        return super().to_peft({**params, "A": a, "B": b}, settings, layer)
+    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
+        a, b = self.factors(params, layer)
+        return super().to_peft({**params, "A": a, "B": b}, layer)
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         config = super().peft_config(settings)

@@ -17,7 +17,7 @@ from variants.base import (
     bmm,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 from variants.mixture import Mixture, router_probabilities
 
 
@@ -52,8 +52,8 @@ class AdaMoLE(Mixture):
     verified_by = VerifiedBy.AUTHORS_CODE
     rounds_alike = False  # a sigmoid rounds the last columns of a tensor according to the tensor's size
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial, bound = super().init(layer, settings, generator), 1 / math.sqrt(layer.shape[1])
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial, bound = super().init(layer, generator), 1 / math.sqrt(layer.shape[1])
         for name, shape in (("T", (1, layer.shape[1])), ("c", (1,))):
             noise = parameter_generator(generator, name)
             initial.trainable[name] = uniform_init(shape, bound, layer, noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -20,7 +21,7 @@ from variants.base import (
     VerifiedBy,
     baddbmm,
     bmm,
-)
+)  # fmt: skip
 from variants.mixture import Mixture
 
 
@@ -65,57 +66,43 @@ class GOAT(Mixture):
     def scaling(self, settings: VariantSettings) -> float:
         return 1.0 if settings["scaling"] == "theory" else super().scaling(settings)
 
-    def theory_scale(self, layer: FrozenLayer, settings: VariantSettings) -> float:
+    def theory_scale(self, layer: FrozenLayer) -> float:
         """Return sqrt(3 eta in / (rank of one expert)) if the scaling is that of theorem 3.5, else 1."""
-        if settings["scaling"] != "theory":
+        if layer.settings["scaling"] != "theory":
             return 1.0
-        expert_rank = settings.rank / self.expert_count(settings)
-        return math.sqrt(3 * settings["eta"] * layer.shape[1] / expert_rank)
+        expert_rank = layer.settings.rank / self.expert_count(layer.settings)
+        return math.sqrt(3 * layer.settings["eta"] * layer.shape[1] / expert_rank)
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, settings, generator)
-        key = f"svd goat {settings.rank} {self.expert_count(settings)}"
-        if not layer.calibration and key not in layer.cache:
-            layer.cache[key] = self.reduce_calibration(layer, layer.weight.to(layer.dtype), settings)
-        triplets = layer.calibration or layer.cache[key]
-        u, s, vh = (triplets[name].to(layer.device, layer.dtype) for name in ("U", "S", "Vh"))
-        scale = self.scaling(settings) * self.theory_scale(layer, settings)
-        root = (s / (scale * settings["rho"])).sqrt()
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, generator)
+        u, s, vh = self.calibrated(layer, "U", "S", "Vh")
+        scale = self.scaling(layer.settings) * self.theory_scale(layer)
+        root = (s / (scale * layer.settings["rho"])).sqrt()
         a, b = root.unsqueeze(1) * vh, u * root
         return InitialTensors({**initial.trainable, "A": a, "B": b}, {"A0": a, "B0": b})
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
-        experts = self.expert_count(settings)
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+        experts = self.expert_count(layer.settings)
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         first = torch.arange(experts, device=s.device) * (len(s) // experts)
-        chosen = (first.unsqueeze(1) + torch.arange(settings.rank // experts, device=s.device)).flatten()
+        chosen = (
+            first.unsqueeze(1) + torch.arange(layer.settings.rank // experts, device=s.device)
+        ).flatten()
         return {"U": u[:, chosen], "S": s[chosen], "Vh": vh[chosen]}
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        scale = scaling * self.theory_scale(layer, settings)
-        prepared = dict(super().prepare(params, layer, scale, settings))
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+        scale = layer.scaling * self.theory_scale(layer)
+        prepared = dict(super().prepare(params, replace(layer, scaling=scale)))
         if "A0" in params:
-            prepared["sB0"] = params["B0"] * (scale / self.expert_count(settings))
+            prepared["sB0"] = params["B0"] * (scale / self.expert_count(layer.settings))
         return prepared
 
-    def prepare_frozen_update(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        scale = scaling * self.theory_scale(layer, settings) / self.expert_count(settings)
+    def prepare_frozen_update(self, params: Params, layer: FrozenLayer) -> Params:
+        scale = layer.scaling * self.theory_scale(layer) / self.expert_count(layer.settings)
         return {"A0": params["A0"], "sB0": params["B0"] * scale}
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         if "sB0" in params:
             a0, b0 = params["A0"].to(x.dtype), params["sB0"].to(x.dtype)
             base = baddbmm(base, bmm(x, a0.transpose(1, 2)), -b0.transpose(1, 2))
-        return super().forward(x, base, params, layer, scaling, settings) if "sB" in params else base
+        return super().forward(x, base, params, layer) if "sB" in params else base

@@ -30,9 +30,9 @@ class HydraLoRA(Mixture):
     has_auxiliary_loss = False
     shares_rank = False
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, settings, generator)
-        initial.trainable["B"] = initial.trainable["B"].repeat(1, self.expert_count(settings))
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, generator)
+        initial.trainable["B"] = initial.trainable["B"].repeat(1, self.expert_count(layer.settings))
         return initial
 
     def route(self, x: Tensor, params: Params, settings: VariantSettings) -> tuple[Tensor, Tensor]:

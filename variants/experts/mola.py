@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 from torch import Generator, Tensor
 
 from variants.base import (
     Choice,
     ExtraSettings,
     FrozenLayer,
+    GeneratorOf,
     InitialTensors,
     Int,
+    Layers,
     Number,
     Params,
     VariantSettings,
     VerifiedBy,
-)
+    shared_settings,
+)  # fmt: skip
 from variants.mixture import Mixture, init_experts
 
 SHAPES = {"inverted_triangle": (2, 4, 6, 8), "triangle": (8, 6, 4, 2), "hourglass": (8, 2, 2, 8),
@@ -70,12 +71,8 @@ class MoLA(Mixture):
     ) -> int | None:
         return None  # the ranks depend on the layers' names
 
-    def init_layers(
-        self,
-        layers: Mapping[str, FrozenLayer],
-        settings: VariantSettings,
-        generator: Callable[[str], Generator],
-    ) -> dict[str, InitialTensors]:
+    def init_layers(self, layers: Layers, generator: GeneratorOf) -> dict[str, InitialTensors]:
+        settings = shared_settings(layers)
         blocks = {name: _block(name) for name in layers}
         count = 1 + max((block for block in blocks.values() if block is not None), default=0)
         initial = {}
@@ -85,8 +82,8 @@ class MoLA(Mixture):
             initial[name] = init_experts(layer, settings, generator(name), experts, experts * settings.rank)
         return initial
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        return self.init_layers({layer.name: layer}, settings, lambda name: generator)[layer.name]
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        return self.init_layers({layer.name: layer}, lambda name: generator)[layer.name]
 
     def imbalance(
         self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: VariantSettings

@@ -15,7 +15,7 @@ from variants.base import (
     UnsupportedError,
     VariantSettings,
     VerifiedBy,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 
@@ -46,16 +46,16 @@ class CorDA(LoRA):
     verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
     calibration_statistic = CalibrationStatistic.INPUT_MOMENT
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
         moment, inverse = _invertible(matrix, layer)
         u, s, vh = torch.linalg.svd(layer.weight.to(matrix) @ moment, full_matrices=False)
-        rank, in_instruction_mode = settings.rank, settings["mode"] == "instruction"
+        rank, in_instruction_mode = layer.settings.rank, layer.settings["mode"] == "instruction"
         used = slice(rank) if in_instruction_mode else slice(len(s) - rank, None)
         return {"U": u[:, used].contiguous(), "S": s[used].contiguous(), "V": vh[used] @ inverse}
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        u, s, v = (layer.calibration[name].to(layer.device, layer.dtype) for name in "USV")
-        root = (s / self.scaling(settings)).sqrt()
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        u, s, v = self.calibrated(layer, *"USV")
+        root = (s / self.scaling(layer.settings)).sqrt()
         a, b = root.unsqueeze(1) * v, u * root
         return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 

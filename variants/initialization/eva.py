@@ -5,8 +5,6 @@ Layers whose directions explain more variance get more ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor
 
@@ -14,14 +12,17 @@ from variants.base import (
     RANK_MASK,
     CalibrationStatistic,
     FrozenLayer,
+    GeneratorOf,
     InitialTensors,
     Int,
+    Layers,
     Number,
     Params,
     VariantSettings,
     VerifiedBy,
+    shared_settings,
     stable_seed,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 from variants.linalg import randomized_svd
 
@@ -51,19 +52,15 @@ class EVA(LoRA):
         "rho": Number(2.0, minimum=1, help="largest rank of a layer divided by the mean rank"),
     }
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
-        columns = min(_max_rank(settings), len(matrix))
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+        columns = min(_max_rank(layer.settings), len(matrix))
         # All layers use one seed, so that layers with the same inputs tie exactly; the first one then wins.
         _, variance, directions = randomized_svd(matrix, columns, iterations=4, seed=stable_seed(columns))
         total = matrix.trace().clamp_min(torch.finfo(matrix.dtype).tiny)
         return {"directions": directions[:columns], "shares": variance[:columns] / total}
 
-    def init_layers(
-        self,
-        layers: Mapping[str, FrozenLayer],
-        settings: VariantSettings,
-        generator: Callable[[str], torch.Generator],
-    ) -> dict[str, InitialTensors]:
+    def init_layers(self, layers: Layers, generator: GeneratorOf) -> dict[str, InitialTensors]:
+        settings = shared_settings(layers)
         shares = [layer.calibration["shares"] for layer in layers.values()]
         owner = torch.repeat_interleave(torch.tensor([len(each) for each in shares]))
         largest = torch.cat(shares).cpu().argsort(descending=True, stable=True)
@@ -73,7 +70,7 @@ class EVA(LoRA):
             for (name, layer), rank in zip(layers.items(), used, strict=True)
         }
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         return params["A"], params["B"] * params[RANK_MASK].unsqueeze(-2)
 
     def export_rank(self, settings: VariantSettings) -> int:

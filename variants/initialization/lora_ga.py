@@ -16,7 +16,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     stable_seed,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 from variants.linalg import fix_signs, randomized_svd
 
@@ -56,16 +56,15 @@ class LoRAGA(LoRA):
     def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) * math.sqrt(settings.rank)
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
-        rank = settings.rank
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+        rank = layer.settings.rank
         u, _, vh = randomized_svd(matrix, 2 * rank, iterations=4, seed=stable_seed(layer.name, rank))
         u, vh = fix_signs(u, vh)
-        c = matrix.shape[0] ** 0.25 / math.sqrt(float(settings["gamma"]))
+        c = matrix.shape[0] ** 0.25 / math.sqrt(float(layer.settings["gamma"]))
         return {"A0": c * vh[:rank], "B0": c * u[:, rank : 2 * rank]}
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        like = layer.device, layer.dtype
-        a, b = layer.calibration["A0"].to(*like), layer.calibration["B0"].to(*like)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        a, b = self.calibrated(layer, "A0", "B0")
         return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
     def export_rank(self, settings: VariantSettings) -> int:

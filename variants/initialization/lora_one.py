@@ -18,7 +18,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     stable_seed,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 from variants.linalg import randomized_svd
 
@@ -53,14 +53,13 @@ class LoRAOne(LoRA):
     def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) * math.sqrt(settings.rank)
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
-        rank = settings.rank
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+        rank = layer.settings.rank
         u, s, vh = randomized_svd(-matrix, rank, iterations=16, seed=stable_seed(layer.name, rank))
         largest = s[0].clamp_min(torch.finfo(s.dtype).tiny)  # a layer that gets no gradient starts at zero
-        root = (s[:rank] / (largest * settings["gamma"])).sqrt()
+        root = (s[:rank] / (largest * layer.settings["gamma"])).sqrt()
         return {"A": root.unsqueeze(1) * vh[:rank], "B": u[:, :rank] * root}
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        return InitialTensors(
-            {name: layer.calibration[name].to(layer.device, layer.dtype) for name in ("A", "B")}
-        )
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        a, b = self.calibrated(layer, "A", "B")
+        return InitialTensors({"A": a, "B": b})

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from torch import Generator, Tensor
 
-from variants.base import (
-    CalibrationStatistic,
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Number,
-    Params,
-    VariantSettings,
-    stable_seed,
-)
+from variants.base import CalibrationStatistic, FrozenLayer, InitialTensors, Int, Number, Params, stable_seed
 from variants.initialization.lora_xs import LoRAXS
 from variants.linalg import randomized_svd
 
@@ -42,12 +33,12 @@ class LoRASB(LoRAXS):
     calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
     uses_alpha = False
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
-        rank = settings.rank
-        first_step = -settings["step_size"] * matrix.sign()
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+        rank = layer.settings.rank
+        first_step = -layer.settings["step_size"] * matrix.sign()
         u, s, vh = randomized_svd(first_step, rank, iterations=10, seed=stable_seed(layer.name, rank))
         return {"A": vh[:rank], "R": s[:rank].diag(), "B": u[:, :rank]}
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        a, r, b = (layer.calibration[name].to(layer.device, layer.dtype) for name in "ARB")
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        a, r, b = self.calibrated(layer, *"ARB")
         return InitialTensors({"R": r}, {"A": a, "B": b})

@@ -10,11 +10,10 @@ from variants.base import (
     Number,
     Params,
     Start,
-    VariantSettings,
     VerifiedBy,
     normal_init,
     parameter_generator,
-)
+)  # fmt: skip
 from variants.weight_svd import WeightSVD
 
 
@@ -40,12 +39,12 @@ class LoRAXS(WeightSVD):
     start = Start.OTHER
     typical_lr_scale = 10.0
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        u, s, vh = self.triplets(layer, settings)
-        shape, noise = (settings.rank, settings.rank), parameter_generator(generator, "R")
-        r = normal_init(shape, settings["init_std"], layer, noise)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        u, s, vh = self.triplets(layer)
+        shape, noise = (layer.settings.rank, layer.settings.rank), parameter_generator(generator, "R")
+        r = normal_init(shape, layer.settings["init_std"], layer, noise)
         return InitialTensors({"R": r}, {"A": s.unsqueeze(1) * vh, "B": u})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return R A (..., rank, in) and B (..., out, rank)."""
         return params["R"] @ params["A"], params["B"]

@@ -37,18 +37,18 @@ class NoRA(WeightSVD):
     def triplet_count(self, settings: VariantSettings) -> int:
         return settings["outer"] * settings.rank
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        u, s, vh = self.triplets(layer, settings)
-        inner = torch.zeros(settings.rank, len(s), dtype=layer.dtype, device=layer.device)
-        inner.diagonal().copy_(s[: settings.rank].sqrt())
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        u, s, vh = self.triplets(layer)
+        inner = torch.zeros(layer.settings.rank, len(s), dtype=layer.dtype, device=layer.device)
+        inner.diagonal().copy_(s[: layer.settings.rank].sqrt())
         params = {"A": vh, "B": u, "inner_A": inner, "inner_B": inner.t().contiguous()}
         a, b = self._products(params)
         trainable = {name: params.pop(name) for name in ("inner_A", "inner_B")}
         return InitialTensors(trainable, {**params, "A0": a, "B0": b})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = self._products(params)
-        return super().factors({**params, "A": a, "B": b}, layer, settings)
+        return super().factors({**params, "A": a, "B": b}, layer)
 
     def export_rank(self, settings: VariantSettings) -> int:
         return 2 * settings.rank

@@ -17,7 +17,7 @@ from variants.base import (
     VerifiedBy,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 
@@ -44,16 +44,16 @@ class NZLoRA(LoRA):
     verified_by = VerifiedBy.PAPER
     start = Start.OTHER
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        (out_features, in_features), rank = layer.shape, settings.rank
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        (out_features, in_features), rank = layer.shape, layer.settings.rank
         trainable = {}
         for name, shape in {"A": (rank, in_features), "B": (out_features, rank)}.items():
-            gamma = settings[f"gamma_{name.lower()}"]
-            scale = math.sqrt(gamma) if settings["bound"] == "sqrt" else gamma
+            gamma = layer.settings[f"gamma_{name.lower()}"]
+            scale = math.sqrt(gamma) if layer.settings["bound"] == "sqrt" else gamma
             noise = parameter_generator(generator, name)
             trainable[name] = uniform_init(shape, scale / math.sqrt(in_features), layer, noise)
         copies = {f"{name}0": tensor for name, tensor in trainable.items()}
-        return InitialTensors(trainable, copies if settings["subtract"] else {})
+        return InitialTensors(trainable, copies if layer.settings["subtract"] else {})
 
     def export_rank(self, settings: VariantSettings) -> int:
         return settings.rank * (2 if settings["subtract"] else 1)

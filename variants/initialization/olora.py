@@ -12,7 +12,7 @@ from variants.base import (
     Params,
     VariantSettings,
     VerifiedBy,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 
@@ -32,16 +32,12 @@ class OLoRA(LoRA):
     verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
     calibration_statistic = CalibrationStatistic.WEIGHT
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
         q, r = torch.linalg.qr(matrix)
-        return {"A0": r[: settings.rank].contiguous(), "B0": q[:, : settings.rank].contiguous()}
+        return {"A0": r[: layer.settings.rank].contiguous(), "B0": q[:, : layer.settings.rank].contiguous()}
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        key = f"qr {settings.rank}"
-        if not layer.calibration and key not in layer.cache:
-            layer.cache[key] = self.reduce_calibration(layer, layer.weight.to(layer.dtype), settings)
-        factors = layer.calibration or layer.cache[key]
-        a, b = (factors[name].to(layer.device, layer.dtype) for name in ("A0", "B0"))
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        a, b = self.calibrated(layer, "A0", "B0")
         return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
     def export_rank(self, settings: VariantSettings) -> int:

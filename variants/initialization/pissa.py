@@ -21,9 +21,9 @@ class PiSSA(WeightSVD):
 
     verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        u, s, vh = self.triplets(layer, settings)
-        root = (s / self.scaling(settings)).sqrt()
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        u, s, vh = self.triplets(layer)
+        root = (s / self.scaling(layer.settings)).sqrt()
         b, a = u * root, root.unsqueeze(1) * vh
         return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    LaneView,
-    Number,
-    Params,
-    VariantSettings,
-    VerifiedBy,
-)
+from variants.base import FrozenLayer, InitialTensors, LaneView, Number, Params, VariantSettings, VerifiedBy
 from variants.weight_svd import WeightSVD
 
 
@@ -40,13 +32,13 @@ class SORSA(WeightSVD):
     verified_by = VerifiedBy.AUTHORS_CODE
     uses_alpha = False
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        u, s, vh = self.triplets(layer, settings)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        u, s, vh = self.triplets(layer)
         return InitialTensors({"A": vh, "B": u, "S": s}, {"A0": vh, "B0": u * s})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         scaled = {**params, "B": params["B"] * params["S"].unsqueeze(-2)}
-        return super().factors(scaled, layer, settings)
+        return super().factors(scaled, layer)
 
     def export_rank(self, settings: VariantSettings) -> int:
         return 2 * settings.rank

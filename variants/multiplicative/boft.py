@@ -8,16 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    PeftMethod,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-)  # fmt: skip
+from variants.base import FrozenLayer, InitialTensors, Int, Params, PeftMethod, UnsupportedError, VerifiedBy
 from variants.input_map import InputMap
 from variants.rotations import cayley_change, multiply_blocks
 
@@ -57,39 +48,32 @@ class BOFT(InputMap):
         fields={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
     )
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
-        size, factors = settings["block_size"], settings["factors"]
+    def check_layer(self, layer: FrozenLayer) -> None:
+        in_features = layer.shape[1]
+        size, factors = layer.settings["block_size"], layer.settings["factors"]
         if factors > 1 and size % 2:
             raise UnsupportedError(f"block_size {size} must be even for more than one factor")
         if in_features % (size << (factors - 1)):
             raise UnsupportedError(
-                f"{layer_name} has {in_features} inputs: not a multiple of {size << (factors - 1)}, which "
+                f"{layer.name} has {in_features} inputs: not a multiple of {size << (factors - 1)}, which "
                 f"block_size {size} and {factors} factors need"
             )
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
-        size, (out_features, in_features) = settings["block_size"], layer.shape
+    def init(self, layer: FrozenLayer, generator: torch.Generator) -> InitialTensors:
+        size, (out_features, in_features) = layer.settings["block_size"], layer.shape
         gains = torch.ones(out_features, 1, dtype=layer.dtype, device=layer.device)
         return InitialTensors(
-            {"M": gains.new_zeros(settings["factors"], in_features // size, size, size), "s": gains}
+            {"M": gains.new_zeros(layer.settings["factors"], in_features // size, size, size), "s": gains}
         )
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         """Return D_i - I as "change", (K, m, in / b, b, b), and s - 1 as "gain", (K, 1, out)."""
         m = params["M"]
         return {"change": cayley_change((m.mT - m) / 2), "gain": (params["s"] - 1).transpose(1, 2)}
 
-    def map_input(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
-        half, change = settings["block_size"] // 2, torch.zeros_like(x)
-        for factor in reversed(range(settings["factors"])):
+    def map_input(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        half, change = layer.settings["block_size"] // 2, torch.zeros_like(x)
+        for factor in reversed(range(layer.settings["factors"])):
             mapped = x + change
             if factor == 0:
                 change = change + multiply_blocks(mapped, params["change"][:, 0])
@@ -102,5 +86,5 @@ class BOFT(InputMap):
             )
         return change
 
-    def map_product(self, product: Tensor, params: Params, settings: VariantSettings) -> Tensor:
+    def map_product(self, product: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         return product * params["gain"]

@@ -13,7 +13,6 @@ from variants.base import (
     Params,
     Start,
     UnsupportedError,
-    VariantSettings,
     VerifiedBy,
     parameter_generator,
     uniform_init,
@@ -42,27 +41,22 @@ class ETHER(InputMap):
     start = Start.OTHER
     verified_by = VerifiedBy.PAPER
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
-        if in_features % settings["blocks"]:
+    def check_layer(self, layer: FrozenLayer) -> None:
+        in_features = layer.shape[1]
+        if in_features % layer.settings["blocks"]:
             raise UnsupportedError(
-                f"{layer_name}: {in_features} inputs are not {settings['blocks']} equal blocks"
+                f"{layer.name}: {in_features} inputs are not {layer.settings['blocks']} equal blocks"
             )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        size = layer.shape[1] // settings["blocks"]
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        size = layer.shape[1] // layer.settings["blocks"]
         noise = parameter_generator(generator, "u")
         return InitialTensors(
-            {"u": uniform_init((settings["blocks"], size), 1 / math.sqrt(size), layer, noise)}
+            {"u": uniform_init((layer.settings["blocks"], size), 1 / math.sqrt(size), layer, noise)}
         )
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         return {"u": unit_rows(params["u"])}
 
-    def map_input(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def map_input(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         return -2 * multiply_rank_one(x, params["u"], params["u"])

@@ -12,7 +12,6 @@ from variants.base import (
     Int,
     Params,
     UnsupportedError,
-    VariantSettings,
     VerifiedBy,
     parameter_generator,
     uniform_init,
@@ -40,27 +39,24 @@ class ETHERPlus(InputMap):
     uses_rank = uses_alpha = uses_dropout = False
     verified_by = VerifiedBy.AUTHORS_CODE
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
-        blocks = settings["blocks"]
+    def check_layer(self, layer: FrozenLayer) -> None:
+        out_features, in_features = layer.shape
+        blocks = layer.settings["blocks"]
         if in_features % blocks or out_features % blocks:
             raise UnsupportedError(
-                f"{layer_name} ({out_features}, {in_features}) has not {blocks} equal blocks"
+                f"{layer.name} ({out_features}, {in_features}) has not {blocks} equal blocks"
             )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        trainable = {}
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        trainable: dict[str, Tensor] = {}
         for suffix, features in (("", layer.shape[1]), ("_out", layer.shape[0])):
-            size = features // settings["blocks"]
+            size = features // layer.settings["blocks"]
             noise = parameter_generator(generator, f"u{suffix}")
-            u = uniform_init((settings["blocks"], size), 1 / math.sqrt(size), layer, noise)
+            u = uniform_init((layer.settings["blocks"], size), 1 / math.sqrt(size), layer, noise)
             trainable |= {f"u{suffix}": u, f"v{suffix}": -u}
         return InitialTensors(trainable)
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         """Return the unit vectors, and the sums u + v as "d" and "d_out".
 
         v v^T - u u^T = d v^T - u d^T, whose terms are as small as the change. The projections would round a
@@ -69,12 +65,10 @@ class ETHERPlus(InputMap):
         units = {name: unit_rows(vectors) for name, vectors in params.items()}
         return {**units, "d": units["u"] + units["v"], "d_out": units["u_out"] + units["v_out"]}
 
-    def map_input(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def map_input(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         return _change(x, params["u"], params["v"], params["d"])
 
-    def map_product(self, product: Tensor, params: Params, settings: VariantSettings) -> Tensor:
+    def map_product(self, product: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         return _change(product, params["u_out"], params["v_out"], params["d_out"])
 
 

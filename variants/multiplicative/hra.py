@@ -56,13 +56,13 @@ class HRA(LoRA):
             )
         return settings
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        pairs = settings.rank // 2
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        pairs = layer.settings.rank // 2
         noise = parameter_generator(generator, "U")
         half = uniform_init((layer.shape[1], pairs), 1 / math.sqrt(pairs), layer, noise)
         return InitialTensors({"U": half.repeat_interleave(2, dim=1)})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., r, in) and B (..., out, r).
 
         The rows of A are n_1, n_2 - n_1, n_3, n_4 - n_3, ... If the vectors of a pair are nearly equal, their

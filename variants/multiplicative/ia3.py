@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from variants.base import FrozenLayer, InitialTensors, Params, PeftMethod, VariantSettings, VerifiedBy
+from variants.base import FrozenLayer, InitialTensors, Params, PeftMethod, VerifiedBy
 from variants.output_map import OutputMap
 
 
@@ -32,10 +32,8 @@ class IA3(OutputMap):
         "IA3", {"l": "ia3_l"}, rank=None, alpha=None, dropout=None, constants={"feedforward_modules": []}
     )
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, generator: torch.Generator) -> InitialTensors:
         return InitialTensors({"l": torch.ones(layer.shape[0], 1, dtype=layer.dtype, device=layer.device)})
 
-    def map_output(self, y: Tensor, params: Params, settings: VariantSettings) -> Tensor:
+    def map_output(self, y: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         return (y * params["l"].mT).to(y.dtype)

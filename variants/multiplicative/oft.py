@@ -16,7 +16,7 @@ from variants.base import (
     PeftMethod,
     VariantSettings,
     VerifiedBy,
-)
+)  # fmt: skip
 from variants.input_map import InputMap
 from variants.rotations import cayley_change, multiply_blocks, nearest_divisor, neumann_change, skew_symmetric
 
@@ -63,28 +63,22 @@ class OFT(InputMap):
         # PEFT warns about a series of an older version if its config does not name a version.
         return {**super().peft_config(settings), "peft_version": "0.18.0"}
 
-    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int, settings: VariantSettings) -> int:
-        return layer.shape[1] * (nearest_divisor(layer.shape[1], settings["block_size"]) - 1) // 2
+    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int) -> int:
+        return layer.shape[1] * (nearest_divisor(layer.shape[1], layer.settings["block_size"]) - 1) // 2
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, generator: torch.Generator) -> InitialTensors:
         in_features = layer.shape[1]
-        size = nearest_divisor(in_features, settings["block_size"])
+        size = nearest_divisor(in_features, layer.settings["block_size"])
         shape = in_features // size, size * (size - 1) // 2
         return InitialTensors({"Q": torch.zeros(shape, dtype=layer.dtype, device=layer.device)})
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         """Return R - I of each block, (K, in / b, b, b), as "change"."""
         q = params["Q"]
         skew = skew_symmetric(q, layer.shape[1] // q.shape[1])
-        if settings["cayley_neumann"]:
-            return {"change": neumann_change(skew.flatten(0, 1), settings["terms"]).view(skew.shape)}
+        if layer.settings["cayley_neumann"]:
+            return {"change": neumann_change(skew.flatten(0, 1), layer.settings["terms"]).view(skew.shape)}
         return {"change": cayley_change(-skew)}
 
-    def map_input(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def map_input(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         return multiply_blocks(x, params["change"])

@@ -34,14 +34,14 @@ class PSOFT(WeightSVD):
             raise UnsupportedError("rank 1: a rotation needs at least two singular triplets")
         return super().validate_settings(settings)
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        u, s, vh = self.triplets(layer, settings)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        u, s, vh = self.triplets(layer)
         rank = len(s)
         ones = torch.ones(rank, dtype=layer.dtype, device=layer.device)
         trainable = {"Q": ones.new_zeros(rank * (rank - 1) // 2), "a": ones, "b": ones.clone()}
         return InitialTensors(trainable, {"US": (u * s).to(layer.dtype), "Vh": vh.to(layer.dtype)})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = params["a"], params["b"]
         rotated = cayley_change(skew_symmetric(params["Q"], a.shape[-1]))
         # b R a - I, with the part of the identity apart, so that it is exactly zero at step 0.

@@ -58,32 +58,26 @@ class RoAd(OutputMap):
     def formula_names(self, settings: VariantSettings) -> ExtraSettings:
         return {**settings.extra, "angles": _ANGLES[settings["form"]]}
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
-        size = settings["group_size"]
+    def check_layer(self, layer: FrozenLayer) -> None:
+        out_features, size = layer.shape[0], layer.settings["group_size"]
         if size % 2 or out_features % size:
             raise UnsupportedError(
-                f"{layer_name} has {out_features} outputs: group_size {size} must be even and divide them"
+                f"{layer.name} has {out_features} outputs: group_size {size} must be even and divide them"
             )
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, generator: torch.Generator) -> InitialTensors:
         scale = torch.ones(
-            _ANGLES[settings["form"]] * layer.shape[0] // 2, dtype=layer.dtype, device=layer.device
+            _ANGLES[layer.settings["form"]] * layer.shape[0] // 2, dtype=layer.dtype, device=layer.device
         )
         return InitialTensors({"theta": torch.zeros_like(scale), "scale": scale})
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         """Return the factors of y as "own" and those of the other output of the pair as "other".
 
         Both are (K, 1, groups, 2, pairs): first and second outputs of the pairs of each group.
         """
-        columns, rows = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[_ANGLES[settings["form"]]]
-        pairs = settings["group_size"] // 2
+        columns, rows = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[_ANGLES[layer.settings["form"]]]
+        pairs = layer.settings["group_size"] // 2
         theta, scale = (
             params[name].unflatten(1, (-1, columns, rows, pairs)).expand(-1, -1, 2, 2, -1)
             for name in ("theta", "scale")
@@ -93,7 +87,7 @@ class RoAd(OutputMap):
         signs = torch.tensor([[-1.0], [1.0]], dtype=other.dtype, device=other.device)
         return {"own": own.unsqueeze(1), "other": (signs * other).unsqueeze(1)}
 
-    def map_output(self, y: Tensor, params: Params, settings: VariantSettings) -> Tensor:
+    def map_output(self, y: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         grouped = y.unflatten(2, params["own"].shape[2:])
         mapped = grouped * params["own"] + grouped.flip(-2) * params["other"]
         return mapped.to(y.dtype).view(y.shape)

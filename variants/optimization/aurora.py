@@ -11,7 +11,6 @@ from variants.base import (
     Int,
     Params,
     Variant,
-    VariantSettings,
     VerifiedBy,
     baddbmm,
     bmm,
@@ -19,7 +18,7 @@ from variants.base import (
     normal_init,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 
 
 class AuroRA(Variant):
@@ -51,9 +50,9 @@ class AuroRA(Variant):
     is_mergeable = False
     rounds_alike = False  # tanh rounds the last values of a tensor according to the tensor's size
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial, rank = lora_init(layer, settings, generator), settings.rank
-        splines = int(settings["intervals"]) + int(settings["degree"])
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial, rank = lora_init(layer, generator), layer.settings.rank
+        splines = int(layer.settings["intervals"]) + int(layer.settings["degree"])
         initial.trainable["H"] = normal_init(
             (rank, rank), rank**-0.5, layer, parameter_generator(generator, "H")
         )
@@ -62,23 +61,13 @@ class AuroRA(Variant):
         )
         return initial
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        return {**params, "sB": params["B"] * scaling}
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+        return {**params, "sB": params["B"] * layer.scaling}
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         transposed = {name: params[name].transpose(1, 2) for name in ("A", "sB", "H", "C")}
         z = bmm(x, transposed["A"].to(x.dtype)).to(layer.dtype)
-        splines = spline_basis(z, int(settings["intervals"]), int(settings["degree"])).sum(2)
+        splines = spline_basis(z, int(layer.settings["intervals"]), int(layer.settings["degree"])).sum(2)
         fixed = bmm(z.tanh(), transposed["H"]).tanh()
         hidden = baddbmm(fixed, splines, transposed["C"])
         return baddbmm(base, hidden.to(x.dtype), transposed["sB"].to(x.dtype))

@@ -22,7 +22,7 @@ from variants.base import (
     lora_init,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 NORM_MINIMUM = 1e-4
@@ -66,26 +66,26 @@ class DeLoRA(LoRA):
         adapts_conv1d=False,
     )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        trainable = lora_init(layer, settings, generator).trainable
-        trainable["lambda"] = trainable["A"].new_full((1,), settings["lambda"])
-        if settings["initial"] == "zero":
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        trainable = lora_init(layer, generator).trainable
+        trainable["lambda"] = trainable["A"].new_full((1,), layer.settings["lambda"])
+        if layer.settings["initial"] == "zero":
             return InitialTensors(trainable)
-        bound, noise = settings.rank**-0.5, parameter_generator(generator, "B")
-        trainable["B"] = uniform_init((layer.shape[0], settings.rank), bound, layer, noise)
+        bound, noise = layer.settings.rank**-0.5, parameter_generator(generator, "B")
+        trainable["B"] = uniform_init((layer.shape[0], layer.settings.rank), bound, layer, noise)
         return InitialTensors(trainable, {"A0": trainable["A"], "B0": trainable["B"]})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
-        norms, strength = _column_norms(layer), params["lambda"] / settings.rank
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+        norms, strength = _column_norms(layer), params["lambda"] / layer.settings.rank
         scaled = {**params, "A": _scale_rows(params["A"], params["B"], strength) * norms}
         if "A0" in params:
             scaled["A0"] = _scale_rows(params["A0"], params["B0"], strength) * norms
-        return super().factors(scaled, layer, settings)
+        return super().factors(scaled, layer)
 
     def export_rank(self, settings: VariantSettings) -> int:
         return settings.rank * (1 if settings["initial"] == "zero" else 2)
 
-    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
+    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
         """Return A, B and lambda, or with frozen copies those of one DeLoRA of twice the rank and lambda."""
         if "A0" in params:
             a, b = torch.cat([params["A"], params["A0"]]), torch.cat([params["B"], -params["B0"]], dim=1)

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    LaneView,
-    Number,
-    Params,
-    VariantSettings,
-    VerifiedBy,
-)
+from variants.base import FrozenLayer, InitialTensors, LaneView, Number, Params, VariantSettings, VerifiedBy
 from variants.baseline.lora import LoRA
 
 
@@ -40,8 +32,8 @@ class DeltaLoRA(LoRA):
         "start": Number(500 / 1562, below=1, help="the paper's K as a fraction of the total steps"),
     }
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, settings, generator)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, generator)
         for name, tensor in initial.trainable.items():
             initial.frozen[f"before {name}"] = tensor
         return initial
@@ -52,13 +44,13 @@ class DeltaLoRA(LoRA):
                 for name, tensor in view.trainable.items():
                     view.frozen[f"before {name}"].copy_(tensor)
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., 3 rank, in) and B (..., out, 3 rank) with the product B A + ratio (B A - B0 A0).
 
         The difference is written as B (A - A0) + (B - B0) A0. It is exactly zero while A = A0 and B = B0, and
         it is not rounded to the precision of B A.
         """
-        a, b, ratio = params["A"], params["B"], float(settings["ratio"])
+        a, b, ratio = params["A"], params["B"], float(layer.settings["ratio"])
         a0, b0 = params["before A"], params["before B"]
         still, followed = b.detach(), a.detach() - a0
         return (

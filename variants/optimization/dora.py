@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from variants.base import FrozenLayer, InitialTensors, Params, PeftMethod, VariantSettings, VerifiedBy
-from variants.baseline.lora import LoRA
+from variants.base import FrozenLayer, InitialTensors, Params, PeftMethod, VerifiedBy
+from variants.baseline.lora import LORA_PEFT, LoRA
 from variants.batch_invariant import pad_rank_one
 
 CAST_NUMEL = 1 << 22
@@ -30,53 +30,37 @@ class DoRA(LoRA):
     dropout_on_base = True
     peft = PeftMethod(
         "LORA",
-        {**LoRA.peft.names, "m": "lora_magnitude_vector"},
-        constants={**LoRA.peft.constants, "use_dora": True},
+        {**LORA_PEFT.names, "m": "lora_magnitude_vector"},
+        constants={**LORA_PEFT.constants, "use_dora": True},
     )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, settings, generator)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, generator)
         initial.trainable["m"] = _squared_row_norms(layer).sqrt()
         return initial
 
-    def gradient_constants(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        a, b = pad_rank_one(*self.factors(params, layer, settings))
-        return {"n": _row_norms(a, b, layer, scaling)}
+    def gradient_constants(self, params: Params, layer: FrozenLayer) -> Params:
+        a, b = pad_rank_one(*self.factors(params, layer))
+        return {"n": _row_norms(a, b, layer)}
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        a, b = pad_rank_one(*self.factors(params, layer, settings))
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+        a, b = pad_rank_one(*self.factors(params, layer))
         gain = params["m"] / params["n"]
-        return {"A": a, "sB": b * (gain.unsqueeze(2) * scaling), "more": gain.unsqueeze(1) - 1}
+        return {"A": a, "sB": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         unbiased = base if layer.bias is None else base - layer.bias
         scaled = torch.addcmul(base, params["more"].to(x.dtype), unbiased)
-        return super().forward(x, scaled, params, layer, scaling, settings)
+        return super().forward(x, scaled, params, layer)
 
     def includes_base(self, layer: FrozenLayer) -> bool:
         return type(self).forward is DoRA.forward
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
-        (a, b), weight = self.factors(params, layer, settings), layer.weight.to(layer.dtype)
-        norm = _row_norms(
-            a[None], b[None], layer, torch.full((1, 1, 1), scaling, dtype=a.dtype, device=a.device)
-        )
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+        (a, b), weight = self.factors(params, layer), layer.weight.to(layer.dtype)
+        norm = _row_norms(a[None], b[None], layer.add_lane_dimension())
         gain = (params["m"] / norm[0]).unsqueeze(1)
-        return (gain - 1) * weight + gain * scaling * (b @ a)
+        return (gain - 1) * weight + gain * layer.scaling * (b @ a)
 
 
 def _squared_row_norms(layer: FrozenLayer) -> Tensor:
@@ -93,13 +77,13 @@ def _split_rows(layer: FrozenLayer) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def _row_norms(a: Tensor, b: Tensor, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+def _row_norms(a: Tensor, b: Tensor, layer: FrozenLayer) -> Tensor:
     """Return the row norms of W + s B A, (K, out), for A (K, rank, in) and B (K, out, rank)."""
     # A W^T and not W A^T: a CPU computes a product of few rows faster than one of few columns.
     products = [torch.bmm(a, part.to(layer.dtype).t().expand(len(a), -1, -1)) for part in _split_rows(layer)]
     cross = (b.transpose(1, 2) * (torch.cat(products, 2) if len(products) > 1 else products[0])).sum(1)
     square = (b * torch.bmm(b, torch.bmm(a, a.transpose(1, 2)))).sum(2)
-    s = scaling.squeeze(2)
+    s = layer.scaling.squeeze(2)
     total = _squared_row_norms(layer) + 2 * s * cross + s * s * square
     # Rounding may make the square of a very small norm negative.
     return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()

@@ -14,7 +14,7 @@ from variants.base import (
     Params,
     VariantSettings,
     VerifiedBy,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 DIRECTIONS = frozenset({"U", "V"})
@@ -46,9 +46,9 @@ class LoRADash(LoRA):
         ),
     }
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial, (out_features, in_features) = super().init(layer, settings, generator), layer.shape
-        count = min(settings["directions"], *layer.shape)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial, (out_features, in_features) = super().init(layer, generator), layer.shape
+        count = min(layer.settings["directions"], *layer.shape)
         zeros = initial.trainable["B"].new_zeros
         initial.trainable["d"] = zeros(count)
         initial.frozen.update(U=zeros(out_features, count), V=zeros(count, in_features))
@@ -71,7 +71,7 @@ class LoRADash(LoRA):
             view.frozen["U"].copy_(u[:, largest] / self.scaling(lane.settings))
             view.frozen["V"].copy_(vh[largest])
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         scaled = params["U"] * params["d"].unsqueeze(-2)
         return torch.cat([params["A"], params["V"]], dim=-2), torch.cat([params["B"], scaled], dim=-1)
 

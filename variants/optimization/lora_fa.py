@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator
 
-from variants.base import FrozenLayer, InitialTensors, LaneView, VariantSettings, VerifiedBy
+from variants.base import FrozenLayer, InitialTensors, LaneView, VerifiedBy
 from variants.baseline.lora import LoRA
 
 DAMPING = 1e-8
@@ -29,8 +29,8 @@ class LoRAFA(LoRA):
     verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
     hook_only_buffers = frozenset({"inverse"})
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, settings, generator)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, generator)
         a = initial.trainable["A"]
         identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
         inverse = torch.linalg.inv(a @ a.t() + DAMPING * identity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from variants.base import FrozenLayer, Number, Params, VariantSettings
+from variants.base import FrozenLayer, Number, Params
 from variants.dense_update import DenseUpdate
 
 
@@ -27,9 +27,7 @@ class LoRAN(DenseUpdate):
         "frequency": Number(1000.0, above=0, help="angular frequency of the sine"),
     }
 
-    def matrix(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
         product = params["B"] @ params["A"]
-        wave = (settings["frequency"] * product).sin()
-        return scaling * (product + settings["amplitude"] * product * wave)
+        wave = (layer.settings["frequency"] * product).sin()
+        return layer.scaling * (product + layer.settings["amplitude"] * product * wave)

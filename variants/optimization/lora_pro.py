@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from variants.base import Batching, FrozenLayer, InitialTensors, LaneView, VariantSettings, VerifiedBy
+from variants.base import Batching, FrozenLayer, InitialTensors, LaneView, VerifiedBy
 from variants.baseline.lora import LoRA
 
 DAMPING = 1e-8
@@ -42,8 +42,8 @@ class LoRAPro(LoRA):
     mutable_buffers = MOMENTS
     hook_only_buffers = MOMENTS
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, settings, generator)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, generator)
         for name in sorted(MOMENTS):
             initial.frozen[name] = torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device)
         return initial

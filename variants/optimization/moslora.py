@@ -10,12 +10,11 @@ from variants.base import (
     FrozenLayer,
     InitialTensors,
     Params,
-    VariantSettings,
     VerifiedBy,
     lora_init,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 
@@ -33,11 +32,11 @@ class MoSLoRA(LoRA):
     parameters = "rank * (in + out + rank)"
     verified_by = VerifiedBy.AUTHORS_CODE
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial, rank = lora_init(layer, settings, generator), settings.rank
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial, rank = lora_init(layer, generator), layer.settings.rank
         noise = parameter_generator(generator, "M")
         initial.trainable["M"] = uniform_init((rank, rank), 1 / math.sqrt(rank), layer, noise)
         return initial
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         return params["M"] @ params["A"], params["B"]

@@ -15,7 +15,7 @@ from variants.base import (
     VariantSettings,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 
@@ -37,9 +37,9 @@ class MultiLoRA(LoRA):
     parameters = "modules * (rank * (in + out) + out)"
     hyperparameters = {"modules": Int(3, help="number of parallel LoRAs")}
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        (out_features, in_features), rank = layer.shape, settings.rank
-        modules = int(settings["modules"])
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        (out_features, in_features), rank = layer.shape, layer.settings.rank
+        modules = int(layer.settings["modules"])
         initial = {"g": torch.zeros(modules, out_features, dtype=layer.dtype, device=layer.device)}
         for name, shape, fan_in in (
             ("A", (modules * rank, in_features), in_features),
@@ -49,8 +49,8 @@ class MultiLoRA(LoRA):
             initial[name] = uniform_init(shape, 1 / math.sqrt(fan_in), layer, noise)
         return InitialTensors(initial)
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
-        scales = params["g"].transpose(-1, -2).repeat_interleave(settings.rank, dim=-1)
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+        scales = params["g"].transpose(-1, -2).repeat_interleave(layer.settings.rank, dim=-1)
         return params["A"], params["B"] * scales
 
     def export_rank(self, settings: VariantSettings) -> int:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from variants.base import VariantSettings, VerifiedBy
-from variants.baseline.lora import LoRA
+from variants.baseline.lora import LORA_PEFT, LoRA
 
 
 class RsLoRA(LoRA):
@@ -16,7 +16,7 @@ class RsLoRA(LoRA):
     """
 
     verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    peft = replace(LoRA.peft, constants={**LoRA.peft.constants, "use_rslora": True})
+    peft = replace(LORA_PEFT, constants={**LORA_PEFT.constants, "use_rslora": True})
 
     def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) * math.sqrt(settings.rank)

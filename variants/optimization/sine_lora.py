@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from variants.base import FrozenLayer, Number, Params, VariantSettings, VerifiedBy
+from variants.base import FrozenLayer, Number, Params, VerifiedBy
 from variants.dense_update import DenseUpdate
 
 
@@ -28,8 +28,6 @@ class SineLoRA(DenseUpdate):
     verified_by = VerifiedBy.AUTHORS_CODE
     typical_lr_scale = 0.03  # at B = 0 the update is omega / sqrt(in) times as steep as LoRA's
 
-    def matrix(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
-        phase = settings["frequency"] * (params["B"] @ params["A"])
-        return scaling / math.sqrt(layer.shape[1]) * phase.sin()
+    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
+        phase = layer.settings["frequency"] * (params["B"] @ params["A"])
+        return layer.scaling / math.sqrt(layer.shape[1]) * phase.sin()

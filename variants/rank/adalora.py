@@ -24,7 +24,7 @@ from variants.base import (
     VerifiedBy,
     normal_init,
     parameter_generator,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 INIT_STD = 0.02
@@ -83,8 +83,8 @@ class AdaLoRA(LoRA):
     def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) * settings.rank / (_initial_rank(settings) + 1e-5)
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        (out_features, in_features), rank = layer.shape, _initial_rank(settings)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        (out_features, in_features), rank = layer.shape, _initial_rank(layer.settings)
         trainable = {
             "A": normal_init((rank, in_features), INIT_STD, layer, parameter_generator(generator, "A")),
             "E": torch.zeros(rank, 1, dtype=layer.dtype, device=layer.device),
@@ -92,18 +92,11 @@ class AdaLoRA(LoRA):
         }
         return InitialTensors(trainable, _init_buffers(trainable))
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         return params["A"] * params["E"], params["B"]
 
-    def auxiliary_loss(
-        self,
-        x: Tensor,
-        attention_mask: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        settings: VariantSettings,
-    ) -> Tensor:
-        return _OrthogonalityLoss.apply(params["A"], params["B"], float(settings["orthogonality"]))
+    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        return _OrthogonalityLoss.apply(params["A"], params["B"], float(layer.settings["orthogonality"]))
 
     def before_step(self, lane: LaneView) -> None:
         if lane.step >= _pruning_steps(lane.settings, lane.total_steps)[1]:
@@ -138,7 +131,7 @@ class AdaLoRA(LoRA):
         is_pruned = step >= _pruning_steps(settings, total_steps)[1]
         return layer_count * (settings.rank if is_pruned else _initial_rank(settings))
 
-    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
+    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
         return {"lora_A": params["A"], "lora_E": params["E"] * params[RANK_MASK], "lora_B": params["B"]}
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:

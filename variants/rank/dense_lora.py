@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Generator, Tensor
 from torch.nn.functional import gelu
 
@@ -11,14 +9,15 @@ from variants.base import (
     FrozenLayer,
     InitialTensors,
     Int,
+    Layers,
     Params,
     Variant,
-    VariantSettings,
     VerifiedBy,
     bmm,
     parameter_generator,
+    shared_settings,
     uniform_init,
-)
+)  # fmt: skip
 from variants.shared_factors import SharedFactors, shared_lora_init
 
 
@@ -45,31 +44,20 @@ class DenseLoRA(SharedFactors, Variant):
     is_rank_limited_by_layer = False
     verified_by = VerifiedBy.AUTHORS_CODE
 
-    def init_layer_group(
-        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
-    ) -> InitialTensors:
+    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
+        settings = shared_settings(layers)
         return shared_lora_init(layers, settings.rank * settings["rank_factor"], generator)
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        r = settings.rank * settings["rank_factor"]
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        r = layer.settings.rank * layer.settings["rank_factor"]
         return InitialTensors(
             {"M": uniform_init((r, r), r**-0.5, layer, parameter_generator(generator, "M"))}
         )
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         out_features, in_features = layer.shape
         return {**params, "A": params["A"][..., :in_features], "B": params["B"][:, :out_features]}
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         a, m, b = (params[name].to(x.dtype).transpose(1, 2) for name in "AMB")
-        return base + scaling.to(x.dtype) * gelu(bmm(bmm(gelu(bmm(x, a)), m), b))
+        return base + layer.scaling.to(x.dtype) * gelu(bmm(bmm(gelu(bmm(x, a)), m), b))

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.functional import pad
 
 from variants.base import (
     CalibrationStatistic,
     FrozenLayer,
+    GeneratorOf,
     InitialTensors,
     Int,
+    Layers,
     Number,
     Params,
     Start,
     VariantSettings,
     VerifiedBy,
+    shared_settings,
     stable_seed,
     uniform_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 
@@ -60,19 +62,15 @@ class GoRA(LoRA):
     def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) * math.sqrt(settings.rank)
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
         generator = torch.Generator().manual_seed(stable_seed(layer.name, "A"))
-        shape = (_largest_rank(layer, settings), layer.shape[1])
+        shape = (_largest_rank(layer, layer.settings), layer.shape[1])
         a = uniform_init(shape, 1 / math.sqrt(shape[1]), layer, generator).to(matrix)
         importance = (layer.weight.to(matrix) * matrix).abs().mean()
         return {"A": a, "G A^T": matrix @ a.t(), "importance": importance.unsqueeze(0)}
 
-    def init_layers(
-        self,
-        layers: Mapping[str, FrozenLayer],
-        settings: VariantSettings,
-        generator_of: Callable[[str], Generator],
-    ) -> dict[str, InitialTensors]:
+    def init_layers(self, layers: Layers, generator_of: GeneratorOf) -> dict[str, InitialTensors]:
+        settings = shared_settings(layers)
         importance = {name: float(layer.calibration["importance"]) for name, layer in layers.items()}
         widths = {name: math.sqrt(sum(layer.shape)) for name, layer in layers.items()}
         unit = settings.rank * sum(widths.values()) / (sum(importance.values()) or 1.0)
@@ -85,7 +83,7 @@ class GoRA(LoRA):
         return initial
 
     def _init_layer(self, layer: FrozenLayer, rank: int, settings: VariantSettings) -> InitialTensors:
-        a, ga = (layer.calibration[name].to(layer.device, layer.dtype) for name in ("A", "G A^T"))
+        a, ga = self.calibrated(layer, "A", "G A^T")
         a, ga = a[:rank], ga[:, :rank]
         scaling = self.scaling(settings) * math.sqrt(settings.rank / rank)
         size = settings["gamma"] * math.sqrt(layer.shape[1] / rank) / scaling
@@ -97,10 +95,10 @@ class GoRA(LoRA):
         }
         return InitialTensors(trainable, {"mask": mask})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         mask = params["mask"]
         # `scaling` divides by sqrt(rank), but s_l by sqrt(r_l).
-        used = mask * (settings.rank / mask.sum(-1, keepdim=True)).sqrt()
+        used = mask * (layer.settings.rank / mask.sum(-1, keepdim=True)).sqrt()
         return params["A"], params["B"] * used.unsqueeze(-2)
 
     def rank_budget(self, layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> None:

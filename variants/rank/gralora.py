@@ -21,7 +21,7 @@ from variants.base import (
     bmm,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 
 
 class GraLoRA(Variant):
@@ -71,18 +71,17 @@ class GraLoRA(Variant):
             raise UnsupportedError(f"rank {settings.rank}: must be a multiple of blocks {settings['blocks']}")
         return settings
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
-        if in_features % settings["blocks"] or out_features % settings["blocks"]:
+    def check_layer(self, layer: FrozenLayer) -> None:
+        out_features, in_features = layer.shape
+        if in_features % layer.settings["blocks"] or out_features % layer.settings["blocks"]:
             raise UnsupportedError(
-                f"{layer_name} ({out_features} x {in_features}): both sides must be multiples of blocks "
-                f"{settings['blocks']}"
+                f"{layer.name} ({out_features} x {in_features}): both sides must be multiples of blocks "
+                f"{layer.settings['blocks']}"
             )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        (out_features, in_features), rank = layer.shape, settings.rank
-        blocks, hybrid_rank = settings["blocks"], settings["hybrid_rank"]
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        (out_features, in_features), rank = layer.shape, layer.settings.rank
+        blocks, hybrid_rank = layer.settings["blocks"], layer.settings["hybrid_rank"]
         piece = in_features // blocks
 
         def draw(name: str, shape: tuple[int, ...], fan_in: int) -> Tensor:
@@ -95,23 +94,13 @@ class GraLoRA(Variant):
             trainable["HB"] = a.new_zeros(out_features, hybrid_rank)
         return InitialTensors(trainable)
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
-        scaled = {name: scaling * params[name] for name in ("HB",) if name in params}
-        return {**params, "B": scaling.unsqueeze(3) * params["B"], **scaled}
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+        scaled = {name: layer.scaling * params[name] for name in ("HB",) if name in params}
+        return {**params, "B": layer.scaling.unsqueeze(3) * params["B"], **scaled}
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         a, b = (params[name].to(x.dtype).flatten(0, 1) for name in "AB")  # (K * k, ...)
-        grid = (*x.shape[:2], settings["blocks"])
+        grid = (*x.shape[:2], layer.settings["blocks"])
         pieces = x.unflatten(2, (grid[2], -1)).transpose(1, 2).flatten(0, 1)  # (K * k, N, in / k)
         hidden = bmm(pieces, a).view(grid[0], grid[2], grid[1], grid[2], -1)  # (K, n, N, j, rank / k)
         hidden = hidden.permute(0, 3, 2, 1, 4).reshape(len(a), grid[1], -1)  # (K * j, N, n * rank / k)
@@ -121,10 +110,8 @@ class GraLoRA(Variant):
             base = baddbmm(base, bmm(x, ha), hb)
         return base + update
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
-        a = params["A"].unflatten(2, (settings["blocks"], -1))  # (n, in / k, j, rank / k)
-        b = params["B"].unflatten(1, (settings["blocks"], -1))  # (j, n, rank / k, out / k)
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+        a = params["A"].unflatten(2, (layer.settings["blocks"], -1))  # (n, in / k, j, rank / k)
+        b = params["B"].unflatten(1, (layer.settings["blocks"], -1))  # (j, n, rank / k, out / k)
         update = torch.einsum("ncji,jnio->jonc", a, b).reshape(layer.shape)
-        return scaling * (update + params["HB"] @ params["HA"] if "HA" in params else update)
+        return layer.scaling * (update + params["HB"] @ params["HA"] if "HA" in params else update)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from variants.base import FrozenLayer, Params, PeftMethod, VariantSettings, VerifiedBy
+from variants.base import FrozenLayer, Params, PeftMethod, VerifiedBy
 from variants.dense_update import DenseUpdate
 
 
@@ -25,19 +25,10 @@ class HiRA(DenseUpdate):
     stacks_lanes = True
     peft = PeftMethod("HIRA", {"A": "hira_A", "B": "hira_B"}, alpha=None, dropout="hira_dropout")
 
-    def matrix(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
         return layer.weight * torch.bmm(params["B"], params["A"])
 
-    def matrix_gradients(
-        self,
-        gradient: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Params:
+    def matrix_gradients(self, gradient: Tensor, params: Params, layer: FrozenLayer) -> Params:
         product = gradient.mul_(layer.weight)
         # The transposed product: a CPU computes a result of few rows faster than one of few columns.
         grad_b = torch.bmm(params["A"], product.transpose(1, 2)).transpose(1, 2)

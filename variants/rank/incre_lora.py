@@ -20,7 +20,7 @@ from variants.base import (
     VerifiedBy,
     normal_init,
     parameter_generator,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 EMA_DECAY = 0.85
@@ -80,30 +80,28 @@ class IncreLoRA(LoRA):
             raise UnsupportedError(f"initial {settings['initial']}: must not exceed the rank {settings.rank}")
         return settings
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        (out_features, in_features), allocated = layer.shape, self.export_rank(settings)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        (out_features, in_features), allocated = layer.shape, self.export_rank(layer.settings)
         trainable = {
             "A": normal_init((allocated, in_features), 0.02, layer, parameter_generator(generator, "A")),
             "B": normal_init((out_features, allocated), 0.02, layer, parameter_generator(generator, "B")),
         }
         trainable["E"] = trainable["A"].new_zeros(allocated, 1)
-        mask = (torch.arange(allocated) < settings["initial"]).to(trainable["E"]).unsqueeze(1)
+        mask = (torch.arange(allocated) < layer.settings["initial"]).to(trainable["E"]).unsqueeze(1)
         frozen = {f"old {name}": tensor for name, tensor in trainable.items()}
         frozen |= {"mask": mask, "live": mask, "age": torch.zeros_like(mask), "age E": torch.zeros_like(mask)}
         frozen |= {name: mask.new_zeros(1) for name in ("importance", "uncertainty")}
         return InitialTensors(trainable, frozen)
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         ranks = params["mask"].sum(-2, keepdim=True) + 1e-5
         # `scaling` divides by `rank`, but s by the present rank.
-        return params["A"] * (params["E"] * params["live"] * (settings.rank / ranks)), params["B"]
+        return params["A"] * (params["E"] * params["live"] * (layer.settings.rank / ranks)), params["B"]
 
-    def auxiliary_loss(
-        self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer, settings: VariantSettings
-    ) -> Tensor:
+    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         live = params["live"].squeeze(-1)
         excess = (params["A"].square().sum(2) - 1).abs() + (params["B"].square().sum(1) - 1).abs()
-        return settings["orthogonality"] * (live * excess).sum(1) / (2 * live.sum(1))
+        return layer.settings["orthogonality"] * (live * excess).sum(1) / (2 * live.sum(1))
 
     def before_step(self, lane: LaneView) -> None:
         for view in lane.layers.values():

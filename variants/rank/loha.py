@@ -11,12 +11,11 @@ from variants.base import (
     InitialTensors,
     Params,
     PeftMethod,
-    VariantSettings,
     VerifiedBy,
     bmm,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 from variants.dense_update import DenseUpdate
 
 
@@ -43,8 +42,8 @@ class LoHa(DenseUpdate):
         adapts_conv1d=False,
     )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        (out_features, in_features), rank = layer.shape, settings.rank
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        (out_features, in_features), rank = layer.shape, layer.settings.rank
 
         def draw(name: str, *shape: int) -> Tensor:
             return uniform_init(shape, 1 / math.sqrt(shape[1]), layer, parameter_generator(generator, name))
@@ -53,7 +52,5 @@ class LoHa(DenseUpdate):
         b1, b2 = (draw(name, out_features, rank) for name in ("B1", "B2"))
         return InitialTensors({"A1": a1, "B1": b1, "A2": a1.new_zeros(a1.shape), "B2": b2})
 
-    def matrix(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
-        return scaling * bmm(params["B1"], params["A1"]) * bmm(params["B2"], params["A2"])
+    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
+        return layer.scaling * bmm(params["B1"], params["A1"]) * bmm(params["B2"], params["A2"])

@@ -23,7 +23,7 @@ from variants.base import (
     bmm,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 
 
 class LoKr(Variant):
@@ -56,8 +56,8 @@ class LoKr(Variant):
         adapts_conv1d=False,
     )
 
-    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int, settings: VariantSettings) -> int:
-        (out1, out2), (in1, in2) = (_divide(side, settings["factor"]) for side in layer.shape)
+    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int) -> int:
+        (out1, out2), (in1, in2) = (_divide(side, layer.settings["factor"]) for side in layer.shape)
         return out1 * in1 + (rank * (out2 + in2) if 2 * rank < max(out2, in2) else out2 * in2)
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
@@ -66,13 +66,13 @@ class LoKr(Variant):
             raise UnsupportedError("factor 0: must be at least 1, or -1 for no limit")
         return settings
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        (out1, out2), (in1, in2) = (_divide(side, settings["factor"]) for side in layer.shape)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        (out1, out2), (in1, in2) = (_divide(side, layer.settings["factor"]) for side in layer.shape)
 
         def draw(name: str, *shape: int) -> Tensor:
             return uniform_init(shape, 1 / math.sqrt(shape[1]), layer, parameter_generator(generator, name))
 
-        rank = settings.rank
+        rank = layer.settings.rank
         if 2 * rank < max(out2, in2):
             trainable = {"A": draw("A", rank, in2), "B": draw("B", out2, rank)}
         else:
@@ -80,16 +80,8 @@ class LoKr(Variant):
         c = torch.zeros(out1, in1, dtype=layer.dtype, device=layer.device)
         return InitialTensors({"C": c, **trainable})
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
-        c = (scaling * params["C"]).to(x.dtype)
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        c = (layer.scaling * params["C"]).to(x.dtype)
         rows = x.reshape(len(x), -1, x.shape[2] // c.shape[2])  # (K, N * in1, in2)
         for name in ("D",) if "D" in params else ("A", "B"):
             rows = bmm(rows, params[name].to(x.dtype).transpose(1, 2))
@@ -97,10 +89,10 @@ class LoKr(Variant):
         update = bmm(columns.reshape(len(x), -1, c.shape[2]), c.transpose(1, 2))
         return base + update.view(*columns.shape[:3], -1).transpose(2, 3).reshape(base.shape)
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
-        return scaling * torch.kron(params["C"], params["D"] if "D" in params else params["B"] @ params["A"])
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+        return layer.scaling * torch.kron(
+            params["C"], params["D"] if "D" in params else params["B"] @ params["A"]
+        )
 
 
 def _divide(side: int, factor: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from variants.base import (
     VerifiedBy,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 
@@ -37,21 +37,20 @@ class MELoRA(LoRA):
     hyperparameters = {"blocks": Int(2, help="number n of small LoRAs; must divide both sides of each layer")}
     verified_by = VerifiedBy.AUTHORS_CODE
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
-        if out_features % settings["blocks"] or in_features % settings["blocks"]:
+    def check_layer(self, layer: FrozenLayer) -> None:
+        blocks, (out_features, in_features) = layer.settings["blocks"], layer.shape
+        if out_features % blocks or in_features % blocks:
             raise UnsupportedError(
-                f"{layer_name}: blocks {settings['blocks']} does not divide {out_features} x {in_features}"
+                f"{layer.name}: blocks {blocks} does not divide {out_features} x {in_features}"
             )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        (out_features, in_features), n = layer.shape, settings["blocks"]
-        shape, noise = (n, settings.rank, in_features // n), parameter_generator(generator, "A")
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        (out_features, in_features), n = layer.shape, layer.settings["blocks"]
+        shape, noise = (n, layer.settings.rank, in_features // n), parameter_generator(generator, "A")
         a = uniform_init(shape, (n / in_features) ** 0.5, layer, noise)
-        return InitialTensors({"A": a, "B": a.new_zeros(n, out_features // n, settings.rank)})
+        return InitialTensors({"A": a, "B": a.new_zeros(n, out_features // n, layer.settings.rank)})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         return _block_diagonal(params["A"]), _block_diagonal(params["B"])
 
     def export_rank(self, settings: VariantSettings) -> int:

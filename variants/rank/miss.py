@@ -5,16 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Params,
-    PeftMethod,
-    Variant,
-    VariantSettings,
-    VerifiedBy,
-    baddbmm,
-)
+from variants.base import FrozenLayer, InitialTensors, Params, PeftMethod, Variant, VerifiedBy, baddbmm
 
 
 class MiSS(Variant):
@@ -39,24 +30,14 @@ class MiSS(Variant):
         adapts_conv1d=False,
     )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        shape = settings.rank, layer.shape[0]
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        shape = layer.settings.rank, layer.shape[0]
         return InitialTensors({"D": torch.zeros(shape, dtype=layer.dtype, device=layer.device)})
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
-        rank = settings.rank
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        rank = layer.settings.rank
         pieces = torch.nn.functional.pad(x, (0, -x.shape[2] % rank)).unflatten(2, (-1, rank))
         return baddbmm(base, pieces.sum(2), params["D"].to(x.dtype))
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
-        return params["D"].t().repeat(1, -(-layer.shape[1] // settings.rank))[:, : layer.shape[1]]
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+        return params["D"].t().repeat(1, -(-layer.shape[1] // layer.settings.rank))[:, : layer.shape[1]]

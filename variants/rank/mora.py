@@ -18,7 +18,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     bmm,
-)
+)  # fmt: skip
 
 
 class MoRA(Variant):
@@ -46,33 +46,24 @@ class MoRA(Variant):
     def formula_names(self, settings: VariantSettings) -> ExtraSettings:
         return {"step": _size_step(settings)}
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
-        size = _matrix_size((out_features, in_features), settings)
+    def check_layer(self, layer: FrozenLayer) -> None:
+        out_features, in_features = layer.shape
+        size = _matrix_size((out_features, in_features), layer.settings)
         if not 0 < size <= min(out_features, in_features):
             raise UnsupportedError(
-                f"{layer_name} ({out_features} x {in_features}): rank {settings.rank} gives M the size "
+                f"{layer.name} ({out_features} x {in_features}): rank {layer.settings.rank} gives M the size "
                 f"{size}; it must be from 1 to the smaller side"
             )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        size = _matrix_size(layer.shape, settings)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        size = _matrix_size(layer.shape, layer.settings)
         return InitialTensors({"M": torch.zeros(size, size, dtype=layer.dtype, device=layer.device)})
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         m = params["M"].to(x.dtype).transpose(1, 2)
         size = m.shape[1]
         pieces = torch.cat([x, x[..., : -x.shape[2] % size]], dim=2).unflatten(2, (-1, size))
-        if settings["maps"] == "sharing":
+        if layer.settings["maps"] == "sharing":
             update = bmm(pieces.sum(2), m)
         else:
             pieces = pieces[:, :, : -(-layer.shape[0] // size)]
@@ -82,12 +73,10 @@ class MoRA(Variant):
             update = bmm(pieces.flatten(1, 2), m).view(*x.shape[:2], -1)
         return base + update.repeat(1, 1, -(-layer.shape[0] // update.shape[2]))[..., : layer.shape[0]]
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
         (out_features, in_features), m = layer.shape, params["M"]
         count = -(-in_features // len(m))
-        if settings["maps"] == "sharing":
+        if layer.settings["maps"] == "sharing":
             wide = m.repeat(1, count)
         else:
             cos, sin = (part.unsqueeze(1) for part in _rotation(layer, count, len(m)))

@@ -15,7 +15,7 @@ from variants.base import (
     VerifiedBy,
     parameter_generator,
     uniform_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 
@@ -50,21 +50,21 @@ class PRoLoRA(LoRA):
             raise UnsupportedError(f"unshared {settings['unshared']}: must be below the rank {settings.rank}")
         return settings
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        (out_features, in_features), unshared = layer.shape, settings["unshared"]
-        shared, bound = settings.rank - unshared, in_features**-0.5
-        columns = -(-in_features // settings["in_copies"])
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        (out_features, in_features), unshared = layer.shape, layer.settings["unshared"]
+        shared, bound = layer.settings.rank - unshared, in_features**-0.5
+        columns = -(-in_features // layer.settings["in_copies"])
         a, c = (
             uniform_init(shape, bound, layer, parameter_generator(generator, name))
             for name, shape in {"A": (unshared, in_features), "C": (shared, columns)}.items()
         )
-        d = a.new_zeros(-(-out_features // settings["out_copies"]), shared)
+        d = a.new_zeros(-(-out_features // layer.settings["out_copies"]), shared)
         return InitialTensors({"A": a, "B": a.new_zeros(out_features, unshared), "C": c, "D": d})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
-        a = _rotated_copies(params["C"], settings["in_copies"])[..., :in_features]
-        b = _rotated_copies(params["D"].mT, settings["out_copies"])[..., :out_features].mT
+        a = _rotated_copies(params["C"], layer.settings["in_copies"])[..., :in_features]
+        b = _rotated_copies(params["D"].mT, layer.settings["out_copies"])[..., :out_features].mT
         return torch.cat([a, params["A"]], dim=-2), torch.cat([b, params["B"]], dim=-1)
 
 

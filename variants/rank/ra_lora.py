@@ -16,7 +16,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     lora_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 
@@ -46,23 +46,24 @@ class RaLoRA(LoRA):
         "max_power": Int(4, help="the largest number of blocks is 2 to this power"),
     }
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
         values = torch.linalg.svdvals(matrix)
         shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
         return {"effective_rank": torch.special.entr(shares).sum().exp().unsqueeze(0)}
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = lora_init(layer, settings, generator)
-        ratio = max(1.0, float(layer.calibration["effective_rank"]) / settings.rank)
-        power = min(math.floor(math.log2(ratio)), settings["max_power"])
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = lora_init(layer, generator)
+        ratio = max(1.0, float(layer.calibration["effective_rank"]) / layer.settings.rank)
+        power = min(math.floor(math.log2(ratio)), layer.settings["max_power"])
         blocks = math.gcd(2**power, *layer.shape)
         a = initial.trainable["A"].mul_(math.sqrt(blocks))
         return InitialTensors(initial.trainable, {"blocks": a.new_tensor([blocks])})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., N * rank, in) and B (..., out, N * rank), zero outside blocks; N = 2^max_power."""
         in_out, in_in = (
-            _block_membership(params["blocks"], size, 2 ** settings["max_power"]) for size in layer.shape
+            _block_membership(params["blocks"], size, 2 ** layer.settings["max_power"])
+            for size in layer.shape
         )
         a = (params["A"].unsqueeze(-3) * in_in.unsqueeze(-2)).flatten(-3, -2)
         b = (params["B"].unsqueeze(-2) * in_out.transpose(-1, -2).unsqueeze(-1)).flatten(-2)

@@ -15,14 +15,16 @@ from variants.base import (
     FrozenLayer,
     InitialTensors,
     Int,
+    Layers,
     Params,
     PeftMethod,
     UnsupportedError,
     VariantSettings,
     VerifiedBy,
     parameter_generator,
+    shared_settings,
     uniform_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 from variants.shared_factors import largest_sides
 
@@ -64,8 +66,8 @@ class RandLoRA(LoRA):
         constants={"save_projection": True, "bias": "none"},
     )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        n, r = _basis_count(layer.shape, settings), _basis_rank(settings)
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        n, r = _basis_count(layer.shape, layer.settings), _basis_rank(layer.settings)
         shape = n, min(layer.shape)
         g = torch.full(shape, 1 / max(shape), dtype=layer.dtype, device=layer.device)
         return InitialTensors({"l": g.new_zeros(r, n), "g": g})
@@ -73,9 +75,8 @@ class RandLoRA(LoRA):
     def layer_group(self, layer_name: str) -> str:
         return "rand_lora"
 
-    def init_layer_group(
-        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
-    ) -> InitialTensors:
+    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
+        settings = shared_settings(layers)
         sides, r, like = largest_sides(layers), _basis_rank(settings), next(iter(layers.values()))
         shapes = {"A": (r, 1, min(sides)), "B": (max(sides), _basis_count(sides, settings), r)}
         bases = {
@@ -84,10 +85,10 @@ class RandLoRA(LoRA):
         }
         return InitialTensors({}, {name: basis / basis.std() for name, basis in bases.items()})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
-        n, p, q = _basis_count(layer.shape, settings), min(layer.shape), max(layer.shape)
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+        n, p, q = _basis_count(layer.shape, layer.settings), min(layer.shape), max(layer.shape)
         scales = params["l"].unsqueeze(-1) * params["g"].unsqueeze(-3)  # (..., r, n, p)
-        if settings["normalized"]:
+        if layer.settings["normalized"]:
             scales = scales / math.sqrt(n)
         # As in PEFT, the columns of B are in another order (n, r) than the rows of A, which are random too.
         a = (params["A"][..., :p] * scales).flatten(-3, -2)
@@ -97,13 +98,13 @@ class RandLoRA(LoRA):
     def export_rank(self, settings: VariantSettings) -> int:
         return _basis_rank(settings)
 
-    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
+    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
         n, p = params["g"].shape
-        if n * _basis_rank(settings) < p:
+        if n * _basis_rank(layer.settings) < p:
             raise UnsupportedError(
-                f"rand_lora with base_limit {settings['base_limit']} cannot be exported: PEFT has {p}"
+                f"rand_lora with base_limit {layer.settings['base_limit']} cannot be exported: PEFT has {p}"
             )
-        g = params["g"] / math.sqrt(n) if settings["normalized"] else params["g"]
+        g = params["g"] / math.sqrt(n) if layer.settings["normalized"] else params["g"]
         return {"randlora_lambda": params["l"], "randlora_gamma": g}
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
 
 from variants.base import (
     FrozenLayer,
+    GeneratorOf,
     InitialTensors,
     Int,
+    Layers,
     Params,
     UnsupportedError,
     VariantSettings,
     VerifiedBy,
     lora_init,
-)
+    shared_settings,
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 from variants.shared_factors import SharedFactors, shared_lora_init
 
@@ -45,7 +46,7 @@ class RaSA(SharedFactors, LoRA):
     shared_parameters = "shared * layers * (in + out + layers)"  # with the pool's part of each layer's E
     hyperparameters = {"shared": Int(1, help="ranks k that each layer gives to the pool; below the rank")}
     verified_by = VerifiedBy.AUTHORS_CODE
-    peft = None  # type: ignore[assignment]  # the exported rank would depend on the number of layers
+    peft = None  # the exported rank would depend on the number of layers
 
     def scaling(self, settings: VariantSettings) -> float:
         return 1.0
@@ -56,31 +57,26 @@ class RaSA(SharedFactors, LoRA):
             raise UnsupportedError(f"shared {settings['shared']}: must be below the rank {settings.rank}")
         return settings
 
-    def init_layer_group(
-        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
-    ) -> InitialTensors:
+    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
+        settings = shared_settings(layers)
         pool = shared_lora_init(layers, settings["shared"] * len(layers), generator)
         return InitialTensors({f"s{name}": tensor for name, tensor in pool.trainable.items()})
 
-    def init_layers(
-        self,
-        layers: Mapping[str, FrozenLayer],
-        settings: VariantSettings,
-        generator_of: Callable[[str], Generator],
-    ) -> dict[str, InitialTensors]:
+    def init_layers(self, layers: Layers, generator_of: GeneratorOf) -> dict[str, InitialTensors]:
+        settings = shared_settings(layers)
         assert settings.alpha is not None
         own = settings.rank - settings["shared"]
         sizes = Counter(self.layer_group(name) for name in layers)
         initial = {}
         for name, layer in layers.items():
             pool = settings["shared"] * sizes[self.layer_group(name)]
-            tensors = lora_init(layer, replace(settings, rank=own), generator_of(name)).trainable
+            tensors = lora_init(layer, generator_of(name), own).trainable
             tensors["E"] = tensors["A"].new_full((own + pool, 1), 0.5 * settings.alpha / own)
             tensors["E"][own:] = 0.5 * settings.alpha / pool
             initial[name] = InitialTensors(tensors)
         return initial
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
         a = torch.cat([params["A"], params["sA"][..., :in_features]], dim=-2)
         b = torch.cat([params["B"], params["sB"][..., :out_features, :]], dim=-1)

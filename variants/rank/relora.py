@@ -18,7 +18,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     lora_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 
@@ -61,9 +61,9 @@ class ReLoRA(LoRA):
         "pruned": Number(0.99, below=1, help="fraction of the Adam moments that a merge sets to zero"),
     }
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, settings, generator)
-        merged_rank = settings.rank * int(settings["merges"])
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        initial = super().init(layer, generator)
+        merged_rank = layer.settings.rank * int(layer.settings["merges"])
         a, b = initial.trainable["A"], initial.trainable["B"]
         initial.frozen["merged A"] = a.new_zeros(merged_rank, a.shape[1])
         initial.frozen["merged B"] = b.new_zeros(b.shape[0], merged_rank)
@@ -98,15 +98,15 @@ class ReLoRA(LoRA):
     def restart_factors(self, lane: LaneView, layer: str) -> None:
         """Change A and B of a layer after a merge."""
         view = lane.layers[layer]
-        view.trainable["A"].copy_(lora_init(view.layer, lane.settings, lane.generator(layer)).trainable["A"])
+        view.trainable["A"].copy_(lora_init(view.layer, lane.generator(layer)).trainable["A"])
         view.trainable["B"].zero_()
 
     def restart_optimizer(self, lane: LaneView, parameter: Tensor) -> None:
         """Change AdamW's state of a parameter after a merge."""
         _prune_moments(lane.moments(parameter), float(lane.settings["pruned"]))
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
-        a, b = super().factors(params, layer, settings)
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+        a, b = super().factors(params, layer)
         if "merged A" not in params:
             return a, b
         merged_a, merged_b = self.frozen_factors(params)

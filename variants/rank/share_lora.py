@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Generator, Tensor
 
 from variants.base import (
@@ -11,10 +9,12 @@ from variants.base import (
     ExtraSettings,
     FrozenLayer,
     InitialTensors,
+    Layers,
     Params,
     VariantSettings,
     VerifiedBy,
-)
+    shared_settings,
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 from variants.shared_factors import SharedFactors
 
@@ -41,16 +41,15 @@ class ShareLoRA(SharedFactors, LoRA):
         """Return 1 for a shared factor and 0 for a factor of one layer, as "a" and "b"."""
         return {name.lower(): int(name in settings["part"]) for name in "AB"}
 
-    def init_layer_group(
-        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
-    ) -> InitialTensors:
-        both = super().init_layer_group(layers, settings, generator).trainable
+    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
+        settings = shared_settings(layers)
+        both = super().init_layer_group(layers, generator).trainable
         return InitialTensors({name: both[name] for name in settings["part"]})
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        own = super().init(layer, settings, generator).trainable
-        return InitialTensors({name: own[name] for name in own if name not in settings["part"]})
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        own = super().init(layer, generator).trainable
+        return InitialTensors({name: own[name] for name in own if name not in layer.settings["part"]})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
         return params["A"][..., :in_features], params["B"][..., :out_features, :]

@@ -11,10 +11,9 @@ from variants.base import (
     Params,
     PeftMethod,
     UnsupportedError,
-    VariantSettings,
     VerifiedBy,
     parameter_generator,
-)
+)  # fmt: skip
 from variants.dense_update import DenseUpdate
 
 
@@ -44,27 +43,25 @@ class SHiRA(DenseUpdate):
         adapts_conv1d=False,
     )
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
-        count, limit = settings.rank * (in_features + out_features), in_features * out_features
+    def check_layer(self, layer: FrozenLayer) -> None:
+        out_features, in_features = layer.shape
+        rank, limit = layer.settings.rank, in_features * out_features
+        count = rank * (in_features + out_features)
         if count > limit:
             raise UnsupportedError(
-                f"{layer_name}: rank {settings.rank} needs {count} values, but the layer has {limit} weights"
+                f"{layer.name}: rank {rank} needs {count} values, but the layer has {limit} weights"
             )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         out_features, in_features = layer.shape
         noise = parameter_generator(generator, "indices")
         order = torch.randperm(out_features * in_features, generator=noise)
-        chosen = order[: settings.rank * (in_features + out_features)].sort().values
+        chosen = order[: layer.settings.rank * (in_features + out_features)].sort().values
         indices = torch.stack([chosen // in_features, chosen % in_features]).int()
         values = torch.zeros(len(chosen), dtype=layer.dtype, device=layer.device)
         return InitialTensors({"values": values}, {"indices": indices.to(layer.device)})
 
-    def matrix(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
         rows, columns = params["indices"].long().unbind(1)
         flat = params["values"].new_zeros(len(rows), layer.shape[0] * layer.shape[1])
         return flat.scatter(1, rows * layer.shape[1] + columns, params["values"]).view(-1, *layer.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from variants.base import FrozenLayer, InitialTensors, Params, VariantSettings, VerifiedBy
+from variants.base import FrozenLayer, InitialTensors, Params, VerifiedBy
 from variants.baseline.lora import LoRA
 from variants.shared_factors import SharedFactors
 
@@ -26,12 +26,12 @@ class TiedLoRA(SharedFactors, LoRA):
     shared_parameters = "rank * (in + out)"
     verified_by = VerifiedBy.PAPER
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        sizes = {"u": settings.rank, "v": layer.shape[0]}
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        sizes = {"u": layer.settings.rank, "v": layer.shape[0]}
         ones = torch.ones(max(sizes.values()), 1, dtype=layer.dtype, device=layer.device)
         return InitialTensors({name: ones[:size] for name, size in sizes.items()})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
         a, b = params["A"][..., :in_features], params["B"][..., :out_features, :]
         return params["u"] * a, params["v"] * b

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from variants.base import (
     FrozenLayer,
     InitialTensors,
     Int,
+    Layers,
     Number,
     Params,
     PeftMethod,
@@ -24,8 +25,9 @@ from variants.base import (
     VerifiedBy,
     normal_init,
     parameter_generator,
+    shared_settings,
     uniform_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 
 DEFAULT_LENGTH = 256
@@ -75,12 +77,11 @@ class VBLoRA(LoRA):
             raise UnsupportedError(f"top_k {top_k}: must be at most vectors {vectors}")
         return settings
 
-    def check_layer(
-        self, layer_name: str, out_features: int, in_features: int, settings: VariantSettings
-    ) -> None:
-        if math.gcd(out_features, in_features) % (settings["vector_length"] or 1):
+    def check_layer(self, layer: FrozenLayer) -> None:
+        out_features, in_features = layer.shape
+        if math.gcd(out_features, in_features) % (layer.settings["vector_length"] or 1):
             raise UnsupportedError(
-                f"{layer_name}: vector_length {settings['vector_length']} does not divide "
+                f"{layer.name}: vector_length {layer.settings['vector_length']} does not divide "
                 f"{out_features} x {in_features}"
             )
 
@@ -91,13 +92,13 @@ class VBLoRA(LoRA):
     def formula_names(self, settings: VariantSettings) -> ExtraSettings:
         return {**settings.extra, "vector_length": settings["vector_length"] or DEFAULT_LENGTH}
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
-        out_pieces, in_pieces = (side // settings["vector_length"] for side in layer.shape)
-        shapes = {"PA": (settings.rank, in_pieces), "PB": (out_pieces, settings.rank)}
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        out_pieces, in_pieces = (side // layer.settings["vector_length"] for side in layer.shape)
+        shapes = {"PA": (layer.settings.rank, in_pieces), "PB": (out_pieces, layer.settings.rank)}
         return InitialTensors(
             {
                 name: normal_init(
-                    (*shape, settings["vectors"]), 0.1, layer, parameter_generator(generator, name)
+                    (*shape, layer.settings["vectors"]), 0.1, layer, parameter_generator(generator, name)
                 )
                 for name, shape in shapes.items()
             }
@@ -106,15 +107,14 @@ class VBLoRA(LoRA):
     def layer_group(self, layer_name: str) -> str:
         return "vb_lora"
 
-    def init_layer_group(
-        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
-    ) -> InitialTensors:
+    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
+        settings = shared_settings(layers)
         shape, like = (settings["vectors"], settings["vector_length"]), next(iter(layers.values()))
         noise = parameter_generator(generator, "bank")
         return InitialTensors({"bank": uniform_init(shape, 0.02, like, noise)})
 
-    def factors(self, params: Params, layer: FrozenLayer, settings: VariantSettings) -> tuple[Tensor, Tensor]:
-        a, b = (_mixtures(params[name], params["bank"], settings["top_k"]) for name in ("PA", "PB"))
+    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+        a, b = (_mixtures(params[name], params["bank"], layer.settings["top_k"]) for name in ("PA", "PB"))
         return a.flatten(-2), b.transpose(-1, -2).flatten(-3, -2)
 
     def init_group_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:

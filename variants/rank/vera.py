@@ -14,13 +14,15 @@ from variants.base import (
     FrozenLayer,
     InitialTensors,
     Int,
+    Layers,
     Params,
     PeftMethod,
     VariantSettings,
     VerifiedBy,
     parameter_generator,
+    shared_settings,
     uniform_init,
-)
+)  # fmt: skip
 from variants.baseline.lora import LoRA
 from variants.batch_invariant import pad_rank_one
 from variants.low_rank_product import VectorProduct
@@ -60,16 +62,15 @@ class VeRA(LoRA):
         constants={"save_projection": True, "bias": "none"},
     )
 
-    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         b = torch.zeros(layer.shape[0], dtype=layer.dtype, device=layer.device)
-        return InitialTensors({"d": b.new_full((_vera_rank(settings),), 0.1), "b": b})
+        return InitialTensors({"d": b.new_full((_vera_rank(layer.settings),), 0.1), "b": b})
 
     def layer_group(self, layer_name: str) -> str | None:
         return "vera"
 
-    def init_layer_group(
-        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
-    ) -> InitialTensors:
+    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
+        settings = shared_settings(layers)
         rank, like = _vera_rank(settings), next(iter(layers.values()))
         out_features, in_features = (max(layer.shape[side] for layer in layers.values()) for side in (0, 1))
         a = uniform_init(
@@ -78,9 +79,7 @@ class VeRA(LoRA):
         b = uniform_init((out_features, rank), math.sqrt(6 / rank), like, parameter_generator(generator, "B"))
         return InitialTensors({}, {"A": a, "B": b})
 
-    def prepare(
-        self, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         """Return A and diag(b) B diag(d) as "A" and "sB", or in training "A", "B", "b" and "d"."""
         (out_features, in_features), d = layer.shape, params["d"]
         a, b = pad_rank_one(params["A"][..., :in_features], params["B"][:, :out_features])
@@ -89,32 +88,20 @@ class VeRA(LoRA):
         prepared = {"A": a, "B": b, "b": params["b"], "d": d}
         return prepared if torch.is_grad_enabled() else {"A": a, "sB": _scaled_b(prepared)}
 
-    def forward(
-        self,
-        x: Tensor,
-        base: Tensor,
-        params: Params,
-        layer: FrozenLayer,
-        scaling: Tensor,
-        settings: VariantSettings,
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         if "sB" not in params:
             params = {"A": params["A"], "sB": _scaled_b(params)}
-        return super().forward(x, base, params, layer, scaling, settings)
+        return super().forward(x, base, params, layer)
 
     def includes_base(self, layer: FrozenLayer) -> bool:
         return type(self).forward is VeRA.forward
 
-    def forward_with_base(
-        self, x: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor, settings: VariantSettings
-    ) -> Tensor:
+    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         if "sB" in params:
-            return super().forward_with_base(x, params, layer, scaling, settings)
+            return super().forward_with_base(x, params, layer)
         return VectorProduct.apply(x, params["b"], params["d"], params["A"], params["B"], layer)
 
-    def delta_weight(
-        self, params: Params, layer: FrozenLayer, scaling: float, settings: VariantSettings
-    ) -> Tensor:
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
         out_features, in_features = layer.shape
         gains = params["b"].unsqueeze(1) * params["d"]
         return (gains * params["B"][:out_features]) @ params["A"][:, :in_features]
@@ -122,7 +109,7 @@ class VeRA(LoRA):
     def export_rank(self, settings: VariantSettings) -> int:
         return _vera_rank(settings)
 
-    def to_peft(self, params: Params, settings: VariantSettings, layer: FrozenLayer) -> dict[str, Tensor]:
+    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
         return {peft_name: params[name] for name, peft_name in self.peft.names.items()}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:

@@ -15,15 +15,7 @@ import torch
 from torch import Tensor
 
 from variants.adapters import Adapters
-from variants.base import (
-    RANK_MASK,
-    AdaptationScope,
-    Batching,
-    MergeError,
-    Start,
-    Variant,
-    VariantSettings,
-)
+from variants.base import RANK_MASK, AdaptationScope, Batching, MergeError, Start, Variant, VariantSettings
 from variants.merging import merge_and_detach
 from variants.parameter_formula import evaluate_formula
 from variants.storage import load_lane, load_peft, save_lane, save_peft
@@ -44,7 +36,7 @@ from variants.testing.rig import (
     tensors_equal,
     train,
     train_step,
-)
+)  # fmt: skip
 
 DROPOUT_SETTINGS = VariantSettings(rank=4, alpha=8.0, dropout=0.1)
 
@@ -371,8 +363,7 @@ def _expected_parameter_count(variant: Variant, case: Case, adapters: Adapters, 
     shapes = {name: layer.frozen_layer.shape for name, layer in adapters.layers.items()}
     names = variant.formula_names(adapters.settings)
     for name, rank in ranks.items():
-        layer = adapters.layers[name].frozen_layer
-        count += variant.layer_parameters(layer, rank, len(shapes), adapters.settings)
+        count += variant.layer_parameters(adapters.layers[name].lane_layer("0"), rank, len(shapes))
     for group in adapters.layer_groups.values():
         members = [shapes[name] for name, layer in adapters.layers.items() if layer.layer_group is group]
         largest = max(out for out, _ in members), max(into for _, into in members)

@@ -104,10 +104,8 @@ def perturb_lanes(case: Case, adapters: Adapters) -> None:
 def has_update(adapters: Adapters) -> bool:
     """Return whether the first lane changes the weight of some layer, however little."""
     lane, variant = adapters.lanes[0], adapters.variant
-    settings = adapters.lane_settings(lane)
-    inputs = ((layer.lane_tensors(lane), layer.frozen_layer) for layer in adapters.layers.values())
-    scaling = variant.scaling(settings)
-    return any(variant.delta_weight(*each, scaling, settings).count_nonzero() for each in inputs)
+    inputs = ((layer.lane_tensors(lane), layer.lane_layer(lane)) for layer in adapters.layers.values())
+    return any(variant.delta_weight(*each).count_nonzero() for each in inputs)
 
 
 @torch.no_grad()

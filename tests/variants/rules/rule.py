@@ -9,7 +9,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.adapters import Adapters
-from variants.base import VariantSettings
+from variants.base import FrozenLayer, VariantSettings
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes, perturb_lanes
 
@@ -38,6 +38,11 @@ def adapt(name: str, settings: VariantSettings, perturb: bool = True, **sizes: i
     if perturb:
         perturb_lanes(case, adapters)
     return adapters
+
+
+def layer_of(name: str, shape: tuple[int, int], settings: VariantSettings) -> FrozenLayer:
+    """Return a layer of a shape (out, in), without values."""
+    return FrozenLayer(name, torch.empty(shape, device="meta"), None, settings=settings)
 
 
 def check_update(
@@ -71,10 +76,10 @@ def check_update(
     scaling = adapters.variant.scaling(lane)
     for layer in adapters.layers.values():
         tensors, frozen = layer.lane_tensors("0"), layer.frozen_layer
-        merged = adapters.variant.delta_weight(tensors, frozen, scaling, lane)
+        merged = adapters.variant.delta_weight(tensors, frozen.with_settings(lane, scaling))
         expected = change(tensors, frozen.weight, lane, scaling)
         torch.testing.assert_close(merged, expected, rtol=TOLERANCE, atol=TOLERANCE)
-        merged_bias = adapters.variant.delta_bias(tensors, frozen, scaling, lane)
+        merged_bias = adapters.variant.delta_bias(tensors, frozen.with_settings(lane, scaling))
         assert (merged_bias is None) == (change_bias is None)
         if change_bias is not None:
             expected = change_bias(tensors, frozen.bias, lane)

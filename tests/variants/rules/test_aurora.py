@@ -40,16 +40,18 @@ def test_entries_far_outside_the_grid_have_no_spline() -> None:
     params = {"A": eye, "B": eye, "H": torch.zeros_like(eye), "C": torch.ones(1, 6, 8).double()}
     layer, one = FrozenLayer("layer", torch.zeros(6, 6).double(), None), torch.ones(1, 1, 1).double()
     settings = VARIANT.validate_settings(VariantSettings(6, 6.0))
-    prepared = VARIANT.prepare(params, layer, one, settings)
-    assert not VARIANT.forward(x, torch.zeros_like(x), prepared, layer, one, settings).any()
-    inside = VARIANT.forward(x / 100, torch.zeros_like(x), prepared, layer, one, settings)
+    prepared = VARIANT.prepare(params, layer.with_settings(settings, one))
+    assert not VARIANT.forward(x, torch.zeros_like(x), prepared, layer.with_settings(settings, one)).any()
+    inside = VARIANT.forward(x / 100, torch.zeros_like(x), prepared, layer.with_settings(settings, one))
     torch.testing.assert_close(inside, torch.full_like(x, 6.0))  # the splines of an entry sum to 1
 
 
 def test_the_nonlinear_layer_starts_as_in_the_studys_code() -> None:
     layer, settings = FrozenLayer("layer", torch.zeros(20, 30), None), VariantSettings(16, 16.0)
     settings = VARIANT.validate_settings(settings)
-    starts = [VARIANT.init(layer, settings, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    starts = [
+        VARIANT.init(layer.with_settings(settings), torch.Generator().manual_seed(seed)) for seed in range(40)
+    ]
     h = torch.stack([start.trainable["H"] for start in starts])
     c = torch.stack([start.trainable["C"] for start in starts])
     torch.testing.assert_close(h.std(), torch.tensor(0.25), rtol=0.05, atol=0)

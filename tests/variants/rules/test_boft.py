@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft.tuners.boft.layer import BOFTLayer
-from rule import check_update
+from rule import check_update, layer_of
 
 from variants import catalogue
 from variants.base import UnsupportedError, VariantSettings
@@ -34,6 +34,6 @@ def test_a_product_of_permuted_rotations(size: int, factors: int) -> None:
 def test_a_layer_that_the_factors_do_not_divide_is_refused() -> None:
     variant = catalogue.get("boft")
     settings = variant.validate_settings(VariantSettings(extra={"block_size": 8, "factors": 2}))
-    variant.check_layer("q_proj", 24, 48, settings)
+    variant.check_layer(layer_of("q_proj", (24, 48), settings))
     with pytest.raises(UnsupportedError, match="k_proj has 40 inputs: not a multiple of 16"):
-        variant.check_layer("k_proj", 24, 40, settings)
+        variant.check_layer(layer_of("k_proj", (24, 40), settings))

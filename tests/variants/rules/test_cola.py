@@ -53,7 +53,7 @@ def test_a_chain_equals_loras_that_are_trained_one_after_the_other() -> None:
                 total[name] = total.get(name, 0) + change
         for name, layer in adapters.layers.items():
             merged = adapters.variant.delta_weight(
-                layer.lane_tensors("0"), layer.frozen_layer, 2.0, adapters.lane_settings("0")
+                layer.lane_tensors("0"), layer.frozen_layer.with_settings(adapters.lane_settings("0"), 2.0)
             )
             torch.testing.assert_close(merged, total[name], rtol=1e-6, atol=1e-9)
 

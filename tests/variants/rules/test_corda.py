@@ -33,9 +33,9 @@ def inputs(positions: int = 200) -> Tensor:
 def start(mode: str, moment: Tensor, weight: Tensor) -> InitialTensors:
     variant = catalogue.get("corda")
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA, extra={"mode": mode}))
-    found = variant.reduce_calibration(FrozenLayer("layer", weight, None), moment, settings)
+    found = variant.reduce_calibration(FrozenLayer("layer", weight, None).with_settings(settings), moment)
     layer = FrozenLayer("layer", weight, None, calibration=found)
-    return variant.init(layer, settings, Generator())
+    return variant.init(layer.with_settings(settings), Generator())
 
 
 def random_weight() -> Tensor:

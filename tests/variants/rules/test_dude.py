@@ -26,7 +26,7 @@ def test_start_is_that_of_pissa_with_the_norms_of_the_weight() -> None:
     weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     variant = catalogue.get("dude")
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA))
-    start = variant.init(FrozenLayer("layer", weight, None), settings, torch.Generator())
+    start = variant.init(FrozenLayer("layer", weight, None).with_settings(settings), torch.Generator())
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     product = start.trainable["B"] @ start.trainable["A"]
     torch.testing.assert_close(ALPHA / RANK * product, (u[:, :RANK] * s[:RANK]) @ vh[:RANK])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule import adapt, check_update
+from rule import adapt, check_update, layer_of
 from torch import Tensor
 
 from variants import catalogue
@@ -32,9 +32,9 @@ def test_a_layer_that_has_no_equal_blocks_is_refused() -> None:
     for name, shape in (("ether", (8, 30)), ("ether_plus", (8, 30)), ("ether_plus", (30, 8))):
         variant = catalogue.get(name)
         settings = variant.validate_settings(VariantSettings(extra={"blocks": 4}))
-        variant.check_layer("q_proj", 8, 8, settings)
+        variant.check_layer(layer_of("q_proj", (8, 8), settings))
         with pytest.raises(UnsupportedError, match="q_proj"):
-            variant.check_layer("q_proj", *shape, settings)
+            variant.check_layer(layer_of("q_proj", shape, settings))
 
 
 @pytest.mark.parametrize("blocks", [1, 4])

@@ -27,16 +27,16 @@ def layer() -> FrozenLayer:
 
 
 def start(lane_settings: VariantSettings, frozen: FrozenLayer) -> InitialTensors:
-    return VARIANT.init(frozen, lane_settings, torch.Generator().manual_seed(0))
+    return VARIANT.init(frozen.with_settings(lane_settings), torch.Generator().manual_seed(0))
 
 
 def compute(x: Tensor, params: Params, frozen: FrozenLayer, lane_settings: VariantSettings) -> Tensor:
     """Return the layer's output (N, out) for x (N, in)."""
     scaling = torch.full((1, 1, 1), VARIANT.scaling(lane_settings), dtype=torch.float64)
     stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
-    prepared = VARIANT.prepare(stacked, frozen, scaling, lane_settings)
+    prepared = VARIANT.prepare(stacked, frozen.with_settings(lane_settings, scaling))
     base = (x @ frozen.weight.T).unsqueeze(0)
-    return VARIANT.forward(x.unsqueeze(0), base, prepared, frozen, scaling, lane_settings)[0]
+    return VARIANT.forward(x.unsqueeze(0), base, prepared, frozen.with_settings(lane_settings, scaling))[0]
 
 
 @pytest.mark.parametrize("scaling", ["alpha", "theory"])
@@ -110,5 +110,5 @@ def test_the_balancing_loss_is_the_official_one_for_each_example() -> None:
         router = params["R"][0]
         return switch_loss(torch.softmax(tokens @ router.T, -1), top_gates(tokens, router, 2) > 0)
 
-    found = VARIANT.auxiliary_loss(x, mask, params, frozen, lane_settings)
+    found = VARIANT.auxiliary_loss(x, mask, params, frozen.with_settings(lane_settings))
     torch.testing.assert_close(found[0], 1e-3 * mean_over_examples(loss, x[0], mask[0]))

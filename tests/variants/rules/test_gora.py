@@ -24,7 +24,7 @@ def make_layers(settings: VariantSettings) -> tuple[dict[str, FrozenLayer], dict
         weight = torch.randn(shape, generator=noise, dtype=torch.float64)
         gradients[name] = 2**number * torch.randn(shape, generator=noise, dtype=torch.float64)
         bare = FrozenLayer(name, weight, None)
-        calibration = GORA.reduce_calibration(bare, gradients[name], settings)
+        calibration = GORA.reduce_calibration(bare.with_settings(settings), gradients[name])
         layers[name] = FrozenLayer(name, weight, None, calibration=calibration)
     return layers, gradients
 
@@ -41,7 +41,10 @@ def test_the_update_divides_by_the_root_of_each_layers_rank() -> None:
 def test_ranks_are_proportional_to_importance_within_their_bounds(rank: int, extra: dict[str, float]) -> None:
     settings = GORA.validate_settings(VariantSettings(rank, 8.0, extra=extra))
     layers, gradients = make_layers(settings)
-    initial = GORA.init_layers(layers, settings, lambda name: torch.Generator().manual_seed(0))
+    initial = GORA.init_layers(
+        {n: each.with_settings(settings) for n, each in layers.items()},
+        lambda name: torch.Generator().manual_seed(0),
+    )
     importance = {n: float((layers[n].weight * g).abs().mean()) for n, g in gradients.items()}
     budget = rank * sum(math.sqrt(sum(shape)) for shape in SHAPES.values())
     low, high = rank * extra.get("smallest", 0.5), rank * extra.get("largest", 4.0)
@@ -60,7 +63,10 @@ def test_the_initial_update_is_a_projected_step_of_gradient_descent() -> None:
     """The published code adds the gradient; here the first-order change of the loss is negative."""
     settings = GORA.validate_settings(VariantSettings(4, 8.0))
     layers, gradients = make_layers(settings)
-    initial = GORA.init_layers(layers, settings, lambda name: torch.Generator().manual_seed(0))
+    initial = GORA.init_layers(
+        {n: each.with_settings(settings) for n, each in layers.items()},
+        lambda name: torch.Generator().manual_seed(0),
+    )
     for name, tensors in initial.items():
         rank = int(tensors.frozen["mask"].sum())
         a, b = tensors.trainable["A"][:rank], tensors.trainable["B"][:, :rank]

@@ -50,7 +50,7 @@ def test_the_update_has_a_higher_rank_than_that_of_lora() -> None:
     adapters = adapt("gralora", VariantSettings(4, 8.0))
     for layer in adapters.layers.values():
         matrix = adapters.variant.delta_weight(
-            layer.lane_tensors("0"), layer.frozen_layer, 2.0, adapters.lane_settings("0")
+            layer.lane_tensors("0"), layer.frozen_layer.with_settings(adapters.lane_settings("0"), 2.0)
         )
         assert torch.linalg.matrix_rank(matrix) == 2 * 4
 

@@ -38,7 +38,7 @@ def test_the_loss_is_the_mean_distance_of_rows_and_columns_from_unit_length() ->
     norms = torch.cat([(a @ a.T).diagonal(), (b.T @ b).diagonal()])
     x = torch.zeros(1, 1, 1, layer.frozen_layer.shape[1], dtype=torch.float64)
     loss = adapters.variant.auxiliary_loss(
-        x, x[..., 0], params, layer.frozen_layer, adapters.lane_settings("0")
+        x, x[..., 0], params, layer.frozen_layer.with_settings(adapters.lane_settings("0"))
     )
     torch.testing.assert_close(loss, 0.7 * (norms - 1).abs().mean().view(1), msg=name)
 

@@ -26,7 +26,7 @@ def test_the_update_adds_the_scaled_directions() -> None:
         # The frozen U contains 1 / s, since s = 2 multiplies the whole update.
         change = 2.0 * p["B"] @ p["A"] + (2.0 * p["U"]) @ torch.diag(p["d"]) @ p["V"]
         assert ((2.0 * p["U"]) @ torch.diag(p["d"]) @ p["V"]).norm() > 0.01
-        merged = adapters.variant.delta_weight(p, frozen, 2.0, settings)
+        merged = adapters.variant.delta_weight(p, frozen.with_settings(settings, 2.0))
         torch.testing.assert_close(merged, change)
         x = torch.randn(8, frozen.shape[1], generator=noise, dtype=torch.float64)
         optimizer.zero_grad()

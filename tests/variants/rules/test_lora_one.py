@@ -27,8 +27,10 @@ def test_start_is_a_normalized_gradient_step_of_the_given_rank() -> None:
     variant = catalogue.get("lora_one")
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA))
     layer = FrozenLayer("layer", weight, None)
-    found = variant.reduce_calibration(layer, gradient, settings)
-    initial = variant.init(FrozenLayer("layer", weight, None, calibration=found), settings, Generator())
+    found = variant.reduce_calibration(layer.with_settings(settings), gradient)
+    initial = variant.init(
+        FrozenLayer("layer", weight, None, calibration=found).with_settings(settings), Generator()
+    )
     assert not initial.frozen
     a, b = initial.trainable["A"], initial.trainable["B"]
     u, s, vh = torch.linalg.svd(gradient)

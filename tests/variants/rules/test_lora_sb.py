@@ -25,8 +25,10 @@ def test_start_is_the_best_approximation_of_a_sign_step() -> None:
     weight, gradient = torch.randn(2, 20, 14, generator=noise, dtype=torch.float64)
     variant = catalogue.get("lora_sb")
     settings = variant.validate_settings(VariantSettings(RANK, extra={"step_size": STEP_SIZE}))
-    found = variant.reduce_calibration(FrozenLayer("layer", weight, None), gradient, settings)
-    start = variant.init(FrozenLayer("layer", weight, None, calibration=found), settings, Generator())
+    found = variant.reduce_calibration(FrozenLayer("layer", weight, None).with_settings(settings), gradient)
+    start = variant.init(
+        FrozenLayer("layer", weight, None, calibration=found).with_settings(settings), Generator()
+    )
     a, b, r = start.frozen["A"], start.frozen["B"], start.trainable["R"]
     u, s, vh = torch.linalg.svd(-STEP_SIZE * gradient.sign())
     torch.testing.assert_close(b @ r @ a, (u[:, :RANK] * s[:RANK]) @ vh[:RANK], rtol=1e-5, atol=1e-8)

@@ -38,7 +38,7 @@ def test_the_overall_rank_is_the_number_of_blocks_times_the_rank() -> None:
             torch.nn.init.normal_(parameter)
     layer = adapters.layers["there.0"]
     change = adapters.variant.delta_weight(
-        layer.lane_tensors("0"), layer.frozen_layer, 2.0, adapters.settings
+        layer.lane_tensors("0"), layer.frozen_layer.with_settings(adapters.settings, 2.0)
     )
     assert torch.linalg.matrix_rank(change) == 12
     assert sum(p.numel() for p in adapters.trainable("0").values()) == 4 * 3 * (24 + 96)

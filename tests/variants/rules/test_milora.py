@@ -26,7 +26,7 @@ def test_start_has_the_smallest_triplets(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     variant = catalogue.get("milora")
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA))
-    start = variant.init(FrozenLayer("layer", weight, None), settings, torch.Generator())
+    start = variant.init(FrozenLayer("layer", weight, None).with_settings(settings), torch.Generator())
     a, b = start.trainable["A"], start.trainable["B"]
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     scale = ALPHA / RANK

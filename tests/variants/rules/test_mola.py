@@ -37,7 +37,10 @@ def test_the_number_of_experts_depends_on_the_block(shape: str, blocks: int, exp
     settings = VARIANT.validate_settings(VariantSettings(3, 6.0, extra={"shape": shape}))
     names = [f"model.layers.{block}.q_proj" for block in range(blocks)]
     layers = {name: FrozenLayer(name, torch.zeros(20, 12), None) for name in [*names, "pooler"]}
-    initial = VARIANT.init_layers(layers, settings, lambda name: torch.Generator().manual_seed(0))
+    initial = VARIANT.init_layers(
+        {n: each.with_settings(settings) for n, each in layers.items()},
+        lambda name: torch.Generator().manual_seed(0),
+    )
     assert [len(initial[name].trainable["R"]) for name in names] == expected
     assert len(initial["pooler"].trainable["R"]) == expected[-1]
     for tensors in initial.values():
@@ -50,7 +53,10 @@ def test_the_balancing_loss_is_the_official_one_for_each_example() -> None:
     noise = torch.Generator().manual_seed(0)
     layer = FrozenLayer("layers.0.q_proj", torch.zeros(20, 12, dtype=torch.float64), None)
     settings = VARIANT.validate_settings(VariantSettings(4, 8.0, extra={"shape": "rectangle"}))
-    params = {name: t.unsqueeze(0) for name, t in VARIANT.init(layer, settings, noise).trainable.items()}
+    params = {
+        name: t.unsqueeze(0)
+        for name, t in VARIANT.init(layer.with_settings(settings), noise).trainable.items()
+    }
     x = torch.randn(1, 3, 6, 12, generator=noise, dtype=torch.float64)
     mask = torch.ones(1, 3, 6, dtype=torch.float64)
     mask[0, 2, 3:] = 0
@@ -60,5 +66,5 @@ def test_the_balancing_loss_is_the_official_one_for_each_example() -> None:
         chosen = torch.bincount(probabilities.topk(2, -1).indices.flatten(), minlength=5)
         return 5 * (chosen / chosen.sum() * probabilities.mean(0)).sum()
 
-    found = VARIANT.auxiliary_loss(x, mask, params, layer, settings)
+    found = VARIANT.auxiliary_loss(x, mask, params, layer.with_settings(settings))
     torch.testing.assert_close(found[0], 1e-3 * mean_over_examples(loss, x[0], mask[0]))

@@ -24,7 +24,7 @@ def test_the_mixer_starts_as_kaiming_uniform() -> None:
     mixers = []
     for seed in range(50):
         settings = variant.validate_settings(VariantSettings(16, 16.0))
-        initial = variant.init(layer, settings, torch.Generator().manual_seed(seed)).trainable
+        initial = variant.init(layer.with_settings(settings), torch.Generator().manual_seed(seed)).trainable
         mixers.append(initial["M"])
         assert not initial["B"].any()
     values, bound = torch.stack(mixers), 1 / math.sqrt(16)

@@ -28,7 +28,7 @@ def test_start_has_the_largest_triplets_at_the_full_rank(outer: int) -> None:
     weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     variant = catalogue.get("nora")
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA, extra={"outer": outer}))
-    start = variant.init(FrozenLayer("layer", weight, None), settings, torch.Generator())
+    start = variant.init(FrozenLayer("layer", weight, None).with_settings(settings), torch.Generator())
     a, b = start.frozen["A"], start.frozen["B"]
     assert len(a) == min(outer * RANK, 14)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)

@@ -21,7 +21,7 @@ def initial(**extra: float | str | bool) -> InitialTensors:
     variant = catalogue.get("nzlora")
     settings = variant.validate_settings(VariantSettings(RANK, extra=extra))
     layer = FrozenLayer("layer", torch.zeros(OUT, IN), None)
-    return variant.init(layer, settings, torch.Generator().manual_seed(0))
+    return variant.init(layer.with_settings(settings), torch.Generator().manual_seed(0))
 
 
 def assert_uniform(tensor: Tensor, bound: float) -> None:

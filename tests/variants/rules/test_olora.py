@@ -25,7 +25,7 @@ def test_start_is_the_first_part_of_the_qr_decomposition(shape: tuple[int, int])
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     variant = catalogue.get("olora")
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA))
-    start = variant.init(FrozenLayer("layer", weight, None), settings, torch.Generator())
+    start = variant.init(FrozenLayer("layer", weight, None).with_settings(settings), torch.Generator())
     a, b = start.trainable["A"], start.trainable["B"]
     torch.testing.assert_close(b.t() @ b, torch.eye(RANK, dtype=torch.float64))
     # The first columns of W are products of the first columns of Q alone.

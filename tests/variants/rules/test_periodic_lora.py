@@ -28,7 +28,9 @@ def changes(adapters: Adapters) -> dict[str, Tensor]:
     settings = adapters.lane_settings("0")
     with torch.no_grad():
         return {
-            name: adapters.variant.delta_weight(layer.lane_tensors("0"), layer.frozen_layer, 2.0, settings)
+            name: adapters.variant.delta_weight(
+                layer.lane_tensors("0"), layer.frozen_layer.with_settings(settings, 2.0)
+            )
             for name, layer in adapters.layers.items()
         }
 

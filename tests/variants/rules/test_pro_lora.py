@@ -54,7 +54,7 @@ def test_the_update_has_the_full_rank_with_fewer_values() -> None:
         torch.nn.init.normal_(parameter)
     layer = adapters.layers["there.0"]
     change = adapters.variant.delta_weight(
-        layer.lane_tensors("0"), layer.frozen_layer, 2.0, adapters.settings
+        layer.lane_tensors("0"), layer.frozen_layer.with_settings(adapters.settings, 2.0)
     )
     assert torch.linalg.matrix_rank(change) == 8
     count = sum(p.numel() for n, p in adapters.trainable("0").items() if n.startswith("there.0."))

@@ -31,10 +31,12 @@ def make_gradient(shape: tuple[int, int], rank: int) -> Tensor:
 def init(shape: tuple[int, int], effective_rank: int, settings: VariantSettings) -> InitialTensors:
     weight = torch.zeros(shape, dtype=torch.float64)
     gradient = make_gradient(shape, effective_rank)
-    calibration = RALORA.reduce_calibration(FrozenLayer("layer", weight, None), gradient, settings)
+    calibration = RALORA.reduce_calibration(
+        FrozenLayer("layer", weight, None).with_settings(settings), gradient
+    )
     assert calibration["effective_rank"].item() == pytest.approx(effective_rank, rel=0.01)
     layer = FrozenLayer("layer", weight, None, calibration=calibration)
-    return RALORA.init(layer, settings, torch.Generator().manual_seed(0))
+    return RALORA.init(layer.with_settings(settings), torch.Generator().manual_seed(0))
 
 
 def test_the_update_is_block_diagonal() -> None:

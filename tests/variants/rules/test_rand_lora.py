@@ -71,7 +71,9 @@ def test_without_a_limit_the_update_has_full_rank() -> None:
             torch.nn.init.normal_(parameter)
         layer = adapters.layers["there.0"]
         tensors = {name: tensor.double() for name, tensor in layer.lane_tensors("0").items()}
-        change = adapters.variant.delta_weight(tensors, layer.frozen_layer, 1.0, adapters.settings)
+        change = adapters.variant.delta_weight(
+            tensors, layer.frozen_layer.with_settings(adapters.settings, 1.0)
+        )
         ranks.append(int(torch.linalg.matrix_rank(change)))
     assert ranks == [32, 16]
 

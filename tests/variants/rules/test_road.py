@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-from rule import check_update
+from rule import check_update, layer_of
 from torch import Tensor
 
 from variants import catalogue
@@ -36,7 +36,7 @@ def test_a_group_that_does_not_divide_the_outputs_is_refused() -> None:
     for group_size, outputs in ((64, 96), (3, 96)):
         settings = variant.validate_settings(VariantSettings(extra={"group_size": group_size}))
         with pytest.raises(UnsupportedError, match=f"k_proj has 96 outputs: group_size {group_size}"):
-            variant.check_layer("k_proj", outputs, 32, settings)
+            variant.check_layer(layer_of("k_proj", (outputs, 32), settings))
 
 
 @pytest.mark.parametrize("group_size", [2, 8])

@@ -28,18 +28,20 @@ def test_the_update_is_linear_in_the_input_and_has_a_higher_rank() -> None:
     noise, weight = torch.Generator().manual_seed(0), torch.zeros(20, 30, dtype=torch.float64)
     layer = FrozenLayer("layer", weight, None)
     settings = variant.validate_settings(VariantSettings(2, 4.0, extra={"frequency": 20.0}))
-    params = dict(variant.init(layer, settings, noise).trainable)
+    params = dict(variant.init(layer.with_settings(settings), noise).trainable)
     params["B"] = torch.randn(params["B"].shape, generator=noise, dtype=torch.float64)
     stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
     scaling = torch.full((1, 1, 1), variant.scaling(settings), dtype=torch.float64)
-    prepared = variant.prepare(stacked, layer, scaling, settings)
+    prepared = variant.prepare(stacked, layer.with_settings(settings, scaling))
 
     def output(x: Tensor) -> Tensor:
-        return variant.forward(x, torch.zeros(1, len(x[0]), 20).double(), prepared, layer, scaling, settings)
+        return variant.forward(
+            x, torch.zeros(1, len(x[0]), 20).double(), prepared, layer.with_settings(settings, scaling)
+        )
 
     x, y = torch.randn(2, 1, 7, 30, generator=noise, dtype=torch.float64)
     torch.testing.assert_close(output(x + 2 * y), output(x) + 2 * output(y))
-    delta = variant.delta_weight(params, layer, variant.scaling(settings), settings)
+    delta = variant.delta_weight(params, layer.with_settings(settings, variant.scaling(settings)))
     torch.testing.assert_close(output(x)[0], x[0] @ delta.T)
     assert torch.linalg.matrix_rank(delta) > 2 * settings.rank
     output_side = torch.sin(20.0 * x[0] @ params["A"].T @ params["B"].T) * 2.0 / math.sqrt(20)
