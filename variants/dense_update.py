@@ -29,8 +29,12 @@ class DenseUpdate(Variant):
     """True if `matrix` gives the same bits for several lanes as for one. The lanes of a small layer are then
     computed together."""
 
+    uses_model_dtype: ClassVar[bool] = False
+    """True if `matrix` gets the lanes' tensors in the dtype of W, which makes M cheaper if that is bfloat16.
+    Otherwise M is computed in the lanes' dtype and then rounded."""
+
     def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
-        """Return M of each lane, (K, out, in), as a new tensor in `layer.dtype`, which may be overwritten.
+        """Return M of each lane, (K, out, in), as a new tensor, which may be overwritten.
 
         Autograd computes the gradients of the lane's tensors from this method.
 
@@ -82,6 +86,12 @@ class MatrixInputs:
         params = {name: tensor[lanes] for name, tensor in zip(self.names, tensors, strict=True)}
         return params, replace(self.layer, stored_weight=weight, scaling=self.layer.scaling[lanes])
 
+    def cast(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+        """Return the lanes' tensors for `matrix`, in `dtype` if the variant uses the model's."""
+        if not self.variant.uses_model_dtype:
+            return tensors
+        return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+
     def split_lanes(self, lanes: int, weight: Tensor, dtype: torch.dtype) -> list[slice]:
         """Return the groups of lanes that are computed together: one group for a small W, else one per lane.
 
@@ -122,11 +132,11 @@ class DenseProduct(torch.autograd.Function):
         ctx.shape, ctx.inputs, ctx.adds_weight = x.shape, inputs, base is None
         x = x.reshape(len(inputs.layer.scaling), -1, x.shape[-1])
         ctx.save_for_backward(x, *tensors)
-        weight, layer = inputs.layer.weight, inputs.layer
+        weight, layer, own = inputs.layer.weight, inputs.layer, inputs.cast(tensors, x.dtype)
         result = x.new_empty(*ctx.shape[:-1], len(weight))
         out = result.view(*x.shape[:2], -1)
         for lanes in inputs.split_lanes(len(x), weight, x.dtype):
-            matrices = inputs.variant.matrix(*inputs.select(weight, tensors, lanes)).to(x.dtype)
+            matrices = inputs.variant.matrix(*inputs.select(weight, own, lanes)).to(x.dtype)
             if base is None:
                 matrices.add_(weight)
             for lane, matrix in zip(range(len(x))[lanes], matrices, strict=True):
@@ -149,6 +159,8 @@ class DenseProduct(torch.autograd.Function):
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         learns = dict(zip(inputs.names, ctx.needs_input_grad[3:], strict=True))
         gradients: dict[str, list[Tensor]] = {name: [] for name, needs in learns.items() if needs}
+        dtypes = {name: tensor.dtype for name, tensor in zip(inputs.names, tensors, strict=True)}
+        tensors = inputs.cast(tensors, x.dtype)
         for lanes in inputs.split_lanes(len(x), weight, x.dtype):
             params, layer = inputs.select(weight, tensors, lanes)
             params = {name: tensor.detach().requires_grad_(learns[name]) for name, tensor in params.items()}
@@ -169,5 +181,8 @@ class DenseProduct(torch.autograd.Function):
                 )
         grad_base = None if ctx.adds_weight else grad_out
         grad_x = None if grad_x is None else grad_x.view(ctx.shape)
-        joined = {n: torch.cat(parts) if len(parts) > 1 else parts[0] for n, parts in gradients.items()}
+        joined = {
+            name: (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtypes[name])
+            for name, parts in gradients.items()
+        }
         return grad_x, grad_base, None, *(joined.get(name) for name in inputs.names)

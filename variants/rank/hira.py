@@ -23,6 +23,7 @@ class HiRA(DenseUpdate):
     uses_alpha = False
     typical_lr_scale = 10.0
     stacks_lanes = True
+    uses_model_dtype = True
     peft = PeftMethod("HIRA", {"A": "hira_A", "B": "hira_B"}, alpha=None, dropout="hira_dropout")
 
     def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
