@@ -26,7 +26,7 @@ from torch import Generator, Tensor
 
 from variants.batch_invariant import baddbmm, bmm
 from variants.errors import MergeError, UnsupportedError
-from variants.initializers import lora_init, normal_init, uniform_init
+from variants.initializers import kaiming_init, lora_init, normal_init, uniform_init
 from variants.lane_views import (
     FrozenLayer,
     GeneratorOf,
@@ -56,8 +56,8 @@ __all__ = [
     "RANK_MASK", "AdaptationScope", "Batching", "CalibrationStatistic", "Choice", "ExtraSettings", "Flag",
     "FrozenLayer", "GeneratorOf", "Hyperparameter", "InitialTensors", "Int", "LaneView", "LayerView",
     "Layers", "MergeError", "Number", "Params", "PeftMethod", "Start", "UnsupportedError", "Variant",
-    "VariantSettings", "VerifiedBy", "baddbmm", "bmm", "lora_init", "normal_init", "parameter_generator",
-    "shared_settings", "stable_seed", "uniform_init",
+    "VariantSettings", "VerifiedBy", "baddbmm", "bmm", "kaiming_init", "lora_init", "normal_init",
+    "parameter_generator", "shared_settings", "stable_seed", "uniform_init",
 ]  # fmt: skip
 
 RANK_MASK = "mask"

@@ -27,10 +27,26 @@ def uniform_init(shape: tuple[int, ...], bound: float, layer: FrozenLayer, gener
     return draw.to(layer.device, layer.dtype)
 
 
+def kaiming_init(
+    name: str, shape: tuple[int, ...], layer: FrozenLayer, generator: Generator, fan_in: int | None = None
+) -> Tensor:
+    """Draw a parameter from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is Kaiming-uniform with a = sqrt(5).
+
+    Args:
+        name: The parameter.
+        shape: The shape of the result.
+        layer: The layer whose device and lane dtype the result gets.
+        generator: The generator of this lane and layer.
+        fan_in: The number of inputs; by default the last side of `shape`.
+    """
+    bound = 1 / math.sqrt(fan_in or shape[-1])
+    return uniform_init(shape, bound, layer, parameter_generator(generator, name))
+
+
 def lora_init(layer: FrozenLayer, generator: Generator, rank: int | None = None) -> InitialTensors:
     """Return LoRA's initial A (rank, in) and B (out, rank); B is zero, and so is the update.
 
-    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming-uniform with a = sqrt(5).
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)) (`kaiming_init`).
 
     Args:
         layer: The frozen layer.
@@ -39,10 +55,8 @@ def lora_init(layer: FrozenLayer, generator: Generator, rank: int | None = None)
     """
     out_features, in_features = layer.shape
     rank = layer.settings.rank if rank is None else rank
-    noise = parameter_generator(generator, "A")
-    a = uniform_init((rank, in_features), 1 / math.sqrt(in_features), layer, noise)
-    b = torch.zeros(out_features, rank, dtype=layer.dtype, device=layer.device)
-    return InitialTensors({"A": a, "B": b})
+    a = kaiming_init("A", (rank, in_features), layer, generator)
+    return InitialTensors({"A": a, "B": a.new_zeros(out_features, rank)})
 
 
 def normal_init(shape: tuple[int, ...], std: float, layer: FrozenLayer, generator: Generator) -> Tensor:

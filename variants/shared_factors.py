@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Generator
 
-from variants.initializers import uniform_init
+from variants.initializers import kaiming_init
 from variants.lane_views import InitialTensors, Layers, shared_settings
-from variants.seeds import parameter_generator
 
 
 class SharedFactors:
@@ -50,6 +47,5 @@ def shared_lora_init(layers: Layers, rank: int, generator: Generator) -> Initial
         generator: The generator of the layer group.
     """
     out_features, in_features = largest_sides(layers)
-    like, noise = next(iter(layers.values())), parameter_generator(generator, "A")
-    a = uniform_init((rank, in_features), 1 / math.sqrt(in_features), like, noise)
+    a = kaiming_init("A", (rank, in_features), next(iter(layers.values())), generator)
     return InitialTensors({"A": a, "B": a.new_zeros(out_features, rank)})

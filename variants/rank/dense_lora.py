@@ -14,9 +14,8 @@ from variants.base import (
     Variant,
     VerifiedBy,
     bmm,
-    parameter_generator,
+    kaiming_init,
     shared_settings,
-    uniform_init,
 )  # fmt: skip
 from variants.shared_factors import SharedFactors, shared_lora_init
 
@@ -50,9 +49,7 @@ class DenseLoRA(SharedFactors, Variant):
 
     def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         r = layer.settings.rank * layer.settings["rank_factor"]
-        return InitialTensors(
-            {"M": uniform_init((r, r), r**-0.5, layer, parameter_generator(generator, "M"))}
-        )
+        return InitialTensors({"M": kaiming_init("M", (r, r), layer, generator)})
 
     def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         out_features, in_features = layer.shape

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Generator, Tensor
 
@@ -19,8 +17,7 @@ from variants.base import (
     VerifiedBy,
     baddbmm,
     bmm,
-    parameter_generator,
-    uniform_init,
+    kaiming_init,
 )  # fmt: skip
 
 
@@ -83,14 +80,10 @@ class GraLoRA(Variant):
         (out_features, in_features), rank = layer.shape, layer.settings.rank
         blocks, hybrid_rank = layer.settings["blocks"], layer.settings["hybrid_rank"]
         piece = in_features // blocks
-
-        def draw(name: str, shape: tuple[int, ...], fan_in: int) -> Tensor:
-            return uniform_init(shape, 1 / math.sqrt(fan_in), layer, parameter_generator(generator, name))
-
-        a = draw("A", (blocks, piece, rank), piece)
+        a = kaiming_init("A", (blocks, piece, rank), layer, generator, fan_in=piece)
         trainable = {"A": a, "B": a.new_zeros(blocks, rank, out_features // blocks)}
         if hybrid_rank:
-            trainable["HA"] = draw("HA", (hybrid_rank, in_features), in_features)
+            trainable["HA"] = kaiming_init("HA", (hybrid_rank, in_features), layer, generator)
             trainable["HB"] = a.new_zeros(out_features, hybrid_rank)
         return InitialTensors(trainable)
 

@@ -16,6 +16,8 @@ class HiRA(DenseUpdate):
 
     The size of the weights (about 0.02) scales every step, so HiRA needs 10 to 100 times LoRA's learning
     rate.
+
+    Source: PEFT's HIRA. The authors' code (hqsiswiliam/hira) has the same rule and initialization.
     """
 
     parameters = "rank * (in + out)"

@@ -57,6 +57,8 @@ class IncreLoRA(LoRA):
       with respect to the full matrix, which is not computed here. The sum over the rank-one parts of dW
       replaces the sum over its entries.
     - The number of triplets of a layer is limited.
+    - The orthogonality loss is a mean over layers of a mean over triplets; the code's is a mean over all
+      triplets, and takes the `initial` ones of a layer as one matrix.
     - The code's learning rate of added triplets also decays from its full value to zero after their warm-up.
     """
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Generator, Tensor
 
 from variants.base import (
@@ -13,8 +11,7 @@ from variants.base import (
     PeftMethod,
     VerifiedBy,
     bmm,
-    parameter_generator,
-    uniform_init,
+    kaiming_init,
 )  # fmt: skip
 from variants.dense_update import DenseUpdate
 
@@ -44,12 +41,8 @@ class LoHa(DenseUpdate):
 
     def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         (out_features, in_features), rank = layer.shape, layer.settings.rank
-
-        def draw(name: str, *shape: int) -> Tensor:
-            return uniform_init(shape, 1 / math.sqrt(shape[1]), layer, parameter_generator(generator, name))
-
-        a1 = draw("A1", rank, in_features)
-        b1, b2 = (draw(name, out_features, rank) for name in ("B1", "B2"))
+        a1 = kaiming_init("A1", (rank, in_features), layer, generator)
+        b1, b2 = (kaiming_init(name, (out_features, rank), layer, generator) for name in ("B1", "B2"))
         return InitialTensors({"A1": a1, "B1": b1, "A2": a1.new_zeros(a1.shape), "B2": b2})
 
     def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:

@@ -21,8 +21,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     bmm,
-    parameter_generator,
-    uniform_init,
+    kaiming_init,
 )  # fmt: skip
 
 
@@ -39,7 +38,7 @@ class LoKr(Variant):
     Divisors, initialization and default are those of PEFT. The matrix is never formed: an input x, as a
     matrix X (in1, in2), adds s C X D^T to the output.
 
-    Deviation: LyCORIS sets B (or D) to zero in place of C, and has s = 1 if D is not low-rank.
+    Deviation: LyCORIS sets A (or D) to zero in place of C, and has s = 1 if D is not low-rank.
     """
 
     verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
@@ -68,15 +67,9 @@ class LoKr(Variant):
 
     def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         (out1, out2), (in1, in2) = (_divide(side, layer.settings["factor"]) for side in layer.shape)
-
-        def draw(name: str, *shape: int) -> Tensor:
-            return uniform_init(shape, 1 / math.sqrt(shape[1]), layer, parameter_generator(generator, name))
-
         rank = layer.settings.rank
-        if 2 * rank < max(out2, in2):
-            trainable = {"A": draw("A", rank, in2), "B": draw("B", out2, rank)}
-        else:
-            trainable = {"D": draw("D", out2, in2)}
+        shapes = {"A": (rank, in2), "B": (out2, rank)} if 2 * rank < max(out2, in2) else {"D": (out2, in2)}
+        trainable = {name: kaiming_init(name, shape, layer, generator) for name, shape in shapes.items()}
         c = torch.zeros(out1, in1, dtype=layer.dtype, device=layer.device)
         return InitialTensors({"C": c, **trainable})
 

@@ -13,8 +13,7 @@ from variants.base import (
     UnsupportedError,
     VariantSettings,
     VerifiedBy,
-    parameter_generator,
-    uniform_init,
+    kaiming_init,
 )  # fmt: skip
 from variants.baseline.lora import LoRA
 
@@ -46,8 +45,7 @@ class MELoRA(LoRA):
 
     def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         (out_features, in_features), n = layer.shape, layer.settings["blocks"]
-        shape, noise = (n, layer.settings.rank, in_features // n), parameter_generator(generator, "A")
-        a = uniform_init(shape, (n / in_features) ** 0.5, layer, noise)
+        a = kaiming_init("A", (n, layer.settings.rank, in_features // n), layer, generator)
         return InitialTensors({"A": a, "B": a.new_zeros(n, out_features // n, layer.settings.rank)})
 
     def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,7 @@ from variants.base import (
     UnsupportedError,
     VariantSettings,
     VerifiedBy,
-    parameter_generator,
-    uniform_init,
+    kaiming_init,
 )  # fmt: skip
 from variants.baseline.lora import LoRA
 
@@ -52,12 +51,9 @@ class PRoLoRA(LoRA):
 
     def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         (out_features, in_features), unshared = layer.shape, layer.settings["unshared"]
-        shared, bound = layer.settings.rank - unshared, in_features**-0.5
-        columns = -(-in_features // layer.settings["in_copies"])
-        a, c = (
-            uniform_init(shape, bound, layer, parameter_generator(generator, name))
-            for name, shape in {"A": (unshared, in_features), "C": (shared, columns)}.items()
-        )
+        shared, columns = layer.settings.rank - unshared, -(-in_features // layer.settings["in_copies"])
+        a = kaiming_init("A", (unshared, in_features), layer, generator)
+        c = kaiming_init("C", (shared, columns), layer, generator, fan_in=in_features)
         d = a.new_zeros(-(-out_features // layer.settings["out_copies"]), shared)
         return InitialTensors({"A": a, "B": a.new_zeros(out_features, unshared), "C": c, "D": d})
 

@@ -26,6 +26,7 @@ from variants.base import (
 from variants.baseline.lora import LoRA
 from variants.batch_invariant import pad_rank_one
 from variants.low_rank_product import VectorProduct
+from variants.shared_factors import largest_sides
 
 
 class VeRA(LoRA):
@@ -72,7 +73,7 @@ class VeRA(LoRA):
     def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
         settings = shared_settings(layers)
         rank, like = _vera_rank(settings), next(iter(layers.values()))
-        out_features, in_features = (max(layer.shape[side] for layer in layers.values()) for side in (0, 1))
+        out_features, in_features = largest_sides(layers)
         a = uniform_init(
             (rank, in_features), math.sqrt(6 / in_features), like, parameter_generator(generator, "A")
         )
