@@ -18,8 +18,8 @@ class PSOFT(WeightSVD):
 
     Initialization: Q = 0 and a = b = 1, so W' = W. Defaults: those of PEFT (exact inverse, both vectors).
 
-    An adapter is not exported: PEFT computes the singular vectors again, and their signs, which it does not
-    fix, decide what Q means.
+    An adapter is exported as a plain LoRA. PEFT's PSOFT would compute the singular vectors again when it loads
+    an adapter, and their signs, which it does not fix, decide what Q means.
 
     Source: paper, Section 4; PEFT, tuners/psoft/layer.py.
     """
@@ -27,7 +27,6 @@ class PSOFT(WeightSVD):
     parameters = "rank * (rank - 1) / 2 + 2 * rank"
     uses_alpha = False
     verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    peft = None
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
         if settings.rank == 1:
