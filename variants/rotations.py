@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from variants.base import bmm
 
@@ -32,8 +33,9 @@ def cayley_change(skew: Tensor) -> Tensor:
     Args:
         skew: The skew-symmetric Q, (..., size, size).
     """
+    size, skew = skew.shape[-1], _pad_matrices(skew)
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return torch.linalg.solve(eye - skew, 2 * skew, left=False)
+    return torch.linalg.solve(eye - skew, 2 * skew, left=False)[..., :size, :size]
 
 
 def neumann_change(skew: Tensor, terms: int) -> Tensor:
@@ -43,12 +45,17 @@ def neumann_change(skew: Tensor, terms: int) -> Tensor:
         skew: The skew-symmetric Q, (batch, size, size).
         terms: Number of powers of Q in R, I among them. All have the factor 2 but the first and the last one.
     """
-    power = skew
-    change = 2 * skew
+    size, skew = skew.shape[-1], _pad_matrices(skew)
+    power, change = skew, 2 * skew
     for _ in range(terms - 3):
         power = torch.bmm(power, skew)
         change = change + 2 * power
-    return change + torch.bmm(power, skew)
+    return (change + torch.bmm(power, skew))[:, :size, :size]
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Return the vectors of the last dimension, each divided by its length."""
+    return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
 def multiply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
@@ -58,15 +65,9 @@ def multiply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
         x: (K, N, in).
         blocks: (K, in / size, size, size), in any dtype.
     """
-    lanes, count, size, _ = blocks.shape
-    parts = x.reshape(lanes, -1, count, size).transpose(1, 2).reshape(lanes * count, -1, size)
-    product = bmm(parts, blocks.to(x.dtype).flatten(0, 1))
-    return product.view(lanes, count, -1, size).transpose(1, 2).reshape(x.shape)
-
-
-def unit_rows(vectors: Tensor) -> Tensor:
-    """Return the vectors of the last dimension, each divided by its length."""
-    return vectors / vectors.norm(dim=-1, keepdim=True)
+    _, count, size, _ = blocks.shape
+    matrices = _pad_matrices(blocks.to(x.dtype).flatten(0, 1))
+    return _join(bmm(_split(x, count, size), matrices), x.shape, count, size)
 
 
 def multiply_rank_one(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -77,8 +78,30 @@ def multiply_rank_one(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         left: (K, in / size, size), in any dtype.
         right: (K, in / size, size), in any dtype.
     """
-    lanes, count, size = left.shape
-    parts = x.reshape(lanes, -1, count, size).transpose(1, 2).reshape(lanes * count, -1, size)
-    factors = bmm(parts, left.to(x.dtype).reshape(lanes * count, size, 1))
-    product = factors * right.to(x.dtype).reshape(lanes * count, 1, size)
-    return product.view(lanes, count, -1, size).transpose(1, 2).reshape(x.shape)
+    _, count, size = left.shape
+    columns, rows = (pad(t.to(x.dtype).flatten(0, 1), (0, _padding(size))) for t in (left, right))
+    factors = bmm(_split(x, count, size), columns.unsqueeze(2))
+    return _join(bmm(factors, rows.unsqueeze(1)), x.shape, count, size)
+
+
+def _padding(size: int) -> int:
+    """Return the number of zeros that are appended to a block.
+
+    MKL sums in another order where a matrix of a batch is not aligned to 16 bytes, and then a lane's result
+    would depend on its place among the lanes.
+    """
+    return -size % 4
+
+
+def _pad_matrices(matrices: Tensor) -> Tensor:
+    extra = _padding(matrices.shape[-1])
+    return pad(matrices, (0, extra, 0, extra)) if extra else matrices
+
+
+def _split(x: Tensor, count: int, size: int) -> Tensor:
+    parts = x.reshape(len(x), -1, count, size).transpose(1, 2).reshape(len(x) * count, -1, size)
+    return pad(parts, (0, _padding(size))) if _padding(size) else parts
+
+
+def _join(product: Tensor, shape: torch.Size, count: int, size: int) -> Tensor:
+    return product[..., :size].unflatten(0, (-1, count)).transpose(1, 2).reshape(shape)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from variants import catalogue
 from variants.adapters import Adapters
 from variants.base import VariantSettings
+from variants.rotations import (
+    cayley_change,
+    multiply_blocks,
+    multiply_rank_one,
+    neumann_change,
+    skew_symmetric,
+)
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes, lane_outputs
 
@@ -57,3 +65,28 @@ def test_the_product_with_the_mapped_input_equals_a_call_of_the_frozen_layer_and
     apart = lane_outputs(case, adapters)  # a layer with hooks is called
     assert len(calls) == len(adapters.layers)
     torch.testing.assert_close(together, apart)
+
+
+@pytest.mark.parametrize("size", [4, 5, 10, 15])
+def test_blocks_of_any_size_round_alike_for_one_lane_and_for_several(size: int) -> None:
+    """Blocks of 5, 10 or 15 values are not aligned in memory, and MKL would sum them in another order."""
+    noise = torch.Generator().manual_seed(0)
+    tensors = {
+        "x": torch.randn(3, 40, 4 * size, generator=noise),
+        "values": 0.1 * torch.randn(3, 4, size * (size - 1) // 2, generator=noise),
+        "left": torch.randn(3, 4, size, generator=noise),
+        "right": torch.randn(3, 4, size, generator=noise),
+    }
+
+    def outputs(lanes: slice) -> list[Tensor]:
+        x, values, left, right = (t[lanes].clone().requires_grad_() for t in tensors.values())
+        skew = skew_symmetric(values, size)
+        series = neumann_change(skew.flatten(0, 1), 5).unflatten(0, skew.shape[:2])
+        rotated = multiply_blocks(multiply_blocks(x, cayley_change(skew)), series)
+        result = multiply_rank_one(rotated, left, right)
+        return [result, *torch.autograd.grad(result.square().sum(), (x, values, left, right))]
+
+    together = outputs(slice(None))
+    for lane in range(3):
+        alone = outputs(slice(lane, lane + 1))
+        assert all(torch.equal(t[lane : lane + 1], a) for t, a in zip(together, alone, strict=True))

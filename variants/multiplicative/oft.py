@@ -77,7 +77,8 @@ class OFT(InputMap):
         q = params["Q"]
         skew = skew_symmetric(q, layer.shape[1] // q.shape[1])
         if layer.settings["cayley_neumann"]:
-            return {"change": neumann_change(skew.flatten(0, 1), layer.settings["terms"]).view(skew.shape)}
+            change = neumann_change(skew.flatten(0, 1), layer.settings["terms"])
+            return {"change": change.unflatten(0, skew.shape[:2])}
         return {"change": cayley_change(-skew)}
 
     def map_input(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:

@@ -18,8 +18,8 @@ class PSOFT(WeightSVD):
 
     Initialization: Q = 0 and a = b = 1, so W' = W. Defaults: those of PEFT (exact inverse, both vectors).
 
-    An adapter is exported as a plain LoRA. PEFT's PSOFT would compute the singular vectors again when it loads
-    an adapter, and their signs, which it does not fix, decide what Q means.
+    An adapter is exported as a plain LoRA. When PEFT loads a PSOFT adapter, it computes the singular vectors
+    again, and their signs, which it does not fix, decide what Q means.
 
     Source: paper, Section 4; PEFT, tuners/psoft/layer.py.
     """
