@@ -37,7 +37,7 @@ class PRoLoRA(LoRA):
 
     parameters = "(rank - unshared) * (ceil(in / in_copies) + ceil(out / out_copies)) + unshared * (in + out)"
     hyperparameters = {
-        "unshared": Int(1, help="ranks without copies; below the rank"),
+        "unshared": Int(1, minimum=0, help="ranks without copies; below the rank"),
         "in_copies": Int(2, help="number m of chunks of A"),
         "out_copies": Int(2, help="number n of chunks of B"),
     }

@@ -35,8 +35,8 @@ def rotated_copies(params: Params, weight: Tensor, settings: VariantSettings, s:
 
 @pytest.mark.parametrize(
     ("unshared", "in_copies", "out_copies"),
-    [(1, 2, 2), (2, 3, 5), (1, 7, 1)],
-    ids=["default", "sizes not divisible", "more copies than ranks"],
+    [(1, 2, 2), (2, 3, 5), (1, 7, 1), (0, 2, 3)],
+    ids=["default", "sizes not divisible", "more copies than ranks", "copies only"],
 )
 def test_the_update_has_rotated_copies(unshared: int, in_copies: int, out_copies: int) -> None:
     extra = {"unshared": unshared, "in_copies": in_copies, "out_copies": out_copies}
