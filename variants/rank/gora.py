@@ -44,7 +44,8 @@ class GoRA(LoRA):
     Defaults: those of the authors' scripts at rank 8 (ranks 4 to 32, gamma 0.05, 32 batches).
 
     Source: the paper's equations, and the authors' code (`gora.py`). Deviations: the code has a positive B,
-    which is a step of gradient ascent, and rounds ranks down. The scripts use LoRA+'s learning rates besides.
+    which is a step of gradient ascent, and rounds ranks down. Without `--gora-features-func sqrt`, which its
+    scripts do not give, it has in + out in place of its root. The scripts use LoRA+'s learning rates besides.
     Here A is the same for all seeds, because the calibration statistic is reduced before seeds are known.
     """
 
