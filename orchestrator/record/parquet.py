@@ -189,7 +189,13 @@ def _runs_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     import pyarrow as pa
 
     schema = pa.schema(_arrow_fields(rows), metadata={"record_schema_version": str(SCHEMA_VERSION)})
-    return pa.Table.from_pylist(rows, schema)
+    # Variants may have hyperparameters of one name and different types.
+    text = {field.name for field in schema if field.type == pa.string()}
+    converted = [
+        {name: str(value) if name in text and value is not None else value for name, value in row.items()}
+        for row in rows
+    ]
+    return pa.Table.from_pylist(converted, schema)
 
 
 def _arrow_fields(rows: Iterable[Mapping[str, Any]]) -> list[pa.Field]:

@@ -118,6 +118,17 @@ def test_a_variants_own_hyperparameters_have_columns(store, make_record):
     assert by_seed[1]["variant_exact"] is None
 
 
+def test_a_hyperparameter_of_several_types_has_a_column_of_text(store, make_record):
+    """`initial` is a ratio in AdaLoRA, a whole number in IncreLoRA, and a word in DeLoRA."""
+    for seed, value in enumerate((1.5, 1, "kaiming")):
+        store.put(make_record(seed=seed, extra={"initial": value}))
+    store.put(make_record(seed=3))
+    table = pq.read_table(write_parquet(store))
+    assert table.schema.field("variant_initial").type == pa.string()
+    by_seed = {r["seed"]: r["variant_initial"] for r in table.to_pylist()}
+    assert by_seed == {0: "1.5", 1: "1", 2: "kaiming", 3: None}
+
+
 def test_scores_that_are_not_finite_are_kept(store, make_record):
     bad = make_record().evaluations[0]
     bad = type(bad)(5, "validation", {"loss": math.inf, "exact_match": math.nan})
