@@ -27,6 +27,7 @@ class DeltaLoRA(LoRA):
     verified_by = VerifiedBy.PAPER
     uses_dropout = False
     mutable_buffers = frozenset({"before A", "before B"})
+    obsolete_buffers = frozenset({"ratio"})
     hyperparameters = {
         "ratio": Number(2.0, help="the paper's lambda, the factor on the change of B A"),
         "start": Number(500 / 1562, below=1, help="the paper's K as a fraction of the total steps"),

@@ -64,6 +64,7 @@ class AdaLoRA(LoRA):
     typical_lr_scale = 10.0
     hook_only_buffers = AVERAGE_BUFFERS
     mutable_buffers = AVERAGE_BUFFERS | {RANK_MASK}
+    obsolete_buffers = frozenset({"orthogonality"})
     hyperparameters = {
         "initial": Number(1.5, above=1, help="initial rank divided by the final mean rank"),
         "warmup": Number(100 / 1562, help="fraction of the total steps before pruning begins"),
