@@ -84,12 +84,13 @@ def load_entry_point(name: str) -> Variant:
     entry = entry_points_by_name()[name]
     try:
         loaded = entry.load()
+        variant = loaded() if isinstance(loaded, type) and issubclass(loaded, Variant) else None
     except Exception as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UnsupportedError(f"variant {name!r} ({entry.value}) cannot be imported: {problem}") from error
-    if not (isinstance(loaded, type) and issubclass(loaded, Variant)):
+    if variant is None:
         raise UnsupportedError(f"variant {name!r} ({entry.value}) is no subclass of Variant")
-    return identify(loaded(), name, _hash_file(str(sys.modules[loaded.__module__].__file__)))
+    return identify(variant, name, _hash_file(str(sys.modules[loaded.__module__].__file__)))
 
 
 def _hash_file(path: str) -> str:

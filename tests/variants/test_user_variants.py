@@ -42,6 +42,12 @@ class Unscaled(LoRA):
     def delta_weight(self, params, layer):
         return params["B"] @ params["A"]
 """
+NEEDS_ARGUMENT = """
+
+class NeedsArgument(LoRA):
+    def __init__(self, argument):
+        self.argument = argument
+"""
 LLAMA = Case("llama", model="llama")
 
 
@@ -125,7 +131,7 @@ def test_the_catalogue_explains_a_file_and_a_tuner_of_peft(
 
 def install(folder: Path, target: str) -> None:
     """Write a package with an entry point `my-scaled` for a variant, as pip installs it."""
-    (folder / "my_package.py").write_text(OWN)
+    (folder / "my_package.py").write_text(OWN + NEEDS_ARGUMENT)
     info = folder / "my_package-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
@@ -160,6 +166,7 @@ def test_a_package_registers_a_variant(tmp_path: Path) -> None:
     [
         ("my_package:Missing", "cannot be imported: AttributeError"),
         ("json:loads", "is no subclass of Variant"),
+        ("my_package:NeedsArgument", "cannot be imported: TypeError"),
     ],
 )
 def test_a_broken_entry_point_gives_one_line(tmp_path: Path, target: str, message: str) -> None:
