@@ -38,7 +38,8 @@ class FrozenLayer:
     settings: VariantSettings = field(default_factory=VariantSettings, repr=False)
     """The lane's settings; where several lanes are computed, those that they share, with alpha None."""
     scaling: Tensor = field(default=ONE, repr=False)
-    """The factor s of each lane, (K, 1, 1), or () where one lane without a lane dimension is meant."""
+    """The factor s of each lane, (K, 1, 1), or () where one lane without a lane dimension is meant; 1 during
+    initialization and calibration, which call `Variant.scaling` if they need s."""
 
     @property
     def weight(self) -> Tensor:

@@ -66,8 +66,7 @@ class PeftFormat:
 
         Args:
             params: One lane's tensors of the layer, those of its layer group included.
-            settings: The lane's settings.
-            layer: The frozen layer.
+            layer: The frozen layer, with the lane's settings and its factor s, ().
 
         Returns:
             An empty mapping if PEFT does not have the method.

@@ -45,7 +45,6 @@ class LoRA(Variant):
         Args:
             params: The tensors of K lanes, (K, ...), or those of one lane.
             layer: The frozen layer.
-            settings: The settings that all lanes of the group share; their alpha is None.
         """
         a, b = params["A"], params["B"]
         if "A0" not in params:
