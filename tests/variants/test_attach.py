@@ -239,7 +239,7 @@ def test_a_lane_saved_by_an_earlier_version_trains_with_new_lanes(name: str, obs
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["lora", "hira", "dora"])
+@pytest.mark.parametrize("name", ["lora", "hira", "dora", "oft", "road", "lora_moe", "rasa"])
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
     """The recomputation runs after activate_lanes() has ended, and has to use the same lanes and masks."""
     model = Case("llama", model="llama").build().train()
