@@ -100,6 +100,8 @@ class Variant(ParameterCount, PeftFormat):
     """False if a lane in a group equals the same lane alone only up to rounding, and not bit for bit."""
     typical_lr_scale: ClassVar[float] = 1.0
     """Order of magnitude of the best learning rate divided by LoRA's."""
+    law_settings: ClassVar[ExtraSettings] = {}
+    """Own hyperparameters for the laws' small layers, where the defaults suit large layers only."""
     calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.NONE
     """Input of the initialization. If it needs data, `hyperparameters` must have `calibration_batches`."""
     mutable_buffers: ClassVar[frozenset[str]] = frozenset()

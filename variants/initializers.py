@@ -70,3 +70,16 @@ def normal_init(shape: tuple[int, ...], std: float, layer: FrozenLayer, generato
     """
     draw = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(std)
     return draw.to(layer.device, layer.dtype)
+
+
+def distinct_init(count: int, below: int, generator: Generator) -> Tensor:
+    """Draw `count` distinct whole numbers below `below`, all sets with equal probability, in ascending order.
+
+    A permutation of all numbers would take a second for the weights of a layer of 4096 x 4096.
+    """
+    if 4 * count > below:
+        return torch.randperm(below, generator=generator)[:count].sort().values
+    found = torch.empty(0, dtype=torch.int64)
+    while len(found) < count:
+        found = torch.cat([found, torch.randint(below, (2 * count,), generator=generator)]).unique()
+    return found[torch.randperm(len(found), generator=generator)[:count]].sort().values

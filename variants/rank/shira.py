@@ -15,6 +15,7 @@ from variants.base import (
     parameter_generator,
 )  # fmt: skip
 from variants.dense_update import DenseUpdate
+from variants.initializers import distinct_init
 
 
 class SHiRA(DenseUpdate):
@@ -55,10 +56,10 @@ class SHiRA(DenseUpdate):
     def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
         out_features, in_features = layer.shape
         noise = parameter_generator(generator, "indices")
-        order = torch.randperm(out_features * in_features, generator=noise)
-        chosen = order[: layer.settings.rank * (in_features + out_features)].sort().values
+        count = layer.settings.rank * (in_features + out_features)
+        chosen = distinct_init(count, out_features * in_features, noise)
         indices = torch.stack([chosen // in_features, chosen % in_features]).int()
-        values = torch.zeros(len(chosen), dtype=layer.dtype, device=layer.device)
+        values = torch.zeros(count, dtype=layer.dtype, device=layer.device)
         return InitialTensors({"values": values}, {"indices": indices.to(layer.device)})
 
     def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:

@@ -379,6 +379,6 @@ def _immutable_buffers(adapters: Adapters, lane: str) -> dict[str, Tensor]:
 
 def _add_lane(case: Case, adapters: Adapters, lane: str, steps: int) -> LaneOptimizer:
     number = int(lane)
-    settings = replace(DROPOUT_SETTINGS, alpha=4.0 * (number + 1))
+    settings = replace(adapters.settings, alpha=4.0 * (number + 1))
     adapters.add_lane(lane, settings, number, calibrate_lane(case, adapters, number))
     return LaneOptimizer(adapters, lane, 0.003 * (number + 1), steps)

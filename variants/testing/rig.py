@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,10 @@ def attach_lanes(
         case: The case that builds the model.
         variant: The variant.
         lanes: The number of lanes; a variant that permits fewer gets as many as it permits.
-        settings: The settings of each lane.
+        settings: The settings of each lane; the variant's `law_settings` complete them.
         model: A model to use in place of a new one.
     """
+    settings = replace(settings, extra={**variant.law_settings, **settings.extra})
     heads = ["head"] if case.model == "headed" else []
     adapters = attach(case.build() if model is None else model, variant, settings, heads=heads)
     for lane in range(min(lanes, adapters.max_lanes)):
@@ -87,7 +89,7 @@ def perturb_lanes(case: Case, adapters: Adapters) -> None:
     """
     before = lane_outputs(case, adapters).chunk(len(adapters.lanes))
     size = 0.1 * min(1.0, adapters.variant.typical_lr_scale)
-    rounds = 200  # a variant that divides by the size of the layer needs large parameters
+    rounds = 200
     for attempt in range(rounds + 1):
         outputs = lane_outputs(case, adapters).chunk(len(before))
         change = min(relative_error(out, start) for out, start in zip(outputs, before, strict=True))
@@ -96,7 +98,8 @@ def perturb_lanes(case: Case, adapters: Adapters) -> None:
         for lane in adapters.lanes:
             for name, parameter in adapters.trainable(lane).items():
                 noise = seeded_generator(99, lane, name, attempt)
-                parameter.add_(size * torch.randn(parameter.shape, generator=noise).to(parameter))
+                growth = max(1, attempt // 20)  # for a variant that divides by the size of the layer
+                parameter.add_(size * growth * torch.randn(parameter.shape, generator=noise).to(parameter))
     raise AssertionError(f"{adapters.variant.name}: a change of its parameters does not change the output")
 
 

@@ -1,0 +1,71 @@
+"""C3A (Chen et al. 2024, arXiv 2407.19342): circular convolutions of blocks of the input."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from variants.base import (
+    FrozenLayer,
+    InitialTensors,
+    Int,
+    Params,
+    Start,
+    Variant,
+    VerifiedBy,
+    parameter_generator,
+    uniform_init,
+)
+
+
+class C3A(Variant):
+    """W' = W + [C(w_mn)] / in, a grid of circulant blocks (b, b) with C(w)[i, j] = w[(j - i) mod b].
+
+    "w" is (out / b, in / b, b), and b is the greatest common divisor of `block_size`, in and out. A smaller b
+    has more parameters. There is neither a rank nor an alpha.
+
+    Initialization: w from U(-sqrt(6 / (in + out)), sqrt(6 / (in + out))) (Xavier), so W' differs from W.
+
+    Rule, initialization and default are those of PEFT, which is the authors' code. The blocks are applied by
+    FFT, in float32 or float64. PEFT recommends a learning rate of about 0.1.
+
+    Deviations: PEFT refuses a layer whose sides `block_size` does not divide. Its backward pass (0.21) has a
+    wrong gradient of the layer's input, which the layers before it receive; here autograd computes it.
+    """
+
+    parameters = "in * out / gcd(block_size, in, out)"
+    verified_by = VerifiedBy.AUTHORS_CODE
+    start = Start.OTHER
+    typical_lr_scale = 100.0
+    uses_rank = False
+    uses_alpha = False
+    uses_dropout = False
+    hyperparameters = {"block_size": Int(256, minimum=1, help="side of a circulant block")}
+
+    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+        block = math.gcd(layer.settings["block_size"], *layer.shape)
+        shape = layer.shape[0] // block, layer.shape[1] // block, block
+        noise = parameter_generator(generator, "w")
+        return InitialTensors({"w": uniform_init(shape, math.sqrt(6 / sum(layer.shape)), layer, noise)})
+
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+        # One lane at a time: the last bits of an FFT depend on the number of transforms in a call.
+        lanes = zip(x.to(layer.dtype), params["w"], strict=True)
+        update = torch.stack([_multiply(rows, w) for rows, w in lanes])
+        return base + (update / layer.shape[1]).to(base.dtype)
+
+    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+        w = params["w"]
+        position = torch.arange(w.shape[2], device=w.device)
+        blocks = w[..., (position - position.unsqueeze(1)) % w.shape[2]]
+        return blocks.transpose(1, 2).reshape(layer.shape) / layer.shape[1]
+
+
+def _multiply(x: Tensor, w: Tensor) -> Tensor:
+    """Return the products (N, out) of the circulant blocks with x (N, in)."""
+    block = w.shape[2]
+    pieces = torch.fft.rfft(x.unflatten(1, (-1, block))).permute(2, 0, 1)  # (b // 2 + 1, N, in / b)
+    spectra = torch.fft.rfft(w).conj().permute(2, 1, 0)  # (b // 2 + 1, in / b, out / b)
+    return torch.fft.irfft(torch.bmm(pieces, spectra).permute(1, 2, 0), n=block).flatten(1)
