@@ -2,6 +2,7 @@
 
 python -m variants                  # all entries by axis
 python -m variants lora_plus        # one entry: equation, hyperparameters, an example
+python -m variants peft:LOHA        # a tuner of the PEFT library; likewise ./my_variant.py, a file of yours
 python -m variants --taxonomy       # the survey's methods, with the reason where one has no entry
 python -m variants --json           # all entries for programs (also with a name or --taxonomy)
 python -m variants --write-docs     # the tables of docs/variants.md, from the same source
@@ -29,7 +30,7 @@ class Arguments:
     """What is printed."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
-    """The entry to explain; without it the whole catalogue is listed."""
+    """The entry, tuner (peft:TYPE) or .py file to explain; without it the whole catalogue is listed."""
     taxonomy: bool = False
     """List the methods of the survey, of its code and of the PEFT library."""
     json: bool = False

@@ -18,6 +18,7 @@ import torch
 from variants import catalogue
 from variants.base import AdaptationScope, FrozenLayer, Start, Variant, VariantSettings, VerifiedBy
 from variants.parameter_formula import evaluate_formula
+from variants.variant_names import PEFT_AXIS, PEFT_PREFIX
 
 COSTS_FILE = Path(__file__).with_name("costs.json")
 """Measurements of `experiments/benchmarks/variant_costs.py`."""
@@ -121,7 +122,7 @@ def describe(name: str) -> Description:
         ValueError: There is no such entry.
     """
     variant = catalogue.get(name)
-    title, authors, paper, summary = parse_module_docstring(inspect.getmodule(type(variant)).__doc__ or "")
+    title, authors, paper, summary = _read_heading(variant)
     costs = read_costs().get("steps", {}).get("variants", {}).get(name, {})
     return Description(
         name=name,
@@ -153,6 +154,15 @@ def describe(name: str) -> Description:
         step_time=costs.get("step_time"),
         memory=costs.get("memory"),
     )
+
+
+def _read_heading(variant: Variant) -> tuple[str, str, str, str]:
+    """Return title, authors, paper and summary; without a docstring, the class's name is the title."""
+    if variant.axis == PEFT_AXIS:
+        peft_type = variant.name.removeprefix(PEFT_PREFIX)
+        return f"PEFT's {peft_type}", "", "", "the layer of the PEFT library computes the update"
+    title, *rest = parse_module_docstring(inspect.getmodule(type(variant)).__doc__ or "")
+    return title or type(variant).__name__, *rest
 
 
 @cache

@@ -77,8 +77,12 @@ def format_entry(each: Description) -> str:
     source = ", ".join(part for part in (each.authors, each.paper) if part)
     lines = [f"{each.title} ({each.name}), axis {each.axis}"]
     lines += [line for line in (source, each.link) if line]
-    lines += ["", *textwrap.wrap(each.summary[:1].upper() + each.summary[1:], WIDTH), ""]
-    lines += [*wrap_docstring(each.rule, WIDTH), ""]
+    for text in (
+        textwrap.wrap(each.summary[:1].upper() + each.summary[1:], WIDTH),
+        wrap_docstring(each.rule, WIDTH),
+    ):
+        lines += ["", *text] if text else []
+    lines += [""]
     for label, text in _facts(each):
         lines += _fill(f"{label:12} {text}", " " * 13)
     if each.hyperparameters:

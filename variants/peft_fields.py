@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from variants.variant_settings import Choice, Flag, Hyperparameter, Int, Number
@@ -88,7 +88,9 @@ def read_hyperparameters(peft_type: str, config_class: type[Any]) -> dict[str, H
         if each.name not in skipped and not is_rank:
             declared = _declare(each.name, each.default, _words(hints[each.name]))
             if declared is not None:
-                found[each.name] = declared
+                reason = FIXED_FIELDS.get(each.name)
+                fixed = f"only the default: {reason}" if reason else ""
+                found[each.name] = replace(declared, help=fixed)
     return found
 
 
