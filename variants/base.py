@@ -36,7 +36,7 @@ from variants.lane_views import (
     LayerView,
     Params,
     shared_settings,
-)  # fmt: skip
+)
 from variants.parameter_formula import ParameterCount
 from variants.peft_format import PeftFormat, PeftMethod
 from variants.seeds import parameter_generator, stable_seed
@@ -50,7 +50,7 @@ from variants.variant_settings import (
     Number,
     VariantSettings,
     complete_extra,
-)  # fmt: skip
+)
 
 __all__ = [
     "RANK_MASK", "AdaptationScope", "Batching", "CalibrationStatistic", "Choice", "ExtraSettings", "Flag",

@@ -17,7 +17,7 @@ from variants.base import (
     bmm,
     parameter_generator,
     uniform_init,
-)  # fmt: skip
+)
 from variants.mixture import Mixture, router_probabilities
 
 

@@ -21,7 +21,7 @@ from variants.base import (
     VerifiedBy,
     baddbmm,
     bmm,
-)  # fmt: skip
+)
 from variants.mixture import Mixture
 
 

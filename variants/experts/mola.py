@@ -17,7 +17,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     shared_settings,
-)  # fmt: skip
+)
 from variants.mixture import Mixture, init_experts
 
 SHAPES = {"inverted_triangle": (2, 4, 6, 8), "triangle": (8, 6, 4, 2), "hourglass": (8, 2, 2, 8),

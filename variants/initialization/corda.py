@@ -15,7 +15,7 @@ from variants.base import (
     UnsupportedError,
     VariantSettings,
     VerifiedBy,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 

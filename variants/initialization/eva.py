@@ -22,7 +22,7 @@ from variants.base import (
     VerifiedBy,
     shared_settings,
     stable_seed,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 from variants.linalg import randomized_svd
 

@@ -16,7 +16,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     stable_seed,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 from variants.linalg import fix_signs, randomized_svd
 

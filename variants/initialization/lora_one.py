@@ -18,7 +18,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     stable_seed,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 from variants.linalg import randomized_svd
 

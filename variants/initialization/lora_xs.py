@@ -13,7 +13,7 @@ from variants.base import (
     VerifiedBy,
     normal_init,
     parameter_generator,
-)  # fmt: skip
+)
 from variants.weight_svd import WeightSVD
 
 

@@ -17,7 +17,7 @@ from variants.base import (
     VerifiedBy,
     parameter_generator,
     uniform_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 

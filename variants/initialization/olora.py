@@ -12,7 +12,7 @@ from variants.base import (
     Params,
     VariantSettings,
     VerifiedBy,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 

@@ -16,7 +16,7 @@ from variants.base import (
     VerifiedBy,
     parameter_generator,
     uniform_init,
-)  # fmt: skip
+)
 from variants.input_map import InputMap
 from variants.rotations import multiply_rank_one, unit_rows
 

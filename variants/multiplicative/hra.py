@@ -18,7 +18,7 @@ from variants.base import (
     VerifiedBy,
     parameter_generator,
     uniform_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 from variants.input_map import RowsProduct
 

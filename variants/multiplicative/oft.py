@@ -16,7 +16,7 @@ from variants.base import (
     PeftMethod,
     VariantSettings,
     VerifiedBy,
-)  # fmt: skip
+)
 from variants.input_map import InputMap
 from variants.rotations import cayley_change, multiply_blocks, nearest_divisor, neumann_change, skew_symmetric
 

@@ -16,7 +16,7 @@ from variants.base import (
     UnsupportedError,
     VariantSettings,
     VerifiedBy,
-)  # fmt: skip
+)
 from variants.output_map import OutputMap
 
 _ANGLES = {"road_1": 1, "road_2": 2, "road_4": 4}

@@ -18,7 +18,7 @@ from variants.base import (
     normal_init,
     parameter_generator,
     uniform_init,
-)  # fmt: skip
+)
 
 
 class AuroRA(Variant):

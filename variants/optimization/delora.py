@@ -22,7 +22,7 @@ from variants.base import (
     lora_init,
     parameter_generator,
     uniform_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 NORM_MINIMUM = 1e-4

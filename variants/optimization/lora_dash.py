@@ -14,7 +14,7 @@ from variants.base import (
     Params,
     VariantSettings,
     VerifiedBy,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 DIRECTIONS = frozenset({"U", "V"})

@@ -14,7 +14,7 @@ from variants.base import (
     lora_init,
     parameter_generator,
     uniform_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 

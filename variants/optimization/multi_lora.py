@@ -15,7 +15,7 @@ from variants.base import (
     VariantSettings,
     parameter_generator,
     uniform_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 

@@ -24,7 +24,7 @@ from variants.base import (
     VerifiedBy,
     normal_init,
     parameter_generator,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 INIT_STD = 0.02

@@ -16,7 +16,7 @@ from variants.base import (
     bmm,
     kaiming_init,
     shared_settings,
-)  # fmt: skip
+)
 from variants.shared_factors import SharedFactors, shared_lora_init
 
 

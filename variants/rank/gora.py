@@ -23,7 +23,7 @@ from variants.base import (
     shared_settings,
     stable_seed,
     uniform_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 

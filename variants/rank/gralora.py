@@ -18,7 +18,7 @@ from variants.base import (
     baddbmm,
     bmm,
     kaiming_init,
-)  # fmt: skip
+)
 
 
 class GraLoRA(Variant):

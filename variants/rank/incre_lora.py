@@ -20,7 +20,7 @@ from variants.base import (
     VerifiedBy,
     normal_init,
     parameter_generator,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 EMA_DECAY = 0.85

@@ -12,7 +12,7 @@ from variants.base import (
     VerifiedBy,
     bmm,
     kaiming_init,
-)  # fmt: skip
+)
 from variants.dense_update import DenseUpdate
 
 

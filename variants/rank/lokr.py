@@ -22,7 +22,7 @@ from variants.base import (
     VerifiedBy,
     bmm,
     kaiming_init,
-)  # fmt: skip
+)
 
 
 class LoKr(Variant):

@@ -14,7 +14,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     kaiming_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 

@@ -18,7 +18,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     bmm,
-)  # fmt: skip
+)
 
 
 class MoRA(Variant):

@@ -24,7 +24,7 @@ from variants.base import (
     parameter_generator,
     shared_settings,
     uniform_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 from variants.shared_factors import largest_sides
 

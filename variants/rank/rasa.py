@@ -19,7 +19,7 @@ from variants.base import (
     VerifiedBy,
     lora_init,
     shared_settings,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 from variants.shared_factors import SharedFactors, shared_lora_init
 

@@ -18,7 +18,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     lora_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 

@@ -14,7 +14,7 @@ from variants.base import (
     VariantSettings,
     VerifiedBy,
     shared_settings,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 from variants.shared_factors import SharedFactors
 

@@ -13,7 +13,7 @@ from variants.base import (
     UnsupportedError,
     VerifiedBy,
     parameter_generator,
-)  # fmt: skip
+)
 from variants.dense_update import DenseUpdate
 from variants.initializers import distinct_init
 

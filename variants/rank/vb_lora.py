@@ -27,7 +27,7 @@ from variants.base import (
     parameter_generator,
     shared_settings,
     uniform_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 
 DEFAULT_LENGTH = 256

@@ -22,7 +22,7 @@ from variants.base import (
     parameter_generator,
     shared_settings,
     uniform_init,
-)  # fmt: skip
+)
 from variants.baseline.lora import LoRA
 from variants.batch_invariant import pad_rank_one
 from variants.low_rank_product import VectorProduct

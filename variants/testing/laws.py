@@ -36,7 +36,7 @@ from variants.testing.rig import (
     tensors_equal,
     train,
     train_step,
-)  # fmt: skip
+)
 
 DROPOUT_SETTINGS = VariantSettings(rank=4, alpha=8.0, dropout=0.1)
 
