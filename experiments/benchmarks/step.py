@@ -33,10 +33,12 @@ from paired_timing import (
 )
 from peft import (
     AdaLoraConfig,
+    DeloraConfig,
     EvaConfig,
     HiraConfig,
     LoraConfig,
     PeftConfig,
+    RandLoraConfig,
     VeraConfig,
     get_peft_model,
     initialize_lora_eva_weights,
@@ -55,6 +57,7 @@ from variants.testing.rig import LaneOptimizer
 
 RANK, ALPHA, LEARNING_RATE, TOTAL_STEPS = 8, 16, 1e-4, 1000
 VERA_FACTOR = 16
+RAND_LORA_FACTOR = 4
 LORA_PLUS_RATIO = 16
 
 
@@ -103,12 +106,18 @@ PEFT_CONFIGS: Mapping[str, Callable[[list[str]], PeftConfig]] = {
         tfinal=TOTAL_STEPS // 2,
     ),
     "vera": lambda targets: VeraConfig(r=VERA_FACTOR * RANK, target_modules=targets),
+    "delora": lambda targets: DeloraConfig(r=RANK, delora_lambda=8, target_modules=targets),
+    "rand_lora": lambda targets: RandLoraConfig(
+        r=RAND_LORA_FACTOR * RANK, randlora_alpha=RAND_LORA_FACTOR * ALPHA, target_modules=targets
+    ),
 }
-"""Variant -> PEFT's configuration for a list of target layers, of the variants that PEFT has."""
+"""Variant -> PEFT's configuration for a list of target layers: VeRA and the survey's that PEFT has."""
 EXTRA: Mapping[str, Mapping[str, Any]] = {
     "pissa": {"svd": "16"},
     "adalora": {"initial": 1.5, "warmup": 0.1, "final": 0.5},
     "vera": {"rank_factor": VERA_FACTOR},
+    "delora": {"initial": "zero"},
+    "rand_lora": {"rank_factor": RAND_LORA_FACTOR, "normalized": False, "base_limit": 1 << 20},
     "lora_plus": {"ratio": LORA_PLUS_RATIO},
 }
 """Variant -> extra settings with which ours equals PEFT's configuration."""
