@@ -112,7 +112,7 @@ def test_a_mismatch_of_model_and_task_is_an_error_of_one_line(
 def point(variant: str = "lora", **options: object) -> Configuration:
     alpha = 8.0 if variants.get(variant).uses_alpha else None
     one = configuration(task="digits", variant=variant, alpha=alpha, **options)  # type: ignore[arg-type]
-    extra = dict(variants.get(variant).extra_defaults)
+    extra = {**variants.get(variant).extra_defaults, **variants.get(variant).law_settings}
     if "calibration_batches" in extra:
         extra["calibration_batches"] = 2
     return replace(one, variant=replace(one.variant, extra=extra))
@@ -155,7 +155,12 @@ def test_a_lane_in_a_group_gets_the_numbers_of_a_lane_alone(
         assert (record.provenance.lane_group_size > 1) == (
             variants.get(variant).batching is not Batching.EXCLUSIVE
         )
-        assert numbers_of(record) == numbers_of(solo(one, tmp_path, **options))
+        alone = solo(one, tmp_path, **options)
+        if variants.get(variant).rounds_alike:
+            assert numbers_of(record) == numbers_of(alone)
+        else:
+            losses = ([step.loss for step in each.curve] for each in (record, alone))
+            assert next(losses) == pytest.approx(next(losses), rel=1e-4)
         assert record.baseline_scores["test"]["loss"] == pytest.approx(math.log(5))
         assert set(record.items["test"].answers) <= set(Digits.labels)
 
