@@ -161,8 +161,9 @@ def _read_heading(variant: Variant) -> tuple[str, str, str, str]:
     if variant.axis == PEFT_AXIS:
         peft_type = variant.name.removeprefix(PEFT_PREFIX)
         return f"PEFT's {peft_type}", "", "", "the layer of the PEFT library computes the update"
-    title, *rest = parse_module_docstring(inspect.getmodule(type(variant)).__doc__ or "")
-    return title or type(variant).__name__, *rest
+    heading = parse_module_docstring(inspect.getmodule(type(variant)).__doc__ or "")
+    title, authors, paper, summary = heading
+    return title or type(variant).__name__, authors, paper, summary
 
 
 @cache

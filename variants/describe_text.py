@@ -77,11 +77,9 @@ def format_entry(each: Description) -> str:
     source = ", ".join(part for part in (each.authors, each.paper) if part)
     lines = [f"{each.title} ({each.name}), axis {each.axis}"]
     lines += [line for line in (source, each.link) if line]
-    for text in (
-        textwrap.wrap(each.summary[:1].upper() + each.summary[1:], WIDTH),
-        wrap_docstring(each.rule, WIDTH),
-    ):
-        lines += ["", *text] if text else []
+    summary = textwrap.wrap(each.summary[:1].upper() + each.summary[1:], WIDTH)
+    for paragraph in (summary, wrap_docstring(each.rule, WIDTH)):
+        lines += ["", *paragraph] if paragraph else []
     lines += [""]
     for label, text in _facts(each):
         lines += _fill(f"{label:12} {text}", " " * 13)
