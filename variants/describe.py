@@ -161,8 +161,8 @@ def _read_heading(variant: Variant) -> tuple[str, str, str, str]:
     if variant.axis == PEFT_AXIS:
         peft_type = variant.name.removeprefix(PEFT_PREFIX)
         return f"PEFT's {peft_type}", "", "", "the layer of the PEFT library computes the update"
-    heading = parse_module_docstring(inspect.getmodule(type(variant)).__doc__ or "")
-    title, authors, paper, summary = heading
+    docstring = inspect.getmodule(type(variant)).__doc__ or ""
+    title, authors, paper, summary = parse_module_docstring(docstring)
     return title or type(variant).__name__, authors, paper, summary
 
 

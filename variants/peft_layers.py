@@ -83,7 +83,7 @@ def split_tensors(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor
 
 
 def _tables(layer: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and dict of the tensors that PEFT keeps in plain dicts, by adapter."""
+    """Yield each attribute of the layer that is a plain dict from adapters' names to tensors, with its name."""
     for name, value in vars(layer).items():
         if isinstance(value, dict) and isinstance(value.get(ADAPTER), Tensor):
             yield name, value

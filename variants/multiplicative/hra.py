@@ -63,10 +63,11 @@ class HRA(LoRA):
         return InitialTensors({"U": half.repeat_interleave(2, dim=1)})
 
     def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
-        """Return A (..., r, in) and B (..., out, r).
+        """Return A (..., r, in) and B (..., out, r) with W' - W = B A.
 
-        The rows of A are n_1, n_2 - n_1, n_3, n_4 - n_3, ... If the vectors of a pair are nearly equal, their
-        update is small, and bfloat16 would lose it in a difference of two large terms.
+        The rows of A are n_1, n_2 - n_1, n_3, n_4 - n_3, ..., where n_i (in,) is the unit vector of
+        reflection i. If the two vectors of a pair are nearly equal, the pair's update is small, and bfloat16
+        would lose it in the difference of two large terms.
         """
         u = params["U"] if params["U"].dim() == 3 else params["U"].unsqueeze(0)
         units = u / u.norm(dim=1, keepdim=True)

@@ -23,7 +23,7 @@ class MultiLoRA(LoRA):
     """W' = W + s sum_i diag(g_i) B_i A_i with s = alpha / rank; `rank` is the rank of each module i.
 
     Shapes: A (modules * rank, in) and B (out, modules * rank) hold the factors of all modules, and
-    g (modules, out) holds the scales of their outputs.
+    g (modules, out) holds one scale for each output of each module.
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B from U(-1/sqrt(rank), 1/sqrt(rank)) (both
     Kaiming-uniform with a = sqrt(5)), g = 0, so W' = W.
