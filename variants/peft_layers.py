@@ -83,7 +83,7 @@ def split_tensors(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor
 
 
 def _tables(layer: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each attribute of the layer that is a plain dict from adapters' names to tensors, with its name."""
+    """Yield the name and the value of each attribute that is a dict from adapter names to tensors."""
     for name, value in vars(layer).items():
         if isinstance(value, dict) and isinstance(value.get(ADAPTER), Tensor):
             yield name, value
