@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdaptationScope, InitialTensors, Variant, VariantSettings
+from variants.api import AdaptationScope, InitialTensors, Variant, VariantSettings
 from variants.base_dropout import LaneDropout, TableDropout
 from variants.forward_context import AdapterState
 from variants.full_finetune import FullModelParameters
 from variants.heads import LaneHead
 from variants.lane_linear import LaneLinear
 from variants.lane_tensors import LaneTensors
-from variants.seeds import seeded_generator
+from variants.layer_random import LayerRandom
+from variants.seeds import stable_seed
 from variants.targets import view_layer
 
 LAYER_GROUP_PREFIX = "group:"
@@ -110,10 +110,14 @@ class AdaptedModel:
             for name, layer in self.layers.items()
         }
 
-        initial = self.variant.init_layers(layers, partial(seeded_generator, seed))
+        def random_of(name: str) -> LayerRandom:
+            return LayerRandom(layers[name], stable_seed(seed, name))
+
+        initial = self.variant.init_layers(layers, random_of)
         for owner, shared in self.layer_groups.items():
             members = {name: layers[name] for name, each in self.layers.items() if each.layer_group is shared}
-            initial[owner] = self.variant.init_layer_group(members, seeded_generator(seed, owner))
+            random = LayerRandom(next(iter(members.values())), stable_seed(seed, owner))
+            initial[owner] = self.variant.init_layer_group(members, random)
         initial |= {name: InitialTensors(weights) for name, weights in self.init_heads(seed).items()}
         if self.full_model is not None:
             initial |= {owner: InitialTensors(copies) for owner, copies in self.full_model.init().items()}
@@ -121,7 +125,7 @@ class AdaptedModel:
 
     def init_heads(self, seed: int) -> dict[str, dict[str, Tensor]]:
         """Return the initial weights of each head for a lane with this seed."""
-        return {name: head.init(seeded_generator(seed, name)) for name, head in self.heads.items()}
+        return {name: head.init(stable_seed(seed, name)) for name, head in self.heads.items()}
 
     def detach(self) -> None:
         """Restore the model's own modules and flags; a second call has no effect."""

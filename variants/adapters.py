@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from variants.adapted_model import AdaptedModel, CalibrationTensors
-from variants.base import (
+from variants.api import (
     RANK_MASK,
     Batching,
     InitialTensors,

@@ -9,7 +9,7 @@ from torch import nn
 
 from variants.adapted_model import CalibrationTensors
 from variants.adapters import Adapters
-from variants.base import AdaptationScope, UnsupportedError, Variant, VariantSettings
+from variants.api import AdaptationScope, UnsupportedError, Variant, VariantSettings
 from variants.heads import LaneHead
 from variants.lane_linear import LaneLinear
 from variants.nf4 import NF4Linear
@@ -77,12 +77,11 @@ def attach(
 
 def _check_layers(variant: Variant, settings: VariantSettings, layers: Mapping[str, nn.Module]) -> None:
     views = [replace(view_layer(name, layer), settings=settings) for name, layer in layers.items()]
-    if variant.is_rank_limited_by_layer:
-        name, side = min(((view.name, min(view.shape)) for view in views), key=lambda item: item[1])
-        limit = side // variant.singular_vectors_per_rank
-        if settings.rank > limit:
-            raise UnsupportedError(
-                f"rank {settings.rank} is larger than layer {name} allows: at most {limit}"
-            )
+    limits = {view.name: limit for view in views if (limit := variant.largest_rank(view)) is not None}
+    if limits and settings.rank > min(limits.values()):
+        name = min(limits, key=limits.__getitem__)
+        raise UnsupportedError(
+            f"rank {settings.rank} is larger than layer {name} allows: at most {limits[name]}"
+        )
     for view in views:
         variant.check_layer(view)

@@ -12,7 +12,7 @@ auxiliary loss (`auxiliary_loss`), learning rates of its own (`parameter_lr_scal
 tensors that are computed once a step (`gradient_constants`), a forward pass that includes the frozen layer's
 output (`includes_base`, `forward_with_base`), hooks around the optimizer's step (`before_step`,
 `after_step`), and ranks that differ between layers or change during training (`init_layers`, a frozen tensor
-"mask", `rank_budget`). This module exports everything that an implementation needs.
+"mask", `rank_budget`). `variants.api` exports everything that an implementation needs.
 """
 
 from __future__ import annotations
@@ -22,43 +22,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.batch_invariant import baddbmm, bmm
-from variants.errors import MergeError, UnsupportedError
-from variants.initializers import kaiming_init, lora_init, normal_init, uniform_init
-from variants.lane_views import (
-    FrozenLayer,
-    GeneratorOf,
-    InitialTensors,
-    LaneView,
-    Layers,
-    LayerView,
-    Params,
-    shared_settings,
-)
-from variants.parameter_formula import ParameterCount
-from variants.peft_format import PeftFormat, PeftMethod
-from variants.seeds import parameter_generator, stable_seed
+from variants.errors import UnsupportedError
+from variants.frozen_layer import FrozenLayer, InitialTensors, Layers, Params
+from variants.lane_views import LaneView
+from variants.layer_random import LayerRandom, RandomOf
+from variants.parameter_formula import ParameterCount, evaluate_formula
+from variants.peft_format import PeftFormat
 from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
-from variants.variant_settings import (
-    Choice,
-    ExtraSettings,
-    Flag,
-    Hyperparameter,
-    Int,
-    Number,
-    VariantSettings,
-    complete_extra,
-)
-
-__all__ = [
-    "RANK_MASK", "AdaptationScope", "Batching", "CalibrationStatistic", "Choice", "ExtraSettings", "Flag",
-    "FrozenLayer", "GeneratorOf", "Hyperparameter", "InitialTensors", "Int", "LaneView", "LayerView",
-    "Layers", "MergeError", "Number", "Params", "PeftMethod", "Start", "UnsupportedError", "Variant",
-    "VariantSettings", "VerifiedBy", "baddbmm", "bmm", "kaiming_init", "lora_init", "normal_init",
-    "parameter_generator", "shared_settings", "stable_seed", "uniform_init",
-]  # fmt: skip
+from variants.variant_settings import ExtraSettings, Hyperparameter, Int, VariantSettings, complete_extra
 
 RANK_MASK = "mask"
 """Name of a layer's frozen tensor with a 1 for each rank in use and a 0 for the others."""
@@ -85,12 +58,11 @@ class Variant(ParameterCount, PeftFormat):
     """Version of code from outside this package, which the fingerprint includes; empty for other variants."""
     adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.TARGET_LAYERS
     uses_rank: ClassVar[bool] = True
-    is_rank_limited_by_layer: ClassVar[bool] = True
-    """True if the rank must not exceed the smaller side of a layer."""
-    singular_vectors_per_rank: ClassVar[int] = 1
-    """Number of singular vectors of the layer that each rank takes. The limit of the rank is divided by this
-    number."""
+    rank_limit: ClassVar[str] = "min(in, out)"
+    """Formula of a layer's largest rank, over `in`, `out` and the own hyperparameters; empty for no limit."""
     uses_alpha: ClassVar[bool] = True
+    is_rank_stabilized: ClassVar[bool] = False
+    """True if s = alpha / sqrt(rank), as in rsLoRA."""
     uses_dropout: ClassVar[bool] = True
     """True if dropout is part of the method; otherwise a dropout in the settings is replaced by 0."""
     start: ClassVar[Start] = Start.BASE
@@ -132,31 +104,33 @@ class Variant(ParameterCount, PeftFormat):
         return {name: each.default for name, each in self.hyperparameters.items()}
 
     def scaling(self, settings: VariantSettings) -> float:
-        """Return the factor s in front of the update: alpha / rank, or 1 for a variant without alpha."""
+        """Return the factor s in front of the update.
+
+        It is alpha / rank, alpha / sqrt(rank) if `is_rank_stabilized`, and 1 for a variant without alpha.
+        """
         if not self.uses_alpha:
             return 1.0
         assert settings.alpha is not None
-        return settings.alpha / settings.rank
+        s = settings.alpha / settings.rank
+        return s * math.sqrt(settings.rank) if self.is_rank_stabilized else s
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        """Return one lane's initial tensors of one layer; by default LoRA's A and B (`lora_init`).
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
+        """Return one lane's initial tensors of one layer; by default LoRA's A and B (`LayerRandom.lora`).
 
         Args:
             layer: The frozen layer, with the lane's settings.
-            generator: The generator of this lane and layer. `parameter_generator(generator, "A")` gives the
-                noise of parameter A. It depends on seed, layer and parameter only, so that every variant and
-                learning rate gets the same noise.
+            random: Random values for this lane and layer, for example `random.kaiming("A", (rank, in))`.
         """
-        return lora_init(layer, generator)
+        return random.lora()
 
-    def init_layers(self, layers: Layers, generator_of: GeneratorOf) -> dict[str, InitialTensors]:
+    def init_layers(self, layers: Layers, random_of: RandomOf) -> dict[str, InitialTensors]:
         """Return one lane's initial tensors of all layers, for example with ranks that differ.
 
         Args:
             layers: The frozen layers by name, with the lane's settings (`shared_settings`).
-            generator_of: Returns the lane's generator for a layer's name.
+            random_of: Returns the lane's random values for a layer's name.
         """
-        return {name: self.init(layer, generator_of(name)) for name, layer in layers.items()}
+        return {name: self.init(layer, random_of(name)) for name, layer in layers.items()}
 
     def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
         """Reduce a layer's calibration statistic to the few small tensors that the initialization needs.
@@ -187,12 +161,12 @@ class Variant(ParameterCount, PeftFormat):
         """
         return None
 
-    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
+    def init_layer_group(self, layers: Layers, random: LayerRandom) -> InitialTensors:
         """Return one lane's initial tensors that the layers of a group share.
 
         Args:
             layers: The frozen layers of the group by name, with the lane's settings (`shared_settings`).
-            generator: The generator of this lane and group.
+            random: Random values for this lane and group.
         """
         raise NotImplementedError
 
@@ -330,12 +304,28 @@ class Variant(ParameterCount, PeftFormat):
         """
         return layer_count * settings.rank
 
+    def largest_rank(self, layer: FrozenLayer) -> int | None:
+        """Return the value of `rank_limit` for a layer, or None if there is no limit."""
+        if not (self.uses_rank and self.rank_limit):
+            return None
+        return evaluate_formula(self.rank_limit, 0, layer.shape, 1, self.formula_names(layer.settings))
+
     def check_layer(self, layer: FrozenLayer) -> None:
         """Check that the settings fit a layer, before the model is adapted.
+
+        By default, check the numbers that must divide a side of each layer (`Int.divides`).
 
         Raises:
             UnsupportedError: They do not fit; the message names the layer, the size and the rule.
         """
+        sides = dict(zip(("out", "in"), layer.shape, strict=True))
+        for name, each in self.hyperparameters.items():
+            for side in each.divides if isinstance(each, Int) else ():
+                if sides[side] % layer.settings[name]:
+                    raise UnsupportedError(
+                        f"{layer.name} has {sides[side]} {side}puts: {name} {layer.settings[name]} does not "
+                        "divide them"
+                    )
 
     def fit_settings(self, settings: VariantSettings, shapes: Iterable[tuple[int, int]]) -> VariantSettings:
         """Return valid settings with the values that follow from the (out, in) of all adapted layers."""

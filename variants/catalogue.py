@@ -23,7 +23,7 @@ from variants.variant_names import (
 )
 
 if TYPE_CHECKING:
-    from variants.base import Variant
+    from variants.api import Variant
 
 
 @cache
@@ -94,7 +94,7 @@ def _get(name: str) -> Variant:
 
 
 def _get_built_in(name: str) -> Variant:
-    from variants.base import Variant
+    from variants.api import Variant
 
     module = importlib.import_module(f"variants.{_axis_by_name()[name]}.{name}")
     classes = [

@@ -1,7 +1,5 @@
 """Variants whose update is a matrix of full size, and the linear layer with such an update for each lane."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants.base import Batching, FrozenLayer, Params, Variant
+from variants import api
 
 TOGETHER_NUMEL = 1 << 17
 """Largest number of values of W for which all lanes are computed together, with fewer kernel launches."""
 
 
-class DenseUpdate(Variant):
+class DenseUpdate(api.Variant):
     """W' = W + M, where M is a matrix of full size that a subclass computes from the lane's tensors.
 
     M is formed for one lane at a time and is not kept between the passes. In float32 and float64 the layer's
@@ -24,7 +22,7 @@ class DenseUpdate(Variant):
     is the factor of a second product, as it is with dropout.
     """
 
-    batching = Batching.DENSE
+    batching = api.Batching.DENSE
     stacks_lanes: ClassVar[bool] = False
     """True if `matrix` gives the same bits for several lanes as for one. The lanes of a small layer are then
     computed together."""
@@ -33,7 +31,7 @@ class DenseUpdate(Variant):
     """True if `matrix` gets the lanes' tensors in the dtype of W, which makes M cheaper if that is bfloat16.
     Otherwise M is computed in the lanes' dtype and then rounded."""
 
-    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         """Return M of each lane, (K, out, in), as a new tensor, which may be overwritten.
 
         Autograd computes the gradients of the lane's tensors from this method.
@@ -44,7 +42,7 @@ class DenseUpdate(Variant):
         """
         raise NotImplementedError
 
-    def matrix_gradients(self, gradient: Tensor, params: Params, layer: FrozenLayer) -> Params:
+    def matrix_gradients(self, gradient: Tensor, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         """Return the gradients of the trainable tensors from that of M, by name.
 
         This method is optional, for a variant whose formula is faster than autograd through `matrix`.
@@ -56,16 +54,16 @@ class DenseUpdate(Variant):
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return DenseProduct.apply(x, base, MatrixInputs(self, tuple(params), layer), *params.values())
 
-    def includes_base(self, layer: FrozenLayer) -> bool:
+    def includes_base(self, layer: api.FrozenLayer) -> bool:
         return layer.stored_weight.dtype == layer.dtype
 
-    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward_with_base(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return DenseProduct.apply(x, None, MatrixInputs(self, tuple(params), layer), *params.values())
 
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
         layer = layer.add_lane_dimension()
         return self.matrix(self.prepare(stacked, layer), layer)[0]
@@ -77,11 +75,11 @@ class MatrixInputs:
 
     variant: DenseUpdate
     names: tuple[str, ...]
-    layer: FrozenLayer
+    layer: api.FrozenLayer
 
     def select(
         self, weight: Tensor, tensors: Sequence[Tensor], lanes: slice
-    ) -> tuple[dict[str, Tensor], FrozenLayer]:
+    ) -> tuple[dict[str, Tensor], api.FrozenLayer]:
         """Return the arguments of the variant's `matrix` for some of the lanes, with W as `weight`."""
         params = {name: tensor[lanes] for name, tensor in zip(self.names, tensors, strict=True)}
         return params, replace(self.layer, stored_weight=weight, scaling=self.layer.scaling[lanes])

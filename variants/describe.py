@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from variants import catalogue
-from variants.base import AdaptationScope, FrozenLayer, Start, Variant, VariantSettings, VerifiedBy
+from variants.api import AdaptationScope, FrozenLayer, Start, Variant, VariantSettings, VerifiedBy
 from variants.parameter_formula import evaluate_formula
 from variants.variant_names import PEFT_AXIS, PEFT_PREFIX
 

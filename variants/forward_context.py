@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variants.base import FrozenLayer, Params, Variant, VariantSettings, stable_seed
+from variants.api import FrozenLayer, Params, Variant, VariantSettings, stable_seed
 from variants.errors import UnassignedRowsError
 
 

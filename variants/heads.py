@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from variants.forward_context import AdapterState, split_by_lane
 from variants.lane_tensors import LaneTensors
-from variants.seeds import parameter_generator
+from variants.seeds import seeded_generator
 
 INIT_STD = 0.02
 """Standard deviation of a head's initial weights, the default of transformers for BERT and most others."""
@@ -40,11 +40,11 @@ class LaneHead(nn.Module):
         """The weight of the replaced layer, for models that read its dtype or device."""
         return self.base_layer.weight
 
-    def init(self, generator: Generator) -> dict[str, Tensor]:
+    def init(self, seed: int) -> dict[str, Tensor]:
         """Return a lane's initial weight, drawn on the CPU, and a bias of zeros if the layer has one."""
         weight = self.base_layer.weight
         draw = torch.empty(weight.shape, dtype=torch.float32)
-        draw.normal_(0, INIT_STD, generator=parameter_generator(generator, "weight"))
+        draw.normal_(0, INIT_STD, generator=seeded_generator(seed, "weight"))
         tensors = {"weight": draw.to(weight.device, self.dtype)}
         if self.base_layer.bias is not None:
             tensors["bias"] = torch.zeros_like(self.base_layer.bias, dtype=self.dtype)

@@ -1,17 +1,15 @@
 """Base class of variants that map the input of a frozen linear layer (OFT, BOFT, ETHER)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants.base import FrozenLayer, Params, Variant, bmm
+from variants import api
 
 
-class InputMap(Variant):
+class InputMap(api.Variant):
     """W' x = W (x + c(x)) with a linear map c of each lane, which a subclass defines as `map_input`.
 
     A subclass may also change the product with W, before the bias is added (`map_product`).
@@ -21,7 +19,7 @@ class InputMap(Variant):
     about 2^-9 of x, so c(x) W^T is a second product, as it is where the frozen layer has to be called.
     """
 
-    def map_input(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def map_input(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         """Return the change c(x) of the layer's input, (K, N, in) in the dtype of `x`.
 
         It must not be computed as the difference of two inputs, which would round it to the precision of x.
@@ -33,7 +31,7 @@ class InputMap(Variant):
         """
         raise NotImplementedError
 
-    def map_product(self, product: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def map_product(self, product: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         """Return the change of the product with W, (K, N, out) in any dtype; not called if not overridden.
 
         Args:
@@ -43,20 +41,20 @@ class InputMap(Variant):
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         change = self.map_input(x, params, layer)
         return self._map_output(FrozenProduct.apply(change, base, layer), params, layer)
 
-    def includes_base(self, layer: FrozenLayer) -> bool:
+    def includes_base(self, layer: api.FrozenLayer) -> bool:
         return layer.stored_weight.dtype == layer.dtype
 
-    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward_with_base(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         rows = x.reshape(len(layer.scaling), -1, x.shape[-1])
         mapped = rows + self.map_input(rows, params, layer)
         out = self._map_output(FrozenProduct.apply(mapped, None, layer), params, layer)
         return out.view(*x.shape[:-1], -1)
 
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         weight = layer.weight.to(layer.dtype)
         eye = torch.eye(layer.shape[1], dtype=layer.dtype, device=layer.device).unsqueeze(0)
         stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
@@ -71,7 +69,7 @@ class InputMap(Variant):
     def _maps_product(self) -> bool:
         return type(self).map_product is not InputMap.map_product
 
-    def _map_output(self, out: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def _map_output(self, out: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         if not self._maps_product:
             return out
         product = out if layer.bias is None else out - layer.bias
@@ -82,7 +80,7 @@ class FrozenProduct(torch.autograd.Function):
     """x W^T plus the layer's bias or a tensor; a W of 4 bits is dequantized in each pass, and not kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Tensor | None, layer: FrozenLayer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: Tensor | None, layer: api.FrozenLayer) -> Tensor:
         """Compute the output.
 
         Args:
@@ -120,7 +118,7 @@ class RowsProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenLayer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: api.FrozenLayer) -> Tensor:
         """Compute the product.
 
         Args:
@@ -132,10 +130,10 @@ class RowsProduct(torch.autograd.Function):
             (K, n, out).
         """
         ctx.layer = layer
-        return bmm(x, layer.weight.t().expand(len(x), -1, -1))
+        return api.bmm(x, layer.weight.t().expand(len(x), -1, -1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradient of x."""
-        return bmm(grad_out, ctx.layer.weight.expand(len(grad_out), -1, -1)), None
+        return api.bmm(grad_out, ctx.layer.weight.expand(len(grad_out), -1, -1)), None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from variants.base import FrozenLayer, Params, Variant
+from variants.api import FrozenLayer, Params, Variant
 from variants.forward_context import (
     AdapterState,
     ForwardContext,

@@ -40,3 +40,16 @@ def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     """
     signs = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
     return u * signs.t(), signs * vh
+
+
+def fill_positions(values: Tensor, positions: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return matrices (K, out, in) that are zero except for values (K, count) at positions (K, 2, count).
+
+    Args:
+        values: The values.
+        positions: Their rows and columns, without repetition (`LayerRandom.positions`).
+        shape: (out, in).
+    """
+    rows, columns = positions.long().unbind(1)
+    flat = values.new_zeros(len(values), shape[0] * shape[1])
+    return flat.scatter(1, rows * shape[1] + columns, values).view(-1, *shape)

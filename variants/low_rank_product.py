@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from variants.batch_invariant import baddbmm_, bmm
-from variants.lane_views import FrozenLayer
+from variants.frozen_layer import FrozenLayer
 
 
 @dataclass(frozen=True, eq=False)

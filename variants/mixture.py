@@ -1,30 +1,14 @@
 """Base of the variants with several LoRA experts per layer and a router that weighs them."""
 
-from __future__ import annotations
-
-import math
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    ExtraSettings,
-    FrozenLayer,
-    InitialTensors,
-    Params,
-    UnsupportedError,
-    Variant,
-    VariantSettings,
-    baddbmm,
-    bmm,
-    lora_init,
-    parameter_generator,
-    uniform_init,
-)
+from variants import api
 
 
-class Mixture(Variant):
+class Mixture(api.Variant):
     """y = W x + s sum_i g_i(x) B_i A_i x with gates g from a router.
 
     Shapes: A (rank, in) and B (out, rank) hold the factors of all experts, one expert after the other, so
@@ -43,7 +27,7 @@ class Mixture(Variant):
     has_auxiliary_loss = True
     shares_rank: ClassVar[bool] = True
 
-    def expert_count(self, settings: VariantSettings) -> int:
+    def expert_count(self, settings: api.VariantSettings) -> int:
         """Return the number of experts of a layer."""
         most = int(settings["experts"])
         if not self.shares_rank:
@@ -51,32 +35,32 @@ class Mixture(Variant):
         rank = settings.rank
         return next(experts for experts in range(min(most, rank), 0, -1) if rank % experts == 0)
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)
         experts, top_k = self.expert_count(settings), int(settings.extra.get("top_k", 0))
         if experts == 1:
             most = settings["experts"]
-            raise UnsupportedError(f"rank {settings.rank}: no number of experts from 2 to {most} divides it")
+            raise api.UnsupportedError(
+                f"rank {settings.rank}: no number of experts from 2 to {most} divides it"
+            )
         if top_k > experts:
-            raise UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
+            raise api.UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
         return settings
 
-    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
         return {**settings.extra, "experts": self.expert_count(settings)}
 
-    def scaling(self, settings: VariantSettings) -> float:
+    def scaling(self, settings: api.VariantSettings) -> float:
         assert settings.alpha is not None
         return settings.alpha * (self.expert_count(settings) if self.shares_rank else 1) / settings.rank
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        return init_experts(
-            layer, layer.settings, generator, self.expert_count(layer.settings), layer.settings.rank
-        )
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        return init_experts(random, self.expert_count(layer.settings), layer.settings.rank)
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         return {**params, "sB": params["B"] * layer.scaling}
 
-    def route(self, x: Tensor, params: Params, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor, params: api.Params, settings: api.VariantSettings) -> tuple[Tensor, Tensor]:
         """Return the gates and the router's probabilities, (K, N, experts) in float32 or float64.
 
         Args:
@@ -87,17 +71,19 @@ class Mixture(Variant):
         probabilities = router_probabilities(x, params)
         return keep_largest(probabilities, int(settings["top_k"])), probabilities
 
-    def features(self, x: Tensor, params: Params, experts: int) -> Tensor:
+    def features(self, x: Tensor, params: api.Params, experts: int) -> Tensor:
         """Return the factors of the columns of B before the gates weigh them, (K, N, rank)."""
-        return bmm(x, params["A"].to(x.dtype).transpose(1, 2))
+        return api.bmm(x, params["A"].to(x.dtype).transpose(1, 2))
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         b, gates = params["sB"].to(x.dtype), self.route(x, params, layer.settings)[0]
         rank_gates = gates.repeat_interleave(b.shape[2] // gates.shape[2], dim=2).to(x.dtype)
         features = self.features(x, params, gates.shape[2])
-        return baddbmm(base, features * rank_gates, b.transpose(1, 2))
+        return api.baddbmm(base, features * rank_gates, b.transpose(1, 2))
 
-    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def auxiliary_loss(
+        self, x: Tensor, attention_mask: Tensor, params: api.Params, layer: api.FrozenLayer
+    ) -> Tensor:
         routes = self.route(x.flatten(1, 2), params, layer.settings)
         gates, probabilities = (route.unflatten(1, x.shape[1:3]) for route in routes)
         mask = attention_mask.unsqueeze(3).to(gates.dtype)
@@ -106,7 +92,7 @@ class Mixture(Variant):
         ).mean(1)
 
     def imbalance(
-        self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: VariantSettings
+        self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: api.VariantSettings
     ) -> Tensor:
         """Return how unevenly the experts are used in each example, (K, R).
 
@@ -124,28 +110,22 @@ class Mixture(Variant):
         return gates.shape[3] * (served * (probabilities * mask).sum(2) / tokens).sum(2)
 
 
-def init_experts(
-    layer: FrozenLayer, settings: VariantSettings, generator: Generator, experts: int, rank: int
-) -> InitialTensors:
+def init_experts(random: api.LayerRandom, experts: int, rank: int) -> api.InitialTensors:
     """Return LoRA's initial A and B for all experts of a layer, and R from U(-1/sqrt(in), 1/sqrt(in)).
 
     Args:
-        layer: The frozen layer.
-        settings: The lane's settings.
-        generator: The generator of this lane and layer.
+        random: Random values for the lane and layer.
         experts: The number of experts.
         rank: The rank of all experts together.
     """
-    initial = lora_init(layer, generator, rank)
-    in_features = layer.shape[1]
-    noise = parameter_generator(generator, "R")
-    initial.trainable["R"] = uniform_init((experts, in_features), 1 / math.sqrt(in_features), layer, noise)
+    initial = random.lora(rank)
+    initial.trainable["R"] = random.kaiming("R", (experts, random.layer.shape[1]))
     return initial
 
 
-def router_probabilities(x: Tensor, params: Params) -> Tensor:
+def router_probabilities(x: Tensor, params: api.Params) -> Tensor:
     """Return softmax(R x) as (K, N, experts) for x (K, N, in), in float32 or float64."""
-    logits = bmm(x, params["R"].to(x.dtype).transpose(1, 2))
+    logits = api.bmm(x, params["R"].to(x.dtype).transpose(1, 2))
     return logits.softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 

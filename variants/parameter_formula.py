@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-from variants.lane_views import FrozenLayer
+from variants.frozen_layer import FrozenLayer
 from variants.variant_settings import ExtraSettings, Value, VariantSettings
 
 FUNCTIONS = {"min": min, "max": max, "ceil": math.ceil, "sqrt": math.sqrt, "round": round, "gcd": math.gcd}

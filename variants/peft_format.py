@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from variants.lane_views import FrozenLayer, InitialTensors, Params
+from variants.frozen_layer import FrozenLayer, InitialTensors, Params
 from variants.variant_settings import VariantSettings
 
 

@@ -1,12 +1,10 @@
 """Rotations as functions of skew-symmetric matrices, and products with block-diagonal matrices."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from variants.base import bmm
+from variants import api
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
@@ -67,7 +65,7 @@ def multiply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """
     _, count, size, _ = blocks.shape
     matrices = _pad_matrices(blocks.to(x.dtype).flatten(0, 1))
-    return _join(bmm(_split(x, count, size), matrices), x.shape, count, size)
+    return _join(api.bmm(_split(x, count, size), matrices), x.shape, count, size)
 
 
 def multiply_rank_one(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -80,8 +78,8 @@ def multiply_rank_one(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """
     _, count, size = left.shape
     columns, rows = (pad(t.to(x.dtype).flatten(0, 1), (0, _padding(size))) for t in (left, right))
-    factors = bmm(_split(x, count, size), columns.unsqueeze(2))
-    return _join(bmm(factors, rows.unsqueeze(1)), x.shape, count, size)
+    factors = api.bmm(_split(x, count, size), columns.unsqueeze(2))
+    return _join(api.bmm(factors, rows.unsqueeze(1)), x.shape, count, size)
 
 
 def _padding(size: int) -> int:

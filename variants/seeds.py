@@ -16,13 +16,3 @@ def stable_seed(*parts: int | str) -> int:
 def seeded_generator(*parts: int | str) -> Generator:
     """Return a new generator on the CPU, whose seed is `stable_seed(*parts)`."""
     return Generator().manual_seed(stable_seed(*parts))
-
-
-def parameter_generator(generator: Generator, parameter: str) -> Generator:
-    """Return a generator for one parameter, independent of what was drawn from `generator` before.
-
-    Args:
-        generator: The generator of one lane and layer, of which only the seed is used.
-        parameter: The parameter's name.
-    """
-    return seeded_generator(generator.initial_seed(), parameter)

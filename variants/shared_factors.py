@@ -1,11 +1,6 @@
 """LoRA factors that all layers of one type share, such as the query projections of all blocks."""
 
-from __future__ import annotations
-
-from torch import Generator
-
-from variants.initializers import kaiming_init
-from variants.lane_views import InitialTensors, Layers, shared_settings
+from variants import api
 
 
 class SharedFactors:
@@ -19,10 +14,13 @@ class SharedFactors:
         """Return the layer's type."""
         return layer_type(layer_name)
 
-    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
+    def shared_rank(self, settings: api.VariantSettings) -> int:
+        """Return the rank of A and B; by default that of the settings."""
+        return settings.rank
+
+    def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         """Return LoRA's initial A and B for the largest layer."""
-        settings = shared_settings(layers)
-        return shared_lora_init(layers, settings.rank, generator)
+        return shared_lora_init(layers, self.shared_rank(api.shared_settings(layers)), random)
 
 
 def layer_type(layer_name: str) -> str:
@@ -30,13 +28,13 @@ def layer_type(layer_name: str) -> str:
     return ".".join(part for part in layer_name.split(".") if not part.isdigit())
 
 
-def largest_sides(layers: Layers) -> tuple[int, int]:
+def largest_sides(layers: api.Layers) -> tuple[int, int]:
     """Return the largest `out` and the largest `in` of several layers."""
     out_features, in_features = zip(*(layer.shape for layer in layers.values()), strict=True)
     return max(out_features), max(in_features)
 
 
-def shared_lora_init(layers: Layers, rank: int, generator: Generator) -> InitialTensors:
+def shared_lora_init(layers: api.Layers, rank: int, random: api.LayerRandom) -> api.InitialTensors:
     """Return LoRA's initial A (rank, in) and B (out, rank) for the largest `in` and `out` of the layers.
 
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)); B is zero.
@@ -44,8 +42,8 @@ def shared_lora_init(layers: Layers, rank: int, generator: Generator) -> Initial
     Args:
         layers: The layers that share A and B.
         rank: The rank of the factors.
-        generator: The generator of the layer group.
+        random: Random values for the layer group.
     """
     out_features, in_features = largest_sides(layers)
-    a = kaiming_init("A", (rank, in_features), next(iter(layers.values())), generator)
-    return InitialTensors({"A": a, "B": a.new_zeros(out_features, rank)})
+    a = random.kaiming("A", (rank, in_features))
+    return api.InitialTensors({"A": a, "B": a.new_zeros(out_features, rank)})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from variants import catalogue
 from variants.adapters import Adapters
-from variants.base import InitialTensors, UnsupportedError, Variant, VariantSettings
+from variants.api import InitialTensors, UnsupportedError, Variant, VariantSettings
 from variants.peft_format import PeftMethod
 from variants.targets import find_target_layers, is_conv1d
 

@@ -10,7 +10,7 @@ import regex
 import torch
 from torch import Tensor, nn
 
-from variants.base import FrozenLayer, UnsupportedError
+from variants.api import FrozenLayer, UnsupportedError
 from variants.nf4 import NF4Linear, NF4Weight
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

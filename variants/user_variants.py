@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from variants.base import Variant
+from variants.api import Variant
 from variants.errors import UnsupportedError
 from variants.variant_names import USER_AXIS, entry_points_by_name
 

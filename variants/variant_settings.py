@@ -75,12 +75,15 @@ class Int:
     minimum: int = 1
     maximum: int | None = None
     help: str = ""
+    divides: tuple[str, ...] = ()
+    """Sides of each layer that the value must divide: "in", "out" or both."""
 
     @property
     def rule(self) -> str:
         """The permitted values in words."""
         highest = "" if self.maximum is None else f" and at most {self.maximum}"
-        return f"a whole number of at least {self.minimum}{highest}"
+        divides = " that divides " + " and ".join(self.divides) if self.divides else ""
+        return f"a whole number of at least {self.minimum}{highest}{divides}"
 
     def permits(self, value: object) -> bool:
         """Return whether the hyperparameter may have this value."""

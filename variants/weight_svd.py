@@ -1,13 +1,11 @@
 """The base class of variants that start from singular triplets of the weight."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from variants.base import CalibrationStatistic, Choice, FrozenLayer, Params, VariantSettings, stable_seed
+from variants import api
 from variants.baseline.lora import LoRA
 from variants.linalg import randomized_svd
 
@@ -20,9 +18,9 @@ class WeightSVD(LoRA):
     differ only in their data order.
     """
 
-    calibration_statistic = CalibrationStatistic.WEIGHT
+    calibration_statistic = api.CalibrationStatistic.WEIGHT
     hyperparameters = {
-        "svd": Choice(
+        "svd": api.Choice(
             "exact", ("exact",), or_count="a number of power iterations, such as 16",
             help="'exact', or the number of power iterations of a randomized SVD",
         )
@@ -30,21 +28,21 @@ class WeightSVD(LoRA):
     smallest: ClassVar[bool] = False
     """True for the smallest triplets, which only an exact SVD finds: such a variant has no `svd`."""
 
-    def triplet_count(self, settings: VariantSettings) -> int:
+    def triplet_count(self, settings: api.VariantSettings) -> int:
         """Return the number of triplets that `triplets` returns, where the layer has so many: the rank."""
         return settings.rank
 
-    def triplets(self, layer: FrozenLayer) -> tuple[Tensor, Tensor, Tensor]:
+    def triplets(self, layer: api.FrozenLayer) -> tuple[Tensor, Tensor, Tensor]:
         """Return U (out, r), S (r,) and V^T (r, in), in descending order, in the lanes' dtype."""
         u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         return u, s, vh
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+    def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         count, svd = self.triplet_count(layer.settings), str(layer.settings.extra.get("svd", "exact"))
         u, s, vh = (
             torch.linalg.svd(matrix, full_matrices=False)
             if svd == "exact" or self.smallest
-            else randomized_svd(matrix, count, int(svd), stable_seed(layer.name, count))
+            else randomized_svd(matrix, count, int(svd), api.stable_seed(layer.name, count))
         )
         kept = slice(len(s) - count, None) if self.smallest else slice(count)
         return {"U": u[:, kept].contiguous(), "S": s[kept].contiguous(), "Vh": vh[kept].contiguous()}

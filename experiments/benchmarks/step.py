@@ -50,8 +50,8 @@ from torch.nn.functional import cross_entropy
 
 from orchestrator.util.command import main
 from variants import catalogue
+from variants.api import CalibrationStatistic, VariantSettings
 from variants.attach import Adapters, attach
-from variants.base import CalibrationStatistic, VariantSettings
 from variants.calibrate import calibrate
 from variants.testing.rig import LaneOptimizer
 

@@ -32,8 +32,8 @@ from orchestrator.study.configuration import (
     VariantChoice,
 )
 from variants import catalogue
+from variants.api import Batching, VariantSettings
 from variants.attach import attach
-from variants.base import Batching, VariantSettings
 
 STEPS = 1562
 """Optimizer steps of a lane of the default study."""

@@ -37,9 +37,9 @@ from torch import Tensor
 
 from orchestrator.util.command import main
 from variants import catalogue
-from variants.base import CalibrationStatistic, FrozenLayer, UnsupportedError, Variant, VariantSettings
+from variants.api import CalibrationStatistic, FrozenLayer, UnsupportedError, Variant, VariantSettings
 from variants.describe import COSTS_FILE
-from variants.seeds import seeded_generator
+from variants.layer_random import LayerRandom
 
 NOT_MEASURED = ("head_only",)
 """Entries without a step of their own on a language model."""
@@ -124,9 +124,8 @@ def _initialize(name: str, side: int, device_type: str, threads: int) -> dict[st
     started = time.perf_counter()
     if matrix is not None:
         layer = replace(layer, calibration=variant.reduce_calibration(layer, matrix))
-    variant.init_layers(
-        {"layer": layer.with_settings(settings)}, lambda layer_name: seeded_generator(0, layer_name)
-    )
+    layer = layer.with_settings(settings)
+    variant.init_layers({"layer": layer}, lambda layer_name: LayerRandom(layer, 0))
     synchronize(device)
     seconds = time.perf_counter() - started
     return {"seconds": round(seconds, 2), "peak_mib": round((_peak(device) - before) / 2**20, 1)}

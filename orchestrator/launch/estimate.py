@@ -184,7 +184,7 @@ def _sum_workloads(
 
 def _is_exclusive(variant: str) -> bool:
     from variants import catalogue
-    from variants.base import Batching
+    from variants.api import Batching
 
     return catalogue.get(variant).batching is Batching.EXCLUSIVE
 

@@ -84,6 +84,6 @@ def _check_unchanged(before: AnalysisSettings, now: AnalysisSettings, name: str)
 def _unverified(variants: Iterable[str]) -> tuple[str, ...]:
     """Return the variants that were verified against neither another implementation nor a paper."""
     from variants import catalogue
-    from variants.base import VerifiedBy
+    from variants.api import VerifiedBy
 
     return tuple(name for name in variants if catalogue.get(name).verified_by is VerifiedBy.NONE)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
+from variants.api import (
     FrozenLayer,
     InitialTensors,
     LaneView,
+    LayerRandom,
     Params,
     VariantSettings,
-    parameter_generator,
 )
 from variants.baseline.lora import LoRA
 from variants.batch_invariant import pad_rank_one
@@ -24,9 +24,9 @@ from variants.optimization.dora import DoRA
 class StartsElsewhere(LoRA):
     """B starts at non-zero values, and no initial product is subtracted (RandLoRA in the paper's code)."""
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
-        initial.trainable["B"].normal_(0, 0.01, generator=parameter_generator(generator, "B"))
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
+        initial = super().init(layer, random)
+        initial.trainable["B"].normal_(0, 0.01, generator=random.generator("B"))
         return initial
 
 
@@ -35,8 +35,8 @@ class DeadTensor(LoRA):
 
     parameters = "rank * (in + out) + out"
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
+        initial = super().init(layer, random)
         initial.trainable["C"] = torch.ones(layer.weight.shape[0], dtype=layer.dtype)
         return initial
 
@@ -54,17 +54,17 @@ class MergesUnscaled(LoRA):
 class RoundsTheBase(LoRA):
     """The initialization changes W, but only the last bit of each weight."""
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
         bits = torch.int32 if layer.weight.dtype == torch.float32 else torch.int16
         layer.weight.view(bits).bitwise_and_(-2)
-        return super().init(layer, generator)
+        return super().init(layer, random)
 
 
 class MovesFrozen(PiSSA):
     """The hook writes a frozen tensor that is not in `mutable_buffers`."""
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
+        initial = super().init(layer, random)
         initial.frozen["steps"] = torch.zeros(1, dtype=layer.dtype)
         return initial
 
@@ -78,10 +78,10 @@ class ForgetsFrozen(LoRA):
 
     peft = None  # With an export, another law would fail too.
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
         signs = torch.randn(layer.weight.shape[0], generator=torch.Generator().manual_seed(1)).sign()
         layer.cache["signs"] = signs.to(layer.dtype)
-        return super().init(layer, generator)
+        return super().init(layer, random)
 
     def prepare(self, params: Params, layer: FrozenLayer) -> Params:
         return super().prepare({**params, "B": _signed(params["B"], layer)}, layer)

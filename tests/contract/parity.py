@@ -16,8 +16,8 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from variants.api import ExtraSettings, Variant, VariantSettings
 from variants.attach import Adapters
-from variants.base import ExtraSettings, Variant, VariantSettings
 from variants.full_finetune import MODEL_PREFIX
 from variants.targets import is_conv1d
 from variants.testing.cases import Case

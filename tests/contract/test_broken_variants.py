@@ -6,7 +6,7 @@ import broken
 import parity
 import pytest
 
-from variants.base import Variant
+from variants.api import Variant
 from variants.baseline.lora import LoRA
 from variants.optimization.dora import DoRA
 from variants.testing import CASES, LAWS, Case

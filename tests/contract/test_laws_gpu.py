@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from variants import catalogue
+from variants.api import AdaptationScope, Batching, VariantSettings
 from variants.attach import Adapters
-from variants.base import AdaptationScope, Batching, VariantSettings
 from variants.testing.cases import CASES, Case
 from variants.testing.rig import (
     attach_lanes,

@@ -13,11 +13,12 @@ import peft
 import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from torch import Generator, nn
+from rule import initial_tensors
+from torch import nn
 
 from variants import catalogue
+from variants.api import FrozenLayer, MergeError, UnsupportedError, Variant, VariantSettings
 from variants.attach import Adapters, attach
-from variants.base import FrozenLayer, MergeError, UnsupportedError, Variant, VariantSettings
 from variants.merging import merge_and_detach
 from variants.peft_fields import FIXED_FIELDS, OWN_ENTRIES, REFUSED_TYPES, REFUSED_VALUES
 from variants.peft_layers import build_layer, split_tensors
@@ -210,8 +211,7 @@ def test_a_lane_has_the_noise_of_its_seed_and_leaves_the_global_state_alone() ->
     loha, settings = variant("LOHA"), VariantSettings(4, 8.0, extra=variant("LOHA").extra_defaults)
     state = torch.random.get_rng_state()
     one, again, other = (
-        loha.init(layer.with_settings(settings), Generator().manual_seed(seed)).trainable["hada_w1_b/default"]
-        for seed in (1, 1, 2)
+        initial_tensors(loha, layer, settings, seed=seed).trainable["hada_w1_b/default"] for seed in (1, 1, 2)
     )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -275,9 +275,7 @@ def test_a_word_of_peft_is_an_initialization(value: str) -> None:
     settings = VariantSettings(4, 8.0, extra={"init_lora_weights": value})
     layer = FrozenLayer("layer", torch.zeros(256, 256), None)
     lora = catalogue.get("peft:LORA")
-    tensors = lora.init(
-        layer.with_settings(lora.validate_settings(settings)), Generator().manual_seed(0)
-    ).trainable
+    tensors = initial_tensors(lora, layer, lora.validate_settings(settings)).trainable
     a, b = tensors["lora_A/default/weight"], tensors["lora_B/default/weight"]
     if value == "gaussian":
         assert abs(a.std().item() - 1 / 4) < 0.02

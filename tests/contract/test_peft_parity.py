@@ -11,7 +11,7 @@ from peft import get_peft_model
 from references import adalora
 
 from variants import catalogue
-from variants.base import VerifiedBy
+from variants.api import VerifiedBy
 from variants.testing.cases import Case
 
 REFERENCES = parity.load_references()

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rule import initial_tensors
 from torch import Generator, Tensor
 
-from variants.base import FrozenLayer, InitialTensors, Params, Variant, VariantSettings
+from variants.api import FrozenLayer, InitialTensors, LayerRandom, Params, Variant, VariantSettings
 from variants.experts.goat import GOAT
 from variants.experts.lora_moe import LoRAMoE
 from variants.experts.mola import MoLA
@@ -33,8 +34,8 @@ ONE = next(case for case in CASES if case.name == "tall-bias-float32-one")
 class BothFactorsZero(LoHa):
     """Both products start at zero, so no factor ever gets a gradient."""
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
+        initial = super().init(layer, random)
         initial.trainable["B1"].zero_()
         return initial
 
@@ -42,9 +43,9 @@ class BothFactorsZero(LoHa):
 class RandomScales(RandLoRA):
     """The scales l start from N(0, 1) and not at 0."""
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
-        initial.trainable["l"].normal_(generator=generator)
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
+        initial = super().init(layer, random)
+        initial.trainable["l"].normal_(generator=random.generator("l"))
         return initial
 
 
@@ -93,18 +94,16 @@ def test_a_law_detects_the_defect(kind: type[Variant], law: str) -> None:
         LAWS[law](kind(), ONE)
 
 
-def initial_tensors(variant: Variant, rank: int = 8) -> tuple[FrozenLayer, InitialTensors]:
+def initialize(variant: Variant, rank: int = 8) -> tuple[FrozenLayer, InitialTensors]:
     settings = variant.validate_settings(VariantSettings(rank, 16.0))
     weight = torch.randn(64, 48, generator=Generator().manual_seed(0), dtype=torch.float64)
     layer = FrozenLayer("blocks.0.layer", weight, None).with_settings(settings)
-    return layer, variant.init_layers({layer.name: layer}, lambda name: Generator().manual_seed(1))[
-        layer.name
-    ]
+    return layer, initial_tensors(variant, layer, settings, seed=1)
 
 
 def check_kaiming(variant: Variant) -> None:
     """Check that A is Kaiming-uniform over the inputs that it reads (in MELoRA, those of its block)."""
-    _, initial = initial_tensors(variant)
+    _, initial = initialize(variant)
     a = next(tensor for name, tensor in initial.trainable.items() if name in ("A", "A1"))
     inputs = a.shape[-1]
     assert a.abs().max() <= 1 / math.sqrt(inputs)
@@ -112,7 +111,7 @@ def check_kaiming(variant: Variant) -> None:
 
 
 def check_smallest_triplets(variant: Variant) -> None:
-    layer, initial = initial_tensors(variant)
+    layer, initial = initialize(variant)
     product = variant.scaling(layer.settings) * initial.trainable["B"] @ initial.trainable["A"]
     expected = torch.linalg.svdvals(layer.weight)[-8:]
     torch.testing.assert_close(torch.linalg.svdvals(product)[:8], expected)
@@ -121,7 +120,7 @@ def check_smallest_triplets(variant: Variant) -> None:
 
 
 def check_rank(variant: Variant) -> None:
-    layer, initial = initial_tensors(variant)
+    layer, initial = initialize(variant)
     tensors = {**initial.trainable, **initial.frozen}
     inner = tensors["inner_B"] @ tensors["inner_A"]
     assert torch.linalg.matrix_rank(tensors["B"] @ inner @ tensors["A"]) == layer.settings.rank
@@ -158,8 +157,8 @@ class LargestTriplets(MiLoRA):
 class OneSingularValue(NoRA):
     """The inner factors keep a single singular value."""
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
+        initial = super().init(layer, random)
         for tensor in initial.trainable.values():
             tensor.diagonal()[1:].zero_()
         return initial

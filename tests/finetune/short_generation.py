@@ -22,8 +22,8 @@ from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
 from variants import catalogue as variants
+from variants.api import VariantSettings
 from variants.attach import attach
-from variants.base import VariantSettings
 
 ROWS = 64
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3

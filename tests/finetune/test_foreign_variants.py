@@ -27,7 +27,7 @@ from variants.variant_names import canonical_name, short_name
 OWN = '''
 """A LoRA whose scaling is a hyperparameter."""
 
-from variants.base import Number
+from variants.api import Number
 from variants.baseline.lora import LoRA
 
 

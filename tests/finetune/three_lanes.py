@@ -9,9 +9,9 @@ import torch
 
 from orchestrator.finetune.models.base_model import BaseModel
 from variants import catalogue as variants
+from variants.api import VariantSettings
+from variants.api import stable_seed as seed_of
 from variants.attach import Adapters, attach
-from variants.base import VariantSettings
-from variants.base import stable_seed as seed_of
 
 NAMES = ("x", "y", "z")
 

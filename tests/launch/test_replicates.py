@@ -139,7 +139,7 @@ def test_configurations_that_an_earlier_command_left_without_a_record_leave_the_
 
 def test_variants_that_nothing_verifies_are_named_in_the_settings() -> None:
     from variants import catalogue
-    from variants.base import VerifiedBy
+    from variants.api import VerifiedBy
 
     found = fix_settings(PLANNED, StudyFile("s", "?", "x"), False, 10, catalogue.names()).unverified
     assert found == tuple(n for n in catalogue.names() if catalogue.get(n).verified_by is VerifiedBy.NONE)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from variants import catalogue
+from variants.api import MergeError, UnsupportedError, VariantSettings
 from variants.attach import Adapters, attach
-from variants.base import MergeError, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.errors import BypassedLayerError, UnassignedRowsError
 from variants.merging import merge_and_detach

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from variants import catalogue
 from variants.adapters import Adapters
+from variants.api import AdaptationScope, Start, VariantSettings
 from variants.attach import attach
-from variants.base import AdaptationScope, Start, VariantSettings
 from variants.nf4 import NF4Linear
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes, perturb_lanes

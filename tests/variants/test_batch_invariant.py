@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from variants.base import baddbmm, bmm
+from variants.api import baddbmm, bmm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

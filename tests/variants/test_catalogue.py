@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from variants import catalogue
-from variants.base import Batching, UnsupportedError, VariantSettings, VerifiedBy
+from variants.api import Batching, UnsupportedError, VariantSettings, VerifiedBy
 
 
 def test_five_variants_have_their_axis_batching_and_verification() -> None:

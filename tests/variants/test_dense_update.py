@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from variants import catalogue, dense_update
-from variants.base import FrozenLayer, VariantSettings
+from variants.api import FrozenLayer, VariantSettings
 from variants.testing.cases import ROWS, Case
 from variants.testing.rig import attach_lanes, lane_inputs, perturb_lanes
 

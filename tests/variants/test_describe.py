@@ -10,7 +10,7 @@ import pytest
 
 from variants import catalogue
 from variants.__main__ import main
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 from variants.describe import describe, describe_all, parse_module_docstring, read_costs
 from variants.describe_docs import render
 from variants.describe_text import shorten

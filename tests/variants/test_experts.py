@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rule import initial_tensors
 from torch import Tensor, nn
 
 from variants import catalogue
+from variants.api import ExtraSettings, FrozenLayer, MergeError, UnsupportedError, VariantSettings
 from variants.attach import Adapters, attach
-from variants.base import ExtraSettings, FrozenLayer, MergeError, UnsupportedError, VariantSettings
 from variants.merging import merge_and_detach
 from variants.parameter_formula import evaluate_formula
 
@@ -28,10 +29,7 @@ def layer() -> FrozenLayer:
 def stacked_tensors(lane_settings: VariantSettings, count: int = 2, seed: int = 2) -> dict[str, Tensor]:
     """Return tensors (K, ...) of K lanes with a non-zero B and a router whose gates differ."""
     noise = torch.Generator().manual_seed(seed)
-    initial = [
-        VARIANT.init(layer().with_settings(lane_settings), torch.Generator().manual_seed(lane))
-        for lane in range(count)
-    ]
+    initial = [initial_tensors(VARIANT, layer(), lane_settings, seed=lane) for lane in range(count)]
     by_lane = [{**tensors.trainable, **tensors.frozen} for tensors in initial]
     stacked = {name: torch.stack([tensors[name] for tensors in by_lane]) for name in by_lane[0]}
     stacked["B"] = torch.randn(stacked["B"].shape, generator=noise)

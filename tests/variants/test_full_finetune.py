@@ -8,8 +8,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from variants import catalogue
+from variants.api import UnsupportedError, VariantSettings
 from variants.attach import Adapters, attach
-from variants.base import UnsupportedError, VariantSettings
 
 SETTINGS = VariantSettings()
 IDS = torch.arange(24).view(8, 3)

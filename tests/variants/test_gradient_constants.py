@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 from variants.optimization.dora import DoRA
 from variants.testing.cases import ROWS, Case
 from variants.testing.rig import LaneOptimizer, attach_lanes, lane_inputs, lane_outputs, model_output

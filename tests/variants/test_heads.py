@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from variants import catalogue
+from variants.api import UnsupportedError, VariantSettings
 from variants.attach import Adapters, attach
-from variants.base import UnsupportedError, VariantSettings
 from variants.merging import merge_and_detach
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from rule import initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, VariantSettings
+from variants.api import FrozenLayer, VariantSettings
 
 
 def layer(out_features: int = 40, in_features: int = 25, dtype: torch.dtype = torch.float32) -> FrozenLayer:
@@ -17,10 +18,10 @@ def layer(out_features: int = 40, in_features: int = 25, dtype: torch.dtype = to
     return FrozenLayer("layer", weight, None)
 
 
-def initial_tensors(name: str, frozen_layer: FrozenLayer, settings: VariantSettings) -> dict[str, Tensor]:
+def start_of(name: str, frozen_layer: FrozenLayer, settings: VariantSettings) -> dict[str, Tensor]:
     variant = catalogue.get(name)
     settings = variant.validate_settings(settings)
-    start = variant.init(frozen_layer.with_settings(settings), torch.Generator().manual_seed(2))
+    start = initial_tensors(variant, frozen_layer, settings, seed=2)
     return {**start.trainable, **start.frozen}
 
 
@@ -34,7 +35,7 @@ def test_scaling_at_rank_8_alpha_16(name: str, scale: float) -> None:
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "dora", "hira"])
 def test_a_is_kaiming_uniform_and_b_zero(name: str) -> None:
-    start = initial_tensors(name, layer(in_features=400), VariantSettings(16, 8.0))
+    start = start_of(name, layer(in_features=400), VariantSettings(16, 8.0))
     bound = 1 / math.sqrt(400)
     assert start["A"].abs().max() <= bound
     assert start["A"].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
@@ -45,7 +46,7 @@ def test_a_is_kaiming_uniform_and_b_zero(name: str) -> None:
 def test_doras_magnitudes_are_the_row_norms() -> None:
     frozen_layer = layer()
     torch.testing.assert_close(
-        initial_tensors("dora", frozen_layer, VariantSettings(4))["m"], frozen_layer.weight.norm(dim=1)
+        start_of("dora", frozen_layer, VariantSettings(4))["m"], frozen_layer.weight.norm(dim=1)
     )
 
 
@@ -67,7 +68,7 @@ def test_dora_keeps_a_row_of_zeros_finite() -> None:
     frozen_layer = layer()
     frozen_layer.weight[3] = 0
     variant = catalogue.get("dora")
-    start = initial_tensors("dora", frozen_layer, VariantSettings(4, 8.0))
+    start = start_of("dora", frozen_layer, VariantSettings(4, 8.0))
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 5, 25)
     group = frozen_layer.with_settings(VariantSettings(4, None), torch.full((1, 1, 1), 2.0))
@@ -80,7 +81,7 @@ def test_dora_keeps_a_row_of_zeros_finite() -> None:
 @pytest.mark.parametrize("shape", [(40, 25), (25, 40)])
 def test_pissa_takes_the_largest_triplets(shape: tuple[int, int]) -> None:
     frozen_layer = layer(*shape)
-    start = initial_tensors("pissa", frozen_layer, VariantSettings(5, 15.0))
+    start = start_of("pissa", frozen_layer, VariantSettings(5, 15.0))
     residual = frozen_layer.weight - 3.0 * start["B0"] @ start["A0"]
     expected = torch.linalg.svdvals(frozen_layer.weight)[5:]
     torch.testing.assert_close(
@@ -92,9 +93,9 @@ def test_pissa_takes_the_largest_triplets(shape: tuple[int, int]) -> None:
 
 def test_randomized_pissa_is_close_to_exact_and_deterministic() -> None:
     frozen_layer = layer(60, 50)
-    exact = initial_tensors("pissa", frozen_layer, VariantSettings(5, 10.0))
+    exact = start_of("pissa", frozen_layer, VariantSettings(5, 10.0))
     fast, again = (
-        initial_tensors("pissa", layer(60, 50), VariantSettings(5, 10.0, extra={"svd": 16})) for _ in range(2)
+        start_of("pissa", layer(60, 50), VariantSettings(5, 10.0, extra={"svd": 16})) for _ in range(2)
     )
     product = exact["B"] @ exact["A"]
     assert (fast["B"] @ fast["A"] - product).norm() < 1e-3 * product.norm()
@@ -105,7 +106,7 @@ def test_pissa_keeps_changes_that_bfloat16_would_round_away() -> None:
     """A change far below the bfloat16 rounding error of B0 A0 still reaches the output in full."""
     variant = catalogue.get("pissa")
     frozen_layer = layer(64, 64, torch.bfloat16)
-    start = initial_tensors("pissa", frozen_layer, VariantSettings(4, 8.0))
+    start = start_of("pissa", frozen_layer, VariantSettings(4, 8.0))
     start["B"] = start["B"] + 1e-4 * torch.randn(64, 4, generator=torch.Generator().manual_seed(4))
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 9, 64).bfloat16()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.adapters import Adapters
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 from variants.rotations import (
     cayley_change,
     multiply_blocks,

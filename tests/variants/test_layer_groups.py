@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from variants import catalogue
+from variants.api import UnsupportedError, VariantSettings
 from variants.attach import Adapters, attach
-from variants.base import UnsupportedError, VariantSettings
 
 SETTINGS = VariantSettings(2, None, extra={"rank_factor": 8})
 RANK = 16

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.low_rank_product import Constants, LowRankProduct, VectorProduct
 from variants.testing.cases import CASES, ROWS, Case

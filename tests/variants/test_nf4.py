@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from variants import catalogue
-from variants.base import AdaptationScope, UnsupportedError, VariantSettings
+from variants.api import AdaptationScope, UnsupportedError, VariantSettings
 from variants.nf4 import BLOCK_SIZE, VALUES, NF4Linear, NF4Weight, quantize_blocks
 from variants.testing import Case
 from variants.testing.rig import attach_lanes, calibrate_lane, lane_inputs, model_output, perturb_lanes

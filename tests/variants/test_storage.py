@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 import torch
 from peft import HiraConfig, LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
-from torch import Generator, nn
+from torch import nn
 
 from variants import catalogue
+from variants.api import (
+    FrozenLayer,
+    InitialTensors,
+    LayerRandom,
+    PeftMethod,
+    UnsupportedError,
+    VariantSettings,
+)
 from variants.attach import attach
-from variants.base import FrozenLayer, InitialTensors, PeftMethod, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.peft_format import PeftFormat
 from variants.storage import load_lane, load_peft, save_lane, save_peft
@@ -121,9 +128,9 @@ class Aardvark(LoRA):
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         return {**super().peft_config(settings), "init_lora_weights": "gaussian"}
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: FrozenLayer, random: LayerRandom) -> InitialTensors:
         return InitialTensors(
-            {name: 2 * tensor for name, tensor in super().init(layer, generator).trainable.items()}
+            {name: 2 * tensor for name, tensor in super().init(layer, random).trainable.items()}
         )
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from variants import catalogue, targets
+from variants.api import UnsupportedError, VariantSettings
 from variants.attach import attach
-from variants.base import UnsupportedError, VariantSettings
 from variants.targets import find_target_layers
 from variants.testing import Case
 

@@ -10,15 +10,15 @@ import pytest
 
 from variants import catalogue, variant_names
 from variants.__main__ import main
+from variants.api import UnsupportedError, VariantSettings
 from variants.attach import attach
-from variants.base import UnsupportedError, VariantSettings
 from variants.storage import load_lane, save_lane
 from variants.testing import CASES, Case, check_laws
 
 OWN = '''
 """A LoRA whose scaling is a hyperparameter."""
 
-from variants.base import Number, VariantSettings
+from variants.api import Number, VariantSettings
 from variants.baseline.lora import LoRA
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from variants.base import Variant
+from variants.api import Variant
 from variants.describe_docs import DOCS_FILE, render
 from variants.testing import CASES, check_laws
 

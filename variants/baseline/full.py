@@ -1,11 +1,9 @@
 """Full fine-tuning: every parameter of the model learns."""
 
-from __future__ import annotations
-
-from variants.base import AdaptationScope, Batching, Variant, VerifiedBy
+from variants import api
 
 
-class Full(Variant):
+class Full(api.Variant):
     """W' = W + dW for every parameter W, including embeddings, norms and biases.
 
     A control without rank and alpha.
@@ -15,8 +13,7 @@ class Full(Variant):
     group holds one lane. With weight decay the copies decay towards zero, as in any full fine-tuning.
     """
 
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    batching = Batching.EXCLUSIVE
-    adaptation_scope = AdaptationScope.FULL_MODEL
-    uses_rank = False
-    uses_alpha = False
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    batching = api.Batching.EXCLUSIVE
+    adaptation_scope = api.AdaptationScope.FULL_MODEL
+    uses_rank = uses_alpha = False

@@ -1,24 +1,22 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): W' = W + s B A, with s = alpha / rank."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from variants.base import FrozenLayer, Params, PeftMethod, Variant, VariantSettings, VerifiedBy, baddbmm, bmm
+from variants import api
 from variants.batch_invariant import pad_rank_one
 from variants.low_rank_product import Constants, LowRankProduct, multipliers
 
-LORA_PEFT = PeftMethod(
+LORA_PEFT = api.PeftMethod(
     "LORA",
     {"A": "lora_A.weight", "B": "lora_B.weight"},
     constants={"use_rslora": False, "use_dora": False, "bias": "none"},
 )
 
 
-class LoRA(Variant):
+class LoRA(api.Variant):
     """W' = W + s B A with s = alpha / rank.
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0, so W' = W.
@@ -32,11 +30,11 @@ class LoRA(Variant):
     """
 
     parameters = "rank * (in + out)"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     frozen_update_buffers = frozenset({"A0", "B0"})
-    peft: ClassVar[PeftMethod | None] = LORA_PEFT
+    peft: ClassVar[api.PeftMethod | None] = LORA_PEFT
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., R, in) and B (..., out, R) with W' - W = s B A.
 
         R is the rank. If the lane has frozen initial values "A0" and "B0" (as in PiSSA), the product is
@@ -52,15 +50,15 @@ class LoRA(Variant):
         a0, b0 = params["A0"], params["B0"]
         return torch.cat([a - a0, a0], dim=-2), torch.cat([b, b - b0], dim=-1)
 
-    def frozen_factors(self, params: Params) -> tuple[Tensor, Tensor]:
+    def frozen_factors(self, params: api.Params) -> tuple[Tensor, Tensor]:
         """Return A (..., R, in) and B (..., out, R) for the part s B A of `prepare_frozen_update`."""
         return params["A0"], -params["B0"]
 
-    def prepare_frozen_update(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare_frozen_update(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         a, b = pad_rank_one(*self.frozen_factors(params))
         return {"A": a, "B": b, "scale": layer.scaling}
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         """Return A and s B as "A" and "sB", or in training A, B and s as "A", "B" and "scale".
 
         Frozen copies are returned as "A0" and "B0" in training. There s B is computed in both passes, so that
@@ -76,39 +74,38 @@ class LoRA(Variant):
         a0, b0 = pad_rank_one(params["A0"], params["B0"])
         return {"A": a, "B": b, "A0": a0, "B0": b0, "scale": layer.scaling}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         b, constants = _constants(params, layer)
         left, right = multipliers(params["A"], b, constants, x.dtype)
-        hidden = bmm(x, left.transpose(1, 2))
-        return baddbmm(base, hidden, right.transpose(1, 2))
+        hidden = api.bmm(x, left.transpose(1, 2))
+        return api.baddbmm(base, hidden, right.transpose(1, 2))
 
-    def includes_base(self, layer: FrozenLayer) -> bool:
+    def includes_base(self, layer: api.FrozenLayer) -> bool:
         return type(self).forward is LoRA.forward  # not for a subclass with a forward pass of its own
 
-    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward_with_base(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         b, constants = _constants(params, layer)
         return LowRankProduct.apply(x, params["A"], b, params.get("more"), constants)
 
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         a, b = self.factors(params, layer)
         return layer.scaling * (b @ a)
 
-    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
+    def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         a, b = self.factors(params, layer)
         return super().to_peft({**params, "A": a, "B": b}, layer)
 
-    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
+    def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
         config = super().peft_config(settings)
         if config["peft_type"] != "LORA" or config["use_rslora"]:
             return config
         # PEFT scales by lora_alpha / r, which has to equal this variant's s even if s is not alpha / rank.
-        has_own_scaling = type(self).scaling is not Variant.scaling or not self.uses_alpha
-        if has_own_scaling or config["r"] != settings.rank:
+        if settings.alpha is None or self.scaling(settings) != settings.alpha / config["r"]:
             config["lora_alpha"] = config["r"] * self.scaling(settings)
         return config
 
 
-def _constants(params: Params, layer: FrozenLayer) -> tuple[Tensor, Constants]:
+def _constants(params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Constants]:
     """Return B or s B, and the other tensors that `prepare` returns."""
     if "sB" in params:
         return params["sB"], Constants(layer)

@@ -1,27 +1,12 @@
 """GOAT (Fan et al. 2025, arXiv 2502.16894): experts that start from different parts of the weight's SVD."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    CalibrationStatistic,
-    Choice,
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Number,
-    Params,
-    Start,
-    VariantSettings,
-    VerifiedBy,
-    baddbmm,
-    bmm,
-)
+from variants import api
 from variants.mixture import Mixture
 
 
@@ -51,37 +36,37 @@ class GOAT(Mixture):
 
     parameters = "rank * (in + out) + experts * in"
     hyperparameters = {
-        "experts": Int(8, minimum=2, help="largest number of experts; the number used divides the rank"),
-        "top_k": Int(2, minimum=0, help="experts per token; 0 weighs all"),
-        "balance": Number(1e-3, help="weight of the balancing loss"),
-        "rho": Number(10.0, above=0, help="divisor of the initial experts"),
-        "scaling": Choice("alpha", ("alpha", "theory"), help="s from alpha or from theorem 3.5"),
-        "eta": Number(1.0, above=0, help="ratio of learning rates in theorem 3.5"),
+        "experts": api.Int(8, minimum=2, help="largest number of experts; the number used divides the rank"),
+        "top_k": api.Int(2, minimum=0, help="experts per token; 0 weighs all"),
+        "balance": api.Number(1e-3, help="weight of the balancing loss"),
+        "rho": api.Number(10.0, above=0, help="divisor of the initial experts"),
+        "scaling": api.Choice("alpha", ("alpha", "theory"), help="s from alpha or from theorem 3.5"),
+        "eta": api.Number(1.0, above=0, help="ratio of learning rates in theorem 3.5"),
     }
-    verified_by = VerifiedBy.AUTHORS_CODE
-    start = Start.OTHER
-    calibration_statistic = CalibrationStatistic.WEIGHT
+    verified_by = api.VerifiedBy.AUTHORS_CODE
+    start = api.Start.OTHER
+    calibration_statistic = api.CalibrationStatistic.WEIGHT
     frozen_update_buffers = frozenset({"A0", "B0"})
 
-    def scaling(self, settings: VariantSettings) -> float:
+    def scaling(self, settings: api.VariantSettings) -> float:
         return 1.0 if settings["scaling"] == "theory" else super().scaling(settings)
 
-    def theory_scale(self, layer: FrozenLayer) -> float:
+    def theory_scale(self, layer: api.FrozenLayer) -> float:
         """Return sqrt(3 eta in / (rank of one expert)) if the scaling is that of theorem 3.5, else 1."""
         if layer.settings["scaling"] != "theory":
             return 1.0
         expert_rank = layer.settings.rank / self.expert_count(layer.settings)
         return math.sqrt(3 * layer.settings["eta"] * layer.shape[1] / expert_rank)
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial = super().init(layer, random)
         u, s, vh = self.calibrated(layer, "U", "S", "Vh")
         scale = self.scaling(layer.settings) * self.theory_scale(layer)
         root = (s / (scale * layer.settings["rho"])).sqrt()
         a, b = root.unsqueeze(1) * vh, u * root
-        return InitialTensors({**initial.trainable, "A": a, "B": b}, {"A0": a, "B0": b})
+        return api.InitialTensors({**initial.trainable, "A": a, "B": b}, {"A0": a, "B0": b})
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+    def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         experts = self.expert_count(layer.settings)
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         first = torch.arange(experts, device=s.device) * (len(s) // experts)
@@ -90,19 +75,19 @@ class GOAT(Mixture):
         ).flatten()
         return {"U": u[:, chosen], "S": s[chosen], "Vh": vh[chosen]}
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         scale = layer.scaling * self.theory_scale(layer)
         prepared = dict(super().prepare(params, replace(layer, scaling=scale)))
         if "A0" in params:
             prepared["sB0"] = params["B0"] * (scale / self.expert_count(layer.settings))
         return prepared
 
-    def prepare_frozen_update(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare_frozen_update(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         scale = layer.scaling * self.theory_scale(layer) / self.expert_count(layer.settings)
         return {"A0": params["A0"], "sB0": params["B0"] * scale}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         if "sB0" in params:
             a0, b0 = params["A0"].to(x.dtype), params["sB0"].to(x.dtype)
-            base = baddbmm(base, bmm(x, a0.transpose(1, 2)), -b0.transpose(1, 2))
+            base = api.baddbmm(base, api.bmm(x, a0.transpose(1, 2)), -b0.transpose(1, 2))
         return super().forward(x, base, params, layer) if "sB" in params else base

@@ -1,10 +1,8 @@
 """HydraLoRA (Tian et al. 2024, arXiv 2404.19245): one A and several B per layer, weighed by a router."""
 
-from __future__ import annotations
+from torch import Tensor
 
-from torch import Generator, Tensor
-
-from variants.base import FrozenLayer, InitialTensors, Int, Params, VariantSettings, VerifiedBy, bmm
+from variants import api
 from variants.mixture import Mixture, router_probabilities
 
 
@@ -25,19 +23,19 @@ class HydraLoRA(Mixture):
     """
 
     parameters = "rank * (in + experts * out) + experts * in"
-    hyperparameters = {"experts": Int(3, minimum=2, help="number of B matrices")}
-    verified_by = VerifiedBy.AUTHORS_CODE
+    hyperparameters = {"experts": api.Int(3, minimum=2, help="number of B matrices")}
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     has_auxiliary_loss = False
     shares_rank = False
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial = super().init(layer, random)
         initial.trainable["B"] = initial.trainable["B"].repeat(1, self.expert_count(layer.settings))
         return initial
 
-    def route(self, x: Tensor, params: Params, settings: VariantSettings) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor, params: api.Params, settings: api.VariantSettings) -> tuple[Tensor, Tensor]:
         probabilities = router_probabilities(x, params)
         return probabilities, probabilities
 
-    def features(self, x: Tensor, params: Params, experts: int) -> Tensor:
-        return bmm(x, params["A"].to(x.dtype).transpose(1, 2)).repeat(1, 1, experts)
+    def features(self, x: Tensor, params: api.Params, experts: int) -> Tensor:
+        return api.bmm(x, params["A"].to(x.dtype).transpose(1, 2)).repeat(1, 1, experts)

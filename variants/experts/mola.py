@@ -1,23 +1,8 @@
 """MoLA (Gao et al. 2024, arXiv 2402.08562): mixtures of LoRA experts, larger ones in later blocks."""
 
-from __future__ import annotations
+from torch import Tensor
 
-from torch import Generator, Tensor
-
-from variants.base import (
-    Choice,
-    ExtraSettings,
-    FrozenLayer,
-    GeneratorOf,
-    InitialTensors,
-    Int,
-    Layers,
-    Number,
-    Params,
-    VariantSettings,
-    VerifiedBy,
-    shared_settings,
-)
+from variants import api
 from variants.mixture import Mixture, init_experts
 
 SHAPES = {"inverted_triangle": (2, 4, 6, 8), "triangle": (8, 6, 4, 2), "hourglass": (8, 2, 2, 8),
@@ -49,44 +34,44 @@ class MoLA(Mixture):
 
     parameters = "rank * (in + out) + rank / expert_rank * in"
     hyperparameters = {
-        "shape": Choice("inverted_triangle", tuple(SHAPES), help="numbers of experts by depth"),
-        "top_k": Int(2, minimum=1, maximum=2, help="experts per token"),
-        "balance": Number(1e-3, help="weight of the balancing loss"),
+        "shape": api.Choice("inverted_triangle", tuple(SHAPES), help="numbers of experts by depth"),
+        "top_k": api.Int(2, minimum=1, maximum=2, help="experts per token"),
+        "balance": api.Number(1e-3, help="weight of the balancing loss"),
     }
-    verified_by = VerifiedBy.AUTHORS_CODE
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     shares_rank = False
 
-    def expert_count(self, settings: VariantSettings) -> int:
+    def expert_count(self, settings: api.VariantSettings) -> int:
         """Return the number of experts of the smallest layers."""
         return min(SHAPES[str(settings["shape"])])
 
-    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
         return {**settings.extra, "expert_rank": settings.rank}
 
-    def rank_in_use(self, params: Params, settings: VariantSettings) -> int:
+    def rank_in_use(self, params: api.Params, settings: api.VariantSettings) -> int:
         return len(params["A"])  # of all experts together
 
     def rank_budget(
-        self, layer_count: int, settings: VariantSettings, step: int, total_steps: int
+        self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
     ) -> int | None:
         return None  # the ranks depend on the layers' names
 
-    def init_layers(self, layers: Layers, generator: GeneratorOf) -> dict[str, InitialTensors]:
-        settings = shared_settings(layers)
+    def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
+        settings = api.shared_settings(layers)
         blocks = {name: _block(name) for name in layers}
         count = 1 + max((block for block in blocks.values() if block is not None), default=0)
         initial = {}
-        for name, layer in layers.items():
+        for name in layers:
             block = count - 1 if (found := blocks[name]) is None else found
             experts = SHAPES[str(settings["shape"])][4 * block // count]
-            initial[name] = init_experts(layer, settings, generator(name), experts, experts * settings.rank)
+            initial[name] = init_experts(random_of(name), experts, experts * settings.rank)
         return initial
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        return self.init_layers({layer.name: layer}, lambda name: generator)[layer.name]
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        return self.init_layers({layer.name: layer}, lambda name: random)[layer.name]
 
     def imbalance(
-        self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: VariantSettings
+        self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: api.VariantSettings
     ) -> Tensor:
         return super().imbalance(gates, probabilities, mask, settings) / settings["top_k"]
 

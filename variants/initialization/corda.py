@@ -1,21 +1,9 @@
 """CorDA (Yang et al. 2024, arXiv 2406.05223): LoRA from the components of W that certain inputs use."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    CalibrationStatistic,
-    Choice,
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -38,32 +26,33 @@ class CorDA(LoRA):
     Source: cordalib/decomposition.py of the authors' code; PEFT's corda.py.
     """
 
-    parameters = "rank * (in + out)"
     hyperparameters = {
-        "calibration_batches": Int(256, minimum=1, help="number of batches of the inputs' second moment"),
-        "mode": Choice("instruction", ("instruction", "knowledge"), help="largest or smallest components"),
+        "calibration_batches": api.Int(256, minimum=1, help="number of batches of the inputs' second moment"),
+        "mode": api.Choice(
+            "instruction", ("instruction", "knowledge"), help="largest or smallest components"
+        ),
     }
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    calibration_statistic = CalibrationStatistic.INPUT_MOMENT
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    calibration_statistic = api.CalibrationStatistic.INPUT_MOMENT
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+    def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         moment, inverse = _invertible(matrix, layer)
         u, s, vh = torch.linalg.svd(layer.weight.to(matrix) @ moment, full_matrices=False)
         rank, in_instruction_mode = layer.settings.rank, layer.settings["mode"] == "instruction"
         used = slice(rank) if in_instruction_mode else slice(len(s) - rank, None)
         return {"U": u[:, used].contiguous(), "S": s[used].contiguous(), "V": vh[used] @ inverse}
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         u, s, v = self.calibrated(layer, *"USV")
         root = (s / self.scaling(layer.settings)).sqrt()
         a, b = root.unsqueeze(1) * v, u * root
-        return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
+        return api.InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return 2 * settings.rank
 
 
-def _invertible(moment: Tensor, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+def _invertible(moment: Tensor, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
     """Return the moment with an increased diagonal, and the inverse of the result, (in, in) each."""
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     for doublings in range(20):
@@ -71,4 +60,4 @@ def _invertible(moment: Tensor, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
         inverse, failure = torch.linalg.inv_ex(damped)
         if not failure and torch.dist(damped @ inverse, identity) < 0.05:
             return damped, inverse
-    raise UnsupportedError(f"{layer.name}: the second moment of its inputs cannot be inverted")
+    raise api.UnsupportedError(f"{layer.name}: the second moment of its inputs cannot be inverted")

@@ -3,26 +3,10 @@
 Layers whose directions explain more variance get more ranks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from variants.base import (
-    RANK_MASK,
-    CalibrationStatistic,
-    FrozenLayer,
-    GeneratorOf,
-    InitialTensors,
-    Int,
-    Layers,
-    Number,
-    Params,
-    VariantSettings,
-    VerifiedBy,
-    shared_settings,
-    stable_seed,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 from variants.linalg import randomized_svd
 
@@ -45,22 +29,22 @@ class EVA(LoRA):
     position except padding counts; PEFT leaves out the prompt by default.
     """
 
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    calibration_statistic = CalibrationStatistic.INPUT_COVARIANCE
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    calibration_statistic = api.CalibrationStatistic.INPUT_COVARIANCE
     hyperparameters = {
-        "calibration_batches": Int(64, help="batches whose inputs are decomposed"),
-        "rho": Number(2.0, minimum=1, help="largest rank of a layer divided by the mean rank"),
+        "calibration_batches": api.Int(64, help="batches whose inputs are decomposed"),
+        "rho": api.Number(2.0, minimum=1, help="largest rank of a layer divided by the mean rank"),
     }
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+    def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         columns = min(_max_rank(layer.settings), len(matrix))
         # All layers use one seed, so that layers with the same inputs tie exactly; the first one then wins.
-        _, variance, directions = randomized_svd(matrix, columns, iterations=4, seed=stable_seed(columns))
+        _, variance, directions = randomized_svd(matrix, columns, iterations=4, seed=api.stable_seed(columns))
         total = matrix.trace().clamp_min(torch.finfo(matrix.dtype).tiny)
         return {"directions": directions[:columns], "shares": variance[:columns] / total}
 
-    def init_layers(self, layers: Layers, generator: GeneratorOf) -> dict[str, InitialTensors]:
-        settings = shared_settings(layers)
+    def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
+        settings = api.shared_settings(layers)
         shares = [layer.calibration["shares"] for layer in layers.values()]
         owner = torch.repeat_interleave(torch.tensor([len(each) for each in shares]))
         largest = torch.cat(shares).cpu().argsort(descending=True, stable=True)
@@ -70,22 +54,22 @@ class EVA(LoRA):
             for (name, layer), rank in zip(layers.items(), used, strict=True)
         }
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
-        return params["A"], params["B"] * params[RANK_MASK].unsqueeze(-2)
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
+        return params["A"], params["B"] * params[api.RANK_MASK].unsqueeze(-2)
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         """Return the allocated rank: masked ranks are exported as zeros."""
         return _max_rank(settings)
 
 
-def _max_rank(settings: VariantSettings) -> int:
+def _max_rank(settings: api.VariantSettings) -> int:
     """Return the number of ranks that each layer has allocated."""
     return round(settings.rank * float(settings["rho"]))
 
 
-def _init_layer(layer: FrozenLayer, rank: int, max_rank: int) -> InitialTensors:
+def _init_layer(layer: api.FrozenLayer, rank: int, max_rank: int) -> api.InitialTensors:
     out_features, in_features = layer.shape
-    a = torch.zeros(max_rank, in_features, dtype=layer.dtype, device=layer.device)
+    a = layer.zeros(max_rank, in_features)
     a[:rank] = layer.calibration["directions"][:rank]
     mask = (torch.arange(max_rank) < rank).to(a)
-    return InitialTensors({"A": a, "B": a.new_zeros(out_features, max_rank)}, {RANK_MASK: mask})
+    return api.InitialTensors({"A": a, "B": a.new_zeros(out_features, max_rank)}, {api.RANK_MASK: mask})

@@ -1,22 +1,10 @@
 """LoRA-GA (Wang et al. 2024, arXiv 2407.05000): LoRA whose first step approximates full fine-tuning's."""
 
-from __future__ import annotations
-
 import math
 
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    CalibrationStatistic,
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Number,
-    Params,
-    VariantSettings,
-    VerifiedBy,
-    stable_seed,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 from variants.linalg import fix_signs, randomized_svd
 
@@ -43,29 +31,27 @@ class LoRAGA(LoRA):
     c, does not scale A0, and divides by `rank` by default.
     """
 
-    verified_by = VerifiedBy.AUTHORS_CODE
-    calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
-    singular_vectors_per_rank = 2
+    verified_by = api.VerifiedBy.AUTHORS_CODE
+    is_rank_stabilized = True
+    calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
+    rank_limit = "min(in, out) // 2"
     frozen_update_buffers = frozenset()
     numerics = 2  # numerics 1 kept the signs that the SVD returned
     hyperparameters = {
-        "calibration_batches": Int(64, help="batches that the mean gradient is taken over"),
-        "gamma": Number(16.0, above=0, help="a larger value makes A and B smaller"),
+        "calibration_batches": api.Int(64, help="batches that the mean gradient is taken over"),
+        "gamma": api.Number(16.0, above=0, help="a larger value makes A and B smaller"),
     }
 
-    def scaling(self, settings: VariantSettings) -> float:
-        return super().scaling(settings) * math.sqrt(settings.rank)
-
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+    def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         rank = layer.settings.rank
-        u, _, vh = randomized_svd(matrix, 2 * rank, iterations=4, seed=stable_seed(layer.name, rank))
+        u, _, vh = randomized_svd(matrix, 2 * rank, iterations=4, seed=api.stable_seed(layer.name, rank))
         u, vh = fix_signs(u, vh)
         c = matrix.shape[0] ** 0.25 / math.sqrt(float(layer.settings["gamma"]))
         return {"A0": c * vh[:rank], "B0": c * u[:, rank : 2 * rank]}
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         a, b = self.calibrated(layer, "A0", "B0")
-        return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
+        return api.InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return 2 * settings.rank

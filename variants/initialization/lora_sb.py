@@ -1,10 +1,8 @@
 """LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557): LoRA-XS with the factors of a first full update."""
 
-from __future__ import annotations
+from torch import Tensor
 
-from torch import Generator, Tensor
-
-from variants.base import CalibrationStatistic, FrozenLayer, InitialTensors, Int, Number, Params, stable_seed
+from variants import api
 from variants.initialization.lora_xs import LoRAXS
 from variants.linalg import randomized_svd
 
@@ -27,18 +25,18 @@ class LoRASB(LoRAXS):
     """
 
     hyperparameters = {
-        "calibration_batches": Int(17, minimum=1, help="number of batches of the mean gradient"),
-        "step_size": Number(3e-7, above=0, help="size of the first step"),
+        "calibration_batches": api.Int(17, minimum=1, help="number of batches of the mean gradient"),
+        "step_size": api.Number(3e-7, above=0, help="size of the first step"),
     }
-    calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
+    calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     uses_alpha = False
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+    def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         rank = layer.settings.rank
         first_step = -layer.settings["step_size"] * matrix.sign()
-        u, s, vh = randomized_svd(first_step, rank, iterations=10, seed=stable_seed(layer.name, rank))
+        u, s, vh = randomized_svd(first_step, rank, iterations=10, seed=api.stable_seed(layer.name, rank))
         return {"A": vh[:rank], "R": s[:rank].diag(), "B": u[:, :rank]}
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         a, r, b = self.calibrated(layer, *"ARB")
-        return InitialTensors({"R": r}, {"A": a, "B": b})
+        return api.InitialTensors({"R": r}, {"A": a, "B": b})

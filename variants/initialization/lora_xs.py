@@ -1,19 +1,8 @@
 """LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): a small matrix learns between two frozen factors of W."""
 
-from __future__ import annotations
+from torch import Tensor
 
-from torch import Generator, Tensor
-
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Number,
-    Params,
-    Start,
-    VerifiedBy,
-    normal_init,
-    parameter_generator,
-)
+from variants import api
 from variants.weight_svd import WeightSVD
 
 
@@ -33,18 +22,17 @@ class LoRAXS(WeightSVD):
     parameters = "rank * rank"
     hyperparameters = {
         **WeightSVD.hyperparameters,
-        "init_std": Number(1e-5, minimum=0.0, help="standard deviation of the initial R"),
+        "init_std": api.Number(1e-5, minimum=0.0, help="standard deviation of the initial R"),
     }
-    verified_by = VerifiedBy.AUTHORS_CODE
-    start = Start.OTHER
+    verified_by = api.VerifiedBy.AUTHORS_CODE
+    start = api.Start.OTHER
     typical_lr_scale = 10.0
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         u, s, vh = self.triplets(layer)
-        shape, noise = (layer.settings.rank, layer.settings.rank), parameter_generator(generator, "R")
-        r = normal_init(shape, layer.settings["init_std"], layer, noise)
-        return InitialTensors({"R": r}, {"A": s.unsqueeze(1) * vh, "B": u})
+        r = random.normal("R", (layer.settings.rank, layer.settings.rank), layer.settings["init_std"])
+        return api.InitialTensors({"R": r}, {"A": s.unsqueeze(1) * vh, "B": u})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return R A (..., rank, in) and B (..., out, rank)."""
         return params["R"] @ params["A"], params["B"]

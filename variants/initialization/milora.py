@@ -1,8 +1,6 @@
 """MiLoRA (Wang et al. 2024, arXiv 2406.09044): LoRA from the smallest singular triplets of the weight."""
 
-from __future__ import annotations
-
-from variants.base import VerifiedBy
+from variants import api
 from variants.initialization.pissa import PiSSA
 
 
@@ -18,6 +16,6 @@ class MiLoRA(PiSSA):
     Source: `initialize_lora_layer` with the mode "min" in the authors' svd_init.py.
     """
 
-    verified_by = VerifiedBy.AUTHORS_CODE
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {}
     smallest = True

@@ -1,11 +1,8 @@
 """NoRA (Lin et al. 2024, arXiv 2408.10280): a LoRA that learns inside a frozen one from the weight's SVD."""
 
-from __future__ import annotations
+from torch import Tensor
 
-import torch
-from torch import Generator, Tensor
-
-from variants.base import FrozenLayer, InitialTensors, Int, Params, VariantSettings, VerifiedBy
+from variants import api
 from variants.weight_svd import WeightSVD
 
 
@@ -28,31 +25,31 @@ class NoRA(WeightSVD):
     """
 
     parameters = "2 * rank * min(outer * rank, in, out)"
-    verified_by = VerifiedBy.AUTHORS_CODE
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         **WeightSVD.hyperparameters,
-        "outer": Int(4, minimum=1, help="rank of the frozen factors as a multiple of the rank"),
+        "outer": api.Int(4, minimum=1, help="rank of the frozen factors as a multiple of the rank"),
     }
 
-    def triplet_count(self, settings: VariantSettings) -> int:
+    def triplet_count(self, settings: api.VariantSettings) -> int:
         return settings["outer"] * settings.rank
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         u, s, vh = self.triplets(layer)
-        inner = torch.zeros(layer.settings.rank, len(s), dtype=layer.dtype, device=layer.device)
+        inner = layer.zeros(layer.settings.rank, len(s))
         inner.diagonal().copy_(s[: layer.settings.rank].sqrt())
         params = {"A": vh, "B": u, "inner_A": inner, "inner_B": inner.t().contiguous()}
         a, b = self._products(params)
         trainable = {name: params.pop(name) for name in ("inner_A", "inner_B")}
-        return InitialTensors(trainable, {**params, "A0": a, "B0": b})
+        return api.InitialTensors(trainable, {**params, "A0": a, "B0": b})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = self._products(params)
         return super().factors({**params, "A": a, "B": b}, layer)
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return 2 * settings.rank
 
-    def _products(self, params: Params) -> tuple[Tensor, Tensor]:
+    def _products(self, params: api.Params) -> tuple[Tensor, Tensor]:
         """Return inner_A A (..., rank, in) and B inner_B (..., out, rank)."""
         return params["inner_A"] @ params["A"], params["B"] @ params["inner_B"]

@@ -1,23 +1,8 @@
 """NZLoRA (Li et al. 2025, arXiv 2505.23194, Init[AB]): LoRA with both A and B random at the start."""
 
-from __future__ import annotations
-
 import math
 
-from torch import Generator
-
-from variants.base import (
-    Choice,
-    Flag,
-    FrozenLayer,
-    InitialTensors,
-    Number,
-    Start,
-    VariantSettings,
-    VerifiedBy,
-    parameter_generator,
-    uniform_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -34,26 +19,24 @@ class NZLoRA(LoRA):
     comparison.
     """
 
-    parameters = "rank * (in + out)"
     hyperparameters = {
-        "gamma_a": Number(1.0, above=0, help="scale of the initial A"),
-        "gamma_b": Number(1.0, above=0, help="scale of the initial B"),
-        "bound": Choice("sqrt", ("sqrt", "linear"), help="sqrt(gamma / in) or gamma / sqrt(in)"),
-        "subtract": Flag(False, help="subtract the initial product from W"),
+        "gamma_a": api.Number(1.0, above=0, help="scale of the initial A"),
+        "gamma_b": api.Number(1.0, above=0, help="scale of the initial B"),
+        "bound": api.Choice("sqrt", ("sqrt", "linear"), help="sqrt(gamma / in) or gamma / sqrt(in)"),
+        "subtract": api.Flag(False, help="subtract the initial product from W"),
     }
-    verified_by = VerifiedBy.PAPER
-    start = Start.OTHER
+    verified_by = api.VerifiedBy.PAPER
+    start = api.Start.OTHER
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), rank = layer.shape, layer.settings.rank
         trainable = {}
         for name, shape in {"A": (rank, in_features), "B": (out_features, rank)}.items():
             gamma = layer.settings[f"gamma_{name.lower()}"]
             scale = math.sqrt(gamma) if layer.settings["bound"] == "sqrt" else gamma
-            noise = parameter_generator(generator, name)
-            trainable[name] = uniform_init(shape, scale / math.sqrt(in_features), layer, noise)
+            trainable[name] = random.uniform(name, shape, scale / math.sqrt(in_features))
         copies = {f"{name}0": tensor for name, tensor in trainable.items()}
-        return InitialTensors(trainable, copies if layer.settings["subtract"] else {})
+        return api.InitialTensors(trainable, copies if layer.settings["subtract"] else {})
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return settings.rank * (2 if settings["subtract"] else 1)

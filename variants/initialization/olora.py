@@ -1,18 +1,9 @@
 """OLoRA (Büyükakyüz 2024, arXiv 2406.01775): LoRA from the QR decomposition of the weight."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    CalibrationStatistic,
-    FrozenLayer,
-    InitialTensors,
-    Params,
-    VariantSettings,
-    VerifiedBy,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -28,17 +19,16 @@ class OLoRA(LoRA):
     layer, W^T, whose factors fit square layers only.
     """
 
-    parameters = "rank * (in + out)"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    calibration_statistic = CalibrationStatistic.WEIGHT
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    calibration_statistic = api.CalibrationStatistic.WEIGHT
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+    def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         q, r = torch.linalg.qr(matrix)
         return {"A0": r[: layer.settings.rank].contiguous(), "B0": q[:, : layer.settings.rank].contiguous()}
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         a, b = self.calibrated(layer, "A0", "B0")
-        return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
+        return api.InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return 2 * settings.rank

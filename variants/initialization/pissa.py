@@ -1,10 +1,6 @@
 """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA from the largest singular triplets of the weight."""
 
-from __future__ import annotations
-
-from torch import Generator
-
-from variants.base import FrozenLayer, InitialTensors, VariantSettings, VerifiedBy
+from variants import api
 from variants.weight_svd import WeightSVD
 
 
@@ -19,13 +15,13 @@ class PiSSA(WeightSVD):
     recommends `svd` 16 for speed.
     """
 
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         u, s, vh = self.triplets(layer)
         root = (s / self.scaling(layer.settings)).sqrt()
         b, a = u * root, root.unsqueeze(1) * vh
-        return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
+        return api.InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return 2 * settings.rank

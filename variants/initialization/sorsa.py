@@ -1,11 +1,9 @@
 """SORSA (Cao et al. 2024, arXiv 2409.00055): the largest singular triplets learn, kept nearly orthonormal."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import FrozenLayer, InitialTensors, LaneView, Number, Params, VariantSettings, VerifiedBy
+from variants import api
 from variants.weight_svd import WeightSVD
 
 
@@ -27,23 +25,23 @@ class SORSA(WeightSVD):
     parameters = "rank * (in + out + 1)"
     hyperparameters = {
         **WeightSVD.hyperparameters,
-        "gamma": Number(4e-4, help="weight of the orthonormality loss times the learning rate"),
+        "gamma": api.Number(4e-4, help="weight of the orthonormality loss times the learning rate"),
     }
-    verified_by = VerifiedBy.AUTHORS_CODE
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     uses_alpha = False
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         u, s, vh = self.triplets(layer)
-        return InitialTensors({"A": vh, "B": u, "S": s}, {"A0": vh, "B0": u * s})
+        return api.InitialTensors({"A": vh, "B": u, "S": s}, {"A0": vh, "B0": u * s})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         scaled = {**params, "B": params["B"] * params["S"].unsqueeze(-2)}
         return super().factors(scaled, layer)
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return 2 * settings.rank
 
-    def before_step(self, lane: LaneView) -> None:
+    def before_step(self, lane: api.LaneView) -> None:
         weight = lane.settings["gamma"] / lane.optimizer.defaults["lr"] / (2 * len(lane.layers))
         for view in lane.layers.values():
             for name in ("A", "B"):

@@ -3,12 +3,10 @@
 A product of sparse rotations is a dense rotation with few parameters.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from variants.base import FrozenLayer, InitialTensors, Int, Params, PeftMethod, UnsupportedError, VerifiedBy
+from variants import api
 from variants.input_map import InputMap
 from variants.rotations import cayley_change, multiply_blocks
 
@@ -33,12 +31,12 @@ class BOFT(InputMap):
 
     parameters = "factors * in * block_size + out"
     hyperparameters = {
-        "block_size": Int(4, minimum=2, help="size of the rotations"),
-        "factors": Int(1, help="number of butterfly factors"),
+        "block_size": api.Int(4, minimum=2, help="size of the rotations"),
+        "factors": api.Int(1, help="number of butterfly factors"),
     }
     uses_rank = uses_alpha = uses_dropout = False
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    peft = PeftMethod(
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = api.PeftMethod(
         "BOFT",
         {"M": "boft_R", "s": "boft_s"},
         rank=None,
@@ -48,30 +46,30 @@ class BOFT(InputMap):
         fields={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
     )
 
-    def check_layer(self, layer: FrozenLayer) -> None:
+    def check_layer(self, layer: api.FrozenLayer) -> None:
         in_features = layer.shape[1]
         size, factors = layer.settings["block_size"], layer.settings["factors"]
         if factors > 1 and size % 2:
-            raise UnsupportedError(f"block_size {size} must be even for more than one factor")
+            raise api.UnsupportedError(f"block_size {size} must be even for more than one factor")
         if in_features % (size << (factors - 1)):
-            raise UnsupportedError(
+            raise api.UnsupportedError(
                 f"{layer.name} has {in_features} inputs: not a multiple of {size << (factors - 1)}, which "
                 f"block_size {size} and {factors} factors need"
             )
 
-    def init(self, layer: FrozenLayer, generator: torch.Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         size, (out_features, in_features) = layer.settings["block_size"], layer.shape
-        gains = torch.ones(out_features, 1, dtype=layer.dtype, device=layer.device)
-        return InitialTensors(
+        gains = layer.ones(out_features, 1)
+        return api.InitialTensors(
             {"M": gains.new_zeros(layer.settings["factors"], in_features // size, size, size), "s": gains}
         )
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         """Return D_i - I as "change", (K, m, in / b, b, b), and s - 1 as "gain", (K, 1, out)."""
         m = params["M"]
         return {"change": cayley_change((m.mT - m) / 2), "gain": (params["s"] - 1).transpose(1, 2)}
 
-    def map_input(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def map_input(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         half, change = layer.settings["block_size"] // 2, torch.zeros_like(x)
         for factor in reversed(range(layer.settings["factors"])):
             mapped = x + change
@@ -86,5 +84,5 @@ class BOFT(InputMap):
             )
         return change
 
-    def map_product(self, product: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def map_product(self, product: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return product * params["gain"]

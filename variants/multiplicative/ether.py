@@ -1,22 +1,8 @@
 """ETHER (Bini et al. 2024, arXiv 2405.20271): multiplies W by one reflection for each block of inputs."""
 
-from __future__ import annotations
+from torch import Tensor
 
-import math
-
-from torch import Generator, Tensor
-
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    Start,
-    UnsupportedError,
-    VerifiedBy,
-    parameter_generator,
-    uniform_init,
-)
+from variants import api
 from variants.input_map import InputMap
 from variants.rotations import multiply_rank_one, unit_rows
 
@@ -36,27 +22,19 @@ class ETHER(InputMap):
     """
 
     parameters = "in"
-    hyperparameters = {"blocks": Int(1, help="number of reflections, each of a block of inputs")}
+    hyperparameters = {
+        "blocks": api.Int(1, divides=("in",), help="number of reflections, each of a block of inputs")
+    }
     uses_rank = uses_alpha = uses_dropout = False
-    start = Start.OTHER
-    verified_by = VerifiedBy.PAPER
+    start = api.Start.OTHER
+    verified_by = api.VerifiedBy.PAPER
 
-    def check_layer(self, layer: FrozenLayer) -> None:
-        in_features = layer.shape[1]
-        if in_features % layer.settings["blocks"]:
-            raise UnsupportedError(
-                f"{layer.name}: {in_features} inputs are not {layer.settings['blocks']} equal blocks"
-            )
-
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         size = layer.shape[1] // layer.settings["blocks"]
-        noise = parameter_generator(generator, "u")
-        return InitialTensors(
-            {"u": uniform_init((layer.settings["blocks"], size), 1 / math.sqrt(size), layer, noise)}
-        )
+        return api.InitialTensors({"u": random.kaiming("u", (layer.settings["blocks"], size))})
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         return {"u": unit_rows(params["u"])}
 
-    def map_input(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def map_input(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return -2 * multiply_rank_one(x, params["u"], params["u"])

@@ -1,24 +1,9 @@
 """HRA (Yuan et al. 2024, arXiv 2405.17484): multiplies W by a chain of learned Householder reflections."""
 
-from __future__ import annotations
-
-import math
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Params,
-    PeftMethod,
-    Start,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-    parameter_generator,
-    uniform_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 from variants.input_map import RowsProduct
 
@@ -41,28 +26,27 @@ class HRA(LoRA):
     """
 
     parameters = "rank * in"
-    start = Start.ROUNDED
+    start = api.Start.ROUNDED
     uses_alpha = uses_dropout = False
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    peft = PeftMethod(
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = api.PeftMethod(
         "HRA", {"U": "hra_u"}, alpha=None, dropout=None, constants={"apply_GS": False}, adapts_conv1d=False
     )
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)
         if settings.rank % 2:
-            raise UnsupportedError(
+            raise api.UnsupportedError(
                 f"rank {settings.rank}: HRA starts from pairs of reflections; it must be even"
             )
         return settings
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         pairs = layer.settings.rank // 2
-        noise = parameter_generator(generator, "U")
-        half = uniform_init((layer.shape[1], pairs), 1 / math.sqrt(pairs), layer, noise)
-        return InitialTensors({"U": half.repeat_interleave(2, dim=1)})
+        half = random.kaiming("U", (layer.shape[1], pairs))
+        return api.InitialTensors({"U": half.repeat_interleave(2, dim=1)})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., r, in) and B (..., out, r) with W' - W = B A.
 
         The rows of A are n_1, n_2 - n_1, n_3, n_4 - n_3, ..., where n_i (in,) is the unit vector of

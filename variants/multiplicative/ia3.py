@@ -1,11 +1,8 @@
 """IA3 (Liu et al. 2022, arXiv 2205.05638): multiplies each output of a layer by a learned factor."""
 
-from __future__ import annotations
-
-import torch
 from torch import Tensor
 
-from variants.base import FrozenLayer, InitialTensors, Params, PeftMethod, VerifiedBy
+from variants import api
 from variants.output_map import OutputMap
 
 
@@ -26,14 +23,14 @@ class IA3(OutputMap):
 
     parameters = "out"
     uses_rank = uses_alpha = uses_dropout = False
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     typical_lr_scale = 10.0
-    peft = PeftMethod(
+    peft = api.PeftMethod(
         "IA3", {"l": "ia3_l"}, rank=None, alpha=None, dropout=None, constants={"feedforward_modules": []}
     )
 
-    def init(self, layer: FrozenLayer, generator: torch.Generator) -> InitialTensors:
-        return InitialTensors({"l": torch.ones(layer.shape[0], 1, dtype=layer.dtype, device=layer.device)})
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        return api.InitialTensors({"l": layer.ones(layer.shape[0], 1)})
 
-    def map_output(self, y: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def map_output(self, y: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return (y * params["l"].mT).to(y.dtype)

@@ -1,22 +1,10 @@
 """OFT (Qiu et al. 2023, arXiv 2306.07280): rotates the layer's input in blocks of a fixed size."""
 
-from __future__ import annotations
-
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from variants.base import (
-    Flag,
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    PeftMethod,
-    VariantSettings,
-    VerifiedBy,
-)
+from variants import api
 from variants.input_map import InputMap
 from variants.rotations import cayley_change, multiply_blocks, nearest_divisor, neumann_change, skew_symmetric
 
@@ -39,13 +27,13 @@ class OFT(InputMap):
 
     parameters = "in * (block_size - 1) / 2"
     hyperparameters = {
-        "block_size": Int(32, minimum=2, help="inputs that are rotated together"),
-        "cayley_neumann": Flag(True, help="power series in place of a matrix inverse"),
-        "terms": Int(5, minimum=4, help="powers of Q in the series"),
+        "block_size": api.Int(32, minimum=2, help="inputs that are rotated together"),
+        "cayley_neumann": api.Flag(True, help="power series in place of a matrix inverse"),
+        "terms": api.Int(5, minimum=4, help="powers of Q in the series"),
     }
     uses_rank = uses_alpha = uses_dropout = False
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    peft = PeftMethod(
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = api.PeftMethod(
         "OFT",
         {"Q": "oft_R.weight"},
         rank=None,
@@ -59,20 +47,20 @@ class OFT(InputMap):
         adapts_conv1d=False,
     )
 
-    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
+    def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
         # PEFT warns about a series of an older version if its config does not name a version.
         return {**super().peft_config(settings), "peft_version": "0.18.0"}
 
-    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int) -> int:
+    def layer_parameters(self, layer: api.FrozenLayer, rank: int, layers: int) -> int:
         return layer.shape[1] * (nearest_divisor(layer.shape[1], layer.settings["block_size"]) - 1) // 2
 
-    def init(self, layer: FrozenLayer, generator: torch.Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         in_features = layer.shape[1]
         size = nearest_divisor(in_features, layer.settings["block_size"])
         shape = in_features // size, size * (size - 1) // 2
-        return InitialTensors({"Q": torch.zeros(shape, dtype=layer.dtype, device=layer.device)})
+        return api.InitialTensors({"Q": layer.zeros(*shape)})
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         """Return R - I of each block, (K, in / b, b, b), as "change"."""
         q = params["Q"]
         skew = skew_symmetric(q, layer.shape[1] // q.shape[1])
@@ -81,5 +69,5 @@ class OFT(InputMap):
             return {"change": change.unflatten(0, skew.shape[:2])}
         return {"change": cayley_change(-skew)}
 
-    def map_input(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def map_input(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return multiply_blocks(x, params["change"])

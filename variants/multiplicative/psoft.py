@@ -1,11 +1,9 @@
 """PSOFT (Wu et al. 2025, arXiv 2505.11235): rotates and scales W within its principal subspace."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import FrozenLayer, InitialTensors, Params, UnsupportedError, VariantSettings, VerifiedBy
+from variants import api
 from variants.rotations import cayley_change, skew_symmetric
 from variants.weight_svd import WeightSVD
 
@@ -26,21 +24,20 @@ class PSOFT(WeightSVD):
 
     parameters = "rank * (rank - 1) / 2 + 2 * rank"
     uses_alpha = False
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         if settings.rank == 1:
-            raise UnsupportedError("rank 1: a rotation needs at least two singular triplets")
+            raise api.UnsupportedError("rank 1: a rotation needs at least two singular triplets")
         return super().validate_settings(settings)
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         u, s, vh = self.triplets(layer)
-        rank = len(s)
-        ones = torch.ones(rank, dtype=layer.dtype, device=layer.device)
+        rank, ones = len(s), layer.ones(len(s))
         trainable = {"Q": ones.new_zeros(rank * (rank - 1) // 2), "a": ones, "b": ones.clone()}
-        return InitialTensors(trainable, {"US": (u * s).to(layer.dtype), "Vh": vh.to(layer.dtype)})
+        return api.InitialTensors(trainable, {"US": (u * s).to(layer.dtype), "Vh": vh.to(layer.dtype)})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = params["a"], params["b"]
         rotated = cayley_change(skew_symmetric(params["Q"], a.shape[-1]))
         # b R a - I, with the part of the identity apart, so that it is exactly zero at step 0.

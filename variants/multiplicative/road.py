@@ -1,22 +1,9 @@
 """RoAd (Liao and Monz 2024, arXiv 2409.00119): rotates and scales pairs of the layer's outputs."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from variants.base import (
-    Choice,
-    ExtraSettings,
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    PeftMethod,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-)
+from variants import api
 from variants.output_map import OutputMap
 
 _ANGLES = {"road_1": 1, "road_2": 2, "road_4": 4}
@@ -39,13 +26,15 @@ class RoAd(OutputMap):
 
     parameters = "angles * out"
     hyperparameters = {
-        "form": Choice("road_1", tuple(_ANGLES), help="1, 2 or 4 different angles and scales for each pair"),
-        "group_size": Int(2, minimum=2, help="outputs among which pairs are formed"),
+        "form": api.Choice(
+            "road_1", tuple(_ANGLES), help="1, 2 or 4 different angles and scales for each pair"
+        ),
+        "group_size": api.Int(2, minimum=2, help="outputs among which pairs are formed"),
     }
     uses_rank = uses_alpha = uses_dropout = False
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     typical_lr_scale = 10.0
-    peft = PeftMethod(
+    peft = api.PeftMethod(
         "ROAD",
         {"theta": "road_theta", "scale": "road_alpha"},
         rank=None,
@@ -55,23 +44,21 @@ class RoAd(OutputMap):
         adapts_conv1d=False,
     )
 
-    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
         return {**settings.extra, "angles": _ANGLES[settings["form"]]}
 
-    def check_layer(self, layer: FrozenLayer) -> None:
+    def check_layer(self, layer: api.FrozenLayer) -> None:
         out_features, size = layer.shape[0], layer.settings["group_size"]
         if size % 2 or out_features % size:
-            raise UnsupportedError(
+            raise api.UnsupportedError(
                 f"{layer.name} has {out_features} outputs: group_size {size} must be even and divide them"
             )
 
-    def init(self, layer: FrozenLayer, generator: torch.Generator) -> InitialTensors:
-        scale = torch.ones(
-            _ANGLES[layer.settings["form"]] * layer.shape[0] // 2, dtype=layer.dtype, device=layer.device
-        )
-        return InitialTensors({"theta": torch.zeros_like(scale), "scale": scale})
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        scale = layer.ones(_ANGLES[layer.settings["form"]] * layer.shape[0] // 2)
+        return api.InitialTensors({"theta": torch.zeros_like(scale), "scale": scale})
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         """Return the factors of y as "own" and those of the other output of the pair as "other".
 
         Both are (K, 1, groups, 2, pairs): first and second outputs of the pairs of each group.
@@ -87,7 +74,7 @@ class RoAd(OutputMap):
         signs = torch.tensor([[-1.0], [1.0]], dtype=other.dtype, device=other.device)
         return {"own": own.unsqueeze(1), "other": (signs * other).unsqueeze(1)}
 
-    def map_output(self, y: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def map_output(self, y: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         grouped = y.unflatten(2, params["own"].shape[2:])
         mapped = grouped * params["own"] + grouped.flip(-2) * params["other"]
         return mapped.to(y.dtype).view(y.shape)

@@ -1,27 +1,12 @@
 """AuroRA (Dong et al. 2025, arXiv 2505.18738): tanh and splines between LoRA's factors."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    Variant,
-    VerifiedBy,
-    baddbmm,
-    bmm,
-    lora_init,
-    normal_init,
-    parameter_generator,
-    uniform_init,
-)
+from variants import api
 
 
-class AuroRA(Variant):
+class AuroRA(api.Variant):
     """y = W x + s B f(A x) with f(z) = tanh(H tanh(z)) + C b(z) and s = alpha / rank.
 
     b(z) is the sum over the entries of z of the B-spline basis functions of degree `degree` on `intervals`
@@ -43,34 +28,30 @@ class AuroRA(Variant):
 
     parameters = "rank * (in + out + rank + intervals + degree)"
     hyperparameters = {
-        "intervals": Int(5, minimum=1, help="intervals of the spline's grid on [-1, 1]"),
-        "degree": Int(3, minimum=1, help="degree of the splines"),
+        "intervals": api.Int(5, minimum=1, help="intervals of the spline's grid on [-1, 1]"),
+        "degree": api.Int(3, minimum=1, help="degree of the splines"),
     }
-    verified_by = VerifiedBy.PAPER
+    verified_by = api.VerifiedBy.PAPER
     is_mergeable = False
     rounds_alike = False  # tanh rounds the last values of a tensor according to the tensor's size
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial, rank = lora_init(layer, generator), layer.settings.rank
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial, rank = random.lora(), layer.settings.rank
         splines = int(layer.settings["intervals"]) + int(layer.settings["degree"])
-        initial.trainable["H"] = normal_init(
-            (rank, rank), rank**-0.5, layer, parameter_generator(generator, "H")
-        )
-        initial.trainable["C"] = uniform_init(
-            (rank, splines), 0.1, layer, parameter_generator(generator, "C")
-        )
+        initial.trainable["H"] = random.normal("H", (rank, rank), rank**-0.5)
+        initial.trainable["C"] = random.uniform("C", (rank, splines), 0.1)
         return initial
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         return {**params, "sB": params["B"] * layer.scaling}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         transposed = {name: params[name].transpose(1, 2) for name in ("A", "sB", "H", "C")}
-        z = bmm(x, transposed["A"].to(x.dtype)).to(layer.dtype)
+        z = api.bmm(x, transposed["A"].to(x.dtype)).to(layer.dtype)
         splines = spline_basis(z, int(layer.settings["intervals"]), int(layer.settings["degree"])).sum(2)
-        fixed = bmm(z.tanh(), transposed["H"]).tanh()
-        hidden = baddbmm(fixed, splines, transposed["C"])
-        return baddbmm(base, hidden.to(x.dtype), transposed["sB"].to(x.dtype))
+        fixed = api.bmm(z.tanh(), transposed["H"]).tanh()
+        hidden = api.baddbmm(fixed, splines, transposed["C"])
+        return api.baddbmm(base, hidden.to(x.dtype), transposed["sB"].to(x.dtype))
 
 
 def spline_basis(z: Tensor, intervals: int, degree: int) -> Tensor:

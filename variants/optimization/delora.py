@@ -1,28 +1,14 @@
 """DeLoRA (Bini et al. 2025, arXiv 2503.18225): directions of unit length learn apart from their strength."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.linalg import vector_norm
 
-from variants.base import (
-    Choice,
-    FrozenLayer,
-    InitialTensors,
-    Number,
-    Params,
-    PeftMethod,
-    VariantSettings,
-    VerifiedBy,
-    lora_init,
-    parameter_generator,
-    uniform_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 NORM_MINIMUM = 1e-4
@@ -49,14 +35,14 @@ class DeLoRA(LoRA):
 
     parameters = "rank * (in + out) + 1"
     hyperparameters = {
-        "lambda": Number(8.0, above=0, help="initial strength"),
-        "initial": Choice("kaiming", ("kaiming", "zero"), help="initial B"),
+        "lambda": api.Number(8.0, above=0, help="initial strength"),
+        "initial": api.Choice("kaiming", ("kaiming", "zero"), help="initial B"),
     }
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = False
     typical_lr_scale = 10.0
     frozen_update_buffers = frozenset()
-    peft = PeftMethod(
+    peft = api.PeftMethod(
         "DELORA",
         {"A": "delora_A", "B": "delora_B", "lambda": "delora_lambda"},
         alpha=None,
@@ -66,33 +52,32 @@ class DeLoRA(LoRA):
         adapts_conv1d=False,
     )
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        trainable = lora_init(layer, generator).trainable
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        trainable = random.lora().trainable
         trainable["lambda"] = trainable["A"].new_full((1,), layer.settings["lambda"])
         if layer.settings["initial"] == "zero":
-            return InitialTensors(trainable)
-        bound, noise = layer.settings.rank**-0.5, parameter_generator(generator, "B")
-        trainable["B"] = uniform_init((layer.shape[0], layer.settings.rank), bound, layer, noise)
-        return InitialTensors(trainable, {"A0": trainable["A"], "B0": trainable["B"]})
+            return api.InitialTensors(trainable)
+        trainable["B"] = random.kaiming("B", (layer.shape[0], layer.settings.rank))
+        return api.InitialTensors(trainable, {"A0": trainable["A"], "B0": trainable["B"]})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         norms, strength = _column_norms(layer), params["lambda"] / layer.settings.rank
         scaled = {**params, "A": _scale_rows(params["A"], params["B"], strength) * norms}
         if "A0" in params:
             scaled["A0"] = _scale_rows(params["A0"], params["B0"], strength) * norms
         return super().factors(scaled, layer)
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return settings.rank * (1 if settings["initial"] == "zero" else 2)
 
-    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
+    def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         """Return A, B and lambda, or with frozen copies those of one DeLoRA of twice the rank and lambda."""
         if "A0" in params:
             a, b = torch.cat([params["A"], params["A0"]]), torch.cat([params["B"], -params["B0"]], dim=1)
             params = {"A": a, "B": b, "lambda": 2 * params["lambda"]}
         return {peft_name: params[name] for name, peft_name in self.peft.names.items()}
 
-    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
+    def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
         settings = super().settings_from_peft(config)
         return replace(settings, extra={**settings.extra, "initial": "zero"})
 
@@ -103,7 +88,7 @@ def _scale_rows(a: Tensor, b: Tensor, strength: Tensor) -> Tensor:
     return a * (strength / norms).unsqueeze(-1)
 
 
-def _column_norms(layer: FrozenLayer) -> Tensor:
+def _column_norms(layer: api.FrozenLayer) -> Tensor:
     """Return the norm of each column of W, (in,)."""
     if "column norms" not in layer.cache:
         layer.cache["column norms"] = vector_norm(layer.weight, dim=0, dtype=layer.dtype)

@@ -1,11 +1,9 @@
 """Delta-LoRA (Zi et al. 2023, arXiv 2309.02411): the change of B A is also added to the frozen weight."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import FrozenLayer, InitialTensors, LaneView, Number, Params, VariantSettings, VerifiedBy
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -24,28 +22,28 @@ class DeltaLoRA(LoRA):
     gradient with respect to B A equals the gradient with respect to W.
     """
 
-    verified_by = VerifiedBy.PAPER
+    verified_by = api.VerifiedBy.PAPER
     uses_dropout = False
     mutable_buffers = frozenset({"before A", "before B"})
     obsolete_buffers = frozenset({"ratio"})
     hyperparameters = {
-        "ratio": Number(2.0, help="the paper's lambda, the factor on the change of B A"),
-        "start": Number(500 / 1562, below=1, help="the paper's K as a fraction of the total steps"),
+        "ratio": api.Number(2.0, help="the paper's lambda, the factor on the change of B A"),
+        "start": api.Number(500 / 1562, below=1, help="the paper's K as a fraction of the total steps"),
     }
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial = super().init(layer, random)
         for name, tensor in initial.trainable.items():
             initial.frozen[f"before {name}"] = tensor
         return initial
 
-    def after_step(self, lane: LaneView) -> None:
+    def after_step(self, lane: api.LaneView) -> None:
         if lane.step <= round(float(lane.settings["start"]) * lane.total_steps) + 1:
             for view in lane.layers.values():
                 for name, tensor in view.trainable.items():
                     view.frozen[f"before {name}"].copy_(tensor)
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., 3 rank, in) and B (..., out, 3 rank) with the product B A + ratio (B A - B0 A0).
 
         The difference is written as B (A - A0) + (B - B0) A0. It is exactly zero while A = A0 and B = B0, and
@@ -59,5 +57,5 @@ class DeltaLoRA(LoRA):
             torch.cat([b, ratio * still, ratio * (still - b0)], dim=-1),
         )
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return 3 * settings.rank

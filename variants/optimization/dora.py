@@ -1,11 +1,9 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA for the direction of each row, a vector for its length."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import FrozenLayer, InitialTensors, Params, PeftMethod, VerifiedBy
+from variants import api
 from variants.baseline.lora import LORA_PEFT, LoRA
 from variants.batch_invariant import pad_rank_one
 
@@ -26,44 +24,44 @@ class DoRA(LoRA):
     """
 
     parameters = "rank * (in + out) + out"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     dropout_on_base = True
-    peft = PeftMethod(
+    peft = api.PeftMethod(
         "LORA",
         {**LORA_PEFT.names, "m": "lora_magnitude_vector"},
         constants={**LORA_PEFT.constants, "use_dora": True},
     )
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial = super().init(layer, random)
         initial.trainable["m"] = _squared_row_norms(layer).sqrt()
         return initial
 
-    def gradient_constants(self, params: Params, layer: FrozenLayer) -> Params:
+    def gradient_constants(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         a, b = pad_rank_one(*self.factors(params, layer))
         return {"n": _row_norms(a, b, layer)}
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         a, b = pad_rank_one(*self.factors(params, layer))
         gain = params["m"] / params["n"]
         return {"A": a, "sB": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         unbiased = base if layer.bias is None else base - layer.bias
         scaled = torch.addcmul(base, params["more"].to(x.dtype), unbiased)
         return super().forward(x, scaled, params, layer)
 
-    def includes_base(self, layer: FrozenLayer) -> bool:
+    def includes_base(self, layer: api.FrozenLayer) -> bool:
         return type(self).forward is DoRA.forward
 
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         (a, b), weight = self.factors(params, layer), layer.weight.to(layer.dtype)
         norm = _row_norms(a[None], b[None], layer.add_lane_dimension())
         gain = (params["m"] / norm[0]).unsqueeze(1)
         return (gain - 1) * weight + gain * layer.scaling * (b @ a)
 
 
-def _squared_row_norms(layer: FrozenLayer) -> Tensor:
+def _squared_row_norms(layer: api.FrozenLayer) -> Tensor:
     """Return the squared norm of each row of W, (out,)."""
     if "squared rows" not in layer.cache:
         parts = [part.to(layer.dtype).square().sum(1) for part in _split_rows(layer)]
@@ -71,13 +69,13 @@ def _squared_row_norms(layer: FrozenLayer) -> Tensor:
     return layer.cache["squared rows"]
 
 
-def _split_rows(layer: FrozenLayer) -> tuple[Tensor, ...]:
+def _split_rows(layer: api.FrozenLayer) -> tuple[Tensor, ...]:
     """Return W as blocks of rows, so that a cast to another dtype needs little memory."""
     return layer.weight.split(max(1, CAST_NUMEL // layer.shape[1]))
 
 
 @torch.no_grad()
-def _row_norms(a: Tensor, b: Tensor, layer: FrozenLayer) -> Tensor:
+def _row_norms(a: Tensor, b: Tensor, layer: api.FrozenLayer) -> Tensor:
     """Return the row norms of W + s B A, (K, out), for A (K, rank, in) and B (K, out, rank)."""
     # A W^T and not W A^T: a CPU computes a product of few rows faster than one of few columns.
     products = [torch.bmm(a, part.to(layer.dtype).t().expand(len(a), -1, -1)) for part in _split_rows(layer)]

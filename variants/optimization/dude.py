@@ -1,8 +1,6 @@
 """DuDe (Han et al. 2025, arXiv 2505.14367): DoRA whose direction starts as PiSSA does."""
 
-from __future__ import annotations
-
-from variants.base import VerifiedBy
+from variants import api
 from variants.initialization.pissa import PiSSA
 from variants.optimization.dora import DoRA
 
@@ -19,5 +17,5 @@ class DuDe(DoRA, PiSSA):
     """
 
     parameters = "rank * (in + out) + out"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     frozen_update_buffers = frozenset()

@@ -1,20 +1,9 @@
 """LoRA-Dash (Si et al. 2024, arXiv 2409.01035): LoRA that also scales the task's directions of the weight."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    LaneView,
-    Number,
-    Params,
-    VariantSettings,
-    VerifiedBy,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 DIRECTIONS = frozenset({"U", "V"})
@@ -37,29 +26,31 @@ class LoRADash(LoRA):
     """
 
     parameters = "rank * (in + out) + min(directions, in, out)"
-    verified_by = VerifiedBy.AUTHORS_CODE
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     mutable_buffers = DIRECTIONS
     hyperparameters = {
-        "directions": Int(8, minimum=1, help="number of singular directions of the weight that are scaled"),
-        "warmup": Number(
+        "directions": api.Int(
+            8, minimum=1, help="number of singular directions of the weight that are scaled"
+        ),
+        "warmup": api.Number(
             100 / 1562, below=1, help="fraction of the steps before the directions are selected"
         ),
     }
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial, (out_features, in_features) = super().init(layer, generator), layer.shape
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial, (out_features, in_features) = super().init(layer, random), layer.shape
         count = min(layer.settings["directions"], *layer.shape)
         zeros = initial.trainable["B"].new_zeros
         initial.trainable["d"] = zeros(count)
         initial.frozen.update(U=zeros(out_features, count), V=zeros(count, in_features))
         return initial
 
-    def before_step(self, lane: LaneView) -> None:
+    def before_step(self, lane: api.LaneView) -> None:
         if lane.step < _selection_step(lane):
             for view in lane.layers.values():
                 view.trainable["d"].grad = None  # AdamW's state of d begins when d begins to learn
 
-    def after_step(self, lane: LaneView) -> None:
+    def after_step(self, lane: api.LaneView) -> None:
         if lane.step != _selection_step(lane):
             return
         for view in lane.layers.values():
@@ -71,14 +62,14 @@ class LoRADash(LoRA):
             view.frozen["U"].copy_(u[:, largest] / self.scaling(lane.settings))
             view.frozen["V"].copy_(vh[largest])
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         scaled = params["U"] * params["d"].unsqueeze(-2)
         return torch.cat([params["A"], params["V"]], dim=-2), torch.cat([params["B"], scaled], dim=-1)
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return settings.rank + settings["directions"]
 
 
-def _selection_step(lane: LaneView) -> int:
+def _selection_step(lane: api.LaneView) -> int:
     """Return the number of steps after which the directions are selected."""
     return max(1, round(lane.settings["warmup"] * lane.total_steps))

@@ -1,11 +1,8 @@
 """LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): LoRA with a frozen A and a corrected gradient of B."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator
 
-from variants.base import FrozenLayer, InitialTensors, LaneView, VerifiedBy
+from variants import api
 from variants.baseline.lora import LoRA
 
 DAMPING = 1e-8
@@ -26,17 +23,17 @@ class LoRAFA(LoRA):
     """
 
     parameters = "rank * out"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hook_only_buffers = frozenset({"inverse"})
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial = super().init(layer, random)
         a = initial.trainable["A"]
         identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
         inverse = torch.linalg.inv(a @ a.t() + DAMPING * identity)
-        return InitialTensors({"B": initial.trainable["B"]}, {"A": a, "inverse": inverse})
+        return api.InitialTensors({"B": initial.trainable["B"]}, {"A": a, "inverse": inverse})
 
-    def before_step(self, lane: LaneView) -> None:
+    def before_step(self, lane: api.LaneView) -> None:
         factor = self.scaling(lane.settings) ** -2
         for view in lane.layers.values():
             gradient = view.trainable["B"].grad

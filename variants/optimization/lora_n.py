@@ -1,10 +1,8 @@
 """LoRAN (Li et al., EMNLP Findings 2024): a sine-shaped nonlinear function of LoRA's weight update."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from variants.base import FrozenLayer, Number, Params
+from variants import api
 from variants.dense_update import DenseUpdate
 
 
@@ -23,11 +21,11 @@ class LoRAN(DenseUpdate):
 
     parameters = "rank * (in + out)"
     hyperparameters = {
-        "amplitude": Number(5e-5, help="relative size of the sine"),
-        "frequency": Number(1000.0, above=0, help="angular frequency of the sine"),
+        "amplitude": api.Number(5e-5, help="relative size of the sine"),
+        "frequency": api.Number(1000.0, above=0, help="angular frequency of the sine"),
     }
 
-    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         product = params["B"] @ params["A"]
         wave = (layer.settings["frequency"] * product).sin()
         return layer.scaling * (product + layer.settings["amplitude"] * product * wave)

@@ -1,8 +1,6 @@
 """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA with a higher learning rate for B than for A."""
 
-from __future__ import annotations
-
-from variants.base import Number, VariantSettings, VerifiedBy
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -12,8 +10,8 @@ class LoRAPlus(LoRA):
     Initialization as in LoRA. The default `ratio` of 16 is the authors' default.
     """
 
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    hyperparameters = {"ratio": Number(16.0, above=0, help="learning rate of B divided by that of A")}
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    hyperparameters = {"ratio": api.Number(16.0, above=0, help="learning rate of B divided by that of A")}
 
-    def parameter_lr_scale(self, parameter: str, settings: VariantSettings) -> float:
+    def parameter_lr_scale(self, parameter: str, settings: api.VariantSettings) -> float:
         return float(settings["ratio"]) if parameter == "B" else 1.0

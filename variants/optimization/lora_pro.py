@@ -1,11 +1,9 @@
 """LoRA-Pro (Wang et al. 2024, arXiv 2407.18242): LoRA whose steps approximate those of full fine-tuning."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import Batching, FrozenLayer, InitialTensors, LaneView, VerifiedBy
+from variants import api
 from variants.baseline.lora import LoRA
 
 DAMPING = 1e-8
@@ -36,19 +34,19 @@ class LoRAPro(LoRA):
     rounded to bfloat16.
     """
 
-    verified_by = VerifiedBy.AUTHORS_CODE
-    batching = Batching.EXCLUSIVE
+    verified_by = api.VerifiedBy.AUTHORS_CODE
+    batching = api.Batching.EXCLUSIVE
     typical_lr_scale = 0.1
     mutable_buffers = MOMENTS
     hook_only_buffers = MOMENTS
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial = super().init(layer, random)
         for name in sorted(MOMENTS):
-            initial.frozen[name] = torch.zeros(layer.shape, dtype=layer.dtype, device=layer.device)
+            initial.frozen[name] = layer.zeros(*layer.shape)
         return initial
 
-    def before_step(self, lane: LaneView) -> None:
+    def before_step(self, lane: api.LaneView) -> None:
         """Update the moments, and delete the gradients, so that the lane's optimizer skips A and B."""
         scaling, (beta1, beta2) = self.scaling(lane.settings), lane.optimizer.defaults["betas"]
         for view in lane.layers.values():
@@ -61,7 +59,7 @@ class LoRAPro(LoRA):
             view.frozen["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             a.grad = b.grad = None
 
-    def after_step(self, lane: LaneView) -> None:
+    def after_step(self, lane: api.LaneView) -> None:
         """Take the step of A and B; their `grad` becomes its direction."""
         scaling, options = self.scaling(lane.settings), lane.optimizer.defaults
         beta1, beta2 = options["betas"]

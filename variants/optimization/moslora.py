@@ -1,20 +1,8 @@
 """MoSLoRA (Wu et al. 2024, arXiv 2406.11909): a trainable matrix between LoRA's factors mixes their ranks."""
 
-from __future__ import annotations
+from torch import Tensor
 
-import math
-
-from torch import Generator, Tensor
-
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Params,
-    VerifiedBy,
-    lora_init,
-    parameter_generator,
-    uniform_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -30,13 +18,12 @@ class MoSLoRA(LoRA):
     """
 
     parameters = "rank * (in + out + rank)"
-    verified_by = VerifiedBy.AUTHORS_CODE
+    verified_by = api.VerifiedBy.AUTHORS_CODE
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial, rank = lora_init(layer, generator), layer.settings.rank
-        noise = parameter_generator(generator, "M")
-        initial.trainable["M"] = uniform_init((rank, rank), 1 / math.sqrt(rank), layer, noise)
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial = random.lora()
+        initial.trainable["M"] = random.kaiming("M", (layer.settings.rank, layer.settings.rank))
         return initial
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         return params["M"] @ params["A"], params["B"]

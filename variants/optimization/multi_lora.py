@@ -1,21 +1,8 @@
 """MultiLoRA (Wang et al. 2023, arXiv 2311.11501): parallel LoRAs with trainable scales of their outputs."""
 
-from __future__ import annotations
+from torch import Tensor
 
-import math
-
-import torch
-from torch import Generator, Tensor
-
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    VariantSettings,
-    parameter_generator,
-    uniform_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -35,23 +22,22 @@ class MultiLoRA(LoRA):
     """
 
     parameters = "modules * (rank * (in + out) + out)"
-    hyperparameters = {"modules": Int(3, help="number of parallel LoRAs")}
+    hyperparameters = {"modules": api.Int(3, help="number of parallel LoRAs")}
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), rank = layer.shape, layer.settings.rank
         modules = int(layer.settings["modules"])
-        initial = {"g": torch.zeros(modules, out_features, dtype=layer.dtype, device=layer.device)}
+        initial = {"g": layer.zeros(modules, out_features)}
         for name, shape, fan_in in (
             ("A", (modules * rank, in_features), in_features),
             ("B", (out_features, modules * rank), rank),
         ):
-            noise = parameter_generator(generator, name)
-            initial[name] = uniform_init(shape, 1 / math.sqrt(fan_in), layer, noise)
-        return InitialTensors(initial)
+            initial[name] = random.kaiming(name, shape, fan_in)
+        return api.InitialTensors(initial)
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         scales = params["g"].transpose(-1, -2).repeat_interleave(layer.settings.rank, dim=-1)
         return params["A"], params["B"] * scales
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return int(settings["modules"]) * settings.rank

@@ -1,10 +1,8 @@
 """RPLoRA (Zhang and Pilanci 2024, arXiv 2402.02347): LoRA whose gradients a Riemannian metric rescales."""
 
-from __future__ import annotations
-
 import torch
 
-from variants.base import LaneView, Number, VerifiedBy
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -20,10 +18,10 @@ class RPLoRA(LoRA):
     `delta` is 1e-6.
     """
 
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    hyperparameters = {"delta": Number(0.01, above=0, help="added to the diagonals of B^T B and A A^T")}
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    hyperparameters = {"delta": api.Number(0.01, above=0, help="added to the diagonals of B^T B and A A^T")}
 
-    def before_step(self, lane: LaneView) -> None:
+    def before_step(self, lane: api.LaneView) -> None:
         pairs = [(view.trainable["A"], view.trainable["B"]) for view in lane.layers.values()]
         # One call inverts the matrices of all layers, because a call for each would take most of the time.
         products = torch.stack([product for a, b in pairs for product in (b.t() @ b, a @ a.t())])

@@ -1,11 +1,8 @@
 """rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): LoRA with s = alpha / sqrt(rank)."""
 
-from __future__ import annotations
-
-import math
 from dataclasses import replace
 
-from variants.base import VariantSettings, VerifiedBy
+from variants import api
 from variants.baseline.lora import LORA_PEFT, LoRA
 
 
@@ -15,8 +12,6 @@ class RsLoRA(LoRA):
     At rank 8 and alpha 16, s is 5.66 (LoRA: 2). Initialization as in LoRA.
     """
 
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    is_rank_stabilized = True
     peft = replace(LORA_PEFT, constants={**LORA_PEFT.constants, "use_rslora": True})
-
-    def scaling(self, settings: VariantSettings) -> float:
-        return super().scaling(settings) * math.sqrt(settings.rank)

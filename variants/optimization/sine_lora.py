@@ -1,12 +1,10 @@
 """SineLoRA (Ji et al. 2024, arXiv 2403.19243): the sine of a low-rank matrix, which has a higher rank."""
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor
 
-from variants.base import FrozenLayer, Number, Params, VerifiedBy
+from variants import api
 from variants.dense_update import DenseUpdate
 
 
@@ -24,10 +22,10 @@ class SineLoRA(DenseUpdate):
     """
 
     parameters = "rank * (in + out)"
-    hyperparameters = {"frequency": Number(600.0, above=0, help="omega in sin(omega B A)")}
-    verified_by = VerifiedBy.AUTHORS_CODE
+    hyperparameters = {"frequency": api.Number(600.0, above=0, help="omega in sin(omega B A)")}
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     typical_lr_scale = 0.03  # at B = 0 the update is omega / sqrt(in) times as steep as LoRA's
 
-    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         phase = layer.settings["frequency"] * (params["B"] @ params["A"])
         return layer.scaling / math.sqrt(layer.shape[1]) * phase.sin()

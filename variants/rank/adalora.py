@@ -1,30 +1,14 @@
 """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): an SVD is trained, and unimportant triplets are pruned."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants.base import (
-    RANK_MASK,
-    FrozenLayer,
-    InitialTensors,
-    LaneView,
-    LayerView,
-    Number,
-    Params,
-    PeftMethod,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-    normal_init,
-    parameter_generator,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 INIT_STD = 0.02
@@ -59,55 +43,57 @@ class AdaLoRA(LoRA):
     """
 
     parameters = "rank * (in + out + 1)"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     has_auxiliary_loss = True
     typical_lr_scale = 10.0
     hook_only_buffers = AVERAGE_BUFFERS
-    mutable_buffers = AVERAGE_BUFFERS | {RANK_MASK}
+    mutable_buffers = AVERAGE_BUFFERS | {api.RANK_MASK}
     obsolete_buffers = frozenset({"orthogonality"})
     hyperparameters = {
-        "initial": Number(1.5, above=1, help="initial rank divided by the final mean rank"),
-        "warmup": Number(100 / 1562, help="fraction of the total steps before pruning begins"),
-        "final": Number(900 / 1562, help="fraction of the total steps with fixed ranks at the end"),
-        "orthogonality": Number(0.5, help="weight of the orthogonality loss"),
+        "initial": api.Number(1.5, above=1, help="initial rank divided by the final mean rank"),
+        "warmup": api.Number(100 / 1562, help="fraction of the total steps before pruning begins"),
+        "final": api.Number(900 / 1562, help="fraction of the total steps with fixed ranks at the end"),
+        "orthogonality": api.Number(0.5, help="weight of the orthogonality loss"),
     }
-    peft = PeftMethod("ADALORA", {name: f"lora_{name}" for name in "AEB"})
+    peft = api.PeftMethod("ADALORA", {name: f"lora_{name}" for name in "AEB"})
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)
         if float(settings["warmup"]) + float(settings["final"]) >= 1:
-            raise UnsupportedError(
+            raise api.UnsupportedError(
                 "warmup and final: must be fractions of the total steps with a sum below 1"
             )
         return settings
 
-    def scaling(self, settings: VariantSettings) -> float:
+    def scaling(self, settings: api.VariantSettings) -> float:
         return super().scaling(settings) * settings.rank / (_initial_rank(settings) + 1e-5)
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), rank = layer.shape, _initial_rank(layer.settings)
         trainable = {
-            "A": normal_init((rank, in_features), INIT_STD, layer, parameter_generator(generator, "A")),
-            "E": torch.zeros(rank, 1, dtype=layer.dtype, device=layer.device),
-            "B": normal_init((out_features, rank), INIT_STD, layer, parameter_generator(generator, "B")),
+            "A": random.normal("A", (rank, in_features), INIT_STD),
+            "E": layer.zeros(rank, 1),
+            "B": random.normal("B", (out_features, rank), INIT_STD),
         }
-        return InitialTensors(trainable, _init_buffers(trainable))
+        return api.InitialTensors(trainable, _init_buffers(trainable))
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         return params["A"] * params["E"], params["B"]
 
-    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def auxiliary_loss(
+        self, x: Tensor, attention_mask: Tensor, params: api.Params, layer: api.FrozenLayer
+    ) -> Tensor:
         return _OrthogonalityLoss.apply(params["A"], params["B"], float(layer.settings["orthogonality"]))
 
-    def before_step(self, lane: LaneView) -> None:
+    def before_step(self, lane: api.LaneView) -> None:
         if lane.step >= _pruning_steps(lane.settings, lane.total_steps)[1]:
             for view in lane.layers.values():
-                mask = view.frozen[RANK_MASK]
+                mask = view.frozen[api.RANK_MASK]
                 for name, parameter in view.trainable.items():
                     if parameter.grad is not None:
                         parameter.grad.mul_(mask.t() if name == "B" else mask)
 
-    def after_step(self, lane: LaneView) -> None:
+    def after_step(self, lane: api.LaneView) -> None:
         pruning_end = _pruning_steps(lane.settings, lane.total_steps)[1]
         views = list(lane.layers.values())
         if lane.step < pruning_end:
@@ -122,20 +108,22 @@ class AdaLoRA(LoRA):
             masks = list(keep_mask.view(len(views), -1, 1))
             torch._foreach_mul_([view.trainable["E"] for view in views], masks)
             if lane.step == pruning_end:
-                torch._foreach_copy_([view.frozen[RANK_MASK] for view in views], masks)
+                torch._foreach_copy_([view.frozen[api.RANK_MASK] for view in views], masks)
         else:
             torch._foreach_mul_(
-                [view.trainable["E"] for view in views], [view.frozen[RANK_MASK] for view in views]
+                [view.trainable["E"] for view in views], [view.frozen[api.RANK_MASK] for view in views]
             )
 
-    def rank_budget(self, layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
+    def rank_budget(
+        self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
+    ) -> int:
         is_pruned = step >= _pruning_steps(settings, total_steps)[1]
         return layer_count * (settings.rank if is_pruned else _initial_rank(settings))
 
-    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
-        return {"lora_A": params["A"], "lora_E": params["E"] * params[RANK_MASK], "lora_B": params["B"]}
+    def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
+        return {"lora_A": params["A"], "lora_E": params["E"] * params[api.RANK_MASK], "lora_B": params["B"]}
 
-    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
+    def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
         return {
             "peft_type": "ADALORA",
             "target_r": settings.rank,
@@ -147,27 +135,27 @@ class AdaLoRA(LoRA):
             "bias": "none",
         }
 
-    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
+    def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
         rank, dropout = config["target_r"], float(config.get("lora_dropout", 0))
         extra = {"initial": config["init_r"] / rank, "orthogonality": config.get("orth_reg_weight", 0.5)}
-        return VariantSettings(rank, float(config["lora_alpha"]), dropout, extra)
+        return api.VariantSettings(rank, float(config["lora_alpha"]), dropout, extra)
 
-    def init_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
+    def init_from_peft(self, tensors: api.Params, settings: api.VariantSettings) -> api.InitialTensors:
         """Invert `to_peft`; the running averages, which PEFT does not save, start at zero."""
         trainable = super().init_from_peft(tensors, settings).trainable
-        return InitialTensors(trainable, _init_buffers(trainable))
+        return api.InitialTensors(trainable, _init_buffers(trainable))
 
 
 def _init_buffers(trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
     averages = {name: torch.zeros_like(trainable[name[-1]]) for name in sorted(AVERAGE_BUFFERS)}
-    return {**averages, RANK_MASK: torch.ones_like(trainable["E"])}
+    return {**averages, api.RANK_MASK: torch.ones_like(trainable["E"])}
 
 
-def _initial_rank(settings: VariantSettings) -> int:
+def _initial_rank(settings: api.VariantSettings) -> int:
     return math.ceil(round(float(settings["initial"]) * settings.rank, 6))
 
 
-def _pruning_steps(settings: VariantSettings, total_steps: int) -> tuple[int, int]:
+def _pruning_steps(settings: api.VariantSettings, total_steps: int) -> tuple[int, int]:
     """Return t_i and T - t_f: the last step before pruning, and the step after which ranks stay fixed.
 
     At least one step is scored before T - t_f.
@@ -176,7 +164,7 @@ def _pruning_steps(settings: VariantSettings, total_steps: int) -> tuple[int, in
     return start, max(2, start + 1, total_steps - round(float(settings["final"]) * total_steps))
 
 
-def _triplet_budget(layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
+def _triplet_budget(layer_count: int, settings: api.VariantSettings, step: int, total_steps: int) -> int:
     """Return b(t), the number of triplets of all layers that are kept after `step` steps."""
     start, pruning_end = _pruning_steps(settings, total_steps)
     begin, end = layer_count * _initial_rank(settings), layer_count * settings.rank
@@ -212,7 +200,7 @@ class _OrthogonalityLoss(torch.autograd.Function):
         return torch.bmm(scaled[: len(a)], a), torch.bmm(b, scaled[len(a) :]), None
 
 
-def _update_importance(views: Sequence[LayerView]) -> None:
+def _update_importance(views: Sequence[api.LayerView]) -> None:
     """Update the running averages with |p * gradient| of this step."""
     for name in "AEB":
         parameters: list[Tensor] = [view.trainable[name] for view in views]
@@ -229,7 +217,7 @@ def _update_importance(views: Sequence[LayerView]) -> None:
         torch._foreach_add_(uncertainty, now, alpha=1 - EMA_DECAY)
 
 
-def _triplet_scores(views: Sequence[LayerView]) -> Tensor:
+def _triplet_scores(views: Sequence[api.LayerView]) -> Tensor:
     """Return the score of each triplet of all layers, (layers * rank,)."""
     products = {
         name: torch._foreach_mul(

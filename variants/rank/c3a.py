@@ -1,26 +1,14 @@
 """C3A (Chen et al. 2024, arXiv 2407.19342): circular convolutions of blocks of the input."""
 
-from __future__ import annotations
-
 import math
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    Start,
-    Variant,
-    VerifiedBy,
-    parameter_generator,
-    uniform_init,
-)
+from variants import api
 
 
-class C3A(Variant):
+class C3A(api.Variant):
     """W' = W + [C(w_mn)] / in, a grid of circulant blocks (b, b) with C(w)[i, j] = w[(j - i) mod b].
 
     "w" is (out / b, in / b, b), and b is the greatest common divisor of `block_size`, in and out. A smaller b
@@ -36,27 +24,24 @@ class C3A(Variant):
     """
 
     parameters = "in * out / gcd(block_size, in, out)"
-    verified_by = VerifiedBy.AUTHORS_CODE
-    start = Start.OTHER
+    verified_by = api.VerifiedBy.AUTHORS_CODE
+    start = api.Start.OTHER
     typical_lr_scale = 100.0
-    uses_rank = False
-    uses_alpha = False
-    uses_dropout = False
-    hyperparameters = {"block_size": Int(256, minimum=1, help="side of a circulant block")}
+    uses_rank = uses_alpha = uses_dropout = False
+    hyperparameters = {"block_size": api.Int(256, minimum=1, help="side of a circulant block")}
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         block = math.gcd(layer.settings["block_size"], *layer.shape)
         shape = layer.shape[0] // block, layer.shape[1] // block, block
-        noise = parameter_generator(generator, "w")
-        return InitialTensors({"w": uniform_init(shape, math.sqrt(6 / sum(layer.shape)), layer, noise)})
+        return api.InitialTensors({"w": random.uniform("w", shape, math.sqrt(6 / sum(layer.shape)))})
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         # One lane at a time: the last bits of an FFT depend on the number of transforms in a call.
         lanes = zip(x.to(layer.dtype), params["w"], strict=True)
         update = torch.stack([_multiply(rows, w) for rows, w in lanes])
         return base + (update / layer.shape[1]).to(base.dtype)
 
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         w = params["w"]
         position = torch.arange(w.shape[2], device=w.device)
         blocks = w[..., (position - position.unsqueeze(1)) % w.shape[2]]

@@ -1,10 +1,8 @@
 """COLA (Xia et al. 2024, arXiv 2401.04151): LoRAs that are trained and merged one by one."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from variants.base import Int, LaneView, VariantSettings, VerifiedBy
+from variants import api
 from variants.rank.relora import ReLoRA
 
 
@@ -22,11 +20,11 @@ class COLA(ReLoRA):
     The parts of the training have equal lengths.
     """
 
-    verified_by = VerifiedBy.PAPER
-    hyperparameters = {"merges": Int(2, help="number of times that B A is merged")}
+    verified_by = api.VerifiedBy.PAPER
+    hyperparameters = {"merges": api.Int(2, help="number of times that B A is merged")}
 
-    def schedule_lr_scale(self, step: int, total_steps: int, settings: VariantSettings) -> float:
+    def schedule_lr_scale(self, step: int, total_steps: int, settings: api.VariantSettings) -> float:
         return 1.0
 
-    def restart_optimizer(self, lane: LaneView, parameter: Tensor) -> None:
+    def restart_optimizer(self, lane: api.LaneView, parameter: Tensor) -> None:
         lane.optimizer.state.pop(parameter, None)

@@ -1,25 +1,11 @@
 """FourierFT (Gao et al. 2024, arXiv 2405.03003): a few spectral coefficients of the weight's change learn."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    GeneratorOf,
-    InitialTensors,
-    Int,
-    Layers,
-    Number,
-    Params,
-    Start,
-    VerifiedBy,
-    normal_init,
-    parameter_generator,
-)
+from variants import api
 from variants.dense_update import DenseUpdate
-from variants.initializers import distinct_init
+from variants.linalg import fill_positions
 
 
 class FourierFT(DenseUpdate):
@@ -39,37 +25,29 @@ class FourierFT(DenseUpdate):
     """
 
     parameters = "min(frequencies, in * out)"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    start = Start.OTHER
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    start = api.Start.OTHER
     typical_lr_scale = 100.0
     law_settings = {"frequencies": 60, "scale": 5.0}
-    uses_rank = False
-    uses_alpha = False
-    uses_dropout = False
+    uses_rank = uses_alpha = uses_dropout = False
     hyperparameters = {
-        "frequencies": Int(1000, minimum=1, help="number of trainable spectral entries of a layer"),
-        "scale": Number(150.0, above=0, help="factor in front of the update"),
+        "frequencies": api.Int(1000, minimum=1, help="number of trainable spectral entries of a layer"),
+        "scale": api.Number(150.0, above=0, help="factor in front of the update"),
     }
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        in_features, size = layer.shape[1], layer.shape[0] * layer.shape[1]
-        count = min(layer.settings["frequencies"], size)
-        entries = normal_init((count,), 1.0, layer, parameter_generator(generator, "entries"))
-        chosen = distinct_init(count, size, parameter_generator(generator, "locations"))
-        locations = torch.stack([chosen // in_features, chosen % in_features]).int()
-        return InitialTensors({"entries": entries}, {"locations": locations.to(layer.device)})
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        count = min(layer.settings["frequencies"], layer.shape[0] * layer.shape[1])
+        entries, locations = random.normal("entries", (count,), 1.0), random.positions("locations", count)
+        return api.InitialTensors({"entries": entries}, {"locations": locations})
 
-    def init_layers(self, layers: Layers, generator: GeneratorOf) -> dict[str, InitialTensors]:
-        found = super().init_layers(layers, generator)
+    def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
+        found = super().init_layers(layers, random_of)
         first: dict[tuple[int, int], Tensor] = {}
         for name, layer in layers.items():
             shared = first.setdefault(layer.shape, found[name].frozen["locations"])
             found[name].frozen["locations"] = shared.clone()
         return found
 
-    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
-        (out_features, in_features), entries = layer.shape, params["entries"]
-        rows, columns = params["locations"].long().unbind(1)
-        spectrum = entries.new_zeros(len(entries), out_features * in_features)
-        spectrum = spectrum.scatter(1, rows * in_features + columns, entries).view(-1, *layer.shape)
+    def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
+        spectrum = fill_positions(params["entries"], params["locations"], layer.shape)
         return layer.settings["scale"] * torch.fft.ifft2(spectrum).real

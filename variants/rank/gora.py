@@ -1,29 +1,12 @@
 """GoRA (He et al. 2025, arXiv 2502.12171): LoRA whose ranks and initial B follow from the mean gradient."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from variants.base import (
-    CalibrationStatistic,
-    FrozenLayer,
-    GeneratorOf,
-    InitialTensors,
-    Int,
-    Layers,
-    Number,
-    Params,
-    Start,
-    VariantSettings,
-    VerifiedBy,
-    shared_settings,
-    stable_seed,
-    uniform_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -49,29 +32,28 @@ class GoRA(LoRA):
     Here A is the same for all seeds, because the calibration statistic is reduced before seeds are known.
     """
 
-    parameters = "rank * (in + out)"
-    verified_by = VerifiedBy.PAPER
-    start = Start.OTHER
-    calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
+    verified_by = api.VerifiedBy.PAPER
+    is_rank_stabilized = True
+    start = api.Start.OTHER
+    calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     hyperparameters = {
-        "calibration_batches": Int(32, help="number of batches of the mean gradient"),
-        "gamma": Number(0.05, help="size of the initial update, relative to the gradient"),
-        "smallest": Number(0.5, above=0, maximum=1, help="smallest rank of a layer, relative to `rank`"),
-        "largest": Number(4.0, minimum=1, help="largest rank of a layer, relative to `rank`"),
+        "calibration_batches": api.Int(32, help="number of batches of the mean gradient"),
+        "gamma": api.Number(0.05, help="size of the initial update, relative to the gradient"),
+        "smallest": api.Number(0.5, above=0, maximum=1, help="smallest rank of a layer, relative to `rank`"),
+        "largest": api.Number(4.0, minimum=1, help="largest rank of a layer, relative to `rank`"),
     }
 
-    def scaling(self, settings: VariantSettings) -> float:
-        return super().scaling(settings) * math.sqrt(settings.rank)
-
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
-        generator = torch.Generator().manual_seed(stable_seed(layer.name, "A"))
-        shape = (_largest_rank(layer, layer.settings), layer.shape[1])
-        a = uniform_init(shape, 1 / math.sqrt(shape[1]), layer, generator).to(matrix)
+    def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
+        shape, generator = (
+            (_largest_rank(layer, layer.settings), layer.shape[1]),
+            api.seeded_generator(layer.name, "A"),
+        )
+        a = torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(1 / math.sqrt(shape[1])).to(matrix)
         importance = (layer.weight.to(matrix) * matrix).abs().mean()
         return {"A": a, "G A^T": matrix @ a.t(), "importance": importance.unsqueeze(0)}
 
-    def init_layers(self, layers: Layers, generator_of: GeneratorOf) -> dict[str, InitialTensors]:
-        settings = shared_settings(layers)
+    def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
+        settings = api.shared_settings(layers)
         importance = {name: float(layer.calibration["importance"]) for name, layer in layers.items()}
         widths = {name: math.sqrt(sum(layer.shape)) for name, layer in layers.items()}
         unit = settings.rank * sum(widths.values()) / (sum(importance.values()) or 1.0)
@@ -83,7 +65,9 @@ class GoRA(LoRA):
             initial[name] = self._init_layer(layer, rank, settings)
         return initial
 
-    def _init_layer(self, layer: FrozenLayer, rank: int, settings: VariantSettings) -> InitialTensors:
+    def _init_layer(
+        self, layer: api.FrozenLayer, rank: int, settings: api.VariantSettings
+    ) -> api.InitialTensors:
         a, ga = self.calibrated(layer, "A", "G A^T")
         a, ga = a[:rank], ga[:, :rank]
         scaling = self.scaling(settings) * math.sqrt(settings.rank / rank)
@@ -94,21 +78,23 @@ class GoRA(LoRA):
             "A": pad(a, (0, 0, 0, hidden)),
             "B": pad(-size * torch.linalg.solve(a @ a.t(), ga, left=False), (0, hidden)),
         }
-        return InitialTensors(trainable, {"mask": mask})
+        return api.InitialTensors(trainable, {"mask": mask})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         mask = params["mask"]
         # `scaling` divides by sqrt(rank), but s_l by sqrt(r_l).
         used = mask * (layer.settings.rank / mask.sum(-1, keepdim=True)).sqrt()
         return params["A"], params["B"] * used.unsqueeze(-2)
 
-    def rank_budget(self, layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> None:
+    def rank_budget(
+        self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
+    ) -> None:
         """Return None, because the ranks are rounded for each layer."""
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         """Return the allocated rank: masked ranks are exported as zeros."""
         return round(settings.rank * settings["largest"])
 
 
-def _largest_rank(layer: FrozenLayer, settings: VariantSettings) -> int:
+def _largest_rank(layer: api.FrozenLayer, settings: api.VariantSettings) -> int:
     return min(round(settings.rank * settings["largest"]), *layer.shape)

@@ -1,27 +1,12 @@
 """GraLoRA (Jung et al. 2025, arXiv 2505.20355): a LoRA for each block of a grid over the weight."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    PeftMethod,
-    UnsupportedError,
-    Variant,
-    VariantSettings,
-    VerifiedBy,
-    baddbmm,
-    bmm,
-    kaiming_init,
-)
+from variants import api
 
 
-class GraLoRA(Variant):
+class GraLoRA(api.Variant):
     """W' = W + s [B_jn A_jn], a grid of k x k blocks (j of the outputs, n of the inputs), s = alpha / rank.
 
     Each block has a LoRA of rank / k, so that the update has a rank of up to k * rank with LoRA's number of
@@ -39,12 +24,12 @@ class GraLoRA(Variant):
     """
 
     parameters = "(rank + hybrid_rank) * (in + out)"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {
-        "blocks": Int(2, minimum=1, help="number k of blocks along each side of the weight"),
-        "hybrid_rank": Int(0, minimum=0, help="rank of an additional LoRA of the whole layer"),
+        "blocks": api.Int(2, divides=("in", "out"), help="number k of blocks along each side of the weight"),
+        "hybrid_rank": api.Int(0, minimum=0, help="rank of an additional LoRA of the whole layer"),
     }
-    peft = PeftMethod(
+    peft = api.PeftMethod(
         "GRALORA",
         {
             "A": "gralora_A",
@@ -58,52 +43,46 @@ class GraLoRA(Variant):
         optional=frozenset({"HA", "HB"}),
     )
 
-    def scaling(self, settings: VariantSettings) -> float:
+    def scaling(self, settings: api.VariantSettings) -> float:
         assert settings.alpha is not None
         return settings.alpha / (settings.rank + settings["hybrid_rank"])
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)
         if settings.rank % settings["blocks"]:
-            raise UnsupportedError(f"rank {settings.rank}: must be a multiple of blocks {settings['blocks']}")
+            raise api.UnsupportedError(
+                f"rank {settings.rank}: must be a multiple of blocks {settings['blocks']}"
+            )
         return settings
 
-    def check_layer(self, layer: FrozenLayer) -> None:
-        out_features, in_features = layer.shape
-        if in_features % layer.settings["blocks"] or out_features % layer.settings["blocks"]:
-            raise UnsupportedError(
-                f"{layer.name} ({out_features} x {in_features}): both sides must be multiples of blocks "
-                f"{layer.settings['blocks']}"
-            )
-
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), rank = layer.shape, layer.settings.rank
         blocks, hybrid_rank = layer.settings["blocks"], layer.settings["hybrid_rank"]
         piece = in_features // blocks
-        a = kaiming_init("A", (blocks, piece, rank), layer, generator, fan_in=piece)
+        a = random.kaiming("A", (blocks, piece, rank), fan_in=piece)
         trainable = {"A": a, "B": a.new_zeros(blocks, rank, out_features // blocks)}
         if hybrid_rank:
-            trainable["HA"] = kaiming_init("HA", (hybrid_rank, in_features), layer, generator)
+            trainable["HA"] = random.kaiming("HA", (hybrid_rank, in_features))
             trainable["HB"] = a.new_zeros(out_features, hybrid_rank)
-        return InitialTensors(trainable)
+        return api.InitialTensors(trainable)
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         scaled = {name: layer.scaling * params[name] for name in ("HB",) if name in params}
         return {**params, "B": layer.scaling.unsqueeze(3) * params["B"], **scaled}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         a, b = (params[name].to(x.dtype).flatten(0, 1) for name in "AB")  # (K * k, ...)
         grid = (*x.shape[:2], layer.settings["blocks"])
         pieces = x.unflatten(2, (grid[2], -1)).transpose(1, 2).flatten(0, 1)  # (K * k, N, in / k)
-        hidden = bmm(pieces, a).view(grid[0], grid[2], grid[1], grid[2], -1)  # (K, n, N, j, rank / k)
+        hidden = api.bmm(pieces, a).view(grid[0], grid[2], grid[1], grid[2], -1)  # (K, n, N, j, rank / k)
         hidden = hidden.permute(0, 3, 2, 1, 4).reshape(len(a), grid[1], -1)  # (K * j, N, n * rank / k)
-        update = bmm(hidden, b).view(grid[0], grid[2], grid[1], -1).transpose(1, 2).reshape(base.shape)
+        update = api.bmm(hidden, b).view(grid[0], grid[2], grid[1], -1).transpose(1, 2).reshape(base.shape)
         if "HA" in params:
             ha, hb = (params[name].to(x.dtype).transpose(1, 2) for name in ("HA", "HB"))
-            base = baddbmm(base, bmm(x, ha), hb)
+            base = api.baddbmm(base, api.bmm(x, ha), hb)
         return base + update
 
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         a = params["A"].unflatten(2, (layer.settings["blocks"], -1))  # (n, in / k, j, rank / k)
         b = params["B"].unflatten(1, (layer.settings["blocks"], -1))  # (j, n, rank / k, out / k)
         update = torch.einsum("ncji,jnio->jonc", a, b).reshape(layer.shape)

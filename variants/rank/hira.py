@@ -1,11 +1,9 @@
 """HiRA (Huang et al., ICLR 2025, openreview TwJrTz9cRS): the weight times a low-rank matrix, elementwise."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from variants.base import FrozenLayer, Params, PeftMethod, VerifiedBy
+from variants import api
 from variants.dense_update import DenseUpdate
 
 
@@ -21,17 +19,17 @@ class HiRA(DenseUpdate):
     """
 
     parameters = "rank * (in + out)"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = False
     typical_lr_scale = 10.0
     stacks_lanes = True
     uses_model_dtype = True
-    peft = PeftMethod("HIRA", {"A": "hira_A", "B": "hira_B"}, alpha=None, dropout="hira_dropout")
+    peft = api.PeftMethod("HIRA", {"A": "hira_A", "B": "hira_B"}, alpha=None, dropout="hira_dropout")
 
-    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return layer.weight * torch.bmm(params["B"], params["A"])
 
-    def matrix_gradients(self, gradient: Tensor, params: Params, layer: FrozenLayer) -> Params:
+    def matrix_gradients(self, gradient: Tensor, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         product = gradient.mul_(layer.weight)
         # The transposed product: a CPU computes a result of few rows faster than one of few columns.
         grad_b = torch.bmm(params["A"], product.transpose(1, 2)).transpose(1, 2)

@@ -1,26 +1,11 @@
 """IncreLoRA (Zhang et al. 2023, arXiv 2308.12043): an SVD is trained, and important layers gain triplets."""
 
-from __future__ import annotations
-
 import math
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    LaneView,
-    LayerView,
-    Number,
-    Params,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-    normal_init,
-    parameter_generator,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 EMA_DECAY = 0.85
@@ -63,49 +48,57 @@ class IncreLoRA(LoRA):
     """
 
     parameters = "rank * (in + out + 1)"
-    verified_by = VerifiedBy.NONE
+    verified_by = api.VerifiedBy.NONE
     has_auxiliary_loss = True
     mutable_buffers = HOOK_TENSORS | {"mask", "live"}
     hook_only_buffers = HOOK_TENSORS
     hyperparameters = {
-        "initial": Int(1, minimum=1, help="number of triplets of a layer at the start"),
-        "top": Number(0.25, above=0, maximum=1, help="fraction of the layers that gain a triplet in a round"),
-        "growth": Number(0.33, above=0, below=1, help="fraction of the steps after which ranks are final"),
-        "warmup": Number(0.012, below=1, help="fraction of the steps in which an added triplet warms up"),
-        "orthogonality": Number(0.1, help="weight of the loss of rows and columns without unit length"),
-        "largest": Number(4.0, minimum=1, help="largest rank of a layer, relative to `rank`"),
+        "initial": api.Int(1, minimum=1, help="number of triplets of a layer at the start"),
+        "top": api.Number(
+            0.25, above=0, maximum=1, help="fraction of the layers that gain a triplet in a round"
+        ),
+        "growth": api.Number(
+            0.33, above=0, below=1, help="fraction of the steps after which ranks are final"
+        ),
+        "warmup": api.Number(0.012, below=1, help="fraction of the steps in which an added triplet warms up"),
+        "orthogonality": api.Number(0.1, help="weight of the loss of rows and columns without unit length"),
+        "largest": api.Number(4.0, minimum=1, help="largest rank of a layer, relative to `rank`"),
     }
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)
         if settings["initial"] > settings.rank:
-            raise UnsupportedError(f"initial {settings['initial']}: must not exceed the rank {settings.rank}")
+            raise api.UnsupportedError(
+                f"initial {settings['initial']}: must not exceed the rank {settings.rank}"
+            )
         return settings
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), allocated = layer.shape, self.export_rank(layer.settings)
         trainable = {
-            "A": normal_init((allocated, in_features), 0.02, layer, parameter_generator(generator, "A")),
-            "B": normal_init((out_features, allocated), 0.02, layer, parameter_generator(generator, "B")),
+            "A": random.normal("A", (allocated, in_features), 0.02),
+            "B": random.normal("B", (out_features, allocated), 0.02),
         }
         trainable["E"] = trainable["A"].new_zeros(allocated, 1)
         mask = (torch.arange(allocated) < layer.settings["initial"]).to(trainable["E"]).unsqueeze(1)
         frozen = {f"old {name}": tensor for name, tensor in trainable.items()}
         frozen |= {"mask": mask, "live": mask, "age": torch.zeros_like(mask), "age E": torch.zeros_like(mask)}
         frozen |= {name: mask.new_zeros(1) for name in ("importance", "uncertainty")}
-        return InitialTensors(trainable, frozen)
+        return api.InitialTensors(trainable, frozen)
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         ranks = params["mask"].sum(-2, keepdim=True) + 1e-5
         # `scaling` divides by `rank`, but s by the present rank.
         return params["A"] * (params["E"] * params["live"] * (layer.settings.rank / ranks)), params["B"]
 
-    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def auxiliary_loss(
+        self, x: Tensor, attention_mask: Tensor, params: api.Params, layer: api.FrozenLayer
+    ) -> Tensor:
         live = params["live"].squeeze(-1)
         excess = (params["A"].square().sum(2) - 1).abs() + (params["B"].square().sum(1) - 1).abs()
         return layer.settings["orthogonality"] * (live * excess).sum(1) / (2 * live.sum(1))
 
-    def before_step(self, lane: LaneView) -> None:
+    def before_step(self, lane: api.LaneView) -> None:
         for view in lane.layers.values():
             for name, parameter in view.trainable.items():
                 view.frozen[f"old {name}"].copy_(parameter)
@@ -114,7 +107,7 @@ class IncreLoRA(LoRA):
                 gradient.mul_(view.frozen["mask"])
                 _update_importance(view, gradient)
 
-    def after_step(self, lane: LaneView) -> None:
+    def after_step(self, lane: api.LaneView) -> None:
         views, settings = list(lane.layers.values()), lane.settings
         for view in views:
             _restep(lane, view)
@@ -122,7 +115,7 @@ class IncreLoRA(LoRA):
         if lane.step == 1 or budget > self.rank_budget(len(views), settings, lane.step - 1, lane.total_steps):
             self._add_triplets(views, budget, settings)
 
-    def _add_triplets(self, views: list[LayerView], budget: int, settings: VariantSettings) -> None:
+    def _add_triplets(self, views: list[api.LayerView], budget: int, settings: api.VariantSettings) -> None:
         """Give triplets to the most important layers until `budget` are in use, and set up the reserves."""
         scores = [float(view.frozen["importance"] * view.frozen["uncertainty"]) for view in views]
         order = sorted(range(len(views)), key=scores.__getitem__, reverse=True)
@@ -141,23 +134,25 @@ class IncreLoRA(LoRA):
             e.mul_(live)
             e.copy_(torch.where((live > mask) & (e == 0), RESERVE_VALUE, e))
 
-    def rank_budget(self, layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
+    def rank_budget(
+        self, layer_count: int, settings: api.VariantSettings, step: int, total_steps: int
+    ) -> int:
         final, initial = layer_count * settings.rank, layer_count * settings["initial"]
         per_round = _layers_per_round(layer_count, settings)
         rounds = math.ceil((final - initial) / per_round)
         done = math.floor(rounds * min(1.0, step / max(1.0, settings["growth"] * total_steps)))
         return min(final, initial + done * per_round)
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         """Return the allocated number of triplets; those that are not in use are exported as zeros."""
         return round(settings.rank * settings["largest"])
 
 
-def _layers_per_round(layer_count: int, settings: VariantSettings) -> int:
+def _layers_per_round(layer_count: int, settings: api.VariantSettings) -> int:
     return max(1, round(settings["top"] * layer_count))
 
 
-def _update_importance(view: LayerView, gradient: Tensor) -> None:
+def _update_importance(view: api.LayerView, gradient: Tensor) -> None:
     """Update the running averages of a layer with |E * g_E|."""
     importance, uncertainty = view.frozen["importance"], view.frozen["uncertainty"]
     now = (view.trainable["E"] * gradient).abs().sum() / math.sqrt(math.prod(view.layer.shape))
@@ -165,7 +160,7 @@ def _update_importance(view: LayerView, gradient: Tensor) -> None:
     uncertainty.lerp_((now - importance).abs(), 1 - EMA_DECAY)
 
 
-def _restep(lane: LaneView, view: LayerView) -> None:
+def _restep(lane: api.LaneView, view: api.LayerView) -> None:
     """Take the step of added triplets again, as AdamW whose counter began with the triplet, with a warm-up.
 
     AdamW counts the steps of whole tensors. With that counter, the first steps of a new row would be several

@@ -1,18 +1,8 @@
 """LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098): the elementwise product of two low-rank matrices."""
 
-from __future__ import annotations
+from torch import Tensor
 
-from torch import Generator, Tensor
-
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Params,
-    PeftMethod,
-    VerifiedBy,
-    bmm,
-    kaiming_init,
-)
+from variants import api
 from variants.dense_update import DenseUpdate
 
 
@@ -29,9 +19,9 @@ class LoHa(DenseUpdate):
     """
 
     parameters = "2 * rank * (in + out)"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_dropout = False
-    peft = PeftMethod(
+    peft = api.PeftMethod(
         "LOHA",
         {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
         alpha="alpha",
@@ -39,11 +29,11 @@ class LoHa(DenseUpdate):
         adapts_conv1d=False,
     )
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), rank = layer.shape, layer.settings.rank
-        a1 = kaiming_init("A1", (rank, in_features), layer, generator)
-        b1, b2 = (kaiming_init(name, (out_features, rank), layer, generator) for name in ("B1", "B2"))
-        return InitialTensors({"A1": a1, "B1": b1, "A2": a1.new_zeros(a1.shape), "B2": b2})
+        a1 = random.kaiming("A1", (rank, in_features))
+        b1, b2 = (random.kaiming(name, (out_features, rank)) for name in ("B1", "B2"))
+        return api.InitialTensors({"A1": a1, "B1": b1, "A2": a1.new_zeros(a1.shape), "B2": b2})
 
-    def matrix(self, params: Params, layer: FrozenLayer) -> Tensor:
-        return layer.scaling * bmm(params["B1"], params["A1"]) * bmm(params["B2"], params["A2"])
+    def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
+        return layer.scaling * api.bmm(params["B1"], params["A1"]) * api.bmm(params["B2"], params["A2"])

@@ -3,29 +3,15 @@
 It is KronA (Edalati et al. 2022, arXiv 2212.10650) where the second factor is not low-rank.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    PeftMethod,
-    UnsupportedError,
-    Variant,
-    VariantSettings,
-    VerifiedBy,
-    bmm,
-    kaiming_init,
-)
+from variants import api
 
 
-class LoKr(Variant):
+class LoKr(api.Variant):
     """W' = W + s kron(C, D) with C (out1, in1), D (out2, in2) and s = alpha / rank.
 
     in1 is the largest divisor of `in` up to its square root and up to `factor`, or `factor` itself where it
@@ -41,10 +27,10 @@ class LoKr(Variant):
     Deviation: LyCORIS sets A (or D) to zero in place of C, and has s = 1 if D is not low-rank.
     """
 
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_dropout = False
-    hyperparameters = {"factor": Int(-1, minimum=-1, help="upper limit of in1 and out1; -1: none")}
-    peft = PeftMethod(
+    hyperparameters = {"factor": api.Int(-1, minimum=-1, help="upper limit of in1 and out1; -1: none")}
+    peft = api.PeftMethod(
         "LOKR",
         {"C": "lokr_w1", "D": "lokr_w2", "B": "lokr_w2_a", "A": "lokr_w2_b"},
         alpha="alpha",
@@ -55,34 +41,34 @@ class LoKr(Variant):
         adapts_conv1d=False,
     )
 
-    def layer_parameters(self, layer: FrozenLayer, rank: int, layers: int) -> int:
+    def layer_parameters(self, layer: api.FrozenLayer, rank: int, layers: int) -> int:
         (out1, out2), (in1, in2) = (_divide(side, layer.settings["factor"]) for side in layer.shape)
         return out1 * in1 + (rank * (out2 + in2) if 2 * rank < max(out2, in2) else out2 * in2)
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)
         if settings["factor"] == 0:
-            raise UnsupportedError("factor 0: must be at least 1, or -1 for no limit")
+            raise api.UnsupportedError("factor 0: must be at least 1, or -1 for no limit")
         return settings
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out1, out2), (in1, in2) = (_divide(side, layer.settings["factor"]) for side in layer.shape)
         rank = layer.settings.rank
         shapes = {"A": (rank, in2), "B": (out2, rank)} if 2 * rank < max(out2, in2) else {"D": (out2, in2)}
-        trainable = {name: kaiming_init(name, shape, layer, generator) for name, shape in shapes.items()}
-        c = torch.zeros(out1, in1, dtype=layer.dtype, device=layer.device)
-        return InitialTensors({"C": c, **trainable})
+        trainable = {name: random.kaiming(name, shape) for name, shape in shapes.items()}
+        c = layer.zeros(out1, in1)
+        return api.InitialTensors({"C": c, **trainable})
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         c = (layer.scaling * params["C"]).to(x.dtype)
         rows = x.reshape(len(x), -1, x.shape[2] // c.shape[2])  # (K, N * in1, in2)
         for name in ("D",) if "D" in params else ("A", "B"):
-            rows = bmm(rows, params[name].to(x.dtype).transpose(1, 2))
+            rows = api.bmm(rows, params[name].to(x.dtype).transpose(1, 2))
         columns = rows.view(*x.shape[:2], c.shape[2], -1).transpose(2, 3)  # (K, N, out2, in1)
-        update = bmm(columns.reshape(len(x), -1, c.shape[2]), c.transpose(1, 2))
+        update = api.bmm(columns.reshape(len(x), -1, c.shape[2]), c.transpose(1, 2))
         return base + update.view(*columns.shape[:3], -1).transpose(2, 3).reshape(base.shape)
 
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return layer.scaling * torch.kron(
             params["C"], params["D"] if "D" in params else params["B"] @ params["A"]
         )

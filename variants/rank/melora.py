@@ -1,20 +1,9 @@
 """MELoRA (Ren et al. 2024, arXiv 2402.17263): one small LoRA for each block of inputs and outputs."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-    kaiming_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -32,26 +21,18 @@ class MELoRA(LoRA):
     Source: `tuners/melora.py` of the authors' code (ChasonShi/MELoRA).
     """
 
-    parameters = "rank * (in + out)"
-    hyperparameters = {"blocks": Int(2, help="number n of small LoRAs; must divide both sides of each layer")}
-    verified_by = VerifiedBy.AUTHORS_CODE
+    hyperparameters = {"blocks": api.Int(2, divides=("in", "out"), help="number n of small LoRAs")}
+    verified_by = api.VerifiedBy.AUTHORS_CODE
 
-    def check_layer(self, layer: FrozenLayer) -> None:
-        blocks, (out_features, in_features) = layer.settings["blocks"], layer.shape
-        if out_features % blocks or in_features % blocks:
-            raise UnsupportedError(
-                f"{layer.name}: blocks {blocks} does not divide {out_features} x {in_features}"
-            )
-
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), n = layer.shape, layer.settings["blocks"]
-        a = kaiming_init("A", (n, layer.settings.rank, in_features // n), layer, generator)
-        return InitialTensors({"A": a, "B": a.new_zeros(n, out_features // n, layer.settings.rank)})
+        a = random.kaiming("A", (n, layer.settings.rank, in_features // n))
+        return api.InitialTensors({"A": a, "B": a.new_zeros(n, out_features // n, layer.settings.rank)})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         return _block_diagonal(params["A"]), _block_diagonal(params["B"])
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return settings["blocks"] * settings.rank
 
 

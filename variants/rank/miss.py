@@ -1,14 +1,12 @@
 """MiSS (Kang et al. 2024, arXiv 2409.15371): one small matrix, repeated along the inputs of the layer."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import FrozenLayer, InitialTensors, Params, PeftMethod, Variant, VerifiedBy, baddbmm
+from variants import api
 
 
-class MiSS(Variant):
+class MiSS(api.Variant):
     """W' = W + [D D ... D]^T with D (rank, out): W[i, j] changes by D[j mod rank, i]. There is no alpha.
 
     Initialization: D = 0, so W' = W. It involves no noise.
@@ -19,9 +17,9 @@ class MiSS(Variant):
     """
 
     parameters = "rank * out"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     uses_alpha = False
-    peft = PeftMethod(
+    peft = api.PeftMethod(
         "MISS",
         {"D": "miss_block"},
         alpha=None,
@@ -30,14 +28,14 @@ class MiSS(Variant):
         adapts_conv1d=False,
     )
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         shape = layer.settings.rank, layer.shape[0]
-        return InitialTensors({"D": torch.zeros(shape, dtype=layer.dtype, device=layer.device)})
+        return api.InitialTensors({"D": layer.zeros(*shape)})
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         rank = layer.settings.rank
         pieces = torch.nn.functional.pad(x, (0, -x.shape[2] % rank)).unflatten(2, (-1, rank))
-        return baddbmm(base, pieces.sum(2), params["D"].to(x.dtype))
+        return api.baddbmm(base, pieces.sum(2), params["D"].to(x.dtype))
 
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return params["D"].t().repeat(1, -(-layer.shape[1] // layer.settings.rank))[:, : layer.shape[1]]

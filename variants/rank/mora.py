@@ -1,27 +1,14 @@
 """MoRA (Jiang et al. 2024, arXiv 2405.12130): a square matrix between fixed maps of inputs and outputs."""
 
-from __future__ import annotations
-
 import math
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    Choice,
-    ExtraSettings,
-    FrozenLayer,
-    InitialTensors,
-    Params,
-    UnsupportedError,
-    Variant,
-    VariantSettings,
-    VerifiedBy,
-    bmm,
-)
+from variants import api
 
 
-class MoRA(Variant):
+class MoRA(api.Variant):
     """W' = W + E M C with M (d, d), d = round(sqrt(rank * (in + out))), and fixed maps C and E.
 
     C appends the first values of the input to its end, up to a multiple of d, and cuts it into pieces of
@@ -39,41 +26,41 @@ class MoRA(Variant):
     """
 
     parameters = "(round(sqrt(rank * (in + out))) // step * step) ** 2"
-    verified_by = VerifiedBy.AUTHORS_CODE
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     uses_alpha = False
-    hyperparameters = {"maps": Choice("rotation", ("rotation", "sharing"), help="the maps C and E")}
+    hyperparameters = {"maps": api.Choice("rotation", ("rotation", "sharing"), help="the maps C and E")}
 
-    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
         return {"step": _size_step(settings)}
 
-    def check_layer(self, layer: FrozenLayer) -> None:
+    def check_layer(self, layer: api.FrozenLayer) -> None:
         out_features, in_features = layer.shape
         size = _matrix_size((out_features, in_features), layer.settings)
         if not 0 < size <= min(out_features, in_features):
-            raise UnsupportedError(
+            raise api.UnsupportedError(
                 f"{layer.name} ({out_features} x {in_features}): rank {layer.settings.rank} gives M the size "
                 f"{size}; it must be from 1 to the smaller side"
             )
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         size = _matrix_size(layer.shape, layer.settings)
-        return InitialTensors({"M": torch.zeros(size, size, dtype=layer.dtype, device=layer.device)})
+        return api.InitialTensors({"M": layer.zeros(size, size)})
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         m = params["M"].to(x.dtype).transpose(1, 2)
         size = m.shape[1]
         pieces = torch.cat([x, x[..., : -x.shape[2] % size]], dim=2).unflatten(2, (-1, size))
         if layer.settings["maps"] == "sharing":
-            update = bmm(pieces.sum(2), m)
+            update = api.bmm(pieces.sum(2), m)
         else:
             pieces = pieces[:, :, : -(-layer.shape[0] // size)]
             cos, sin = (part.to(x.dtype) for part in _rotation(layer, pieces.shape[2], size))
             first, second = pieces.chunk(2, dim=3)
             pieces = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3)
-            update = bmm(pieces.flatten(1, 2), m).view(*x.shape[:2], -1)
+            update = api.bmm(pieces.flatten(1, 2), m).view(*x.shape[:2], -1)
         return base + update.repeat(1, 1, -(-layer.shape[0] // update.shape[2]))[..., : layer.shape[0]]
 
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         (out_features, in_features), m = layer.shape, params["M"]
         count = -(-in_features // len(m))
         if layer.settings["maps"] == "sharing":
@@ -89,17 +76,17 @@ class MoRA(Variant):
         return update.repeat(-(-out_features // len(wide)), 1)[:out_features]
 
 
-def _size_step(settings: VariantSettings) -> int:
+def _size_step(settings: api.VariantSettings) -> int:
     """Return the number of which d is a multiple: values are rotated in pairs."""
     return 2 if settings["maps"] == "rotation" else 1
 
 
-def _matrix_size(shape: tuple[int, int], settings: VariantSettings) -> int:
+def _matrix_size(shape: tuple[int, int], settings: api.VariantSettings) -> int:
     step = _size_step(settings)
     return round(math.sqrt(settings.rank * sum(shape))) // step * step
 
 
-def _rotation(layer: FrozenLayer, count: int, size: int) -> tuple[Tensor, Tensor]:
+def _rotation(layer: api.FrozenLayer, count: int, size: int) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines (count, size / 2) of the angles of `count` pieces."""
     frequencies = 10000 ** (-torch.arange(0, size, 2, dtype=torch.float64, device=layer.device) / size)
     angles = torch.arange(count, device=layer.device).unsqueeze(1) * frequencies

@@ -1,8 +1,6 @@
 """PeriodicLoRA (Meng et al. 2024, arXiv 2402.16141): a part of LoRA's update is merged after each stage."""
 
-from __future__ import annotations
-
-from variants.base import Int, LaneView, Number, VariantSettings, VerifiedBy
+from variants import api
 from variants.rank.cola import COLA
 
 
@@ -23,16 +21,16 @@ class PeriodicLoRA(COLA):
     that code sets A and B to zero, and they stay there.
     """
 
-    verified_by = VerifiedBy.NONE
+    verified_by = api.VerifiedBy.NONE
     hyperparameters = {
-        "merges": Int(3, help="number of times that a part of B A is merged"),
-        "momentum": Number(0.1, above=0, maximum=1, help="fraction of B A that is merged"),
+        "merges": api.Int(3, help="number of times that a part of B A is merged"),
+        "momentum": api.Number(0.1, above=0, maximum=1, help="fraction of B A that is merged"),
     }
 
-    def merged_fraction(self, settings: VariantSettings) -> float:
+    def merged_fraction(self, settings: api.VariantSettings) -> float:
         return float(settings["momentum"])
 
-    def restart_factors(self, lane: LaneView, layer: str) -> None:
+    def restart_factors(self, lane: api.LaneView, layer: str) -> None:
         kept = 1 - self.merged_fraction(lane.settings)
         if kept == 0:
             super().restart_factors(lane, layer)

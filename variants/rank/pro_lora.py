@@ -1,20 +1,9 @@
 """PRoLoRA (Wang et al. 2024, arXiv 2402.16902): factors made of rotated copies of a smaller chunk."""
 
-from __future__ import annotations
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-    kaiming_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -37,27 +26,29 @@ class PRoLoRA(LoRA):
 
     parameters = "(rank - unshared) * (ceil(in / in_copies) + ceil(out / out_copies)) + unshared * (in + out)"
     hyperparameters = {
-        "unshared": Int(1, minimum=0, help="ranks without copies; below the rank"),
-        "in_copies": Int(2, help="number m of chunks of A"),
-        "out_copies": Int(2, help="number n of chunks of B"),
+        "unshared": api.Int(1, minimum=0, help="ranks without copies; below the rank"),
+        "in_copies": api.Int(2, help="number m of chunks of A"),
+        "out_copies": api.Int(2, help="number n of chunks of B"),
     }
-    verified_by = VerifiedBy.AUTHORS_CODE
+    verified_by = api.VerifiedBy.AUTHORS_CODE
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)
         if settings["unshared"] >= settings.rank:
-            raise UnsupportedError(f"unshared {settings['unshared']}: must be below the rank {settings.rank}")
+            raise api.UnsupportedError(
+                f"unshared {settings['unshared']}: must be below the rank {settings.rank}"
+            )
         return settings
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), unshared = layer.shape, layer.settings["unshared"]
         shared, columns = layer.settings.rank - unshared, -(-in_features // layer.settings["in_copies"])
-        a = kaiming_init("A", (unshared, in_features), layer, generator)
-        c = kaiming_init("C", (shared, columns), layer, generator, fan_in=in_features)
+        a = random.kaiming("A", (unshared, in_features))
+        c = random.kaiming("C", (shared, columns), fan_in=in_features)
         d = a.new_zeros(-(-out_features // layer.settings["out_copies"]), shared)
-        return InitialTensors({"A": a, "B": a.new_zeros(out_features, unshared), "C": c, "D": d})
+        return api.InitialTensors({"A": a, "B": a.new_zeros(out_features, unshared), "C": c, "D": d})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
         a = _rotated_copies(params["C"], layer.settings["in_copies"])[..., :in_features]
         b = _rotated_copies(params["D"].mT, layer.settings["out_copies"])[..., :out_features].mT

@@ -1,22 +1,11 @@
 """RaLoRA (Ye et al., ICLR 2026, openreview kObvnQ6pUx): block-diagonal LoRA by the gradient's rank."""
 
-from __future__ import annotations
-
 import math
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    CalibrationStatistic,
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Params,
-    VariantSettings,
-    VerifiedBy,
-    lora_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -38,28 +27,27 @@ class RaLoRA(LoRA):
     Deviations: the code has no default of `max_power`, and raises an error if n does not divide a side.
     """
 
-    parameters = "rank * (in + out)"
-    verified_by = VerifiedBy.AUTHORS_CODE
-    calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
+    verified_by = api.VerifiedBy.AUTHORS_CODE
+    calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     hyperparameters = {
-        "calibration_batches": Int(32, help="number of batches of the mean gradient"),
-        "max_power": Int(4, help="the largest number of blocks is 2 to this power"),
+        "calibration_batches": api.Int(32, help="number of batches of the mean gradient"),
+        "max_power": api.Int(4, help="the largest number of blocks is 2 to this power"),
     }
 
-    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor) -> Params:
+    def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         values = torch.linalg.svdvals(matrix)
         shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
         return {"effective_rank": torch.special.entr(shares).sum().exp().unsqueeze(0)}
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = lora_init(layer, generator)
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial = random.lora()
         ratio = max(1.0, float(layer.calibration["effective_rank"]) / layer.settings.rank)
         power = min(math.floor(math.log2(ratio)), layer.settings["max_power"])
         blocks = math.gcd(2**power, *layer.shape)
         a = initial.trainable["A"].mul_(math.sqrt(blocks))
-        return InitialTensors(initial.trainable, {"blocks": a.new_tensor([blocks])})
+        return api.InitialTensors(initial.trainable, {"blocks": a.new_tensor([blocks])})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., N * rank, in) and B (..., out, N * rank), zero outside blocks; N = 2^max_power."""
         in_out, in_in = (
             _block_membership(params["blocks"], size, 2 ** layer.settings["max_power"])
@@ -69,7 +57,7 @@ class RaLoRA(LoRA):
         b = (params["B"].unsqueeze(-2) * in_out.transpose(-1, -2).unsqueeze(-1)).flatten(-2)
         return a, b
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return settings.rank * 2 ** settings["max_power"]
 
 

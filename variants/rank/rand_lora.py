@@ -1,30 +1,14 @@
 """RandLoRA (Albert et al. 2025, arXiv 2502.00987): full rank from random bases; scales learn."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    Flag,
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Layers,
-    Params,
-    PeftMethod,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-    parameter_generator,
-    shared_settings,
-    uniform_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 from variants.shared_factors import largest_sides
 
@@ -51,13 +35,15 @@ class RandLoRA(LoRA):
 
     parameters = "ceil(min(in, out, base_limit) / (rank * rank_factor)) * (rank * rank_factor + min(in, out))"
     hyperparameters = {
-        "rank_factor": Int(4, help="rank r of each basis, divided by the rank"),
-        "base_limit": Int(1024, help="the n bases together have at least this rank, or that of the layer"),
-        "normalized": Flag(True, help="divide by the root of the number of bases (PEFT does not)"),
+        "rank_factor": api.Int(4, help="rank r of each basis, divided by the rank"),
+        "base_limit": api.Int(
+            1024, help="the n bases together have at least this rank, or that of the layer"
+        ),
+        "normalized": api.Flag(True, help="divide by the root of the number of bases (PEFT does not)"),
     }
-    is_rank_limited_by_layer = False
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    peft = PeftMethod(
+    rank_limit = ""
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = api.PeftMethod(
         "RANDLORA",
         {"l": "randlora_lambda", "g": "randlora_gamma"},
         group_names={"A": "randlora_A", "B": "randlora_B"},
@@ -66,26 +52,23 @@ class RandLoRA(LoRA):
         constants={"save_projection": True, "bias": "none"},
     )
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         n, r = _basis_count(layer.shape, layer.settings), _basis_rank(layer.settings)
         shape = n, min(layer.shape)
         g = torch.full(shape, 1 / max(shape), dtype=layer.dtype, device=layer.device)
-        return InitialTensors({"l": g.new_zeros(r, n), "g": g})
+        return api.InitialTensors({"l": g.new_zeros(r, n), "g": g})
 
     def layer_group(self, layer_name: str) -> str:
         return "rand_lora"
 
-    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
-        settings = shared_settings(layers)
-        sides, r, like = largest_sides(layers), _basis_rank(settings), next(iter(layers.values()))
+    def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
+        settings = api.shared_settings(layers)
+        sides, r = largest_sides(layers), _basis_rank(settings)
         shapes = {"A": (r, 1, min(sides)), "B": (max(sides), _basis_count(sides, settings), r)}
-        bases = {
-            name: uniform_init(shape, 1.0, like, parameter_generator(generator, name))
-            for name, shape in shapes.items()
-        }
-        return InitialTensors({}, {name: basis / basis.std() for name, basis in bases.items()})
+        bases = {name: random.uniform(name, shape, 1.0) for name, shape in shapes.items()}
+        return api.InitialTensors({}, {name: basis / basis.std() for name, basis in bases.items()})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         n, p, q = _basis_count(layer.shape, layer.settings), min(layer.shape), max(layer.shape)
         scales = params["l"].unsqueeze(-1) * params["g"].unsqueeze(-3)  # (..., r, n, p)
         if layer.settings["normalized"]:
@@ -95,30 +78,30 @@ class RandLoRA(LoRA):
         b = params["B"][..., :q, :n, :].flatten(-2)
         return (a, b) if layer.shape[1] == p else (b.mT, a.mT)
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return _basis_rank(settings)
 
-    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
+    def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         n, p = params["g"].shape
         if n * _basis_rank(layer.settings) < p:
-            raise UnsupportedError(
+            raise api.UnsupportedError(
                 f"rand_lora with base_limit {layer.settings['base_limit']} cannot be exported: PEFT has {p}"
             )
         g = params["g"] / math.sqrt(n) if layer.settings["normalized"] else params["g"]
         return {"randlora_lambda": params["l"], "randlora_gamma": g}
 
-    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
+    def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
         alpha = self.scaling(settings) * _basis_rank(settings)
         return {**super().peft_config(settings), "randlora_alpha": alpha}
 
-    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
+    def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
         extra = {"rank_factor": 1, "base_limit": 1 << 30, "normalized": False}
         return replace(super().settings_from_peft(config), extra=extra)
 
 
-def _basis_rank(settings: VariantSettings) -> int:
+def _basis_rank(settings: api.VariantSettings) -> int:
     return settings.rank * settings["rank_factor"]
 
 
-def _basis_count(shape: tuple[int, int], settings: VariantSettings) -> int:
+def _basis_count(shape: tuple[int, int], settings: api.VariantSettings) -> int:
     return math.ceil(min(*shape, settings["base_limit"]) / _basis_rank(settings))

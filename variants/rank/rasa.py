@@ -1,25 +1,11 @@
 """RaSA (He et al. 2025, arXiv 2503.12576): layers of one type give some ranks to a pool that all use."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    GeneratorOf,
-    InitialTensors,
-    Int,
-    Layers,
-    Params,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-    lora_init,
-    shared_settings,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 from variants.shared_factors import SharedFactors, shared_lora_init
 
@@ -44,39 +30,39 @@ class RaSA(SharedFactors, LoRA):
 
     parameters = "(rank - shared) * (in + out + 1)"
     shared_parameters = "shared * layers * (in + out + layers)"  # with the pool's part of each layer's E
-    hyperparameters = {"shared": Int(1, help="ranks k that each layer gives to the pool; below the rank")}
-    verified_by = VerifiedBy.AUTHORS_CODE
+    hyperparameters = {"shared": api.Int(1, help="ranks k that each layer gives to the pool; below the rank")}
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     peft = None  # the exported rank would depend on the number of layers
 
-    def scaling(self, settings: VariantSettings) -> float:
+    def scaling(self, settings: api.VariantSettings) -> float:
         return 1.0
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)
         if settings["shared"] >= settings.rank:
-            raise UnsupportedError(f"shared {settings['shared']}: must be below the rank {settings.rank}")
+            raise api.UnsupportedError(f"shared {settings['shared']}: must be below the rank {settings.rank}")
         return settings
 
-    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
-        settings = shared_settings(layers)
-        pool = shared_lora_init(layers, settings["shared"] * len(layers), generator)
-        return InitialTensors({f"s{name}": tensor for name, tensor in pool.trainable.items()})
+    def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
+        settings = api.shared_settings(layers)
+        pool = shared_lora_init(layers, settings["shared"] * len(layers), random)
+        return api.InitialTensors({f"s{name}": tensor for name, tensor in pool.trainable.items()})
 
-    def init_layers(self, layers: Layers, generator_of: GeneratorOf) -> dict[str, InitialTensors]:
-        settings = shared_settings(layers)
+    def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
+        settings = api.shared_settings(layers)
         assert settings.alpha is not None
         own = settings.rank - settings["shared"]
         sizes = Counter(self.layer_group(name) for name in layers)
         initial = {}
-        for name, layer in layers.items():
+        for name in layers:
             pool = settings["shared"] * sizes[self.layer_group(name)]
-            tensors = lora_init(layer, generator_of(name), own).trainable
+            tensors = random_of(name).lora(own).trainable
             tensors["E"] = tensors["A"].new_full((own + pool, 1), 0.5 * settings.alpha / own)
             tensors["E"][own:] = 0.5 * settings.alpha / pool
-            initial[name] = InitialTensors(tensors)
+            initial[name] = api.InitialTensors(tensors)
         return initial
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
         a = torch.cat([params["A"], params["sA"][..., :in_features]], dim=-2)
         b = torch.cat([params["B"], params["sB"][..., :out_features, :]], dim=-1)

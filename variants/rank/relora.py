@@ -1,24 +1,12 @@
 """ReLoRA (Lialin et al. 2023, arXiv 2307.05695): LoRA that is merged and restarted during training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    LaneView,
-    Number,
-    Params,
-    VariantSettings,
-    VerifiedBy,
-    lora_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 
@@ -52,24 +40,24 @@ class ReLoRA(LoRA):
       step of a part.
     """
 
-    verified_by = VerifiedBy.PAPER
+    verified_by = api.VerifiedBy.PAPER
     mutable_buffers = frozenset({"merged A", "merged B"})
     frozen_update_buffers = mutable_buffers
     hyperparameters = {
-        "merges": Int(3, help="number of times that B A is merged"),
-        "warmup": Number(10 / 1562, below=1, help="fraction of the total steps of each warm-up"),
-        "pruned": Number(0.99, below=1, help="fraction of the Adam moments that a merge sets to zero"),
+        "merges": api.Int(3, help="number of times that B A is merged"),
+        "warmup": api.Number(10 / 1562, below=1, help="fraction of the total steps of each warm-up"),
+        "pruned": api.Number(0.99, below=1, help="fraction of the Adam moments that a merge sets to zero"),
     }
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        initial = super().init(layer, generator)
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        initial = super().init(layer, random)
         merged_rank = layer.settings.rank * int(layer.settings["merges"])
         a, b = initial.trainable["A"], initial.trainable["B"]
         initial.frozen["merged A"] = a.new_zeros(merged_rank, a.shape[1])
         initial.frozen["merged B"] = b.new_zeros(b.shape[0], merged_rank)
         return initial
 
-    def schedule_lr_scale(self, step: int, total_steps: int, settings: VariantSettings) -> float:
+    def schedule_lr_scale(self, step: int, total_steps: int, settings: api.VariantSettings) -> float:
         warm = max(1, math.ceil(round(float(settings["warmup"]) * total_steps, 9)))
         since = min(
             (step - merge_step for merge_step in _merge_steps(total_steps, settings) if merge_step <= step),
@@ -77,7 +65,7 @@ class ReLoRA(LoRA):
         )
         return min(1.0, (since + 1) / (warm + 1))
 
-    def after_step(self, lane: LaneView) -> None:
+    def after_step(self, lane: api.LaneView) -> None:
         points = _merge_steps(lane.total_steps, lane.settings)
         if lane.step not in points:
             return
@@ -91,35 +79,35 @@ class ReLoRA(LoRA):
             for parameter in (a, b):
                 self.restart_optimizer(lane, parameter)
 
-    def merged_fraction(self, settings: VariantSettings) -> float:
+    def merged_fraction(self, settings: api.VariantSettings) -> float:
         """Return the fraction of B A that joins the frozen products."""
         return 1.0
 
-    def restart_factors(self, lane: LaneView, layer: str) -> None:
+    def restart_factors(self, lane: api.LaneView, layer: str) -> None:
         """Change A and B of a layer after a merge."""
         view = lane.layers[layer]
-        view.trainable["A"].copy_(lora_init(view.layer, lane.generator(layer)).trainable["A"])
+        view.trainable["A"].copy_(lane.random(layer).lora().trainable["A"])
         view.trainable["B"].zero_()
 
-    def restart_optimizer(self, lane: LaneView, parameter: Tensor) -> None:
+    def restart_optimizer(self, lane: api.LaneView, parameter: Tensor) -> None:
         """Change AdamW's state of a parameter after a merge."""
         _prune_moments(lane.moments(parameter), float(lane.settings["pruned"]))
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = super().factors(params, layer)
         if "merged A" not in params:
             return a, b
         merged_a, merged_b = self.frozen_factors(params)
         return torch.cat([a, merged_a], dim=-2), torch.cat([b, merged_b], dim=-1)
 
-    def frozen_factors(self, params: Params) -> tuple[Tensor, Tensor]:
+    def frozen_factors(self, params: api.Params) -> tuple[Tensor, Tensor]:
         return params["merged A"], params["merged B"]
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return settings.rank * (int(settings["merges"]) + 1)
 
 
-def _merge_steps(total_steps: int, settings: VariantSettings) -> list[int]:
+def _merge_steps(total_steps: int, settings: api.VariantSettings) -> list[int]:
     """Return the numbers of steps after which a merge is due."""
     parts = min(int(settings["merges"]) + 1, total_steps // 2)
     return [total_steps * part // parts for part in range(1, parts)]

@@ -1,20 +1,8 @@
 """ShareLoRA (Song et al. 2024, arXiv 2406.10785): all layers of a type share A, B, or both."""
 
-from __future__ import annotations
+from torch import Tensor
 
-from torch import Generator, Tensor
-
-from variants.base import (
-    Choice,
-    ExtraSettings,
-    FrozenLayer,
-    InitialTensors,
-    Layers,
-    Params,
-    VariantSettings,
-    VerifiedBy,
-    shared_settings,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 from variants.shared_factors import SharedFactors
 
@@ -34,22 +22,22 @@ class ShareLoRA(SharedFactors, LoRA):
 
     parameters = "rank * ((1 - a) * in + (1 - b) * out)"
     shared_parameters = "rank * (a * in + b * out)"
-    hyperparameters = {"part": Choice("A", ("A", "B", "AB"), help="the factors that layers share")}
-    verified_by = VerifiedBy.AUTHORS_CODE
+    hyperparameters = {"part": api.Choice("A", ("A", "B", "AB"), help="the factors that layers share")}
+    verified_by = api.VerifiedBy.AUTHORS_CODE
 
-    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
         """Return 1 for a shared factor and 0 for a factor of one layer, as "a" and "b"."""
         return {name.lower(): int(name in settings["part"]) for name in "AB"}
 
-    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
-        settings = shared_settings(layers)
-        both = super().init_layer_group(layers, generator).trainable
-        return InitialTensors({name: both[name] for name in settings["part"]})
+    def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
+        settings = api.shared_settings(layers)
+        both = super().init_layer_group(layers, random).trainable
+        return api.InitialTensors({name: both[name] for name in settings["part"]})
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        own = super().init(layer, generator).trainable
-        return InitialTensors({name: own[name] for name in own if name not in layer.settings["part"]})
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        own = super().init(layer, random).trainable
+        return api.InitialTensors({name: own[name] for name in own if name not in layer.settings["part"]})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
         return params["A"][..., :in_features], params["B"][..., :out_features, :]

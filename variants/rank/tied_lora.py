@@ -1,11 +1,8 @@
 """Tied-LoRA (Renduchintala et al. 2023, arXiv 2311.09578): layers of one type share A and B."""
 
-from __future__ import annotations
+from torch import Tensor
 
-import torch
-from torch import Generator, Tensor
-
-from variants.base import FrozenLayer, InitialTensors, Params, VerifiedBy
+from variants import api
 from variants.baseline.lora import LoRA
 from variants.shared_factors import SharedFactors
 
@@ -24,14 +21,14 @@ class TiedLoRA(SharedFactors, LoRA):
 
     parameters = "rank + out"
     shared_parameters = "rank * (in + out)"
-    verified_by = VerifiedBy.PAPER
+    verified_by = api.VerifiedBy.PAPER
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         sizes = {"u": layer.settings.rank, "v": layer.shape[0]}
-        ones = torch.ones(max(sizes.values()), 1, dtype=layer.dtype, device=layer.device)
-        return InitialTensors({name: ones[:size] for name, size in sizes.items()})
+        ones = layer.ones(max(sizes.values()), 1)
+        return api.InitialTensors({name: ones[:size] for name, size in sizes.items()})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
         a, b = params["A"][..., :in_features], params["B"][..., :out_features, :]
         return params["u"] * a, params["v"] * b

@@ -1,33 +1,14 @@
 """VB-LoRA (Li et al. 2024, arXiv 2405.15179): factors put together from a few vectors of one shared bank."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    ExtraSettings,
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Layers,
-    Number,
-    Params,
-    PeftMethod,
-    Start,
-    UnsupportedError,
-    VariantSettings,
-    VerifiedBy,
-    normal_init,
-    parameter_generator,
-    shared_settings,
-    uniform_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 
 DEFAULT_LENGTH = 256
@@ -52,16 +33,20 @@ class VBLoRA(LoRA):
     parameters = "rank * (in + out) / vector_length * vectors"
     shared_parameters = "vectors * vector_length"
     hyperparameters = {
-        "vectors": Int(256, help="number of vectors in the bank"),
-        "vector_length": Int(0, minimum=0, help="values of a vector; divides all sides; 0: 256 if possible"),
-        "top_k": Int(2, help="number of vectors in a mixture"),
-        "logit_lr_ratio": Number(10.0, above=0, help="learning rate of the logits relative to the bank's"),
+        "vectors": api.Int(256, help="number of vectors in the bank"),
+        "vector_length": api.Int(
+            0, minimum=0, help="values of a vector; divides all sides; 0: 256 if possible"
+        ),
+        "top_k": api.Int(2, help="number of vectors in a mixture"),
+        "logit_lr_ratio": api.Number(
+            10.0, above=0, help="learning rate of the logits relative to the bank's"
+        ),
     }
     uses_alpha = False
-    start = Start.OTHER
+    start = api.Start.OTHER
     typical_lr_scale = 10.0
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    peft = PeftMethod(
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    peft = api.PeftMethod(
         "VBLORA",
         {"PA": "vblora_logits_A", "PB": "vblora_logits_B"},
         group_names={"bank": "vblora_vector_bank"},
@@ -70,36 +55,36 @@ class VBLoRA(LoRA):
         fields={"vectors": "num_vectors", "vector_length": "vector_length", "top_k": "topk"},
     )
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)
         top_k, vectors = settings["top_k"], settings["vectors"]
         if top_k > vectors:
-            raise UnsupportedError(f"top_k {top_k}: must be at most vectors {vectors}")
+            raise api.UnsupportedError(f"top_k {top_k}: must be at most vectors {vectors}")
         return settings
 
-    def check_layer(self, layer: FrozenLayer) -> None:
+    def check_layer(self, layer: api.FrozenLayer) -> None:
         out_features, in_features = layer.shape
         if math.gcd(out_features, in_features) % (layer.settings["vector_length"] or 1):
-            raise UnsupportedError(
+            raise api.UnsupportedError(
                 f"{layer.name}: vector_length {layer.settings['vector_length']} does not divide "
                 f"{out_features} x {in_features}"
             )
 
-    def fit_settings(self, settings: VariantSettings, shapes: Iterable[tuple[int, int]]) -> VariantSettings:
+    def fit_settings(
+        self, settings: api.VariantSettings, shapes: Iterable[tuple[int, int]]
+    ) -> api.VariantSettings:
         length = settings["vector_length"] or math.gcd(DEFAULT_LENGTH, *itertools.chain(*shapes))
         return replace(settings, extra={**settings.extra, "vector_length": length})
 
-    def formula_names(self, settings: VariantSettings) -> ExtraSettings:
+    def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
         return {**settings.extra, "vector_length": settings["vector_length"] or DEFAULT_LENGTH}
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         out_pieces, in_pieces = (side // layer.settings["vector_length"] for side in layer.shape)
         shapes = {"PA": (layer.settings.rank, in_pieces), "PB": (out_pieces, layer.settings.rank)}
-        return InitialTensors(
+        return api.InitialTensors(
             {
-                name: normal_init(
-                    (*shape, layer.settings["vectors"]), 0.1, layer, parameter_generator(generator, name)
-                )
+                name: random.normal(name, (*shape, layer.settings["vectors"]), 0.1)
                 for name, shape in shapes.items()
             }
         )
@@ -107,20 +92,19 @@ class VBLoRA(LoRA):
     def layer_group(self, layer_name: str) -> str:
         return "vb_lora"
 
-    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
-        settings = shared_settings(layers)
-        shape, like = (settings["vectors"], settings["vector_length"]), next(iter(layers.values()))
-        noise = parameter_generator(generator, "bank")
-        return InitialTensors({"bank": uniform_init(shape, 0.02, like, noise)})
+    def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
+        settings = api.shared_settings(layers)
+        shape = settings["vectors"], settings["vector_length"]
+        return api.InitialTensors({"bank": random.uniform("bank", shape, 0.02)})
 
-    def factors(self, params: Params, layer: FrozenLayer) -> tuple[Tensor, Tensor]:
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = (_mixtures(params[name], params["bank"], layer.settings["top_k"]) for name in ("PA", "PB"))
         return a.flatten(-2), b.transpose(-1, -2).flatten(-3, -2)
 
-    def init_group_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
-        return InitialTensors({"bank": tensors["vblora_vector_bank"]})
+    def init_group_from_peft(self, tensors: api.Params, settings: api.VariantSettings) -> api.InitialTensors:
+        return api.InitialTensors({"bank": tensors["vblora_vector_bank"]})
 
-    def parameter_lr_scale(self, parameter: str, settings: VariantSettings) -> float:
+    def parameter_lr_scale(self, parameter: str, settings: api.VariantSettings) -> float:
         return 1.0 if parameter == "bank" else settings["logit_lr_ratio"]
 
 

@@ -1,28 +1,14 @@
 """VeRA (Kopiczko et al. 2023, arXiv 2310.11454): two random matrices for all layers; only vectors learn."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from variants.base import (
-    FrozenLayer,
-    InitialTensors,
-    Int,
-    Layers,
-    Params,
-    PeftMethod,
-    VariantSettings,
-    VerifiedBy,
-    parameter_generator,
-    shared_settings,
-    uniform_init,
-)
+from variants import api
 from variants.baseline.lora import LoRA
 from variants.batch_invariant import pad_rank_one
 from variants.low_rank_product import VectorProduct
@@ -49,12 +35,12 @@ class VeRA(LoRA):
     """
 
     parameters = "rank * rank_factor + out"
-    verified_by = VerifiedBy.REFERENCE_IMPLEMENTATION
-    is_rank_limited_by_layer = False
+    verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    rank_limit = ""
     uses_alpha = False
     typical_lr_scale = 10.0
-    hyperparameters = {"rank_factor": Int(32, help="r divided by the rank of the settings")}
-    peft = PeftMethod(
+    hyperparameters = {"rank_factor": api.Int(32, help="r divided by the rank of the settings")}
+    peft = api.PeftMethod(
         "VERA",
         {"b": "vera_lambda_b", "d": "vera_lambda_d"},
         {"A": "vera_A", "B": "vera_B"},
@@ -63,24 +49,22 @@ class VeRA(LoRA):
         constants={"save_projection": True, "bias": "none"},
     )
 
-    def init(self, layer: FrozenLayer, generator: Generator) -> InitialTensors:
-        b = torch.zeros(layer.shape[0], dtype=layer.dtype, device=layer.device)
-        return InitialTensors({"d": b.new_full((_vera_rank(layer.settings),), 0.1), "b": b})
+    def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
+        b = layer.zeros(layer.shape[0])
+        return api.InitialTensors({"d": b.new_full((_vera_rank(layer.settings),), 0.1), "b": b})
 
     def layer_group(self, layer_name: str) -> str | None:
         return "vera"
 
-    def init_layer_group(self, layers: Layers, generator: Generator) -> InitialTensors:
-        settings = shared_settings(layers)
-        rank, like = _vera_rank(settings), next(iter(layers.values()))
+    def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
+        settings = api.shared_settings(layers)
+        rank = _vera_rank(settings)
         out_features, in_features = largest_sides(layers)
-        a = uniform_init(
-            (rank, in_features), math.sqrt(6 / in_features), like, parameter_generator(generator, "A")
-        )
-        b = uniform_init((out_features, rank), math.sqrt(6 / rank), like, parameter_generator(generator, "B"))
-        return InitialTensors({}, {"A": a, "B": b})
+        a = random.uniform("A", (rank, in_features), math.sqrt(6 / in_features))
+        b = random.uniform("B", (out_features, rank), math.sqrt(6 / rank))
+        return api.InitialTensors({}, {"A": a, "B": b})
 
-    def prepare(self, params: Params, layer: FrozenLayer) -> Params:
+    def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         """Return A and diag(b) B diag(d) as "A" and "sB", or in training "A", "B", "b" and "d"."""
         (out_features, in_features), d = layer.shape, params["d"]
         a, b = pad_rank_one(params["A"][..., :in_features], params["B"][:, :out_features])
@@ -89,38 +73,38 @@ class VeRA(LoRA):
         prepared = {"A": a, "B": b, "b": params["b"], "d": d}
         return prepared if torch.is_grad_enabled() else {"A": a, "sB": _scaled_b(prepared)}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         if "sB" not in params:
             params = {"A": params["A"], "sB": _scaled_b(params)}
         return super().forward(x, base, params, layer)
 
-    def includes_base(self, layer: FrozenLayer) -> bool:
+    def includes_base(self, layer: api.FrozenLayer) -> bool:
         return type(self).forward is VeRA.forward
 
-    def forward_with_base(self, x: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
+    def forward_with_base(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         if "sB" in params:
             return super().forward_with_base(x, params, layer)
         return VectorProduct.apply(x, params["b"], params["d"], params["A"], params["B"], layer)
 
-    def delta_weight(self, params: Params, layer: FrozenLayer) -> Tensor:
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         out_features, in_features = layer.shape
         gains = params["b"].unsqueeze(1) * params["d"]
         return (gains * params["B"][:out_features]) @ params["A"][:, :in_features]
 
-    def export_rank(self, settings: VariantSettings) -> int:
+    def export_rank(self, settings: api.VariantSettings) -> int:
         return _vera_rank(settings)
 
-    def to_peft(self, params: Params, layer: FrozenLayer) -> dict[str, Tensor]:
+    def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
         return {peft_name: params[name] for name, peft_name in self.peft.names.items()}
 
-    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
+    def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
         return replace(super().settings_from_peft(config), extra={"rank_factor": 1})
 
 
-def _vera_rank(settings: VariantSettings) -> int:
+def _vera_rank(settings: api.VariantSettings) -> int:
     return settings.rank * int(settings["rank_factor"])
 
 
-def _scaled_b(prepared: Params) -> Tensor:
+def _scaled_b(prepared: api.Params) -> Tensor:
     """Return diag(b) B diag(d), (K, out, r)."""
     return prepared["b"].unsqueeze(2) * prepared["d"].unsqueeze(1) * prepared["B"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from variants.adapters import Adapters
-from variants.base import RANK_MASK, AdaptationScope, Batching, MergeError, Start, Variant, VariantSettings
+from variants.api import RANK_MASK, AdaptationScope, Batching, MergeError, Start, Variant, VariantSettings
 from variants.merging import merge_and_detach
 from variants.parameter_formula import evaluate_formula
 from variants.storage import load_lane, load_peft, save_lane, save_peft

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from variants.adapted_model import CalibrationTensors
 from variants.adapters import Adapters
+from variants.api import CalibrationStatistic, Variant, VariantSettings
 from variants.attach import attach
-from variants.base import CalibrationStatistic, Variant, VariantSettings
 from variants.calibrate import calibrate
 from variants.seeds import seeded_generator
 from variants.testing.cases import ROWS, Case

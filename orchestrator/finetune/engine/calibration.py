@@ -26,8 +26,8 @@ from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.canonical_json import canonical_json
+from variants.api import CalibrationStatistic
 from variants.attach import Adapters, CalibrationTensors
-from variants.base import CalibrationStatistic
 from variants.calibrate import calibrate
 
 if TYPE_CHECKING:

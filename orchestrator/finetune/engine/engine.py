@@ -22,8 +22,8 @@ from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue as variants
+from variants.api import Batching, UnsupportedError, Variant
 from variants.attach import Adapters, attach
-from variants.base import Batching, UnsupportedError, Variant
 from variants.storage import save_lane, save_peft
 
 

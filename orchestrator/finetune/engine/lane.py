@@ -22,7 +22,7 @@ from orchestrator.finetune.evaluation.evaluate import EvaluationResult
 from orchestrator.record.schema import TIME_FIELDS, Cost, Evaluation, ItemResults, StepMetrics
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.lr_schedule import lr_factor
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 
 if TYPE_CHECKING:
     from variants.attach import Adapters, CalibrationTensors

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from variants.base import UnsupportedError
+from variants.api import UnsupportedError
 
 SUPPORTED_MODEL_TYPES = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "roberta")
 """Values of `config.model_type` of models that have dropout only in `nn.Dropout` modules and in attention."""

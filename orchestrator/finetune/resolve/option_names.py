@@ -134,7 +134,7 @@ def variant_hyperparameters(name: str) -> Mapping[str, Value]:
     The defaults of rank, alpha, dropout and targets are options of the command line; their value here is the
     placeholder 0.
     """
-    from variants.base import AdaptationScope
+    from variants.api import AdaptationScope
 
     variant = catalogue.get(name)
     usual = {"rank": variant.uses_rank, "alpha": variant.uses_alpha, "dropout": variant.uses_dropout}

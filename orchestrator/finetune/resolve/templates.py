@@ -230,7 +230,7 @@ def _variant_choice(name: str, options: StudyOptions) -> VariantChoice:
 
     Without that, an option without effect would change the fingerprint.
     """
-    from variants.base import AdaptationScope
+    from variants.api import AdaptationScope
 
     variant = catalogue.get(name)
     adapts_layers = variant.adaptation_scope is AdaptationScope.TARGET_LAYERS

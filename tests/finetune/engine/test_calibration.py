@@ -15,7 +15,7 @@ from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue
-from variants.base import CalibrationStatistic
+from variants.api import CalibrationStatistic
 
 CALIBRATED = [n for n in catalogue.names() if catalogue.get(n).calibration_statistic.needs_data]
 

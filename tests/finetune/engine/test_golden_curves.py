@@ -15,7 +15,7 @@ from scripted import configuration, solo
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
-from variants.base import AdaptationScope
+from variants.api import AdaptationScope
 
 FILE = Path(__file__).with_name("golden_curves.json")
 

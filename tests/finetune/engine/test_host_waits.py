@@ -25,8 +25,8 @@ from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
 from variants import catalogue
+from variants.api import VariantSettings
 from variants.attach import attach
-from variants.base import VariantSettings
 
 OPTIONS = {
     "vocab_size": len(VOCABULARY),

@@ -30,7 +30,7 @@ from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue
-from variants.base import AdaptationScope
+from variants.api import AdaptationScope
 
 pytestmark = pytest.mark.xdist_group("pair")
 

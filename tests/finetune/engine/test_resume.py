@@ -11,7 +11,7 @@ from scripted import Script, SimulatedCrashError, configuration, dies_at, leases
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
-from variants.base import AdaptationScope
+from variants.api import AdaptationScope
 
 NAMES = {
     "letters": [

@@ -25,8 +25,8 @@ from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration, LRSchedule
 from variants import catalogue
+from variants.api import VariantSettings
 from variants.attach import attach
-from variants.base import VariantSettings
 
 STEPS = 20
 

@@ -26,8 +26,8 @@ from orchestrator.finetune.tasks.base import IGNORE_INDEX
 from orchestrator.finetune.tasks.local import letters
 from orchestrator.study.configuration import ModelChoice
 from variants import catalogue as variants
+from variants.api import VariantSettings
 from variants.attach import attach
-from variants.base import VariantSettings
 
 CPU = torch.device("cpu")
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

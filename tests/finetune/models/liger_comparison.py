@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from orchestrator.finetune.models import liger_kernels
 from variants import catalogue
+from variants.api import VariantSettings
 from variants.attach import attach
-from variants.base import VariantSettings
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -25,8 +25,8 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError
 from variants import catalogue
+from variants.api import VariantSettings
 from variants.attach import Adapters, attach
-from variants.base import VariantSettings
 
 SETTINGS = VariantSettings(rank=4, alpha=8.0, dropout=0.3)
 ROWS, LENGTH = 8, 12

@@ -42,8 +42,8 @@ from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 from variants import base_dropout, catalogue, forward_context
+from variants.api import VariantSettings
 from variants.attach import Adapters, attach
-from variants.base import VariantSettings
 from variants.base_dropout import LaneDropout
 
 SETTINGS = VariantSettings(rank=4, alpha=8.0)

@@ -26,8 +26,8 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
+from variants.api import VariantSettings
 from variants.attach import attach
-from variants.base import VariantSettings
 
 HEADS = {
     "roberta": ("classifier",),

@@ -20,8 +20,8 @@ from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
+from variants.api import LaneView, Variant, VariantSettings
 from variants.attach import attach
-from variants.base import LaneView, Variant, VariantSettings
 from variants.baseline.lora import LoRA
 
 

@@ -33,8 +33,8 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
+from variants.api import Batching, VariantSettings
 from variants.attach import attach
-from variants.base import Batching, VariantSettings
 from variants.storage import save_peft
 from variants.targets import find_target_layers
 

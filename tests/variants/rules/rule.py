@@ -9,7 +9,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.adapters import Adapters
-from variants.base import FrozenLayer, VariantSettings
+from variants.api import FrozenLayer, InitialTensors, LayerRandom, Layers, Variant, VariantSettings
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes, perturb_lanes
 
@@ -43,6 +43,21 @@ def adapt(name: str, settings: VariantSettings, perturb: bool = True, **sizes: i
 def layer_of(name: str, shape: tuple[int, int], settings: VariantSettings) -> FrozenLayer:
     """Return a layer of a shape (out, in), without values."""
     return FrozenLayer(name, torch.empty(shape, device="meta"), None, settings=settings)
+
+
+def initial_layers(
+    variant: Variant, layers: Layers, settings: VariantSettings, seed: int = 0
+) -> dict[str, InitialTensors]:
+    """Return the initial tensors of one lane; every layer gets the same random values."""
+    layers = {name: layer.with_settings(settings) for name, layer in layers.items()}
+    return variant.init_layers(layers, lambda name: LayerRandom(layers[name], seed))
+
+
+def initial_tensors(
+    variant: Variant, layer: FrozenLayer, settings: VariantSettings, seed: int = 0
+) -> InitialTensors:
+    """Return the initial tensors of one lane in its only layer."""
+    return initial_layers(variant, {layer.name: layer}, settings, seed)[layer.name]
 
 
 def check_update(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from mixture_loop import mean_over_examples, mix, switch_loss
-from rule import check_output
+from rule import check_output, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 
 VARIANT = catalogue.get("adamole")
 
@@ -36,7 +36,7 @@ def test_the_balancing_loss_is_the_official_one_for_each_example() -> None:
     noise = torch.Generator().manual_seed(0)
     layer = FrozenLayer("layer", torch.zeros(20, 12, dtype=torch.float64), None)
     settings = VARIANT.validate_settings(VariantSettings(8, 16.0))
-    params = dict(VARIANT.init(layer.with_settings(settings), noise).trainable)
+    params = dict(initial_tensors(VARIANT, layer, settings).trainable)
     params["R"] = params["R"] * 10
     x = torch.randn(1, 3, 6, 12, generator=noise, dtype=torch.float64)
     mask = torch.ones(1, 3, 6, dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_a_token_has_at_least_one_expert_and_not_always_the_same_number() -> Non
     noise = torch.Generator().manual_seed(1)
     layer = FrozenLayer("layer", torch.zeros(20, 12, dtype=torch.float64), None)
     settings = VARIANT.validate_settings(VariantSettings(8, 16.0))
-    params = dict(VARIANT.init(layer.with_settings(settings), noise).trainable)
+    params = dict(initial_tensors(VARIANT, layer, settings).trainable)
     stacked = {name: tensor.unsqueeze(0) * 10 for name, tensor in params.items()}
     x = torch.randn(1, 200, 12, generator=noise, dtype=torch.float64)
     gates, _ = VARIANT.route(x, stacked, settings)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule import adapt, check_output
+from rule import adapt, check_output, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, MergeError, Params, VariantSettings
+from variants.api import FrozenLayer, MergeError, Params, VariantSettings
 from variants.merging import merge_and_detach
 
 VARIANT = catalogue.get("aurora")
@@ -49,9 +49,7 @@ def test_entries_far_outside_the_grid_have_no_spline() -> None:
 def test_the_nonlinear_layer_starts_as_in_the_studys_code() -> None:
     layer, settings = FrozenLayer("layer", torch.zeros(20, 30), None), VariantSettings(16, 16.0)
     settings = VARIANT.validate_settings(settings)
-    starts = [
-        VARIANT.init(layer.with_settings(settings), torch.Generator().manual_seed(seed)) for seed in range(40)
-    ]
+    starts = [initial_tensors(VARIANT, layer, settings, seed=seed) for seed in range(40)]
     h = torch.stack([start.trainable["H"] for start in starts])
     c = torch.stack([start.trainable["C"] for start in starts])
     torch.testing.assert_close(h.std(), torch.tensor(0.25), rtol=0.05, atol=0)

@@ -8,7 +8,7 @@ from peft.tuners.boft.layer import BOFTLayer
 from rule import check_update, layer_of
 
 from variants import catalogue
-from variants.base import UnsupportedError, VariantSettings
+from variants.api import UnsupportedError, VariantSettings
 
 
 @pytest.mark.parametrize(("size", "factors"), [(4, 1), (4, 2), (2, 3)])

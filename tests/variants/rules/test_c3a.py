@@ -13,8 +13,8 @@ from rule import adapt, check_update
 from torch import Tensor, nn
 
 from variants import catalogue
+from variants.api import VariantSettings
 from variants.attach import attach
-from variants.base import VariantSettings
 
 ROWS = 8
 

@@ -7,7 +7,7 @@ from recorded_step import record_step
 from rule import check_update
 
 from variants import catalogue
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 from variants.testing.cases import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes
 

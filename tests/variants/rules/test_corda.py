@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens
-from rule import check_update
-from torch import Generator, Tensor, nn
+from rule import check_update, initial_tensors
+from torch import Tensor, nn
 
 from variants import catalogue
-from variants.base import FrozenLayer, InitialTensors, UnsupportedError, VariantSettings
+from variants.api import FrozenLayer, InitialTensors, UnsupportedError, VariantSettings
 
 RANK, ALPHA, OUT, IN = 3, 12.0, 12, 16
 
@@ -35,7 +35,7 @@ def start(mode: str, moment: Tensor, weight: Tensor) -> InitialTensors:
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA, extra={"mode": mode}))
     found = variant.reduce_calibration(FrozenLayer("layer", weight, None).with_settings(settings), moment)
     layer = FrozenLayer("layer", weight, None, calibration=found)
-    return variant.init(layer.with_settings(settings), Generator())
+    return initial_tensors(variant, layer, settings)
 
 
 def random_weight() -> Tensor:

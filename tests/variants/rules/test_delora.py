@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 from variants.storage import load_peft, save_peft
 from variants.testing import Case
 from variants.testing.rig import attach_lanes, lane_outputs, perturb_lanes
@@ -38,7 +38,7 @@ def test_both_factors_start_kaiming_uniform() -> None:
     variant = catalogue.get("delora")
     settings = variant.validate_settings(VariantSettings(16))
     layer = FrozenLayer("layer", torch.zeros(400, 900), None)
-    start = variant.init(layer.with_settings(settings), torch.Generator().manual_seed(0))
+    start = initial_tensors(variant, layer, settings)
     for name, bound in (("A", 1 / 30), ("B", 1 / 4)):
         tensor = start.trainable[name]
         assert 0.99 * bound < tensor.abs().max() <= bound
@@ -53,7 +53,7 @@ def test_the_norm_of_the_change_is_bounded_by_lambda() -> None:
     variant = catalogue.get("delora")
     settings = variant.validate_settings(VariantSettings(4, extra={"initial": "zero", "lambda": 3.0}))
     layer = FrozenLayer("layer", weight, None)
-    params = dict(variant.init(layer.with_settings(settings), noise).trainable)
+    params = dict(initial_tensors(variant, layer, settings).trainable)
     for scale in (1.0, 1e6):
         params["B"] = scale * torch.randn(20, 4, generator=noise)
         found = variant.delta_weight(params, layer.with_settings(settings, 1.0))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rule import check_update
 from torch import Tensor
 
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 
 
 def change(params: Mapping[str, Tensor], weight: Tensor, settings: VariantSettings, s: float) -> Tensor:

@@ -10,7 +10,7 @@ from rule import check_output
 from torch import Tensor, nn
 
 from variants import catalogue
-from variants.base import MergeError, Params, VariantSettings
+from variants.api import MergeError, Params, VariantSettings
 from variants.merging import merge_and_detach
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 
 RANK, ALPHA = 3, 12.0
 
@@ -26,7 +26,7 @@ def test_start_is_that_of_pissa_with_the_norms_of_the_weight() -> None:
     weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     variant = catalogue.get("dude")
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA))
-    start = variant.init(FrozenLayer("layer", weight, None).with_settings(settings), torch.Generator())
+    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     product = start.trainable["B"] @ start.trainable["A"]
     torch.testing.assert_close(ALPHA / RANK * product, (u[:, :RANK] * s[:RANK]) @ vh[:RANK])

@@ -8,7 +8,7 @@ from rule import adapt, check_update, layer_of
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import UnsupportedError, VariantSettings
+from variants.api import UnsupportedError, VariantSettings
 
 
 def _projections(vectors: Tensor) -> Tensor:

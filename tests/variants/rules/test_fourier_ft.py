@@ -9,7 +9,7 @@ import torch
 from rule import adapt, check_update
 from torch import Tensor
 
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 
 SETTINGS = VariantSettings(extra={"frequencies": 50, "scale": 7.0})
 

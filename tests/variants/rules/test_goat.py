@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from mixture_loop import mean_over_examples, mix, switch_loss, top_gates
-from rule import check_output
+from rule import check_output, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, InitialTensors, Params, VariantSettings
+from variants.api import FrozenLayer, InitialTensors, Params, VariantSettings
 
 VARIANT = catalogue.get("goat")
 OUT, IN = 20, 24
@@ -27,7 +27,7 @@ def layer() -> FrozenLayer:
 
 
 def start(lane_settings: VariantSettings, frozen: FrozenLayer) -> InitialTensors:
-    return VARIANT.init(frozen.with_settings(lane_settings), torch.Generator().manual_seed(0))
+    return initial_tensors(VARIANT, frozen, lane_settings)
 
 
 def compute(x: Tensor, params: Params, frozen: FrozenLayer, lane_settings: VariantSettings) -> Tensor:

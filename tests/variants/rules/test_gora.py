@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from rule import check_update
+from rule import check_update, initial_layers
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, VariantSettings
+from variants.api import FrozenLayer, VariantSettings
 
 SHAPES = {"a": (40, 24), "b": (24, 40), "c": (32, 32), "d": (64, 16)}
 GORA = catalogue.get("gora")
@@ -41,10 +41,7 @@ def test_the_update_divides_by_the_root_of_each_layers_rank() -> None:
 def test_ranks_are_proportional_to_importance_within_their_bounds(rank: int, extra: dict[str, float]) -> None:
     settings = GORA.validate_settings(VariantSettings(rank, 8.0, extra=extra))
     layers, gradients = make_layers(settings)
-    initial = GORA.init_layers(
-        {n: each.with_settings(settings) for n, each in layers.items()},
-        lambda name: torch.Generator().manual_seed(0),
-    )
+    initial = initial_layers(GORA, layers, settings)
     importance = {n: float((layers[n].weight * g).abs().mean()) for n, g in gradients.items()}
     budget = rank * sum(math.sqrt(sum(shape)) for shape in SHAPES.values())
     low, high = rank * extra.get("smallest", 0.5), rank * extra.get("largest", 4.0)
@@ -63,10 +60,7 @@ def test_the_initial_update_is_a_projected_step_of_gradient_descent() -> None:
     """The published code adds the gradient; here the first-order change of the loss is negative."""
     settings = GORA.validate_settings(VariantSettings(4, 8.0))
     layers, gradients = make_layers(settings)
-    initial = GORA.init_layers(
-        {n: each.with_settings(settings) for n, each in layers.items()},
-        lambda name: torch.Generator().manual_seed(0),
-    )
+    initial = initial_layers(GORA, layers, settings)
     for name, tensors in initial.items():
         rank = int(tensors.frozen["mask"].sum())
         a, b = tensors.trainable["A"][:rank], tensors.trainable["B"][:, :rank]

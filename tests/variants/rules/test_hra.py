@@ -10,7 +10,7 @@ from rule import adapt, check_update
 from torch import nn
 
 from variants import catalogue
-from variants.base import UnsupportedError, VariantSettings
+from variants.api import UnsupportedError, VariantSettings
 
 
 @pytest.mark.parametrize("rank", [2, 6])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule import check_output
+from rule import check_output, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 
 
 @pytest.mark.parametrize("experts", [2, 3])
@@ -27,7 +27,7 @@ def test_the_router_weighs_the_b_matrices(experts: int) -> None:
 def test_every_b_matrix_has_the_whole_rank() -> None:
     variant, layer = catalogue.get("hydra_lora"), FrozenLayer("layer", torch.zeros(20, 30), None)
     settings = variant.validate_settings(VariantSettings(7, 14.0))
-    initial = variant.init(layer.with_settings(settings), torch.Generator().manual_seed(0)).trainable
+    initial = initial_tensors(variant, layer, settings).trainable
     shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
     assert shapes == {"A": (7, 30), "B": (20, 21), "R": (3, 30)}
     assert variant.scaling(settings) == 2.0

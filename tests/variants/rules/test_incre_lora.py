@@ -11,7 +11,7 @@ from rule import adapt, check_update
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import UnsupportedError, VariantSettings
+from variants.api import UnsupportedError, VariantSettings
 from variants.testing.cases import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes
 

@@ -8,7 +8,7 @@ import torch
 from rule import ROWS, adapt, check_update
 from torch import Tensor
 
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 from variants.testing.rig import LaneOptimizer
 
 SETTINGS = VariantSettings(rank=3, alpha=6.0)

@@ -10,7 +10,7 @@ from peft.tuners.lokr.layer import factorization
 from rule import adapt, check_update
 from torch import Tensor
 
-from variants.base import UnsupportedError, VariantSettings
+from variants.api import UnsupportedError, VariantSettings
 
 
 def change(params: Mapping[str, Tensor], weight: Tensor, settings: VariantSettings, s: float) -> Tensor:

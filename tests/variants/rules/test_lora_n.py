@@ -6,7 +6,7 @@ import torch
 from rule import check_update
 from torch import Tensor
 
-from variants.base import Params, VariantSettings
+from variants.api import Params, VariantSettings
 
 AMPLITUDE, FREQUENCY = 0.4, 2.5
 

@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from rule import check_update
-from torch import Generator
+from rule import check_update, initial_tensors
 
 from variants import catalogue
-from variants.base import FrozenLayer, VariantSettings
+from variants.api import FrozenLayer, VariantSettings
 
 RANK, ALPHA, GAMMA = 3, 6.0, 128.0
 
@@ -28,9 +27,7 @@ def test_start_is_a_normalized_gradient_step_of_the_given_rank() -> None:
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA))
     layer = FrozenLayer("layer", weight, None)
     found = variant.reduce_calibration(layer.with_settings(settings), gradient)
-    initial = variant.init(
-        FrozenLayer("layer", weight, None, calibration=found).with_settings(settings), Generator()
-    )
+    initial = initial_tensors(variant, FrozenLayer("layer", weight, None, calibration=found), settings)
     assert not initial.frozen
     a, b = initial.trainable["A"], initial.trainable["B"]
     u, s, vh = torch.linalg.svd(gradient)

@@ -9,7 +9,7 @@ from rule import check_update
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 from variants.optimization.lora_pro import _projected_pair, _solve_sylvester
 from variants.testing.cases import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes

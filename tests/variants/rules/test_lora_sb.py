@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from rule import check_update
-from torch import Generator
+from rule import check_update, initial_tensors
 
 from variants import catalogue
-from variants.base import FrozenLayer, VariantSettings
+from variants.api import FrozenLayer, VariantSettings
 
 RANK, STEP_SIZE = 4, 0.01
 
@@ -26,9 +25,7 @@ def test_start_is_the_best_approximation_of_a_sign_step() -> None:
     variant = catalogue.get("lora_sb")
     settings = variant.validate_settings(VariantSettings(RANK, extra={"step_size": STEP_SIZE}))
     found = variant.reduce_calibration(FrozenLayer("layer", weight, None).with_settings(settings), gradient)
-    start = variant.init(
-        FrozenLayer("layer", weight, None, calibration=found).with_settings(settings), Generator()
-    )
+    start = initial_tensors(variant, FrozenLayer("layer", weight, None, calibration=found), settings)
     a, b, r = start.frozen["A"], start.frozen["B"], start.trainable["R"]
     u, s, vh = torch.linalg.svd(-STEP_SIZE * gradient.sign())
     torch.testing.assert_close(b @ r @ a, (u[:, :RANK] * s[:RANK]) @ vh[:RANK], rtol=1e-5, atol=1e-8)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 
 from variants import catalogue
-from variants.base import FrozenLayer, VariantSettings
+from variants.api import FrozenLayer, VariantSettings
 from variants.testing import Case
 from variants.testing.rig import attach_lanes, base_outputs, lane_outputs
 
@@ -26,9 +26,7 @@ def test_factors_are_the_largest_triplets_with_the_singular_values_in_a() -> Non
     weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     variant = catalogue.get("lora_xs")
     settings = variant.validate_settings(VariantSettings(RANK, 6.0))
-    start = variant.init(
-        FrozenLayer("layer", weight, None).with_settings(settings), torch.Generator().manual_seed(1)
-    )
+    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings, seed=1)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     a, b = start.frozen["A"], start.frozen["B"]
     torch.testing.assert_close(b @ a, (u[:, :RANK] * s[:RANK]) @ vh[:RANK])
@@ -42,7 +40,7 @@ def test_the_matrix_starts_from_a_narrow_normal_distribution() -> None:
     variant = catalogue.get("lora_xs")
     settings = variant.validate_settings(VariantSettings(64, 64.0))
     layer = FrozenLayer("layer", torch.randn(80, 90, generator=torch.Generator().manual_seed(0)), None)
-    r = variant.init(layer.with_settings(settings), torch.Generator().manual_seed(1)).trainable["R"]
+    r = initial_tensors(variant, layer, settings, seed=1).trainable["R"]
     assert r.std().item() == pytest.approx(1e-5, rel=0.05)
     assert abs(r.mean().item()) < 1e-6
 

@@ -10,8 +10,8 @@ from rule import check_update
 from torch import Tensor
 
 from variants import catalogue
+from variants.api import Params, UnsupportedError, VariantSettings
 from variants.attach import attach
-from variants.base import Params, UnsupportedError, VariantSettings
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes
 
@@ -58,5 +58,5 @@ def test_a_is_kaiming_uniform_for_the_inputs_of_one_block() -> None:
 
 def test_sizes_that_the_blocks_do_not_divide_are_refused_at_attach() -> None:
     settings = VariantSettings(2, 4.0, extra={"blocks": 5})
-    with pytest.raises(UnsupportedError, match="blocks 5 does not divide 24 x 96"):
+    with pytest.raises(UnsupportedError, match=r"there\.0 has 96 inputs: blocks 5 does not divide them"):
         attach(WIDE.build(), catalogue.get("melora"), settings)

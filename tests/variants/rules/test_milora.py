@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 
 from variants import catalogue
-from variants.base import FrozenLayer, UnsupportedError, VariantSettings
+from variants.api import FrozenLayer, UnsupportedError, VariantSettings
 
 RANK, ALPHA = 3, 12.0
 
@@ -26,7 +26,7 @@ def test_start_has_the_smallest_triplets(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     variant = catalogue.get("milora")
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA))
-    start = variant.init(FrozenLayer("layer", weight, None).with_settings(settings), torch.Generator())
+    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings)
     a, b = start.trainable["A"], start.trainable["B"]
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     scale = ALPHA / RANK

@@ -9,7 +9,7 @@ import torch
 from rule import adapt, check_update
 from torch import Tensor
 
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 
 
 def change(params: Mapping[str, Tensor], weight: Tensor, settings: VariantSettings, s: float) -> Tensor:

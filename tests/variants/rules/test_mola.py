@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from mixture_loop import mean_over_examples, mix, top_gates
-from rule import check_output
+from rule import check_output, initial_layers, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 
 VARIANT = catalogue.get("mola")
 
@@ -37,10 +37,7 @@ def test_the_number_of_experts_depends_on_the_block(shape: str, blocks: int, exp
     settings = VARIANT.validate_settings(VariantSettings(3, 6.0, extra={"shape": shape}))
     names = [f"model.layers.{block}.q_proj" for block in range(blocks)]
     layers = {name: FrozenLayer(name, torch.zeros(20, 12), None) for name in [*names, "pooler"]}
-    initial = VARIANT.init_layers(
-        {n: each.with_settings(settings) for n, each in layers.items()},
-        lambda name: torch.Generator().manual_seed(0),
-    )
+    initial = initial_layers(VARIANT, layers, settings)
     assert [len(initial[name].trainable["R"]) for name in names] == expected
     assert len(initial["pooler"].trainable["R"]) == expected[-1]
     for tensors in initial.values():
@@ -53,10 +50,7 @@ def test_the_balancing_loss_is_the_official_one_for_each_example() -> None:
     noise = torch.Generator().manual_seed(0)
     layer = FrozenLayer("layers.0.q_proj", torch.zeros(20, 12, dtype=torch.float64), None)
     settings = VARIANT.validate_settings(VariantSettings(4, 8.0, extra={"shape": "rectangle"}))
-    params = {
-        name: t.unsqueeze(0)
-        for name, t in VARIANT.init(layer.with_settings(settings), noise).trainable.items()
-    }
+    params = {name: t.unsqueeze(0) for name, t in initial_tensors(VARIANT, layer, settings).trainable.items()}
     x = torch.randn(1, 3, 6, 12, generator=noise, dtype=torch.float64)
     mask = torch.ones(1, 3, 6, dtype=torch.float64)
     mask[0, 2, 3:] = 0

@@ -10,7 +10,7 @@ import torch
 from rule import adapt, check_update
 from torch import Tensor
 
-from variants.base import UnsupportedError, VariantSettings
+from variants.api import UnsupportedError, VariantSettings
 
 
 def rotation_matrix(piece: int, size: int) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 
 
 def test_the_update_is_the_product_of_three_matrices() -> None:
@@ -24,7 +24,7 @@ def test_the_mixer_starts_as_kaiming_uniform() -> None:
     mixers = []
     for seed in range(50):
         settings = variant.validate_settings(VariantSettings(16, 16.0))
-        initial = variant.init(layer.with_settings(settings), torch.Generator().manual_seed(seed)).trainable
+        initial = initial_tensors(variant, layer, settings, seed=seed).trainable
         mixers.append(initial["M"])
         assert not initial["B"].any()
     values, bound = torch.stack(mixers), 1 / math.sqrt(16)

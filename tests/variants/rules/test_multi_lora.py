@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 
 
 def test_the_update_is_the_scaled_sum_of_the_modules() -> None:
@@ -25,7 +25,7 @@ def test_the_update_is_the_scaled_sum_of_the_modules() -> None:
 def test_only_the_scales_start_at_zero() -> None:
     variant, layer = catalogue.get("multi_lora"), FrozenLayer("layer", torch.zeros(200, 300), None)
     settings = variant.validate_settings(VariantSettings(4, 8.0))
-    initial = variant.init(layer.with_settings(settings), torch.Generator().manual_seed(0)).trainable
+    initial = initial_tensors(variant, layer, settings).trainable
     assert not initial["g"].any()
     assert 0.99 * 300**-0.5 < initial["A"].abs().max() < 300**-0.5
     assert 0.49 < initial["B"].abs().max() < 0.5

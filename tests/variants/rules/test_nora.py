@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 
 RANK, ALPHA = 3, 6.0
 
@@ -28,7 +28,7 @@ def test_start_has_the_largest_triplets_at_the_full_rank(outer: int) -> None:
     weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     variant = catalogue.get("nora")
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA, extra={"outer": outer}))
-    start = variant.init(FrozenLayer("layer", weight, None).with_settings(settings), torch.Generator())
+    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings)
     a, b = start.frozen["A"], start.frozen["B"]
     assert len(a) == min(outer * RANK, 14)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, InitialTensors, Params, VariantSettings
+from variants.api import FrozenLayer, InitialTensors, Params, VariantSettings
 from variants.testing import Case
 from variants.testing.rig import attach_lanes, base_outputs, lane_outputs
 
@@ -21,7 +21,7 @@ def initial(**extra: float | str | bool) -> InitialTensors:
     variant = catalogue.get("nzlora")
     settings = variant.validate_settings(VariantSettings(RANK, extra=extra))
     layer = FrozenLayer("layer", torch.zeros(OUT, IN), None)
-    return variant.init(layer.with_settings(settings), torch.Generator().manual_seed(0))
+    return initial_tensors(variant, layer, settings)
 
 
 def assert_uniform(tensor: Tensor, bound: float) -> None:

@@ -7,7 +7,7 @@ import torch
 from rule import check_update
 from torch import Tensor
 
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 from variants.rotations import nearest_divisor
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 
 from variants import catalogue
-from variants.base import FrozenLayer, VariantSettings
+from variants.api import FrozenLayer, VariantSettings
 
 RANK, ALPHA = 3, 12.0
 
@@ -25,7 +25,7 @@ def test_start_is_the_first_part_of_the_qr_decomposition(shape: tuple[int, int])
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     variant = catalogue.get("olora")
     settings = variant.validate_settings(VariantSettings(RANK, ALPHA))
-    start = variant.init(FrozenLayer("layer", weight, None).with_settings(settings), torch.Generator())
+    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings)
     a, b = start.trainable["A"], start.trainable["B"]
     torch.testing.assert_close(b.t() @ b, torch.eye(RANK, dtype=torch.float64))
     # The first columns of W are products of the first columns of Q alone.

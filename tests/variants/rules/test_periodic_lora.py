@@ -10,7 +10,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.adapters import Adapters
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 from variants.testing.cases import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes
 

@@ -8,7 +8,7 @@ from rule import check_update
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import Params, UnsupportedError, VariantSettings
+from variants.api import Params, UnsupportedError, VariantSettings
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from rule import check_update
 
-from variants.base import VariantSettings
+from variants.api import VariantSettings
 
 
 def test_the_principal_part_is_rotated_and_scaled() -> None:

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, InitialTensors, VariantSettings
+from variants.api import FrozenLayer, InitialTensors, VariantSettings
 
 RALORA = catalogue.get("ra_lora")
 SETTINGS = RALORA.validate_settings(VariantSettings(4, 8.0))
@@ -36,7 +36,7 @@ def init(shape: tuple[int, int], effective_rank: int, settings: VariantSettings)
     )
     assert calibration["effective_rank"].item() == pytest.approx(effective_rank, rel=0.01)
     layer = FrozenLayer("layer", weight, None, calibration=calibration)
-    return RALORA.init(layer.with_settings(settings), torch.Generator().manual_seed(0))
+    return initial_tensors(RALORA, layer, settings)
 
 
 def test_the_update_is_block_diagonal() -> None:

@@ -11,7 +11,7 @@ from rule import check_update
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import Params, UnsupportedError, VariantSettings
+from variants.api import Params, UnsupportedError, VariantSettings
 from variants.storage import load_peft, save_peft
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes, base_outputs, lane_outputs, perturb_lanes, relative_error

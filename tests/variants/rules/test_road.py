@@ -9,7 +9,7 @@ from rule import check_update, layer_of
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import UnsupportedError, VariantSettings
+from variants.api import UnsupportedError, VariantSettings
 
 
 def _matrix(params: Mapping[str, Tensor], settings: VariantSettings, size: int) -> Tensor:

@@ -10,7 +10,7 @@ from rule import check_update
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import Params, VariantSettings
+from variants.api import Params, VariantSettings
 from variants.storage import load_lane, save_lane
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes, lane_outputs, perturb_lanes

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 
 FREQUENCY = 200.0
 
@@ -28,7 +28,7 @@ def test_the_update_is_linear_in_the_input_and_has_a_higher_rank() -> None:
     noise, weight = torch.Generator().manual_seed(0), torch.zeros(20, 30, dtype=torch.float64)
     layer = FrozenLayer("layer", weight, None)
     settings = variant.validate_settings(VariantSettings(2, 4.0, extra={"frequency": 20.0}))
-    params = dict(variant.init(layer.with_settings(settings), noise).trainable)
+    params = dict(initial_tensors(variant, layer, settings).trainable)
     params["B"] = torch.randn(params["B"].shape, generator=noise, dtype=torch.float64)
     stacked = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
     scaling = torch.full((1, 1, 1), variant.scaling(settings), dtype=torch.float64)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from rule import check_update
+from rule import check_update, initial_tensors
 from torch import Tensor
 
 from variants import catalogue
-from variants.base import FrozenLayer, Params, VariantSettings
+from variants.api import FrozenLayer, Params, VariantSettings
 from variants.testing import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes, model_output, perturb_lanes
 
@@ -26,7 +26,7 @@ def test_start_has_the_largest_triplets_in_three_tensors() -> None:
     weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     variant = catalogue.get("sorsa")
     settings = variant.validate_settings(VariantSettings(RANK))
-    start = variant.init(FrozenLayer("layer", weight, None).with_settings(settings), torch.Generator())
+    start = initial_tensors(variant, FrozenLayer("layer", weight, None), settings)
     a, b, s = (start.trainable[name] for name in "ABS")
     u, values, vh = torch.linalg.svd(weight, full_matrices=False)
     torch.testing.assert_close(s, values[:RANK])

@@ -8,8 +8,8 @@ from rule import check_update
 from torch import Tensor
 
 from variants import catalogue
+from variants.api import Params, UnsupportedError, VariantSettings
 from variants.attach import attach
-from variants.base import Params, UnsupportedError, VariantSettings
 from variants.testing.cases import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from variants.initializers import distinct_init
+from variants.api import FrozenLayer
+from variants.layer_random import LayerRandom
+
+LAYER = FrozenLayer("layer", torch.zeros(2, 2), None)
 
 
 @pytest.mark.parametrize(("count", "below"), [(2, 12), (5, 6), (6, 6), (1, 40)])
 def test_distinct_numbers_are_ascending_and_equally_likely(count: int, below: int) -> None:
-    generator, draws = torch.Generator().manual_seed(0), 3000
+    draws = 3000
     counts = torch.zeros(below)
-    for _ in range(draws):
-        numbers = distinct_init(count, below, generator)
+    for seed in range(draws):
+        numbers = LayerRandom(LAYER, seed).distinct("places", count, below)
         assert numbers.shape == (count,)
         assert (numbers.diff() > 0).all()
         assert numbers[0] >= 0
@@ -24,10 +27,10 @@ def test_distinct_numbers_are_ascending_and_equally_likely(count: int, below: in
 
 
 def test_pairs_of_distinct_numbers_are_equally_likely() -> None:
-    generator, draws = torch.Generator().manual_seed(0), 6000
+    draws = 6000
     counts = torch.zeros(9, 9)
-    for _ in range(draws):
-        first, second = distinct_init(2, 9, generator)
+    for seed in range(draws):
+        first, second = LayerRandom(LAYER, seed).distinct("places", 2, 9)
         counts[first, second] += 1
     pairs = counts[torch.triu(torch.ones(9, 9), 1).bool()]
     assert ((pairs - draws / 36).abs() < 5 * (draws / 36) ** 0.5).all()
