@@ -122,7 +122,13 @@ def test_every_variant_of_the_survey_that_peft_has_is_compared() -> None:
     assert with_method <= step.PEFT_CONFIGS.keys()
 
 
-@pytest.mark.parametrize("variant", step.PEFT_CONFIGS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        name if name in ("lora", "adalora", "vera") else pytest.param(name, marks=pytest.mark.slow)
+        for name in step.PEFT_CONFIGS
+    ],
+)
 def test_a_step_of_ours_and_of_peft_has_the_same_loss(variant: str) -> None:
     row = step.measure(variant, "tiny", step.CASES["tiny"], CPU, rounds=1)
     ours, peft = row["losses"]
@@ -151,6 +157,7 @@ def run_gpu_benchmark(folder: Path, *options: str) -> tuple[int, list[dict[str, 
     return done.returncode, [row for row in rows if "predicted" not in row]
 
 
+@pytest.mark.slow  # nine processes, each of which imports torch and transformers
 def test_the_gpu_benchmark_runs_with_torch_transformers_and_peft_alone(tmp_path: Path) -> None:
     for name in NOT_ON_A_BARE_MACHINE:
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here')\n")
