@@ -82,7 +82,8 @@ class Int:
     def rule(self) -> str:
         """The permitted values in words."""
         highest = "" if self.maximum is None else f" and at most {self.maximum}"
-        divides = " that divides " + " and ".join(self.divides) if self.divides else ""
+        sides = " and ".join(f"{side}puts" for side in self.divides)
+        divides = f" that divides the {sides} of each layer" if sides else ""
         return f"a whole number of at least {self.minimum}{highest}{divides}"
 
     def permits(self, value: object) -> bool:
