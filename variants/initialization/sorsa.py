@@ -8,7 +8,7 @@ from variants.weight_svd import WeightSVD
 
 
 class SORSA(WeightSVD):
-    """W' = W + B diag(S) A - B0 A0 with trainable A, B and S (rank,). There is no alpha.
+    """W' = W + B diag(S) A - B0 A0 with trainable A, B, S (rank,). There is no alpha (the authors set none).
 
     Initialization: with the `rank` largest triplets of W = U S V^T, A = V^T, B = U and S; A0 = V^T and
     B0 = U diag(S) are frozen copies, so W' = W.
@@ -17,7 +17,11 @@ class SORSA(WeightSVD):
     over all layers. The learning rate is the highest of the schedule. As in the authors' code, the gradient
     of this term is added after clipping.
 
-    The default of `gamma` is that of the authors' scripts.
+    The default of `gamma` is 4e-4 / 64. The authors' script sets 4e-4; their trainer adds the term once a
+    step with `accelerator.backward`, which divides it by the number of accumulated batches, 64.
+
+    Deviations: the authors round W - B0 A0 to bfloat16; here W stays as it is. A layer whose A and B have no
+    gradient does not get the gradient of the term either.
 
     Source: sorsalib/src/sorsa/layer.py and trainer.py of the authors' code.
     """
@@ -25,7 +29,7 @@ class SORSA(WeightSVD):
     parameters = "rank * (in + out + 1)"
     hyperparameters = {
         **WeightSVD.hyperparameters,
-        "gamma": api.Number(4e-4, help="weight of the orthonormality loss times the learning rate"),
+        "gamma": api.Number(4e-4 / 64, help="weight of the orthonormality loss times the learning rate"),
     }
     verified_by = api.VerifiedBy.AUTHORS_CODE
     uses_alpha = False
