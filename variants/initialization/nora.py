@@ -7,29 +7,33 @@ from variants.weight_svd import WeightSVD
 
 
 class NoRA(WeightSVD):
-    """W' = W + s (B inner_B inner_A A - B0 A0) with s = alpha / rank; only the inner factors learn.
+    """W' = W + s (B inner_B inner_A A - B0 A0) with s = alpha / (`outer` * rank).
 
-    A (R, in) and B (out, R) are frozen, inner_A (rank, R) and inner_B (R, rank) learn. R is `outer` * rank,
-    at most the smaller side of the layer.
+    A (R, in) and B (out, R) are frozen; only inner_A (rank, R) and inner_B (R, rank) learn. R is
+    `outer` * rank, at most the smaller side of the layer (s does not follow this limit).
 
     Initialization: with the R largest triplets of W = U S V^T, A = V^T and B = U. The inner factors are the
     first `rank` rows and columns of sqrt(S), so B inner_B inner_A A has the `rank` largest triplets of W. B0
     and A0 are the initial values of B inner_B and inner_A A, so W' = W.
 
-    `outer` = 4 is a choice of this project: the paper's code for language models was not available.
-
-    Deviation: the initialization and the subtraction are those of the published study's code, which however
-    takes one column and one row of sqrt(S), the second, whatever the rank is (an update of rank 1), and does
-    not freeze A and B. In the authors' code for CLIP (`NoRALinear_C`), A and B come from an SVD of W weighted
-    by its inputs, the inner factors are random, and nothing is subtracted.
+    `outer` = 4 is a choice of this project: neither the paper's equations nor the authors' code for language
+    models was available. The rule was compared with two codes, which have s = alpha / R and differ otherwise:
+    - The published study's code has this initialization and subtraction, but takes one column and one row of
+      sqrt(S), the second, whatever the rank is (an update of rank 1), and trains A and B too.
+    - In the authors' code for CLIP (`NoRALinear_C`) R is 0.8 times the smaller side, and the inner rank is
+      16. A and B come from an SVD of W weighted by its inputs, as in the abstract of the paper's later
+      version; the inner factors are random, and nothing is subtracted.
     """
 
     parameters = "2 * rank * min(outer * rank, in, out)"
-    verified_by = api.VerifiedBy.AUTHORS_CODE
+    numerics = 2  # numerics 1 had s = alpha / rank
     hyperparameters = {
         **WeightSVD.hyperparameters,
         "outer": api.Int(4, minimum=1, help="rank of the frozen factors as a multiple of the rank"),
     }
+
+    def scaling(self, settings: api.VariantSettings) -> float:
+        return super().scaling(settings) / settings["outer"]
 
     def triplet_count(self, settings: api.VariantSettings) -> int:
         return settings["outer"] * settings.rank

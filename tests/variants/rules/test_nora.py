@@ -10,11 +10,12 @@ from torch import Tensor
 from variants import catalogue
 from variants.api import FrozenLayer, Params, VariantSettings
 
-RANK, ALPHA = 3, 6.0
+RANK, ALPHA, OUTER = 3, 6.0, 4
 
 
 def change(params: Params, weight: Tensor, settings: VariantSettings, s: float) -> Tensor:
     update = params["B"] @ params["inner_B"] @ params["inner_A"] @ params["A"]
+    s = ALPHA / (OUTER * RANK)  # the rank of the frozen factors, as in both codes
     return s * (update - params["B0"] @ params["A0"])
 
 
