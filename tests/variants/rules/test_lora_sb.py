@@ -21,7 +21,10 @@ def test_update_has_a_trainable_matrix_and_no_scale() -> None:
 
 def test_start_is_the_best_approximation_of_a_sign_step() -> None:
     noise = torch.Generator().manual_seed(0)
-    weight, gradient = torch.randn(2, 20, 14, generator=noise, dtype=torch.float64)
+    # Sides of more than RANK + 10, so that the randomized SVD is not exact without its iterations.
+    left, right = (torch.randn(side, RANK, generator=noise, dtype=torch.float64) for side in (60, 50))
+    gradient = left @ right.t() + 0.1 * torch.randn(60, 50, generator=noise, dtype=torch.float64)
+    weight = torch.randn(60, 50, generator=noise, dtype=torch.float64)
     variant = catalogue.get("lora_sb")
     settings = variant.validate_settings(VariantSettings(RANK, extra={"step_size": STEP_SIZE}))
     found = variant.reduce_calibration(FrozenLayer("layer", weight, None).with_settings(settings), gradient)
