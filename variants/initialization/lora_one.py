@@ -14,10 +14,10 @@ class LoRAOne(LoRA):
     Initialization: G is the mean gradient over `calibration_batches` batches and -G = U S V^T. With the
     `rank` largest triplets, B = U sqrt(S / (S[0] gamma)) and A = sqrt(S / (S[0] gamma)) V^T. Unlike in
     LoRA-GA nothing is subtracted from W: at step 0, W' is W after one step of gradient descent at rank
-    `rank`, at a rate of s / (S[0] gamma).
+    `rank`, at a rate of s / (S[0] gamma). A layer with G = 0 starts with A = B = 0, and so never learns (the
+    authors' code: NaN).
 
-    The defaults are those of the published study: gamma = 128 (also the authors') and 64 batches (the
-    authors: 8 examples).
+    Defaults of the published study: gamma = 128, as the authors', and 64 batches (the authors: 8 examples).
 
     Deviation: the authors' preconditioner for the optimizer is not implemented (their code does not
     have it either). The SVD is randomized with the authors' 16 power iterations, but with rank + 10 columns
@@ -36,7 +36,7 @@ class LoRAOne(LoRA):
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         rank = layer.settings.rank
         u, s, vh = randomized_svd(-matrix, rank, iterations=16, seed=api.stable_seed(layer.name, rank))
-        largest = s[0].clamp_min(torch.finfo(s.dtype).tiny)  # a layer that gets no gradient starts at zero
+        largest = s[0].clamp_min(torch.finfo(s.dtype).tiny)  # for G = 0
         root = (s[:rank] / (largest * layer.settings["gamma"])).sqrt()
         return {"A": root.unsqueeze(1) * vh[:rank], "B": u[:, :rank] * root}
 

@@ -38,3 +38,12 @@ def test_start_is_a_normalized_gradient_step_of_the_given_rank() -> None:
     torch.testing.assert_close(a @ a.t(), share)
     # A start from G in place of -G would increase the loss.
     assert (gradient * (b @ a)).sum() < 0
+
+
+def test_a_layer_without_gradient_starts_at_zero() -> None:
+    variant = catalogue.get("lora_one")
+    settings = variant.validate_settings(VariantSettings(RANK, ALPHA))
+    layer = FrozenLayer("layer", torch.randn(20, 14), None, settings=settings)
+    found = variant.reduce_calibration(layer, torch.zeros(20, 14))
+    assert torch.equal(found["A"], torch.zeros(RANK, 14))
+    assert torch.equal(found["B"], torch.zeros(20, RANK))
