@@ -12,7 +12,8 @@ class LoRAXS(WeightSVD):
     Initialization: with the `rank` largest triplets of W = U S V^T, B = U and A = S V^T, frozen. R is drawn
     from N(0, `init_std`^2), so W' differs slightly from W; with an `init_std` of 0 it does not.
 
-    The authors use alpha = rank for language models, and learning rates of up to 4e-3.
+    The authors use alpha = rank for MetaMathQA, alpha = 64 at rank 32 for commonsense tasks and alpha = 16
+    at all ranks for GLUE, with learning rates for R of up to 4e-3.
 
     Deviation: `svd` is exact by default; the authors' is randomized with 10 iterations.
 
