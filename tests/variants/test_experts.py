@@ -11,6 +11,7 @@ from variants import catalogue
 from variants.api import ExtraSettings, FrozenLayer, MergeError, UnsupportedError, VariantSettings
 from variants.attach import Adapters, attach
 from variants.merging import merge_and_detach
+from variants.mixture import keep_largest
 from variants.parameter_formula import evaluate_formula
 
 VARIANT = catalogue.get("lora_moe")
@@ -81,6 +82,12 @@ def test_one_matrix_product_equals_the_loop_over_experts(rank: int, top_k: int) 
         )
 
 
+def test_all_gates_that_tie_for_the_last_place_are_kept() -> None:
+    gates = torch.tensor([[[0.4, 0.2, 0.2, 0.2], [0.1, 0.4, 0.3, 0.2]]])
+    expected = torch.tensor([[[0.4, 0.2, 0.2, 0.2], [0.0, 4 / 7, 3 / 7, 0.0]]])
+    torch.testing.assert_close(keep_largest(gates, 2), expected)
+
+
 def test_equal_gates_give_lora_of_the_full_rank() -> None:
     lane_settings = settings(8)
     x, params = inputs(), stacked_tensors(lane_settings)
@@ -119,11 +126,11 @@ def test_invalid_settings_are_refused(rank: int, extra: ExtraSettings, message: 
 
 
 def balance(
-    x: Tensor, params: dict[str, Tensor], attention_mask: Tensor | None = None, weight: float = 0.1
+    x: Tensor, params: dict[str, Tensor], attention_mask: Tensor | None = None, **extra: float
 ) -> Tensor:
     """Return the balancing loss of one example per lane, for inputs `x` (K, L, in)."""
     attention_mask = torch.ones(x.shape[:2]) if attention_mask is None else attention_mask
-    lane_settings = settings(8, balance=weight)
+    lane_settings = settings(8, **extra)
     return VARIANT.auxiliary_loss(
         x.unsqueeze(1), attention_mask.unsqueeze(1), params, layer().with_settings(lane_settings)
     )
@@ -131,13 +138,13 @@ def balance(
 
 def test_the_balancing_loss_is_the_squared_variation_of_the_loads() -> None:
     x, params = inputs(), stacked_tensors(settings(8))
-    for lane, term in enumerate(balance(x, params)):
+    for lane, term in enumerate(balance(x, params)):  # with the default weight
         load = (x[lane] @ params["R"][lane].T).softmax(-1).sum(0)
         torch.testing.assert_close(term, 0.1 * load.var() / load.mean() ** 2)
         assert term > 0
     even = {**params, "R": torch.zeros_like(params["R"])}
     torch.testing.assert_close(balance(x, even), torch.zeros(2))
-    torch.testing.assert_close(balance(x, params, weight=0.5), 5 * balance(x, params))
+    torch.testing.assert_close(balance(x, params, balance=0.5), 5 * balance(x, params))
 
 
 def test_the_balancing_loss_of_a_batch_is_the_mean_over_its_parts() -> None:

@@ -13,11 +13,12 @@ class AdaMoLE(Mixture):
     Shapes: A (rank, in), B (out, rank), R (experts, in), T (1, in), c (1,). `Mixture` defines s and the
     number of experts. Initialization: A, R, T, c from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so y = W x.
 
-    Defaults: those of the paper (section 4.3, equations 5 to 7) and of zefang-liu/AdaMoLE
-    (src/adamole/layer.py): 8 experts that share `rank`, the largest threshold 1 / experts, with which a token
-    has at least one expert, and 0.001 of the loss experts * sum_i f_i P_i with P_i the mean of p_i - t.
-    Deviations: that loss is a mean over examples and layers, not a sum over layers for the whole batch;
-    padding does not count; dropout is the same for all experts and also applies to the input of R and T.
+    Defaults (the authors' configuration): 8 experts that share `rank`, the largest threshold 1 / experts,
+    with which a token has at least one expert, 0.001 of the loss experts * sum_i f_i P_i (P_i: mean p_i - t).
+    Deviations: see `Mixture`; T has the same input as R. The authors train in float32; in a bfloat16 model
+    the logits are rounded to bfloat16, which changes the experts of 0.3 % of random tokens at the start.
+    Source: src/adamole/layer.py and configs of zefang-liu/AdaMoLE; the paper's section 4.3 and equations 5 to
+    7 (numbers unconfirmed).
     """
 
     parameters = "rank * (in + out) + (experts + 1) * in + 1"

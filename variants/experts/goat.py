@@ -18,20 +18,19 @@ class GOAT(Mixture):
 
     Initialization: with W = U diag(S) V^T, expert i of rank d takes the d singular triplets from number
     (i - 1) floor(min(out, in) / E) on: A_i = sqrt(S / (rho s)) V^T, B_i = U sqrt(S / (rho s)). A0 and B0 are
-    frozen copies. Their product is taken off with the mean gate 1 / E, so y = W x only for tokens with equal
-    gates, and on average over tokens: the model starts near the base model.
+    frozen copies. R from U(-1/sqrt(in), 1/sqrt(in)). The product B0 A0 is taken off with the mean gate 1 / E,
+    so y = W x only for tokens with equal gates, and in expectation over R: the model starts near the base.
 
-    Scaling: `scaling` "alpha" has s = alpha / d (16 for 8 experts of rank 1 and alpha 16), as in the
-    published study and the authors' training scripts; "theory" has s = sqrt(3 eta in / d) as in the paper's
-    theorem 3.5, and alpha is not used. Other defaults: 8 experts, top 2, rho 10, weight 0.001 of the
-    balancing loss, as in the authors' scripts and the study.
+    Scaling: `scaling` "alpha" has s = alpha / d, as in the authors' training scripts (16 for 8 experts of
+    rank 1 and alpha 16); "theory" has s = sqrt(3 eta in / d) as in the paper's theorem 3.5, and alpha is not
+    used. The theorem is for B = 0, and the authors' code has this scale only with other starts. Further
+    defaults: 8 experts, top 2, rho 10, 0.001 of the balancing loss, as in the authors' scripts.
 
-    Deviations: the balancing loss experts * sum_i f_i P_i is a mean over examples and layers, and not a sum
-    over layers of a loss of the whole batch; padding does not count; dropout also applies to the router's
-    input. In the study's code the product B0 A0 was taken off without the factor 1 / E.
+    Deviations: see `Mixture`. The published study's code has s = ceil(alpha / d) / d (equal for d = 1), takes
+    B0 A0 off without the factor 1 / E, and draws R from U(0, 1), so that one expert has most of the weight.
 
-    Source: the paper's equations 13 to 19; goat/peta/src/goat/layer.py and goat/train_nlg.py (init_cof) of
-    Facico/GOAT-PEFT.
+    Source: the paper's equations 13 to 19 (numbers unconfirmed); goat/peta/src/goat/layer.py and
+    goat/train_nlg.py (init_cof) of Facico/GOAT-PEFT.
     """
 
     parameters = "rank * (in + out) + experts * in"

@@ -13,13 +13,13 @@ class HydraLoRA(Mixture):
 
     Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so y = W x.
 
-    The default of 3 experts is that of the paper's table 2 (rank 8). The paper finds the number by k-means
-    over the training data; the official script has 4.
+    The default of 3 experts is the average in the paper's table 2 (rank 8). The paper finds the number by
+    k-means over the training data; the official script has 4.
 
-    Deviations: dropout also applies to the router's input. As in the official code, there is no balancing
-    loss.
+    Deviations: see `Mixture` (dropout). As in the official code, there is no balancing loss.
 
-    Source: the paper's equations 3 and 4; HydraLoRA/peft/tuners/lora.py of Clin0212/HydraLoRA.
+    Source: the paper's equations 3 and 4; HydraLoRA/peft/tuners/lora.py of Clin0212/HydraLoRA, which adds s
+    and has R in this shape.
     """
 
     parameters = "rank * (in + experts * out) + experts * in"

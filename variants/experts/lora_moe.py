@@ -18,14 +18,13 @@ class LoRAMoE(Mixture):
     `top_k` 0 weighs all experts, as in the paper; another number keeps a token's largest gates, scaled to a
     sum of 1. The published study's 2 saves nothing here, where one product computes all experts.
 
-    The loss gains `balance` times the squared coefficient of variation, over the experts, of the sums of
-    their gates over an example's tokens, averaged over examples. All examples belong to one task type: then
-    the factor 1 + delta of the authors' importance matrix cancels. (The paper's equation has var / mean,
-    which grows with the number of tokens.)
-
-    Deviations: padding does not count; the layers' terms are averaged and not summed; dropout also applies to
-    the router's input. The default `balance` of 0.1 is the paper's beta from memory and unconfirmed; the
-    released script has 0.
+    The loss gains `balance` times the squared coefficient of variation (var / mean^2) over the experts of the
+    sums of their gates over an example's tokens. (The paper's var / mean grows with the number of tokens.)
+    The default 0.1 is the paper's beta (from summaries; script: 0); 8 experts are the script's (paper: 6).
+    Deviations: see `Mixture`; the variance is over the experts of an example, not over all experts and
+    examples of a batch; experts have no types. (In the paper and the code a sum is multiplied by 1 + delta if
+    the expert has the type of the example's task, else by 1 - delta; delta: paper 0.1, script 0.)
+    Source: peft/tuners/lora.py, run_loramoe.sh and issue 3 (var / mean^2) of Ablustrund/LoRAMoE.
     """
 
     parameters = "rank * (in + out) + experts * in"

@@ -22,12 +22,13 @@ class MoLA(Mixture):
 
     Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so y = W x.
 
-    Defaults: inverted_triangle and top 2, as in the official script; weight 0.001 of the balancing loss, as
-    in the official code, where it is optional. The loss is experts * sum_i f_i P_i, where f_i is the share of
-    the selections that fall on expert i.
+    Defaults: inverted_triangle and top 2, as in the official commands; weight 0.001 of the balancing loss, as
+    in the official code, where mola_training.py leaves the loss out by default (`balance` 0) and
+    mola_training_instruction.py does not. The loss is experts * sum_i f_i P_i, where f_i is the share of the
+    selections that fall on expert i.
 
-    Deviations: the balancing loss is a mean over examples and layers, and not a sum over layers of a loss of
-    the whole batch; padding does not count; dropout also applies to the router's input.
+    Deviations: see `Mixture`. Each layer has its own balancing loss, where the official code has one of all
+    adapted layers of a block together, which can be at its minimum although each uses only two experts.
 
     Source: src/mola_lora_hacked.py and src/mola_modeling_llama_hacked.py of GCYZSL/MoLA.
     """

@@ -51,6 +51,18 @@ def test_the_balancing_loss_is_the_official_one_for_each_example() -> None:
     torch.testing.assert_close(found[0], 1e-3 * mean_over_examples(loss, x[0], mask[0]))
 
 
+def test_the_router_and_the_threshold_start_as_linear_layers() -> None:
+    """All values are from U(-1/sqrt(in), 1/sqrt(in)); each seed draws only one value of c."""
+    layer = FrozenLayer("layer", torch.zeros(20, 200), None)
+    settings = VARIANT.validate_settings(VariantSettings(8, 16.0))
+    starts = [initial_tensors(VARIANT, layer, settings, seed=seed).trainable for seed in range(40)]
+    for name, shape in {"R": (8, 200), "T": (1, 200), "c": (1,)}.items():
+        drawn = torch.stack([start[name] for start in starts]) * 200**0.5
+        assert drawn.shape == (40, *shape)
+        assert -1 <= drawn.min() < -0.8
+        assert 0.8 < drawn.max() <= 1
+
+
 def test_a_token_has_at_least_one_expert_and_not_always_the_same_number() -> None:
     noise = torch.Generator().manual_seed(1)
     layer = FrozenLayer("layer", torch.zeros(20, 12, dtype=torch.float64), None)

@@ -46,7 +46,7 @@ def test_the_number_of_experts_depends_on_the_block(shape: str, blocks: int, exp
         assert tensors.trainable["B"].shape == (20, 3 * experts)
 
 
-def test_the_balancing_loss_is_the_official_one_for_each_example() -> None:
+def test_the_balancing_loss_is_the_official_one_of_one_layer_for_each_example() -> None:
     noise = torch.Generator().manual_seed(0)
     layer = FrozenLayer("layers.0.q_proj", torch.zeros(20, 12, dtype=torch.float64), None)
     settings = VARIANT.validate_settings(VariantSettings(4, 8.0, extra={"shape": "rectangle"}))
