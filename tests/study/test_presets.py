@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -20,6 +21,7 @@ from orchestrator.study.presets import (
 from orchestrator.study.published_variants import read_variants
 from orchestrator.util.errors import UsageError
 from variants import catalogue
+from variants.api import VariantSettings
 
 COUNTS = {
     "published-gsm8k": 20 * 8,
@@ -123,6 +125,19 @@ def test_a_search_can_vary_what_a_preset_sets(monkeypatch: pytest.MonkeyPatch) -
     options = parsed(monkeypatch, "--preset", "published-gsm8k-r128", *space)
     assert options.rank == 8, "the class's own default, since the space names the rank"
     assert not any(word.startswith("warmup=") for word in options.set)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_experts_have_the_scales_of_the_reference_code(name: str) -> None:
+    """Its GOAT rounds alpha / d up and divides by d, the rank of an expert; its LoRAMoE has alpha / rank."""
+    options = read_preset(name).options
+    rank, alpha = options["rank"], options["alpha"]
+    expected = {"goat": math.ceil(alpha / (rank // 8)) / (rank // 8), "lora_moe": alpha / rank}
+    for variant_name, scale in expected.items():
+        words = dict(word.split("=") for word in published_words(name, [variant_name]))
+        own = float(words.get(f"{variant_name}.alpha", alpha))
+        variant = catalogue.get(variant_name)
+        assert variant.scaling(variant.validate_settings(VariantSettings(rank, own))) == scale
 
 
 def test_settings_of_variants_that_take_no_part_are_left_out() -> None:
