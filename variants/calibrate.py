@@ -33,10 +33,11 @@ def calibrate(
 ) -> dict[str, dict[str, Tensor]]:
     """Compute each layer's calibration statistic and reduce it by the variant's `reduce_calibration`.
 
-    A statistic of the weight needs no batches. The mean gradient is the mean over batches; the covariance and
-    the moment of the inputs are over all positions except padding. A layer's matrix has the shape (out, in)
-    for gradients and (in, in) for inputs, in the lanes' dtype. Layers are processed in groups whose matrices
-    fit into the memory budget, with one pass over the batches per group.
+    A statistic of the weight needs no batches. The mean gradient is the mean over batches, the moment of the
+    inputs is the mean over samples, and the covariance of the inputs is over all positions. Padding does not
+    count in inputs. A layer's matrix has the shape (out, in) for gradients and (in, in) for inputs, in the
+    lanes' dtype. Layers are processed in groups whose matrices fit into the memory budget, with one pass over
+    the batches per group.
 
     Args:
         adapters: The adapters, whose lanes do not take part.
@@ -106,36 +107,48 @@ class _StatisticAccumulator:
         frozen = layer.frozen_layer
         self.adapter_state = layer.adapter_state
         self.matrix = torch.zeros(_matrix_shape(layer, statistic), device=frozen.device, dtype=frozen.dtype)
-        self.positions = 0
-        # For the covariance, the first batch's mean, which reduces cancellation; zeros for the moment.
-        self.shift: Tensor | None = None
-        if statistic is CalibrationStatistic.INPUT_MOMENT:
-            self.shift = torch.zeros_like(self.matrix[0])
-        self.is_centred = statistic is CalibrationStatistic.INPUT_COVARIANCE
+        self.positions = self.samples = 0
+        self.shift: Tensor | None = None  # for the covariance, the first batch's mean, to reduce cancellation
         self.shifted_sum = torch.zeros_like(self.matrix[0])
-        is_gradient = statistic is CalibrationStatistic.MEAN_GRADIENT
-        hook = self._accumulate_gradient if is_gradient else self._accumulate_inputs
+        self.statistic = statistic
+        hook = {
+            CalibrationStatistic.MEAN_GRADIENT: self._accumulate_gradient,
+            CalibrationStatistic.INPUT_COVARIANCE: self._accumulate_covariance,
+            CalibrationStatistic.INPUT_MOMENT: self._accumulate_moment,
+        }[statistic]
         self.handle = layer.base_layer.register_forward_hook(hook)
 
-    def _accumulate_inputs(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0].detach().flatten(0, -2)
+    def _mask(self, x: Tensor) -> Tensor:
+        """Return (samples, positions), False at padding; an input (N, in) without a mask is one sample."""
         context = self.adapter_state.current_context
-        attention_mask = None if context is None else context.attention_mask
-        if attention_mask is not None and attention_mask.numel() == len(x):
-            x = x[attention_mask.flatten().to(x.device)]
-        x = x.to(self.matrix.dtype)
+        mask = None if context is None else context.attention_mask
+        if mask is not None and mask.numel() == x.shape[:-1].numel():
+            return mask.to(x.device)
+        return x.new_ones(x.shape[:-1] if x.dim() > 2 else (1, len(x)), dtype=torch.bool).flatten(1)
+
+    def _accumulate_covariance(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach().flatten(0, -2)[self._mask(args[0]).flatten()].to(self.matrix.dtype)
         self.shift = x.mean(0) if self.shift is None else self.shift
         x = x - self.shift
         self.shifted_sum += x.sum(0)
         self.matrix.addmm_(x.t(), x)
         self.positions += len(x)
 
+    def _accumulate_moment(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        mask = self._mask(args[0])
+        x = args[0].detach().flatten(0, -2)[mask.flatten()].to(self.matrix.dtype)
+        sample = mask.nonzero()[:, 0]
+        largest = x.new_full((len(mask),), -math.inf).scatter_reduce(0, sample, x.amax(1), "amax").abs()
+        x = x / largest.where(largest > 0, 1.0)[sample].unsqueeze(1)
+        self.matrix.addmm_(x.t(), x)
+        self.samples += int(mask.any(1).sum())
+
     def compute(self, batch_count: int) -> Tensor:
         """Return the mean gradient over the batches, or the covariance or moment of the inputs."""
-        if self.shift is None:
+        if self.statistic is CalibrationStatistic.MEAN_GRADIENT:
             return self.matrix.div_(max(1, batch_count))
-        if not self.is_centred:
-            return self.matrix.div_(self.positions)
+        if self.statistic is CalibrationStatistic.INPUT_MOMENT:
+            return self.matrix.div_(max(1, self.samples))
         offset = self.shifted_sum / self.positions
         return self.matrix.div_(self.positions).addr_(offset, offset, alpha=-1)
 

@@ -38,7 +38,8 @@ class CalibrationStatistic(StrEnum):
     INPUT_COVARIANCE = "inputs"
     """The covariance of the layer's inputs, (in, in)."""
     INPUT_MOMENT = "moment"
-    """The mean of x x^T over the layer's inputs x, not centred, (in, in)."""
+    """The mean of X^T X over samples, (in, in), where X (positions, in) is a sample's inputs to the layer
+    divided by the largest of them, not centred."""
 
     @property
     def needs_data(self) -> bool:

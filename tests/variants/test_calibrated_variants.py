@@ -36,6 +36,10 @@ class Inputs(Gradients):
     calibration_statistic = CalibrationStatistic.INPUT_COVARIANCE
 
 
+class Moments(Gradients):
+    calibration_statistic = CalibrationStatistic.INPUT_MOMENT
+
+
 def ids(batch: int) -> Tensor:
     return torch.randint(0, 40, (6, 8), generator=torch.Generator().manual_seed(batch))
 
@@ -58,7 +62,7 @@ def calibration(adapters: Adapters, budget: int = 1 << 30) -> tuple[dict[str, di
     return found, len(passes)
 
 
-@pytest.mark.parametrize("variant", [Gradients(), Inputs(), *map(catalogue.get, CALIBRATED)])
+@pytest.mark.parametrize("variant", [Gradients(), Inputs(), Moments(), *map(catalogue.get, CALIBRATED)])
 def test_a_small_memory_budget_takes_more_passes_with_equal_results(variant: LoRA) -> None:
     adapters = attach(GPT2.build(), variant, VariantSettings(3, 6.0))
     at_once, one = calibration(adapters)
@@ -72,7 +76,7 @@ def test_a_small_memory_budget_takes_more_passes_with_equal_results(variant: LoR
             assert all(torch.equal(tensor, found[name][key]) for key, tensor in tensors.items()), name
 
 
-@pytest.mark.parametrize("variant", [Gradients(), Inputs()])
+@pytest.mark.parametrize("variant", [Gradients(), Inputs(), Moments()])
 def test_calibration_removes_its_hooks_and_gradients(variant: LoRA) -> None:
     adapters = attach(GPT2.build(), variant, VariantSettings(3, 6.0))
     calibration(adapters)
@@ -110,10 +114,13 @@ def test_the_first_layer_of_a_frozen_model_gets_a_gradient() -> None:
     torch.testing.assert_close(matrix, 2 * (x @ layer.weight.T + layer.bias).T @ x)
 
 
-def covariance(x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Return the covariance that `calibrate` computes for inputs `x` (batches, rows, length, in)."""
+def statistic(x: Tensor, attention_mask: Tensor | None = None, variant: LoRA | None = None) -> Tensor:
+    """Return the statistic that `calibrate` computes for inputs `x` (batches, rows, length, in).
+
+    It is the covariance unless a variant with another statistic is given.
+    """
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(x.shape[-1], 4)])})
-    adapters = attach(model, Inputs(), VariantSettings(2, 4.0))
+    adapters = attach(model, variant or Inputs(), VariantSettings(2, 4.0))
 
     def batches() -> Iterable[Tensor]:
         for number, rows in enumerate(x):
@@ -132,17 +139,56 @@ def test_inputs_are_centred_over_all_batches() -> None:
     """The inputs are far from zero, so mean(x x^T) - mean(x) mean(x)^T would have no correct digits."""
     x = torch.randn(4, 3, 6, 5) * torch.arange(1.0, 6) + 1000
     expected = torch.cov(x.double().reshape(-1, 5).T, correction=0)
-    torch.testing.assert_close(covariance(x).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(statistic(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_does_not_count_in_inputs() -> None:
     x = torch.randn(4, 3, 6, 5)
     attention_mask = torch.arange(6) < torch.tensor([[6], [2], [4]])
     attention_mask = attention_mask.expand(4, 3, 6)
-    found = covariance(x, attention_mask)
+    found = statistic(x, attention_mask)
     torch.testing.assert_close(found, torch.cov(x[attention_mask].T, correction=0), rtol=1e-5, atol=1e-6)
-    assert torch.equal(found, covariance(torch.where(attention_mask.unsqueeze(-1), x, 1e6), attention_mask))
-    assert not torch.allclose(found, covariance(x))
+    assert torch.equal(found, statistic(torch.where(attention_mask.unsqueeze(-1), x, 1e6), attention_mask))
+    assert not torch.allclose(found, statistic(x))
+
+
+def sample_moment(samples: Iterable[Tensor]) -> Tensor:
+    """Return PEFT's matrix for samples (positions, in): `calib_cov_distribution` of its corda.py."""
+    scaled = [x / x.max().abs() for x in samples]
+    return torch.stack([x.T @ x for x in scaled]).mean(0)
+
+
+def test_the_moment_is_the_mean_over_samples_divided_by_their_largest_value() -> None:
+    """The value with the largest absolute value of a sample is negative, and is not the one that counts."""
+    x = torch.randn(4, 3, 6, 5) * torch.arange(1.0, 4)[:, None, None]
+    x[:, :, 0, 2] = -20.0
+    expected = sample_moment(x.flatten(0, 1))
+    torch.testing.assert_close(statistic(x, variant=Moments()), expected, rtol=1e-5, atol=1e-6)
+    one_by_one = statistic(x.flatten(0, 1).unsqueeze(1), variant=Moments())
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_does_not_count_in_the_moment() -> None:
+    x = torch.randn(4, 3, 6, 5)
+    lengths = [6, 2, 4]
+    attention_mask = (torch.arange(6) < torch.tensor(lengths).unsqueeze(1)).expand(4, 3, 6)
+    found = statistic(torch.where(attention_mask.unsqueeze(-1), x, 1e6), attention_mask, Moments())
+    samples = [row[:length] for rows in x for row, length in zip(rows, lengths, strict=True)]
+    torch.testing.assert_close(found, sample_moment(samples), rtol=1e-5, atol=1e-6)
+
+
+def test_samples_without_a_largest_value_are_not_divided() -> None:
+    x = torch.randn(1, 3, 6, 5)
+    x[0, 0] = 0.0
+    x[0, 1] = -x[0, 1].abs()
+    x[0, 1, 0, 0] = 0.0
+    expected = (x[0, 1].T @ x[0, 1] + sample_moment(x[0, 2:])) / 3
+    torch.testing.assert_close(statistic(x, variant=Moments()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_without_rows_are_one_sample() -> None:
+    x = torch.randn(2, 7, 5)
+    torch.testing.assert_close(statistic(x, variant=Moments()), sample_moment(x), rtol=1e-5, atol=1e-6)
 
 
 def decaying(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,8 @@ from variants.baseline.lora import LoRA
 class CorDA(LoRA):
     """W' = W + s (B A - B0 A0) with s = alpha / rank.
 
-    Initialization: C = X^T X / positions over the inputs X of `calibration_batches` batches, W C = U S V^T.
+    Initialization: W C = U S V^T, where C is the mean of X^T X over the samples of `calibration_batches`
+    batches. X (positions, in) is a sample's inputs without padding, divided by the largest of them.
     A = A0 = sqrt(S / s) V^T C^-1 and B = B0 = U sqrt(S / s), so W' = W. In the `mode` "instruction" they
     have the `rank` largest triplets, and the components of W that the inputs use most learn; in the mode
     "knowledge" the smallest, and these components are preserved. C gets 1 % of its mean diagonal added to
@@ -18,12 +19,10 @@ class CorDA(LoRA):
 
     The defaults: 256 batches (the authors: 256 samples) and PEFT's mode.
 
-    Deviation: the authors and PEFT divide each sample by its largest value and sum over positions. Another
-    factor on C leaves U, S V^T C^-1 and the subtracted product as they are, and moves a factor from A to B.
-    In the mode "knowledge" the authors take C from samples of another task; here C is always the training
-    data's.
+    Deviation: in the mode "knowledge" the authors take C from samples of another task; here C is always the
+    training data's.
 
-    Source: cordalib/decomposition.py of the authors' code; PEFT's corda.py.
+    Source: cordalib/act_aware_utils.py and decomposition.py of the authors' code; PEFT's corda.py.
     """
 
     hyperparameters = {
@@ -33,6 +32,7 @@ class CorDA(LoRA):
         ),
     }
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    numerics = 2  # numerics 1 did not divide samples by their largest value, and had the mean over positions
     calibration_statistic = api.CalibrationStatistic.INPUT_MOMENT
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:

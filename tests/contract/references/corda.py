@@ -1,4 +1,4 @@
-"""PEFT's CorDA in its instruction mode, with the second moment of the lane's calibration batches."""
+"""PEFT's CorDA in its instruction mode, initialized from the samples of the lane's calibration batches."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from parity import AB, RANK, Reference, lora_config
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens
-from torch import Tensor, nn
+from peft.tuners.lora.corda import preprocess_corda
+from torch import nn
 
 from variants.adapters import Adapters
 from variants.testing.cases import Case
@@ -17,25 +17,17 @@ CONFIG = CordaConfig(corda_method="ipm")
 
 
 def _init_corda(reference_model: PeftModel, adapters: Adapters, case: Case) -> None:
-    """Initialize CorDA in PEFT, without PEFT's own moments, which depend on each sample's largest value."""
+    """Initialize CorDA in PEFT, whose hooks expect batches of one sample."""
     modules = dict(reference_model.get_base_model().named_modules())
     layers = nn.ModuleDict({str(i): modules[name].base_layer for i, name in enumerate(adapters.layers)})
     config = LoraConfig(r=RANK, target_modules=list(layers), corda_config=CONFIG)
-    for layer in layers.values():
-        layer.covariance_matrix, layer.rank, layer.corda_method = 0.0, RANK, CONFIG.corda_method
 
-    def add(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        x = args[0].flatten(0, -2)
-        layer.covariance_matrix = layer.covariance_matrix + x.t() @ x / len(x) / 3
+    def run() -> None:
+        with reference_model.disable_adapter():
+            for sample in torch.cat([case.rows(0, step) for step in range(3)]).split(1):
+                model_output(reference_model, sample)
 
-    handles = [layer.register_forward_hook(add) for layer in layers.values()]
-    with reference_model.disable_adapter():
-        for step in range(3):
-            model_output(reference_model, case.rows(0, step))
-    for handle in handles:
-        handle.remove()
-    collect_eigens(layers, config, verbose=False)
-    crop_corda_eigens(layers, config)
+    preprocess_corda(layers, config, run)
     for name in adapters.layers:
         modules[name].corda_init("default", "corda")
         assert torch.isfinite(modules[name].lora_A["default"].weight).all()

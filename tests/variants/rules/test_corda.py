@@ -92,6 +92,20 @@ def test_a_singular_moment_is_damped_until_its_inverse_is_accurate() -> None:
     assert all(tensor.isfinite().all() for tensor in initial.trainable.values())
 
 
+def test_the_damping_doubles_until_the_inverse_is_accurate(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, inverse, dampings = inputs(), torch.linalg.inv_ex, []
+    moment = x.t() @ x / len(x)
+
+    def inaccurate_at_first(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        dampings.append(((matrix - moment).trace() / moment.trace()).item())
+        found, failure = inverse(matrix)
+        return (found if len(dampings) > 2 else 2 * found), failure
+
+    monkeypatch.setattr(torch.linalg, "inv_ex", inaccurate_at_first)
+    start("instruction", moment, random_weight())
+    assert dampings == pytest.approx([0.01, 0.02, 0.04])
+
+
 def test_a_moment_of_zero_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="layer: the second moment of its inputs cannot be inverted"):
         start("instruction", torch.zeros(IN, IN, dtype=torch.float64), random_weight())
