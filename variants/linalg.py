@@ -30,9 +30,10 @@ def randomized_svd(weight: Tensor, rank: int, iterations: int, seed: int) -> tup
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the pairs of singular vectors with such signs that the largest entry of each v is positive.
+    """Return the pairs of singular vectors with signs that do not depend on the linear algebra library.
 
-    An SVD determines a pair (u, v) up to a common sign, and the sign depends on the linear algebra library.
+    An SVD determines a pair (u, v) up to a common sign. Here the entry of each v with the largest absolute
+    value is positive.
 
     Args:
         u: (out, r).

@@ -10,22 +10,28 @@ from variants.linalg import fix_signs, randomized_svd
 
 
 class LoRAGA(LoRA):
-    """W' = W + s (B A - B0 A0) with s = alpha / sqrt(rank), as in the authors' training code.
+    """W' = W + s (B A - B0 A0) with s = alpha / sqrt(rank).
+
+    s is that of the authors' reproduce/run_exp.py with `use_rslora`, which its Readme requires.
 
     Initialization: G = U S V^T is the mean gradient over `calibration_batches` batches. A = A0 = c V[:, :r]^T
     and B = B0 = c U[:, r:2r] with c = out^(1/4) / sqrt(`gamma`) (the authors' scale "stable" and direction
     "ArB2r"), so W' = W. Each rank takes two singular vectors, so the rank is at most half the smaller side of
     the layer.
 
+    The defaults are those of the authors' PEFT fork, whose batches have 2 rows (here as many as a
+    micro-batch). Their conf/init/gradient.yaml has 8 batches of 1 row; the Readme's example has `gamma` 64.
+
     Deviations:
     - The paper writes W - s B0 A0 into the weight. Here A0 and B0 are frozen tensors beside it. Unlike in
       PiSSA, dropout applies to B0 A0 as it does to B A, so that W' = W also with dropout. (In the published
       study dropout broke LoRA-GA.)
-    - The SVD is randomized with 4 power iterations as in the authors' code, but with 2 r + 10 columns (there
-      4 r) and its own noise.
+    - G is the gradient without the model's own dropout (there with it).
+    - The SVD is randomized with 4 power iterations and 4 r columns as in the authors' code, but with at
+      least 2 r + 10 columns and its own noise.
     - An SVD determines a pair (u, v) up to a common sign. A0 and B0 come from different pairs, so the signs
-      affect training. Here the largest entry of v is positive; there the sign depends on the linear algebra
-      library.
+      affect training. Here the entry of v with the largest absolute value is positive; there the sign depends
+      on the linear algebra library.
 
     PEFT's `lora_ga` is another method, so it is no reference: it multiplies B0 by the singular values and by
     c, does not scale A0, and divides by `rank` by default.
@@ -36,7 +42,7 @@ class LoRAGA(LoRA):
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     rank_limit = "min(in, out) // 2"
     frozen_update_buffers = frozenset()
-    numerics = 2  # numerics 1 kept the signs that the SVD returned
+    numerics = 3  # numerics 1 kept the signs that the SVD returned, numerics 2 had 2 r + 10 columns
     hyperparameters = {
         "calibration_batches": api.Int(64, help="batches that the mean gradient is taken over"),
         "gamma": api.Number(16.0, above=0, help="a larger value makes A and B smaller"),
@@ -44,7 +50,8 @@ class LoRAGA(LoRA):
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         rank = layer.settings.rank
-        u, _, vh = randomized_svd(matrix, 2 * rank, iterations=4, seed=api.stable_seed(layer.name, rank))
+        triplets = max(2 * rank, 4 * rank - 10)  # `randomized_svd` computes with 10 columns more
+        u, _, vh = randomized_svd(matrix, triplets, iterations=4, seed=api.stable_seed(layer.name, rank))
         u, vh = fix_signs(u, vh)
         c = matrix.shape[0] ** 0.25 / math.sqrt(float(layer.settings["gamma"]))
         return {"A0": c * vh[:rank], "B0": c * u[:, rank : 2 * rank]}
