@@ -14,7 +14,8 @@ from variants.linalg import randomized_svd
 class EVA(LoRA):
     """W' = W + s B A with s = alpha / rank, whatever number of ranks a layer has.
 
-    PEFT's option `adjust_scaling_factors` has the same effect.
+    PEFT's option `adjust_scaling_factors`, on by default, has the same effect. The authors' own repository
+    divides alpha by the layer's number of ranks.
 
     Initialization: A = the first principal directions of the layer's inputs, B = 0, so W' = W. Each layer
     proposes its first `rho` * rank directions. Of all proposed directions, the layers * rank that explain the
@@ -26,7 +27,8 @@ class EVA(LoRA):
 
     Deviations: here the covariance of all `calibration_batches` batches is decomposed once; there the
     decomposition is updated and truncated with each batch until the directions converge (`tau`). Here every
-    position except padding counts; PEFT leaves out the prompt by default.
+    position except padding counts; PEFT leaves out the prompt by default. Directions with less than about
+    1e-7 of a layer's variance are lost in a covariance in float32.
     """
 
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -11,7 +11,7 @@ class MiLoRA(PiSSA):
     SVD), B = B0 = U sqrt(S / s) and A = A0 = sqrt(S / s) V^T, so W' = W.
 
     The SVD is always exact: a randomized SVD finds the largest triplets only. (The published study's code
-    has one, which is PiSSA's initialization in effect.) The authors use alpha = rank.
+    has one, and takes the largest triplets with U and V exchanged.) The authors use alpha = rank.
 
     Source: `initialize_lora_layer` with the mode "min" in the authors' svd_init.py.
     """
