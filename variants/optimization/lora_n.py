@@ -11,18 +11,19 @@ class LoRAN(DenseUpdate):
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.
 
-    f and its defaults are those of the published study's code, because the authors published no code. The
-    study's code applies f to the outputs B A x, which cannot be merged. Here f applies to the weights: the
-    paper's abstract says that f is to fit the accumulated weight updates. With the default amplitude of
-    0.00005 the update differs from LoRA's by at most 0.005 %.
+    The defaults are those of the authors' published adapters. With this amplitude the update differs from
+    LoRA's by at most 0.005 %. The published study's code applies f to the outputs B A x, which cannot be
+    merged, and has a frequency of 1000.
 
-    Source: common/lora_modules/loran.py of the published study; the paper's equations are not confirmed.
+    Source: src/peft/tuners/mlora.py of liyinqiao2012/PEFT-LoRAN, with one layer and without its optional P
+    and b, as in the authors' adapters (`mlora_use_P` and `mlora_use_b` are false).
     """
 
     parameters = "rank * (in + out)"
+    verified_by = api.VerifiedBy.AUTHORS_CODE
     hyperparameters = {
         "amplitude": api.Number(5e-5, help="relative size of the sine"),
-        "frequency": api.Number(1000.0, above=0, help="angular frequency of the sine"),
+        "frequency": api.Number(1e4, above=0, help="angular frequency of the sine"),
     }
 
     def matrix(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
