@@ -18,8 +18,9 @@ class LoRAFA(LoRA):
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.
 
-    Source: `create_lorafa_optimizer` of PEFT. Deviation: PEFT rounds the corrected gradient of a
-    parameter in float32 to bfloat16. The survey's code freezes A and does not correct the gradient.
+    Source: `create_lorafa_optimizer` of PEFT. Deviations: PEFT's AdamW adds epsilon (1e-6 by default) before
+    the bias correction and decays after the step, and PEFT rounds the corrected gradient of a parameter in
+    float32 to bfloat16. The survey's code freezes A and does not correct the gradient.
     """
 
     parameters = "rank * out"

@@ -7,7 +7,10 @@ from variants.baseline.lora import LoRA
 class LoRAPlus(LoRA):
     """W' = W + s B A with s = alpha / rank; B's learning rate is `ratio` times the lane's, A's is the lane's.
 
-    Initialization as in LoRA. The default `ratio` of 16 is the authors' default.
+    Initialization as in LoRA. Default: `ratio` 16 is the published study's; the authors' code has none.
+
+    Source: `create_loraplus_optimizer` of PEFT. Deviation: there, and in the authors' code, the biases of a
+    trained head learn at B's rate too.
     """
 
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

@@ -29,9 +29,12 @@ class LoRAPro(LoRA):
 
     Initialization as in LoRA.
 
-    Source: the authors' code (`lorapro_full_adjustment` in their copy of DeepSpeed). Deviations: there
-    s = 2 is fixed, the number of steps in Adam's bias correction is one too large, and the moments are
-    rounded to bfloat16.
+    Source: the authors' code (`lorapro_full_adjustment` in their copy of DeepSpeed). Deviations:
+    - There s = 2 is fixed, the number of steps in Adam's bias correction is one too large, the factors,
+      inverses and moments are rounded to bfloat16, and there is no weight decay.
+    - There, clipping divides the steps by max(1, norm of all g_A and g_B). Here it divides g_A and g_B, as
+      for every variant, which Adam largely cancels. There is no difference while the norm stays below 1.
+    - A layer without a gradient in a step still takes one, from its present moments.
     """
 
     verified_by = api.VerifiedBy.AUTHORS_CODE

@@ -17,8 +17,9 @@ class MultiLoRA(LoRA):
 
     The adapter is exported as a plain LoRA of rank modules * rank.
 
-    Source: a public implementation of unknown authors (the class MultiLoRALinear with `lora_scaling`). It
-    agrees with the paper's abstract; the paper's equations and the default of 3 modules are not confirmed.
+    Source: src/adapter/multilora.py of pUmpKin-Co/MTL-LoRA, whose authors (Yang et al. 2024, arXiv
+    2410.09437) compare with MultiLoRA; the default of 3 modules is theirs. No code of MultiLoRA's authors is
+    known. Its paper's equations are not confirmed: a scale may be one number per module there.
     """
 
     parameters = "modules * (rank * (in + out) + out)"

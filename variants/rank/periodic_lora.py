@@ -18,7 +18,9 @@ class PeriodicLoRA(COLA):
     Default: m is 0.1 and there are 3 merges. Source: the published study's code (`plora.py`), since the
     authors have published none, and the paper's abstract. Deviations: the study's code merges after every
     step and keeps the optimizer's state, although the paper reinitializes it after each stage. With m = 1
-    that code sets A and B to zero, and they stay there.
+    that code sets A and B to zero, and they stay there. According to a summary, the paper also restarts the
+    learning-rate schedule in each stage; here one schedule spans all stages. Not confirmed: that the paper
+    too multiplies both A and B by 1 - m, and that its momentum is the merged fraction, not the kept one.
     """
 
     verified_by = api.VerifiedBy.NONE
