@@ -204,6 +204,9 @@ def _match_variant(config: Mapping[str, Any], folder: Path) -> tuple[Variant, Va
     for key in _UNSUPPORTED_PEFT_KEYS:
         if config.get(key):
             raise UnsupportedError(f"{folder}: PEFT's {key} is not supported")
+    if config.get("bias") not in (None, "none"):
+        # The biases that PEFT trained are in the file, and no variant has them.
+        raise UnsupportedError(f"{folder}: PEFT's bias {config['bias']!r} (trained biases) is not supported")
     init_method = config.get("init_lora_weights")
     if isinstance(init_method, str) and init_method.startswith(_BASE_CHANGING_INITS):
         raise UnsupportedError(

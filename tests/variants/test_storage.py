@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import HiraConfig, LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
+from peft import (
+    BOFTConfig,
+    HiraConfig,
+    HRAConfig,
+    LNTuningConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    get_peft_model,
+)
 from torch import nn
 
 from variants import catalogue
@@ -89,6 +98,10 @@ def test_modules_to_save_become_the_lanes_head(tmp_path: Path, variant: str) -> 
         (LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, use_rslora=True), "no variant here is"),
         (LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"), "a pissa adapter over"),
         (LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"q_proj": 2}), "PEFT's rank_pattern"),
+        (LoraConfig(r=3, target_modules=["q_proj"], bias="all"), "PEFT's bias 'all'"),
+        (OFTConfig(oft_block_size=8, target_modules=["q_proj"], bias="oft_only"), "PEFT's bias 'oft_only'"),
+        (OFTConfig(oft_block_size=8, target_modules=["q_proj"], coft=True), "no variant here is PEFT's OFT"),
+        (OFTConfig(oft_block_size=8, target_modules=["q_proj"], block_share=True), "no variant here is"),
         (
             LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"]),
             "modules_to_save has model.norm, a LlamaRMSNorm; only linear layers are read",
@@ -99,6 +112,51 @@ def test_unsupported_adapters_are_refused(tmp_path: Path, config: PeftConfig, me
     save_with_peft(tmp_path, config, LLAMA.build())
     with pytest.raises(UnsupportedError, match=message):
         load_peft(LLAMA.build(), tmp_path)
+
+
+@pytest.mark.parametrize("name", [n for n in catalogue.names() if vars(type(catalogue.get(n))).get("peft")])
+def test_an_adapter_with_trained_biases_is_refused_for_every_variant(tmp_path: Path, name: str) -> None:
+    variant = catalogue.get(name)
+    config = variant.peft_config(variant.validate_settings(VariantSettings(4, 8.0)))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    with pytest.raises(UnsupportedError, match=r"PEFT's bias 'all' \(trained biases\) is not supported"):
+        load_peft(LLAMA.build(), tmp_path)
+
+
+def test_a_series_of_rotations_of_an_older_peft_is_refused(tmp_path: Path) -> None:
+    config = OFTConfig(oft_block_size=8, target_modules=["q_proj"])
+    peft_logits = save_with_peft(tmp_path, config, LLAMA.build())
+    adapters = load_peft(LLAMA.build(), tmp_path)
+    with torch.no_grad(), adapters.activate_lanes(["peft"], None):
+        torch.testing.assert_close(adapters.model(IDS).logits, peft_logits, rtol=1e-4, atol=1e-5)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    del saved["peft_version"]
+    file.write_text(json.dumps(saved))
+    with pytest.raises(UnsupportedError, match=r"PEFT before 0\.18 made the adapter"):
+        load_peft(LLAMA.build(), tmp_path)
+    file.write_text(json.dumps({**saved, "use_cayley_neumann": False}))
+    assert not load_peft(LLAMA.build(), tmp_path).settings["cayley_neumann"]
+
+
+@pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1")
+def test_a_boft_adapter_with_fewer_factors_than_its_config_names_is_refused(tmp_path: Path) -> None:
+    save_with_peft(tmp_path, BOFTConfig(target_modules=["q_proj"]), LLAMA.build())
+    file = tmp_path / "adapter_config.json"
+    # What PEFT writes for two factors where it cannot build its CUDA extension.
+    file.write_text(json.dumps({**json.loads(file.read_text()), "boft_n_butterfly_factor": 2}))
+    with pytest.raises(UnsupportedError, match="has 1 of the 2 butterfly factors that its config names"):
+        load_peft(LLAMA.build(), tmp_path)
+
+
+def test_an_hra_adapter_may_have_more_reflections_than_a_layer_has_outputs(tmp_path: Path) -> None:
+    rank = 18
+    peft_logits = save_with_peft(tmp_path, HRAConfig(r=rank, target_modules=["k_proj"]), LLAMA.build())
+    loaded = load_peft(LLAMA.build(), tmp_path)
+    assert all(layer.frozen_layer.shape[0] < rank for layer in loaded.layers.values())
+    with torch.no_grad(), loaded.activate_lanes(["peft"], None):
+        torch.testing.assert_close(loaded.model(IDS).logits, peft_logits, rtol=1e-4, atol=1e-5)
+    attach(LLAMA.build(), catalogue.get("hra"), VariantSettings(rank))
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ class BOFT(InputMap):
 
     Deviation: there is no multiplicative dropout (0 is PEFT's default).
 
-    PEFT needs a CUDA extension for m > 1; without it, PEFT ignores its config and takes m = 1.
+    PEFT needs a CUDA extension for m > 1; without it, PEFT takes m = 1 and writes the wished m to its config.
+    Such an adapter is refused.
 
     Source: paper, Section 4; PEFT, tuners/boft/layer.py.
     """
@@ -56,6 +57,14 @@ class BOFT(InputMap):
                 f"{layer.name} has {in_features} inputs: not a multiple of {size << (factors - 1)}, which "
                 f"block_size {size} and {factors} factors need"
             )
+
+    def init_from_peft(self, tensors: api.Params, settings: api.VariantSettings) -> api.InitialTensors:
+        stored, factors = len(tensors["boft_R"]), settings["factors"]
+        if stored != factors:
+            raise api.UnsupportedError(
+                f"the adapter has {stored} of the {factors} butterfly factors that its config names"
+            )
+        return super().init_from_peft(tensors, settings)
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         size, (out_features, in_features) = layer.settings["block_size"], layer.shape

@@ -1,5 +1,7 @@
 """HRA (Yuan et al. 2024, arXiv 2405.17484): multiplies W by a chain of learned Householder reflections."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,14 @@ class HRA(LoRA):
 
     Deviations: PEFT's option `apply_GS`, which makes the vectors orthogonal, is not offered; at equal vectors
     it divides rounding errors by their length. The paper's loss for orthogonality is not offered either, as
-    in PEFT. The authors' code for LLaMA computes H W from independent vectors; the paper's equation is W H.
+    in PEFT. The authors' code for LLaMA computes H W, from short independent vectors, divided by
+    sqrt(|u_i|^2 + 1e-4), so that H is near I at step 0; the paper's equation is W H.
 
-    Source: paper, Section 3; PEFT, tuners/hra/layer.py.
+    Source: paper, Section 3; PEFT, tuners/hra/layer.py; github.com/DaShenZi721/HRA, llama/peft/oft/layer.py.
     """
 
     parameters = "rank * in"
+    rank_limit = ""  # none, as in PEFT
     start = api.Start.ROUNDED
     uses_alpha = uses_dropout = False
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
@@ -64,3 +68,7 @@ class HRA(LoRA):
         products = RowsProduct.apply(a.to(layer.stored_weight.dtype), layer).to(u.dtype)  # (K, r, out)
         b = -products.mT @ inner
         return (a, b) if params["U"].dim() == 3 else (a[0], b[0])
+
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
+        # Over a W of bfloat16, `factors` multiplies in bfloat16, which a merge does not need.
+        return super().delta_weight(params, replace(layer, stored_weight=layer.weight.to(layer.dtype)))

@@ -1,5 +1,6 @@
 """OFT (Qiu et al. 2023, arXiv 2306.07280): rotates the layer's input in blocks of a fixed size."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,11 +19,12 @@ class OFT(InputMap):
 
     Initialization: Q = 0, so W' = W. Defaults: those of PEFT.
 
-    Deviations: there is no constrained form (COFT) and no Q that all blocks share. PEFT accepts a
-    `module_dropout` for OFT and ignores it; there is none here.
+    Deviations: there is no constrained form (COFT, the default of the authors' oft-control), no re-scaled
+    form (a factor for each output) and no Q that all blocks share. PEFT accepts a `module_dropout` for OFT
+    and ignores it; there is none here. In PEFT before 0.18 the last term is 2 Q^4; its adapters are refused.
 
-    Source: paper, Section 3; PEFT, tuners/oft/layer.py. For one Q, PEFT's two forms rotate in opposite
-    directions. That is kept, so that adapters can be exchanged.
+    Source: paper, Section 3; PEFT, tuners/oft/layer.py; github.com/Zeju1997/oft, oft-control/oft.py. For one
+    Q, PEFT's two forms rotate in opposite directions. That is kept, so that adapters can be exchanged.
     """
 
     parameters = "in * (block_size - 1) / 2"
@@ -44,12 +46,19 @@ class OFT(InputMap):
             "cayley_neumann": "use_cayley_neumann",
             "terms": "num_cayley_neumann_terms",
         },
+        constants={"coft": False, "block_share": False},
         adapts_conv1d=False,
     )
 
     def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
         # PEFT warns about a series of an older version if its config does not name a version.
         return {**super().peft_config(settings), "peft_version": "0.18.0"}
+
+    def settings_from_peft(self, config: Mapping[str, Any]) -> api.VariantSettings:
+        # PEFT writes its version since 0.18, which changed the series.
+        if config.get("use_cayley_neumann", True) and not config.get("peft_version"):
+            raise api.UnsupportedError("PEFT before 0.18 made the adapter, with another series of rotations")
+        return super().settings_from_peft(config)
 
     def layer_parameters(self, layer: api.FrozenLayer, rank: int, layers: int) -> int:
         return layer.shape[1] * (nearest_divisor(layer.shape[1], layer.settings["block_size"]) - 1) // 2

@@ -10,7 +10,7 @@ from rule import adapt, check_update
 from torch import nn
 
 from variants import catalogue
-from variants.api import UnsupportedError, VariantSettings
+from variants.api import FrozenLayer, UnsupportedError, VariantSettings
 
 
 @pytest.mark.parametrize("rank", [2, 6])
@@ -37,3 +37,13 @@ def test_each_pair_begins_with_equal_vectors_as_in_peft() -> None:
 def test_an_odd_rank_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"rank 3: .* it must be even"):
         catalogue.get("hra").validate_settings(VariantSettings(3))
+
+
+def test_a_merge_over_bfloat16_is_computed_in_float32() -> None:
+    hra, noise = catalogue.get("hra"), torch.Generator().manual_seed(0)
+    weight, u = torch.randn(40, 24, generator=noise).bfloat16(), torch.randn(24, 4, generator=noise)
+    layer = FrozenLayer("layer", weight, None).with_settings(VariantSettings(4, None))
+    exact = FrozenLayer("layer", weight.double(), None).with_settings(VariantSettings(4, None))
+    merged, expected = hra.delta_weight({"U": u}, layer), hra.delta_weight({"U": u.double()}, exact)
+    assert merged.dtype == torch.float32
+    assert (merged - expected).norm() < 1e-5 * expected.norm()
