@@ -8,7 +8,7 @@ from __future__ import annotations
 import parity
 import pytest
 from peft import get_peft_model
-from references import adalora
+from references import adalora, boft, oft, road
 
 from variants import catalogue
 from variants.api import VerifiedBy
@@ -24,6 +24,21 @@ REFERENCES = parity.load_references()
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_ten_steps_equal_those_of_the_reference(name: str, model: str) -> None:
     parity.compare_steps(catalogue.get(name), REFERENCES[name], model)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        pytest.param(name, reference, id=f"{name}-{label}")
+        for name, module in (("boft", boft), ("oft", oft), ("road", road))
+        for label, reference in module.OTHER_SETTINGS.items()
+    ],
+)
+def test_ten_steps_with_other_settings_equal_those_of_peft(
+    name: str, reference: parity.Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boft.replace_extension(monkeypatch)
+    parity.compare_steps(catalogue.get(name), reference, "llama")
 
 
 @pytest.mark.parametrize("model", parity.LANGUAGE_MODELS)

@@ -12,16 +12,16 @@ _ANGLES = {"road_1": 1, "road_2": 2, "road_4": 4}
 class RoAd(OutputMap):
     """W' = R W and bias' = R bias; R turns each pair of outputs (y1, y2) and scales it.
 
-    y1' = a11 cos(t11) y1 - a12 sin(t12) y2 and y2' = a21 cos(t21) y2 + a22 sin(t22) y1. By `form` a pair has
+    y1' = a11 cos(t11) y1 - a12 sin(t12) y2 and y2' = a21 sin(t21) y1 + a22 cos(t22) y2. By `form` a pair has
     one angle t and one scale a ("road_1"), one of each per output ("road_2"), or four ("road_4").
 
     Initialization: t = 0 and a = 1, so W' = W. Defaults: RoAd1 with pairs of neighbours, as in the paper. In
-    each group of `group_size` outputs the pairs are (i, i + group_size / 2); PEFT's default is 64, which only
-    renumbers the outputs.
+    each group of `group_size` outputs the pairs are (i, i + group_size / 2); PEFT's default is 64, which
+    pairs other outputs.
 
-    RoAd needs larger learning rates than LoRA (1e-3 and more).
+    PEFT's documentation recommends larger learning rates than LoRA's, around 1e-3.
 
-    Source: paper, Section 3.2; PEFT, tuners/road/layer.py.
+    Source: paper, Section 3.2; PEFT, tuners/road/layer.py. The authors' repository has no code.
     """
 
     parameters = "angles * out"
