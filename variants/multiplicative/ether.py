@@ -15,8 +15,12 @@ class ETHER(InputMap):
     Initialization: u from U(-1/sqrt(in / n), 1/sqrt(in / n)), so W' differs from W at step 0 by a random
     reflection. Default: n = 1, as in the authors' code (with n = 32 the paper trains Llama-2-7B).
 
-    Deviation: for n > 1 the authors' code cuts W into blocks of rows by a reshape, and applies H_i to row
-    block i at all inputs; here, as in the paper's equation, H_i applies to input block i.
+    Deviations: for queries, keys and values (its default layers are queries and values) the authors' code
+    computes H W with blocks of outputs, and u from U(-1/sqrt(out), 1/sqrt(out)): for n > 1 these vectors are
+    shorter, and a step turns them sqrt(n) times as far. For n > 1 it cuts W of other layers into blocks of
+    rows by a reshape, and applies H_i to row block i at all inputs; here, as in the paper's equation, H_i
+    applies to input block i. Its dropout (0 by default) and its option `flip_side` (H on the smaller side)
+    are not offered.
 
     Source: paper, Equations 1 and 2; github.com/mwbini/ether, ether-instruct/lit_gpt/ether.py.
     """

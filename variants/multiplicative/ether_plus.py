@@ -13,9 +13,9 @@ class ETHERPlus(InputMap):
     u and v (n, in / n) of H_in and `u_out` and `v_out` (n, out / n) of H_out learn. Initialization: u from
     U(-1/sqrt(in / n), 1/sqrt(in / n)) and v = -u, likewise for the outputs, so W' = W.
     Default: n = 1, as in the authors' code (with n = 32 the paper trains Llama-2-7B).
-
+    Deviations for n > 1: the blocks of H_in, and for queries, keys and values the length of the vectors, as
+    in `ether`. The blocks of H_out agree with the authors' code. Its dropout (0 by default) is not offered.
     Source: paper, Section 3.3; github.com/mwbini/ether, ether-instruct/lit_gpt/ether.py ("etherplusHH").
-    Deviation: the blocks of H_in for n > 1, as in `ether`.
     """
 
     parameters = "2 * (in + out)"

@@ -9,7 +9,7 @@ from variants.output_map import OutputMap
 class IA3(OutputMap):
     """W' = diag(l) W and bias' = l bias with a vector l (out, 1).
 
-    Initialization: l = 1, so W' = W. The paper's learning rate is 3e-3.
+    Initialization: l = 1, so W' = W. The paper's learning rate is 3e-3, with Adafactor.
 
     The paper scales keys, values and the inputs of the second feed-forward layer. In a gated feed-forward
     block, these inputs are a product with the outputs of a linear layer (`up_proj`, T5's `wi_1`), which the

@@ -13,13 +13,13 @@ class PSOFT(WeightSVD):
 
     The rotation R = (I + Q) (I - Q)^-1 (r, r) follows from a skew-symmetric Q, whose values above the
     diagonal learn, as do the vectors a and b (r,). U S and V^T are frozen. PEFT's factor alpha / r cancels.
-
+    An adapter is exported as a plain LoRA: PEFT computes the singular vectors of a PSOFT adapter again when
+    it loads one, and their signs, which it does not fix, decide what Q means.
     Initialization: Q = 0 and a = b = 1, so W' = W. Defaults: those of PEFT (exact inverse, both vectors).
-
-    An adapter is exported as a plain LoRA. When PEFT loads a PSOFT adapter, it computes the singular vectors
-    again, and their signs, which it does not fix, decide what Q means.
-
-    Source: paper, Section 4; PEFT, tuners/psoft/layer.py.
+    Deviations: PEFT's other options (a series for R, a free R, fewer vectors, symmetric factors) and rank 1
+    are not offered. The authors' scripts for language models take R = I + 2 Q + ... + 2 Q^5 + Q^6, and their
+    dropout (0) is that of the input of U S diag(b) R diag(a) V^T; here, as in PEFT, of W' - W.
+    Source: paper, Section 4; PEFT, tuners/psoft/layer.py; github.com/fei407/PSOFT, baselines/psoft.
     """
 
     parameters = "rank * (rank - 1) / 2 + 2 * rank"

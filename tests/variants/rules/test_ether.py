@@ -37,6 +37,48 @@ def test_a_layer_that_has_no_equal_blocks_is_refused() -> None:
             variant.check_layer(layer_of("q_proj", shape, settings))
 
 
+def _product_of_the_authors(weight: Tensor, right: Tensor, left: Tensor | None = None) -> Tensor:
+    """Return W' as the authors' ETHERLinear computes it.
+
+    Args:
+        weight: W (out, in).
+        right: The blocks for the inputs, (n, in / n, in / n).
+        left: The blocks for the outputs, (n, out / n, out / n), of ETHER+.
+    """
+    parts = weight.reshape(len(right), -1, right.shape[1])  # for n > 1 these are no blocks of inputs
+    product = (parts @ right).reshape(weight.shape)
+    if left is None:
+        return product
+    return (left @ product.reshape(len(left), left.shape[1], -1)).reshape(weight.shape)
+
+
+def test_one_block_equals_the_authors_code() -> None:
+    def reflect(params, weight, settings, s):
+        u = params["u"]  # (1, in)
+        block = torch.eye(u.shape[1]) - 2 * u.mT @ u / (u @ u.mT)
+        return _product_of_the_authors(weight, block.unsqueeze(0)) - weight
+
+    check_update("ether", reflect)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_ether_plus_equals_the_authors_code_but_for_several_blocks_of_inputs(blocks: int) -> None:
+    def opposed(u: Tensor, v: Tensor) -> Tensor:
+        units = [each / each.norm(dim=1, keepdim=True) for each in (u, v)]
+        products = [each.unsqueeze(2) * each.unsqueeze(1) for each in units]
+        return torch.eye(u.shape[1]) - products[0] + products[1]
+
+    for layer in adapt("ether_plus", VariantSettings(extra={"blocks": blocks})).layers.values():
+        params, frozen = dict(layer.lane_tensors("0")), layer.frozen_layer
+        if blocks > 1:
+            params["v"] = -params["u"]  # H_in = I
+        expected = _product_of_the_authors(
+            frozen.weight, opposed(params["u"], params["v"]), opposed(params["u_out"], params["v_out"])
+        )
+        change = catalogue.get("ether_plus").delta_weight(params, frozen)
+        torch.testing.assert_close(frozen.weight + change, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_one_reflection_for_each_block_of_inputs(blocks: int) -> None:
     def change(params, weight, settings, s):
