@@ -24,8 +24,8 @@ class BOFT(InputMap):
 
     Deviation: there is no multiplicative dropout (0 is PEFT's default).
 
-    PEFT needs a CUDA extension for m > 1; without it, PEFT takes m = 1 and writes the wished m to its config.
-    Such an adapter is refused.
+    PEFT needs a CUDA extension for m > 1; without it, PEFT takes m = 1, but its config still names the
+    larger m. Such an adapter is refused.
 
     Source: paper, Section 4; PEFT, tuners/boft/layer.py.
     """
