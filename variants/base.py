@@ -87,7 +87,8 @@ class Variant(ParameterCount, PeftFormat):
     frozen_update_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors whose part of the update counts as part of the frozen weight (PiSSA's
     residual, ReLoRA's merged factors), so that dropout does not apply to it. In training with dropout
-    `prepare_frozen_update` prepares that part, and `prepare` does not get these tensors."""
+    `prepare_frozen_update` prepares that part, and `prepare` does not get these tensors, except with
+    `dropout_on_base`."""
     dropout_on_base: ClassVar[bool] = False
     """True if the update reads the frozen layer's output. In training with dropout, the update then reads the
     frozen layer's output for the input after dropout."""
@@ -236,7 +237,8 @@ class Variant(ParameterCount, PeftFormat):
 
         The method is called only in training with dropout, for layers that have tensors of
         `frozen_update_buffers`. `forward` is then called twice: for the frozen part with the layer's input
-        before dropout, and for the rest with the input after dropout.
+        before dropout, and for the rest with the input after dropout. With `dropout_on_base` it is called for
+        the whole update with the input after dropout, and for the frozen part with the difference of both.
 
         Args:
             params: The lanes' tensors, (K, ...).

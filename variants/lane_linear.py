@@ -126,6 +126,10 @@ class LaneLinear(nn.Module):
             return self._apply_variant(dropped, flat_base, context, flat).view(base.shape)
         dropped_base = self.base_layer(dropped)
         change = self._apply_variant(dropped, dropped_base, context) - dropped_base
+        if self.variant.frozen_update_buffers & self.lane_tensors(context.lanes[0]).keys():
+            # `change` contains the frozen part for the dropped input, but that part has no dropout.
+            update = self.variant.prepare_frozen_update(self._stack_tensors(context.lanes), layer)
+            flat_base = self.variant.forward(flat - dropped, flat_base, update, layer)
         return (flat_base + change).view(base.shape)
 
     def _is_plain_product(self) -> bool:

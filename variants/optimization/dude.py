@@ -1,5 +1,7 @@
 """DuDe (Han et al. 2025, arXiv 2505.14367): DoRA whose direction starts as PiSSA does."""
 
+import torch
+
 from variants import api
 from variants.initialization.pissa import PiSSA
 from variants.optimization.dora import DoRA
@@ -9,13 +11,17 @@ class DuDe(DoRA, PiSSA):
     """W' = (m / n) (W + s (B A - B0 A0)) with n = the row norms of the second factor, s = alpha / rank.
 
     Initialization: A = A0 and B = B0 from the `rank` largest singular triplets of W as in PiSSA, m = row
-    norms of W as in DoRA, so W' = W. Also as in DoRA, the gradient treats n as a constant.
+    norms of W as in DoRA, so W' = W. As in DoRA and PEFT, the gradient treats n as a constant.
 
-    Dropout applies to all of the change, W' - W.
+    As in PEFT, dropout applies to W' - (W - s B0 A0), since the residual W - s B0 A0 is the frozen weight.
 
     Source: the paper's figure and PEFT, which can combine the two.
     """
 
     parameters = "rank * (in + out) + out"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    frozen_update_buffers = frozenset()
+    numerics = 2  # dropout also applies to s B0 A0
+
+    def prepare_frozen_update(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
+        unscaled = torch.zeros_like(params["m"]).unsqueeze(1)
+        return {**super().prepare_frozen_update(params, layer), "more": unscaled}
