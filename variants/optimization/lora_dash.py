@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from variants import api
 from variants.baseline.lora import LoRA
@@ -22,7 +23,8 @@ class LoRADash(LoRA):
     The singular values of W are computed when the directions are selected, for each layer and lane.
 
     Defaults: 8 directions after 100 of the 1,562 steps of the published study; the authors use 8 directions
-    after 100 steps. Source: the authors' code (`layers_LoRA-Dash.py`).
+    after 100 forward passes, whereas optimizer steps count here. Deviation: the directions share LoRA's
+    dropout mask; the authors draw two. Source: the authors' code (`layers_LoRA-Dash.py`).
     """
 
     parameters = "rank * (in + out) + min(directions, in, out)"
@@ -68,6 +70,12 @@ class LoRADash(LoRA):
 
     def export_rank(self, settings: api.VariantSettings) -> int:
         return settings.rank + settings["directions"]
+
+    def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
+        """Return A and B, with zeros for the directions that a small layer does not have."""
+        a, b = self.factors(params, layer)
+        missing = self.export_rank(layer.settings) - len(a)
+        return {"lora_A.weight": pad(a, (0, 0, 0, missing)), "lora_B.weight": pad(b, (0, missing))}
 
 
 def _selection_step(lane: api.LaneView) -> int:

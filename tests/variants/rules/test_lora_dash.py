@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from peft import PeftModel
 from recorded_step import record_step
 
 from variants import catalogue
 from variants.api import VariantSettings
+from variants.storage import save_peft
 from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_lanes
+from variants.testing.rig import LaneOptimizer, attach_lanes, lane_outputs
 
 CASE = Case("tall", out_features=40, in_features=24, dtype=torch.float64)
 SETTINGS = VariantSettings(4, 8.0, extra={"directions": 5, "warmup": 0.5})
@@ -76,3 +80,18 @@ def test_a_small_layer_keeps_all_of_its_directions() -> None:
     case = Case("small", out_features=6, in_features=24)
     adapters = attach_lanes(case, catalogue.get("lora_dash"), 1)
     assert adapters.trainable("0")["there.0.d"].shape == (6,)
+
+
+def test_peft_loads_a_model_with_a_small_layer(tmp_path: Path) -> None:
+    """PEFT gives all layers one rank, but a layer of 6 outputs has fewer directions than one of 24."""
+    case = Case("small", out_features=6, in_features=24)
+    adapters = attach_lanes(case, catalogue.get("lora_dash"), 1)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in adapters.layers.values():
+            for tensor in layer.lane_tensors("0").values():
+                tensor.normal_(generator=noise)
+    save_peft(adapters, "0", tmp_path, "base")
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(case.build(), tmp_path)(case.rows(0))
+    torch.testing.assert_close(found, lane_outputs(case, adapters), rtol=1e-4, atol=1e-4)
