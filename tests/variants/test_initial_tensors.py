@@ -64,6 +64,19 @@ def test_dora_keeps_float32_norms_over_a_bfloat16_base() -> None:
     )
 
 
+def test_doras_norm_of_a_row_that_nearly_vanishes_has_a_lower_bound() -> None:
+    """The expanded square of such a norm is rounded to zero or to a negative number."""
+    from variants.optimization.dora import _row_norms
+
+    frozen_layer = layer(64, 96).with_settings(VariantSettings(96), torch.ones(1, 1, 1))
+    factor = torch.zeros(64, 1)
+    factor[::2] = -(1 - 1e-5)
+    a, b = torch.eye(96).unsqueeze(0), (factor * frozen_layer.weight).unsqueeze(0)
+    found, rows = _row_norms(a, b, frozen_layer)[0], frozen_layer.weight.norm(dim=1)
+    assert (found[::2] >= 0.99 * torch.finfo(torch.float32).eps ** 0.5 * rows[::2]).all()
+    torch.testing.assert_close(found[1::2], rows[1::2])
+
+
 def test_dora_keeps_a_row_of_zeros_finite() -> None:
     frozen_layer = layer()
     frozen_layer.weight[3] = 0
