@@ -20,8 +20,9 @@ class AuroRA(api.Variant):
     Defaults: cubic splines on 5 intervals, as in the published study's code, as is the start of H and C. The
     paper has no s and uses rank 2; use alpha = rank for s = 1.
 
-    Deviation: the splines are computed in float32 or float64. The update depends on the input and cannot be
-    merged; the study's code merged B f(A), which is another function.
+    Deviations: the update depends on the input and cannot be merged; the paper (equation 3) and the study's
+    code merge B f(A), which is another function. In the paper C is a vector; its shape here is that of the
+    study's code. f is computed in float32 or float64, from A x in the model's dtype.
 
     Source: the paper's equations 4 to 8.
     """

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from rule import adapt, check_output, initial_tensors
+from scipy.interpolate import BSpline
 from torch import Tensor
 
 from variants import catalogue
 from variants.api import FrozenLayer, MergeError, Params, VariantSettings
 from variants.merging import merge_and_detach
+from variants.optimization.aurora import spline_basis
 
 VARIANT = catalogue.get("aurora")
 
@@ -32,6 +35,18 @@ def update(x: Tensor, params: Params, weight: Tensor, settings: VariantSettings,
 
 def test_the_update_is_the_papers_equation() -> None:
     check_output("aurora", update, settings=VariantSettings(4, 8.0))
+
+
+@pytest.mark.parametrize(("intervals", "degree"), [(5, 3), (5, 1), (3, 2), (8, 4), (1, 1), (1, 3)])
+def test_the_splines_are_those_of_scipy(intervals: int, degree: int) -> None:
+    z = np.linspace(-2.7, 2.7, 997)
+    knots = np.arange(-degree, intervals + degree + 1) * 2 / intervals - 1
+    expected = [
+        np.nan_to_num(BSpline.basis_element(knots[i : i + degree + 2], extrapolate=False)(z))
+        for i in range(intervals + degree)
+    ]
+    found = spline_basis(torch.from_numpy(z), intervals, degree)
+    torch.testing.assert_close(found, torch.from_numpy(np.stack(expected, axis=1)), rtol=0, atol=1e-12)
 
 
 def test_entries_far_outside_the_grid_have_no_spline() -> None:
@@ -60,7 +75,7 @@ def test_the_nonlinear_layer_starts_as_in_the_studys_code() -> None:
 
 
 def test_merging_is_refused() -> None:
-    """The published study's code merges B f(A), which is another function than B f(A x)."""
+    """The paper and the published study's code merge B f(A), which is another function than B f(A x)."""
     adapters = adapt("aurora", VariantSettings(4, 8.0))
     with pytest.raises(MergeError, match="aurora cannot be merged"):
         merge_and_detach(adapters, "0")
