@@ -12,11 +12,11 @@ class DeltaLoRA(LoRA):
 
     The first step is t = 0. Wt is never written. The sum of the changes telescopes:
     Wt = W + ratio * s (B A - B0 A0), where A0 and B0 are A and B after K + 1 steps, kept as the frozen
-    tensors "before A" and "before B". This is exact in every dtype and needs one base model for all lanes. In
-    the first K + 1 steps A0 and B0 follow A and B. No gradient flows through Wt.
+    tensors "before A" and "before B". No rounding errors add up over the steps, and all lanes share one base
+    model. In the first K + 1 steps A0 and B0 follow A and B. No gradient flows through Wt.
 
-    Initialization as in LoRA. The default `start` is the paper's K = 500 of the 1,562 steps of the published
-    study.
+    Initialization as in LoRA. The defaults, ratio 2 and K = 500 of 1,562 steps, are the published study's;
+    its code quotes them from the paper, whose text was not available to verify them.
 
     Dropout in the settings is replaced by 0: the paper removes dropout from the low-rank path, so that the
     gradient with respect to B A equals the gradient with respect to W.

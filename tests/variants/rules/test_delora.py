@@ -60,6 +60,30 @@ def test_the_norm_of_the_change_is_bounded_by_lambda() -> None:
         assert found.norm() <= 3.0 * weight.norm(dim=0).max()
 
 
+@pytest.mark.parametrize("bound", [1.0, 2.0])
+def test_the_bound_on_the_norm_of_the_change_is_reached(bound: float) -> None:
+    """It is |lambda| max(w), and twice as large with frozen copies, which the change may point away from."""
+    weight = torch.randn(20, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    variant = catalogue.get("delora")
+    extra = {"initial": "kaiming" if bound == 2.0 else "zero", "lambda": 3.0}
+    settings = variant.validate_settings(VariantSettings(4, extra=extra))
+    layer = FrozenLayer("layer", weight, None).with_settings(settings, 1.0)
+    start = initial_tensors(variant, layer, settings)
+    params, norms = {**start.trainable, **start.frozen}, weight.norm(dim=0)
+    # All ranks have one direction: that of the input whose column of the weight is longest.
+    params["A"], params["B"] = torch.zeros(4, 14).double(), torch.ones(20, 4).double()
+    params["A"][:, norms.argmax()] = 5.0
+    if "A0" in params:
+        params["A0"], params["B0"] = -params["A"], params["B"]
+    largest = bound * 3.0 * norms.max()
+    torch.testing.assert_close(variant.delta_weight(params, layer).norm(), largest)
+    for seed in range(20):
+        noise = torch.Generator().manual_seed(seed)
+        for name in params.keys() - {"lambda"}:
+            params[name] = torch.randn(params[name].shape, generator=noise, dtype=torch.float64)
+        assert variant.delta_weight(params, layer).norm() <= largest
+
+
 @pytest.mark.parametrize(("initial", "rank"), [("kaiming", 8), ("zero", 4)])
 def test_frozen_copies_are_exported_as_ranks(initial: str, rank: int, tmp_path: Path) -> None:
     case = Case("llama", model="llama")
