@@ -133,7 +133,7 @@ def test_a_large_weight_of_the_budget_term_shuts_gates_until_the_budget_is_met()
     log_d = torch.cat([p.detach() for n, p in adapters.trainable("0").items() if n.endswith(".log_d")])
     assert abs(float(open_probability(log_d).sum()) - 4 * 4) < 0.1
     ranks = adapters.ranks_in_use("0").values()
-    assert abs(sum(ranks) - 4 * 4) <= 1
+    assert abs(sum(ranks) - 4 * 4) <= 2
     assert min(ranks) < 4 < max(ranks)
 
 
