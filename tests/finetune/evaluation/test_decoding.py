@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -135,10 +136,24 @@ def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("stop", [(), ("a b", "e d")], ids=["eos", "stop"])
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("family", CONFIGS)
+STOP_TEXTS = ("a b", "e d")
+
+
+def combinations() -> Iterator[Any]:
+    """Yield all combinations. Each pair of values is in one of the default run, two for each family."""
+    for number, family in enumerate(CONFIGS):
+        opposite = (False, bool(number & 1), bool(number & 2))
+        for static, sampled, stops in itertools.product((False, True), repeat=3):
+            is_default = len({a == b for a, b in zip(opposite, (static, sampled, stops), strict=True)}) == 1
+            names = ("static" if static else "dynamic", "sampled" if sampled else "greedy")
+            yield pytest.param(
+                family, static, sampled, STOP_TEXTS if stops else (),
+                id="-".join((family, *names, "stop" if stops else "eos")),
+                marks=() if is_default else pytest.mark.slow,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "static", "sampled", "stop"), combinations())
 def test_the_tokens_equal_those_of_transformers(
     family: str, static: bool, sampled: bool, stop: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
