@@ -199,6 +199,20 @@ def test_adalora_prunes_the_least_important_of_all_layers() -> None:
     assert sum(ranks.values()) == 16
 
 
+def test_adaloras_averages_stay_where_a_layer_has_no_gradient() -> None:
+    adapters = attach_lanes(RECTANGLES, catalogue.get("adalora"), 1)
+    optimizer = LaneOptimizer(adapters, "0", 0.01, 40)
+    train_step(RECTANGLES, adapters, {"0": optimizer})
+    before = {name: tensor.clone() for name, tensor in adapters.frozen("0").items()}
+    for name, parameter in adapters.trainable("0").items():
+        if name.startswith("there.1."):
+            parameter.grad = None
+    adapters.after_step("0", 2, 40, optimizer.optimizer)
+    after = adapters.frozen("0")
+    changed = {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {*adapters.layers} - {"there.1"}
+
+
 def test_adaloras_loss_is_the_mean_distance_from_orthogonality() -> None:
     adapters = attach_lanes(RECTANGLES, catalogue.get("adalora"), 2)
     with adapters.activate_lanes(["0", "1"], 0) as context:

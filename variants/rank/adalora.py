@@ -32,11 +32,11 @@ class AdaLoRA(LoRA):
     importance of its row of A plus that of its column of B. After step t, E is set to zero for all but the
     b(t) triplets of all layers with the highest scores. The budget b(t) is the initial number up to t_i and
     then falls cubically to layers * rank at T - t_f. Until then a pruned triplet may return; afterwards it
-    may not. T is the number of total steps, t_i = `warmup` * T and t_f = `final` * T.
+    may not. T is the total number of steps, t_i = `warmup` * T and t_f = `final` * T.
 
-    Defaults: t_i = 100 and t_f = 900 of T = 1,562 steps and ranks 12 -> 8, as in the published study;
-    pruning at every step and averages of 0.85, as in PEFT. Where the initial rank exceeds the smaller side of
-    a layer (`rank` must not), the rows cannot all be orthogonal, as in PEFT.
+    Defaults: t_i = 100 and t_f = 900 of T = 1,562 steps and ranks 12 -> 8, as in the survey; pruning at
+    every step and averages of 0.85, as in PEFT. Where the initial rank exceeds the smaller side of a layer
+    (`rank` must not), the rows cannot all be orthogonal, as in PEFT.
 
     Deviation: PEFT's orthogonality loss moves the A and B of pruned triplets until T. Here their gradients
     are zero after T - t_f.
@@ -59,7 +59,7 @@ class AdaLoRA(LoRA):
 
     def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
         settings = super().validate_settings(settings)
-        if float(settings["warmup"]) + float(settings["final"]) >= 1:
+        if settings["warmup"] + settings["final"] >= 1:
             raise api.UnsupportedError(
                 "warmup and final: must be fractions of the total steps with a sum below 1"
             )
@@ -83,7 +83,7 @@ class AdaLoRA(LoRA):
     def auxiliary_loss(
         self, x: Tensor, attention_mask: Tensor, params: api.Params, layer: api.FrozenLayer
     ) -> Tensor:
-        return _OrthogonalityLoss.apply(params["A"], params["B"], float(layer.settings["orthogonality"]))
+        return _OrthogonalityLoss.apply(params["A"], params["B"], layer.settings["orthogonality"])
 
     def before_step(self, lane: api.LaneView) -> None:
         if lane.step >= _pruning_steps(lane.settings, lane.total_steps)[1]:
@@ -152,7 +152,7 @@ def _init_buffers(trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _initial_rank(settings: api.VariantSettings) -> int:
-    return math.ceil(round(float(settings["initial"]) * settings.rank, 6))
+    return math.ceil(round(settings["initial"] * settings.rank, 6))
 
 
 def _pruning_steps(settings: api.VariantSettings, total_steps: int) -> tuple[int, int]:
@@ -160,8 +160,8 @@ def _pruning_steps(settings: api.VariantSettings, total_steps: int) -> tuple[int
 
     At least one step is scored before T - t_f.
     """
-    start = round(float(settings["warmup"]) * total_steps)
-    return start, max(2, start + 1, total_steps - round(float(settings["final"]) * total_steps))
+    start = round(settings["warmup"] * total_steps)
+    return start, max(2, start + 1, total_steps - round(settings["final"] * total_steps))
 
 
 def _triplet_budget(layer_count: int, settings: api.VariantSettings, step: int, total_steps: int) -> int:
@@ -201,14 +201,15 @@ class _OrthogonalityLoss(torch.autograd.Function):
 
 
 def _update_importance(views: Sequence[api.LayerView]) -> None:
-    """Update the running averages with |p * gradient| of this step."""
+    """Update the running averages with |p * gradient| of this step; they stay where there is no gradient."""
     for name in "AEB":
-        parameters: list[Tensor] = [view.trainable[name] for view in views]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        now = torch._foreach_mul(parameters, gradients)
+        found = [(view, grad) for view in views if (grad := view.trainable[name].grad) is not None]
+        if not found:
+            continue
+        now = torch._foreach_mul([view.trainable[name] for view, _ in found], [grad for _, grad in found])
         torch._foreach_abs_(now)
-        importance = [view.frozen[f"importance {name}"] for view in views]
-        uncertainty = [view.frozen[f"uncertainty {name}"] for view in views]
+        importance = [view.frozen[f"importance {name}"] for view, _ in found]
+        uncertainty = [view.frozen[f"uncertainty {name}"] for view, _ in found]
         torch._foreach_mul_(importance, EMA_DECAY)
         torch._foreach_add_(importance, now, alpha=1 - EMA_DECAY)
         torch._foreach_sub_(now, importance)
