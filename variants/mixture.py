@@ -18,16 +18,18 @@ class Mixture(api.Variant):
     the largest one from 2 to `experts` that divides `rank`. Equal gates that sum to 1 then give LoRA's
     scaling alpha / rank for the sum of all experts. Without `shares_rank` each expert has `rank`.
 
-    Deviations from the authors' codes, for all subclasses: Dropout has one mask for all experts, which also
-    applies to the router's input; the codes draw a mask for each expert and none for the router. The
-    balancing loss reads the input before dropout. It is a mean over examples and layers, where the codes
-    compute it over a whole batch and add the layers: there the same `balance` is stronger by the number of
-    layers. Padding does not count. Of gates that tie for the last of the `top_k` places all are kept, and not
-    exactly `top_k` (in bfloat16 0.35 % of random tokens with 8 experts, 1024 inputs and top 2).
+    Deviations from the authors' implementations, for all subclasses:
+    - One dropout mask applies to the input of all experts and of the router. The authors draw a mask for each
+      expert and none for the router.
+    - The balancing loss reads the input before dropout, and padding does not count in it. It is a mean over
+      examples and layers. The authors compute it over a whole batch and add up the layers, which multiplies
+      the effect of `balance` by the number of layers.
+    - Of gates that tie for the last of the `top_k` places all are kept, and not exactly `top_k` (in bfloat16
+      0.35 % of random tokens with 8 experts, 1024 inputs and top 2).
 
-    A subclass declares the hyperparameters `experts`, `top_k` and `balance` and overrides what its paper
-    changes: `init` (start of the experts), `route` (gates), `features` (input of B), `imbalance` (auxiliary
-    loss of one example).
+    A subclass declares those of the hyperparameters `experts`, `top_k` and `balance` that it uses, and
+    overrides what its paper changes: `init` (start of the experts), `route` (gates), `features` (input of B),
+    `imbalance` (auxiliary loss of one example).
     """
 
     is_mergeable = False
@@ -36,7 +38,7 @@ class Mixture(api.Variant):
 
     def expert_count(self, settings: api.VariantSettings) -> int:
         """Return the number of experts of a layer."""
-        most = int(settings["experts"])
+        most = settings["experts"]
         if not self.shares_rank:
             return most
         rank = settings.rank
@@ -68,7 +70,9 @@ class Mixture(api.Variant):
         return {**params, "sB": params["B"] * layer.scaling}
 
     def route(self, x: Tensor, params: api.Params, settings: api.VariantSettings) -> tuple[Tensor, Tensor]:
-        """Return the gates and the router's probabilities, (K, N, experts) in float32 or float64.
+        """Return the gates and the values that the balancing loss averages, (K, N, experts).
+
+        Both are in float32 or float64. The second result is the router's probabilities by default.
 
         Args:
             x: The layer's input, (K, N, in).
@@ -76,10 +80,16 @@ class Mixture(api.Variant):
             settings: The settings; `top_k` keeps that many of a token's gates, and 0 keeps all of them.
         """
         probabilities = router_probabilities(x, params)
-        return keep_largest(probabilities, int(settings["top_k"])), probabilities
+        return keep_largest(probabilities, settings["top_k"]), probabilities
 
     def features(self, x: Tensor, params: api.Params, experts: int) -> Tensor:
-        """Return the factors of the columns of B before the gates weigh them, (K, N, rank)."""
+        """Return the factors of the columns of B before the gates weigh them, (K, N, rank).
+
+        Args:
+            x: The layer's input, (K, N, in).
+            params: The result of `prepare`.
+            experts: The number of experts.
+        """
         return api.bmm(x, params["A"].to(x.dtype).transpose(1, 2))
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
@@ -94,22 +104,20 @@ class Mixture(api.Variant):
         routes = self.route(x.flatten(1, 2), params, layer.settings)
         gates, probabilities = (route.unflatten(1, x.shape[1:3]) for route in routes)
         mask = attention_mask.unsqueeze(3).to(gates.dtype)
-        return float(layer.settings["balance"]) * self.imbalance(
-            gates, probabilities, mask, layer.settings
-        ).mean(1)
+        return layer.settings["balance"] * self.imbalance(gates, probabilities, mask, layer.settings).mean(1)
 
     def imbalance(
         self, gates: Tensor, probabilities: Tensor, mask: Tensor, settings: api.VariantSettings
     ) -> Tensor:
-        """Return how unevenly the experts are used in each example, (K, R).
+        """Return how unevenly the experts are used in each example, (K, examples).
 
         This is the Switch Transformer's balancing loss experts * sum_i f_i P_i, where f_i is the share of an
-        example's tokens that expert i serves and P_i is the mean of its probabilities.
+        example's tokens that expert i serves and P_i is the mean of its `probabilities`.
 
         Args:
-            gates: (K, R, L, experts) of R examples of L positions per lane.
-            probabilities: (K, R, L, experts), the second result of `route`.
-            mask: (K, R, L, 1), 0.0 at padding and 1.0 elsewhere.
+            gates: (K, examples, L, experts) for L positions per example.
+            probabilities: (K, examples, L, experts), the second result of `route`.
+            mask: (K, examples, L, 1), 0.0 at padding and 1.0 elsewhere.
             settings: The settings.
         """
         tokens = mask.sum(2).clamp(min=1)
@@ -131,7 +139,12 @@ def init_experts(random: api.LayerRandom, experts: int, rank: int) -> api.Initia
 
 
 def router_probabilities(x: Tensor, params: api.Params) -> Tensor:
-    """Return softmax(R x) as (K, N, experts) for x (K, N, in), in float32 or float64."""
+    """Return the router's probabilities softmax(R x), (K, N, experts), in float32 or float64.
+
+    Args:
+        x: The layer's input, (K, N, in).
+        params: Tensors with the router "R", (K, experts, in).
+    """
     logits = api.bmm(x, params["R"].to(x.dtype).transpose(1, 2))
     return logits.softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -139,7 +152,11 @@ def router_probabilities(x: Tensor, params: api.Params) -> Tensor:
 def keep_largest(probabilities: Tensor, top_k: int) -> Tensor:
     """Set all but the `top_k` largest gates of each token to zero and scale the others to a sum of 1.
 
-    Gates that equal the smallest one kept are kept too. With `top_k` 0 all gates are kept.
+    Gates that equal the smallest one kept are kept too.
+
+    Args:
+        probabilities: The gates of all experts, (K, N, experts).
+        top_k: The number of gates to keep; 0 keeps all and does not scale them.
     """
     if not top_k:
         return probabilities

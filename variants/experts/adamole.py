@@ -14,7 +14,7 @@ class AdaMoLE(Mixture):
     number of experts. Initialization: A, R, T, c from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so y = W x.
 
     Defaults (the authors' configuration): 8 experts that share `rank`, the largest threshold 1 / experts,
-    with which a token has at least one expert, 0.001 of the loss experts * sum_i f_i P_i (P_i: mean p_i - t).
+    with which a token has at least one expert, `balance` 0.001 (P_i in `Mixture.imbalance`: mean of p_i - t).
     Deviations: see `Mixture`; T has the same input as R. The authors train in float32; in a bfloat16 model
     the logits are rounded to bfloat16, which changes the experts of 0.3 % of random tokens at the start.
     Source: src/adamole/layer.py and configs of zefang-liu/AdaMoLE; the paper's section 4.3 and equations 5 to

@@ -16,18 +16,19 @@ class GOAT(Mixture):
     The `top_k` largest gates are kept and scaled to a sum of 1. E is the number of experts; see `Mixture` for
     it and for the shapes.
 
-    Initialization: with W = U diag(S) V^T, expert i of rank d takes the d singular triplets from number
-    (i - 1) floor(min(out, in) / E) on: A_i = sqrt(S / (rho s)) V^T, B_i = U sqrt(S / (rho s)). A0 and B0 are
-    frozen copies. R from U(-1/sqrt(in), 1/sqrt(in)). The product B0 A0 is taken off with the mean gate 1 / E,
-    so y = W x only for tokens with equal gates, and in expectation over R: the model starts near the base.
+    Initialization: with W = U diag(S) V^T, expert i = 1, ..., E of rank d takes d consecutive singular
+    triplets, the first of which is number (i - 1) floor(min(out, in) / E) + 1 in descending order:
+    A_i = diag(sqrt(S / (rho s))) V^T, B_i = U diag(sqrt(S / (rho s))). A0 and B0 are frozen copies. R from
+    U(-1/sqrt(in), 1/sqrt(in)). The product B0 A0 is subtracted with the mean gate 1 / E, so y = W x only for
+    tokens with equal gates, and in expectation over R: the model starts near the base.
 
     Scaling: `scaling` "alpha" has s = alpha / d, as in the authors' training scripts (16 for 8 experts of
     rank 1 and alpha 16); "theory" has s = sqrt(3 eta in / d) as in the paper's theorem 3.5, and alpha is not
     used. The theorem is for B = 0, and the authors' code has this scale only with other starts. Further
     defaults: 8 experts, top 2, rho 10, 0.001 of the balancing loss, as in the authors' scripts.
 
-    Deviations: see `Mixture`. The published study's code has s = ceil(alpha / d) / d (equal for d = 1), takes
-    B0 A0 off without the factor 1 / E, and draws R from U(0, 1), so that one expert has most of the weight.
+    Deviations: see `Mixture`. The survey's code has s = ceil(alpha / d) / d (equal for d = 1), subtracts
+    B0 A0 without the factor 1 / E, and draws R from U(0, 1), so that one expert has most of the weight.
 
     Source: the paper's equations 13 to 19 (numbers unconfirmed); goat/peta/src/goat/layer.py and
     goat/train_nlg.py (init_cof) of Facico/GOAT-PEFT.

@@ -11,12 +11,12 @@ class LoRAMoE(Mixture):
 
     It cannot be merged. The experts share `rank` equally: their number is the largest one from 2 to `experts`
     that divides `rank` (8 experts at rank 8, 4 at rank 4). As in the authors' code, s = alpha / (rank of one
-    expert). The published study's s = alpha / rank is an eighth of it with 8 experts.
+    expert). The survey's s = alpha / rank is an eighth of it with 8 experts.
 
     Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), as if each expert were a LoRA; B = 0, so y = W x.
 
     `top_k` 0 weighs all experts, as in the paper; another number keeps a token's largest gates, scaled to a
-    sum of 1. The published study's 2 saves nothing here, where one product computes all experts.
+    sum of 1. The survey's 2 would save no time, because one product computes all experts.
 
     The loss gains `balance` times the squared coefficient of variation (var / mean^2) over the experts of the
     sums of their gates over an example's tokens. (The paper's var / mean grows with the number of tokens.)

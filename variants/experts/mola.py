@@ -25,7 +25,7 @@ class MoLA(Mixture):
     Defaults: inverted_triangle and top 2, as in the official commands; weight 0.001 of the balancing loss, as
     in the official code, where mola_training.py leaves the loss out by default (`balance` 0) and
     mola_training_instruction.py does not. The loss is experts * sum_i f_i P_i, where f_i is the share of the
-    selections that fall on expert i.
+    selections that fall on expert i and P_i is the mean of its probabilities.
 
     Deviations: see `Mixture`. Each layer has its own balancing loss, where the official code has one of all
     adapted layers of a block together, which can be at its minimum although each uses only two experts.
@@ -36,7 +36,7 @@ class MoLA(Mixture):
     parameters = "rank * (in + out) + rank / expert_rank * in"
     hyperparameters = {
         "shape": api.Choice("inverted_triangle", tuple(SHAPES), help="numbers of experts by depth"),
-        "top_k": api.Int(2, minimum=1, maximum=2, help="experts per token"),
+        "top_k": api.Int(2, maximum=2, help="experts per token"),
         "balance": api.Number(1e-3, help="weight of the balancing loss"),
     }
     verified_by = api.VerifiedBy.AUTHORS_CODE
@@ -44,7 +44,7 @@ class MoLA(Mixture):
 
     def expert_count(self, settings: api.VariantSettings) -> int:
         """Return the number of experts of the smallest layers."""
-        return min(SHAPES[str(settings["shape"])])
+        return min(SHAPES[settings["shape"]])
 
     def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
         return {**settings.extra, "expert_rank": settings.rank}
@@ -64,7 +64,7 @@ class MoLA(Mixture):
         initial = {}
         for name in layers:
             block = count - 1 if (found := blocks[name]) is None else found
-            experts = SHAPES[str(settings["shape"])][4 * block // count]
+            experts = SHAPES[settings["shape"]][4 * block // count]
             initial[name] = init_experts(random_of(name), experts, experts * settings.rank)
         return initial
 
