@@ -18,17 +18,19 @@ class RandLoRA(LoRA):
 
     With p = min(out, in) and q = max(out, in), A (r, p) and the n matrices B_i (q, r) are frozen and random,
     slices of two tensors that all layers share; l_i (r,) and g_i (p,) are trained. r = `rank_factor` * rank,
-    n = ceil(min(p, base_limit) / r), s = alpha / rank.
+    n = ceil(min(p, base_limit) / r), s = alpha / rank. As in PEFT, the columns of the B_i and the rows of A
+    are paired otherwise than in this sum: with i, j and k = i r + j counted from 0, column j of B_i meets row
+    m = k // n of A, multiplied by entry m of l_h and by g_h, where h = k % n.
 
     Initialization: A and B uniform with a standard deviation of 1, l (r, n) = 0, so W' = W; all
     values of g (n, p) are 1 / max(n, p).
 
-    Defaults: at rank 8, `rank_factor` 4 gives the basis rank 32 of the published study, whose U is
-    `base_limit` 1024. Without a limit (a `base_limit` of at least p) the update can have full rank.
+    Defaults: at rank 8, `rank_factor` 4 gives the basis rank 32 of the survey, which calls `base_limit` U
+    and sets it to 1024. Without a limit (`base_limit` at least p) the update can have full rank.
 
     Deviations: PEFT has no `base_limit`, and no 1 / sqrt(n), which is the authors' (`normalized`). A lane
     draws A and B from its own seed and keeps them in its checkpoint; PEFT has one `projection_prng_key`.
-    The published study's code draws l from N(0, 1), so it does not start at W, and has g = 1 / q.
+    The survey's code draws l from N(0, 1), so it does not start at W, and has g = 1 / q.
 
     Source: `tuners/randlora/` of the authors' code (PaulAlbert31/RandLoRA) and of PEFT.
     """
@@ -73,7 +75,7 @@ class RandLoRA(LoRA):
         scales = params["l"].unsqueeze(-1) * params["g"].unsqueeze(-3)  # (..., r, n, p)
         if layer.settings["normalized"]:
             scales = scales / math.sqrt(n)
-        # As in PEFT, the columns of B are in another order (n, r) than the rows of A, which are random too.
+        # As in PEFT, column k of B in the order (n, r) meets row k of A in the order (r, n).
         a = (params["A"][..., :p] * scales).flatten(-3, -2)
         b = params["B"][..., :q, :n, :].flatten(-2)
         return (a, b) if layer.shape[1] == p else (b.mT, a.mT)
