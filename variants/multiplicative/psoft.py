@@ -9,16 +9,16 @@ from variants.weight_svd import WeightSVD
 
 
 class PSOFT(WeightSVD):
-    """W' = W + U S (diag(b) R diag(a) - I) V^T with the r largest singular triplets (U, S, V) of W.
+    """W' = W + U diag(S) (diag(b) R diag(a) - I) V^T with the r largest singular triplets (U, S, V) of W.
 
     The rotation R = (I + Q) (I - Q)^-1 (r, r) follows from a skew-symmetric Q, whose values above the
-    diagonal learn, as do the vectors a and b (r,). U S and V^T are frozen. PEFT's factor alpha / r cancels.
+    diagonal learn, as do the vectors a and b (r,). U diag(S) and V^T are frozen. PEFT's alpha / r cancels.
     An adapter is exported as a plain LoRA: PEFT computes the singular vectors of a PSOFT adapter again when
     it loads one, and their signs, which it does not fix, decide what Q means.
     Initialization: Q = 0 and a = b = 1, so W' = W. Defaults: those of PEFT (exact inverse, both vectors).
     Deviations: PEFT's other options (a series for R, a free R, fewer vectors, symmetric factors) and rank 1
     are not offered. The authors' scripts for language models take R = I + 2 Q + ... + 2 Q^5 + Q^6, and their
-    dropout (0) is that of the input of U S diag(b) R diag(a) V^T; here, as in PEFT, of W' - W.
+    dropout (0) applies to the input of U diag(S) diag(b) R diag(a) V^T; here, as in PEFT, to that of W' - W.
     Source: paper, Section 4; PEFT, tuners/psoft/layer.py; github.com/fei407/PSOFT, baselines/psoft.
     """
 
@@ -35,7 +35,7 @@ class PSOFT(WeightSVD):
         u, s, vh = self.triplets(layer)
         rank, ones = len(s), layer.ones(len(s))
         trainable = {"Q": ones.new_zeros(rank * (rank - 1) // 2), "a": ones, "b": ones.clone()}
-        return api.InitialTensors(trainable, {"US": (u * s).to(layer.dtype), "Vh": vh.to(layer.dtype)})
+        return api.InitialTensors(trainable, {"US": u * s, "Vh": vh})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = params["a"], params["b"]

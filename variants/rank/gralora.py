@@ -67,8 +67,10 @@ class GraLoRA(api.Variant):
         return api.InitialTensors(trainable)
 
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        scaled = {name: layer.scaling * params[name] for name in ("HB",) if name in params}
-        return {**params, "B": layer.scaling.unsqueeze(3) * params["B"], **scaled}
+        scaled = {"B": layer.scaling.unsqueeze(3) * params["B"]}
+        if "HB" in params:
+            scaled["HB"] = layer.scaling * params["HB"]
+        return {**params, **scaled}
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         a, b = (params[name].to(x.dtype).flatten(0, 1) for name in "AB")  # (K * k, ...)

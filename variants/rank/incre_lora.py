@@ -19,9 +19,10 @@ class IncreLoRA(LoRA):
     """W' = W + s B diag(E) A with s = alpha / (r + 1e-5), where r is the present rank of the layer.
 
     A triplet is a row of A, an entry of E and a column of B. Each layer begins with `initial` triplets. In
-    each round, the `top` of the layers with the highest importance gain one, until layers * rank triplets
-    are in use. The rounds have equal intervals, the first one comes after two intervals, and the last one
-    after the fraction `growth` of the steps. A layer has at most `largest` * rank triplets.
+    each round, the fraction `top` of the layers, those of the highest importance, gain one triplet each,
+    until layers * rank triplets are in use. The rounds have equal intervals, the first one comes after two
+    intervals, and the last one after the fraction `growth` of the steps. A layer has at most `largest` * rank
+    triplets.
 
     The importance of a layer is the running average of |E * g_E|, summed over triplets and divided by
     sqrt(in * out), times the running average of its deviation from that average.
@@ -53,10 +54,10 @@ class IncreLoRA(LoRA):
     verified_by = api.VerifiedBy.AUTHORS_CODE
     numerics = 2  # 1: the loss had no products of different triplets; the first round was an interval earlier
     has_auxiliary_loss = True
-    mutable_buffers = HOOK_TENSORS | {"mask", "live"}
+    mutable_buffers = HOOK_TENSORS | {api.RANK_MASK, "live"}
     hook_only_buffers = HOOK_TENSORS
     hyperparameters = {
-        "initial": api.Int(1, minimum=1, help="number of triplets of a layer at the start"),
+        "initial": api.Int(1, help="number of triplets of a layer at the start"),
         "top": api.Number(
             0.25, above=0, maximum=1, help="fraction of the layers that gain a triplet in a round"
         ),
@@ -85,12 +86,13 @@ class IncreLoRA(LoRA):
         trainable["E"] = trainable["A"].new_zeros(allocated, 1)
         mask = (torch.arange(allocated) < layer.settings["initial"]).to(trainable["E"]).unsqueeze(1)
         frozen = {f"old {name}": tensor for name, tensor in trainable.items()}
-        frozen |= {"mask": mask, "live": mask, "age": torch.zeros_like(mask), "age E": torch.zeros_like(mask)}
+        frozen |= {api.RANK_MASK: mask, "live": mask}
+        frozen |= {name: torch.zeros_like(mask) for name in ("age", "age E")}
         frozen |= {name: mask.new_zeros(1) for name in ("importance", "uncertainty")}
         return api.InitialTensors(trainable, frozen)
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
-        ranks = params["mask"].sum(-2, keepdim=True) + 1e-5
+        ranks = params[api.RANK_MASK].sum(-2, keepdim=True) + 1e-5
         # `scaling` divides by `rank`, but s by the present rank.
         return params["A"] * (params["E"] * params["live"] * (layer.settings.rank / ranks)), params["B"]
 
@@ -110,7 +112,7 @@ class IncreLoRA(LoRA):
                 view.frozen[f"old {name}"].copy_(parameter)
             gradient = view.trainable["E"].grad
             if gradient is not None:
-                gradient.mul_(view.frozen["mask"])
+                gradient.mul_(view.frozen[api.RANK_MASK])
                 _update_importance(view, gradient)
 
     def after_step(self, lane: api.LaneView) -> None:
@@ -125,7 +127,7 @@ class IncreLoRA(LoRA):
         """Give triplets to the most important layers until `budget` are in use, and set up the reserves."""
         scores = [float(view.frozen["importance"] * view.frozen["uncertainty"]) for view in views]
         order = sorted(range(len(views)), key=scores.__getitem__, reverse=True)
-        ranks = [int(view.frozen["mask"].sum()) for view in views]
+        ranks = [int(view.frozen[api.RANK_MASK].sum()) for view in views]
         limits = [min(self.export_rank(settings), *view.layer.shape) for view in views]
         while sum(ranks) < budget:
             count = min(_layers_per_round(len(views), settings), budget - sum(ranks))
@@ -133,7 +135,7 @@ class IncreLoRA(LoRA):
                 ranks[index] += 1
         reserves = int(budget < len(views) * settings.rank)
         for view, rank, limit in zip(views, ranks, limits, strict=True):
-            mask, live, e = view.frozen["mask"], view.frozen["live"], view.trainable["E"]
+            mask, live, e = view.frozen[api.RANK_MASK], view.frozen["live"], view.trainable["E"]
             mask[:rank] = 1
             live[: min(rank + reserves, limit)] = 1
             live[min(rank + reserves, limit) :] = 0
@@ -177,7 +179,7 @@ def _restep(lane: api.LaneView, view: api.LayerView) -> None:
     (beta1, beta2), epsilon = options["betas"], options["eps"]
     warmup = max(1, round(lane.settings["warmup"] * lane.total_steps))
     view.frozen["age"].add_(view.frozen["live"])
-    view.frozen["age E"].add_(view.frozen["mask"])
+    view.frozen["age E"].add_(view.frozen[api.RANK_MASK])
     for name, parameter in view.trainable.items():
         moments = lane.moments(parameter)
         if not moments:

@@ -41,7 +41,7 @@ class RaLoRA(LoRA):
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         initial = random.lora()
-        ratio = max(1.0, float(layer.calibration["effective_rank"]) / layer.settings.rank)
+        ratio = max(1.0, float(self.calibrated(layer, "effective_rank")[0]) / layer.settings.rank)
         power = min(math.floor(math.log2(ratio)), layer.settings["max_power"])
         blocks = math.gcd(2**power, *layer.shape)
         a = initial.trainable["A"].mul_(math.sqrt(blocks))

@@ -24,9 +24,8 @@ class TiedLoRA(SharedFactors, LoRA):
     verified_by = api.VerifiedBy.PAPER
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        sizes = {"u": layer.settings.rank, "v": layer.shape[0]}
-        ones = layer.ones(max(sizes.values()), 1)
-        return api.InitialTensors({name: ones[:size] for name, size in sizes.items()})
+        rank, out_features = layer.settings.rank, layer.shape[0]
+        return api.InitialTensors({"u": layer.ones(rank, 1), "v": layer.ones(out_features, 1)})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.shape
