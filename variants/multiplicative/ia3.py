@@ -7,7 +7,7 @@ from variants.output_map import OutputMap
 
 
 class IA3(OutputMap):
-    """W' = diag(l) W and bias' = l bias with a vector l (out, 1).
+    """W' = diag(l) W and bias' = diag(l) bias, where l (out, 1) has a factor for each output.
 
     Initialization: l = 1, so W' = W. The paper's learning rate is 3e-3, with Adafactor.
 

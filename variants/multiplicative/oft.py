@@ -21,7 +21,8 @@ class OFT(InputMap):
 
     Deviations: there is no constrained form (COFT, the default of the authors' oft-control), no re-scaled
     form (a factor for each output) and no Q that all blocks share. PEFT accepts a `module_dropout` for OFT
-    and ignores it; there is none here. In PEFT before 0.18 the last term is 2 Q^4; its adapters are refused.
+    and ignores it; there is none here. In PEFT before 0.18 the last term is 2 Q^4; its adapters with
+    the series are refused.
 
     Source: paper, Section 3; PEFT, tuners/oft/layer.py; github.com/Zeju1997/oft, oft-control/oft.py. For one
     Q, PEFT's two forms rotate in opposite directions. That is kept, so that adapters can be exchanged.

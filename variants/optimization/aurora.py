@@ -17,20 +17,20 @@ class AuroRA(api.Variant):
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), H from N(0, 1 / rank) (Xavier), C from U(-0.1, 0.1),
     B = 0, so y = W x.
 
-    Defaults: cubic splines on 5 intervals, as in the published study's code, as is the start of H and C. The
+    Defaults: cubic splines on 5 intervals; they and the start of H and C are those of the survey's code. The
     paper has no s and uses rank 2; use alpha = rank for s = 1.
 
-    Deviations: the update depends on the input and cannot be merged; the paper (equation 3) and the study's
+    Deviations: the update depends on the input and cannot be merged; the paper (equation 3) and the survey's
     code merge B f(A), which is another function. In the paper C is a vector; its shape here is that of the
-    study's code. f is computed in float32 or float64, from A x in the model's dtype.
+    survey's code. f is computed in float32 or float64, from A x in the model's dtype.
 
     Source: the paper's equations 4 to 8.
     """
 
     parameters = "rank * (in + out + rank + intervals + degree)"
     hyperparameters = {
-        "intervals": api.Int(5, minimum=1, help="intervals of the spline's grid on [-1, 1]"),
-        "degree": api.Int(3, minimum=1, help="degree of the splines"),
+        "intervals": api.Int(5, help="intervals of the spline's grid on [-1, 1]"),
+        "degree": api.Int(3, help="degree of the splines"),
     }
     verified_by = api.VerifiedBy.PAPER
     is_mergeable = False
@@ -38,7 +38,7 @@ class AuroRA(api.Variant):
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         initial, rank = random.lora(), layer.settings.rank
-        splines = int(layer.settings["intervals"]) + int(layer.settings["degree"])
+        splines = layer.settings["intervals"] + layer.settings["degree"]
         initial.trainable["H"] = random.normal("H", (rank, rank), rank**-0.5)
         initial.trainable["C"] = random.uniform("C", (rank, splines), 0.1)
         return initial
@@ -49,7 +49,7 @@ class AuroRA(api.Variant):
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         transposed = {name: params[name].transpose(1, 2) for name in ("A", "sB", "H", "C")}
         z = api.bmm(x, transposed["A"].to(x.dtype)).to(layer.dtype)
-        splines = spline_basis(z, int(layer.settings["intervals"]), int(layer.settings["degree"])).sum(2)
+        splines = spline_basis(z, layer.settings["intervals"], layer.settings["degree"]).sum(2)
         fixed = api.bmm(z.tanh(), transposed["H"]).tanh()
         hidden = api.baddbmm(fixed, splines, transposed["C"])
         return api.baddbmm(base, hidden.to(x.dtype), transposed["sB"].to(x.dtype))

@@ -15,8 +15,8 @@ class DeltaLoRA(LoRA):
     tensors "before A" and "before B". No rounding errors add up over the steps, and all lanes share one base
     model. In the first K + 1 steps A0 and B0 follow A and B. No gradient flows through Wt.
 
-    Initialization as in LoRA. The defaults, ratio 2 and K = 500 of 1,562 steps, are the published study's;
-    its code quotes them from the paper, whose text was not available to verify them.
+    Initialization: as in LoRA, so W' = W. The defaults, ratio 2 and K = 500 of 1,562 steps, are the survey's;
+    the survey's code quotes them from the paper, whose text was not available to verify them.
 
     Dropout in the settings is replaced by 0: the paper removes dropout from the low-rank path, so that the
     gradient with respect to B A equals the gradient with respect to W.
@@ -38,7 +38,7 @@ class DeltaLoRA(LoRA):
         return initial
 
     def after_step(self, lane: api.LaneView) -> None:
-        if lane.step <= round(float(lane.settings["start"]) * lane.total_steps) + 1:
+        if lane.step <= round(lane.settings["start"] * lane.total_steps) + 1:
             for view in lane.layers.values():
                 for name, tensor in view.trainable.items():
                     view.frozen[f"before {name}"].copy_(tensor)
@@ -49,7 +49,7 @@ class DeltaLoRA(LoRA):
         The difference is written as B (A - A0) + (B - B0) A0. It is exactly zero while A = A0 and B = B0, and
         it is not rounded to the precision of B A.
         """
-        a, b, ratio = params["A"], params["B"], float(layer.settings["ratio"])
+        a, b, ratio = params["A"], params["B"], layer.settings["ratio"]
         a0, b0 = params["before A"], params["before B"]
         still, followed = b.detach(), a.detach() - a0
         return (

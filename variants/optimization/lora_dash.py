@@ -22,8 +22,8 @@ class LoRADash(LoRA):
 
     The singular values of W are computed when the directions are selected, for each layer and lane.
 
-    Defaults: 8 directions after 100 of the 1,562 steps of the published study; the authors use 8 directions
-    after 100 forward passes, whereas optimizer steps count here. Deviation: the directions share LoRA's
+    Defaults: 8 directions after 100 of 1,562 steps, as in the survey; the authors use 8 directions after
+    100 forward passes, whereas optimizer steps count here. Deviation: the directions share LoRA's
     dropout mask; the authors draw two. Source: the authors' code (`layers_LoRA-Dash.py`).
     """
 
@@ -31,9 +31,7 @@ class LoRADash(LoRA):
     verified_by = api.VerifiedBy.AUTHORS_CODE
     mutable_buffers = DIRECTIONS
     hyperparameters = {
-        "directions": api.Int(
-            8, minimum=1, help="number of singular directions of the weight that are scaled"
-        ),
+        "directions": api.Int(8, help="number of singular directions of the weight that are scaled"),
         "warmup": api.Number(
             100 / 1562, below=1, help="fraction of the steps before the directions are selected"
         ),

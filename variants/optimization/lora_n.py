@@ -12,7 +12,7 @@ class LoRAN(DenseUpdate):
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.
 
     The defaults are those of the authors' published adapters. With this amplitude the update differs from
-    LoRA's by at most 0.005 %. The published study's code applies f to the outputs B A x, which cannot be
+    LoRA's by at most 0.005 %. The survey's code applies f to the outputs B A x, which cannot be
     merged, and has a frequency of 1000.
 
     Source: src/peft/tuners/mlora.py of liyinqiao2012/PEFT-LoRAN, with one layer and without its optional P

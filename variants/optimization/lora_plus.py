@@ -7,14 +7,14 @@ from variants.baseline.lora import LoRA
 class LoRAPlus(LoRA):
     """W' = W + s B A with s = alpha / rank; B's learning rate is `ratio` times the lane's, A's is the lane's.
 
-    Initialization as in LoRA. Default: `ratio` 16 is the published study's; the authors' code has none.
+    Initialization: as in LoRA, so W' = W. Default: `ratio` 16 is the survey's; the authors' code has none.
 
-    Source: `create_loraplus_optimizer` of PEFT. Deviation: there, and in the authors' code, the biases of a
-    trained head learn at B's rate too.
+    Source: `create_loraplus_optimizer` of PEFT. Deviation: in PEFT and in the authors' code, the biases
+    of a trained head learn at B's rate too.
     """
 
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     hyperparameters = {"ratio": api.Number(16.0, above=0, help="learning rate of B divided by that of A")}
 
     def parameter_lr_scale(self, parameter: str, settings: api.VariantSettings) -> float:
-        return float(settings["ratio"]) if parameter == "B" else 1.0
+        return settings["ratio"] if parameter == "B" else 1.0

@@ -14,8 +14,8 @@ MOMENTS = frozenset({"exp_avg", "exp_avg_sq"})
 class LoRAPro(LoRA):
     """W' = W + s B A with s = alpha / rank; AdamW runs on a full-size gradient instead of those of A and B.
 
-    For gradients g_A and g_B, the pair (d_A, d_B) whose product rule s (B d_A + d_B A) is closest to the
-    gradient with respect to W is
+    For gradients g_A and g_B, the pair (d_A, d_B) whose first-order change of the update, s (B d_A + d_B A),
+    is closest to the gradient with respect to W is
         d_A = (B^T B)^-1 g_A / s^2 + X A,
         d_B = (I - B (B^T B)^-1 B^T) g_B (A A^T)^-1 / s^2 - B X,
     for any X. The one closest to (g_A, g_B) has the X that solves the Sylvester equation
@@ -27,13 +27,13 @@ class LoRAPro(LoRA):
 
     The moments need two full-size tensors per layer, so a lane group holds one lane.
 
-    Initialization as in LoRA.
+    Initialization: as in LoRA, so W' = W.
 
     Source: the authors' code (`lorapro_full_adjustment` in their copy of DeepSpeed). Deviations:
-    - There s = 2 is fixed, the number of steps in Adam's bias correction is one too large, the factors,
-      inverses and moments are rounded to bfloat16, and there is no weight decay.
-    - There, clipping divides the steps by max(1, norm of all g_A and g_B). Here it divides g_A and g_B, as
-      for every variant, which Adam largely cancels. There is no difference while the norm stays below 1.
+    - The authors' code has a fixed s = 2, counts one step too many in Adam's bias correction, rounds the
+      factors, inverses and moments to bfloat16, and has no weight decay.
+    - In the authors' code clipping divides the steps by max(1, norm of all g_A and g_B). Here it divides g_A
+      and g_B, as for every variant, which Adam largely cancels. Both are equal while the norm is below 1.
     - A layer without a gradient in a step still takes one, from its present moments.
     """
 

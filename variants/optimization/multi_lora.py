@@ -19,7 +19,7 @@ class MultiLoRA(LoRA):
 
     Source: src/adapter/multilora.py of pUmpKin-Co/MTL-LoRA, whose authors (Yang et al. 2024, arXiv
     2410.09437) compare with MultiLoRA; the default of 3 modules is theirs. No code of MultiLoRA's authors is
-    known. Its paper's equations are not confirmed: a scale may be one number per module there.
+    known. The equations of MultiLoRA's paper are not confirmed: its scale may be one number per module.
     """
 
     parameters = "modules * (rank * (in + out) + out)"
@@ -27,7 +27,7 @@ class MultiLoRA(LoRA):
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         (out_features, in_features), rank = layer.shape, layer.settings.rank
-        modules = int(layer.settings["modules"])
+        modules = layer.settings["modules"]
         initial = {"g": layer.zeros(modules, out_features)}
         for name, shape, fan_in in (
             ("A", (modules * rank, in_features), in_features),
@@ -41,4 +41,4 @@ class MultiLoRA(LoRA):
         return params["A"], params["B"] * scales
 
     def export_rank(self, settings: api.VariantSettings) -> int:
-        return int(settings["modules"]) * settings.rank
+        return settings["modules"] * settings.rank

@@ -11,7 +11,7 @@ class RPLoRA(LoRA):
 
     g_A is replaced by (B^T B + delta I)^-1 g_A, and g_B by g_B (A A^T + delta I)^-1.
 
-    Initialization as in LoRA.
+    Initialization: as in LoRA, so W' = W.
 
     Source: `create_riemannian_optimizer` of PEFT, whose default `delta` is 0.01. Deviations: PEFT takes
     pseudo-inverses; here a lane diverges if a matrix is singular in its dtype. The authors' AdamW computes

@@ -9,7 +9,7 @@ from variants.baseline.lora import LORA_PEFT, LoRA
 class RsLoRA(LoRA):
     """W' = W + s B A with s = alpha / sqrt(rank), so that the update does not shrink as the rank grows.
 
-    At rank 8 and alpha 16, s is 5.66 (LoRA: 2). Initialization as in LoRA.
+    At rank 8 and alpha 16, s is 5.66 (LoRA: 2). Initialization: as in LoRA, so W' = W.
     """
 
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION

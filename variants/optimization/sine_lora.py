@@ -13,10 +13,10 @@ class SineLoRA(DenseUpdate):
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.
 
-    The default frequency of 600 is that of the published study's code; the authors' code has none.
+    The default frequency of 600 is that of the survey's code; the authors' code has none.
 
     The sine applies to the weights, as in the paper and the authors' code, so the update can be merged. The
-    study's code applied it to the outputs B A x and divided by sqrt(out), without alpha / rank.
+    survey's code applies it to the outputs B A x and divides by sqrt(out), without alpha / rank.
 
     Source: llm/peft/src/peft/tuners/sinlora.py of samy-ji/Sine-Low-Rank.
     """

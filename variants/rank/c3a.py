@@ -11,8 +11,9 @@ from variants import api
 class C3A(api.Variant):
     """W' = W + [C(w_mn)] / in, a grid of circulant blocks (b, b) with C(w)[i, j] = w[(j - i) mod b].
 
-    "w" is (out / b, in / b, b), and b is the greatest common divisor of `block_size`, in and out. A smaller b
-    has more parameters. There is neither a rank nor an alpha.
+    "w" is (out / b, in / b, b): w_mn (b,) defines the block in row m and column n of the grid. b is the
+    greatest common divisor of `block_size`, in and out; a smaller b has more parameters. There is neither a
+    rank nor an alpha.
 
     Initialization: w from U(-sqrt(6 / (in + out)), sqrt(6 / (in + out))) (Xavier), so W' differs from W.
 
@@ -28,7 +29,7 @@ class C3A(api.Variant):
     start = api.Start.OTHER
     typical_lr_scale = 100.0
     uses_rank = uses_alpha = uses_dropout = False
-    hyperparameters = {"block_size": api.Int(256, minimum=1, help="side of a circulant block")}
+    hyperparameters = {"block_size": api.Int(256, help="side of a circulant block")}
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         block = math.gcd(layer.settings["block_size"], *layer.shape)

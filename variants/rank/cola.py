@@ -13,7 +13,7 @@ class COLA(ReLoRA):
     becomes zero. Unlike in ReLoRA, the optimizer of A and B begins anew (moments and step counter), and the
     learning rate does not warm up again.
 
-    Initialization as in LoRA, for each LoRA of the chain.
+    Initialization: as in LoRA, for each LoRA of the chain, so W' = W.
 
     Default: a chain of 3 LoRAs, so 2 merges. Source: the paper's algorithm (a LoRA is trained, merged into
     the weight, and followed by a new one with a new optimizer state); the authors have published no code.

@@ -15,10 +15,11 @@ class DenseLoRA(SharedFactors, api.Variant):
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), M from U(-1/sqrt(r), 1/sqrt(r)), B = 0, so y = x W^T.
 
-    Defaults: at rank 8 and alpha 16, `rank_factor` 24 gives the published study's r = 192 with alpha 384.
+    Defaults: at rank 8 and alpha 16, `rank_factor` 24 gives the survey's r = 192 with alpha 384.
 
-    Source: `tuners/lora.py` of the authors' code (mulin-ahu/DenseLoRA), which has the two GELU. It also drops
-    out values before M and after B, and adapts nothing: it asks for "denselora" and sets "denseLora".
+    Source: `tuners/lora.py` of the authors' code (mulin-ahu/DenseLoRA), which has the two GELU. Deviation:
+    that code also has dropout before M and after B. It never enables its layers, because two spellings of a
+    flag differ.
     """
 
     parameters = "rank * rank_factor * rank * rank_factor"

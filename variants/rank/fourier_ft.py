@@ -31,7 +31,7 @@ class FourierFT(DenseUpdate):
     law_settings = {"frequencies": 60, "scale": 5.0}
     uses_rank = uses_alpha = uses_dropout = False
     hyperparameters = {
-        "frequencies": api.Int(1000, minimum=1, help="number of trainable spectral entries of a layer"),
+        "frequencies": api.Int(1000, help="number of trainable spectral entries of a layer"),
         "scale": api.Number(150.0, above=0, help="factor in front of the update"),
     }
 

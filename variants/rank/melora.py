@@ -16,7 +16,7 @@ class MELoRA(LoRA):
     Initialization: A from U(-b, b) with b = sqrt(n / in), which is Kaiming-uniform for in / n inputs; B = 0,
     so W' = W.
 
-    Default: the published study's 2 blocks, so rank 8 gives the overall rank 16.
+    Default: the survey's 2 blocks, so rank 8 gives the overall rank 16.
 
     Source: `tuners/melora.py` of the authors' code (ChasonShi/MELoRA).
     """

@@ -8,13 +8,13 @@ from variants.baseline.lora import LoRA
 
 
 class PRoLoRA(LoRA):
-    """W' = W + s B A with s = alpha / rank, of which `rank - unshared` ranks consist of copies.
+    """W' = W + s (B A + B_c A_c) with s = alpha / rank, where A_c and B_c consist of copies.
 
-    Their part of A is [C, roll(C, -t), roll(C, -2 t), ...] with m = `in_copies` copies of one chunk
-    C (rank - unshared, in / m), each rotated by t = max(1, (rank - unshared) // m) ranks more than the one
-    before. If m does not divide `in`, the chunk has the next larger size and the last columns are dropped.
-    B is made in the same way from D (out / n, rank - unshared) with n = `out_copies`. The other ranks are
-    LoRA's: A (unshared, in), B (out, unshared).
+    A (unshared, in) and B (out, unshared) are LoRA's. A_c is [C, roll(C, -t), roll(C, -2 t), ...] with
+    m = `in_copies` copies of one chunk C (rank - unshared, in / m), each rotated by t ranks more than the one
+    before, t = max(1, (rank - unshared) // m). If m does not divide `in`, the chunk has the next larger size
+    and the last columns are dropped. B_c (out, rank - unshared) is made in the same way from
+    D (out / n, rank - unshared) with n = `out_copies`.
 
     Initialization: A and C from U(-1/sqrt(in), 1/sqrt(in)), B = D = 0, so W' = W. The bound does not
     depend on the size of the chunk (the paper's rectified initialization).

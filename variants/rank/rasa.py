@@ -20,7 +20,7 @@ class RaSA(SharedFactors, LoRA):
     0.5 alpha / (rank - k) for the layer's own ranks and 0.5 alpha / (k L) for the pool's. There is no other
     factor alpha / rank.
 
-    Default: k = 1 of `rank` 8, the published study's and the authors'.
+    Default: k = 1 of `rank` 8, the survey's and the authors'.
 
     Deviation: the authors' code refuses layers of one type with different shapes; here the pool has the
     largest shape, and a layer uses a part of it.

@@ -15,8 +15,9 @@ class ReLoRA(LoRA):
 
     The update is a sum of rank up to rank * (merges + 1).
 
-    Initialization as in LoRA. The total steps are divided into merges + 1 equal parts. After each part but
-    the last:
+    Initialization: as in LoRA, so W' = W. The frozen factors are allocated from the start, as zeros.
+
+    The total steps are divided into merges + 1 equal parts. After each part but the last:
     - B A joins the frozen products Bi Ai (and not W: this is exact in every dtype and needs one base model
       for all lanes; dropout does not apply to it, as it would not to W).
     - A is drawn again and B becomes zero, so W' does not change.
@@ -25,9 +26,7 @@ class ReLoRA(LoRA):
     - The learning rate warms up from zero to its schedule again ("jagged cosine"), linearly over the fraction
       `warmup` of the total steps, for at least one step.
 
-    The frozen factors are allocated from the start, as zeros.
-
-    Defaults: 3 merges and a warm-up of 10 of 1,562 steps, as in the published study; pruning as the paper
+    Defaults: 3 merges and a warm-up of 10 of 1,562 steps, as in the survey; pruning as the paper
     states it ("we set 99% of low-magnitude optimizer state values to zero"; the authors' code resets 99.9 %
     at random).
 
@@ -51,14 +50,14 @@ class ReLoRA(LoRA):
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         initial = super().init(layer, random)
-        merged_rank = layer.settings.rank * int(layer.settings["merges"])
+        merged_rank = layer.settings.rank * layer.settings["merges"]
         a, b = initial.trainable["A"], initial.trainable["B"]
         initial.frozen["merged A"] = a.new_zeros(merged_rank, a.shape[1])
         initial.frozen["merged B"] = b.new_zeros(b.shape[0], merged_rank)
         return initial
 
     def schedule_lr_scale(self, step: int, total_steps: int, settings: api.VariantSettings) -> float:
-        warm = max(1, math.ceil(round(float(settings["warmup"]) * total_steps, 9)))
+        warm = max(1, math.ceil(round(settings["warmup"] * total_steps, 9)))
         since = min(
             (step - merge_step for merge_step in _merge_steps(total_steps, settings) if merge_step <= step),
             default=warm,
@@ -91,7 +90,7 @@ class ReLoRA(LoRA):
 
     def restart_optimizer(self, lane: api.LaneView, parameter: Tensor) -> None:
         """Change AdamW's state of a parameter after a merge."""
-        _prune_moments(lane.moments(parameter), float(lane.settings["pruned"]))
+        _prune_moments(lane.moments(parameter), lane.settings["pruned"])
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = super().factors(params, layer)
@@ -104,12 +103,12 @@ class ReLoRA(LoRA):
         return params["merged A"], params["merged B"]
 
     def export_rank(self, settings: api.VariantSettings) -> int:
-        return settings.rank * (int(settings["merges"]) + 1)
+        return settings.rank * (settings["merges"] + 1)
 
 
 def _merge_steps(total_steps: int, settings: api.VariantSettings) -> list[int]:
     """Return the numbers of steps after which a merge is due."""
-    parts = min(int(settings["merges"]) + 1, total_steps // 2)
+    parts = min(settings["merges"] + 1, total_steps // 2)
     return [total_steps * part // parts for part in range(1, parts)]
 
 

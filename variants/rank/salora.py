@@ -29,8 +29,8 @@ class SaLoRA(LoRA):
       training, which is sigmoid(log d_i - tau log(-gamma / zeta)). The target t falls linearly from 1 to
       rank / R in the fraction `warmup` of the steps. How closely it is met depends on `budget`.
 
-    Sources: equations 46 to 49 of the survey (arXiv 2601.22708) and, for tau, gamma, zeta, the initial log d
-    and the gate in evaluation, its code. The paper's equations could not be read, and no code of its authors
+    Sources: equations 46 to 49 of the survey and, for tau, gamma, zeta, the initial log d and the gate in
+    evaluation, the survey's code. The paper's equations could not be read, and no code of its authors
     was found. So these are choices of this project: s, the initialization of A and B, one draw of u per step,
     the weights and normalization of the terms, and `gate_lr`. `initial` is AdaLoRA's, and the target falls as
     in FLOP (arXiv 1910.04732), whose gates in training are the same.
@@ -51,7 +51,7 @@ class SaLoRA(LoRA):
         return {**settings.extra, "components": _initial_rank(settings)}
 
     def parameter_lr_scale(self, parameter: str, settings: api.VariantSettings) -> float:
-        return float(settings["gate_lr"]) if parameter == "log_d" else 1.0
+        return settings["gate_lr"] if parameter == "log_d" else 1.0
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         initial = random.lora(_initial_rank(layer.settings))
@@ -103,7 +103,7 @@ class SaLoRA(LoRA):
 
 
 def _initial_rank(settings: api.VariantSettings) -> int:
-    return math.ceil(round(float(settings["initial"]) * settings.rank, 6))
+    return math.ceil(round(settings["initial"] * settings.rank, 6))
 
 
 def _draw_noise(random: api.LayerRandom, like: Tensor) -> Tensor:

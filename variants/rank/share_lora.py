@@ -13,9 +13,9 @@ class ShareLoRA(SharedFactors, LoRA):
     A type is all layers whose names differ only in indices. In the formulas for the number of parameters, a
     is 1 if A is shared and 0 otherwise, and b is the same for B.
 
-    Initialization: LoRA's, so W' = W.
+    Initialization: as in LoRA, so W' = W.
 
-    Default: `part` is "A", the authors' choice: B, which is their own, maps to each layer's outputs.
+    Default: `part` is "A", the authors' choice: layers share A, and each layer has a B of its own.
 
     Source: `GLUE/run_glue_share.py` and `sharelora/` of the authors' code (Rain9876/ShareLoRA).
     """

@@ -102,7 +102,7 @@ class VeRA(LoRA):
 
 
 def _vera_rank(settings: api.VariantSettings) -> int:
-    return settings.rank * int(settings["rank_factor"])
+    return settings.rank * settings["rank_factor"]
 
 
 def _scaled_b(prepared: api.Params) -> Tensor:
