@@ -1,4 +1,4 @@
-"""Everything that the implementation of a variant needs, imported as `from variants import api`."""
+"""Types and helpers that most variants need, imported as `from variants import api`."""
 
 from variants.base import RANK_MASK, Variant
 from variants.batch_invariant import baddbmm, bmm

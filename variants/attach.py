@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import nn
 
 from variants.adapted_model import CalibrationTensors
 from variants.adapters import Adapters
-from variants.api import AdaptationScope, UnsupportedError, Variant, VariantSettings
+from variants.api import AdaptationScope, FrozenLayer, Int, UnsupportedError, Variant, VariantSettings
 from variants.heads import LaneHead
 from variants.lane_linear import LaneLinear
 from variants.nf4 import NF4Linear
@@ -76,7 +75,7 @@ def attach(
 
 
 def _check_layers(variant: Variant, settings: VariantSettings, layers: Mapping[str, nn.Module]) -> None:
-    views = [replace(view_layer(name, layer), settings=settings) for name, layer in layers.items()]
+    views = [view_layer(name, layer).with_settings(settings) for name, layer in layers.items()]
     limits = {view.name: limit for view in views if (limit := variant.largest_rank(view)) is not None}
     if limits and settings.rank > min(limits.values()):
         name = min(limits, key=limits.__getitem__)
@@ -84,4 +83,25 @@ def _check_layers(variant: Variant, settings: VariantSettings, layers: Mapping[s
             f"rank {settings.rank} is larger than layer {name} allows: at most {limits[name]}"
         )
     for view in views:
-        variant.check_layer(view)
+        check_fit(variant, view)
+
+
+def check_fit(variant: Variant, layer: FrozenLayer) -> None:
+    """Check that the settings fit a layer: the numbers that must divide a side, and the variant's own rules.
+
+    Args:
+        variant: The variant.
+        layer: The frozen layer, with the settings.
+
+    Raises:
+        UnsupportedError: A number does not divide a side (`Int.divides`), or `check_layer` raises.
+    """
+    sides = dict(zip(("out", "in"), layer.shape, strict=True))
+    for name, each in variant.hyperparameters.items():
+        for side in each.divides if isinstance(each, Int) else ():
+            if sides[side] % layer.settings[name]:
+                raise UnsupportedError(
+                    f"{layer.name} has {sides[side]} {side}puts: {name} {layer.settings[name]} does not "
+                    "divide them"
+                )
+    variant.check_layer(layer)

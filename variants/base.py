@@ -3,16 +3,19 @@
 Shapes: a weight W is (out, in), A is (rank, in), B is (out, rank). A lane is one adapter in training; K lanes
 share one frozen base model.
 
-A variant is one file with one public subclass of `Variant`, which must define `parameters`, `forward` and
-`delta_weight`, or extend a class that does: `LoRA` (a product of two factors), `DenseUpdate` (a matrix of the
-size of W), `InputMap` (a map of the layer's input). The choice of layers, the lanes, dropout, merging and
+A variant is one file with one public subclass of `Variant`. It defines `parameters`, `forward`, and, unless
+`is_mergeable` is False, `delta_weight`; base classes define the last two: `LoRA` (a product of two factors),
+`DenseUpdate` (a matrix of the size of W), `InputMap` and `OutputMap` (a map of the layer's input or output),
+`Mixture` (experts). The choice of layers, the lanes, dropout, merging and
 storage are handled elsewhere. Optional parts: an initialization from gradients, inputs or an SVD of the
 weight (`calibration_statistic`, `reduce_calibration`), parameters that layers share (`layer_group`), an
 auxiliary loss (`auxiliary_loss`), learning rates of its own (`parameter_lr_scale`, `schedule_lr_scale`),
 tensors that are computed once a step (`gradient_constants`), a forward pass that includes the frozen layer's
 output (`includes_base`, `forward_with_base`), hooks around the optimizer's step (`before_step`,
 `after_step`), and ranks that differ between layers or change during training (`init_layers`, a frozen tensor
-"mask", `rank_budget`). `variants.api` exports everything that an implementation needs.
+"mask", `rank_budget`). `variants.api` exports the types and helpers that most variants need.
+
+In the docstrings of variants "the survey" is He et al. 2026 (arXiv 2601.22708).
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from variants.layer_random import LayerRandom, RandomOf
 from variants.parameter_formula import ParameterCount, evaluate_formula
 from variants.peft_format import PeftFormat
 from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
-from variants.variant_settings import ExtraSettings, Hyperparameter, Int, VariantSettings, complete_extra
+from variants.variant_settings import ExtraSettings, Hyperparameter, VariantSettings, complete_extra
 
 RANK_MASK = "mask"
 """Name of a layer's frozen tensor with a 1 for each rank in use and a 0 for the others."""
@@ -137,18 +140,25 @@ class Variant(ParameterCount, PeftFormat):
         """Reduce a layer's calibration statistic to the few small tensors that the initialization needs.
 
         Args:
-            layer: The frozen layer.
-            matrix: The matrix that `calibration_statistic` names.
+            layer: The frozen layer. Its settings have no alpha, because the result serves all alphas.
+            matrix: The matrix that `calibration_statistic` names, in the lanes' dtype.
         """
         raise NotImplementedError
 
     def calibrated(self, layer: FrozenLayer, *names: str) -> list[Tensor]:
         """Return tensors of `reduce_calibration` on the layer's device and in the lanes' dtype.
 
-        Without a store a statistic of the weight is reduced here, once for all lanes of a model.
+        A statistic of the weight that was not computed before (`calibrate`) is reduced here, once for all
+        lanes of a model.
+
+        Raises:
+            UnsupportedError: The statistic needs data, and `calibrate` was not called.
         """
         found = layer.calibration
         if not found:
+            if self.calibration_statistic.needs_data:
+                raise UnsupportedError(f"{layer.name}: {self.name} starts from data; call `calibrate` first")
+            layer = replace(layer, settings=replace(layer.settings, alpha=None))
             key = f"{self.name} {layer.settings.rank} {sorted(layer.settings.extra.items())}"
             if key not in layer.cache:
                 layer.cache[key] = self.reduce_calibration(layer, layer.weight.to(layer.dtype))
@@ -204,7 +214,7 @@ class Variant(ParameterCount, PeftFormat):
         """Return the outputs of the adapted layer, (K, N, out).
 
         Parameters come in `layer.dtype`. Cast them to `x.dtype` before a product with x, and multiply with
-        `bmm` and `baddbmm` of this module.
+        `api.bmm` and `api.baddbmm`, which give each lane the bits that it gets alone.
 
         Args:
             x: The layer's input, (K, N, in).
@@ -315,19 +325,11 @@ class Variant(ParameterCount, PeftFormat):
     def check_layer(self, layer: FrozenLayer) -> None:
         """Check that the settings fit a layer, before the model is adapted.
 
-        By default, check the numbers that must divide a side of each layer (`Int.divides`).
+        `rank_limit` and `Int.divides` are checked besides.
 
         Raises:
             UnsupportedError: They do not fit; the message names the layer, the size and the rule.
         """
-        sides = dict(zip(("out", "in"), layer.shape, strict=True))
-        for name, each in self.hyperparameters.items():
-            for side in each.divides if isinstance(each, Int) else ():
-                if sides[side] % layer.settings[name]:
-                    raise UnsupportedError(
-                        f"{layer.name} has {sides[side]} {side}puts: {name} {layer.settings[name]} does not "
-                        "divide them"
-                    )
 
     def fit_settings(self, settings: VariantSettings, shapes: Iterable[tuple[int, int]]) -> VariantSettings:
         """Return valid settings with the values that follow from the (out, in) of all adapted layers."""

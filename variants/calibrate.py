@@ -53,7 +53,10 @@ def calibrate(
     settings = replace(adapters.variant.validate_settings(settings), alpha=None)
     statistic = adapters.variant.calibration_statistic
     if not statistic.needs_data:
-        return {name: _reduce_weight(layer, settings) for name, layer in adapters.layers.items()}
+        return {
+            name: _reduce(layer, settings, layer.frozen_layer.weight.to(layer.frozen_layer.dtype))
+            for name, layer in adapters.layers.items()
+        }
     for group in _split_by_memory(adapters, memory_budget):
         accumulators = {layer.name: _StatisticAccumulator(layer, statistic) for layer in group}
         try:
@@ -67,16 +70,13 @@ def calibrate(
             for accumulator in accumulators.values():
                 accumulator.handle.remove()
         for name, accumulator in accumulators.items():
-            layer = replace(adapters.layers[name].frozen_layer, settings=settings)
-            tensors = adapters.variant.reduce_calibration(layer, accumulator.compute(batches))
-            reduced[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
+            reduced[name] = _reduce(adapters.layers[name], settings, accumulator.compute(batches))
             accumulator.matrix = torch.empty(0)
     return reduced
 
 
-def _reduce_weight(layer: LaneLinear, settings: VariantSettings) -> dict[str, Tensor]:
-    frozen = replace(layer.frozen_layer, settings=settings)
-    tensors = layer.variant.reduce_calibration(frozen, frozen.weight.to(frozen.dtype))
+def _reduce(layer: LaneLinear, settings: VariantSettings, matrix: Tensor) -> dict[str, Tensor]:
+    tensors = layer.variant.reduce_calibration(layer.frozen_layer.with_settings(settings), matrix)
     return {key: tensor.cpu() for key, tensor in tensors.items()}
 
 
@@ -85,7 +85,8 @@ def _split_by_memory(adapters: Adapters, memory_budget: int) -> Iterator[list[La
     group: list[LaneLinear] = []
     size = 0
     for layer in adapters.layers.values():
-        layer_size = 4 * math.prod(_matrix_shape(layer, adapters.variant.calibration_statistic))
+        shape = _matrix_shape(layer, adapters.variant.calibration_statistic)
+        layer_size = layer.frozen_layer.dtype.itemsize * math.prod(shape)
         if group and size + layer_size > memory_budget:
             yield group
             group, size = [], 0

@@ -21,7 +21,7 @@ ONE = torch.ones(())
 
 @dataclass(frozen=True, eq=False)
 class FrozenLayer:
-    """View of a frozen linear layer with the settings of its lanes, which variants read and never write."""
+    """View of a frozen linear layer with the settings of its lanes. Variants write nothing but `cache`."""
 
     name: str
     """Dotted path in the model."""
@@ -37,7 +37,7 @@ class FrozenLayer:
     """The lane's settings; where several lanes are computed, those that they share, with alpha None."""
     scaling: Tensor = field(default=ONE, repr=False)
     """The factor s of each lane, (K, 1, 1), or () where one lane without a lane dimension is meant; 1 during
-    initialization and calibration, which call `Variant.scaling` if they need s."""
+    initialization, which calls `Variant.scaling` if it needs s."""
 
     @property
     def weight(self) -> Tensor:
@@ -74,7 +74,12 @@ class FrozenLayer:
         return torch.ones(shape, dtype=self.dtype, device=self.device)
 
     def with_settings(self, settings: VariantSettings, scaling: float | Tensor = 1.0) -> FrozenLayer:
-        """Return the layer with other settings and another factor s."""
+        """Return the layer with other settings, and with the factor s that belongs to them.
+
+        Args:
+            settings: The settings.
+            scaling: The factor s, a number or (K, 1, 1); by default 1, as during initialization.
+        """
         s = torch.as_tensor(scaling, dtype=self.dtype, device=self.device)
         return replace(self, settings=settings, scaling=s)
 

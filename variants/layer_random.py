@@ -23,7 +23,7 @@ class LayerRandom:
     """
 
     layer: FrozenLayer
-    """The layer, or one of the group, whose device and lane dtype the values get."""
+    """The layer, or the first of the group, whose device and lane dtype the values get."""
     seed: int
     """A seed that depends on the lane's seed and on the name of the layer or group."""
 
@@ -55,7 +55,7 @@ class LayerRandom:
         """Draw `count` distinct whole numbers below `below`, in ascending order (int64, on the CPU).
 
         All sets have equal probability. A permutation of all numbers would take a second for the weights of
-        a layer of 4096 x 4096, so few numbers are drawn one by one.
+        a layer of 4096 x 4096, so a small set is drawn with repetitions, which are then removed.
         """
         generator = self.generator(parameter)
         if 4 * count > below:
@@ -66,20 +66,21 @@ class LayerRandom:
         return found[torch.randperm(len(found), generator=generator)[:count]].sort().values
 
     def positions(self, parameter: str, count: int) -> Tensor:
-        """Draw distinct weights of the layer: rows and columns in row-major order, (2, count), int32."""
+        """Draw distinct positions in the weight: rows and columns in row-major order, (2, count), int32."""
         out_features, in_features = self.layer.shape
         places = self.distinct(parameter, count, out_features * in_features)
         return torch.stack([places // in_features, places % in_features]).int().to(self.layer.device)
 
-    def lora(self, rank: int | None = None) -> InitialTensors:
+    def lora(self, rank: int | None = None, shape: tuple[int, int] | None = None) -> InitialTensors:
         """Return LoRA's initial A (rank, in) and B (out, rank); B is zero, and so is the update.
 
         A is drawn from U(-1/sqrt(in), 1/sqrt(in)) (`kaiming`).
 
         Args:
             rank: The rank; by default that of the layer's settings.
+            shape: (out, in); by default that of the layer.
         """
-        out_features, in_features = self.layer.shape
+        out_features, in_features = shape or self.layer.shape
         rank = self.layer.settings.rank if rank is None else rank
         a = self.kaiming("A", (rank, in_features))
         return InitialTensors({"A": a, "B": a.new_zeros(out_features, rank)})

@@ -1,4 +1,4 @@
-"""Singular value decompositions for initializations."""
+"""Singular value decompositions for initializations, and sparse updates."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import torch
 from torch import Tensor
 
 
-def randomized_svd(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V^T of the largest triplets by a randomized SVD.
-
-    The result has up to ten triplets more than `rank`.
+def randomized_svd(
+    weight: Tensor, count: int, iterations: int, seed: int, columns: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S and V^T of the `count` largest triplets by a randomized SVD.
 
     Halko, Martinsson and Tropp (2011, arXiv 0909.4061), algorithms 4.4 and 5.1. The global random state of
     torch is not used.
 
     Args:
         weight: (out, in).
-        rank: The number of triplets needed.
+        count: The number of triplets, where the weight has so many.
         iterations: The number of power iterations.
         seed: The seed of the random projection.
+        columns: The number of columns of the random projection; by default `count` + 10.
     """
-    columns = min(rank + 10, *weight.shape)
+    columns = min(columns or count + 10, *weight.shape)
     noise = torch.randn(weight.shape[1], columns, generator=torch.Generator().manual_seed(seed))
     q = torch.linalg.qr(weight @ noise.to(weight))[0]
     for _ in range(iterations):
         q = torch.linalg.qr(weight @ torch.linalg.qr(weight.t() @ q)[0])[0]
     u, s, vh = torch.linalg.svd(q.t() @ weight, full_matrices=False)
-    return q @ u, s, vh
+    return (q @ u)[:, :count], s[:count], vh[:count]
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ class SharedFactors:
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         """Return LoRA's initial A and B for the largest layer."""
-        return shared_lora_init(layers, self.shared_rank(api.shared_settings(layers)), random)
+        return random.lora(self.shared_rank(api.shared_settings(layers)), largest_sides(layers))
 
 
 def layer_type(layer_name: str) -> str:
@@ -32,18 +32,3 @@ def largest_sides(layers: api.Layers) -> tuple[int, int]:
     """Return the largest `out` and the largest `in` of several layers."""
     out_features, in_features = zip(*(layer.shape for layer in layers.values()), strict=True)
     return max(out_features), max(in_features)
-
-
-def shared_lora_init(layers: api.Layers, rank: int, random: api.LayerRandom) -> api.InitialTensors:
-    """Return LoRA's initial A (rank, in) and B (out, rank) for the largest `in` and `out` of the layers.
-
-    A is drawn from U(-1/sqrt(in), 1/sqrt(in)); B is zero.
-
-    Args:
-        layers: The layers that share A and B.
-        rank: The rank of the factors.
-        random: Random values for the layer group.
-    """
-    out_features, in_features = largest_sides(layers)
-    a = random.kaiming("A", (rank, in_features))
-    return api.InitialTensors({"A": a, "B": a.new_zeros(out_features, rank)})

@@ -13,9 +13,7 @@ from variants.linalg import randomized_svd
 class WeightSVD(LoRA):
     """A product of factors that starts from the largest or smallest singular triplets of W = U S V^T.
 
-    The triplets are computed once for each base model, rank and `svd`, and kept in the store. Without a store
-    they are computed once for each model to which the variant is attached. They involve no noise: seeds
-    differ only in their data order.
+    The triplets are computed once for each base model, rank and `svd`, and do not depend on a lane's seed.
     """
 
     calibration_statistic = api.CalibrationStatistic.WEIGHT
@@ -29,7 +27,7 @@ class WeightSVD(LoRA):
     """True for the smallest triplets, which only an exact SVD finds: such a variant has no `svd`."""
 
     def triplet_count(self, settings: api.VariantSettings) -> int:
-        """Return the number of triplets that `triplets` returns, where the layer has so many: the rank."""
+        """Return the number of triplets that `triplets` returns (fewer in a smaller layer): the rank."""
         return settings.rank
 
     def triplets(self, layer: api.FrozenLayer) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +39,7 @@ class WeightSVD(LoRA):
         count, svd = self.triplet_count(layer.settings), str(layer.settings.extra.get("svd", "exact"))
         u, s, vh = (
             torch.linalg.svd(matrix, full_matrices=False)
-            if svd == "exact" or self.smallest
+            if svd == "exact"
             else randomized_svd(matrix, count, int(svd), api.stable_seed(layer.name, count))
         )
         kept = slice(len(s) - count, None) if self.smallest else slice(count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,26 @@ def test_five_variants_have_their_axis_batching_and_verification() -> None:
         variant = catalogue.get(name)
         assert (catalogue.axis(name), variant.batching) == (axis, batching)
         assert variant.verified_by == VerifiedBy.REFERENCE_IMPLEMENTATION
+
+
+RULES = {
+    "ether_plus": "rules/test_ether.py",
+    "lora_moe": "test_experts.py",
+    "relora": "test_variants_with_hooks.py",
+}
+"""Variant -> the file with the test of its rule, where that is not rules/test_NAME.py."""
+
+
+def test_every_variant_that_was_verified_by_its_rule_has_a_test_of_it() -> None:
+    verified = [
+        name
+        for name in catalogue.names()
+        if catalogue.get(name).verified_by in (VerifiedBy.AUTHORS_CODE, VerifiedBy.PAPER)
+    ]
+    assert len(verified) > 30
+    for name in verified:
+        file = Path(__file__).parent / RULES.get(name, f"rules/test_{name}.py")
+        assert f'"{name}"' in file.read_text(), name
 
 
 def test_an_unknown_name_gets_a_suggestion() -> None:

@@ -25,14 +25,16 @@ class LoRA(api.Variant):
     of A and B, then W' = W + s (B A - B0 A0), which is W at step 0. It is computed as
     s (B (A - A0) + (B - B0) A0). This form is exactly zero at step 0 in every dtype, and it does not round
     the learned change to the precision of the larger product B0 A0. Dropout applies to the input of B A, and
-    not to the input of W - s B0 A0, which is the weight that the papers freeze. LoRA-GA differs: its
-    `frozen_update_buffers` is empty.
+    not to the input of W - s B0 A0, which is the weight that the papers freeze. LoRA-GA and DeLoRA differ:
+    their `frozen_update_buffers` is empty.
     """
 
     parameters = "rank * (in + out)"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     frozen_update_buffers = frozenset({"A0", "B0"})
     peft: ClassVar[api.PeftMethod | None] = LORA_PEFT
+    subtracts_start: ClassVar[bool] = False
+    """True if `init` returns frozen copies A0 and B0 (`start_from`), which double the exported rank."""
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., R, in) and B (..., out, R) with W' - W = s B A.
@@ -57,6 +59,9 @@ class LoRA(api.Variant):
     def prepare_frozen_update(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         a, b = pad_rank_one(*self.frozen_factors(params))
         return {"A": a, "B": b, "scale": layer.scaling}
+
+    def export_rank(self, settings: api.VariantSettings) -> int:
+        return 2 * settings.rank if self.subtracts_start else settings.rank
 
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         """Return A and s B as "A" and "sB", or in training A, B and s as "A", "B" and "scale".
@@ -103,6 +108,11 @@ class LoRA(api.Variant):
         if settings.alpha is None or self.scaling(settings) != settings.alpha / config["r"]:
             config["lora_alpha"] = config["r"] * self.scaling(settings)
         return config
+
+
+def start_from(a: Tensor, b: Tensor) -> api.InitialTensors:
+    """Return A and B as a lane's initial factors, with frozen copies whose product is subtracted."""
+    return api.InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
 
 def _constants(params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Constants]:

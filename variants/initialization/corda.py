@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
+from variants.baseline.lora import LoRA, start_from
 
 
 class CorDA(LoRA):
@@ -26,12 +26,13 @@ class CorDA(LoRA):
     """
 
     hyperparameters = {
-        "calibration_batches": api.Int(256, minimum=1, help="number of batches of the inputs' second moment"),
+        "calibration_batches": api.Int(256, help="number of batches of the inputs' second moment"),
         "mode": api.Choice(
             "instruction", ("instruction", "knowledge"), help="largest or smallest components"
         ),
     }
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    subtracts_start = True
     numerics = 2  # numerics 1 did not divide samples by their largest value, and had the mean over positions
     calibration_statistic = api.CalibrationStatistic.INPUT_MOMENT
 
@@ -45,11 +46,7 @@ class CorDA(LoRA):
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         u, s, v = self.calibrated(layer, *"USV")
         root = (s / self.scaling(layer.settings)).sqrt()
-        a, b = root.unsqueeze(1) * v, u * root
-        return api.InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return 2 * settings.rank
+        return start_from(root.unsqueeze(1) * v, u * root)
 
 
 def _invertible(moment: Tensor, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:

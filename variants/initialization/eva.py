@@ -43,18 +43,25 @@ class EVA(LoRA):
         # All layers use one seed, so that layers with the same inputs tie exactly; the first one then wins.
         _, variance, directions = randomized_svd(matrix, columns, iterations=4, seed=api.stable_seed(columns))
         total = matrix.trace().clamp_min(torch.finfo(matrix.dtype).tiny)
-        return {"directions": directions[:columns], "shares": variance[:columns] / total}
+        return {"directions": directions, "shares": variance / total}
 
     def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
         settings = api.shared_settings(layers)
-        shares = [layer.calibration["shares"] for layer in layers.values()]
+        shares = [self.calibrated(layer, "shares")[0] for layer in layers.values()]
         owner = torch.repeat_interleave(torch.tensor([len(each) for each in shares]))
         largest = torch.cat(shares).cpu().argsort(descending=True, stable=True)
         used = owner[largest[: len(layers) * settings.rank]].bincount(minlength=len(layers))
         return {
-            name: _init_layer(layer, int(rank), _max_rank(settings))
+            name: self._init_layer(layer, int(rank))
             for (name, layer), rank in zip(layers.items(), used, strict=True)
         }
+
+    def _init_layer(self, layer: api.FrozenLayer, rank: int) -> api.InitialTensors:
+        (out_features, in_features), max_rank = layer.shape, _max_rank(layer.settings)
+        a = layer.zeros(max_rank, in_features)
+        a[:rank] = self.calibrated(layer, "directions")[0][:rank]
+        mask = (torch.arange(max_rank) < rank).to(a)
+        return api.InitialTensors({"A": a, "B": layer.zeros(out_features, max_rank)}, {api.RANK_MASK: mask})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         return params["A"], params["B"] * params[api.RANK_MASK].unsqueeze(-2)
@@ -67,11 +74,3 @@ class EVA(LoRA):
 def _max_rank(settings: api.VariantSettings) -> int:
     """Return the number of ranks that each layer has allocated."""
     return round(settings.rank * float(settings["rho"]))
-
-
-def _init_layer(layer: api.FrozenLayer, rank: int, max_rank: int) -> api.InitialTensors:
-    out_features, in_features = layer.shape
-    a = layer.zeros(max_rank, in_features)
-    a[:rank] = layer.calibration["directions"][:rank]
-    mask = (torch.arange(max_rank) < rank).to(a)
-    return api.InitialTensors({"A": a, "B": a.new_zeros(out_features, max_rank)}, {api.RANK_MASK: mask})

@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
+from variants.baseline.lora import LoRA, start_from
 from variants.linalg import fix_signs, randomized_svd
 
 
@@ -38,7 +38,7 @@ class LoRAGA(LoRA):
     """
 
     verified_by = api.VerifiedBy.AUTHORS_CODE
-    is_rank_stabilized = True
+    is_rank_stabilized = subtracts_start = True
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     rank_limit = "min(in, out) // 2"
     frozen_update_buffers = frozenset()
@@ -50,15 +50,11 @@ class LoRAGA(LoRA):
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         rank = layer.settings.rank
-        triplets = max(2 * rank, 4 * rank - 10)  # `randomized_svd` computes with 10 columns more
-        u, _, vh = randomized_svd(matrix, triplets, iterations=4, seed=api.stable_seed(layer.name, rank))
+        columns, seed = max(4 * rank, 2 * rank + 10), api.stable_seed(layer.name, rank)
+        u, _, vh = randomized_svd(matrix, 2 * rank, iterations=4, seed=seed, columns=columns)
         u, vh = fix_signs(u, vh)
         c = matrix.shape[0] ** 0.25 / math.sqrt(float(layer.settings["gamma"]))
-        return {"A0": c * vh[:rank], "B0": c * u[:, rank : 2 * rank]}
+        return {"A0": c * vh[:rank], "B0": c * u[:, rank:]}
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        a, b = self.calibrated(layer, "A0", "B0")
-        return api.InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return 2 * settings.rank
+        return start_from(*self.calibrated(layer, "A0", "B0"))

@@ -25,7 +25,7 @@ class LoRAOne(LoRA):
     """
 
     hyperparameters = {
-        "calibration_batches": api.Int(64, minimum=1, help="number of batches of the mean gradient"),
+        "calibration_batches": api.Int(64, help="number of batches of the mean gradient"),
         "gamma": api.Number(128.0, above=0, help="divisor of the initial product B A"),
     }
     verified_by = api.VerifiedBy.AUTHORS_CODE
@@ -37,8 +37,8 @@ class LoRAOne(LoRA):
         rank = layer.settings.rank
         u, s, vh = randomized_svd(-matrix, rank, iterations=16, seed=api.stable_seed(layer.name, rank))
         largest = s[0].clamp_min(torch.finfo(s.dtype).tiny)  # for G = 0
-        root = (s[:rank] / (largest * layer.settings["gamma"])).sqrt()
-        return {"A": root.unsqueeze(1) * vh[:rank], "B": u[:, :rank] * root}
+        root = (s / (largest * layer.settings["gamma"])).sqrt()
+        return {"A": root.unsqueeze(1) * vh, "B": u * root}
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         a, b = self.calibrated(layer, "A", "B")

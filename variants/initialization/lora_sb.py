@@ -27,7 +27,7 @@ class LoRASB(LoRAXS):
     """
 
     hyperparameters = {
-        "calibration_batches": api.Int(17, minimum=1, help="number of batches of the mean gradient"),
+        "calibration_batches": api.Int(17, help="number of batches of the mean gradient"),
         "step_size": api.Number(3e-7, above=0, help="size of the first step"),
     }
     verified_by = api.VerifiedBy.AUTHORS_CODE
@@ -38,7 +38,7 @@ class LoRASB(LoRAXS):
         rank = layer.settings.rank
         first_step = -layer.settings["step_size"] * matrix.sign()
         u, s, vh = randomized_svd(first_step, rank, iterations=10, seed=api.stable_seed(layer.name, rank))
-        return {"A": vh[:rank], "R": s[:rank].diag(), "B": u[:, :rank]}
+        return {"A": vh, "R": s.diag(), "B": u}
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         a, r, b = self.calibrated(layer, *"ARB")

@@ -23,7 +23,7 @@ class LoRAXS(WeightSVD):
     parameters = "rank * rank"
     hyperparameters = {
         **WeightSVD.hyperparameters,
-        "init_std": api.Number(1e-5, minimum=0.0, help="standard deviation of the initial R"),
+        "init_std": api.Number(1e-5, help="standard deviation of the initial R"),
     }
     verified_by = api.VerifiedBy.AUTHORS_CODE
     start = api.Start.OTHER

@@ -27,9 +27,10 @@ class NoRA(WeightSVD):
 
     parameters = "2 * rank * min(outer * rank, in, out)"
     numerics = 2  # numerics 1 had s = alpha / rank
+    subtracts_start = True
     hyperparameters = {
         **WeightSVD.hyperparameters,
-        "outer": api.Int(4, minimum=1, help="rank of the frozen factors as a multiple of the rank"),
+        "outer": api.Int(4, help="rank of the frozen factors as a multiple of the rank"),
     }
 
     def scaling(self, settings: api.VariantSettings) -> float:
@@ -50,9 +51,6 @@ class NoRA(WeightSVD):
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         a, b = self._products(params)
         return super().factors({**params, "A": a, "B": b}, layer)
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return 2 * settings.rank
 
     def _products(self, params: api.Params) -> tuple[Tensor, Tensor]:
         """Return inner_A A (..., rank, in) and B inner_B (..., out, rank)."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from variants import api
-from variants.baseline.lora import LoRA
+from variants.baseline.lora import LoRA, start_from
 
 
 class OLoRA(LoRA):
@@ -20,6 +20,7 @@ class OLoRA(LoRA):
     """
 
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    subtracts_start = True
     calibration_statistic = api.CalibrationStatistic.WEIGHT
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
@@ -27,8 +28,4 @@ class OLoRA(LoRA):
         return {"A0": r[: layer.settings.rank].contiguous(), "B0": q[:, : layer.settings.rank].contiguous()}
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
-        a, b = self.calibrated(layer, "A0", "B0")
-        return api.InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return 2 * settings.rank
+        return start_from(*self.calibrated(layer, "A0", "B0"))

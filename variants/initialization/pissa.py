@@ -1,6 +1,7 @@
 """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA from the largest singular triplets of the weight."""
 
 from variants import api
+from variants.baseline.lora import start_from
 from variants.weight_svd import WeightSVD
 
 
@@ -17,12 +18,9 @@ class PiSSA(WeightSVD):
     """
 
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
+    subtracts_start = True
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         u, s, vh = self.triplets(layer)
         root = (s / self.scaling(layer.settings)).sqrt()
-        b, a = u * root, root.unsqueeze(1) * vh
-        return api.InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return 2 * settings.rank
+        return start_from(root.unsqueeze(1) * vh, u * root)

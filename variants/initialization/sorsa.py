@@ -27,6 +27,7 @@ class SORSA(WeightSVD):
     """
 
     parameters = "rank * (in + out + 1)"
+    subtracts_start = True
     hyperparameters = {
         **WeightSVD.hyperparameters,
         "gamma": api.Number(4e-4 / 64, help="weight of the orthonormality loss times the learning rate"),
@@ -41,9 +42,6 @@ class SORSA(WeightSVD):
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         scaled = {**params, "B": params["B"] * params["S"].unsqueeze(-2)}
         return super().factors(scaled, layer)
-
-    def export_rank(self, settings: api.VariantSettings) -> int:
-        return 2 * settings.rank
 
     def before_step(self, lane: api.LaneView) -> None:
         weight = lane.settings["gamma"] / lane.optimizer.defaults["lr"] / (2 * len(lane.layers))

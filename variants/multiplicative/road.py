@@ -29,7 +29,7 @@ class RoAd(OutputMap):
         "form": api.Choice(
             "road_1", tuple(_ANGLES), help="1, 2 or 4 different angles and scales for each pair"
         ),
-        "group_size": api.Int(2, minimum=2, help="outputs among which pairs are formed"),
+        "group_size": api.Int(2, minimum=2, divides=("out",), help="outputs among which pairs are formed"),
     }
     uses_rank = uses_alpha = uses_dropout = False
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
@@ -48,11 +48,8 @@ class RoAd(OutputMap):
         return {**settings.extra, "angles": _ANGLES[settings["form"]]}
 
     def check_layer(self, layer: api.FrozenLayer) -> None:
-        out_features, size = layer.shape[0], layer.settings["group_size"]
-        if size % 2 or out_features % size:
-            raise api.UnsupportedError(
-                f"{layer.name} has {out_features} outputs: group_size {size} must be even and divide them"
-            )
+        if layer.settings["group_size"] % 2:
+            raise api.UnsupportedError(f"group_size {layer.settings['group_size']}: must be even")
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         scale = layer.ones(_ANGLES[layer.settings["form"]] * layer.shape[0] // 2)

@@ -34,6 +34,7 @@ class GoRA(LoRA):
 
     verified_by = api.VerifiedBy.PAPER
     is_rank_stabilized = True
+    numerics = 2  # numerics 1 drew A from another seed
     start = api.Start.OTHER
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     hyperparameters = {
@@ -44,44 +45,39 @@ class GoRA(LoRA):
     }
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
-        shape, generator = (
-            (_largest_rank(layer, layer.settings), layer.shape[1]),
-            api.seeded_generator(layer.name, "A"),
-        )
-        a = torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(1 / math.sqrt(shape[1])).to(matrix)
+        random = api.LayerRandom(layer, api.stable_seed(layer.name))
+        a = random.lora(min(_largest_rank(layer.settings), *layer.shape)).trainable["A"].to(matrix)
         importance = (layer.weight.to(matrix) * matrix).abs().mean()
         return {"A": a, "G A^T": matrix @ a.t(), "importance": importance.unsqueeze(0)}
 
     def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:
         settings = api.shared_settings(layers)
-        importance = {name: float(layer.calibration["importance"]) for name, layer in layers.items()}
+        importance = {name: self.calibrated(layer, "importance")[0].item() for name, layer in layers.items()}
         widths = {name: math.sqrt(sum(layer.shape)) for name, layer in layers.items()}
         unit = settings.rank * sum(widths.values()) / (sum(importance.values()) or 1.0)
         smallest = max(1, round(settings.rank * settings["smallest"]))
         initial = {}
         for name, layer in layers.items():
             rank = round(unit * importance[name] / widths[name])
-            rank = max(smallest, min(rank, len(layer.calibration["A"])))
-            initial[name] = self._init_layer(layer, rank, settings)
+            initial[name] = self._init_layer(layer, max(smallest, rank))
         return initial
 
-    def _init_layer(
-        self, layer: api.FrozenLayer, rank: int, settings: api.VariantSettings
-    ) -> api.InitialTensors:
-        a, ga = self.calibrated(layer, "A", "G A^T")
+    def _init_layer(self, layer: api.FrozenLayer, rank: int) -> api.InitialTensors:
+        settings, (a, ga) = layer.settings, self.calibrated(layer, "A", "G A^T")
         a, ga = a[:rank], ga[:, :rank]
+        rank = len(a)  # at most the largest rank, and the smaller side of the layer
         scaling = self.scaling(settings) * math.sqrt(settings.rank / rank)
         size = settings["gamma"] * math.sqrt(layer.shape[1] / rank) / scaling
-        hidden = round(settings.rank * settings["largest"]) - rank
+        hidden = _largest_rank(settings) - rank
         mask = (torch.arange(rank + hidden, device=a.device) < rank).to(a)
         trainable = {
             "A": pad(a, (0, 0, 0, hidden)),
             "B": pad(-size * torch.linalg.solve(a @ a.t(), ga, left=False), (0, hidden)),
         }
-        return api.InitialTensors(trainable, {"mask": mask})
+        return api.InitialTensors(trainable, {api.RANK_MASK: mask})
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
-        mask = params["mask"]
+        mask = params[api.RANK_MASK]
         # `scaling` divides by sqrt(rank), but s_l by sqrt(r_l).
         used = mask * (layer.settings.rank / mask.sum(-1, keepdim=True)).sqrt()
         return params["A"], params["B"] * used.unsqueeze(-2)
@@ -93,8 +89,9 @@ class GoRA(LoRA):
 
     def export_rank(self, settings: api.VariantSettings) -> int:
         """Return the allocated rank: masked ranks are exported as zeros."""
-        return round(settings.rank * settings["largest"])
+        return _largest_rank(settings)
 
 
-def _largest_rank(layer: api.FrozenLayer, settings: api.VariantSettings) -> int:
-    return min(round(settings.rank * settings["largest"]), *layer.shape)
+def _largest_rank(settings: api.VariantSettings) -> int:
+    """Return the number of ranks that each layer has allocated."""
+    return round(settings.rank * settings["largest"])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from variants import api
 from variants.baseline.lora import LoRA
-from variants.shared_factors import SharedFactors, shared_lora_init
+from variants.shared_factors import SharedFactors, largest_sides
 
 
 class RaSA(SharedFactors, LoRA):
@@ -45,7 +45,7 @@ class RaSA(SharedFactors, LoRA):
 
     def init_layer_group(self, layers: api.Layers, random: api.LayerRandom) -> api.InitialTensors:
         settings = api.shared_settings(layers)
-        pool = shared_lora_init(layers, settings["shared"] * len(layers), random)
+        pool = random.lora(settings["shared"] * len(layers), largest_sides(layers))
         return api.InitialTensors({f"s{name}": tensor for name, tensor in pool.trainable.items()})
 
     def init_layers(self, layers: api.Layers, random_of: api.RandomOf) -> dict[str, api.InitialTensors]:

@@ -9,6 +9,7 @@ from rule import check_update, layer_of
 
 from variants import catalogue
 from variants.api import UnsupportedError, VariantSettings
+from variants.attach import check_fit
 
 
 @pytest.mark.parametrize(("size", "factors"), [(4, 1), (4, 2), (2, 3)])
@@ -34,6 +35,6 @@ def test_a_product_of_permuted_rotations(size: int, factors: int) -> None:
 def test_a_layer_that_the_factors_do_not_divide_is_refused() -> None:
     variant = catalogue.get("boft")
     settings = variant.validate_settings(VariantSettings(extra={"block_size": 8, "factors": 2}))
-    variant.check_layer(layer_of("q_proj", (24, 48), settings))
+    check_fit(variant, layer_of("q_proj", (24, 48), settings))
     with pytest.raises(UnsupportedError, match="k_proj has 40 inputs: not a multiple of 16"):
-        variant.check_layer(layer_of("k_proj", (24, 40), settings))
+        check_fit(variant, layer_of("k_proj", (24, 40), settings))

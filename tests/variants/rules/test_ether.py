@@ -9,6 +9,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.api import UnsupportedError, VariantSettings
+from variants.attach import check_fit
 
 
 def _projections(vectors: Tensor) -> Tensor:
@@ -32,9 +33,9 @@ def test_a_layer_that_has_no_equal_blocks_is_refused() -> None:
     for name, shape in (("ether", (8, 30)), ("ether_plus", (8, 30)), ("ether_plus", (30, 8))):
         variant = catalogue.get(name)
         settings = variant.validate_settings(VariantSettings(extra={"blocks": 4}))
-        variant.check_layer(layer_of("q_proj", (8, 8), settings))
+        check_fit(variant, layer_of("q_proj", (8, 8), settings))
         with pytest.raises(UnsupportedError, match="q_proj"):
-            variant.check_layer(layer_of("q_proj", shape, settings))
+            check_fit(variant, layer_of("q_proj", shape, settings))
 
 
 def _product_of_the_authors(weight: Tensor, right: Tensor, left: Tensor | None = None) -> Tensor:

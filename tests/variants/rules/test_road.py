@@ -10,6 +10,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.api import UnsupportedError, VariantSettings
+from variants.attach import check_fit
 
 
 def _matrix(params: Mapping[str, Tensor], settings: VariantSettings, size: int) -> Tensor:
@@ -33,10 +34,13 @@ def _matrix(params: Mapping[str, Tensor], settings: VariantSettings, size: int) 
 
 def test_a_group_that_does_not_divide_the_outputs_is_refused() -> None:
     variant = catalogue.get("road")
-    for group_size, outputs in ((64, 96), (3, 96)):
+    for group_size, outputs, message in (
+        (64, 96, "k_proj has 96 outputs: group_size 64 does not divide them"),
+        (3, 96, "group_size 3: must be even"),
+    ):
         settings = variant.validate_settings(VariantSettings(extra={"group_size": group_size}))
-        with pytest.raises(UnsupportedError, match=f"k_proj has 96 outputs: group_size {group_size}"):
-            variant.check_layer(layer_of("k_proj", (outputs, 32), settings))
+        with pytest.raises(UnsupportedError, match=message):
+            check_fit(variant, layer_of("k_proj", (outputs, 32), settings))
 
 
 @pytest.mark.parametrize("group_size", [2, 8])
