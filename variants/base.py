@@ -287,13 +287,21 @@ class Variant(ParameterCount, PeftFormat):
         raise NotImplementedError
 
     def parameter_lr_scale(self, parameter: str, settings: VariantSettings) -> float:
-        """Return a factor on the lane's learning rate for the parameters of this name (used by LoRA+)."""
+        """Return a factor on the lane's learning rate for some of its parameters (used by LoRA+).
+
+        Args:
+            parameter: The name of the parameter, which every layer has.
+            settings: The lane's settings.
+        """
         return 1.0
 
     def schedule_lr_scale(self, step: int, total_steps: int, settings: VariantSettings) -> float:
-        """Return a factor on the lane's scheduled learning rate in step 0 .. total_steps - 1.
+        """Return a factor on the lane's scheduled learning rate, with which ReLoRA warms up after a merge.
 
-        ReLoRA uses it to warm up again after each merge.
+        Args:
+            step: The step, 0 .. total_steps - 1.
+            total_steps: The number of optimizer steps.
+            settings: The lane's settings.
         """
         return 1.0
 
@@ -304,15 +312,26 @@ class Variant(ParameterCount, PeftFormat):
         """Run after the optimizer's step, while the gradients are still available."""
 
     def rank_in_use(self, params: Params, settings: VariantSettings) -> int:
-        """Return the number of ranks of one lane and layer that are not masked."""
+        """Return the number of ranks that are not masked.
+
+        Args:
+            params: The tensors of one lane in one layer.
+            settings: The lane's settings.
+        """
         return int(params[RANK_MASK].sum()) if RANK_MASK in params else settings.rank
 
     def rank_budget(
         self, layer_count: int, settings: VariantSettings, step: int, total_steps: int
     ) -> int | None:
-        """Return the sum of `rank_in_use` over all layers after `step` of `total_steps` steps.
+        """Return the sum of `rank_in_use` over all layers at a step of the training.
 
         None means that the variant has no exact budget, for example because it rounds each layer's rank.
+
+        Args:
+            layer_count: The number of adapted layers.
+            settings: The lane's settings.
+            step: The number of optimizer steps taken.
+            total_steps: The number of optimizer steps in all.
         """
         return layer_count * settings.rank
 
@@ -332,7 +351,12 @@ class Variant(ParameterCount, PeftFormat):
         """
 
     def fit_settings(self, settings: VariantSettings, shapes: Iterable[tuple[int, int]]) -> VariantSettings:
-        """Return valid settings with the values that follow from the (out, in) of all adapted layers."""
+        """Return the settings with the values that follow from the sizes of the adapted layers.
+
+        Args:
+            settings: Valid settings.
+            shapes: (out, in) of all adapted layers.
+        """
         return settings
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:

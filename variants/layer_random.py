@@ -32,7 +32,13 @@ class LayerRandom:
         return seeded_generator(self.seed, parameter)
 
     def uniform(self, parameter: str, shape: tuple[int, ...], bound: float) -> Tensor:
-        """Draw from the uniform distribution on [-bound, bound)."""
+        """Draw from the uniform distribution on [-bound, bound).
+
+        Args:
+            parameter: The parameter's name.
+            shape: The shape of the result.
+            bound: The largest absolute value.
+        """
         draw = torch.rand(shape, generator=self.generator(parameter), dtype=torch.float32)
         return draw.mul_(2).sub_(1).mul_(bound).to(self.layer.device, self.layer.dtype)
 
@@ -47,7 +53,13 @@ class LayerRandom:
         return self.uniform(parameter, shape, 1 / math.sqrt(fan_in or shape[-1]))
 
     def normal(self, parameter: str, shape: tuple[int, ...], std: float) -> Tensor:
-        """Draw from the normal distribution with mean 0 and standard deviation `std`."""
+        """Draw from the normal distribution with mean 0.
+
+        Args:
+            parameter: The parameter's name.
+            shape: The shape of the result.
+            std: The standard deviation.
+        """
         draw = torch.randn(shape, generator=self.generator(parameter), dtype=torch.float32)
         return draw.mul_(std).to(self.layer.device, self.layer.dtype)
 
@@ -56,6 +68,11 @@ class LayerRandom:
 
         All sets have equal probability. A permutation of all numbers would take a second for the weights of
         a layer of 4096 x 4096, so a small set is drawn with repetitions, which are then removed.
+
+        Args:
+            parameter: The parameter's name.
+            count: The number of numbers.
+            below: The number that all are below.
         """
         generator = self.generator(parameter)
         if 4 * count > below:

@@ -38,8 +38,9 @@ class CalibrationStatistic(StrEnum):
     INPUT_COVARIANCE = "inputs"
     """The covariance of the layer's inputs, (in, in)."""
     INPUT_MOMENT = "moment"
-    """The mean of X^T X over samples, (in, in), where X (positions, in) is a sample's inputs to the layer
-    divided by the largest of them, not centred."""
+    """The mean of X^T X over samples, (in, in), where X (positions, in) is a sample's inputs, not centred,
+    divided by |m|. m is the largest of them (not the one of largest absolute value); a sample with m = 0 is
+    not divided."""
 
     @property
     def needs_data(self) -> bool:

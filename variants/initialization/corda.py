@@ -11,7 +11,8 @@ class CorDA(LoRA):
     """W' = W + s (B A - B0 A0) with s = alpha / rank.
 
     Initialization: W C = U S V^T, where C is the mean of X^T X over the samples of `calibration_batches`
-    batches. X (positions, in) is a sample's inputs without padding, divided by the largest of them.
+    batches. X (positions, in) is a sample's inputs without padding, divided by |m|, where m is the largest
+    of them (not the one of largest absolute value).
     A = A0 = sqrt(S / s) V^T C^-1 and B = B0 = U sqrt(S / s), so W' = W. In the `mode` "instruction" they
     have the `rank` largest triplets, and the components of W that the inputs use most learn; in the mode
     "knowledge" the smallest, and these components are preserved. C gets 1 % of its mean diagonal added to

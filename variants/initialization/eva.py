@@ -25,8 +25,8 @@ class EVA(LoRA):
     Principal directions are the right singular vectors of the inputs minus their mean, as in the authors'
     code and PEFT (both use an incremental PCA).
 
-    Deviations: here the covariance of all `calibration_batches` batches is decomposed once; there the
-    decomposition is updated and truncated with each batch until the directions converge (`tau`). Here every
+    Deviations: the covariance of all `calibration_batches` batches is decomposed once; the authors' code and
+    PEFT update and truncate the decomposition with each batch until the directions converge (`tau`). Every
     position except padding counts; PEFT leaves out the prompt by default. Directions with less than about
     1e-7 of a layer's variance are lost in a covariance in float32.
     """

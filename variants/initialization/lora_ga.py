@@ -19,19 +19,19 @@ class LoRAGA(LoRA):
     "ArB2r"), so W' = W. Each rank takes two singular vectors, so the rank is at most half the smaller side of
     the layer.
 
-    The defaults are those of the authors' PEFT fork, whose batches have 2 rows (here as many as a
+    The defaults are those of the authors' PEFT fork, whose batches have 2 rows (here: the rows of a
     micro-batch). Their conf/init/gradient.yaml has 8 batches of 1 row; the Readme's example has `gamma` 64.
 
     Deviations:
     - The paper writes W - s B0 A0 into the weight. Here A0 and B0 are frozen tensors beside it. Unlike in
-      PiSSA, dropout applies to B0 A0 as it does to B A, so that W' = W also with dropout. (In the published
-      study dropout broke LoRA-GA.)
-    - G is the gradient without the model's own dropout (there with it).
+      PiSSA, dropout applies to B0 A0 as it does to B A, so that W' = W also with dropout. (In the survey
+      dropout broke LoRA-GA.)
+    - G is the gradient without the model's own dropout (the authors': with it).
     - The SVD is randomized with 4 power iterations and 4 r columns as in the authors' code, but with at
       least 2 r + 10 columns and its own noise.
     - An SVD determines a pair (u, v) up to a common sign. A0 and B0 come from different pairs, so the signs
-      affect training. Here the entry of v with the largest absolute value is positive; there the sign depends
-      on the linear algebra library.
+      affect training. The entry of v with the largest absolute value is made positive; in the authors' code
+      the sign depends on the linear algebra library.
 
     PEFT's `lora_ga` is another method, so it is no reference: it multiplies B0 by the singular values and by
     c, does not scale A0, and divides by `rank` by default.

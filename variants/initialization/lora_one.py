@@ -15,9 +15,9 @@ class LoRAOne(LoRA):
     `rank` largest triplets, B = U sqrt(S / (S[0] gamma)) and A = sqrt(S / (S[0] gamma)) V^T. Unlike in
     LoRA-GA nothing is subtracted from W: at step 0, W' is W after one step of gradient descent at rank
     `rank`, at a rate of s / (S[0] gamma). A layer with G = 0 starts with A = B = 0, and so never learns (the
-    authors' code: NaN).
+    authors' code gives NaN).
 
-    Defaults of the published study: gamma = 128, as the authors', and 64 batches (the authors: 8 examples).
+    Defaults of the survey: gamma = 128, as the authors', and 64 batches (the authors: 8 examples).
 
     Deviation: the authors' preconditioner for the optimizer is not implemented (their code does not
     have it either). The SVD is randomized with the authors' 16 power iterations, but with rank + 10 columns

@@ -20,8 +20,8 @@ class LoRASB(LoRAXS):
 
     Deviations: `step_size` does not follow from the learning rate here, so that all rates of a sweep start
     from the same calibration. The SVD is randomized with the authors' 10 iterations, but with rank + 10
-    columns (there: rank) and not rounded to bfloat16. The published study's code takes the triplets of G and
-    starts from W + s B diag(S) A, a step that increases the loss, unless it is told to subtract the product.
+    columns (theirs: rank) and not rounded to bfloat16. The survey's code takes the triplets of G and starts
+    from W + s B diag(S) A, a step that increases the loss, unless its option `--lora-reset-weight` is given.
 
     Source: train_arithmetic.py and utils/gradient_utils.py of the authors' code.
     """

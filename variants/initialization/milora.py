@@ -10,7 +10,7 @@ class MiLoRA(PiSSA):
     Initialization: with the `rank` smallest triplets of W = U S V^T (of the min(in, out) triplets of the thin
     SVD), B = B0 = U sqrt(S / s) and A = A0 = sqrt(S / s) V^T, so W' = W.
 
-    The SVD is always exact: a randomized SVD finds the largest triplets only. (The published study's code
+    The SVD is always exact: a randomized SVD finds the largest triplets only. (The survey's code
     has one, and takes the largest triplets with U and V exchanged.) The authors use alpha = rank.
 
     Source: `initialize_lora_layer` with the mode "min" in the authors' svd_init.py.

@@ -17,8 +17,8 @@ class NoRA(WeightSVD):
     and A0 are the initial values of B inner_B and inner_A A, so W' = W.
 
     `outer` = 4 is a choice of this project: neither the paper's equations nor the authors' code for language
-    models was available. The rule was compared with two codes, which have s = alpha / R and differ otherwise:
-    - The published study's code has this initialization and subtraction, but takes one column and one row of
+    models was available. The rule was compared with two implementations; both have s = alpha / R:
+    - The survey's code has this initialization and subtraction, but takes one column and one row of
       sqrt(S), the second, whatever the rank is (an update of rank 1), and trains A and B too.
     - In the authors' code for CLIP (`NoRALinear_C`) R is 0.8 times the smaller side, and the inner rank is
       16. A and B come from an SVD of W weighted by its inputs, as in the abstract of the paper's later

@@ -14,10 +14,10 @@ class NZLoRA(LoRA):
     With `bound` "linear", a = `gamma_a` / sqrt(in) and b likewise. With `subtract`, training starts at W:
     W' = W + s (B A - B0 A0), where A0 and B0 are the initial values.
 
-    The default gamma of 1 makes A as in LoRA. The published study used 16 for both and the bound "sqrt",
+    The default gamma of 1 makes A as in LoRA. The survey used 16 for both and the bound "sqrt",
     according to its code, or "linear" according to its text.
 
-    Source: equation 89 ("linear") and the code ("sqrt" and `subtract`) of the published study, which gave the
+    Source: equation 89 ("linear") and the code ("sqrt" and `subtract`) of the survey, which gave the
     method this name. The bounds in the authors' own paper and code were not available for comparison.
     """
 
@@ -27,7 +27,7 @@ class NZLoRA(LoRA):
         "bound": api.Choice("sqrt", ("sqrt", "linear"), help="sqrt(gamma / in) or gamma / sqrt(in)"),
         "subtract": api.Flag(False, help="subtract the initial product from W"),
     }
-    verified_by = api.VerifiedBy.PAPER  # the published study's paper
+    verified_by = api.VerifiedBy.PAPER  # the survey's paper
     start = api.Start.OTHER
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:

@@ -11,9 +11,9 @@ class OLoRA(LoRA):
     """W' = W + s (B A - B0 A0) with s = alpha / rank.
 
     Initialization: W = Q R; B = B0 = the first `rank` columns of Q, A = A0 = the first `rank` rows of R, so
-    W' = W. It involves no noise. s B0 A0 is subtracted as in the paper's algorithm, also where s is not 1.
+    W' = W. s B0 A0 is subtracted, as in the paper's algorithm.
 
-    The decomposition is computed once for each base model and rank, and kept in the store.
+    The decomposition is computed once for each base model and rank, and does not depend on a lane's seed.
 
     PEFT is the reference for layers of type Linear. Deviation: PEFT decomposes the stored weight of a Conv1D
     layer, W^T, whose factors fit square layers only.

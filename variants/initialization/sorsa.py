@@ -10,8 +10,8 @@ from variants.weight_svd import WeightSVD
 class SORSA(WeightSVD):
     """W' = W + B diag(S) A - B0 A0 with trainable A, B, S (rank,). There is no alpha (the authors set none).
 
-    Initialization: with the `rank` largest triplets of W = U S V^T, A = V^T, B = U and S; A0 = V^T and
-    B0 = U diag(S) are frozen copies, so W' = W.
+    Initialization: with the `rank` largest singular values d of W and their vectors U and V, S = d, A = V^T
+    and B = U; A0 = V^T and B0 = U diag(d) are frozen, so W' = W.
 
     The loss gains `gamma` / (learning rate) times the mean of |A A^T - I| and |B^T B - I| (Frobenius norms)
     over all layers. The learning rate is the highest of the schedule. As in the authors' code, the gradient

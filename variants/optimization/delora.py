@@ -24,11 +24,11 @@ class DeLoRA(LoRA):
     Initialization: A and B Kaiming-uniform (bounds 1 / sqrt(in) and 1 / sqrt(rank)) with frozen copies A0 and
     B0, so W' = W. With `initial` "zero" there are no copies and B is zero, as in PEFT.
 
-    The defaults, lambda = 8 and Kaiming, are the published study's. PEFT's lambda is 15. The authors' GLUE
-    script uses 4 or 12, and for two of seven tasks a learning rate of lambda that is three times the other.
+    The defaults, lambda = 8 and Kaiming, are the survey's. PEFT's lambda is 15. The authors' GLUE
+    script uses 4 or 12, and for two of seven tasks a learning rate of lambda three times that of A and B.
 
     Norms below 1e-4 count as 1e-4, as in PEFT, which the zero start needs. Dropout applies to both products.
-    As in the authors' code, lambda multiplies both; in the published study's code the product of A0 and B0
+    As in the authors' code, lambda multiplies both; in the survey's code the product of A0 and B0
     keeps the initial lambda. DeLoRA needs larger learning rates than LoRA.
 
     Source: `get_ABCD` in the authors' delora.py.
