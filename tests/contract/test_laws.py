@@ -1,7 +1,7 @@
 """Every variant of the catalogue satisfies every law on every case.
 
 The default run checks each law of each variant on one case, and for the variants in COVERED on a pairwise
-cover of the cases. The other combinations are marked `slow`.
+cover of the cases (except for the law that trains for long). The other combinations are marked `slow`.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ def applicable_cases(law: str, name: str) -> tuple[Case, ...]:
     return tuple(case for case in CASES if applies(LAWS[law], catalogue.get(name), case))
 
 
+def is_covered(name: str, law: str) -> bool:
+    """Return whether the default run checks the law on a cover of all cases, and not on one."""
+    return name in COVERED and law != "fits_a_representable_target"
+
+
 def parameters() -> Iterator[Any]:
     """Yield all combinations. The default cases start at a different one for each variant and law."""
     for i, name in enumerate(catalogue.names()):
@@ -76,7 +81,7 @@ def parameters() -> Iterator[Any]:
         for j, law in enumerate(LAWS):
             cases = applicable_cases(law, name)
             first = cases[(i + j) % len(cases)]
-            default = cover(cases, first) if name in COVERED else (first,)
+            default = cover(cases, first) if is_covered(name, law) else (first,)
             for case in cases:
                 marks = [group] if case in default else [group, pytest.mark.slow]
                 exceptions, reason = EXCEPTIONS.get((name, law), ((), ""))
@@ -105,7 +110,7 @@ def test_the_default_and_the_slow_run_are_the_whole_product_and_the_default_run_
         for law in LAWS:
             chosen = [case for case in CASES if (name, case, law) in default]
             assert chosen
-            if name in COVERED:
+            if is_covered(name, law):
                 assert traits(chosen) == traits(applicable_cases(law, name)), f"{name}, {law}"
     pairs = {(case, law) for _, case, law in product}
     assert {(case, law) for _, case, law in default} == pairs, "a case that no variant meets by default"

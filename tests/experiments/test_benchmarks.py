@@ -171,6 +171,7 @@ def test_the_gpu_benchmark_runs_with_torch_transformers_and_peft_alone(tmp_path:
     assert noise["in_company"] == 0
 
 
+@pytest.mark.slow  # six processes
 def test_a_section_that_fails_or_dies_costs_no_other_section(tmp_path: Path) -> None:
     crash = "import os, sys\nif {'train', '--here'} <= {*sys.orig_argv}:\n    os._exit(7)\n"
     (tmp_path / "sitecustomize.py").write_text(crash)  # Python imports it when it starts

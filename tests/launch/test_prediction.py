@@ -35,14 +35,14 @@ def transformers_config(name: str) -> Any:
 @pytest.mark.parametrize(
     ("model", "variant", "lanes", "kernels"),
     [
-        ("qwen3-0.6b", "lora", 4, "torch"),
         ("qwen3-0.6b", "lora", 4, "liger"),
         ("qwen3-0.6b", "pissa", 4, "torch"),
-        ("qwen3-0.6b", "dora", 4, "torch"),
-        ("qwen3-0.6b", "hira", 4, "torch"),
-        ("llama-3.1-8b", "lora", 1, "torch"),
         ("llama-3.1-8b", "dora", 1, "liger"),
         ("llama-3.1-8b", "hira", 1, "torch"),
+        pytest.param("qwen3-0.6b", "lora", 4, "torch", marks=pytest.mark.slow),
+        pytest.param("qwen3-0.6b", "dora", 4, "torch", marks=pytest.mark.slow),
+        pytest.param("qwen3-0.6b", "hira", 4, "torch", marks=pytest.mark.slow),
+        pytest.param("llama-3.1-8b", "lora", 1, "torch", marks=pytest.mark.slow),
     ],
 )
 def test_the_formula_reproduces_counted_steps(
@@ -60,7 +60,14 @@ def test_the_formula_reproduces_counted_steps(
 
 
 @pytest.mark.parametrize(
-    ("variant", "lanes"), [("lora", 1), ("lora", 4), ("dora", 4), ("hira", 4), ("pissa", 4)]
+    ("variant", "lanes"),
+    [
+        ("lora", 1),
+        ("lora", 4),
+        ("pissa", 4),
+        pytest.param("dora", 4, marks=pytest.mark.slow),
+        pytest.param("hira", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_the_number_of_kernels_is_that_of_a_counted_micro_batch(
     variant: str, lanes: int, monkeypatch: pytest.MonkeyPatch
