@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 CONDITIONS: dict[str, Any] = {"machine": {"device": "cpu", "commit": "a", "load": 0.1}, "side": 4096}
 
 
+@pytest.mark.slow  # three measurements of a step
 def test_the_memory_of_a_step_is_relative_to_loras() -> None:
     tiny = variant_costs.CASES["tiny"]
     rslora = variant_costs.measure_step("rslora", tiny, CPU, rounds=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -118,9 +120,18 @@ def gradients(adapters: Adapters) -> list[Tensor]:
     return [x.grad, *(tensor for tensor in found if tensor is not None)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("consumer", IN_PLACE)
-@pytest.mark.parametrize("kind", ["bias", "no bias", "NF4", "dropout"])
+def combinations() -> Iterator[Any]:
+    """Yield all combinations. The default run has a third of them, with every pair of consumer and layer."""
+    kinds = ("bias", "no bias", "NF4", "dropout")
+    for numbers in itertools.product(range(len(kinds)), range(len(IN_PLACE)), range(len(NAMES))):
+        kind, consumer, name = (
+            values[i] for values, i in zip((kinds, [*IN_PLACE], NAMES), numbers, strict=True)
+        )
+        marks = () if sum(numbers) % 3 == 0 else pytest.mark.slow
+        yield pytest.param(name, consumer, kind, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "consumer", "kind"), combinations())
 def test_a_model_may_write_a_layers_output_in_place(name: str, consumer: str, kind: str) -> None:
     """The gradients are those of a model that writes its result elsewhere."""
     found = []
