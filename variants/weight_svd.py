@@ -27,7 +27,7 @@ class WeightSVD(LoRA):
     """True for the smallest triplets, which only an exact SVD finds: such a variant has no `svd`."""
 
     def triplet_count(self, settings: api.VariantSettings) -> int:
-        """Return the number of triplets that `triplets` returns (fewer in a smaller layer): the rank."""
+        """Return the number of triplets that `triplets` returns at most; by default the rank."""
         return settings.rank
 
     def triplets(self, layer: api.FrozenLayer) -> tuple[Tensor, Tensor, Tensor]:

@@ -167,7 +167,7 @@ def update_costs(
     """Return the costs with the measurements of a section.
 
     Earlier measurements of other variants stay if they were made under the same conditions, except for the
-    commit and the load of the machine.
+    commit and the load of the machine, which are kept with each measurement.
 
     Args:
         costs: The content of `variants/costs.json`.
@@ -175,15 +175,14 @@ def update_costs(
         conditions: The machine and the sizes.
         measured: Variant -> measurements.
     """
-    earlier = costs.get(section, {})
-    kept = earlier.get("variants", {}) if _comparable(earlier) == _comparable(conditions) else {}
-    variants = dict(sorted({**kept, **measured}.items()))
-    return {**costs, section: {**conditions, "variants": variants}}
-
-
-def _comparable(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    machine = {k: v for k, v in conditions.get("machine", {}).items() if k not in ("commit", "load")}
-    return {**{k: v for k, v in conditions.items() if k != "variants"}, "machine": machine}
+    machine = dict(conditions["machine"])
+    moment = {name: machine.pop(name) for name in ("commit", "load")}
+    conditions = {**conditions, "machine": machine}
+    earlier = dict(costs.get(section, {}))
+    variants = earlier.pop("variants", {})
+    kept = variants if earlier == conditions else {}
+    new = {name: {**values, **moment} for name, values in measured.items()}
+    return {**costs, section: {**conditions, "variants": dict(sorted({**kept, **new}.items()))}}
 
 
 def read_options() -> argparse.Namespace:

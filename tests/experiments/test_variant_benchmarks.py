@@ -54,7 +54,12 @@ def test_measurements_of_another_machine_are_replaced(machine: dict[str, Any], k
     second = {**CONDITIONS, "machine": machine}
     costs = variant_costs.update_costs(first, "steps", second, {"dora": {"step_time": 2.0}})
     assert set(costs["steps"]["variants"]) == kept
-    assert costs["steps"]["machine"] == machine
+    assert costs["steps"]["machine"] == {"device": machine["device"]}
+    assert costs["steps"]["variants"]["dora"] == {
+        "step_time": 2.0,
+        "commit": machine["commit"],
+        "load": machine["load"],
+    }
     assert json.loads(json.dumps(costs)) == costs
 
 

@@ -34,7 +34,8 @@ class LoRA(api.Variant):
     frozen_update_buffers = frozenset({"A0", "B0"})
     peft: ClassVar[api.PeftMethod | None] = LORA_PEFT
     subtracts_start: ClassVar[bool] = False
-    """True if `init` returns frozen copies A0 and B0 (`start_from`), which double the exported rank."""
+    """True if `init` always returns frozen A0 and B0 whose product is subtracted: they double the exported
+    rank. A variant whose settings decide this overrides `export_rank`."""
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         """Return A (..., R, in) and B (..., out, R) with W' - W = s B A.

@@ -47,11 +47,17 @@ class BOFT(InputMap):
         fields={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
     )
 
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
+        settings = super().validate_settings(settings)
+        if settings["factors"] > 1 and settings["block_size"] % 2:
+            raise api.UnsupportedError(
+                f"block_size {settings['block_size']}: must be even for more than one factor"
+            )
+        return settings
+
     def check_layer(self, layer: api.FrozenLayer) -> None:
         in_features = layer.shape[1]
         size, factors = layer.settings["block_size"], layer.settings["factors"]
-        if factors > 1 and size % 2:
-            raise api.UnsupportedError(f"block_size {size} must be even for more than one factor")
         if in_features % (size << (factors - 1)):
             raise api.UnsupportedError(
                 f"{layer.name} has {in_features} inputs: not a multiple of {size << (factors - 1)}, which "

@@ -47,9 +47,11 @@ class RoAd(OutputMap):
     def formula_names(self, settings: api.VariantSettings) -> api.ExtraSettings:
         return {**settings.extra, "angles": _ANGLES[settings["form"]]}
 
-    def check_layer(self, layer: api.FrozenLayer) -> None:
-        if layer.settings["group_size"] % 2:
-            raise api.UnsupportedError(f"group_size {layer.settings['group_size']}: must be even")
+    def validate_settings(self, settings: api.VariantSettings) -> api.VariantSettings:
+        settings = super().validate_settings(settings)
+        if settings["group_size"] % 2:
+            raise api.UnsupportedError(f"group_size {settings['group_size']}: must be even")
+        return settings
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         scale = layer.ones(_ANGLES[layer.settings["form"]] * layer.shape[0] // 2)

@@ -16,8 +16,8 @@ class GoRA(LoRA):
     G is the mean gradient over `calibration_batches` batches. The importance of a layer is the mean of
     |W * G|, elementwise. With the fraction f_l that layer l has of all importance,
     r_l = f_l * rank * (sum over layers of sqrt(in + out)) / sqrt(in + out), rounded, at least
-    `smallest` * rank and at most `largest` * rank. All layers have `largest` * rank ranks allocated; a frozen
-    mask hides those that are not in use.
+    `smallest` * rank and at most `largest` * rank and the smaller side of the layer. All layers have
+    `largest` * rank ranks allocated; a frozen mask hides those that are not in use.
 
     Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = -gamma sqrt(in / r_l) / s_l G A^T (A A^T)^-1.
 

@@ -22,8 +22,8 @@ class RandLoRA(LoRA):
     are paired otherwise than in this sum: with i, j and k = i r + j counted from 0, column j of B_i meets row
     m = k // n of A, multiplied by entry m of l_h and by g_h, where h = k % n.
 
-    Initialization: A and B uniform with a standard deviation of 1, l (r, n) = 0, so W' = W; all
-    values of g (n, p) are 1 / max(n, p).
+    Initialization: A and B uniform with a standard deviation of 1, all values of g (n, p) 1 / max(n, p), and
+    l (r, n) = 0, so W' = W.
 
     Defaults: at rank 8, `rank_factor` 4 gives the basis rank 32 of the survey, which calls `base_limit` U
     and sets it to 1024. Without a limit (`base_limit` at least p) the update can have full rank.

@@ -15,13 +15,13 @@ TAU, GAMMA, ZETA = 1.0, -0.1, 1.1
 class SaLoRA(LoRA):
     """W' = W + s B diag(z) A with s = alpha / rank, where z_i is a gate in [0, 1] with a trainable log d_i.
 
-    z_i = min(1, max(0, (zeta - gamma) sigmoid((e_i + log d_i) / tau) + gamma)). In training,
-    e_i = log(u_i / (1 - u_i)) with u_i from U(0, 1), drawn anew for each step. In evaluation and in the
-    merged weight e_i = 0 (the median), and ranks with z_i = 0 are not in use.
+    z_i = min(1, max(0, (zeta - gamma) sigmoid((e_i + log d_i) / tau) + gamma)) with tau = 1, gamma = -0.1 and
+    zeta = 1.1. In training, e_i = log(u_i / (1 - u_i)) with u_i from U(0, 1), drawn anew for each step. In
+    evaluation and in the merged weight e_i = 0 (the median), and ranks with z_i = 0 are not in use.
 
     Shapes: A (R, in), B (out, R), log d (R, 1), where R is `initial` * rank, rounded up.
 
-    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W; log d = 1.
+    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), log d = 1, B = 0, so W' = W.
 
     The loss gains two terms, whose gradients are added after clipping:
     - `orthogonality` times the sum over layers of |A A^T - I|^2 + |B^T B - I|^2 (Frobenius norms).
@@ -30,10 +30,10 @@ class SaLoRA(LoRA):
       rank / R in the fraction `warmup` of the steps. How closely it is met depends on `budget`.
 
     Sources: equations 46 to 49 of the survey and, for tau, gamma, zeta, the initial log d and the gate in
-    evaluation, the survey's code. The paper's equations could not be read, and no code of its authors
-    was found. So these are choices of this project: s, the initialization of A and B, one draw of u per step,
-    the weights and normalization of the terms, and `gate_lr`. `initial` is AdaLoRA's, and the target falls as
-    in FLOP (arXiv 1910.04732), whose gates in training are the same.
+    evaluation, the survey's code. The paper's equations could not be read, and no code of its authors was
+    found. So these are choices of this project: s, the initialization of A and B, one draw of u per step, the
+    weights and normalization of the terms, their place after clipping, and `gate_lr`. `initial` is AdaLoRA's,
+    and the target falls as in FLOP (arXiv 1910.04732), whose gates in training are the same.
     """
 
     parameters = "components * (in + out + 1)"

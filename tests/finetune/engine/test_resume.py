@@ -48,7 +48,7 @@ def point(variant: str, task: str) -> Configuration:
 
 
 def combinations() -> Iterator[Any]:
-    """Yield all combinations of task and variant. The default run has one for each variant, in turn."""
+    """Yield all combinations. The default run has one task for each variant; the tasks alternate."""
     for task in NAMES:
         for name in NAMES[task]:
             usual = tuple(NAMES)[catalogue.names().index(name) % len(NAMES)]

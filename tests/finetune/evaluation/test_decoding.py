@@ -140,11 +140,15 @@ STOP_TEXTS = ("a b", "e d")
 
 
 def combinations() -> Iterator[Any]:
-    """Yield all combinations. Each pair of values is in one of the default run, two for each family."""
+    """Yield all combinations.
+
+    The default run has two for each family, one the opposite of the other. Together they contain each pair of
+    values of two parameters.
+    """
     for number, family in enumerate(CONFIGS):
-        opposite = (False, bool(number & 1), bool(number & 2))
+        chosen = (False, bool(number & 1), bool(number & 2))
         for static, sampled, stops in itertools.product((False, True), repeat=3):
-            is_default = len({a == b for a, b in zip(opposite, (static, sampled, stops), strict=True)}) == 1
+            is_default = len({a == b for a, b in zip(chosen, (static, sampled, stops), strict=True)}) == 1
             names = ("static" if static else "dynamic", "sampled" if sampled else "greedy")
             yield pytest.param(
                 family, static, sampled, STOP_TEXTS if stops else (),

@@ -38,3 +38,8 @@ def test_a_layer_that_the_factors_do_not_divide_is_refused() -> None:
     check_fit(variant, layer_of("q_proj", (24, 48), settings))
     with pytest.raises(UnsupportedError, match="k_proj has 40 inputs: not a multiple of 16"):
         check_fit(variant, layer_of("k_proj", (24, 40), settings))
+
+
+def test_odd_blocks_of_several_factors_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="block_size 3: must be even for more than one factor"):
+        catalogue.get("boft").validate_settings(VariantSettings(extra={"block_size": 3, "factors": 2}))
