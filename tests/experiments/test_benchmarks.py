@@ -108,6 +108,7 @@ def test_two_lanes_share_launches(counted: dict[Any, dict[str, Any]]) -> None:
     assert one["gigabytes"] < two["gigabytes"]
 
 
+@pytest.mark.slow  # a process that imports torch and transformers
 def test_another_tree_counts_the_same_if_it_is_the_same(counted: dict[Any, dict[str, Any]]) -> None:
     arguments = ["--models=tiny", "--variants=lora", "--lanes=1", "--rows=2", "--accumulation=2"]
     rows = meta_step.run_in_tree(ROOT, [*arguments, "--max-length=32"])
@@ -124,10 +125,7 @@ def test_every_variant_of_the_survey_that_peft_has_is_compared() -> None:
 
 @pytest.mark.parametrize(
     "variant",
-    [
-        name if name in ("lora", "adalora", "vera") else pytest.param(name, marks=pytest.mark.slow)
-        for name in step.PEFT_CONFIGS
-    ],
+    [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in step.PEFT_CONFIGS],
 )
 def test_a_step_of_ours_and_of_peft_has_the_same_loss(variant: str) -> None:
     row = step.measure(variant, "tiny", step.CASES["tiny"], CPU, rounds=1)
@@ -187,6 +185,7 @@ def test_a_section_that_fails_or_dies_costs_no_other_section(tmp_path: Path) -> 
     assert svd["ms"] > 0
 
 
+@pytest.mark.slow  # processes that import torch and transformers
 def test_a_librarys_message_in_json_is_no_measurement(tmp_path: Path) -> None:
     """The messages: a number, a list, and an object without a section."""
     say = "import sys\nif {'svd', '--here'} <= {*sys.orig_argv}:\n    print('3\\n[1]\\n{\"level\": 2}')\n"

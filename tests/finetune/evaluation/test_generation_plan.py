@@ -104,6 +104,7 @@ def test_the_default_study_takes_less_than_5000_decode_steps_a_lane_on_a_gpu() -
     assert count_study(limits_of(60, "cpu"), longest_answers=True).steps > 20_000
 
 
+@pytest.mark.slow  # generates in a process of its own, whose memory is limited
 def test_a_batch_that_runs_out_of_memory_is_generated_in_halves(tmp_path: Path) -> None:
     """The kernel refuses memory to a separate process, between the peaks of all rows and of half of them."""
     done = process(halve_rows, tmp_path)
