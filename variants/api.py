@@ -7,22 +7,13 @@ from variants.frozen_layer import FrozenLayer, InitialTensors, Layers, Params, s
 from variants.lane_views import LaneView, LayerView
 from variants.layer_random import LayerRandom, RandomOf
 from variants.peft_format import PeftMethod
-from variants.seeds import seeded_generator, stable_seed
+from variants.seeds import stable_seed
 from variants.traits import AdaptationScope, Batching, CalibrationStatistic, Start, VerifiedBy
-from variants.variant_settings import (
-    Choice,
-    ExtraSettings,
-    Flag,
-    Hyperparameter,
-    Int,
-    Number,
-    VariantSettings,
-)
+from variants.variant_settings import Choice, ExtraSettings, Flag, Int, Number, VariantSettings
 
 __all__ = [
     "RANK_MASK", "AdaptationScope", "Batching", "CalibrationStatistic", "Choice", "ExtraSettings", "Flag",
-    "FrozenLayer", "Hyperparameter", "InitialTensors", "Int", "LaneView", "LayerRandom", "LayerView",
-    "Layers", "MergeError", "Number", "Params", "PeftMethod", "RandomOf", "Start", "UnsupportedError",
-    "Variant", "VariantSettings", "VerifiedBy", "baddbmm", "bmm", "seeded_generator", "shared_settings",
-    "stable_seed",
+    "FrozenLayer", "InitialTensors", "Int", "LaneView", "LayerRandom", "LayerView", "Layers", "MergeError",
+    "Number", "Params", "PeftMethod", "RandomOf", "Start", "UnsupportedError", "Variant", "VariantSettings",
+    "VerifiedBy", "baddbmm", "bmm", "shared_settings", "stable_seed",
 ]  # fmt: skip

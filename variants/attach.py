@@ -87,14 +87,17 @@ def _check_layers(variant: Variant, settings: VariantSettings, layers: Mapping[s
 
 
 def check_fit(variant: Variant, layer: FrozenLayer) -> None:
-    """Check that the settings fit a layer: the numbers that must divide a side, and the variant's own rules.
+    """Check that the settings fit a layer.
+
+    Some numbers must divide the layer's inputs or outputs (`Int.divides`), and a variant may have rules of
+    its own (`check_layer`).
 
     Args:
         variant: The variant.
         layer: The frozen layer, with the settings.
 
     Raises:
-        UnsupportedError: A number does not divide a side (`Int.divides`), or `check_layer` raises.
+        UnsupportedError: The settings do not fit.
     """
     sides = dict(zip(("out", "in"), layer.shape, strict=True))
     for name, each in variant.hyperparameters.items():

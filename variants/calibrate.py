@@ -120,7 +120,10 @@ class _StatisticAccumulator:
         self.handle = layer.base_layer.register_forward_hook(hook)
 
     def _mask(self, x: Tensor) -> Tensor:
-        """Return (samples, positions), False at padding; an input (N, in) without a mask is one sample."""
+        """Return whether each position counts, (samples, positions): not at padding.
+
+        An input (N, in) for which there is no attention mask is one sample of N positions.
+        """
         context = self.adapter_state.current_context
         mask = None if context is None else context.attention_mask
         if mask is not None and mask.numel() == x.shape[:-1].numel():

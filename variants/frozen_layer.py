@@ -101,5 +101,5 @@ Layers = Mapping[str, FrozenLayer]
 
 
 def shared_settings(layers: Layers) -> VariantSettings:
-    """Return the settings of layers that all have the same."""
+    """Return the settings, which all of the given layers share."""
     return next(iter(layers.values())).settings

@@ -71,8 +71,8 @@ class LayerRandom:
 
         Args:
             parameter: The parameter's name.
-            count: The number of numbers.
-            below: The number that all are below.
+            count: How many numbers are drawn.
+            below: The limit: all numbers are at least 0 and below it.
         """
         generator = self.generator(parameter)
         if 4 * count > below:
@@ -83,7 +83,15 @@ class LayerRandom:
         return found[torch.randperm(len(found), generator=generator)[:count]].sort().values
 
     def positions(self, parameter: str, count: int) -> Tensor:
-        """Draw distinct positions in the weight: rows and columns in row-major order, (2, count), int32."""
+        """Draw distinct positions in the layer's weight.
+
+        Args:
+            parameter: The parameter's name.
+            count: How many positions are drawn.
+
+        Returns:
+            Rows and columns, (2, count), int32, in row-major order, on the layer's device.
+        """
         out_features, in_features = self.layer.shape
         places = self.distinct(parameter, count, out_features * in_features)
         return torch.stack([places // in_features, places % in_features]).int().to(self.layer.device)

@@ -1,4 +1,4 @@
-"""Singular value decompositions for initializations, and sparse updates."""
+"""Singular value decompositions, and matrices with values at a few positions."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def fill_positions(values: Tensor, positions: Tensor, shape: tuple[int, int]) ->
     """Return matrices (K, out, in) that are zero except for values (K, count) at positions (K, 2, count).
 
     Args:
-        values: The values.
-        positions: Their rows and columns, without repetition (`LayerRandom.positions`).
+        values: The values, (K, count).
+        positions: Their rows and columns, (K, 2, count), without repetition (`LayerRandom.positions`).
         shape: (out, in).
     """
     rows, columns = positions.long().unbind(1)

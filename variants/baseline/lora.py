@@ -112,7 +112,12 @@ class LoRA(api.Variant):
 
 
 def start_from(a: Tensor, b: Tensor) -> api.InitialTensors:
-    """Return A and B as a lane's initial factors, with frozen copies whose product is subtracted."""
+    """Return A and B as a lane's initial factors, with frozen copies whose product is subtracted.
+
+    Args:
+        a: (rank, in).
+        b: (out, rank).
+    """
     return api.InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
 

@@ -9,16 +9,16 @@ from variants.weight_svd import WeightSVD
 
 
 class PSOFT(WeightSVD):
-    """W' = W + U diag(S) (diag(b) R diag(a) - I) V^T with the r largest singular triplets (U, S, V) of W.
+    """W' = W + U diag(S) (diag(b) R diag(a) - I) V^T with the `rank` largest triplets (U, S, V) of W's SVD.
 
-    The rotation R = (I + Q) (I - Q)^-1 (r, r) follows from a skew-symmetric Q, whose values above the
-    diagonal learn, as do the vectors a and b (r,). U diag(S) and V^T are frozen. PEFT's alpha / r cancels.
+    The rotation R = (I + Q) (I - Q)^-1 (rank, rank) follows from a skew-symmetric Q. The values of Q above
+    the diagonal and the vectors a and b (rank,) learn; U diag(S) and V^T are frozen. There is no alpha.
     An adapter is exported as a plain LoRA: PEFT computes the singular vectors of a PSOFT adapter again when
     it loads one, and their signs, which it does not fix, decide what Q means.
     Initialization: Q = 0 and a = b = 1, so W' = W. Defaults: those of PEFT (exact inverse, both vectors).
     Deviations: PEFT's other options (a series for R, a free R, fewer vectors, symmetric factors) and rank 1
-    are not offered. The authors' scripts for language models take R = I + 2 Q + ... + 2 Q^5 + Q^6, and their
-    dropout (0) applies to the input of U diag(S) diag(b) R diag(a) V^T; here, as in PEFT, to that of W' - W.
+    are not offered. The authors' scripts for language models take R = I + 2 Q + ... + 2 Q^5 + Q^6. Dropout
+    applies to the input of W' - W, as in PEFT; theirs to that of U diag(S) diag(b) R diag(a) V^T (it is 0).
     Source: paper, Section 4; PEFT, tuners/psoft/layer.py; github.com/fei407/PSOFT, baselines/psoft.
     """
 

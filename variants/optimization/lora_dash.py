@@ -70,7 +70,7 @@ class LoRADash(LoRA):
         return settings.rank + settings["directions"]
 
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
-        """Return A and B, with zeros for the directions that a small layer does not have."""
+        """Return A and B under PEFT's names, with zeros for directions that a small layer does not have."""
         a, b = self.factors(params, layer)
         missing = self.export_rank(layer.settings) - len(a)
         return {"lora_A.weight": pad(a, (0, 0, 0, missing)), "lora_B.weight": pad(b, (0, missing))}

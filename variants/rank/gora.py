@@ -46,7 +46,8 @@ class GoRA(LoRA):
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:
         random = api.LayerRandom(layer, api.stable_seed(layer.name))
-        a = random.lora(min(_largest_rank(layer.settings), *layer.shape)).trainable["A"].to(matrix)
+        shape = min(_largest_rank(layer.settings), *layer.shape), layer.shape[1]
+        a = random.kaiming("A", shape).to(matrix)
         importance = (layer.weight.to(matrix) * matrix).abs().mean()
         return {"A": a, "G A^T": matrix @ a.t(), "importance": importance.unsqueeze(0)}
 
