@@ -1,0 +1,56 @@
+"""Hook of MkDocs: files outside `docs` that a page links to become part of the site.
+
+The pages are also read on git hosts, so their links to other files of the repository are relative
+(`../README.md`). On the site such a file is below `repository/`: a Markdown file as a page, any other file as a
+download. Links of these pages are followed in the same way. A link to a file that does not exist stays as it is,
+and MkDocs reports it.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+LINK = re.compile(r"(?<=\]\()[^)#\s]+")
+ELSEWHERE = "repository/"
+"""Folder of the site for files outside `docs`."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add each file that a page, or an added page, links to and that is outside `docs`."""
+    root = Path(config.docs_dir).parent
+    pending = list(files.documentation_pages())
+    while pending:
+        page = pending.pop()
+        for link in LINK.findall(Path(page.abs_src_path or "").read_text()):
+            target = _target(page.src_uri, link)
+            outside = not target.startswith(("docs/", "../")) and (root / target).is_file()
+            if not outside or ELSEWHERE + target in files.src_uris:
+                continue
+            file = File.generated(config, ELSEWHERE + target, abs_src_path=str(root / target))
+            files.append(file)
+            if file.is_documentation_page():
+                pending.append(file)
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Return the page with the links that leave `docs`, or come from outside, as the site has them."""
+    here = posixpath.dirname(page.file.src_uri)
+
+    def rewrite(match: re.Match[str]) -> str:
+        target = _target(page.file.src_uri, match[0])
+        on_site = target.removeprefix("docs/") if target.startswith("docs/") else ELSEWHERE + target
+        return posixpath.relpath(on_site, here or ".") if on_site in files.src_uris else match[0]
+
+    return LINK.sub(rewrite, markdown)
+
+
+def _target(page: str, link: str) -> str:
+    """Return the path, from the root of the repository, that a link of a page of the site leads to."""
+    source = page.removeprefix(ELSEWHERE) if page.startswith(ELSEWHERE) else f"docs/{page}"
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
