@@ -1,9 +1,9 @@
 """Hook of MkDocs: files outside `docs` that a page links to become part of the site.
 
 The pages are also read on git hosts, so their links to other files of the repository are relative
-(`../README.md`). On the site such a file is below `repository/`: a Markdown file as a page, any other file as a
-download. Links of these pages are followed in the same way. A link to a file that does not exist stays as it is,
-and MkDocs reports it.
+(`../README.md`). On the site such a file is below `repository/`: a Markdown file as a page, any other file as
+a download. Links of these pages are followed in the same way. A link to a file that does not exist stays as
+it is, and MkDocs reports it.
 """
 
 from __future__ import annotations
