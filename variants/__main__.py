@@ -19,7 +19,7 @@ from typing import Annotated
 
 import tyro
 
-from variants.variant_names import canonical_name
+from variants.variant_names import FILE_SUFFIX, canonical_name
 
 EXIT_USAGE = 2
 """Exit code for a name that does not exist, and for options that exclude each other."""
@@ -78,12 +78,15 @@ def _text(arguments: Arguments) -> str:
         from variants.describe_docs import write_docs
 
         return write_docs()
+    from variants import catalogue
     from variants.describe import describe, describe_all
     from variants.describe_text import format_catalogue, format_entry
 
     if not arguments.name:
         entries = describe_all()
         return _to_json(entries) if arguments.json else format_catalogue(entries)
+    if arguments.name.endswith(FILE_SUFFIX):
+        catalogue.load(arguments.name)
     entry = describe(canonical_name(arguments.name))
     return _to_json(entry) if arguments.json else format_entry(entry)
 

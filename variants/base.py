@@ -58,6 +58,7 @@ class Variant(ParameterCount, PeftFormat):
     numerics: ClassVar[int] = 1
     """Raised by hand when a change alters results; records of a lower number then no longer count."""
     revision: ClassVar[str] = ""
+    source_path: ClassVar[str] = ""
     """Version of code from outside this package, which the fingerprint includes; empty for other variants."""
     adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.TARGET_LAYERS
     uses_rank: ClassVar[bool] = True

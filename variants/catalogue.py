@@ -18,7 +18,6 @@ from variants.variant_names import (
     PEFT_AXIS,
     PEFT_PREFIX,
     USER_AXIS,
-    canonical_name,
     entry_points_by_name,
 )
 
@@ -68,12 +67,48 @@ def axis(name: str) -> str:
 def get(name: str) -> Variant:
     """Return the variant of this name.
 
+    Args:
+        name: A name of the catalogue, or the name of a user's file that `load` has read. The path of another
+            file is read.
+
     Raises:
         ValueError: There is no variant of this name, or a variant from outside this package cannot be
             imported. The message is one line.
         TypeError: The variant's file in this package does not define exactly one variant.
     """
-    return _get(canonical_name(name) if name.endswith(FILE_SUFFIX) else name)
+    if name.endswith(FILE_SUFFIX):
+        return _loaded_files.get(name) or load(name)
+    return _get(name)
+
+
+def load(name: str, source: bytes | None = None) -> Variant:
+    """Return the variant that a user has named; a file is read even if another one of its name was before.
+
+    Args:
+        name: As in `get`, or the path of a Python file.
+        source: The content of the file, if it is known; the file need not exist then.
+
+    Raises:
+        ValueError: See `get`.
+    """
+    if not name.endswith(FILE_SUFFIX):
+        return _get(name)
+    from variants import user_variants
+
+    variant = user_variants.load_file(name, source)
+    known = _loaded_files.get(variant.name)
+    if known is None or known.revision != variant.revision:
+        _loaded_files[variant.name] = variant
+    return _loaded_files[variant.name]
+
+
+def loaded_revision(name: str) -> str | None:
+    """Return the revision of the user's file of this name that this process has read; None if it has not."""
+    return _loaded_files[name].revision if name in _loaded_files else None
+
+
+_loaded_files: dict[str, Variant] = {}
+"""Variants of users' files, by the name of the file."""
 
 
 @cache
@@ -88,8 +123,6 @@ def _get(name: str) -> Variant:
 
     if name in entry_points_by_name():
         return user_variants.load_entry_point(name)
-    if name.endswith(FILE_SUFFIX):
-        return user_variants.load_file(name)
     raise ValueError(_describe_unknown(name))
 
 

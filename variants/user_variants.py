@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -15,27 +14,26 @@ from variants.errors import UnsupportedError
 from variants.variant_names import USER_AXIS, entry_points_by_name
 
 
-def load_file(path: str) -> Variant:
-    """Return the variant in a Python file; its name is the path.
+def load_file(path: str, source: bytes | None = None) -> Variant:
+    """Return the variant in a Python file. Its name is the name of the file.
 
     Args:
-        path: The full path of the file.
+        path: The path of the file.
+        source: The content of the file, if it is known; the file need not exist then.
 
     Raises:
         UnsupportedError: The file does not exist, cannot be imported, or does not define exactly one variant.
             The message is one line.
     """
-    if not os.path.isfile(path):  # Path.is_file raises OSError if a name is too long
-        raise UnsupportedError(f"variant file {path!r} does not exist")
-    revision = _hash_file(path)
-    name = f"lora_orchestrator_user_variant_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up the module of a class
+    path = os.path.realpath(path)
+    if source is None:
+        source = read_source(path)
+    revision = _hash(source)
+    module = ModuleType(f"lora_orchestrator_user_variant_{revision}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses look up the module of a class
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, path, "exec"), vars(module))
         variant = variant_class(module)()
     except (UnsupportedError, KeyboardInterrupt):
         raise
@@ -44,7 +42,22 @@ def load_file(path: str) -> Variant:
         where = f" (line {lines[-1]})" if lines else ""
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UnsupportedError(f"variant file {path!r}{where} cannot be imported: {problem}") from error
-    return identify(variant, path, revision)
+    vars(variant).update(source_path=path)
+    return identify(variant, os.path.basename(path), revision)
+
+
+def read_source(path: str) -> bytes:
+    """Return the content of a variant's file.
+
+    Raises:
+        UnsupportedError: The file does not exist or cannot be read.
+    """
+    if not os.path.isfile(path):  # Path.is_file raises OSError if a name is too long
+        raise UnsupportedError(f"variant file {path!r} does not exist")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UnsupportedError(f"variant file {path!r} cannot be read ({error.strerror})") from error
 
 
 def variant_class(module: ModuleType) -> type[Variant]:
@@ -90,8 +103,9 @@ def load_entry_point(name: str) -> Variant:
         raise UnsupportedError(f"variant {name!r} ({entry.value}) cannot be imported: {problem}") from error
     if variant is None:
         raise UnsupportedError(f"variant {name!r} ({entry.value}) is no subclass of Variant")
-    return identify(variant, name, _hash_file(str(sys.modules[loaded.__module__].__file__)))
+    source = read_source(str(sys.modules[loaded.__module__].__file__))
+    return identify(variant, name, _hash(source))
 
 
-def _hash_file(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def _hash(source: bytes) -> str:
+    return hashlib.sha256(source).hexdigest()[:16]

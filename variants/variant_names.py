@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 PEFT_PREFIX = "peft:"
 """Prefix of the name of one of PEFT's tuners: `peft:LOHA`."""
 FILE_SUFFIX = ".py"
-"""End of the path of a Python file with a variant; the full path is the variant's name."""
+"""End of the path of a Python file with a variant; the name of the file is the variant's name."""
 PEFT_AXIS, USER_AXIS = "peft", "user"
 """Axes of the variants from outside this package: tuners of PEFT, and files and entry points."""
 ENTRY_POINT_GROUP = "lora_orchestrator.variants"
@@ -20,11 +20,11 @@ ENTRY_POINT_GROUP = "lora_orchestrator.variants"
 def canonical_name(name: str) -> str:
     """Return the one spelling of a variant's name that configurations and records have.
 
-    A path becomes the full path, because workers have working folders of their own. PEFT's types are
+    A path becomes the name of the file: its folder may differ from machine to machine. PEFT's types are
     uppercase. In other names hyphens and underscores are the same.
     """
     if name.endswith(FILE_SUFFIX):
-        return os.path.realpath(name)
+        return os.path.basename(name)
     if name.lower().startswith(PEFT_PREFIX):
         return PEFT_PREFIX + name[len(PEFT_PREFIX) :].replace("-", "_").upper()
     return name.replace("-", "_")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from orchestrator.analyze.intervals import CurveStatistic, Estimate
 from orchestrator.analyze.number_format import rate as rate
 from orchestrator.analyze.panels import Value
-from orchestrator.record.show import replace_options
+from orchestrator.record.show import find_typed, replace_options
 from orchestrator.util import redaction
 
 
@@ -71,10 +71,11 @@ def narrow_command(command: str, variant: str, rates: Sequence[float], varied: M
         varied: Other columns of the configurations -> their values. Columns that no option sets, or whose
             value is None, are ignored.
     """
-    values = {"--variants": [variant], "--learning-rates": [exact_rate(r) for r in rates]}
+    typed = find_typed(command, "--variants", variant)
+    values = {"--variants": [typed], "--learning-rates": [exact_rate(r) for r in rates]}
     for column, option in _OPTION_OF_COLUMN.items():
         if varied.get(column) is not None:
-            values[option] = [str(varied[column])]
+            values[option] = [find_typed(command, option, str(varied[column]))]
     return replace_options(command, values)
 
 

@@ -39,7 +39,7 @@ def write_report(study: StudyFile, records: Sequence[Record], folder: Path, trac
         OSError: The folder cannot be written.
     """
     study = replace(study, command=formatting.redact_secrets(study.command))
-    records = panels.deduplicate_records(records)
+    records = panels.deduplicate_records([study.rename(record) for record in records])
     uri = formatting.redact_secrets(tracking_uri)
     data = ReportData(study, summarize(study, records), records, uri)
     pending = len(set(study.configurations) - {record.fingerprint for record in records})

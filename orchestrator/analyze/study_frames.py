@@ -71,7 +71,7 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
         raise UsageError(
             f"study {study_file.name!r}: no record of it in {opened.root}; run it: {study_file.command}"
         )
-    records = deduplicate_records(found)
+    records = deduplicate_records([study_file.rename(record) for record in found])
     summary = summarize(study_file, records)
     runs = _runs_frame(records, study_file.name)
     return StudyFrames(

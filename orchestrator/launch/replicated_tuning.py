@@ -51,7 +51,7 @@ def _with_baseline(experiment: Experiment, options: ComparisonOptions) -> tuple[
     """
     baseline = experiment.settings.baseline
     typed = options.variants or experiment.default_variants(options.dry_run)
-    variants = tuple(dict.fromkeys([baseline, *map(canonical_name, typed)]))
+    variants = tuple({canonical_name(name): name for name in (baseline, *typed)}.values())
     if len(variants) < 2:
         raise UsageError(
             f"--variants {baseline}: it is what the others are compared with; name one more, for example "

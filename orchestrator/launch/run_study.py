@@ -121,7 +121,7 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
         command=command,
         tracking_uri=redact_secrets(configured_uri(context.options.tracking_uri)),
         settings=settings,
-    )
+    ).with_sources(context.sources())
     study.write(context.folder)
     nothing = "" if work.num_to_train else ", nothing to train"
     context.console.print(f"{context.name}: {len(cached)} of {work.total} known{nothing}")

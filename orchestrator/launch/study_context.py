@@ -15,17 +15,23 @@ from orchestrator.execution.run_budget import RunBudget
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
+from orchestrator.finetune.sources import own_files
+from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.design import Design, DesignInput, FixedDesign, MakeDesign, grid_of
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.work import StudyWork
+from orchestrator.record.adoption import adopt_records
 from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
+from orchestrator.record.study_file import Source
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.option_groups import default_output
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.study_name import default_study_name
 from orchestrator.util.errors import UsageError
+from variants import catalogue
+from variants.variant_names import FILE_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,20 @@ class StudyContext:
             self.replicates,
         )
         return StudyWork.from_store(list(search.configurations.values()), search, self.store, self.options)
+
+    def sources(self) -> list[Source]:
+        """Return the base models of the study, and its tasks and variants in users' files."""
+        found = []
+        for template in self.templates:
+            task, model, variant = template.task, template.model, template.variant
+            path = str(Path(model.name).resolve()) if Path(model.name).is_dir() else ""
+            found.append(Source(model.content, model.name, path))
+            if task.content:
+                own = tasks.get(task.name)
+                found.append(Source(task.content, task.name, own.source, own.title))
+            if variant.name.endswith(FILE_SUFFIX):
+                found.append(Source(variant.revision, variant.name, catalogue.get(variant.name).source_path))
+        return found
 
     def request_next_stage(self, work: StudyWork) -> list[Configuration]:
         """Return the configurations that the design now requests and `work` does not have yet."""
@@ -143,6 +163,7 @@ def resolve_study(
         )
     ]
     name = options.study or _study_name(experiment, options, resolved)
+    _adopt_earlier_records(store, templates, console)
     return StudyContext(
         experiment=experiment,
         options=options,
@@ -157,6 +178,24 @@ def resolve_study(
         design=_make_design(options, resolved, templates, make_design),
         replicates=replicates,
     )
+
+
+def _own_files(templates: Sequence[Configuration]) -> list[Source]:
+    """Return the tasks and variants of configurations that are in users' files."""
+    own_tasks = {t.task.content: tasks.get(t.task.name) for t in templates if t.task.content}
+    own_variants = {t.variant.name for t in templates if t.variant.name.endswith(FILE_SUFFIX)}
+    variants = [catalogue.get(name) for name in sorted(own_variants)]
+    return [
+        *(Source(content, task.name, task.source, task.title) for content, task in own_tasks.items()),
+        *(Source(variant.revision, variant.name, variant.source_path) for variant in variants),
+    ]
+
+
+def _adopt_earlier_records(store: Store, templates: Sequence[Configuration], console: Console) -> None:
+    """Copy records of earlier versions for users' files that this store has no entry of."""
+    new = [each for each in _own_files(templates) if not own_files.has_entry(store.data, each.content)]
+    if new and (copied := adopt_records(store, templates, new)):
+        console.print(f"{copied} records of an earlier version are used: they are of the same files")
 
 
 def _study_name(experiment: Experiment, options: StudyOptions, resolved: Sequence[ResolvedOptions]) -> str:

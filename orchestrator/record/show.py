@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import textwrap
@@ -68,13 +69,14 @@ def narrow_command(command: str, configuration: Configuration) -> str:
         command: The study's command.
         configuration: The configuration to train.
     """
+    task = find_typed(command, "--task", configuration.task.name)
     has_several_tasks = len(_option_values(command, "--task")) > 1 or _option_values(command, "--preset")
     varied = [*_option_values(command, "--space"), *_factor_names(command)]
     return replace_options(
         command,
         {
-            **({"--task": [configuration.task.name]} if has_several_tasks else {}),
-            "--variants": [configuration.variant.name],
+            **({"--task": [task]} if has_several_tasks else {}),
+            "--variants": [find_typed(command, "--variants", configuration.variant.name)],
             "--learning-rates": [repr(configuration.optimizer.learning_rate)],
             "--seeds": [str(configuration.seed + 1)],
             "--set": [
@@ -118,6 +120,12 @@ def _words_by_option(command: str) -> Iterator[tuple[str, str]]:
         if word.startswith("--"):
             option = word.partition("=")[0].replace("_", "-")
         yield option, word
+
+
+def find_typed(command: str, option: str, name: str) -> str:
+    """Return the word of an option that stands for a name: the path of a file, or the name itself."""
+    words = _option_values(command, option)
+    return next((word for word in words if os.path.basename(word) == name), name)
 
 
 def _option_values(command: str, wanted: str) -> list[str]:

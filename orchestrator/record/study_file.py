@@ -2,7 +2,8 @@
 
 <output>/<study>/study.json
 {"schema_version", "name", "question", "command", "configurations": [fingerprint, ...],
- "reused": [fingerprint, ...], "tracking_uri", "settings": {...}, "looks": [replicates, ...]}
+ "reused": [fingerprint, ...], "tracking_uri", "settings": {...}, "looks": [replicates, ...],
+ "sources": [{"content", "name", "path", "title"}, ...]}
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.record.schema import Record
 from orchestrator.study.retired_options import translate_command
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
@@ -21,9 +23,10 @@ from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 _log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of study.json, to be raised when a field is added, removed or changes its meaning. A file without a
-version has version 1. Version 1 had `baseline`, `margin`, `tuning` and `searched` in place of `settings`."""
+version has version 1. Version 1 had `baseline`, `margin`, `tuning` and `searched` in place of `settings`;
+versions 1 and 2 had no `sources`."""
 PICTURES = ("factors", "forest", "tuned_curves", "search", "curves", "heatmap", "spread", "training", "costs")
 """Names of all pictures that a report may have, the most important first. Each picture consists of the files
 NAME.png and NAME.svg beside study.json."""
@@ -61,6 +64,22 @@ class AnalysisSettings:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A base model, or a task or variant in a user's file, under the name that it has in a study.
+
+    A record may have been made under another name; see `StudyFile.rename`.
+    """
+
+    content: str
+    """Content of the model or task, or revision of the variant."""
+    name: str
+    path: str = ""
+    """The user's file or folder; empty for a built-in model."""
+    title: str = ""
+    """The title of a task."""
+
+
+@dataclass(frozen=True)
 class StudyFile:
     """The content of study.json."""
 
@@ -78,6 +97,29 @@ class StudyFile:
     settings: AnalysisSettings = AnalysisSettings()
     looks: tuple[int, ...] = ()
     """Numbers of replicates, ascending, at which the study has shown a verdict."""
+    sources: tuple[Source, ...] = ()
+    """The base models of the study, and the tasks and variants in users' files."""
+
+    def with_sources(self, sources: Iterable[Source]) -> StudyFile:
+        """Return this study with more sources; one replaces an earlier one of the same content."""
+        by_content = {source.content: source for source in (*self.sources, *sources)}
+        return replace(self, sources=tuple(by_content.values()))
+
+    def rename(self, record: Record) -> Record:
+        """Return a record with the names that its base model, task and variant have in this study.
+
+        A record that another study has made may have other names for the same contents.
+        """
+        names = {source.content: source.name for source in self.sources}
+        configuration = record.configuration
+        task, model, variant = configuration.task, configuration.model, configuration.variant
+        renamed = replace(
+            configuration,
+            task=replace(task, name=names.get(task.content, task.name)),
+            model=replace(model, name=names.get(model.content, model.name)),
+            variant=replace(variant, name=names.get(variant.revision, variant.name)),
+        )
+        return record if renamed == configuration else replace(record, configuration=renamed)
 
     def with_configurations(self, requested: Iterable[str], cached: Iterable[str]) -> StudyFile:
         """Return this study with more configurations.
@@ -144,7 +186,7 @@ class StudyFile:
         version = data.pop("schema_version", 1)
         if version == 1:
             data = _upgrade_from_version_1(data)
-        unknown = [f"schema_version {version}"] if version not in (1, SCHEMA_VERSION) else []
+        unknown = [f"schema_version {version}"] if version not in (1, 2, SCHEMA_VERSION) else []
         unknown += [f"field {name!r}" for name in sorted(data.keys() - {field.name for field in fields(cls)})]
         if unknown:
             raise UsageError(

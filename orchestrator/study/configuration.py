@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from orchestrator.util.canonical_json import canonical_json
+from variants.variant_names import FILE_SUFFIX
 
 Dtype = Literal["float32", "bfloat16", "nf4"]
 LRScheduleName = Literal["constant", "linear", "cosine"]
@@ -28,7 +29,8 @@ class VariantChoice:
     `alpha` is None for a variant without alpha, such as HiRA. `targets` is "blocks" (every linear layer in
     the model's repeated blocks), a comma-separated list of endings of layer names, or "re:" and a regular
     expression. `extra` has the settings that only this variant has: name -> value. `revision` identifies code
-    from outside this project: PEFT's version, or a hash of a user's file; it is empty for other variants.
+    from outside this project: PEFT's version, or a hash of a user's file; it is empty for other variants. A
+    variant in a user's file has the file's name with `.py`, which is for readers: `revision` identifies it.
     """
 
     name: str
@@ -43,7 +45,12 @@ class VariantChoice:
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """A task with its data. `revision` is a hash of the data; sizes are numbers of examples."""
+    """A task with its data.
+
+    `revision` is a hash of the data; sizes are numbers of examples. `content` identifies the code of a task
+    in a user's file, or how a data file is read, as 16 hexadecimal digits. It is empty for tasks of this
+    project. A task with a content has the file's name, which is for readers.
+    """
 
     name: str
     revision: str
@@ -53,6 +60,7 @@ class TaskChoice:
     metric: str
     floor: float
     numerics: int = 1
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,11 +164,12 @@ class Configuration:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON.
 
-        The name of the base model is not part of it, only its content. A head learning rate equal to the
-        learning rate and a base dropout that is off are left out, because earlier versions lack these fields.
-        For the same reason `to_json` leaves out the fields in `_drop_later_defaults`.
+        The names of the base model and of a user's files are not part of it, only their contents. A head
+        learning rate equal to the learning rate and a base dropout that is off are left out, because earlier
+        versions lack these fields. For the same reason `to_json` leaves out the fields in
+        `_drop_later_defaults`.
         """
-        data = replace(self, model=replace(self.model, name="")).to_json()
+        data = _drop_names(self).to_json()
         if data["optimizer"]["head_learning_rate"] in (None, data["optimizer"]["learning_rate"]):
             del data["optimizer"]["head_learning_rate"]
         if data["base_dropout"] == "off":
@@ -174,10 +183,10 @@ class Configuration:
         Configurations with equal keys may differ in the optimizer's settings, alpha, the learning rate
         schedule, the divergence rule, the evaluations and the seed.
         """
+        nameless = _drop_names(self)
         normalized = replace(
-            self,
-            variant=replace(self.variant, alpha=None),
-            model=replace(self.model, name=""),
+            nameless,
+            variant=replace(nameless.variant, alpha=None),
             optimizer=OptimizerConfig(learning_rate=1.0),
             lr_schedule=LRSchedule(steps=1),
             divergence=DivergenceConfig(),
@@ -229,6 +238,17 @@ class Configuration:
         return columns
 
 
+def _drop_names(configuration: Configuration) -> Configuration:
+    """Return the configuration with empty names in place of those that are for readers only."""
+    variant, task = configuration.variant, configuration.task
+    return replace(
+        configuration,
+        variant=replace(variant, name="") if variant.name.endswith(FILE_SUFFIX) else variant,
+        task=replace(task, name="") if task.content else task,
+        model=replace(configuration.model, name=""),
+    )
+
+
 def _drop_later_defaults(data: dict[str, Any]) -> None:
     """Remove fields that earlier versions lack from a configuration's JSON, if they have their defaults.
 
@@ -240,6 +260,8 @@ def _drop_later_defaults(data: dict[str, Any]) -> None:
         del data["test_evaluations"]
     if data["variant"]["revision"] == "":
         del data["variant"]["revision"]
+    if data["task"]["content"] == "":
+        del data["task"]["content"]
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ def report_user_errors(name: str, action: str) -> Iterator[None]:
     an exit code of its own. Errors of the project's own tasks are bugs and keep their tracebacks.
 
     Args:
-        name: Name of the task; for a user's task, the path of its file.
+        name: Path of the user's file; empty for a task of this project.
         action: What failed, as a phrase that follows the name in the message.
 
     Raises:
@@ -28,7 +28,7 @@ def report_user_errors(name: str, action: str) -> Iterator[None]:
     except (UsageError, StudyError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        if not name.endswith(".py"):
+        if not name:
             raise
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name

@@ -132,7 +132,7 @@ def test_a_worker_with_another_version_of_the_code_refuses_a_configuration(
     train(Script(leases([one])), store)
     record = store.get(one.fingerprint)
     assert record is not None
-    assert "this worker has" in record.reason
+    assert "'own-variant.v2.py' with content ffffffffffffffff is not in" in record.reason
 
 
 @pytest.mark.parametrize("name", NAMES)

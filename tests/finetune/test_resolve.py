@@ -58,8 +58,8 @@ def test_examples_that_are_scored_and_trained_on_are_reported() -> None:
     assert lines == []
     report_train_overlap(task, {"train": [one], "validation": [one, other], "test": [one]}, lines.append)
     assert [line.partition(" examples")[0] for line in lines] == [
-        "words_task: 1 of 2 validation",
-        "words_task: 1 of 1 test",
+        "words_task.py: 1 of 2 validation",
+        "words_task.py: 1 of 1 test",
     ]
 
 

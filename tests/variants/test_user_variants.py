@@ -59,7 +59,7 @@ def write(folder: Path, text: str = OWN, name: str = "my-own.v2.py") -> str:
 def test_a_file_outside_the_package_satisfies_the_laws(tmp_path: Path) -> None:
     path = write(tmp_path)
     variant = catalogue.get(path)
-    assert (variant.name, catalogue.axis(path), variant.axis) == (path, "user", "user")
+    assert (variant.name, variant.source_path, catalogue.axis(path)) == ("my-own.v2.py", path, "user")
     assert variant.extra_defaults == {"factor": 2.0}
     check_laws(variant, [CASES[0]])
     with pytest.raises(AssertionError, match=r"broken\.py breaks merged_equals_forward"):
@@ -70,7 +70,7 @@ def test_a_relative_path_names_the_same_variant(tmp_path: Path, monkeypatch: pyt
     path = write(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert catalogue.get("my-own.v2.py") is catalogue.get(path)
-    assert variant_names.canonical_key("./my-own.v2.py.fac-tor") == f"{path}.fac_tor"
+    assert variant_names.canonical_key("./my-own.v2.py.fac-tor") == "my-own.v2.py.fac_tor"
 
 
 def test_the_revision_is_that_of_the_content(tmp_path: Path) -> None:

@@ -42,12 +42,12 @@ def check_data(task: Task) -> str:
         UsageError: The data cannot be read.
     """
     try:
-        with user_code.report_user_errors(task.name, "gives no examples"):
+        with user_code.report_user_errors(task.source, "gives no examples"):
             choice = task.choice()
     except Exception as error:
         raise UsageError(_first_line(error)) from error
     sizes = f"{choice.train_size} + {choice.validation_size} + {choice.test_size} examples"
-    return f"{Path(task.name).stem}, {sizes}, revision {choice.revision}"
+    return f"{task.name}, {sizes}, revision {choice.revision}"
 
 
 def unavailable_reason(model: ModelChoice | None, task: TaskChoice, bases: Path) -> str:
@@ -65,7 +65,7 @@ def unavailable_reason(model: ModelChoice | None, task: TaskChoice, bases: Path)
         from orchestrator.finetune.data import dataset_cache
 
         hub_data.set_pin_folder(bases, add_pins=False)
-        implementation = tasks.get(task.name)
+        implementation = tasks.find(task, bases.parent / "data")
         if not dataset_cache.has_examples(bases.parent / "data", task, implementation):
             implementation.load(task)
         if model is not None:

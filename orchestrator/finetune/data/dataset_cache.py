@@ -86,7 +86,6 @@ def prepare_dataset(
     # Held-out examples are truncated only where a head reads them: an answer is scored in full.
     held_out_max_length = compute_max_row_length(task, max_length) if task.has_head else None
     tokenizer_digest = _tokenizer_digest(processor)
-    stem = Path(task.name).stem
     cached_rows: dict[Split, Sequence[Row]] = {}
     for split, examples in examples_by_split.items():
         split_max_length = max_length if split == "train" else held_out_max_length
@@ -97,7 +96,9 @@ def prepare_dataset(
             "tokenizer": tokenizer_digest,
             "cut": split_max_length,
         }
-        report_progress = _rate_limited(f"{stem}: %d of {len(examples)} {split} examples tokenized", progress)
+        report_progress = _rate_limited(
+            f"{task.name}: %d of {len(examples)} {split} examples tokenized", progress
+        )
         columns = {**ROW_COLUMNS, "targets": FLOAT_LIST} if task.output == "regression" else ROW_COLUMNS
         file = ArrowFile(folder, "rows", cache_key, columns, partial(ArrowSequence, factory=Row))
         cached_rows[split] = file.read_or_create(
@@ -150,8 +151,8 @@ def load_examples(
 
     def make_split(split: Split) -> Iterable[Mapping[str, Any]]:
         if not loaded:
-            progress(f"{Path(task.name).stem}: reading the examples")
-            with user_code.report_user_errors(task.name, "gives no examples"):
+            progress(f"{task.name}: reading the examples")
+            with user_code.report_user_errors(task.source, "gives no examples"):
                 loaded.update(task.load(choice))
         if task.inputs == "image":
             return serialize_image_examples(loaded[split], task)
@@ -211,18 +212,12 @@ def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str
     size = {"train": choice.train_size, "validation": choice.validation_size, "test": choice.test_size}[split]
     return {
         "format": FORMAT_VERSION,
-        "task": Path(task.name).stem,
-        "file": task_file_digest(task),
+        "task": task.content or task.name,
+        "file": "",  # of earlier versions
         "revision": choice.revision,
         "split": split,
         "size": size,
     }
-
-
-def task_file_digest(task: Task) -> str:
-    """Return the SHA-256 (hex) of a user's task file, "" for a task of the catalogue."""
-    file = Path(task.name)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

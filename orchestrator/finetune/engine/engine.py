@@ -18,10 +18,10 @@ from orchestrator.finetune.models import attention_dropout
 from orchestrator.finetune.models.activation_checkpointing import CHECKPOINTING_ATTRIBUTE
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
+from orchestrator.finetune.sources import own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import Configuration, ModelChoice
-from variants import catalogue as variants
 from variants.api import Batching, UnsupportedError, Variant
 from variants.attach import Adapters, attach
 from variants.storage import save_lane, save_peft
@@ -144,7 +144,8 @@ class Engine:
             return self.lane_group
         self.detach_adapters()
         choice = configuration.variant
-        variant, task = variants.get(choice.name), tasks.get(configuration.task.name)
+        variant = own_variants.find(choice, self._data_folder)
+        task = tasks.find(configuration.task, self._data_folder)
         _check_versions(configuration, variant, task)
         base_model = self._load_base_model(configuration.model, task)
         has_base_dropout = configuration.base_dropout == "on"

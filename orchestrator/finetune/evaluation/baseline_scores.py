@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -73,7 +74,8 @@ class BaselineScores:
             task: The configuration's task.
             process_group: The processes of the trainer.
         """
-        return cls(folder, Path(task.name).stem, _cache_key_hash(configuration, task), process_group)
+        name = configuration.task.content or configuration.task.name
+        return cls(folder, name, _cache_key_hash(configuration), process_group)
 
     def load_or_compute_loss(self, compute: Callable[[], Scores], has_answers: bool) -> None:
         """Read the scores that need no generated answers, or compute and store them.
@@ -152,16 +154,16 @@ class BaselineScores:
         return scores
 
 
-def _cache_key_hash(configuration: Configuration, task: Task) -> str:
+def _cache_key_hash(configuration: Configuration) -> str:
     """Return a hash of all that decides the scores."""
-    # The module imports pyarrow, which is missing where no data is prepared (see `TaskData.load`).
-    from orchestrator.finetune.data.dataset_cache import task_file_digest
-
-    key_fields = {
-        "task": asdict(replace(configuration.task, name=Path(task.name).stem)),
-        "file": task_file_digest(task),
+    choice = configuration.task
+    key_fields: dict[str, Any] = {
+        "task": asdict(replace(choice, name="" if choice.content else choice.name)),
+        "file": "",  # of earlier versions
         "model": [configuration.model.content, configuration.model.dtype],
         "length": configuration.batches.max_length,
         "loop": configuration.loop_numerics,
     }
+    if not choice.content:
+        del key_fields["task"]["content"]  # earlier versions lack it
     return hashlib.sha256(canonical_json(key_fields)).hexdigest()[:16]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve.model_limits import check_positions, check_token_ids
+from orchestrator.finetune.sources import own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example, Split, Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
@@ -32,9 +33,12 @@ def prepare_datasets(
     from orchestrator.finetune.data import dataset_cache
     from orchestrator.finetune.data.batches import compute_max_row_length
 
+    for choice in {c.variant.revision: c.variant for c in configurations}.values():
+        own_variants.write_entry(choice, folder)
     distinct = {(c.task, c.model, c.batches.max_length): c for c in configurations}
     for configuration in distinct.values():
         task = tasks.get(configuration.task.name)
+        tasks.write_entry(task, folder)
         processor = loading.load_processor(configuration.model, bases, task)
         with add_path_to_disk_errors(folder):
             prepared = dataset_cache.prepare_dataset(folder, configuration, task, processor, progress)
@@ -60,13 +64,13 @@ def report_train_overlap(
         examples: Its examples by split.
         progress: Called with one line for each split that has such examples.
     """
-    if not task.name.endswith(".py"):
+    if not task.content:
         return
     train = {(example.prompt, example.pair, example.answer) for example in examples["train"]}
     for split in HELD_OUT_SPLITS:
         shared = sum((each.prompt, each.pair, each.answer) in train for each in examples[split])
         if shared:
             progress(
-                f"{Path(task.name).stem}: {shared} of {len(examples[split])} {split} examples are train "
+                f"{task.name}: {shared} of {len(examples[split])} {split} examples are train "
                 "examples as well; their scores measure memorization"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
-from variants.variant_names import canonical_name
+from variants.variant_names import FILE_SUFFIX, canonical_name
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,15 @@ def resolve_tasks(
         UsageError: A name or a value is wrong, see `resolve_options`.
     """
     names = dict.fromkeys(options.task or default_tasks)
-    return [resolve_options(options, name, default_variants, bases) for name in names]
+    resolved = [resolve_options(options, name, default_variants, bases) for name in names]
+    by_name: dict[str, Task] = {}
+    for task in (each.task for each in resolved):
+        other = by_name.setdefault(task.name, task)
+        if other.content != task.content:
+            raise UsageError(
+                f"--task: {other.source!r} and {task.source!r} have the same name; rename one of them."
+            )
+    return list({each.task.name: each for each in resolved}.values())
 
 
 def resolve_options(
@@ -73,10 +82,8 @@ def resolve_options(
     """
     hub_data.set_pin_folder(bases)
     typed_names = options.variants or default_variants
-    variants = tuple(dict.fromkeys(map(canonical_name, typed_names)))
-    for name in variants:
-        _check_variant(name)
-    task = tasks.get(task_name)
+    variants = load_variants(typed_names)
+    task = tasks.load(task_name)
     if task.has_head:
         metrics.get_metric(task)  # raises UsageError for an unknown metric
     elif options.head_learning_rate != "same":
@@ -93,18 +100,31 @@ def resolve_options(
     return ResolvedOptions(variants, task, model, learning_rates, fixed, search_space)
 
 
-def _check_variant(name: str) -> None:
-    """Raise UsageError if there is no such variant, or one from outside this project cannot be imported."""
-    if not catalogue.is_known(name):
-        raise UsageError(
-            f"--variants: no variant {name!r}. {suggest_nearest(name, catalogue.names())} peft:TYPE and the "
-            "path to a .py file with a variant work, too."
-        )
-    if name not in catalogue.built_in_names():
-        try:
-            catalogue.get(name)
-        except ValueError as error:
-            raise UsageError(f"--variants: {error}") from error
+def load_variants(typed_names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the variants that a user has named, without repetitions; files are read.
+
+    Raises:
+        UsageError: There is no such variant, one from outside this project cannot be imported, or two files
+            have one name.
+    """
+    typed_by_name: dict[str, str] = {}
+    for typed in typed_names:
+        name = canonical_name(typed)
+        other = typed_by_name.setdefault(name, typed)
+        if name.endswith(FILE_SUFFIX) and os.path.realpath(other) != os.path.realpath(typed):
+            raise UsageError(f"--variants: {other!r} and {typed!r} have the same name; rename one of them.")
+    for name, typed in typed_by_name.items():
+        if not catalogue.is_known(name):
+            raise UsageError(
+                f"--variants: no variant {name!r}. {suggest_nearest(name, catalogue.names())} peft:TYPE and "
+                "the path to a .py file with a variant work, too."
+            )
+        if name not in catalogue.built_in_names():
+            try:
+                catalogue.load(typed if name.endswith(FILE_SUFFIX) else name)
+            except ValueError as error:
+                raise UsageError(f"--variants: {error}") from error
+    return tuple(typed_by_name)
 
 
 def default_model(task: Task) -> str:

@@ -73,7 +73,7 @@ def build_configuration_templates(
     batch_size, accumulation = options.batch_size or defaults.batch_size, options.accumulation or 1
     options.check_batch_size(batch_size)
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
-    with user_code.report_user_errors(task.name, "gives no examples"):
+    with user_code.report_user_errors(task.source, "gives no examples"):
         choice = task.choice()  # reads all of the data
     if options.train_size is not None:
         choice = replace(choice, train_size=options.train_size)

@@ -90,6 +90,11 @@ class Task(TextEncoder):
     """
 
     name: str
+    """The name; of a user's task the name of its file."""
+    source: str = ""
+    """The path of the user's file; empty for a task of this project."""
+    content: str = ""
+    """See `TaskChoice.content`."""
     title: ClassVar[str]
     metric: ClassVar[str] = "exact_match"
     floor: ClassVar[float]
@@ -238,7 +243,12 @@ class Task(TextEncoder):
     def choice(self) -> TaskChoice:
         """Return the task at its default sizes as a part of a configuration."""
         sizes = self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
-        return TaskChoice(self.name, self.revision(), *sizes, self.metric, self.floor, self.numerics)
+        revision = self.revision()
+        return TaskChoice(self.name, revision, *sizes, self.metric, self.floor, self.numerics, self.content)
+
+    def entry(self) -> dict[str, str]:
+        """Return what the store keeps of a user's task, so that any machine can make it: see `own_files`."""
+        return {"path": self.source, "source": Path(self.source).read_text("utf-8")}
 
     def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:
         """Return the examples of the three splits.

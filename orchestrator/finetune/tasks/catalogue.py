@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-from orchestrator.finetune.tasks import user_task
+from orchestrator.finetune.sources import own_files
+from orchestrator.finetune.tasks import task_file, user_task
 from orchestrator.finetune.tasks.base import Task
+from orchestrator.study.configuration import TaskChoice
 from orchestrator.util import user_code
 from orchestrator.util.errors import UsageError, suggest_nearest
+from variants.variant_names import FILE_SUFFIX
 
 
 def names() -> tuple[str, ...]:
@@ -28,28 +30,102 @@ def _module_names() -> dict[str, str]:
     return {p.stem: f"{__package__}.{p.parent.name}.{p.stem}" for p in files if p.stem != "__init__"}
 
 
-def get(name: str) -> Task:
-    """Return a task.
+def load(name: str) -> Task:
+    """Return the task that a user has named; a file is read even if another one of its name was before.
 
     Args:
-        name: The name of a built-in task, or the path of a Python file with a task. The path becomes the name
-            of the task, and every worker has to reach the file by it.
+        name: The name of a built-in task, or the path of a Python file with a task. The name of the task is
+            then the name of the file.
 
     Raises:
         UsageError: There is no such task, or the file contains no valid one.
     """
-    if name.endswith(".py"):
-        # The full path, since Ray's workers have working folders of their own.
-        return _load_user_task(Path(os.path.realpath(name)))
-    return _load_builtin_task(name)
+    if not name.endswith(FILE_SUFFIX):
+        return get(name)
+    path = os.path.realpath(name)
+    known = _own_tasks.get(os.path.basename(path))
+    source = _read_source(path)
+    if known is not None and (known.source, known.content) == (path, task_file.hash_code(source, path)):
+        return known
+    return register(_load_file(path, source))
 
 
-@lru_cache
-def _load_user_task(path: Path) -> Task:
-    module = _import_file(path)
-    with user_code.report_user_errors(str(path), "cannot make its task"):
+def get(name: str) -> Task:
+    """Return a task by its name: a built-in one, or a user's that this process has loaded.
+
+    Args:
+        name: The name of the task. The path of a Python file that has not been loaded is read.
+
+    Raises:
+        UsageError: There is no such task, or the file contains no valid one.
+    """
+    if name in _own_tasks:
+        return _own_tasks[name]
+    return load(name) if name.endswith(FILE_SUFFIX) else _load_builtin_task(name)
+
+
+def register(task: Task) -> Task:
+    """Make a task of the user available to `get` under its name, in place of another one of that name."""
+    _own_tasks[task.name] = task
+    return task
+
+
+def find(choice: TaskChoice, folder: Path) -> Task:
+    """Return the task of a configuration; a user's file need not exist on this machine.
+
+    Args:
+        choice: The task of a configuration.
+        folder: The store's folder of prepared data.
+
+    Raises:
+        UsageError: There is no such task, or the store has no entry of its content.
+    """
+    known = _own_tasks.get(choice.name)
+    if not choice.content or (known is not None and known.content == choice.content):
+        return get(choice.name)
+    path = own_files.require_entry(folder, "task", choice.name, choice.content, "path")
+    source = own_files.require_entry(folder, "task", choice.name, choice.content, "source")
+    task = _load_file(path, source)
+    if task.content != choice.content:
+        raise UsageError(f"The entry of task {choice.name!r} in {folder} holds other code; remove it.")
+    task.name = choice.name
+    return register(task)
+
+
+def write_entry(task: Task, folder: Path) -> None:
+    """Write a user's task to the store, where `find` reads it on any machine.
+
+    Args:
+        task: The task; nothing is written for a built-in one.
+        folder: The store's folder of prepared data.
+    """
+    if task.content:
+        own_files.write_entry(folder, "task", task.content, task.entry())
+
+
+_own_tasks: dict[str, Task] = {}
+"""Tasks of the user that this process has loaded, by name."""
+
+
+def _read_source(path: str) -> str:
+    if not os.path.isfile(path):  # Path.is_file raises OSError if a name is too long
+        raise UsageError(f"Task file {path!r} does not exist. {suggest_nearest(Path(path).stem, names())}")
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Task file {path!r} cannot be read ({error})") from None
+
+
+def _load_file(path: str, source: str) -> Task:
+    with user_code.report_user_errors(path, "does not import"):
+        content = task_file.hash_code(source, path)
+        module = ModuleType(f"orchestrator_user_task_{content}")
+        module.__file__ = path
+        sys.modules[module.__name__] = module  # dataclasses look up the module of a class
+        exec(compile(source, path, "exec"), vars(module))
+    with user_code.report_user_errors(path, "cannot make its task"):
         task = _instantiate_task(module)
-        task.name = str(path)
+        task.name, task.source, task.content = os.path.basename(path), path, content
         user_task.check(task)
     return task
 
@@ -62,19 +138,6 @@ def _load_builtin_task(name: str) -> Task:
             "works, too."
         )
     return _instantiate_task(importlib.import_module(_module_names()[name]))
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not os.path.isfile(path):  # Path.is_file raises OSError if a name is too long
-        raise UsageError(f"Task file {str(path)!r} does not exist. {suggest_nearest(path.stem, names())}")
-    spec = importlib.util.spec_from_file_location(f"orchestrator_user_task_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up the module of a class
-    with user_code.report_user_errors(str(path), "does not import"):
-        spec.loader.exec_module(module)
-    return module
 
 
 def _instantiate_task(module: ModuleType) -> Task:

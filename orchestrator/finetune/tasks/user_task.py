@@ -42,7 +42,7 @@ def check(task: Task) -> None:
     """
     problem = next(_find_problems(task), None)
     if problem is not None:
-        raise UsageError(f"Task file {task.name!r}: {problem}")
+        raise UsageError(f"Task file {task.source!r}: {problem}")
 
 
 def _find_problems(task: Task) -> Iterator[str]:

@@ -77,7 +77,8 @@ def _sync_study(
     describe: Callable[[StudyFile, Sequence[Record]], tuple[str, Mapping[str, float]]],
 ) -> str:
     log.ensure_study(study.name, study.question, {"command": study.command})
-    records = [record for record in map(store.get, study.configurations) if record is not None]
+    found = [record for record in map(store.get, study.configurations) if record is not None]
+    records = [study.rename(record) for record in found]
     num_written = log.log_records(study.name, records, frozenset(study.reused), store.adapters)
     status = "FINISHED" if len(records) == len(study.configurations) else "KILLED"
     log.finish_study(study.name, status, report, *(describe(study, records) if records else ()))

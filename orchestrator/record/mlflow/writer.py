@@ -188,6 +188,7 @@ class MlflowWriter:
         try:
             record = self._store.get(fingerprint)
             if record is not None:
+                record = self._study.rename(record)
                 self._logger.log_records(self._study.name, [record], self._reused, self._adapters)
             self._rejected.discard(fingerprint)
         except TrackingUnavailableError:

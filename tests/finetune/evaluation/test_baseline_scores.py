@@ -57,7 +57,7 @@ def test_another_model_dtype_length_or_split_size_has_its_own_scores(tmp_path: P
         replace(first, model=replace(first.model, dtype="bfloat16")),
         replace(first, batches=replace(first.batches, max_length=7)),
         replace(first, task=replace(first.task, test_size=first.task.test_size + 1)),
-        replace(first, task=replace(first.task, name=WORDS_TASK)),
+        replace(first, task=replace(first.task, content="0" * 16)),
     ]
     load_and_count(tmp_path, first)
     for other in others:

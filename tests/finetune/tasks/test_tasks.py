@@ -75,7 +75,7 @@ def test_a_file_can_be_a_task(tmp_path: Path) -> None:
     path.write_text(USER_TASK)
     task = catalogue.get(str(path))
     choice = replace(task.choice(), train_size=5)
-    assert choice.name == str(path)
+    assert (choice.name, task.source) == ("echo.py", str(path))
     assert catalogue.get(choice.name).load(choice)["train"][4] == Example("train 4", "4")
 
 

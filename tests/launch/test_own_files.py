@@ -1,0 +1,244 @@
+"""A task, a variant and a model in a user's files are known by their content, wherever they lie."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from in_process import SWEEP, Run, restored, run
+
+from orchestrator.finetune.sources import own_variants
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
+from orchestrator.finetune.tasks.task_file import hash_code
+from orchestrator.launch.experiment import Experiment
+from orchestrator.launch.study_context import StudyContext, resolve_study
+from orchestrator.record.schema import Evaluation, Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.options import StudyOptions
+from orchestrator.util.atomic_files import verify_checksum
+from orchestrator.util.errors import UsageError
+from variants import catalogue
+
+__all__ = ["restored", "run"]
+
+TASK = '''
+"""Copy letters."""
+
+from pathlib import Path
+
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
+
+WORDS = Path(__file__).with_name("words.txt")
+
+
+class Copy(Task):
+    title = "copied letters"
+    floor = 0.0
+    output = "teacher_forced"
+    defaults = TaskDefaults(
+        train_size=16, validation_size=8, test_size=8, steps=4, batch_size=8, max_length=32,
+        evaluations=2, learning_rates=(1e-3,),
+    )
+
+    def examples(self, split, count):
+        words = WORDS.read_text().split()
+        return [Example(f"copy a b c d {word} =", "a b") for word in words * (count // len(words))]
+'''
+VARIANT = '''
+"""LoRA with another scale."""
+
+from variants.baseline.lora import LoRA
+
+
+class Scaled(LoRA):
+    peft = None
+'''
+EXPERIMENT = Experiment("lr_sensitivity", "?", ("lora",), ("letters",), ("letters",))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an untrained model with the vocabulary of `letters`."""
+    folder = tmp_path_factory.mktemp("base") / "m"
+    folder.mkdir()
+    Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
+    return folder
+
+
+@pytest.fixture
+def mine(tmp_path: Path, base: Path) -> Path:
+    """Return a folder with a task file, its data, a variant file and a base model."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "copy_task.py").write_text(TASK)
+    (folder / "words.txt").write_text("e f g h")
+    (folder / "scaled.py").write_text(VARIANT)
+    shutil.copytree(base, folder / "base")
+    return folder
+
+
+def renamed(mine: Path) -> Path:
+    """Return a copy of `mine` in which task file, variant file and model have other names."""
+    other = mine.parent / "elsewhere"
+    shutil.copytree(mine, other)
+    (other / "copy_task.py").rename(other / "letters.py")
+    (other / "scaled.py").rename(other / "lora.py")
+    (other / "base").rename(other / "model")
+    return other
+
+
+def resolve(output: Path, task: Path, variant: Path, model: Path) -> StudyContext:
+    options = StudyOptions(
+        task=(str(task),),
+        variants=("lora", str(variant)),
+        model=str(model),
+        seeds=2,
+        output=output,
+        gpus_per_worker=0,
+    )
+    return resolve_study(EXPERIMENT, options)
+
+
+def requested(context: StudyContext) -> list[Configuration]:
+    return context.collect_work().requested
+
+
+def finished(configuration: Configuration) -> Record:
+    """Return a record of a configuration."""
+    scores = {"loss": 1.0, "exact_match": 0.5}
+    evaluations = tuple(Evaluation(4, split, scores) for split in ("validation", "test"))
+    return Record(configuration.fingerprint, configuration, "finished", 4, evaluations=evaluations)
+
+
+def test_a_copy_under_other_names_is_known_and_nothing_is_trained(mine: Path, run: Run) -> None:
+    """The whole command runs: it trains nothing, reports under the new names, and starts no Ray."""
+    output = mine.parent / "results"
+    first = resolve(output, mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    for configuration in requested(first):
+        assert first.store.put(finished(configuration))
+    other = renamed(mine)
+    done = run(
+        *(SWEEP, "--task", str(other / "letters.py"), "--variants", "lora", str(other / "lora.py")),
+        *("--model", str(other / "model"), "--seeds", "2", "--output", str(output), "--study", "again"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "again: 4 of 4 known, nothing to train" in done.stdout
+    summary = json.loads((output / "again" / "summary.json").read_text())
+    (panel,) = summary["panels"]
+    assert (panel["task"], panel["model"]) == ("letters.py", str(other / "model"))
+    assert {curve["variant"] for curve in panel["curves"]} == {"lora", "lora.py"}
+    study = json.loads(verify_checksum((output / "again" / "study.json").read_bytes()))
+    assert {(each["name"], each["path"], each["title"]) for each in study["sources"]} == {
+        (str(other / "model"), str(other / "model"), ""),
+        ("letters.py", str(other / "letters.py"), "copied letters"),
+        ("lora.py", str(other / "lora.py"), ""),
+    }
+
+
+def test_what_a_configuration_computes_makes_another_one(mine: Path) -> None:
+    names = (mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    one = requested(resolve(mine / "a", *names))
+    changes = {
+        "copy_task.py": ('"a b")', '"a c")'),  # the data
+        "words.txt": ("e f", "f e"),
+        "scaled.py": ("peft = None", "peft = None\n    numerics = 1"),
+    }
+    for name, (old, new) in changes.items():
+        text = (mine / name).read_text()
+        (mine / name).write_text(text.replace(old, new))
+        for task in list(tasks._own_tasks):  # a task reads its data once per process
+            del tasks._own_tasks[task]
+        other = requested(resolve(mine / "a", *names))
+        unequal = [a.fingerprint != b.fingerprint for a, b in zip(one, other, strict=True)]
+        assert unequal == ([False, False, True, True] if name == "scaled.py" else [True] * 4)
+        assert one[-1].group_key != other[-1].group_key
+        (mine / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("copied letters", "letters, copied", True),
+        ("learning_rates=(1e-3,)", "learning_rates=(1e-3, 1e-2)", True),
+        ('"""Copy letters."""', "# Copy letters.", True),
+        ('output = "teacher_forced"', 'output = "generation"', False),
+        (
+            "    def examples",
+            "    def grade(self, example, answer):\n        return 1.0\n\n    def examples",
+            False,
+        ),
+    ],
+)
+def test_the_content_of_a_task_file_is_its_code(old: str, new: str, same: bool) -> None:
+    assert old in TASK
+    assert (hash_code(TASK, "a.py") == hash_code(TASK.replace(old, new), "b.py")) is same
+
+
+def test_records_that_were_made_under_full_paths_are_used(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier versions named tasks and variants by the full path, and knew no content of a task."""
+    names = (mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    configurations = requested(resolve(mine / "results", *names))
+    store = Store(mine / "results" / "store")
+    for configuration in configurations:
+        task = replace(configuration.task, name=str(mine / "copy_task.py"), content="")
+        variant = configuration.variant
+        if variant.revision:
+            variant = replace(variant, name=str(mine / "scaled.py"))
+        earlier = replace(configuration, task=task, variant=variant)
+        assert store.put(replace(finished(earlier), fingerprint=f"{earlier.fingerprint[:-4]}0000"))
+    work = resolve(mine / "results", *names).collect_work()
+    assert len(work.satisfied) == len(work.requested) == 4
+    assert "4 records of an earlier version are used" in capsys.readouterr().out
+    (mine / "words.txt").write_text("h g f e")
+    del tasks._own_tasks["copy_task.py"]
+    assert not resolve(mine / "results", *names).collect_work().satisfied, "other data"
+
+
+def test_a_worker_finds_the_code_in_the_store_where_the_files_are_missing(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    template = context.templates[1]
+    tasks.write_entry(tasks.get("copy_task.py"), context.store.data)
+    own_variants.write_entry(template.variant, context.store.data)
+    (mine / "copy_task.py").unlink()
+    (mine / "scaled.py").unlink()
+    monkeypatch.setattr(tasks, "_own_tasks", {})  # a worker is another process
+    monkeypatch.setattr(catalogue, "_loaded_files", {})
+    found = tasks.find(template.task, context.store.data)
+    assert (found.name, found.content, found.metric) == ("copy_task.py", template.task.content, "exact_match")
+    variant = own_variants.find(template.variant, context.store.data)
+    assert (variant.name, variant.revision) == ("scaled.py", template.variant.revision)
+    with pytest.raises(UsageError, match=r"'copy_task\.py' with content 0{16} is not in"):
+        tasks.find(replace(template.task, content="0" * 16), context.store.data)
+
+
+@pytest.mark.parametrize("option", ["task", "variants"])
+def test_two_files_of_one_name_are_refused(mine: Path, option: str) -> None:
+    other = mine / "other"
+    other.mkdir()
+    name = {"task": "copy_task.py", "variants": "scaled.py"}[option]
+    shutil.copy(mine / "words.txt", other)
+    (other / name).write_text((mine / name).read_text() + "X = 1\n")
+    files = {"task": (str(mine / "copy_task.py"),), "variants": ("lora",)}
+    files[option] = (str(mine / name), str(other / name))
+    options = StudyOptions(**files, model=str(mine / "base"), output=mine / "results")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"--{option}: .*have the same name; rename one of them"):
+        resolve_study(EXPERIMENT, options)
+
+
+def test_a_study_file_of_the_earlier_version_has_no_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    StudyFile("s", "?", "x").write(folder)
+    data = json.loads(verify_checksum((folder / "study.json").read_bytes()))
+    del data["sources"]
+    (folder / "study.json").write_text(json.dumps({**data, "schema_version": 2}))
+    assert StudyFile.read(folder) == StudyFile("s", "?", "x")
