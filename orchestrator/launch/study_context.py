@@ -231,7 +231,7 @@ def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
     Raises:
         UsageError: There is neither a GPU nor a Ray cluster.
     """
-    if options.dry_run or options.plan or options.task or options.model:
+    if options.dry_run or options.plan or options.task or options.data or options.model:
         return
     if runtime.running_cluster_address() is None and not any(
         node.gpus for node in runtime.estimate_local_cluster().nodes
@@ -239,5 +239,5 @@ def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
         raise UsageError(
             f"the full study ({' '.join(experiment.tasks)}) needs a GPU or a Ray cluster "
             "(ray up cluster.yaml, or RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or "
-            "name a --task for this CPU."
+            "name a --task or --data for this CPU."
         )

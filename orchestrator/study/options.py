@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import MISSING, dataclass, fields
 
+from orchestrator.study.data_options import DataOptions
 from orchestrator.study.option_groups import (
     GridOptions,
     LimitOptions,
@@ -41,7 +42,9 @@ CLUSTER_FILE = "cluster.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions, OutputOptions, LimitOptions):
+class StudyOptions(
+    GridOptions, DataOptions, SearchOptions, TrainingOptions, ResourceOptions, OutputOptions, LimitOptions
+):
     """All options of a study.
 
     Raises:
@@ -50,6 +53,7 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
 
     def __post_init__(self) -> None:
         self.check_grid()
+        self.check_data()
         self.check_search()
         self.check_training()
         self.check_resources()
@@ -64,6 +68,11 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
             raise UsageError(
                 "--select published: the survey chose among the runs of a whole grid; take --search grid and "
                 "--scheduler none."
+            )
+        if self.data is not None and (self.task is not None or self.preset is not None):
+            other = "--preset" if self.task is None else "--task"
+            raise UsageError(
+                f"--data {self.data[0]} and {other} both say what to train on; take one of the two away."
             )
         self._check_conflicting_values()
         if self.batch_size is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from orchestrator.finetune.evaluation.forward import predict
 from orchestrator.finetune.evaluation.generate import generate_answers
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
-from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
+from orchestrator.finetune.tasks.base import IGNORE_INDEX, INVERSE_PERPLEXITY, Example, Task
 from orchestrator.record.schema import ItemResults
 from orchestrator.util.errors import UsageError, format_error, quote_value
 
@@ -95,7 +96,8 @@ class EvaluationResult:
 
     - "loss": nats per target token, text or image; the mean squared error of a regression task.
     - "accuracy": the share of targets that are the argmax of the logits; not for regression.
-    - the task's metric: a function of `metrics` for a task with a head, else the mean of `items.correct`.
+    - the task's metric: a function of `metrics` for a task with a head, exp(-loss) for INVERSE_PERPLEXITY,
+      else the mean of `items.correct`.
 
     A split without items that count in the loss has neither loss nor accuracy. A generation task has its
     metric only if answers were generated.
@@ -211,6 +213,9 @@ def _score_predictions(
     answers: tuple[str, ...] = ()
     if task.has_head:
         answers = tuple(_format_prediction(task, value) for value in predictions[item_order])
+    if task.metric == INVERSE_PERPLEXITY:
+        scores[task.metric] = math.exp(-scores["loss"])
+    elif task.has_head:
         scores[task.metric] = metrics.get_metric(task)(predictions, targets)
     elif task.output == "teacher_forced":
         scores[task.metric] = float(correct.mean())

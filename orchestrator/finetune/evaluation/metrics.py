@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.tasks.base import INVERSE_PERPLEXITY, Task
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
@@ -76,6 +76,16 @@ CLASSIFICATION_METRICS: Mapping[str, Metric] = {
     "matthews": matthews,
 }
 REGRESSION_METRICS: Mapping[str, Metric] = {"pearson": pearson}
+
+
+def check_metric(task: Task) -> None:
+    """Check that the metric of a task with a head exists.
+
+    Raises:
+        UsageError: It does not, or does not suit the task's output.
+    """
+    if task.metric != INVERSE_PERPLEXITY or task.output != "classification":
+        get_metric(task)
 
 
 def get_metric(task: Task) -> Metric:

@@ -85,7 +85,7 @@ def resolve_options(
     variants = load_variants(typed_names)
     task = tasks.load(task_name)
     if task.has_head:
-        metrics.get_metric(task)  # raises UsageError for an unknown metric
+        metrics.check_metric(task)
     elif options.head_learning_rate != "same":
         raise UsageError(
             f"--head-learning-rate {options.head_learning_rate}: task {task.name!r} has no head; take same."

@@ -20,6 +20,8 @@ CellType = type | range | None
 """The required type of a cell: str, int or float; a range for the index of a class (`range(2)`: 0 or 1);
 `object` for anything but null; None for anything."""
 
+_Columns = Mapping[str, CellType] | None
+
 _TYPE_NAMES = {str: "text", int: "a whole number", float: "a finite number", object: "there"}
 
 
@@ -49,6 +51,11 @@ def read(path: Path | str, columns: Mapping[str, CellType], task: str) -> list[d
         raise UsageError(f"Task {task!r}: {path}: {error}.") from None
 
 
+def is_data_file(path: Path) -> bool:
+    """Return whether the suffix of a file is that of a format that can be read here."""
+    return path.suffix.lower() in _READERS
+
+
 def find_file_problem(path: Path, columns: Mapping[str, CellType]) -> str | None:
     """Return what is wrong with a file, None if nothing is or its format cannot be read here.
 
@@ -56,7 +63,7 @@ def find_file_problem(path: Path, columns: Mapping[str, CellType]) -> str | None
         path: The file; its suffix decides the format.
         columns: The required columns, with the type of their cells.
     """
-    if path.suffix not in _READERS:
+    if not is_data_file(path):
         return None
     try:
         for _ in _read_checked(path, columns):
@@ -84,11 +91,37 @@ def find_cell_problem(value: Any, cell_type: CellType) -> str | None:
             is_valid = type(value) in (int, float) and math.isfinite(value)
         else:
             is_valid = type(value) is int if cell_type is int else isinstance(value, cell_type)
-    return None if is_valid and value is not None else f"must be {expected}, it is {_abbreviate(value)}"
+    return None if is_valid and value is not None else f"must be {expected}, it is {abbreviate(value)}"
 
 
 def _read_checked(path: Path, columns: Mapping[str, CellType]) -> Iterator[dict[str, Any]]:
-    reader = _READERS.get(path.suffix)
+    for position, cells in iter_rows(path, columns):
+        for name, kind in columns.items():
+            if name not in cells and kind is not None:
+                present = ", ".join(map(str, cells)) or "nothing"
+                raise MalformedDataError(f"{position} has no {name!r}; it has {present}")
+            if (problem := find_cell_problem(cells.get(name), kind)) is not None:
+                raise MalformedDataError(f"{position}: {name!r} {problem}")
+        yield {name: cells.get(name) for name in columns}
+
+
+def iter_rows(
+    path: Path, columns: Mapping[str, CellType] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a data file, without checking their cells.
+
+    Args:
+        path: The file; its suffix decides the format.
+        columns: The columns that are needed, with the type of their cells; None for all columns, with the
+            cells of CSV and TSV as text.
+
+    Yields:
+        The position of each row ("row 3 (line 4)"), and its cells by column.
+
+    Raises:
+        MalformedDataError: The file cannot be read, does not parse or has no rows.
+    """
+    reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise MalformedDataError(f"must end in {', '.join(_READERS)}")
     row = 0
@@ -96,15 +129,9 @@ def _read_checked(path: Path, columns: Mapping[str, CellType]) -> Iterator[dict[
         for row, (line_number, cells) in enumerate(reader(path, columns), 1):
             position = f"row {row}" + (f" (line {line_number})" if line_number not in (None, row) else "")
             if not isinstance(cells, dict):
-                rule = f"must be an object with {', '.join(columns)}"
-                raise MalformedDataError(f"{position} {rule}, it is {_abbreviate(cells)}")
-            for name, kind in columns.items():
-                if name not in cells and kind is not None:
-                    present = ", ".join(map(str, cells)) or "nothing"
-                    raise MalformedDataError(f"{position} has no {name!r}; it has {present}")
-                if (problem := find_cell_problem(cells.get(name), kind)) is not None:
-                    raise MalformedDataError(f"{position}: {name!r} {problem}")
-            yield {name: cells.get(name) for name in columns}
+                rule = f"must be an object with {', '.join(columns)}" if columns else "must be an object"
+                raise MalformedDataError(f"{position} {rule}, it is {abbreviate(cells)}")
+            yield position, cells
     except OSError as error:  # pyarrow's error for a truncated Parquet file is one, too
         reason = error.strerror or first_line(error)
         raise MalformedDataError(f"cannot be read ({reason}){_after_row(row)}") from None
@@ -116,7 +143,7 @@ def _read_checked(path: Path, columns: Mapping[str, CellType]) -> Iterator[dict[
         raise MalformedDataError("has no rows")
 
 
-def _read_json_lines(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[int | None, Any]]:
+def _read_json_lines(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
     with path.open(encoding="utf-8") as file:
         row = 0
         for line, text in enumerate(file, 1):
@@ -131,7 +158,7 @@ def _read_json_lines(path: Path, columns: Mapping[str, CellType]) -> Iterator[tu
                 raise MalformedDataError(f"row {row}{at} {problem}") from None
 
 
-def _read_json(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[int | None, Any]]:
+def _read_json(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
     """Yield the objects of a JSON list, or of JSON lines if the file does not begin with a bracket."""
     with path.open(encoding="utf-8") as file:
         is_list = file.read(1) == "["
@@ -142,16 +169,19 @@ def _read_json(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[in
     yield from _read_json_lines(path, columns)
 
 
-def _read_csv(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[int | None, Any]]:
+def _read_csv(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
     """Yield rows of text, with numbers in columns of numbers; an empty cell is null unless it may be text."""
+    types = columns or {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         csv.field_size_limit(2**31 - 1)  # Python's default of 128 KiB is less than a long e-mail
-        reader = csv.DictReader(file, dialect="excel-tab" if path.suffix == ".tsv" else "excel", strict=True)
+        reader = csv.DictReader(
+            file, dialect="excel-tab" if path.suffix.lower() == ".tsv" else "excel", strict=True
+        )
         for row, cells in enumerate(reader, 1):
             if None in cells or None in cells.values():
                 problem = f"has {'more' if None in cells else 'fewer'} cells than there are columns"
                 raise MalformedDataError(f"row {row} (line {reader.line_num}) {problem}")
-            yield reader.line_num, {n: _parse_number(text, columns.get(n)) for n, text in cells.items()}
+            yield reader.line_num, {n: _parse_number(text, types.get(n)) for n, text in cells.items()}
 
 
 def _parse_number(text: str, cell_type: CellType) -> Any:
@@ -166,11 +196,12 @@ def _parse_number(text: str, cell_type: CellType) -> Any:
     return text or None
 
 
-def _read_parquet(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[int | None, Any]]:
+def _read_parquet(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
-    present = [name for name in columns if name in file.schema_arrow.names]
+    names = file.schema_arrow.names
+    present = names if columns is None else [name for name in columns if name in names]
     for batch in file.iter_batches(batch_size=1024, columns=present):
         yield from ((None, row) for row in batch.to_pylist())
 
@@ -188,6 +219,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _abbreviate(value: Any) -> str:
+def abbreviate(value: Any) -> str:
+    """Return a value as text of at most 40 characters for an error message."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -45,7 +45,7 @@ class Table:
 
     Args:
         repository: The name on the hub: `organization/dataset`.
-        split: The name of the split on the hub.
+        split: The name of the split on the hub; None for all splits.
         columns: The columns to read, which must exist, with the type of their cells:
             {"text": str, "label": range(2)}.
         subset: The configuration of the dataset, if it has several.
@@ -54,13 +54,14 @@ class Table:
     """
 
     repository: str
-    split: str
+    split: str | None
     columns: Mapping[str, CellType] = field(hash=False)
     subset: str | None = None
     revision: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.repository} ({', '.join(filter(None, (self.subset, self.split)))})"
+        part = ", ".join(filter(None, (self.subset, self.split)))
+        return f"{self.repository} ({part})" if part else self.repository
 
 
 def set_pin_folder(folder: Path, add_pins: bool = True) -> None:
@@ -85,23 +86,8 @@ def load_table(table: Table, task: str) -> Dataset:
         UsageError: The table cannot be loaded, or its columns or cells are not as required. The message is
             one line.
     """
-    from datasets import disable_progress_bars, load_dataset
-    from datasets.utils import logging
-
     source, revision = _resolve_source(table, task)
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        options = {"cache_dir": _cache_folder(Path(source))} if revision is None else {"revision": revision}
-        found: Any = load_dataset(source, table.subset, split=table.split, **options)
-    except Exception as error:  # readers raise many classes, such as StopIteration for an empty file
-        if revision is not None and _is_hub_error(error):
-            raise _unreachable_error(table, task, error) from None
-        # Without the list of 200 file extensions that `datasets` adds.
-        reason = first_line(error.__cause__ or error).partition(" with any supported extension")[0]
-        problem = _find_file_problem(table, source, revision)
-        problem = problem or f"{table} in {source} does not load ({reason})"
-        raise UsageError(f"Task {task!r}: {problem}.") from None
+    found = _load(table, task, source, revision)
     if missing := [column for column in table.columns if column not in found.column_names]:
         raise UsageError(
             f"Task {task!r}: {table} in {source} must have a column {missing[0]!r}; it has "
@@ -112,6 +98,45 @@ def load_table(table: Table, task: str) -> Dataset:
         problem = _find_file_problem(table, source, revision) or f"{table} in {source}: {cell_problem}"
         raise UsageError(f"Task {task!r}: {problem}.")
     return found
+
+
+def load_splits(repository: str, subset: str | None, revision: str | None, task: str) -> dict[str, Dataset]:
+    """Load all splits of a dataset with all columns, memory-mapped.
+
+    Args:
+        repository: The name on the hub: `organization/dataset`.
+        subset: The configuration of the dataset; None for its only or default one.
+        revision: A commit or a branch; None for the newest commit.
+        task: The name of the task, for error messages.
+
+    Returns:
+        Name of the split -> its rows.
+
+    Raises:
+        UsageError: The dataset cannot be loaded. The message is one line.
+    """
+    table = Table(repository, None, {}, subset, revision)
+    return dict(_load(table, task, *_resolve_source(table, task)))
+
+
+def _load(table: Table, task: str, source: str, revision: str | None) -> Any:
+    """Return the dataset of a table, or one dataset per split if the table names no split."""
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.utils import logging
+
+    disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        options = {"cache_dir": _cache_folder(Path(source))} if revision is None else {"revision": revision}
+        return load_dataset(source, table.subset, split=table.split, **options)
+    except Exception as error:  # readers raise many classes, such as StopIteration for an empty file
+        if revision is not None and _is_hub_error(error):
+            raise _unreachable_error(table, task, error) from None
+        # Without the list of 200 file extensions that `datasets` adds.
+        reason = first_line(error.__cause__ or error).partition(" with any supported extension")[0]
+        problem = _find_file_problem(table, source, revision)
+        problem = problem or f"{table} in {source} does not load ({reason})"
+        raise UsageError(f"Task {task!r}: {problem}.") from None
 
 
 def _cache_folder(folder: Path) -> str:
@@ -164,7 +189,7 @@ def _list_files(table: Table, source: str, revision: str | None) -> Iterator[tup
 
     try:
         listed = load_dataset_builder(source, table.subset, revision=revision).config.data_files or {}
-        for name in listed.get(table.split, ()):
+        for name in listed.get(table.split or "", ()):
             if revision is None:
                 yield name, Path(name)
             else:

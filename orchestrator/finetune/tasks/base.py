@@ -41,6 +41,9 @@ Output = Literal["teacher_forced", "generation", "classification", "regression"]
 - classification: a head chooses one of `Task.labels` (cross-entropy).
 - regression: a head predicts a number (squared error).
 """
+INVERSE_PERPLEXITY = "inverse_perplexity"
+"""A metric of teacher-forced answers and of classes: exp(-loss), from 0 to 1. The loss itself is no metric,
+since a higher score is a better one everywhere, and each task has a lowest score, its floor."""
 GradeAt = Literal["every_evaluation", "last_evaluation"]
 """The evaluations in which answers are generated and graded. With "last_evaluation" the earlier ones compute
 the loss only, which takes a small part of the time and is all that early stopping needs."""

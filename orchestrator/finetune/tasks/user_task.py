@@ -80,7 +80,7 @@ def _find_missing(task: Task) -> Iterator[str]:
 
 def _find_unknown_choices(task: Task) -> Iterator[str]:
     if not isinstance(task.metric, str) or task.metric in ("", "loss"):
-        yield f"metric is {task.metric!r}; must be a name other than loss"
+        yield f"metric is {task.metric!r}; must be a name other than loss; inverse_perplexity is exp(-loss)"
     for name, value, choices in (
         ("output", task.output, get_args(Output)),
         ("inputs", task.inputs, ("text", "image")),

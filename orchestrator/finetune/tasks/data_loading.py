@@ -1,0 +1,195 @@
+"""A task made of the data that the options of a study name: read, checked, split, with derived defaults."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.finetune.sources import user_data
+from orchestrator.finetune.sources.user_data import DataRow
+from orchestrator.finetune.tasks.base import INVERSE_PERPLEXITY, Output, Split, TaskDefaults
+from orchestrator.finetune.tasks.data_columns import ColumnMap, Form, find_columns
+from orchestrator.finetune.tasks.data_examples import PlacedExample, make_examples
+from orchestrator.finetune.tasks.data_splits import find_labels, make_splits
+from orchestrator.finetune.tasks.data_task import DataSpec, DataTask
+from orchestrator.finetune.tasks.examples import SPLITS, hash_examples
+from orchestrator.study.data_options import DataOptions
+from orchestrator.util.errors import UsageError
+
+ANSWER_METRICS: Mapping[str, Output] = {
+    "exact_match": "teacher_forced",
+    "loss": "teacher_forced",
+    "numeric": "generation",
+    "token_f1": "generation",
+}
+"""The metrics of texts that the model produces, and how they are computed."""
+LABEL_METRICS: Mapping[str, Output] = {
+    **dict.fromkeys(("accuracy", "f1", "macro_f1", "matthews", "loss"), "classification"),
+    "pearson": "regression",
+}
+"""The metrics of labels, and the head that they need."""
+
+ANSWER_MODEL, LABEL_MODEL, IMAGE_MODEL = "smollm2-135m", "minilm-l6", "openai/clip-vit-base-patch16"
+ANSWER_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+LABEL_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+IMAGE_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+BATCH_SIZE = 16
+EPOCHS, MIN_STEPS, MAX_STEPS = 3, 60, 1_000
+EVALUATIONS = 4
+SCORED_SIZES, GENERATED_SIZES = (1_000, 2_000), (200, 500)
+"""The largest default sizes of the validation and the test split, the second where answers are generated."""
+MAX_ESTIMATED_LENGTH = 512
+BYTES_PER_TOKEN = 3
+"""The bytes of a token in English are about 4; digits and other languages have fewer."""
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What the options of a study say about one task of a user's data."""
+
+    source: str
+    options: DataOptions
+
+    @property
+    def name(self) -> str:
+        """The name of the task, for readers."""
+        return user_data.display_name(self.source)
+
+
+def load_task(request: DataRequest) -> DataTask:
+    """Read the data and return their task.
+
+    Args:
+        request: What the options say.
+
+    Raises:
+        UsageError: The data cannot be read, a row or a split is not as required, or an option does not fit
+            the data. The message is one line that names the file and, where there is one, the row.
+    """
+    options, name = request.options, request.name
+    rows = _read_all_rows(request)
+    present = list(dict.fromkeys(column for row in rows[:1] for column in row.cells))
+    columns = find_columns(present, options.parse_columns(), options.template, name)
+    output = _find_output(columns, options, name)
+    examples = list(make_examples(rows, columns, is_number=output == "regression"))
+    splits = make_splits(examples, name)
+    labels = find_labels(splits, name) if output == "classification" else ()
+    if options.metric == "numeric":
+        _check_numeric(splits)
+    metric = options.metric or ("exact_match" if output == "teacher_forced" else "accuracy")
+    spec = DataSpec(
+        name=name,
+        form=columns.form,
+        output=output,
+        metric=INVERSE_PERPLEXITY if metric == "loss" else metric,
+        labels=labels,
+        floor=_floor(metric, splits),
+        max_new_tokens=_max_new_tokens(splits, options) if output == "generation" else 0,
+        default_model=_default_model(columns.form),
+        defaults=_defaults(splits, columns.form, output),
+        revision=hash_examples({s: [each.example for each in splits[s]] for s in SPLITS}, labels),
+        columns=columns.columns,
+        template=columns.template,
+    )
+    return DataTask.from_spec(spec, splits)
+
+
+def _read_all_rows(request: DataRequest) -> list[DataRow]:
+    """Return the rows of all files; those of --validation-data and --test-data have their split.
+
+    Raises:
+        UsageError: A file cannot be read, or a split is given twice.
+    """
+    rows = user_data.read_rows(request.source)
+    for option, split, source in (
+        ("--validation-data", "validation", request.options.validation_data),
+        ("--test-data", "test", request.options.test_data),
+    ):
+        if source is None:
+            continue
+        if any(row.split == split for row in rows):
+            problem = f"{request.name} has a {split} split already"
+            raise UsageError(f"{option} {source}: {problem}; leave the option out.")
+        own = user_data.read_rows(source, option)
+        has_split = any(row.split == split for row in own)
+        rows += [replace(row, split=split) for row in own if row.split == split or not has_split]
+    return rows
+
+
+def _find_output(columns: ColumnMap, options: DataOptions, name: str) -> Output:
+    has_label = "label" in columns.columns
+    metrics = LABEL_METRICS if has_label else ANSWER_METRICS
+    metric = options.metric or ("accuracy" if has_label else "exact_match")
+    shown = ", ".join(f"{role}={column}" for role, column in columns.columns.items())
+    if metric not in metrics:
+        problem = f"{name} ({shown}) has {'labels' if has_label else 'answers in text'}"
+        raise UsageError(f"--metric {metric}: {problem}; choose from {', '.join(metrics)}.")
+    if options.max_new_tokens is not None and metrics[metric] != "generation":
+        option = f"--max-new-tokens {options.max_new_tokens}"
+        raise UsageError(f"{option}: --metric {metric} generates no answers; leave it out.")
+    return metrics[metric]
+
+
+def _check_numeric(splits: Mapping[Split, Sequence[PlacedExample]]) -> None:
+    from orchestrator.finetune.grading import math
+
+    for split in ("validation", "test"):
+        for each in splits[split]:
+            if not math.extract_answer(each.example.answer):
+                rule = "its answer has no number or formula for --metric numeric"
+                raise UsageError(f"{each.where}: {rule}; take exact_match or token_f1.")
+
+
+def _floor(metric: str, splits: Mapping[Split, Sequence[PlacedExample]]) -> float:
+    """Return the score of the most frequent class on the test split, 0 for other metrics than accuracy."""
+    if metric != "accuracy":
+        return 0.0
+    frequent = Counter(each.example.answer for each in splits["train"]).most_common()
+    label = min(label for label, count in frequent if count == frequent[0][1])
+    test = splits["test"]
+    return round(sum(each.example.answer == label for each in test) / len(test), 4)
+
+
+def _max_new_tokens(splits: Mapping[Split, Sequence[PlacedExample]], options: DataOptions) -> int:
+    """Return --max-new-tokens, or enough for the longest answer if a token has two bytes."""
+    if options.max_new_tokens is not None:
+        return options.max_new_tokens
+    longest = max(len(each.example.answer.encode()) for own in splits.values() for each in own)
+    return _round_up(longest // 2 + 8)
+
+
+def _default_model(form: Form) -> str:
+    if form == "image":
+        return IMAGE_MODEL
+    return ANSWER_MODEL if form in ("chat", "generation") else LABEL_MODEL
+
+
+def _defaults(splits: Mapping[Split, Sequence[PlacedExample]], form: Form, output: Output) -> TaskDefaults:
+    """Return the settings that suit the number and the length of the rows."""
+    train_size = len(splits["train"])
+    batch_size = min(BATCH_SIZE, train_size)
+    steps = min(max(MIN_STEPS, EPOCHS * train_size // batch_size), MAX_STEPS)
+    max_validation, max_test = GENERATED_SIZES if output == "generation" else SCORED_SIZES
+    rates = {"chat": ANSWER_RATES, "generation": ANSWER_RATES, "image": IMAGE_RATES}.get(form, LABEL_RATES)
+    return TaskDefaults(
+        train_size=train_size,
+        validation_size=min(len(splits["validation"]), max_validation),
+        test_size=min(len(splits["test"]), max_test),
+        steps=steps,
+        batch_size=batch_size,
+        max_length=0 if form == "image" else _estimate_length(splits["train"]),
+        evaluations=EVALUATIONS,
+        learning_rates=rates,
+    )
+
+
+def _estimate_length(train: Sequence[PlacedExample]) -> int:
+    """Estimate the tokens of the longest row, for a plan before the model's tokenizer is there."""
+    texts = [f"{e.example.prompt}{e.example.pair or ''}{e.example.answer}" for e in train]
+    longest = max(len(text.encode()) for text in texts)
+    return min(_round_up(longest // BYTES_PER_TOKEN + 8), MAX_ESTIMATED_LENGTH)
+
+
+def _round_up(number: int) -> int:
+    return -(-number // 8) * 8

@@ -1,0 +1,195 @@
+"""A task made of a user's data, identified by the content of its rows, wherever they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.finetune.tasks.base import Example, Output, Split, Task, TaskDefaults
+from orchestrator.finetune.tasks.chat_encoder import encode_chat, plain_chat
+from orchestrator.finetune.tasks.data_columns import Form
+from orchestrator.finetune.tasks.data_examples import PlacedExample
+from orchestrator.finetune.tasks.text_encoder import EncodedExample
+from orchestrator.study.configuration import TaskChoice
+from orchestrator.util.canonical_json import canonical_json
+from orchestrator.util.errors import UsageError
+
+CONTENT_VERSION = 1
+"""Raised by hand when other examples are made of the same rows."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Everything about a task of a user's data but its rows. It is stored as JSON.
+
+    Args:
+        name: The name of the file, for readers.
+        form: What a row consists of.
+        output: The form of the model's output.
+        metric: The score.
+        labels: The classes, empty for other outputs.
+        floor: The score of a constant answer.
+        max_new_tokens: The longest generated answer in tokens, 0 if none is generated.
+        default_model: The base model if the command line names none.
+        defaults: The settings of a fine-tuning run.
+        revision: A hash of all examples of all splits, and of the labels.
+        columns: Role -> column in the data, for readers.
+        template: The template of the prompt, for readers; None if there is none.
+    """
+
+    name: str
+    form: Form
+    output: Output
+    metric: str
+    labels: tuple[str, ...]
+    floor: float
+    max_new_tokens: int
+    default_model: str
+    defaults: TaskDefaults
+    revision: str
+    columns: Mapping[str, str]
+    template: str | None = None
+
+    @property
+    def content(self) -> str:
+        """The identity of the task: 16 hexadecimal digits.
+
+        It depends on the examples and on what is done with them, not on the name, the path or the format of a
+        file, its order of rows, the names of its columns, or the default settings.
+        """
+        parts: dict[str, Any] = {"version": CONTENT_VERSION, "revision": self.revision}
+        parts |= {"chat": self.form == "chat", "output": self.output, "metric": self.metric}
+        parts |= {"labels": self.labels, "max_new_tokens": self.max_new_tokens}
+        return hashlib.sha256(canonical_json(parts)).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the spec as a JSON object."""
+        data: dict[str, Any] = _type_adapter().dump_python(self, mode="json")
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DataSpec:
+        """Return the spec in a JSON object.
+
+        Raises:
+            UsageError: The object is no spec.
+        """
+        try:
+            return _type_adapter().validate_python(dict(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise UsageError(f"not the description of a data task: {field}: {first['msg']}.") from None
+
+
+@lru_cache(maxsize=1)
+def _type_adapter() -> TypeAdapter[DataSpec]:
+    return TypeAdapter(DataSpec)
+
+
+class DataTask(Task):
+    """A task of a user's data.
+
+    On the machine of the command it has the rows. A worker makes it from the spec alone and reads the
+    examples from the store's prepared data.
+
+    Args:
+        spec: The description of the task.
+        splits: The examples of each split; None if they are not on this machine.
+    """
+
+    grade_at = "last_evaluation"
+
+    def __init__(self, spec: DataSpec, splits: Mapping[Split, Sequence[PlacedExample]] | None = None) -> None:
+        self.spec, self.splits, self.name = spec, splits, spec.name
+        # These are class variables of tasks that are Python classes.
+        vars(self).update(
+            title=spec.name,
+            metric=spec.metric,
+            floor=spec.floor,
+            default_model=spec.default_model,
+            output=spec.output,
+            inputs="image" if spec.form == "image" else "text",
+            labels=spec.labels,
+            max_new_tokens=spec.max_new_tokens,
+            defaults=spec.defaults,
+        )
+
+    @staticmethod
+    def from_spec(spec: DataSpec, splits: Mapping[Split, Sequence[PlacedExample]] | None = None) -> DataTask:
+        """Return the task of a spec, with its examples if they are here."""
+        return (ChatDataTask if spec.form == "chat" else DataTask)(spec, splits)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], name: str | None = None) -> DataTask:
+        """Return the task in a JSON object, without its rows.
+
+        Args:
+            data: What `to_json` returned, on any machine.
+            name: The name of the task, if the data have another name here.
+
+        Raises:
+            UsageError: The object is no description of a task.
+        """
+        spec = DataSpec.from_json(data)
+        return DataTask.from_spec(spec if name is None else replace(spec, name=name))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what another machine needs to make this task without the rows."""
+        return self.spec.to_json()
+
+    @property
+    def content(self) -> str:
+        """The identity of the task: 16 hexadecimal digits, see `DataSpec.content`."""
+        return self.spec.content
+
+    def revision(self) -> str:
+        """Return the hash of all examples."""
+        return self.spec.revision
+
+    def examples(self, split: Split, count: int) -> list[Example]:
+        """Return the first examples of a split; see `Task.examples`."""
+        if self.splits is None:
+            raise UsageError(
+                f"Task {self.name!r}: its rows are neither in the store's prepared data nor on this machine; "
+                "run the command with --data again."
+            )
+        return [each.example for each in self.splits[split][:count]]
+
+    def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:
+        """Return the examples of the three splits; see `Task.load`."""
+        if choice.revision != self.revision():
+            raise UsageError(
+                f"Task {self.name!r}: the configuration was made with data {choice.revision}, here are "
+                f"{self.revision()}."
+            )
+        sizes: dict[Split, int] = {
+            "train": choice.train_size,
+            "validation": choice.validation_size,
+            "test": choice.test_size,
+        }
+        return {split: self._load_split(split, size) for split, size in sizes.items()}
+
+    def grade(self, example: Example, answer: str) -> float:
+        """Return the grade of a generated answer by the metric of the task."""
+        if self.metric == "token_f1":
+            from orchestrator.finetune.grading import token_f1
+
+            return token_f1.grade(answer, example.answer)
+        from orchestrator.finetune.grading import math
+
+        return math.grade(answer, example.answer)
+
+
+class ChatDataTask(DataTask):
+    """A task of chats, encoded with the chat template of the model."""
+
+    def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
+        """Encode a chat; without a chat template as lines of plain text, `role: content`."""
+        encoded = encode_chat(example, tokenizer, self.name)
+        return encoded or self._encode_default([plain_chat(example)], tokenizer)[0]
