@@ -11,6 +11,7 @@ from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks import data_loading
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study import bounds, rates, space_parsing
 from orchestrator.study.options import StudyOptions
@@ -51,7 +52,7 @@ def resolve_tasks(
     Raises:
         UsageError: A name or a value is wrong, see `resolve_options`.
     """
-    names = dict.fromkeys(options.task or default_tasks)
+    names = dict.fromkeys(load_data_tasks(options) or options.task or default_tasks)
     resolved = [resolve_options(options, name, default_variants, bases) for name in names]
     by_name: dict[str, Task] = {}
     for task in (each.task for each in resolved):
@@ -61,6 +62,24 @@ def resolve_tasks(
                 f"--task: {other.source!r} and {task.source!r} have the same name; rename one of them."
             )
     return list({each.task.name: each for each in resolved}.values())
+
+
+def load_data_tasks(options: StudyOptions) -> list[str]:
+    """Read the data of --data, register a task for each of them, and return the names of the tasks.
+
+    Raises:
+        UsageError: The data are not as required, or two of them have one name.
+    """
+    sources: dict[str, str] = {}
+    for source in dict.fromkeys(options.data or ()):
+        request = data_loading.DataRequest(source, options)
+        name = request.name
+        if name in tasks.names() or name.endswith(FILE_SUFFIX):  # a folder or a hub dataset
+            name += "-data"
+        if (other := sources.setdefault(name, source)) != source:
+            raise UsageError(f"--data: {other!r} and {source!r} have the same name; rename one of them.")
+        tasks.register(data_loading.load_task(request, name))
+    return list(sources)
 
 
 def resolve_options(

@@ -10,6 +10,7 @@ from pathlib import Path
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import liger_kernels, loading
 from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.resolve.data_lengths import measure_max_length
 from orchestrator.finetune.resolve.model_limits import check_attach
 from orchestrator.finetune.resolve.option_names import (
     ResolvedOptions,
@@ -79,6 +80,7 @@ def build_configuration_templates(
         choice = replace(choice, train_size=options.train_size)
     if options.test_size is not None:
         choice = replace(choice, test_size=options.test_size)
+    max_length = _max_length(options, task, model, bases)
     steps = _count_steps(options, choice.train_size, batch_size, defaults.steps)
     publishes_best = options.select == "published" and task.publishes_best_evaluation
     templates = [
@@ -89,7 +91,7 @@ def build_configuration_templates(
             # The learning rate is a placeholder: the grid or the search sets it.
             optimizer=OptimizerConfig(1.0, defaults.weight_decay, head_learning_rate=head_rate),
             lr_schedule=LRSchedule(steps, options.lr_schedule or defaults.schedule, defaults.warmup),
-            batches=BatchConfig(batch_size // accumulation, accumulation, _max_length(options, task)),
+            batches=BatchConfig(batch_size // accumulation, accumulation, max_length),
             base_dropout=options.base_dropout or defaults.base_dropout,
             evaluations=min(options.evaluations or defaults.evaluations, steps),
             test_evaluations="every" if publishes_best else "last",
@@ -123,10 +125,10 @@ def _count_steps(options: StudyOptions, train_size: int, batch_size: int, defaul
     return steps
 
 
-def _max_length(options: StudyOptions, task: Task) -> int:
+def _max_length(options: StudyOptions, task: Task, model: ModelChoice, bases: Path) -> int:
     """Return the maximum number of tokens of an example: from --max-length, or the task's default."""
     if options.max_length is None:
-        return task.defaults.max_length
+        return measure_max_length(task, model, bases)
     if task.inputs == "image":
         raise UsageError(
             f"--max-length {options.max_length}: task {task.name!r} has images, which have no length; leave "

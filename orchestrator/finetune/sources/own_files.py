@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from orchestrator.util.errors import UsageError
 from orchestrator.util.keyed_folder import KeyedFolder
 
-Kind = Literal["task", "variant"]
+Kind = Literal["task", "data", "variant"]
 
 
 def write_entry(folder: Path, kind: Kind, content: str, data: Mapping[str, str]) -> None:

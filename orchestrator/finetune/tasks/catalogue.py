@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from functools import lru_cache
@@ -12,6 +13,7 @@ from types import ModuleType
 from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import task_file, user_task
 from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.study.configuration import TaskChoice
 from orchestrator.util import user_code
 from orchestrator.util.errors import UsageError, suggest_nearest
@@ -83,6 +85,10 @@ def find(choice: TaskChoice, folder: Path) -> Task:
     known = _own_tasks.get(choice.name)
     if not choice.content or (known is not None and known.content == choice.content):
         return get(choice.name)
+    if (spec := own_files.read_entry(folder, "data", choice.content, "spec")) is not None:
+        task: Task = DataTask.from_json(json.loads(spec))
+        task.name = choice.name
+        return register(task)
     path = own_files.require_entry(folder, "task", choice.name, choice.content, "path")
     source = own_files.require_entry(folder, "task", choice.name, choice.content, "source")
     task = _load_file(path, source)
@@ -100,7 +106,8 @@ def write_entry(task: Task, folder: Path) -> None:
         folder: The store's folder of prepared data.
     """
     if task.content:
-        own_files.write_entry(folder, "task", task.content, task.entry())
+        kind: own_files.Kind = "data" if isinstance(task, DataTask) else "task"
+        own_files.write_entry(folder, kind, task.content, task.entry())
 
 
 _own_tasks: dict[str, Task] = {}

@@ -1,4 +1,4 @@
-"""The columns of a user's data by their role (prompt, answer, text, label): named, or found by usual names."""
+"""The columns of a user's data by role (prompt, answer, text, label): named, or found by usual names."""
 
 from __future__ import annotations
 

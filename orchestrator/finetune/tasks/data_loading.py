@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,17 +58,18 @@ class DataRequest:
         return user_data.display_name(self.source)
 
 
-def load_task(request: DataRequest) -> DataTask:
+def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     """Read the data and return their task.
 
     Args:
         request: What the options say.
+        name: The name of the task. Default: that of the data.
 
     Raises:
         UsageError: The data cannot be read, a row or a split is not as required, or an option does not fit
             the data. The message is one line that names the file and, where there is one, the row.
     """
-    options, name = request.options, request.name
+    options, name = request.options, name or request.name
     rows = _read_all_rows(request)
     present = list(dict.fromkeys(column for row in rows[:1] for column in row.cells))
     columns = find_columns(present, options.parse_columns(), options.template, name)
@@ -92,7 +94,7 @@ def load_task(request: DataRequest) -> DataTask:
         columns=columns.columns,
         template=columns.template,
     )
-    return DataTask.from_spec(spec, splits)
+    return DataTask.from_spec(spec, splits, os.path.abspath(request.source))
 
 
 def _read_all_rows(request: DataRequest) -> list[DataRow]:

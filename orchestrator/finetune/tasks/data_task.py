@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +19,8 @@ from orchestrator.finetune.tasks.text_encoder import EncodedExample
 from orchestrator.study.configuration import TaskChoice
 from orchestrator.util.canonical_json import canonical_json
 from orchestrator.util.errors import UsageError
+
+Splits = Mapping[Split, Sequence[PlacedExample]]
 
 CONTENT_VERSION = 1
 """Raised by hand when other examples are made of the same rows."""
@@ -101,12 +104,14 @@ class DataTask(Task):
     Args:
         spec: The description of the task.
         splits: The examples of each split; None if they are not on this machine.
+        source: The path of the data, or their name on the hub.
     """
 
     grade_at = "last_evaluation"
 
-    def __init__(self, spec: DataSpec, splits: Mapping[Split, Sequence[PlacedExample]] | None = None) -> None:
-        self.spec, self.splits, self.name = spec, splits, spec.name
+    def __init__(self, spec: DataSpec, splits: Splits | None = None, source: str = "") -> None:
+        self.spec, self.splits = spec, splits
+        self.name, self.source, self.content = spec.name, source or spec.name, spec.content
         # These are class variables of tasks that are Python classes.
         vars(self).update(
             title=spec.name,
@@ -121,32 +126,29 @@ class DataTask(Task):
         )
 
     @staticmethod
-    def from_spec(spec: DataSpec, splits: Mapping[Split, Sequence[PlacedExample]] | None = None) -> DataTask:
-        """Return the task of a spec, with its examples if they are here."""
-        return (ChatDataTask if spec.form == "chat" else DataTask)(spec, splits)
+    def from_spec(spec: DataSpec, splits: Splits | None = None, source: str = "") -> DataTask:
+        """Return the task of a spec; the parameters are those of the class."""
+        return (ChatDataTask if spec.form == "chat" else DataTask)(spec, splits, source)
 
     @staticmethod
-    def from_json(data: Mapping[str, Any], name: str | None = None) -> DataTask:
+    def from_json(data: Mapping[str, Any]) -> DataTask:
         """Return the task in a JSON object, without its rows.
 
         Args:
             data: What `to_json` returned, on any machine.
-            name: The name of the task, if the data have another name here.
 
         Raises:
             UsageError: The object is no description of a task.
         """
-        spec = DataSpec.from_json(data)
-        return DataTask.from_spec(spec if name is None else replace(spec, name=name))
+        return DataTask.from_spec(DataSpec.from_json(data))
 
     def to_json(self) -> dict[str, Any]:
         """Return what another machine needs to make this task without the rows."""
         return self.spec.to_json()
 
-    @property
-    def content(self) -> str:
-        """The identity of the task: 16 hexadecimal digits, see `DataSpec.content`."""
-        return self.spec.content
+    def entry(self) -> dict[str, str]:
+        """Return what the store keeps of the task: see `Task.entry`."""
+        return {"path": self.source, "spec": json.dumps(self.to_json())}
 
     def revision(self) -> str:
         """Return the hash of all examples."""

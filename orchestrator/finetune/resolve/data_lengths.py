@@ -1,0 +1,61 @@
+"""The longest row of a user's data in tokens of the study's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.finetune.models import loading, model_checks
+from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.tasks.base import Split, Task
+from orchestrator.finetune.tasks.data_task import DataTask
+from orchestrator.study.configuration import ModelChoice
+from orchestrator.util.errors import UsageError
+
+MAX_LENGTH = 2_048
+"""The longest row, in tokens, that is trained on without a --max-length."""
+BLOCK_SIZE = 1_024
+"""The number of rows that are encoded at once."""
+
+
+def measure_max_length(task: Task, model: ModelChoice, bases: Path) -> int:
+    """Return the default of --max-length: the tokens of a user's longest row, else the task's own default.
+
+    Args:
+        task: The task.
+        model: The base model. If it is not prepared, the default is an estimate.
+        bases: The store's folder of base models.
+
+    Raises:
+        UsageError: A row is longer than the model's positions, or than MAX_LENGTH. The message names it.
+    """
+    has_rows = isinstance(task, DataTask) and task.splits is not None and task.inputs == "text"
+    if not has_rows or model.content == UNPREPARED:
+        return task.defaults.max_length
+    assert isinstance(task, DataTask)
+    lengths = _row_lengths(task, loading.load_processor(model, bases, task))
+    positions = model_checks.max_learned_positions(loading.build_meta_model(model, bases, task)[0])
+    limit = MAX_LENGTH if positions is None else min(MAX_LENGTH, positions)
+    longest, where = max(lengths, key=lambda pair: pair[0])
+    if longest > limit:
+        count = sum(length > limit for length, _ in lengths)
+        rows = f"{count} of {len(lengths)} rows are" if count > 1 else "this row alone is"
+        effect = "the end of its text" if task.has_head else "the end of its answer, or all of it"
+        why = f"{model.name} has {positions} positions" if limit == positions else "it needs much memory"
+        raise UsageError(
+            f"{where} has {longest} tokens, and {rows} longer than {limit} ({why}): shorten them, or add "
+            f"--max-length {limit}, with which a longer row loses {effect}."
+        )
+    return min(-(-longest // 8) * 8, limit)
+
+
+def _row_lengths(task: DataTask, tokenizer: object) -> list[tuple[int, str]]:
+    """Return the number of tokens of each row that is cut to --max-length, and its place."""
+    assert task.splits is not None
+    splits: tuple[Split, ...] = ("train", "validation", "test") if task.has_head else ("train",)
+    placed = [each for split in splits for each in task.splits[split]]
+    lengths = []
+    for start in range(0, len(placed), BLOCK_SIZE):
+        block = placed[start : start + BLOCK_SIZE]
+        encoded = task.encode_all([each.example for each in block], tokenizer)
+        lengths += [(len(e.ids), each.where) for e, each in zip(encoded, block, strict=True)]
+    return lengths
