@@ -103,7 +103,12 @@ def _number(row: DataRow, columns: ColumnMap) -> str:
 
 
 def _fill(row: DataRow, template: str) -> str:
-    return fill_template(template, {name: _text(row, name) for name in parse_template(template)})
+    """Return the template with the row's cells, some of which may be empty."""
+    names = dict.fromkeys(parse_template(template))
+    cells = {name: "" if _cell(row, name) == "" else _text(row, name) for name in names}
+    if not any(cells.values()):
+        raise UsageError(f"{row.where}: {' and '.join(map(repr, names))} of the --template are empty.")
+    return fill_template(template, cells)
 
 
 def _prompt(row: DataRow, columns: ColumnMap) -> str:
