@@ -186,7 +186,10 @@ def _own_files(templates: Sequence[Configuration]) -> list[Source]:
     own_variants = {t.variant.name for t in templates if t.variant.name.endswith(FILE_SUFFIX)}
     variants = [catalogue.get(name) for name in sorted(own_variants)]
     return [
-        *(Source(content, task.name, task.source, task.title) for content, task in own_tasks.items()),
+        *(
+            Source(content, task.name, task.source, getattr(task, "title", ""))
+            for content, task in own_tasks.items()
+        ),
         *(Source(variant.revision, variant.name, variant.source_path) for variant in variants),
     ]
 

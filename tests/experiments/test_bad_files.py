@@ -199,7 +199,7 @@ def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, ru
     (tmp_path / "[bold]my.py").write_text(having("d {word}", "d {'bread' if word == 'f' else word}"))
     done = run(SWEEP, "--dry-run", "--task", "[bold]my.py", "--model", str(base))
     done.assert_refused("my.py", "example 5", "bread", "WordLevel", "--model")
-    assert "[bold]my: reading the examples" in done.stdout, "brackets in a name are not markup"
+    assert "[bold]my.py: reading the examples" in done.stdout, "brackets in a name are not markup"
 
 
 # -- models --------------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ class Task(TextEncoder):
     """The name; of a user's task the name of its file."""
     source: str = ""
     """The path of the user's file; empty for a task of this project."""
+    code: str = ""
+    """The content of that file."""
     content: str = ""
     """See `TaskChoice.content`."""
     title: ClassVar[str]
@@ -251,7 +253,7 @@ class Task(TextEncoder):
 
     def entry(self) -> dict[str, str]:
         """Return what the store keeps of a user's task, so that any machine can make it: see `own_files`."""
-        return {"path": self.source, "source": Path(self.source).read_text("utf-8")}
+        return {"path": self.source, "source": self.code}
 
     def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:
         """Return the examples of the three splits.

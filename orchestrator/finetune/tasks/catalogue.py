@@ -45,11 +45,11 @@ def load(name: str) -> Task:
     if not name.endswith(FILE_SUFFIX):
         return get(name)
     path = os.path.realpath(name)
+    code = _read_code(path)
     known = _own_tasks.get(os.path.basename(path))
-    source = _read_source(path)
-    if known is not None and (known.source, known.content) == (path, task_file.hash_code(source, path)):
+    if known is not None and (known.source, known.code) == (path, code):
         return known
-    return register(_load_file(path, source))
+    return register(_load_file(path, code))
 
 
 def get(name: str) -> Task:
@@ -90,8 +90,8 @@ def find(choice: TaskChoice, folder: Path) -> Task:
         task.name = choice.name
         return register(task)
     path = own_files.require_entry(folder, "task", choice.name, choice.content, "path")
-    source = own_files.require_entry(folder, "task", choice.name, choice.content, "source")
-    task = _load_file(path, source)
+    code = own_files.require_entry(folder, "task", choice.name, choice.content, "source")
+    task = _load_file(path, code)
     if task.content != choice.content:
         raise UsageError(f"The entry of task {choice.name!r} in {folder} holds other code; remove it.")
     task.name = choice.name
@@ -114,7 +114,7 @@ _own_tasks: dict[str, Task] = {}
 """Tasks of the user that this process has loaded, by name."""
 
 
-def _read_source(path: str) -> str:
+def _read_code(path: str) -> str:
     if not os.path.isfile(path):  # Path.is_file raises OSError if a name is too long
         raise UsageError(f"Task file {path!r} does not exist. {suggest_nearest(Path(path).stem, names())}")
     try:
@@ -123,16 +123,16 @@ def _read_source(path: str) -> str:
         raise UsageError(f"Task file {path!r} cannot be read ({error})") from None
 
 
-def _load_file(path: str, source: str) -> Task:
+def _load_file(path: str, code: str) -> Task:
     with user_code.report_user_errors(path, "does not import"):
-        content = task_file.hash_code(source, path)
+        content = task_file.hash_code(code, path)
         module = ModuleType(f"orchestrator_user_task_{content}")
         module.__file__ = path
         sys.modules[module.__name__] = module  # dataclasses look up the module of a class
-        exec(compile(source, path, "exec"), vars(module))
+        exec(compile(code, path, "exec"), vars(module))
     with user_code.report_user_errors(path, "cannot make its task"):
         task = _instantiate_task(module)
-        task.name, task.source, task.content = os.path.basename(path), path, content
+        task.name, task.source, task.code, task.content = os.path.basename(path), path, code, content
         user_task.check(task)
     return task
 
