@@ -58,8 +58,9 @@ class Variant(ParameterCount, PeftFormat):
     numerics: ClassVar[int] = 1
     """Raised by hand when a change alters results; records of a lower number then no longer count."""
     revision: ClassVar[str] = ""
-    source_path: ClassVar[str] = ""
     """Version of code from outside this package, which the fingerprint includes; empty for other variants."""
+    source_path: ClassVar[str] = ""
+    """The path of a user's file, with which this process loaded it; empty for other variants."""
     adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.TARGET_LAYERS
     uses_rank: ClassVar[bool] = True
     rank_limit: ClassVar[str] = "min(in, out)"
@@ -72,6 +73,8 @@ class Variant(ParameterCount, PeftFormat):
     start: ClassVar[Start] = Start.BASE
     is_mergeable: ClassVar[bool] = True
     """False if the update is not a matrix that could be added to the weight."""
+    merge_obstacle: ClassVar[str] = "its update is not a matrix"
+    """Why a variant without `is_mergeable` cannot be merged: the rest of a sentence about the variant."""
     rounds_alike: ClassVar[bool] = True
     """False if a lane in a group equals the same lane alone only up to rounding, and not bit for bit."""
     typical_lr_scale: ClassVar[float] = 1.0

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from variants.adapters import Adapters
 from variants.errors import MergeError
+from variants.lane_linear import LaneLinear
 from variants.nf4 import NF4Linear
 
 
 def merge_and_detach(adapters: Adapters, lane: str) -> None:
-    """Add a lane's update to the base weights, copy its head over the model's head, and detach the adapters.
+    """Write a lane into the base model, and detach the adapters: the model then computes what the lane did.
 
-    The sum is computed in float32 or float64 and then cast to the dtype of the weight.
+    A model of transformers is then a plain one, for its `save_pretrained` and `from_pretrained`.
+    - The update is added to the weight in float32 or float64, and the sum is cast to the dtype of the weight.
+    - Layers of 4 bits (nf4), also those without an adapter, become linear layers in the dtype that they
+      compute in: the sum of the dequantized weight and the update is not quantized again.
+    - The lane's head replaces the model's, in the dtype of the rest of the model.
+    - If the output layer has an adapter and shares its weight with the input embeddings, it gets a weight of
+      its own, and the model's config says so (`tie_word_embeddings`).
 
     Args:
         adapters: The adapters; `lane` must be the only lane on them.
@@ -21,23 +31,32 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
 
     Raises:
         MergeError: The variant has no such update, the update changes the bias of a layer without one,
-            another lane uses the base model, or a weight is tied to a module that would change with it or is
-            quantized. In the latter four cases nothing has changed.
+            another lane uses the base model, or a weight is shared with a module that would change with it.
+            Nothing has changed then. Another cause is an update of a single layer that is not a matrix.
     """
-    _check_mergeable(adapters, lane)
+    tied = _check_mergeable(adapters, lane)
+    dequantized: dict[int, nn.Linear] = {}
     with torch.no_grad():
         biases = _bias_updates(adapters, lane)
+        for layer in tied:
+            _untie(adapters.model, layer)
         for name, layer in adapters.layers.items():
-            view = layer.lane_layer(lane)
-            _add(view.weight, adapters.variant.delta_weight(layer.lane_tensors(lane), view))
+            view, base = layer.lane_layer(lane), layer.base_layer
+            update = adapters.variant.delta_weight(layer.lane_tensors(lane), view)
+            if isinstance(base, NF4Linear):
+                dequantized[id(base)] = base.to_linear(_sum(view.weight, update))
+            else:
+                view.weight.copy_(_sum(view.weight, update))
             if name in biases and view.bias is not None:
-                _add(view.bias, biases[name])
+                view.bias.copy_(_sum(view.bias, biases[name]))
         for head in adapters.heads.values():
             for name, trained in head.own_tensors.trainable[lane].items():
                 getattr(head.base_layer, name).copy_(trained)
     if adapters.full_model is not None:
         adapters.full_model.copy_to_model(lane)
     adapters.detach()
+    _replace_nf4(adapters.model, dequantized)
+    _cast_heads(adapters.model, tuple(adapters.heads))
 
 
 def _bias_updates(adapters: Adapters, lane: str) -> dict[str, Tensor]:
@@ -60,28 +79,89 @@ def _bias_updates(adapters: Adapters, lane: str) -> dict[str, Tensor]:
     return updates
 
 
-def _add(tensor: Tensor, delta: Tensor) -> None:
-    """Add to a tensor of the base model in place; the sum is computed in the wider of the two dtypes."""
-    tensor.copy_((tensor.to(torch.promote_types(tensor.dtype, delta.dtype)) + delta).to(tensor.dtype))
+def _sum(tensor: Tensor, update: Tensor) -> Tensor:
+    """Return the sum in the dtype of the first tensor, computed in the wider of the two dtypes."""
+    return (tensor.to(torch.promote_types(tensor.dtype, update.dtype)) + update).to(tensor.dtype)
 
 
-def _check_mergeable(adapters: Adapters, lane: str) -> None:
-    if not adapters.variant.is_mergeable:
-        raise MergeError(f"{adapters.variant.name} cannot be merged: its update is not a matrix")
+def _check_mergeable(adapters: Adapters, lane: str) -> list[LaneLinear]:
+    """Check everything that can be checked before a tensor is written.
+
+    Returns:
+        The adapted layers that must get a weight of their own.
+
+    Raises:
+        MergeError: The lane cannot be merged.
+    """
+    variant = adapters.variant
+    if not variant.is_mergeable:
+        raise MergeError(f"{variant.name} cannot be merged: {variant.merge_obstacle}")
     for other in adapters.lanes:
         if other != lane:
             raise MergeError(
                 f"lane {lane} cannot be merged while {other} uses the same base; remove it first"
             )
-    for adapted in adapters.layers.values():
-        if isinstance(adapted.base_layer, NF4Linear):
-            raise MergeError(
-                f"{adapters.variant.name} cannot be merged into {adapted.name}, which has 4 bits per value "
-                "(nf4); export the adapter and merge it into the 16-bit model"
-            )
-    layers = {id(layer.base_layer.weight): layer for layer in adapters.layers.values()}
+    tied = []
+    for layer, path, module in _shared_weights(adapters):
+        if not _are_embeddings(adapters.model, layer, module):
+            raise MergeError(f"{layer.name} shares its weight with {path}: it cannot be merged")
+        tied.append(layer)
+    return tied
+
+
+def _shared_weights(adapters: Adapters) -> Iterator[tuple[LaneLinear, str, nn.Module]]:
+    """Yield the adapted layers whose weight another module has too, with the module's path and the module."""
+    owners = {
+        id(layer.base_layer.weight): layer
+        for layer in adapters.layers.values()
+        if not isinstance(layer.base_layer, NF4Linear)
+    }
     for path, module in adapters.model.named_modules():
         for parameter in module._parameters.values():
-            owner = layers.get(id(parameter))
+            owner = owners.get(id(parameter))
             if owner is not None and owner.base_layer is not module:
-                raise MergeError(f"{owner.name} shares its weight with {path}: it cannot be merged")
+                yield owner, path, module
+
+
+def _are_embeddings(model: Any, layer: LaneLinear, module: nn.Module) -> bool:
+    """Return whether these are the output layer and the input embeddings of a model of transformers."""
+    if not hasattr(model, "get_output_embeddings"):
+        return False
+    return model.get_output_embeddings() is layer and model.get_input_embeddings() is module
+
+
+def _untie(model: Any, layer: LaneLinear) -> None:
+    """Give the output layer a weight of its own, also when the model is saved and loaded again."""
+    weight: Tensor = layer.base_layer.weight  # type: ignore[assignment]  # an nn.Module's attribute
+    layer.base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    for each in (model.config, model.config.get_text_config()):
+        each.tie_word_embeddings = False
+    # The names that transformers would not save, because it would tie them again.
+    getattr(model, "all_tied_weights_keys", {}).pop(f"{layer.name}.weight", None)
+
+
+def _replace_nf4(model: nn.Module, merged: Mapping[int, nn.Linear]) -> None:
+    """Replace all layers of 4 bits by those in `merged` (by `id`), or by their dequantized weight."""
+    layers = dict(merged)
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if isinstance(child, NF4Linear):
+                if id(child) not in layers:
+                    layers[id(child)] = child.to_linear()
+                parent._modules[key] = layers[id(child)]  # a layer may have several parents
+
+
+def _cast_heads(model: nn.Module, heads: tuple[str, ...]) -> None:
+    """Cast the heads to the dtype of the rest of the model, which may be narrower than theirs."""
+    prefixes = tuple(f"{name}." for name in heads)
+    others = (
+        each.dtype
+        for name, each in model.named_parameters()
+        if each.is_floating_point() and not name.startswith(prefixes)
+    )
+    dtype = next(others, None)
+    for name in heads if dtype is not None else ():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        # A norm beside the layer belongs to the head as well; the base model has a ModuleList of blocks.
+        is_head = parent is not model and not any(isinstance(m, nn.ModuleList) for m in parent.modules())
+        (parent if is_head else model.get_submodule(name)).to(dtype)

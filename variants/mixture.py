@@ -33,6 +33,7 @@ class Mixture(api.Variant):
     """
 
     is_mergeable = False
+    merge_obstacle = "its gates depend on the input of the layer"
     has_auxiliary_loss = True
     shares_rank: ClassVar[bool] = True
 

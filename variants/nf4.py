@@ -95,6 +95,18 @@ class NF4Linear(nn.Module):
         """Quantize a linear layer; the new layer shares its bias."""
         return cls(NF4Weight.quantize(layer.weight), layer.bias)
 
+    def to_linear(self, weight: Tensor | None = None) -> nn.Linear:
+        """Return a plain linear layer in the dtype of this one, which shares its bias.
+
+        Args:
+            weight: The weight, (out, in); None for the dequantized one.
+        """
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        values = self.weight if weight is None else weight.to(self.dtype)
+        layer.weight = nn.Parameter(values, requires_grad=False)
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
+
     @property
     def quantized_weight(self) -> NF4Weight:
         """The weight as it is stored."""

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from variants.frozen_layer import FrozenLayer, InitialTensors, Params
 from variants.variant_settings import VariantSettings
+
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"]
+"""PEFT's name for the kind of a task, which decides the class `AutoPeftModelFor...` that loads an adapter."""
+TASK_HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
+}  # fmt: skip
+"""Task type -> endings of the names of the modules that PEFT's model of this type always reads as a whole
+from the file of the adapter."""
 
 
 @dataclass(frozen=True)

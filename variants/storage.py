@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.adapters import Adapters
 from variants.api import InitialTensors, UnsupportedError, Variant, VariantSettings
-from variants.peft_format import PeftMethod
+from variants.export_forms import peft_obstacle
+from variants.peft_format import TASK_HEADS, PeftMethod, TaskType
 from variants.targets import find_target_layers, is_conv1d
+from variants.variant_names import USER_AXIS
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """Names of the files that PEFT writes for an adapter."""
@@ -50,6 +52,7 @@ def save_lane(adapters: Adapters, lane: str, file: Path) -> None:
         "variant": adapters.variant.name,
         "numerics": str(adapters.variant.numerics),
         "revision": adapters.variant.revision,
+        "class": type(adapters.variant).__qualname__,
         "settings": json.dumps(asdict(adapters.lane_settings(lane))),
         "seed": str(adapters.lane_seed(lane)),
     }
@@ -58,6 +61,9 @@ def save_lane(adapters: Adapters, lane: str, file: Path) -> None:
 
 def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
     """Add a lane that `save_lane` wrote.
+
+    A variant of a user is known by its class and by the revision of its file, so the file may be renamed; a
+    variant of this package is known by its name.
 
     Args:
         adapters: The adapters that get the lane.
@@ -71,20 +77,7 @@ def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    if metadata.get("variant") != adapters.variant.name:
-        raise UnsupportedError(
-            f"{file} holds a lane of {metadata.get('variant')}, not of {adapters.variant.name}"
-        )
-    if metadata.get("numerics") != str(adapters.variant.numerics):
-        raise UnsupportedError(
-            f"{file} was saved with numerics {metadata.get('numerics')} of {adapters.variant.name}; "
-            f"this version has {adapters.variant.numerics}"
-        )
-    if metadata.get("revision", "") != adapters.variant.revision:
-        raise UnsupportedError(
-            f"{file} was saved with revision {metadata.get('revision')!r} of {adapters.variant.name}; this "
-            f"version has {adapters.variant.revision!r}"
-        )
+    _check_identity(metadata, adapters.variant, file)
     parts: dict[str, dict[str, Tensor]] = {"trainable": {}, "frozen": {}}
     for name, tensor in tensors.items():
         part, rest = name.split("/", 1)
@@ -93,50 +86,120 @@ def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
     adapters.restore_lane(lane, parts["trainable"], parts["frozen"], settings, int(metadata["seed"]))
 
 
-def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str) -> None:
-    """Export a lane to a folder that `PeftModel.from_pretrained(base, folder)` loads.
+def _check_identity(metadata: Mapping[str, str], variant: Variant, file: Path) -> None:
+    """Raise UnsupportedError if a file of a lane belongs to another variant, or to other code of it."""
+    if variant.axis == USER_AXIS and metadata.get("revision") == variant.revision:
+        own_class = type(variant).__qualname__
+        is_same = metadata.get("class", own_class) == own_class  # earlier versions did not write the class
+    else:
+        is_same = metadata.get("variant") == variant.name
+    if not is_same:
+        raise UnsupportedError(f"{file} holds a lane of {metadata.get('variant')}, not of {variant.name}")
+    if metadata.get("numerics") != str(variant.numerics):
+        raise UnsupportedError(
+            f"{file} was saved with numerics {metadata.get('numerics')} of {variant.name}; "
+            f"this version has {variant.numerics}"
+        )
+    if metadata.get("revision", "") != variant.revision:
+        raise UnsupportedError(
+            f"{file} was saved with revision {metadata.get('revision')!r} of {variant.name}; this "
+            f"version has {variant.revision!r}"
+        )
+
+
+def save_peft(
+    adapters: Adapters,
+    lane: str,
+    folder: Path,
+    base_model_name: str,
+    task_type: TaskType | None = None,
+    base_model_revision: str | None = None,
+) -> None:
+    """Export a lane to a folder that PEFT loads.
+
+    `PeftModel.from_pretrained(base, folder)` loads it, and so does the class `AutoPeftModelFor...` of the
+    task type, which loads the base model too; without a task type, `AutoPeftModel` for a model of
+    transformers. A model with a head needs the argument `num_labels`, unless the base model's config has it.
 
     Args:
         adapters: The adapters that hold the lane.
         lane: The lane to export.
         folder: The folder to write.
-        base_model_name: The name of the base model in adapter_config.json.
+        base_model_name: The base model's folder, or its name on the hub, for adapter_config.json.
+        task_type: PEFT's task type; None for one that PEFT does not have, such as the classes of images.
+        base_model_revision: The revision of the base model on the hub.
 
     Raises:
         UnsupportedError: PEFT does not have the method, or not for layers of this type.
     """
     settings, peft = adapters.lane_settings(lane), adapters.variant.peft
     if peft is None:
-        raise UnsupportedError(f"{adapters.variant.name} cannot be exported: it does not state PEFT's format")
+        raise UnsupportedError(
+            f"{adapters.variant.name} cannot be exported: {peft_obstacle(adapters.variant)}"
+        )
     if not peft.adapts_conv1d and any(is_conv1d(layer.base_layer) for layer in adapters.layers.values()):
         raise UnsupportedError(
             f"{adapters.variant.name} cannot be exported: PEFT has this method for layers of type Linear only"
         )
+    heads = _saved_modules(adapters, lane, task_type)
     tensors: dict[str, Tensor] = {}
     for name, layer in adapters.layers.items():
         lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
         for key, tensor in adapters.variant.to_peft(lane_tensors, layer.lane_layer(lane)).items():
-            # A copy, because safetensors refuses tensors that share memory, as those of a layer group do.
-            tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor.contiguous().cpu().clone()
+            tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor
     for group in adapters.layer_groups.values():
         for key, peft_key in peft.group_names.items():
-            tensors[f"{PEFT_ROOT}{peft_key}"] = group.lane_tensors(lane)[key].detach().contiguous().cpu()
-    for name, head in adapters.heads.items():
-        for key, tensor in head.own_tensors.lane_tensors(lane).items():
-            tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor.detach().cpu()
+            tensors[f"{PEFT_ROOT}{peft_key}"] = group.lane_tensors(lane)[key]
+    for name, head in heads.items():
+        tensors |= {f"{PEFT_PREFIX}{name}.{key}": tensor for key, tensor in head.items()}
     config = {
         **adapters.variant.peft_config(settings),
+        **_model_fields(adapters),
         "base_model_name_or_path": base_model_name,
-        "target_modules": sorted(adapters.layers),
-        "modules_to_save": sorted(adapters.heads) or None,
-        "inference_mode": True,
+        "revision": base_model_revision,
+        "task_type": task_type,
+        "modules_to_save": sorted(heads) or None,
     }
-    if peft.adapts_conv1d:  # PEFT's other methods do not have this field
-        layers = adapters.layers.values()
-        config["fan_in_fan_out"] = all(is_conv1d(layer.base_layer) for layer in layers)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+    # Copies, because safetensors refuses tensors that share memory, as those of a layer group do.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(copies, folder / TENSORS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _model_fields(adapters: Adapters) -> dict[str, Any]:
+    """Return the fields of adapter_config.json that describe the model and its layers."""
+    fields: dict[str, Any] = {"target_modules": sorted(adapters.layers), "inference_mode": True}
+    model_class = type(adapters.model)
+    if model_class.__module__.startswith("transformers."):  # for `AutoPeftModel`, without a task type
+        names = {"base_model_class": model_class.__name__, "parent_library": model_class.__module__}
+        fields["auto_mapping"] = names
+    peft = adapters.variant.peft
+    if peft is not None and peft.adapts_conv1d:  # PEFT's other methods do not have this field
+        layers = adapters.layers.values()
+        fields["fan_in_fan_out"] = all(is_conv1d(layer.base_layer) for layer in layers)
+    return fields
+
+
+def _saved_modules(adapters: Adapters, lane: str, task_type: TaskType | None) -> dict[str, dict[str, Tensor]]:
+    """Return the modules that PEFT reads from the adapter's file as a whole, by path, with all their tensors.
+
+    These are the lane's heads, and the modules that PEFT's model of the task type takes for a head. Such a
+    module may contain several heads (RoBERTa's classifier), and other parameters, which are the base model's.
+    """
+    endings = TASK_HEADS.get(task_type or "", ())
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, module in adapters.model.named_modules():
+        inside = any(path.startswith(f"{name}.") for name in found)
+        if inside or not (path in adapters.heads or (endings and path.endswith(endings))):
+            continue
+        own = {f".{key}".replace(".base_layer.", ".")[1:]: t for key, t in module.state_dict().items()}
+        for name, head in adapters.heads.items():
+            if f"{name}.".startswith(f"{path}."):
+                inner = f"{name}.".removeprefix(f"{path}.")
+                own |= {f"{inner}{key}": t for key, t in head.own_tensors.lane_tensors(lane).items()}
+        found[path] = own
+    return found
 
 
 def load_peft(model: nn.Module, folder: Path, lane: str = "peft") -> Adapters:

@@ -26,6 +26,7 @@ class DenseLoRA(SharedFactors, api.Variant):
     shared_parameters = "rank * rank_factor * (in + out)"
     hyperparameters = {"rank_factor": api.Int(24, help="size r of M, divided by the rank")}
     is_mergeable = False
+    merge_obstacle = "its update is not linear in the input of the layer"
     rank_limit = ""
     verified_by = api.VerifiedBy.AUTHORS_CODE
 

@@ -58,10 +58,7 @@ class Case:
         for name, module in list(model.named_modules()):
             if isinstance(module, NF4Linear):
                 parent, _, key = name.rpartition(".")
-                layer = nn.Linear(module.in_features, module.out_features, bias=False)
-                layer.weight = nn.Parameter(module.weight)
-                layer.register_parameter("bias", module.bias)
-                setattr(model.get_submodule(parent), key, layer)
+                setattr(model.get_submodule(parent), key, module.to_linear())
         return model
 
     def rows(self, lane: int, step: int = 0) -> Tensor:

@@ -10,12 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from variants.adapters import Adapters
 from variants.api import RANK_MASK, AdaptationScope, Batching, MergeError, Start, Variant, VariantSettings
+from variants.export_forms import peft_obstacle
 from variants.merging import merge_and_detach
 from variants.parameter_formula import evaluate_formula
 from variants.storage import load_lane, load_peft, save_lane, save_peft
@@ -33,6 +35,7 @@ from variants.testing.rig import (
     model_state,
     perturb_lanes,
     relative_error,
+    reload_model,
     tensors_equal,
     train,
     train_step,
@@ -59,8 +62,7 @@ def starts_as_declared(variant: Variant, case: Case) -> None:
         assert relative_error(lane, base) < case.tolerance
     elif variant.is_mergeable:
         assert has_update(adapters), "a lane starts at the base: declare Start.BASE"
-        if not case.nf4:  # weights of 4 bits refuse the merge
-            _check_merged(case, adapters)
+        _check_merged(case, adapters)
     else:
         exact = replace(case, dtype=torch.float32)
         adapters = attach_lanes(exact, variant, case.lanes)
@@ -224,19 +226,28 @@ def fits_a_representable_target(variant: Variant, case: Case) -> None:
 
 
 def export_loads_in_peft(variant: Variant, case: Case) -> None:
-    """PEFT, and a lane loaded from the export, compute what the exported lane computes."""
-    from peft import PeftModel  # imported here, so that the other laws do not need peft
+    """PEFT, and a lane loaded from the export, compute what the exported lane computes.
+
+    For a language model, `AutoPeftModelForCausalLM` loads the base model from its folder too.
+    """
+    from peft import AutoPeftModelForCausalLM, PeftModel  # so that the other laws do not need peft
 
     if variant.peft is None:
-        raise NotApplicableError(f"{variant.name} does not state PEFT's format")
+        raise NotApplicableError(f"{variant.name} cannot be exported: {peft_obstacle(variant)}")
     if case.model == "gpt2" and not variant.peft.adapts_conv1d:
         raise NotApplicableError(f"PEFT has {variant.name} for layers of type Linear only")
     adapters = attach_lanes(case, variant, 1)
     perturb_lanes(case, adapters)
     exported = lane_outputs(case, adapters)
     with tempfile.TemporaryDirectory() as folder:
-        save_peft(adapters, "0", Path(folder), "base")
-        peft_model = PeftModel.from_pretrained(case.build_for_peft(), folder)
+        base: Any = case.build_for_peft()
+        base_folder = f"{folder}/base"
+        save_peft(adapters, "0", Path(folder), base_folder, "CAUSAL_LM" if case.is_language_model else None)
+        if case.is_language_model:
+            base.save_pretrained(base_folder)
+            peft_model = AutoPeftModelForCausalLM.from_pretrained(folder)
+        else:
+            peft_model = PeftModel.from_pretrained(base, folder)
         loaded = load_peft(case.build(), Path(folder), lane="0")
     with torch.no_grad():
         peft_output = model_output(peft_model, case.rows(0))
@@ -345,13 +356,17 @@ def _check_no_gradient_between_lanes(case: Case, adapters: Adapters) -> None:
 
 
 def _check_merged(case: Case, adapters: Adapters) -> None:
-    """Remove all lanes but the first, and check that the merged model computes what that lane computed."""
+    """Remove all lanes but the first, and check that the merged model computes what that lane computed.
+
+    A language model is saved and loaded again by transformers.
+    """
     before = lane_outputs(case, adapters).chunk(len(adapters.lanes))[0]
     for other in adapters.lanes[1:]:
         adapters.remove_lane(other)
     merge_and_detach(adapters, adapters.lanes[0])
+    model = reload_model(adapters.model) if case.is_language_model else adapters.model
     with torch.no_grad():
-        merged = model_output(adapters.model, case.rows(0))
+        merged = model_output(model, case.rows(0))
     assert relative_error(merged, before) < case.tolerance
 
 

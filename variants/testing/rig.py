@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from variants.adapted_model import CalibrationTensors
 from variants.adapters import Adapters
@@ -27,6 +30,15 @@ def model_output(model: nn.Module, x: Tensor) -> Tensor:
     """Return a model's output tensor, or the logits of a language model."""
     out = model(x)
     return out if isinstance(out, Tensor) else out.logits
+
+
+def reload_model(model: Any) -> nn.Module:
+    """Save a language model of transformers, and return what transformers loads from the files."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    reloaded: nn.Module = loaded.to(model.device)
+    return reloaded
 
 
 def attach_lanes(
