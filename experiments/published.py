@@ -1,47 +1,14 @@
-"""What do the published scores of the LoRA survey (arXiv 2601.22708) say by themselves?
-
-    python experiments/published.py                     all four tasks
-    python experiments/published.py --task gsm8k        one of them
-    python experiments/published.py --overlay STUDY     with the curves of a study of your own over them
-
-No model is trained or loaded. The command prints verdicts and tables, and writes report.html, pictures and
-summary.json to <output>/published.
-"""
+"""What do the published scores of the LoRA survey say by themselves? Or: `lora-orchestrator published`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from orchestrator.study.option_groups import default_output
+from orchestrator.cli.program import run_script
 from orchestrator.util.command import main
 
 
-@dataclass(frozen=True)
-class PublishedOptions:
-    """Options of the page of published scores."""
-
-    task: tuple[str, ...] = ("gsm8k", "humaneval", "glue", "images")
-    """Published tasks to show."""
-    noise: float = 1.0
-    """Standard deviation of a score over seeds, in points, for the simulated repetitions of the study."""
-    overlay: str | None = None
-    """A study of your own, whose curves are drawn over the published ones by variant; its tasks are shown."""
-    output: Path = field(default_factory=default_output)
-    """Output folder, in which the page's folder is and the study of --overlay is looked up."""
-    store: Path | None = None
-    """Folder of the records of --overlay. Default: `store` in the output folder."""
-
-
 def run() -> int:
-    """Write and print the page of the command line, and return the exit code."""
-    import tyro
-
-    options = tyro.cli(PublishedOptions, description=__doc__)
-    from orchestrator.analyze.published.published_page import show_published
-
-    show_published(options.task, options.noise, options.output, options.overlay, options.store)
-    return 0
+    """Run the experiment with the options of the command line, and return the exit code."""
+    return run_script("published")
 
 
 if __name__ == "__main__":

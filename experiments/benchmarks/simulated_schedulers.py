@@ -15,7 +15,7 @@ from typing import Any
 from simulated_curves import replayed_curve
 
 from orchestrator.execution.rungs import lane_evaluation_steps
-from orchestrator.execution.tune.early_stopping import PerGroupScheduler
+from orchestrator.execution.tune.per_group_scheduler import PerGroupScheduler
 from orchestrator.execution.tune.trial import WORST_LOSS
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration

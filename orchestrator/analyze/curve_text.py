@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from itertools import pairwise
 
@@ -12,6 +11,7 @@ from orchestrator.analyze.intervals import CurveStatistic
 from orchestrator.analyze.results import Curve, Panel
 from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.show import replace_options
+from orchestrator.study.program_names import TUNED_SCRIPT, replace_script
 
 NOT_RESOLVED = "not resolved"
 """Text in place of a width that is smaller than the spacing of the grid."""
@@ -74,7 +74,7 @@ def curve_verdict(panel: Panel, command: str) -> Verdict:
 def replicated_command(command: str) -> str:
     """Return the command of a replicated tuning (`tuned_comparison.py`) of the same variants and tasks."""
     options = replace_options(command, dict.fromkeys(("--seeds", "--study", "--learning-rates"), ()))
-    return re.sub(r"\w+\.py\b", "tuned_comparison.py", options, count=1)
+    return replace_script(options, TUNED_SCRIPT)
 
 
 def count_text(count: int, what: str) -> str:

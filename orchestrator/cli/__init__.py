@@ -1,1 +1,1 @@
-"""The command line: options, and the commands of `python -m orchestrator`."""
+"""The command line: the program `lora-orchestrator`, its commands and their options."""

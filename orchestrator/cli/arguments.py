@@ -1,9 +1,8 @@
-"""The command line of a study: parsing into options, and a run elsewhere when --on asks for one."""
+"""The options of a study from a command line, and a run elsewhere when --on asks for one."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
@@ -15,45 +14,54 @@ from typing import Any, TypeVar
 from orchestrator.study.options import CLUSTER_FILE, StudyOptions
 from orchestrator.study.presets import complete_options, preset_defaults
 from orchestrator.study.retired_options import check_retired_options
-from orchestrator.util.status_line import print_status
 from variants import catalogue
 
 Options = TypeVar("Options", bound=StudyOptions)
 
 
-def parse_options(description: str | None, options_class: type[Options]) -> Options:
-    """Parse the command line of a study script.
+def parse_options(
+    description: str, options_class: type[Options], words: Sequence[str], program: str = ""
+) -> Options:
+    """Parse the options of a study.
 
-    `--help` and unknown options end the process (exit codes 0 and 2), and so does a run on a cluster, with
-    the exit code that the command had there.
+    `--help` and unknown options end the process (exit codes 0 and 2).
 
     Args:
         description: The text above the options in `--help`.
-        options_class: `StudyOptions`, or a subclass with options of the script's own.
+        options_class: `StudyOptions`, or a subclass with options of the experiment's own.
+        words: The words of the command line behind the program.
+        program: The program in the usage line; by default the path of the script.
 
     Raises:
-        UsageError: An option was renamed or removed or has a wrong value, or a cluster is up and the command
-            does not say where to run.
+        UsageError: An option was renamed or removed, or has a wrong value.
     """
-    check_retired_options(sys.argv[1:])
+    check_retired_options(words)
     import tyro
 
-    preset = find_preset(sys.argv[1:])
     arguments = tyro.cli(
-        grouped_arguments(options_class, preset),
-        description=wrap_description(description or ""),
+        grouped_arguments(options_class, find_preset(words)),
+        prog=program or None,
+        args=list(words),
+        description=wrap_description(description),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
-    options = flatten_arguments(arguments, options_class)
-    print_status("Reading libraries, the task's data, the model and the records ...")
+    return flatten_arguments(arguments, options_class)
+
+
+def run_elsewhere(options: StudyOptions) -> int | None:
+    """Run this process's command on a cluster if --on, or the user, asks for it.
+
+    Returns:
+        The exit code of the command there; None if it is to run on this machine.
+
+    Raises:
+        UsageError: A cluster is up and the command does not say where to run, or it cannot run there.
+    """
     if options.on is None and (options.dry_run or options.plan or not Path(CLUSTER_FILE).is_file()):
-        return options  # without looking for a cluster, which takes a moment
+        return None  # without looking for a cluster, which takes a moment
     from orchestrator.cluster.remote.target import run_if_remote
 
-    code = run_if_remote(options)
-    if code is not None:
-        sys.exit(code)
-    return options
+    return run_if_remote(options)
 
 
 def wrap_description(description: str) -> str:

@@ -1,4 +1,4 @@
-"""The subcommands of `python -m orchestrator`. Libraries are imported in `run`, so that --help is fast."""
+"""The commands on records, stores and models. Libraries are imported in `run`, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from orchestrator.cli.arguments import flatten_arguments, grouped_arguments
 from orchestrator.study.option_groups import default_output
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.retired_options import check_retired_options
+from orchestrator.study.program_names import maintenance_program
 from orchestrator.util.errors import UsageError
-from orchestrator.util.status_line import print_status
+from orchestrator.util.graceful_interrupts import format_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +204,8 @@ class Merge(StoreLocation):
             print(f"{other.root}: {merge_stores(store, other).to_line()}")
         folder_options = [] if self.output == default_output() else ["--output", str(self.output)]
         folder_options += ["--store", str(self.store)] if self.store else []
-        command = shlex.join(["python", "-m", "orchestrator", "sync", *folder_options])
-        print(f"Next: {command} (Parquet and MLflow)")
+        program = maintenance_program(format_command(sys.argv))
+        print(f"Next: {program} {shlex.join(['sync', *folder_options])} (Parquet and MLflow)")
         return 0
 
 
@@ -214,8 +213,8 @@ class Merge(StoreLocation):
 class Check(StudyOptions):
     """Check whether a study with these options could run, before it costs anything.
 
-    The options are those of a study: replace the script's path by `-m orchestrator check`. A running cluster
-    is joined, else this machine is checked. Each requirement is a line: ok, FAILED with a fix, or later
+    The options are those of a study: replace `study` by `check` in its command. A running cluster is
+    joined, else this machine is checked. Each requirement is a line: ok, FAILED with a fix, or later
     (cannot be known yet). Nothing is trained or left behind. Exit code 0, or 1 when a line says FAILED.
     """
 
@@ -228,32 +227,14 @@ class Check(StudyOptions):
         return PreflightCheck(self).run() if code is None else code
 
 
-_CheckArguments = grouped_arguments(Check)
-
-
-def run_command() -> int:
-    """Run the subcommand of the command line.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: An option was renamed or removed or has a wrong value, or the subcommand cannot be run.
-    """
-    check_retired_options(sys.argv[1:])
-    command = tyro.cli(
-        Sync  # type: ignore[arg-type]  # tyro takes unions of classes, which are no classes for mypy
-        | Show
-        | Report
-        | FetchModel
-        | FetchData
-        | Gc
-        | Merge
-        | Annotated[_CheckArguments, tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes],
-        prog="python -m orchestrator",
-        description="Show records, rebuild what is derived from them, and maintain a store.",
-    )
-    if isinstance(command, _CheckArguments):
-        command = flatten_arguments(command, Check)
-    print_status("Reading libraries and records ...")
-    return command.run()
+COMMANDS: dict[str, type[Any]] = {
+    "check": Check,
+    "show": Show,
+    "report": Report,
+    "sync": Sync,
+    "gc": Gc,
+    "merge": Merge,
+    "fetch-model": FetchModel,
+    "fetch-data": FetchData,
+}
+"""Name of each command -> the class of its options, whose method `run` returns the exit code."""

@@ -19,8 +19,8 @@ from orchestrator.execution.session_context import SessionContext
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limits
-from orchestrator.execution.tune.early_stopping import PerGroupScheduler
 from orchestrator.execution.tune.fifo import ConfigurationListGenerator, LiveTrialFIFOScheduler
+from orchestrator.execution.tune.per_group_scheduler import PerGroupScheduler
 from orchestrator.execution.tune.trainable import LaneTrainable
 from orchestrator.execution.tune.trial import LaneTrial
 from orchestrator.execution.tune.trial_events import ABORTED, AbortStopper, BrokerCallback, PendingStops

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from orchestrator.record.study_file import AnalysisSettings
+from orchestrator.study.options import StudyOptions
+from orchestrator.util.graceful_interrupts import format_command
+
+if TYPE_CHECKING:
+    from orchestrator.launch.plan import Plan
+
+
+@dataclass(frozen=True)
+class StudyRequest:
+    """What the user has asked for, before an experiment changes any option."""
+
+    options: StudyOptions | None = None
+    """The options as they were given; None for those of `run_study`."""
+    command: str = ""
+    """The command that does the same; empty for that of this process."""
+    on_plan: Callable[[Plan], object] = lambda plan: None
+    """Called with each plan that was printed."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,13 @@ class Experiment:
     """Default of --variants with --dry-run; empty for the same as `variants`."""
     settings: AnalysisSettings = field(default_factory=AnalysisSettings)
     """Kind of the study and settings of its analysis."""
+    request: StudyRequest = StudyRequest()
+    """What the user has asked for."""
+
+    @property
+    def command(self) -> str:
+        """The command of the study, as a line for a shell without secrets."""
+        return self.request.command or format_command(sys.argv)
 
     def default_tasks(self, dry_run: bool) -> tuple[str, ...]:
         """Return the default of --task."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from orchestrator.record.show import narrow_command, replace_options
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.graceful_interrupts import format_command
 
 if TYPE_CHECKING:
     from orchestrator.execution.search.budget import SearchBudget
@@ -65,13 +63,30 @@ class _Hardware:
         return device != "cpu" and (device in (self.device or device, *(same.names if same else ())))
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A plan that was printed."""
+
+    lines: tuple[Line, ...]
+    """Label and text of each line."""
+    requested: tuple[Configuration, ...]
+    """The configurations that are known before the training."""
+    pending: tuple[Configuration, ...]
+    """Those of them that would be trained."""
+    total: int
+    """Number of configurations, with those that a search or a later stage adds."""
+    num_to_train: int
+    """Number of configurations that would be trained."""
+
+
 def print_plan(
     console: Console,
     templates: Sequence[Configuration],
     work: StudyWork,
     store: Store,
     options: StudyOptions,
-) -> None:
+    command: str,
+) -> Plan:
     """Print the configurations of a study and estimates of its time and cost, without starting anything.
 
     Args:
@@ -80,6 +95,10 @@ def print_plan(
         work: Configurations of the study.
         store: The records, from which the time is estimated.
         options: Options of the study.
+        command: The command of the study.
+
+    Returns:
+        What was printed, as data.
     """
     hardware = _probe_hardware(options)
     lanes = plan_lanes(
@@ -116,9 +135,10 @@ def print_plan(
         _print_line(console, label, text)
     if work.pending and not estimates and hardware.gpus_per_worker != 0:
         where = f" on a machine with GPUs of type {options.plan_gpu}" if options.plan_gpu else ""
-        command = _single_point_command(work.pending)
-        text = f"To know, train one of them{where}, then plan again:\n  {command}"
+        single = _single_point_command(work.pending, command)
+        text = f"To know, train one of them{where}, then plan again:\n  {single}"
         console.print(text, markup=False, soft_wrap=True)
+    return Plan(tuple(lines), tuple(work.requested), tuple(work.pending), work.total, work.num_to_train)
 
 
 def _print_line(console: Console, label: str, text: str) -> None:
@@ -253,16 +273,14 @@ def _time_line(estimate: TimeEstimate, num_trainers: int) -> Line:
     return "Time", f"about {' to '.join(ends)}{divided}, {estimate.source_text}"
 
 
-def _single_point_command(pending: Sequence[Configuration]) -> str:
+def _single_point_command(pending: Sequence[Configuration], command: str) -> str:
     """Return the command that trains one pending configuration, to measure its time.
 
     It has the lowest learning rate, which is the least likely to diverge early.
     """
     point = min(pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
     # --study is removed: in the same study, this point alone would be taken for the whole first stage.
-    return replace_options(
-        narrow_command(format_command(sys.argv), point), {"--study": [], "--plan": [], "--plan-gpu": []}
-    )
+    return replace_options(narrow_command(command, point), {"--study": [], "--plan": [], "--plan-gpu": []})
 
 
 def print_point_shortfall(console: Console, usage: Mapping[str, GroupUsage], points: int) -> None:

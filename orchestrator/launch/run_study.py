@@ -6,7 +6,6 @@ The four steps are `study_context.resolve_study` (options and design), `plan.pri
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,6 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, describe_disk_error
-from orchestrator.util.graceful_interrupts import format_command
 from orchestrator.util.redaction import redact_secrets
 
 CheckStudy = Callable[[StudyContext, StudyFile, Sequence[Configuration]], None]
@@ -72,7 +70,9 @@ def run_study(
         print_preset(options)
     context = resolve_study(experiment, options, make_design, replicates)
     if context.options.plan:
-        print_plan(context.console, context.templates, context.collect_work(), context.store, context.options)
+        work, command = context.collect_work(), experiment.command
+        plan = print_plan(context.console, context.templates, work, context.store, context.options, command)
+        experiment.request.on_plan(plan)
         return 0
     _make_folder(context)
     refusal = (
@@ -101,7 +101,7 @@ def _make_folder(context: StudyContext) -> None:
 def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
     """Determine the work of this run, prepare its datasets and write `study.json`."""
     experiment, store = context.experiment, context.store
-    command = format_command(sys.argv)
+    command = experiment.command
     study = StudyFile.read(context.folder) or StudyFile(context.name, experiment.question, command)
     scratch.remove_stale_folders(store)
     work = context.collect_work()

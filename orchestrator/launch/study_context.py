@@ -28,6 +28,7 @@ from orchestrator.record.study_file import Source
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.option_groups import default_output
 from orchestrator.study.options import StudyOptions
+from orchestrator.study.program_names import maintenance_program
 from orchestrator.study.study_name import default_study_name
 from orchestrator.util.errors import UsageError
 from variants import catalogue
@@ -111,10 +112,11 @@ class StudyContext:
         return f"{done} of {work.total} configurations are done{f', {used} used' if used else ''}"
 
     def orchestrator_command(self, arguments: str) -> str:
-        """Return the command `python -m orchestrator <arguments>` with this study's --output and --store."""
+        """Return a command of this program on this study's --output and --store, for example `report x`."""
         folders = [] if self.options.output == default_output() else ["--output", str(self.options.output)]
         folders += ["--store", str(self.options.store)] if self.options.store else []
-        return " ".join(["python -m orchestrator", arguments, shlex.join(folders)]).strip()
+        program = maintenance_program(self.experiment.command)
+        return " ".join([program, arguments, shlex.join(folders)]).strip()
 
 
 def resolve_study(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +14,18 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.factors import ALL, load_factors
+from orchestrator.study.program_names import (
+    CURVE_SCRIPT,
+    FACTOR_SCRIPT,
+    TUNED_SCRIPT,
+    find_script,
+    replace_script,
+)
 from orchestrator.study.space import format_value, get_value
 from orchestrator.util.errors import UsageError
 from variants.variant_names import canonical_key
 
-_FACTOR_SCRIPT = "hyperparameter_sensitivity"
-_OTHER_SCRIPTS = re.compile(rf"(tuned_comparison|early_stopping|{_FACTOR_SCRIPT})\.py$")
+_OTHER_SCRIPTS = (TUNED_SCRIPT, FACTOR_SCRIPT, "early_stopping")
 # Options that `lr_sensitivity.py` lacks, or that would train more than one configuration.
 _OTHER_OPTIONS = (
     *("--confirm-seeds", "--margin", "--replicates", "--max-replicates", "--factors", "--levels", "--widen"),
@@ -99,7 +104,7 @@ def replace_options(command: str, replacements: Mapping[str, Sequence[str]]) -> 
         replacements: Option -> its new values. An option without values is removed.
     """
     changed = change_options(command, {**replacements, **dict.fromkeys(_OTHER_OPTIONS, ())})
-    return shlex.join([_OTHER_SCRIPTS.sub("lr_sensitivity.py", word) for word in shlex.split(changed)])
+    return replace_script(changed, CURVE_SCRIPT) if find_script(changed) in _OTHER_SCRIPTS else changed
 
 
 def change_options(command: str, replacements: Mapping[str, Sequence[str]]) -> str:
@@ -154,7 +159,7 @@ def _key(word: str) -> str:
 
 def _factor_names(command: str) -> list[str]:
     """Return the factors that a study of factors may vary, in the order of the command or of the table."""
-    if _FACTOR_SCRIPT not in command:
+    if find_script(command) != FACTOR_SCRIPT:
         return []
     names = _option_values(command, "--factors")
     return names if names and ALL not in names else list(load_factors())

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePath
 from types import FrameType
 from typing import NoReturn
 
@@ -22,13 +23,29 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
+INSTALLED_PROGRAM = "lora-orchestrator"
+"""Name of the command that the installation creates."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # cluster managers send SIGTERM
 _SHOW_CURSOR = "\x1b[?25h"  # a study's live line hides it
 
 
 def format_command(arguments: Sequence[str]) -> str:
-    """Return the `python` command with these arguments as a line for a shell, without secrets."""
-    return shlex.join(["python", *map(redact_secrets, arguments)])
+    """Return the command with these arguments as a line for a shell, without secrets.
+
+    Args:
+        arguments: `sys.argv`, or the arguments of `python`. The installed command `lora-orchestrator` and
+            `python -m orchestrator` are written as a user types them, without the path of their file.
+    """
+    program, *others = arguments
+    path = PurePath(program)
+    if path.stem == INSTALLED_PROGRAM:
+        words = [INSTALLED_PROGRAM]
+    elif path.parts[-2:] == ("orchestrator", "__main__.py"):
+        words = ["python", "-m", "orchestrator"]
+    else:
+        words = ["python", program]
+    return shlex.join(map(redact_secrets, [*words, *others]))
 
 
 class InterruptHandler:

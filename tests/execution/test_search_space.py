@@ -101,7 +101,8 @@ def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, t
     console = Console(file=StringIO(), width=200)
     options = StudyOptions(task=("letters",), **typed)
     wanted = list(search.configurations.values())
-    print_plan(console, made, StudyWork(wanted, [], [], wanted, search), Store(tmp_path / "store"), options)
+    work = StudyWork(wanted, [], [], wanted, search)
+    print_plan(console, made, work, Store(tmp_path / "store"), options, "lora-orchestrator study")
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "Search          qmc, points: 16 of lora, 2 of hira\n" in said
     assert "Learning rate   0.01\n" in said

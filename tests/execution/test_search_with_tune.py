@@ -27,7 +27,7 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerGr
     """Search with lanes whose loss is 1 - score, evaluated after 30, 60 and 90 steps."""
     from ray import tune
 
-    from orchestrator.execution.tune.early_stopping import PerGroupScheduler
+    from orchestrator.execution.tune.per_group_scheduler import PerGroupScheduler
 
     class Lane(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ def test_the_plan_prints_the_hours_that_the_readme_quotes(
     found = re.search(r"GPU hours +predicted: (.+) on one H100, (.+) with --kernels liger", done.stdout)
     assert found is not None, done.stdout
     assert "for rows of 250 tokens on average" in " ".join(done.stdout.split())
-    for page in ("README.md", "docs/options.md", "experiments/lr_sensitivity.py"):
+    for page in ("README.md", "docs/options.md", "orchestrator/experiments/lr_sensitivity.py"):
         text = " ".join((ROOT / page).read_text().replace("`", "").split())
         assert f"{found[1]} hours of an H100, {found[2]} with --kernels liger" in text, page
 

@@ -48,10 +48,10 @@ def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
         machine = runtime.Cluster((runtime.Node(4, gpus, 2.0**36),))
         monkeypatch.setattr(runtime, "estimate_local_cluster", lambda: machine)
         monkeypatch.setattr(runtime, "gpu_name", lambda: gpu or "")
-        monkeypatch.setattr("sys.argv", ["experiments/lr_sensitivity.py", "--plan", "--study", "my own"])
         console = Console(file=StringIO(), width=300)
         work = StudyWork(list(left), [], [], list(left), None)
-        print_plan(console, left[:1], work, store, StudyOptions(**options))
+        command = "python experiments/lr_sensitivity.py --plan --study 'my own'"
+        print_plan(console, left[:1], work, store, StudyOptions(**options), command)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     monkeypatch.setattr(runtime, "running_cluster_address", lambda: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import pytest
@@ -32,9 +31,8 @@ COUNTS = {
 }
 
 
-def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> CurveOptions:
-    monkeypatch.setattr(sys, "argv", ["lr_sensitivity.py", *arguments, "--plan"])
-    return parse_options("", CurveOptions)
+def parsed(*arguments: str) -> CurveOptions:
+    return parse_options("", CurveOptions, [*arguments, "--plan"])
 
 
 def test_the_presets_have_the_runs_of_the_protocol() -> None:
@@ -52,8 +50,8 @@ def test_there_are_the_twenty_published_variants_under_the_names_of_the_scores()
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_preset_fills_in_the_defaults_as_published(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options, preset = parsed(monkeypatch, "--preset", name), read_preset(name)
+def test_a_preset_fills_in_the_defaults_as_published(name: str) -> None:
+    options, preset = parsed("--preset", name), read_preset(name)
     for option, value in preset.options.items():
         if option != "set":
             assert getattr(options, option) == value, option
@@ -89,17 +87,15 @@ def test_published_epochs_give_the_steps_of_the_protocol() -> None:
     ],
 )
 def test_an_option_beside_a_preset_replaces_what_it_says(
-    arguments: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], expected: dict[str, Any]
 ) -> None:
-    options = parsed(monkeypatch, "--preset=published-gsm8k-r128", *arguments)
+    options = parsed("--preset=published-gsm8k-r128", *arguments)
     assert {name: getattr(options, name) for name in expected} == expected
     assert options.max_length == 1024, "the rest stays"
 
 
-def test_a_word_of_set_replaces_the_presets_word_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = parsed(
-        monkeypatch, "--preset", "published-gsm8k", "--set", "weight_decay=0", "lora-plus.ratio=4"
-    )
+def test_a_word_of_set_replaces_the_presets_word_alone() -> None:
+    options = parsed("--preset", "published-gsm8k", "--set", "weight_decay=0", "lora-plus.ratio=4")
     words = dict(word.split("=") for word in options.set)
     assert words["weight_decay"] == "0"
     assert words["lora-plus.ratio"] == "4"
@@ -107,22 +103,21 @@ def test_a_word_of_set_replaces_the_presets_word_alone(monkeypatch: pytest.Monke
     assert words["final_factor"] == "0.1"
 
 
-def test_a_comparison_takes_replicates_in_place_of_the_presets_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tuned_comparison.py", "--preset", "published-gsm8k", "--plan"])
-    options = parse_options("", ComparisonOptions)
+def test_a_comparison_takes_replicates_in_place_of_the_presets_seed() -> None:
+    options = parse_options("", ComparisonOptions, ["--preset", "published-gsm8k", "--plan"])
     options.check_comparison()
     assert options.seeds is None
     assert options.learning_rates == read_preset("published-gsm8k").options["learning_rates"]
 
 
-def test_epochs_replace_the_steps_of_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = parsed(monkeypatch, "--preset", "published-images", "--epochs", "2")
+def test_epochs_replace_the_steps_of_a_preset() -> None:
+    options = parsed("--preset", "published-images", "--epochs", "2")
     assert (options.steps, options.epochs) == (None, 2.0)
 
 
-def test_a_search_can_vary_what_a_preset_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_can_vary_what_a_preset_sets() -> None:
     space = ["--search", "qmc", "--space", "learning_rate=log:1e-5:1e-3", "rank=64,128", "warmup=0:0.1"]
-    options = parsed(monkeypatch, "--preset", "published-gsm8k-r128", *space)
+    options = parsed("--preset", "published-gsm8k-r128", *space)
     assert options.rank == 8, "the class's own default, since the space names the rank"
     assert not any(word.startswith("warmup=") for word in options.set)
 
@@ -150,9 +145,9 @@ def test_settings_of_variants_that_take_no_part_are_left_out() -> None:
     ], "the preset's own value replaces that of the list of variants"
 
 
-def test_an_unknown_preset_is_refused_with_the_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match=r"--preset 'published-gsm8'.*published-gsm8k"):
-        parsed(monkeypatch, "--preset", "published-gsm8")
+        parsed("--preset", "published-gsm8")
 
 
 @pytest.mark.parametrize(
@@ -180,8 +175,6 @@ def test_the_preset_is_found_in_a_command_line(arguments: list[str], found: str 
         (["--select", "published", "--scheduler", "asha"], "--scheduler none"),
     ],
 )
-def test_options_of_the_protocol_are_checked(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_of_the_protocol_are_checked(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        parsed(monkeypatch, *arguments)
+        parsed(*arguments)

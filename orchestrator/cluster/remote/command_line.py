@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from orchestrator.cluster.remote.source_digest import PROJECT_ROOT, SOURCE_FOLDERS
+from orchestrator.study.option_words import given_values, option_flag, option_words
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.presets import preset_defaults
+from orchestrator.study.program_names import script_name
 from orchestrator.util.errors import UsageError
+from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM
 from orchestrator.util.redaction import redact_secrets
 from variants import catalogue
 from variants.variant_names import FILE_SUFFIX
@@ -23,11 +24,13 @@ LOCAL_OPTIONS = ("on", "stop", "output")
 def remote_command(options: StudyOptions) -> list[str]:
     """Return the arguments of `python` on the head: the script, relative to the project, and its options.
 
+    `lora-orchestrator`, which need not be installed there, becomes `-m orchestrator`.
+
     Raises:
         UsageError: The script, or a file that an option names, does not exist on the head.
     """
     script = Path(sys.argv[0]).resolve()
-    if script == PROJECT_ROOT / "orchestrator" / "__main__.py":
+    if _is_program(script):
         program = ["-m", "orchestrator", sys.argv[1]]
     elif _is_source(script):
         program = [script.relative_to(PROJECT_ROOT).as_posix()]
@@ -44,21 +47,12 @@ def build_arguments(options: StudyOptions) -> list[str]:
         UsageError: An option names a file of this machine, or holds a password.
     """
     _check_options(options)
-    arguments: list[str] = []
-    defaults = {field.name: getattr(type(options)(), field.name) for field in fields(options)}
-    if options.preset is not None:  # the head fills it in as well
-        defaults |= {**preset_defaults(options.preset, type(options), catalogue.names()), "preset": None}
-    for field in fields(options):
-        value, flag = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
-        if field.name in LOCAL_OPTIONS or value is None or value == defaults[field.name]:
-            continue
-        if isinstance(value, bool):
-            arguments.append(flag)
-        elif isinstance(value, tuple):
-            arguments += [flag, *(_remote_word(field.name, flag, word) for word in value)]
-        else:
-            arguments += [flag, str(value)]
-    return arguments
+    given = given_values(options, catalogue.names())
+    values = {name: value for name, value in given.items() if name not in LOCAL_OPTIONS}
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            values[name] = tuple(_remote_word(name, option_flag(name), word) for word in value)
+    return option_words(values)
 
 
 def _check_options(options: StudyOptions) -> None:
@@ -79,6 +73,11 @@ def _check_options(options: StudyOptions) -> None:
             f"--model {options.model!r} {context}: a folder of this machine, which the head does not see; "
             f"copy it (ray rsync-up {options.on} {options.model}/ /shared/models/NAME/) and give the copy."
         )
+
+
+def _is_program(script: Path) -> bool:
+    """Return whether a script is `lora-orchestrator` or `python -m orchestrator`."""
+    return script.stem == INSTALLED_PROGRAM or script == PROJECT_ROOT / "orchestrator" / "__main__.py"
 
 
 def _is_source(file: Path) -> bool:
@@ -115,7 +114,8 @@ def _project_path(option: str, name: str) -> str:
 
 def study_key(options: StudyOptions) -> str:
     """Return the script with --study, or with the options of which the study's default name consists."""
-    script = Path(sys.argv[0]).stem
+    path = Path(sys.argv[0])
+    script = script_name(sys.argv[1]) if _is_program(path.resolve()) else path.stem
     if options.study:
         return f"{script}-{options.study}"
     tasks = (options.preset,) if options.preset else options.task or ()

@@ -55,7 +55,7 @@ def run_on_cluster(options: StudyOptions, path: Path) -> int:
     print(f"{cluster_name}: connecting to {address}", flush=True)
     with head.open_tunnel(path) as dashboard:
         jobs, command = JobClient(dashboard, folder), shlex.join(["python", *arguments])
-        if arguments[0] == "-m" or options.plan:
+        if arguments[:3] == ["-m", "orchestrator", "check"] or options.plan:
             return _run_short_command(jobs, path, command)
         return _RemoteStudy(jobs, path, cluster_name, command, options).run()
 

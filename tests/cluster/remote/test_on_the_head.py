@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from orchestrator.cli.commands import Check
 from orchestrator.cluster.remote import command_line, source_digest
 from orchestrator.cluster.remote.study_folders import find_study_folders
 from orchestrator.execution.ray import autoscaler
-from orchestrator.launch.script_options import CurveOptions
+from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
 from orchestrator.record.mlflow.tracking_uri import default_uri, resolve_uri, study_uri
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -113,32 +112,19 @@ def test_the_translated_options_mean_the_same(monkeypatch: pytest.MonkeyPatch) -
         "--preset published-images --epochs 2 --seeds 3 --set rank=4 --plan",
     ],
 )
-def test_a_preset_and_what_replaces_it_mean_the_same_there(
-    command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command.split()])
-    typed = parse_options("", CurveOptions)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command_line.build_arguments(typed)])
-    assert parse_options("", CurveOptions) == typed
+def test_a_preset_and_what_replaces_it_mean_the_same_there(command: str) -> None:
+    typed = parse_options("", CurveOptions, command.split())
+    assert parse_options("", CurveOptions, command_line.build_arguments(typed)) == typed
 
 
 def test_options_of_a_script_and_of_the_check_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("tuned", SCRIPT.with_name("tuned_comparison.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "tuned", script)
-    spec.loader.exec_module(script)
-    assert command_line.build_arguments(script.ComparisonOptions(replicates=20)) == [
-        "--replicates",
-        "20",
-    ]
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [str(source_digest.PROJECT_ROOT / "orchestrator" / "__main__.py"), "check", "--rank", "4"],
-    )
-    assert command_line.remote_command(Check(rank=4)) == ["-m", "orchestrator", "check", "--rank", "4"]
+    assert command_line.build_arguments(ComparisonOptions(replicates=20)) == ["--replicates", "20"]
+    module = source_digest.PROJECT_ROOT / "orchestrator" / "__main__.py"
+    for program in (str(module), "bin/lora-orchestrator"):
+        monkeypatch.setattr(sys, "argv", [program, "check", "--rank", "4"])
+        assert command_line.remote_command(Check(rank=4)) == ["-m", "orchestrator", "check", "--rank", "4"]
+    monkeypatch.setattr(sys, "argv", ["bin/lora-orchestrator", "study", "--rank", "4"])
+    assert command_line.study_key(CurveOptions(rank=4, task=("letters",))) == "lr_sensitivity-letters"
 
 
 def test_a_task_of_the_project_is_there_and_another_file_is_refused(

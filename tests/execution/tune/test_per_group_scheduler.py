@@ -83,7 +83,7 @@ def test_trials_leave_half_of_the_memory_to_trainers_under_hyperband_too(nodes: 
 def test_each_tuning_has_a_scheduler_of_its_own(per_seed: bool, groups: int) -> None:
     from ray.tune.experiment import Trial
 
-    from orchestrator.execution.tune.early_stopping import PerGroupScheduler
+    from orchestrator.execution.tune.per_group_scheduler import PerGroupScheduler
 
     scheduler = PerGroupScheduler("asha", per_seed=per_seed)
     points = [
@@ -134,7 +134,7 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """Return a function that runs Tune, and returns the last evaluation of each variant and rate."""
     from ray import tune
 
-    from orchestrator.execution.tune.early_stopping import PerGroupScheduler
+    from orchestrator.execution.tune.per_group_scheduler import PerGroupScheduler
 
     class Lane(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:

@@ -1,0 +1,147 @@
+"""The program `lora-orchestrator`, which is also `python -m orchestrator`: its commands and its help.
+
+The libraries that a command needs are imported after a status line, so that a terminal shows at once that the
+program has begun.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import orchestrator
+from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM, format_command
+from orchestrator.util.status_line import print_status
+
+HELP_OPTIONS, VERSION_OPTIONS = ("-h", "--help"), ("--version", "-V")
+_FIRST_STEPS = """\
+Compare LoRA and its variants: train them, tune them alike, and report which one is better.
+
+Type first:
+  {program} study --dry-run   a small study here, in minutes
+  {program} study --help      the options: --variants, --task, ...
+  {program} study --plan      what it would train, time and price
+  {program} check             is everything here that it needs?
+  {program} study             the study; repeat it after a crash
+"""
+
+
+def run_program() -> int:
+    """Run the command of this process's command line, and return the exit code.
+
+    Raises:
+        UsageError: There is no such command, or one of its options is wrong.
+    """
+    words = sys.argv[1:]
+    if not words or words[0] in HELP_OPTIONS:
+        print(_overview())
+        return 0
+    if words[0] in VERSION_OPTIONS:
+        print(f"{INSTALLED_PROGRAM} {orchestrator.__version__}")
+        return 0
+    if words[0] == "fetch" and words[1:2] in (["model"], ["data"]):
+        words = [f"fetch-{words[1]}", *words[2:]]
+    return run_command(words[0], words[1:], f"{_program()} {words[0]}")
+
+
+def run_script(command: str) -> int:
+    """Run an experiment for its script in `experiments/`, whose options this process's command line has.
+
+    Raises:
+        UsageError: An option is wrong.
+    """
+    return run_command(command, sys.argv[1:], shlex.join(sys.argv[:1]))
+
+
+def run_command(name: str, words: Sequence[str], program: str) -> int:
+    """Run a command.
+
+    Args:
+        name: Name of the command.
+        words: The words of the command line behind it.
+        program: The words before the options, for the texts of `--help`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: There is no such command, or one of its options is wrong.
+    """
+    if not set(HELP_OPTIONS) & set(words):
+        print_status("Reading libraries, data, models and records ...")
+    from orchestrator.cli.commands import COMMANDS
+    from orchestrator.experiments.catalogue import experiments
+
+    if name in COMMANDS:
+        return int(_parse(COMMANDS[name], inspect.getdoc(COMMANDS[name]) or "", words, program).run())
+    if name not in experiments():
+        choices = [*experiments(), *COMMANDS, "fetch model", "fetch data"]
+        raise UsageError(f"{name!r} is no command of {_program()}. {suggest_nearest(name, choices)}")
+    experiment = experiments()[name]
+    typed = program if program.startswith(_program()) else f"python {program}"
+    description = experiment.description.replace(f"{INSTALLED_PROGRAM} {name}", typed)
+    options = _parse(experiment.options_class, description, words, program)
+    from orchestrator.cli.arguments import run_elsewhere
+
+    code = run_elsewhere(options) if experiment.trains else None
+    if code is not None:
+        return code
+    from orchestrator.launch.experiment import StudyRequest
+
+    return experiment.run(options, StudyRequest(options if experiment.trains else None))
+
+
+def _parse(options_class: type[Any], description: str, words: Sequence[str], program: str) -> Any:
+    """Parse the options of a command; see `arguments.parse_options`."""
+    from orchestrator.cli.arguments import parse_options, wrap_description
+    from orchestrator.study.options import StudyOptions
+
+    if issubclass(options_class, StudyOptions):
+        return parse_options(description, options_class, words, program)
+    import tyro
+
+    from orchestrator.study.retired_options import check_retired_options
+
+    check_retired_options(words)
+    return tyro.cli(options_class, prog=program, args=list(words), description=wrap_description(description))
+
+
+def _program() -> str:
+    """Return the program as it was typed: `lora-orchestrator`, or `python -m orchestrator`."""
+    return format_command(sys.argv[:1])
+
+
+def _overview() -> str:
+    """Return the text of `lora-orchestrator --help`."""
+    from orchestrator.cli.commands import COMMANDS
+    from orchestrator.experiments.catalogue import experiments
+
+    studies = {name: each.summary for name, each in experiments().items()}
+    others = {name: (inspect.getdoc(each) or "").partition("\n")[0] for name, each in COMMANDS.items()}
+    lines = [_FIRST_STEPS.format(program=_program()), "Experiments, each a question:", *_table(studies)]
+    lines += ["", "Commands:", *_table(others), "", f"{_program()} COMMAND --help explains one."]
+    return "\n".join(lines)
+
+
+def _table(texts: dict[str, str]) -> Iterator[str]:
+    width = max(map(len, texts))
+    for name, text in texts.items():
+        yield textwrap.fill(
+            text,
+            min(100, shutil.get_terminal_size().columns),
+            initial_indent=f"  {name:{width}}  ",
+            subsequent_indent=" " * (width + 4),
+        )
+
+
+def main() -> NoReturn:
+    """Run the program and end the process: the entry point of `lora-orchestrator`."""
+    from orchestrator.util.command import main
+
+    main(run_program)

@@ -1,0 +1,65 @@
+"""The forms in which a study is started, and their translation in stored commands.
+
+A study is started as `lora-orchestrator study`, `python -m orchestrator study` or
+`python experiments/lr_sensitivity.py`. A command that is derived from another one has the same form.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM
+
+MODULE_WORDS = ("python", "-m", "orchestrator")
+"""The same program in a clone that is not installed."""
+CURVE_SCRIPT, TUNED_SCRIPT, FACTOR_SCRIPT = "lr_sensitivity", "tuned_comparison", "hyperparameter_sensitivity"
+_SHORT_NAMES = {CURVE_SCRIPT: "study", TUNED_SCRIPT: "tuned", FACTOR_SCRIPT: "sensitivity"}
+"""Scripts whose command has another name than the script."""
+
+
+def command_name(script: str) -> str:
+    """Return the subcommand of `lora-orchestrator` that does the same as a script without `.py`."""
+    return _SHORT_NAMES.get(script, script.replace("_", "-"))
+
+
+def script_name(command: str) -> str:
+    """Return the script that does the same as a subcommand of `lora-orchestrator`, without `.py`."""
+    return {short: script for script, short in _SHORT_NAMES.items()}.get(command, command.replace("-", "_"))
+
+
+def find_script(command: str) -> str:
+    """Return the script of a shell command of any form, without `.py`; empty if it is none."""
+    words = shlex.split(command)
+    place = _program_place(words)
+    if place is None:
+        return ""
+    return PurePath(words[place]).stem if words[place].endswith(".py") else script_name(words[place])
+
+
+def replace_script(command: str, script: str) -> str:
+    """Return a shell command with another script, in the same form and with the same options."""
+    words = shlex.split(command)
+    place = _program_place(words)
+    if place is not None and words[place].endswith(".py"):
+        words[place] = words[place].removesuffix(PurePath(words[place]).name) + f"{script}.py"
+    elif place is not None:
+        words[place] = command_name(script)
+    return shlex.join(words)
+
+
+def maintenance_program(command: str) -> str:
+    """Return `lora-orchestrator` if a shell command begins with it, else `python -m orchestrator`."""
+    return INSTALLED_PROGRAM if shlex.split(command)[:1] == [INSTALLED_PROGRAM] else shlex.join(MODULE_WORDS)
+
+
+def _program_place(words: Sequence[str]) -> int | None:
+    """Return the position of the word that names the study's script or subcommand; None without one."""
+    if words[:1] == [INSTALLED_PROGRAM]:
+        place = 1
+    elif tuple(words[:3]) == MODULE_WORDS:
+        place = 3
+    else:
+        return next((i for i, word in enumerate(words[:2]) if word.endswith(".py")), None)
+    return place if len(words) > place and not words[place].startswith("-") else None
