@@ -147,9 +147,8 @@ def resolve_study(
     store = Store(options.store_folder)
     tracking_uri = resolve_uri(options.tracking_uri, store)
     budget = RunBudget(options.max_hours, options.max_gpu_hours)
-    default_tasks = experiment.default_tasks(options.dry_run)
-    default_variants = experiment.default_variants(options.dry_run)
-    resolved = resolve_tasks(options, default_tasks, default_variants, store.bases)
+    defaults = experiment.default_tasks(options.dry_run), experiment.default_variants(options.dry_run)
+    resolved = resolve_tasks(options, *defaults, store.bases)
     if options.plan_gpu is None and runtime.running_cluster_address() is None:
         # Refuse more trainers than fit on this machine before the study's folder is made.
         _, gpus = runtime.estimate_local_cluster().plan_trainers(
