@@ -17,6 +17,7 @@ import torch
 
 from variants import catalogue
 from variants.api import AdaptationScope, FrozenLayer, Start, Variant, VariantSettings, VerifiedBy
+from variants.export_forms import ExportForms, export_forms
 from variants.parameter_formula import evaluate_formula
 from variants.variant_names import PEFT_AXIS, PEFT_PREFIX
 
@@ -83,13 +84,14 @@ class Description:
     start: str
     """The function at step 0: base, rounded or other (`Start`)."""
     batching: str
-    mergeable: bool
     is_control: bool
     """Whether the entry trains something else than the target layers."""
     checked: str
     """What the implementation was compared with (`VerifiedBy`)."""
     peft: str
     """The method's `PeftType` in the PEFT library; empty if lanes cannot be exported."""
+    exports: ExportForms
+    """How a trained lane can leave: in PEFT's format, by `AutoPeftModelFor...`, to vLLM, merged."""
     calibration: str
     """The matrix from which the initialization is computed (`CalibrationStatistic`)."""
     uses_rank: bool
@@ -139,10 +141,10 @@ def describe(name: str) -> Description:
         initialization=find_initialization(type(variant)),
         start=variant.start.value,
         batching=variant.batching.value,
-        mergeable=variant.is_mergeable,
         is_control=variant.adaptation_scope is not AdaptationScope.TARGET_LAYERS,
         checked=variant.verified_by.value,
         peft=variant.peft.peft_type if variant.peft else "",
+        exports=export_forms(variant),
         calibration=variant.calibration_statistic.value,
         uses_rank=variant.uses_rank,
         uses_alpha=variant.uses_alpha,

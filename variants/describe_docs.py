@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from variants.describe import Description, describe_all, describe_conditions, paper_link, read_costs
-from variants.describe_text import AXES, checked_text, format_count, format_ratio, format_value
+from variants.describe_text import AXES, checked_text, format_count, format_form, format_ratio, format_value
+from variants.export_forms import ExportForms
 from variants.taxonomy import Method, read_methods
 from variants.traits import Start
 from variants.variant_names import USER_AXIS
@@ -30,8 +31,10 @@ def render(text: str) -> str:
     Raises:
         ValueError: The page lacks the markers of a table.
     """
+    entries = [each for each in describe_all() if each.axis != USER_AXIS]
     tables = {
-        "catalogue": catalogue_tables([each for each in describe_all() if each.axis != USER_AXIS]),
+        "catalogue": catalogue_tables(entries),
+        "exports": exports_table(entries),
         "taxonomy": taxonomy_table(read_methods()),
         "initializations": initialization_table(read_costs()),
     }
@@ -89,7 +92,7 @@ def _entry_cells(each: Description) -> tuple[str, ...]:
         count,
         each.initialization.rstrip(".") + mark.get(Start(each.start), ""),
         each.batching,
-        "yes" if each.mergeable else "no",
+        "yes" if each.exports.merged.possible else "no",
         checked_text(each),
         ", ".join(f"`{own.name}` {format_value(own.default)}" for own in each.hyperparameters),
         format_ratio(each.step_time),
@@ -109,6 +112,18 @@ def taxonomy_table(methods: Sequence[Method]) -> str:
         for each in methods
     )
     return _table(("axis: leaf", "method", "survey", "entry, or why there is none"), rows)
+
+
+def exports_table(entries: Iterable[Description]) -> str:
+    """Return the table of the forms in which lanes can leave; a row has all variants with the same forms."""
+    names: dict[ExportForms, list[str]] = {}
+    for each in entries:
+        names.setdefault(each.exports, []).append(f"`{each.name}`")
+    rows = (
+        (", ".join(group), *map(format_form, (forms.peft, forms.vllm, forms.merged)))
+        for forms, group in names.items()
+    )
+    return _table(("variants", "PEFT and AutoPeft", "vLLM", "merged"), rows)
 
 
 def initialization_table(costs: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from variants.describe import (
     Description,
     describe_conditions,
 )
+from variants.export_forms import ExportForm
 from variants.taxonomy import Method
 from variants.traits import Start, VerifiedBy
 
@@ -59,7 +60,7 @@ def _entry_lines(each: Description) -> list[str]:
         each.name,
         format_count(each.parameter_count),
         each.batching,
-        "yes" if each.mergeable else "no",
+        "yes" if each.exports.merged.possible else "no",
         checked_text(each),
         format_ratio(each.step_time),
         format_ratio(each.memory),
@@ -107,9 +108,14 @@ def _facts(each: Description) -> Iterable[tuple[str, str]]:
     if each.calibration != "none":
         yield "calibration", f"computed from each layer's {each.calibration}"
     yield "batching", each.batching
-    yield "merging", "the update can be merged into the weight" if each.mergeable else "not possible"
+    merged = each.exports.merged
+    yield "merging", "the update can be merged into the weight" if merged.possible else f"no: {merged.note}"
     yield "checked", f"against {checked_text(each)}"
-    yield "PEFT", f"exported as {each.peft}" if each.peft else "not exported"
+    peft = each.exports.peft
+    condition = f" ({peft.note})" if peft.note else ""
+    loads = f"exported as {each.peft}, which PeftModel and AutoPeftModel load{condition}"
+    yield "PEFT", loads if peft.possible else format_form(peft)
+    yield "vLLM", format_form(each.exports.vllm)
     if each.step_time is not None and each.memory is not None:
         yield "step", f"{each.step_time:.2f} times LoRA's time, {each.memory:.2f} times its memory"
 
@@ -178,6 +184,12 @@ def checked_text(each: Description) -> str:
     if each.is_control and each.checked == VerifiedBy.REFERENCE_IMPLEMENTATION:
         return "plain AdamW"
     return CHECKED_TEXT[VerifiedBy(each.checked)]
+
+
+def format_form(form: ExportForm) -> str:
+    """Return whether a lane can leave in a form, with the condition or the reason."""
+    answer = "yes" if form.possible else "no"
+    return f"{answer}{', ' if form.possible else ': '}{form.note}" if form.note else answer
 
 
 def format_count(count: int | None) -> str:

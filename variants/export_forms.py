@@ -55,13 +55,13 @@ def export_forms(variant: Variant) -> ExportForms:
     merged = ExportForm(variant.is_mergeable, "" if variant.is_mergeable else variant.merge_obstacle)
     if obstacle := peft_obstacle(variant):
         refused = ExportForm(False, obstacle)
-        return ExportForms(refused, refused, refused, merged)
+        return ExportForms(refused, refused, ExportForm(False, "not in PEFT's format"), merged)
     assert variant.peft is not None
-    condition = "" if variant.peft.adapts_conv1d else "not for layers of type Conv1D (GPT-2)"
+    condition = "" if variant.peft.adapts_conv1d else "not on layers of type Conv1D, as in GPT-2"
     peft = ExportForm(True, condition)
     config = variant.peft_config(variant.validate_settings(VariantSettings(rank=8)))
     refusal = vllm_obstacle(config)
-    vllm = ExportForm(not refusal, refusal or "no trained head")
+    vllm = ExportForm(not refusal, refusal or "without a trained head")
     return ExportForms(peft, peft, vllm, merged)
 
 
@@ -72,7 +72,7 @@ def peft_obstacle(variant: Variant) -> str:
     return {
         AdaptationScope.FULL_MODEL: "every weight of the model is trained, and there is no adapter",
         AdaptationScope.HEAD_ONLY: "only the head is trained, and there is no adapter",
-    }.get(variant.adaptation_scope, "it does not state PEFT's format")
+    }.get(variant.adaptation_scope, "it has no conversion to PEFT's format")
 
 
 def vllm_obstacle(config: Mapping[str, Any]) -> str:
@@ -85,7 +85,7 @@ def vllm_obstacle(config: Mapping[str, Any]) -> str:
         config: The content of adapter_config.json.
     """
     if config["peft_type"] != "LORA":
-        return f"vLLM loads LoRA alone, and not PEFT's {config['peft_type']}"
+        return "vLLM loads LoRA, and no other method of PEFT"
     if config.get("use_dora"):
         return "vLLM does not load DoRA"
     if config.get("modules_to_save"):
