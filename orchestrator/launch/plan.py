@@ -15,6 +15,8 @@ from orchestrator.execution.ray import runtime
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.templates import has_layer_shapes
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.launch import cost, prices
 from orchestrator.launch.decoder_shape import PredictionError
 from orchestrator.launch.estimate import TimeEstimate, estimate_times
@@ -198,6 +200,8 @@ def _task_lines(template: Configuration) -> list[Line]:
         ("Task", f"{template.task.name}, {steps} steps of {batch}"),
         ("Base model", f"{model.name} ({content})"),
     ]
+    if isinstance(task := tasks.get(template.task.name), DataTask):
+        lines.insert(1, ("Data", task.describe()))
     return lines if has_layer_shapes(model) else [*lines, ("Not checked", UNCHECKED_OPTIONS)]
 
 

@@ -12,6 +12,7 @@ import pytest
 from data_rows import CHATS, MAILS, SUMS, write
 from in_process import SWEEP, Run, restored, run
 
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -274,7 +275,14 @@ def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path,
         "end of its answer",
     ]
     assert_refused(templates, words)
-    assert templates(max_length=64)[0].batches.max_length == 64
+    (cut,) = templates(max_length=64)
+    assert cut.batches.max_length == 64
+    lines: list[str] = []
+    prepare_datasets([cut], tmp_path, tmp_path / "data", lines.append)
+    assert lines[-2].endswith(" split=split; 58 training, 1 validation and 1 test rows; exact_match")
+    assert lines[-1].startswith(
+        "m.csv: 2 of 58 rows have more than 64 tokens and lose the end of their answer"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from orchestrator.finetune.models import loading, model_checks
 from orchestrator.finetune.models.catalogue import UNPREPARED
@@ -35,7 +38,7 @@ def measure_max_length(task: Task, model: ModelChoice, bases: Path) -> int:
     lengths = _row_lengths(task, loading.load_processor(model, bases, task))
     positions = model_checks.max_learned_positions(loading.build_meta_model(model, bases, task)[0])
     limit = MAX_LENGTH if positions is None else min(MAX_LENGTH, positions)
-    longest, where = max(lengths, key=lambda pair: pair[0])
+    longest, where = max(lengths, key=itemgetter(0))
     if longest > limit:
         count = sum(length > limit for length, _ in lengths)
         rows = f"{count} of {len(lengths)} rows are" if count > 1 else "this row alone is"
@@ -48,7 +51,33 @@ def measure_max_length(task: Task, model: ModelChoice, bases: Path) -> int:
     return min(-(-longest // 8) * 8, limit)
 
 
-def _row_lengths(task: DataTask, tokenizer: object) -> list[tuple[int, str]]:
+def report_truncation(
+    task: DataTask, tokenizer: Any, max_length: int, progress: Callable[[str], None]
+) -> None:
+    """Report how many rows of a user's data `--max-length` cuts.
+
+    Args:
+        task: The task; nothing is reported if its rows are not here, or are images.
+        tokenizer: The model's tokenizer.
+        max_length: The limit in tokens.
+        progress: Called with one line if rows are longer.
+    """
+    if task.splits is None or task.inputs != "text":
+        return
+    lengths = _row_lengths(task, tokenizer)
+    num_longer = sum(length > max_length for length, _ in lengths)
+    if num_longer:
+        longest, where = max(lengths, key=itemgetter(0))
+        effect = (
+            "lose the end of their text" if task.has_head else "lose the end of their answer, or all of it"
+        )
+        progress(
+            f"{task.name}: {num_longer} of {len(lengths)} rows have more than {max_length} tokens and "
+            f"{effect} ({where} has {longest})"
+        )
+
+
+def _row_lengths(task: DataTask, tokenizer: Any) -> list[tuple[int, str]]:
     """Return the number of tokens of each row that is cut to --max-length, and its place."""
     assert task.splits is not None
     splits: tuple[Split, ...] = ("train", "validation", "test") if task.has_head else ("train",)

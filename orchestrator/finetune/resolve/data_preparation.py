@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.finetune.models import loading
+from orchestrator.finetune.resolve.data_lengths import report_truncation
 from orchestrator.finetune.resolve.model_limits import check_positions, check_token_ids
 from orchestrator.finetune.sources import own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example, Split, Task
+from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.atomic_files import add_path_to_disk_errors
@@ -50,6 +52,9 @@ def prepare_datasets(
                 model, _ = loading.build_meta_model(configuration.model, bases, task)
                 check_positions(model, configuration.model.name, longest, task)
             report_train_overlap(task, prepared.examples, progress)
+        if isinstance(task, DataTask):
+            progress(f"{task.name}: {task.describe()}")
+            report_truncation(task, processor, configuration.batches.max_length, progress)
 
 
 def report_train_overlap(

@@ -150,6 +150,14 @@ class DataTask(Task):
         """Return what the store keeps of the task: see `Task.entry`."""
         return {"path": self.source, "spec": json.dumps(self.to_json())}
 
+    def describe(self) -> str:
+        """Return a line that says what was understood of the data: columns, rows of each split, metric."""
+        columns = " ".join(f"{role}={column}" for role, column in self.spec.columns.items())
+        sizes = self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
+        counts = "{} training, {} validation and {} test rows".format(*(f"{size:,}" for size in sizes))
+        classes = f", {len(self.labels)} classes" if self.labels else ""
+        return f"{columns}; {counts}{classes}; {self.metric}"
+
     def revision(self) -> str:
         """Return the hash of all examples."""
         return self.spec.revision
