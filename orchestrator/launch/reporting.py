@@ -13,6 +13,7 @@ from orchestrator.launch.work import StudyWork
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.study_file import PICTURES, REPORT_FILES, StudyFile
+from orchestrator.record.trackers.tracker import StudyEnd
 from orchestrator.util import timeouts
 from orchestrator.util.command import EXIT_LIMIT_REACHED
 from orchestrator.util.graceful_interrupts import graceful_interrupts
@@ -20,7 +21,9 @@ from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
     from orchestrator.analyze.study_description import StudyDescription
+    from orchestrator.launch.study_writers import StudyWriters
     from orchestrator.record.mlflow.writer import MlflowWriter
+    from orchestrator.record.trackers.writer import TrackerWriter
 
 MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
 """Largest number of configurations of a study whose report is written after Ctrl-C."""
@@ -42,9 +45,9 @@ def import_report_libraries() -> None:
 
 
 def report_and_close(
-    context: StudyContext, study: StudyFile, writer: MlflowWriter, status: str, should_report: bool
+    context: StudyContext, study: StudyFile, writers: StudyWriters, status: str, should_report: bool
 ) -> None:
-    """Write the report, then wait for MLflow to log the remaining runs.
+    """Write the report, then wait for MLflow and other trackers to log the remaining runs.
 
     Ctrl-C does not interrupt the report, but shortens the wait for MLflow. An exception during the report
     could be raised inside an import, and Python would never release the lock of this import.
@@ -52,7 +55,7 @@ def report_and_close(
     Args:
         context: The run.
         study: The study at the end of the run.
-        writer: The writer of MLflow's runs, which is closed.
+        writers: The writers to MLflow and other trackers, which are closed.
         status: MLflow's status of the run of the study: FINISHED or KILLED.
         should_report: True to write a report.
 
@@ -75,11 +78,14 @@ def report_and_close(
         interrupted = budget.is_interrupted and not was_interrupted
         status = "KILLED" if interrupted else status
         existing = [file for file in report_files if file.exists()]
-        num_delayed = writer.close(_mlflow_seconds(budget, status), status, existing, *description)
+        writers.close(StudyEnd(status, tuple(existing), *description), _mlflow_seconds(budget, status))
         if should_report:
-            _print_mlflow(context, writer)
-        if num_delayed or not writer.is_finished:
-            _print_delay(context, writer, num_delayed)
+            _print_mlflow(context, writers.mlflow)
+        if not writers.mlflow.is_finished or writers.mlflow.pending_count:
+            _print_delay(context, writers.mlflow)
+        for name, writer in writers.others.items():
+            if not writer.is_finished or writer.pending_count:
+                _print_tracker_delay(context, name, writer)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -103,12 +109,20 @@ def _mlflow_seconds(budget: RunBudget, status: str) -> float:
     return timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS
 
 
-def _print_delay(context: StudyContext, writer: MlflowWriter, num_delayed: int) -> None:
+def _print_delay(context: StudyContext, writer: MlflowWriter) -> None:
     """Print the number of runs that are not in MLflow, the reason, and the command that logs them."""
-    delayed = f"{num_delayed} runs" if num_delayed else "the study's own run"
+    delayed = f"{writer.pending_count} runs" if writer.pending_count else "the study's own run"
     command = context.orchestrator_command("sync --rebuild" if writer.is_damaged else "sync")
     reason = writer.error or "it is slow"
     line = f"MLflow: {delayed} delayed ({reason}); {command} logs them later."
+    context.console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_tracker_delay(context: StudyContext, name: str, writer: TrackerWriter) -> None:
+    """Print the number of runs that a tracker lacks, the reason, and how they get there."""
+    missing = f"{writer.pending_count} runs are missing" if writer.pending_count else "not ended"
+    reason = writer.error or "it is slow"
+    line = f"--tracker {name}: {missing} ({reason}); the same command writes them later."
     context.console.print(line, markup=False, soft_wrap=True)
 
 

@@ -22,7 +22,6 @@ from orchestrator.launch.study_settings import fix_settings
 from orchestrator.launch.work import StudyWork
 from orchestrator.record import scratch
 from orchestrator.record.mlflow.tracking_uri import configured_uri
-from orchestrator.record.provenance import current_commit
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
@@ -156,33 +155,26 @@ class StudyRun:
     study: StudyFile
     """Content of `study.json`; replaced and written again when configurations are added."""
     logged: set[str] = field(default_factory=set)
-    """Fingerprints of the records that this run has sent to MLflow."""
+    """Fingerprints of the records that this run has sent to MLflow and the other trackers."""
 
     def execute(self) -> int:
         """Train, write the report and return the exit code, see `run_study`."""
         # The import of MLflow takes seconds, and a plan or a wrong option does not need it.
-        from orchestrator.record.mlflow.log import MlflowLogger
-        from orchestrator.record.mlflow.writer import MlflowWriter
+        from orchestrator.launch.study_writers import start_writers
 
         context, work = self.context, self.work
-        writer = MlflowWriter(
-            MlflowLogger(context.tracking_uri),
-            context.store,
-            self.study,
-            log_adapters=context.options.save_adapters,
-            tags={"commit": current_commit()},
-        )
+        writers = start_writers(context, self.study)
 
         def log_record(record: Record) -> None:
             if not self.logged:
                 threading.Thread(target=reporting.import_report_libraries, daemon=True).start()
             self.logged.add(record.fingerprint)
-            writer.put(record)
+            writers.put(record)
 
         status, should_report = "KILLED", False
         try:
             if work.num_to_train:
-                training.train_pending(context, work, writer, log_record, self.add_configuration)
+                training.train_pending(context, work, writers, log_record, self.add_configuration)
             status, should_report = "KILLED" if context.budget.stop_reason else "FINISHED", True
         except UsageError:
             raise  # Nothing was trained, so there is nothing to report.
@@ -196,8 +188,8 @@ class StudyRun:
             # restarted or the study was stopped.
             for configuration in work.requested:
                 if configuration.fingerprint not in self.logged:
-                    writer.put(configuration.fingerprint)
-            reporting.report_and_close(context, self.study, writer, status, should_report)
+                    writers.put(configuration.fingerprint)
+            reporting.report_and_close(context, self.study, writers, status, should_report)
         if work.search is not None:
             usage = work.search.update_usage(context.store)
             print_point_shortfall(context.console, usage, work.search.file.points)

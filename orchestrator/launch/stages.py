@@ -15,7 +15,7 @@ from orchestrator.study.grid import training_order
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
 
 if TYPE_CHECKING:
-    from orchestrator.record.mlflow.writer import MlflowWriter
+    from orchestrator.launch.study_writers import StudyWriters
 
 
 @dataclass
@@ -24,7 +24,7 @@ class LaterConfigurations:
 
     context: StudyContext
     work: StudyWork
-    writer: MlflowWriter
+    writers: StudyWriters
     progress: Progress
     on_configuration: Callable[[Configuration, bool], None]
     """Called with every added configuration, and with True if the store has its result already."""
@@ -36,7 +36,7 @@ class LaterConfigurations:
         is_reused = self.context.has_result(configuration)
         if is_reused:
             self.reused.add(configuration.fingerprint)
-            self.writer.mark_reused(configuration.fingerprint)
+            self.writers.mark_reused(configuration.fingerprint)
             self.progress.cached += 1
         self.on_configuration(configuration, is_reused)
 

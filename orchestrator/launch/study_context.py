@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from orchestrator.record.adoption import adopt_records
 from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source
+from orchestrator.record.trackers.catalogue import load_trackers
+from orchestrator.record.trackers.tracker import Tracker
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.option_groups import default_output
 from orchestrator.study.options import StudyOptions
@@ -44,6 +46,8 @@ class StudyContext:
     console: Console
     store: Store
     tracking_uri: str
+    trackers: Mapping[str, type[Tracker]]
+    """The trackers that --tracker names, which show the runs beside MLflow."""
     budget: RunBudget
     name: str
     """Name of the study."""
@@ -146,6 +150,7 @@ def resolve_study(
     options.check_output()
     store = Store(options.store_folder)
     tracking_uri = resolve_uri(options.tracking_uri, store)
+    trackers = load_trackers(options.tracker)
     budget = RunBudget(options.max_hours, options.max_gpu_hours)
     defaults = experiment.default_tasks(options.dry_run), experiment.default_variants(options.dry_run)
     resolved = resolve_tasks(options, *defaults, store.bases)
@@ -171,6 +176,7 @@ def resolve_study(
         console=console,
         store=store,
         tracking_uri=tracking_uri,
+        trackers=trackers,
         budget=budget,
         name=name,
         folder=options.study_folder(name),

@@ -17,6 +17,7 @@ from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
+from orchestrator.record.trackers.tracker import StudyEnd
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
@@ -25,13 +26,13 @@ from orchestrator.util.graceful_interrupts import graceful_interrupts
 if TYPE_CHECKING:
     from orchestrator.execution.session_context import SessionContext
     from orchestrator.execution.trainers.pool import PoolConfig
-    from orchestrator.record.mlflow.writer import MlflowWriter
+    from orchestrator.launch.study_writers import StudyWriters
 
 
 def train_pending(
     context: StudyContext,
     work: StudyWork,
-    writer: MlflowWriter,
+    writers: StudyWriters,
     on_record: Callable[[Record], None],
     on_configuration: Callable[[Configuration, bool], None],
 ) -> None:
@@ -40,7 +41,8 @@ def train_pending(
     Args:
         context: The run.
         work: The configurations to train.
-        writer: Logs to MLflow. It is closed early if Ray's control store is lost, which ends the process.
+        writers: Log to MLflow and other trackers. They are closed early if Ray's control store is lost,
+            which ends the process.
         on_record: Called with every new record, from another thread.
         on_configuration: Called with every added configuration, and with True if the store has its result
             already.
@@ -52,10 +54,10 @@ def train_pending(
     """
     num_requested = len(work.requested)  # The search and later stages append to `requested`.
     progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
-    later = LaterConfigurations(context, work, writer, progress, on_configuration)
+    later = LaterConfigurations(context, work, writers, progress, on_configuration)
 
     def close_writer() -> None:
-        writer.close(timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS, "KILLED")
+        writers.close(StudyEnd("KILLED"), timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS)
 
     if work.search is not None:
         work.search.on_point = later.add
@@ -70,7 +72,7 @@ def train_pending(
         progress.notify(_describe_pool(cluster, pool_config))
         began = time.monotonic()
         session = _session_context(context, work, cluster, pool_config, scratch, progress, on_record)
-        session = replace(session, on_progress=writer.put_progress)
+        session = replace(session, on_progress=writers.put_progress)
         steps = _run_session(context, work, session, later.next_stage)
         num_stopped = progress.ended["stopped"]
         early = f", {num_stopped} of them stopped early" if num_stopped else ""

@@ -188,6 +188,8 @@ class LaneProgress:
     """Score name -> value on the validation split; empty at the start."""
     train_loss: float = math.nan
     """Training loss of this step, as in `StepMetrics`; NaN at the start."""
+    curve: tuple[StepMetrics, ...] = ()
+    """A selection of the steps since the last evaluation, see `run_values.is_live_step`."""
 
 
 @lru_cache(maxsize=1)

@@ -272,6 +272,8 @@ class OutputOptions:
     """Folder of the records, shared by all studies. Default: `store` in the output folder."""
     tracking_uri: str | None = None
     """MLflow tracking server. Default: MLFLOW_TRACKING_URI, else a SQLite file in the store."""
+    tracker: tuple[str, ...] = ("none",)
+    """Programs that show the runs beside MLflow: `wandb` (Weights & Biases), `tensorboard`, or both."""
     save_adapters: bool = False
     """Keep every trained adapter, in PEFT's format, as an artifact of its MLflow run."""
     plan: bool = False
@@ -291,6 +293,8 @@ class OutputOptions:
             UsageError: One of them is empty or invalid, or does not go with another.
         """
         _check_not_empty("--tracking-uri", self.tracking_uri)
+        if not all(self.tracker or ("",)):
+            raise UsageError("--tracker is empty; name one, or leave it out.")
         if self.plan_gpu is not None and not self.plan:
             raise UsageError(f"--plan-gpu {self.plan_gpu!r}: it changes the plan only; add --plan.")
         if self.price_per_gpu_hour is not None:

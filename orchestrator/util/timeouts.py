@@ -27,6 +27,10 @@ MLFLOW_FLUSH_SECONDS = 60.0
 """Time for the MLflow writer to log the rest at the end of a study."""
 INTERRUPT_MLFLOW_FLUSH_SECONDS = 5.0
 """`MLFLOW_FLUSH_SECONDS` after an error, and its maximum after Ctrl-C."""
+TRACKER_FLUSH_SECONDS = 30.0
+"""Time for another tracker to log the rest at the end of a study."""
+FAULTY_TRACKER_FLUSH_SECONDS = 5.0
+"""`TRACKER_FLUSH_SECONDS` for a tracker that has had an error, and its maximum after Ctrl-C."""
 MIN_REPORT_SECONDS = 4.0
 """Time for the report; with less time left after Ctrl-C, the report is skipped."""
 
@@ -129,9 +133,12 @@ STORAGE_VISIBILITY_SECONDS = 5.0
 TRACKING_SERVER_SECONDS = 4.0
 """Time for an MLflow server or its database to answer before a study starts."""
 MLFLOW_PROGRESS_DELAY_SECONDS = 5.0
-"""Time until the start or an evaluation of a lane is logged to MLflow, if the lane has not ended by then."""
+"""Time until the start or an evaluation of a lane is logged to MLflow and the other trackers, if the lane has
+not ended by then."""
+TRACKER_ANSWER_SECONDS = 15.0
+"""Time for a tracker's server to answer when a run begins or ends."""
 MIN_MLFLOW_RETRY_SECONDS = 0.5
-"""Pause before the first new attempt to write to MLflow; each later pause is twice as long."""
+"""Pause before the first new attempt to write to MLflow or a tracker; each later pause is twice as long."""
 MAX_MLFLOW_RETRY_SECONDS = 30.0
 """Maximum of those pauses."""
 CLOSING_MLFLOW_RETRY_SECONDS = 1.0

@@ -21,7 +21,7 @@ and fails.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import nan
 from typing import NamedTuple
@@ -191,7 +191,7 @@ class LaneEntry:
         self.last_reported_step = report.step
         newer = not self.reports or report.step > self.reports[-1].step
         if newer:
-            self.reports.append(report)
+            self.reports.append(replace(report, curve=()))  # the driver has the curve; no trial reads it
             self.max_group_size, self.solo_crashes = None, 0
         if self.pauses_after_report and self.resume_after_step < report.step:
             self.phase = LeasePhase.PAUSED

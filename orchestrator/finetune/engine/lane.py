@@ -19,6 +19,7 @@ from orchestrator.finetune.engine.divergence import DivergenceDetector
 from orchestrator.finetune.engine.lane_source import Lease, Report
 from orchestrator.finetune.engine.lane_state import TRANSITIONS, IllegalTransitionError, LaneState
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
+from orchestrator.record.run_values import select_live_steps
 from orchestrator.record.schema import TIME_FIELDS, Cost, Evaluation, ItemResults, StepMetrics
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.lr_schedule import lr_factor
@@ -247,11 +248,17 @@ class Lane:
     def queue_reports(self, after_step: int = 0) -> None:
         """Queue a report for each validation evaluation after step `after_step`, in order."""
         losses = {s.step: s.loss for s in self.curve}
-        for e in self.evaluations:
-            if e.split == "validation" and e.step > after_step:
+        shown = select_live_steps(
+            self.curve, self.configuration.lr_schedule.steps, {e.step for e in self.evaluations}
+        )
+        previous = 0
+        for e in (e for e in self.evaluations if e.split == "validation"):
+            if e.step > after_step:
+                since = tuple(s for s in shown if previous < s.step <= e.step)
                 self.pending_reports.append(
-                    Report(self.fingerprint, self.lease.attempt, e.step, e.scores, losses[e.step])
+                    Report(self.fingerprint, self.lease.attempt, e.step, e.scores, losses[e.step], since)
                 )
+            previous = e.step
 
     @property
     def last_reported_step(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from orchestrator.record.schema import RecordState
+from orchestrator.record.schema import RecordState, StepMetrics
 from orchestrator.study.configuration import Configuration
 
 
@@ -65,6 +65,8 @@ class Report:
     """Score name -> value, validation split."""
     train_loss: float
     """Training loss of that step, in nats per target (squared error for a regression task)."""
+    curve: tuple[StepMetrics, ...] = ()
+    """A selection of the steps since the last report, for curves that grow while the lane trains."""
 
 
 class LaneSource(Protocol):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.record import run_values
 from orchestrator.record.mlflow import run_content
 from orchestrator.record.mlflow.saved_view import MEAN_METRIC
 from orchestrator.record.schema import LaneProgress, Record
@@ -27,7 +28,7 @@ class ChildRun:
 
     run_id: str
     record_version: str = ""
-    """`run_content.record_version` of the record that the run shows; empty while its lane trains."""
+    """`run_values.record_version` of the record that the run shows; empty while its lane trains."""
     is_complete: bool = False
     """True if the run has ended with everything that its record holds."""
     latest_metrics: Mapping[str, float] = field(default_factory=dict)
@@ -47,10 +48,10 @@ def is_up_to_date(child: ChildRun, record: Record) -> bool:
     """
     if child.is_complete:
         wanted = run_content.latest_metrics(record)
-        return child.record_version == run_content.record_version(record) and all(
+        return child.record_version == run_values.record_version(record) and all(
             child.latest_metrics.get(key) == value for key, value in wanted.items()
         )
-    return child.record_version in ("", run_content.record_version(record))
+    return child.record_version in ("", run_values.record_version(record))
 
 
 def read_logged(client: MlflowClient, child: ChildRun) -> dict[tuple[str, int], Metric]:
@@ -112,9 +113,10 @@ def log_progress(client: MlflowClient, child: ChildRun, progress: LaneProgress, 
         timestamp: The time of the metrics in milliseconds since the epoch.
     """
     logged = read_logged(client, child)
+    earlier = max(((step, each.timestamp) for (_, step), each in logged.items()), default=(0, timestamp))
     new = [
         metric
-        for metric in run_content.progress_metrics(progress, timestamp)
+        for metric in run_content.progress_metrics(progress, timestamp, earlier)
         if (metric.key, metric.step) not in logged
     ]
     params = [] if progress.step else run_content.params(progress.configuration)

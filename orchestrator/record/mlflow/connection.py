@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from orchestrator.record.mlflow.child_run import find_models
 from orchestrator.record.mlflow.tracking_uri import find_damage, sqlite_path
+from orchestrator.record.trackers.tracker import TrackingUnavailableError
 from orchestrator.util import atomic_files
 from orchestrator.util.redaction import redact_secrets
 
@@ -28,10 +29,6 @@ _MLFLOW_ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-
-
-class TrackingUnavailableError(Exception):
-    """MLflow's server or database does not answer. The records are in the store."""
 
 
 class TrackingDamagedError(TrackingUnavailableError):

@@ -17,6 +17,7 @@ from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.record import run_values
 from orchestrator.record.mlflow import run_content, saved_view
 from orchestrator.record.mlflow.child_run import (
     ChildRun,
@@ -197,7 +198,7 @@ class MlflowLogger:
             del opened.children[record.fingerprint]
             child = None
         tags = run_content.tags(record, study, reused)
-        start, end = run_content.time_range(record)
+        start, end = run_values.time_range(record)
         if child is None or missing is None:
             missing = run_content.metrics(record)
             child = self._create_run(opened, record.configuration, tags, start)
@@ -219,7 +220,7 @@ class MlflowLogger:
         self, opened: _StudyRun, configuration: Configuration, tags: Mapping[str, str], start: int
     ) -> ChildRun:
         """Create the run of a configuration, starting at `start` (milliseconds since the epoch)."""
-        name = run_content.run_name(configuration)
+        name = run_values.run_name(configuration)
         run = self._client.create_run(opened.experiment_id, start, dict(tags), name)
         child = ChildRun(run.info.run_id, tags.get("record", ""), logged={})
         opened.children[configuration.fingerprint] = child

@@ -1,8 +1,7 @@
 """Content of the MLflow run of one configuration: tags, parameters, metrics and datasets.
 
-Everything, including the times, is derived from the record alone, so that logging it twice writes the same
-rows. While the configuration is in training, its run has the values of each `LaneProgress` under the same
-names.
+Everything is derived from the record alone, so that logging it twice writes the same rows. The values of the
+metrics are those of `run_values`.
 """
 
 from __future__ import annotations
@@ -10,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from orchestrator.record import run_values
 from orchestrator.record.mlflow.saved_view import RUN_ROLE
-from orchestrator.record.schema import TIME_FIELDS, LaneProgress, Record, StepMetrics
+from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
 
@@ -26,18 +26,6 @@ STATUS = {"finished": "FINISHED", "diverged": "FINISHED", "stopped": "FINISHED",
 NOTE_TAG = "mlflow.note.content"
 _MAX_TAG_LENGTH = 5000  # characters; MySQL's limit, and that of an experiment's tag in MLflow 2
 _MAX_DIGEST_LENGTH = 36  # characters; MLflow's limit
-
-
-def record_version(record: Record) -> str:
-    """Return a text that differs between the records that a configuration has had one after another."""
-    return f"{record.state} attempt {record.provenance.attempt} ended {record.provenance.ended:.3f}"
-
-
-def run_name(configuration: Configuration) -> str:
-    """Return the name of the run: variant, learning rate and seed."""
-    return (
-        f"{configuration.variant.name} lr {configuration.optimizer.learning_rate:g} seed {configuration.seed}"
-    )
 
 
 def configuration_tags(configuration: Configuration, study: str) -> dict[str, str]:
@@ -73,7 +61,7 @@ def tags(record: Record, study: str, reused: bool) -> dict[str, str]:
     """
     provenance = record.provenance
     found = configuration_tags(record.configuration, study)
-    found |= {"record": record_version(record), "state": record.state, "commit": provenance.commit}
+    found |= {"record": run_values.record_version(record), "state": record.state, "commit": provenance.commit}
     if reused:
         made = datetime.fromtimestamp(provenance.ended, UTC)
         found["reused_from"] = f"{made:%Y-%m-%d %H:%M:%S} UTC, commit {provenance.commit}"
@@ -117,12 +105,6 @@ def _axis(variant: str) -> str:
         return "unknown"
 
 
-def time_range(record: Record) -> tuple[int, int]:
-    """Return start and end in milliseconds since the epoch; at least 1, since MLflow reads 0 as "now"."""
-    start = max(1, round(record.provenance.started * 1000))
-    return start, max(start, round(record.provenance.ended * 1000))
-
-
 def params(configuration: Configuration) -> list[Param]:
     """Return the hyperparameters as MLflow parameters."""
     from mlflow.entities import Param
@@ -143,84 +125,35 @@ def metrics(record: Record, times: Mapping[int, int] | None = None) -> list[Metr
 
     Args:
         record: The record.
-        times: Step -> milliseconds since the epoch, for steps whose time is known because the run was logged
-            while its lane was in training. The times of other steps are interpolated linearly.
+        times: See `run_values.record_values`.
 
     Returns:
         The metrics, whose times do not descend with the step.
     """
-    import numpy as np
-
-    start, end = time_range(record)
-    known = dict(sorted({0: start, max(1, record.steps): end, **(times or {})}.items()))
-    # The clocks of the driver and of the trainer may differ.
-    ascending = np.maximum.accumulate(list(known.values()))
-    values = list(_metric_values(record, record.curve))
-    timestamps = np.interp([step for _, step, _ in values], list(known), ascending)
-    return [
-        _metric(key, value, round(timestamp), step)
-        for (key, step, value), timestamp in zip(values, timestamps.tolist(), strict=True)
-    ]
+    return list(map(_metric, run_values.record_values(record, record.curve, times)))
 
 
-def progress_metrics(progress: LaneProgress, timestamp: int) -> list[Metric]:
+def progress_metrics(progress: LaneProgress, timestamp: int, earlier: tuple[int, int]) -> list[Metric]:
     """Return the metrics of a lane that has started, or has been evaluated.
 
     Args:
         progress: The start or the evaluation.
         timestamp: Its time in milliseconds since the epoch.
+        earlier: Step and time of the lane's progress before.
     """
-    values: dict[str, float] = {}
-    if progress.step:
-        values["train_loss"] = progress.train_loss
-        values |= {f"validation_{key}": value for key, value in progress.scores.items()}
-    else:
-        values |= _rate_metrics(progress.configuration)
-    return [_metric(key, value, timestamp, progress.step) for key, value in values.items()]
+    return list(map(_metric, run_values.progress_values(progress, timestamp, earlier)))
 
 
-def _metric(key: str, value: float, timestamp: int, step: int) -> Metric:
+def _metric(value: run_values.Value) -> Metric:
     from mlflow.entities import Metric
 
-    return Metric(mlflow_key(key), value if math.isfinite(value) else math.nan, timestamp, step)
-
-
-def _rate_metrics(configuration: Configuration) -> Mapping[str, float]:
-    """Return the metric for the learning-rate axis of MLflow's scatter charts, which have no log scale."""
-    rate = configuration.optimizer.learning_rate
-    return {"log10_learning_rate": math.log10(rate)} if rate > 0 else {}
+    shown = value.value if math.isfinite(value.value) else math.nan
+    return Metric(mlflow_key(value.key), shown, value.timestamp, value.step)
 
 
 def latest_metrics(record: Record) -> dict[str, float]:
     """Return the last value of each metric, as in MLflow's table of runs; only finite values."""
-    last = {mlflow_key(key): value for key, _, value in _metric_values(record, record.curve[-1:])}
-    return {key: value for key, value in last.items() if math.isfinite(value)}
-
-
-def _metric_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tuple[str, int, float]]:
-    """Yield (name, step, value) of all metrics, those of single steps only for the steps in `curve`."""
-    for key, value in _rate_metrics(record.configuration).items():
-        yield key, 0, value
-    for step in curve:
-        yield "train_loss", step.step, step.loss
-        yield "scheduled_learning_rate", step.step, step.learning_rate
-        yield "gradient_norm", step.step, step.gradient_norm
-    for evaluation in record.evaluations:
-        for key, value in evaluation.scores.items():
-            yield f"{evaluation.split}_{key}", evaluation.step, value
-    metric = record.configuration.task.metric
-    for split, score in (("validation", record.score("validation")), ("test", record.score("test"))):
-        if score is not None:
-            yield f"{split}_score", record.steps, score
-        if metric in (untrained := record.baseline_scores.get(split, {})):
-            yield f"untrained_{split}_score", record.steps, untrained[metric]
-    yield "seconds", record.steps, record.cost.train_seconds + record.cost.evaluate_seconds
-    for name in TIME_FIELDS:
-        yield name, record.steps, getattr(record.cost, name)
-    yield "tokens", record.steps, record.cost.tokens
-    yield "trainable_parameters", record.steps, record.cost.trainable_parameters
-    if record.cost.peak_memory:
-        yield "peak_memory", record.steps, record.cost.peak_memory
+    return {mlflow_key(key): value for key, value in run_values.latest_values(record).items()}
 
 
 def datasets(record: Record) -> list[DatasetInput]:

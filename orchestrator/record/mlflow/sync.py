@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.record.mlflow.connection import TrackingDamagedError, TrackingUnavailableError
+from orchestrator.record.mlflow.connection import TrackingDamagedError
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.rebuild import archive_databases
 from orchestrator.record.mlflow.tracking_uri import check_uri, sqlite_path, study_uri
@@ -13,6 +13,7 @@ from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import REPORT_FILES, StudyFile, read_studies
+from orchestrator.record.trackers.tracker import TrackingUnavailableError
 from orchestrator.util.redaction import redact_secrets
 
 

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from mlflow_runs import PROCESSES, runs_of, stop_at
 from mlflow_server import wait
 
-from orchestrator.record.mlflow.connection import TrackingUnavailableError
 from orchestrator.record.mlflow.log import MlflowLogger
+from orchestrator.record.trackers.tracker import TrackingUnavailableError
 
 
 def test_an_unreadable_database_counts_as_unavailable(tmp_path):

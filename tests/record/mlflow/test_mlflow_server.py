@@ -20,12 +20,12 @@ from mlflow_server import Server, wait
 from orchestrator.launch import run_study
 from orchestrator.launch.design import FixedDesign
 from orchestrator.launch.experiment import Experiment
-from orchestrator.record.mlflow.connection import TrackingUnavailableError
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.sync import sync_projections
 from orchestrator.record.mlflow.writer import MlflowWriter
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study
+from orchestrator.record.trackers.tracker import TrackingUnavailableError
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError

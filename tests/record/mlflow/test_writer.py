@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow_server import empty_database, wait
 
-from orchestrator.record.mlflow import run_content
+from orchestrator.record import run_values
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.writer import MlflowWriter
 from orchestrator.record.schema import LaneProgress, StepMetrics
@@ -112,7 +112,7 @@ def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):
     tags = {
         "study": "picky",
         "fingerprint": records[1].fingerprint,
-        "record": run_content.record_version(records[1]),
+        "record": run_values.record_version(records[1]),
     }
     spoilt = client.create_run(experiment, tags=tags).info.run_id
     client.log_param(spoilt, "rank", "many")

@@ -1,0 +1,78 @@
+"""The background writers of a study's runs: MLflow's, and one for each tracker that --tracker names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from orchestrator.launch.study_context import StudyContext
+from orchestrator.record.mlflow.log import MlflowLogger
+from orchestrator.record.mlflow.writer import MlflowWriter
+from orchestrator.record.provenance import current_commit
+from orchestrator.record.schema import LaneProgress, Record
+from orchestrator.record.study_file import StudyFile
+from orchestrator.record.trackers.tracker import StudyEnd
+from orchestrator.record.trackers.writer import TrackerWriter
+from orchestrator.util import timeouts
+
+
+@dataclass(frozen=True)
+class StudyWriters:
+    """All writers of a study, which get the same events."""
+
+    mlflow: MlflowWriter
+    others: Mapping[str, TrackerWriter] = field(default_factory=dict)
+    """Name of a tracker -> its writer."""
+
+    def put(self, record: Record | str) -> None:
+        """Queue a record, given itself or by its fingerprint."""
+        for writer in self._all:
+            writer.put(record)
+
+    def put_progress(self, progress: LaneProgress) -> None:
+        """Queue the start or an evaluation of a lane that is in training."""
+        for writer in self._all:
+            writer.put_progress(progress)
+
+    def mark_reused(self, fingerprint: str) -> None:
+        """Mark a configuration whose record the store had before the study requested it."""
+        for writer in self._all:
+            writer.mark_reused(fingerprint)
+
+    def close(self, end: StudyEnd, timeout: float) -> None:
+        """Log the queues, end the study, and stop.
+
+        Args:
+            end: How the study has ended.
+            timeout: Longest duration in seconds. A tracker gets less, and still less after an error: the same
+                command logs again what it lacks.
+        """
+        self.mlflow.begin_close(end, timeout)
+        for writer in self.others.values():
+            longest = (
+                timeouts.FAULTY_TRACKER_FLUSH_SECONDS if writer.error else timeouts.TRACKER_FLUSH_SECONDS
+            )
+            writer.begin_close(end, min(longest, timeout))
+        for writer in self._all:
+            writer.wait_closed()
+
+    @property
+    def _all(self) -> list[TrackerWriter]:
+        return [self.mlflow, *self.others.values()]
+
+
+def start_writers(context: StudyContext, study: StudyFile) -> StudyWriters:
+    """Start the writers of a study."""
+    tags = {"commit": current_commit()}
+    mlflow = MlflowWriter(
+        MlflowLogger(context.tracking_uri),
+        context.store,
+        study,
+        log_adapters=context.options.save_adapters,
+        tags=tags,
+    )
+    others = {
+        name: TrackerWriter(tracker(context.folder), context.store, study, tags, retries_when_closing=False)
+        for name, tracker in context.trackers.items()
+    }
+    return StudyWriters(mlflow, others)

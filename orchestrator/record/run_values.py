@@ -1,0 +1,158 @@
+"""The values of a lane that are shown outside the store: names, steps and times, of records and in training.
+
+MLflow and the other trackers show the same values under the same names. Everything, including the times, is
+derived from the record alone, so that it can be written again. While a configuration is in training, its run
+has the values of each `LaneProgress` under the same names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from orchestrator.record.schema import TIME_FIELDS, LaneProgress, Record, StepMetrics
+from orchestrator.study.configuration import Configuration
+
+MAX_LIVE_STEPS = 50
+"""The largest number of steps, besides those with an evaluation, that are shown while a lane trains."""
+
+
+class Value(NamedTuple):
+    """The value of a metric at one step."""
+
+    key: str
+    step: int
+    value: float
+    timestamp: int
+    """Milliseconds since the epoch."""
+
+
+def run_name(configuration: Configuration) -> str:
+    """Return the name of a lane's run: variant, learning rate and seed."""
+    return (
+        f"{configuration.variant.name} lr {configuration.optimizer.learning_rate:g} seed {configuration.seed}"
+    )
+
+
+def record_version(record: Record) -> str:
+    """Return a text that differs between the records that a configuration has had one after another."""
+    return f"{record.state} attempt {record.provenance.attempt} ended {record.provenance.ended:.3f}"
+
+
+def select_live_steps(
+    curve: Sequence[StepMetrics], total_steps: int, evaluation_steps: Collection[int]
+) -> list[StepMetrics]:
+    """Return the steps of a training curve that are shown while the lane trains.
+
+    The choice depends on the configuration alone, so a lane that is trained again shows the same steps.
+
+    Args:
+        curve: The training curve so far.
+        total_steps: Optimizer steps of the whole training.
+        evaluation_steps: Steps at which the lane was evaluated.
+
+    Returns:
+        At most `MAX_LIVE_STEPS` evenly spaced steps, and those with an evaluation.
+    """
+    stride = math.ceil(total_steps / MAX_LIVE_STEPS)
+    return [each for each in curve if each.step % stride == 0 or each.step in evaluation_steps]
+
+
+def time_range(record: Record) -> tuple[int, int]:
+    """Return start and end in milliseconds since the epoch; at least 1, since MLflow reads 0 as "now"."""
+    start = max(1, round(record.provenance.started * 1000))
+    return start, max(start, round(record.provenance.ended * 1000))
+
+
+def record_values(
+    record: Record, curve: Sequence[StepMetrics], times: Mapping[int, int] | None = None
+) -> list[Value]:
+    """Return the training curve, the evaluations, and the final scores and cost of a record.
+
+    Args:
+        record: The record.
+        curve: The steps of the record's curve that are wanted.
+        times: Step -> milliseconds since the epoch, for steps whose time is known because the lane was shown
+            while it was in training. The times of other steps are interpolated linearly.
+
+    Returns:
+        The values, whose times do not descend with the step.
+    """
+    start, end = time_range(record)
+    known = {0: start, max(1, record.steps): end, **(times or {})}
+    return _add_times(list(untimed_values(record, curve)), known)
+
+
+def progress_values(progress: LaneProgress, timestamp: int, earlier: tuple[int, int]) -> list[Value]:
+    """Return the values of a lane that has started, or has been evaluated.
+
+    Args:
+        progress: The start or the evaluation.
+        timestamp: Its time in milliseconds since the epoch.
+        earlier: Step and time of the lane's progress before; steps in between get times in between.
+    """
+    if not progress.step:
+        rate = rate_values(progress.configuration)
+        return [Value(key, 0, value, timestamp) for key, value in rate.items()]
+    values = {(key, each.step): value for each in progress.curve for key, value in _step_values(each)}
+    values["train_loss", progress.step] = progress.train_loss
+    values |= {(f"validation_{key}", progress.step): value for key, value in progress.scores.items()}
+    untimed = [(key, step, value) for (key, step), value in values.items()]
+    return _add_times(untimed, {earlier[0]: min(earlier[1], timestamp), progress.step: timestamp})
+
+
+def _add_times(values: Sequence[tuple[str, int, float]], times: Mapping[int, int]) -> list[Value]:
+    import numpy as np
+
+    known = dict(sorted(times.items()))
+    # The clocks of the driver and of the trainer may differ.
+    ascending = np.maximum.accumulate(list(known.values()))
+    timestamps = np.interp([step for _, step, _ in values], list(known), ascending)
+    return [
+        Value(key, step, value, round(timestamp))
+        for (key, step, value), timestamp in zip(values, timestamps.tolist(), strict=True)
+    ]
+
+
+def rate_values(configuration: Configuration) -> Mapping[str, float]:
+    """Return the metric for the learning-rate axis of scatter charts, which in MLflow have no log scale."""
+    rate = configuration.optimizer.learning_rate
+    return {"log10_learning_rate": math.log10(rate)} if rate > 0 else {}
+
+
+def _step_values(step: StepMetrics) -> Iterator[tuple[str, float]]:
+    yield "train_loss", step.loss
+    yield "scheduled_learning_rate", step.learning_rate
+    yield "gradient_norm", step.gradient_norm
+
+
+def untimed_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tuple[str, int, float]]:
+    """Yield (name, step, value) of all metrics, those of single steps only for the steps in `curve`."""
+    for key, value in rate_values(record.configuration).items():
+        yield key, 0, value
+    for step in curve:
+        for key, value in _step_values(step):
+            yield key, step.step, value
+    for evaluation in record.evaluations:
+        for key, value in evaluation.scores.items():
+            yield f"{evaluation.split}_{key}", evaluation.step, value
+    metric = record.configuration.task.metric
+    for split, score in (("validation", record.score("validation")), ("test", record.score("test"))):
+        if score is not None:
+            yield f"{split}_score", record.steps, score
+        if metric in (untrained := record.baseline_scores.get(split, {})):
+            yield f"untrained_{split}_score", record.steps, untrained[metric]
+    yield "seconds", record.steps, record.cost.train_seconds + record.cost.evaluate_seconds
+    for name in TIME_FIELDS:
+        yield name, record.steps, getattr(record.cost, name)
+    yield "tokens", record.steps, record.cost.tokens
+    yield "trainable_parameters", record.steps, record.cost.trainable_parameters
+    if record.cost.peak_memory:
+        yield "peak_memory", record.steps, record.cost.peak_memory
+
+
+def latest_values(record: Record) -> dict[str, float]:
+    """Return the last value of each metric; only finite values."""
+    last = {key: value for key, _, value in untimed_values(record, record.curve[-1:])}
+    return {key: value for key, value in last.items() if math.isfinite(value)}

@@ -1,0 +1,246 @@
+"""The trackers beside MLflow: the real libraries, read back from their files."""
+
+from __future__ import annotations
+
+import math
+import struct
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+
+from orchestrator.record import run_values
+from orchestrator.record.schema import LaneProgress, Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+from orchestrator.record.trackers import catalogue
+from orchestrator.record.trackers.tensorboard_tracker import TensorBoardTracker, lane_folder
+from orchestrator.record.trackers.tracker import StudyEnd, Tracker, TrackingUnavailableError
+from orchestrator.record.trackers.wandb_tracker import WandbTracker, run_id
+from orchestrator.record.trackers.writer import TrackerWriter
+from orchestrator.util.errors import UsageError
+
+STUDY = StudyFile("letters-study", "Which?", "python x.py")
+KEY = "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7"
+Points = dict[str, list[tuple[int, float]]]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    yield
+    wandb.teardown()  # W&B reads the environment once a process
+
+
+def progress_of(record: Record, *steps: int) -> list[LaneProgress]:
+    """Return the start of a record's lane, and its evaluations at these steps, as the driver sees them."""
+    scores = {e.step: e.scores for e in record.evaluations if e.split == "validation"}
+    shown = run_values.select_live_steps(record.curve, record.configuration.lr_schedule.steps, scores)
+    found, previous = [LaneProgress(record.configuration)], 0
+    for step in steps:
+        since = tuple(each for each in shown if previous < each.step <= step)
+        found.append(LaneProgress(record.configuration, step, scores[step], since[-1].loss, since))
+        previous = step
+    return found
+
+
+def expected(record: Record, steps: Sequence[Any]) -> Points:
+    """Return name -> (step, value) of a record, in the order of the steps."""
+    found: Points = defaultdict(list)
+    for key, step, value in run_values.untimed_values(record, steps):
+        found[key].append((step, value))
+    return found
+
+
+def wandb_rows(folder: Path, identity: str) -> tuple[Points, dict[str, Any]]:
+    """Read the newest offline run with an id: its history and its summary."""
+    import json
+
+    from wandb.proto.wandb_internal_pb2 import Record as Entry
+
+    wandb.teardown()  # W&B's own process has then written its files
+    file = max(
+        folder.glob(f"wandb/offline-run-*-{identity}/*.wandb"), key=lambda path: path.stat().st_mtime_ns
+    )
+    points: Points = defaultdict(list)
+    run: dict[str, Any] = {"summary": {}}
+    for data in leveldb_entries(file.read_bytes()):
+        entry = Entry.FromString(data)
+        kind = entry.WhichOneof("record_type")
+        if kind == "history":
+            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in entry.history.item}
+            step = int(items["_step"])
+            for key, value in items.items():
+                if not key.startswith("_"):
+                    points[key].append((step, float(value)))
+        elif kind == "run":
+            run |= {"group": entry.run.run_group, "tags": list(entry.run.tags), "project": entry.run.project}
+            run |= {"config": {i.key: json.loads(i.value_json) for i in entry.run.config.update}}
+        elif kind == "summary":
+            run["summary"] |= {i.key or i.nested_key[0]: i.value_json for i in entry.summary.update}
+        elif kind == "exit":
+            run["exit_code"] = entry.exit.exit_code
+    return points, run
+
+
+def leveldb_entries(data: bytes) -> Iterator[bytes]:
+    """Yield the entries of a file in LevelDB's log format, behind W&B's header of 7 bytes."""
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        size, kind = struct.unpack_from("<HB", data, place + 4)
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield whole
+            whole = b""
+
+
+def tensorboard_points(folder: Path) -> tuple[Points, set[str]]:
+    """Read the event files of a lane's folder: the scalars, and the tags of texts and hyperparameters."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    points = {key: [(e.step, e.value) for e in events.Scalars(key)] for key in events.Tags()["scalars"]}
+    return points, set(events.Tags()["tensors"]) | set(events.summary_metadata)
+
+
+def same(found: Points, wanted: Points) -> None:
+    assert found.keys() == wanted.keys()
+    for key, points in wanted.items():
+        assert [step for step, _ in found[key]] == [step for step, _ in points], key
+        values = [value if math.isfinite(value) else math.nan for _, value in points]
+        assert [value for _, value in found[key]] == pytest.approx(values, rel=1e-6, nan_ok=True), key
+
+
+def test_wandb_has_one_run_a_lane_that_the_record_completes(tmp_path, make_record):
+    record, stopped = make_record(steps=20), make_record(seed=1, state="diverged")
+    first = WandbTracker(tmp_path)
+    first.check()
+    first.open_study(STUDY, {})
+    for progress in [*progress_of(record, 5, 10), *progress_of(record, 5, 10)]:  # after a broker's restart
+        first.log_progress(progress)
+    first.close_study(StudyEnd("KILLED"))
+    identity = run_id(STUDY.name, record.fingerprint)
+    points, run = wandb_rows(tmp_path, identity)
+    assert [step for step, _ in points["train_loss"]] == list(range(1, 11))
+    assert (run["group"], sorted(run["tags"]), run["exit_code"]) == (STUDY.name, ["letters", "lora"], 1)
+    assert run["config"]["learning_rate"] == 0.001
+
+    again = WandbTracker(tmp_path)  # the driver was killed: the same command continues
+    again.open_study(STUDY, {})
+    for progress in progress_of(record, 5, 10, 15, 20):
+        again.log_progress(progress)
+    again.log_record(record, False)
+    again.log_record(stopped, True)
+    points, run = wandb_rows(tmp_path, identity)
+    same(points, expected(record, record.curve))
+    assert run["exit_code"] == 0
+    assert run["summary"]["state"] == '"finished"'
+    same(wandb_rows(tmp_path, run_id(STUDY.name, stopped.fingerprint))[0], expected(stopped, stopped.curve))
+
+    def run_folders() -> list[Path]:
+        return list(tmp_path.glob("wandb/offline-run-*"))
+
+    count = len(run_folders())
+    later = WandbTracker(tmp_path)
+    later.open_study(STUDY, {})
+    later.log_record(record, False)
+    assert len(run_folders()) == count, "a logged record is logged again"
+    secret = [f for f in tmp_path.rglob("*") if f.is_file() and KEY.encode() in f.read_bytes()]
+    assert not secret
+
+
+def test_tensorboard_has_one_folder_a_lane_without_duplicate_steps(tmp_path, make_record):
+    record = make_record(steps=20)
+    folder = tmp_path / "tensorboard" / lane_folder(record.configuration)
+    for steps in ((5, 10), (5, 10, 15)):  # the second driver gets all reports again
+        tracker = TensorBoardTracker(tmp_path)
+        tracker.open_study(STUDY, {})
+        for progress in [*progress_of(record, *steps), *progress_of(record, *steps)]:
+            tracker.log_progress(progress)
+        points, _ = tensorboard_points(folder)
+        assert [step for step, _ in points["train_loss"]] == list(range(1, steps[-1] + 1))
+        assert points["validation_exact_match"] == [(s, s / 40) for s in steps]
+    tracker.log_record(record, True)
+    points, others = tensorboard_points(folder)
+    assert {"record/text_summary", "_hparams_/experiment"} <= others
+    # TensorBoard's tab HPARAMS reads the final scores as metrics; they are written twice at the last step.
+    wanted = expected(record, record.curve)
+    same({k: list(dict(v).items()) for k, v in points.items()}, wanted)
+
+
+def test_a_long_curve_is_thinned_the_same_way_during_the_training_and_from_the_record(make_record):
+    record = make_record(steps=1000)
+    shown = run_values.select_live_steps(record.curve, 1000, {5, 999})
+    assert [each.step for each in shown] == sorted({*range(20, 1001, 20), 5, 999})
+    assert run_values.select_live_steps(record.curve[:10], 10, {5}) == list(record.curve[:10])
+
+
+class Faulty(Tracker):
+    """A tracker that does not answer, or refuses every record."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def log_record(self, record: Record, is_reused: bool) -> None:
+        raise self.error
+
+    def close_study(self, end: StudyEnd) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [TrackingUnavailableError(f"down {KEY}"), RuntimeError(f"no {KEY}")])
+def test_a_faulty_tracker_delays_nothing_and_says_why(store, make_record, error):
+    record = make_record()
+    store.put(record)
+    writer = TrackerWriter(Faulty(error), store, STUDY, {}, retries_when_closing=False)
+    writer.put(record)
+    writer.begin_close(StudyEnd(), 240)
+    assert writer.wait_closed() == 1
+    assert not writer.is_finished
+    assert writer.error
+    assert KEY not in writer.error
+    assert store.get(record.fingerprint) is not None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "line"),
+    [
+        (["wandbb"], "'wandbb' is not one. Did you mean 'wandb'?"),
+        (["none", "wandb"], "`none` stands alone"),
+        (["mlflow"], "always written"),
+        (["wandb"], "no API key here; set WANDB_API_KEY"),
+        (["tensorboard"], r"pip install -e '\.\[tensorboard\]'"),
+    ],
+)
+def test_a_tracker_that_cannot_be_used_is_refused_in_one_line(monkeypatch, tmp_path, chosen, line):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    if "tensorboard" in chosen:
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UsageError, match=line):
+        catalogue.load_trackers(chosen)
+
+
+def test_trackers_are_found_without_a_list():
+    assert catalogue.names() == ["tensorboard", "wandb"]
+    assert catalogue.load_trackers(["none"]) == {}
+    assert catalogue.load_trackers(["tensorboard", "wandb"]) == {
+        "tensorboard": TensorBoardTracker,
+        "wandb": WandbTracker,
+    }
