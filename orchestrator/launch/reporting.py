@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.analyze.study_description import StudyDescription
     from orchestrator.launch.study_writers import StudyWriters
     from orchestrator.record.mlflow.writer import MlflowWriter
-    from orchestrator.record.trackers.writer import TrackerWriter
+    from orchestrator.record.trackers.tracker_writer import TrackerWriter
 
 MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
 """Largest number of configurations of a study whose report is written after Ctrl-C."""

@@ -151,15 +151,9 @@ def resolve_study(
     store = Store(options.store_folder)
     tracking_uri = resolve_uri(options.tracking_uri, store)
     trackers = load_trackers(options.tracker)
-    budget = RunBudget(options.max_hours, options.max_gpu_hours)
     defaults = experiment.default_tasks(options.dry_run), experiment.default_variants(options.dry_run)
     resolved = resolve_tasks(options, *defaults, store.bases)
-    if options.plan_gpu is None and runtime.running_cluster_address() is None:
-        # Refuse more trainers than fit on this machine before the study's folder is made.
-        _, gpus = runtime.estimate_local_cluster().plan_trainers(
-            options.trainers, options.gpus_per_worker, options.workers_per_trainer
-        )
-        budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
+    budget = _make_budget(options)
     progress = None if options.plan else console.print
     templates = [
         template
@@ -185,6 +179,17 @@ def resolve_study(
         design=_make_design(options, resolved, templates, make_design),
         replicates=replicates,
     )
+
+
+def _make_budget(options: StudyOptions) -> RunBudget:
+    """Return the limits of the run; without a cluster, refuse more trainers than fit on this machine."""
+    budget = RunBudget(options.max_hours, options.max_gpu_hours)
+    if options.plan_gpu is None and runtime.running_cluster_address() is None:
+        _, gpus = runtime.estimate_local_cluster().plan_trainers(
+            options.trainers, options.gpus_per_worker, options.workers_per_trainer
+        )
+        budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
+    return budget
 
 
 def _own_files(templates: Sequence[Configuration]) -> list[Source]:

@@ -12,7 +12,7 @@ from orchestrator.record.provenance import current_commit
 from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.trackers.tracker import StudyEnd
-from orchestrator.record.trackers.writer import TrackerWriter
+from orchestrator.record.trackers.tracker_writer import TrackerWriter
 from orchestrator.util import timeouts
 
 

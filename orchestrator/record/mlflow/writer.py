@@ -11,7 +11,7 @@ from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.trackers.tracker import StudyEnd, Tracker
-from orchestrator.record.trackers.writer import TrackerWriter
+from orchestrator.record.trackers.tracker_writer import TrackerWriter
 
 
 class MlflowTracker(Tracker):

@@ -20,8 +20,8 @@ from orchestrator.record.study_file import StudyFile
 from orchestrator.record.trackers import catalogue
 from orchestrator.record.trackers.tensorboard_tracker import TensorBoardTracker, lane_folder
 from orchestrator.record.trackers.tracker import StudyEnd, Tracker, TrackingUnavailableError
+from orchestrator.record.trackers.tracker_writer import TrackerWriter
 from orchestrator.record.trackers.wandb_tracker import WandbTracker, run_id
-from orchestrator.record.trackers.writer import TrackerWriter
 from orchestrator.util.errors import UsageError
 
 STUDY = StudyFile("letters-study", "Which?", "python x.py")
