@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from orchestrator.analyze.results import Curve, Panel
 from orchestrator.analyze.tuning import SearchResult
 
+_NOTHING_LEARNED = "no better score than the untrained model's or a constant answer's"
 _STOPPED = "the mean is of the seeds that were not stopped early at the best"
 
 
@@ -26,6 +27,9 @@ def _curve_caveats(c: Curve) -> Iterator[tuple[str, str]]:
     best = c.point_at_rate(c.best_rate)
     if best is None:
         yield "no score yet", ""
+        return
+    if c.nothing_learned:
+        yield f"{_NOTHING_LEARNED} at any rate", ""
         return
     if c.bracketed == "both edges":
         yield "no best rate, the score is the same at both ends of the grid", ""
@@ -55,6 +59,9 @@ def search_caveats(search: SearchResult) -> list[str]:
     for v in search.variants:
         if v.best is None:
             found.append(f"no score yet: {v.variant}.")
+            continue
+        if v.nothing_learned:
+            found.append(f"{_NOTHING_LEARNED} at any point: {v.variant}.")
             continue
         if v.best.stopped_seeds:
             found.append(f"{_STOPPED} point: {v.variant}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from itertools import pairwise
 
 from orchestrator.analyze import formatting
@@ -13,6 +14,8 @@ from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.show import replace_options
 from orchestrator.study.program_names import TUNED_SCRIPT, replace_script
 
+NOTHING_LEARNED = "nothing learnt"
+"""Text in place of a best rate if no rate is better than the untrained model or a constant answer."""
 NOT_RESOLVED = "not resolved"
 """Text in place of a width that is smaller than the spacing of the grid."""
 
@@ -27,6 +30,8 @@ def best_rate_text(curve: Curve) -> str:
     """Return the best rate, marked if the grid does not bracket it: "best at 3e-4 (edge)"."""
     if curve.best_rate is None:
         return "no score yet"
+    if curve.nothing_learned:
+        return NOTHING_LEARNED
     if curve.bracketed == "both edges":
         return "flat"
     return f"best at {formatting.rate(curve.best_rate)}" + ("" if curve.bracketed == "yes" else " (edge)")
@@ -85,12 +90,33 @@ def count_text(count: int, what: str) -> str:
 def answer(panel: Panel) -> str:
     """Describe the best rates of a panel's curves and the spread of the test scores, in 1 or 2 sentences."""
     scored = [c for c in panel.curves if c.best_rate is not None]
-    # A variant that scores the same at both ends of the grid has no best rate, for example a head with a
-    # learning rate of its own.
-    peaked = [c for c in scored if c.bracketed != "both edges"]
-    ranked = sorted((c.best_rate, c.label) for c in peaked if c.best_rate is not None)
     if not scored:
         return f"No learning rate of {panel_title(panel)} has a score yet."
+    unlearned = [c.label for c in scored if c.nothing_learned]
+    if len(unlearned) == len(scored):
+        return (
+            f"Nothing was learnt on {panel_title(panel)}: no run of any variant is better than the untrained "
+            "model or a constant answer."
+        )
+    # A variant that scores the same at both ends of the grid has no best rate, for example a head with a
+    # learning rate of its own.
+    peaked = [c for c in scored if c.named_best_rate is not None]
+    ranked = sorted((rate, c.label) for c in peaked if (rate := c.named_best_rate) is not None)
+    nothing = f" Nothing was learnt by {', '.join(unlearned)}." if unlearned else ""
+    return _peaks_text(panel, peaked, ranked, len(scored)) + nothing
+
+
+def _peaks_text(
+    panel: Panel, peaked: Sequence[Curve], ranked: Sequence[tuple[float, str]], num_scored: int
+) -> str:
+    """Describe the best rates of the curves that have one, and the spread of the test scores.
+
+    Args:
+        panel: The panel.
+        peaked: The curves with a best rate.
+        ranked: Best rate and label of these curves, ascending.
+        num_scored: Number of curves with a score.
+    """
     if not ranked:
         title = panel_title(panel)
         return f"No variant of {title} scores better inside the grid than at its ends."
@@ -108,8 +134,8 @@ def answer(panel: Panel) -> str:
     if common is not None and own is not None and panel.common_rate is not None:
         # Early stopping leaves some variants without a score at a rate that is not their best.
         whose = "their test scores"
-        if common.variants < len(scored):
-            whose = f"the test scores of {common.variants} of {len(scored)} variants"
+        if common.variants < num_scored:
+            whose = f"the test scores of {common.variants} of {num_scored} variants"
         where = f"At {panel.common_rate_label} ({formatting.rate(panel.common_rate)})"
         low_score, high_score, own_size = (
             formatting.number(v, 2) for v in (common.low, common.high, own.size)

@@ -41,8 +41,7 @@ def heat_map(panel: Panel) -> HeatMap:
         broken=tuple(tuple(_broken_text(p) if p else "" for p in row) for row in points),
         points=points,
         best_columns=tuple(
-            None if c.best_rate is None or c.bracketed == "both edges" else rates.index(c.best_rate)
-            for c in panel.curves
+            None if c.named_best_rate is None else rates.index(c.named_best_rate) for c in panel.curves
         ),
     )
 

@@ -18,15 +18,15 @@ def compare_panel_at_fixed_rate(panel: Panel) -> FixedRateComparison | None:
     """Compare the test scores of a panel's curves at LoRA's best rate, and each at its own best rate.
 
     Returns:
-        The comparison. None without LoRA's curve, with fewer than two curves, or if the curves do not all
-        share two rates and the best rate of each.
+        The comparison. None without a curve of LoRA that has learned, with fewer than two such curves, or if
+        the curves do not all share two rates and the best rate of each.
     """
     curves = {
         curve.label: curve
         for curve in panel.curves
-        if curve.best_rate is not None and curve.variant not in CONTROLS
+        if curve.best_rate is not None and not curve.nothing_learned and curve.variant not in CONTROLS
     }
-    if panel.reference is None or len(curves) < 2:
+    if panel.reference is None or panel.reference not in curves or len(curves) < 2:
         return None
     rates = sorted(set.intersection(*({p.learning_rate for p in c.points} for c in curves.values())))
     seeds = sorted({run.seed for curve in curves.values() for p in curve.points for run in p.runs})

@@ -57,6 +57,11 @@ def base_score(record: Record) -> float:
     return floor if untrained is None else max(floor, untrained)
 
 
+def is_above_base(mean: float | None, records: Iterable[Record]) -> bool:
+    """Return whether a mean validation score is better than the `base_score` of all these runs."""
+    return mean is not None and mean > max(map(base_score, records)) + SCORE_EPSILON
+
+
 def _label_curve(records: Sequence[Record]) -> dict[str, RunLabel]:
     best_rate = _best_rate(records)
     labels: dict[str, RunLabel] = {}
@@ -79,6 +84,6 @@ def _best_rate(records: Sequence[Record]) -> float | None:
         if (score := finite_score(record, "validation")) is not None:
             scores[record.configuration.optimizer.learning_rate].append(score)
     means = {rate: math.fsum(own) / len(own) for rate, own in scores.items()}
-    if not means or max(means.values()) <= max(map(base_score, records)) + SCORE_EPSILON:
+    if not is_above_base(max(means.values(), default=None), records):
         return None
     return min(rate for rate, mean in means.items() if mean >= max(means.values()) - SCORE_EPSILON)

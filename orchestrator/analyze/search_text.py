@@ -15,7 +15,11 @@ def search_verdict(search: SearchResult, command: str) -> Verdict:
         search: The search on one task and model.
         command: The command of the study, from which the command of the next step is made.
     """
-    found = [_point_text(v.variant, v.best) for v in search.variants if v.best is not None]
+    found = [
+        f"{v.variant} has learnt nothing" if v.nothing_learned else _point_text(v.variant, v.best)
+        for v in search.variants
+        if v.best is not None
+    ]
     points = sorted({len(v.points) for v in search.variants})
     each = count_text(points[-1], "point") if len(points) == 1 else f"{points[0]} to {points[-1]} points"
     return Verdict(

@@ -19,7 +19,7 @@ from orchestrator.analyze.censored import eligible_points
 from orchestrator.analyze.curve_statistics import CurveMeans, CurveStatistics, PanelStatistics
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.results import Curve, CurvePoint, Panel, Run, Spread
-from orchestrator.analyze.run_labels import RunLabel, label_runs
+from orchestrator.analyze.run_labels import RunLabel, is_above_base, label_runs
 from orchestrator.analyze.scores import finite_score, last_validation, mean_untrained_score, untrained_score
 from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS
 from orchestrator.record.schema import Record
@@ -228,4 +228,5 @@ def _summarize_curve(
         cliff=None if cliff is None else m.rates[cliff],
         gain_over_untrained=intervals.estimate_mean(gains, DIFFERENCE_BOUNDS),
         test_at_common_rate=None if common_x is None else curve_shape.score_at(m.x, m.test, common_x),
+        nothing_learned=best is not None and not is_above_base(best.validation.mean, line.records),
     )

@@ -80,13 +80,13 @@ def describe_summary(summary: Summary) -> StudyDescription:
 def _best_points(summary: Summary) -> Iterator[_BestPoint]:
     for panel in summary.panels:
         for curve in panel.curves:
-            if (rate := curve.best_rate) is not None:
+            if (rate := curve.best_rate) is not None and not curve.nothing_learned:
                 title = panel_title(panel)
                 shown, scores = formatting.rate(rate), (curve.best_validation, curve.best_test)
                 yield _BestPoint(title, panel.task, curve.label, shown, rate, *scores)
     for search in summary.searches:
         for result in search.variants:
-            if (best := result.best) is not None:
+            if (best := result.best) is not None and not result.nothing_learned:
                 found, scores = formatting.settings_text(best.settings), (best.validation, best.test)
                 title = _search_title(search)
                 yield _BestPoint(title, search.task, result.variant, found, best.learning_rate, *scores)

@@ -19,6 +19,7 @@ from orchestrator.analyze import curve_shape
 from orchestrator.analyze.censored import PointOutcome, eligible_points
 from orchestrator.analyze.intervals import Estimate, estimate_score
 from orchestrator.analyze.panels import Value
+from orchestrator.analyze.run_labels import is_above_base
 from orchestrator.analyze.scores import count_states, finite_score, last_validation, mean_untrained_score
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
@@ -72,6 +73,8 @@ class TuningResult:
     """The points in the order in which they started."""
     best: TuningPoint | None
     """The eligible point with the best validation score; None without a score."""
+    nothing_learned: bool
+    """True if there is a best point, and it is no better than the untrained base or a constant answer."""
     edges: tuple[str, ...]
     """Hyperparameters whose best value is at an edge of the tried values, for example "learning_rate (high
     edge)": the optimum may lie beyond it. Empty if the best point is bracketed."""
@@ -115,6 +118,7 @@ def _summarize_variant(variant: str, records: Sequence[Record]) -> TuningResult:
         tuple(varied),
         tuple(points),
         best,
+        best is not None and not is_above_base(best.validation.mean, records),
         _edge_hyperparameters(points, best, varied) if best else (),
         sum(p.steps for p in points),
         sum(r.configuration.lr_schedule.steps for r in records),

@@ -9,9 +9,12 @@ from rich.console import Console
 from synthetic import record, study, summarize_curves
 
 from orchestrator.analyze.results import Summary
+from orchestrator.analyze.study_description import describe_summary
+from orchestrator.analyze.summary import summarize
 from orchestrator.analyze.table import render_summary
 from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.schema import Record
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 
 
 def printed(records: list[Record]) -> str:
@@ -84,3 +87,25 @@ def test_one_seed_shows_no_plus_minus_and_an_empty_study_prints() -> None:
     assert "0.500" in row
     assert "±" not in row
     assert printed([]).strip() == ""
+
+
+def test_no_best_rate_is_named_where_nothing_was_learned() -> None:
+    learned = [record("lora", r, 0, x, floor=0.1) for r, x in ((1e-3, 0.3), (1e-2, 0.9), (1e-1, 0.1))]
+    floor = [record("dora", r, 0, x, floor=0.1) for r, x in ((1e-3, 0.1), (1e-2, 0.05), (1e-1, None))]
+    base = [record("pissa", r, 0, 0.25, untrained=0.3) for r in (1e-3, 1e-2, 1e-1)]
+    summary = summarize_curves([*learned, *floor])
+    found = {curve.label: curve for curve in summary.panels[0].curves}
+    assert {label: curve.nothing_learned for label, curve in found.items()} == {"lora": False, "dora": True}
+    text = show(summary)
+    row = next(line for line in text.splitlines() if line.startswith(" dora "))
+    assert row.split()[:3] == ["dora", "-", "nothing"]  # "learnt" stands in the next line
+    assert row.split()[-1] == "-"
+    assert "Nothing was learnt by dora." in " ".join(text.split())
+    assert "best_log10_learning_rate.dora" not in describe_summary(summary).metrics
+    assert "best_log10_learning_rate.lora" in describe_summary(summary).metrics
+    assert "Nothing was learnt on letters on letters-base" in " ".join(printed(base).split())
+    searched = summarize(StudyFile("s", "", "x", settings=AnalysisSettings("search")), [*learned, *floor])
+    text = " ".join(show(searched).split())
+    assert "dora has learnt nothing" in text
+    assert "dora - (nothing" in text
+    assert "dora's best is not bracketed" not in text

@@ -159,8 +159,8 @@ def _mean_trace(curve: Curve, color: str, symbol: str, step: float) -> go.Scatte
 
 
 def _is_best(curve: Curve, point: CurvePoint) -> bool:
-    """Return whether a point is the best one of a curve that is not flat."""
-    return point.learning_rate == curve.best_rate and curve.bracketed != "both edges"
+    """Return whether a point is the best one of a curve that has learned and is not flat."""
+    return point.learning_rate == curve.named_best_rate
 
 
 def _point_text(curve: Curve, point: CurvePoint) -> str:

@@ -128,8 +128,8 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, look: CurveStyle, shift:
     ends = [(p.learning_rate * shift, i.low, i.high) for p in points if (i := p.validation.interval)]
     if ends:
         axes.vlines(*zip(*ends, strict=True), color=look.color, linewidth=1.3, alpha=0.55, zorder=2)
-    best = curve.point_at_rate(curve.best_rate)
-    if best is not None and best.validation.mean is not None and curve.bracketed != "both edges":
+    best = curve.point_at_rate(curve.named_best_rate)
+    if best is not None and best.validation.mean is not None:
         ring = {**style.RING, "markersize": 15, "markeredgecolor": look.color, "markeredgewidth": 1.6}
         axes.plot(best.learning_rate * shift, best.validation.mean, linestyle="", zorder=5, **ring)
 

@@ -90,10 +90,11 @@ def _panel_table(panel: Panel) -> Table:
     for c in panel.curves:
         usable = c.count_runs("finished")
         regret = c.regret_at_reference_best if panel.reference else c.regret_at_average_best
+        regret = None if c.nothing_learned else regret
         table.add_row(
             c.label,
-            formatting.rate(c.best_rate),
-            _GRID_TEXT[c.bracketed] if c.bracketed else "-",
+            formatting.rate(None if c.nothing_learned else c.best_rate),
+            _grid_text(c),
             formatting.number(c.best_validation.mean),
             formatting.interval(c.best_validation, 2) or "-",
             formatting.number(c.best_test.mean),
@@ -104,6 +105,12 @@ def _panel_table(panel: Panel) -> Table:
         scores = formatting.number(panel.untrained_validation), "", formatting.number(panel.untrained_test)
         table.add_row("untrained", "", "", *scores, "", "", style="dim")
     return table
+
+
+def _grid_text(curve: Curve) -> str:
+    if curve.nothing_learned:
+        return curve_text.NOTHING_LEARNED
+    return _GRID_TEXT[curve.bracketed] if curve.bracketed else "-"
 
 
 CURVES = Section("curves", "Score over learning rate", pictures=_pictures, tables=_tables, values=_values)

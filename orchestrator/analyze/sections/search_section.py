@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from orchestrator.analyze import formatting
+from orchestrator.analyze.curve_text import NOTHING_LEARNED
 from orchestrator.analyze.report_parts import Picture, ReportData, Section
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.table_style import new_table
@@ -51,6 +52,8 @@ def _search_table(search: SearchResult) -> Table:
             edge = f" (edge: {', '.join(v.edges)})" if v.edges else ""
             scores = formatting.number(v.best.validation.mean), formatting.number(v.best.test.mean)
             row = [formatting.settings_text(v.best.settings) + edge, *scores]
+            if v.nothing_learned:
+                row[0] = f"- ({NOTHING_LEARNED})"
         ended = ", ".join(f"{n} {state}" for state, n in v.states.items())
         share = f"{v.steps / v.max_steps:.0%}" if v.max_steps else "-"
         table.add_row(v.variant, *row, f"{len(v.points)}", ended, share)
