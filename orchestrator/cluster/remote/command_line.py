@@ -68,6 +68,15 @@ def _check_options(options: StudyOptions) -> None:
             f"--tracking-uri {redact_secrets(uri)!r} {context}: a job's command shows its password; export "
             "MLFLOW_TRACKING_URI in the head's ~/.lora_env and leave it out."
         )
+    for name in ("data", "validation_data", "test_data"):
+        value = getattr(options, name) or ()
+        for source in (value,) if isinstance(value, str) else value:
+            if Path(source).exists():
+                copy = f"ray rsync-up {options.on} {source} /shared/data/{Path(source).name}"
+                raise UsageError(
+                    f"{option_flag(name)} {source!r} {context}: is on this machine, and the head does not "
+                    f"see it; copy it ({copy}) and give the copy."
+                )
     if options.model is not None and Path(options.model).is_dir():
         raise UsageError(
             f"--model {options.model!r} {context}: a folder of this machine, which the head does not see; "
@@ -118,7 +127,7 @@ def study_key(options: StudyOptions) -> str:
     script = script_name(sys.argv[1]) if _is_program(path.resolve()) else path.stem
     if options.study:
         return f"{script}-{options.study}"
-    tasks = (options.preset,) if options.preset else options.task or ()
+    tasks = (options.preset,) if options.preset else options.data or options.task or ()
     parts = [script, *tasks, options.model, "dry-run" if options.dry_run else None]
     parts += [options.search_method] if options.search != "grid" else []
     return "-".join(filter(None, parts))
