@@ -40,7 +40,8 @@ class DataOptions:
     metric: str | None = None
     """Score of the answers: exact_match, numeric (the last number or formula of a generated text) or token_f1
     for prompts; accuracy, f1, macro_f1 or matthews for labels; pearson for numbers as labels; or loss, which
-    is reported as inverse_perplexity, exp(-loss): higher is better. Default: exact_match or accuracy."""
+    is reported as inverse_perplexity, exp(-loss): higher is better. Default: accuracy, exact_match, or loss
+    for long answers."""
     max_new_tokens: int | None = None
     """Longest generated answer in tokens, for numeric and token_f1. Default: by the longest answer."""
 

@@ -103,7 +103,12 @@ WRONG_ROWS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         ["m.csv: row 3", "must be a finite number", "'high'"],
     ),
     "too few rows": ("m.csv", MAILS[:19], {}, ["m.csv has 19 rows; must be 20 or more"]),
-    "one input only": ("m.csv", [{"prompt": "x", "completion": "y"}] * 30, {}, ["split is empty", "30 rows"]),
+    "one input only": (
+        "m.csv",
+        [{"prompt": "x", "completion": "y"}] * 30,
+        {},
+        ["split is empty", "1 different inputs of 30 rows"],
+    ),
     "an unknown split": (
         *("m.csv", [{**row, "split": "tset" if i == 3 else "train"} for i, row in enumerate(SUMS)], {}),
         ["m.csv: row 4", "no split 'tset'", "Did you mean 'test'?"],
@@ -246,6 +251,19 @@ def test_wrong_files(case: str) -> None:
 def test_wrong_options(case: str) -> None:
     options, words = WRONG_OPTIONS[case]
     assert_refused(lambda: StudyOptions(**{"data": ("m.csv",), **options}), words)
+
+
+def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(Path.cwd()))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_folder.write(Path.cwd(), "org/mail", {"valid_x": SUMS})
+    assert_refused(
+        lambda: resolve("org/mial"), ["--data org/mial: no such file or folder here", "on the hub"]
+    )
+    monkeypatch.chdir("org")
+    assert_refused(
+        lambda: resolve("org/mail"), ["org/mail: no such file", "must have rows in one called train"]
+    )
 
 
 def test_two_data_of_one_name() -> None:

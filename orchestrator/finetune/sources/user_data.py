@@ -72,9 +72,14 @@ def read_rows(source: str, option: str = "--data") -> list[DataRow]:
             return list(_read_file(Path(source), None))
     except MalformedDataError as error:
         raise UsageError(f"{option} {error}.") from None
+    except OSError as error:  # of listing a folder
+        raise UsageError(f"{option} {source}: cannot be read ({error.strerror}).") from None
     if data_files.is_data_file(Path(source)) or not _HUB_NAME.fullmatch(source):
         raise _missing_error(source, option)
-    return _read_hub(source)
+    try:
+        return _read_hub(source)
+    except UsageError as error:
+        raise UsageError(f"{option} {source}: no such file or folder here, and on the hub: {error}") from None
 
 
 def _missing_error(source: str, option: str) -> UsageError:
@@ -139,7 +144,7 @@ def _read_hub(source: str) -> list[DataRow]:
     rows = [row for name, data in splits.items() for row in _read_hub_split(source, name, data)]
     if not rows:
         names = ", ".join(splits) or "none"
-        raise UsageError(f"--data {source}: its splits are {names}; must have rows in one called train.")
+        raise UsageError(f"its splits are {names}; must have rows in one called train.")
     return rows
 
 
@@ -157,7 +162,9 @@ def _read_hub_split(source: str, name: str, data: Dataset) -> Iterator[DataRow]:
         column: data.select_columns(column).cast_column(column, Image(decode=False)) for column in images
     }
     for number in range(len(data)):
-        cells = dict(texts[number]) | {c: partial(_read_cell, files[c], number, c) for c in images}
+        cells = (dict(texts[number]) if texts.column_names else {}) | {
+            c: partial(_read_cell, files[c], number, c) for c in images
+        }
         for column, feature in classes.items():
             is_hidden = cells[column] in (None, -1)  # as in the test splits of GLUE
             cells[column] = None if is_hidden else feature.int2str(cells[column])

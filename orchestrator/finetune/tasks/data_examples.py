@@ -78,6 +78,8 @@ def _cell(row: DataRow, column: str) -> Any:
 def _text(row: DataRow, column: str) -> str:
     """Return a cell as text that is not empty; a number or a truth value counts as its text."""
     value = _cell(row, column)
+    if isinstance(value, str) and value.strip():
+        return value
     if isinstance(value, bool):
         value = str(value).lower()
     elif isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):

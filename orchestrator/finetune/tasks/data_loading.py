@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,10 @@ EPOCHS, MIN_STEPS, MAX_STEPS = 3, 60, 1_000
 EVALUATIONS = 4
 SCORED_SIZES, GENERATED_SIZES = (1_000, 2_000), (200, 500)
 """The largest default sizes of the validation and the test split, the second where answers are generated."""
+MAX_EXACT_LENGTH = 60
+"""The largest median length of answers, in characters, for which exact_match is the default metric: no model
+repeats longer ones to the letter."""
+MAX_DEFAULT_NEW_TOKENS = 512
 MAX_ESTIMATED_LENGTH = 512
 BYTES_PER_TOKEN = 3
 """The bytes of a token in English are about 4; digits and other languages have fewer."""
@@ -79,7 +84,7 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     labels = find_labels(splits, name) if output == "classification" else ()
     if options.metric == "numeric":
         _check_numeric(splits)
-    metric = options.metric or ("exact_match" if output == "teacher_forced" else "accuracy")
+    metric = options.metric or _default_metric(output, splits)
     spec = DataSpec(
         name=name,
         form=columns.form,
@@ -133,6 +138,14 @@ def _find_output(columns: ColumnMap, options: DataOptions, name: str) -> Output:
     return metrics[metric]
 
 
+def _default_metric(output: Output, splits: Mapping[Split, Sequence[PlacedExample]]) -> str:
+    """Return accuracy for classes, exact_match for short answers, and loss for answers of free text."""
+    if output == "classification":
+        return "accuracy"
+    lengths = [len(each.example.answer) for own in splits.values() for each in own]
+    return "exact_match" if statistics.median(lengths) <= MAX_EXACT_LENGTH else "loss"
+
+
 def _check_numeric(splits: Mapping[Split, Sequence[PlacedExample]]) -> None:
     from orchestrator.finetune.grading import math
 
@@ -158,7 +171,7 @@ def _max_new_tokens(splits: Mapping[Split, Sequence[PlacedExample]], options: Da
     if options.max_new_tokens is not None:
         return options.max_new_tokens
     longest = max(len(each.example.answer.encode()) for own in splits.values() for each in own)
-    return _round_up(longest // 2 + 8)
+    return min(_round_up(longest // 2 + 8), MAX_DEFAULT_NEW_TOKENS)
 
 
 def _default_model(form: Form) -> str:

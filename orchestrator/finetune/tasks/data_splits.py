@@ -48,8 +48,11 @@ def make_splits(examples: Sequence[PlacedExample], name: str) -> dict[Split, lis
             splits[hash_split(each.key, missing, num_buckets)].append(each)
     for split, members in splits.items():
         if not members:
-            how = "no row names it" if split == "train" else f"{len(pool)} rows have too few different inputs"
-            raise UsageError(f"{name}: the {split} split is empty: {how}.")
+            num_inputs = len({each.key for each in pool})
+            how = f"a hash puts none of the {num_inputs} different inputs of {len(pool)} rows there"
+            if split == "train" and not pool:
+                how = "no row names it"
+            raise UsageError(f"{name}: the {split} split is empty: {how}; add rows, or name their splits.")
         # Hashed with a salt, since hash_split has selected by the first digits of the hash alone.
         members.sort(key=lambda each: hash_text(f"order/{each.key}/{each.example.answer}"))
     return splits

@@ -129,6 +129,12 @@ def test_splits_may_be_given_by_a_column_files_or_a_folder(tmp_path: Path) -> No
     ("rows", "metric", "output", "name"),
     [
         (SUMS, None, "teacher_forced", "exact_match"),
+        (
+            [{**row, "completion": f"{row['completion']} {'x' * 99}"} for row in SUMS],
+            None,
+            "teacher_forced",
+            "inverse_perplexity",
+        ),
         (SUMS, "numeric", "generation", "numeric"),
         (SUMS, "token_f1", "generation", "token_f1"),
         (SUMS, "loss", "teacher_forced", "inverse_perplexity"),
