@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from variants import catalogue
 from variants.api import MergeError, UnsupportedError, VariantSettings
@@ -162,6 +166,26 @@ def test_merging_is_refused_if_it_would_change_other_lanes_or_modules() -> None:
     adapters = adapted(model, lanes=1)
     with pytest.raises(MergeError, match=r"blocks\.0 shares its weight with head"):
         merge_and_detach(adapters, "lane0")
+
+
+def test_an_output_layer_that_shares_its_weight_with_the_embeddings_gets_its_own(tmp_path: Path) -> None:
+    config = copy.deepcopy(Case("llama", model="llama").build().config)
+    config.tie_word_embeddings = True
+    model = LlamaForCausalLM(config).eval()
+    adapters = attach(model, catalogue.get("lora"), SETTINGS, "q_proj,lm_head")
+    adapters.add_lane("a", SETTINGS, 0)
+    with torch.no_grad():
+        for parameter in adapters.trainable("a").values():
+            parameter.normal_(std=0.3)
+    rows = torch.arange(16).view(8, 2)
+    with torch.no_grad(), adapters.activate_lanes(["a"], None):
+        expected = model(input_ids=rows).logits
+    merge_and_detach(adapters, "a")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=rows).logits, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
 
 
 class Unmergeable(LoRA):

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel, AutoPeftModelForSequenceClassification, PeftModel
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    PretrainedConfig,
+    RobertaConfig,
+    ViTConfig,
+)
 
 from variants import catalogue
 from variants.api import UnsupportedError, VariantSettings
 from variants.attach import Adapters, attach
+from variants.calibrate import calibrate
+from variants.export_forms import export_forms
 from variants.merging import merge_and_detach
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
@@ -135,12 +148,78 @@ def test_targets_that_belong_to_the_head_are_refused() -> None:
         attach(bert(), catalogue.get("lora"), SETTINGS, "classifier", heads=["classifier"])
 
 
-def test_the_head_is_exported_as_a_module_to_save(tmp_path: Path) -> None:
-    adapters = adapted(lanes=1)
+SMALL = {
+    "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24,
+}  # fmt: skip
+HEADED: dict[str, tuple[PretrainedConfig, list[str]]] = {
+    "bert": (BertConfig(**SMALL), ["bert.pooler.dense", "classifier"]),
+    "roberta": (RobertaConfig(**SMALL, pad_token_id=1), ["classifier"]),  # a head of two layers
+    "llama": (LlamaConfig(**SMALL, pad_token_id=0), ["score"]),
+    "vit": (ViTConfig(**SMALL, image_size=8, patch_size=4), ["classifier"]),
+}
+"""Models and the modules of their head."""
+
+
+def headed_exports() -> list[Any]:
+    """Return models and variants; the default run has LoRA and VeRA (shared tensors), the slow run all."""
+    return [
+        pytest.param(model, name, marks=[] if name in ("lora", "vera") else pytest.mark.slow)
+        for model in HEADED
+        for name in catalogue.names()
+        if export_forms(catalogue.get(name)).peft.possible
+    ]
+
+
+@pytest.mark.parametrize(("model", "name"), headed_exports())
+def test_auto_classes_load_the_head_of_an_export_and_of_a_merged_model(
+    model: str, name: str, tmp_path: Path
+) -> None:
+    """The files of the base model have no head, or for images one of another size."""
+    config, heads = HEADED[model]
+    is_image = model == "vit"
+    auto = AutoModelForImageClassification if is_image else AutoModelForSequenceClassification
+    base, adapter, merged = (str(tmp_path / each) for each in ("base", "adapter", "merged"))
+    whole = auto.from_config(config)
+    (whole if is_image else whole.base_model).save_pretrained(base)
+    labels = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    inputs = {"pixel_values": torch.randn(8, 3, 8, 8)} if is_image else {"input_ids": IDS + 2}
+
+    variant = catalogue.get(name)
+    settings = VariantSettings(4, 8.0, extra=variant.law_settings)
+    adapters = attach(auto.from_pretrained(base, **labels).eval(), variant, settings, heads=heads)
+
+    def losses() -> Generator[Tensor, None, None]:
+        with adapters.disable_adapters(head_weights=adapters.init_heads(0)):
+            yield adapters.model(**inputs).logits.square().mean()
+
+    needs_data = variant.calibration_statistic.needs_data
+    adapters.add_lane("0", settings, 0, calibrate(adapters, settings, losses) if needs_data else None)
     perturb(adapters)
-    save_peft(adapters, "0", tmp_path, "bert")
-    peft_model = PeftModel.from_pretrained(bert(), tmp_path)
+    with torch.no_grad(), adapters.activate_lanes(["0"], None, rows_per_lane=len(IDS)):
+        expected = adapters.model(**inputs).logits
+    save_peft(adapters, "0", Path(adapter), base, None if is_image else "SEQ_CLS")
+    auto_peft = AutoPeftModel if is_image else AutoPeftModelForSequenceClassification
+    loaded = auto_peft.from_pretrained(adapter, **labels)
+    merge_and_detach(adapters, "0")
+    adapters.model.save_pretrained(merged)
     with torch.no_grad():
-        torch.testing.assert_close(peft_model(input_ids=IDS).logits, logits(adapters, "0"))
-    back = load_peft(bert(), tmp_path, lane="0")
-    torch.testing.assert_close(logits(back, "0"), logits(adapters, "0"))
+        torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+        plain = auto.from_pretrained(merged)
+        torch.testing.assert_close(plain(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    back = load_peft(auto.from_pretrained(base, **labels).eval(), Path(adapter), lane="0")
+    with torch.no_grad(), back.activate_lanes(["0"], None, rows_per_lane=len(IDS)):
+        torch.testing.assert_close(back.model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_head_has_the_dtype_of_the_model() -> None:
+    model = bert(torch.bfloat16)
+    model.classifier.float()  # as the loader of base models does
+    adapters = attach(model, catalogue.get("lora"), SETTINGS, heads=["classifier"])
+    adapters.add_lane("0", SETTINGS, seed=0)
+    perturb(adapters)
+    expected = logits(adapters, "0")
+    merge_and_detach(adapters, "0")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits.float(), expected, rtol=0.05, atol=0.02)

@@ -14,6 +14,7 @@ from variants.api import UnsupportedError, VariantSettings
 from variants.attach import attach
 from variants.storage import load_lane, save_lane
 from variants.testing import CASES, Case, check_laws
+from variants.testing.rig import tensors_equal
 
 OWN = '''
 """A LoRA whose scaling is a hyperparameter."""
@@ -94,6 +95,22 @@ def test_a_lane_of_another_revision_is_not_loaded(tmp_path: Path) -> None:
     vars(variant).update(revision="f" * 16)
     with pytest.raises(UnsupportedError, match="was saved with revision"):
         load_lane(adapters, "a", tmp_path / "a.safetensors")
+
+
+def test_a_lane_is_known_by_the_content_of_the_variants_file(tmp_path: Path) -> None:
+    """Its file may be renamed. A package's file may have several variants of one revision."""
+    variant = catalogue.get(write(tmp_path))
+    adapters = attach(LLAMA.build(), variant, VariantSettings(4))
+    adapters.add_lane("a", VariantSettings(4), 0)
+    save_lane(adapters, "a", tmp_path / "a.safetensors")
+    renamed = catalogue.get(write(tmp_path, name="renamed.py"))
+    assert renamed.name != variant.name
+    others = attach(LLAMA.build(), renamed, VariantSettings(4))
+    load_lane(others, "a", tmp_path / "a.safetensors")
+    assert tensors_equal(others.trainable("a"), adapters.trainable("a"))
+    type(renamed).__qualname__ = "Other"
+    with pytest.raises(UnsupportedError, match=r"holds a lane of my-own\.v2\.py, not of renamed\.py"):
+        load_lane(others, "b", tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

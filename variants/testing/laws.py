@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from variants.adapters import Adapters
-from variants.api import RANK_MASK, AdaptationScope, Batching, MergeError, Start, Variant, VariantSettings
-from variants.export_forms import peft_obstacle
+from variants.api import RANK_MASK, AdaptationScope, Batching, Start, Variant, VariantSettings
+from variants.errors import MergeError, UnsupportedError
 from variants.merging import merge_and_detach
 from variants.parameter_formula import evaluate_formula
+from variants.peft_format import TaskType
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 from variants.testing.cases import CASES, ROWS, Case
 from variants.testing.rig import (
@@ -34,6 +35,7 @@ from variants.testing.rig import (
     model_output,
     model_state,
     perturb_lanes,
+    refused,
     relative_error,
     reload_model,
     tensors_equal,
@@ -98,9 +100,7 @@ def merged_equals_forward(variant: Variant, case: Case) -> None:
     try:
         _check_merged(case, adapters)
     except MergeError as refusal:
-        if variant.name in str(refusal):
-            raise NotApplicableError(str(refusal)) from None
-        raise AssertionError(f"the refusal does not name the variant: {refusal}") from None
+        raise refused(variant, refusal) from None
 
 
 def removal_restores_the_base(variant: Variant, case: Case) -> None:
@@ -226,23 +226,23 @@ def fits_a_representable_target(variant: Variant, case: Case) -> None:
 
 
 def export_loads_in_peft(variant: Variant, case: Case) -> None:
-    """PEFT, and a lane loaded from the export, compute what the exported lane computes.
+    """PEFT, and a lane loaded from the export, compute what the exported lane computes, or it is refused.
 
-    For a language model, `AutoPeftModelForCausalLM` loads the base model from its folder too.
+    The refusal names the variant. For a language model, `AutoPeftModelForCausalLM` loads the base model too.
     """
     from peft import AutoPeftModelForCausalLM, PeftModel  # so that the other laws do not need peft
 
-    if variant.peft is None:
-        raise NotApplicableError(f"{variant.name} cannot be exported: {peft_obstacle(variant)}")
-    if case.model == "gpt2" and not variant.peft.adapts_conv1d:
-        raise NotApplicableError(f"PEFT has {variant.name} for layers of type Linear only")
     adapters = attach_lanes(case, variant, 1)
     perturb_lanes(case, adapters)
     exported = lane_outputs(case, adapters)
     with tempfile.TemporaryDirectory() as folder:
         base: Any = case.build_for_peft()
         base_folder = f"{folder}/base"
-        save_peft(adapters, "0", Path(folder), base_folder, "CAUSAL_LM" if case.is_language_model else None)
+        task_type: TaskType | None = "CAUSAL_LM" if case.is_language_model else None
+        try:
+            save_peft(adapters, "0", Path(folder), base_folder, task_type)
+        except UnsupportedError as refusal:
+            raise refused(variant, refusal) from None
         if case.is_language_model:
             base.save_pretrained(base_folder)
             peft_model = AutoPeftModelForCausalLM.from_pretrained(folder)

@@ -32,6 +32,13 @@ def model_output(model: nn.Module, x: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
+def refused(variant: Variant, refusal: ValueError) -> Exception:
+    """Return what a law raises if a merge or an export is refused: the refusal must name the variant."""
+    if variant.name in str(refusal):
+        return NotApplicableError(str(refusal))
+    return AssertionError(f"the refusal does not name the variant: {refusal}")
+
+
 def reload_model(model: Any) -> nn.Module:
     """Save a language model of transformers, and return what transformers loads from the files."""
     with tempfile.TemporaryDirectory() as folder:
