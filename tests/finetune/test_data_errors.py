@@ -256,6 +256,7 @@ def test_wrong_options(case: str) -> None:
 def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(Path.cwd()))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path.cwd() / "cache")
     hub_folder.write(Path.cwd(), "org/mail", {"valid_x": SUMS})
     assert_refused(
         lambda: resolve("org/mial"), ["--data org/mial: no such file or folder here", "on the hub"]

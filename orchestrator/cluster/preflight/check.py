@@ -73,7 +73,8 @@ class PreflightCheck:
         default_task = DRY_RUN_TASK if options.dry_run else DEFAULT_TASK
         # Resolve with a built-in model. Whether the requested model exists is a check of its own.
         built_in = replace(options, model=model_catalogue.built_in_names()[0])
-        resolved = resolve_tasks(built_in, [default_task], DEFAULT_VARIANTS, Path())
+        bases = options.store_folder / "bases"
+        resolved = resolve_tasks(built_in, [default_task], DEFAULT_VARIANTS, bases, add_pins=False)
         with remove_created_folders(options.output, options.store_folder):
             if not self.report("storage", self.open_store):
                 return 1

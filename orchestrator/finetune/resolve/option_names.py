@@ -36,7 +36,11 @@ class ResolvedOptions:
 
 
 def resolve_tasks(
-    options: StudyOptions, default_tasks: Sequence[str], default_variants: Sequence[str], bases: Path
+    options: StudyOptions,
+    default_tasks: Sequence[str],
+    default_variants: Sequence[str],
+    bases: Path,
+    add_pins: bool = True,
 ) -> list[ResolvedOptions]:
     """Resolve the options of a study for each of its tasks.
 
@@ -45,6 +49,7 @@ def resolve_tasks(
         default_tasks: The tasks to take if the options name none.
         default_variants: The variants to take if the options name none.
         bases: The store's folder of base models.
+        add_pins: Whether the commit of a dataset of the hub is noted there.
 
     Returns:
         The result of `resolve_options` for each distinct task, in the order of the options.
@@ -52,6 +57,7 @@ def resolve_tasks(
     Raises:
         UsageError: A name or a value is wrong, see `resolve_options`.
     """
+    hub_data.set_pin_folder(bases, add_pins)  # before data are read
     names = dict.fromkeys(load_data_tasks(options) or options.task or default_tasks)
     resolved = [resolve_options(options, name, default_variants, bases) for name in names]
     by_name: dict[str, Task] = {}
