@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from orchestrator.study.option_groups import default_output
+from orchestrator.cli.export import Export
+from orchestrator.cli.store_location import StoreLocation
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.program_names import maintenance_program
+from orchestrator.study.own_commands import own_command
 from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import format_command
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreLocation:
-    """The options of a command that works on a store."""
-
-    output: Path = field(default_factory=default_output)
-    """Folder with a subfolder for each study. Default: ORCHESTRATOR_OUTPUT, else `results`."""
-    store: Path | None = None
-    """Folder of the records; by default OUTPUT/store."""
-
-    @property
-    def store_folder(self) -> Path:
-        """The folder of the store: --store, else `store` in the output folder."""
-        return self.store or self.output / "store"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +130,8 @@ class Gc(StoreLocation):
     """Remove what a crash left in the store.
 
     A study removes its temporary data itself, unless it was killed. This command removes checkpoints of
-    lanes whose record is finished or diverged, temporary files, and scratch folders of dead processes. It
+    lanes whose record is finished or diverged, adapters that are not the best of a complete study (but those
+    that `--save-adapters all` keeps), temporary files, and scratch folders of dead processes. It
     lists what it keeps, and may run while a study runs.
     """
 
@@ -162,6 +148,7 @@ class Gc(StoreLocation):
         """Remove the files and return the exit code."""
         import math
 
+        from orchestrator.analyze.best_lanes import best_fingerprints
         from orchestrator.record.gc import collect_garbage
         from orchestrator.record.store import Store
 
@@ -173,6 +160,7 @@ class Gc(StoreLocation):
             include_stopped=self.stopped,
             older_than=self.older_than * 3600,
             dry_run=self.dry_run,
+            choose_best=best_fingerprints,
         )
         print("\n".join(found.to_lines(self.dry_run)))
         return 0
@@ -202,10 +190,8 @@ class Merge(StoreLocation):
         store = Store(self.store_folder)
         for other in stores:
             print(f"{other.root}: {merge_stores(store, other).to_line()}")
-        folder_options = [] if self.output == default_output() else ["--output", str(self.output)]
-        folder_options += ["--store", str(self.store)] if self.store else []
-        program = maintenance_program(format_command(sys.argv))
-        print(f"Next: {program} {shlex.join(['sync', *folder_options])} (Parquet and MLflow)")
+        command = own_command(["sync"], format_command(sys.argv), self.output, self.store)
+        print(f"Next: {command} (Parquet and MLflow)")
         return 0
 
 
@@ -231,6 +217,7 @@ COMMANDS: dict[str, type[Any]] = {
     "check": Check,
     "show": Show,
     "report": Report,
+    "export": Export,
     "sync": Sync,
     "gc": Gc,
     "merge": Merge,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from orchestrator.analyze.best_lanes import has_best_lane
 from orchestrator.execution.run_budget import RunBudget
+from orchestrator.launch.adapter_keeper import AdapterKeeper
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
+from orchestrator.record.mlflow.adapter_models import model_tags
 from orchestrator.record.parquet import write_parquet
-from orchestrator.record.schema import MAX_FAILURES
+from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.study_file import PICTURES, REPORT_FILES, StudyFile
 from orchestrator.record.trackers.tracker import StudyEnd
 from orchestrator.util import timeouts
@@ -45,7 +47,12 @@ def import_report_libraries() -> None:
 
 
 def report_and_close(
-    context: StudyContext, study: StudyFile, writers: StudyWriters, status: str, should_report: bool
+    context: StudyContext,
+    study: StudyFile,
+    writers: StudyWriters,
+    keeper: AdapterKeeper,
+    status: str,
+    should_report: bool,
 ) -> None:
     """Write the report, then wait for MLflow and other trackers to log the remaining runs.
 
@@ -56,6 +63,7 @@ def report_and_close(
         context: The run.
         study: The study at the end of the run.
         writers: The writers to MLflow and other trackers, which are closed.
+        keeper: Removes the adapters that a complete study does not keep.
         status: MLflow's status of the run of the study: FINISHED or KILLED.
         should_report: True to write a report.
 
@@ -66,19 +74,25 @@ def report_and_close(
     was_interrupted = budget.is_interrupted
     if should_report and was_interrupted and not _has_time_to_report(budget, study):
         should_report = False
-        command = context.orchestrator_command(f"report {shlex.quote(study.name)}")
+        command = context.orchestrator_command("report", study.name)
         context.console.print(f"Without a report: {command} writes it.", markup=False, soft_wrap=True)
     report_files = [context.folder / name for name in REPORT_FILES] if should_report else []
     description: tuple[str, Mapping[str, float]] = ("", {})
+    models = None
     try:
         if should_report:
             with graceful_interrupts(budget.request_stop):
-                description = _write_report(context, study)
+                records = [r for f in study.configurations if (r := context.store.get(f)) is not None]
+                if context.options.save_adapters == "best" and status == "FINISHED":
+                    _keep_best(keeper, study, records)
+                models = model_tags(context.adapters, study, map(study.rename, records))
+                description = _write_report(context, study, records)
     finally:
         interrupted = budget.is_interrupted and not was_interrupted
         status = "KILLED" if interrupted else status
         existing = [file for file in report_files if file.exists()]
-        writers.close(StudyEnd(status, tuple(existing), *description), _mlflow_seconds(budget, status))
+        end = StudyEnd(status, tuple(existing), *description, models)
+        writers.close(end, _mlflow_seconds(budget, status))
         if should_report:
             _print_mlflow(context, writers.mlflow)
         if not writers.mlflow.is_finished or writers.mlflow.pending_count:
@@ -112,7 +126,7 @@ def _mlflow_seconds(budget: RunBudget, status: str) -> float:
 def _print_delay(context: StudyContext, writer: MlflowWriter) -> None:
     """Print the number of runs that are not in MLflow, the reason, and the command that logs them."""
     delayed = f"{writer.pending_count} runs" if writer.pending_count else "the study's own run"
-    command = context.orchestrator_command("sync --rebuild" if writer.is_damaged else "sync")
+    command = context.orchestrator_command("sync", *(("--rebuild",) if writer.is_damaged else ()))
     reason = writer.error or "it is slow"
     line = f"MLflow: {delayed} delayed ({reason}); {command} logs them later."
     context.console.print(line, markup=False, soft_wrap=True)
@@ -134,7 +148,13 @@ def _has_time_to_report(budget: RunBudget, study: StudyFile) -> bool:
     )
 
 
-def _write_report(context: StudyContext, study: StudyFile) -> StudyDescription:
+def _keep_best(keeper: AdapterKeeper, study: StudyFile, records: Sequence[Record]) -> None:
+    """Keep the adapters of the best lanes only, if every configuration of the study has a record."""
+    if len(records) == len(study.configurations):
+        keeper.finish(map(study.rename, records))
+
+
+def _write_report(context: StudyContext, study: StudyFile, records: Sequence[Record]) -> StudyDescription:
     """Write the store's Parquet files and the study's report, and print the tables.
 
     The report has all configurations of the study, including those of earlier runs.
@@ -147,7 +167,6 @@ def _write_report(context: StudyContext, study: StudyFile) -> StudyDescription:
     from orchestrator.analyze.table import render_summary
 
     folder = context.folder
-    records = [record for f in study.configurations if (record := context.store.get(f)) is not None]
     write_parquet(context.store, context.options.output)
     uri = redact_secrets(context.tracking_uri)
     summary = write_report(study, records, folder, uri)
@@ -155,10 +174,11 @@ def _write_report(context: StudyContext, study: StudyFile) -> StudyDescription:
         study.with_look(looked).write(folder)
     pictures = [file for name in PICTURES if (file := folder / f"{name}.png").exists()]
     context.console.print(render_summary(summary))
-    for what, where in (
-        ("Report", folder / "report.html"),
-        *(("Picture", picture) for picture in pictures[:1]),
-    ):
+    lines: list[tuple[str, object]] = [("Report", folder / "report.html")]
+    lines += [("Picture", picture) for picture in pictures[:1]]
+    if has_best_lane(records):
+        lines.append(("Export", context.orchestrator_command("export", study.name)))
+    for what, where in lines:
         context.console.print(f"{what:8} {where}", markup=False, soft_wrap=True)
     return describe_summary(summary)
 
@@ -186,7 +206,7 @@ def print_missing_results(context: StudyContext, work: StudyWork, command: str) 
         return EXIT_LIMIT_REACHED
     failed = [f[:12] for f in missing if store.count_failures(f)]
     if failed:
-        advice = f"{context.orchestrator_command('show ' + ' '.join(failed[:3]))} says why"
+        advice = f"{context.orchestrator_command('show', *failed[:3])} says why"
     else:
         advice = "see the messages above"
     unsampled = f", {num_unsampled} were not sampled" if num_unsampled else ""

@@ -10,9 +10,11 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from orchestrator.analyze.best_lanes import is_per_run
 from orchestrator.execution.ray import runtime
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.launch import prices, reporting, training
+from orchestrator.launch.adapter_keeper import AdapterKeeper
 from orchestrator.launch.design import MakeDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import print_plan, print_point_shortfall
@@ -163,6 +165,7 @@ class StudyRun:
         from orchestrator.launch.study_writers import start_writers
 
         context, work = self.context, self.work
+        keeper = AdapterKeeper(context.adapters, is_per_run(self.study))
         writers = start_writers(context, self.study)
 
         def log_record(record: Record) -> None:
@@ -170,6 +173,8 @@ class StudyRun:
                 threading.Thread(target=reporting.import_report_libraries, daemon=True).start()
             self.logged.add(record.fingerprint)
             writers.put(record)
+            if context.options.save_adapters == "best":
+                keeper.add([record])
 
         status, should_report = "KILLED", False
         try:
@@ -189,7 +194,7 @@ class StudyRun:
             for configuration in work.requested:
                 if configuration.fingerprint not in self.logged:
                     writers.put(configuration.fingerprint)
-            reporting.report_and_close(context, self.study, writers, status, should_report)
+            reporting.report_and_close(context, self.study, writers, keeper, status, should_report)
         if work.search is not None:
             usage = work.search.update_usage(context.store)
             print_point_shortfall(context.console, usage, work.search.file.points)

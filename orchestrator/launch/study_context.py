@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +21,15 @@ from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.adoption import adopt_records
+from orchestrator.record.kept_adapters import StudyAdapters
 from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source
 from orchestrator.record.trackers.catalogue import load_trackers
 from orchestrator.record.trackers.tracker import Tracker
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.option_groups import default_output
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.program_names import maintenance_program
+from orchestrator.study.own_commands import own_command
 from orchestrator.study.study_name import default_study_name
 from orchestrator.util.errors import UsageError
 from variants import catalogue
@@ -61,6 +60,11 @@ class StudyContext:
     """The rule that names the configurations; None for a search, which samples them."""
     replicates: int = 1
     """Number of replicates: repeated tunings of each variant, each with its own seed."""
+
+    @property
+    def adapters(self) -> StudyAdapters:
+        """The adapters that the store keeps for the study."""
+        return StudyAdapters(self.store, self.folder)
 
     def collect_work(self) -> StudyWork:
         """Divide the configurations of the study by the records in the store; see `StudyWork`."""
@@ -115,12 +119,9 @@ class StudyContext:
         used = self.budget.format_usage()
         return f"{done} of {work.total} configurations are done{f', {used} used' if used else ''}"
 
-    def orchestrator_command(self, arguments: str) -> str:
-        """Return a command of this program on this study's --output and --store, for example `report x`."""
-        folders = [] if self.options.output == default_output() else ["--output", str(self.options.output)]
-        folders += ["--store", str(self.options.store)] if self.options.store else []
-        program = maintenance_program(self.experiment.command)
-        return " ".join([program, arguments, shlex.join(folders)]).strip()
+    def orchestrator_command(self, *words: str) -> str:
+        """Return a command of this program, such as `report x`, with this study's --output and --store."""
+        return own_command(words, self.experiment.command, self.options.output, self.options.store)
 
 
 def resolve_study(

@@ -68,7 +68,6 @@ def start_writers(context: StudyContext, study: StudyFile) -> StudyWriters:
         MlflowLogger(context.tracking_uri),
         context.store,
         study,
-        log_adapters=context.options.save_adapters,
         tags=tags,
     )
     others = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from orchestrator.record import scratch
+from orchestrator.record.kept_adapters import ChooseBest, StudyAdapters, file_name
 from orchestrator.record.schema import FINAL_STATES
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
@@ -29,6 +30,8 @@ STALE_SCRATCH = "scratch folders of dead processes"
 RESUMABLE_CHECKPOINTS = "checkpoints of lanes that go on from there"
 UNREFERENCED_CHECKPOINTS = "checkpoints that no study here asks for"
 DAMAGED_RECORD_CHECKPOINTS = "checkpoints of lanes whose record is damaged"
+OTHER_ADAPTERS = "adapters of lanes that are not the best of their study"
+UNKNOWN_ADAPTERS = "adapters of studies that are not here"
 IN_USE = "things that may be in use"
 OTHER_HOST_SCRATCH = "scratch folders of other machines"
 NOT_REMOVABLE = "things that could not be removed"
@@ -38,6 +41,7 @@ SKIP_REASONS = {
     RESUMABLE_CHECKPOINTS: "running, interrupted or failed",
     DAMAGED_RECORD_CHECKPOINTS: "their study's command continues from there",
     UNREFERENCED_CHECKPOINTS: "another --output may need them; else delete their folders",
+    UNKNOWN_ADAPTERS: "another --output may need them; else delete their folders",
     IN_USE: "younger than --older-than, or needed by a running study",
     OTHER_HOST_SCRATCH: "run gc there",
     NOT_REMOVABLE: "see their permissions",
@@ -92,10 +96,12 @@ def collect_garbage(
     include_stopped: bool = False,
     older_than: float = 3600.0,
     dry_run: bool = False,
+    choose_best: ChooseBest | None = None,
 ) -> GCReport:
     """Remove garbage from a store and from the folders of studies.
 
-    Checkpoints are removed when their lane has a final record. Whatever a running study needs is kept.
+    Checkpoints are removed when their lane has a final record. Of the adapters that a complete study keeps as
+    the best, those are removed that are not. Whatever a running study needs is kept.
 
     Args:
         store: The store.
@@ -103,13 +109,16 @@ def collect_garbage(
         include_stopped: Also remove checkpoints of lanes that early stopping has ended.
         older_than: Seconds; temporary files and checkpoints of stopped lanes that are younger are kept.
         dry_run: Remove nothing, only report.
+        choose_best: Chooses the best lanes of a study; None to keep all adapters.
     """
     collector = _Collector(store, older_than, dry_run)
     studies = list(read_studies(output).values())
     collector.collect_checkpoints(studies, include_stopped)
     collector.collect_superseded()
-    folders = [store.root, *store.root.glob("*"), *store.records_folder.glob("*"), *store.adapters.glob("*")]
-    folders += [*store.checkpoints.glob("*/*"), output, *(folder for folder, _ in studies)]
+    collector.collect_adapters(studies, choose_best)
+    folders = [store.root, *store.root.glob("*"), *store.records_folder.glob("*")]
+    folders += [*store.adapters.glob("*/*"), *store.checkpoints.glob("*/*")]
+    folders += [output, *(folder for folder, _ in studies)]
     for folder in dict.fromkeys(path.resolve() for path in folders if path.is_dir()):
         collector.collect_temporary(folder)
     collector.collect_scratch()
@@ -154,6 +163,29 @@ class _Collector:
             name = path.name.split(".")[0]
             if states.get(name) in FINAL_STATES and self.store.get_reusable(name) is not None:
                 self._remove(SUPERSEDED_RECORDS, path)
+
+    def collect_adapters(
+        self, studies: Collection[tuple[Path, StudyFile]], choose_best: ChooseBest | None
+    ) -> None:
+        """Remove the adapters that a driver that died has not removed."""
+        known = set()
+        for folder, study in studies:
+            adapters = StudyAdapters(self.store, folder)
+            known.add(adapters.root)
+            files = adapters.files("best")
+            if not files or choose_best is None or scratch.is_locked(folder / ".lock"):
+                continue
+            records = [record for record in map(self.store.get, study.configurations) if record is not None]
+            if len(records) < len(study.configurations):
+                continue  # the study's command goes on with it
+            best = choose_best(study, records)
+            names = {file_name(record) for record in records if record.fingerprint in best}
+            for path in files:
+                if path.name not in names:
+                    self._remove(OTHER_ADAPTERS, path)
+        for folder in sorted(self.store.adapters.glob("[!.]*")):
+            if folder not in known:
+                self._skip(UNKNOWN_ADAPTERS, folder)
 
     def collect_temporary(self, folder: Path) -> None:
         for path in sorted(folder.glob(".*")):

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 
+from orchestrator.record.kept_adapters import file_name, find_adapter
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.util import atomic_files
@@ -83,9 +84,7 @@ class _Merger:
                 self._merge_checkpoints(name)
                 continue
             self.store.discard_checkpoints(name)
-            theirs = self.other.get_reusable(name)
-            if theirs is not None and theirs.to_json() == final.to_json():  # as JSON, since NaN is not NaN
-                self.summary.adapters += self._copy(self.other.adapters / name, self.store.adapters / name)
+            self.summary.adapters += self._merge_adapters(final)
         for source in sorted(self.other.calibration.glob("[!.]*.safetensors")):
             self.summary.calibrations += self._copy_tensors(source, self.store.calibration / source.name)
         # Folders first: a file here is an entry that names one of the folders.
@@ -132,6 +131,20 @@ class _Merger:
                 target = self.store.checkpoints / name / path.parent.name / path.name
                 is_copied |= self._copy_tensors(path, target)
         self.summary.lanes += is_copied
+
+    def _merge_adapters(self, record: Record) -> bool:
+        """Copy the adapter of a record once, and link it for the other studies that keep it."""
+        is_copied, name = False, file_name(record)
+        for source in sorted(self.other.adapters.glob(f"*/*/{name}")):
+            target = self.store.adapters / source.relative_to(self.other.adapters)
+            if target.exists():
+                continue
+            if (present := find_adapter(self.store, record)) is None:
+                is_copied |= self._copy_tensors(source, target)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            atomic_files.link_if_absent(present, target)
+        return is_copied
 
     def _copy_tensors(self, source: Path, target: Path) -> bool:
         """Copy a safetensors file, or skip it with a warning if it is incomplete."""

@@ -4,7 +4,7 @@
                                        /<fingerprint>.stopped.json   stopped early, replaced by a later one
                                        /<fingerprint>.failed.json    failed, with the number of failures
     root/checkpoints/<fingerprint>/<attempt>/    lanes in training     root/bases/      base models
-    root/adapters/<fingerprint>/                 adapters that --save-adapters keeps
+    root/adapters/<study>/                       adapters that studies keep (kept_adapters.py)
     root/evidence/                               calibrations, from gradients, inputs or an SVD
     root/data/                                   examples and token ids of tasks (dataset_cache.py)
     root/limits/                                 how many lanes fit into memory (lane_capacity.py)

@@ -274,8 +274,9 @@ class OutputOptions:
     """MLflow tracking server. Default: MLFLOW_TRACKING_URI, else a SQLite file in the store."""
     tracker: tuple[str, ...] = ("none",)
     """Programs that show the runs beside MLflow: `wandb` (Weights & Biases), `tensorboard`, or both."""
-    save_adapters: bool = False
-    """Keep every trained adapter, in PEFT's format, as an artifact of its MLflow run."""
+    save_adapters: Literal["none", "best", "all"] = "best"
+    """Trained adapters that the store keeps for `python -m orchestrator export`: of each variant and task the
+    one with the best validation score, all, or none."""
     plan: bool = False
     """Print what would be trained, what the store has already, the estimated time, and the GPU hours and
     their price; start nothing."""

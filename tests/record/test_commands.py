@@ -16,6 +16,7 @@ from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_server import empty_database
 
+from orchestrator.record.kept_adapters import StudyAdapters, file_name
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile, find_study, read_studies
@@ -80,14 +81,22 @@ def _states(uri: str, study: str) -> list[str]:
     return sorted(r.data.tags["state"] for r in runs if "fingerprint" in r.data.tags)
 
 
+def _models(uri: str, study: str) -> list[str]:
+    """Return the fingerprints of a study's logged models."""
+    client = MlflowClient(uri, uri)
+    models = client.search_logged_models([client.get_experiment_by_name(study).experiment_id])
+    return [model.tags["fingerprint"] for model in models]
+
+
 def test_a_damaged_database_is_named_and_rebuilt_from_the_records(results, run):
     database = results / "results/store/mlflow.db"
     uri = empty_database(database)
     store = Store(results / "results/store")
     shared_fingerprint = find_study(results / "results", "second")[1].configurations[0]
-    adapter = store.adapters / shared_fingerprint
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_config.json").write_text("{}")
+    for name in ("rates", "second"):
+        folder = StudyAdapters(store, results / "results" / name).folder("best")
+        folder.mkdir(parents=True)
+        (folder / file_name(store.get(shared_fingerprint))).write_text("")
     (results / "results/rates/report.html").write_text("<html>")
     old = database.with_name("mlflow-artifacts") / "rates" / "a run" / "artifacts" / "adapter"
     old.mkdir(parents=True)
@@ -111,7 +120,8 @@ def test_a_damaged_database_is_named_and_rebuilt_from_the_records(results, run):
     assert {p.name for p in archive.iterdir()} == {"mlflow.db", "mlflow.db-journal", "mlflow-artifacts"}
     assert not old.exists()
     artifacts = [p.name for p in database.with_name("mlflow-artifacts").rglob("*") if p.is_file()]
-    assert sorted(artifacts) == ["adapter_config.json", "adapter_config.json", "report.html"]
+    assert artifacts == ["report.html"]
+    assert [_models(uri, name) for name in ("rates", "second")] == [[shared_fingerprint]] * 2
     assert "0 of them written now" in run(ORCHESTRATOR, "sync").stdout
 
 

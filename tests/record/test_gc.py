@@ -7,14 +7,17 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from in_process import ORCHESTRATOR
+from safetensors.numpy import save_file
 
 from orchestrator.analyze.report import write_report
 from orchestrator.finetune.sources import base_store
 from orchestrator.record import gc
 from orchestrator.record.gc import collect_garbage
+from orchestrator.record.kept_adapters import StudyAdapters, file_name
 from orchestrator.record.merge import merge_stores
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.scratch import scratch_folder
@@ -127,7 +130,7 @@ def test_old_temporary_files_of_every_writer_are_removed(store, tmp_path, make_r
         _file(output / "rates" / f".report.html.{hexes}"),
         _file(store.root / f".check-{hexes}" / "driver").parent,
         _file(store.bases / f".hub-org--model.json.{hexes}"),
-        _file(store.adapters / f".{record.fingerprint}.{hexes}" / "adapter_model.safetensors").parent,
+        _file(store.adapters / "rates" / "best" / f".{record.fingerprint}-ab.safetensors.{hexes}"),
         _file(store.calibration / f".e.safetensors.{hexes}"),
         _file(store.data / f".letters-0123456789abcdef.rows.arrow.{hexes}"),
         _file(store.bases / ".letters-base-ab12cd_4" / "model" / "weights").parents[1],
@@ -159,7 +162,9 @@ def test_files_of_a_writer_that_dies_before_its_rename_are_removed(store, tmp_pa
     other = Store(tmp_path / "other")
     other.put(record)
     store.put(record)
-    _file(other.adapters / record.fingerprint / "adapter_model.safetensors")
+    folder = StudyAdapters(other, tmp_path / "s").folder("best")
+    folder.mkdir(parents=True)
+    save_file({"a": np.zeros(2)}, folder / file_name(record))
     write = {
         "report": lambda: write_report(StudyFile("s", "", "python x"), [record], output / "s", ""),
         "parquet": lambda: write_parquet(store),
@@ -173,8 +178,12 @@ def test_files_of_a_writer_that_dies_before_its_rename_are_removed(store, tmp_pa
     StudyFile("s", "", "").write(output / "s")
     before = {path for path in output.rglob("*") if path.is_file()}
     if (child := os.fork()) == 0:
-        if "merge" not in writer:  # A merge links records before it copies adapters.
-            os.replace = os.link = lambda *names: os._exit(0)
+        link = os.link
+        os.replace = lambda *names: os._exit(0)
+        # A merge links records before it copies adapters.
+        os.link = lambda *names: (
+            link(*names) if "merge" in writer and "records" in str(names[1]) else os._exit(0)
+        )
         setattr(Path, "rename", lambda *names: os._exit(0))  # noqa: B010
         write()
         os._exit(1)
@@ -187,6 +196,37 @@ def test_files_of_a_writer_that_dies_before_its_rename_are_removed(store, tmp_pa
     collect_garbage(store, output)
     assert not [path for path in left if path.exists()]
     assert {path for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_adapters_that_a_killed_driver_has_left_are_removed(store, tmp_path, make_record):
+    """Those that `--save-adapters all` keeps stay, and so do those of a study that runs or goes on."""
+    output, records = tmp_path / "results", [make_record(seed=seed) for seed in range(2)]
+    adapters = StudyAdapters(store, output / "rates")
+    for record in records:
+        store.put(record)
+        for keep in ("best", "all"):
+            _file(adapters.folder(keep) / file_name(record))
+    _file(adapters.folder("best") / f"{'f' * 64}-0123456789ab.safetensors")  # of a trainer that was killed
+    unknown = _file(store.adapters / "another" / "best" / file_name(records[0]))
+    names = tuple(record.fingerprint for record in records)
+    complete, going_on = StudyFile("rates", "", "", names), StudyFile("rates", "", "", (*names, "e" * 64))
+
+    def choose_best(study: StudyFile, own: object) -> set[str]:
+        assert study.name == "rates"
+        return {names[1]}
+
+    def collect() -> dict[str, int]:
+        return _counts(collect_garbage(store, output, choose_best=choose_best).removed)
+
+    going_on.write(output / "rates")
+    assert collect() == {}
+    complete.write(output / "rates")
+    with FileLock(output / "rates" / ".lock"):
+        assert collect() == {}
+    assert collect() == {gc.OTHER_ADAPTERS: 2}
+    assert [path.name for path in adapters.files("best")] == [file_name(records[1])]
+    assert len(adapters.files("all")) == 2
+    assert unknown.exists()
 
 
 def test_a_record_beside_a_final_one_is_removed(store, tmp_path, make_record):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from in_process import ORCHESTRATOR
 from safetensors.numpy import save_file
 
+from orchestrator.record.kept_adapters import StudyAdapters, file_name, list_adapters
 from orchestrator.record.merge import merge_stores
 from orchestrator.record.schema import Provenance
 from orchestrator.record.store import Store
@@ -158,14 +159,18 @@ def test_bases_calibrations_and_adapters_of_copied_records_are_copied(stores, ma
     copied, other = make_record(seed=1), make_record(seed=2, reason="theirs")
     there.put(copied)
     there.put(other)
-    here.put(make_record(seed=2, reason="mine"))
+    here.put(make_record(seed=2, reason="mine", provenance=Provenance(host="another")))
+    first, second = (there.root.parent / name for name in ("first", "second"))
     for one in (copied, other):
-        (there.adapters / one.fingerprint).mkdir(parents=True)
-        (there.adapters / one.fingerprint / "adapter_config.json").write_text("{}")
+        folder = StudyAdapters(there, first).folder("all")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"a": np.zeros(2)}, folder / file_name(one))
+    assert StudyAdapters(there, second).take_over(copied)
     summary = merge_stores(here, there)
     assert (summary.bases, summary.calibrations, summary.adapters) == (1, 1, 1)
-    assert (here.adapters / copied.fingerprint / "adapter_config.json").read_text() == "{}"
-    assert not (here.adapters / other.fingerprint).exists(), "it belongs to the record that was not copied"
+    names = [str(path.relative_to(here.adapters)) for path in list_adapters(here)]
+    assert names == [f"{study}/{file_name(copied)}" for study in ("first/all", "second/best")]
+    assert len({path.stat().st_ino for path in list_adapters(here)}) == 1, "on the disk once"
     assert sorted(p.name for p in here.bases.iterdir()) == ["b-1", "b-mine", "b-theirs", "b.recipe.json"]
     assert (here.bases / "b.recipe.json").read_text() == "mine"
     files = _files(here)

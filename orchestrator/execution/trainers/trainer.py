@@ -46,7 +46,8 @@ class TrainerSpec:
     """Folder of the store, which has the same path on every node."""
     scratch: str
     """Folder for Ray Train's own files."""
-    save_adapters: bool = False
+    adapters: str = ""
+    """Folder for the adapters of finished lanes; empty to keep none."""
     start_timeout: float = 300.0
     """Seconds that a study waits for a trainer while it has none."""
     measures_lanes: bool = False
@@ -134,7 +135,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
                 spec.lanes_per_trainer,
                 timeouts.IDLE_TRAINER_SECONDS,
                 is_measured=spec.measures_lanes,
-                save_adapter=spec.save_adapters,
+                adapters=Path(spec.adapters) if spec.adapters else None,
             ),
             provenance=provenance.current_provenance,
             process_group=process_group,

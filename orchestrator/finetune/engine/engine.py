@@ -22,9 +22,8 @@ from orchestrator.finetune.sources import own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import Configuration, ModelChoice
-from variants.api import Batching, UnsupportedError, Variant
+from variants.api import Batching, Variant
 from variants.attach import Adapters, attach
-from variants.storage import save_lane, save_peft
 
 
 class Engine:
@@ -146,7 +145,7 @@ class Engine:
         choice = configuration.variant
         variant = own_variants.find(choice, self._data_folder)
         task = tasks.find(configuration.task, self._data_folder)
-        _check_versions(configuration, variant, task)
+        check_versions(configuration, variant, task)
         base_model = self._load_base_model(configuration.model, task)
         has_base_dropout = configuration.base_dropout == "on"
         if has_base_dropout:
@@ -209,20 +208,6 @@ class Engine:
         if self._lane_group is not None and fingerprint in self._lane_group.adapters.lanes:
             self._lane_group.adapters.remove_lane(fingerprint)
 
-    def save_adapter(self, fingerprint: str, folder: Path, base_model_name: str) -> None:
-        """Write a lane's adapter, in PEFT's format if PEFT has the method, else in the project's.
-
-        Args:
-            fingerprint: The lane.
-            folder: Where the files are written.
-            base_model_name: The name of the base model, for PEFT's `adapter_config.json`.
-        """
-        try:
-            save_peft(self.lane_group.adapters, fingerprint, folder, base_model_name)
-        except UnsupportedError:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_lane(self.lane_group.adapters, fingerprint, folder / "lane.safetensors")
-
     def detach_adapters(self) -> None:
         """Detach the adapters of the lane group, if there is one; the base model stays loaded."""
         if self._lane_group is not None:
@@ -243,8 +228,12 @@ def _total_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def _check_versions(configuration: Configuration, variant: Variant, task: Task) -> None:
-    """Raise RuntimeError if a configuration was made with other code of its variant or task."""
+def check_versions(configuration: Configuration, variant: Variant, task: Task) -> None:
+    """Check that a configuration was made with this code of its variant and task.
+
+    Raises:
+        RuntimeError: It was made with other code.
+    """
     choice = configuration.variant
     for what, here, wanted in (
         ("variant", variant.numerics, choice.numerics),

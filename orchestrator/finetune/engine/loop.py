@@ -63,8 +63,8 @@ class LoopSettings:
     is_measured: bool = False
     """If true, the number of lanes follows from the memory of steps with one and with two lanes, up to
     `max_lanes` (GPUs only: on a CPU the memory of a step is not known)."""
-    save_adapter: bool = False
-    """If true, the adapters of finished lanes are saved in the store."""
+    adapters: Path | None = None
+    """The folder in which the adapters of finished lanes are kept; None to keep none."""
     min_checkpoint_seconds: float = 60.0
     """The shortest interval between two checkpoints of a lane, see `CheckpointSchedule`."""
     max_checkpoint_seconds: float = 900.0
@@ -109,7 +109,7 @@ def run(
     engine = make_engine(load_base_model, store.calibration, store.data, process_group, on_batch)
     schedule = CheckpointSchedule(settings.min_checkpoint_seconds, settings.max_checkpoint_seconds)
     full_timeout = settings.store_full_timeout_seconds
-    recorder = LaneRecorder(store, engine, provenance, full_timeout, notify, schedule)
+    recorder = LaneRecorder(store, engine, provenance, full_timeout, notify, schedule, settings.adapters)
     slots = LaneSlots(settings.max_lanes, settings.spill_seconds, settings.is_measured)
     poll_interval = PollInterval(settings.poll_seconds)
     active = ActiveLanes(source, engine, recorder, process_group, slots, poll_interval)
@@ -133,7 +133,7 @@ def _run_until_idle(active: ActiveLanes, settings: LoopSettings) -> None:
     """Run rounds until the source is closed, or no lane has been held for `idle_seconds`."""
     recovery = FailureRecovery(active)
     leasing = LaneLeasing(active, recovery)
-    rounds = TrainingRounds(active, recovery, settings.save_adapter, active.recorder.checkpoint_schedule)
+    rounds = TrainingRounds(active, recovery, active.recorder.checkpoint_schedule)
     while True:
         leasing.lease_lanes()
         if active.lanes:

@@ -1,4 +1,4 @@
-"""The storage of lanes' checkpoints and records, and of the numbers of lanes that fit into memory."""
+"""The storage of lanes' checkpoints, adapters and records, and of the lanes that fit into memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from safetensors import SafetensorError
 
+from orchestrator.finetune.engine import adapter_file
 from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
 from orchestrator.finetune.engine.checkpoint_writer import CheckpointWriter, WriteResult
@@ -17,6 +19,7 @@ from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error
 from orchestrator.record import lane_capacity
+from orchestrator.record.kept_adapters import file_name
 from orchestrator.record.schema import FINAL_STATES, Provenance, Record, RecordState
 from orchestrator.record.store import Store
 
@@ -25,11 +28,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class LaneRecorder:
-    """The writer of lanes' checkpoints and records to the store. Used on rank 0 only.
+    """The writer of lanes' checkpoints, adapters and records to the store. Used on rank 0 only.
 
     Checkpoints of lanes that train on are written in the background. If a checkpoint cannot be written, the
-    lane trains on, and a later attempt saves it. If the disk is full, writing a record is repeated for
-    `store_full_timeout_seconds`; then StoreFullError is raised.
+    lane trains on, and a later attempt saves it. An adapter that cannot be written is left out. If the disk
+    is full, the adapter of the lane makes room for its record; then writing the record is repeated for
+    `store_full_timeout_seconds`, and StoreFullError is raised.
     """
 
     store: Store
@@ -41,6 +45,8 @@ class LaneRecorder:
     """Shows a line to the users who watch the study."""
     checkpoint_schedule: CheckpointSchedule
     """Gets the duration of each write."""
+    adapters: Path | None = None
+    """The folder for the adapters of finished lanes; None to write none."""
     saved_progress: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Fingerprint -> steps and evaluations in the lane's newest checkpoint."""
     has_warned: bool = False
@@ -144,6 +150,9 @@ class LaneRecorder:
     ) -> RecordState:
         """Write the record of a lane that ends, and discard its checkpoints if the record is final.
 
+        The adapter of a finished lane is written before its record, so a lane with a record is never without
+        an adapter because of a crash in between. A lane that crashes there writes both again.
+
         Args:
             lane: The lane.
             state: Its final state.
@@ -159,7 +168,8 @@ class LaneRecorder:
         if state == "stopped":
             self.save_checkpoint(lane)
         self.finish_write(lane.fingerprint)
-        if not self._put(self._build_record(lane, state, reason, traceback_text)):
+        record = self._build_record(lane, state, reason, traceback_text)
+        if not self._put(record, self._write_adapter(record)):
             existing = self.store.get(lane.fingerprint)
             state = existing.state if existing is not None else state
         if state in FINAL_STATES:
@@ -246,18 +256,55 @@ class LaneRecorder:
             raise StoreFullError(f"no space left on {where}; free some, then run the command again")
         time.sleep(min(1.0, self.store_full_timeout_seconds / 4))
 
-    def _put(self, record: Record) -> bool:
-        """Write a record, waiting for space if the disk is full; return False if a final record exists."""
+    def _write_adapter(self, record: Record) -> Path | None:
+        """Write the adapter of a finished lane if the study keeps it.
+
+        An error is only a warning, unless the device is lost: the adapter can be had by training the lane
+        again, and its record must not be lost.
+
+        Returns:
+            The file; None if no adapter was written.
+        """
+        if self.adapters is None or record.state != "finished":
+            return None
+        path = self.adapters / file_name(record)
+        try:
+            adapter_file.write(path, self.engine.lane_group.adapters, record.fingerprint)
+        except Exception as error:
+            if classify_error(error) is Fault.DEVICE:
+                raise
+            self.warn(f"the adapter of {record.fingerprint[:12]} is not kept: {error}")
+            return None
+        return path
+
+    def _put(self, record: Record, adapter: Path | None) -> bool:
+        """Write a record, waiting for space if the disk is full.
+
+        Args:
+            record: The record.
+            adapter: The file of its adapter, which is removed if the record finds no space, or if the store
+                keeps the record of another run.
+
+        Returns:
+            False if a final record exists.
+        """
         while True:
             try:
                 is_written = self.store.put(record)
             except OSError as error:
                 if classify_error(error) is not Fault.DISK:
                     raise
-                self.wait_for_space(error)
-            else:
-                self.store_full_since = None
-                return is_written
+                if adapter is None:
+                    self.wait_for_space(error)
+                else:
+                    adapter.unlink(missing_ok=True)
+                    adapter = None
+                    self.warn(f"the adapter of {record.fingerprint[:12]} is not kept: {error}")
+                continue
+            self.store_full_since = None
+            if not is_written and adapter is not None:
+                adapter.unlink(missing_ok=True)
+            return is_written
 
     def _build_record(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> Record:
         """Return the record of a lane that ends; see `write_record`."""

@@ -26,7 +26,6 @@ class TrainingRounds:
 
     active: ActiveLanes
     recovery: FailureRecovery
-    save_adapter: bool
     checkpoint_schedule: CheckpointSchedule
     exchanged_at: float = NEVER
     """The time at which the source last answered a request for directives."""
@@ -212,7 +211,7 @@ class TrainingRounds:
         self.answer_wait.record_generation(lanes, seconds_before)
         self._note_peak_memory()
         for lane in lanes:
-            # Saving another lane's adapter can run out of memory and evict this one.
+            # Computing the base model's scores for another lane can run out of memory and evict this one.
             if lane.state is LaneState.EVALUATING:
                 self._conclude_evaluation(lane)
 
@@ -227,15 +226,10 @@ class TrainingRounds:
         if not lane.is_at_last_step:
             active.process_group.broadcast_from_rank0(partial(self._start_due_checkpoint, [lane]))
             self._send_reports(lane)
-        elif self.recovery.run_isolating_failures([lane], self._prepare_records):
+        elif self.recovery.run_isolating_failures([lane], self._complete_baseline_scores):
             active.end(lane, "finished")
 
-    def _prepare_records(self, lanes: Sequence[Lane]) -> Sequence[None]:
-        """Complete the scores of the base model; on rank 0, save the lanes' adapters if the study does so."""
-        active = self.active
-        active.engine.lane_group.load_or_compute_baseline_scores(wait=True)
-        if self.save_adapter and active.process_group.rank == 0:
-            for lane in lanes:
-                folder = active.recorder.store.adapters / lane.fingerprint
-                active.engine.save_adapter(lane.fingerprint, folder, lane.configuration.model.name)
+    def _complete_baseline_scores(self, lanes: Sequence[Lane]) -> Sequence[None]:
+        """Complete the scores of the base model, which the lanes' records need."""
+        self.active.engine.lane_group.load_or_compute_baseline_scores(wait=True)
         return [None] * len(lanes)

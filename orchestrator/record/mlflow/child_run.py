@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.record import run_values
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Metric, Param, RunTag
 
 _METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100  # the limits of `MlflowClient.log_batch`
-_MODEL_TYPE = "PEFT adapter"
+MODEL_TYPE = "adapter in the store"
+"""The type of the logged models of adapters."""
 
 
 @dataclass
@@ -126,52 +126,71 @@ def log_progress(client: MlflowClient, child: ChildRun, progress: LaneProgress, 
     logged |= {(metric.key, metric.step): metric for metric in new}
 
 
-def log_model(client: MlflowClient, experiment_id: str, run_id: str, record: Record, adapter: Path) -> None:
-    """Log an adapter as a logged model of MLflow, linked to its run.
+def update_models(
+    client: MlflowClient,
+    experiment_id: str,
+    children: Mapping[str, ChildRun],
+    models: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Make the logged models of a study those of the adapters that it keeps.
 
-    A model that an interrupted call has created is completed. A server older than MLflow 3 has no logged
-    models; there the files become the artifact "adapter" of the run.
+    A logged model has tags and no files: the adapter is in the store, and a tag has the command that exports
+    it. A model that an interrupted call has created is completed. The model of an adapter that is no longer
+    kept is deleted. A server older than MLflow 3 has no logged models and is left as it is.
 
     Args:
         client: The client.
         experiment_id: The study's experiment.
-        run_id: The run.
-        record: The record of the run.
-        adapter: Folder with the adapter in PEFT's format.
+        children: Fingerprint -> run of the configuration.
+        models: Fingerprint -> tags of the model, see `adapter_models`.
     """
+    found = find_models(client, experiment_id)
+    if found is None:
+        return
+    runs = {child.run_id: fingerprint for fingerprint, child in children.items() if fingerprint in models}
+    by_run = {model.source_run_id: model for model in found if model.model_type == MODEL_TYPE}
+    for run_id in by_run.keys() - runs.keys():
+        client.delete_logged_model(by_run[run_id].model_id)
+    for run_id, fingerprint in runs.items():
+        model, tags = by_run.get(run_id), dict(models[fingerprint])
+        if model is None:
+            name = f"{short_name(tags['variant'])}-{fingerprint[:12]}"
+            model = client.create_logged_model(experiment_id, name, run_id, tags, model_type=MODEL_TYPE)
+        elif {key: model.tags.get(key) for key in tags} != tags:
+            client.set_logged_model_tags(model.model_id, tags)
+        if model.status != "READY":
+            _link_model(client, run_id, model.model_id)
+            client.finalize_logged_model(model.model_id, "READY")
+
+
+def _link_model(client: MlflowClient, run_id: str, model_id: str) -> None:
+    """Link a model to its run, unless an interrupted call has done it: MLflow keeps repeated links."""
     from mlflow.entities import LoggedModelOutput
 
-    models = find_models(client, experiment_id, run_id)
-    if models is None:
-        client.log_artifacts(run_id, str(adapter), "adapter")
-        return
-    configuration = record.configuration
-    if models:
-        model = models[0]
-        outputs = client.get_run(run_id).outputs
-        linked = {output.model_id for output in outputs.model_outputs} if outputs is not None else set()
-    else:
-        tags = {
-            "variant": configuration.variant.name,
-            "base_model": configuration.model.name,
-            "base_model_content": configuration.model.content,
-            "fingerprint": record.fingerprint,
-        }
-        name = f"{short_name(configuration.variant.name)}-{record.fingerprint[:12]}"
-        model = client.create_logged_model(experiment_id, name, run_id, tags, model_type=_MODEL_TYPE)
-        linked = set()
-    client.log_model_artifacts(model.model_id, str(adapter))
-    client.finalize_logged_model(model.model_id, "READY")
-    if model.model_id not in linked:  # MLflow keeps every link, also a repeated one
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record.steps)])
+    outputs = client.get_run(run_id).outputs
+    linked = {output.model_id for output in outputs.model_outputs} if outputs is not None else set()
+    if model_id not in linked:
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, 0)])
 
 
-def find_models(client: MlflowClient, experiment_id: str, run_id: str) -> list[LoggedModel] | None:
-    """Return the logged models of a run; None if the server is older than MLflow 3, which has none."""
+def find_models(client: MlflowClient, experiment_id: str, run_id: str = "") -> list[LoggedModel] | None:
+    """Return the logged models of an experiment, or of one run of it.
+
+    Returns:
+        The models; None if the server is older than MLflow 3, which has none.
+    """
     from mlflow import MlflowException
 
+    wanted = f"source_run_id = '{run_id}'" if run_id else None
+    found: list[LoggedModel] = []
+    token = None
     try:
-        return list(client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"))
+        while True:
+            page = client.search_logged_models([experiment_id], wanted, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
     except MlflowException as error:
         if error.error_code not in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"):
             raise

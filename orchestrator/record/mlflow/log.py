@@ -23,10 +23,10 @@ from orchestrator.record.mlflow.child_run import (
     ChildRun,
     is_up_to_date,
     log_in_batches,
-    log_model,
     log_progress,
     missing_metrics,
     read_logged,
+    update_models,
 )
 from orchestrator.record.mlflow.connection import Connection
 from orchestrator.record.schema import LaneProgress, Record
@@ -97,7 +97,6 @@ class MlflowLogger:
         study: str,
         records: Iterable[Record],
         reused: Set[str] = frozenset(),
-        adapters: Path | None = None,
     ) -> int:
         """Write the run of each record, if it is missing or differs. Call `ensure_study` first.
 
@@ -110,7 +109,6 @@ class MlflowLogger:
             study: Name of the study.
             records: The records.
             reused: Fingerprints whose new run gets the tag `reused_from`.
-            adapters: A folder with adapters in subfolders named by fingerprints, which are logged as models.
 
         Returns:
             The number of runs that were written.
@@ -118,8 +116,7 @@ class MlflowLogger:
         written = 0
         for record in records:
             with self._convert_errors():
-                adapter = adapters / record.fingerprint if adapters else None
-                written += self._log_record(study, record, record.fingerprint in reused, adapter)
+                written += self._log_record(study, record, record.fingerprint in reused)
         return written
 
     def log_progress(self, study: str, progress: LaneProgress) -> None:
@@ -152,6 +149,7 @@ class MlflowLogger:
         report_files: Sequence[Path] = (),
         description: str = "",
         metrics: Mapping[str, float] | None = None,
+        models: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         """Write the saved views and the description, and end the study's run and the unfinished ones.
 
@@ -162,6 +160,8 @@ class MlflowLogger:
             description: Verdicts and best points in Markdown; empty: the description stays as it is. MLflow's
                 page shows the first line, which begins with links to the views, and the rest after a click.
             metrics: Name -> value of the metrics of the study's run, logged together with a description.
+            models: Fingerprint -> tags of the logged model of each adapter that the study keeps; None: the
+                models stay as they are.
         """
         from mlflow.entities import Metric, RunTag
 
@@ -178,12 +178,14 @@ class MlflowLogger:
                 log_in_batches(self._client, opened.run_id, values, (), tags)
             for path in report_files:
                 self._client.log_artifact(opened.run_id, str(path))
+            if models is not None:
+                update_models(self._client, opened.experiment_id, opened.children, models)
             for child in opened.children.values():
                 if not child.is_complete:
                     self._client.set_terminated(child.run_id, "KILLED")
             self._client.set_terminated(opened.run_id, status)
 
-    def _log_record(self, study: str, record: Record, reused: bool, adapter: Path | None) -> bool:
+    def _log_record(self, study: str, record: Record, reused: bool) -> bool:
         from mlflow.entities import RunTag
 
         opened = self._get_study(study)
@@ -208,8 +210,6 @@ class MlflowLogger:
         log_in_batches(self._client, child.run_id, missing, params, new_tags)
         child.params = {param.key: param.value for param in params}  # a killed driver may have logged none
         self._client.log_inputs(child.run_id, run_content.datasets(record))
-        if adapter is not None and adapter.is_dir():
-            log_model(self._client, opened.experiment_id, child.run_id, record, adapter)
         end = max([end, *(metric.timestamp for metric in (child.logged or {}).values())])
         self._client.set_terminated(child.run_id, run_content.STATUS[record.state], end)
         child.is_complete, child.latest_metrics, child.logged = True, run_content.latest_metrics(record), None

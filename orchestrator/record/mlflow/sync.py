@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from orchestrator.record.kept_adapters import StudyAdapters
+from orchestrator.record.mlflow.adapter_models import model_tags
 from orchestrator.record.mlflow.connection import TrackingDamagedError
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.rebuild import archive_databases
@@ -27,7 +29,7 @@ def sync_projections(
 ) -> int:
     """Write the Parquet files and the MLflow runs again from the records.
 
-    Adapters in the store are logged with the runs that are written now.
+    The adapters that the store keeps for a study become logged models.
 
     Args:
         store: The store.
@@ -60,7 +62,7 @@ def sync_projections(
     for name, (folder, study) in studies.items():
         try:
             report = [file for each in REPORT_FILES if (file := folder / each).exists()] if rebuild else []
-            notify(_sync_study(store, study, logs[uris[name]], report, describe))
+            notify(_sync_study(StudyAdapters(store, folder), study, logs[uris[name]], report, describe))
         except TrackingDamagedError as damaged:
             notify(f"{study.name}: MLflow cannot be used ({damaged}); run this command again with --rebuild")
             return 1
@@ -71,18 +73,20 @@ def sync_projections(
 
 
 def _sync_study(
-    store: Store,
+    adapters: StudyAdapters,
     study: StudyFile,
     log: MlflowLogger,
     report: Sequence[Path],
     describe: Callable[[StudyFile, Sequence[Record]], tuple[str, Mapping[str, float]]],
 ) -> str:
     log.ensure_study(study.name, study.question, {"command": study.command})
-    found = [record for record in map(store.get, study.configurations) if record is not None]
+    found = [record for record in map(adapters.store.get, study.configurations) if record is not None]
     records = [study.rename(record) for record in found]
-    num_written = log.log_records(study.name, records, frozenset(study.reused), store.adapters)
+    num_written = log.log_records(study.name, records, frozenset(study.reused))
     status = "FINISHED" if len(records) == len(study.configurations) else "KILLED"
-    log.finish_study(study.name, status, report, *(describe(study, records) if records else ()))
+    description, metrics = describe(study, records) if records else ("", {})
+    models = model_tags(adapters, study, records)
+    log.finish_study(study.name, status, report, description, metrics, models)
     return (
         f"{study.name}: {len(records)} of {len(study.configurations)} configurations in "
         f"{redact_secrets(log.tracking_uri)}, {num_written} of them written now"

@@ -20,12 +20,11 @@ class MlflowTracker(Tracker):
     Args:
         logger: The logger.
         study: The name of the study.
-        adapters: A folder with adapters in subfolders named by fingerprints, which are logged as models.
     """
 
     # MLflow needs no place in the study's folder.
-    def __init__(self, logger: MlflowLogger, study: str, adapters: Path | None) -> None:
-        self.logger, self._study, self._adapters = logger, study, adapters
+    def __init__(self, logger: MlflowLogger, study: str) -> None:
+        self.logger, self._study = logger, study
 
     def open_study(self, study: StudyFile, tags: Mapping[str, str]) -> None:
         """Create or open the study's experiment and run."""
@@ -38,15 +37,17 @@ class MlflowTracker(Tracker):
     def log_record(self, record: Record, is_reused: bool) -> None:
         """Write the run of a record, if it is missing or differs."""
         reused = {record.fingerprint} if is_reused else frozenset()
-        self.logger.log_records(self._study, [record], reused, self._adapters)
+        self.logger.log_records(self._study, [record], reused)
 
     def flush(self) -> None:
         """Write the means over seeds and the saved views."""
         self.logger.update_means(self._study)
 
     def close_study(self, end: StudyEnd) -> None:
-        """End the study's own run, with the report as artifacts."""
-        self.logger.finish_study(self._study, end.status, end.report_files, end.description, end.metrics)
+        """End the study's own run, with the report as artifacts, and write the models."""
+        self.logger.finish_study(
+            self._study, end.status, end.report_files, end.description, end.metrics, end.models
+        )
 
 
 class MlflowWriter(TrackerWriter):
@@ -58,7 +59,6 @@ class MlflowWriter(TrackerWriter):
         log: The logger.
         store: The store.
         study: The study whose records are logged.
-        log_adapters: Whether to log the adapters in the store too.
         tags: Tags of the study's own run.
     """
 
@@ -68,11 +68,10 @@ class MlflowWriter(TrackerWriter):
         store: Store,
         study: StudyFile,
         *,
-        log_adapters: bool = False,
         tags: Mapping[str, str] | None = None,
     ) -> None:
         self._logger = log
-        tracker = MlflowTracker(log, study.name, store.adapters if log_adapters else None)
+        tracker = MlflowTracker(log, study.name)
         super().__init__(tracker, store, study, dict(tags or {}), retries_when_closing=True)
 
     @property

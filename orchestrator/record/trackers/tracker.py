@@ -30,6 +30,8 @@ class StudyEnd:
     """Verdicts and best points in Markdown; empty: there is no new report."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Name -> value of the metrics of the study as a whole."""
+    models: Mapping[str, Mapping[str, str]] | None = None
+    """Fingerprint -> tags of each adapter that the study keeps; None if that is unknown."""
 
 
 class Tracker:

@@ -14,6 +14,7 @@ from short_of_memory import Again
 from orchestrator.finetune.engine.checkpoint import read_newest
 from orchestrator.finetune.engine.lane_source import Directive, Lease
 from orchestrator.finetune.failures import StoreFullError
+from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
 
@@ -99,6 +100,23 @@ def test_a_record_waits_for_space_on_a_full_disk(disk: Disk, tmp_path: Path) -> 
     assert [state for _, _, state in source.ended] == ["finished", "finished"]
     for point in points:
         assert numbers_of(get_record(store, point)) == numbers_of(solo(point, tmp_path))
+
+
+def test_an_adapter_makes_room_for_its_record(disk: Disk, tmp_path: Path) -> None:
+    """The adapter has found the last free space, and the record finds none."""
+    store, one = Store(disk.folder / "store"), configuration(steps=2, evaluations=1)
+    source, put = Script(leases([one])), store.put
+
+    def put_on_a_full_disk(record: Record) -> bool:
+        if not (disk.folder / "filler").exists():
+            disk.fill()
+        return put(record)
+
+    store.put = put_on_a_full_disk  # type: ignore[method-assign]
+    train(source, store, adapters=store.adapters, store_full_timeout_seconds=0.3)
+    assert list(store.adapters.iterdir()) == []
+    assert any("is not kept" in line for line in source.said)
+    assert numbers_of(get_record(store, one)) == numbers_of(solo(one, tmp_path))
 
 
 def test_a_disk_that_stays_full_ends_the_trainer_and_loses_no_lane(disk: Disk, tmp_path: Path) -> None:

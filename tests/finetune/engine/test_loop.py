@@ -28,6 +28,7 @@ from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGran
 from orchestrator.finetune.failures import TrainerBrokenError
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
+from orchestrator.record.kept_adapters import file_name
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, DivergenceConfig, ModelChoice
@@ -140,7 +141,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Return a store in which lanes were trained without interruption."""
     store = Store(tmp_path_factory.mktemp("whole"))
     for variant in ("lora", "pissa"):
-        train(Script(leases([to_be_interrupted(variant)])), store, save_adapter=True)
+        train(Script(leases([to_be_interrupted(variant)])), store, adapters=store.adapters)
     return store
 
 
@@ -165,15 +166,13 @@ def test_a_resumed_lane_equals_an_uninterrupted_one(
     with pytest.raises(SimulatedCrashError):
         train(Script(leases([one]), changes=die), store, save_when=lambda lane: True)
     assert store.get(one.fingerprint) is None
-    train(Script(leases([one], attempt=2)), store, save_adapter=True)
+    train(Script(leases([one], attempt=2)), store, adapters=store.adapters)
     record, expected = get(store, one.fingerprint), get(whole, one.fingerprint)
     assert numbers(record) == numbers(expected)
     assert record.provenance.resumed_from == (stop_at,)
     assert record.provenance.attempt == 2
-    weights = [
-        (s.adapters / one.fingerprint / "adapter_model.safetensors").read_bytes() for s in (store, whole)
-    ]
-    assert weights[0] == weights[1]
+    adapters = [store.adapters / file_name(record), whole.adapters / file_name(expected)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
 def test_reports_are_sent_again_after_a_resumption(store: Store) -> None:

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow_runs import PROCESSES, runs_of, stop_at
 from mlflow_server import wait
 
+from orchestrator.record.mlflow.child_run import MODEL_TYPE
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.tracking_uri import sqlite_path
 from orchestrator.record.schema import Evaluation, Record
@@ -252,22 +253,19 @@ def test_a_newer_record_replaces_its_child(uri, study, make_record):
         assert len(history) == steps
 
 
-def test_a_configuration_trained_again_after_damage_has_one_child(uri, study, make_record, tmp_path):
-    """The child of the damaged record is deleted permanently, with its artifacts."""
+def test_a_configuration_trained_again_after_damage_has_one_child(uri, study, make_record):
+    """The child of the damaged record is deleted permanently, with its model."""
     first = make_record()
-    (tmp_path / first.fingerprint).mkdir()
-    (tmp_path / first.fingerprint / "adapter_config.json").write_text("{}")
     again = replace(first, provenance=replace(first.provenance, ended=2e9))
     for record in (first, again):
         log = MlflowLogger(uri)
         log.ensure_study(study, "")
-        assert log.log_records(study, [record], adapters=tmp_path) == 1
+        assert log.log_records(study, [record]) == 1
+        log.finish_study(study, models={first.fingerprint: {"variant": "lora"}})
     child = runs_of(uri, study)[1][first.fingerprint]
     assert child.info.end_time == 2_000_000_000_000
-    root = sqlite_path(uri).parent / "mlflow-artifacts" / study
-    assert [folder.name for folder in (root / "models").iterdir()] == [
-        output.model_id for output in child.outputs.model_outputs
-    ]
+    models = MlflowClient(uri, uri).search_logged_models([child.info.experiment_id])
+    assert [model.model_id for model in models] == [o.model_id for o in child.outputs.model_outputs]
 
 
 def test_a_child_with_another_value_than_its_record_is_written_again(uri, study, make_record):
@@ -307,48 +305,33 @@ def test_a_deleted_experiment_comes_back(uri, study, make_record):
     assert len(runs_of(uri, study)[1]) == 1
 
 
-def test_an_adapter_becomes_a_model_that_is_linked_to_its_run(uri, study, make_record, tmp_path):
-    with_one, without = make_record(seed=0), make_record(seed=1)
-    adapter = tmp_path / with_one.fingerprint
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
-    log = MlflowLogger(uri)
-    log.ensure_study(study, "")
-    log.log_records(study, [with_one, without], adapters=tmp_path)
-    children = runs_of(uri, study)[1]
+def test_the_models_of_a_study_are_the_adapters_that_it_keeps(uri, study, make_record):
+    """Each is linked once to its run, also after a driver was killed while it logged the model."""
+    first, second = make_record(seed=0), make_record(seed=1)
+    tags = {"variant": "lora", "export": "python -m orchestrator export s"}
     client = MlflowClient(uri, uri)
-    run = children[with_one.fingerprint]
-    (output,) = run.outputs.model_outputs
-    model = client.get_logged_model(output.model_id)
-    assert (model.source_run_id, model.status.value, model.model_type) == (
-        run.info.run_id,
-        "READY",
-        "PEFT adapter",
-    )
-    assert model.tags["base_model_content"] == with_one.configuration.model.content
-    files = client.list_logged_model_artifacts(output.model_id)
-    assert [file.path for file in files] == ["adapter_config.json"]
-    assert (
-        children[without.fingerprint].outputs is None
-        or not children[without.fingerprint].outputs.model_outputs
-    )
-
-
-def test_an_adapter_is_linked_once_after_a_driver_was_killed_while_it_logged_the_model(
-    uri, study, make_record, tmp_path
-):
-    record = make_record()
-    (tmp_path / record.fingerprint).mkdir()
-    (tmp_path / record.fingerprint / "adapter_config.json").write_text("{}")
-    for _ in range(2):
+    for kept in ([first], [first], [second], []):
         log = MlflowLogger(uri)
         log.ensure_study(study, "")
-        assert log.log_records(study, [record], adapters=tmp_path) == 1
-        (child,) = runs_of(uri, study)[1].values()
-        MlflowClient(uri, uri).update_run(child.info.run_id, "RUNNING")
-    (again,) = runs_of(uri, study)[1].values()
-    assert again.info.run_id == child.info.run_id
-    assert len(again.outputs.model_outputs) == 1
+        log.log_records(study, [first, second])
+        log.finish_study(study, models={record.fingerprint: tags for record in kept})
+        children = runs_of(uri, study)[1]
+        models = client.search_logged_models([children[first.fingerprint].info.experiment_id])
+        linked = []
+        for model in models:
+            assert (model.status.value, model.model_type) == ("READY", MODEL_TYPE)
+            assert tags.items() <= model.tags.items()
+            run = client.get_run(model.source_run_id)
+            assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+            linked.append(run.data.tags["fingerprint"])
+        assert linked == [record.fingerprint for record in kept]
+        if kept == [first]:
+            update_models_without_the_end(client, models[0].model_id)
+
+
+def update_models_without_the_end(client: MlflowClient, model_id: str) -> None:
+    """Set a model to the state in which a killed driver leaves it."""
+    client.finalize_logged_model(model_id, "PENDING")
 
 
 def test_logging_before_ensure_study_is_an_error(uri, make_record):

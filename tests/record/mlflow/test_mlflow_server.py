@@ -20,6 +20,7 @@ from mlflow_server import Server, wait
 from orchestrator.launch import run_study
 from orchestrator.launch.design import FixedDesign
 from orchestrator.launch.experiment import Experiment
+from orchestrator.record.kept_adapters import StudyAdapters, file_name
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.sync import sync_projections
 from orchestrator.record.mlflow.writer import MlflowWriter
@@ -135,11 +136,11 @@ def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path
     study.write(output / "rates")
     for record in records:
         store.put(record)
-    adapter = store.adapters / names[1]
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_config.json").write_text("{}")
+    folder = StudyAdapters(store, output / "rates").folder("best")
+    folder.mkdir(parents=True)
+    (folder / file_name(records[1])).write_text("")
 
-    writer = MlflowWriter(MlflowLogger(server.uri), store, study, log_adapters=True)
+    writer = MlflowWriter(MlflowLogger(server.uri), store, study)
     for record in records[:5]:
         writer.put(record)
     wait(lambda: writer.pending_count == 0, "the first five are not logged")
@@ -182,9 +183,9 @@ def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path
     assert diverged.data.tags["reused_from"]
     assert len(diverged.inputs.dataset_inputs) == 3
     (kept,) = client.search_runs(experiment, f"tags.fingerprint = '{names[1]}'")
-    (output,) = kept.outputs.model_outputs
-    files = client.list_logged_model_artifacts(output.model_id)
-    assert [file.path for file in files] == ["adapter_config.json"]
+    (linked,) = kept.outputs.model_outputs
+    command = client.get_logged_model(linked.model_id).tags["export"]
+    assert command == f"python -m orchestrator export rates {names[1][:12]} --output {output}"
 
 
 def test_a_record_takes_four_requests_and_a_logged_one_none(proxy, make_record):
@@ -215,22 +216,15 @@ def test_a_lost_answer_makes_no_second_child(server, proxy, make_record, lose):
     assert children == {"parent": "RUNNING", **{r.fingerprint: "FINISHED" for r in records}}
 
 
-def test_a_server_without_models_gets_adapters_as_artifacts(server, proxy, make_record, tmp_path):
-    """MLflow 2 cannot link models to runs, and answers 404."""
+def test_a_server_without_models_gets_all_but_the_models(proxy, make_record):
+    """MLflow 2 has no logged models, and answers 404."""
     record = make_record()
-    (tmp_path / record.fingerprint).mkdir()
-    (tmp_path / record.fingerprint / "adapter_config.json").write_text("{}")
     proxy.missing = "logged-models"
     log = MlflowLogger(proxy.uri)
     log.ensure_study("old server", "")
-    assert log.log_records("old server", [record], adapters=tmp_path) == 1
-    client = MlflowClient(server.uri, server.uri)
-    (run,) = client.search_runs(
-        [client.get_experiment_by_name("old server").experiment_id], "tags.role = 'configuration'"
-    )
-    assert [f.path for f in client.list_artifacts(run.info.run_id, "adapter")] == [
-        "adapter/adapter_config.json"
-    ]
+    assert log.log_records("old server", [record]) == 1
+    log.finish_study("old server", models={record.fingerprint: {"variant": "lora"}})
+    assert _children(proxy.uri, "old server") == {"parent": "FINISHED", record.fingerprint: "FINISHED"}
 
 
 # -- passwords in --tracking-uri

@@ -1,0 +1,140 @@
+"""The best trained lane of each variant, whose adapter a study keeps and exports.
+
+It is the best run of the best point. The point is chosen as in `tuning.py` and in the curves: by the highest
+mean validation score over its seeds, of equal means by the lowest learning rate (see
+`censored.eligible_points` for runs that were stopped early). Of its finished runs the one with the highest
+validation score is the best. In a study of replicates, every run is a point. No choice depends on a test
+score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.analyze.censored import PointOutcome, eligible_points
+from orchestrator.analyze.curve_shape import SCORE_EPSILON
+from orchestrator.analyze.scores import finite_score
+from orchestrator.record.schema import Record, RecordState
+from orchestrator.record.study_file import StudyFile
+
+
+@dataclass(frozen=True, order=True)
+class LaneGoal:
+    """What one best lane is wanted for."""
+
+    task: str
+    model: str
+    variant: str
+
+    @classmethod
+    def of(cls, record: Record) -> LaneGoal:
+        """Return the goal of a record's lane."""
+        own = record.configuration
+        return cls(own.task.name, own.model.name, own.variant.name)
+
+
+@dataclass(frozen=True)
+class ScoredLane:
+    """The part of a record that decides whether its lane is the best."""
+
+    fingerprint: str
+    goal: LaneGoal
+    point: str
+    """The same for all runs of one point."""
+    learning_rate: float
+    seed: int
+    state: RecordState
+    validation: float | None
+    floor: float
+
+
+def score_lane(record: Record, per_run: bool = False) -> ScoredLane:
+    """Return the scored lane of a record.
+
+    Args:
+        record: The record.
+        per_run: True if every run is a point of its own, as in a study of replicates.
+    """
+    own = record.configuration
+    return ScoredLane(
+        record.fingerprint,
+        LaneGoal.of(record),
+        record.fingerprint if per_run else replace(own, seed=0).fingerprint,
+        own.optimizer.learning_rate,
+        own.seed,
+        record.state,
+        finite_score(record, "validation"),
+        own.task.floor,
+    )
+
+
+def rank_lanes(lanes: Iterable[ScoredLane]) -> dict[LaneGoal, list[ScoredLane]]:
+    """Rank the points of each goal, the best first, and return the best finished lane of each.
+
+    Points without a finished lane are left out.
+    """
+    by_goal: dict[LaneGoal, dict[str, list[ScoredLane]]] = defaultdict(lambda: defaultdict(list))
+    for lane in lanes:
+        by_goal[lane.goal][lane.point].append(lane)
+    ranked = {goal: _rank_points([*own.values()]) for goal, own in sorted(by_goal.items())}
+    return {goal: lanes for goal, lanes in ranked.items() if lanes}
+
+
+def _rank_points(points: Sequence[Sequence[ScoredLane]]) -> list[ScoredLane]:
+    outcomes = [
+        PointOutcome(
+            [lane.validation for lane in own if lane.validation is not None],
+            sum(lane.state == "stopped" for lane in own),
+        )
+        for own in points
+    ]
+    eligible = eligible_points(outcomes, points[0][0].floor)
+    means = [math.fsum(each.scores) / len(each.scores) if each.scores else -math.inf for each in outcomes]
+    finished = [[lane for lane in own if _has_adapter(lane)] for own in points]
+    order = [i for i, own in enumerate(finished) if own]
+    order.sort(key=lambda i: (not eligible[i], -means[i], *_tie_break(finished[i][0])))
+    if order and eligible[order[0]]:
+        top = means[order[0]] - SCORE_EPSILON
+        first = min(
+            (i for i in order if eligible[i] and means[i] >= top), key=lambda i: _tie_break(finished[i][0])
+        )
+        order = [first, *(i for i in order if i != first)]
+    return [min(finished[i], key=lambda lane: (-(lane.validation or 0.0), lane.seed)) for i in order]
+
+
+def _has_adapter(lane: ScoredLane) -> bool:
+    return lane.state == "finished" and lane.validation is not None
+
+
+def _tie_break(lane: ScoredLane) -> tuple[float, str]:
+    return lane.learning_rate, lane.point
+
+
+def best_lanes(study: StudyFile, records: Sequence[Record]) -> dict[LaneGoal, ScoredLane]:
+    """Return the best lane of each task, base model and variant of a study.
+
+    Args:
+        study: The study.
+        records: Its records.
+    """
+    named = map(study.rename, records)
+    ranked = rank_lanes(score_lane(record, is_per_run(study)) for record in named)
+    return {goal: lanes[0] for goal, lanes in ranked.items()}
+
+
+def is_per_run(study: StudyFile) -> bool:
+    """Return whether every run of the study is a point of its own."""
+    return study.settings.kind == "replicates"
+
+
+def best_fingerprints(study: StudyFile, records: Sequence[Record]) -> set[str]:
+    """Return the fingerprints of the best lanes of a study; see `best_lanes`."""
+    return {lane.fingerprint for lane in best_lanes(study, records).values()}
+
+
+def has_best_lane(records: Iterable[Record]) -> bool:
+    """Return whether one of the records has a lane that can be exported."""
+    return any(record.state == "finished" for record in records)

@@ -1,0 +1,64 @@
+"""The subcommand `export` of `python -m orchestrator`."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from orchestrator.cli.store_location import StoreLocation
+from orchestrator.util.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(StoreLocation):
+    """Export a trained lane of a study: as an adapter of PEFT, or merged into a plain model.
+
+    Without FINGERPRINT it is the lane with the best validation score, as `--save-adapters best` keeps it. A
+    lane whose adapter was not kept is trained again first; the command says what that costs.
+    """
+
+    study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
+    """The study's name."""
+    fingerprint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FINGERPRINT]")] = ""
+    """First digits of the fingerprint of another lane than the best."""
+    best: bool = False
+    """The best lane, which is the default."""
+    variant: str | None = None
+    """The best lane of this variant."""
+    task: str | None = None
+    """The task, in a study of several."""
+    merge: bool = False
+    """Write a plain model of transformers, with the adapter in its weights, in place of the adapter."""
+    raw: bool = False
+    """Write the exact tensors of the lane, which every variant has, for `variants.storage.load_lane`."""
+    to: Path | None = None
+    """The new folder. Default: VARIANT-FINGERPRINT in the folder `export` of the study's folder."""
+    retrain: bool = False
+    """Train a lane whose adapter was not kept on this CPU, although its study had a GPU."""
+    device: Literal["auto", "cpu"] = "auto"
+    """Where such a lane is trained: a GPU if this machine has one, or the CPU."""
+
+    def run(self) -> int:
+        """Export the lane and return the exit code."""
+        from rich.filesize import decimal
+
+        from orchestrator.export.export_lane import ExportRequest, export_lane
+        from orchestrator.export.lane_choice import LaneQuery
+        from orchestrator.record.store import Store
+
+        if self.best and self.fingerprint:
+            raise UsageError(f"--best with {self.fingerprint}: both name a lane; leave one of them out.")
+        if self.merge and self.raw:
+            raise UsageError("--merge with --raw: an export has one form; leave one of them out.")
+        form: Literal["peft", "merged", "raw"] = "merged" if self.merge else "raw" if self.raw else "peft"
+        query = LaneQuery(self.study, self.fingerprint, self.variant, self.task)
+        request = ExportRequest(query, form, self.to, self.device, self.retrain)
+        done = export_lane(Store(self.store_folder, create=False), self.output, request)
+        for note in done.notes:
+            print(note)
+        print(f"{shlex.quote(str(done.folder))}: {decimal(done.bytes)}; README.md says how to load it")
+        return 0

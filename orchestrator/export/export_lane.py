@@ -1,0 +1,226 @@
+"""Export of one lane of a study to a folder: choose, train again if needed, convert, describe."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.export import retraining
+from orchestrator.export.export_folder import ExportMark, Form, check_target, write_folder
+from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
+from orchestrator.export.model_card import CardFacts, render_card
+from orchestrator.export.trained_lane import LaneCode, TrainedLane, load_trained_lane
+from orchestrator.record.kept_adapters import StudyAdapters, file_name, find_adapter
+from orchestrator.record.schema import Record
+from orchestrator.record.scratch import scratch_folder
+from orchestrator.record.store import Store
+from orchestrator.util.errors import UsageError
+from variants.variant_names import short_name
+
+if TYPE_CHECKING:
+    from variants.peft_format import TaskType
+
+CARD_FILE = "README.md"
+LANE_FILE = "lane.safetensors"
+CONFIGURATION_FILE = "configuration.json"
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is exported, and how."""
+
+    query: LaneQuery
+    form: Form
+    folder: Path | None = None
+    """The folder; None for one in the study's folder."""
+    device: retraining.Device = "auto"
+    """Where the lane is trained again if its adapter was not kept."""
+    retrain_on_cpu: bool = False
+    """True to train it on the CPU although it was trained on a GPU."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export."""
+
+    folder: Path
+    form: Form
+    record: Record
+    bytes: int
+    notes: tuple[str, ...]
+
+
+def export_lane(
+    store: Store, output: Path, request: ExportRequest, notify: Callable[[str], None] = print
+) -> Export:
+    """Export a lane of a study.
+
+    A lane whose adapter was not kept is trained again, in this process; its record stays as it is.
+
+    Args:
+        store: The store.
+        output: The output folder with the studies' folders.
+        request: The lane, the form and the folder.
+        notify: Called with one line for each step.
+
+    Raises:
+        UsageError: The lane, the form or the folder is not possible, the base model is missing or has
+            changed, or the adapter's file is damaged.
+        StudyError: The lane did not finish when it was trained again.
+        OSError: The folder cannot be written.
+    """
+    chosen = choose_lane(store, output, request.query)
+    record = chosen.record
+    variant = record.configuration.variant.name
+    task = record.configuration.task.name
+    notify(f"{record.fingerprint[:12]}: {variant} on {task}, {_format_scores(record)}; {chosen.reason}")
+    name = f"{short_name(variant)}-{record.fingerprint[:12]}"
+    name += "" if request.form == "peft" else f"-{request.form}"
+    folder = request.folder or chosen.folder / "export" / name
+    check_target(folder, record.fingerprint)
+    code = LaneCode.find(record.configuration, store)
+    _check_form(code, request.form, record)
+    with scratch_folder(store) as scratch:
+        file, retrained = find_adapter(store, record), None
+        if file is None:
+            file, retrained = _train_again(store, scratch, chosen, request, notify)
+        lane = load_trained_lane(store, record.configuration, code, file)
+        notes = _write(store, chosen, lane, request.form, folder, retrained)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Export(folder, request.form, record, size, notes)
+
+
+def _check_form(code: LaneCode, form: Form, record: Record) -> None:
+    """Check that the lanes of a variant can leave in a form, before anything is loaded.
+
+    Raises:
+        UsageError: They cannot; the message names a form that is possible.
+    """
+    from variants.export_forms import export_forms
+
+    forms, name = export_forms(code.variant), record.configuration.variant.name
+    merge = "--merge writes a plain model of transformers"
+    raw = "--raw writes the exact tensors for `variants.storage.load_lane`"
+    if form == "peft" and not forms.peft.possible:
+        remedy = merge if forms.merged.possible else raw
+        raise UsageError(f"{name} has no adapter in PEFT's format: {forms.peft.note}; {remedy}.")
+    if form == "merged" and not forms.merged.possible:
+        remedy = "without --merge it is an adapter of PEFT" if forms.peft.possible else raw
+        raise UsageError(f"--merge: {name} cannot be merged: {forms.merged.note}; {remedy}.")
+
+
+def _train_again(
+    store: Store, scratch: Path, chosen: ChosenLane, request: ExportRequest, notify: Callable[[str], None]
+) -> tuple[Path, Record | None]:
+    """Train the lane again.
+
+    Returns:
+        The file of its adapter, which the store keeps if the results are those of the lane's record; and the
+        record of the new run if they are not.
+    """
+    record = chosen.record
+    notify(f"its adapter was not kept; training it again: {retraining.describe_cost(record)}")
+    result = retraining.retrain(store, scratch, record, request.device, request.retrain_on_cpu, notify)
+    if result.is_equal:
+        kept = StudyAdapters(store, chosen.folder).folder("all") / file_name(record)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(result.file, kept)
+        notify("the curve and the scores are those of the record")
+        return kept, None
+    old, new = (_format_scores(each) for each in (record, result.record))
+    devices = f"{record.provenance.device}, now {result.record.provenance.device}"
+    notify(f"the scores differ from the record's ({old}; now {new}): another device or version ({devices})")
+    named = replace(result.record, configuration=record.configuration)
+    return result.file, named
+
+
+def _format_scores(record: Record) -> str:
+    scores = {split: record.score(split) for split in ("validation", "test")}
+    return ", ".join(f"{split} {score:.4f}" for split, score in scores.items() if score is not None)
+
+
+def _write(
+    store: Store, chosen: ChosenLane, lane: TrainedLane, form: Form, folder: Path, retrained: Record | None
+) -> tuple[str, ...]:
+    """Write the folder; return notes for the user."""
+    from orchestrator.finetune.models.catalogue import locate_pretrained
+    from variants.errors import MergeError, UnsupportedError
+
+    source, revision = locate_pretrained(lane.configuration.model, store.bases)
+    note = _serving_note(lane) if form == "peft" else ""
+    facts = CardFacts(form, source, revision, tuple(lane.adapters.heads), retrained, note)
+    card = render_card(chosen, lane.code.task, facts)
+
+    def write(target: Path) -> None:
+        if form == "peft":
+            _write_peft(lane, target, source, revision)
+        elif form == "merged":
+            _write_merged(lane, target)
+        else:
+            _write_raw(lane, target)
+        _save_processor(lane, target)
+        (target / CARD_FILE).write_text(card)
+
+    mark = ExportMark(chosen.study.name, lane.configuration.fingerprint, form)
+    try:
+        write_folder(folder, mark, write)
+    except (MergeError, UnsupportedError) as error:
+        other = "--raw" if form == "merged" else "--merge"
+        raise UsageError(f"{error}; try {other}.") from error
+    return (note,) if note else ()
+
+
+def _serving_note(lane: TrainedLane) -> str:
+    """Return whether vLLM serves the adapter, by its documented rule."""
+    from variants.export_forms import vllm_max_lora_rank, vllm_obstacle
+    from variants.variant_settings import VariantSettings
+
+    choice = lane.configuration.variant
+    settings = VariantSettings(choice.rank, choice.alpha, choice.dropout, choice.extra)
+    config = lane.code.variant.peft_config(lane.code.variant.validate_settings(settings))
+    config |= {"modules_to_save": sorted(lane.adapters.heads) or None}
+    if obstacle := vllm_obstacle(config):
+        return f"vLLM does not serve this adapter ({obstacle}); --merge writes a model that it serves."
+    options = f"--enable-lora --max-lora-rank {vllm_max_lora_rank(config['r'])}"
+    return f"By its documentation, vLLM serves the adapter with `{options}`; this was not tried."
+
+
+def _write_peft(lane: TrainedLane, folder: Path, base: str, revision: str | None) -> None:
+    from variants.storage import save_peft
+
+    task = lane.code.task
+    task_type: TaskType | None = "SEQ_CLS" if task.has_head else "CAUSAL_LM"
+    if task.inputs == "image":
+        task_type = None  # PEFT has no type for images
+    save_peft(lane.adapters, lane.configuration.fingerprint, folder, base, task_type, revision)
+
+
+def _write_merged(lane: TrainedLane, folder: Path) -> None:
+    from orchestrator.finetune.sources import base_store
+    from variants.merging import merge_and_detach
+
+    model: Any = lane.base_model.model
+    merge_and_detach(lane.adapters, lane.configuration.fingerprint)
+    if labels := lane.code.task.labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: number for number, label in enumerate(labels)}
+    with base_store.suppress_transformers_logging():
+        model.save_pretrained(folder)
+
+
+def _write_raw(lane: TrainedLane, folder: Path) -> None:
+    from variants.storage import save_lane
+
+    save_lane(lane.adapters, lane.configuration.fingerprint, folder / LANE_FILE)
+    text = json.dumps(lane.configuration.to_json(), indent=1)
+    (folder / CONFIGURATION_FILE).write_text(f"{text}\n")
+
+
+def _save_processor(lane: TrainedLane, folder: Path) -> None:
+    """Save the tokenizer, or the image processor."""
+    processor = lane.base_model.processor
+    getattr(processor, "hf_processor", processor).save_pretrained(folder)

@@ -1,0 +1,128 @@
+"""The choice of the lane to export: the best one of a study, or one that the user names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile, find_study, read_studies
+from orchestrator.util.errors import UsageError, suggest_nearest
+from variants.variant_names import canonical_name
+
+
+@dataclass(frozen=True)
+class LaneQuery:
+    """What the user asks for."""
+
+    study: str
+    fingerprint: str = ""
+    """First digits of the fingerprint; empty for the best lane."""
+    variant: str | None = None
+    task: str | None = None
+
+
+@dataclass(frozen=True)
+class ChosenLane:
+    """The lane to export."""
+
+    study: StudyFile
+    folder: Path
+    """The study's folder."""
+    record: Record
+    """The record of the lane, which has finished."""
+    records: Sequence[Record]
+    """All records of the study."""
+    reason: str
+    """Why this lane was chosen, as the rest of a sentence."""
+
+
+def choose_lane(store: Store, output: Path, query: LaneQuery) -> ChosenLane:
+    """Return the lane that a query names.
+
+    Args:
+        store: The store.
+        output: The output folder with the studies' folders.
+        query: The query.
+
+    Raises:
+        UsageError: There is no such study, variant, task or lane, it has not finished, or the query is
+            ambiguous.
+    """
+    folder, study = find_study(output, query.study)
+    found = [record for record in map(store.get, study.configurations) if record is not None]
+    records = [study.rename(record) for record in found]
+    if query.fingerprint:
+        record, reason = _find_lane(store, output, study, query), "its fingerprint was given"
+    else:
+        lane, reason = _choose_best(study, records, query)
+        record = next(each for each in records if each.fingerprint == lane.fingerprint)
+    return ChosenLane(study, folder, record, records, reason)
+
+
+def _find_lane(store: Store, output: Path, study: StudyFile, query: LaneQuery) -> Record:
+    if query.variant is not None or query.task is not None:
+        option = "--variant" if query.variant is not None else "--task"
+        raise UsageError(f"export {query.fingerprint}: a fingerprint names one lane; leave {option} out.")
+    prefix = query.fingerprint.lower()
+    own = [fingerprint for fingerprint in study.configurations if fingerprint.startswith(prefix)]
+    fingerprint = own[0] if len(own) == 1 else store.resolve_prefix(query.fingerprint)
+    if fingerprint not in study.configurations:
+        others = [
+            name for name, (_, each) in read_studies(output).items() if fingerprint in each.configurations
+        ]
+        where = f"it belongs to {', '.join(others)}" if others else f"no study under {output} has it"
+        raise UsageError(f"fingerprint {query.fingerprint!r}: not a lane of study {study.name!r}; {where}.")
+    record = store.get(fingerprint)
+    if record is None or record.state != "finished":
+        state = f"{record.state} after {record.steps} steps" if record is not None else "not trained yet"
+        raise UsageError(
+            f"fingerprint {query.fingerprint!r}: its lane is {state}; only a finished lane has an adapter. "
+            f"The best one of the study: python -m orchestrator export {study.name}"
+        )
+    return study.rename(record)
+
+
+def _choose_best(study: StudyFile, records: Sequence[Record], query: LaneQuery) -> tuple[ScoredLane, str]:
+    """Return the best lane that fits the query, and the reason."""
+    goals = {LaneGoal.of(record): None for record in records}
+    wanted = _select(study, list(goals), query)
+    best = {goal: lane for goal, lane in best_lanes(study, records).items() if goal in wanted}
+    if not best:
+        states = Counter(record.state for record in records if LaneGoal.of(record) in wanted)
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no record"
+        raise UsageError(
+            f"study {study.name!r}: none of these lanes has finished ({counts}); run it: {study.command}"
+        )
+    goal, lane = max(best.items(), key=lambda item: (item[1].validation or 0.0, item[0].variant == "lora"))
+    number = len({each.variant for each in best})
+    return lane, f"the best {goal.variant}" + (f", the best of {number} variants" if number > 1 else "")
+
+
+def _select(study: StudyFile, goals: Sequence[LaneGoal], query: LaneQuery) -> set[LaneGoal]:
+    """Return the goals that fit --task and --variant."""
+    tasks = sorted({goal.task for goal in goals})
+    if query.task is not None and query.task not in tasks:
+        raise UsageError(f"--task {query.task!r}: not in study {study.name!r}. {_suggest(query.task, tasks)}")
+    if query.task is None and len(tasks) > 1:
+        raise UsageError(
+            f"study {study.name!r} has {len(tasks)} tasks, whose scores cannot be compared; add --task with "
+            f"one of {', '.join(tasks)}."
+        )
+    goals = [goal for goal in goals if query.task in (None, goal.task)]
+    if query.variant is None:
+        return set(goals)
+    variants, variant = sorted({goal.variant for goal in goals}), canonical_name(query.variant)
+    if variant not in variants:
+        raise UsageError(
+            f"--variant {query.variant!r}: not in study {study.name!r}. {_suggest(query.variant, variants)}"
+        )
+    return {goal for goal in goals if goal.variant == variant}
+
+
+def _suggest(value: str, choices: Sequence[str]) -> str:
+    return suggest_nearest(value, choices) if choices else "It has no record yet."

@@ -1,0 +1,178 @@
+"""The model card of an export: README.md with the metadata of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from orchestrator.analyze.formatting import redact_secrets
+from orchestrator.export.export_folder import Form
+from orchestrator.export.lane_choice import ChosenLane
+from orchestrator.record.schema import Record
+from orchestrator.study.configuration import VariantChoice
+
+if TYPE_CHECKING:
+    from orchestrator.finetune.tasks.base import Task
+
+PIPELINES = {"text": "text-classification", "image": "image-classification"}
+"""Inputs of a task with a head -> the hub's name of the pipeline."""
+_LEFT_OUT = ("variant", "task", "model", "model_content", "dtype", "seed", "task_revision", "task_content")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says besides the study's results."""
+
+    form: Form
+    base: str
+    """What `from_pretrained` takes for the base model."""
+    base_revision: str | None
+    """The hub's commit of the base model; None for a folder."""
+    heads: tuple[str, ...]
+    """The modules of the task's head."""
+    retrained: Record | None
+    """The record of the run in which the lane was trained again, if its results differ; else None."""
+    serving: str = ""
+    """A sentence on vLLM."""
+
+
+def render_card(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
+    """Return the text of README.md.
+
+    Args:
+        chosen: The lane, its study and its records.
+        task: Its task.
+        facts: The form of the export, and its base model.
+    """
+    from orchestrator.analyze.summary import summarize
+
+    verdicts = summarize(chosen.study, chosen.records).verdicts
+    record = facts.retrained or chosen.record
+    own = record.configuration
+    parts = [
+        _metadata(chosen, task, facts, record),
+        f"# {own.variant.name} on {task.title}",
+        f"One fine-tune of `{own.model.name}` on the task `{own.task.name}` ({task.title}), trained with the "
+        f"variant `{own.variant.name}` in the study `{chosen.study.name}`. This lane was exported because it "
+        f"is {chosen.reason}.",
+        "License: fill in. The licenses of the base model and of the data apply.",
+        "## Use",
+        "\n".join(_usage(task, facts, own.variant)),
+        facts.serving,
+        "## Scores",
+        "\n".join(_scores(record)),
+        "The validation score has chosen the lane, so it is optimistic; the test score has chosen nothing.",
+        _retraining_note(chosen.record) if facts.retrained else "",
+        "## What the study says",
+        "\n".join(f"- **{each.outcome}**: {each.heading} {each.answer}" for each in verdicts)
+        or "No verdict.",
+        "## How it was made",
+        "\n".join(_provenance(chosen, record, facts)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(chosen: ChosenLane, task: Task, facts: CardFacts, record: Record) -> str:
+    """Return the YAML block in front of the text."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    own, pipeline = record.configuration, PIPELINES[task.inputs] if task.has_head else "text-generation"
+    results = [
+        EvalResult(
+            pipeline, own.task.name, own.task.name, own.task.metric, score, dataset_split=split,
+            dataset_revision=own.task.revision,
+        )
+        for split in ("validation", "test")
+        if (score := record.score(split)) is not None
+    ]  # fmt: skip
+    data = ModelCardData(
+        base_model=facts.base if facts.base_revision is not None else None,
+        library_name="peft" if facts.form == "peft" else "transformers",
+        pipeline_tag=pipeline,
+        tags=["lora-orchestrator", own.variant.name],
+        model_name=f"{chosen.study.name}-{record.fingerprint[:12]}",
+        eval_results=results,
+    )
+    return f"---\n# license: fill in\n{data.to_yaml().strip()}\n---"
+
+
+def _usage(task: Task, facts: CardFacts, variant: VariantChoice) -> Iterator[str]:
+    """Yield the lines that load the export in Python."""
+    values = variant.rank, variant.alpha, variant.dropout, dict(variant.extra)
+    kind = "CausalLM" if not task.has_head else "SequenceClassification"
+    kind = "ImageClassification" if task.inputs == "image" else kind
+    labels = f", num_labels={task.num_labels}" if task.has_head else ""
+    revision = f", revision={facts.base_revision!r}" if facts.base_revision else ""
+    yield "```python"
+    if facts.form == "merged":
+        yield f"from transformers import AutoModelFor{kind}"
+        yield ""
+        yield f'model = AutoModelFor{kind}.from_pretrained("FOLDER")'
+    elif facts.form == "peft" and kind == "ImageClassification":
+        yield "from peft import PeftModel"
+        yield f"from transformers import AutoModelFor{kind}"
+        yield ""
+        yield f"base = AutoModelFor{kind}.from_pretrained({facts.base!r}{revision}{labels})"
+        yield 'model = PeftModel.from_pretrained(base, "FOLDER")'
+    elif facts.form == "peft":
+        yield f"from peft import AutoPeftModelFor{kind}"
+        yield ""
+        yield f'model = AutoPeftModelFor{kind}.from_pretrained("FOLDER"{labels})'
+    else:
+        yield f"from transformers import AutoModelFor{kind}"
+        yield "from variants import catalogue"
+        yield "from variants.api import VariantSettings"
+        yield "from variants.attach import attach"
+        yield "from variants.storage import load_lane"
+        yield ""
+        yield f"base = AutoModelFor{kind}.from_pretrained({facts.base!r}{revision}{labels})"
+        yield f"variant = catalogue.get({variant.name!r})"
+        yield f"settings = VariantSettings({', '.join(map(repr, values))})"
+        yield f"adapters = attach(base, variant, settings, {variant.targets!r}, {facts.heads!r})"
+        yield 'load_lane(adapters, "lane", "FOLDER/lane.safetensors")'
+        yield '# with adapters.activate_lanes(["lane"], None): base(...)'
+    yield "```"
+
+
+def _scores(record: Record) -> Iterator[str]:
+    metric = record.configuration.task.metric
+    yield f"| split | {metric} | untrained base model |"
+    yield "| --- | --- | --- |"
+    for split in ("validation", "test"):
+        before = record.baseline_scores.get(split, {}).get(metric)
+        yield f"| {split} | {record.score(split):.4f} | {'-' if before is None else f'{before:.4f}'} |"
+
+
+def _retraining_note(record: Record) -> str:
+    test = record.score("test")
+    return (
+        "The adapter of the study's lane was not kept. This one was trained again, with other numbers: the "
+        f"study's record has {record.score('validation'):.4f} on the validation split"
+        + ("." if test is None else f" and {test:.4f} on the test split.")
+    )
+
+
+def _provenance(chosen: ChosenLane, record: Record, facts: CardFacts) -> Iterator[str]:
+    own, run = record.configuration, record.provenance
+    columns = {k: v for k, v in own.to_columns().items() if k not in _LEFT_OUT and v is not None}
+    runs = [each for each in chosen.records if each.configuration.variant.name == own.variant.name]
+    states = Counter(each.state for each in runs)
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    revision = f", commit {facts.base_revision}" if facts.base_revision else ""
+    yield f"- base model: `{own.model.name}`, content `{own.model.content}`{revision}, {own.model.dtype}"
+    yield f"- task: `{own.task.name}`, {own.task.metric}, data revision `{own.task.revision}`"
+    yield f"- hyperparameters: {_join(columns)}; seed {own.seed}"
+    yield f"- runs of this variant in the study: {len(runs)} ({counts})"
+    yield f"- record: `{record.fingerprint}`, {record.steps} steps on {run.device}"
+    yield f"- code: commit {run.commit}; {_join(run.versions)}"
+    yield f"- command of the study: `{redact_secrets(chosen.study.command)}`"
+    again = shlex.join(["python", "-m", "orchestrator", "export", chosen.study.name, record.fingerprint[:12]])
+    yield f"- exported by: `{again}`"
+
+
+def _join(values: Mapping[str, object]) -> str:
+    shown = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())

@@ -1,0 +1,122 @@
+"""The adapters of trained lanes that a store keeps for its studies.
+
+    root/adapters/<study>/best/<fingerprint>-<run>.safetensors   the best lanes of a study
+    root/adapters/<study>/all/<fingerprint>-<run>.safetensors    all lanes that a study has trained
+
+`--save-adapters` says which folder the trainers of a study write to. `<run>` names the run whose record is in
+the store: a lane that two trainers have trained has two runs and one record, and only the file of that run is
+its adapter. Studies that keep the same adapter have hard links to one file, so the adapter is on the disk
+once, and each study removes its own names without a look at the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+from orchestrator.util import atomic_files
+from orchestrator.util.canonical_json import canonical_json
+
+Keep = Literal["best", "all"]
+"""The lanes whose adapters a study keeps."""
+ChooseBest = Callable[[StudyFile, Sequence[Record]], Collection[str]]
+"""Function of a study and its records. It returns the fingerprints of its best lanes."""
+
+_SUFFIX = ".safetensors"
+_FINGERPRINT_DIGITS = 64
+
+
+def file_name(record: Record) -> str:
+    """Return the name of the file with the adapter of a record."""
+    run = record.provenance
+    key = canonical_json([record.fingerprint, run.host, run.attempt, run.started, run.ended])
+    return f"{record.fingerprint}-{hashlib.sha256(key).hexdigest()[:12]}{_SUFFIX}"
+
+
+def fingerprint_of(path: Path) -> str:
+    """Return the fingerprint in the name of an adapter's file."""
+    return path.name[:_FINGERPRINT_DIGITS]
+
+
+def find_adapter(store: Store, record: Record) -> Path | None:
+    """Return the file with the adapter of a record, of whichever study; None if no study keeps it."""
+    return next(iter(sorted(store.adapters.glob(f"*/*/{file_name(record)}"))), None)
+
+
+def list_adapters(store: Store) -> Iterator[Path]:
+    """Yield the adapters of all studies of a store, sorted by path."""
+    yield from sorted(store.adapters.glob(f"*/*/[!.]*{_SUFFIX}"))
+
+
+@dataclass(frozen=True)
+class StudyAdapters:
+    """The adapters that a store keeps for one study."""
+
+    store: Store
+    study_folder: Path
+    """The study's folder, which may be outside the folder of the store."""
+
+    @property
+    def root(self) -> Path:
+        """The study's folder in the store.
+
+        It has the study's name. A study that is not beside the store gets a hash of its place as well,
+        because studies of one name in several output folders may share a store.
+        """
+        name = self.study_folder.name
+        place = os.path.relpath(os.path.realpath(self.study_folder), self.store.root)
+        if place == os.path.join("..", name):
+            return self.store.adapters / name
+        return self.store.adapters / f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+
+    def folder(self, keep: Keep) -> Path:
+        """Return the folder of the files that are kept for this reason; it may not exist."""
+        return self.root / keep
+
+    def files(self, *reasons: Keep) -> list[Path]:
+        """Return the files that are kept for one of `reasons`, sorted; for any reason without an argument."""
+        folders = [self.folder(keep) for keep in reasons or ("all", "best")]
+        return sorted(path for folder in folders for path in folder.glob(f"[!.]*{_SUFFIX}"))
+
+    def take_over(self, record: Record) -> bool:
+        """Keep the adapter of a record that another study of the store keeps, as one of the best.
+
+        Returns:
+            Whether this study keeps the adapter now; False if no study does.
+
+        Raises:
+            OSError: The link cannot be made.
+        """
+        name = file_name(record)
+        if any((self.folder(keep) / name).exists() for keep in ("best", "all")):
+            return True
+        folder = self.folder("best")
+        for source in sorted(self.store.adapters.glob(f"*/*/{name}")):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                return atomic_files.link_if_absent(source, folder / name) or (folder / name).exists()
+            except FileNotFoundError:  # the other study has just removed it
+                continue
+        return False
+
+    def remove_others(self, kept: Collection[str], known: Collection[str] | None = None) -> None:
+        """Remove the files of `best` that are not among `kept`.
+
+        Args:
+            kept: Names of files.
+            known: Names of the files that may be removed; None: all. While trainers run, they write files
+                whose records their driver has not seen yet.
+
+        Raises:
+            OSError: A file cannot be removed.
+        """
+        for path in self.files("best"):
+            if path.name not in kept and (known is None or path.name in known):
+                path.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""A store with one trained study, which the tests of the export share."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from in_process import ORCHESTRATOR, Ended, Run, restored, run
+from scripted import Script, leases, train
+
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.resolve.option_names import resolve_tasks
+from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
+from orchestrator.record.kept_adapters import StudyAdapters, find_adapter
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+from orchestrator.study.grid import build_grid
+from orchestrator.study.options import StudyOptions
+
+__all__ = ["restored", "run"]
+
+STUDY = "rates"
+RATES = {"lora": ("1e-4", "1e-2"), "hydra_lora": ("1e-2",), "full": ("1e-3",)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The output folder of the study `rates`, whose best lanes have adapters."""
+
+    output: Path
+
+    @property
+    def store(self) -> Store:
+        return Store(self.output / "store")
+
+    def record(self, variant: str, which: int = -1) -> Record:
+        """Return the record of a variant with its lowest rate (0) or its highest one (-1)."""
+        own = [r for r in self.store.records() if r.configuration.variant.name == variant]
+        return sorted(own, key=lambda r: r.configuration.optimizer.learning_rate)[which]
+
+    def adapter(self, variant: str) -> Path:
+        path = find_adapter(self.store, self.record(variant))
+        assert path is not None
+        return path
+
+
+@pytest.fixture(scope="session")
+def trained_once(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Train four lanes on `letters` without Ray, and keep the adapter of each but the worst."""
+    output = tmp_path_factory.mktemp("export") / "results"
+    shutil.copytree(letters_bases, output / "store" / "bases")
+    store, threads = Store(output / "store"), torch.get_num_threads()
+    configurations = []
+    for variant, rates in RATES.items():
+        options = StudyOptions(
+            dry_run=True, variants=(variant,), learning_rates=rates, steps=40, output=output
+        )
+        (chosen,) = resolve_tasks(options, ("letters",), (variant,), store.bases)
+        content = resolve_base_model(chosen.model, store.bases, lambda text: None)
+        templates = build_configuration_templates(options, chosen, content, store.bases)
+        configurations += build_grid(templates, chosen.learning_rates, range(1))
+    torch.set_num_threads(1)
+    try:
+        for configuration in configurations:
+            adapters = StudyAdapters(store, output / STUDY).folder("best")
+            is_kept = configuration.optimizer.learning_rate != 1e-4
+            train(
+                Script(leases([configuration])),
+                store,
+                data=store.data,
+                load_base_model=lambda model, task: loading.load_base_model(model, store.bases, "cpu", task),
+                adapters=adapters if is_kept else None,
+            )
+    finally:
+        torch.set_num_threads(threads)
+    names = tuple(configuration.fingerprint for configuration in configurations)
+    command = "python experiments/lr_sensitivity.py --dry-run --variants lora hydra_lora full"
+    StudyFile(STUDY, "Which rate?", command, names).write(output / STUDY)
+    return Trained(output)
+
+
+@pytest.fixture
+def trained(trained_once: Trained, tmp_path: Path) -> Trained:
+    """Return a copy of the trained study, so that a test may change or remove files."""
+    output = tmp_path / "results"
+    shutil.copytree(trained_once.output, output)
+    return Trained(output)
+
+
+@pytest.fixture
+def export(run: Run, trained: Trained):
+    """Return a function that runs `export rates` with arguments."""
+
+    def export(*arguments: str, study: str = STUDY) -> Ended:
+        return run(ORCHESTRATOR, "export", study, "--output", str(trained.output), *arguments)
+
+    return export
+
+
+def changed(record: Record, **changes: Any) -> Record:
+    """Return a record of another lane: fields of the record or, where it has none, of its configuration."""
+    own = {name: value for name, value in changes.items() if hasattr(record, name) and name != "seed"}
+    rest = {name: value for name, value in changes.items() if name not in own}
+    configuration = replace(record.configuration, **rest)
+    return replace(record, configuration=configuration, fingerprint=configuration.fingerprint, **own)

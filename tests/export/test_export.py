@@ -1,0 +1,137 @@
+"""`python -m orchestrator export`: what it writes loads elsewhere and has the scores of the record."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Trained
+from in_process import Ended
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orchestrator.export import export_lane
+from orchestrator.export.export_folder import MARK_FILE
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.record.schema import Record
+
+Export = Callable[..., Ended]
+
+
+def folder_of(done: Ended) -> Path:
+    """Return the folder that a successful export has printed."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Path(done.stdout.splitlines()[-1].rpartition(": ")[0])
+
+
+def validation_score(model: Any, folder: Path, record: Record) -> float:
+    """Compute the score of `letters` without this project's engine: all labels are the argmax."""
+    tokenizer, task = AutoTokenizer.from_pretrained(folder), tasks.get("letters")
+    size = record.configuration.task.validation_size
+    rows = [task.encode(example, tokenizer) for example in task.examples("validation", size)]
+    with torch.no_grad():
+        best = model(input_ids=torch.tensor([row.ids for row in rows])).logits.argmax(-1)
+    labels = torch.tensor([row.labels for row in rows])[:, 1:]
+    right = (best[:, :-1] == labels) | (labels == -100)
+    return right.all(dim=1).double().mean().item()
+
+
+def run_card(folder: Path) -> dict[str, Any]:
+    """Run the Python lines of an export's README.md, and return the variables."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    variables: dict[str, Any] = {}
+    exec(code[1].replace("FOLDER", str(folder)), variables)
+    return variables
+
+
+def test_the_best_adapter_has_the_scores_of_its_record_in_peft(export: Export, trained: Trained) -> None:
+    """The lines of the model card load it."""
+    folder, record = folder_of(export("--variant", "lora")), trained.record("lora")
+    assert (record.score("validation") or 0) > 0.2, "the lane has learnt something"
+    model = run_card(folder)["model"]
+    assert type(model).__name__ == "PeftModelForCausalLM"
+    assert validation_score(model, folder, record) == pytest.approx(record.score("validation"))
+    card = (folder / "README.md").read_text()
+    for text in (record.configuration.model.content, record.fingerprint, "pipeline_tag: text-generation"):
+        assert text in card
+    assert f"{record.score('test'):.4f}" in card
+
+
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_a_merged_model_is_a_plain_model_of_transformers(
+    export: Export, trained: Trained, tmp_path: Path, variant: str
+) -> None:
+    target, record = tmp_path / "here" / "merged", trained.record(variant)
+    assert folder_of(export("--variant", variant, "--merge", "--to", str(target))) == target
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert validation_score(model, target, record) == pytest.approx(record.score("validation"))
+    assert type(run_card(target)["model"]) is type(model)
+
+
+def test_a_variant_without_other_forms_leaves_exactly(export: Export, trained: Trained) -> None:
+    record = trained.record("hydra_lora")
+    folder = folder_of(export("--variant", "hydra_lora", "--raw"))
+    variables = run_card(folder)
+    with variables["adapters"].activate_lanes(["lane"], None):
+        score = validation_score(variables["base"], folder, record)
+    assert score == pytest.approx(record.score("validation"))
+
+
+def test_a_lane_without_an_adapter_is_trained_again(export: Export, trained: Trained) -> None:
+    """Its record stays as it is, and the adapter is kept for the next time."""
+    record = trained.record("lora", 0)
+    before = {path: path.read_bytes() for path in trained.store.records_folder.rglob("*.json")}
+    done = export(record.fingerprint[:10])
+    assert "was not kept; training it again: about" in done.stdout
+    assert "step 40 of 40" in done.stdout
+    assert "are those of the record" in done.stdout
+    folder = folder_of(done)
+    assert validation_score(run_card(folder)["model"], folder, record) == record.score("validation")
+    assert {path: path.read_bytes() for path in trained.store.records_folder.rglob("*.json")} == before
+    assert list(trained.store.checkpoints.glob("*")) == []
+    again = export(record.fingerprint[:10])
+    assert folder_of(again) == folder
+    assert "training" not in again.stdout
+
+
+def test_an_export_with_other_scores_says_so(
+    export: Export, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another device. The adapter does not become the record's."""
+    monkeypatch.setattr(export_lane.retraining, "_results", lambda record: id(record))
+    record = trained.record("lora", 0)
+    done = export(record.fingerprint)
+    assert "the scores differ from the record's" in done.stdout
+    assert "was not kept. This one was trained again" in (folder_of(done) / "README.md").read_text()
+    assert "training it again" in export(record.fingerprint).stdout
+
+
+def test_only_an_earlier_export_of_the_same_lane_is_replaced(
+    export: Export, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure in the middle leaves the earlier one, and no other file."""
+    folder = folder_of(export("--variant", "lora"))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(export_lane, "_save_processor", fail)
+    done = export("--variant", "lora")
+    assert (done.returncode, "No space left on device" in done.stderr) == (1, True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    monkeypatch.undo()
+    (folder / MARK_FILE).with_name("notes.txt").write_text("mine")
+    export("--variant", "lora").assert_refused("notes.txt", "name a new folder")
+
+
+def test_without_a_variant_the_best_of_all_is_exported(export: Export, trained: Trained) -> None:
+    done = export("--raw")
+    best = max(trained.store.records(), key=lambda record: record.score("validation") or 0.0)
+    assert folder_of(done).name.startswith(f"{best.configuration.variant.name}-{best.fingerprint[:12]}")
+    assert "the best of 3 variants" in done.stdout

@@ -1,0 +1,136 @@
+"""Exports that are not possible: one line with exit code 2, before a model is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import STUDY, Trained, changed
+from in_process import Ended
+
+from orchestrator.export import export_lane
+from orchestrator.record.schema import Provenance
+from orchestrator.record.study_file import StudyFile
+
+Export = Callable[..., Ended]
+
+REFUSED = {
+    "unknown variant": (["--variant", "lora_plus"], ["--variant 'lora_plus'", "'rates'"]),
+    "misspelt variant": (["--variant", "hydralora"], ["Did you mean 'hydra_lora'"]),
+    "unknown task": (["--task", "leters"], ["--task 'leters'", "Did you mean 'letters'"]),
+    "unknown fingerprint": (["{unknown}"], ["no record", "begins with it"]),
+    "no fingerprint": (["best"], ["'best'", "hexadecimal"]),
+    "another study's": (["{other}"], ["not a lane of study 'rates'", "it belongs to second"]),
+    "no study's": (["{orphan}"], ["not a lane of study 'rates'", "no study under"]),
+    "diverged": (["{diverged}"], ["diverged after 3 steps", "only a finished lane"]),
+    "not trained": (["{pending}"], ["not trained yet"]),
+    "best and fingerprint": (["{lora}", "--best"], ["--best with", "both name a lane"]),
+    "variant and fingerprint": (["{lora}", "--variant", "lora"], ["names one lane", "--variant"]),
+    "merge and raw": (["--merge", "--raw"], ["--merge with --raw", "one form"]),
+    "a folder that exists": (["--to", "{output}"], ["no export has written it", "name a new folder"]),
+    "a file": (["--to", "{file}"], ["there is a file of this name"]),
+    "below a file": (["--to", "{file}/x"], ["is not a folder that can be written"]),
+    "no PEFT format": (["--variant", "hydra_lora"], ["hydra_lora has no adapter in PEFT's format", "--raw"]),
+    "a whole model": (["--variant", "full"], ["full has no adapter in PEFT's format", "--merge"]),
+    "not mergeable": (["--variant", "hydra_lora", "--merge"], ["cannot be merged", "gates", "--raw"]),
+    "trained on a GPU": (["{gpu}"], ["was not kept", "about 2.0 h on H100", "add --retrain"]),
+    "older numerics": (["{old}"], ["version 2 of the loop's numerics", "this program has 3"]),
+    "older variant": (["{older}"], ["numerics 0 of its variant"]),
+}
+
+
+@pytest.fixture
+def words(trained: Trained, tmp_path: Path) -> dict[str, str]:
+    """Add lanes that cannot be exported to the study, and return what the words in REFUSED stand for."""
+    store, lora = trained.store, trained.record("lora", 0)
+    own = lora.configuration
+    other, orphan, diverged = (changed(lora, seed=seed) for seed in (7, 8, 9))
+    diverged = replace(diverged, state="diverged", steps=3)
+    gpu = changed(
+        lora, seed=10, provenance=Provenance(device="H100"), cost=replace(lora.cost, train_seconds=7200.0)
+    )
+    old = changed(lora, seed=11, loop_numerics=2)
+    older = changed(lora, seed=12, variant=replace(own.variant, numerics=0))
+    for record in (other, orphan, diverged, gpu, old, older):
+        store.put(record)
+    pending = replace(own, seed=13).fingerprint
+    lanes = [each.fingerprint for each in (diverged, gpu, old, older)] + [pending]
+    study = StudyFile.read(trained.output / STUDY)
+    assert study is not None
+    study.with_configurations(lanes, ()).write(trained.output / STUDY)
+    StudyFile("second", "", "", (other.fingerprint,)).write(trained.output / "second")
+    (tmp_path / "file").write_text("")
+    named = {"other": other, "orphan": orphan, "diverged": diverged, "gpu": gpu, "old": old, "older": older}
+    used = store.states()
+    unknown = next(f"{n:03x}" for n in range(16**3) if not any(f.startswith(f"{n:03x}") for f in used))
+    return {
+        **{name: record.fingerprint[:16] for name, record in named.items()},
+        "lora": lora.fingerprint,
+        "unknown": unknown,
+        "pending": pending,
+        "output": str(trained.output),
+        "file": str(tmp_path / "file"),
+    }
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_export_that_is_not_possible_is_refused(case: str, export: Export, words: dict[str, str]) -> None:
+    arguments, expected = REFUSED[case]
+    export(*(argument.format(**words) for argument in arguments)).assert_refused(*expected)
+
+
+def test_an_unknown_study_is_refused_with_the_nearest(export: Export) -> None:
+    export(study="rate").assert_refused("study 'rate'", "Did you mean 'rates'")
+
+
+def test_an_ambiguous_fingerprint_is_refused(export: Export, trained: Trained) -> None:
+    first = trained.record("lora").fingerprint[0]
+    seeds = (replace(trained.record("lora").configuration, seed=seed) for seed in range(1000))
+    alike = next(each for each in seeds if each.fingerprint[0] == first and each.seed)
+    trained.store.put(changed(trained.record("lora"), seed=alike.seed))
+    study = StudyFile.read(trained.output / STUDY)
+    assert study is not None
+    study.with_configurations([alike.fingerprint], ()).write(trained.output / STUDY)
+    export(first).assert_refused("give more digits")
+
+
+def test_a_study_of_several_tasks_needs_one(export: Export, trained: Trained) -> None:
+    lora = trained.record("lora")
+    another = changed(lora, task=replace(lora.configuration.task, name="digits"))
+    trained.store.put(another)
+    study = StudyFile.read(trained.output / STUDY)
+    assert study is not None
+    study.with_configurations([another.fingerprint], ()).write(trained.output / STUDY)
+    export().assert_refused("has 2 tasks", "add --task with one of digits, letters")
+
+
+@pytest.mark.parametrize("damage", ["missing base", "other base", "bit", "cut"])
+def test_damaged_files_are_named(export: Export, trained: Trained, damage: str) -> None:
+    (base,) = trained.store.bases.glob("letters-base-*/")
+    adapter = trained.adapter("lora")
+    if damage == "missing base":
+        shutil.rmtree(base)
+    elif damage == "other base":
+        (base / "vocab.txt").write_text("another file")
+    else:
+        data = bytearray(adapter.read_bytes())
+        data[-1] ^= 1
+        adapter.write_bytes(data if damage == "bit" else data[:-8])
+    done = export("--variant", "lora")
+    done.assert_refused(*([str(base)] if "base" in damage else [str(adapter), "trains the lane again"]))
+    assert not (trained.output / STUDY / "export").exists()
+
+
+def test_a_lane_that_does_not_finish_again_is_an_error(
+    export: Export, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error outside the command: one line with exit code 1, and no folder."""
+    adapter = trained.adapter("lora")
+    adapter.unlink()
+    monkeypatch.setattr(export_lane.retraining, "file_name", lambda record: "another name")
+    done = export("--variant", "lora")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert not (trained.output / STUDY / "export").exists()

@@ -1,0 +1,130 @@
+"""The adapters that a trainer writes before the records of finished lanes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scripted import (
+    Script,
+    configuration,
+    get_record,
+    leases,
+    numbers_of,
+    solo,
+    tiny_base_model,
+    tiny_data,
+    train,
+)
+
+from orchestrator.finetune.engine import adapter_file, recorder
+from orchestrator.finetune.engine.engine import Engine
+from orchestrator.finetune.engine.lane import variant_settings
+from orchestrator.record.kept_adapters import file_name
+from orchestrator.record.schema import Provenance
+from orchestrator.record.store import Store
+from orchestrator.util.atomic_files import DamagedFileError
+
+VARIANTS = ("lora", "pissa", "hydra_lora", "full")
+"""Batched, with frozen factors; without PEFT's format; a whole model."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_kept_adapter_is_the_lane_bit_for_bit(variant: str, store: Store, tmp_path: Path) -> None:
+    one = configuration(variant=variant, steps=4, evaluations=1, alpha=None if variant == "full" else 8.0)
+    train(Script(leases([one])), store, adapters=store.adapters)
+    (path,) = store.adapters.iterdir()
+    assert path.name == file_name(get_record(store, one))
+    engine = Engine(tiny_base_model, store.calibration, tiny_data())
+    adapters = engine.prepare_lane_group(one).adapters
+    adapter_file.restore(path, adapters, one)
+    again = tmp_path / "again" / path.name
+    adapter_file.write(again, adapters, one.fingerprint)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_only_finished_lanes_have_adapters_and_only_where_asked(store: Store) -> None:
+    good, bad = configuration(steps=2, evaluations=1), configuration(rate=1e30, steps=2, evaluations=1)
+    train(Script(leases([good, bad])), store, adapters=store.adapters)
+    assert get_record(store, bad).state == "diverged"
+    assert [path.name for path in store.adapters.iterdir()] == [file_name(get_record(store, good))]
+    train(Script(leases([configuration(seed=1, steps=2, evaluations=1)])), store)
+    assert len(list(store.adapters.iterdir())) == 1
+
+
+def test_the_adapter_is_there_before_the_record(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that dies in between leaves an adapter and no record; the lane is then trained again."""
+    one, put = configuration(steps=2, evaluations=1), Store.put
+    seen = []
+
+    def put_once(own: Store, record: object) -> bool:
+        seen.append([path.name for path in own.adapters.iterdir()])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "put", put_once)
+    with pytest.raises(KeyboardInterrupt):
+        train(Script(leases([one])), store, adapters=store.adapters)
+    monkeypatch.setattr(Store, "put", put)
+    assert len(seen[0]) == 1
+    train(Script(leases([one], attempt=2)), store, adapters=store.adapters)
+    assert file_name(get_record(store, one)) in {path.name for path in store.adapters.iterdir()}
+    assert numbers_of(get_record(store, one)) == numbers_of(solo(one, store.root))
+
+
+def test_the_trainer_whose_record_comes_second_removes_its_adapter(store: Store) -> None:
+    """Another trainer was taken for dead, and wrote its record meanwhile."""
+    one = configuration(steps=2, evaluations=1)
+    theirs = replace(solo(one, store.root), provenance=Provenance(host="another"))
+    (store.adapters).mkdir()
+    (store.adapters / file_name(theirs)).write_text("theirs")
+    store.put(theirs)
+    train(Script(leases([one])), store, adapters=store.adapters)
+    assert [path.name for path in store.adapters.iterdir()] == [file_name(theirs)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), PermissionError(13, "Permission denied"), ValueError("odd")],
+)
+def test_an_adapter_that_cannot_be_written_costs_no_record(
+    error: Exception, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(recorder.adapter_file, "write", refuse)
+    one = configuration(steps=2, evaluations=1)
+    source = Script(leases([one]))
+    train(source, store, adapters=store.adapters)
+    assert get_record(store, one).state == "finished"
+    assert any("is not kept" in line for line in source.said)
+
+
+def damage_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_byte,
+        lambda path: path.write_bytes(path.read_bytes()[:-8]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.with_name("other").read_bytes()),
+    ],
+)
+def test_a_damaged_or_another_lanes_file_is_refused(damage, store: Store) -> None:
+    one, other = configuration(steps=2, evaluations=1), configuration(seed=1, steps=2, evaluations=1)
+    engine = Engine(tiny_base_model, store.calibration, tiny_data())
+    adapters = engine.prepare_lane_group(one).adapters
+    for lane, name in ((one, "one"), (other, "other")):
+        adapters.add_lane(lane.fingerprint, variant_settings(lane), lane.seed)
+        adapter_file.write(store.adapters / name, adapters, lane.fingerprint)
+        adapters.remove_lane(lane.fingerprint)
+    damage(store.adapters / "one")
+    with pytest.raises(DamagedFileError):
+        adapter_file.restore(store.adapters / "one", adapters, one)
+    assert adapters.lanes == ()

@@ -1,0 +1,141 @@
+"""The adapters that `--save-adapters best` keeps, while a study runs and at its end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from synthetic import record
+
+from orchestrator.analyze.best_lanes import best_fingerprints
+from orchestrator.analyze.summary import summarize
+from orchestrator.launch import adapter_keeper
+from orchestrator.launch.adapter_keeper import AdapterKeeper
+from orchestrator.record.kept_adapters import StudyAdapters, file_name, find_adapter
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
+
+SIZE = 100
+SCORES = {1e-4: (0.2, 0.3), 1e-3: (0.9, 0.6), 1e-2: (0.8, 0.85), 1e-1: (None, 0.95)}
+"""Rate -> validation scores of two seeds. The rate with the best single run is not the best rate."""
+
+
+def records() -> list[Record]:
+    return [
+        record(variant, rate, seed, score)
+        for variant in ("lora", "hira")
+        for rate, scores in SCORES.items()
+        for seed, score in enumerate(scores)
+    ]
+
+
+def write(adapters: StudyAdapters, record: Record) -> None:
+    """Write what a trainer writes before the record of a finished lane."""
+    if record.state == "finished":
+        adapters.folder("best").mkdir(parents=True, exist_ok=True)
+        (adapters.folder("best") / file_name(record)).write_bytes(b"x" * SIZE)
+
+
+def names(own: Iterable[Record]) -> set[str]:
+    return {file_name(each) for each in own}
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> StudyAdapters:
+    return StudyAdapters(Store(tmp_path / "store"), tmp_path / "rates")
+
+
+def kept(adapters: StudyAdapters) -> set[str]:
+    return {path.name for path in adapters.files()}
+
+
+@pytest.mark.parametrize("room", [0, 2 * SIZE, 100 * SIZE])
+@pytest.mark.parametrize("order", range(3))
+def test_a_study_ends_with_the_best_run_of_the_best_point(
+    adapters: StudyAdapters, order: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for all points, in any order; without, the number of adapters is bounded all the same."""
+    monkeypatch.setattr(adapter_keeper, "MAX_RUNNING_BYTES", room)
+    own = records()
+    random.Random(order).shuffle(own)
+    keeper = AdapterKeeper(adapters, per_run=False)
+    for each in own:
+        write(adapters, each)
+        keeper.add([each])
+        assert len(kept(adapters)) <= max(2, room // SIZE)
+    best = [record(variant, 1e-2, 1, 0.85) for variant in ("lora", "hira")]
+    keeper.finish(own)
+    assert kept(adapters) <= names(best)
+    if room > len(own) * SIZE:
+        assert kept(adapters) == names(best)
+
+
+def test_the_best_lanes_are_those_of_the_reports_best_rates() -> None:
+    study, own = StudyFile("rates", "", ""), records()
+    best = best_fingerprints(study, own)
+    (panel,) = summarize(study, own).panels
+    assert len(best) == len(panel.curves) == 2
+    for curve in panel.curves:
+        point = curve.point_at_rate(curve.best_rate)
+        assert point is not None
+        run = max(point.runs, key=lambda run: run.validation or 0.0)
+        assert run.fingerprint in best
+
+
+def test_every_run_of_a_replicated_study_is_a_point() -> None:
+    study = StudyFile("tuned", "", "", settings=AnalysisSettings(kind="replicates"))
+    own = [each for each in records() if each.configuration.variant.name == "lora"]
+    assert best_fingerprints(study, own) == {record("lora", 1e-1, 1, 0.95).fingerprint}
+
+
+def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(adapters: StudyAdapters) -> None:
+    """It is removed at the end of the study, for example if its trainer died before it wrote a record."""
+    scores = {1e-3: 0.7, 1e-2: 0.8, 1e-1: 0.1}
+    good, better, unseen = (record(rate=rate, validation=score) for rate, score in scores.items())
+    keeper = AdapterKeeper(adapters, per_run=False)
+    for each in (good, better, unseen):
+        write(adapters, each)
+    keeper.add([good])
+    keeper.add([better])
+    assert file_name(unseen) in kept(adapters)
+    keeper.finish([good, better])
+    assert kept(adapters) == names([better])
+
+
+def test_a_second_study_keeps_what_the_first_one_removes(adapters: StudyAdapters, tmp_path: Path) -> None:
+    """Both have one file on the disk."""
+    store, good, better = adapters.store, record(rate=1e-3, validation=0.7), record(rate=1e-2, validation=0.8)
+    second = StudyAdapters(store, tmp_path / "second")
+    write(adapters, good)
+    AdapterKeeper(second, per_run=False).finish([good])
+    assert find_adapter(store, good) is not None
+    assert adapters.files()[0].samefile(second.files()[0])
+    write(adapters, better)
+    AdapterKeeper(adapters, per_run=False).finish([good, better])
+    assert (kept(adapters), kept(second)) == (names([better]), names([good]))
+    elsewhere = StudyAdapters(store, tmp_path / "elsewhere" / "rates")
+    assert elsewhere.root != adapters.root, "another study of the same name"
+
+
+def test_a_study_whose_adapters_another_study_does_not_keep_has_none(adapters: StudyAdapters) -> None:
+    AdapterKeeper(adapters, per_run=False).finish([record()])
+    assert kept(adapters) == set()
+    assert find_adapter(adapters.store, record()) is None
+
+
+@pytest.mark.parametrize("act", [lambda k, r: k.add([r]), lambda k, r: k.finish([r])])
+def test_a_disk_that_refuses_does_not_end_the_study(
+    adapters: StudyAdapters, act: Callable[[AdapterKeeper, Record], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    worse, better = record(rate=1e-3, validation=0.1), record(rate=1e-2, validation=0.9)
+    keeper = AdapterKeeper(adapters, per_run=False)
+    keeper.add([worse])
+    (adapters.folder("best") / file_name(worse)).mkdir(parents=True)  # A folder cannot be unlinked.
+    keeper.add([record(rate=1e-4, validation=0.0)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter_keeper, "MAX_RUNNING_BYTES", 0)
+        act(keeper, better)
+    assert "are not removed" in caplog.text
