@@ -1,4 +1,4 @@
-"""Tasks by name: each file in a folder beside this module is a task, and a user's Python file can be one."""
+"""Tasks by name: each file in a folder beside this module, entry points of packages, and users' files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import importlib
 import json
 import os
 import sys
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,9 @@ from orchestrator.study.configuration import TaskChoice
 from orchestrator.util import user_code
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import FILE_SUFFIX
+
+ENTRY_POINT_GROUP = "lora_orchestrator.tasks"
+"""Group of the entry points that a package registers its tasks under: NAME = "module:Class"."""
 
 
 def names() -> tuple[str, ...]:
@@ -32,12 +36,18 @@ def _module_names() -> dict[str, str]:
     return {p.stem: f"{__package__}.{p.parent.name}.{p.stem}" for p in files if p.stem != "__init__"}
 
 
+@cache
+def entry_points_by_name() -> dict[str, EntryPoint]:
+    """Return the entry points of installed packages that are tasks, by the task's name."""
+    return {each.name: each for each in entry_points(group=ENTRY_POINT_GROUP)}
+
+
 def load(name: str) -> Task:
     """Return the task that a user has named; a file is read even if another one of its name was before.
 
     Args:
-        name: The name of a built-in task, or the path of a Python file with a task. The name of the task is
-            then the name of the file.
+        name: The name of a built-in task or of an entry point, or the path of a Python file with a task. The
+            name of the task is then the name of the file.
 
     Raises:
         UsageError: There is no such task, or the file contains no valid one.
@@ -53,7 +63,7 @@ def load(name: str) -> Task:
 
 
 def get(name: str) -> Task:
-    """Return a task by its name: a built-in one, or a user's that this process has loaded.
+    """Return a task by its name: a built-in one, an entry point's, or a user's that this process has loaded.
 
     Args:
         name: The name of the task. The path of a Python file that has not been loaded is read.
@@ -63,7 +73,11 @@ def get(name: str) -> Task:
     """
     if name in _own_tasks:
         return _own_tasks[name]
-    return load(name) if name.endswith(FILE_SUFFIX) else _load_builtin_task(name)
+    if name.endswith(FILE_SUFFIX):
+        return load(name)
+    if name in entry_points_by_name() and name not in names():
+        return register(_load_entry_point(name))
+    return _load_builtin_task(name)
 
 
 def register(task: Task) -> Task:
@@ -73,20 +87,29 @@ def register(task: Task) -> Task:
 
 
 def find(choice: TaskChoice, folder: Path) -> Task:
-    """Return the task of a configuration; a user's file need not exist on this machine.
+    """Return the task of a configuration; a user's file need not exist on this machine, but a package must.
 
     Args:
         choice: The task of a configuration.
         folder: The store's folder of prepared data.
 
     Raises:
-        UsageError: There is no such task, or the store has no entry of its content.
+        UsageError: There is no such task, the store has no entry of its content, or the installed package has
+            another version of it.
     """
     known = _own_tasks.get(choice.name)
     if not choice.content or (known is not None and known.content == choice.content):
         return get(choice.name)
+    if choice.name in entry_points_by_name():
+        task = get(choice.name)
+        if task.content != choice.content:
+            raise UsageError(
+                f"Task {choice.name!r} ({task.source}) has other code here than where the study was started; "
+                "install one version of its package on all machines."
+            )
+        return task
     if (spec := own_files.read_entry(folder, "data", choice.content, "spec")) is not None:
-        task: Task = DataTask.from_json(json.loads(spec))
+        task = DataTask.from_json(json.loads(spec))
         task.name = choice.name
         return register(task)
     path = own_files.require_entry(folder, "task", choice.name, choice.content, "path")
@@ -102,10 +125,10 @@ def write_entry(task: Task, folder: Path) -> None:
     """Write a user's task to the store, where `find` reads it on any machine.
 
     Args:
-        task: The task; nothing is written for a built-in one.
+        task: The task; nothing is written for a built-in one and for one of an installed package.
         folder: The store's folder of prepared data.
     """
-    if task.content:
+    if task.content and task.name not in entry_points_by_name():
         kind: own_files.Kind = "data" if isinstance(task, DataTask) else "task"
         own_files.write_entry(folder, kind, task.content, task.entry())
 
@@ -137,11 +160,25 @@ def _load_file(path: str, code: str) -> Task:
     return task
 
 
+def _load_entry_point(name: str) -> Task:
+    entry = entry_points_by_name()[name]
+    with user_code.report_user_errors(entry.value, "cannot be loaded"):
+        loaded = entry.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Task)):
+            raise UsageError(f"Task {name!r} ({entry.value}) is no subclass of Task.")
+        task = loaded()
+        path = str(sys.modules[loaded.__module__].__file__)
+        task.name, task.source, task.content = name, path, task_file.hash_code(_read_code(path), path)
+        user_task.check(task)
+    return task
+
+
 @lru_cache
 def _load_builtin_task(name: str) -> Task:
     if name not in names():
+        known = (*names(), *entry_points_by_name())
         raise UsageError(
-            f"Unknown task {name!r}. {suggest_nearest(name, names())} A path to a .py file with a task "
+            f"Unknown task {name!r}. {suggest_nearest(name, known)} A path to a .py file with a task "
             "works, too."
         )
     return _instantiate_task(importlib.import_module(_module_names()[name]))
