@@ -13,6 +13,7 @@ from orchestrator.analyze.report_parts import Picture, ReportData
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.sections.catalogue import SECTIONS
 from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.task_titles import entitle
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import PICTURE_FILES, StudyFile
 from orchestrator.util import atomic_files
@@ -39,7 +40,7 @@ def write_report(study: StudyFile, records: Sequence[Record], folder: Path, trac
         OSError: The folder cannot be written.
     """
     study = replace(study, command=formatting.redact_secrets(study.command))
-    records = panels.deduplicate_records([study.rename(record) for record in records])
+    records = panels.deduplicate_records(entitle(study, records))
     uri = formatting.redact_secrets(tracking_uri)
     data = ReportData(study, summarize(study, records), records, uri)
     pending = len(set(study.configurations) - {record.fingerprint for record in records})

@@ -12,6 +12,7 @@ from orchestrator.analyze.curve_text import panel_title
 from orchestrator.analyze.intervals import Estimate
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.task_titles import entitle
 from orchestrator.analyze.tuning import SearchResult
 from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.schema import Record
@@ -50,7 +51,7 @@ class _BestPoint:
 
 def describe_study(study: StudyFile, records: Sequence[Record]) -> StudyDescription:
     """Analyze the records of a study, and describe the result for MLflow."""
-    return describe_summary(summarize(study, records))
+    return describe_summary(summarize(study, entitle(study, records)))
 
 
 def describe_summary(summary: Summary) -> StudyDescription:
