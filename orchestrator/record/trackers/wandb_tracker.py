@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,6 +45,7 @@ class WandbTracker(Tracker):
         super().__init__(folder)
         self._logged = LoggedRecords(folder / "wandb" / "logged-records.txt")
         self._study = ""
+        self._has_failed = False
         self._runs: dict[str, Run] = {}
         """Fingerprint of a lane in training -> its open run."""
         self._next_steps: dict[str, int] = {}
@@ -62,6 +64,7 @@ class WandbTracker(Tracker):
             raise UsageError(
                 "--tracker wandb: the package wandb is not installed; pip install -e '.[wandb]'"
             ) from None
+        os.environ.setdefault("WANDB_SILENT", "true")  # the study says what a user needs to know
         with _one_line_errors():
             is_online = wandb.setup().settings.mode in ("online", "shared", "run")
             if is_online and not wandb.login(prompt=False, verify=False):
@@ -71,8 +74,13 @@ class WandbTracker(Tracker):
                 )
 
     def open_study(self, study: StudyFile, tags: Mapping[str, str]) -> None:
-        """Keep the study's name, which is the group of its runs. After an error, forget the open runs."""
+        """Keep the study's name, which is the group of its runs. After an error, begin with a new service."""
         self._study = study.name
+        if self._has_failed:
+            import wandb
+
+            wandb.teardown()  # W&B's service refuses the id of a run whose creation has failed
+            self._has_failed = False
         self._runs.clear()
         self._next_steps.clear()
 
@@ -126,6 +134,7 @@ class WandbTracker(Tracker):
             x_save_requirements=False,
             init_timeout=timeouts.TRACKER_ANSWER_SECONDS,
             finish_timeout=timeouts.TRACKER_ANSWER_SECONDS,
+            finish_timeout_raises=True,
         )
         variant, task = short_name(configuration.variant.name), configuration.task.name
         columns = {k: v for k, v in configuration.to_columns().items() if v is not None}
@@ -168,7 +177,8 @@ class WandbTracker(Tracker):
 
         try:
             yield
-        except (wandb.Error, OSError) as error:
+        except (wandb.Error, OSError) as error:  # a TimeoutError is an OSError
+            self._has_failed = True
             line = (str(error) or type(error).__name__).splitlines()[0]
             raise TrackingUnavailableError(redact_secrets(line)) from error
 

@@ -22,6 +22,7 @@ from orchestrator.record.trackers.tensorboard_tracker import TensorBoardTracker,
 from orchestrator.record.trackers.tracker import StudyEnd, Tracker, TrackingUnavailableError
 from orchestrator.record.trackers.tracker_writer import TrackerWriter
 from orchestrator.record.trackers.wandb_tracker import WandbTracker, run_id
+from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
 STUDY = StudyFile("letters-study", "Which?", "python x.py")
@@ -215,6 +216,22 @@ def test_a_faulty_tracker_delays_nothing_and_says_why(store, make_record, error)
     assert writer.error
     assert KEY not in writer.error
     assert store.get(record.fingerprint) is not None
+
+
+def test_a_server_of_wandb_that_is_down_delays_nothing(store, make_record, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(timeouts, "TRACKER_ANSWER_SECONDS", 1.0)
+    record = make_record()
+    store.put(record)
+    WandbTracker.check()
+    writer = TrackerWriter(WandbTracker(tmp_path), store, STUDY, {}, retries_when_closing=False)
+    writer.put(record)
+    writer.begin_close(StudyEnd(), 240)
+    assert writer.wait_closed() == 1
+    assert isinstance(writer.outage, TrackingUnavailableError)
+    assert "Failed to get resume status" in writer.error
+    assert "\n" not in writer.error
 
 
 @pytest.mark.parametrize(
