@@ -1,28 +1,39 @@
-"""Distributed experiment orchestration for LoRA-variant studies, on Ray."""
+"""Distributed experiment orchestration for LoRA-variant studies, on Ray.
+
+`Study`, `plan`, `run` and `load` do in Python what the command `lora-orchestrator` does. They are imported
+when they are used, so that the import of this package is fast.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.analyze.study_frames import StudyFrames
+    from orchestrator.analyze.study_frames import load as load
+    from orchestrator.api import Study as Study
+    from orchestrator.api import plan as plan
+    from orchestrator.api import run as run
+
+    __version__: str
+
+__all__ = ["Study", "__version__", "load", "plan", "run"]
 
 
-def load(study: str, *, output: str | Path | None = None, store: str | Path | None = None) -> StudyFrames:
-    """Load the results of a study as pandas frames; see `orchestrator.analyze.study_frames.load`."""
-    from orchestrator.analyze import study_frames  # pandas and SciPy, which few imports of this package need
+def __getattr__(name: str) -> Any:
+    """Import a name of `__all__`."""
+    if name == "load":
+        from orchestrator.analyze import study_frames
 
-    return study_frames.load(study, output=output, store=store)
+        return study_frames.load
+    if name in ("Study", "plan", "run"):
+        from orchestrator import api
 
+        return getattr(api, name)
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
 
-def __getattr__(name: str) -> str:
-    """Return `__version__` from the metadata of the installed package; "unknown" without an installation."""
-    if name != "__version__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("lora-orchestrator")
-    except PackageNotFoundError:
-        return "unknown"
+        try:
+            return version("lora-orchestrator")
+        except PackageNotFoundError:  # a clone that is not installed
+            return "unknown"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

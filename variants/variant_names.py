@@ -21,13 +21,16 @@ def canonical_name(name: str) -> str:
     """Return the one spelling of a variant's name that configurations and records have.
 
     A path becomes the name of the file: its folder may differ from machine to machine. PEFT's types are
-    uppercase. In other names hyphens and underscores are the same.
+    uppercase. In other names hyphens and underscores are the same, and so are small and capital letters
+    unless a package has registered the name. `LoRA+` is `lora_plus`.
     """
     if name.endswith(FILE_SUFFIX):
         return os.path.basename(name)
     if name.lower().startswith(PEFT_PREFIX):
         return PEFT_PREFIX + name[len(PEFT_PREFIX) :].replace("-", "_").upper()
-    return name.replace("-", "_")
+    plain = name.replace("-", "_")
+    lower = plain.lower().replace("+", "_plus")
+    return plain if plain == lower or plain in entry_points_by_name() else lower
 
 
 def canonical_key(key: str) -> str:
@@ -48,4 +51,4 @@ def short_name(name: str) -> str:
 @cache
 def entry_points_by_name() -> dict[str, EntryPoint]:
     """Return the entry points of installed packages that are variants, by the variant's name."""
-    return {canonical_name(each.name): each for each in entry_points(group=ENTRY_POINT_GROUP)}
+    return {each.name.replace("-", "_"): each for each in entry_points(group=ENTRY_POINT_GROUP)}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import textwrap
-from collections.abc import Sequence
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, field, fields, make_dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator.study.config_file import ConfigFile, group_title, option_groups, read_config
+from orchestrator.study.option_values import split_lists
+from orchestrator.study.option_words import given_values, option_words
 from orchestrator.study.options import CLUSTER_FILE, StudyOptions
 from orchestrator.study.presets import complete_options, preset_defaults
 from orchestrator.study.retired_options import check_retired_options
+from orchestrator.util.errors import UsageError
+from orchestrator.util.redaction import redact_secrets
 from variants import catalogue
 
 Options = TypeVar("Options", bound=StudyOptions)
@@ -38,14 +44,21 @@ def parse_options(
     check_retired_options(words)
     import tyro
 
+    config_path = find_value(words, "--config")
+    config = read_config(Path(config_path), options_class) if config_path else None
     arguments = tyro.cli(
-        grouped_arguments(options_class, find_preset(words)),
+        grouped_arguments(options_class, find_value(words, "--preset"), config),
         prog=program or None,
         args=list(words),
         description=wrap_description(description),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
-    return flatten_arguments(arguments, options_class)
+    groups = [getattr(arguments, each.name) for each in fields(arguments)]
+    values = {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
+    try:
+        return make_options(values, options_class)
+    except UsageError as error:
+        raise (config.locate(error, words) if config else error) from None
 
 
 def run_elsewhere(options: StudyOptions) -> int | None:
@@ -76,54 +89,77 @@ def wrap_description(description: str) -> str:
     return "\n\n".join(part if part.startswith(" ") else wrapper.fill(part) for part in parts)
 
 
-def find_preset(arguments: Sequence[str]) -> str | None:
-    """Return the value of --preset, the last one if there are several; None without one.
+def find_value(words: Sequence[str], wanted: str) -> str | None:
+    """Return the value of an option, the last one if there are several; None without one.
 
     Args:
-        arguments: The words of a command line, without the program.
+        words: The words of a command line, without the program.
+        wanted: The option, such as `--preset`.
     """
     found = None
-    for word, following in pairwise((*arguments, "")):
+    for word, following in pairwise((*words, "")):
         option, equals, value = word.partition("=")
-        if option == "--preset":
+        if option == wanted:
             found = value if equals else following
     return found
 
 
-def grouped_arguments(options_class: type[StudyOptions], preset: str | None = None) -> type[Any]:
+def default_values(
+    options_class: type[StudyOptions], preset: str | None = None, config: ConfigFile | None = None
+) -> dict[str, Any]:
+    """Return the defaults of options: field -> value. A file replaces those of a preset, which it may name.
+
+    Raises:
+        UsageError: There is no such preset.
+    """
+    defaults = {each.name: each.default for each in fields(options_class) if each.default is not MISSING}
+    values = config.values if config else {}
+    if preset := preset or values.get("preset"):
+        defaults |= preset_defaults(preset, options_class, catalogue.names())
+    return {**defaults, **values}
+
+
+def grouped_arguments(
+    options_class: type[StudyOptions], preset: str | None = None, config: ConfigFile | None = None
+) -> type[Any]:
     """Return a dataclass with one field for each group of options.
 
     tyro shows each field as a titled section. A group is a dataclass among the bases of `options_class`, such
     as `GridOptions`, whose section is called "grid options".
 
     Args:
-        options_class: The options of the script.
+        options_class: The options of the experiment.
         preset: The preset that replaces their defaults.
+        config: The file that replaces their defaults.
 
     Raises:
         UsageError: There is no such preset.
     """
-    defaults = {each.name: each.default for each in fields(options_class) if each.default is not MISSING}
-    if preset is not None:
-        defaults |= preset_defaults(preset, options_class, catalogue.names())
+    defaults = default_values(options_class, preset, config)
     groups = []
-    for group in options_class.__mro__:
-        if not is_dataclass(group) or issubclass(group, StudyOptions):
-            continue
+    for group in option_groups(options_class):
         values = {each.name: defaults[each.name] for each in fields(group) if each.name in defaults}
-        title = group.__name__.removesuffix("Options").lower()
-        groups.append((title, group, field(default_factory=partial(group, **values))))
+        groups.append((group_title(group), group, field(default_factory=partial(group, **values))))
     arguments = make_dataclass(options_class.__name__, groups, frozen=True)
     arguments.__doc__ = options_class.__doc__
     return arguments
 
 
-def flatten_arguments(arguments: Any, options_class: type[Options]) -> Options:
-    """Return the options of a parsed `grouped_arguments(options_class)`.
+def make_options(values: Mapping[str, Any], options_class: type[Options]) -> Options:
+    """Return options that are checked, from the values of all fields.
+
+    Args:
+        values: Field -> value, with the defaults of `default_values` for options that were not given.
+        options_class: Class of the options.
 
     Raises:
         UsageError: An option has a wrong value.
     """
-    groups = [getattr(arguments, each.name) for each in fields(arguments)]
-    values = {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
-    return options_class(**complete_options(values, options_class, catalogue.names()))
+    return options_class(**complete_options(split_lists(values), options_class, catalogue.names()))
+
+
+def repeatable_command(program: str, options: StudyOptions) -> str:
+    """Return the command with these options in one spelling, without the file of --config and secrets."""
+    given = given_values(options, catalogue.names())
+    words = option_words({name: value for name, value in given.items() if name != "config"})
+    return shlex.join([*shlex.split(program), *map(redact_secrets, words)])

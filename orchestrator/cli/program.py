@@ -12,12 +12,16 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import orchestrator
 from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM, format_command
 from orchestrator.util.status_line import print_status
+
+if TYPE_CHECKING:
+    from orchestrator.study.options import StudyOptions
 
 HELP_OPTIONS, VERSION_OPTIONS = ("-h", "--help"), ("--version", "-V")
 _FIRST_STEPS = """\
@@ -87,14 +91,32 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     typed = program if program.startswith(_program()) else f"python {program}"
     description = experiment.description.replace(f"{INSTALLED_PROGRAM} {name}", typed)
     options = _parse(experiment.options_class, description, words, program)
-    from orchestrator.cli.arguments import run_elsewhere
+    if not experiment.trains:
+        return experiment.run(options)
+    from orchestrator.cli.arguments import repeatable_command, run_elsewhere
 
-    code = run_elsewhere(options) if experiment.trains else None
-    if code is not None:
-        return code
-    from orchestrator.launch.experiment import StudyRequest
+    with _located_errors(options, words):
+        code = run_elsewhere(options)
+        if code is not None:
+            return code
+        from orchestrator.launch.experiment import StudyRequest
 
-    return experiment.run(options, StudyRequest(options if experiment.trains else None))
+        # The command that is stored does not depend on a file that may change or be moved.
+        command = repeatable_command(typed, options) if options.config else ""
+        return experiment.run(options, StudyRequest(options, command))
+
+
+@contextmanager
+def _located_errors(options: StudyOptions, words: Sequence[str]) -> Iterator[None]:
+    """Add the line in the file of --config to errors on its options."""
+    try:
+        yield
+    except UsageError as error:
+        if options.config is None:
+            raise
+        from orchestrator.study.config_file import read_config
+
+        raise read_config(options.config, type(options)).locate(error, words) from None
 
 
 def _parse(options_class: type[Any], description: str, words: Sequence[str], program: str) -> Any:

@@ -1,8 +1,8 @@
 """The experiments by name. Every module of this package but this one is an experiment; there is no list.
 
 The module's docstring is the text of `--help`, with its first line as the summary. The module defines
-`OPTIONS`, the class of its options, and `run(options, request)`, which returns the exit code. Nothing heavy
-is imported before `run` is called.
+`OPTIONS`, the class of its options, and `run(options, request)` (`run(options)` if it trains nothing), which
+returns the exit code. Nothing heavy is imported before `run` is called.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ExperimentCommand:
     options_class: type[Any]
     """Class of the options: a subclass of `StudyOptions` if the experiment trains."""
     run: Callable[..., int]
-    """Function of the options and of the `StudyRequest`, which returns the exit code."""
+    """Function of the options and, if it trains, of the `StudyRequest`; it returns the exit code."""
 
     @property
     def name(self) -> str:

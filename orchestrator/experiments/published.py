@@ -12,12 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orchestrator.study.option_groups import default_output
-
-if TYPE_CHECKING:
-    from orchestrator.launch.experiment import StudyRequest
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class PublishedOptions:
 OPTIONS = PublishedOptions
 
 
-def run(options: PublishedOptions, request: StudyRequest | None = None) -> int:
+def run(options: PublishedOptions) -> int:
     """Write and print the page, and return the exit code."""
     from orchestrator.analyze.published.published_page import show_published
 

@@ -27,11 +27,15 @@ from orchestrator.record.mlflow.tracking_uri import configured_uri
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
+from orchestrator.study.config_file import write_config
 from orchestrator.study.configuration import Configuration
+from orchestrator.study.option_words import given_values
 from orchestrator.study.options import StudyOptions
+from orchestrator.study.program_names import program_of
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, describe_disk_error
 from orchestrator.util.redaction import redact_secrets
+from variants import catalogue
 
 CheckStudy = Callable[[StudyContext, StudyFile, Sequence[Configuration]], None]
 """Function of the context, the study before this run, and the configurations of this run."""
@@ -124,6 +128,8 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
         settings=settings,
     ).with_sources(context.sources())
     study.write(context.folder)
+    given = given_values(experiment.request.options or context.options, catalogue.names())
+    write_config(context.folder, given, program_of(command))
     nothing = "" if work.num_to_train else ", nothing to train"
     context.console.print(f"{context.name}: {len(cached)} of {work.total} known{nothing}")
     if work.retries_exhausted:

@@ -263,6 +263,9 @@ class ResourceOptions:
 class OutputOptions:
     """Files of the study, and output that is printed instead of training."""
 
+    config: Path | None = None
+    """YAML file with options, such as the study.yaml that is in the folder of every study: one NAME: VALUE a
+    line, flat or grouped as here. An option on the command line replaces that of the file."""
     study: str | None = None
     """Name of the study. Default: script, task and model. The same name extends a study."""
     output: Path = field(default_factory=default_output)

@@ -49,6 +49,13 @@ def replace_script(command: str, script: str) -> str:
     return shlex.join(words)
 
 
+def program_of(command: str) -> str:
+    """Return a shell command without its options."""
+    words = shlex.split(command)
+    place = _program_place(words)
+    return shlex.join(words[: 1 if place is None else place + 1])
+
+
 def maintenance_program(command: str) -> str:
     """Return `lora-orchestrator` if a shell command begins with it, else `python -m orchestrator`."""
     return INSTALLED_PROGRAM if shlex.split(command)[:1] == [INSTALLED_PROGRAM] else shlex.join(MODULE_WORDS)

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from orchestrator.util import timeouts
+from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
 from orchestrator.util.status_line import CLEAR_LINE, is_terminal, print_on_own_line
 
@@ -176,6 +177,26 @@ def graceful_interrupts(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         interrupt_handler.stop_gracefully = None
         interrupt_handler.install()
+
+
+@contextmanager
+def borrowed_signals() -> Iterator[None]:
+    """Give the signals back at the end of the block, to a program that is not ours, such as a notebook.
+
+    Raises:
+        UsageError: This is not the main thread, the only one that can handle signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError("a study runs in the main thread, for Ctrl-C; call run(study) there.")
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    wakeup = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        interrupt_handler.handled_count = interrupt_handler.listener_count = 0
 
 
 def interrupt_main_thread() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.arguments import find_preset, parse_options
+from orchestrator.cli.arguments import find_value, parse_options
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
 from orchestrator.study.presets import (
@@ -161,7 +161,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:
     ],
 )
 def test_the_preset_is_found_in_a_command_line(arguments: list[str], found: str | None) -> None:
-    assert find_preset(arguments) == found
+    assert find_value(arguments, "--preset") == found
 
 
 @pytest.mark.parametrize(

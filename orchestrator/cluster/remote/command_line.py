@@ -17,7 +17,7 @@ from orchestrator.util.redaction import redact_secrets
 from variants import catalogue
 from variants.variant_names import FILE_SUFFIX
 
-LOCAL_OPTIONS = ("on", "stop", "output")
+LOCAL_OPTIONS = ("config", "on", "stop", "output")
 """Options that concern this machine only."""
 
 

@@ -1,0 +1,159 @@
+"""`--config study.yaml`: the options of a study from a YAML file, and the file that repeats a study.
+
+The keys are the names of options, flat or grouped as in the sections of `--help`. Values are read as they are
+written, like words of a command line: `on`, `off` and `1e-4` are text until the option gives them a type.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.study.option_values import convert, field_name
+from orchestrator.study.options import StudyOptions
+from orchestrator.util import atomic_files
+from orchestrator.util.errors import UsageError, quote_value
+from orchestrator.util.redaction import redact_secrets
+
+CONFIG_NAME = "study.yaml"
+"""Name of the file in a study's folder."""
+UNSAVED = ("config", "on", "stop")
+"""Options that say where a command runs, which are no part of the study."""
+_OPTION = re.compile(r"--([a-z][a-z-]*)")
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """The options in a file."""
+
+    path: Path
+    values: dict[str, Any]
+    """Field -> value, with the type of the field."""
+    lines: dict[str, int]
+    """Field -> line of its key, from 1."""
+
+    def locate(self, error: UsageError, words: Sequence[str]) -> UsageError:
+        """Return an error on the value of an option with the file and the line that hold the value.
+
+        Args:
+            error: The error.
+            words: The words of the command line, whose options replace those of the file.
+        """
+        typed = {word.partition("=")[0].replace("_", "-") for word in words}
+        for name in _OPTION.findall(str(error)):
+            line = self.lines.get(name.replace("-", "_"))
+            if line is not None and f"--{name}" not in typed:
+                return UsageError(f"{self.path}, line {line}: {error}")
+        return error
+
+
+def group_title(group: type[Any]) -> str:
+    """Return the title of a group of options: "grid" for `GridOptions`."""
+    return group.__name__.removesuffix("Options").lower()
+
+
+def option_groups(options_class: type[StudyOptions]) -> list[type[Any]]:
+    """Return the groups of options: the dataclasses among the bases, in the order of `--help`."""
+    bases = options_class.__mro__
+    return [each for each in bases if is_dataclass(each) and not issubclass(each, StudyOptions)]
+
+
+def read_config(path: Path, options_class: type[StudyOptions]) -> ConfigFile:
+    """Read a file of options.
+
+    Args:
+        path: The file.
+        options_class: Class of the options.
+
+    Raises:
+        UsageError: The file cannot be read, is no YAML, or has an option that is unknown, of another type or
+            given twice. The error names the file and the line.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UsageError(f"--config {str(path)!r}: {error.strerror}; name a YAML file.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not a text in UTF-8; name a YAML file.") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = " ".join(str(problem or error).split())
+        raise UsageError(f"{path}{where}: not YAML ({reason}); write one NAME: VALUE a line.") from None
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key, node in _entries(root, path, options_class):
+        line = key.start_mark.line + 1
+        try:
+            name = field_name(key.value, options_class)
+            if name == "config":
+                raise UsageError("config: a file cannot name another one; leave it out.")
+            if name in lines:
+                raise UsageError(f"{name} is in line {lines[name]} already; take one of the two away.")
+            values[name], lines[name] = convert(name, _plain(node), options_class), line
+        except UsageError as error:
+            raise UsageError(f"{path}, line {line}: {error}") from None
+    return ConfigFile(path, values, lines)
+
+
+def _entries(root: Any, path: Path, options_class: type[StudyOptions]) -> Iterator[tuple[Any, Any]]:
+    """Yield the nodes of each key and its value, with groups flattened."""
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{path}, line {root.start_mark.line + 1}: must be NAME: VALUE, as in `rank: 16`.")
+    titles = {group_title(group) for group in option_groups(options_class)}
+    for key, value in root.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise UsageError(f"{path}, line {key.start_mark.line + 1}: a key must be the name of an option.")
+        if isinstance(value, yaml.MappingNode) and key.value.removesuffix(" options") in titles:
+            yield from _entries(value, path, options_class)
+        else:
+            yield key, value
+
+
+def _plain(node: Any) -> Any:
+    """Return a node as text, None, or a list or mapping of texts.
+
+    Raises:
+        UsageError: Lists or mappings are inside others.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
+    if not all(isinstance(each, yaml.ScalarNode) for each in nodes):
+        raise UsageError(f"a list inside a list (line {node.start_mark.line + 1}); write plain words.")
+    if isinstance(node, yaml.SequenceNode):
+        return [each.value for each in nodes]
+    return {key.value: value.value for key, value in node.value}
+
+
+def write_config(folder: Path, given: Mapping[str, Any], program: str) -> None:
+    """Write the file that repeats a study into its folder.
+
+    An option with a secret is left out, with a comment.
+
+    Args:
+        folder: The folder of the study.
+        given: The options of the command that differ from their defaults: field -> value.
+        program: The command without its options, for the comment at the top.
+    """
+    file = folder / CONFIG_NAME
+    values = {name: _writable(value) for name, value in given.items() if name not in UNSAVED}
+    secret = [name for name, value in values.items() if redact_secrets(str(value)) != str(value)]
+    shown = {name: value for name, value in values.items() if name not in secret}
+    text = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=10_000, allow_unicode=True)
+    lines = [f"# The options of this study. To repeat it: {program} --config {quote_value(str(file))}"]
+    lines += [f"# {name} is left out, because it holds a secret." for name in secret]
+    atomic_files.write_atomically(file, "\n".join([*lines, text if shown else ""]).encode())
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [str(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
