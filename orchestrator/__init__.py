@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.analyze.study_frames import load as load
-    from orchestrator.api import Study as Study
-    from orchestrator.api import plan as plan
-    from orchestrator.api import run as run
+    from orchestrator.python_api import Study as Study
+    from orchestrator.python_api import plan as plan
+    from orchestrator.python_api import run as run
 
     __version__: str
 
@@ -26,9 +26,9 @@ def __getattr__(name: str) -> Any:
 
         return study_frames.load
     if name in ("Study", "plan", "run"):
-        from orchestrator import api
+        from orchestrator import python_api
 
-        return getattr(api, name)
+        return getattr(python_api, name)
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

@@ -30,6 +30,7 @@ from orchestrator.study import bounds
 from orchestrator.study.study_name import DEFAULT_STORE_NAME
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
+from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM
 
 SCHEMA_VERSION = 1
 """Version of `summary.json`, raised when a field is removed or changes its meaning."""
@@ -164,6 +165,7 @@ def _render_html(
         },
         plotly=plotly_bundle.encoded_bundle(),
         figures=plotly_bundle.encode_figures(figures),
+        program=INSTALLED_PROGRAM,
         reference=REFERENCE,
         rate=formatting.rate,
         rates_text=rates_text,

@@ -29,7 +29,7 @@ def published_verdicts(tasks: Sequence[PublishedTask]) -> tuple[Verdict, ...]:
             _ranks(tasks),
             design,
             "Replicated tuning of the same protocol gives an interval:",
-            f"python experiments/tuned_comparison.py --preset published-{tasks[0].table.task}",
+            f"lora-orchestrator tuned --preset published-{tasks[0].table.task}",
         ),
         Verdict(
             "At one fixed learning rate the winner depends on the rate.",
@@ -45,7 +45,7 @@ def published_verdicts(tasks: Sequence[PublishedTask]) -> tuple[Verdict, ...]:
             _range_over_rates(tasks),
             design,
             "This study varies the rate and other hyperparameters alike:",
-            "python experiments/hyperparameter_sensitivity.py",
+            "lora-orchestrator sensitivity",
         ),
     )
 
