@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from functools import partial
 from itertools import pairwise
@@ -139,7 +139,8 @@ def grouped_arguments(
     groups = []
     for group in option_groups(options_class):
         values = {each.name: defaults[each.name] for each in fields(group) if each.name in defaults}
-        groups.append((group_title(group), group, field(default_factory=partial(group, **values))))
+        make: Callable[..., Any] = group
+        groups.append((group_title(group), group, field(default_factory=partial(make, **values))))
     arguments = make_dataclass(options_class.__name__, groups, frozen=True)
     arguments.__doc__ = options_class.__doc__
     return arguments
