@@ -174,9 +174,13 @@ def _read_csv(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]
     types = columns or {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         csv.field_size_limit(2**31 - 1)  # Python's default of 128 KiB is less than a long e-mail
-        reader = csv.DictReader(
-            file, dialect="excel-tab" if path.suffix.lower() == ".tsv" else "excel", strict=True
-        )
+        if path.suffix.lower() == ".tsv":
+            delimiter = "\t"
+        else:  # spreadsheets write semicolons where the comma is the decimal sign
+            header = file.readline()
+            delimiter = ";" if ";" in header and "," not in header else ","
+            file.seek(0)
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         for row, cells in enumerate(reader, 1):
             if None in cells or None in cells.values():
                 problem = f"has {'more' if None in cells else 'fewer'} cells than there are columns"

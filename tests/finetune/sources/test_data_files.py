@@ -54,6 +54,12 @@ def test_every_file_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> N
     assert data_files.read(path, COLUMNS, "mine") == ROWS, "with the requested columns only"
 
 
+def test_the_cells_of_a_csv_may_be_separated_by_semicolons(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text;label\n"good; soup";1\n')
+    assert data_files.read(path, COLUMNS, "mine") == [{"text": "good; soup", "label": 1}]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_a_class_out_of_range_is_named_with_its_row(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"mail.{suffix}", [*ROWS[:2], {"text": "x", "label": 7}])

@@ -237,6 +237,9 @@ def test_a_csv_is_trained_on_where_the_file_is_not(tmp_path: Path, store: Store,
     assert configuration.batches.max_length == -(-longest // 8) * 8, (
         "a token is a byte, and one is the end token"
     )
+    copy = resolve(store, write(tmp_path / "other" / "copy.jsonl", SUMS), model, **options)
+    assert copy.task.name == "copy.jsonl"
+    assert copy.fingerprint == configuration.fingerprint
     train_elsewhere(store, source, configuration)
     task = tasks.find(configuration.task, store.data)
     record = get_record(store, configuration)
