@@ -11,7 +11,7 @@ from orchestrator.execution.broker.core import BrokerCore
 from orchestrator.execution.broker.failure_policy import ExitKind
 from orchestrator.execution.broker.lane_entry import HeldLane
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
-from orchestrator.record.schema import MAX_FAILURES, LaneProgress
+from orchestrator.record.schema import MAX_FAILURES, LaneProgress, StepMetrics
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 
@@ -129,14 +129,19 @@ def test_the_driver_sees_the_start_and_every_new_report_of_a_lane_once() -> None
     core.submit("t", point, 0.0)
     assert core.progress == []
     (lease,) = core.lease("a", None, 1, 0.0).leases
-    reports = [Report(point.fingerprint, lease.attempt, step, {"loss": 1.0 / step}, 2.0) for step in (5, 10)]
+    curves = {step: (StepMetrics(step, 2.0, 1e-3, 0.5),) for step in (5, 10)}
+    reports = [
+        Report(point.fingerprint, lease.attempt, step, {"loss": 1.0 / step}, 2.0, curves[step])
+        for step in (5, 10)
+    ]
     for report in (reports[0], reports[0], reports[1]):  # every exchange repeats the last report
         core.exchange("a", {point.fingerprint: (lease.attempt, point, report)}, report.step, 0.0)
     assert core.progress == [
         LaneProgress(point, train_loss=core.progress[0].train_loss),
-        LaneProgress(point, 5, {"loss": 0.2}, 2.0),
-        LaneProgress(point, 10, {"loss": 0.1}, 2.0),
+        LaneProgress(point, 5, {"loss": 0.2}, 2.0, curves[5]),
+        LaneProgress(point, 10, {"loss": 0.1}, 2.0, curves[10]),
     ]
+    assert [report.curve for report in core.entries[point.fingerprint].reports] == [(), ()], "trials get none"
 
 
 def test_a_grant_is_closed_only_if_no_lane_waits() -> None:

@@ -184,7 +184,9 @@ def test_reports_are_sent_again_after_a_resumption(store: Store) -> None:
     train(source, store)
     assert [r.step for r in source.reports] == [3, 6, 9, 12]
     assert {r.attempt for r in source.reports} == {2}
-    assert get(store, one.fingerprint).provenance.resumed_from == (9,)
+    record = get(store, one.fingerprint)
+    assert record.provenance.resumed_from == (9,)
+    assert tuple(step for r in source.reports for step in r.curve) == record.curve
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,19 @@ from orchestrator.record.schema import LaneProgress, Record
 
 
 def _progress(record: Record, *steps: int) -> list[LaneProgress]:
-    """Return the start of a record's lane, and its evaluations at these steps, as the driver sees them."""
+    """Return the start of a record's lane, and its evaluations at these steps, as the driver sees them.
+
+    Of the training curve every other step is shown.
+    """
     scores = {e.step: e.scores for e in record.evaluations if e.split == "validation"}
     losses = {step.step: step.loss for step in record.curve}
     configuration = record.configuration
-    return [
-        LaneProgress(configuration),
-        *(LaneProgress(configuration, step, scores[step], losses[step]) for step in steps),
-    ]
+    found, previous = [LaneProgress(configuration)], 0
+    for step in steps:
+        shown = tuple(s for s in record.curve if previous < s.step <= step and s.step % 2 == 0)
+        found.append(LaneProgress(configuration, step, scores[step], losses[step], shown))
+        previous = step
+    return found
 
 
 def _history(uri: str, run: Run, key: str) -> list[tuple[int, float]]:
@@ -42,7 +47,10 @@ def test_a_lane_in_training_has_a_run_that_its_record_completes(uri, study, make
     for progress in (first, first, second):  # the broker repeats its reports after a restart
         log.log_progress(study, progress)
     assert _history(uri, run, "validation_exact_match") == [(5, 0.125), (10, 0.25)]
-    assert _history(uri, run, "train_loss") == [(5, 0.6), (10, 0.3)]
+    losses = {s.step: s.loss for s in record.curve}
+    assert _history(uri, run, "train_loss") == [(s, losses[s]) for s in (2, 4, 5, 6, 8, 10)]
+    norms = {s.step: s.gradient_norm for s in record.curve}
+    assert _history(uri, run, "gradient_norm") == [(s, norms[s]) for s in (2, 4, 6, 8, 10)]
     assert log.log_records(study, [record]) == 1
     log.log_progress(study, second)  # a report that comes after the record changes nothing
     log.finish_study(study)
