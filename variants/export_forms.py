@@ -90,7 +90,7 @@ def vllm_obstacle(config: Mapping[str, Any]) -> str:
         return "vLLM does not load DoRA"
     if config.get("modules_to_save"):
         return "vLLM loads no trained head (`modules_to_save`)"
-    if config.get("bias", "none") != "none":
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
         return "vLLM loads no biases"
     if vllm_max_lora_rank(config["r"]) is None:
         return f"the adapter's rank {config['r']} is above {VLLM_RANKS[-1]}"

@@ -21,7 +21,7 @@ from variants.peft_fields import (
     REFUSED_VALUES,
     read_hyperparameters,
 )
-from variants.peft_layers import SHAPES_FROM_VALUES, LayerTemplate, build_layer, split_tensors
+from variants.peft_layers import ADAPTER, SHAPES_FROM_VALUES, LayerTemplate, build_layer, split_tensors
 from variants.variant_names import PEFT_AXIS, PEFT_PREFIX
 
 _STARTS = {
@@ -31,6 +31,10 @@ _STARTS = {
 }
 """Type -> kind of start, if it is not W' = W bit for bit."""
 _TYPICAL_LR_SCALES = {"C3A": 10.0, "HIRA": 10.0}
+
+
+CONV1D_TYPES = ("GRALORA", "HIRA", "IA3", "LORA")
+"""Tuners that PEFT has for layers of type Conv1D too."""
 
 
 class PeftTuner(api.Variant):
@@ -83,6 +87,15 @@ class PeftTuner(api.Variant):
             return self.config_class(target_modules=["layer"], **values)
         except (ValueError, TypeError) as error:
             raise api.UnsupportedError(" ".join(str(error).split())) from error
+
+    def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
+        """Return the tensors under the names of PEFT's file, which lack the name of the adapter."""
+        paths = {name: [part for part in name.split("/") if part != ADAPTER] for name in params}
+        return {".".join(path): params[name] for name, path in paths.items()}
+
+    def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
+        config = self.config(settings, self.scaling(settings)).to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
     def check_layer(self, layer: api.FrozenLayer) -> None:
         out_features, in_features = layer.shape
@@ -197,6 +210,7 @@ def peft_variant(name: str) -> api.Variant:
         "revision": f"peft {peft.__version__}",
         "verified_by": api.VerifiedBy.REFERENCE_IMPLEMENTATION,
         "config_class": config_class,
+        "peft": api.PeftMethod(peft_type, {}, adapts_conv1d=peft_type in CONV1D_TYPES),
         "hyperparameters": read_hyperparameters(peft_type, config_class),
         "uses_rank": isinstance(defaults.get("r"), int) and defaults["r"] > 0,
         "uses_alpha": any(isinstance(defaults.get(each), int) for each in ALPHA_FIELDS),

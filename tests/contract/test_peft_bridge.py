@@ -150,8 +150,9 @@ def test_three_steps_equal_those_of_peft(peft_type: str, values: dict[str, Any])
 
 
 @pytest.mark.parametrize(("peft_type", "values"), OTHER_VALUES)
-def test_other_values_merge(peft_type: str, values: dict[str, Any]) -> None:
+def test_other_values_merge_and_are_exported(peft_type: str, values: dict[str, Any]) -> None:
     LAWS["merged_equals_forward"](variant(peft_type, **values), CASES[0])
+    LAWS["export_loads_in_peft"](variant(peft_type, **values), CASES[0])
 
 
 def peft_model(case: Case, adapters: Adapters) -> nn.Module:
