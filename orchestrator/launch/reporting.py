@@ -98,8 +98,7 @@ def report_and_close(
         if not writers.mlflow.is_finished or writers.mlflow.pending_count:
             _print_delay(context, writers.mlflow)
         for name, writer in writers.others.items():
-            if not writer.is_finished or writer.pending_count:
-                _print_tracker_delay(context, name, writer)
+            _print_tracker(context, name, writer)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -132,8 +131,12 @@ def _print_delay(context: StudyContext, writer: MlflowWriter) -> None:
     context.console.print(line, markup=False, soft_wrap=True)
 
 
-def _print_tracker_delay(context: StudyContext, name: str, writer: TrackerWriter) -> None:
-    """Print the number of runs that a tracker lacks, the reason, and how they get there."""
+def _print_tracker(context: StudyContext, name: str, writer: TrackerWriter) -> None:
+    """Print how to look at a tracker, and the number of runs that it lacks, with the reason."""
+    if view := writer.tracker.describe_view():
+        context.console.print(f"{name:8} {view}", markup=False, soft_wrap=True)
+    if writer.is_finished and not writer.pending_count:
+        return
     missing = f"{writer.pending_count} runs are missing" if writer.pending_count else "not ended"
     reason = writer.error or "it is slow"
     line = f"--tracker {name}: {missing} ({reason}); the same command writes them later."

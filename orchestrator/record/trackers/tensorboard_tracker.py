@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -94,6 +95,10 @@ class TensorBoardTracker(Tracker):
             self._logged.add(record)
         except OSError as error:
             raise TrackingUnavailableError(str(error)) from error
+
+    def describe_view(self) -> str:
+        """Return the command that shows the study."""
+        return f"tensorboard --logdir {shlex.quote(str(self._files))}"
 
     def close_study(self, end: StudyEnd) -> None:
         """Close the files of lanes that are not finished."""

@@ -78,5 +78,9 @@ class Tracker:
     def flush(self) -> None:
         """Write what depends on several records. Called when no record waits."""
 
+    def describe_view(self) -> str:
+        """Return the command or the address that shows the study; empty if there is none."""
+        return ""
+
     def close_study(self, end: StudyEnd) -> None:
         """End the writing: all records have been logged, or a limit of time has been reached."""

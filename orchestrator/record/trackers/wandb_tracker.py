@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,6 +46,7 @@ class WandbTracker(Tracker):
         super().__init__(folder)
         self._logged = LoggedRecords(folder / "wandb" / "logged-records.txt")
         self._study = ""
+        self._view = ""
         self._has_failed = False
         self._runs: dict[str, Run] = {}
         """Fingerprint of a lane in training -> its open run."""
@@ -108,6 +110,10 @@ class WandbTracker(Tracker):
             self._end_run(configuration.fingerprint, 1 if record.state == "failed" else 0)
         self._logged.add(record)
 
+    def describe_view(self) -> str:
+        """Return the address of the project, or the command that uploads offline runs."""
+        return self._view
+
     def close_study(self, end: StudyEnd) -> None:
         """End the runs of lanes that are not finished; a later run of the study continues them."""
         with self._convert_errors():
@@ -151,6 +157,10 @@ class WandbTracker(Tracker):
             settings=settings,
         )
         self._runs[fingerprint] = run
+        if run.offline:
+            self._view = f"wandb sync {shlex.quote(str(self.folder / 'wandb'))}/offline-run-*"
+        else:
+            self._view = (run.url or "").partition("/runs/")[0]
         self._next_steps[fingerprint] = run.step
         return run
 

@@ -141,23 +141,28 @@ def test_wandb_has_one_run_a_lane_that_the_record_completes(tmp_path, make_recor
     assert (run["group"], sorted(run["tags"]), run["exit_code"]) == (STUDY.name, ["letters", "lora"], 1)
     assert run["config"]["learning_rate"] == 0.001
 
-    again = WandbTracker(tmp_path)  # the driver was killed: the same command continues
+    # The driver was killed, and the same command continues. W&B names the folders of offline runs by seconds,
+    # and this test is faster, so the second driver has a folder of its own.
+    folder = tmp_path / "second"
+    folder.mkdir()
+    again = WandbTracker(folder)
     again.open_study(STUDY, {})
     for progress in progress_of(record, 5, 10, 15, 20):
         again.log_progress(progress)
     again.log_record(record, False)
     again.log_record(stopped, True)
-    points, run = wandb_rows(tmp_path, identity)
+    assert again.describe_view() == f"wandb sync {folder}/wandb/offline-run-*"
+    points, run = wandb_rows(folder, identity)
     same(points, expected(record, record.curve))
     assert run["exit_code"] == 0
     assert run["summary"]["state"] == '"finished"'
-    same(wandb_rows(tmp_path, run_id(STUDY.name, stopped.fingerprint))[0], expected(stopped, stopped.curve))
+    same(wandb_rows(folder, run_id(STUDY.name, stopped.fingerprint))[0], expected(stopped, stopped.curve))
 
     def run_folders() -> list[Path]:
-        return list(tmp_path.glob("wandb/offline-run-*"))
+        return list(folder.glob("wandb/offline-run-*"))
 
     count = len(run_folders())
-    later = WandbTracker(tmp_path)
+    later = WandbTracker(folder)
     later.open_study(STUDY, {})
     later.log_record(record, False)
     assert len(run_folders()) == count, "a logged record is logged again"
