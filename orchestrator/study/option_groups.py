@@ -33,8 +33,9 @@ class GridOptions:
     pretrained here once (about half a minute). Ends in a few minutes with a complete report. --task names
     another task than letters, for example reviews; tasks on downloaded models take longer."""
     variants: tuple[str, ...] | None = None
-    """Variants to compare, e.g. `lora pissa` or `LoRA,PiSSA`: names from `python -m variants`, `peft:TYPE` for
-    a tuner of the PEFT library, or the path of a .py file that defines one. Default: `--plan` shows them."""
+    """Variants to compare, e.g. `lora pissa` or `LoRA,PiSSA`: names from `python -m variants`, `peft:TYPE`
+    for a tuner of the PEFT library, or the path of a .py file that defines one. Default: `--plan` shows
+    them."""
     task: tuple[str, ...] | None = None
     """Task to fine-tune on: its name, or the path of a .py file that defines one. With several, every variant
     is trained on each of them."""

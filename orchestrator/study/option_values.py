@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from orchestrator.study.retired_options import RETIRED_OPTIONS
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 
-LISTS = ("variants", "task", "learning_rates", "factors")
+LISTS = ("variants", "task", "learning_rates", "factors", "tracker")
 """Options whose words may also be lists with commas."""
 PAIRS = ("set", "space", "columns")
 """Options of NAME=VALUE words, which may also be mappings."""
