@@ -99,7 +99,8 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
         columns=columns.columns,
         template=columns.template,
     )
-    return DataTask.from_spec(spec, splits, os.path.abspath(request.source))
+    is_hub = not os.path.exists(request.source)
+    return DataTask.from_spec(spec, splits, request.source if is_hub else os.path.abspath(request.source))
 
 
 def _read_all_rows(request: DataRequest) -> list[DataRow]:

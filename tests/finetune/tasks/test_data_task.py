@@ -87,7 +87,7 @@ def test_a_dataset_of_the_hub_equals_its_rows_in_a_file(
     splits = {s: [r for r in rows if r["split"] == s] for s in SPLITS}
     hub_folder.write(tmp_path / "data", "org/mail", splits, "small")
     task = task_of("org/mail:small")
-    assert task.name == "mail-small"
+    assert (task.name, task.source) == ("mail-small", "org/mail:small")
     assert task.content == task_of(write(tmp_path / "mail.csv", rows)).content
 
 
