@@ -50,7 +50,7 @@ def parse_options(
         grouped_arguments(options_class, find_value(words, "--preset"), config),
         prog=program or None,
         args=list(words),
-        description=wrap_description(description),
+        description=wrap_description(f"{description.strip()}\n\n{known_names()}"),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     groups = [getattr(arguments, each.name) for each in fields(arguments)]
@@ -75,6 +75,14 @@ def run_elsewhere(options: StudyOptions) -> int | None:
     from orchestrator.cluster.remote.target import run_if_remote
 
     return run_if_remote(options)
+
+
+def known_names() -> str:
+    """Return the names of variants and tasks in two paragraphs, for `--help`."""
+    from orchestrator.finetune.tasks import task_names
+
+    tasks = {*task_names.names(), *task_names.entry_points_by_name()}
+    return f"Variants: {' '.join(catalogue.names())}\n\nTasks: {' '.join(sorted(tasks))}"
 
 
 def wrap_description(description: str) -> str:
@@ -114,8 +122,11 @@ def default_values(
     """
     defaults = {each.name: each.default for each in fields(options_class) if each.default is not MISSING}
     values = config.values if config else {}
-    if preset := preset or values.get("preset"):
-        defaults |= preset_defaults(preset, options_class, catalogue.names())
+    if name := preset or values.get("preset"):
+        try:
+            defaults |= preset_defaults(name, options_class, catalogue.names())
+        except UsageError as error:
+            raise (config.locate(error, ()) if config and not preset else error) from None
     return {**defaults, **values}
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HELP_OPTIONS, VERSION_OPTIONS = ("-h", "--help"), ("--version", "-V")
 _FIRST_STEPS = """\
-Compare LoRA and its variants: train them, tune them alike, and report which one is better.
+Train LoRA and its variants, tune them alike, and report which one is better.
 
 Type first:
   {program} study --dry-run   a small study here, in minutes

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from orchestrator.study.option_groups import default_output
 
@@ -14,7 +17,7 @@ class StoreLocation:
 
     output: Path = field(default_factory=default_output)
     """Folder with a subfolder for each study. Default: ORCHESTRATOR_OUTPUT, else `results`."""
-    store: Path | None = None
+    store: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Folder of the records; by default OUTPUT/store."""
 
     @property

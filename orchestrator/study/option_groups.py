@@ -34,8 +34,7 @@ class GridOptions:
     another task than letters, for example reviews; tasks on downloaded models take longer."""
     variants: tuple[str, ...] | None = None
     """Variants to compare, e.g. `lora pissa` or `LoRA,PiSSA`: names from `python -m variants`, `peft:TYPE`
-    for a tuner of the PEFT library, or the path of a .py file that defines one. Default: `--plan` shows
-    them."""
+    for a tuner of the PEFT library, or the path of a .py file. Default: those that --plan shows."""
     task: tuple[str, ...] | None = None
     """Task to fine-tune on: its name, or the path of a .py file that defines one. With several, every variant
     is trained on each of them."""

@@ -6,8 +6,7 @@ import importlib
 import json
 import os
 import sys
-from functools import cache, lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -15,31 +14,13 @@ from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import task_file, user_task
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
+from orchestrator.finetune.tasks.task_names import entry_points_by_name as entry_points_by_name
+from orchestrator.finetune.tasks.task_names import module_names
+from orchestrator.finetune.tasks.task_names import names as names
 from orchestrator.study.configuration import TaskChoice
 from orchestrator.util import user_code
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import FILE_SUFFIX
-
-ENTRY_POINT_GROUP = "lora_orchestrator.tasks"
-"""Group of the entry points that a package registers its tasks under: NAME = "module:Class"."""
-
-
-def names() -> tuple[str, ...]:
-    """Return the names of the built-in tasks; no task is imported."""
-    return tuple(sorted(_module_names()))
-
-
-@lru_cache(maxsize=1)
-def _module_names() -> dict[str, str]:
-    """Return the module name of each task."""
-    files = Path(__file__).parent.glob("*/*.py")
-    return {p.stem: f"{__package__}.{p.parent.name}.{p.stem}" for p in files if p.stem != "__init__"}
-
-
-@cache
-def entry_points_by_name() -> dict[str, EntryPoint]:
-    """Return the entry points of installed packages that are tasks, by the task's name."""
-    return {each.name: each for each in entry_points(group=ENTRY_POINT_GROUP)}
 
 
 def load(name: str) -> Task:
@@ -181,7 +162,7 @@ def _load_builtin_task(name: str) -> Task:
             f"Unknown task {name!r}. {suggest_nearest(name, known)} A path to a .py file with a task "
             "works, too."
         )
-    return _instantiate_task(importlib.import_module(_module_names()[name]))
+    return _instantiate_task(importlib.import_module(module_names()[name]))
 
 
 def _instantiate_task(module: ModuleType) -> Task:

@@ -12,6 +12,7 @@ from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.tasks import catalogue
+from orchestrator.finetune.tasks.task_names import ENTRY_POINT_GROUP
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
@@ -55,7 +56,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "function": "json:loads",
     }
     lines = "".join(f"{name} = {target}\n" for name, target in targets.items())
-    (info / "entry_points.txt").write_text(f"[{catalogue.ENTRY_POINT_GROUP}]\n{lines}")
+    (info / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\n{lines}")
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(catalogue, "_own_tasks", {})
     catalogue.entry_points_by_name.cache_clear()

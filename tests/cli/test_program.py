@@ -1,0 +1,45 @@
+"""The program's own words: help, version, unknown commands, and the two spellings of fetch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from in_process import ORCHESTRATOR, Run
+
+from orchestrator.cli.commands import COMMANDS
+from orchestrator.experiments.catalogue import experiments
+
+
+def test_help_and_version(run: Run) -> None:
+    for words in ((), ("--help",), ("-h",)):
+        done = run(ORCHESTRATOR, *words)
+        assert done.returncode == 0
+        assert "python -m orchestrator study --dry-run" in done.stdout
+        assert all(f"  {name} " in done.stdout for name in (*COMMANDS, *experiments()))
+        assert max(map(len, done.stdout.splitlines())) <= 80
+    assert run(ORCHESTRATOR, "--version").stdout.startswith("lora-orchestrator ")
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *experiments()])
+def test_the_help_of_a_command_fits_the_terminal(name: str, run: Run, tmp_path: Path) -> None:
+    script = tmp_path / "lora-orchestrator"
+    script.write_text("from orchestrator.cli.program import main\nmain()\n")  # as pip writes it
+    done = run(script, name, "--help")
+    assert done.returncode == 0
+    assert f"usage: lora-orchestrator {name} " in done.stdout
+    wide = [line for line in done.stdout.splitlines() if len(line) > 80 and not line.startswith("    ")]
+    assert not wide, "only examples of commands may be wider"
+    if name in ("study", "tuned", "sensitivity", "early-stopping", "check"):
+        words = done.stdout.split()
+        assert {"lora", "pissa", "letters", "metamathqa", "--variants"} <= set(words)
+
+
+def test_an_unknown_command_is_refused_with_the_nearest(run: Run) -> None:
+    run(ORCHESTRATOR, "tunned").assert_refused("'tunned' is no command", "'tuned'")
+    run(ORCHESTRATOR, "fetch").assert_refused("'fetch' is no command", "fetch")
+
+
+def test_fetch_has_two_spellings(run: Run, tmp_path: Path) -> None:
+    for words in (("fetch", "data"), ("fetch-data",)):
+        run(ORCHESTRATOR, *words, "letters").assert_refused("'letters' needs no download")

@@ -1,0 +1,59 @@
+"""`Study`, `plan` and their errors; tests/cli/test_wheel.py runs a study from a notebook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import orchestrator
+from orchestrator import Study, plan
+from orchestrator.util.errors import UsageError
+
+WRONG = {
+    "experiment": (("tunned", {}), "'tunned'.*'tuned'"),
+    "trains nothing": (("published", {}), "'published'"),
+    "option": (("study", {"rnk": 3}), "'rnk'.*'rank'"),
+    "option of another experiment": (("study", {"replicates": 3}), "'replicates'"),
+    "retired option": (("study", {"seats": 3}), "trainers"),
+    "type": (("study", {"rank": "big"}), "rank: 'big' must be a whole number"),
+    "truth value": (("study", {"dry_run": "maybe"}), "true or false"),
+    "bounds": (("study", {"rank": 0}), "--rank 0: must be 1 or more"),
+    "list": (("study", {"variants": {"lora": 1}}), "list of words"),
+    "cluster": (("study", {"on": "cluster.yaml"}), "use the command"),
+    "file": (("study", {"config": "none.yaml"}), "No such file"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_argument_is_refused_in_one_line(given: tuple[str, dict[str, object]], message: str) -> None:
+    experiment, options = given
+    with pytest.raises(UsageError, match=message) as refused:
+        Study(experiment, **options)  # type: ignore[arg-type]
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_plan_is_printed_and_returned(
+    restored: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = Study(
+        "tuned", variants=["LoRA", "PiSSA"], task="letters", learning_rates=[1e-3, 1e-2], replicates=2,
+        dry_run=True,
+    )  # fmt: skip
+    assert study.command == (
+        "lora-orchestrator tuned --replicates 2 --dry-run --variants LoRA PiSSA --task letters "
+        "--learning-rates 0.001 0.01"
+    )
+    (planned,) = plan(study)
+    assert (planned.total, len(planned.pending), len(planned.requested)) == (8, 8, 8)
+    assert ("Variants", "lora pissa") in planned.lines
+    assert "Variants        lora pissa" in capsys.readouterr().out
+    assert not list(tmp_path.glob("results/*/study.json"))
+
+
+def test_the_package_has_few_names() -> None:
+    assert set(orchestrator.__all__) == {"Study", "__version__", "load", "plan", "run"}
+    assert all(getattr(orchestrator, name) for name in orchestrator.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'studies'"):
+        _ = orchestrator.studies

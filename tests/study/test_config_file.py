@@ -1,0 +1,96 @@
+"""`--config`: wrong files are refused in one line with file and line; a study's file repeats the study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from in_process import SWEEP, Run
+
+from orchestrator.cli.arguments import parse_options
+from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
+from orchestrator.study.config_file import read_config, write_config
+from orchestrator.study.option_words import given_values
+from variants import catalogue
+
+WRONG = {
+    "no yaml": ("rank: [", ["line 1", "not YAML"]),
+    "a tab": ("rank: 3\n\tseeds: 2", ["line 2", "not YAML"]),
+    "two documents": ("rank: 3\n---\nseeds: 2", ["line 2", "not YAML"]),
+    "a list": ("- rank", ["line 1", "must be NAME: VALUE"]),
+    "a word": ("rank", ["line 1", "must be NAME: VALUE"]),
+    "unknown key": ("seeds: 1\nrnk: 3", ["line 2", "'rnk'", "'rank'"]),
+    "unknown key in a group": ("grid:\n  rank: 3\n  sed: 3", ["line 3", "'sed'", "'seeds'"]),
+    "unknown group": ("grids:\n  rank: 3", ["line 1", "'grids'"]),
+    "another experiment's option": ("replicates: 3", ["line 1", "'replicates'"]),
+    "retired key": ("seats: 3", ["line 1", "trainers"]),
+    "twice": ("rank: 3\ngrid: {rank: 4}", ["line 2", "rank is in line 1 already"]),
+    "another file": ("config: b.yaml", ["line 1", "leave it out"]),
+    "no whole number": ("rank: 1.5", ["line 1", "rank: '1.5'", "whole number"]),
+    "no number": ("alpha: big", ["line 1", "alpha: 'big'", "a number"]),
+    "no truth value": ("dry_run: maybe", ["line 1", "true or false"]),
+    "no choice": ("lr_schedule: cos", ["line 1", "'cos'", "cosine"]),
+    "no list": ("variants: {lora: 1}", ["line 1", "list of words"]),
+    "a list in a list": ("learning_rates: [[1e-3]]", ["line 1", "plain words"]),
+    "a list for a word": ("model: [a, b]", ["line 1", "model", "one word"]),
+    "nothing for a number": ("rank:", ["line 1", "rank: 'None'", "whole number"]),
+    "out of bounds": ("seeds: 2\nrank: 0", ["line 2", "--rank 0", "1 or more"]),
+    "unknown variant": ("seeds: 1\nvariants: [lora, pisa]", ["line 2", "'pisa'", "'pissa'"]),
+    "unknown preset": ("preset: published-gsm", ["line 1", "published-gsm8k"]),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), WRONG.values(), ids=WRONG)
+def test_a_wrong_file_is_refused_with_its_line(text: str, words: list[str], run: Run, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    run(SWEEP, "--dry-run", "--plan", "--config", "s.yaml").assert_refused("error: s.yaml, ", *words)
+
+
+def test_a_file_that_cannot_be_read_is_refused(run: Run, tmp_path: Path) -> None:
+    run(SWEEP, "--config", "none.yaml").assert_refused("--config 'none.yaml'", "No such file")
+    (tmp_path / "s.yaml").write_bytes(b"rank: \xff")
+    run(SWEEP, "--config=s.yaml").assert_refused("s.yaml", "UTF-8")
+
+
+def test_a_typed_value_replaces_that_of_the_file_and_is_not_blamed_on_it(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("dry_run: true\ngrid:\n  rank: 4\n  variants: LoRA+,PiSSA\n  seeds: 1\n")
+    words = ["--config", "s.yaml"]
+    assert parse_options("", CurveOptions, words).rank == 4
+    typed = parse_options("", CurveOptions, [*words, "--rank", "16", "--no-dry-run"])
+    assert (typed.rank, typed.dry_run, typed.variants) == (16, False, ("LoRA+", "PiSSA"))
+    done = run(SWEEP, *words, "--plan", "--learning-rates", "1e-3,1e-2")
+    assert "Variants        lora_plus pissa\nLearning rates  0.001 0.01\n" in done.stdout
+    run(SWEEP, *words, "--rank", "0").assert_refused("error: --rank 0: must be 1 or more")
+
+
+@pytest.mark.parametrize(
+    ("options_class", "words"),
+    [
+        (CurveOptions, "--dry-run --variants lora,PiSSA --learning-rates 1e-3 0.02 --seeds 2 --widen 0.5"),
+        (CurveOptions, "--search optuna --space rank=4,8 warmup=0:0.1 --points 40 --max-hours 1e-05"),
+        (CurveOptions, "--base-dropout off --targets re:q_.* --set weight_decay=0.01 lora_plus.ratio=4"),
+        (CurveOptions, "--preset published-gsm8k-r128 --set warmup=0.1 --steps 7 --variants lora"),
+        (CurveOptions, ""),
+        (ComparisonOptions, "--replicates 3 --max-replicates 6 --task letters digits --margin 0.02"),
+    ],
+)
+def test_the_file_of_a_study_repeats_its_options(
+    options_class: type[CurveOptions | ComparisonOptions], words: str, tmp_path: Path
+) -> None:
+    options = parse_options("", options_class, words.split())
+    write_config(tmp_path, given_values(options, catalogue.names()), "lora-orchestrator study")
+    file = tmp_path / "study.yaml"
+    again = parse_options("", options_class, ["--config", str(file)])
+    assert given_values(again, catalogue.names()) | {"config": None} == (
+        given_values(options, catalogue.names()) | {"config": None}
+    )
+
+
+def test_the_file_of_a_study_holds_no_secret(tmp_path: Path) -> None:
+    words = ["--tracking-uri", "http://user:pl4nted@host:1", "--rank", "4"]
+    options = parse_options("", CurveOptions, words)
+    write_config(tmp_path, given_values(options, catalogue.names()), "lora-orchestrator study")
+    text = (tmp_path / "study.yaml").read_text()
+    assert "pl4nted" not in text
+    assert "# tracking_uri is left out" in text
+    assert read_config(tmp_path / "study.yaml", CurveOptions).values == {"rank": 4}
