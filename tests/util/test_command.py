@@ -279,12 +279,15 @@ WITHOUT_LIBRARIES = """
 import runpy, sys
 class Without:
     def find_spec(self, name, path=None, target=None):
-        if name in ("numpy", "torch", "ray", "transformers", "mlflow", "pydantic", "pyarrow"):
+        if name in {libraries}:
             raise ImportError(name)
 sys.meta_path.insert(0, Without())
 sys.argv = {arguments}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+SLOW_LIBRARIES = ("numpy", "torch", "ray", "transformers", "mlflow", "pydantic", "pyarrow")
 
 
 @pytest.mark.parametrize(
@@ -298,11 +301,13 @@ def test_a_terminal_shows_a_status_line_before_slow_imports(tmp_path, script, ar
     tests/experiments/test_bad_input.py shows that nothing is printed where stderr is not a terminal.
     """
     program = tmp_path / "x.py"
-    program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), *arguments]))
+    libraries = (*SLOW_LIBRARIES, "tyro", "yaml")
+    program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), *arguments], libraries=libraries))
     code, lines = Terminal(program).end()
     assert lines[0].startswith("Reading ")
     assert code != 0, "no library can be imported"
-    program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), "--help"]))
+    help_words = [str(script), "--help"]
+    program.write_text(WITHOUT_LIBRARIES.format(arguments=help_words, libraries=SLOW_LIBRARIES))
     code, lines = Terminal(program).end()
     assert code == 0
     assert not [line for line in lines if line.startswith("Reading ")]
