@@ -14,6 +14,7 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.factors import ALL, load_factors
+from orchestrator.study.own_commands import own_command
 from orchestrator.study.program_names import (
     CURVE_SCRIPT,
     FACTOR_SCRIPT,
@@ -36,8 +37,8 @@ _OTHER_OPTIONS = (
 def format_record(store: Store, output: Path, prefix: str) -> str:
     """Return a record as text.
 
-    The text has state, scores, cost, provenance, evaluations, the traceback of a failed lane, and the command
-    that trains the configuration again.
+    The text has state, scores, cost, provenance, evaluations, the traceback of a failed lane, the command that
+    trains the configuration again, and the command that exports the adapter of a finished lane.
 
     Args:
         store: The store.
@@ -60,7 +61,12 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
     lines = [*header, *_format_scores(record), *_format_cost(record)]
     if record.traceback:
         lines += ["", record.traceback.rstrip()]
-    return "\n".join([*lines, "", *_format_rerun(record, studies, output)])
+    lines += ["", *_format_rerun(record, studies, output)]
+    if record.state == "finished" and studies:
+        words = ["export", studies[0].name, fingerprint[:12]]
+        command = own_command(words, studies[0].command, output, store.root)
+        lines += ["To export its adapter:", f"  {command}"]
+    return "\n".join(lines)
 
 
 def narrow_command(command: str, configuration: Configuration) -> str:
