@@ -37,8 +37,8 @@ _OTHER_OPTIONS = (
 def format_record(store: Store, output: Path, prefix: str) -> str:
     """Return a record as text.
 
-    The text has state, scores, cost, provenance, evaluations, the traceback of a failed lane, the command that
-    trains the configuration again, and the command that exports the adapter of a finished lane.
+    The text has state, scores, cost, provenance, evaluations, the traceback of a failed lane, the command
+    that exports the adapter of a finished lane, and the command that trains the configuration again.
 
     Args:
         store: The store.
@@ -61,12 +61,11 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
     lines = [*header, *_format_scores(record), *_format_cost(record)]
     if record.traceback:
         lines += ["", record.traceback.rstrip()]
-    lines += ["", *_format_rerun(record, studies, output)]
     if record.state == "finished" and studies:
         words = ["export", studies[0].name, fingerprint[:12]]
         command = own_command(words, studies[0].command, output, store.root)
-        lines += ["To export its adapter:", f"  {command}"]
-    return "\n".join(lines)
+        lines += ["", "To export its adapter:", f"  {command}"]
+    return "\n".join([*lines, "", *_format_rerun(record, studies, output)])
 
 
 def narrow_command(command: str, configuration: Configuration) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import STUDY, record, several_tasks, study, summarize_curves
+from synthetic import RATES, STUDY, record, several_tasks, study, summarize_curves
 
 from orchestrator.analyze import curve_text
 from orchestrator.analyze.plots import curves, style
@@ -73,6 +73,16 @@ def of_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
     """Write the report of the synthetic study. Return its folder, which no test may change, and the page."""
     folder = tmp_path_factory.mktemp("report") / "new" / "study"
     return folder, written(folder, study())[1]
+
+
+def test_the_report_has_the_command_that_exports_the_best_lane_of_each_variant(
+    of_study: tuple[Path, Page],
+) -> None:
+    _, page = of_study
+    best = record("hira", RATES[5], seed=2, validation=1.0, alpha=None)
+    commands = re.findall(r"python -m orchestrator export lr-sensitivity ([0-9a-f]{12})", page.text)
+    assert len(commands) == len(STUDY)
+    assert best.fingerprint[:12] in commands
 
 
 def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Page]) -> None:

@@ -153,6 +153,7 @@ def test_show_prints_one_record(results, make_record):
         "learning_rate 0.001",
         "2.0 s training, 0.5 s evaluating, 4096 tokens",
         "3 MiB at most",
+        f"  python -m orchestrator export rates {record.fingerprint[:12]}\n",
     )
     for text in (record.fingerprint, *expected):
         assert text in done.stdout
