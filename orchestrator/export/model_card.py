@@ -52,10 +52,11 @@ def render_card(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
     verdicts = summarize(chosen.study, chosen.records).verdicts
     record = facts.retrained or chosen.record
     own = record.configuration
+    title = getattr(task, "title", own.task.name)  # a user's task may have none
     parts = [
         _metadata(chosen, task, facts, record),
-        f"# {own.variant.name} on {task.title}",
-        f"One fine-tune of `{own.model.name}` on the task `{own.task.name}` ({task.title}), trained with the "
+        f"# {own.variant.name} on {title}",
+        f"One fine-tune of `{own.model.name}` on the task `{own.task.name}` ({title}), trained with the "
         f"variant `{own.variant.name}` in the study `{chosen.study.name}`. This lane was exported because it "
         f"is {chosen.reason}.",
         "License: fill in. The licenses of the base model and of the data apply.",
