@@ -17,6 +17,8 @@ from orchestrator.record.study_file import StudyFile
 
 Export = Callable[..., Ended]
 
+pytestmark = pytest.mark.xdist_group("export")  # the tests of a group share the trained study
+
 REFUSED = {
     "unknown variant": (["--variant", "lora_plus"], ["--variant 'lora_plus'", "'rates'"]),
     "misspelt variant": (["--variant", "hydralora"], ["Did you mean 'hydra_lora'"]),
