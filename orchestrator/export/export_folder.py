@@ -86,7 +86,9 @@ def write_folder(folder: Path, mark: ExportMark, write: Callable[[Path], None]) 
         names = [str(path.relative_to(draft)) for path in files]
         content: Mapping[str, object] = {**asdict(mark), "files": names}
         (draft / MARK_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        mode = (draft / MARK_FILE).stat().st_mode
         for path in (*files, draft / MARK_FILE):
+            path.chmod(mode)  # safetensors makes files that other users cannot read
             atomic_files.sync_file(path)
         if folder.exists():
             check_target(folder, mark.fingerprint)

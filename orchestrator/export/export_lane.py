@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.analyze.best_lanes import best_lanes
 from orchestrator.export import retraining
 from orchestrator.export.export_folder import ExportMark, Form, check_target, write_folder
 from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
@@ -83,7 +85,7 @@ def export_lane(
     folder = request.folder or chosen.folder / "export" / name
     check_target(folder, record.fingerprint)
     code = LaneCode.find(record.configuration, store)
-    _check_form(code, request.form, record)
+    _check_form(code, request.form, record, partial(_find_exportable, store, chosen, request))
     with scratch_folder(store) as scratch:
         file, retrained = find_adapter(store, record), None
         if file is None:
@@ -94,8 +96,14 @@ def export_lane(
     return Export(folder, request.form, record, size, notes)
 
 
-def _check_form(code: LaneCode, form: Form, record: Record) -> None:
+def _check_form(code: LaneCode, form: Form, record: Record, find_other: Callable[[], str]) -> None:
     """Check that the lanes of a variant can leave in a form, before anything is loaded.
+
+    Args:
+        code: The code of the lane.
+        form: The form.
+        record: The record of the lane.
+        find_other: Returns the best variant that has an adapter of PEFT; empty if there is none.
 
     Raises:
         UsageError: They cannot; the message names a form that is possible.
@@ -107,10 +115,27 @@ def _check_form(code: LaneCode, form: Form, record: Record) -> None:
     raw = "--raw writes the exact tensors for `variants.storage.load_lane`"
     if form == "peft" and not forms.peft.possible:
         remedy = merge if forms.merged.possible else raw
+        if other := find_other():
+            remedy += f"; the best variant of the study with such an adapter: --variant {other}"
         raise UsageError(f"{name} has no adapter in PEFT's format: {forms.peft.note}; {remedy}.")
     if form == "merged" and not forms.merged.possible:
         remedy = "without --merge it is an adapter of PEFT" if forms.peft.possible else raw
         raise UsageError(f"--merge: {name} cannot be merged: {forms.merged.note}; {remedy}.")
+
+
+def _find_exportable(store: Store, chosen: ChosenLane, request: ExportRequest) -> str:
+    """Return the best variant of a study that has an adapter of PEFT; empty if the user has named a lane."""
+    from variants.export_forms import export_forms
+
+    if request.query.variant is not None or request.query.fingerprint:
+        return ""
+    task, records = chosen.record.configuration.task.name, {r.fingerprint: r for r in chosen.records}
+    lanes = best_lanes(chosen.study, chosen.records).values()
+    for lane in sorted(lanes, key=lambda lane: -(lane.validation or 0.0)):
+        code = LaneCode.find(records[lane.fingerprint].configuration, store)
+        if lane.goal.task == task and export_forms(code.variant).peft.possible:
+            return lane.goal.variant
+    return ""
 
 
 def _train_again(

@@ -115,3 +115,8 @@ def test_without_a_variant_the_best_of_all_is_exported(export: Export, trained: 
     best = max(trained.store.records(), key=lambda record: record.score("validation") or 0.0)
     assert folder_of(done).name.startswith(f"{best.configuration.variant.name}-{best.fingerprint[:12]}")
     assert "the best of 3 variants" in done.stdout
+    refused = export()
+    if best.configuration.variant.name == "lora":
+        folder_of(refused)
+    else:
+        refused.assert_refused("with such an adapter: --variant lora")
