@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from in_process import ORCHESTRATOR, Ended, Run, restored, run
 from scripted import Script, leases, train
+from trained_study import RATES, STUDY, Trained
 
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
-from orchestrator.record.kept_adapters import StudyAdapters, find_adapter
-from orchestrator.record.schema import Record
+from orchestrator.record.kept_adapters import StudyAdapters
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.grid import build_grid
 from orchestrator.study.options import StudyOptions
 
 __all__ = ["restored", "run"]
-
-STUDY = "rates"
-RATES = {"lora": ("1e-4", "1e-2"), "hydra_lora": ("1e-2",), "full": ("1e-3",)}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The output folder of the study `rates`, whose best lanes have adapters."""
-
-    output: Path
-
-    @property
-    def store(self) -> Store:
-        return Store(self.output / "store")
-
-    def record(self, variant: str, which: int = -1) -> Record:
-        """Return the record of a variant with its lowest rate (0) or its highest one (-1)."""
-        own = [r for r in self.store.records() if r.configuration.variant.name == variant]
-        return sorted(own, key=lambda r: r.configuration.optimizer.learning_rate)[which]
-
-    def adapter(self, variant: str) -> Path:
-        path = find_adapter(self.store, self.record(variant))
-        assert path is not None
-        return path
 
 
 @pytest.fixture(scope="session")
@@ -100,11 +74,3 @@ def export(run: Run, trained: Trained):
         return run(ORCHESTRATOR, "export", study, "--output", str(trained.output), *arguments)
 
     return export
-
-
-def changed(record: Record, **changes: Any) -> Record:
-    """Return a record of another lane: fields of the record or, where it has none, of its configuration."""
-    own = {name: value for name, value in changes.items() if hasattr(record, name) and name != "seed"}
-    rest = {name: value for name, value in changes.items() if name not in own}
-    configuration = replace(record.configuration, **rest)
-    return replace(record, configuration=configuration, fingerprint=configuration.fingerprint, **own)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Trained
 from in_process import Ended
 from letters_score import recorded_scores, run_card, validation_scores
+from trained_study import Trained
 from transformers import AutoModelForCausalLM
 
 from orchestrator.export import export_lane

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import STUDY, Trained, changed
 from in_process import Ended
+from trained_study import STUDY, Trained, changed
 
 from orchestrator.export import export_lane
 from orchestrator.record.schema import Provenance

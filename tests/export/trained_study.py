@@ -1,0 +1,43 @@
+"""The trained study of the tests of the export: see `trained_once` in conftest.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.record.kept_adapters import find_adapter
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+
+STUDY = "rates"
+RATES = {"lora": ("1e-4", "1e-2"), "hydra_lora": ("1e-2",), "full": ("1e-3",)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The output folder of the study `rates`, whose best lanes have adapters."""
+
+    output: Path
+
+    @property
+    def store(self) -> Store:
+        return Store(self.output / "store")
+
+    def record(self, variant: str, which: int = -1) -> Record:
+        """Return the record of a variant with its lowest rate (0) or its highest one (-1)."""
+        own = [r for r in self.store.records() if r.configuration.variant.name == variant]
+        return sorted(own, key=lambda r: r.configuration.optimizer.learning_rate)[which]
+
+    def adapter(self, variant: str) -> Path:
+        path = find_adapter(self.store, self.record(variant))
+        assert path is not None
+        return path
+
+
+def changed(record: Record, **changes: Any) -> Record:
+    """Return a record of another lane: fields of the record or, where it has none, of its configuration."""
+    own = {name: value for name, value in changes.items() if hasattr(record, name) and name != "seed"}
+    rest = {name: value for name, value in changes.items() if name not in own}
+    configuration = replace(record.configuration, **rest)
+    return replace(record, configuration=configuration, fingerprint=configuration.fingerprint, **own)
