@@ -7,6 +7,7 @@ written, like words of a command line: `on`, `off` and `1e-4` are text until the
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from orchestrator.study.option_values import convert, field_name
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import UsageError, quote_value
+from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
 
 CONFIG_NAME = "study.yaml"
@@ -148,7 +149,7 @@ def write_config(folder: Path, given: Mapping[str, Any], program: str) -> None:
     secret = [name for name, value in values.items() if redact_secrets(str(value)) != str(value)]
     shown = {name: value for name, value in values.items() if name not in secret}
     text = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=10_000, allow_unicode=True)
-    lines = [f"# The options of this study. To repeat it: {program} --config {quote_value(str(file))}"]
+    lines = [f"# The options of this study. To repeat it: {program} --config {shlex.quote(str(file))}"]
     lines += [f"# {name} is left out, because it holds a secret." for name in secret]
     atomic_files.write_atomically(file, "\n".join([*lines, text if shown else ""]).encode())
 

@@ -35,17 +35,18 @@ def format_command(arguments: Sequence[str]) -> str:
     """Return the command with these arguments as a line for a shell, without secrets.
 
     Args:
-        arguments: `sys.argv`, or the arguments of `python`. The installed command `lora-orchestrator` and
-            `python -m orchestrator` are written as a user types them, without the path of their file.
+        arguments: `sys.argv`, or the arguments of `python`; none in an interactive session. The installed
+            command `lora-orchestrator` and `python -m orchestrator` are written as a user types them, without
+            the path of their file.
     """
-    program, *others = arguments
+    program, *others = arguments or [""]
     path = PurePath(program)
     if path.stem == INSTALLED_PROGRAM:
         words = [INSTALLED_PROGRAM]
     elif path.parts[-2:] == ("orchestrator", "__main__.py"):
         words = ["python", "-m", "orchestrator"]
     else:
-        words = ["python", program]
+        words = ["python", program] if program else ["python"]
     return shlex.join(map(redact_secrets, [*words, *others]))
 
 

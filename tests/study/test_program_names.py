@@ -37,6 +37,7 @@ def test_the_typed_form_is_recognized() -> None:
     assert format_command(["/env/bin/lora-orchestrator", "study", "--rank", "4"]) == (
         "lora-orchestrator study --rank 4"
     )
+    assert format_command([]) == format_command([""]) == "python"  # an interactive session
     assert format_command(["/site/orchestrator/__main__.py", "check"]) == "python -m orchestrator check"
     assert maintenance_program("lora-orchestrator study") == "lora-orchestrator"
     assert maintenance_program("python experiments/lr_sensitivity.py") == "python -m orchestrator"

@@ -68,6 +68,11 @@ def _project_folder(path: Path, config: dict[str, Any]) -> str:
         if mounted.resolve() == sources:
             parent = Path(remote_path).parent.as_posix()
             return f"~/{shlex.quote(parent[2:])}" if parent.startswith("~/") else shlex.quote(parent)
+    if not (source_digest.PROJECT_ROOT / "pyproject.toml").is_file():
+        raise UsageError(
+            f"--on {path}: runs the sources of a clone, and this program is installed without one; run "
+            "`python -m orchestrator` in a clone of the repository."
+        )
     raise UsageError(
         f"{path}, file_mounts: must send {sources} to the head, as cluster.yaml does; take the cluster.yaml "
         "beside it."
