@@ -62,6 +62,7 @@ def render_card(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
         "License: fill in. The licenses of the base model and of the data apply.",
         "## Use",
         "\n".join(_usage(task, facts, own.variant)),
+        f"Classes, in the order of the model's outputs: {', '.join(task.labels)}." if task.labels else "",
         facts.serving,
         "## Scores",
         "\n".join(_scores(record)),

@@ -19,6 +19,7 @@ from orchestrator.launch.design import MakeDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import print_plan, print_point_shortfall
 from orchestrator.launch.preset_plan import print_preset
+from orchestrator.launch.replaced_files import drop_replaced
 from orchestrator.launch.study_context import StudyContext, resolve_study
 from orchestrator.launch.study_settings import fix_settings
 from orchestrator.launch.work import StudyWork
@@ -108,6 +109,8 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
     experiment, store = context.experiment, context.store
     command = experiment.command
     study = StudyFile.read(context.folder) or StudyFile(context.name, experiment.question, command)
+    sources = context.sources()
+    study = drop_replaced(study, sources, store, context.console.print)
     scratch.remove_stale_folders(store)
     work = context.collect_work()
     variants = dict.fromkeys(template.variant.name for template in context.templates)
@@ -126,7 +129,7 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
         command=command,
         tracking_uri=redact_secrets(configured_uri(context.options.tracking_uri)),
         settings=settings,
-    ).with_sources(context.sources())
+    ).with_sources(sources)
     study.write(context.folder)
     given = given_values(experiment.request.options or context.options, catalogue.names())
     write_config(context.folder, given, program_of(command))

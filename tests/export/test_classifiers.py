@@ -65,7 +65,9 @@ def test_a_classifier_keeps_its_head_in_every_form(output: Path) -> None:
                 found[form] = logits(variables["base"], done.folder)
         else:
             found[form] = logits(variables["model"], done.folder)
-        assert "pipeline_tag: text-classification" in (done.folder / "README.md").read_text()
+        card = (done.folder / "README.md").read_text()
+        assert "pipeline_tag: text-classification" in card
+        assert "Classes, in the order of the model's outputs: " in card
     assert found["peft"].std() > 1e-3
     torch.testing.assert_close(found["merged"], found["raw"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["peft"], found["raw"], rtol=1e-4, atol=1e-5)

@@ -141,6 +141,34 @@ def test_a_copy_under_other_names_is_known_and_nothing_is_trained(mine: Path, ru
     }
 
 
+def test_configurations_of_the_earlier_content_of_a_file_leave_the_study(mine: Path, run: Run) -> None:
+    output, names = mine.parent / "results", (mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    arguments = (
+        *(SWEEP, "--task", str(names[0]), "--variants", "lora", str(names[1])),
+        *("--model", str(names[2]), "--seeds", "2", "--output", str(output), "--study", "s"),
+    )
+    for configuration in requested(resolve(output, *names)):
+        Store(output / "store").put(finished(configuration))
+    first = run(*arguments)
+    assert "4 of 4 known" in first.stdout, first.stderr
+    before = StudyFile.read(output / "s")
+    names[1].write_text(VARIANT + "    numerics = 1\n")
+    changed = requested(resolve(output, *names))
+    for configuration in changed:
+        Store(output / "store").put(finished(configuration))
+    second = run(*arguments)
+    assert second.returncode == 0, second.stderr
+    line = "scaled.py has changed: 2 configurations of its earlier content leave the study"
+    assert line in second.stdout.replace("\n", " ")
+    after = StudyFile.read(output / "s")
+    assert before is not None
+    assert after is not None
+    assert set(after.configurations) == {c.fingerprint for c in changed} != set(before.configurations)
+    assert len(after.sources) == len(before.sources) == 3
+    third = run(*arguments)
+    assert "has changed" not in third.stdout
+
+
 def test_what_a_configuration_computes_makes_another_one(mine: Path) -> None:
     names = (mine / "copy_task.py", mine / "scaled.py", mine / "base")
     one = requested(resolve(mine / "a", *names))
