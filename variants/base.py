@@ -60,6 +60,7 @@ class Variant(ParameterCount, PeftFormat):
     revision: ClassVar[str] = ""
     """Version of code from outside this package, which the fingerprint includes; empty for other variants."""
     source_path: ClassVar[str] = ""
+    source_code: ClassVar[bytes] = b""
     """The path of a user's file, with which this process loaded it; empty for other variants."""
     adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.TARGET_LAYERS
     uses_rank: ClassVar[bool] = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import traceback
@@ -11,7 +10,7 @@ from types import ModuleType
 
 from variants.api import Variant
 from variants.errors import UnsupportedError
-from variants.variant_names import USER_AXIS, entry_points_by_name
+from variants.variant_names import USER_AXIS, entry_points_by_name, hash_source
 
 
 def load_file(path: str, source: bytes | None = None) -> Variant:
@@ -28,7 +27,7 @@ def load_file(path: str, source: bytes | None = None) -> Variant:
     path = os.path.realpath(path)
     if source is None:
         source = read_source(path)
-    revision = _hash(source)
+    revision = hash_source(source)
     module = ModuleType(f"lora_orchestrator_user_variant_{revision}")
     module.__file__ = path
     sys.modules[module.__name__] = module  # dataclasses look up the module of a class
@@ -42,7 +41,7 @@ def load_file(path: str, source: bytes | None = None) -> Variant:
         where = f" (line {lines[-1]})" if lines else ""
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UnsupportedError(f"variant file {path!r}{where} cannot be imported: {problem}") from error
-    vars(variant).update(source_path=path)
+    vars(variant).update(source_path=path, source_code=source)
     return identify(variant, os.path.basename(path), revision)
 
 
@@ -104,8 +103,4 @@ def load_entry_point(name: str) -> Variant:
     if variant is None:
         raise UnsupportedError(f"variant {name!r} ({entry.value}) is no subclass of Variant")
     source = read_source(str(sys.modules[loaded.__module__].__file__))
-    return identify(variant, name, _hash(source))
-
-
-def _hash(source: bytes) -> str:
-    return hashlib.sha256(source).hexdigest()[:16]
+    return identify(variant, name, hash_source(source))

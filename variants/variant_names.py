@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from functools import cache
@@ -37,6 +38,11 @@ def canonical_key(key: str) -> str:
     """Return NAME or VARIANT.NAME in its canonical spelling, for any spelling of the two names."""
     variant, dot, setting = key.rpartition(".")
     return f"{canonical_name(variant)}{dot}{setting.replace('-', '_')}"
+
+
+def hash_source(source: bytes) -> str:
+    """Return the revision of a variant from outside this package: a hash of the content of its file."""
+    return hashlib.sha256(source).hexdigest()[:16]
 
 
 def short_name(name: str) -> str:

@@ -74,10 +74,13 @@ def measure(command: Sequence[str], interval: float = 0.25) -> tuple[int, float,
     while driver.poll() is None:
         for process in [driver, *driver.children(recursive=True)]:
             with suppress(psutil.Error):  # it has ended
-                role = "driver" if process == driver else role_of(process.cmdline(), process.name())
+                arguments = process.cmdline()
+                role = "driver" if process == driver else role_of(arguments, process.name())
                 times, now = process.cpu_times(), time.monotonic() - began
                 one = found.setdefault(process, ProcessTime(role, process.create_time() - began_at, now, 0.0))
-                one.role, one.last_seen, one.cpu_seconds = role, now, times.user + times.system
+                if arguments:  # a process that has ended, but not been waited for, has none
+                    one.role = role
+                one.last_seen, one.cpu_seconds = now, times.user + times.system
         time.sleep(interval)
     return driver.returncode, time.monotonic() - began, list(found.values())
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.analyze.best_lanes import is_per_run
 from orchestrator.execution.ray import runtime
-from orchestrator.finetune.resolve.data_preparation import prepare_datasets
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
 from orchestrator.launch import prices, reporting, training
 from orchestrator.launch.adapter_keeper import AdapterKeeper
 from orchestrator.launch.design import MakeDesign
@@ -117,6 +117,7 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
     settings = replace(experiment.settings, select=context.options.select)
     settings = fix_settings(settings, study, work.search is not None, context.replicates, variants)
     check(context, study, work.requested)
+    write_own_files(context.templates, store.data)  # also for `export`, if nothing is trained
     if work.num_to_train:
         to_prepare = [*context.templates, *work.pending]
         prepare_datasets(to_prepare, store.bases, store.data, context.console.print)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,17 +87,11 @@ class StudyContext:
 
     def sources(self) -> list[Source]:
         """Return the base models of the study, and its tasks and variants in users' files."""
-        found = []
-        for template in self.templates:
-            task, model, variant = template.task, template.model, template.variant
+        models = []
+        for model in dict.fromkeys(template.model for template in self.templates):
             path = str(Path(model.name).resolve()) if Path(model.name).is_dir() else ""
-            found.append(Source(model.content, model.name, path))
-            if task.content:
-                own = tasks.get(task.name)
-                found.append(Source(task.content, task.name, own.source, own.title))
-            if variant.name.endswith(FILE_SUFFIX):
-                found.append(Source(variant.revision, variant.name, catalogue.get(variant.name).source_path))
-        return found
+            models.append(Source(model.content, model.name, path))
+        return [*models, *_own_files(self.templates)]
 
     def request_next_stage(self, work: StudyWork) -> list[Configuration]:
         """Return the configurations that the design now requests and `work` does not have yet."""
@@ -163,6 +158,7 @@ def resolve_study(
             options, each, resolve_base_model(each.model, store.bases, progress), store.bases
         )
     ]
+    _check_contents(templates)
     name = options.study or _study_name(experiment, options, resolved)
     _adopt_earlier_records(store, templates, console)
     return StudyContext(
@@ -193,6 +189,19 @@ def _make_budget(options: StudyOptions) -> RunBudget:
     return budget
 
 
+def _check_contents(templates: Sequence[Configuration]) -> None:
+    """Check that no two tasks have the same content and data, which would be the same configurations.
+
+    Raises:
+        UsageError: Two of them have.
+    """
+    names: dict[tuple[str, str], str] = {}
+    for task in (template.task for template in templates if template.task.content):
+        other = names.setdefault((task.content, task.revision), task.name)
+        if other != task.name:
+            raise UsageError(f"{other!r} and {task.name!r} have the same content; leave one of them out.")
+
+
 def _own_files(templates: Sequence[Configuration]) -> list[Source]:
     """Return the tasks and variants of configurations that are in users' files."""
     own_tasks = {t.task.content: tasks.get(t.task.name) for t in templates if t.task.content}
@@ -208,10 +217,20 @@ def _own_files(templates: Sequence[Configuration]) -> list[Source]:
 
 
 def _adopt_earlier_records(store: Store, templates: Sequence[Configuration], console: Console) -> None:
-    """Copy records of earlier versions for users' files that this store has no entry of."""
-    new = [each for each in _own_files(templates) if not own_files.has_entry(store.data, each.content)]
-    if new and (copied := adopt_records(store, templates, new)):
-        console.print(f"{copied} records of an earlier version are used: they are of the same files")
+    """Copy records that earlier versions have made of users' files, once for each path and content.
+
+    Earlier versions knew files of Python only.
+    """
+    keys = {
+        hashlib.sha256(f"{each.content} {each.path}".encode()).hexdigest()[:16]: each
+        for each in _own_files(templates)
+        if each.path.endswith(FILE_SUFFIX)
+    }
+    new = {key: each for key, each in keys.items() if not own_files.has_entry(store.data, "adopted", key)}
+    if new and (copied := adopt_records(store, templates, new.values())):
+        console.print(f"{copied} records that an earlier version made of files under the same paths are used")
+    for key, each in new.items():
+        own_files.write_entry(store.data, "adopted", key, {"path": each.path})
 
 
 def _study_name(experiment: Experiment, options: StudyOptions, resolved: Sequence[ResolvedOptions]) -> str:

@@ -47,15 +47,29 @@ class KeyedFolder:
         Raises:
             UsageError: The entry cannot be read, belongs to another key, or has no such field.
         """
-        path = self._entry_path(key)
-        entry = atomic_files.read_json(path, dict[str, str], self.description, self.remedy)
+        entry = self.read_fields(key)
         if entry is None:
             return None
-        if entry.get("key", key) != key:  # entries of early versions do not contain their key
-            raise UsageError(f"{path}: its key is {quote_value(entry['key'])}; {self.remedy}")
         if field not in entry:
+            path = self._entry_path(key)
             raise UsageError(f"{path}: not {self.description} ({field} is missing); {self.remedy}")
         return entry[field]
+
+    def read_fields(self, key: str) -> dict[str, str] | None:
+        """Return the fields of an entry without its key, None if there is no entry.
+
+        Args:
+            key: The key that the entry was written under.
+
+        Raises:
+            UsageError: The entry cannot be read, or belongs to another key.
+        """
+        path = self._entry_path(key)
+        entry = atomic_files.read_json(path, dict[str, str], self.description, self.remedy)
+        # Entries of early versions do not contain their key.
+        if entry is not None and (own := entry.pop("key", key)) != key:
+            raise UsageError(f"{path}: its key is {quote_value(own)}; {self.remedy}")
+        return entry
 
     def write_entry(self, key: str, data: Mapping[str, str], field: str, replace: bool = False) -> str:
         """Write an entry unless there is one, and return one field of the entry that is then there.

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from in_process import SWEEP, Run, restored, run
 
-from orchestrator.finetune.sources import own_variants
+from orchestrator.finetune.resolve.data_preparation import write_own_files
+from orchestrator.finetune.sources import own_files, own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
 from orchestrator.finetune.tasks.task_file import hash_code
@@ -131,7 +132,7 @@ def test_a_copy_under_other_names_is_known_and_nothing_is_trained(mine: Path, ru
     assert "again: 4 of 4 known, nothing to train" in done.stdout
     summary = json.loads((output / "again" / "summary.json").read_text())
     (panel,) = summary["panels"]
-    assert (panel["task"], panel["model"]) == ("letters.py", str(other / "model"))
+    assert (panel["task"], panel["model"]) == ("copied letters", str(other / "model"))
     assert {curve["variant"] for curve in panel["curves"]} == {"lora", "lora.py"}
     study = json.loads(verify_checksum((output / "again" / "study.json").read_bytes()))
     assert {(each["name"], each["path"], each["title"]) for each in study["sources"]} == {
@@ -180,8 +181,6 @@ def test_what_a_configuration_computes_makes_another_one(mine: Path) -> None:
     for name, (old, new) in changes.items():
         text = (mine / name).read_text()
         (mine / name).write_text(text.replace(old, new))
-        for task in list(tasks._own_tasks):  # a task reads its data once per process
-            del tasks._own_tasks[task]
         other = requested(resolve(mine / "a", *names))
         unequal = [a.fingerprint != b.fingerprint for a, b in zip(one, other, strict=True)]
         assert unequal == ([False, False, True, True] if name == "scaled.py" else [True] * 4)
@@ -195,6 +194,8 @@ def test_what_a_configuration_computes_makes_another_one(mine: Path) -> None:
         ("copied letters", "letters, copied", True),
         ("learning_rates=(1e-3,)", "learning_rates=(1e-3, 1e-2)", True),
         ('"""Copy letters."""', "# Copy letters.", True),
+        ("    floor = 0.0", "\n    floor = 0.0  # of a guess", True),
+        ("    floor = 0.0", "    floor = 0.5", False),
         ('output = "teacher_forced"', 'output = "generation"', False),
         (
             "    def examples",
@@ -213,7 +214,7 @@ def test_records_that_were_made_under_full_paths_are_used(
 ) -> None:
     """Earlier versions named tasks and variants by the full path, and knew no content of a task."""
     names = (mine / "copy_task.py", mine / "scaled.py", mine / "base")
-    configurations = requested(resolve(mine / "results", *names))
+    configurations = requested(resolve(mine / "other", *names))
     store = Store(mine / "results" / "store")
     for configuration in configurations:
         task = replace(configuration.task, name=str(mine / "copy_task.py"), content="")
@@ -224,9 +225,8 @@ def test_records_that_were_made_under_full_paths_are_used(
         assert store.put(replace(finished(earlier), fingerprint=f"{earlier.fingerprint[:-4]}0000"))
     work = resolve(mine / "results", *names).collect_work()
     assert len(work.satisfied) == len(work.requested) == 4
-    assert "4 records of an earlier version are used" in capsys.readouterr().out
+    assert "4 records that an earlier version made" in " ".join(capsys.readouterr().out.split())
     (mine / "words.txt").write_text("h g f e")
-    del tasks._own_tasks["copy_task.py"]
     assert not resolve(mine / "results", *names).collect_work().satisfied, "other data"
 
 
@@ -235,8 +235,7 @@ def test_a_worker_finds_the_code_in_the_store_where_the_files_are_missing(
 ) -> None:
     context = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", mine / "base")
     template = context.templates[1]
-    tasks.write_entry(tasks.get("copy_task.py"), context.store.data)
-    own_variants.write_entry(template.variant, context.store.data)
+    write_own_files(context.templates, context.store.data)
     (mine / "copy_task.py").unlink()
     (mine / "scaled.py").unlink()
     monkeypatch.setattr(tasks, "_own_tasks", {})  # a worker is another process
@@ -270,3 +269,44 @@ def test_a_study_file_of_the_earlier_version_has_no_sources(tmp_path: Path) -> N
     del data["sources"]
     (folder / "study.json").write_text(json.dumps({**data, "schema_version": 2}))
     assert StudyFile.read(folder) == StudyFile("s", "?", "x")
+
+
+def test_files_of_equal_content_are_refused(mine: Path) -> None:
+    shutil.copy(mine / "scaled.py", mine / "again.py")
+    shutil.copy(mine / "copy_task.py", mine / "more.py")
+    variants, given = ("lora", str(mine / "scaled.py")), {"model": str(mine / "base"), "output": mine / "r"}
+    task = str(mine / "copy_task.py")
+    for tasks_typed, variants_typed, message in (
+        ((task,), (*variants, str(mine / "again.py")), "'scaled.py' and 'again.py' have the same content"),
+        ((task, str(mine / "more.py")), variants, "'copy_task.py' and 'more.py' have the same content"),
+    ):
+        options = StudyOptions(task=tasks_typed, variants=variants_typed, **given)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=message):
+            resolve_study(EXPERIMENT, options)
+
+
+def test_the_code_of_the_store_is_compared_before_it_is_executed(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    template, folder = context.templates[1], context.store.data
+    write_own_files(context.templates, folder)
+    monkeypatch.setattr(tasks, "_own_tasks", {})
+    monkeypatch.setattr(catalogue, "_loaded_files", {})
+    for kind, content in (("task", template.task.content), ("variant", template.variant.revision)):
+        own_files.write_entry(folder, kind, content, {"path": "/x.py", "source": "raise SystemExit"})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"task 'copy_task\.py' .* holds other code"):
+        tasks.find(template.task, folder)
+    with pytest.raises(UsageError, match=r"variant 'scaled\.py' .* holds other code"):
+        own_variants.find(template.variant, folder)
+
+
+def test_a_variant_file_with_other_line_ends_is_found_in_the_store(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mine / "scaled.py").write_bytes(VARIANT.replace("\n", "\r\n").encode())
+    context = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    choice = context.templates[1].variant
+    write_own_files(context.templates, context.store.data)
+    monkeypatch.setattr(catalogue, "_loaded_files", {})
+    assert own_variants.find(choice, context.store.data).revision == choice.revision

@@ -50,23 +50,26 @@ def check_data(task: Task) -> str:
     return f"{task.name}, {sizes}, revision {choice.revision}"
 
 
-def unavailable_reason(model: ModelChoice | None, task: TaskChoice, bases: Path) -> str:
+def unavailable_reason(
+    model: ModelChoice | None, task: TaskChoice, bases: Path, entry: Mapping[str, str] | None = None
+) -> str:
     """Return why a worker on this node could not read model or data; empty if it could.
 
     Examples that the driver has prepared in the store are sufficient: the node then needs neither the hub nor
-    the file from which they were read.
+    the file from which they were read. The examples of a user's own task always come from the store.
 
     Args:
         model: The base model; None skips it.
         task: The data.
         bases: The store's folder of base models.
+        entry: The `entry()` of a user's own task, which may not be in the store yet.
     """
     try:
         from orchestrator.finetune.data import dataset_cache
 
         hub_data.set_pin_folder(bases, add_pins=False)
-        implementation = tasks.find(task, bases.parent / "data")
-        if not dataset_cache.has_examples(bases.parent / "data", task, implementation):
+        implementation = tasks.find(task, bases.parent / "data", entry)
+        if not task.content and not dataset_cache.has_examples(bases.parent / "data", task, implementation):
             implementation.load(task)
         if model is not None:
             _, commit = model_catalogue.locate_pretrained(model, bases)

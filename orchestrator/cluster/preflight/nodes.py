@@ -14,6 +14,7 @@ from orchestrator.cluster.preflight.check_result import format_node_count, short
 from orchestrator.cluster.preflight.node_agent import NodeAgents, start_node_agents
 from orchestrator.cluster.preflight.node_info import NodeInfo, collect_node_info, node_versions
 from orchestrator.execution.ray.runtime import Cluster
+from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration, ModelChoice, TaskChoice
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
@@ -185,8 +186,9 @@ def check_node_access(agents: NodeAgents, model: ModelChoice | None, task: TaskC
         task: The data.
         bases: The store's folder of base models.
     """
+    entry = tasks.get(task.name).entry() if task.content else None
     return availability.check_availability(
-        agents.call(availability.unavailable_reason, lambda name: (model, task, bases))
+        agents.call(availability.unavailable_reason, lambda name: (model, task, bases, entry))
     )
 
 

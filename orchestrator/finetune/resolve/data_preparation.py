@@ -35,12 +35,9 @@ def prepare_datasets(
     from orchestrator.finetune.data import dataset_cache
     from orchestrator.finetune.data.batches import compute_max_row_length
 
-    for choice in {c.variant.revision: c.variant for c in configurations}.values():
-        own_variants.write_entry(choice, folder)
     distinct = {(c.task, c.model, c.batches.max_length): c for c in configurations}
     for configuration in distinct.values():
         task = tasks.get(configuration.task.name)
-        tasks.write_entry(task, folder)
         processor = loading.load_processor(configuration.model, bases, task)
         with add_path_to_disk_errors(folder):
             prepared = dataset_cache.prepare_dataset(folder, configuration, task, processor, progress)
@@ -55,6 +52,19 @@ def prepare_datasets(
         if isinstance(task, DataTask):
             progress(f"{task.name}: {task.describe()}")
             report_truncation(task, processor, configuration.batches.max_length, progress)
+
+
+def write_own_files(configurations: Sequence[Configuration], folder: Path) -> None:
+    """Write the tasks and variants in users' files to the store, where workers read them.
+
+    Args:
+        configurations: Configurations with these tasks and variants.
+        folder: The store's folder of prepared data.
+    """
+    for variant in {c.variant.revision: c.variant for c in configurations}.values():
+        own_variants.write_entry(variant, folder)
+    for task in {c.task.content: c.task for c in configurations}.values():
+        tasks.write_entry(tasks.get(task.name), folder)
 
 
 def report_train_overlap(

@@ -80,7 +80,9 @@ def load_data_tasks(options: StudyOptions) -> list[str]:
     for source in dict.fromkeys(options.data or ()):
         request = data_loading.DataRequest(source, options)
         name = request.name
-        if name in tasks.names() or name.endswith(FILE_SUFFIX):  # a folder or a hub dataset
+        if name in (*tasks.names(), *tasks.entry_points_by_name()) or name.endswith(
+            FILE_SUFFIX
+        ):  # a folder or a hub dataset
             name += "-data"
         if (other := sources.setdefault(name, source)) != source:
             raise UsageError(f"--data: {other!r} and {source!r} have the same name; rename one of them.")
@@ -149,6 +151,11 @@ def load_variants(typed_names: Sequence[str]) -> tuple[str, ...]:
                 catalogue.load(typed if name.endswith(FILE_SUFFIX) else name)
             except ValueError as error:
                 raise UsageError(f"--variants: {error}") from error
+    by_revision: dict[str, str] = {}
+    for name in (each for each in typed_by_name if each.endswith(FILE_SUFFIX)):
+        other = by_revision.setdefault(catalogue.get(name).revision, name)
+        if other != name:
+            raise UsageError(f"--variants: {other!r} and {name!r} have the same content; leave one out.")
     return tuple(typed_by_name)
 
 

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 from orchestrator.finetune.sources import own_files
 from orchestrator.study.configuration import VariantChoice
+from orchestrator.util.errors import UsageError
 from variants import catalogue
-from variants.variant_names import FILE_SUFFIX
+from variants.variant_names import FILE_SUFFIX, hash_source
 
 if TYPE_CHECKING:
     from variants.api import Variant
+
+_BYTES_AS_TEXT = "latin-1"
+"""An encoding that turns any bytes into text and back: a file may have any encoding and line ends."""
 
 
 def find(choice: VariantChoice, folder: Path) -> Variant:
@@ -27,9 +31,11 @@ def find(choice: VariantChoice, folder: Path) -> Variant:
     """
     if not choice.name.endswith(FILE_SUFFIX) or catalogue.loaded_revision(choice.name) == choice.revision:
         return catalogue.get(choice.name)
-    path = own_files.require_entry(folder, "variant", choice.name, choice.revision, "path")
-    source = own_files.require_entry(folder, "variant", choice.name, choice.revision, "source")
-    return catalogue.load(str(Path(path).with_name(choice.name)), source.encode())
+    entry = own_files.require_entry(folder, "variant", choice.name, choice.revision)
+    source = entry["source"].encode(_BYTES_AS_TEXT)
+    if hash_source(source) != choice.revision:  # before anything is executed
+        raise UsageError(f"The entry of variant {choice.name!r} in {folder} holds other code; remove it.")
+    return catalogue.load(str(Path(entry["path"]).with_name(choice.name)), source)
 
 
 def write_entry(choice: VariantChoice, folder: Path) -> None:
@@ -41,5 +47,5 @@ def write_entry(choice: VariantChoice, folder: Path) -> None:
     """
     if choice.name.endswith(FILE_SUFFIX):
         variant = catalogue.get(choice.name)
-        data = {"path": variant.source_path, "source": Path(variant.source_path).read_text("utf-8")}
+        data = {"path": variant.source_path, "source": variant.source_code.decode(_BYTES_AS_TEXT)}
         own_files.write_entry(folder, "variant", choice.revision, data)

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -35,12 +36,9 @@ def load(name: str) -> Task:
     """
     if not name.endswith(FILE_SUFFIX):
         return get(name)
+    # Read again, although the code may be known: the task has cached its data, which may have changed.
     path = os.path.realpath(name)
-    code = _read_code(path)
-    known = _own_tasks.get(os.path.basename(path))
-    if known is not None and (known.source, known.code) == (path, code):
-        return known
-    return register(_load_file(path, code))
+    return register(_load_file(path, _read_code(path)))
 
 
 def get(name: str) -> Task:
@@ -67,12 +65,13 @@ def register(task: Task) -> Task:
     return task
 
 
-def find(choice: TaskChoice, folder: Path) -> Task:
+def find(choice: TaskChoice, folder: Path, entry: Mapping[str, str] | None = None) -> Task:
     """Return the task of a configuration; a user's file need not exist on this machine, but a package must.
 
     Args:
         choice: The task of a configuration.
         folder: The store's folder of prepared data.
+        entry: The task's `entry()`, if it is not in the store yet.
 
     Raises:
         UsageError: There is no such task, the store has no entry of its content, or the installed package has
@@ -82,22 +81,23 @@ def find(choice: TaskChoice, folder: Path) -> Task:
     if not choice.content or (known is not None and known.content == choice.content):
         return get(choice.name)
     if choice.name in entry_points_by_name():
-        task = get(choice.name)
-        if task.content != choice.content:
+        installed = get(choice.name)
+        if installed.content != choice.content:
             raise UsageError(
-                f"Task {choice.name!r} ({task.source}) has other code here than where the study was started; "
+                f"Task {choice.name!r} ({installed.source}) has other code here than where the study was started; "
                 "install one version of its package on all machines."
             )
-        return task
-    if (spec := own_files.read_entry(folder, "data", choice.content, "spec")) is not None:
-        task = DataTask.from_json(json.loads(spec))
-        task.name = choice.name
-        return register(task)
-    path = own_files.require_entry(folder, "task", choice.name, choice.content, "path")
-    code = own_files.require_entry(folder, "task", choice.name, choice.content, "source")
-    task = _load_file(path, code)
-    if task.content != choice.content:
-        raise UsageError(f"The entry of task {choice.name!r} in {folder} holds other code; remove it.")
+        return installed
+    if entry is None:
+        kind: own_files.Kind = "data" if own_files.has_entry(folder, "data", choice.content) else "task"
+        entry = own_files.require_entry(folder, kind, choice.name, choice.content)
+    if "spec" in entry:
+        task: Task = DataTask.from_json(json.loads(entry["spec"]))
+    else:
+        path, code = entry["path"], entry["source"]
+        if task_file.hash_code(code, path) != choice.content:  # before anything is executed
+            raise UsageError(f"The entry of task {choice.name!r} in {folder} holds other code; remove it.")
+        task = _load_file(path, code)
     task.name = choice.name
     return register(task)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
+import tokenize
 
-UNHASHED_ATTRIBUTES = {"title", "defaults", "default_model", "metric", "floor", "numerics"}
-"""Attributes of a task that its configurations contain, or that do not change what they compute."""
+UNHASHED_ATTRIBUTES = {"title", "defaults", "default_model"}
+"""Attributes of a task that do not change what a configuration computes."""
 
 
 def hash_code(source: str, path: str) -> str:
     """Return 16 hexadecimal digits of a SHA-256 of the code in a task file.
 
-    Comments, docstrings, the layout and UNHASHED_ATTRIBUTES are left out, so that another grid of learning
-    rates or another title does not make other configurations.
+    Comments, docstrings, blank lines and UNHASHED_ATTRIBUTES are left out, so that another grid of learning
+    rates or another title does not make other configurations. The text itself is hashed, because a text that
+    is made of a syntax tree depends on the version of Python.
 
     Args:
         source: The content of the file.
@@ -21,12 +24,22 @@ def hash_code(source: str, path: str) -> str:
 
     Raises:
         SyntaxError: The file is no Python.
+        ValueError: The file has a null byte.
     """
-    tree = ast.parse(source, path)
-    for node in ast.walk(tree):
+    ast.parse(source, path)  # raises the error of Python, which names the line
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    coded = [line.encode() for line in lines]  # columns of a syntax tree are bytes
+    for node in ast.walk(ast.parse("\n".join(lines), path)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            node.body = [each for each in node.body if not _is_left_out(each, node)] or [ast.Pass()]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+            for statement in node.body:
+                if _is_left_out(statement, node):
+                    _blank(coded, statement)
+    kept = [line.rstrip() for line in coded if line.strip()]
+    return hashlib.sha256(b"\n".join(kept)).hexdigest()[:16]
 
 
 def _is_left_out(statement: ast.stmt, parent: ast.AST) -> bool:
@@ -38,3 +51,13 @@ def _is_left_out(statement: ast.stmt, parent: ast.AST) -> bool:
     if isinstance(statement, ast.AnnAssign):
         targets = [statement.target]
     return bool(targets) and all(isinstance(t, ast.Name) and t.id in UNHASHED_ATTRIBUTES for t in targets)
+
+
+def _blank(lines: list[bytes], statement: ast.stmt) -> None:
+    """Replace a statement by spaces."""
+    first, last = statement.lineno - 1, (statement.end_lineno or statement.lineno) - 1
+    for number in range(first, last + 1):
+        start = statement.col_offset if number == first else 0
+        end = statement.end_col_offset if number == last else len(lines[number])
+        end = len(lines[number]) if end is None else end
+        lines[number] = lines[number][:start] + b" " * (end - start) + lines[number][end:]

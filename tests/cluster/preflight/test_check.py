@@ -19,7 +19,7 @@ import ray
 from events import LIMIT_SECONDS, until
 from ray.cluster_utils import Cluster
 
-from orchestrator.cli import commands as command_line
+from orchestrator.cli.program import run_program
 from orchestrator.execution.ray.runtime import usable_nodes
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.util.errors import UsageError
@@ -69,7 +69,7 @@ def check(restored: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         monkeypatch.setattr(sys, "argv", ["orchestrator", "check", *arguments])
         capsys.readouterr()
         try:
-            code = command_line.run_command()
+            code = run_program()
         finally:
             out, err = capsys.readouterr()
             print(out, err)
@@ -293,7 +293,7 @@ def test_wrong_options_are_refused_before_any_check(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["orchestrator", "check", *arguments])
     with pytest.raises(UsageError) as refusal:
-        command_line.run_command()
+        run_program()
     assert len(str(refusal.value).splitlines()) == 1
     assert word in str(refusal.value)
     assert capsys.readouterr() == ("", "")
