@@ -120,7 +120,8 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
     write_own_files(context.templates, store.data)  # also for `export`, if nothing is trained
     if work.num_to_train:
         to_prepare = [*context.templates, *work.pending]
-        prepare_datasets(to_prepare, store.bases, store.data, context.console.print)
+        may_truncate = context.options.max_length is not None
+        prepare_datasets(to_prepare, store.bases, store.data, context.console.print, may_truncate)
     if work.search is not None:
         work.search.save()
     study = drop_abandoned(study, settings, (c.fingerprint for c in work.requested), store)

@@ -62,7 +62,8 @@ class LaterConfigurations:
                 known = len(named) - len(new)
                 self.progress.notify(f"next stage: {len(named)} configurations, {known} of them known")
                 store = self.context.store
-                prepare_datasets(new, store.bases, store.data, self.progress.notify)
+                # Rows that are cut were reported when the study began.
+                prepare_datasets(new, store.bases, store.data, self.progress.notify, may_truncate=False)
                 return training_order(
                     new, self.context.options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER
                 )

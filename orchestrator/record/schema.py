@@ -189,7 +189,7 @@ class LaneProgress:
     train_loss: float = math.nan
     """Training loss of this step, as in `StepMetrics`; NaN at the start."""
     curve: tuple[StepMetrics, ...] = ()
-    """A selection of the steps since the last evaluation, see `run_values.is_live_step`."""
+    """A selection of the steps since the last evaluation, see `run_values.select_live_steps`."""
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from orchestrator.cluster.remote.command_line import build_arguments
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
+from orchestrator.finetune.sources import user_data
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
@@ -183,6 +185,11 @@ WRONG_FILES: dict[str, tuple[str, bytes | None, list[str]]] = {
         ["images: cat/1.png is not an image", "unknown format"],
     ),
     "a folder of neither": ("images/x.txt", b"hello", ["images: has neither train.jsonl"]),
+    "two files of a split": (
+        "mails/train.csv",
+        b"text,label\na,b\n",
+        ["mails: train.csv and train.jsonl are both train files"],
+    ),
     "a folder without a train file": ("images/a.csv", b"a,b\n", ["has a.csv but no train file"]),
 }
 
@@ -241,10 +248,24 @@ def test_wrong_rows(case: str) -> None:
 def test_wrong_files(case: str) -> None:
     name, content, words = WRONG_FILES[case]
     Path("mail.jsonl").touch()
+    Path("mails").mkdir()
+    Path("mails/train.jsonl").touch()
     if content is not None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content)
     assert_refused(lambda: resolve(name.partition("/")[0]), words)
+
+
+def test_a_file_in_a_folder_that_cannot_be_listed() -> None:
+    Path().chmod(0o711)
+    Path("locked").mkdir(mode=0)
+    if is_root := os.geteuid() == 0:  # who can list it
+        os.seteuid(65534)
+    try:
+        assert_refused(lambda: user_data.read_rows("locked/m.csv"), ["--data locked/m.csv: no such file"])
+    finally:
+        if is_root:
+            os.seteuid(0)
 
 
 @pytest.mark.parametrize("case", WRONG_OPTIONS)
@@ -300,9 +321,10 @@ def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path,
     lines: list[str] = []
     prepare_datasets([cut], tmp_path, tmp_path / "data", lines.append)
     assert lines[-2].endswith(" split=split; 58 training, 1 validation and 1 test rows; exact_match")
-    assert lines[-1].startswith(
-        "m.csv: 2 of 58 rows have more than 64 tokens and lose the end of their answer"
-    )
+    report = lines.pop()
+    assert report.startswith("m.csv: 2 of 58 rows have more than 64 tokens and lose the end of their answer")
+    prepare_datasets([cut], tmp_path, tmp_path / "data", lines.append, may_truncate=False)
+    assert "rows have more than" not in "\n".join(lines), "a limit that was measured cuts nothing"
 
 
 def test_data_of_this_machine_are_not_on_a_cluster() -> None:

@@ -20,7 +20,6 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, default_model, resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates
-from orchestrator.finetune.sources import hub_data
 from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -104,14 +103,12 @@ class PreflightCheck:
         name = self.options.model or default_model(resolved.task)
         if Path(name).is_dir():
             name = str(Path(name).resolve())  # other nodes look for it under this path
-        bases = self.store.bases
-        hub_data.set_pin_folder(bases, add_pins=False)
         has_model = self.report("model", lambda: self.check_model(name))
         has_data = self.report("data", lambda: availability.check_data(resolved.task))
         if not (has_model and has_data):
             return None
         content, resolved = self.contents[name] or UNPREPARED, replace(resolved, model=name)
-        return build_configuration_templates(self.options, resolved, content, bases)[0]
+        return build_configuration_templates(self.options, resolved, content, self.store.bases)[0]
 
     def check_model(self, name: str) -> str:
         """Check whether this process can read the base model, and keep its content."""

@@ -18,7 +18,11 @@ from orchestrator.util.atomic_files import add_path_to_disk_errors
 
 
 def prepare_datasets(
-    configurations: Sequence[Configuration], bases: Path, folder: Path, progress: Callable[[str], None]
+    configurations: Sequence[Configuration],
+    bases: Path,
+    folder: Path,
+    progress: Callable[[str], None],
+    may_truncate: bool = True,
 ) -> None:
     """Write the examples and token ids of all configurations to the store, as far as they are missing.
 
@@ -27,6 +31,8 @@ def prepare_datasets(
         bases: The store's folder of base models.
         folder: The store's folder of prepared data.
         progress: Called with one line for each thing that takes time.
+        may_truncate: Whether rows of a user's data are counted that are longer than the limit. That encodes
+            all of them once more, and there are none if the limit was measured (see `measure_max_length`).
 
     Raises:
         UsageError: The data cannot be read or tokenised, or does not fit the model.
@@ -51,7 +57,8 @@ def prepare_datasets(
             report_train_overlap(task, prepared.examples, progress)
         if isinstance(task, DataTask):
             progress(f"{task.name}: {task.describe()}")
-            report_truncation(task, processor, configuration.batches.max_length, progress)
+            if may_truncate:
+                report_truncation(task, processor, configuration.batches.max_length, progress)
 
 
 def write_own_files(configurations: Sequence[Configuration], folder: Path) -> None:

@@ -107,7 +107,6 @@ def resolve_options(
         UsageError: A variant, task, metric or model is unknown, an option for a head is given for a task
             without a head, or the learning rates, the values of --set or the search space are invalid.
     """
-    hub_data.set_pin_folder(bases)
     typed_names = options.variants or default_variants
     variants = load_variants(typed_names)
     task = tasks.load(task_name)

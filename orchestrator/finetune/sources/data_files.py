@@ -22,6 +22,8 @@ CellType = type | range | None
 
 _Columns = Mapping[str, CellType] | None
 
+_ENCODING = "utf-8-sig"
+"""UTF-8, with or without the byte order mark that programs on Windows write."""
 _TYPE_NAMES = {str: "text", int: "a whole number", float: "a finite number", object: "there"}
 
 
@@ -144,7 +146,7 @@ def iter_rows(
 
 
 def _read_json_lines(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=_ENCODING) as file:
         row = 0
         for line, text in enumerate(file, 1):
             if not text.strip():
@@ -159,11 +161,12 @@ def _read_json_lines(path: Path, columns: _Columns) -> Iterator[tuple[int | None
 
 
 def _read_json(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
-    """Yield the objects of a JSON list, or of JSON lines if the file does not begin with a bracket."""
-    with path.open(encoding="utf-8") as file:
-        is_list = file.read(1) == "["
-        file.seek(0)
-        if is_list:
+    """Yield the objects of a JSON list, or of JSON lines if the text does not begin with a bracket."""
+    with path.open(encoding=_ENCODING) as file:
+        while (first := file.read(1)).isspace():
+            pass
+        if first == "[":
+            file.seek(0)
             yield from ((None, row) for row in json.load(file))
             return
     yield from _read_json_lines(path, columns)
@@ -172,7 +175,7 @@ def _read_json(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]
 def _read_csv(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]:
     """Yield rows of text, with numbers in columns of numbers; an empty cell is null unless it may be text."""
     types = columns or {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding=_ENCODING, newline="") as file:
         csv.field_size_limit(2**31 - 1)  # Python's default of 128 KiB is less than a long e-mail
         if path.suffix.lower() == ".tsv":
             delimiter = "\t"
@@ -181,6 +184,9 @@ def _read_csv(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]
             delimiter = ";" if ";" in header and "," not in header else ","
             file.seek(0)
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        names = [name for name in reader.fieldnames or () if name]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise MalformedDataError(f"has {names.count(repeated)} columns {repeated!r}; rename one of them")
         for row, cells in enumerate(reader, 1):
             if None in cells or None in cells.values():
                 problem = f"has {'more' if None in cells else 'fewer'} cells than there are columns"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ SPLIT_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """The usual names of splits, in lower case -> the split."""
+_PART = re.compile(r"-\d+-of-\d+(?=\.)")
+"""The number of a part in the name of a file: "train-00000-of-00002.parquet"."""
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -83,10 +86,10 @@ def read_rows(source: str, option: str = "--data") -> list[DataRow]:
 
 
 def _missing_error(source: str, option: str) -> UsageError:
-    parent = Path(source).parent
     present = []
-    if os.path.isdir(parent):
-        present = [each.name for each in parent.iterdir() if data_files.is_data_file(each) or each.is_dir()]
+    with suppress(OSError):  # the folder is not there, or cannot be listed
+        around = Path(source).parent.iterdir()
+        present = [each.name for each in around if data_files.is_data_file(each) or each.is_dir()]
     hint = suggest_nearest(Path(source).name, present) if present else ""
     hint = hint if hint.startswith("Did you mean") else ""
     problem = "no such file or folder, and not the name of a hub dataset (organization/name)"
@@ -103,10 +106,9 @@ def _read_file(path: Path, split: str | None) -> Iterator[DataRow]:
 
 def _read_folder(folder: Path) -> list[DataRow]:
     """Read train.csv, test.csv, ..., or images by class, in subfolders for the splits if there are any."""
-    entries = [each for each in sorted(folder.iterdir()) if not each.name.startswith(".")]
-    files = {each: SPLIT_NAMES.get(re.split(r"[-_.]", each.name)[0].lower()) for each in entries}
-    files = {each: split for each, split in files.items() if data_files.is_data_file(each)}
+    files = _files_with_splits(folder)
     if any(files.values()):
+        _check_one_file_per_split(folder, files)
         return [row for each, split in files.items() if split for row in _read_file(each, split)]
     if files:
         names = ", ".join(each.name for each in list(files)[:3])
@@ -114,7 +116,7 @@ def _read_folder(folder: Path) -> list[DataRow]:
             f"{folder.name}: has {names} but no train file; call the files train, validation and test, or "
             "give one file"
         )
-    folders = [each for each in entries if each.is_dir()]
+    folders = [each for each in _visible_entries(folder) if each.is_dir()]
     splits = {each: SPLIT_NAMES.get(each.name.lower()) for each in folders}
     if folders and all(splits.values()):
         rows = [row for each, split in splits.items() for row in _read_classes(folder, each, split)]
@@ -126,6 +128,40 @@ def _read_folder(folder: Path) -> list[DataRow]:
             f"({', '.join(IMAGE_SUFFIXES[:3])}, ...) per class"
         )
     return rows
+
+
+def _visible_entries(folder: Path) -> list[Path]:
+    return [each for each in sorted(folder.iterdir()) if not each.name.startswith(".")]
+
+
+def _files_with_splits(folder: Path) -> dict[Path, str | None]:
+    """Return the data files of a folder with the split in their names, None for names without one."""
+    files = filter(data_files.is_data_file, _visible_entries(folder))
+    return {each: SPLIT_NAMES.get(re.split(r"[-_.]", each.name)[0].lower()) for each in files}
+
+
+def _check_one_file_per_split(folder: Path, files: Mapping[Path, str | None]) -> None:
+    """Refuse two files of one split, such as train.csv and a copy of it as train.jsonl.
+
+    The parts of a file, train-00000-of-00002.parquet and train-00001-of-00002.parquet, count as one.
+
+    Raises:
+        MalformedDataError: A split has two files.
+    """
+    first: dict[str, Path] = {}
+    for each, split in files.items():
+        if split is None:
+            continue
+        other = first.setdefault(split, each)
+        if _PART.sub("", other.name) != _PART.sub("", each.name):
+            both = f"{other.name} and {each.name} are both {split} files"
+            raise MalformedDataError(f"{folder.name}: {both}; move one of them away, or give one file")
+
+
+def ignored_files(source: str) -> list[str]:
+    """Return the names of data files in a folder that `read_rows` ignores, because others name a split."""
+    files = _files_with_splits(Path(source)) if os.path.isdir(source) else {}
+    return [each.name for each, split in files.items() if split is None and any(files.values())]
 
 
 def _read_classes(root: Path, folder: Path, split: str | None) -> Iterator[DataRow]:

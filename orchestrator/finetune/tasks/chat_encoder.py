@@ -9,6 +9,10 @@ from orchestrator.finetune.tasks.examples import Example
 from orchestrator.finetune.tasks.text_encoder import IGNORE_INDEX, EncodedExample
 from orchestrator.util.errors import UsageError, format_error
 
+_PLACEHOLDER = "orchestrator:answer"
+"""Stands for the answer where the end of its turn is looked up. Short answers, such as "d", also occur in
+end markers, such as "<|im_end|>"."""
+
 
 def encode_chat(example: Example, tokenizer: Any, task: str) -> EncodedExample | None:
     """Encode a chat, whose last message is the answer.
@@ -31,7 +35,7 @@ def encode_chat(example: Example, tokenizer: Any, task: str) -> EncodedExample |
     if not getattr(tokenizer, "chat_template", None):
         return None
     messages = json.loads(example.prompt)
-    chat = [*messages, {"role": "assistant", "content": example.answer}]
+    chat = [*messages, {"role": "assistant", "content": _PLACEHOLDER}]
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         text = tokenizer.apply_chat_template(chat, tokenize=False)
@@ -40,8 +44,8 @@ def encode_chat(example: Example, tokenizer: Any, task: str) -> EncodedExample |
             f"Task {task!r}: the model's chat template refuses a row: {format_error(error)}."
         ) from error
     answer = example.answer.strip()  # as some templates do
-    start = text.rfind(answer)
-    end_of_turn = text[start + len(answer) :].rstrip() if start >= 0 else ""
+    _, found, rest = text.rpartition(_PLACEHOLDER)
+    end_of_turn = rest.rstrip() if found else ""
     prompt_ids, answer_ids = (
         tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, answer + end_of_turn)
     )

@@ -140,9 +140,6 @@ def _make_pair(row: DataRow, columns: ColumnMap) -> Example:
 
 def _make_image(row: DataRow, columns: ColumnMap) -> Example:
     column = columns.columns["image"]
-    cell = _cell(row, column)
-    if not callable(cell):
-        _image_bytes(row, column, cell)  # a missing file is found now
     image = Image(row.where, partial(_read_image, row, column))
     _check_image(image)
     return Example("", _text(row, columns.columns["label"]).strip(), image=image)

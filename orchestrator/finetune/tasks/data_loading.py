@@ -76,8 +76,7 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     """
     options, name = request.options, name or request.name
     rows = _read_all_rows(request)
-    present = list(dict.fromkeys(column for row in rows[:1] for column in row.cells))
-    columns = find_columns(present, options.parse_columns(), options.template, name)
+    columns = find_columns(list(rows[0].cells), options.parse_columns(), options.template, name)
     output = _find_output(columns, options, name)
     examples = list(make_examples(rows, columns, is_number=output == "regression"))
     splits = make_splits(examples, name)
@@ -100,7 +99,10 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
         template=columns.template,
     )
     is_hub = not os.path.exists(request.source)
-    return DataTask.from_spec(spec, splits, request.source if is_hub else os.path.abspath(request.source))
+    task = DataTask.from_spec(spec, splits, request.source if is_hub else os.path.abspath(request.source))
+    sources = filter(None, (request.source, options.validation_data, options.test_data))
+    task.ignored_files = tuple(each for source in sources for each in user_data.ignored_files(source))
+    return task
 
 
 def _read_all_rows(request: DataRequest) -> list[DataRow]:

@@ -22,7 +22,7 @@ def make_splits(examples: Sequence[PlacedExample], name: str) -> dict[Split, lis
 
     A row without a split belongs to the training data. A held-out split that no row names is made of
     training rows: a hash of its input decides where a row belongs, so rows with equal inputs share a split,
-    whatever their number and order.
+    whatever their order. A row keeps its split when rows are added, until there are SMALL_DATA of them.
 
     Args:
         examples: The examples with the splits that the data name.

@@ -36,7 +36,7 @@ class DataSpec:
         output: The form of the model's output.
         metric: The score.
         labels: The classes, empty for other outputs.
-        floor: The score of a constant answer.
+        floor: For accuracy the share of the most frequent class in all test rows; 0 for other metrics.
         max_new_tokens: The longest generated answer in tokens, 0 if none is generated.
         default_model: The base model if the command line names none.
         defaults: The settings of a fine-tuning run.
@@ -108,6 +108,8 @@ class DataTask(Task):
     """
 
     grade_at = "last_evaluation"
+    ignored_files: tuple[str, ...] = ()
+    """Data files in the user's folders that belong to no split, for readers."""
 
     def __init__(self, spec: DataSpec, splits: Splits | None = None, source: str = "") -> None:
         self.spec, self.splits = spec, splits
@@ -151,12 +153,13 @@ class DataTask(Task):
         return {"path": self.source, "spec": json.dumps(self.to_json())}
 
     def describe(self) -> str:
-        """Return a line that says what was understood of the data: columns, rows of each split, metric."""
+        """Return a line that says what was understood: columns, rows of each split, metric, ignored files."""
         columns = " ".join(f"{role}={column}" for role, column in self.spec.columns.items())
         sizes = self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
         counts = "{} training, {} validation and {} test rows".format(*(f"{size:,}" for size in sizes))
         classes = f", {len(self.labels)} classes" if self.labels else ""
-        return f"{columns}; {counts}{classes}; {self.metric}"
+        ignored = f"; not read: {', '.join(self.ignored_files)}" if self.ignored_files else ""
+        return f"{columns}; {counts}{classes}; {self.metric}{ignored}"
 
     def revision(self) -> str:
         """Return the hash of all examples."""
@@ -186,7 +189,12 @@ class DataTask(Task):
         return {split: self._load_split(split, size) for split, size in sizes.items()}
 
     def grade(self, example: Example, answer: str) -> float:
-        """Return the grade of a generated answer by the metric of the task."""
+        """Return the grade of a generated answer by the metric of the task.
+
+        Args:
+            example: The example, whose answer is the right one.
+            answer: The generated text.
+        """
         if self.metric == "token_f1":
             from orchestrator.finetune.grading import token_f1
 
@@ -199,7 +207,17 @@ class DataTask(Task):
 class ChatDataTask(DataTask):
     """A task of chats, encoded with the chat template of the model."""
 
+    numerics = 2  # 1: an answer that occurs in the end marker of its turn was not followed by that marker
+
     def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
-        """Encode a chat; without a chat template as lines of plain text, `role: content`."""
+        """Encode a chat; without a chat template as lines of plain text, `role: content`.
+
+        Args:
+            example: The chat, as `encode_chat` takes it.
+            tokenizer: A tokenizer of transformers.
+
+        Raises:
+            UsageError: The chat template refuses the messages.
+        """
         encoded = encode_chat(example, tokenizer, self.name)
         return encoded or self._encode_default([plain_chat(example)], tokenizer)[0]

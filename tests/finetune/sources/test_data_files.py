@@ -60,6 +60,14 @@ def test_the_cells_of_a_csv_may_be_separated_by_semicolons(tmp_path: Path) -> No
     assert data_files.read(path, COLUMNS, "mine") == [{"text": "good; soup", "label": 1}]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_a_byte_order_mark_and_blank_lines_are_no_part_of_the_rows(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"mail.{suffix}", ROWS)
+    blank = b"" if suffix == "csv" else b" \n"
+    path.write_bytes(b"\xef\xbb\xbf" + blank + path.read_bytes())
+    assert data_files.read(path, COLUMNS, "mine") == ROWS
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_a_class_out_of_range_is_named_with_its_row(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"mail.{suffix}", [*ROWS[:2], {"text": "x", "label": 7}])
@@ -116,6 +124,7 @@ def test_csv_cells_are_parsed_as_numbers_in_columns_of_numbers(tmp_path: Path) -
         ("x.json", b'[{"text": "a", "label": 1},\n', "does not parse (Expecting value: line 2 column 1"),
         ("x.csv", b"text,label\na,1\nb\n", "row 2 (line 3) has fewer cells than there are columns."),
         ("x.csv", b"text,label\na,1\nb,0,c\n", "row 2 (line 3) has more cells than there are columns."),
+        ("x.csv", b"text,label,text\na,1,b\n", "has 2 columns 'text'; rename one of them."),
         ("x.csv", b'text,label\na,1\n"b,0\n', "does not parse (unexpected end of data) after row 1."),
         ("x.parquet", b"PAR1" + b"x" * 50, "does not parse (Parquet magic bytes not found"),
         ("x.txt", b"a", "must end in .jsonl, .json, .csv, .tsv, .parquet."),

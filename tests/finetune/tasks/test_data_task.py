@@ -122,6 +122,18 @@ def test_splits_may_be_given_by_a_column_files_or_a_folder(tmp_path: Path) -> No
     assert {s: len(own) for s, own in inputs(given[0]).items()} == {"train": 30, "validation": 10, "test": 20}
 
 
+def test_a_folder_may_have_parts_of_a_split_and_names_the_files_that_it_ignores(tmp_path: Path) -> None:
+    for number in range(2):
+        rows = SUMS[20 * number : 20 * number + 20]
+        write(tmp_path / "parts" / f"train-0000{number}-of-00002.parquet", rows)
+    for name in ("test.csv", "more.csv"):
+        write(tmp_path / "parts" / name, SUMS[40:])
+    task = task_of(tmp_path / "parts")
+    assert len(inputs(task)["test"]) == 20
+    assert len(inputs(task)["train"]) + len(inputs(task)["validation"]) == 40
+    assert task.describe().endswith("; exact_match; not read: more.csv")
+
+
 # -- metrics and defaults -----------------------------------------------------------------------------------
 
 
@@ -193,6 +205,9 @@ def test_a_chat_is_encoded_with_the_models_template_and_without_one_as_lines(tmp
     assert parts() == (prompt, "It is 6<|im_end|><eos>")
     tokenizer.eos_token = "<|im_end|>"
     assert parts() == (prompt, "It is 6<|im_end|>"), "the end of the turn is the end token"
+    for answer in ("d", "end", "assistant"):
+        example = replace(example, answer=answer)
+        assert parts() == (prompt, f"{answer}<|im_end|>"), "the template's own text is no answer"
 
 
 # -- training -----------------------------------------------------------------------------------------------
