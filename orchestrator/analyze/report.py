@@ -23,15 +23,19 @@ SCHEMA_VERSION = 2
 `answer` in each panel in place of `verdicts`."""
 
 
-def write_report(study: StudyFile, records: Sequence[Record], folder: Path, tracking_uri: str) -> Summary:
+def write_report(
+    study: StudyFile, records: Sequence[Record], folder: Path, tracking_uri: str, store: Path | None = None
+) -> Summary:
     """Analyze a study and write its report: `report.html`, the pictures (PNG and SVG) and `summary.json`.
 
     Args:
         study: The study, with its command.
         records: The records of the study's configurations, as far as they exist.
-        folder: The study's folder. Each file is replaced atomically. Pictures of an earlier report that this
-            report does not have are removed.
+        folder: The study's folder, in the output folder. Each file is replaced atomically. Pictures of an
+            earlier report that this report does not have are removed.
         tracking_uri: MLflow's tracking URI of the runs. Secrets are removed from it and from the command.
+        store: The folder of the records; None for the one in the output folder. Commands in the report name
+            it.
 
     Returns:
         The summary that the report shows.
@@ -42,7 +46,7 @@ def write_report(study: StudyFile, records: Sequence[Record], folder: Path, trac
     study = replace(study, command=formatting.redact_secrets(study.command))
     records = panels.deduplicate_records(entitle(study, records))
     uri = formatting.redact_secrets(tracking_uri)
-    data = ReportData(study, summarize(study, records), records, uri)
+    data = ReportData(study, summarize(study, records), records, uri, folder.parent, store)
     pending = len(set(study.configurations) - {record.fingerprint for record in records})
     files: dict[str, bytes] = {}
     pictures: dict[str, tuple[Picture, bytes]] = {}

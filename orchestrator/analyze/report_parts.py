@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.analyze.results import Summary
@@ -27,6 +28,10 @@ class ReportData:
     """The records of the study, at most one per configuration."""
     tracking_uri: str = ""
     """MLflow's tracking URI of the runs, without user and password."""
+    output: Path | None = None
+    """The output folder with the study's folder; None for the default."""
+    store: Path | None = None
+    """The store of the records; None for the one in the output folder."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Report(StoreLocation):
                 f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}"
             )
         uri = redact_secrets(study_uri(study.tracking_uri, store))
-        summary = write_report(study, records, folder, uri)
+        summary = write_report(study, records, folder, uri, store.root)
         if summary.comparison is not None and (looked := summary.comparison.look):
             study.with_look(looked).write(folder)
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")

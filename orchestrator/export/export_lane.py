@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from orchestrator.record.kept_adapters import StudyAdapters, file_name, find_ada
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.store import Store
+from orchestrator.study.own_commands import own_command
 from orchestrator.util.errors import UsageError
 from variants.variant_names import short_name
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 CARD_FILE = "README.md"
 LANE_FILE = "lane.safetensors"
 CONFIGURATION_FILE = "configuration.json"
+FORM_OPTIONS: Mapping[Form, tuple[str, ...]] = {"peft": (), "merged": ("--merge",), "raw": ("--raw",)}
+"""Form -> the option that asks for it."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,9 @@ def _write(
 
     source, revision = locate_pretrained(lane.configuration.model, store.bases)
     note = _serving_note(lane) if form == "peft" else ""
-    facts = CardFacts(form, source, revision, tuple(lane.adapters.heads), retrained, note)
+    words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *FORM_OPTIONS[form]]
+    command = own_command(words, chosen.study.command, chosen.folder.parent, store.root)
+    facts = CardFacts(form, source, revision, tuple(lane.adapters.heads), command, retrained, note)
     card = render_card(chosen, lane.code.task, facts)
 
     def write(target: Path) -> None:

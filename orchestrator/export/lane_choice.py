@@ -11,6 +11,7 @@ from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study, read_studies
+from orchestrator.study.own_commands import own_command
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import canonical_name
 
@@ -80,9 +81,10 @@ def _find_lane(store: Store, output: Path, study: StudyFile, query: LaneQuery) -
     record = store.get(fingerprint)
     if record is None or record.state != "finished":
         state = f"{record.state} after {record.steps} steps" if record is not None else "not trained yet"
+        command = own_command(["export", study.name], study.command, output, store.root)
         raise UsageError(
             f"fingerprint {query.fingerprint!r}: its lane is {state}; only a finished lane has an adapter. "
-            f"The best one of the study: python -m orchestrator export {study.name}"
+            f"The best one of the study: {command}"
         )
     return study.rename(record)
 

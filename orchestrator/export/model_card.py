@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +32,8 @@ class CardFacts:
     """The hub's commit of the base model; None for a folder."""
     heads: tuple[str, ...]
     """The modules of the task's head."""
+    command: str
+    """The command that makes this export."""
     retrained: Record | None
     """The record of the run in which the lane was trained again, if its results differ; else None."""
     serving: str = ""
@@ -171,8 +172,7 @@ def _provenance(chosen: ChosenLane, record: Record, facts: CardFacts) -> Iterato
     yield f"- record: `{record.fingerprint}`, {record.steps} steps on {run.device}"
     yield f"- code: commit {run.commit}; {_join(run.versions)}"
     yield f"- command of the study: `{redact_secrets(chosen.study.command)}`"
-    again = shlex.join(["python", "-m", "orchestrator", "export", chosen.study.name, record.fingerprint[:12]])
-    yield f"- exported by: `{again}`"
+    yield f"- exported by: `{facts.command}`"
 
 
 def _join(values: Mapping[str, object]) -> str:

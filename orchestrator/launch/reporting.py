@@ -172,7 +172,7 @@ def _write_report(context: StudyContext, study: StudyFile, records: Sequence[Rec
     folder = context.folder
     write_parquet(context.store, context.options.output)
     uri = redact_secrets(context.tracking_uri)
-    summary = write_report(study, records, folder, uri)
+    summary = write_report(study, records, folder, uri, context.store.root)
     if summary.comparison is not None and (looked := summary.comparison.look):
         study.with_look(looked).write(folder)
     pictures = [file for name in PICTURES if (file := folder / f"{name}.png").exists()]

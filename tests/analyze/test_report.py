@@ -85,6 +85,16 @@ def test_the_report_has_the_command_that_exports_the_best_lane_of_each_variant(
     assert best.fingerprint[:12] in commands
 
 
+def test_the_command_that_exports_names_the_folders_and_has_the_form_of_the_studys_command(
+    tmp_path: Path,
+) -> None:
+    study_file = replace(STUDY_FILE, command="lora-orchestrator study --dry-run")
+    write_report(study_file, [record()], tmp_path / "mine" / "lr-sensitivity", "", tmp_path / "shared")
+    page = Page((tmp_path / "mine" / "lr-sensitivity" / "report.html").read_text())
+    folders = f"--output {tmp_path / 'mine'} --store {tmp_path / 'shared'}"
+    assert f"lora-orchestrator export lr-sensitivity {record().fingerprint[:12]} {folders}" in page.text
+
+
 def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Page]) -> None:
     folder, _ = of_study
     summary, page, numbers = written(folder, study())  # This replaces the first report.

@@ -37,6 +37,8 @@ def test_the_best_adapter_has_the_scores_of_its_record_in_peft(export: Export, t
     for text in (record.configuration.model.content, record.fingerprint, "pipeline_tag: text-generation"):
         assert text in card
     assert f"{record.score('test'):.4f}" in card
+    command = f"export rates {record.fingerprint[:12]} --output {trained.output}"
+    assert f"exported by: `python -m orchestrator {command}`" in card
 
 
 @pytest.mark.parametrize("variant", ["lora", "full"])
@@ -48,6 +50,7 @@ def test_a_merged_model_is_a_plain_model_of_transformers(
     model = AutoModelForCausalLM.from_pretrained(target)
     assert validation_scores(model, target, record) == pytest.approx(recorded_scores(record), rel=1e-4)
     assert type(run_card(target)["model"]) is type(model)
+    assert f" {record.fingerprint[:12]} --merge --output " in (target / "README.md").read_text()
 
 
 def test_a_variant_without_other_forms_leaves_exactly(export: Export, trained: Trained) -> None:

@@ -27,7 +27,7 @@ REFUSED = {
     "no fingerprint": (["best"], ["'best'", "hexadecimal"]),
     "another study's": (["{other}"], ["not a lane of study 'rates'", "it belongs to second"]),
     "no study's": (["{orphan}"], ["not a lane of study 'rates'", "no study under"]),
-    "diverged": (["{diverged}"], ["diverged after 3 steps", "only a finished lane"]),
+    "diverged": (["{diverged}"], ["diverged after 3 steps", "orchestrator export rates --output {output}"]),
     "not trained": (["{pending}"], ["not trained yet"]),
     "best and fingerprint": (["{lora}", "--best"], ["--best with", "both name a lane"]),
     "variant and fingerprint": (["{lora}", "--variant", "lora"], ["names one lane", "--variant"]),
@@ -81,7 +81,8 @@ def words(trained: Trained, tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_export_that_is_not_possible_is_refused(case: str, export: Export, words: dict[str, str]) -> None:
     arguments, expected = REFUSED[case]
-    export(*(argument.format(**words) for argument in arguments)).assert_refused(*expected)
+    refused = export(*(argument.format(**words) for argument in arguments))
+    refused.assert_refused(*(word.format(**words) for word in expected))
 
 
 def test_an_unknown_study_is_refused_with_the_nearest(export: Export) -> None:

@@ -35,7 +35,12 @@ def adapter_rows(data: ReportData) -> Sequence[AdapterRow]:
     return [
         AdapterRow(
             records[lane.fingerprint],
-            own_command(["export", data.study.name, lane.fingerprint[:12]], data.study.command),
+            own_command(
+                ["export", data.study.name, lane.fingerprint[:12]],
+                data.study.command,
+                data.output,
+                data.store,
+            ),
         )
         for _, lane in ordered
     ]
