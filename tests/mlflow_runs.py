@@ -12,6 +12,9 @@ from mlflow.entities import Run, ViewType
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from orchestrator.record.trackers.tracker import StudyEnd
+from orchestrator.record.trackers.tracker_writer import TrackerWriter
+
 
 def runs_of(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
     """Return the study's run, and the lanes' runs by fingerprint.
@@ -29,6 +32,21 @@ def runs_of(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
         assert "mlflow.parentRunId" not in child.data.tags, "MLflow's page would hide it below its parent"
         assert child.data.tags["study"] == study
     return parent, by_fingerprint
+
+
+def close(writer: TrackerWriter, timeout: float, end: StudyEnd | None = None) -> int:
+    """Log the queue of a writer, end the study's own run, and stop.
+
+    Args:
+        writer: The writer.
+        timeout: Longest duration of the whole call in seconds.
+        end: How the study has ended.
+
+    Returns:
+        The number of records that are not logged.
+    """
+    writer.begin_close(end or StudyEnd(), timeout)
+    return writer.wait_closed()
 
 
 PROCESSES = multiprocessing.get_context("spawn")

@@ -133,7 +133,7 @@ def _print_delay(context: StudyContext, writer: MlflowWriter) -> None:
 
 def _print_tracker(context: StudyContext, name: str, writer: TrackerWriter) -> None:
     """Print how to look at a tracker, and the number of runs that it lacks, with the reason."""
-    if view := writer.tracker.describe_view():
+    if view := writer.describe_view():
         context.console.print(f"{name:8} {view}", markup=False, soft_wrap=True)
     if writer.is_finished and not writer.pending_count:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.record.mlflow.log import MlflowLogger
@@ -44,8 +45,9 @@ class StudyWriters:
 
         Args:
             end: How the study has ended.
-            timeout: Longest duration in seconds. A tracker gets less, and still less after an error: the same
-                command logs again what it lacks.
+            timeout: Longest duration in seconds. A tracker beside MLflow gets at most
+                `TRACKER_FLUSH_SECONDS`, after an error `FAULTY_TRACKER_FLUSH_SECONDS`: the same command logs
+                again what it lacks.
         """
         self.mlflow.begin_close(end, timeout)
         for writer in self.others.values():
@@ -71,7 +73,9 @@ def start_writers(context: StudyContext, study: StudyFile) -> StudyWriters:
         tags=tags,
     )
     others = {
-        name: TrackerWriter(tracker(context.folder), context.store, study, tags, retries_when_closing=False)
+        name: TrackerWriter(
+            partial(tracker, context.folder), context.store, study, tags, retries_when_closing=False
+        )
         for name, tracker in context.trackers.items()
     }
     return StudyWriters(mlflow, others)

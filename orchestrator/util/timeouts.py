@@ -132,16 +132,17 @@ STORAGE_VISIBILITY_SECONDS = 5.0
 
 TRACKING_SERVER_SECONDS = 4.0
 """Time for an MLflow server or its database to answer before a study starts."""
-MLFLOW_PROGRESS_DELAY_SECONDS = 5.0
-"""Time until the start or an evaluation of a lane is logged to MLflow and the other trackers, if the lane has
+TRACKER_PROGRESS_DELAY_SECONDS = 5.0
+"""Time until the start or an evaluation of a lane is logged to a tracker, MLflow included, if the lane has
 not ended by then."""
 TRACKER_ANSWER_SECONDS = 15.0
 """Time for a tracker's server to answer when a run begins or ends."""
-MIN_MLFLOW_RETRY_SECONDS = 0.5
-"""Pause before the first new attempt to write to MLflow or a tracker; each later pause is twice as long."""
-MAX_MLFLOW_RETRY_SECONDS = 30.0
+MIN_TRACKER_RETRY_SECONDS = 0.5
+"""Pause before the first new attempt to write to a tracker, MLflow included; each later pause is twice as
+long."""
+MAX_TRACKER_RETRY_SECONDS = 30.0
 """Maximum of those pauses."""
-CLOSING_MLFLOW_RETRY_SECONDS = 1.0
+CLOSING_TRACKER_RETRY_SECONDS = 1.0
 """Maximum of those pauses once the study has ended and waits for the writer."""
 ABANDONED_FOLDER_SECONDS = 3600.0
 """Age after which a temporary folder counts as left behind by a killed process."""

@@ -28,6 +28,7 @@ from orchestrator.record.mlflow.writer import MlflowWriter
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
+from orchestrator.record.trackers.tracker import StudyEnd
 
 URI, STUDY = "http://127.0.0.1:5000", "rates"
 RESULTS, HERE = Path("/shared/results"), Path(__file__).parent
@@ -58,7 +59,8 @@ def report(count: int, *halts: int) -> int:
             write_progress(number)
     while writer.pending_count:  # a study trains other lanes meanwhile
         write_progress(count)
-    late = writer.close(600)
+    writer.begin_close(StudyEnd(), 600)
+    late = writer.wait_closed()
     print(f"{late} late, {'' if writer.is_finished else 'not '}ended; last error: {writer.error or 'none'}")
     return int(bool(late) or not writer.is_finished)
 

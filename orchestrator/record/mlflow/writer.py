@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
 
 from orchestrator.record.mlflow.connection import TrackingDamagedError
 from orchestrator.record.mlflow.log import MlflowLogger
@@ -71,8 +71,8 @@ class MlflowWriter(TrackerWriter):
         tags: Mapping[str, str] | None = None,
     ) -> None:
         self._logger = log
-        tracker = MlflowTracker(log, study.name)
-        super().__init__(tracker, store, study, dict(tags or {}), retries_when_closing=True)
+        make = partial(MlflowTracker, log, study.name)
+        super().__init__(make, store, study, dict(tags or {}), retries_when_closing=True)
 
     @property
     def view_link(self) -> str:
@@ -83,26 +83,3 @@ class MlflowWriter(TrackerWriter):
     def is_damaged(self) -> bool:
         """True if MLflow's SQLite file is damaged."""
         return isinstance(self.outage, TrackingDamagedError)
-
-    def close(
-        self,
-        timeout: float,
-        status: str = "FINISHED",
-        report_files: Sequence[Path] = (),
-        description: str = "",
-        metrics: Mapping[str, float] | None = None,
-    ) -> int:
-        """Log the queue, end the study's own run, and stop.
-
-        Args:
-            timeout: Longest duration of the whole call in seconds.
-            status: Status of the study's run: FINISHED, FAILED or KILLED.
-            report_files: Files to log as artifacts of the study's run.
-            description: Verdicts and best points in Markdown; empty: the description stays as it is.
-            metrics: Name -> value of the metrics of the study's run, logged together with a description.
-
-        Returns:
-            The number of records that are not logged.
-        """
-        self.begin_close(StudyEnd(status, tuple(report_files), description, metrics or {}), timeout)
-        return self.wait_closed()

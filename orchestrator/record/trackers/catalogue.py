@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import orchestrator.record.trackers
 from orchestrator.record.trackers.tracker import Tracker
-from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.util.errors import UsageError, format_error, suggest_nearest
 
 NONE = "none"
 """The value of --tracker for MLflow alone."""
@@ -36,7 +36,8 @@ def load_trackers(chosen: Sequence[str]) -> dict[str, type[Tracker]]:
         Name -> class of the tracker.
 
     Raises:
-        UsageError: A name is unknown, a tracker's package is not installed, or a setting is missing.
+        UsageError: A name is unknown, a tracker's package is not installed or has no tracker, or a setting is
+            missing.
     """
     found = {}
     for name in dict.fromkeys(chosen):
@@ -56,11 +57,27 @@ def load_trackers(chosen: Sequence[str]) -> dict[str, type[Tracker]]:
 def _load(name: str) -> type[Tracker]:
     """Return the class of a tracker: the entry point's, or `TRACKER` of the module in this package."""
     if name in _entry_points():
-        loaded: type[Tracker] = _entry_points()[name].load()
-        return loaded
+        return _load_entry_point(name)
     module = importlib.import_module(f"{__package__}.{name}{_SUFFIX}")
     own: type[Tracker] = module.TRACKER
     return own
+
+
+def _load_entry_point(name: str) -> type[Tracker]:
+    entry = _entry_points()[name]
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        raise UsageError(
+            f"--tracker {name}: {entry.value} cannot be loaded ({format_error(error)}); repair its package "
+            "or leave the tracker out."
+        ) from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Tracker)):
+        raise UsageError(
+            f"--tracker {name}: {entry.value} is no subclass of "
+            "orchestrator.record.trackers.tracker.Tracker; repair its package or leave the tracker out."
+        )
+    return loaded
 
 
 @cache

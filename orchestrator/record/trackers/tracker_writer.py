@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.store import Store
@@ -25,7 +25,7 @@ class TrackerWriter:
     method raises an exception.
 
     Args:
-        tracker: The tracker.
+        make_tracker: Returns the tracker. The writer's thread calls it, and calls it again after an error.
         store: The store.
         study: The study whose records are logged.
         tags: Tags of the study.
@@ -35,14 +35,15 @@ class TrackerWriter:
 
     def __init__(
         self,
-        tracker: Tracker,
+        make_tracker: Callable[[], Tracker],
         store: Store,
         study: StudyFile,
         tags: Mapping[str, str],
         *,
         retries_when_closing: bool,
     ) -> None:
-        self.tracker, self._store, self._study, self._tags = tracker, store, study, tags
+        self._make_tracker, self._store, self._study, self._tags = make_tracker, store, study, tags
+        self._tracker: Tracker | None = None
         self._retries_when_closing = retries_when_closing
         self._reused = frozenset(study.reused)
         self._condition = threading.Condition()
@@ -87,13 +88,21 @@ class TrackerWriter:
         with self._condition:
             fingerprint = progress.configuration.fingerprint
             self._progress.setdefault(fingerprint, []).append(progress)
-            due = time.monotonic() + timeouts.MLFLOW_PROGRESS_DELAY_SECONDS
+            due = time.monotonic() + timeouts.TRACKER_PROGRESS_DELAY_SECONDS
             self._progress_due.setdefault(fingerprint, due)
             self._condition.notify()
 
     def mark_reused(self, fingerprint: str) -> None:
         """Mark a configuration whose record the store had before the study requested it."""
         self._reused |= {fingerprint}
+
+    def describe_view(self) -> str:
+        """Return the command or the address that shows the study; empty if there is none, or no tracker."""
+        try:
+            return self._tracker.describe_view() if self._tracker is not None else ""
+        except Exception as error:
+            self.error = redact_secrets(f"{type(error).__name__}: {error}")
+            return ""
 
     def begin_close(self, end: StudyEnd, timeout: float) -> None:
         """Tell the writer to log the queue, to end the study and to stop.
@@ -120,18 +129,20 @@ class TrackerWriter:
         return self.pending_count
 
     def _run(self) -> None:
-        pause, is_open = timeouts.MIN_MLFLOW_RETRY_SECONDS, False
+        pause, is_open = timeouts.MIN_TRACKER_RETRY_SECONDS, False
         while True:
             try:
+                if self._tracker is None:
+                    self._tracker = self._make_tracker()
                 if not is_open:
-                    self.tracker.open_study(self._study, self._tags)
+                    self._tracker.open_study(self._study, self._tags)
                     is_open = True
                 while (fingerprint := self._take_next()) is not None:
-                    self._log_one(fingerprint)
+                    self._log_one(self._tracker, fingerprint)
                     if not self._queue:  # the next record in the queue would change the means again
-                        self.tracker.flush()
-                    pause = timeouts.MIN_MLFLOW_RETRY_SECONDS
-                self.tracker.close_study(self._end)
+                        self._tracker.flush()
+                    pause = timeouts.MIN_TRACKER_RETRY_SECONDS
+                self._tracker.close_study(self._end)
                 self.is_finished = True
                 return
             except TrackingUnavailableError as down:
@@ -140,7 +151,7 @@ class TrackerWriter:
                 is_open, self.error = False, redact_secrets(f"{type(error).__name__}: {error}")
             if not self._wait_before_retry(pause):
                 return
-            pause = min(2 * pause, timeouts.MAX_MLFLOW_RETRY_SECONDS)
+            pause = min(2 * pause, timeouts.MAX_TRACKER_RETRY_SECONDS)
 
     def _take_next(self) -> str | None:
         """Wait for the next fingerprint; None when the writer is closed and the queue is empty.
@@ -160,18 +171,18 @@ class TrackerWriter:
                 self._current = fingerprint
             return fingerprint
 
-    def _log_one(self, fingerprint: str) -> None:
+    def _log_one(self, tracker: Tracker, fingerprint: str) -> None:
         """Log the record that `_take_next` took from the queue, or else the progress of a lane.
 
         A record that the tracker refuses goes to `_rejected`, so that it does not block the others.
         """
         if not self._current:
-            self._log_progress(fingerprint)
+            self._log_progress(tracker, fingerprint)
             return
         try:
             record = self._store.get(fingerprint)
             if record is not None:
-                self.tracker.log_record(self._study.rename(record), record.fingerprint in self._reused)
+                tracker.log_record(self._study.rename(record), record.fingerprint in self._reused)
             self._rejected.discard(fingerprint)
         except TrackingUnavailableError:
             self.put(fingerprint)
@@ -183,7 +194,7 @@ class TrackerWriter:
             with self._condition:
                 self._current = ""
 
-    def _log_progress(self, fingerprint: str) -> None:
+    def _log_progress(self, tracker: Tracker, fingerprint: str) -> None:
         """Log the progress of a lane.
 
         If the tracker does not answer, the rest is queued again, unless a record of the lane is queued or the
@@ -194,7 +205,7 @@ class TrackerWriter:
             self._progress_due.pop(fingerprint, None)
         try:
             while waiting:
-                self.tracker.log_progress(waiting[0])
+                tracker.log_progress(waiting[0])
                 del waiting[0]
         except TrackingUnavailableError:
             with self._condition:
@@ -214,6 +225,6 @@ class TrackerWriter:
             left = self._deadline - time.monotonic()
         if not self._retries_when_closing:
             return False
-        seconds = min(seconds, timeouts.CLOSING_MLFLOW_RETRY_SECONDS)  # not the long pause of an outage
+        seconds = min(seconds, timeouts.CLOSING_TRACKER_RETRY_SECONDS)  # not the long pause of an outage
         time.sleep(max(0.0, min(seconds, left)))
         return left > seconds

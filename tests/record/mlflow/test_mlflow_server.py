@@ -15,6 +15,7 @@ import hub_folder
 import pytest
 from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
+from mlflow_runs import close
 from mlflow_server import Server, wait
 
 from orchestrator.launch import run_study
@@ -160,13 +161,13 @@ def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path
     late = MlflowWriter(MlflowLogger(server.uri), store, study)
     for name in names[10:]:
         late.put(name)
-    assert late.close(0.1) == 2
+    assert close(late, 0.1) == 2
     late._thread.join()
     command = (ORCHESTRATOR, "sync", "--output", str(output))
     run(*command).assert_refused("cannot be reached")
 
     server.start()
-    assert writer.close(240) == 0, writer.error
+    assert close(writer, 240) == 0, writer.error
     assert _children(server.uri, "rates") == {"parent": "FINISHED", **dict.fromkeys(names[:10], "FINISHED")}
     for written in (2, 0):
         done = run(*command)

@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_runs import close
 from mlflow_server import empty_database, wait
 
 from orchestrator.record import run_values
@@ -14,6 +15,7 @@ from orchestrator.record.mlflow.writer import MlflowWriter
 from orchestrator.record.schema import LaneProgress, StepMetrics
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
+from orchestrator.record.trackers.tracker import StudyEnd
 from orchestrator.util import timeouts
 
 
@@ -33,7 +35,7 @@ def test_queued_records_are_logged_and_the_parent_run_ends(uri, store, make_reco
     for record in records:
         store.put(record)
         writer.put(record)
-    assert writer.close(240, "KILLED") == 0
+    assert close(writer, 240, StudyEnd("KILLED")) == 0
     parent, *children = sorted(_runs(uri, "all"), key=lambda r: "fingerprint" in r.data.tags)
     assert parent.info.status == "KILLED"
     assert (parent.data.tags["command"], parent.data.tags["task"]) == ("x", "letters")
@@ -41,7 +43,7 @@ def test_queued_records_are_logged_and_the_parent_run_ends(uri, store, make_reco
 
 
 def test_a_study_without_records_has_a_parent(uri, store):
-    assert MlflowWriter(MlflowLogger(uri), store, StudyFile("none", "", "x")).close(240) == 0
+    assert close(MlflowWriter(MlflowLogger(uri), store, StudyFile("none", "", "x")), 240) == 0
     assert [r.info.status for r in _runs(uri, "none")] == ["FINISHED"]
 
 
@@ -50,7 +52,7 @@ def test_the_newest_state_is_logged(uri, store, make_record):
     for state in ("failed", "stopped", "finished"):
         store.put(make_record(state=state))
         writer.put(make_record(state=state))
-    assert writer.close(240) == 0
+    assert close(writer, 240) == 0
     states = [r.data.tags["state"] for r in _runs(uri, "newest") if "fingerprint" in r.data.tags]
     assert states == ["finished"]
 
@@ -75,14 +77,14 @@ def test_lanes_in_training_appear_and_grow_before_their_records_come(uri, store,
     store.put(done)
     writer.put(done)
     wait(lambda: shown()[done.fingerprint] == ("FINISHED", 0.5), "the record is not logged")
-    assert writer.close(240, "KILLED", description="**Undecided:** more seeds.") == 0
+    assert close(writer, 240, StudyEnd("KILLED", description="**Undecided:** more seeds.")) == 0
     assert shown() == {done.fingerprint: ("FINISHED", 0.5), interrupted.fingerprint: ("KILLED", 0.125)}
     (parent,) = [r for r in _runs(uri, "live") if r.data.tags["role"] == "study"]
     assert "| **Undecided:** more seeds." in parent.data.tags["mlflow.note.content"]
 
 
 def test_the_progress_of_a_lane_that_ends_soon_is_not_logged(uri, store, make_record, monkeypatch):
-    monkeypatch.setattr(timeouts, "MLFLOW_PROGRESS_DELAY_SECONDS", 3600.0)
+    monkeypatch.setattr(timeouts, "TRACKER_PROGRESS_DELAY_SECONDS", 3600.0)
     short, *others = (make_record(seed=seed) for seed in range(3))
     writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("short", "", "x"))
     writer.put_progress(LaneProgress(short.configuration))
@@ -98,7 +100,7 @@ def test_the_progress_of_a_lane_that_ends_soon_is_not_logged(uri, store, make_re
     finished = dict.fromkeys((record.fingerprint for record in others), "FINISHED")
     assert logged(*others) == finished, "the lane in training has no run yet"
     assert logged(short) == {**finished, short.fingerprint: "FINISHED"}
-    assert writer.close(240) == 0
+    assert close(writer, 240) == 0
 
 
 def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):
@@ -119,7 +121,7 @@ def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):
     writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("picky", "", "x"))
     for record in records:
         writer.put(record)
-    assert writer.close(240) == 1
+    assert close(writer, 240) == 1
     assert "Changing param values is not allowed" in writer.error
     runs = {r.data.tags.get("fingerprint"): r.info.status for r in _runs(uri, "picky")}
     assert runs.pop(records[1].fingerprint) == "KILLED"
@@ -127,7 +129,7 @@ def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):
     client.delete_run(spoilt)
     again = MlflowWriter(MlflowLogger(uri), store, StudyFile("picky", "", "x"))
     again.put(records[1])
-    assert again.close(240) == 0
+    assert close(again, 240) == 0
     assert [r.info.status for r in _runs(uri, "picky")] == ["FINISHED"] * 5
 
 
@@ -140,7 +142,7 @@ def test_a_record_that_fails_like_an_outage_does_not_delay_the_others(uri, store
         store.put(record)
         writer.put(record)
     wait(lambda: writer.pending_count == 1, "the fine ones are not logged")
-    assert writer.close(0) == 1
+    assert close(writer, 0) == 1
     writer._thread.join()
     status = {r.data.tags.get("fingerprint"): r.info.status for r in _runs(uri, "broken")}
     assert {status[r.fingerprint] for r in fine} == {"FINISHED"}
@@ -192,7 +194,7 @@ def test_a_database_damaged_during_a_study_is_told_from_an_outage(tmp_path, stor
     database.write_bytes(whole[:8192] + bytes(len(whole) - 8192))
     writer.put(records[1])
     wait(lambda: writer.is_damaged, "the writer has not noticed")
-    assert writer.close(0.1) == 1
+    assert close(writer, 0.1) == 1
     assert f"{database}: the file is damaged (" in writer.error
 
 
@@ -205,7 +207,7 @@ def test_neither_put_nor_close_waits_for_an_answer(store, make_record, holding, 
     for _ in range(1000):
         writer.put(record)
     assert writer.pending_count == 1
-    assert writer.close(0.1) == 1
+    assert close(writer, 0.1) == 1
     assert writer._thread.is_alive(), "the thread still waits for the answer"
     holding.released.set()
     writer._thread.join()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import struct
 import sys
+import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import wandb
+from mlflow_server import empty_database
 
+from orchestrator.launch.study_writers import start_writers
 from orchestrator.record import run_values
 from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.store import Store
@@ -197,26 +202,41 @@ def test_a_long_curve_is_thinned_the_same_way_during_the_training_and_from_the_r
 
 
 class Faulty(Tracker):
-    """A tracker that does not answer, or refuses every record."""
+    """A tracker that does not answer, or refuses every record. It does nothing before `is_closing` is set."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
+        self.is_closing = threading.Event()
+        self.calls: list[str] = []
+
+    def open_study(self, study: StudyFile, tags: Mapping[str, str]) -> None:
+        self.is_closing.wait()
 
     def log_record(self, record: Record, is_reused: bool) -> None:
+        self.calls.append("log_record")
         raise self.error
 
     def close_study(self, end: StudyEnd) -> None:
+        self.calls.append("close_study")
         raise self.error
 
 
-@pytest.mark.parametrize("error", [TrackingUnavailableError(f"down {KEY}"), RuntimeError(f"no {KEY}")])
-def test_a_faulty_tracker_delays_nothing_and_says_why(store, make_record, error):
-    record = make_record()
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [
+        (TrackingUnavailableError(f"down {KEY}"), ["log_record"]),
+        (RuntimeError(f"no {KEY}"), ["log_record", "close_study"]),
+    ],
+)
+def test_a_faulty_tracker_is_not_called_again_at_the_end_and_says_why(store, make_record, error, calls):
+    record, tracker = make_record(), Faulty(error)
     store.put(record)
-    writer = TrackerWriter(Faulty(error), store, STUDY, {}, retries_when_closing=False)
+    writer = TrackerWriter(lambda: tracker, store, STUDY, {}, retries_when_closing=False)
     writer.put(record)
     writer.begin_close(StudyEnd(), 240)
+    tracker.is_closing.set()
     assert writer.wait_closed() == 1
+    assert tracker.calls == calls
     assert not writer.is_finished
     assert writer.error
     assert KEY not in writer.error
@@ -230,7 +250,7 @@ def test_a_server_of_wandb_that_is_down_delays_nothing(store, make_record, monke
     record = make_record()
     store.put(record)
     WandbTracker.check()
-    writer = TrackerWriter(WandbTracker(tmp_path), store, STUDY, {}, retries_when_closing=False)
+    writer = TrackerWriter(lambda: WandbTracker(tmp_path), store, STUDY, {}, retries_when_closing=False)
     writer.put(record)
     writer.begin_close(StudyEnd(), 240)
     assert writer.wait_closed() == 1
@@ -257,6 +277,40 @@ def test_a_tracker_that_cannot_be_used_is_refused_in_one_line(monkeypatch, tmp_p
         monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UsageError, match=line):
         catalogue.load_trackers(chosen)
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("no_such_package:Mine", "cannot be loaded .ModuleNotFoundError: No module named 'no_such_package'"),
+        ("pathlib:Path", "pathlib:Path is no subclass of .*Tracker; repair its package"),
+    ],
+)
+def test_an_entry_point_without_a_tracker_is_refused_in_one_line(monkeypatch, value, line):
+    entry = EntryPoint("mine", value, catalogue.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(catalogue, "_entry_points", lambda: {"mine": entry})
+    with pytest.raises(UsageError, match=f"--tracker mine: .*{line}") as refused:
+        catalogue.load_trackers(["mine"])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tracker_whose_files_cannot_be_read_does_not_end_the_study(store, make_record, tmp_path):
+    record = make_record()
+    store.put(record)
+    (tmp_path / "tensorboard" / "logged-records.txt").mkdir(parents=True)
+    context = SimpleNamespace(
+        tracking_uri=empty_database(tmp_path / "mlflow.db"),
+        store=store,
+        folder=tmp_path,
+        trackers={"tensorboard": TensorBoardTracker},
+    )
+    writers = start_writers(context, STUDY)
+    writers.put(record)
+    writers.close(StudyEnd(), 240)
+    writer = writers.others["tensorboard"]
+    assert (writer.pending_count, writers.mlflow.pending_count) == (1, 0)
+    assert "logged-records.txt" in writer.error
+    assert writer.describe_view() == ""
 
 
 def test_trackers_are_found_without_a_list():
