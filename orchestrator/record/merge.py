@@ -7,6 +7,7 @@ copied where they are missing. Of stopped and failed records the more advanced o
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
+
+_OWN_FILE = re.compile(r"(task|data|variant)-[0-9a-f]{16}\.json")
+"""The names of the entries of users' tasks and variants in the folder of prepared data."""
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +41,8 @@ class MergeSummary:
     bases: int = 0
     adapters: int = 0
     calibrations: int = 0
+    own_files: int = 0
+    """Entries of users' tasks and variants, without which their lanes cannot be exported."""
     bytes: int = 0
 
     def to_line(self) -> str:
@@ -44,7 +51,7 @@ class MergeSummary:
         return (
             f"{self.records} records copied, {self.already_present} present already{damaged}; checkpoints of "
             f"{self.lanes} lanes, {self.bases} bases, {self.adapters} adapters, {self.calibrations} "
-            f"calibrations ({decimal(self.bytes)})"
+            f"calibrations, {self.own_files} tasks and variants of users ({decimal(self.bytes)})"
         )
 
 
@@ -53,9 +60,10 @@ def merge_stores(store: Store, other: Store) -> MergeSummary:
 
     A final record is copied if `store` has none. Of two stopped records the one with more steps is kept, of
     two failed records the one with more failures. Checkpoints of an unfinished lane are copied if they are
-    further than all that `store` has. Base models, calibrations and the adapters of copied records are copied
-    if they are missing. Repeating the call changes nothing, and the order in which several stores are merged
-    does not change any state. Damaged files are skipped with a warning.
+    further than all that `store` has. Base models, calibrations, tasks and variants of users, and the
+    adapters of copied records are copied if they are missing. Repeating the call changes nothing, and the
+    order in which several stores are merged does not change any state. Damaged files are skipped with a
+    warning.
 
     Args:
         store: The store that is extended.
@@ -87,6 +95,10 @@ class _Merger:
             self.summary.adapters += self._merge_adapters(final)
         for source in sorted(self.other.calibration.glob("[!.]*.safetensors")):
             self.summary.calibrations += self._copy_tensors(source, self.store.calibration / source.name)
+        for source in sorted(self.other.data.glob("*-*.json")):
+            if _OWN_FILE.fullmatch(source.name) and self._is_whole(source):
+                self.summary.own_files += self._copy(source, self.store.data / source.name)
+        self._warn_of_old_adapters()
         # Folders first: a file here is an entry that names one of the folders.
         for source in sorted(self.other.bases.glob("[!.]*"), key=Path.is_file):
             is_copied = self._copy(source, self.store.bases / source.name)
@@ -146,14 +158,37 @@ class _Merger:
             atomic_files.link_if_absent(present, target)
         return is_copied
 
+    def _is_whole(self, source: Path) -> bool:
+        """Return whether a JSON file has the content that was written, else warn."""
+        try:
+            atomic_files.verify_checksum(source.read_bytes())
+        except (OSError, atomic_files.DamagedFileError):
+            self._skip_damaged(source)
+            return False
+        return True
+
+    def _skip_damaged(self, source: Path) -> None:
+        self.summary.damaged += 1
+        _log.warning("%s is damaged: skipped", source)
+
+    def _warn_of_old_adapters(self) -> None:
+        """Warn of adapters in folders that have the fingerprint as their name, as in earlier versions."""
+        folders = [path for path in self.other.adapters.glob("*") if _FINGERPRINT.fullmatch(path.name)]
+        if folders:
+            _log.warning(
+                "%s: %d adapters of an earlier version are not copied, because this version does not read "
+                "them; `export` trains such a lane again",
+                self.other.adapters,
+                len(folders),
+            )
+
     def _copy_tensors(self, source: Path, target: Path) -> bool:
         """Copy a safetensors file, or skip it with a warning if it is incomplete."""
         try:
             with safe_open(source, "numpy"):  # compares the file's length with its header
                 pass
         except (OSError, SafetensorError):
-            self.summary.damaged += 1
-            _log.warning("%s is damaged: skipped", source)
+            self._skip_damaged(source)
             return False
         return self._copy(source, target)
 

@@ -178,6 +178,27 @@ def test_bases_calibrations_and_adapters_of_copied_records_are_copied(stores, ma
     assert _files(here) == files
 
 
+def test_tasks_and_variants_of_users_are_copied_and_old_adapters_are_named(stores, caplog):
+    here, there = stores
+    there.data.mkdir()
+    names = [f"{kind}-0123456789abcdef.json" for kind in ("task", "variant")]
+    for name in names:
+        (there.data / name).write_bytes(add_checksum('{"path":"theirs"}'))
+    damaged = there.data / "task-fedcba9876543210.json"
+    damaged.write_bytes(add_checksum('{"path":"theirs"}').replace(b"theirs", b"others"))
+    (there.data / "letters-0123456789abcdef.json").write_text("{}")  # Prepared data are made again.
+    (there.adapters / ("f" * 64)).mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        summary = merge_stores(here, there)
+    assert (summary.own_files, summary.damaged) == (2, 1)
+    assert {path.name: path.read_bytes() for path in here.data.iterdir()} == {
+        name: (there.data / name).read_bytes() for name in names
+    }
+    assert f"{damaged} is damaged: skipped" in caplog.text
+    assert f"{there.adapters}: 1 adapters of an earlier version are not copied" in caplog.text
+    assert merge_stores(here, there).own_files == 0
+
+
 def test_a_store_is_not_merged_with_itself_and_another_schema_is_refused(stores, make_record):
     here, there = stores
     with pytest.raises(UsageError, match="the store itself"):
