@@ -32,6 +32,18 @@ def test_the_command_in_an_earlier_study_file_is_read_with_the_new_names(tmp_pat
     )
 
 
+@pytest.mark.parametrize("rest", [["--seeds", "2"], []])
+def test_a_flag_that_has_a_value_now_is_refused_when_typed_and_translated_when_stored(
+    rest: list[str], run: Run
+) -> None:
+    run(SWEEP, "--dry-run", "--save_adapters", *rest).assert_refused("write --save-adapters all.")
+    stored, options = "python x.py --dry-run --save-adapters", "".join(f" {word}" for word in rest)
+    assert translate_command(stored + options) == f"{stored} all{options}"
+    for value in ("none", "all"):
+        current = f"{stored} {value}{options}"
+        assert translate_command(current) == current
+
+
 def test_a_command_with_current_names_is_left_unchanged() -> None:
     command = "python x.py --trainers 2 --space 'rank=4,8' --study 'a --seatsbelt'"
     assert translate_command(command) == command
