@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from orchestrator.analyze.intervals import CurveStatistic, Estimate
 from orchestrator.analyze.number_format import rate as rate
 from orchestrator.analyze.panels import Value
-from orchestrator.record.show import find_typed, replace_options
+from orchestrator.record.show import find_typed, narrow_task, replace_options
+from orchestrator.record.study_file import Source
 from orchestrator.util import redaction
 
 
@@ -61,7 +62,13 @@ _OPTION_OF_COLUMN = {
 }
 
 
-def narrow_command(command: str, variant: str, rates: Sequence[float], varied: Mapping[str, object]) -> str:
+def narrow_command(
+    command: str,
+    variant: str,
+    rates: Sequence[float],
+    varied: Mapping[str, object],
+    sources: Sequence[Source] = (),
+) -> str:
     """Narrow a study's command to one variant and some learning rates.
 
     Args:
@@ -70,12 +77,15 @@ def narrow_command(command: str, variant: str, rates: Sequence[float], varied: M
         rates: The learning rates to train it at.
         varied: Other columns of the configurations -> their values. Columns that no option sets, or whose
             value is None, are ignored.
+        sources: The study's sources, which have the paths of data.
     """
     typed = find_typed(command, "--variants", variant)
     values = {"--variants": [typed], "--learning-rates": [exact_rate(r) for r in rates]}
     for column, option in _OPTION_OF_COLUMN.items():
         if varied.get(column) is not None:
             values[option] = [find_typed(command, option, str(varied[column]))]
+    if "--task" in values:
+        values |= {"--task": [], **narrow_task(command, values["--task"][0], sources)}
     return replace_options(command, values)
 
 

@@ -24,6 +24,7 @@ from orchestrator.launch.lanes import LanePlan, plan_lanes
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.show import narrow_command, replace_options
 from orchestrator.record.store import Store
+from orchestrator.record.study_file import Source
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 
@@ -88,6 +89,7 @@ def print_plan(
     store: Store,
     options: StudyOptions,
     command: str,
+    sources: Sequence[Source] = (),
 ) -> Plan:
     """Print the configurations of a study and estimates of its time and cost, without starting anything.
 
@@ -98,6 +100,7 @@ def print_plan(
         store: The records, from which the time is estimated.
         options: Options of the study.
         command: The command of the study.
+        sources: The sources of the study, which have the paths of data.
 
     Returns:
         What was printed, as data.
@@ -137,7 +140,7 @@ def print_plan(
         _print_line(console, label, text)
     if work.pending and not estimates and hardware.gpus_per_worker != 0:
         where = f" on a machine with GPUs of type {options.plan_gpu}" if options.plan_gpu else ""
-        single = _single_point_command(work.pending, command)
+        single = _single_point_command(work.pending, command, sources)
         text = f"To know, train one of them{where}, then plan again:\n  {single}"
         console.print(text, markup=False, soft_wrap=True)
     return Plan(tuple(lines), tuple(work.requested), tuple(work.pending), work.total, work.num_to_train)
@@ -277,14 +280,15 @@ def _time_line(estimate: TimeEstimate, num_trainers: int) -> Line:
     return "Time", f"about {' to '.join(ends)}{divided}, {estimate.source_text}"
 
 
-def _single_point_command(pending: Sequence[Configuration], command: str) -> str:
+def _single_point_command(pending: Sequence[Configuration], command: str, sources: Sequence[Source]) -> str:
     """Return the command that trains one pending configuration, to measure its time.
 
     It has the lowest learning rate, which is the least likely to diverge early.
     """
     point = min(pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
     # --study is removed: in the same study, this point alone would be taken for the whole first stage.
-    return replace_options(narrow_command(command, point), {"--study": [], "--plan": [], "--plan-gpu": []})
+    narrowed = narrow_command(command, point, sources)
+    return replace_options(narrowed, {"--study": [], "--plan": [], "--plan-gpu": []})
 
 
 def print_point_shortfall(console: Console, usage: Mapping[str, GroupUsage], points: int) -> None:

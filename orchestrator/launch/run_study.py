@@ -76,8 +76,15 @@ def run_study(
         print_preset(options)
     context = resolve_study(experiment, options, make_design, replicates)
     if context.options.plan:
-        work, command = context.collect_work(), experiment.command
-        plan = print_plan(context.console, context.templates, work, context.store, context.options, command)
+        plan = print_plan(
+            context.console,
+            context.templates,
+            context.collect_work(),
+            context.store,
+            context.options,
+            experiment.command,
+            context.sources(),
+        )
         experiment.request.on_plan(plan)
         return 0
     _make_folder(context)

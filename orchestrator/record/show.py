@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import StudyFile, read_studies
+from orchestrator.record.study_file import Source, StudyFile, read_studies
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.factors import ALL, load_factors
 from orchestrator.study.own_commands import own_command
@@ -68,24 +68,26 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
     return "\n".join([*lines, "", *_format_rerun(record, studies, output)])
 
 
-def narrow_command(command: str, configuration: Configuration) -> str:
+def narrow_command(command: str, configuration: Configuration, sources: Sequence[Source] = ()) -> str:
     """Narrow a study's command to one of its configurations.
 
-    The values of --variants, --learning-rates and --seeds are replaced. The hyperparameters that a search or
-    a study of factors varies are set to the configuration's values with --set. All other options stay.
+    The values of --data, --task, --variants, --learning-rates and --seeds are replaced. The hyperparameters
+    that a search or a study of factors varies are set to the configuration's values with --set. All other
+    options stay.
     `--seeds N` requests the seeds 0 to N-1, because no option requests one seed alone.
 
     Args:
         command: The study's command.
-        configuration: The configuration to train.
+        configuration: The configuration to train, with the names that it has in the study.
+        sources: The study's sources, which have the paths of data.
     """
-    task = find_typed(command, "--task", configuration.task.name)
-    has_several_tasks = len(_option_values(command, "--task")) > 1 or _option_values(command, "--preset")
+    is_named = any(len(_option_values(command, option)) > 1 for option in ("--task", "--data"))
+    is_named |= bool(_option_values(command, "--preset"))
     varied = [*_option_values(command, "--space"), *_factor_names(command)]
     return replace_options(
         command,
         {
-            **({"--task": [task]} if has_several_tasks else {}),
+            **(narrow_task(command, configuration.task.name, sources) if is_named else {}),
             "--variants": [find_typed(command, "--variants", configuration.variant.name)],
             "--learning-rates": [repr(configuration.optimizer.learning_rate)],
             "--seeds": [str(configuration.seed + 1)],
@@ -132,8 +134,34 @@ def _words_by_option(command: str) -> Iterator[tuple[str, str]]:
         yield option, word
 
 
+def narrow_task(command: str, name: str, sources: Sequence[Source]) -> dict[str, list[str]]:
+    """Return the option that narrows a study's command to one of its tasks: --data or --task, and its value.
+
+    Args:
+        command: The study's command.
+        name: The name of the task in the study.
+        sources: The study's sources, see `StudyFile.sources`. They have the paths of data, because the name
+            of a task alone does not say them: `a/b:c` of the hub is called `b-c`, for example.
+    """
+    words = _option_values(command, "--data")
+    if not words:
+        return {"--task": [find_typed(command, "--task", name)]}
+    path = next((source.path for source in sources if source.name == name), "")
+    path = path or find_typed(command, "--data", name)
+    return {"--data": [next((word for word in words if os.path.abspath(word) == path), path)]}
+
+
 def find_typed(command: str, option: str, name: str) -> str:
-    """Return the word of an option that stands for a name: the path of a file, or the name itself."""
+    """Find the word of an option that stands for a task or variant.
+
+    Args:
+        command: A study's command.
+        option: The option.
+        name: The name of the task or variant in the study.
+
+    Returns:
+        The path of its file as it was typed, or the name itself.
+    """
     words = _option_values(command, option)
     return next((word for word in words if os.path.basename(word) == name), name)
 
@@ -247,8 +275,9 @@ def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Ite
         yield f"No study under {output} requests this configuration, so no command trains it again."
     else:
         study = studies[0]
+        configuration = study.rename(record).configuration
         yield f"To train it again (study {study.name}):"
-        yield f"  {narrow_command(study.command, record.configuration)}"
+        yield f"  {narrow_command(study.command, configuration, study.sources)}"
 
 
 def _wrap_pairs(pairs: Sequence[str]) -> str:

@@ -16,10 +16,11 @@ from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_server import empty_database
 
+from orchestrator.analyze import formatting
 from orchestrator.record.kept_adapters import StudyAdapters, file_name
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import AnalysisSettings, StudyFile, find_study, read_studies
+from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile, find_study, read_studies
 from orchestrator.study.space import apply_values
 from orchestrator.util.atomic_files import add_checksum, verify_checksum
 from orchestrator.util.command import main
@@ -281,6 +282,24 @@ def test_narrowing_a_command_keeps_its_other_options(make_record):
     assert narrow_command(command, configuration) == (
         "python x.py --study 'my study' --plan --variants lora --learning-rates 3e-05 --seeds 5"
     )
+
+
+@pytest.mark.parametrize(("name", "word"), [("a.csv", "mine/a.csv"), ("glue-data", "glue"), ("b-c", "a/b:c")])
+def test_the_command_of_several_data_is_narrowed_to_one(make_record, tmp_path, monkeypatch, name, word):
+    """Where the command was typed, and elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    words = {"a.csv": "mine/a.csv", "glue-data": "glue", "b-c": "a/b:c"}
+    paths = {each: each if ":" in each else str(tmp_path / each) for each in words.values()}
+    sources = [Source(f"{key:a<16}", key, paths[each]) for key, each in words.items()]
+    own = make_record(seed=0, rate=3e-5).configuration
+    own = replace(own, task=replace(own.task, name=name, content=f"{name:a<16}"))
+    command = f"python x.py --data {' '.join(words.values())}"
+    rest = "--variants lora --learning-rates 3e-05 --seeds 1"
+    assert narrow_command(command, own, sources) == f"python x.py --data {word} {rest}"
+    short = formatting.narrow_command(command, "lora", [3e-5], {"task": name}, sources)
+    assert short == f"python x.py --variants lora --learning-rates 3e-5 --data {word}"
+    monkeypatch.chdir("/")
+    assert narrow_command(command, own, sources) == f"python x.py --data {paths[word]} {rest}"
 
 
 def test_a_command_of_replicates_is_narrowed_to_the_plain_script(make_record):

@@ -47,7 +47,8 @@ def _values(data: ReportData) -> Mapping[str, Any]:
     def reproduce(panel: Panel, curve: Curve, rates: Sequence[float]) -> str:
         """Return the command that trains the runs of a curve at some rates again."""
         varied = {**panel.varied, **curve.varied}
-        return formatting.narrow_command(data.study.command, curve.variant, rates, varied)
+        study = data.study
+        return formatting.narrow_command(study.command, curve.variant, rates, varied, study.sources)
 
     return {
         "reproduce": reproduce,
