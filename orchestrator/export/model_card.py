@@ -145,8 +145,10 @@ def _scores(record: Record) -> Iterator[str]:
     yield f"| split | {metric} | untrained base model |"
     yield "| --- | --- | --- |"
     for split in ("validation", "test"):
-        before = record.baseline_scores.get(split, {}).get(metric)
-        yield f"| {split} | {record.score(split):.4f} | {'-' if before is None else f'{before:.4f}'} |"
+        score, before = record.score(split), record.baseline_scores.get(split, {}).get(metric)
+        if score is None:  # not evaluated on this split
+            continue
+        yield f"| {split} | {score:.4f} | {'-' if before is None else f'{before:.4f}'} |"
 
 
 def _retraining_note(record: Record) -> str:
