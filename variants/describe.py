@@ -91,7 +91,7 @@ class Description:
     peft: str
     """The method's `PeftType` in the PEFT library; empty if lanes cannot be exported."""
     exports: ExportForms
-    """How a trained lane can leave: in PEFT's format, by `AutoPeftModelFor...`, to vLLM, merged."""
+    """The forms in which a trained lane can be exported: for PEFT, for vLLM, merged."""
     calibration: str
     """The matrix from which the initialization is computed (`CalibrationStatistic`)."""
     uses_rank: bool

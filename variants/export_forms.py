@@ -1,4 +1,4 @@
-"""The forms in which a trained lane of a variant can leave this project, and why it cannot in the others.
+"""The forms in which a trained lane of a variant can be exported, and why it cannot in the others.
 
 Every lane can be saved exactly (`variants.storage.save_lane`). Other programs read an adapter in the format
 of the PEFT library (`save_peft`) or a merged model (`variants.merging.merge_and_detach`).
@@ -24,7 +24,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class ExportForm:
-    """Whether a lane can leave in one form."""
+    """Whether a lane can be exported in one form."""
 
     possible: bool
     note: str = ""
@@ -33,12 +33,11 @@ class ExportForm:
 
 @dataclass(frozen=True)
 class ExportForms:
-    """The forms in which the lanes of a variant can leave, besides the exact file of a lane."""
+    """The forms in which the lanes of a variant can be exported, besides the exact file of a lane."""
 
     peft: ExportForm
-    """An adapter in PEFT's format, for `PeftModel.from_pretrained`."""
-    autopeft: ExportForm
-    """The same folder, for `AutoPeftModelFor...`, which loads the base model too."""
+    """An adapter in PEFT's format, for `PeftModel.from_pretrained`, and for `AutoPeftModelFor...`, which
+    loads the base model too."""
     vllm: ExportForm
     """The same folder, served by vLLM; by vLLM's documented rule, not tried."""
     merged: ExportForm
@@ -46,7 +45,7 @@ class ExportForms:
 
 
 def export_forms(variant: Variant) -> ExportForms:
-    """Return the forms in which the lanes of a variant can leave.
+    """Return the forms in which the lanes of a variant can be exported.
 
     Args:
         variant: The variant. A few conditions depend on the settings, the model or the task; they are in the
@@ -55,14 +54,14 @@ def export_forms(variant: Variant) -> ExportForms:
     merged = ExportForm(variant.is_mergeable, "" if variant.is_mergeable else variant.merge_obstacle)
     if obstacle := peft_obstacle(variant):
         refused = ExportForm(False, obstacle)
-        return ExportForms(refused, refused, ExportForm(False, "not in PEFT's format"), merged)
+        return ExportForms(refused, ExportForm(False, "not in PEFT's format"), merged)
     assert variant.peft is not None
     condition = "" if variant.peft.adapts_conv1d else "not on layers of type Conv1D, as in GPT-2"
     peft = ExportForm(True, condition)
     config = variant.peft_config(variant.validate_settings(VariantSettings(rank=8)))
     refusal = vllm_obstacle(config)
     vllm = ExportForm(not refusal, refusal or "without a trained head")
-    return ExportForms(peft, peft, vllm, merged)
+    return ExportForms(peft, vllm, merged)
 
 
 def peft_obstacle(variant: Variant) -> str:

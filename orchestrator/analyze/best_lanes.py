@@ -23,7 +23,7 @@ from orchestrator.record.study_file import StudyFile
 
 @dataclass(frozen=True, order=True)
 class LaneGoal:
-    """What one best lane is wanted for."""
+    """Key of one best lane: task, base model and variant."""
 
     task: str
     model: str
@@ -131,7 +131,12 @@ def is_per_run(study: StudyFile) -> bool:
 
 
 def best_fingerprints(study: StudyFile, records: Sequence[Record]) -> set[str]:
-    """Return the fingerprints of the best lanes of a study; see `best_lanes`."""
+    """Return the fingerprints of the best lanes of a study; see `best_lanes`.
+
+    Args:
+        study: The study.
+        records: Its records.
+    """
     return {lane.fingerprint for lane in best_lanes(study, records).values()}
 
 

@@ -3,10 +3,10 @@
     root/adapters/<study>/best/<fingerprint>-<run>.safetensors   the best lanes of a study
     root/adapters/<study>/all/<fingerprint>-<run>.safetensors    all lanes that a study has trained
 
-`--save-adapters` says which folder the trainers of a study write to. `<run>` names the run whose record is in
-the store: a lane that two trainers have trained has two runs and one record, and only the file of that run is
-its adapter. Studies that keep the same adapter have hard links to one file, so the adapter is on the disk
-once, and each study removes its own names without a look at the others.
+`--save-adapters` says which folder the trainers of a study write to. `<run>` identifies one training of the
+lane. Two trainers may have trained the same lane; the store then has the record of one of the two runs, and
+the adapter of the lane is the file of this run. Studies that keep the same adapter have hard links to one
+file, so the adapter is on the disk once, and each study removes its own names without a look at the others.
 """
 
 from __future__ import annotations

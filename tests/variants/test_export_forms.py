@@ -1,4 +1,4 @@
-"""The forms in which lanes leave: vLLM's rule. The laws check PEFT's format and merged models."""
+"""The forms in which lanes are exported: vLLM's rule. The laws check PEFT's format and merged models."""
 
 from __future__ import annotations
 

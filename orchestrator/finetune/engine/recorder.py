@@ -32,8 +32,8 @@ class LaneRecorder:
 
     Checkpoints of lanes that train on are written in the background. If a checkpoint cannot be written, the
     lane trains on, and a later attempt saves it. An adapter that cannot be written is left out. If the disk
-    is full, the adapter of the lane makes room for its record; then writing the record is repeated for
-    `store_full_timeout_seconds`, and StoreFullError is raised.
+    is full, the adapter of the lane is deleted, and its record is written again, for up to
+    `store_full_timeout_seconds`; then StoreFullError is raised.
     """
 
     store: Store
