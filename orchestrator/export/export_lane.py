@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from orchestrator.analyze.best_lanes import best_lanes
 from orchestrator.export import retraining
@@ -21,8 +25,8 @@ from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.store import Store
 from orchestrator.study.own_commands import own_command
-from orchestrator.util.errors import UsageError
-from variants.variant_names import short_name
+from orchestrator.util.errors import StudyError, UsageError
+from variants.variant_names import FILE_SUFFIX, short_name
 
 if TYPE_CHECKING:
     from variants.peft_format import TaskType
@@ -100,7 +104,7 @@ def export_lane(
 
 
 def _check_form(code: LaneCode, form: Form, record: Record, find_other: Callable[[], str]) -> None:
-    """Check that the lanes of a variant can leave in a form, before anything is loaded.
+    """Check that the lanes of a variant can be exported in a form, before anything is loaded.
 
     Args:
         code: The code of the lane.
@@ -152,7 +156,10 @@ def _train_again(
     """
     record = chosen.record
     notify(f"its adapter was not kept; training it again: {retraining.describe_cost(record)}")
-    result = retraining.retrain(store, scratch, record, request.device, request.retrain_on_cpu, notify)
+    with _checkpoint_folder(chosen) as checkpoints:
+        result = retraining.retrain(
+            store, scratch, checkpoints, record, request.device, request.retrain_on_cpu, notify
+        )
     if result.is_equal:
         kept = StudyAdapters(store, chosen.folder).folder("all") / file_name(record)
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +171,35 @@ def _train_again(
     notify(f"the scores differ from the record's ({old}; now {new}): another device or version ({devices})")
     named = replace(result.record, configuration=record.configuration)
     return result.file, named
+
+
+@contextmanager
+def _checkpoint_folder(chosen: ChosenLane) -> Iterator[Path]:
+    """Yield the folder for the checkpoints of a lane that is trained again. An interruption leaves it.
+
+    It is not that of the store: gc removes checkpoints of a lane that has a result from there at any time.
+
+    Raises:
+        UsageError: Another export is training the lane.
+    """
+    folder = chosen.folder / f".export-{chosen.record.fingerprint}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"lane {chosen.record.fingerprint[:12]}: another export is training it; wait until that one ends."
+        ) from None
+    try:
+        yield folder / "checkpoints"
+    except (UsageError, StudyError):
+        shutil.rmtree(folder)
+        raise
+    else:
+        shutil.rmtree(folder)
+    finally:
+        lock.release()
 
 
 def _format_scores(record: Record) -> str:
@@ -248,6 +284,9 @@ def _write_raw(lane: TrainedLane, folder: Path) -> None:
     save_lane(lane.adapters, lane.configuration.fingerprint, folder / LANE_FILE)
     text = json.dumps(lane.configuration.to_json(), indent=1)
     (folder / CONFIGURATION_FILE).write_text(f"{text}\n")
+    name = lane.configuration.variant.name
+    if name.endswith(FILE_SUFFIX):  # the user's file may not exist where the export is loaded
+        (folder / name).write_bytes(lane.code.variant.source_code)
 
 
 def _save_processor(lane: TrainedLane, folder: Path) -> None:

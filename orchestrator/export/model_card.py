@@ -12,6 +12,7 @@ from orchestrator.export.export_folder import Form
 from orchestrator.export.lane_choice import ChosenLane
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import VariantChoice
+from variants.variant_names import FILE_SUFFIX
 
 if TYPE_CHECKING:
     from orchestrator.finetune.tasks.base import Task
@@ -132,7 +133,8 @@ def _usage(task: Task, facts: CardFacts, variant: VariantChoice) -> Iterator[str
         yield "from variants.storage import load_lane"
         yield ""
         yield f"base = AutoModelFor{kind}.from_pretrained({facts.base!r}{revision}{labels})"
-        yield f"variant = catalogue.get({variant.name!r})"
+        folder = "FOLDER/" if variant.name.endswith(FILE_SUFFIX) else ""  # the file is in the export
+        yield f"variant = catalogue.get({folder + variant.name!r})"
         yield f"settings = VariantSettings({', '.join(map(repr, values))})"
         yield f"adapters = attach(base, variant, settings, {variant.targets!r}, {facts.heads!r})"
         yield 'load_lane(adapters, "lane", "FOLDER/lane.safetensors")'

@@ -44,6 +44,7 @@ def describe_cost(record: Record) -> str:
 def retrain(
     store: Store,
     scratch: Path,
+    checkpoints: Path,
     record: Record,
     device: Device,
     is_forced: bool,
@@ -51,11 +52,12 @@ def retrain(
 ) -> RetrainedLane:
     """Train the lane of a record again, on a GPU if this machine has one.
 
-    The lane resumes from its checkpoint after an interruption.
+    The lane resumes from its checkpoint after an interruption, if `checkpoints` is the same folder.
 
     Args:
         store: The store, which has the base model, and the data.
         scratch: An empty folder for the new record and the adapter.
+        checkpoints: A folder for the checkpoints of this lane, which no other process uses.
         record: The record.
         device: "cpu" to train on the CPU although there is a GPU.
         is_forced: True to train on the CPU although the record's lane was trained on a GPU.
@@ -78,7 +80,7 @@ def retrain(
         )
     temporary = Store(scratch)
     temporary.bases, temporary.data, temporary.calibration = store.bases, store.data, store.calibration
-    temporary.checkpoints, temporary.lane_capacity = store.checkpoints, store.lane_capacity
+    temporary.checkpoints, temporary.lane_capacity = checkpoints, store.lane_capacity
     source = OneLane(record, notify)
     loop.run(
         source,

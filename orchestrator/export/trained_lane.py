@@ -29,6 +29,10 @@ class LaneCode:
     def find(cls, configuration: Configuration, store: Store) -> LaneCode:
         """Find the code of a configuration; a user's files need not exist on this machine.
 
+        Args:
+            configuration: The configuration.
+            store: The store, which has the code of users' files.
+
         Raises:
             UsageError: It is not here, or it is another version of it.
         """

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from in_process import Ended
 from letters_score import recorded_scores, run_card, validation_scores
-from trained_study import Trained
+from trained_study import Trained, changed
 from transformers import AutoModelForCausalLM
 
 from orchestrator.export import export_lane
 from orchestrator.export.export_folder import MARK_FILE
+from orchestrator.export.export_lane import ExportRequest
+from orchestrator.export.lane_choice import LaneQuery
+from orchestrator.export.model_card import _scores
+from orchestrator.finetune.sources import own_variants
 from orchestrator.record.kept_adapters import find_adapter
+from orchestrator.record.study_file import StudyFile
+from orchestrator.util.errors import UsageError
+from variants import catalogue
 
 Export = Callable[..., Ended]
 
@@ -81,16 +89,20 @@ def test_a_lane_without_an_adapter_is_trained_again(export: Export, trained: Tra
     assert "training" not in again.stdout
 
 
-def test_an_export_with_other_scores_says_so(
-    export: Export, trained: Trained, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_with_other_scores_says_so(export: Export, trained: Trained) -> None:
     """As on another device. The adapter does not become the record's."""
-    monkeypatch.setattr(export_lane.retraining, "_results", lambda record: id(record))
-    record = trained.record("lora", 0)
+    record = trained.rescore("lora", 0, 0.875)
     done = export(record.fingerprint)
     assert "the scores differ from the record's" in done.stdout
     assert "was not kept. This one was trained again" in (folder_of(done) / "README.md").read_text()
     assert find_adapter(trained.store, record) is None
+
+
+def test_a_model_card_has_no_row_for_a_split_without_an_evaluation(trained: Trained) -> None:
+    record = trained.record("lora")
+    only = tuple(each for each in record.evaluations if each.split == "validation")
+    rows = list(_scores(replace(record, evaluations=only)))
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| validation"]
 
 
 def test_only_an_earlier_export_of_the_same_lane_is_replaced(
@@ -114,12 +126,47 @@ def test_only_an_earlier_export_of_the_same_lane_is_replaced(
 
 
 def test_without_a_variant_the_best_of_all_is_exported(export: Export, trained: Trained) -> None:
+    for variant, score in {"full": 0.25, "lora": 0.5, "hydra_lora": 0.75}.items():
+        best = trained.rescore(variant, -1, score)
+    trained.rescore("lora", 0, 0.0)
     done = export("--raw")
-    best = max(trained.store.records(), key=lambda record: record.score("validation") or 0.0)
-    assert folder_of(done).name.startswith(f"{best.configuration.variant.name}-{best.fingerprint[:12]}")
+    assert folder_of(done).name.startswith(f"hydra_lora-{best.fingerprint[:12]}")
     assert "the best of 3 variants" in done.stdout
-    refused = export()
-    if best.configuration.variant.name == "lora":
-        folder_of(refused)
-    else:
-        refused.assert_refused("with such an adapter: --variant lora")
+    export().assert_refused("with such an adapter: --variant lora")
+
+
+def test_a_users_variant_is_trained_again_alone_and_loads_from_the_export(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the machine of the export nor that of the reader needs the user's file."""
+    store, source = (
+        trained.store,
+        b'"""LoRA."""\n\nfrom variants.baseline.lora import LoRA\n\n\nclass Mine(LoRA):\n    pass\n',
+    )
+    (tmp_path / "mine.py").write_bytes(source)
+    monkeypatch.setattr(catalogue, "_loaded_files", {})
+    mine = catalogue.load(str(tmp_path / "mine.py"))
+    lora = trained.record("lora", 0)
+    choice = replace(lora.configuration.variant, name="mine.py", revision=mine.revision)
+    record = changed(lora, variant=choice)
+    own_variants.write_entry(choice, store.data)
+    store.put(record)
+    StudyFile("own", "", "", (record.fingerprint,)).write(trained.output / "own")
+    (tmp_path / "mine.py").unlink()
+    catalogue._loaded_files.clear()
+    request = ExportRequest(LaneQuery("own"), "raw", tmp_path / "exported")
+    refused = []
+
+    def notify(line: str) -> None:
+        if line.startswith("step 40"):
+            with pytest.raises(UsageError, match="another export is training it; wait") as error:
+                export_lane.export_lane(store, trained.output, request, lambda line: None)
+            refused.append(error)
+            assert list(store.checkpoints.glob("*")) == [], "gc would remove them"
+
+    folder = export_lane.export_lane(store, trained.output, request, notify).folder
+    assert len(refused) == 1
+    assert {path.name for path in (trained.output / "own").glob(".*")} == set(), "nothing is left behind"
+    assert (folder / "mine.py").read_bytes() == source
+    catalogue._loaded_files.clear()
+    assert run_card(folder)["variant"].revision == mine.revision

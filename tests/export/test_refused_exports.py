@@ -11,7 +11,6 @@ import pytest
 from in_process import Ended
 from trained_study import STUDY, Trained, changed
 
-from orchestrator.export import export_lane
 from orchestrator.record.schema import Provenance
 from orchestrator.record.study_file import StudyFile
 
@@ -127,13 +126,16 @@ def test_damaged_files_are_named(export: Export, trained: Trained, damage: str) 
     assert not (trained.output / STUDY / "export").exists()
 
 
-def test_a_lane_that_does_not_finish_again_is_an_error(
-    export: Export, trained: Trained, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lane_that_does_not_finish_again_is_an_error(export: Export, trained: Trained) -> None:
     """An error outside the command: one line with exit code 1, and no folder."""
-    adapter = trained.adapter("lora")
-    adapter.unlink()
-    monkeypatch.setattr(export_lane.retraining, "file_name", lambda record: "another name")
-    done = export("--variant", "lora")
+    lora = trained.record("lora")
+    again = changed(lora, optimizer=replace(lora.configuration.optimizer, learning_rate=1e30))
+    trained.store.put(again)
+    study = StudyFile.read(trained.output / STUDY)
+    assert study is not None
+    study.with_configurations([again.fingerprint], ()).write(trained.output / STUDY)
+    done = export(again.fingerprint)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "did not finish when it was trained again (diverged: " in done.stderr
+    assert not list((trained.output / STUDY).glob(".export-*"))
     assert not (trained.output / STUDY / "export").exists()
