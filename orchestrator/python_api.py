@@ -117,12 +117,10 @@ def run(study: Study) -> StudyResult:
         StudyError: Something outside the study failed, for example the cluster.
         KeyboardInterrupt: The run was interrupted. The same call continues it.
     """
-    from orchestrator.record.study_file import read_studies
-
-    with borrowed_signals():
-        code = study.experiment.run(study.options, StudyRequest(study.options, study.command))
-    studies = read_studies(study.options.output)
-    folders = {name: folder for name, (folder, each) in studies.items() if each.command == study.command}
+    folders: dict[str, Path] = {}
+    request = StudyRequest(study.options, study.command, on_study=folders.__setitem__)
+    with borrowed_signals(study.command):
+        code = study.experiment.run(study.options, request)
     return StudyResult(code, folders, study.options)
 
 

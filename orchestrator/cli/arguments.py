@@ -28,7 +28,14 @@ Options = TypeVar("Options", bound=StudyOptions)
 def parse_options(
     description: str, options_class: type[Options], words: Sequence[str], program: str = ""
 ) -> Options:
-    """Parse the options of a study.
+    """Parse the options of a study; see `parse_with_config`."""
+    return parse_with_config(description, options_class, words, program)[0]
+
+
+def parse_with_config(
+    description: str, options_class: type[Options], words: Sequence[str], program: str = ""
+) -> tuple[Options, ConfigFile | None]:
+    """Parse the options of a study, and return them with the file of --config, if there is one.
 
     `--help` and unknown options end the process (exit codes 0 and 2).
 
@@ -56,7 +63,7 @@ def parse_options(
     groups = [getattr(arguments, each.name) for each in fields(arguments)]
     values = {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
     try:
-        return make_options(values, options_class)
+        return make_options(values, options_class), config
     except UsageError as error:
         raise (config.locate(error, words) if config else error) from None
 
@@ -115,7 +122,12 @@ def find_value(words: Sequence[str], wanted: str) -> str | None:
 def default_values(
     options_class: type[StudyOptions], preset: str | None = None, config: ConfigFile | None = None
 ) -> dict[str, Any]:
-    """Return the defaults of options: field -> value. A file replaces those of a preset, which it may name.
+    """Return the defaults of options: field -> value.
+
+    Args:
+        options_class: Class of the options.
+        preset: Name of the preset that replaces their defaults; None for the one that the file names, if any.
+        config: File whose values replace those of the preset.
 
     Raises:
         UsageError: There is no such preset.
@@ -171,7 +183,12 @@ def make_options(values: Mapping[str, Any], options_class: type[Options]) -> Opt
 
 
 def repeatable_command(program: str, options: StudyOptions) -> str:
-    """Return the command with these options in one spelling, without the file of --config and secrets."""
+    """Return the command with these options in one spelling, without the file of --config and secrets.
+
+    Args:
+        program: The words before the options.
+        options: The options; --on is kept, because it is a part of the command.
+    """
     given = given_values(options, catalogue.names())
     words = option_words({name: value for name, value in given.items() if name != "config"})
     return shlex.join([*shlex.split(program), *map(redact_secrets, words)])

@@ -21,7 +21,7 @@ from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM, format_comm
 from orchestrator.util.status_line import print_status
 
 if TYPE_CHECKING:
-    from orchestrator.study.options import StudyOptions
+    from orchestrator.study.config_file import ConfigFile
 
 HELP_OPTIONS, VERSION_OPTIONS = ("-h", "--help"), ("--version", "-V")
 _FIRST_STEPS = """\
@@ -90,12 +90,12 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     experiment = experiments()[name]
     typed = program if program.startswith(_program()) else f"python {program}"
     description = experiment.description.replace(f"{INSTALLED_PROGRAM} {name}", typed)
-    options = _parse(experiment.options_class, description, words, program)
     if not experiment.trains:
-        return experiment.run(options)
-    from orchestrator.cli.arguments import repeatable_command, run_elsewhere
+        return experiment.run(_parse(experiment.options_class, description, words, program))
+    from orchestrator.cli.arguments import parse_with_config, repeatable_command, run_elsewhere
 
-    with _located_errors(options, words):
+    options, config = parse_with_config(description, experiment.options_class, words, program)
+    with _located_errors(config, words):
         code = run_elsewhere(options)
         if code is not None:
             return code
@@ -107,16 +107,14 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
 
 
 @contextmanager
-def _located_errors(options: StudyOptions, words: Sequence[str]) -> Iterator[None]:
+def _located_errors(config: ConfigFile | None, words: Sequence[str]) -> Iterator[None]:
     """Add the line in the file of --config to errors on its options."""
     try:
         yield
     except UsageError as error:
-        if options.config is None:
+        if config is None:
             raise
-        from orchestrator.study.config_file import read_config
-
-        raise read_config(options.config, type(options)).locate(error, words) from None
+        raise config.locate(error, words) from None
 
 
 def _parse(options_class: type[Any], description: str, words: Sequence[str], program: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from orchestrator.study.option_groups import default_output
+from orchestrator.study.study_name import DEFAULT_STORE_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,4 +24,4 @@ class StoreLocation:
     @property
     def store_folder(self) -> Path:
         """The folder of the store: --store, else `store` in the output folder."""
-        return self.store or self.output / "store"
+        return self.store or self.output / DEFAULT_STORE_NAME

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.record.study_file import AnalysisSettings
@@ -25,6 +26,8 @@ class StudyRequest:
     """The command that does the same; empty for that of this process."""
     on_plan: Callable[[Plan], object] = lambda plan: None
     """Called with each plan that was printed."""
+    on_study: Callable[[str, Path], object] = lambda name, folder: None
+    """Called with the name and the folder of each study that begins."""
 
 
 @dataclass(frozen=True)

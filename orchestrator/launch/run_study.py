@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.analyze.best_lanes import is_per_run
 from orchestrator.execution.ray import runtime
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
 from orchestrator.launch import prices, reporting, training
 from orchestrator.launch.adapter_keeper import AdapterKeeper
@@ -96,7 +97,9 @@ def run_study(
         runtime.exclusive_lock(context.folder / ".lock", refusal),
         atomic_files.report_unwritable_folders(context.folder, context.store.root),
     ):
-        return _begin_run(context, check).execute()
+        run = _begin_run(context, check)
+        experiment.request.on_study(context.name, context.folder)
+        return run.execute()
 
 
 def _make_folder(context: StudyContext) -> None:
@@ -141,7 +144,7 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
     ).with_sources(sources)
     study.write(context.folder)
     given = given_values(experiment.request.options or context.options, catalogue.names())
-    write_config(context.folder, given, program_of(command))
+    write_config(context.folder, given, program_of(command), model_catalogue.built_in_names())
     nothing = "" if work.num_to_train else ", nothing to train"
     context.console.print(f"{context.name}: {len(cached)} of {work.total} known{nothing}")
     if work.retries_exhausted:

@@ -6,9 +6,10 @@ written, like words of a command line: `on`, `off` and `1e-4` are text until the
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,16 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
+from variants.variant_names import FILE_SUFFIX
 
 CONFIG_NAME = "study.yaml"
 """Name of the file in a study's folder."""
 UNSAVED = ("config", "on", "stop")
 """Options that say where a command runs, which are no part of the study."""
+PATH_OPTIONS = ("data", "validation_data", "test_data", "model", "output", "store")
+"""Options whose words may be files or folders."""
+CODE_OPTIONS = ("task", "variants")
+"""Options whose words are files if they end in .py, and else names."""
 _OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
@@ -134,27 +140,44 @@ def _plain(node: Any) -> Any:
     return {key.value: value.value for key, value in node.value}
 
 
-def write_config(folder: Path, given: Mapping[str, Any], program: str) -> None:
+def write_config(
+    folder: Path, given: Mapping[str, Any], program: str, built_in_models: Collection[str] = ()
+) -> None:
     """Write the file that repeats a study into its folder.
 
+    Files and folders are written with their full paths, so that the file repeats the study from any folder.
     An option with a secret is left out, with a comment.
 
     Args:
-        folder: The folder of the study.
+        folder: The folder of the study, in the output folder.
         given: The options of the command that differ from their defaults: field -> value.
         program: The command without its options, for the comment at the top.
+        built_in_models: Names of base models, which are no folders even if there are folders of these names.
     """
-    file = folder / CONFIG_NAME
-    values = {name: _writable(value) for name, value in given.items() if name not in UNSAVED}
+    file = Path(os.path.abspath(folder)) / CONFIG_NAME
+    values = {
+        name: value if name == "model" and value in built_in_models else _writable(name, value)
+        for name, value in given.items()
+        if name not in UNSAVED
+    }
     secret = [name for name, value in values.items() if redact_secrets(str(value)) != str(value)]
     shown = {name: value for name, value in values.items() if name not in secret}
     text = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=10_000, allow_unicode=True)
-    lines = [f"# The options of this study. To repeat it: {program} --config {shlex.quote(str(file))}"]
+    options = ["--config", str(file)]
+    if "output" not in shown:  # its default depends on the folder in which a command is typed
+        options += ["--output", str(file.parent.parent)]
+    lines = [f"# The options of this study. To repeat it: {program} {shlex.join(options)}"]
     lines += [f"# {name} is left out, because it holds a secret." for name in secret]
     atomic_files.write_atomically(file, "\n".join([*lines, text if shown else ""]).encode())
 
 
-def _writable(value: Any) -> Any:
+def _writable(name: str, value: Any) -> Any:
     if isinstance(value, tuple):
-        return [str(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+        return [_full_path(name, str(each)) for each in value]
+    return _full_path(name, str(value)) if isinstance(value, (str, Path)) else value
+
+
+def _full_path(name: str, word: str) -> str:
+    """Return the full path of a file or folder that an option names, any other word as it is."""
+    may_be_path = name in PATH_OPTIONS or (name in CODE_OPTIONS and word.endswith(FILE_SUFFIX))
+    return os.path.abspath(word) if may_be_path and os.path.exists(word) else word

@@ -39,7 +39,12 @@ def find_script(command: str) -> str:
 
 
 def replace_script(command: str, script: str) -> str:
-    """Return a shell command with another script, in the same form and with the same options."""
+    """Return a shell command with another script, in the same form and with the same options.
+
+    Args:
+        command: The shell command, of any form.
+        script: The other script, without `.py`.
+    """
     words = shlex.split(command)
     place = _program_place(words)
     if place is not None and words[place].endswith(".py"):

@@ -71,6 +71,8 @@ class InterruptHandler:
         self.exit_lock = threading.Lock()
         """The thread that ends the process acquires this lock and never releases it."""
         self.is_resume_command_printed = False
+        self.command = ""
+        """The command that continues this one; empty for the command of this process."""
         self._read_fd, self._write_fd = -1, -1
 
     def install(self) -> None:
@@ -129,11 +131,15 @@ class InterruptHandler:
     def _wait_for_signal(self, seconds: float) -> bool:
         return bool(select.select([self._read_fd], [], [], seconds)[0])
 
+    def resume_command(self) -> str:
+        """Return the command that continues this one, as a line for a shell without secrets."""
+        return self.command or format_command(sys.orig_argv[1:])
+
     def print_resume_command(self) -> None:
         """Print, once, the command that continues this one."""
         if not self.is_resume_command_printed:
             self.is_resume_command_printed = True
-            print_on_own_line(f"interrupted; to go on: {format_command(sys.orig_argv[1:])}")
+            print_on_own_line(f"interrupted; to go on: {self.resume_command()}")
 
 
 interrupt_handler = InterruptHandler()
@@ -181,8 +187,11 @@ def graceful_interrupts(stop: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def borrowed_signals() -> Iterator[None]:
-    """Give the signals back at the end of the block, to a program that is not ours, such as a notebook.
+def borrowed_signals(command: str) -> Iterator[None]:
+    """Restore the signal handlers of the embedding program, such as a notebook, at the end of the block.
+
+    Args:
+        command: The shell command that does the same as the block, printed if the process has to end.
 
     Raises:
         UsageError: This is not the main thread, the only one that can handle signals.
@@ -191,9 +200,11 @@ def borrowed_signals() -> Iterator[None]:
         raise UsageError("a study runs in the main thread, for Ctrl-C; call run(study) there.")
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     wakeup = signal.set_wakeup_fd(-1)
+    interrupt_handler.command, interrupt_handler.is_resume_command_printed = command, False
     try:
         yield
     finally:
+        interrupt_handler.command = ""
         signal.set_wakeup_fd(wakeup)
         for number, handler in handlers.items():
             signal.signal(number, handler)

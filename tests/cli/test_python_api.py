@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hub_folder
 import pytest
+from data_rows import SUMS, write
+from star_records import make_record
 
 import orchestrator
-from orchestrator import Study, plan
+from orchestrator import Study, plan, run
+from orchestrator.record.store import Store
 from orchestrator.util.errors import UsageError
 
 WRONG = {
@@ -50,6 +54,27 @@ def test_a_plan_is_printed_and_returned(
     assert ("Variants", "lora pissa") in planned.lines
     assert "Variants        lora pissa" in capsys.readouterr().out
     assert not list(tmp_path.glob("results/*/study.json"))
+
+
+def test_a_run_does_not_read_the_files_of_other_studies(
+    restored: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All configurations have records, so that nothing is trained."""
+    monkeypatch.chdir(tmp_path)
+    study = Study(
+        data=write(Path("sums.csv"), SUMS), model=hub_folder.llama(Path("base")), variants="lora",
+        learning_rates=[1e-3, 1e-2], seeds=1, widen=0, study="mine",
+    )  # fmt: skip
+    (planned,) = plan(study)
+    store = Store(study.options.store_folder)
+    for configuration in planned.pending:
+        store.put(make_record(configuration, 0.5))
+    damaged = Path("results", "other", "study.json")
+    damaged.parent.mkdir()
+    damaged.write_text("{")
+    result = run(study)
+    assert (result.exit_code, dict(result.folders)) == (0, {"mine": Path("results", "mine")})
+    assert (result.folders["mine"] / "report.html").exists()
 
 
 def test_the_package_has_few_names() -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from orchestrator.execution.ray import gcs_monitor
 from orchestrator.execution.ray.runtime import Cluster
+from orchestrator.util import graceful_interrupts
+from orchestrator.util.graceful_interrupts import InterruptHandler
 
 WHERE = "10.0.0.1:6379"
 LOCAL = Cluster((), local=True, gcs_address=WHERE)
@@ -102,6 +104,18 @@ def test_the_error_line_of_a_joined_cluster_names_both_possible_causes(watch: Wa
     _, _, line = watch(JOINED, [False] * 99)
     assert " has not answered for 54 s: it has ended, or the network to it is down. Finished work" in line
     assert "; to go on once it answers: python " in line
+
+
+def test_a_notebook_is_told_the_command_of_its_study(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    handler = InterruptHandler()
+    monkeypatch.setattr(graceful_interrupts, "interrupt_handler", handler)
+    with graceful_interrupts.borrowed_signals("lora-orchestrator study --rank 4"):
+        handler.print_resume_command()
+        assert watch(LOCAL, [False] * 99)[2].endswith("; to go on: lora-orchestrator study --rank 4")
+    assert "interrupted; to go on: lora-orchestrator study --rank 4\n" in capfd.readouterr().err
+    assert handler.resume_command().startswith("python ")
 
 
 def test_a_line_that_cannot_be_shown_does_not_end_the_watch(watch: Watch) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +57,17 @@ def test_a_file_that_cannot_be_read_is_refused(run: Run, tmp_path: Path) -> None
     run(SWEEP, "--config=s.yaml").assert_refused("s.yaml", "UTF-8")
 
 
+def test_a_file_that_can_be_read_once_is_named_in_later_errors(run: Run) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"dry_run: true\nvariants: [lora, pisa]\n")
+    os.close(write_end)
+    file = f"/dev/fd/{read_end}"
+    run(SWEEP, "--plan", "--config", file).assert_refused(
+        f"error: {file}, line 2: --variants: no variant 'pisa'"
+    )
+    os.close(read_end)
+
+
 def test_a_typed_value_replaces_that_of_the_file_and_is_not_blamed_on_it(run: Run, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("dry_run: true\ngrid:\n  rank: 4\n  variants: LoRA+,PiSSA\n  seeds: 1\n")
     words = ["--config", "s.yaml"]
@@ -84,6 +100,34 @@ def test_the_file_of_a_study_repeats_its_options(
     assert given_values(again, catalogue.names()) | {"config": None} == (
         given_values(options, catalogue.names()) | {"config": None}
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "paths"),
+    [
+        ("--data a.csv org/name --model base --variants lora ours.py", ("a.csv", "base", "ours.py")),
+        ("--data a.csv --test-data t.csv --model letters-base", ("a.csv", "t.csv")),
+        ("--task ours.py letters --output out --store kept", ("ours.py", "out", "kept")),
+    ],
+)
+def test_the_file_of_a_study_repeats_it_in_another_folder(
+    words: str, paths: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.csv", "t.csv", "ours.py"):
+        (tmp_path / name).touch()
+    for name in ("base", "out/x", "kept", "results/x", "lora", "letters", "letters-base"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    options = parse_options("", CurveOptions, words.split())
+    folder = options.study_folder("x")
+    write_config(
+        folder, given_values(options, catalogue.names()), "lora-orchestrator study", ["letters-base"]
+    )
+    (command,) = re.findall("To repeat it: lora-orchestrator study (.*)", (folder / "study.yaml").read_text())
+    monkeypatch.chdir(tmp_path / "lora")
+    again = parse_options("", CurveOptions, shlex.split(command))
+    full = parse_options("", CurveOptions, [str(tmp_path / w) if w in paths else w for w in words.split()])
+    assert replace(again, config=None) == replace(full, output=tmp_path / options.output)
 
 
 def test_the_file_of_a_study_holds_no_secret(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from orchestrator.cluster.remote.source_digest import PROJECT_ROOT, SOURCE_FOLDERS
+from orchestrator.study.config_file import UNSAVED
 from orchestrator.study.option_words import given_values, option_flag, option_words
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.program_names import script_name
@@ -17,7 +18,7 @@ from orchestrator.util.redaction import redact_secrets
 from variants import catalogue
 from variants.variant_names import FILE_SUFFIX
 
-LOCAL_OPTIONS = ("config", "on", "stop", "output")
+LOCAL_OPTIONS = (*UNSAVED, "output")
 """Options that concern this machine only."""
 
 

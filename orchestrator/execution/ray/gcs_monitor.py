@@ -8,14 +8,13 @@ names the problem and the command that continues the study.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from orchestrator.execution.ray.runtime import Cluster, is_listening
-from orchestrator.util import timeouts
-from orchestrator.util.graceful_interrupts import exit_with_error, format_command
+from orchestrator.util import graceful_interrupts, timeouts
+from orchestrator.util.graceful_interrupts import exit_with_error
 from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 RECONNECT_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
@@ -81,5 +80,5 @@ def _error_message(cluster: Cluster, timeout: float) -> str:
         why, how = "it has ended, or the network to it is down", "to go on once it answers"
     return (
         f"Ray's control store (GCS, {cluster.gcs_address}) has not answered for {timeout:g} s: {why}. "
-        f"Finished work is kept; {how}: {format_command(sys.orig_argv[1:])}"
+        f"Finished work is kept; {how}: {graceful_interrupts.interrupt_handler.resume_command()}"
     )
