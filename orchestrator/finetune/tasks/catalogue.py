@@ -84,8 +84,8 @@ def find(choice: TaskChoice, folder: Path, entry: Mapping[str, str] | None = Non
         installed = get(choice.name)
         if installed.content != choice.content:
             raise UsageError(
-                f"Task {choice.name!r} ({installed.source}) has other code here than where the study was started; "
-                "install one version of its package on all machines."
+                f"Task {choice.name!r} ({installed.source}) has other code here than where the study "
+                "was started; install one version of its package on all machines."
             )
         return installed
     if entry is None:
