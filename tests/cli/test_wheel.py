@@ -15,7 +15,7 @@ import pytest
 from orchestrator.record.store import Store
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+NOTEBOOK = ROOT / "docs" / "python.ipynb"
 HANG_SECONDS = 600.0
 
 
