@@ -11,12 +11,14 @@ import torch
 from orchestrator.execution.trainers.trainer import TrainerSpec, load_base_model
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
+from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.record import provenance
 from orchestrator.record.schema import Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 
 LANES = 4
+COUNTED_TASK = Path(__file__).with_name("counted_task.py")
 
 
 class _Queue:
@@ -61,6 +63,7 @@ def train(configurations: Iterable[Configuration], bases: Path, folder: Path) ->
         bases: Folder of the base models.
         folder: Folder in which a store is created.
     """
+    tasks.load(str(COUNTED_TASK))  # the new store has no entry of it
     store, spec = Store(folder), TrainerSpec(LANES, 0.0, str(folder), str(folder))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
