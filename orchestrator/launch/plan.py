@@ -139,10 +139,8 @@ def print_plan(
     for label, text in lines:
         _print_line(console, label, text)
     if work.pending and not estimates and hardware.gpus_per_worker != 0:
-        where = f" on a machine with GPUs of type {options.plan_gpu}" if options.plan_gpu else ""
         single = _single_point_command(work.pending, command, sources)
-        text = f"To know, train one of them{where}, then plan again:\n  {single}"
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(_describe_measurement(options, single), markup=False, soft_wrap=True)
     return Plan(tuple(lines), tuple(work.requested), tuple(work.pending), work.total, work.num_to_train)
 
 
@@ -278,6 +276,12 @@ def _time_line(estimate: TimeEstimate, num_trainers: int) -> Line:
     )
     divided = "" if num_trainers else " divided by the number of trainers"
     return "Time", f"about {' to '.join(ends)}{divided}, {estimate.source_text}"
+
+
+def _describe_measurement(options: StudyOptions, command: str) -> str:
+    """Return how to measure the time of a study: by a command that trains one of its configurations."""
+    where = f" on a machine with GPUs of type {options.plan_gpu}" if options.plan_gpu else ""
+    return f"To know, train one of them{where}, then plan again:\n  {command}"
 
 
 def _single_point_command(pending: Sequence[Configuration], command: str, sources: Sequence[Source]) -> str:
