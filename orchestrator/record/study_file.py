@@ -86,7 +86,7 @@ class StudyFile:
     name: str
     question: str
     command: str
-    """The command line of the study, without passwords and with today's option names."""
+    """The command line of the study, without passwords and with the option names of this version."""
     configurations: tuple[str, ...] = ()
     """Fingerprints of all configurations that the study has requested."""
     reused: tuple[str, ...] = ()

@@ -61,7 +61,7 @@ def test_a_merged_model_is_a_plain_model_of_transformers(
     assert f" {record.fingerprint[:12]} --merge --output " in (target / "README.md").read_text()
 
 
-def test_a_variant_without_other_forms_leaves_exactly(export: Export, trained: Trained) -> None:
+def test_a_variant_without_other_forms_is_exported_exactly(export: Export, trained: Trained) -> None:
     record = trained.record("hydra_lora")
     folder = folder_of(export("--variant", "hydra_lora", "--raw"))
     variables = run_card(folder)
