@@ -76,7 +76,7 @@ def retrain(
     if record.configuration.loop_numerics != current:
         raise UsageError(
             f"lane {record.fingerprint[:12]} was trained by version {record.configuration.loop_numerics} of "
-            f"the loop's numerics, this program has {current}; its study's command trains the lane of this version."
+            f"the loop's numerics, this program has {current}; its study's command trains it by this version."
         )
     temporary = Store(scratch)
     temporary.bases, temporary.data, temporary.calibration = store.bases, store.data, store.calibration
