@@ -110,11 +110,8 @@ def print_plan(
         options, hardware.gpus_per_worker, hardware.device, templates, store, work, hardware.num_trainers
     )
     to_train = [*work.pending, *_later_configurations(work, templates)]
-    estimates = [
-        estimate
-        for estimate in estimate_times(to_train, store, lanes.lanes, options.workers_per_trainer)
-        if hardware.has_device(estimate.device)
-    ]
+    times = estimate_times(to_train, store, lanes.lanes, options.workers_per_trainer)
+    estimates = [estimate for estimate in times if hardware.has_device(estimate.device)]
     lines = [
         *_configuration_lines(templates, work, options),
         *_trainer_lines(hardware, options, lanes),

@@ -197,7 +197,7 @@ def test_a_node_that_differs_is_named_and_a_study_refuses_it(
             "versions": f"transformers on {ODD} is 1.2.3, here ",
             "storage": f"{shared / 'results' / 'store'}: {ODD} does not see it; every node must",
             "clock": rf"clocks differ from this machine's: {ODD} by +",
-            "reach": f"from {ODD}: Task file",
+            "reach": f"from {ODD}: Model",
         }
         for name, words in wrong.items():
             assert f"FAILED {words}" in lines[name], lines
