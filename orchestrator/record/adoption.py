@@ -1,7 +1,8 @@
 """Use of records that an earlier version made of tasks and variants in users' files.
 
 Earlier versions named such a task or variant by the full path of its file, which was part of the fingerprint.
-A record of the same file is copied to the fingerprint of today, once for each content in a store.
+A record of a file under the same path is copied to the fingerprint that this version computes, once for each
+path and content in a store.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def adopt_records(store: Store, templates: Sequence[Configuration], sources: Ite
 
     Args:
         store: The store.
-        templates: Configurations of today with the tasks and variants.
+        templates: Configurations of this version with the tasks and variants.
         sources: The users' files; see `StudyFile.sources`.
 
     Returns:
