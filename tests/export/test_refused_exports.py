@@ -11,7 +11,7 @@ import pytest
 from in_process import Ended
 from trained_study import STUDY, Trained, changed
 
-from orchestrator.record.schema import Provenance
+from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.study_file import StudyFile
 
 Export = Callable[..., Ended]
@@ -50,9 +50,7 @@ def words(trained: Trained, tmp_path: Path) -> dict[str, str]:
     own = lora.configuration
     other, orphan, diverged = (changed(lora, seed=seed) for seed in (7, 8, 9))
     diverged = replace(diverged, state="diverged", steps=3)
-    gpu = changed(
-        lora, seed=10, provenance=Provenance(device="H100"), cost=replace(lora.cost, train_seconds=7200.0)
-    )
+    gpu = changed(lora, seed=10, provenance=Provenance(device="H100"), cost=Cost(train_seconds=7200.0))
     old = changed(lora, seed=11, loop_numerics=2)
     older = changed(lora, seed=12, variant=replace(own.variant, numerics=0))
     for record in (other, orphan, diverged, gpu, old, older):

@@ -16,7 +16,7 @@ from scripted import Script, get_record, leases, train
 
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.resolve.data_preparation import prepare_datasets
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -233,6 +233,7 @@ def resolve(store: Store, source: Path, model: Path, **options: Any) -> Configur
 
 def train_elsewhere(store: Store, source: Path, configuration: Configuration) -> None:
     """Prepare the data, remove the user's files, and train in a process that has never seen them."""
+    write_own_files([configuration], store.data)
     prepare_datasets([configuration], store.bases, store.data, lambda line: None)
     shutil.rmtree(source) if source.is_dir() else source.unlink()
     tasks._own_tasks.clear()
