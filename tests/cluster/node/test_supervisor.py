@@ -71,7 +71,8 @@ class Supervised:
     def pids(self) -> list[int]:
         """Return the process ids of all commands that have been started so far."""
         text = self.log.read_text() if self.log.exists() else ""
-        return [int(line.split()[1]) for line in text.splitlines() if line.startswith("pid")]
+        whole = text[: text.rfind("\n") + 1]  # the last line may be half written
+        return [int(line.split()[1]) for line in whole.splitlines() if line.startswith("pid")]
 
     def wait_for(self, count: int) -> int:
         until(lambda: len(self.pids()) >= count)
