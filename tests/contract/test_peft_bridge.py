@@ -35,7 +35,7 @@ from variants.testing.rig import (
 TYPES = sorted(each.value for each in PEFT_TYPE_TO_CONFIG_MAPPING if each.value not in REFUSED_TYPES)
 SMALL: dict[str, dict[str, Any]] = {
     "C3A": {"block_size": 8},
-    "FOURIERFT": {"n_frequency": 64},
+    "FOURIERFT": {"n_frequency": 64, "scaling": 15.0},
     "OFT": {"oft_block_size": 8},
     "ROAD": {"group_size": 4},
     "SUPERTUNING": {"sparsity": 0.9},
