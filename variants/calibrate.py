@@ -120,9 +120,9 @@ class _StatisticAccumulator:
         self.handle = layer.base_layer.register_forward_hook(hook)
 
     def _mask(self, x: Tensor) -> Tensor:
-        """Return whether each position counts, (samples, positions): not at padding.
+        """Return a boolean mask (samples, positions) that is False at padding.
 
-        An input (N, in) for which there is no attention mask is one sample of N positions.
+        Without an attention mask, an input (N, in) is one sample of N positions, all of them True.
         """
         context = self.adapter_state.current_context
         mask = None if context is None else context.attention_mask

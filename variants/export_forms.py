@@ -75,13 +75,16 @@ def peft_obstacle(variant: Variant) -> str:
 
 
 def vllm_obstacle(config: Mapping[str, Any]) -> str:
-    """Return why vLLM does not load an adapter, by its documented rule; empty if it does.
+    """Return the reason why vLLM refuses an adapter by its documented rule.
 
-    Besides, vLLM must support LoRA for the class of the model, and the server must be started with
-    `--enable-lora` and the rank of `vllm_max_lora_rank`.
+    The rule is about the adapter alone. vLLM must also support LoRA for the class of the model, and its
+    server must be started with `--enable-lora` and the rank of `vllm_max_lora_rank`.
 
     Args:
         config: The content of adapter_config.json.
+
+    Returns:
+        The reason as a sentence; an empty text if vLLM loads the adapter.
     """
     if config["peft_type"] != "LORA":
         return "vLLM loads LoRA, and no other method of PEFT"

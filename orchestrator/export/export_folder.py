@@ -51,7 +51,7 @@ def check_target(folder: Path, fingerprint: str) -> None:
 
 
 def _find_obstacle(folder: Path, fingerprint: str) -> str:
-    """Return why an existing folder must not be replaced; empty if it may be."""
+    """Return the reason why an existing folder must not be replaced; empty if it may be replaced."""
     if not folder.is_dir() or folder.is_symlink():
         return "there is a file of this name"
     if not (folder / MARK_FILE).is_file():

@@ -33,7 +33,7 @@ class RetrainedLane:
 
 
 def describe_cost(record: Record) -> str:
-    """Return what training a lane again takes, by the cost in its record."""
+    """Return the time, device and number of steps of training a lane again, in words, from its record."""
     cost = record.cost
     seconds = cost.start_seconds + cost.train_seconds + cost.evaluate_seconds + cost.other_seconds
     length = f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.1f} min"

@@ -38,4 +38,5 @@ def report_user_errors(name: str, action: str) -> Iterator[None]:
             problem = f"sys.exit({'' if error.code is None else error.code}) would end the study; take it out"
         else:
             problem = format_error(error)
-        raise UsageError(f"Task file {name!r}{where} {action}: {problem}") from error
+        kind = "Task file" if name.endswith(".py") else "Task"
+        raise UsageError(f"{kind} {name!r}{where} {action}: {problem}") from error

@@ -270,7 +270,7 @@ class LaneRecorder:
         path = self.adapters / file_name(record)
         try:
             adapter_file.write(path, self.engine.lane_group.adapters, record.fingerprint)
-        except Exception as error:
+        except Exception as error:  # the record of a finished lane must not be lost for its adapter
             if classify_error(error) is Fault.DEVICE:
                 raise
             self.warn(f"the adapter of {record.fingerprint[:12]} is not kept: {error}")

@@ -100,7 +100,7 @@ class TrackerWriter:
         """Return the command or the address that shows the study; empty if there is none, or no tracker."""
         try:
             return self._tracker.describe_view() if self._tracker is not None else ""
-        except Exception as error:
+        except Exception as error:  # a tracker of another package; the study goes on
             self.error = redact_secrets(f"{type(error).__name__}: {error}")
             return ""
 
