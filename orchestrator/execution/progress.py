@@ -25,13 +25,16 @@ MAX_LINE_LENGTH = 80
 
 
 class _LogFile(io.TextIOWrapper):
-    """Log file that drops what it cannot write, since a full disk must not end a study here."""
+    """Log file that drops what it cannot write, since a full disk must not end a study here.
+
+    It also drops what another thread writes after the file was closed.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.open("ab", buffering=0), encoding="utf-8", write_through=True)
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             super().write(text)
         return len(text)
 
@@ -40,7 +43,8 @@ class _LogFile(io.TextIOWrapper):
 class Progress:
     """The numbers and messages that the user of a running study sees.
 
-    As a context manager, it redirects standard output and standard error to `ray.log`.
+    As a context manager, it opens `study.log`, and redirects standard output and standard error to `ray.log`.
+    Before and after, lines are printed only.
     """
 
     folder: Path
@@ -60,13 +64,13 @@ class Progress:
     """The kind of node without which no trainer can start; empty if no node is missing."""
     best: tuple[float, str] | None = None
     """The best validation score so far, and the variant and learning rate that reached it."""
-    started: float = field(default_factory=time.monotonic)
     first_lane_at: float | None = None
     steps_taken: int = 0
     """Optimizer steps of all lanes, including those in training."""
     _ended_steps: int = 0
     _seen: set[str] = field(default_factory=set)
     _live: Live | None = None
+    _log: _LogFile | None = None
     _last_plain: float = 0.0
 
     def __enter__(self) -> Progress:
@@ -155,7 +159,8 @@ class Progress:
         return (time.monotonic() - self.first_lane_at) / done * left
 
     def _write_log(self, text: str) -> None:
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if self._log is not None:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
 def format_duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.analyze.best_lanes import is_per_run
+from orchestrator.execution.progress import Progress
 from orchestrator.execution.ray import runtime
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
@@ -187,7 +188,8 @@ class StudyRun:
 
         context, work = self.context, self.work
         keeper = AdapterKeeper(context.adapters, is_per_run(self.study))
-        writers = start_writers(context, self.study)
+        progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
+        writers = start_writers(context, self.study, progress.notify)
 
         def log_record(record: Record) -> None:
             if not self.logged:
@@ -200,7 +202,7 @@ class StudyRun:
         status, should_report = "KILLED", False
         try:
             if work.num_to_train:
-                training.train_pending(context, work, writers, log_record, self.add_configuration)
+                training.train_pending(context, work, progress, writers, log_record, self.add_configuration)
             status, should_report = "KILLED" if context.budget.stop_reason else "FINISHED", True
         except UsageError:
             raise  # Nothing was trained, so there is nothing to report.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -63,8 +63,19 @@ class StudyWriters:
         return [self.mlflow, *self.others.values()]
 
 
-def start_writers(context: StudyContext, study: StudyFile) -> StudyWriters:
-    """Start the writers of a study."""
+def start_writers(context: StudyContext, study: StudyFile, notify: Callable[[str], None]) -> StudyWriters:
+    """Start the writers of a study.
+
+    Args:
+        context: The run.
+        study: The study.
+        notify: Prints a line. It is called, by a writer's thread, with the first error of each tracker that
+            --tracker names; the end of the study says what they lack.
+    """
+
+    def report_error(name: str, error: str) -> None:
+        notify(f"--tracker {name}: {error}; the study goes on, and its end says what is missing there")
+
     tags = {"commit": current_commit()}
     mlflow = MlflowWriter(
         MlflowLogger(context.tracking_uri),
@@ -74,7 +85,12 @@ def start_writers(context: StudyContext, study: StudyFile) -> StudyWriters:
     )
     others = {
         name: TrackerWriter(
-            partial(tracker, context.folder), context.store, study, tags, retries_when_closing=False
+            partial(tracker, context.folder),
+            context.store,
+            study,
+            tags,
+            retries_when_closing=False,
+            on_first_error=partial(report_error, name),
         )
         for name, tracker in context.trackers.items()
     }

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 def train_pending(
     context: StudyContext,
     work: StudyWork,
+    progress: Progress,
     writers: StudyWriters,
     on_record: Callable[[Record], None],
     on_configuration: Callable[[Configuration, bool], None],
@@ -41,6 +42,7 @@ def train_pending(
     Args:
         context: The run.
         work: The configurations to train.
+        progress: Shows the progress of the training.
         writers: Log to MLflow and other trackers. They are closed early if Ray's control store is lost,
             which ends the process.
         on_record: Called with every new record, from another thread.
@@ -53,7 +55,6 @@ def train_pending(
         UsageError: The options do not fit the cluster that was joined.
     """
     num_requested = len(work.requested)  # The search and later stages append to `requested`.
-    progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
     later = LaterConfigurations(context, work, writers, progress, on_configuration)
 
     def close_writer() -> None:

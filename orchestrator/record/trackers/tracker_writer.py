@@ -31,6 +31,8 @@ class TrackerWriter:
         tags: Tags of the study.
         retries_when_closing: Whether to try again after an error while the study ends. Otherwise an outage
             does not delay the end, and the records are left out.
+        on_first_error: Called with the first error, in one line, by the writer's thread; not while the study
+            ends, when `error` is read.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class TrackerWriter:
         tags: Mapping[str, str],
         *,
         retries_when_closing: bool,
+        on_first_error: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._make_tracker, self._store, self._study, self._tags = make_tracker, store, study, tags
         self._tracker: Tracker | None = None
-        self._retries_when_closing = retries_when_closing
+        self._retries_when_closing, self._on_first_error = retries_when_closing, on_first_error
         self._reused = frozenset(study.reused)
         self._condition = threading.Condition()
         self._queue: dict[str, None] = {}  # an ordered set
@@ -101,7 +104,7 @@ class TrackerWriter:
         try:
             return self._tracker.describe_view() if self._tracker is not None else ""
         except Exception as error:  # a tracker of another package; the study goes on
-            self.error = redact_secrets(f"{type(error).__name__}: {error}")
+            self._note_error(f"{type(error).__name__}: {error}")
             return ""
 
     def begin_close(self, end: StudyEnd, timeout: float) -> None:
@@ -146,9 +149,11 @@ class TrackerWriter:
                 self.is_finished = True
                 return
             except TrackingUnavailableError as down:
-                is_open, self.error, self.outage = False, redact_secrets(str(down)), down
+                is_open, self.outage = False, down
+                self._note_error(str(down))
             except Exception as error:  # logging must never end a study
-                is_open, self.error = False, redact_secrets(f"{type(error).__name__}: {error}")
+                is_open = False
+                self._note_error(f"{type(error).__name__}: {error}")
             if not self._wait_before_retry(pause):
                 return
             pause = min(2 * pause, timeouts.MAX_TRACKER_RETRY_SECONDS)
@@ -188,7 +193,7 @@ class TrackerWriter:
             self.put(fingerprint)
             raise
         except Exception as error:
-            self.error = redact_secrets(f"{fingerprint[:12]}: {type(error).__name__}: {error}")
+            self._note_error(f"{fingerprint[:12]}: {type(error).__name__}: {error}")
             self._rejected.add(fingerprint)
         finally:
             with self._condition:
@@ -214,7 +219,12 @@ class TrackerWriter:
                     self._progress_due[fingerprint] = time.monotonic()
             raise
         except Exception as error:  # not fatal: the lane's record may still be accepted
-            self.error = redact_secrets(f"{fingerprint[:12]}: {type(error).__name__}: {error}")
+            self._note_error(f"{fingerprint[:12]}: {type(error).__name__}: {error}")
+
+    def _note_error(self, text: str) -> None:
+        is_first, self.error = not self.error, " ".join(redact_secrets(text).split())[:300]
+        if is_first and self._deadline is None:
+            self._on_first_error(self.error)
 
     def _wait_before_retry(self, seconds: float) -> bool:
         """Wait at most `seconds`. Return whether another attempt is possible before the deadline."""

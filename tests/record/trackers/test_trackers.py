@@ -9,14 +9,18 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint
+from io import StringIO
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import wandb
 from mlflow_server import empty_database
+from rich.console import Console
 
+from orchestrator.execution.progress import Progress
 from orchestrator.launch.study_writers import start_writers
 from orchestrator.record import run_values
 from orchestrator.record.schema import LaneProgress, Record
@@ -294,23 +298,48 @@ def test_an_entry_point_without_a_tracker_is_refused_in_one_line(monkeypatch, va
     assert "\n" not in str(refused.value)
 
 
-def test_a_tracker_whose_files_cannot_be_read_does_not_end_the_study(store, make_record, tmp_path):
+def unreadable_list(folder: Path) -> None:
+    (folder / "tensorboard" / "logged-records.txt").mkdir(parents=True)
+
+
+def file_as_folder(folder: Path) -> None:
+    (folder / "tensorboard").touch()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "path"),
+    [(unreadable_list, "tensorboard/logged-records.txt"), (file_as_folder, "tensorboard/")],
+)
+def test_a_tracker_whose_files_cannot_be_used_says_so_at_once_and_does_not_end_the_study(
+    store, make_record, tmp_path, prepare, path
+):
     record = make_record()
     store.put(record)
-    (tmp_path / "tensorboard" / "logged-records.txt").mkdir(parents=True)
+    prepare(tmp_path)
     context = SimpleNamespace(
         tracking_uri=empty_database(tmp_path / "mlflow.db"),
         store=store,
         folder=tmp_path,
         trackers={"tensorboard": TensorBoardTracker},
     )
-    writers = start_writers(context, STUDY)
-    writers.put(record)
+    printed = Queue[str]()
+    with Progress(tmp_path, 1, 0, Console(file=StringIO())) as progress:
+
+        def notify(line: str) -> None:
+            progress.notify(line)
+            printed.put(line)
+
+        writers = start_writers(context, STUDY, notify)
+        writers.put(record)
+        line = printed.get(timeout=60)  # the study has not ended
+    assert line.startswith("--tracker tensorboard: ")
+    assert path in line
+    assert line in (tmp_path / "study.log").read_text()
     writers.close(StudyEnd(), 240)
     writer = writers.others["tensorboard"]
     assert (writer.pending_count, writers.mlflow.pending_count) == (1, 0)
-    assert "logged-records.txt" in writer.error
-    assert writer.describe_view() == ""
+    assert path in writer.error
+    assert printed.empty(), "the line is printed once"
 
 
 def test_trackers_are_found_without_a_list():
