@@ -35,8 +35,14 @@ class WandbTracker(Tracker):
     """The tracker `wandb`.
 
     A lane's run has an id made from the study's name and the fingerprint, so a resumed study continues the
-    same runs. W&B takes the steps of a run in ascending order only. A run therefore has the steps of
-    `run_values.select_live_steps`, whether they were logged during the training or from the record.
+    same runs.
+
+    W&B takes the steps of a run in ascending order only. A run therefore has the steps of
+    `run_values.select_live_steps`, whether they were logged during the training or from the record, and the
+    other steps of a finished lane's curve are not added. With a step metric of our own (`define_metric`) W&B
+    would store them. But its maintainers say that such a metric must ascend, too (wandb/wandb#6554), so
+    nothing promises that a chart sorts the steps, and on the axis "Step" they would lie behind the end of the
+    training. MLflow, TensorBoard and `orchestrator.load` have the whole curve.
 
     Args:
         folder: The study's folder. W&B's local files are in its subfolder `wandb`.

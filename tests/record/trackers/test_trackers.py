@@ -8,7 +8,6 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import EntryPoint
 from io import StringIO
 from pathlib import Path
 from queue import Queue
@@ -283,6 +282,32 @@ def test_a_tracker_that_cannot_be_used_is_refused_in_one_line(monkeypatch, tmp_p
         catalogue.load_trackers(chosen)
 
 
+PACKAGE = """
+from orchestrator.record.trackers.tracker import Tracker
+
+class Mine(Tracker):
+    pass
+"""
+
+
+def install(folder: Path, value: str) -> None:
+    """Write a package with a tracker `mine` as its entry point, as pip installs it."""
+    info = folder / "my_package-1.0.dist-info"
+    info.mkdir()
+    (folder / "my_tracking.py").write_text(PACKAGE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{catalogue.ENTRY_POINT_GROUP}]\nmine = {value}\n")
+
+
+def test_a_package_registers_a_tracker(monkeypatch, tmp_path):
+    install(tmp_path, "my_tracking:Mine")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (mine,) = catalogue.load_trackers(["mine"]).values()
+    assert (mine.__name__, issubclass(mine, Tracker)) == ("Mine", True)
+    with pytest.raises(UsageError, match=r"'mime' is not one\. Did you mean 'mine'\?"):
+        catalogue.load_trackers(["mime"])
+
+
 @pytest.mark.parametrize(
     ("value", "line"),
     [
@@ -290,9 +315,9 @@ def test_a_tracker_that_cannot_be_used_is_refused_in_one_line(monkeypatch, tmp_p
         ("pathlib:Path", "pathlib:Path is no subclass of .*Tracker; repair its package"),
     ],
 )
-def test_an_entry_point_without_a_tracker_is_refused_in_one_line(monkeypatch, value, line):
-    entry = EntryPoint("mine", value, catalogue.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(catalogue, "_entry_points", lambda: {"mine": entry})
+def test_an_entry_point_without_a_tracker_is_refused_in_one_line(monkeypatch, tmp_path, value, line):
+    install(tmp_path, value)
+    monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UsageError, match=f"--tracker mine: .*{line}") as refused:
         catalogue.load_trackers(["mine"])
     assert "\n" not in str(refused.value)
@@ -343,7 +368,7 @@ def test_a_tracker_whose_files_cannot_be_used_says_so_at_once_and_does_not_end_t
 
 
 def test_trackers_are_found_without_a_list():
-    assert catalogue.names() == ["tensorboard", "wandb"]
+    assert sorted(catalogue.entry_points_by_name()) == ["tensorboard", "wandb"]
     assert catalogue.load_trackers(["none"]) == {}
     assert catalogue.load_trackers(["tensorboard", "wandb"]) == {
         "tensorboard": TensorBoardTracker,
