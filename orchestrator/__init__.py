@@ -1,7 +1,7 @@
 """Distributed experiment orchestration for LoRA-variant studies, on Ray.
 
-`Study`, `plan`, `run` and `load` do in Python what the command `lora-orchestrator` does. They are imported
-when they are used, so that the import of this package is fast.
+`Study`, `plan`, `run` and `load` do in Python what the program `lora-orchestrator` does on the command line.
+They are imported at their first use, so that the import of this package is fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Study", "__version__", "load", "plan", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of `__all__`."""
+    """Import a name of `__all__` at its first use."""
     if name == "load":
         from orchestrator.analyze import study_frames
 

@@ -1,4 +1,4 @@
-"""`python -m orchestrator`: the program `lora-orchestrator`, also in a clone that is not installed."""
+"""`python -m orchestrator` is the program `lora-orchestrator`, also in a clone that is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Studies from Python: `Study`, `plan` and `run`. They call the functions that the commands call."""
+"""Studies from Python: `Study`, `plan` and `run`, which call the same functions as the command line."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Study:
 
     @property
     def command(self) -> str:
-        """The shell command that does the same."""
+        """The shell command that does what `run` does with this study."""
         return repeatable_command(f"{INSTALLED_PROGRAM} {self.experiment.name}", self.options)
 
     def __repr__(self) -> str:
@@ -67,12 +67,12 @@ class Study:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """The end of a run."""
+    """What `run` returns."""
 
     exit_code: int
-    """That of the command: 0 if all configurations have a result, 3 if a limit ended the run, else 1."""
+    """Exit code of the command: 0 if all configurations have a result, 3 if a limit ended the run, else 1."""
     folders: Mapping[str, Path]
-    """Name -> folder of each study that was run, with its report.html. Early stopping has two studies."""
+    """Name of each study that was run -> its folder, with report.html. Early stopping has two studies."""
     options: StudyOptions
     """The options of the run."""
 

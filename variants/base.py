@@ -60,8 +60,9 @@ class Variant(ParameterCount, PeftFormat):
     revision: ClassVar[str] = ""
     """Version of code from outside this package, which the fingerprint includes; empty for other variants."""
     source_path: ClassVar[str] = ""
+    """The path from which this process loaded a user's file; empty for other variants."""
     source_code: ClassVar[bytes] = b""
-    """The path of a user's file, with which this process loaded it; empty for other variants."""
+    """The content of that file; empty for other variants."""
     adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.TARGET_LAYERS
     uses_rank: ClassVar[bool] = True
     rank_limit: ClassVar[str] = "min(in, out)"
@@ -75,7 +76,7 @@ class Variant(ParameterCount, PeftFormat):
     is_mergeable: ClassVar[bool] = True
     """False if the update is not a matrix that could be added to the weight."""
     merge_obstacle: ClassVar[str] = "its update is not a matrix"
-    """Why a variant without `is_mergeable` cannot be merged: the rest of a sentence about the variant."""
+    """If `is_mergeable` is False, why: a clause that follows "NAME cannot be merged: "."""
     rounds_alike: ClassVar[bool] = True
     """False if a lane in a group equals the same lane alone only up to rounding, and not bit for bit."""
     typical_lr_scale: ClassVar[float] = 1.0

@@ -68,8 +68,8 @@ def get(name: str) -> Variant:
     """Return the variant of this name.
 
     Args:
-        name: A name of the catalogue, or the name of a user's file that `load` has read. The path of another
-            file is read.
+        name: A name of the catalogue, the name of a user's file that `load` has read, or the path of a file,
+            which is read now.
 
     Raises:
         ValueError: There is no variant of this name, or a variant from outside this package cannot be
@@ -82,14 +82,17 @@ def get(name: str) -> Variant:
 
 
 def load(name: str, source: bytes | None = None) -> Variant:
-    """Return the variant that a user has named; a file is read even if another one of its name was before.
+    """Return the variant of this name, and read a user's file again, whose content may have changed.
+
+    Afterwards `get` returns this variant for the name of the file.
 
     Args:
-        name: As in `get`, or the path of a Python file.
-        source: The content of the file, if it is known; the file need not exist then.
+        name: A name of the catalogue, or the path of a Python file.
+        source: The content of the file if it is known; the file need not exist then.
 
     Raises:
-        ValueError: See `get`.
+        ValueError: There is no variant of this name, or a variant from outside this package cannot be
+            imported. The message is one line.
     """
     if not name.endswith(FILE_SUFFIX):
         return _get(name)
@@ -108,7 +111,7 @@ def loaded_revision(name: str) -> str | None:
 
 
 _loaded_files: dict[str, Variant] = {}
-"""Variants of users' files, by the name of the file."""
+"""Name of a user's file -> its variant, as `load` has read it last."""
 
 
 @cache

@@ -89,7 +89,7 @@ class Description:
     checked: str
     """What the implementation was compared with (`VerifiedBy`)."""
     peft: str
-    """The method's `PeftType` in the PEFT library; empty if lanes cannot be exported."""
+    """The method's `PeftType` in the PEFT library; empty if lanes cannot be exported in PEFT's format."""
     exports: ExportForms
     """The forms in which a trained lane can be exported: for PEFT, for vLLM, merged."""
     calibration: str

@@ -115,10 +115,7 @@ def taxonomy_table(methods: Sequence[Method]) -> str:
 
 
 def exports_table(entries: Iterable[Description]) -> str:
-    """Return the table of the forms in which lanes can be exported.
-
-    A row has all variants with the same forms.
-    """
+    """Return the table of the forms in which lanes can be exported, with a row for all variants alike."""
     names: dict[ExportForms, list[str]] = {}
     for each in entries:
         names.setdefault(each.exports, []).append(f"`{each.name}`")

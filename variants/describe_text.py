@@ -187,7 +187,7 @@ def checked_text(each: Description) -> str:
 
 
 def format_form(form: ExportForm) -> str:
-    """Return whether a lane can be exported in a form, with the condition or the reason."""
+    """Return "yes" or "no" for a form of export, followed by its note: "no: vLLM does not load DoRA"."""
     answer = "yes" if form.possible else "no"
     return f"{answer}{', ' if form.possible else ': '}{form.note}" if form.note else answer
 

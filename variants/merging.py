@@ -30,9 +30,10 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
         lane: The lane to merge.
 
     Raises:
-        MergeError: The variant has no such update, the update changes the bias of a layer without one,
-            another lane uses the base model, or a weight is shared with a module that would change with it.
-            Nothing has changed then. Another cause is an update of a single layer that is not a matrix.
+        MergeError: The variant's updates are no matrices, an update changes the bias of a layer without one,
+            another lane uses the base model, or a weight is shared with a module that would change with it:
+            in these cases nothing has changed. Or the update of a single layer is not a matrix: the layers
+            before it have then been changed.
     """
     tied = _check_mergeable(adapters, lane)
     dequantized: dict[int, nn.Linear] = {}
@@ -80,7 +81,7 @@ def _bias_updates(adapters: Adapters, lane: str) -> dict[str, Tensor]:
 
 
 def _sum(tensor: Tensor, update: Tensor) -> Tensor:
-    """Return the sum in the dtype of the first tensor, computed in the wider of the two dtypes."""
+    """Return the sum, computed in the wider of the two dtypes, in the dtype of `tensor`."""
     return (tensor.to(torch.promote_types(tensor.dtype, update.dtype)) + update).to(tensor.dtype)
 
 
@@ -110,7 +111,7 @@ def _check_mergeable(adapters: Adapters, lane: str) -> list[LaneLinear]:
 
 
 def _shared_weights(adapters: Adapters) -> Iterator[tuple[LaneLinear, str, nn.Module]]:
-    """Yield the adapted layers whose weight another module has too, with the module's path and the module."""
+    """Yield each adapted layer whose weight another module shares, with that module's path and the module."""
     owners = {
         id(layer.base_layer.weight): layer
         for layer in adapters.layers.values()
@@ -131,7 +132,7 @@ def _are_embeddings(model: Any, layer: LaneLinear, module: nn.Module) -> bool:
 
 
 def _untie(model: Any, layer: LaneLinear) -> None:
-    """Give the output layer a weight of its own, also when the model is saved and loaded again."""
+    """Give the output layer a weight of its own, which stays its own when the model is saved and loaded."""
     weight: Tensor = layer.base_layer.weight  # type: ignore[assignment]  # an nn.Module's attribute
     layer.base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     for each in (model.config, model.config.get_text_config()):
@@ -141,7 +142,12 @@ def _untie(model: Any, layer: LaneLinear) -> None:
 
 
 def _replace_nf4(model: nn.Module, merged: Mapping[int, nn.Linear]) -> None:
-    """Replace all layers of 4 bits by those in `merged` (by `id`), or by their dequantized weight."""
+    """Replace every 4-bit layer by a plain linear layer.
+
+    Args:
+        model: The model, without adapters.
+        merged: `id` of a 4-bit layer -> the layer that replaces it. All others are dequantized.
+    """
     layers = dict(merged)
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
@@ -152,7 +158,12 @@ def _replace_nf4(model: nn.Module, merged: Mapping[int, nn.Linear]) -> None:
 
 
 def _cast_heads(model: nn.Module, heads: tuple[str, ...]) -> None:
-    """Cast the heads to the dtype of the rest of the model, which may be narrower than theirs."""
+    """Cast the heads to the dtype of the rest of the model, which may be narrower than theirs.
+
+    Args:
+        model: The model, without adapters.
+        heads: The paths of the layers that were trained as heads.
+    """
     prefixes = tuple(f"{name}." for name in heads)
     others = (
         each.dtype

@@ -31,10 +31,8 @@ _STARTS = {
 }
 """Type -> kind of start, if it is not W' = W bit for bit."""
 _TYPICAL_LR_SCALES = {"C3A": 10.0, "HIRA": 10.0}
-
-
 CONV1D_TYPES = ("GRALORA", "HIRA", "IA3", "LORA")
-"""Tuners that PEFT has for layers of type Conv1D too."""
+"""Types of the tuners that PEFT has for layers of type Conv1D, too."""
 
 
 class PeftTuner(api.Variant):
@@ -89,7 +87,7 @@ class PeftTuner(api.Variant):
             raise api.UnsupportedError(" ".join(str(error).split())) from error
 
     def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
-        """Return the tensors under the names of PEFT's file, which lack the name of the adapter."""
+        """Return the tensors under the names that they have in PEFT's file, without the adapter's name."""
         paths = {name: [part for part in name.split("/") if part != ADAPTER] for name in params}
         return {".".join(path): params[name] for name, path in paths.items()}
 

@@ -168,7 +168,7 @@ def save_peft(
 
 
 def _model_fields(adapters: Adapters) -> dict[str, Any]:
-    """Return the fields of adapter_config.json that describe the model and its layers."""
+    """Return the fields of adapter_config.json that follow from the model and its layers."""
     fields: dict[str, Any] = {"target_modules": sorted(adapters.layers), "inference_mode": True}
     model_class = type(adapters.model)
     if model_class.__module__.startswith("transformers."):  # for `AutoPeftModel`, without a task type

@@ -14,11 +14,11 @@ from variants.variant_names import USER_AXIS, entry_points_by_name, hash_source
 
 
 def load_file(path: str, source: bytes | None = None) -> Variant:
-    """Return the variant in a Python file. Its name is the name of the file.
+    """Return the variant in a Python file, named after the file.
 
     Args:
         path: The path of the file.
-        source: The content of the file, if it is known; the file need not exist then.
+        source: The content of the file if it is known; the file need not exist then.
 
     Raises:
         UnsupportedError: The file does not exist, cannot be imported, or does not define exactly one variant.

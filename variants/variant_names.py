@@ -21,9 +21,9 @@ ENTRY_POINT_GROUP = "lora_orchestrator.variants"
 def canonical_name(name: str) -> str:
     """Return the one spelling of a variant's name that configurations and records have.
 
-    A path becomes the name of the file: its folder may differ from machine to machine. PEFT's types are
-    uppercase. In other names hyphens and underscores are the same, and so are small and capital letters
-    unless a package has registered the name. `LoRA+` is `lora_plus`.
+    A path becomes the name of the file, because its folder may differ from machine to machine. PEFT's types
+    become uppercase. In other names hyphens become underscores, `+` becomes `_plus`, and capital letters
+    become small ones (`LoRA+` is `lora_plus`); a name that a package has registered keeps its letters.
     """
     if name.endswith(FILE_SUFFIX):
         return os.path.basename(name)

@@ -1,10 +1,10 @@
-"""The best trained lane of each variant, whose adapter a study keeps and exports.
+"""The best trained lane of each variant: the study keeps its adapter, and `export` takes it by default.
 
-It is the best run of the best point. The point is chosen as in `tuning.py` and in the curves: by the highest
-mean validation score over its seeds, of equal means by the lowest learning rate (see
-`censored.eligible_points` for runs that were stopped early). Of its finished runs the one with the highest
-validation score is the best. In a study of replicates, every run is a point. No choice depends on a test
-score.
+The best lane is the best run of the best point. The best point has the highest mean validation score over its
+seeds, and among equal means the lowest learning rate, as in `tuning.py` and in the curves
+(`censored.eligible_points` says how runs count that were stopped early). The best run is the finished run of
+this point with the highest validation score. In a study of replicates, every run is a point. No choice
+depends on a test score.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchestrator.record.study_file import StudyFile
 
 @dataclass(frozen=True, order=True)
 class LaneGoal:
-    """Key of one best lane: task, base model and variant."""
+    """The key of a best lane: there is one for each task, base model and variant."""
 
     task: str
     model: str
@@ -38,12 +38,12 @@ class LaneGoal:
 
 @dataclass(frozen=True)
 class ScoredLane:
-    """The part of a record that decides whether its lane is the best."""
+    """What decides whether the lane of a record is the best one."""
 
     fingerprint: str
     goal: LaneGoal
     point: str
-    """The same for all runs of one point."""
+    """Identifies the point of the run; all runs of a point have the same text."""
     learning_rate: float
     seed: int
     state: RecordState
@@ -52,7 +52,7 @@ class ScoredLane:
 
 
 def score_lane(record: Record, per_run: bool = False) -> ScoredLane:
-    """Return the scored lane of a record.
+    """Return what decides whether the lane of a record is the best one.
 
     Args:
         record: The record.
@@ -72,9 +72,11 @@ def score_lane(record: Record, per_run: bool = False) -> ScoredLane:
 
 
 def rank_lanes(lanes: Iterable[ScoredLane]) -> dict[LaneGoal, list[ScoredLane]]:
-    """Rank the points of each goal, the best first, and return the best finished lane of each.
+    """Rank the points of each goal.
 
-    Points without a finished lane are left out.
+    Returns:
+        For each goal the best finished lane of every point, that of the best point first. Points and goals
+        without a finished lane are left out.
     """
     by_goal: dict[LaneGoal, dict[str, list[ScoredLane]]] = defaultdict(lambda: defaultdict(list))
     for lane in lanes:
@@ -84,6 +86,7 @@ def rank_lanes(lanes: Iterable[ScoredLane]) -> dict[LaneGoal, list[ScoredLane]]:
 
 
 def _rank_points(points: Sequence[Sequence[ScoredLane]]) -> list[ScoredLane]:
+    """Return the best finished lane of each point of a goal, that of the best point first."""
     outcomes = [
         PointOutcome(
             [lane.validation for lane in own if lane.validation is not None],
@@ -97,6 +100,7 @@ def _rank_points(points: Sequence[Sequence[ScoredLane]]) -> list[ScoredLane]:
     order = [i for i, own in enumerate(finished) if own]
     order.sort(key=lambda i: (not eligible[i], -means[i], *_tie_break(finished[i][0])))
     if order and eligible[order[0]]:
+        # Means that differ by less than the rounding are equal: the lowest learning rate decides.
         top = means[order[0]] - SCORE_EPSILON
         first = min(
             (i for i in order if eligible[i] and means[i] >= top), key=lambda i: _tie_break(finished[i][0])
@@ -118,7 +122,7 @@ def best_lanes(study: StudyFile, records: Sequence[Record]) -> dict[LaneGoal, Sc
 
     Args:
         study: The study.
-        records: Its records.
+        records: The records of its configurations, as far as they exist.
     """
     named = map(study.rename, records)
     ranked = rank_lanes(score_lane(record, is_per_run(study)) for record in named)
@@ -126,20 +130,20 @@ def best_lanes(study: StudyFile, records: Sequence[Record]) -> dict[LaneGoal, Sc
 
 
 def is_per_run(study: StudyFile) -> bool:
-    """Return whether every run of the study is a point of its own."""
+    """Return whether every run of the study is a point of its own, as in a study of replicates."""
     return study.settings.kind == "replicates"
 
 
 def best_fingerprints(study: StudyFile, records: Sequence[Record]) -> set[str]:
-    """Return the fingerprints of the best lanes of a study; see `best_lanes`.
+    """Return the fingerprints of the lanes that `best_lanes` returns.
 
     Args:
         study: The study.
-        records: Its records.
+        records: The records of its configurations, as far as they exist.
     """
     return {lane.fingerprint for lane in best_lanes(study, records).values()}
 
 
 def has_best_lane(records: Iterable[Record]) -> bool:
-    """Return whether one of the records has a lane that can be exported."""
-    return any(record.state == "finished" for record in records)
+    """Return whether `best_lanes` finds a lane in these records."""
+    return any(_has_adapter(score_lane(record)) for record in records)

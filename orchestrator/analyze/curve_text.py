@@ -15,7 +15,7 @@ from orchestrator.record.show import replace_options
 from orchestrator.study.program_names import TUNED_SCRIPT, replace_script
 
 NOTHING_LEARNED = "nothing learnt"
-"""Text in place of a best rate if no rate is better than the untrained model or a constant answer."""
+"""Text in place of the best rate where `Curve.nothing_learned` is True."""
 NOT_RESOLVED = "not resolved"
 """Text in place of a width that is smaller than the spacing of the grid."""
 
@@ -77,7 +77,7 @@ def curve_verdict(panel: Panel, command: str) -> Verdict:
 
 
 def replicated_command(command: str) -> str:
-    """Return the command of a replicated tuning (`tuned_comparison.py`) of the same variants and tasks."""
+    """Return the command that tunes the same variants and tasks in replicates (`lora-orchestrator tuned`)."""
     options = replace_options(command, dict.fromkeys(("--seeds", "--study", "--learning-rates"), ()))
     return replace_script(options, TUNED_SCRIPT)
 
@@ -113,9 +113,9 @@ def _peaks_text(
 
     Args:
         panel: The panel.
-        peaked: The curves with a best rate.
-        ranked: Best rate and label of these curves, ascending.
-        num_scored: Number of curves with a score.
+        peaked: The curves with a `named_best_rate`.
+        ranked: Best rate and label of each of these curves, by ascending rate.
+        num_scored: Number of all curves with a score.
     """
     if not ranked:
         title = panel_title(panel)

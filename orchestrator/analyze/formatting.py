@@ -77,7 +77,7 @@ def narrow_command(
         rates: The learning rates to train it at.
         varied: Other columns of the configurations -> their values. Columns that no option sets, or whose
             value is None, are ignored.
-        sources: The study's sources, which have the paths of data.
+        sources: The sources of the study, with the paths of the user's data.
     """
     typed = find_typed(command, "--variants", variant)
     values = {"--variants": [typed], "--learning-rates": [exact_rate(r) for r in rates]}

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from orchestrator.analyze.curve_text import count_text
 from orchestrator.analyze.results import TOLERANCE, Curve, Panel
 from orchestrator.analyze.tuned.fixed_rate import RateScores, compare_at_fixed_rate
 from orchestrator.analyze.tuned.tuned_results import CONTROLS, FixedRateComparison
@@ -18,8 +19,8 @@ def compare_panel_at_fixed_rate(panel: Panel) -> FixedRateComparison | None:
     """Compare the test scores of a panel's curves at LoRA's best rate, and each at its own best rate.
 
     Returns:
-        The comparison. None without a curve of LoRA that has learned, with fewer than two such curves, or if
-        the curves do not all share two rates and the best rate of each.
+        The comparison, over the curves with `nothing_learned` False. None if LoRA's curve or a second one is
+        missing among these, or if they do not all share two rates and the best rate of each.
     """
     curves = {
         curve.label: curve
@@ -73,8 +74,9 @@ def panel_rate_verdict(panel: Panel) -> Verdict | None:
     names = ", ".join(curve.label for curve in curves)
     rates = len(set.intersection(*({point.learning_rate for point in curve.points} for curve in curves)))
     design = (
-        f"{panel.task} on {panel.model}: {names}; {rates} learning rates with {len(seeds)} seeds. The rates "
-        "are chosen on the same seeds, so this is descriptive; tuned_comparison.py tunes in replicates."
+        f"{panel.task} on {panel.model}: {names}; {rates} learning rates with "
+        f"{count_text(len(seeds), 'seed')}. The rates are chosen on the same seeds, so this is descriptive; "
+        "the experiment `tuned` tunes in replicates."
     )
     verdict = fixed_rate_verdict(found, panel.reference, panel.task, design)
     return replace(verdict, outcome="descriptive")

@@ -34,8 +34,8 @@ def write_report(
         folder: The study's folder, in the output folder. Each file is replaced atomically. Pictures of an
             earlier report that this report does not have are removed.
         tracking_uri: MLflow's tracking URI of the runs. Secrets are removed from it and from the command.
-        store: The folder of the records; None for the one in the output folder. Commands in the report name
-            it.
+        store: The folder of the records, which commands in the report name; None for the one in the output
+            folder.
 
     Returns:
         The summary that the report shows.

@@ -114,12 +114,12 @@ class Curve:
     test_at_common_rate: float | None
     """The test score at `Panel.common_rate`, interpolated between the rates of the curve."""
     nothing_learned: bool
-    """True if the curve has scores, and at no rate a better one than the untrained base or a constant answer.
-    `best_rate` then says only which rate the statistics refer to."""
+    """True if the curve has scores, but at no rate a better one than the untrained base or a constant answer.
+    `best_rate` is then only the rate to which the statistics refer."""
 
     @property
     def named_best_rate(self) -> float | None:
-        """The best rate, unless nothing was learned, or both ends of the grid score the same."""
+        """`best_rate`, or None if nothing was learned or both ends of the grid score the same."""
         return None if self.nothing_learned or self.bracketed == "both edges" else self.best_rate
 
     def point_at_rate(self, learning_rate: float | None) -> CurvePoint | None:

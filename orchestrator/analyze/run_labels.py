@@ -58,7 +58,12 @@ def base_score(record: Record) -> float:
 
 
 def is_above_base(mean: float | None, records: Iterable[Record]) -> bool:
-    """Return whether a mean validation score is better than the `base_score` of all these runs."""
+    """Return whether a mean validation score is better than the `base_score` of every run.
+
+    Args:
+        mean: The mean validation score; None if no run has a score.
+        records: The records of the runs.
+    """
     return mean is not None and mean > max(map(base_score, records)) + SCORE_EPSILON
 
 

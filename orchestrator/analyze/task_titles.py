@@ -1,4 +1,4 @@
-"""Titles of the user's tasks in reports: a file's name says little, and the same task may have had others."""
+"""The titles of users' tasks, which reports show in place of file names."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MAX_LENGTH = 60  # characters; a longer title would not fit above a plot
 
 
 def entitle(study: StudyFile, records: Iterable[Record]) -> list[Record]:
-    """Return records with the names that a reader of the study's report sees.
+    """Return copies of records with the names that the study's report shows.
 
-    A task of the user has its title as its name. If another task of the study would have the same name, the
-    name of the file is added. Other names are those of the study, see `StudyFile.rename`.
+    A task in a user's file gets its title as its name; if two tasks would have the same name, the name of the
+    file is added. All other names are those of `StudyFile.rename`.
 
     Args:
-        study: The study, which has the titles.
+        study: The study, whose `sources` have the titles.
         records: Records of the study.
     """
     renamed = [study.rename(record) for record in records]

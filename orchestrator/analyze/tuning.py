@@ -74,7 +74,7 @@ class TuningResult:
     best: TuningPoint | None
     """The eligible point with the best validation score; None without a score."""
     nothing_learned: bool
-    """True if there is a best point, and it is no better than the untrained base or a constant answer."""
+    """True if there is a best point, but it is no better than the untrained base or a constant answer."""
     edges: tuple[str, ...]
     """Hyperparameters whose best value is at an edge of the tried values, for example "learning_rate (high
     edge)": the optimum may lie beyond it. Empty if the best point is bracketed."""

@@ -28,25 +28,28 @@ Options = TypeVar("Options", bound=StudyOptions)
 def parse_options(
     description: str, options_class: type[Options], words: Sequence[str], program: str = ""
 ) -> Options:
-    """Parse the options of a study; see `parse_with_config`."""
+    """Parse the options of a study as `parse_with_config` does, and return them without the file."""
     return parse_with_config(description, options_class, words, program)[0]
 
 
 def parse_with_config(
     description: str, options_class: type[Options], words: Sequence[str], program: str = ""
 ) -> tuple[Options, ConfigFile | None]:
-    """Parse the options of a study, and return them with the file of --config, if there is one.
+    """Parse the options of a study, and read the file of --config.
 
     `--help` and unknown options end the process (exit codes 0 and 2).
 
     Args:
         description: The text above the options in `--help`.
         options_class: `StudyOptions`, or a subclass with options of the experiment's own.
-        words: The words of the command line behind the program.
+        words: The words of the command line after the program.
         program: The program in the usage line; by default the path of the script.
 
+    Returns:
+        The options, and the file or None.
+
     Raises:
-        UsageError: An option was renamed or removed, or has a wrong value.
+        UsageError: An option was renamed or removed, or has a wrong value, or the file cannot be read.
     """
     check_retired_options(words)
     import tyro
@@ -69,13 +72,16 @@ def parse_with_config(
 
 
 def run_elsewhere(options: StudyOptions) -> int | None:
-    """Run this process's command on a cluster if --on, or the user, asks for it.
+    """Run this process's command on a cluster if --on names one, or if the user says so when asked.
+
+    The user is asked if a cluster of `cluster.yaml` in this folder is up.
 
     Returns:
-        The exit code of the command there; None if it is to run on this machine.
+        The exit code of the command on the cluster; None if the command is to run on this machine.
 
     Raises:
-        UsageError: A cluster is up and the command does not say where to run, or it cannot run there.
+        UsageError: A cluster is up, the command does not say where to run, and there is no terminal to ask;
+            or the command cannot run on the cluster.
     """
     if options.on is None and (options.dry_run or options.plan or not Path(CLUSTER_FILE).is_file()):
         return None  # without looking for a cluster, which takes a moment
@@ -170,7 +176,7 @@ def grouped_arguments(
 
 
 def make_options(values: Mapping[str, Any], options_class: type[Options]) -> Options:
-    """Return options that are checked, from the values of all fields.
+    """Build options from the values of all fields, and check them.
 
     Args:
         values: Field -> value, with the defaults of `default_values` for options that were not given.
@@ -183,11 +189,13 @@ def make_options(values: Mapping[str, Any], options_class: type[Options]) -> Opt
 
 
 def repeatable_command(program: str, options: StudyOptions) -> str:
-    """Return the command with these options in one spelling, without the file of --config and secrets.
+    """Return a command line with these options, however they were given; secrets are redacted.
+
+    Values of the --config file are written as options, and --config itself is left out.
 
     Args:
         program: The words before the options.
-        options: The options; --on is kept, because it is a part of the command.
+        options: The options.
     """
     given = given_values(options, catalogue.names())
     words = option_words({name: value for name, value in given.items() if name != "config"})

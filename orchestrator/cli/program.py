@@ -7,7 +7,6 @@ program has begun.
 from __future__ import annotations
 
 import inspect
-import shlex
 import shutil
 import sys
 import textwrap
@@ -37,7 +36,7 @@ Type first:
 
 
 def run_program() -> int:
-    """Run the command of this process's command line, and return the exit code.
+    """Run the command that this process's command line names, and return the exit code.
 
     Raises:
         UsageError: There is no such command, or one of its options is wrong.
@@ -55,12 +54,18 @@ def run_program() -> int:
 
 
 def run_script(command: str) -> int:
-    """Run an experiment for its script in `experiments/`, whose options this process's command line has.
+    """Run an experiment with the options of this process's command line: for the scripts in `experiments/`.
+
+    Args:
+        command: Name of the experiment's command, such as `study`.
+
+    Returns:
+        The exit code.
 
     Raises:
         UsageError: An option is wrong.
     """
-    return run_command(command, sys.argv[1:], shlex.join(sys.argv[:1]))
+    return run_command(command, sys.argv[1:], _program())
 
 
 def run_command(name: str, words: Sequence[str], program: str) -> int:
@@ -68,8 +73,8 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
 
     Args:
         name: Name of the command.
-        words: The words of the command line behind it.
-        program: The words before the options, for the texts of `--help`.
+        words: The words of the command line after the name.
+        program: The words before the options, for `--help` and for the command that a study stores.
 
     Returns:
         The exit code.
@@ -88,8 +93,7 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
         choices = [*experiments(), *COMMANDS, "fetch model", "fetch data"]
         raise UsageError(f"{name!r} is no command of {_program()}. {suggest_nearest(name, choices)}")
     experiment = experiments()[name]
-    typed = program if program.startswith(_program()) else f"python {program}"
-    description = experiment.description.replace(f"{INSTALLED_PROGRAM} {name}", typed)
+    description = experiment.description.replace(f"{INSTALLED_PROGRAM} {name}", program)
     if not experiment.trains:
         return experiment.run(_parse(experiment.options_class, description, words, program))
     from orchestrator.cli.arguments import parse_with_config, repeatable_command, run_elsewhere
@@ -102,13 +106,13 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
         from orchestrator.launch.experiment import StudyRequest
 
         # The command that is stored does not depend on a file that may change or be moved.
-        command = repeatable_command(typed, options) if options.config else ""
+        command = repeatable_command(program, options) if options.config else ""
         return experiment.run(options, StudyRequest(options, command))
 
 
 @contextmanager
 def _located_errors(config: ConfigFile | None, words: Sequence[str]) -> Iterator[None]:
-    """Add the line in the file of --config to errors on its options."""
+    """Name the line of the --config file in a UsageError about an option that the file sets."""
     try:
         yield
     except UsageError as error:
@@ -118,7 +122,7 @@ def _located_errors(config: ConfigFile | None, words: Sequence[str]) -> Iterator
 
 
 def _parse(options_class: type[Any], description: str, words: Sequence[str], program: str) -> Any:
-    """Parse the options of a command; see `arguments.parse_options`."""
+    """Parse the options of a command, of any class, and return an object of the class."""
     from orchestrator.cli.arguments import parse_options, wrap_description
     from orchestrator.study.options import StudyOptions
 
@@ -133,7 +137,7 @@ def _parse(options_class: type[Any], description: str, words: Sequence[str], pro
 
 
 def _program() -> str:
-    """Return the program as it was typed: `lora-orchestrator`, or `python -m orchestrator`."""
+    """Return the program as it was typed: `lora-orchestrator`, `python -m orchestrator` or a script."""
     return format_command(sys.argv[:1])
 
 

@@ -1,4 +1,4 @@
-"""The options of the subcommands that work on a store."""
+"""The options that all commands on a store share."""
 
 from __future__ import annotations
 

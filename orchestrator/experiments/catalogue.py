@@ -1,8 +1,14 @@
 """The experiments by name. Every module of this package but this one is an experiment; there is no list.
 
-The module's docstring is the text of `--help`, with its first line as the summary. The module defines
-`OPTIONS`, the class of its options, and `run(options, request)` (`run(options)` if it trains nothing), which
-returns the exit code. Nothing heavy is imported before `run` is called.
+The docstring of such a module is the text of `--help`, and its first line is the summary. The module defines
+
+- `OPTIONS`, the class of its options;
+- `run(options, request)`, or `run(options)` if the experiment trains nothing: it runs the experiment, or
+  prints the plan with `--plan`, and returns the exit code. `request` is the `StudyRequest` of the command
+  line or of Python. It raises UsageError if an option does not fit, and StudyError if something outside the
+  study fails.
+
+Nothing heavy is imported before `run` is called.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ class ExperimentCommand:
     options_class: type[Any]
     """Class of the options: a subclass of `StudyOptions` if the experiment trains."""
     run: Callable[..., int]
-    """Function of the options and, if it trains, of the `StudyRequest`; it returns the exit code."""
+    """The function `run` of the module."""
 
     @property
     def name(self) -> str:
@@ -41,7 +47,7 @@ class ExperimentCommand:
 
     @property
     def summary(self) -> str:
-        """The question of the experiment."""
+        """The first line of the description, which is the question of the experiment."""
         return self.description.partition("\n")[0]
 
     @property

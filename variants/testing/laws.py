@@ -227,9 +227,9 @@ def fits_a_representable_target(variant: Variant, case: Case) -> None:
 
 
 def export_loads_in_peft(variant: Variant, case: Case) -> None:
-    """PEFT, and a lane loaded from the export, compute what the exported lane computes, or it is refused.
+    """PEFT, and a lane loaded from the export, compute what the lane computed, or the export is refused.
 
-    The refusal names the variant. For a language model, `AutoPeftModelForCausalLM` loads the base model too.
+    A refusal names the variant. `AutoPeftModelForCausalLM` loads a language model, with its base model.
     """
     from peft import AutoPeftModelForCausalLM, PeftModel  # so that the other laws do not need peft
 
@@ -248,7 +248,7 @@ def export_loads_in_peft(variant: Variant, case: Case) -> None:
             peft_model = AutoPeftModelForCausalLM.from_pretrained(folder)
         else:
             peft_model = PeftModel.from_pretrained(base, folder)
-        is_tuner = variant.axis == PEFT_AXIS  # `load_peft` returns no tuner of PEFT
+        is_tuner = variant.axis == PEFT_AXIS  # `load_peft` cannot load PEFT's own tuners
         loaded = adapters if is_tuner else load_peft(case.build(), Path(folder), lane="0")
     with torch.no_grad():
         peft_output = model_output(peft_model, case.rows(0))

@@ -33,14 +33,22 @@ def model_output(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def refused(variant: Variant, refusal: ValueError) -> Exception:
-    """Return what a law raises if a merge or an export is refused: the refusal must name the variant."""
+    """Return the exception that a law raises if a merge or an export is refused.
+
+    Args:
+        variant: The variant.
+        refusal: The error of the merge or the export.
+
+    Returns:
+        NotApplicableError, or AssertionError if the refusal does not name the variant.
+    """
     if variant.name in str(refusal):
         return NotApplicableError(str(refusal))
     return AssertionError(f"the refusal does not name the variant: {refusal}")
 
 
 def reload_model(model: Any) -> nn.Module:
-    """Save a language model of transformers, and return what transformers loads from the files."""
+    """Save a language model with transformers, and load it again."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder)

@@ -159,7 +159,7 @@ def _mean_trace(curve: Curve, color: str, symbol: str, step: float) -> go.Scatte
 
 
 def _is_best(curve: Curve, point: CurvePoint) -> bool:
-    """Return whether a point is the best one of a curve that has learned and is not flat."""
+    """Return whether a point has the curve's `named_best_rate`."""
     return point.learning_rate == curve.named_best_rate
 
 

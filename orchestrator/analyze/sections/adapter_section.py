@@ -14,11 +14,11 @@ from orchestrator.study.own_commands import own_command
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """The best lane of a variant."""
+    """The best lane of a variant on a task and a base model."""
 
     record: Record
     command: str
-    """The command that exports its adapter."""
+    """The command that exports the lane."""
 
 
 def _values(data: ReportData) -> Mapping[str, Any]:
@@ -26,7 +26,7 @@ def _values(data: ReportData) -> Mapping[str, Any]:
 
 
 def adapter_rows(data: ReportData) -> Sequence[AdapterRow]:
-    """Return the best lane of each task, base model and variant, sorted by task and validation score."""
+    """Return the best lanes, sorted by task, base model and descending validation score."""
     records = {record.fingerprint: data.study.rename(record) for record in data.records}
     lanes = best_lanes(data.study, data.records)
     ordered = sorted(
