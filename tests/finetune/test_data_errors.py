@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def said(number: int, *roles: str) -> list[dict[str, Any]]:
     return replaced(CHATS, number, messages=[{"role": role, "content": "x"} for role in roles])
 
 
+TOOL_CALL = {"role": "assistant", "content": "x", "tool_calls": [{"name": "add"}]}
 WRONG_ROWS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
     "a null text": (
         "m.jsonl",
@@ -57,6 +59,27 @@ WRONG_ROWS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         ["m.json: row 9", "'completion' is empty"],
     ),
     "a typed column": ("m.csv", MAILS, {"columns": ("text=txt",)}, ["text=txt", "Did you mean 'text'?"]),
+    "a cell that the first row lacks": (
+        *("m.jsonl", [{**row, **({"split": "test"} if i else {})} for i, row in enumerate(MAILS)], {}),
+        ["m.jsonl: row 1 has no 'split'"],
+    ),
+    "half of a surrogate pair": ("m.jsonl", replaced(MAILS, 7, text="x\ud800"), {}, ["row 7", "surrogate"]),
+    "a column of two roles": (
+        *("m.csv", MAILS, {"columns": ("text=text", "label=text")}),
+        ["--columns text=text label=text: a column has one role only"],
+    ),
+    "roles of two forms": (
+        *("m.csv", MAILS, {"columns": ("prompt=text", "label=label")}),
+        ["no form has all of the named roles"],
+    ),
+    "half of a form": (
+        *("m.csv", MAILS, {"columns": ("completion=text",)}),
+        ["m.csv has text, label with completion named", "add --columns prompt=COLUMN"],
+    ),
+    "a template with the answer": (
+        *("m.csv", MAILS, {"template": "{text} {label}"}),
+        ["--template {label}: that column is the answer"],
+    ),
     "columns without a usual name": (
         *("m.jsonl", [{"a": "x", "b": "y"}] * 30, {}),
         ["m.jsonl has a, b; needs prompt and completion", "--columns text=a"],
@@ -142,6 +165,14 @@ WRONG_ROWS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
         {"max_new_tokens": 9},
         ["generates no answers"],
     ),
+    "a call of a tool": (
+        *("m.jsonl", replaced(CHATS, 4, messages=[{**TOOL_CALL, "role": "user"}, TOOL_CALL]), {}),
+        ["row 4: message 1 has tool_calls"],
+    ),
+    "a split that is given twice": (
+        *("m.csv", [{**row, "split": ("train", "test")[i % 2]} for i, row in enumerate(SUMS)]),
+        *({"test_data": "m.csv"}, ["--test-data m.csv: m.csv has a test split already"]),
+    ),
     "a message without an answer": (
         "m.jsonl",
         said(4, "user", "user"),
@@ -160,6 +191,17 @@ WRONG_ROWS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
     "examples that there are not": ("m.csv", SUMS, {"train_size": 999}, ["train examples, 999 are needed"]),
 }
 
+
+def two_columns() -> bytes:
+    """Return a Parquet file with two columns of one name."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    parquet.write_table(pa.Table.from_arrays([pa.array(["a", "b"])] * 2, names=["text", "text"]), file)
+    return file.getvalue()
+
+
 WRONG_FILES: dict[str, tuple[str, bytes | None, list[str]]] = {
     "a missing file": ("mial.jsonl", None, ["mial.jsonl: no such file", "Did you mean 'mail.jsonl'?"]),
     "a missing folder": ("nothing here", None, ["nothing here: no such file or folder"]),
@@ -167,6 +209,12 @@ WRONG_FILES: dict[str, tuple[str, bytes | None, list[str]]] = {
     "a header alone": ("m.csv", b"text,label\n", ["m.csv: has no rows"]),
     "another format": ("m.txt", b"hello", ["m.txt: must end in .jsonl"]),
     "bytes": ("m.csv", b"text,label\n\xff\xfe,x\n", ["m.csv: is not UTF-8 at byte 11"]),
+    "a byte far into a file": (
+        *("m.csv", b"text,label\n" + b"a,b\n" * 5000 + b"\xff"),
+        ["m.csv: is not UTF-8 at byte 20011; save it as UTF-8"],
+    ),
+    "lists in lists": ("m.jsonl", b"[" * 100_000, ["m.jsonl: does not parse (maximum recursion depth"]),
+    "two Parquet columns of one name": ("m.parquet", two_columns(), ["m.parquet: has 2 columns 'text'"]),
     "half a line of JSON": (
         "m.jsonl",
         b'{"text": "x", "label": "y"}\n{"text": ',
@@ -189,6 +237,10 @@ WRONG_FILES: dict[str, tuple[str, bytes | None, list[str]]] = {
         "mails/train.csv",
         b"text,label\na,b\n",
         ["mails: train.csv and train.jsonl are both train files"],
+    ),
+    "a folder that is no split": (
+        *("mails2/extra/1.png", b""),
+        ["mails2: has a train subfolder", "move extra away"],
     ),
     "a folder without a train file": ("images/a.csv", b"a,b\n", ["has a.csv but no train file"]),
 }
@@ -250,6 +302,7 @@ def test_wrong_files(case: str) -> None:
     Path("mail.jsonl").touch()
     Path("mails").mkdir()
     Path("mails/train.jsonl").touch()
+    Path("mails2/train").mkdir(parents=True)
     if content is not None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content)
@@ -262,7 +315,7 @@ def test_a_file_in_a_folder_that_cannot_be_listed() -> None:
     if is_root := os.geteuid() == 0:  # who can list it
         os.seteuid(65534)
     try:
-        assert_refused(lambda: user_data.read_rows("locked/m.csv"), ["--data locked/m.csv: no such file"])
+        assert_refused(lambda: user_data.read_source("locked/m.csv"), ["--data locked/m.csv: no such file"])
     finally:
         if is_root:
             os.seteuid(0)
@@ -294,6 +347,7 @@ def test_two_data_of_one_name() -> None:
     assert_refused(
         lambda: resolve_tasks(StudyOptions(data=("a/m.csv", "b/m.csv")), (), (), Path()), ["the same name"]
     )
+    assert len(resolve_tasks(StudyOptions(data=("a/m.csv", "./a/m.csv")), (), (), Path())) == 1
 
 
 def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from orchestrator.finetune.resolve.templates import build_configuration_template
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example
+from orchestrator.finetune.tasks.examples import Image
 from orchestrator.finetune.tasks.local import letters, reviews
 from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
@@ -61,6 +62,10 @@ def test_examples_that_are_scored_and_trained_on_are_reported() -> None:
         "words_task.py: 1 of 2 validation",
         "words_task.py: 1 of 1 test",
     ]
+    red, blue = (Example("", "a", image=Image(name, name.encode)) for name in ("red", "blue"))
+    lines.clear()
+    report_train_overlap(task, {"train": [red], "validation": [blue], "test": [red, blue]}, lines.append)
+    assert [line.partition(" examples")[0] for line in lines] == ["words_task.py: 1 of 2 test"]
 
 
 def test_a_hyphen_in_a_variants_name_is_an_underscore(bases: Path) -> None:

@@ -88,9 +88,13 @@ def report_train_overlap(
     """
     if not task.content:
         return
-    train = {(example.prompt, example.pair, example.answer) for example in examples["train"]}
+
+    def content(each: Example) -> tuple[object, ...]:
+        return each.prompt, each.pair, each.answer, each.image and each.image.digest
+
+    train = set(map(content, examples["train"]))
     for split in HELD_OUT_SPLITS:
-        shared = sum((each.prompt, each.pair, each.answer) in train for each in examples[split])
+        shared = sum(content(each) in train for each in examples[split])
         if shared:
             progress(
                 f"{task.name}: {shared} of {len(examples[split])} {split} examples are train "

@@ -77,17 +77,26 @@ def load_data_tasks(options: StudyOptions) -> list[str]:
         UsageError: The data are not as required, or two of them have one name.
     """
     sources: dict[str, str] = {}
-    for source in dict.fromkeys(options.data or ()):
+    other_tasks = (*tasks.names(), *tasks.entry_points_by_name())
+    for source in options.data or ():
         request = data_loading.DataRequest(source, options)
         name = request.name
-        if name in (*tasks.names(), *tasks.entry_points_by_name()) or name.endswith(
-            FILE_SUFFIX
-        ):  # a folder or a hub dataset
+        # A folder or a dataset of the hub may be called like another task, or like a task file.
+        if name in other_tasks or name.endswith(FILE_SUFFIX):
             name += "-data"
-        if (other := sources.setdefault(name, source)) != source:
-            raise UsageError(f"--data: {other!r} and {source!r} have the same name; rename one of them.")
-        tasks.register(data_loading.load_task(request, name))
+        if name not in sources:
+            sources[name] = source
+            tasks.register(data_loading.load_task(request, name))
+        elif _full_path(sources[name]) != _full_path(source):
+            raise UsageError(
+                f"--data: {sources[name]!r} and {source!r} have the same name; rename one of them."
+            )
     return list(sources)
+
+
+def _full_path(source: str) -> str:
+    """Return the full path of a file or folder; the name of a dataset of the hub as it is."""
+    return os.path.abspath(source) if os.path.exists(source) else source
 
 
 def resolve_options(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,9 @@ def iter_rows(
     except OSError as error:  # pyarrow's error for a truncated Parquet file is one, too
         reason = error.strerror or first_line(error)
         raise MalformedDataError(f"cannot be read ({reason}){_after_row(row)}") from None
-    except UnicodeDecodeError as error:
-        raise MalformedDataError(f"is not UTF-8 at byte {error.start}") from None
-    except (ValueError, csv.Error) as error:  # of json, csv and pyarrow
+    except UnicodeDecodeError:
+        raise MalformedDataError(f"is not UTF-8 at byte {_find_bad_byte(path)}; save it as UTF-8") from None
+    except (ValueError, RecursionError, csv.Error) as error:  # of json, csv and pyarrow
         raise MalformedDataError(f"does not parse ({first_line(error)}){_after_row(row)}") from None
     if row == 0:
         raise MalformedDataError("has no rows")
@@ -157,6 +157,8 @@ def _read_json_lines(path: Path, columns: _Columns) -> Iterator[tuple[int | None
             except json.JSONDecodeError as error:
                 at = f" (line {line})" if line != row else ""
                 problem = f"is no JSON ({error.msg} at column {error.colno})"
+                if path.suffix.lower() == ".json":
+                    problem += "; must be a list of objects, or one object a line"
                 raise MalformedDataError(f"row {row}{at} {problem}") from None
 
 
@@ -181,17 +183,21 @@ def _read_csv(path: Path, columns: _Columns) -> Iterator[tuple[int | None, Any]]
             delimiter = "\t"
         else:  # spreadsheets write semicolons where the comma is the decimal sign
             header = file.readline()
-            delimiter = ";" if ";" in header and "," not in header else ","
+            delimiter = next((each for each in ",;\t" if each in header), ",")
             file.seek(0)
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        names = [name for name in reader.fieldnames or () if name]
-        if repeated := next((name for name in names if names.count(name) > 1), None):
-            raise MalformedDataError(f"has {names.count(repeated)} columns {repeated!r}; rename one of them")
+        _check_distinct([name for name in reader.fieldnames or () if name])
         for row, cells in enumerate(reader, 1):
             if None in cells or None in cells.values():
                 problem = f"has {'more' if None in cells else 'fewer'} cells than there are columns"
                 raise MalformedDataError(f"row {row} (line {reader.line_num}) {problem}")
             yield reader.line_num, {n: _parse_number(text, types.get(n)) for n, text in cells.items()}
+
+
+def _check_distinct(names: Sequence[str]) -> None:
+    """Raise MalformedDataError if two columns have one name: only one of them would be read."""
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise MalformedDataError(f"has {names.count(repeated)} columns {repeated!r}; rename one of them")
 
 
 def _parse_number(text: str, cell_type: CellType) -> Any:
@@ -211,6 +217,7 @@ def _read_parquet(path: Path, columns: _Columns) -> Iterator[tuple[int | None, A
 
     file = parquet.ParquetFile(path)
     names = file.schema_arrow.names
+    _check_distinct(names)
     present = names if columns is None else [name for name in columns if name in names]
     for batch in file.iter_batches(batch_size=1024, columns=present):
         yield from ((None, row) for row in batch.to_pylist())
@@ -218,6 +225,18 @@ def _read_parquet(path: Path, columns: _Columns) -> Iterator[tuple[int | None, A
 
 _READERS = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
 _READERS[".parquet"] = _read_parquet
+
+
+def _find_bad_byte(path: Path) -> int:
+    """Return the position of the first byte that is not UTF-8.
+
+    The error of a file that is read as text has the position in a block of it.
+    """
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
 
 
 def _after_row(row: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -52,13 +52,35 @@ class DataRow:
     split: str | None = None
 
 
+@dataclass(frozen=True)
+class SourceRows:
+    """All rows of a source.
+
+    Args:
+        rows: The rows.
+        ignored: The data files of a folder, or the splits of a dataset of the hub, that were not read. The
+            names are for readers.
+    """
+
+    rows: Sequence[DataRow]
+    ignored: Sequence[str] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of all rows: in JSON lines a row may lack some."""
+        return list(dict.fromkeys(column for row in self.rows for column in row.cells))
+
+
 def display_name(source: str) -> str:
-    """Return the name of a source for readers, without the folders or the organization above it."""
+    """Return the name of a source for readers.
+
+    It is the last part of the path or of the name on the hub. A colon and an at sign become hyphens.
+    """
     name = Path(os.path.abspath(source)).name if os.path.exists(source) else source.rpartition("/")[2]
     return name.replace(":", "-").replace("@", "-")
 
 
-def read_rows(source: str, option: str = "--data") -> list[DataRow]:
+def read_source(source: str, option: str = "--data") -> SourceRows:
     """Read all rows of a source.
 
     Args:
@@ -72,7 +94,7 @@ def read_rows(source: str, option: str = "--data") -> list[DataRow]:
         if os.path.isdir(source):
             return _read_folder(Path(source))
         if os.path.exists(source):
-            return list(_read_file(Path(source), None))
+            return SourceRows(list(_read_file(Path(source), None)))
     except MalformedDataError as error:
         raise UsageError(f"{option} {error}.") from None
     except OSError as error:  # of listing a folder
@@ -104,21 +126,24 @@ def _read_file(path: Path, split: str | None) -> Iterator[DataRow]:
         raise MalformedDataError(f"{path.name}: {error}") from None
 
 
-def _read_folder(folder: Path) -> list[DataRow]:
+def _read_folder(folder: Path) -> SourceRows:
     """Read train.csv, test.csv, ..., or images by class, in subfolders for the splits if there are any."""
     files = _files_with_splits(folder)
     if any(files.values()):
         _check_one_file_per_split(folder, files)
-        return [row for each, split in files.items() if split for row in _read_file(each, split)]
+        rows = [row for each, split in files.items() if split for row in _read_file(each, split)]
+        return SourceRows(rows, [each.name for each, split in files.items() if split is None])
     if files:
         names = ", ".join(each.name for each in list(files)[:3])
         raise MalformedDataError(
             f"{folder.name}: has {names} but no train file; call the files train, validation and test, or "
             "give one file"
         )
-    folders = [each for each in _visible_entries(folder) if each.is_dir()]
-    splits = {each: SPLIT_NAMES.get(each.name.lower()) for each in folders}
-    if folders and all(splits.values()):
+    splits = {each: SPLIT_NAMES.get(each.name.lower()) for each in _visible_folders(folder)}
+    if "train" in splits.values():
+        if other := next((each.name for each, split in splits.items() if split is None), None):
+            rule = "its other subfolders must be called validation or test"
+            raise MalformedDataError(f"{folder.name}: has a train subfolder; {rule}; move {other} away")
         rows = [row for each, split in splits.items() for row in _read_classes(folder, each, split)]
     else:
         rows = list(_read_classes(folder, folder, None))
@@ -127,11 +152,20 @@ def _read_folder(folder: Path) -> list[DataRow]:
             f"{folder.name}: has neither train.jsonl (.csv, .parquet, ...) nor one subfolder of images "
             f"({', '.join(IMAGE_SUFFIXES[:3])}, ...) per class"
         )
-    return rows
+    return SourceRows(rows)
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether a file or a folder above it is hidden; archives of macOS have a folder __MACOSX."""
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
 def _visible_entries(folder: Path) -> list[Path]:
-    return [each for each in sorted(folder.iterdir()) if not each.name.startswith(".")]
+    return [each for each in sorted(folder.iterdir()) if not _is_hidden(Path(each.name))]
+
+
+def _visible_folders(folder: Path) -> list[Path]:
+    return [each for each in _visible_entries(folder) if each.is_dir()]
 
 
 def _files_with_splits(folder: Path) -> dict[Path, str | None]:
@@ -158,39 +192,62 @@ def _check_one_file_per_split(folder: Path, files: Mapping[Path, str | None]) ->
             raise MalformedDataError(f"{folder.name}: {both}; move one of them away, or give one file")
 
 
-def ignored_files(source: str) -> list[str]:
-    """Return the names of data files in a folder that `read_rows` ignores, because others name a split."""
-    files = _files_with_splits(Path(source)) if os.path.isdir(source) else {}
-    return [each.name for each, split in files.items() if split is None and any(files.values())]
-
-
 def _read_classes(root: Path, folder: Path, split: str | None) -> Iterator[DataRow]:
-    for class_folder in sorted(each for each in folder.iterdir() if each.is_dir()):
+    """Yield the images below each subfolder, whose name is their label.
+
+    Args:
+        root: The folder of --data, for error messages.
+        folder: The folder with one subfolder per class.
+        split: The split of the images, None if the folder has no splits.
+    """
+    for class_folder in _visible_folders(folder):
         for file in sorted(class_folder.rglob("*")):
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
+            if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(file.relative_to(class_folder)):
                 where = f"{root.name}: {file.relative_to(root)}"
                 yield DataRow(where, {"image": file.name, "label": class_folder.name}, file.parent, split)
 
 
-def _read_hub(source: str) -> list[DataRow]:
+def _read_hub(source: str) -> SourceRows:
+    """Read the splits of a dataset of the hub that have usual names and labels."""
     found = _HUB_NAME.fullmatch(source)
     assert found is not None
     parts = found["repository"], found["subset"], found["revision"]
     splits = hub_data.load_splits(*parts, source)
-    rows = [row for name, data in splits.items() for row in _read_hub_split(source, name, data)]
+    rows: list[DataRow] = []
+    ignored = []
+    for name, data in splits.items():
+        split = SPLIT_NAMES.get(name.lower())
+        if split is None:
+            ignored.append(name)
+        elif split != "train" and _has_hidden_labels(data):
+            ignored.append(f"{name} (its labels are hidden)")
+        else:
+            rows += _read_hub_split(source, name, data, split)
     if not rows:
         names = ", ".join(splits) or "none"
         raise UsageError(f"its splits are {names}; must have rows in one called train.")
-    return rows
+    return SourceRows(rows, ignored)
 
 
-def _read_hub_split(source: str, name: str, data: Dataset) -> Iterator[DataRow]:
-    """Yield the rows of a split, none if it has an unusual name; classes are called by their names."""
+def _has_hidden_labels(data: Dataset) -> bool:
+    """Return whether a column of classes has no class in any row, as in the test splits of GLUE."""
+    from datasets import ClassLabel
+
+    classes = [column for column, f in data.features.items() if isinstance(f, ClassLabel)]
+    return any(data.unique(column) in ([-1], [None]) for column in classes)
+
+
+def _read_hub_split(source: str, name: str, data: Dataset, split: str) -> Iterator[DataRow]:
+    """Yield the rows of a split, with the names of classes in place of their numbers.
+
+    Args:
+        source: The name of the dataset, for error messages.
+        name: The name of the split on the hub, for error messages.
+        data: The rows on the hub.
+        split: The split of the rows here.
+    """
     from datasets import ClassLabel, Image
 
-    split = SPLIT_NAMES.get(name.lower())
-    if split is None:
-        return
     classes = {column: f for column, f in data.features.items() if isinstance(f, ClassLabel)}
     images = [column for column, f in data.features.items() if isinstance(f, Image)]
     texts = data.remove_columns(images)
@@ -202,8 +259,8 @@ def _read_hub_split(source: str, name: str, data: Dataset) -> Iterator[DataRow]:
             c: partial(_read_cell, files[c], number, c) for c in images
         }
         for column, feature in classes.items():
-            is_hidden = cells[column] in (None, -1)  # as in the test splits of GLUE
-            cells[column] = None if is_hidden else feature.int2str(cells[column])
+            is_missing = cells[column] in (None, -1)
+            cells[column] = None if is_missing else feature.int2str(cells[column])
         yield DataRow(f"{source} ({name}): row {number + 1}", cells, None, split)
 
 

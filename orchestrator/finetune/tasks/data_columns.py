@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -52,19 +53,23 @@ USUAL_PAIRS = (
 
 @dataclass(frozen=True)
 class ColumnMap:
-    """The form of the rows, and the column of each role."""
+    """The form of the rows, and the column of each role.
+
+    A role that the template makes, the prompt or the text, has no column.
+    """
 
     form: Form
     columns: Mapping[str, str]
+    """Role -> column, for the roles of the form and for `split`."""
     template: str | None = None
     context: str | None = None
-    """Alpaca's column `input`, which follows `instruction` in the prompt where it is not empty."""
+    """The column `input` of Alpaca: where it is not empty, it follows `instruction` in the prompt."""
 
 
 def find_columns(
     present: Sequence[str], named: Mapping[str, str], template: str | None, source: str
 ) -> ColumnMap:
-    """Find the column of each role.
+    """Find the form of the rows and the column of each role.
 
     Args:
         present: The columns of the data.
@@ -73,69 +78,110 @@ def find_columns(
         source: The name of the data, for error messages.
 
     Raises:
-        UsageError: A named column or a placeholder does not exist, or the columns fit no form.
+        UsageError: A named column or a placeholder does not exist, a column has two roles, or the columns fit
+            no form.
     """
+    _check_named(present, named, template, source)
+    found = _find_roles(present, named)
+    asked = set(named) - {"split"}
+    if template:
+        found = {role: c for role, c in found.items() if role in ("completion", "label", "split")}
+        found |= {"prompt": "", "text": ""}  # the template makes them
+        forms: list[Form] = ["generation", "classification"]
+    else:
+        forms = list(ROLES_OF_FORM)
+    forms = [form for form in forms if asked <= set(ROLES_OF_FORM[form])]
+    form = next((form for form in forms if all(role in found for role in ROLES_OF_FORM[form])), None)
+    if form is None:
+        raise UsageError(_describe_misfit(present, named, template, source, forms, found))
+    roles = {role: found[role] for role in (*ROLES_OF_FORM[form], "split") if found.get(role)}
+    answer = roles.get("label", roles.get("completion"))
+    if template and answer in parse_template(template):
+        raise UsageError(f"--template {{{answer}}}: that column is the answer, which no prompt may contain.")
+    by_lower = {column.lower(): column for column in reversed(present)}
+    context = by_lower.get("input") if roles.get("prompt", "").lower() == "instruction" else None
+    return ColumnMap(form, roles, template, None if context in roles.values() else context)
+
+
+def _check_named(present: Sequence[str], named: Mapping[str, str], template: str | None, source: str) -> None:
+    """Check that the columns of --columns and --template exist and have one role each; see `find_columns`."""
+    role_of: dict[str, str] = {}
     for role, column in named.items():
         if column not in present:
             hint = suggest_nearest(column, present)
             raise UsageError(f"--columns {role}={column}: {source} has no column {column!r}. {hint}")
+        if (other := role_of.setdefault(column, role)) != role:
+            raise UsageError(f"--columns {other}={column} {role}={column}: a column has one role only.")
     for column in parse_template(template) if template else ():
         if column not in present:
             hint = suggest_nearest(column, present)
             raise UsageError(f"--template {{{column}}}: {source} has no column {column!r}. {hint}")
-    found = _find_roles(present, named)
-    if template:
-        if both := [role for role in named if role not in ("completion", "label", "split")]:
-            raise UsageError(
-                f"--columns {both[0]}={named[both[0]]} and --template both make the prompt; take one of the "
-                "two away."
-            )
-        found = {role: c for role, c in found.items() if role in ("completion", "label", "split")}
-        found |= {"prompt": "", "text": ""}  # the template makes them
-        forms: tuple[Form, ...] = ("generation", "classification")
-        if "label" in named:
-            forms = forms[::-1]
-    else:
-        forms = tuple(form for form in ROLES_OF_FORM if set(named) - {"split"} <= set(ROLES_OF_FORM[form]))
-    for form in forms:
-        if all(role in found for role in ROLES_OF_FORM[form]):
-            roles = {role: found[role] for role in (*ROLES_OF_FORM[form], "split") if found.get(role)}
-            is_alpaca = roles.get("prompt") == "instruction" and "input" in present and "input" not in roles
-            return ColumnMap(form, roles, template, "input" if is_alpaca else None)
-    raise _no_form_error(present, named, template, source)
+    both = [role for role in named if role not in ("completion", "label", "split")]
+    if template and both:
+        raise UsageError(
+            f"--columns {both[0]}={named[both[0]]} and --template both make the prompt; take one of the "
+            "two away."
+        )
 
 
 def _find_roles(present: Sequence[str], named: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns by their role: those that are named, and others that have usual names."""
     by_lower = {column.lower(): column for column in reversed(present)}
     found = dict(named)
     for role, names in USUAL_NAMES.items():
-        usual = next((by_lower[name] for name in names if name in by_lower), None)
-        if usual is not None and usual not in found.values():
-            found.setdefault(role, usual)
+        usual = [by_lower[name] for name in names if name in by_lower]
+        usual = [column for column in usual if column not in found.values()]
+        if usual:
+            found.setdefault(role, usual[0])
     pair = next((pair for pair in USUAL_PAIRS if all(name in by_lower for name in pair)), None)
     if pair is not None and not {"text1", "text2", "text"} & set(named):
         found |= {"text1": by_lower[pair[0]], "text2": by_lower[pair[1]]}
     return found
 
 
-def _no_form_error(
-    present: Sequence[str], named: Mapping[str, str], template: str | None, source: str
-) -> UsageError:
+def _describe_misfit(
+    present: Sequence[str],
+    named: Mapping[str, str],
+    template: str | None,
+    source: str,
+    forms: Sequence[Form],
+    found: Mapping[str, str],
+) -> str:
+    """Return the line for columns that fit no form.
+
+    Args:
+        present: The columns of the data.
+        named: The columns of --columns by their role.
+        template: The template of the prompt.
+        source: The name of the data.
+        forms: The forms that have all named roles.
+        found: The columns by their role, named or found.
+    """
     shown = ", ".join(present) or "no columns"
+    also = f" with {', '.join(named)} named" if named else ""
     if template:
         needs = "beside the --template a column completion (or answer, output, ...) or label"
-        example = "completion"
     else:
         needs = "prompt and completion, messages, text and label, text1, text2 and label, or image and label"
-        example = "text"
-    usual = [name for names in USUAL_NAMES.values() for name in names]
+    hint = f"name them, for example --columns text={shlex.quote(present[0]) if present else 'body'}"
+    if misspelled := _describe_misspelled(present):
+        hint = misspelled
+    elif not forms:
+        hint = "no form has all of the named roles; take one of them away"
+    else:
+        needed = [ROLES_OF_FORM[form] for form in forms if len(ROLES_OF_FORM[form]) > 1]
+        missing = [[role for role in roles if role not in found] for roles in needed]
+        if last := [f"{roles[0]}=COLUMN" for roles in missing if len(roles) == 1]:
+            hint = f"add --columns {' or '.join(last)}"
+    return f"{source} has {shown}{also}; needs {needs}: {hint}."
+
+
+def _describe_misspelled(present: Sequence[str]) -> str:
+    """Return a question about the first column whose name is nearly a usual one, empty if there is none."""
+    usual = {name: role for role, names in USUAL_NAMES.items() for name in names}
     for column in present:
         near = difflib.get_close_matches(column.lower(), usual, n=1, cutoff=0.75)
         if near and column.lower() not in usual:
-            role = next(role for role, names in USUAL_NAMES.items() if near[0] in names)
-            hint = f"is {column!r} the {role}? Then add --columns {role}={column}"
-            break
-    else:
-        hint = f"name them, for example --columns {example}={present[0] if present else 'body'}"
-    also = f" with {', '.join(named)} named" if named else ""
-    return UsageError(f"{source} has {shown}{also}; needs {needs}: {hint}.")
+            role = usual[near[0]]
+            return f"is {column!r} the {role}? Then add --columns {shlex.quote(f'{role}={column}')}"
+    return ""

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.finetune.sources.data_files import abbreviate
-from orchestrator.finetune.sources.user_data import DataRow
+from orchestrator.finetune.sources.user_data import SPLIT_NAMES, DataRow
 from orchestrator.finetune.tasks.data_columns import ColumnMap
-from orchestrator.finetune.tasks.examples import Example, Image
+from orchestrator.finetune.tasks.examples import SPLITS, Example, Image, Split
 from orchestrator.finetune.tasks.text_encoder import IGNORE_INDEX
 from orchestrator.study.data_options import fill_template, parse_template
-from orchestrator.util.errors import UsageError
+from orchestrator.util.errors import UsageError, suggest_nearest
 
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -31,12 +31,12 @@ class PlacedExample:
 
     Args:
         where: File and row.
-        split: The split that the data name, None if they name none.
+        split: The split that the data put it in, None if they name no splits.
         example: The example.
     """
 
     where: str
-    split: str | None
+    split: Split | None
     example: Example
 
     @property
@@ -56,16 +56,29 @@ def make_examples(rows: Sequence[DataRow], columns: ColumnMap, is_number: bool) 
         is_number: Whether the label is a number to predict.
 
     Raises:
-        UsageError: A cell is missing, empty or of a wrong kind. The message names file and row.
+        UsageError: A cell is missing, empty or of a wrong kind, or a split has an unknown name. The message
+            names file and row.
     """
     for row in rows:
         example = _MAKERS[columns.form](row, columns)
         if is_number:
             example = Example(example.prompt, _number(row, columns), example.pair, image=example.image)
-        split = row.split
-        if split is None and "split" in columns.columns:
-            split = _text(row, columns.columns["split"])
-        yield PlacedExample(row.where, split, example)
+        yield PlacedExample(row.where, _split(row, columns), example)
+
+
+def _split(row: DataRow, columns: ColumnMap) -> Split | None:
+    """Return the split that the source or the split column puts a row in, None if there is neither."""
+    name = row.split
+    if name is None:
+        column = columns.columns.get("split")
+        if column is None:
+            return None
+        name = _text(row, column)
+    found = SPLIT_NAMES.get(name.strip().lower())
+    for split in SPLITS:
+        if split == found:
+            return split
+    raise UsageError(f"{row.where}: no split {name!r}. {suggest_nearest(name, SPLIT_NAMES)}")
 
 
 def _cell(row: DataRow, column: str) -> Any:
@@ -78,17 +91,27 @@ def _cell(row: DataRow, column: str) -> Any:
 def _text(row: DataRow, column: str) -> str:
     """Return a cell as text that is not empty; a number or a truth value counts as its text."""
     value = _cell(row, column)
-    if isinstance(value, str) and value.strip():
-        return value
     if isinstance(value, bool):
         value = str(value).lower()
     elif isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         value = str(int(value)) if value == int(value) else repr(value)
     if not isinstance(value, str):
-        raise UsageError(f"{row.where}: {column!r} must be text, it is {abbreviate(value)}.")
+        raise UsageError(
+            f"{row.where}: {column!r} must be text or a finite number, it is {abbreviate(value)}."
+        )
     if not value.strip():
         raise UsageError(f"{row.where}: {column!r} is empty.")
+    _check_unicode(value, f"{row.where}: {column!r}")
     return value
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Refuse a lone half of a surrogate pair, which JSON can contain but no file or tokenizer can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = abbreviate(text[error.start])
+        raise UsageError(f"{where} has half of a surrogate pair ({half}); take it out.") from None
 
 
 def _number(row: DataRow, columns: ColumnMap) -> str:
@@ -118,7 +141,9 @@ def _prompt(row: DataRow, columns: ColumnMap) -> str:
         return _fill(row, columns.template)
     prompt = _text(row, columns.columns["prompt"])
     context = row.cells.get(columns.context) if columns.context else None
-    return f"{prompt}\n\n{context}" if isinstance(context, str) and context.strip() else prompt
+    if columns.context is None or context is None or (isinstance(context, str) and not context.strip()):
+        return prompt
+    return f"{prompt}\n\n{_text(row, columns.context)}"
 
 
 def _make_generation(row: DataRow, columns: ColumnMap) -> Example:
@@ -213,6 +238,9 @@ def _message(row: DataRow, number: int, message: Any) -> dict[str, str]:
         raise UsageError(f"{where} has the role {abbreviate(role)}; must be one of {', '.join(CHAT_ROLES)}.")
     if not isinstance(content, str) or not content.strip():
         raise UsageError(f"{where}: its content must be text, it is {abbreviate(content)}.")
+    if message.get("tool_calls"):
+        raise UsageError(f"{where} has tool_calls, which are not supported; write them into its content.")
+    _check_unicode(content, where)
     return {"role": role, "content": content}
 
 

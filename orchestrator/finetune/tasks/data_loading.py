@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.finetune.sources import user_data
-from orchestrator.finetune.sources.user_data import DataRow
 from orchestrator.finetune.tasks.base import INVERSE_PERPLEXITY, Output, Split, TaskDefaults
 from orchestrator.finetune.tasks.data_columns import ColumnMap, Form, find_columns
 from orchestrator.finetune.tasks.data_examples import PlacedExample, make_examples
@@ -75,10 +74,11 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
             the data. The message is one line that names the file and, where there is one, the row.
     """
     options, name = request.options, name or request.name
-    rows = _read_all_rows(request)
-    columns = find_columns(list(rows[0].cells), options.parse_columns(), options.template, name)
+    source = user_data.read_source(request.source)
+    columns = find_columns(source.columns, options.parse_columns(), options.template, name)
     output = _find_output(columns, options, name)
-    examples = list(make_examples(rows, columns, is_number=output == "regression"))
+    examples = list(make_examples(source.rows, columns, is_number=output == "regression"))
+    ignored = [*source.ignored, *_add_held_out_data(examples, request, columns, output)]
     splits = make_splits(examples, name)
     labels = find_labels(splits, name) if output == "classification" else ()
     if options.metric == "numeric":
@@ -100,31 +100,50 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     )
     is_hub = not os.path.exists(request.source)
     task = DataTask.from_spec(spec, splits, request.source if is_hub else os.path.abspath(request.source))
-    sources = filter(None, (request.source, options.validation_data, options.test_data))
-    task.ignored_files = tuple(each for source in sources for each in user_data.ignored_files(source))
+    task.ignored_sources = tuple(ignored)
     return task
 
 
-def _read_all_rows(request: DataRequest) -> list[DataRow]:
-    """Return the rows of all files; those of --validation-data and --test-data have their split.
+def _add_held_out_data(
+    examples: list[PlacedExample], request: DataRequest, columns: ColumnMap, output: Output
+) -> list[str]:
+    """Append the examples of --validation-data and --test-data, which get that split.
+
+    A source with rows in that split gives these rows, any other source all of its rows.
+
+    Args:
+        examples: The examples of --data.
+        request: What the options say.
+        columns: The columns of --data.
+        output: The form of the model's output.
+
+    Returns:
+        The files and splits that were not read, see `SourceRows`.
 
     Raises:
-        UsageError: A file cannot be read, or a split is given twice.
+        UsageError: A source cannot be read, a row is not as required, or a split is given twice.
     """
-    rows = user_data.read_rows(request.source)
-    for option, split, source in (
+    given: list[tuple[str, Split, str | None]] = [
         ("--validation-data", "validation", request.options.validation_data),
         ("--test-data", "test", request.options.test_data),
-    ):
-        if source is None:
+    ]
+    present = {each.split for each in examples}
+    ignored: list[str] = []
+    for option, split, path in given:
+        if path is None:
             continue
-        if any(row.split == split for row in rows):
+        if split in present:
             problem = f"{request.name} has a {split} split already"
-            raise UsageError(f"{option} {source}: {problem}; leave the option out.")
-        own = user_data.read_rows(source, option)
-        has_split = any(row.split == split for row in own)
-        rows += [replace(row, split=split) for row in own if row.split == split or not has_split]
-    return rows
+            raise UsageError(f"{option} {path}: {problem}; leave the option out.")
+        source = user_data.read_source(path, option)
+        roles = {"split": "split", **columns.columns}
+        if roles["split"] not in source.columns:
+            del roles["split"]
+        own = list(make_examples(source.rows, replace(columns, columns=roles), output == "regression"))
+        chosen = [each for each in own if each.split == split] or own
+        examples += [replace(each, split=split) for each in chosen]
+        ignored += source.ignored
+    return ignored
 
 
 def _find_output(columns: ColumnMap, options: DataOptions, name: str) -> Output:

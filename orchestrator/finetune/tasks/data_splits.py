@@ -6,10 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from orchestrator.finetune.sources.user_data import SPLIT_NAMES
 from orchestrator.finetune.tasks.data_examples import PlacedExample
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, SPLITS, Split, hash_split, hash_text
-from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.util.errors import UsageError
 
 MIN_ROWS = 20
 """The smallest number of rows from which splits are made."""
@@ -29,11 +28,11 @@ def make_splits(examples: Sequence[PlacedExample], name: str) -> dict[Split, lis
         name: The name of the data, for error messages.
 
     Raises:
-        UsageError: A split has an unknown name, is empty, or there are too few rows to make it.
+        UsageError: A split is empty, or there are too few rows to make one.
     """
     splits: dict[Split, list[PlacedExample]] = {split: [] for split in SPLITS}
     for each in examples:
-        splits[_parse_split(each)].append(each)
+        splits[each.split or "train"].append(each)
     missing = [split for split in HELD_OUT_SPLITS if not splits[split]]
     pool = splits["train"]
     if missing and 0 < len(pool) < MIN_ROWS:
@@ -58,17 +57,6 @@ def make_splits(examples: Sequence[PlacedExample], name: str) -> dict[Split, lis
     return splits
 
 
-def _parse_split(each: PlacedExample) -> Split:
-    if each.split is None:
-        return "train"
-    known: Mapping[str, str] = SPLIT_NAMES
-    split = known.get(each.split.strip().lower())
-    for possible in SPLITS:
-        if possible == split:
-            return possible
-    raise UsageError(f"{each.where}: no split {each.split!r}. {suggest_nearest(each.split, known)}")
-
-
 def find_labels(splits: Mapping[Split, Sequence[PlacedExample]], name: str) -> tuple[str, ...]:
     """Return the classes, numbers in their order and texts in alphabetical order.
 
@@ -87,7 +75,7 @@ def find_labels(splits: Mapping[Split, Sequence[PlacedExample]], name: str) -> t
         raise UsageError(
             f"{name}: all {total[labels[0]]} rows have the label {labels[0]!r}; must be two or more."
         )
-    if all(_is_number(label) for label in labels) and any("." in label for label in labels):
+    if all(_is_number(label) for label in labels) and not all(float(label).is_integer() for label in labels):
         raise UsageError(
             f"{name}: the labels are {len(labels)} numbers such as {labels[0]}; for a number to predict add "
             "--metric pearson."

@@ -108,8 +108,8 @@ class DataTask(Task):
     """
 
     grade_at = "last_evaluation"
-    ignored_files: tuple[str, ...] = ()
-    """Data files in the user's folders that belong to no split, for readers."""
+    ignored_sources: tuple[str, ...] = ()
+    """The data files of the user's folders and the splits on the hub that were not read, for readers."""
 
     def __init__(self, spec: DataSpec, splits: Splits | None = None, source: str = "") -> None:
         self.spec, self.splits = spec, splits
@@ -153,12 +153,16 @@ class DataTask(Task):
         return {"path": self.source, "spec": json.dumps(self.to_json())}
 
     def describe(self) -> str:
-        """Return a line that says what was understood: columns, rows of each split, metric, ignored files."""
+        """Return what was understood of the data in one line.
+
+        It has the columns, the rows of each split that are used by default, the classes, the metric, and what
+        was not read.
+        """
         columns = " ".join(f"{role}={column}" for role, column in self.spec.columns.items())
         sizes = self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
         counts = "{} training, {} validation and {} test rows".format(*(f"{size:,}" for size in sizes))
         classes = f", {len(self.labels)} classes" if self.labels else ""
-        ignored = f"; not read: {', '.join(self.ignored_files)}" if self.ignored_files else ""
+        ignored = f"; not read: {', '.join(self.ignored_sources)}" if self.ignored_sources else ""
         return f"{columns}; {counts}{classes}; {self.metric}{ignored}"
 
     def revision(self) -> str:

@@ -119,7 +119,7 @@ def test_csv_cells_are_parsed_as_numbers_in_columns_of_numbers(tmp_path: Path) -
         ),
         ("x.jsonl", b'{"text": "a", "label": 1}\n["a", 1]\n', "row 2 must be an object with text, label"),
         ("x.jsonl", b'{"text": "a"}\n', "row 1 has no 'label'; it has text."),
-        ("x.jsonl", b'{"text": "\xff", "label": 1}\n', "is not UTF-8 at byte 10."),
+        ("x.jsonl", b'{"text": "\xff", "label": 1}\n', "is not UTF-8 at byte 10; save it as UTF-8."),
         ("x.jsonl", b"", "has no rows."),
         ("x.json", b'[{"text": "a", "label": 1},\n', "does not parse (Expecting value: line 2 column 1"),
         ("x.csv", b"text,label\na,1\nb\n", "row 2 (line 3) has fewer cells than there are columns."),

@@ -91,6 +91,24 @@ def test_a_dataset_of_the_hub_equals_its_rows_in_a_file(
     assert task.content == task_of(write(tmp_path / "mail.csv", rows)).content
 
 
+def test_splits_of_the_hub_with_other_names_or_hidden_labels_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    types = Features({"text": Value("string"), "label": ClassLabel(names=["ham", "spam"])})
+    folder = tmp_path / "data" / "org" / "mail" / "data"
+    folder.mkdir(parents=True)
+    for split, rows in {"train": MAILS, "unsupervised": MAILS, "test": MAILS}.items():
+        labeled = [{**row, "label": -1} if split == "test" else dict(row) for row in rows]
+        Dataset.from_list(labeled, features=types).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    task = task_of("org/mail")
+    assert task.describe().endswith("; not read: test (its labels are hidden), unsupervised")
+    assert task.content == task_of(write(tmp_path / "mail.csv", MAILS)).content
+
+
 # -- splits -------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +135,7 @@ def test_splits_may_be_given_by_a_column_files_or_a_folder(tmp_path: Path) -> No
         task_of(tmp_path / "f"),
         task_of(write(tmp_path / "all.csv", in_column)),
         task_of(files["train"], validation_data=str(files["dev"]), test_data=str(files["test"])),
+        task_of(files["train"], **dict.fromkeys(("validation_data", "test_data"), str(tmp_path / "all.csv"))),
     ]
     assert len({task.content for task in given}) == 1
     assert {s: len(own) for s, own in inputs(given[0]).items()} == {"train": 30, "validation": 10, "test": 20}
@@ -153,6 +172,12 @@ def test_a_folder_may_have_parts_of_a_split_and_names_the_files_that_it_ignores(
         (MAILS, None, "classification", "accuracy"),
         (MAILS, "loss", "classification", "inverse_perplexity"),
         (PAIRS, "f1", "classification", "f1"),
+        (
+            [{**row, "label": f"{i % 3 // 2}.0"} for i, row in enumerate(MAILS)],
+            None,
+            "classification",
+            "accuracy",
+        ),
         ([{**row, "label": i / 4} for i, row in enumerate(MAILS)], "pearson", "regression", "pearson"),
     ],
 )
@@ -183,6 +208,9 @@ def test_a_template_and_alpacas_input_make_the_prompt(tmp_path: Path) -> None:
     task = task_of(path, template=r"Q: {instruction} {{{input}}}\n")
     prompts = {each.prompt for split in SPLITS for each in task.examples(split, 40)}
     assert prompts >= {"Q: Add 2 {}\n", "Q: Add 3 {to 1}\n"}
+    del rows[0]["input"]
+    same = task_of(write(tmp_path / "first_lacks_input.jsonl", rows))
+    assert same.content == task_of(path).content
 
 
 # -- chats --------------------------------------------------------------------------------------------------
@@ -282,6 +310,10 @@ def test_a_folder_of_images_by_class_is_trained_on_where_it_is_not(
         "equal images, in a file with their paths"
     )
     (source / "list.csv").unlink()
+    for hidden in (source / ".cache" / "1.png", source / "red" / ".cache" / "1.png"):
+        hidden.parent.mkdir()
+        hidden.write_bytes(picture(1, 0))
+    assert task_of(source).content == content
     configuration = resolve(store, source, image_folders["clip"])
     assert configuration.task.content == content
     train_elsewhere(store, source, configuration)
