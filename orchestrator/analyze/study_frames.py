@@ -11,6 +11,7 @@ from orchestrator.analyze.panels import deduplicate_records
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.run_labels import USABLE, label_runs
 from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.task_titles import entitle
 from orchestrator.analyze.verdict import Verdict
 from orchestrator.record.parquet import curves_table, runs_table
 from orchestrator.record.schema import Record
@@ -22,7 +23,7 @@ from orchestrator.util.errors import UsageError
 if TYPE_CHECKING:
     import pandas as pd
 
-_POINT_COLUMNS = ("task", "model", "variant", "learning_rate")
+_POINT_COLUMNS = ("task", "task_title", "model", "variant", "learning_rate")
 _SCORES = ("validation_score", "test_score")
 
 
@@ -33,7 +34,8 @@ class StudyFrames:
     name: str
     runs: pd.DataFrame
     """One row per configuration with a record, with the columns of `records.parquet`, and `label`: the state,
-    or "collapsed" for a run that finished without a useful result."""
+    or "collapsed" for a run that finished without a useful result. `task` is the name of the task (of a
+    user's task the name of its file), and `task_title` the name that the report and `summary` have."""
     curves: pd.DataFrame
     """One row per configuration and step, with the columns of `curves.parquet`: training loss, gradient norm,
     learning rate, and the scores of the evaluations."""
@@ -72,8 +74,11 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
             f"study {study_file.name!r}: no record of it in {opened.root}; run it: {study_file.command}"
         )
     records = deduplicate_records([study_file.rename(record) for record in found])
-    summary = summarize(study_file, records)
-    runs = _runs_frame(records, study_file.name)
+    entitled = deduplicate_records(entitle(study_file, found))
+    summary = summarize(study_file, entitled)
+    tasks = [record.configuration.task for record in entitled]
+    titles = {task.content: task.name for task in tasks if task.content}
+    runs = _runs_frame(records, study_file.name, titles)
     return StudyFrames(
         study_file.name,
         runs,
@@ -84,9 +89,9 @@ def load(study: str, *, output: str | Path | None = None, store: str | Path | No
     )
 
 
-def _runs_frame(records: Sequence[Record], study: str) -> pd.DataFrame:
+def _runs_frame(records: Sequence[Record], study: str, titles: Mapping[str, str]) -> pd.DataFrame:
     studies: Mapping[str, Sequence[str]] = {record.fingerprint: (study,) for record in records}
-    runs: pd.DataFrame = runs_table(records, studies).to_pandas()
+    runs: pd.DataFrame = runs_table(records, studies, titles).to_pandas()
     runs.insert(runs.columns.get_loc("state") + 1, "label", runs["fingerprint"].map(label_runs(records)))
     return runs
 

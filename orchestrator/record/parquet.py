@@ -29,7 +29,7 @@ CURVES_FILE = "curves.parquet"
 # Arrow type -> columns, in the order of the file. The types are fixed, because a type inferred from an empty
 # column would change once the column has values.
 _CONFIGURATION = {
-    "string": "variant task model model_content dtype targets schedule task_revision base_dropout "
+    "string": "variant task task_title model model_content dtype targets schedule task_revision base_dropout "
     "test_evaluations",
     "int64": "seed rank steps_horizon batch_size accumulation max_length task_train_size "
     "task_validation_size task_test_size task_numerics evaluations variant_numerics loop_numerics",
@@ -57,8 +57,8 @@ def write_parquet(store: Store, output: Path | None = None) -> Path:
 
     Args:
         store: The store.
-        output: The folder with the studies' folders, from which the column `studies` is filled. None: its
-            lists are empty.
+        output: The folder with the studies' folders, from which the column `studies` is filled, and
+            `task_title` for users' tasks. None: the lists are empty, and the title is the task's name.
 
     Returns:
         The path of `records.parquet`.
@@ -66,10 +66,10 @@ def write_parquet(store: Store, output: Path | None = None) -> Path:
     import pyarrow as pa
     import pyarrow.parquet
 
-    studies = _studies_by_fingerprint(output) if output is not None else {}
+    studies, titles = _read_studies(output) if output is not None else ({}, {})
     rows, curves = [], []
     for record in store.records():  # not all records at once, because their curves are large
-        rows.append(to_row(record, studies.get(record.fingerprint, ())))
+        rows.append(to_row(record, studies.get(record.fingerprint, ()), titles))
         curves.append(_curve_table(record))
     tables = {PARQUET_FILE: _runs_table(rows), CURVES_FILE: _concatenate(curves)}
     for name, table in tables.items():
@@ -78,24 +78,29 @@ def write_parquet(store: Store, output: Path | None = None) -> Path:
     return store.root / PARQUET_FILE
 
 
-def _studies_by_fingerprint(output: Path) -> dict[str, list[str]]:
-    """Return the names of the studies that have requested each configuration."""
+def _read_studies(output: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return fingerprint -> names of the studies that have requested it, and content of a task -> title."""
     studies: dict[str, list[str]] = {}
+    titles: dict[str, str] = {}
     try:
         for name, (_, study) in read_studies(output).items():
             for fingerprint in study.configurations:
                 studies.setdefault(fingerprint, []).append(name)
+            titles |= {source.content: source.title for source in study.sources if source.title}
     except UsageError as error:  # another study's file must not prevent this study's report
         _log.warning("%s: the column `studies` of %s is empty: %s", output, PARQUET_FILE, error)
-        return {}
-    return studies
+        return {}, {}
+    return studies, titles
 
 
-def runs_table(records: Iterable[Record], studies: Mapping[str, Sequence[str]]) -> pa.Table:
+def runs_table(
+    records: Iterable[Record], studies: Mapping[str, Sequence[str]], titles: Mapping[str, str]
+) -> pa.Table:
     """Return one row per record.
 
     Columns: `fingerprint`; `studies`; every hyperparameter under its name in `Configuration.to_columns()` (a
-    variant's own as `variant_<name>`, numbers as float64); `state`, `reason`, `steps`; `validation_score` and
+    variant's own as `variant_<name>`, numbers as float64); `task_title`, the name of the task for a reader;
+    `state`, `reason`, `steps`; `validation_score` and
     `test_score` as in `Record.score`; the same metric for the untrained base; every score of the last
     evaluation of a split as `validation_<score>` and `test_<score>`, for any state; cost and provenance
     (`versions` is a JSON object, times are UTC). The table's metadata has the version of the schema under
@@ -104,8 +109,9 @@ def runs_table(records: Iterable[Record], studies: Mapping[str, Sequence[str]]) 
     Args:
         records: The records.
         studies: Fingerprint -> names of the studies that have requested it.
+        titles: Content of a user's task -> its title.
     """
-    return _runs_table([to_row(record, studies.get(record.fingerprint, ())) for record in records])
+    return _runs_table([to_row(record, studies.get(record.fingerprint, ()), titles) for record in records])
 
 
 def curves_table(records: Iterable[Record]) -> pa.Table:
@@ -117,20 +123,22 @@ def curves_table(records: Iterable[Record]) -> pa.Table:
     return _concatenate([_curve_table(record) for record in records])
 
 
-def to_row(record: Record, studies: Sequence[str] = ()) -> dict[str, Any]:
+def to_row(record: Record, studies: Sequence[str], titles: Mapping[str, str]) -> dict[str, Any]:
     """Return a record as a row of `runs_table`.
 
     Args:
         record: The record.
         studies: Names of the studies that have requested it.
+        titles: Content of a user's task -> its title.
 
     Returns:
         Column -> value; times are in milliseconds since the epoch.
     """
-    metric = record.configuration.task.metric
+    task, metric = record.configuration.task, record.configuration.task.metric
     cost, provenance = record.cost, record.provenance
     columns: dict[str, Any] = {"fingerprint": record.fingerprint, "studies": list(studies)}
     columns |= record.configuration.to_columns()
+    columns["task_title"] = titles.get(task.content, task.name)
     for evaluation in record.evaluations:  # in the order of steps, so that the last one stays
         columns |= {f"{evaluation.split}_{name}": float(v) for name, v in evaluation.scores.items()}
     for split in ("validation", "test"):

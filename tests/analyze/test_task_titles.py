@@ -6,12 +6,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from synthetic import record
 
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.study_description import describe_study
+from orchestrator.analyze.study_frames import load
 from orchestrator.analyze.task_titles import entitle
+from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
 
 
@@ -45,6 +49,26 @@ def test_an_own_task_is_shown_by_its_title_everywhere(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["panels"][0]["task"] == "mails by topic"
     assert "mails by topic" in (tmp_path / "curves.svg").read_text()
     assert "Best points: mails by topic" in describe_study(study, records).text
+
+
+def test_tables_have_the_title_beside_the_name_of_the_file(tmp_path: Path) -> None:
+    records = [own("c" * 16, "old_name.py"), record(task="letters"), record(task="words")]
+    store = Store(tmp_path / "store")
+    for each in records:
+        store.put(each)
+    sources = (Source("c" * 16, "mail_task.py", title="mails by topic"),)
+    study = StudyFile("own", "", "x", tuple(each.fingerprint for each in records), sources=sources)
+    study.write(tmp_path / "own")
+    titles = {"mails by topic", "letters", "words"}
+    loaded = load("own", output=tmp_path)
+    for frame in (loaded.runs, loaded.points):
+        assert dict(zip(frame["task_title"], frame["task"], strict=True)) == {
+            "mails by topic": "mail_task.py",
+            "letters": "letters",
+            "words": "words",
+        }
+    assert {panel.task for panel in loaded.summary.panels} == titles
+    assert set(pq.read_table(write_parquet(store, tmp_path))["task_title"].to_pylist()) == titles
 
 
 def test_two_tasks_with_one_title_stay_two() -> None:

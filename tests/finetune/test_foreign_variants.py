@@ -148,7 +148,7 @@ def test_views_of_a_record_take_the_name(name: str, tmp_path: Path) -> None:
     assert f"--variants {one.variant.name} " in narrowed
     assert f"{name}.factor=4" in narrowed
     assert "lora.rank" not in narrowed
-    rows = parquet.runs_table([record, solo(configuration(steps=8, evaluations=4), tmp_path)], {})
+    rows = parquet.runs_table([record, solo(configuration(steps=8, evaluations=4), tmp_path)], {}, {})
     assert rows.column("variant").to_pylist()[0] == one.variant.name
     assert rows.column("variant_revision").to_pylist() == [one.variant.revision, None]
     summary = write_report(StudyFile("s", "?", command), [record], tmp_path / "report", "sqlite:///x.db")
