@@ -54,15 +54,19 @@ def parse_with_config(
     check_retired_options(words)
     import tyro
 
+    from orchestrator.cli.option_help import OPTION_HELP
+
     config_path = find_value(words, "--config")
     config = read_config(Path(config_path), options_class) if config_path else None
-    arguments = tyro.cli(
-        grouped_arguments(options_class, find_value(words, "--preset"), config),
-        prog=program or None,
-        args=list(words),
-        description=wrap_description(f"{description.strip()}\n\n{known_names()}"),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
+    arguments_class = grouped_arguments(options_class, find_value(words, "--preset"), config)
+    with OPTION_HELP:
+        arguments = tyro.cli(
+            arguments_class,
+            prog=program or None,
+            args=list(words),
+            description=wrap_description(f"{description.strip()}\n\n{known_names()}"),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
     groups = [getattr(arguments, each.name) for each in fields(arguments)]
     values = {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
     try:

@@ -130,10 +130,14 @@ def _parse(options_class: type[Any], description: str, words: Sequence[str], pro
         return parse_options(description, options_class, words, program)
     import tyro
 
+    from orchestrator.cli.option_help import OPTION_HELP
     from orchestrator.study.retired_options import check_retired_options
 
     check_retired_options(words)
-    return tyro.cli(options_class, prog=program, args=list(words), description=wrap_description(description))
+    with OPTION_HELP:
+        return tyro.cli(
+            options_class, prog=program, args=list(words), description=wrap_description(description)
+        )
 
 
 def _program() -> str:

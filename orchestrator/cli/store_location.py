@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from orchestrator.study.option_groups import default_output
 from orchestrator.study.study_name import DEFAULT_STORE_NAME
@@ -18,7 +15,7 @@ class StoreLocation:
 
     output: Path = field(default_factory=default_output)
     """Folder with a subfolder for each study. Default: ORCHESTRATOR_OUTPUT, else `results`."""
-    store: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    store: Path | None = None
     """Folder of the records; by default OUTPUT/store."""
 
     @property

@@ -2,7 +2,7 @@
 
     lora-orchestrator published                   all four tasks
     lora-orchestrator published --task gsm8k      one of them
-    lora-orchestrator published --overlay STUDY   with the curves of a study of your own over them
+    lora-orchestrator published --overlay STUDY   with your study beside it
 
 No model is trained or loaded. The command prints verdicts and tables, and writes report.html, pictures and
 summary.json to <output>/published.

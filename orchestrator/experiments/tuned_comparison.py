@@ -1,6 +1,6 @@
 """Does tuned LoRA match or beat most of its variants?
 
-    lora-orchestrator tuned --dry-run         a rehearsal without a GPU, on two tasks
+    lora-orchestrator tuned --dry-run         a rehearsal, no GPU, two tasks
     lora-orchestrator tuned                   the study, on GPUs
     lora-orchestrator tuned --search optuna   tuned by searches
 

@@ -277,8 +277,8 @@ class OutputOptions:
     tracker: tuple[str, ...] = ("none",)
     """Programs that show the runs beside MLflow: `wandb` (Weights & Biases), `tensorboard`, or both."""
     save_adapters: Literal["none", "best", "all"] = "best"
-    """Trained adapters that the store keeps for `python -m orchestrator export`: of each variant and task the
-    one with the best validation score, all, or none."""
+    """Trained adapters that the store keeps for the command `export`: of each variant and task the one with
+    the best validation score, all, or none."""
     plan: bool = False
     """Print what would be trained, what the store has already, the estimated time, and the GPU hours and
     their price; start nothing."""

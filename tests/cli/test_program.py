@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from in_process import ORCHESTRATOR, Run
 
 from orchestrator.cli.commands import COMMANDS
+from orchestrator.cli.option_help import TEXT_METAVARS
 from orchestrator.experiments.catalogue import experiments
 
 
@@ -28,11 +30,17 @@ def test_the_help_of_a_command_fits_the_terminal(name: str, run: Run, tmp_path: 
     done = run(script, name, "--help")
     assert done.returncode == 0
     assert f"usage: lora-orchestrator {name} " in done.stdout
-    wide = [line for line in done.stdout.splitlines() if len(line) > 80 and not line.startswith("    ")]
-    assert not wide, "only examples of commands may be wider"
+    assert not [line for line in done.stdout.splitlines() if len(line) > 80]
+    assert "None" not in done.stdout, "a word for the reader, or no word"
+    assert "[STR" not in done.stdout
     if name in ("study", "tuned", "sensitivity", "early-stopping", "check"):
         words = done.stdout.split()
         assert {"lora", "pissa", "letters", "metamathqa", "--variants"} <= set(words)
+
+
+def test_every_word_for_a_value_is_that_of_an_option() -> None:
+    classes = [*COMMANDS.values(), *(each.options_class for each in experiments().values())]
+    assert TEXT_METAVARS.keys() <= {field.name for each in classes for field in fields(each)}
 
 
 def test_an_unknown_command_is_refused_with_the_nearest(run: Run) -> None:
