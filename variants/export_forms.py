@@ -71,7 +71,7 @@ def peft_obstacle(variant: Variant) -> str:
     return {
         AdaptationScope.FULL_MODEL: "every weight of the model is trained, and there is no adapter",
         AdaptationScope.HEAD_ONLY: "only the head is trained, and there is no adapter",
-    }.get(variant.adaptation_scope, "it has no conversion to PEFT's format")
+    }.get(variant.adaptation_scope, variant.peft_obstacle)
 
 
 def vllm_obstacle(config: Mapping[str, Any]) -> str:

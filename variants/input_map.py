@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from variants import api
+from variants.baseline.lora import LORA_PEFT
 
 
 class InputMap(api.Variant):
@@ -74,6 +75,32 @@ class InputMap(api.Variant):
             return out
         product = out if layer.bias is None else out - layer.bias
         return (out + self.map_product(product, params, layer)).to(out.dtype)
+
+
+class LowRankMap(InputMap):
+    """An `InputMap` whose update is a product of few ranks, W' - W = B A. It is exported as a LoRA."""
+
+    peft = LORA_PEFT
+
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
+        """Return A (`export_rank`, in) and B (out, `export_rank`).
+
+        Args:
+            params: One lane's tensors of the layer.
+            layer: The frozen layer, with the lane's settings.
+        """
+        raise NotImplementedError
+
+    def delta_weight(self, params: api.Params, layer: api.FrozenLayer) -> Tensor:
+        a, b = self.factors(params, layer)
+        return b @ a
+
+    def to_peft(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Tensor]:
+        a, b = self.factors(params, layer)
+        return super().to_peft({"A": a, "B": b}, layer)
+
+    def peft_config(self, settings: api.VariantSettings) -> dict[str, Any]:
+        return {**super().peft_config(settings), "lora_alpha": self.export_rank(settings)}
 
 
 class FrozenProduct(torch.autograd.Function):

@@ -61,6 +61,8 @@ class PeftFormat:
     peft: ClassVar[PeftMethod | None] = None
     """The method's description for PEFT; None if PEFT does not have the method. A subclass that does not
     define this attribute itself loads no adapters: what it exports, its parent class loads."""
+    peft_obstacle: ClassVar[str] = "it has no conversion to PEFT's format"
+    """Why a variant without `peft` cannot be exported to PEFT: the rest of a sentence about the variant."""
 
     def export_rank(self, settings: VariantSettings) -> int:
         """Return the rank of the exported adapter.
@@ -94,6 +96,17 @@ class PeftFormat:
         config = {name: value for name, value in values.items() if name is not None}
         own = {name: settings.extra[ours] for ours, name in peft.fields.items()}
         return {"peft_type": peft.peft_type, **config, **own, **peft.constants}
+
+    def peft_layer_fields(self, params: Params, layer: FrozenLayer) -> dict[str, Any]:
+        """Return the fields of PEFT's config that have a value of their own for each layer.
+
+        For each of them PEFT has a field NAME_pattern, which maps layers to values.
+
+        Args:
+            params: One lane's tensors of the layer.
+            layer: The frozen layer, with the lane's settings.
+        """
+        return {}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
         """Return the settings that a PEFT config of this method describes.

@@ -132,7 +132,7 @@ def save_peft(
     Raises:
         UnsupportedError: PEFT does not have the method, or not for layers of this type.
     """
-    settings, peft = adapters.lane_settings(lane), adapters.variant.peft
+    peft = adapters.variant.peft
     if peft is None:
         raise UnsupportedError(
             f"{adapters.variant.name} cannot be exported: {peft_obstacle(adapters.variant)}"
@@ -142,18 +142,14 @@ def save_peft(
             f"{adapters.variant.name} cannot be exported: PEFT has this method for layers of type Linear only"
         )
     heads = _saved_modules(adapters, lane, task_type)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in adapters.layers.items():
-        lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
-        for key, tensor in adapters.variant.to_peft(lane_tensors, layer.lane_layer(lane)).items():
-            tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor
+    tensors, method_fields = _convert_layers(adapters, lane)
     for group in adapters.layer_groups.values():
         for key, peft_key in peft.group_names.items():
             tensors[f"{PEFT_ROOT}{peft_key}"] = group.lane_tensors(lane)[key]
     for name, head in heads.items():
         tensors |= {f"{PEFT_PREFIX}{name}.{key}": tensor for key, tensor in head.items()}
     config = {
-        **adapters.variant.peft_config(settings),
+        **method_fields,
         **_model_fields(adapters),
         "base_model_name_or_path": base_model_name,
         "revision": base_model_revision,
@@ -165,6 +161,22 @@ def save_peft(
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(copies, folder / TENSORS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _convert_layers(adapters: Adapters, lane: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the layers' tensors in PEFT's file, and the fields of adapter_config.json that describe them."""
+    variant = adapters.variant
+    tensors: dict[str, Tensor] = {}
+    fields = variant.peft_config(adapters.lane_settings(lane))
+    for name, layer in adapters.layers.items():
+        lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
+        lane_layer = layer.lane_layer(lane)
+        for key, tensor in variant.to_peft(lane_tensors, lane_layer).items():
+            tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor
+        for field, value in variant.peft_layer_fields(lane_tensors, lane_layer).items():
+            if value != fields[field]:
+                fields.setdefault(f"{field}_pattern", {})[name] = value
+    return tensors, fields
 
 
 def _model_fields(adapters: Adapters) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import (
     BOFTConfig,
+    C3AConfig,
     HiraConfig,
     HRAConfig,
     LNTuningConfig,
@@ -57,6 +58,10 @@ def save_with_peft(folder: Path, config: PeftConfig, base: nn.Module) -> torch.T
         (LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], use_rslora=True), "rslora"),
         (LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_dora=True), "dora"),
         (HiraConfig(r=3, target_modules=["up_proj"]), "hira"),
+        (
+            C3AConfig(block_size=8, target_modules=["q_proj", "up_proj"], block_size_pattern={"q_proj": 4}),
+            "c3a",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

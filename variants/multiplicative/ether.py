@@ -1,16 +1,18 @@
 """ETHER (Bini et al. 2024, arXiv 2405.20271): multiplies W by one reflection for each block of inputs."""
 
+import torch
 from torch import Tensor
 
 from variants import api
-from variants.input_map import InputMap
+from variants.input_map import LowRankMap
 from variants.rotations import multiply_rank_one, unit_rows
 
 
-class ETHER(InputMap):
+class ETHER(LowRankMap):
     """W' = W H, where H is block-diagonal with n blocks I - 2 u u^T / |u|^2 and n is `blocks`.
 
-    The vectors u (n, in / n) learn. The distance of H from I is the same for every u.
+    The vectors u (n, in / n) learn. The distance of H from I is the same for every u. An adapter is
+    exported as a LoRA of rank n.
 
     Initialization: u from U(-1/sqrt(in / n), 1/sqrt(in / n)), so W' differs from W at step 0 by a random
     reflection. Default: n = 1, as in the authors' code (with n = 32 the paper trains Llama-2-7B).
@@ -42,3 +44,10 @@ class ETHER(InputMap):
 
     def map_input(self, x: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return -2 * multiply_rank_one(x, params["u"], params["u"])
+
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
+        u = torch.block_diag(*unit_rows(params["u"]))
+        return u, -2 * layer.weight.to(layer.dtype) @ u.t()
+
+    def export_rank(self, settings: api.VariantSettings) -> int:
+        return int(settings["blocks"])

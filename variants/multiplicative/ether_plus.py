@@ -1,17 +1,19 @@
 """ETHER+ (Bini et al. 2024, arXiv 2405.20271): multiplies W on both sides by two opposed projections."""
 
+import torch
 from torch import Tensor
 
 from variants import api
-from variants.input_map import InputMap
+from variants.input_map import LowRankMap
 from variants.rotations import multiply_rank_one, unit_rows
 
 
-class ETHERPlus(InputMap):
+class ETHERPlus(LowRankMap):
     """W' = H_out W H_in, both block-diagonal with n = `blocks` blocks I - u u^T / |u|^2 + v v^T / |v|^2.
 
-    u and v (n, in / n) of H_in and `u_out` and `v_out` (n, out / n) of H_out learn. Initialization: u from
-    U(-1/sqrt(in / n), 1/sqrt(in / n)) and v = -u, likewise for the outputs, so W' = W.
+    u and v (n, in / n) of H_in and `u_out` and `v_out` (n, out / n) of H_out learn. An adapter is exported
+    as a LoRA of rank 4 n.
+    Initialization: u from U(-1/sqrt(in / n), 1/sqrt(in / n)) and v = -u, likewise for the outputs, so W' = W.
     Default: n = 1, as in the authors' code (with n = 32 the paper trains Llama-2-7B).
     Deviations for n > 1: the blocks of H_in, and for queries, keys and values the length of the vectors, as
     in `ether`. The blocks of H_out agree with the authors' code. Its dropout (0 by default) is not offered.
@@ -39,6 +41,18 @@ class ETHERPlus(InputMap):
 
     def map_product(self, product: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         return _change(product, params["u_out"], params["v_out"], params["d_out"])
+
+    def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
+        rows = {name: torch.block_diag(*t) for name, t in self.prepare(params, layer).items()}
+        weight = layer.weight.to(layer.dtype)
+        a, b = torch.cat([rows["d"], -rows["u"]]), weight @ torch.cat([rows["v"], rows["d"]]).t()
+        # H_out changes the product with W H_in.
+        a_out = torch.cat([rows["d_out"], -rows["u_out"]]) @ (weight + b @ a)
+        b_out = torch.cat([rows["v_out"], rows["d_out"]]).t()
+        return torch.cat([a, a_out]), torch.cat([b, b_out], dim=1)
+
+    def export_rank(self, settings: api.VariantSettings) -> int:
+        return 4 * settings["blocks"]
 
 
 def _change(x: Tensor, u: Tensor, v: Tensor, d: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """C3A (Chen et al. 2024, arXiv 2407.19342): circular convolutions of blocks of the input."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ class C3A(api.Variant):
     Rule, initialization and default are those of PEFT, which is the authors' code. The blocks are applied by
     FFT, in float32 or float64. PEFT recommends a learning rate of about 0.1.
 
-    Deviations: PEFT refuses a layer whose sides `block_size` does not divide. Its backward pass (0.21) has a
-    wrong gradient of the layer's input, which the layers before it receive; here autograd computes it.
+    Deviations: PEFT refuses a layer whose sides `block_size` does not divide; an exported adapter names b for
+    each such layer. PEFT's backward pass (0.21) has a wrong gradient of the layer's input, which the layers
+    before it receive; here autograd computes it.
     """
 
     parameters = "in * out / gcd(block_size, in, out)"
@@ -30,6 +32,15 @@ class C3A(api.Variant):
     typical_lr_scale = 100.0
     uses_rank = uses_alpha = uses_dropout = False
     hyperparameters = {"block_size": api.Int(256, help="side of a circulant block")}
+    peft = api.PeftMethod(
+        "C3A",
+        {"w": "c3a_kernel"},
+        rank=None,
+        alpha=None,
+        dropout=None,
+        fields={"block_size": "block_size"},
+        adapts_conv1d=False,
+    )
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         block = math.gcd(layer.settings["block_size"], *layer.shape)
@@ -47,6 +58,9 @@ class C3A(api.Variant):
         position = torch.arange(w.shape[2], device=w.device)
         blocks = w[..., (position - position.unsqueeze(1)) % w.shape[2]]
         return blocks.transpose(1, 2).reshape(layer.shape) / layer.shape[1]
+
+    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
+        return {"block_size": params["w"].shape[2]}
 
 
 def _multiply(x: Tensor, w: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ class FourierFT(DenseUpdate):
     Rule, initialization and defaults are those of PEFT. The paper's scale for LLaMA and ViT is 300. As with
     the paper's shared entries, layers of equal shape have equal locations; they follow from the lane's seed.
 
-    Deviations: PEFT draws the locations from a fixed seed, which is why lanes cannot be exported to it. In a
-    layer with fewer than `frequencies` weights, which PEFT refuses, every entry is trainable.
+    A lane cannot be exported to PEFT, whose file holds the entries without their locations: PEFT draws other
+    ones, from a seed in its config. `peft:FOURIERFT` trains with PEFT's locations.
+
+    Deviation: in a layer with fewer than `frequencies` weights, which PEFT refuses, every entry is trainable.
     """
 
     parameters = "min(frequencies, in * out)"
@@ -34,6 +36,7 @@ class FourierFT(DenseUpdate):
         "frequencies": api.Int(1000, help="number of trainable spectral entries of a layer"),
         "scale": api.Number(150.0, above=0, help="factor in front of the update"),
     }
+    peft_obstacle = "PEFT draws the locations from a seed of its own; `peft:FOURIERFT` trains with PEFT's"
 
     def init(self, layer: api.FrozenLayer, random: api.LayerRandom) -> api.InitialTensors:
         count = min(layer.settings["frequencies"], layer.shape[0] * layer.shape[1])
