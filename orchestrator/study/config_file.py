@@ -26,11 +26,11 @@ from variants.variant_names import FILE_SUFFIX
 CONFIG_NAME = "study.yaml"
 """Name of the file in a study's folder."""
 UNSAVED = ("config", "on", "stop")
-"""Options that say where a command runs, which are no part of the study."""
+"""Options that are not written: they do not belong to the study, but to one command."""
 PATH_OPTIONS = ("data", "validation_data", "test_data", "model", "output", "store")
 """Options whose words may be files or folders."""
 CODE_OPTIONS = ("task", "variants")
-"""Options whose words are files if they end in .py, and else names."""
+"""Options whose words are files if they end in .py, and names otherwise."""
 _OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
@@ -45,11 +45,14 @@ class ConfigFile:
     """Field -> line of its key, from 1."""
 
     def locate(self, error: UsageError, words: Sequence[str]) -> UsageError:
-        """Return an error on the value of an option with the file and the line that hold the value.
+        """Add this file and a line to an error about an option whose value comes from the file.
 
         Args:
             error: The error.
             words: The words of the command line, whose options replace those of the file.
+
+        Returns:
+            The error with file and line, or `error` itself if it names no option of the file.
         """
         typed = {word.partition("=")[0].replace("_", "-") for word in words}
         for name in _OPTION.findall(str(error)):

@@ -10,7 +10,7 @@ from orchestrator.study import bounds
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 ROLES = ("prompt", "completion", "messages", "text", "text1", "text2", "label", "image", "split")
-"""What a column can be, as --columns names it."""
+"""The roles of columns in --columns ROLE=COLUMN."""
 METRICS = (
     "exact_match", "numeric", "token_f1",
     "accuracy", "f1", "macro_f1", "matthews",

@@ -15,14 +15,18 @@ from orchestrator.study.retired_options import RETIRED_OPTIONS
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 
 LISTS = ("variants", "task", "learning_rates", "factors", "tracker")
-"""Options whose words may also be lists with commas."""
+"""Options that accept several words in one, separated by commas."""
 PAIRS = ("set", "space", "columns")
-"""Options of NAME=VALUE words, which may also be mappings."""
+"""Options of NAME=VALUE words, which a file or Python may give as a mapping."""
 _RULES = {int: "must be a whole number", float: "must be a number", bool: "must be true or false"}
 
 
 def field_name(key: str, options_class: type[Any]) -> str:
-    """Return the field of an option in any spelling: `learning-rates`, `--learning_rates`.
+    """Return the name of the field of an option.
+
+    Args:
+        key: The option in any spelling: `learning-rates`, `--learning_rates`.
+        options_class: The class of the options.
 
     Raises:
         UsageError: There is no such option; the error names the nearest one.
@@ -66,9 +70,9 @@ def convert(name: str, value: object, options_class: type[Any]) -> Any:
 
 
 def split_lists(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options in which `lora,dora` is two words, for the options in `LISTS`.
+    """Return options (field -> value) in which a word such as `lora,dora` is split at its commas.
 
-    A word with a comma that is the path of a file is left as it is.
+    This concerns the options in `LISTS`. A word that is the path of a file is not split.
     """
     return {
         name: tuple(part for word in value for part in _split(word))

@@ -13,8 +13,8 @@ from orchestrator.study.presets import preset_defaults
 def given_values(options: StudyOptions, existing: Collection[str]) -> dict[str, Any]:
     """Return the options that differ from their defaults: field -> value.
 
-    The defaults are those of the class, or of the preset if one is chosen. An option that is None is left
-    out. Options that are made of the result are equal to `options`.
+    The defaults are those of the class, or those of the preset if one is chosen. An option that is None is
+    left out. A command with the result as its options has the same options.
 
     Args:
         options: The options.
@@ -28,7 +28,7 @@ def given_values(options: StudyOptions, existing: Collection[str]) -> dict[str, 
 
 
 def option_words(values: Mapping[str, Any]) -> list[str]:
-    """Return options (field -> value) as the words of a command, in one spelling however they were typed."""
+    """Return options (field -> value) as words of a command: `--learning-rates 1e-4 1e-3`."""
     words: list[str] = []
     for name, value in values.items():
         words.append(option_flag(name))

@@ -15,11 +15,11 @@ from orchestrator.study.study_name import DEFAULT_STORE_NAME
 def own_command(
     words: Sequence[str], like: str, output: Path | None = None, store: Path | None = None
 ) -> str:
-    """Return a command of this program on an output folder and a store.
+    """Return a command of this program, with the options for its output folder and store.
 
     Args:
         words: The subcommand and its arguments.
-        like: A command of the same form: of the installed program, or of Python.
+        like: A command whose form is taken over: `lora-orchestrator ...` or `python ...`.
         output: The output folder; it is left out if it is the default or None.
         store: The store; it is left out if it is None or the default store of `output`.
     """

@@ -13,7 +13,7 @@ from pathlib import PurePath
 from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM
 
 MODULE_WORDS = ("python", "-m", "orchestrator")
-"""The same program in a clone that is not installed."""
+"""The words that start the program where its package is not installed."""
 CURVE_SCRIPT, TUNED_SCRIPT, FACTOR_SCRIPT = "lr_sensitivity", "tuned_comparison", "hyperparameter_sensitivity"
 _SHORT_NAMES = {CURVE_SCRIPT: "study", TUNED_SCRIPT: "tuned", FACTOR_SCRIPT: "sensitivity"}
 """Scripts whose command has another name than the script."""
@@ -30,7 +30,7 @@ def script_name(command: str) -> str:
 
 
 def find_script(command: str) -> str:
-    """Return the script of a shell command of any form, without `.py`; empty if it is none."""
+    """Return the script that a shell command of any form starts, without `.py`; empty if it starts none."""
     words = shlex.split(command)
     place = _program_place(words)
     if place is None:
@@ -55,7 +55,7 @@ def replace_script(command: str, script: str) -> str:
 
 
 def program_of(command: str) -> str:
-    """Return a shell command without its options."""
+    """Return the words of a shell command that start a study: the program and its subcommand or script."""
     words = shlex.split(command)
     place = _program_place(words)
     return shlex.join(words[: 1 if place is None else place + 1])

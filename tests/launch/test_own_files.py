@@ -195,6 +195,7 @@ def test_what_a_configuration_computes_makes_another_one(mine: Path) -> None:
         ("learning_rates=(1e-3,)", "learning_rates=(1e-3, 1e-2)", True),
         ('"""Copy letters."""', "# Copy letters.", True),
         ("    floor = 0.0", "\n    floor = 0.0  # of a guess", True),
+        ("    floor = 0.0", "\x0c\n    floor = 0.0  # of a guess", True),
         ("    floor = 0.0", "    floor = 0.5", False),
         ('output = "teacher_forced"', 'output = "generation"', False),
         (
@@ -207,6 +208,12 @@ def test_what_a_configuration_computes_makes_another_one(mine: Path) -> None:
 def test_the_content_of_a_task_file_is_its_code(old: str, new: str, same: bool) -> None:
     assert old in TASK
     assert (hash_code(TASK, "a.py") == hash_code(TASK.replace(old, new), "b.py")) is same
+
+
+def test_a_task_file_may_have_a_byte_order_mark(mine: Path) -> None:
+    file = mine / "copy_task.py"
+    file.write_bytes(b"\xef\xbb\xbf" + TASK.encode())
+    assert tasks.load(str(file)).content == hash_code(TASK, "a.py")
 
 
 def test_records_that_were_made_under_full_paths_are_used(

@@ -213,7 +213,7 @@ def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str
     return {
         "format": FORMAT_VERSION,
         "task": task.content or task.name,
-        "file": "",  # of earlier versions
+        "file": "",  # earlier versions had a hash of a task's file here; the key must stay the same
         "revision": choice.revision,
         "split": split,
         "size": size,

@@ -1,7 +1,8 @@
-"""The file of a trained adapter in the store: the tensors of a lane, bit for bit, with a digest.
+"""The file of a trained adapter in the store: the exact tensors of a lane, with a digest.
 
-It has the tensors of a checkpoint without the optimizer's, `trainable/..` and `frozen/..`. The lane's
-configuration, which its record holds, says all the rest. Every variant can be saved in this form.
+The tensors are those of a checkpoint without the optimizer's: `trainable/NAME` and `frozen/NAME`. Everything
+else that is needed to restore the lane is in its configuration, which is in its record. Every variant can be
+saved in this form.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from variants.errors import UnsupportedError
 
 
 def write(path: Path, adapters: Adapters, fingerprint: str) -> None:
-    """Write the adapter of a lane; the file is complete or absent.
+    """Write the adapter of a lane to a file, which is then complete or absent.
 
     Args:
         path: The file; its folder is made.
         adapters: The adapters that hold the lane.
-        fingerprint: The lane.
+        fingerprint: The fingerprint of the lane.
 
     Raises:
-        OSError, SafetensorError: The file cannot be written.
+        OSError: The file cannot be written.
+        SafetensorError: The file cannot be written, as safetensors reports it.
     """
     tensors: dict[str, Tensor] = {}
     tensors |= {f"trainable/{name}": tensor for name, tensor in adapters.trainable(fingerprint).items()}
@@ -39,12 +41,12 @@ def write(path: Path, adapters: Adapters, fingerprint: str) -> None:
 
 
 def restore(path: Path, adapters: Adapters, configuration: Configuration) -> None:
-    """Add the lane that `write` has written.
+    """Read a file of `write` and add its lane to the adapters.
 
     Args:
         path: The file.
-        adapters: The adapters that get the lane, attached for the configuration.
-        configuration: The lane's configuration; its fingerprint becomes the lane's name.
+        adapters: The adapters that get the lane, attached to a base model as the configuration says.
+        configuration: The lane's configuration, whose fingerprint is the name of the lane.
 
     Raises:
         DamagedFileError: The file is damaged, or it holds another lane.

@@ -229,7 +229,12 @@ def _total_memory(device: torch.device) -> int:
 
 
 def check_versions(configuration: Configuration, variant: Variant, task: Task) -> None:
-    """Check that a configuration was made with this code of its variant and task.
+    """Check that a configuration was made with the present code of its variant and its task.
+
+    Args:
+        configuration: The configuration.
+        variant: Its variant, as the code here defines it.
+        task: Its task, as the code here defines it.
 
     Raises:
         RuntimeError: It was made with other code.

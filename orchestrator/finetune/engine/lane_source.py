@@ -66,7 +66,7 @@ class Report:
     train_loss: float
     """Training loss of that step, in nats per target (squared error for a regression task)."""
     curve: tuple[StepMetrics, ...] = ()
-    """A selection of the steps since the last report, for curves that grow while the lane trains."""
+    """Some of the steps since the last report (see `select_live_steps`), for curves that are shown live."""
 
 
 class LaneSource(Protocol):

@@ -1,4 +1,4 @@
-"""The storage of lanes' checkpoints, adapters and records, and of the lanes that fit into memory."""
+"""The storage of lanes' checkpoints, adapters and records, and of the number of lanes that memory holds."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ class LaneRecorder:
     ) -> RecordState:
         """Write the record of a lane that ends, and discard its checkpoints if the record is final.
 
-        The adapter of a finished lane is written before its record, so a lane with a record is never without
-        an adapter because of a crash in between. A lane that crashes there writes both again.
+        The adapter of a finished lane is written before its record. If the process ends between the two, the
+        lane has no record, is trained on from its checkpoint, and writes both.
 
         Args:
             lane: The lane.
@@ -259,8 +259,8 @@ class LaneRecorder:
     def _write_adapter(self, record: Record) -> Path | None:
         """Write the adapter of a finished lane if the study keeps it.
 
-        An error is only a warning, unless the device is lost: the adapter can be had by training the lane
-        again, and its record must not be lost.
+        An error gives a warning only, unless the device is lost: an adapter can be made by training the lane
+        again, but a record must not be lost.
 
         Returns:
             The file; None if no adapter was written.
@@ -270,7 +270,7 @@ class LaneRecorder:
         path = self.adapters / file_name(record)
         try:
             adapter_file.write(path, self.engine.lane_group.adapters, record.fingerprint)
-        except Exception as error:  # the record of a finished lane must not be lost for its adapter
+        except Exception as error:  # of any class: the record is written in any case
             if classify_error(error) is Fault.DEVICE:
                 raise
             self.warn(f"the adapter of {record.fingerprint[:12]} is not kept: {error}")
@@ -282,11 +282,11 @@ class LaneRecorder:
 
         Args:
             record: The record.
-            adapter: The file of its adapter, which is removed if the record finds no space, or if the store
-                keeps the record of another run.
+            adapter: The file of its adapter. It is removed to make space for the record if the disk is full,
+                and if the store has a final record of another run already.
 
         Returns:
-            False if a final record exists.
+            Whether the record was written: False if the store has a final one already.
         """
         while True:
             try:

@@ -159,7 +159,7 @@ def _cache_key_hash(configuration: Configuration) -> str:
     choice = configuration.task
     key_fields: dict[str, Any] = {
         "task": asdict(replace(choice, name="" if choice.content else choice.name)),
-        "file": "",  # of earlier versions
+        "file": "",  # earlier versions had a hash of a task's file here; the key must stay the same
         "model": [configuration.model.content, configuration.model.dtype],
         "length": configuration.batches.max_length,
         "loop": configuration.loop_numerics,

@@ -79,10 +79,10 @@ REGRESSION_METRICS: Mapping[str, Metric] = {"pearson": pearson}
 
 
 def check_metric(task: Task) -> None:
-    """Check that the metric of a task with a head exists.
+    """Check that the metric of a task with a head exists and suits the task's output.
 
     Raises:
-        UsageError: It does not, or does not suit the task's output.
+        UsageError: It does not.
     """
     if task.metric != INVERSE_PERPLEXITY or task.output != "classification":
         get_metric(task)

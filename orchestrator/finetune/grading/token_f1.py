@@ -1,4 +1,4 @@
-"""Grading by the words that a text shares with the reference: F1 of SQuAD (Rajpurkar et al. 2016)."""
+"""Grading of an answer by its words in common with the reference: F1 of SQuAD (Rajpurkar et al. 2016)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def grade(answer: str, reference: str) -> float:
-    """Return the F1 of an answer's words, without case, punctuation and articles, from 0 to 1.
+    """Return the F1 of an answer's words, from 0 to 1. Case, punctuation and articles do not count.
 
     Args:
         answer: The generated text.

@@ -1,4 +1,4 @@
-"""The longest row of a user's data in tokens of the study's model."""
+"""Lengths of the rows of a user's data in tokens of the study's model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ BLOCK_SIZE = 1_024
 
 
 def measure_max_length(task: Task, model: ModelChoice, bases: Path) -> int:
-    """Return the default of --max-length: the tokens of a user's longest row, else the task's own default.
+    """Return the default of --max-length.
+
+    For texts of a user's data it is the length of the longest row, rounded up to a multiple of 8. Any other
+    task has a default of its own.
 
     Args:
         task: The task.
-        model: The base model. If it is not prepared, the default is an estimate.
+        model: The base model. If it is not prepared, the length is estimated without its tokenizer.
         bases: The store's folder of base models.
 
     Raises:
@@ -78,7 +81,10 @@ def report_truncation(
 
 
 def _row_lengths(task: DataTask, tokenizer: Any) -> list[tuple[int, str]]:
-    """Return the number of tokens of each row that is cut to --max-length, and its place."""
+    """Return the number of tokens and the position of each row that is subject to --max-length.
+
+    Held-out rows are subject to it only if the task has a head: an answer is scored in full.
+    """
     assert task.splits is not None
     splits: tuple[Split, ...] = ("train", "validation", "test") if task.has_head else ("train",)
     placed = [each for split in splits for each in task.splits[split]]

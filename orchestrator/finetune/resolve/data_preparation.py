@@ -31,8 +31,9 @@ def prepare_datasets(
         bases: The store's folder of base models.
         folder: The store's folder of prepared data.
         progress: Called with one line for each thing that takes time.
-        may_truncate: Whether rows of a user's data are counted that are longer than the limit. That encodes
-            all of them once more, and there are none if the limit was measured (see `measure_max_length`).
+        may_truncate: Whether rows of a user's data may be longer than --max-length. They are then counted and
+            reported, for which all rows are encoded once more. False if the limit was measured (see
+            `measure_max_length`), so that no row is longer.
 
     Raises:
         UsageError: The data cannot be read or tokenised, or does not fit the model.

@@ -49,13 +49,14 @@ def resolve_tasks(
         default_tasks: The tasks to take if the options name none.
         default_variants: The variants to take if the options name none.
         bases: The store's folder of base models.
-        add_pins: Whether the commit of a dataset of the hub is noted there.
+        add_pins: Whether the commits of hub datasets that are used for the first time are stored there.
 
     Returns:
         The result of `resolve_options` for each distinct task, in the order of the options.
 
     Raises:
-        UsageError: A name or a value is wrong, see `resolve_options`.
+        UsageError: A name or a value is wrong (see `resolve_options`), data are not as required, or two
+            different tasks have the same name.
     """
     hub_data.set_pin_folder(bases, add_pins)  # before data are read
     names = dict.fromkeys(load_data_tasks(options) or options.task or default_tasks)
@@ -71,10 +72,10 @@ def resolve_tasks(
 
 
 def load_data_tasks(options: StudyOptions) -> list[str]:
-    """Read the data of --data, register a task for each of them, and return the names of the tasks.
+    """Read each source of --data, register its task in the catalogue, and return the names of the tasks.
 
     Raises:
-        UsageError: The data are not as required, or two of them have one name.
+        UsageError: The data are not as required, or two sources have the same name.
     """
     sources: dict[str, str] = {}
     other_tasks = (*tasks.names(), *tasks.entry_points_by_name())
@@ -136,11 +137,17 @@ def resolve_options(
 
 
 def load_variants(typed_names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the variants that a user has named, without repetitions; files are read.
+    """Import the variants that a user has named.
+
+    Args:
+        typed_names: Names in any spelling, and paths of Python files.
+
+    Returns:
+        The names as configurations have them, each of them once.
 
     Raises:
         UsageError: There is no such variant, one from outside this project cannot be imported, or two files
-            have one name.
+            have the same name or the same content.
     """
     typed_by_name: dict[str, str] = {}
     for typed in typed_names:

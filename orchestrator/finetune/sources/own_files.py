@@ -1,7 +1,7 @@
-"""The files of a user in the store: the code of tasks and variants, and how data files are read, by content.
+"""Entries of users' files in the store: the code of tasks and variants, and the descriptions of data tasks.
 
-A worker on another machine finds the code of a configuration here, wherever the user's file lies. A study
-writes the entries before it trains:
+The name of an entry has the content of the file in it, so a worker on another machine finds what a
+configuration needs without the user's file. A study writes the entries before it trains:
 
     <store>/data/task-3f9c0a1b2c3d4e5f.json       <store>/data/variant-77aa10c9b2e4d5f6.json
 """
@@ -16,11 +16,14 @@ from orchestrator.util.errors import UsageError
 from orchestrator.util.keyed_folder import KeyedFolder
 
 Kind = Literal["task", "data", "variant", "adopted"]
-"""What an entry describes; "adopted": that records of an earlier version were looked for."""
+"""What an entry describes. An "adopted" one notes that a study has searched the store for records of an
+earlier version."""
 
 
 def write_entry(folder: Path, kind: Kind, content: str, data: Mapping[str, str]) -> None:
-    """Write an entry, unless there is an equal one. The file of a task may change without its content.
+    """Write an entry, unless there is an equal one.
+
+    An entry with other fields is replaced: task files that differ in their comments have the same content.
 
     Args:
         folder: The store's folder of prepared data.
@@ -33,7 +36,13 @@ def write_entry(folder: Path, kind: Kind, content: str, data: Mapping[str, str])
 
 
 def has_entry(folder: Path, kind: Kind, content: str) -> bool:
-    """Return whether there is an entry; the parameters are those of `write_entry`."""
+    """Return whether there is an entry.
+
+    Args:
+        folder: The store's folder of prepared data.
+        kind: What the entry describes.
+        content: The content of the task, or the revision of the variant.
+    """
     return _read_entry(folder, kind, content) is not None
 
 

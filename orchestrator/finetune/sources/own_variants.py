@@ -1,4 +1,4 @@
-"""Variants in users' files, which any machine finds in the store by their content."""
+"""The variants in users' files: written to the store, and read from there on any machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BYTES_AS_TEXT = "latin-1"
 
 
 def find(choice: VariantChoice, folder: Path) -> Variant:
-    """Return the variant of a configuration; a user's file need not exist on this machine.
+    """Return the variant of a configuration. The user's file of a variant need not be on this machine.
 
     Args:
         choice: The variant of a configuration.

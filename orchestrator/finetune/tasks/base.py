@@ -42,8 +42,8 @@ Output = Literal["teacher_forced", "generation", "classification", "regression"]
 - regression: a head predicts a number (squared error).
 """
 INVERSE_PERPLEXITY = "inverse_perplexity"
-"""A metric of teacher-forced answers and of classes: exp(-loss), from 0 to 1. The loss itself is no metric,
-since a higher score is a better one everywhere, and each task has a lowest score, its floor."""
+"""A metric of teacher-forced answers and of classes: exp(-loss), from 0 to 1. It takes the place of the loss,
+which cannot be a metric: a higher score must be better, and a task must have a lowest score, its floor."""
 GradeAt = Literal["every_evaluation", "last_evaluation"]
 """The evaluations in which answers are generated and graded. With "last_evaluation" the earlier ones compute
 the loss only, which takes a small part of the time and is all that early stopping needs."""
@@ -252,7 +252,7 @@ class Task(TextEncoder):
         return TaskChoice(self.name, revision, *sizes, self.metric, self.floor, self.numerics, self.content)
 
     def entry(self) -> dict[str, str]:
-        """Return what the store keeps of a user's task, so that any machine can make it: see `own_files`."""
+        """Return the fields from which any machine can make a user's task again (see `own_files`)."""
         return {"path": self.source, "source": self.code}
 
     def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:

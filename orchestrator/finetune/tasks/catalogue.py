@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import tokenize
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -25,11 +26,11 @@ from variants.variant_names import FILE_SUFFIX
 
 
 def load(name: str) -> Task:
-    """Return the task that a user has named; a file is read even if another one of its name was before.
+    """Return the task that a user has named. A Python file is read anew each time.
 
     Args:
         name: The name of a built-in task or of an entry point, or the path of a Python file with a task. The
-            name of the task is then the name of the file.
+            task of a file is called like the file.
 
     Raises:
         UsageError: There is no such task, or the file contains no valid one.
@@ -60,18 +61,21 @@ def get(name: str) -> Task:
 
 
 def register(task: Task) -> Task:
-    """Make a task of the user available to `get` under its name, in place of another one of that name."""
+    """Register a user's task for `get` under its name, in place of an earlier one, and return it."""
     _own_tasks[task.name] = task
     return task
 
 
 def find(choice: TaskChoice, folder: Path, entry: Mapping[str, str] | None = None) -> Task:
-    """Return the task of a configuration; a user's file need not exist on this machine, but a package must.
+    """Return the task of a configuration.
+
+    A user's file need not exist on this machine: it is made of its entry in the store. A package with the
+    task must be installed.
 
     Args:
         choice: The task of a configuration.
         folder: The store's folder of prepared data.
-        entry: The task's `entry()`, if it is not in the store yet.
+        entry: The task's `entry()`; None to read it from the store.
 
     Raises:
         UsageError: There is no such task, the store has no entry of its content, or the installed package has
@@ -122,8 +126,9 @@ def _read_code(path: str) -> str:
     if not os.path.isfile(path):  # Path.is_file raises OSError if a name is too long
         raise UsageError(f"Task file {path!r} does not exist. {suggest_nearest(Path(path).stem, names())}")
     try:
-        return Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with tokenize.open(path) as file:  # in the encoding that the file declares
+            return file.read()
+    except (OSError, UnicodeDecodeError, SyntaxError) as error:
         raise UsageError(f"Task file {path!r} cannot be read ({error})") from None
 
 

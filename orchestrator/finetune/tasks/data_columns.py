@@ -48,7 +48,7 @@ USUAL_PAIRS = (
     ("question", "sentence"),
     ("query", "passage"),
 )
-"""The names of two texts."""
+"""The usual names of the two texts of a pair, the most usual first."""
 
 
 @dataclass(frozen=True)

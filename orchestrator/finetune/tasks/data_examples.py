@@ -22,7 +22,7 @@ from orchestrator.util.errors import UsageError, suggest_nearest
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 CHECK_SIDE = 64
-"""Images are decoded at about this size when they are checked, which for JPEG takes a part of the time."""
+"""The approximate side, in pixels, at which JPEG images are decoded for the check, to save time."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PlacedExample:
 
     @property
     def key(self) -> str:
-        """The content of the input: rows of one key belong to one split."""
+        """The content of the input, which decides the split: rows with equal inputs are in the same one."""
         if self.example.image is not None:
             return self.example.image.digest
         return json.dumps([self.example.prompt, self.example.pair])

@@ -24,12 +24,12 @@ ANSWER_METRICS: Mapping[str, Output] = {
     "numeric": "generation",
     "token_f1": "generation",
 }
-"""The metrics of texts that the model produces, and how they are computed."""
+"""The metrics of texts as answers, and the form of the model's output that each needs."""
 LABEL_METRICS: Mapping[str, Output] = {
     **dict.fromkeys(("accuracy", "f1", "macro_f1", "matthews", "loss"), "classification"),
     "pearson": "regression",
 }
-"""The metrics of labels, and the head that they need."""
+"""The metrics of labels, and the kind of head that each needs."""
 
 ANSWER_MODEL, LABEL_MODEL, IMAGE_MODEL = "smollm2-135m", "minilm-l6", "openai/clip-vit-base-patch16"
 ANSWER_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -39,14 +39,14 @@ BATCH_SIZE = 16
 EPOCHS, MIN_STEPS, MAX_STEPS = 3, 60, 1_000
 EVALUATIONS = 4
 SCORED_SIZES, GENERATED_SIZES = (1_000, 2_000), (200, 500)
-"""The largest default sizes of the validation and the test split, the second where answers are generated."""
+"""The largest default sizes of the validation and the test split, without and with generated answers."""
 MAX_EXACT_LENGTH = 60
 """The largest median length of answers, in characters, for which exact_match is the default metric: no model
 repeats longer ones to the letter."""
 MAX_DEFAULT_NEW_TOKENS = 512
 MAX_ESTIMATED_LENGTH = 512
 BYTES_PER_TOKEN = 3
-"""The bytes of a token in English are about 4; digits and other languages have fewer."""
+"""A low estimate: a token of English has about 4 bytes, one of digits or of other languages has fewer."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,10 @@ def _check_numeric(splits: Mapping[Split, Sequence[PlacedExample]]) -> None:
 
 
 def _floor(metric: str, splits: Mapping[Split, Sequence[PlacedExample]]) -> float:
-    """Return the score of the most frequent class on the test split, 0 for other metrics than accuracy."""
+    """Return the accuracy on the test split if every answer is the most frequent class of the training split.
+
+    Other metrics have the floor 0.
+    """
     if metric != "accuracy":
         return 0.0
     frequent = Counter(each.example.answer for each in splits["train"]).most_common()
@@ -189,7 +192,7 @@ def _floor(metric: str, splits: Mapping[Split, Sequence[PlacedExample]]) -> floa
 
 
 def _max_new_tokens(splits: Mapping[Split, Sequence[PlacedExample]], options: DataOptions) -> int:
-    """Return --max-new-tokens, or enough for the longest answer if a token has two bytes."""
+    """Return --max-new-tokens, or as many tokens as the longest answer has if a token is two bytes long."""
     if options.max_new_tokens is not None:
         return options.max_new_tokens
     longest = max(len(each.example.answer.encode()) for own in splits.values() for each in own)

@@ -13,7 +13,7 @@ from orchestrator.util.errors import UsageError
 MIN_ROWS = 20
 """The smallest number of rows from which splits are made."""
 SMALL_DATA, SMALL_DATA_BUCKETS, BUCKETS = 5_000, 5, 10
-"""A held-out split that is made has a fifth of fewer than SMALL_DATA rows, else a tenth."""
+"""A held-out split that is made gets a fifth of the rows if there are fewer than SMALL_DATA, else a tenth."""
 
 
 def make_splits(examples: Sequence[PlacedExample], name: str) -> dict[Split, list[PlacedExample]]:

@@ -62,8 +62,8 @@ class DataSpec:
     def content(self) -> str:
         """The identity of the task: 16 hexadecimal digits.
 
-        It depends on the examples and on what is done with them, not on the name, the path or the format of a
-        file, its order of rows, the names of its columns, or the default settings.
+        It depends on the examples and on what is done with them. It does not depend on the name, the path or
+        the format of a file, on the order of its rows, on the names of its columns, or on default settings.
         """
         parts: dict[str, Any] = {"version": CONTENT_VERSION, "revision": self.revision}
         parts |= {"chat": self.form == "chat", "output": self.output, "metric": self.metric}
@@ -129,7 +129,13 @@ class DataTask(Task):
 
     @staticmethod
     def from_spec(spec: DataSpec, splits: Splits | None = None, source: str = "") -> DataTask:
-        """Return the task of a spec; the parameters are those of the class."""
+        """Return the task of a spec, which is a `ChatDataTask` for chats.
+
+        Args:
+            spec: The description of the task.
+            splits: The examples of each split; None if they are not on this machine.
+            source: The path of the data, or their name on the hub.
+        """
         return (ChatDataTask if spec.form == "chat" else DataTask)(spec, splits, source)
 
     @staticmethod
@@ -149,7 +155,7 @@ class DataTask(Task):
         return self.spec.to_json()
 
     def entry(self) -> dict[str, str]:
-        """Return what the store keeps of the task: see `Task.entry`."""
+        """Return the fields from which any machine can make the task again; see `Task.entry`."""
         return {"path": self.source, "spec": json.dumps(self.to_json())}
 
     def describe(self) -> str:
@@ -170,7 +176,11 @@ class DataTask(Task):
         return self.spec.revision
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        """Return the first examples of a split; see `Task.examples`."""
+        """Return the first `count` examples of a split; see `Task.examples`.
+
+        Raises:
+            UsageError: The rows are not on this machine.
+        """
         if self.splits is None:
             raise UsageError(
                 f"Task {self.name!r}: its rows are neither in the store's prepared data nor on this machine; "
@@ -179,7 +189,11 @@ class DataTask(Task):
         return [each.example for each in self.splits[split][:count]]
 
     def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:
-        """Return the examples of the three splits; see `Task.load`."""
+        """Return the examples of the three splits; see `Task.load`.
+
+        Raises:
+            UsageError: The configuration was made with other data, or the rows are not on this machine.
+        """
         if choice.revision != self.revision():
             raise UsageError(
                 f"Task {self.name!r}: the configuration was made with data {choice.revision}, here are "
@@ -214,7 +228,7 @@ class ChatDataTask(DataTask):
     numerics = 2  # 1: an answer that occurs in the end marker of its turn was not followed by that marker
 
     def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
-        """Encode a chat; without a chat template as lines of plain text, `role: content`.
+        """Encode a chat with the model's chat template, or without one as lines of text, `role: content`.
 
         Args:
             example: The chat, as `encode_chat` takes it.

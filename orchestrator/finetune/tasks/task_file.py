@@ -15,19 +15,19 @@ def hash_code(source: str, path: str) -> str:
     """Return 16 hexadecimal digits of a SHA-256 of the code in a task file.
 
     Comments, docstrings, blank lines and UNHASHED_ATTRIBUTES are left out, so that another grid of learning
-    rates or another title does not make other configurations. The text itself is hashed, because a text that
-    is made of a syntax tree depends on the version of Python.
+    rates or another title does not make other configurations. The rest of the source text is hashed, and not
+    its syntax tree, whose text depends on the version of Python.
 
     Args:
-        source: The content of the file.
-        path: Its path, for the error.
+        source: The content of the file, with line breaks as `open` reads them.
+        path: The path of the file, for the error.
 
     Raises:
         SyntaxError: The file is no Python.
         ValueError: The file has a null byte.
     """
     ast.parse(source, path)  # raises the error of Python, which names the line
-    lines = source.splitlines()
+    lines = source.split("\n")  # as tokenize does; splitlines also splits at form feeds
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
