@@ -59,7 +59,7 @@ def test_a_plan_is_printed_and_returned(
 def test_a_run_does_not_read_the_files_of_other_studies(
     restored: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All configurations have records, so that nothing is trained."""
+    """Every configuration has a record already, so nothing is trained."""
     monkeypatch.chdir(tmp_path)
     study = Study(
         data=write(Path("sums.csv"), SUMS), model=hub_folder.llama(Path("base")), variants="lora",
@@ -77,7 +77,7 @@ def test_a_run_does_not_read_the_files_of_other_studies(
     assert (result.folders["mine"] / "report.html").exists()
 
 
-def test_the_package_has_few_names() -> None:
+def test_the_package_exports_five_names() -> None:
     assert set(orchestrator.__all__) == {"Study", "__version__", "load", "plan", "run"}
     assert all(getattr(orchestrator, name) for name in orchestrator.__all__)
     with pytest.raises(AttributeError, match="no attribute 'studies'"):

@@ -38,7 +38,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("*.whl")
     options = ["-q", "--no-deps", "--no-index", "--no-compile"]
     subprocess.run([*pip, "--python", str(python), "install", *options, str(wheel)], check=True)
-    # Files *.pth in a folder that is added so are not read: an editable project there is not seen.
+    # Python does not read the *.pth files of a folder that a *.pth file adds, so an editable installation of
+    # this project there is not seen.
     (site,) = (folder / "env").glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return python.parent
@@ -79,7 +80,7 @@ def test_the_installed_command_shows_help_and_plans_a_study(installed: Path, tmp
 def test_the_notebook_trains_and_its_study_is_repeated_from_its_file(
     installed: Path, tmp_path: Path, letters_bases: Path
 ) -> None:
-    """Ray's workers, too, import the installed package: there is no clone in the folder."""
+    """Ray's workers import the installed package too, because no clone is in the folder."""
     shutil.copytree(letters_bases, tmp_path / "results" / "store" / "bases")
     command(installed, tmp_path, "python", str(Path(__file__).with_name("notebook.py")), str(NOTEBOOK))
     results = tmp_path / "results"

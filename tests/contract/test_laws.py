@@ -37,9 +37,8 @@ COVERED = (
 )
 """Variants of which each uses another part of the contract."""
 
-
 FORMS = {"export_loads_in_peft": "peft", "merged_equals_forward": "merged"}
-"""Law of an export -> the field of `ExportForms` that says whether a variant can be exported in this form."""
+"""Law about a form of export -> the field of `ExportForms` that says whether a variant has this form."""
 SAVED = "llama-float32-several"
 """The case on which the default run checks these laws for every variant: PEFT and transformers load the files
 of the base model, of the adapter and of the merged model."""

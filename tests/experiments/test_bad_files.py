@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from in_process import SWEEP, Run
+from untrained_base import base
 
-from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
+from orchestrator.finetune.tasks.local.letters import Letters
+
+__all__ = ["base"]
 
 DRY = ("--dry-run", "--plan")
 
@@ -33,15 +35,6 @@ class Mine(Task):
     def examples(self, split, count):
         return [Example(f"copy a b c d {word} =", "a b") for word in "abcdefgh" * (count // 8)]
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of an untrained model with the vocabulary of `letters`."""
-    folder = tmp_path_factory.mktemp("base") / "m"
-    folder.mkdir()
-    Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
-    return folder
 
 
 def test_a_valid_task_file_is_planned(tmp_path: Path, run: Run) -> None:

@@ -68,7 +68,7 @@ def trained(trained_once: Trained, tmp_path: Path) -> Trained:
 
 @pytest.fixture
 def export(run: Run, trained: Trained):
-    """Return a function that runs `export rates` with arguments."""
+    """Return a function that runs `export` on the trained study, or on another one, with more arguments."""
 
     def export(*arguments: str, study: str = STUDY) -> Ended:
         return run(ORCHESTRATOR, "export", study, "--output", str(trained.output), *arguments)

@@ -1,4 +1,4 @@
-"""Exports of lanes with a head: of a text classifier."""
+"""Exports of lanes with a head: a text classifier."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
 
 
 def test_a_classifier_keeps_its_head_in_every_form(output: Path) -> None:
-    """The lines of the model cards give the same logits, and a merged model has the names of the classes."""
+    """All forms, loaded as their model cards say, give the same logits; a merged model names the classes."""
     store, found = Store(output / "store"), {}
     forms: tuple[Form, ...] = ("peft", "raw", "merged")
     for form in forms:

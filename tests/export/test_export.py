@@ -35,7 +35,7 @@ def folder_of(done: Ended) -> Path:
 
 
 def test_the_best_adapter_has_the_scores_of_its_record_in_peft(export: Export, trained: Trained) -> None:
-    """The lines of the model card load it."""
+    """The Python lines of the model card load the adapter."""
     folder, record = folder_of(export("--variant", "lora")), trained.record("lora")
     assert (record.score("validation") or 0) > 0.2, "the lane has learnt something"
     model = run_card(folder)["model"]
@@ -90,7 +90,7 @@ def test_a_lane_without_an_adapter_is_trained_again(export: Export, trained: Tra
 
 
 def test_an_export_with_other_scores_says_so(export: Export, trained: Trained) -> None:
-    """As on another device. The adapter does not become the record's."""
+    """This happens on another device. The store does not keep the new adapter for the record."""
     record = trained.rescore("lora", 0, 0.875)
     done = export(record.fingerprint)
     assert "the scores differ from the record's" in done.stdout
@@ -108,7 +108,7 @@ def test_a_model_card_has_no_row_for_a_split_without_an_evaluation(trained: Trai
 def test_only_an_earlier_export_of_the_same_lane_is_replaced(
     export: Export, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failure in the middle leaves the earlier one, and no other file."""
+    """If the new export fails halfway, the earlier one stays, and nothing else is left."""
     folder = folder_of(export("--variant", "lora"))
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
 

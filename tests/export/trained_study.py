@@ -16,7 +16,7 @@ RATES = {"lora": ("1e-4", "1e-2"), "hydra_lora": ("1e-2",), "full": ("1e-3",)}
 
 @dataclass(frozen=True)
 class Trained:
-    """The output folder of the study `rates`, whose best lanes have adapters."""
+    """The study `rates` in its output folder."""
 
     output: Path
 
@@ -46,7 +46,13 @@ class Trained:
 
 
 def changed(record: Record, **changes: Any) -> Record:
-    """Return a record of another lane: fields of the record or, where it has none, of its configuration."""
+    """Return a record of another lane.
+
+    Args:
+        record: The record to change.
+        **changes: Fields of the record; `seed`, and names that the record lacks, are fields of its
+            configuration.
+    """
     own = {name: value for name, value in changes.items() if hasattr(record, name) and name != "seed"}
     rest = {name: value for name, value in changes.items() if name not in own}
     configuration = replace(record.configuration, **rest)

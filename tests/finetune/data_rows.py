@@ -57,5 +57,5 @@ def write(path: Path, rows: Rows) -> Path:
 
 
 def task_of(source: Path | str, **options: Any) -> DataTask:
-    """Return the task of `--data source` with further options of the group."""
+    """Return the task that `--data source` makes, with further options on data such as `metric`."""
     return load_task(DataRequest(str(source), DataOptions(data=(str(source),), **options)))

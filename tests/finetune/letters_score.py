@@ -34,7 +34,7 @@ def validation_scores(model: Any, folder: Path, record: Record) -> dict[str, flo
 
 
 def recorded_scores(record: Record) -> dict[str, float]:
-    """Return the same scores of a record."""
+    """Return what `validation_scores` returns, as the record has it."""
     last = [each for each in record.evaluations if each.split == "validation"][-1]
     return {name: last.scores[name] for name in ("exact_match", "loss")}
 

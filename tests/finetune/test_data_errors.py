@@ -27,12 +27,13 @@ __all__ = ["restored", "run"]
 
 
 def replaced(rows: Any, number: int, **cells: Any) -> list[dict[str, Any]]:
-    """Return rows, the given one of which has other cells; a cell of ... is taken away."""
+    """Return rows in which one, counted from 1, has other cells; the value `...` removes a cell."""
     changed = {name: cell for name, cell in {**rows[number - 1], **cells}.items() if cell is not ...}
     return [*rows[: number - 1], changed, *rows[number:]]
 
 
-def said(number: int, *roles: str) -> list[dict[str, Any]]:
+def with_roles(number: int, *roles: str) -> list[dict[str, Any]]:
+    """Return CHATS in which one row, counted from 1, has messages of these roles."""
     return replaced(CHATS, number, messages=[{"role": role, "content": "x"} for role in roles])
 
 
@@ -175,12 +176,17 @@ WRONG_ROWS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
     ),
     "a message without an answer": (
         "m.jsonl",
-        said(4, "user", "user"),
+        with_roles(4, "user", "user"),
         {},
         ["row 4", "must be the assistant's"],
     ),
-    "a single message": ("m.jsonl", said(4, "assistant"), {}, ["row 4", "two messages or more"]),
-    "an unknown role": ("m.jsonl", said(4, "usr", "assistant"), {}, ["row 4: message 1 has the role 'usr'"]),
+    "a single message": ("m.jsonl", with_roles(4, "assistant"), {}, ["row 4", "two messages or more"]),
+    "an unknown role": (
+        "m.jsonl",
+        with_roles(4, "usr", "assistant"),
+        {},
+        ["row 4: message 1 has the role 'usr'"],
+    ),
     "messages that are no JSON": ("m.csv", replaced(CHATS, 4, messages="hi"), {}, ["row 4", "is no JSON"]),
     "a missing image": (
         "m.csv",
@@ -261,6 +267,7 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.fixture(autouse=True)
 def _own_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Run a test in its own folder, and forget the tasks that it registers."""
     monkeypatch.setattr(tasks, "_own_tasks", {})
     monkeypatch.chdir(tmp_path)
 
@@ -272,6 +279,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_refused(action: Callable[[], object], words: list[str]) -> None:
+    """Assert that an action raises a UsageError of one short line that contains `words`."""
     with pytest.raises(UsageError) as caught:
         action()
     message = str(caught.value)
@@ -290,14 +298,14 @@ def resolve(source: str, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("case", WRONG_ROWS)
-def test_wrong_rows(case: str) -> None:
+def test_rows_that_cannot_be_learnt_from_are_refused(case: str) -> None:
     name, rows, options, words = WRONG_ROWS[case]
     write(Path(name), rows)
     assert_refused(lambda: resolve(name, **options), words)
 
 
 @pytest.mark.parametrize("case", WRONG_FILES)
-def test_wrong_files(case: str) -> None:
+def test_files_that_cannot_be_read_are_refused(case: str) -> None:
     name, content, words = WRONG_FILES[case]
     Path("mail.jsonl").touch()
     Path("mails").mkdir()
@@ -309,7 +317,7 @@ def test_wrong_files(case: str) -> None:
     assert_refused(lambda: resolve(name.partition("/")[0]), words)
 
 
-def test_a_file_in_a_folder_that_cannot_be_listed() -> None:
+def test_a_file_in_a_folder_that_cannot_be_listed_is_reported_as_missing() -> None:
     Path().chmod(0o711)
     Path("locked").mkdir(mode=0)
     if is_root := os.geteuid() == 0:  # who can list it
@@ -322,12 +330,14 @@ def test_a_file_in_a_folder_that_cannot_be_listed() -> None:
 
 
 @pytest.mark.parametrize("case", WRONG_OPTIONS)
-def test_wrong_options(case: str) -> None:
+def test_options_that_do_not_fit_the_data_are_refused(case: str) -> None:
     options, words = WRONG_OPTIONS[case]
     assert_refused(lambda: StudyOptions(**{"data": ("m.csv",), **options}), words)
 
 
-def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_that_is_missing_or_has_no_train_split_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(Path.cwd()))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path.cwd() / "cache")
@@ -341,7 +351,7 @@ def test_a_hub_dataset_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
-def test_two_data_of_one_name() -> None:
+def test_two_data_of_one_name_are_refused() -> None:
     for folder in "ab":
         write(Path(folder, "m.csv"), SUMS)
     assert_refused(
@@ -381,7 +391,7 @@ def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path,
     assert "rows have more than" not in "\n".join(lines), "a limit that was measured cuts nothing"
 
 
-def test_data_of_this_machine_are_not_on_a_cluster() -> None:
+def test_data_of_this_machine_are_refused_on_a_cluster_with_the_command_that_copies_them() -> None:
     write(Path("m.csv"), SUMS)
     there = "/shared/data/train.csv"
     for name in ("data", "test_data"):

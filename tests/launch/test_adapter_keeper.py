@@ -57,7 +57,7 @@ def kept(adapters: StudyAdapters) -> set[str]:
 
 
 BEST_FIRST = ((1e-2, 0), (1e-2, 1), (1e-3, 1), (1e-3, 0), (1e-4, 0), (1e-4, 1), (1e-1, 0), (1e-1, 1))
-"""Rates and seeds in an order in which 1e-2 is the best rate at any time."""
+"""Rates and seeds in an order in which 1e-2 is the best rate from the first record on."""
 
 
 @pytest.mark.parametrize("room", [0, 2 * SIZE, 100 * SIZE])
@@ -65,13 +65,13 @@ BEST_FIRST = ((1e-2, 0), (1e-2, 1), (1e-3, 1), (1e-3, 0), (1e-4, 0), (1e-4, 1), 
 def test_a_study_ends_with_the_best_run_of_the_best_point(
     adapters: StudyAdapters, order: int | None, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With room for all points, in any order; without, if that point has been the best all the time.
+    """With room for all points, in any order; with less room, if that point was the best from the start.
 
     Args:
         adapters: The adapters of the study.
         order: Seed of a random order of the records; None for `BEST_FIRST`.
-        room: The size of the adapters that the running study keeps.
-        monkeypatch: Sets it.
+        room: The bytes of adapters that the running study may keep.
+        monkeypatch: Sets `room`.
     """
     monkeypatch.setattr(adapter_keeper, "MAX_RUNNING_BYTES", room)
     own = records()
@@ -110,7 +110,7 @@ def test_every_run_of_a_replicated_study_is_a_point() -> None:
 
 
 def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(adapters: StudyAdapters) -> None:
-    """It is removed at the end of the study, for example if its trainer died before it wrote a record."""
+    """It is removed at the end of the study if its record never comes, because the trainer has died."""
     scores = {1e-3: 0.7, 1e-2: 0.8, 1e-1: 0.1}
     good, better, unseen = (record(rate=rate, validation=score) for rate, score in scores.items())
     keeper = AdapterKeeper(adapters, per_run=False)
@@ -124,7 +124,7 @@ def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(adap
 
 
 def test_a_second_study_keeps_what_the_first_one_removes(adapters: StudyAdapters, tmp_path: Path) -> None:
-    """Both have one file on the disk."""
+    """The two studies have hard links to one file on the disk."""
     store, good, better = adapters.store, record(rate=1e-3, validation=0.7), record(rate=1e-2, validation=0.8)
     second = StudyAdapters(store, tmp_path / "second")
     write(adapters, good)
@@ -138,14 +138,14 @@ def test_a_second_study_keeps_what_the_first_one_removes(adapters: StudyAdapters
     assert elsewhere.root != adapters.root, "another study of the same name"
 
 
-def test_a_study_whose_adapters_another_study_does_not_keep_has_none(adapters: StudyAdapters) -> None:
+def test_a_known_lane_whose_adapter_no_study_keeps_has_none(adapters: StudyAdapters) -> None:
     AdapterKeeper(adapters, per_run=False).finish([record()])
     assert kept(adapters) == set()
     assert find_adapter(adapters.store, record()) is None
 
 
 @pytest.mark.parametrize("act", [lambda k, r: k.add([r]), lambda k, r: k.finish([r])])
-def test_a_disk_that_refuses_does_not_end_the_study(
+def test_an_adapter_that_cannot_be_removed_does_not_end_the_study(
     adapters: StudyAdapters, act: Callable[[AdapterKeeper, Record], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     worse, better = record(rate=1e-3, validation=0.1), record(rate=1e-2, validation=0.9)

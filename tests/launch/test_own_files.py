@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from in_process import SWEEP, Run, restored, run
+from untrained_base import base
 
 from orchestrator.finetune.resolve.data_preparation import write_own_files
 from orchestrator.finetune.sources import own_files, own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
 from orchestrator.finetune.tasks.task_file import hash_code
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.study_context import StudyContext, resolve_study
@@ -26,7 +26,7 @@ from orchestrator.util.atomic_files import verify_checksum
 from orchestrator.util.errors import UsageError
 from variants import catalogue
 
-__all__ = ["restored", "run"]
+__all__ = ["base", "restored", "run"]
 
 TASK = '''
 """Copy letters."""
@@ -63,15 +63,6 @@ class Scaled(LoRA):
 EXPERIMENT = Experiment("lr_sensitivity", "?", ("lora",), ("letters",), ("letters",))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of an untrained model with the vocabulary of `letters`."""
-    folder = tmp_path_factory.mktemp("base") / "m"
-    folder.mkdir()
-    Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
-    return folder
-
-
 @pytest.fixture
 def mine(tmp_path: Path, base: Path) -> Path:
     """Return a folder with a task file, its data, a variant file and a base model."""
@@ -95,6 +86,7 @@ def renamed(mine: Path) -> Path:
 
 
 def resolve(output: Path, task: Path, variant: Path, model: Path) -> StudyContext:
+    """Resolve a study of LoRA and a variant in a file, with two seeds."""
     options = StudyOptions(
         task=(str(task),),
         variants=("lora", str(variant)),
@@ -107,11 +99,12 @@ def resolve(output: Path, task: Path, variant: Path, model: Path) -> StudyContex
 
 
 def requested(context: StudyContext) -> list[Configuration]:
+    """Return the configurations of a study."""
     return context.collect_work().requested
 
 
 def finished(configuration: Configuration) -> Record:
-    """Return a record of a configuration."""
+    """Return a record as a trainer writes it for a configuration that has finished."""
     scores = {"loss": 1.0, "exact_match": 0.5}
     evaluations = tuple(Evaluation(4, split, scores) for split in ("validation", "test"))
     return Record(configuration.fingerprint, configuration, "finished", 4, evaluations=evaluations)
@@ -170,7 +163,7 @@ def test_configurations_of_the_earlier_content_of_a_file_leave_the_study(mine: P
     assert "has changed" not in third.stdout
 
 
-def test_what_a_configuration_computes_makes_another_one(mine: Path) -> None:
+def test_other_data_or_other_code_of_a_variant_makes_other_configurations(mine: Path) -> None:
     names = (mine / "copy_task.py", mine / "scaled.py", mine / "base")
     one = requested(resolve(mine / "a", *names))
     changes = {
@@ -205,7 +198,9 @@ def test_what_a_configuration_computes_makes_another_one(mine: Path) -> None:
         ),
     ],
 )
-def test_the_content_of_a_task_file_is_its_code(old: str, new: str, same: bool) -> None:
+def test_the_content_of_a_task_file_is_its_code_without_comments_title_and_defaults(
+    old: str, new: str, same: bool
+) -> None:
     assert old in TASK
     assert (hash_code(TASK, "a.py") == hash_code(TASK.replace(old, new), "b.py")) is same
 

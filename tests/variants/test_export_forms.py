@@ -1,4 +1,4 @@
-"""The forms in which lanes are exported: vLLM's rule. The laws check PEFT's format and merged models."""
+"""vLLM's rule for adapters. The laws check the other forms of export: PEFT's format and merged models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEADED = next(case for case in CASES if case.model == "headed")
         ({"r": 513}, "rank 513 is above 512"),
     ],
 )
-def test_vllms_rule(fields: dict[str, Any], obstacle: str) -> None:
+def test_vllms_rule_admits_plain_lora_alone(fields: dict[str, Any], obstacle: str) -> None:
     found = vllm_obstacle({**LORA, **fields})
     assert (obstacle in found) if obstacle else not found
 

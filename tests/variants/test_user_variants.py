@@ -98,7 +98,7 @@ def test_a_lane_of_another_revision_is_not_loaded(tmp_path: Path) -> None:
 
 
 def test_a_lane_is_known_by_the_content_of_the_variants_file(tmp_path: Path) -> None:
-    """Its file may be renamed. A package's file may have several variants of one revision."""
+    """The file may be renamed. The class counts too, since a package's file may have several variants."""
     variant = catalogue.get(write(tmp_path))
     adapters = attach(LLAMA.build(), variant, VariantSettings(4))
     adapters.add_lane("a", VariantSettings(4), 0)

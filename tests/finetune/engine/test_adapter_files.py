@@ -27,7 +27,7 @@ from orchestrator.record.store import Store
 from orchestrator.util.atomic_files import DamagedFileError
 
 VARIANTS = ("lora", "pissa", "hydra_lora", "full")
-"""Batched, with frozen factors; without PEFT's format; a whole model."""
+"""A batched variant, one with frozen factors, one without PEFT's format, and one that trains the model."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -73,7 +73,7 @@ def test_the_adapter_is_there_before_the_record(store: Store, monkeypatch: pytes
 
 
 def test_the_trainer_whose_record_comes_second_removes_its_adapter(store: Store) -> None:
-    """Another trainer was taken for dead, and wrote its record meanwhile."""
+    """A trainer was taken for dead, and another one got its lane and wrote the record first."""
     one = configuration(steps=2, evaluations=1)
     theirs = replace(solo(one, store.root), provenance=Provenance(host="another"))
     (store.adapters).mkdir()

@@ -103,7 +103,7 @@ def test_a_record_waits_for_space_on_a_full_disk(disk: Disk, tmp_path: Path) -> 
 
 
 def test_an_adapter_makes_room_for_its_record(disk: Disk, tmp_path: Path) -> None:
-    """The adapter has found the last free space, and the record finds none."""
+    """The adapter was written into the last free space; it is removed, so that the record can be written."""
     store, one = Store(disk.folder / "store"), configuration(steps=2, evaluations=1)
     source, put = Script(leases([one])), store.put
 

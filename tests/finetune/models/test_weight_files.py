@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.utils import (
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
 )
+from untrained_base import base
 
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading, weight_files
@@ -31,14 +31,7 @@ from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a small model that was trained for one step."""
-    folder = tmp_path_factory.mktemp("base")
-    with suppress_transformers_logging():
-        Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
-    return folder
+__all__ = ["base"]
 
 
 @pytest.fixture

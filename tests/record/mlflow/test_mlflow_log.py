@@ -326,10 +326,10 @@ def test_the_models_of_a_study_are_the_adapters_that_it_keeps(uri, study, make_r
             linked.append(run.data.tags["fingerprint"])
         assert linked == [record.fingerprint for record in kept]
         if kept == [first]:
-            update_models_without_the_end(client, models[0].model_id)
+            leave_unfinished(client, models[0].model_id)
 
 
-def update_models_without_the_end(client: MlflowClient, model_id: str) -> None:
+def leave_unfinished(client: MlflowClient, model_id: str) -> None:
     """Set a model to the state in which a killed driver leaves it."""
     client.finalize_logged_model(model_id, "PENDING")
 

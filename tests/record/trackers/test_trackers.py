@@ -45,6 +45,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Let W&B write to files only, with a key that must appear in none of them."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     yield
@@ -128,6 +129,7 @@ def tensorboard_points(folder: Path) -> tuple[Points, set[str]]:
 
 
 def same(found: Points, wanted: Points) -> None:
+    """Assert that the points are equal; an infinite value is logged as NaN."""
     assert found.keys() == wanted.keys()
     for key, points in wanted.items():
         assert [step for step, _ in found[key]] == [step for step, _ in points], key
@@ -205,7 +207,7 @@ def test_a_long_curve_is_thinned_the_same_way_during_the_training_and_from_the_r
 
 
 class Faulty(Tracker):
-    """A tracker that does not answer, or refuses every record. It does nothing before `is_closing` is set."""
+    """A tracker that raises an error for every record, and waits for `is_closing` when it is opened."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
