@@ -37,7 +37,7 @@ def parse_with_config(
 ) -> tuple[Options, ConfigFile | None]:
     """Parse the options of a study, and read the file of --config.
 
-    `--help` and unknown options end the process (exit codes 0 and 2).
+    `--help` ends the process.
 
     Args:
         description: The text above the options in `--help`.
@@ -49,24 +49,20 @@ def parse_with_config(
         The options, and the file or None.
 
     Raises:
-        UsageError: An option was renamed or removed, or has a wrong value, or the file cannot be read.
+        UsageError: An option is unknown, was renamed or removed, or has a wrong value, or the file cannot be
+            read.
     """
     check_retired_options(words)
     import tyro
 
-    from orchestrator.cli.option_help import OPTION_HELP
+    from orchestrator.cli.option_parser import parse
 
     config_path = find_value(words, "--config")
     config = read_config(Path(config_path), options_class) if config_path else None
     arguments_class = grouped_arguments(options_class, find_value(words, "--preset"), config)
-    with OPTION_HELP:
-        arguments = tyro.cli(
-            arguments_class,
-            prog=program or None,
-            args=list(words),
-            description=wrap_description(f"{description.strip()}\n\n{known_names()}"),
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )
+    described = wrap_description(f"{description.strip()}\n\n{known_names()}")
+    markers = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
+    arguments = parse(arguments_class, words, program, described, *markers)
     groups = [getattr(arguments, each.name) for each in fields(arguments)]
     values = {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
     try:

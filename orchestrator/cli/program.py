@@ -90,7 +90,7 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     if name in COMMANDS:
         return int(_parse(COMMANDS[name], inspect.getdoc(COMMANDS[name]) or "", words, program).run())
     if name not in experiments():
-        choices = [*experiments(), *COMMANDS, "fetch model", "fetch data"]
+        choices = [each.replace("fetch-", "fetch ") for each in (*experiments(), *COMMANDS)]
         raise UsageError(f"{name!r} is no command of {_program()}. {suggest_nearest(name, choices)}")
     experiment = experiments()[name]
     description = experiment.description.replace(f"{INSTALLED_PROGRAM} {name}", program)
@@ -128,16 +128,11 @@ def _parse(options_class: type[Any], description: str, words: Sequence[str], pro
 
     if issubclass(options_class, StudyOptions):
         return parse_options(description, options_class, words, program)
-    import tyro
-
-    from orchestrator.cli.option_help import OPTION_HELP
+    from orchestrator.cli.option_parser import parse
     from orchestrator.study.retired_options import check_retired_options
 
     check_retired_options(words)
-    with OPTION_HELP:
-        return tyro.cli(
-            options_class, prog=program, args=list(words), description=wrap_description(description)
-        )
+    return parse(options_class, words, program, wrap_description(description))
 
 
 def _program() -> str:

@@ -54,22 +54,25 @@ def describe_disk_error(error: BaseException | None) -> str:
     return f"{where}: {os.strerror(number)}; {_ADVICE[number]}, then run the command again"
 
 
-def suggest_nearest(value: str, choices: Iterable[str]) -> str:
+def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "") -> str:
     """Return a suggestion for a message about an unknown name.
 
     Args:
         value: The unknown name.
         choices: The valid names.
+        otherwise: The sentence if none is near; by default all names, which should be few.
 
     Returns:
-        A sentence with the nearest choice or, if none is near, with all of them.
+        A sentence with the nearest choice or, if none is near, `otherwise`.
     """
     choices = sorted(choices)
     by_lower = {choice.lower(): choice for choice in choices}
     typed = value.lower()
     longer = [choice for choice in by_lower if typed and choice.startswith(typed)]
     close = longer or difflib.get_close_matches(typed, by_lower, n=1, cutoff=0.5)
-    return f"Did you mean {by_lower[close[0]]!r}?" if close else f"Choose from: {', '.join(choices)}."
+    if close:
+        return f"Did you mean {by_lower[close[0]]!r}?"
+    return otherwise or f"Choose from: {', '.join(choices)}."
 
 
 def quote_value(value: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from in_process import ORCHESTRATOR, Run
 
 from orchestrator.cli.commands import COMMANDS
-from orchestrator.cli.option_help import TEXT_METAVARS
+from orchestrator.cli.option_parser import TEXT_METAVARS
 from orchestrator.experiments.catalogue import experiments
 
 
@@ -46,6 +46,25 @@ def test_every_word_for_a_value_is_that_of_an_option() -> None:
 def test_an_unknown_command_is_refused_with_the_nearest(run: Run) -> None:
     run(ORCHESTRATOR, "tunned").assert_refused("'tunned' is no command", "'tuned'")
     run(ORCHESTRATOR, "fetch").assert_refused("'fetch' is no command", "fetch")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("study", "--varaints", "lora"), "'--varaints' is no option here. Did you mean '--variants'?"),
+        (("published", "--xyz", "1"), "'--xyz' is no option here."),
+        (("study", "lora"), "'lora': no option takes this word; "),
+        (("study", "--rank", "8", "16"), "'16': no option takes this word"),
+        (("study", "--seeds", "two"), "--seeds: 'two' must be a whole number."),
+        (("study", "--dtype", "float3"), "--dtype: 'float3' must be one of: float32, bfloat16, nf4."),
+        (("study", "--seeds", "--plan"), "--seeds: its value is missing; "),
+        (("gc", "--older-than", "x"), "--older-than: 'x' must be a number."),
+        (("report",), "STUDY is missing; "),
+        (("export", "mine", "--variant"), "--variant: its value is missing; "),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line(words: tuple[str, ...], expected: str, run: Run) -> None:
+    run(ORCHESTRATOR, *words).assert_refused(expected)
 
 
 def test_fetch_has_two_spellings(run: Run, tmp_path: Path) -> None:
