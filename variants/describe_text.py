@@ -126,7 +126,7 @@ def example_command(each: Description) -> str:
     own = next(iter(each.hyperparameters), None)
     words = f" --set {each.name}.{own.name}={format_value(own.default)}" if own else ""
     variants = each.name if each.name == "lora" else f"lora {each.name}"
-    return f"python experiments/lr_sensitivity.py --dry-run{task} --variants {variants}{words}"
+    return f"lora-orchestrator study --dry-run{task} --variants {variants}{words}"
 
 
 def format_taxonomy(methods: Sequence[Method]) -> str:
