@@ -21,6 +21,7 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
+from orchestrator.util.sqlite_uri import with_full_path
 from variants.variant_names import FILE_SUFFIX
 
 CONFIG_NAME = "study.yaml"
@@ -182,5 +183,7 @@ def _writable(name: str, value: Any) -> Any:
 
 def _full_path(name: str, word: str) -> str:
     """Return the full path of a file or folder that an option names, any other word as it is."""
+    if name == "tracking_uri":
+        return with_full_path(word)
     may_be_path = name in PATH_OPTIONS or (name in CODE_OPTIONS and word.endswith(FILE_SUFFIX))
     return os.path.abspath(word) if may_be_path and os.path.exists(word) else word

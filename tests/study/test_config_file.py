@@ -108,6 +108,8 @@ def test_the_file_of_a_study_repeats_its_options(
         ("--data a.csv org/name --model base --variants lora ours.py", ("a.csv", "base", "ours.py")),
         ("--data a.csv --test-data t.csv --model letters-base", ("a.csv", "t.csv")),
         ("--task ours.py letters --output out --store kept", ("ours.py", "out", "kept")),
+        ("--tracking-uri sqlite:///runs/m.db?timeout=9", ()),
+        ("--tracking-uri http://127.0.0.1:5000", ()),
     ],
 )
 def test_the_file_of_a_study_repeats_it_in_another_folder(
@@ -127,7 +129,8 @@ def test_the_file_of_a_study_repeats_it_in_another_folder(
     monkeypatch.chdir(tmp_path / "lora")
     again = parse_options("", CurveOptions, shlex.split(command))
     full = parse_options("", CurveOptions, [str(tmp_path / w) if w in paths else w for w in words.split()])
-    assert replace(again, config=None) == replace(full, output=tmp_path / options.output)
+    uri = (options.tracking_uri or "").replace("runs/", f"{tmp_path}/runs/") or None
+    assert replace(again, config=None) == replace(full, output=tmp_path / options.output, tracking_uri=uri)
 
 
 def test_the_file_of_a_study_holds_no_secret(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from orchestrator.record.mlflow.child_run import find_models
-from orchestrator.record.mlflow.tracking_uri import find_damage, sqlite_path
+from orchestrator.record.mlflow.tracking_uri import find_damage
 from orchestrator.record.trackers.tracker import TrackingUnavailableError
 from orchestrator.util import atomic_files
 from orchestrator.util.redaction import redact_secrets
+from orchestrator.util.sqlite_uri import sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -14,11 +14,11 @@ from itertools import count
 from pathlib import Path
 
 from orchestrator.record.mlflow.connection import ARTIFACTS_FOLDER
-from orchestrator.record.mlflow.tracking_uri import sqlite_path
 from orchestrator.record.scratch import is_locked
 from orchestrator.record.study_file import StudyFile
 from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
+from orchestrator.util.sqlite_uri import sqlite_path
 
 JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
 """Suffixes of SQLite's journals, which are moved too: SQLite would apply old ones to the new database."""

@@ -10,13 +10,14 @@ from orchestrator.record.mlflow.adapter_models import model_tags
 from orchestrator.record.mlflow.connection import TrackingDamagedError
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.rebuild import archive_databases
-from orchestrator.record.mlflow.tracking_uri import check_uri, sqlite_path, study_uri
+from orchestrator.record.mlflow.tracking_uri import check_uri, study_uri
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import REPORT_FILES, StudyFile, read_studies
 from orchestrator.record.trackers.tracker import TrackingUnavailableError
 from orchestrator.util.redaction import redact_secrets
+from orchestrator.util.sqlite_uri import sqlite_path
 
 
 def sync_projections(

@@ -18,13 +18,21 @@ from orchestrator.record.store import Store
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.redaction import REDACTED, redact_secrets
+from orchestrator.util.sqlite_uri import sqlite_path, with_full_path
 
 DATABASES = ("postgresql", "mysql", "mssql")
 SCHEMES = ("sqlite", "http", "https", *DATABASES)
 
 
 def configured_uri(option: str | None) -> str:
-    """Return the value of --tracking-uri, else of MLFLOW_TRACKING_URI; empty if neither is set."""
+    """Return --tracking-uri, else MLFLOW_TRACKING_URI; empty if neither is set.
+
+    The path of a SQLite file is completed, because the URI is stored with the study.
+    """
+    return with_full_path(_typed_uri(option))
+
+
+def _typed_uri(option: str | None) -> str:
     return option or os.environ.get("MLFLOW_TRACKING_URI", "")
 
 
@@ -43,15 +51,15 @@ def resolve_uri(option: str | None, store: Store) -> str:
     Raises:
         UsageError: The URI cannot be used; see `check_uri`.
     """
-    uri = configured_uri(option) or default_uri(store)
+    uri = _typed_uri(option) or default_uri(store)
     try:
         check_uri(uri)
     except UsageError as error:
-        if option or not configured_uri(None):
+        if option or not _typed_uri(None):
             raise
         message = str(error).replace("--tracking-uri", "MLFLOW_TRACKING_URI")
         raise UsageError(message.replace("leave the option out", "unset the variable")) from None
-    return uri
+    return with_full_path(uri)
 
 
 def study_uri(stored_uri: str, store: Store) -> str:
@@ -66,11 +74,6 @@ def study_uri(stored_uri: str, store: Store) -> str:
     if variable and redact_secrets(variable) == stored_uri:
         return variable
     return stored_uri or default_uri(store)
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Return the file of a sqlite URI (three slashes: relative, four: absolute); None for other schemes."""
-    return Path(uri.split("?")[0].removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def find_damage(database: Path, every_page: bool = False) -> str:

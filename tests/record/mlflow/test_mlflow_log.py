@@ -18,8 +18,8 @@ from mlflow_server import wait
 
 from orchestrator.record.mlflow.child_run import MODEL_TYPE
 from orchestrator.record.mlflow.log import MlflowLogger
-from orchestrator.record.mlflow.tracking_uri import sqlite_path
 from orchestrator.record.schema import Evaluation, Record
+from orchestrator.util.sqlite_uri import sqlite_path
 
 
 def test_a_child_run_has_the_content_of_its_record(uri, study, make_record):

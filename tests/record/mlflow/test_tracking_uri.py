@@ -11,15 +11,17 @@ import pytest
 from orchestrator.record.mlflow import tracking_uri
 from orchestrator.record.mlflow.tracking_uri import (
     check_uri,
+    configured_uri,
     default_uri,
     find_damage,
-    sqlite_path,
+    resolve_uri,
 )
 from orchestrator.record.store import Store
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import format_command
 from orchestrator.util.redaction import redact_secrets
+from orchestrator.util.sqlite_uri import sqlite_path
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,14 @@ def test_the_default_uri_is_a_file_in_the_store(tmp_path, monkeypatch):
     uri = default_uri(Store("results/store"))
     assert sqlite_path(uri) == tmp_path / "results" / "store" / "mlflow.db"
     check_uri(uri)
+
+
+def test_a_relative_file_is_stored_with_its_full_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = f"sqlite:///{tmp_path}/runs/m.db"
+    assert configured_uri("sqlite:///runs/m.db") == resolve_uri("sqlite:///runs/m.db", None) == wanted
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs/m.db?timeout=9")
+    assert configured_uri(None) == f"{wanted}?timeout=9"
 
 
 @pytest.fixture
