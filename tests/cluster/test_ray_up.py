@@ -36,8 +36,10 @@ TINY = ("--task", "/shared/held_task.py", "--model", "/shared/model", "--variant
 ON_HEAD = (*TINY, "--seeds", "1", "--trainers", "1", "--gpus-per-worker", "0")
 SHORT = (*ON_HEAD, "--study", "short", "--learning-rates", "1e-3", "1e-2")
 LONG = (*ON_HEAD, "--study", "long", "--learning-rates", "2e-3")
-# A study on the workers.
-SHARED = (*TINY, "--seeds", "2", "--gpus-per-worker", "1", "--device", "cpu", "--lanes-per-trainer", "2")
+# A study on the workers, with a model of the laptop.
+MODEL = f"{PROJECT}/my-model"
+SHARED = ("--task", "/shared/held_task.py", "--model", "my-model", "--variants", "lora", "--seeds", "2")
+SHARED += ("--gpus-per-worker", "1", "--device", "cpu", "--lanes-per-trainer", "2")
 SHARED += ("--study", "shared", "--learning-rates", "3e-3", "5e-3")
 NOTICE_SECONDS = 1200.0  # AWS gives 120; a busy machine may take longer to save lanes
 YESTERDAY = time.time() - 86_400
@@ -107,6 +109,7 @@ def cluster(
         for host in (head, one, two):
             host.install_environment()
         laptop = Laptop(lab, local_config(CLUSTER, HEAD, list(WORKERS.values()), lab.KEY))
+        shutil.copytree(folder / "model", lab.path(MODEL))
         # The head has a token from an earlier use of Ray. It is dated yesterday, because rsync would not
         # replace a file of the same size and second.
         head.run("mkdir", "/root/.ray")
@@ -264,6 +267,12 @@ def test_a_remote_study_is_stopped_and_run_again_and_its_errors_reach_the_user(c
     assert "2 of 3 known" in again.wait(3)
     none.wait_for_refusal("/shared/none")
     assert "2, of them 2 known" in plan.wait(0)
+    rows = [f"{color} {number},{color}" for color in ("red", "blue") for number in range(100)]
+    cluster.lab.path(f"{PROJECT}/rows.csv").write_text("\n".join(["text,label", *rows]))
+    own = (*ON_HEAD[2:], "--study", "own", "--learning-rates", "1e-3", "--steps", "4")
+    output = start("--data", "rows.csv", *own, *ON).wait(0)
+    assert re.search(r"receives rows.csv \([\d.]+ kB\)", output)
+    assert "1 trained in" in output
     variant = cluster.lab.path(f"{PROJECT}/variants/another.py")
     variant.touch()
     start(*SHORT, *ON).wait_for_refusal("variants/another.py differ", "ray up cluster.yaml")

@@ -14,7 +14,6 @@ import pytest
 from data_rows import CHATS, MAILS, SUMS, write
 from in_process import SWEEP, Run, restored, run
 
-from orchestrator.cluster.remote.command_line import build_arguments
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
@@ -389,16 +388,6 @@ def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path,
     assert report.startswith("m.csv: 2 of 58 rows have more than 64 tokens and lose the end of their answer")
     prepare_datasets([cut], tmp_path, tmp_path / "data", lines.append, may_truncate=False)
     assert "rows have more than" not in "\n".join(lines), "a limit that was measured cuts nothing"
-
-
-def test_data_of_this_machine_are_refused_on_a_cluster_with_the_command_that_copies_them() -> None:
-    write(Path("m.csv"), SUMS)
-    there = "/shared/data/train.csv"
-    for name in ("data", "test_data"):
-        options = {"data": (there,), "on": "cluster.yaml"} | {name: ("m.csv",) if name == "data" else "m.csv"}
-        words = ["'m.csv' with --on cluster.yaml", "ray rsync-up cluster.yaml m.csv /shared/data/m.csv"]
-        assert_refused(lambda options=options: build_arguments(StudyOptions(**options)), words)  # type: ignore[misc]
-    assert build_arguments(StudyOptions(data=(there,), on="cluster.yaml")) == ["--data", there]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from scripted import Script, SimulatedCrashError, configuration, dies_at, leases
 
 from orchestrator.analyze.report import write_report
 from orchestrator.cluster.remote import command_line, source_digest
+from orchestrator.cluster.remote.uploads import Uploads
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates
@@ -167,10 +168,7 @@ def test_a_file_of_the_project_is_named_on_a_cluster_by_its_path_in_the_project(
         variants=("lora", "peft:LOHA", "own-variant.v2.py"),
         set=("own-variant.v2.py.factor=4", "lora.rank=2", "alpha=3"),
     )
-    assert command_line.build_arguments(options) == [
+    assert command_line.build_arguments(options, Uploads()) == [
         *("--variants", "lora", "peft:LOHA", "experiments/own-variant.v2.py"),
         *("--set", "experiments/own-variant.v2.py.factor=4", "lora.rank=2", "alpha=3"),
     ]
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"--variants 'own-variant\.v2\.py': a file of this machine"):
-        command_line.build_arguments(options)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
 
 from orchestrator.cluster.remote.source_digest import PROJECT_ROOT, SOURCE_FOLDERS
+from orchestrator.cluster.remote.uploads import Uploads
 from orchestrator.study.config_file import UNSAVED
-from orchestrator.study.option_words import given_values, option_flag, option_words
+from orchestrator.study.option_words import given_values, option_words
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.program_names import script_name
 from orchestrator.util.errors import UsageError
@@ -22,13 +24,17 @@ LOCAL_OPTIONS = (*UNSAVED, "output")
 """Options that concern this machine only."""
 
 
-def remote_command(options: StudyOptions) -> list[str]:
+def remote_command(options: StudyOptions, uploads: Uploads) -> list[str]:
     """Return the arguments of `python` on the head: the script, relative to the project, and its options.
 
     `lora-orchestrator`, which need not be installed there, becomes `-m orchestrator`.
 
+    Args:
+        options: The options of the command.
+        uploads: Receives the files of this machine that the options name.
+
     Raises:
-        UsageError: The script, or a file that an option names, does not exist on the head.
+        UsageError: The script does not exist on the head, or an option cannot be used there.
     """
     script = Path(sys.argv[0]).resolve()
     if _is_program(script):
@@ -38,26 +44,32 @@ def remote_command(options: StudyOptions) -> list[str]:
     else:
         folder = PROJECT_ROOT / "experiments"
         raise UsageError(f"--on {options.on}: {script} is not sent to a cluster; move it into {folder}.")
-    return [*program, *build_arguments(options)]
+    return [*program, *build_arguments(options, uploads)]
 
 
-def build_arguments(options: StudyOptions) -> list[str]:
+def build_arguments(options: StudyOptions, uploads: Uploads) -> list[str]:
     """Return the options that differ from their defaults, in one spelling however they were typed.
 
+    Args:
+        options: The options of the command.
+        uploads: Receives the files of this machine that the options name.
+
     Raises:
-        UsageError: An option names a file of this machine, or holds a password.
+        UsageError: An option names a file that cannot be read, or holds a password.
     """
     _check_options(options)
     given = given_values(options, catalogue.names())
     values = {name: value for name, value in given.items() if name not in LOCAL_OPTIONS}
     for name, value in values.items():
         if isinstance(value, tuple):
-            values[name] = tuple(_remote_word(name, option_flag(name), word) for word in value)
+            values[name] = tuple(_remote_word(name, word, uploads) for word in value)
+        elif isinstance(value, str):
+            values[name] = _remote_word(name, value, uploads)
     return option_words(values)
 
 
 def _check_options(options: StudyOptions) -> None:
-    """Raise UsageError for files of this machine, and for passwords, which a job's command would show."""
+    """Raise UsageError for a store of this machine, and for passwords, which a job's command would show."""
     context = f"with --on {options.on}"
     if options.store is not None:
         raise UsageError(f"--store {str(options.store)!r} {context}: the cluster has its own; leave it out.")
@@ -68,20 +80,6 @@ def _check_options(options: StudyOptions) -> None:
         raise UsageError(
             f"--tracking-uri {redact_secrets(uri)!r} {context}: a job's command shows its password; export "
             "MLFLOW_TRACKING_URI in the head's ~/.lora_env and leave it out."
-        )
-    for name in ("data", "validation_data", "test_data"):
-        value = getattr(options, name) or ()
-        for source in (value,) if isinstance(value, str) else value:
-            if Path(source).exists():
-                copy = f"ray rsync-up {options.on} {source} /shared/data/{Path(source).name}"
-                raise UsageError(
-                    f"{option_flag(name)} {source!r} {context}: is on this machine, and the head does not "
-                    f"see it; copy it ({copy}) and give the copy."
-                )
-    if options.model is not None and Path(options.model).is_dir():
-        raise UsageError(
-            f"--model {options.model!r} {context}: a folder of this machine, which the head does not see; "
-            f"copy it (ray rsync-up {options.on} {options.model}/ /shared/models/NAME/) and give the copy."
         )
 
 
@@ -94,32 +92,36 @@ def _is_source(file: Path) -> bool:
     return any(file.is_relative_to(PROJECT_ROOT / folder) for folder in SOURCE_FOLDERS)
 
 
-def _remote_word(field: str, option: str, word: object) -> str:
-    """Return a word of an option with the paths of tasks and variants relative to the project.
+def _remote_word(field: str, word: object, uploads: Uploads) -> str:
+    """Return a word of an option with the head's paths in place of this machine's.
 
     In the words of --set, --space and --factors, VARIANT.NAME may stand before the first "=".
     """
     text = str(word)
-    if field in ("task", "variants"):
-        return _project_path(option, text)
+    if field in ("data", "validation_data", "test_data", "model", "task", "variants"):
+        return _remote_path(text, uploads, needs_suffix=field in ("task", "variants"))
     if field in ("set", "space", "factors"):
         key, equals, value = text.partition("=")
         variant, dot, name = key.rpartition(".")
-        return f"{_project_path(option, variant)}{dot}{name}{equals}{value}"
+        return f"{_remote_path(variant, uploads, needs_suffix=True)}{dot}{name}{equals}{value}"
     return text
 
 
-def _project_path(option: str, name: str) -> str:
-    """Return the file of a task or variant as a path in the project; another name as it is."""
-    file = Path(name)
-    if not name.endswith(FILE_SUFFIX) or not file.is_file():
+def _remote_path(name: str, uploads: Uploads, *, needs_suffix: bool) -> str:
+    """Return the head's path of a file or folder of this machine, or the name of something else as it is.
+
+    Args:
+        name: A word of an option.
+        uploads: Receives the file, unless it belongs to the project's sources, which the head has.
+        needs_suffix: Whether only a .py file is meant, as for tasks and variants.
+    """
+    path = Path(name)
+    is_meant = name.endswith(FILE_SUFFIX) and path.is_file() if needs_suffix else os.path.exists(name)
+    if not is_meant:
         return name
-    if not _is_source(file.resolve()):
-        raise UsageError(
-            f"{option} {name!r}: a file of this machine, which the head does not see; move it into "
-            f"{PROJECT_ROOT / 'experiments'}, which `ray up` sends there."
-        )
-    return file.resolve().relative_to(PROJECT_ROOT).as_posix()
+    if _is_source(path.resolve()):
+        return path.resolve().relative_to(PROJECT_ROOT).as_posix()
+    return uploads.add(path)
 
 
 def study_key(options: StudyOptions) -> str:

@@ -105,6 +105,24 @@ def download_folder(path: Path, remote_folder: str, local_folder: Path) -> None:
         raise StudyError(f"{path}: {remote_folder} of the head was not copied ({reason})")
 
 
+def upload(path: Path, local_path: Path, remote_path: str) -> None:
+    """Copy a file, or the content of a folder, of this machine to the head.
+
+    Args:
+        path: The cluster file.
+        local_path: File or folder of this machine, absolute.
+        remote_path: Path on the head. The folder that contains it must exist.
+
+    Raises:
+        StudyError: The copy has failed.
+    """
+    end = "/" if local_path.is_dir() else ""
+    completed = _run_ray("rsync-up", path, f"{local_path}{end}", f"{remote_path}{end}")
+    if completed.returncode:
+        reason = _last_line(completed.stderr or completed.stdout)
+        raise StudyError(f"{path}: {local_path} was not copied to the head ({reason})")
+
+
 def _ray_arguments(command: str, path: Path, *arguments: str) -> list[str]:
     return [*_RAY_COMMAND, command, path.name, *arguments]
 

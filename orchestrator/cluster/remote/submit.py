@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster.remote import cluster_file, command_line, head, source_digest
 from orchestrator.cluster.remote.jobs import JobClient
+from orchestrator.cluster.remote.uploads import Uploads
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.command import EXIT_USAGE
 from orchestrator.util.errors import StudyError, UsageError
@@ -41,7 +42,8 @@ def run_on_cluster(options: StudyOptions, path: Path) -> int:
         UsageError: The command cannot run there, the cluster is not up, or its sources differ.
         StudyError: The connection is lost.
     """
-    arguments = command_line.remote_command(options)
+    uploads = Uploads()
+    command_line.remote_command(options, uploads)  # refuses before the cluster is looked up
     if Path("~/.ray/auth_token").expanduser().is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it then
     config = cluster_file.read_cluster_file(path)
@@ -54,10 +56,16 @@ def run_on_cluster(options: StudyOptions, path: Path) -> int:
         ) from None
     print(f"{cluster_name}: connecting to {address}", flush=True)
     with head.open_tunnel(path) as dashboard:
-        jobs, command = JobClient(dashboard, folder), shlex.join(["python", *arguments])
+        jobs = JobClient(dashboard, folder)
+        if uploads and not options.stop:
+            uploads.prepare(jobs)
+        arguments = command_line.remote_command(options, uploads)
+        remote = _RemoteCommand(
+            jobs, path, cluster_name, shlex.join(["python", *arguments]), options, uploads
+        )
         if arguments[:3] == ["-m", "orchestrator", "check"] or options.plan:
-            return _run_short_command(jobs, path, command)
-        return _RemoteStudy(jobs, path, cluster_name, command, options).run()
+            return remote.run_short_command()
+        return remote.run_study()
 
 
 def _project_folder(path: Path, config: dict[str, Any]) -> str:
@@ -91,27 +99,33 @@ def _check_sources(jobs: JobClient, path: Path) -> None:
         )
 
 
-def _run_short_command(jobs: JobClient, path: Path, command: str) -> int:
-    """Run a command that trains nothing. It ends with this process."""
-    _check_sources(jobs, path)
-    job_id = jobs.submit_job(command)
-    try:
-        return jobs.follow_job(job_id)
-    finally:
-        jobs.delete_job(job_id)
-
-
 @dataclass(frozen=True)
-class _RemoteStudy:
-    """A study's command and its job on the cluster."""
+class _RemoteCommand:
+    """A command for the cluster's head, and its job there."""
 
     jobs: JobClient
     path: Path
     cluster_name: str
     command: str
     options: StudyOptions
+    uploads: Uploads
 
-    def run(self) -> int:
+    def run_short_command(self) -> int:
+        """Run the command, which trains nothing. It ends with this process."""
+        job_id = self._submit()
+        try:
+            return self.jobs.follow_job(job_id)
+        finally:
+            self.jobs.delete_job(job_id)
+
+    def _submit(self, job_id: str | None = None) -> str:
+        """Send the files that the command names, and start it."""
+        _check_sources(self.jobs, self.path)
+        self.uploads.send(self.path, self.cluster_name)
+        return self.jobs.submit_job(self.command, job_id)
+
+    def run_study(self) -> int:
+        """Start, follow or stop the study, and fetch its reports when it has ended."""
         study, job_id = command_line.study_key(self.options), command_line.study_job_id(self.options)
         job, command = self.jobs.find_job(job_id), self.command
         if self.options.stop:
@@ -123,13 +137,13 @@ class _RemoteStudy:
             self.jobs.stop_job(job_id)
             command = _submitted_command(job)
         elif job is None or _submitted_command(job) != self.command:
-            self._submit(study, job_id, job)
+            self._start(study, job_id, job)
         else:
             state = "has ended there" if job.status.is_terminal() else "runs there"
             print(f"{self.cluster_name}: {study} {state}", flush=True)
         return self._follow(job_id, command)
 
-    def _submit(self, study: str, job_id: str, previous: JobDetails | None) -> None:
+    def _start(self, study: str, job_id: str, previous: JobDetails | None) -> None:
         """Start the study. `previous` is its job with other options, which must have ended."""
         if previous is not None and not previous.status.is_terminal():
             raise UsageError(
@@ -139,8 +153,7 @@ class _RemoteStudy:
             )
         if previous is not None:
             self.jobs.delete_job(job_id)
-        _check_sources(self.jobs, self.path)
-        self.jobs.submit_job(self.command, job_id)
+        self._submit(job_id)
         print(f"{self.cluster_name}: {study} runs there; Ctrl-C leaves it running", flush=True)
 
     def _follow(self, job_id: str, command: str) -> int:

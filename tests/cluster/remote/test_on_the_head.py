@@ -13,6 +13,7 @@ from orchestrator.cli.arguments import parse_options
 from orchestrator.cli.commands import Check
 from orchestrator.cluster.remote import command_line, source_digest
 from orchestrator.cluster.remote.study_folders import find_study_folders
+from orchestrator.cluster.remote.uploads import Uploads
 from orchestrator.execution.ray import autoscaler
 from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
 from orchestrator.record.mlflow.tracking_uri import default_uri, resolve_uri, study_uri
@@ -95,13 +96,13 @@ def test_the_translated_options_mean_the_same(monkeypatch: pytest.MonkeyPatch) -
     )
     both = (tyro.conf.FlagCreatePairsOff,)
     typed = tyro.cli(StudyOptions, args=command.split(), config=both)
-    script, *there = command_line.remote_command(typed)
+    script, *there = command_line.remote_command(typed, Uploads())
     assert script == "experiments/lr_sensitivity.py"
     assert not {"--on", "--output"} & set(there)
     again = tyro.cli(StudyOptions, args=there, config=both)
-    assert command_line.build_arguments(again) == there
+    assert command_line.build_arguments(again, Uploads()) == there
     assert (again.search, again.space, again.max_hours) == ("optuna", ("rank=4,8", "warmup=0:0.1"), 1e-5)
-    assert command_line.build_arguments(StudyOptions()) == []
+    assert command_line.build_arguments(StudyOptions(), Uploads()) == []
 
 
 @pytest.mark.parametrize(
@@ -114,32 +115,49 @@ def test_the_translated_options_mean_the_same(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_preset_and_what_replaces_it_mean_the_same_there(command: str) -> None:
     typed = parse_options("", CurveOptions, command.split())
-    assert parse_options("", CurveOptions, command_line.build_arguments(typed)) == typed
+    assert parse_options("", CurveOptions, command_line.build_arguments(typed, Uploads())) == typed
 
 
 def test_options_of_a_script_and_of_the_check_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command_line.build_arguments(ComparisonOptions(replicates=20)) == ["--replicates", "20"]
+    assert command_line.build_arguments(ComparisonOptions(replicates=20), Uploads()) == ["--replicates", "20"]
     module = source_digest.PROJECT_ROOT / "orchestrator" / "__main__.py"
     for program in (str(module), "bin/lora-orchestrator"):
         monkeypatch.setattr(sys, "argv", [program, "check", "--rank", "4"])
-        assert command_line.remote_command(Check(rank=4)) == ["-m", "orchestrator", "check", "--rank", "4"]
+        words = command_line.remote_command(Check(rank=4), Uploads())
+        assert words == ["-m", "orchestrator", "check", "--rank", "4"]
     monkeypatch.setattr(sys, "argv", ["bin/lora-orchestrator", "study", "--rank", "4"])
     assert command_line.study_key(CurveOptions(rank=4, task=("letters",))) == "lr_sensitivity-letters"
 
 
-def test_a_task_of_the_project_is_there_and_another_file_is_refused(
+def test_files_of_the_user_get_paths_on_the_head_by_their_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(SCRIPT.parent)
-    assert command_line.build_arguments(StudyOptions(task=(SCRIPT.name,))) == [
-        "--task",
-        "experiments/lr_sensitivity.py",
-    ]
-    (tmp_path / "own.py").touch()
-    with pytest.raises(UsageError, match="does not see"):
-        command_line.build_arguments(StudyOptions(task=(str(tmp_path / "own.py"),)))
-    own = ("--task", "/shared/own.py")
-    assert command_line.build_arguments(StudyOptions(task=own[1:])) == list(own)
+    """Files of the project keep their paths, and so do files that are not on this machine."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("NAME = 'own'")
+    Path("rows.csv").write_text("text,label\n")
+    Path("model").mkdir()
+    Path("model", "config.json").write_text("{}")
+    uploads = Uploads()
+    own, rows, model = (uploads.add(Path(name)) for name in ("own.py", "rows.csv", "model"))
+    script = SCRIPT.relative_to(source_digest.PROJECT_ROOT).as_posix()
+
+    options = StudyOptions(task=(str(SCRIPT), "own.py", "/shared/own.py", "letters"), model="model")
+    words = ["--task", script, own, "/shared/own.py", "letters", "--model", model]
+    assert command_line.build_arguments(options, uploads) == words
+    options = StudyOptions(variants=("lora", "own.py"), set=("own.py.factor=4", "lora.rank=2", "alpha=3"))
+    words = ["--variants", "lora", own, "--set", f"{own}.factor=4", "lora.rank=2", "alpha=3"]
+    assert command_line.build_arguments(options, uploads) == words
+    options = StudyOptions(data=("rows.csv", "/shared/rows.csv", "org/name@revision"))
+    words = ["--data", rows, "/shared/rows.csv", "org/name@revision"]
+    assert command_line.build_arguments(options, uploads) == words
+    options = StudyOptions(data=("rows.csv",), test_data="rows.csv")
+    assert command_line.build_arguments(options, uploads) == ["--data", rows, "--test-data", rows]
+
+    Path("rows.csv").write_text("text,label\na,b\n")
+    assert Uploads().add(Path("rows.csv")) != rows
+    Path("model", "tokenizer.json").write_text("{}")
+    assert Uploads().add(Path("model")) != model
 
 
 def test_differing_sources_are_named_and_additional_files_on_the_head_are_not(tmp_path: Path) -> None:
