@@ -18,6 +18,8 @@ NOTHING_LEARNED = "nothing learnt"
 """Text in place of the best rate where `Curve.nothing_learned` is True."""
 NOT_RESOLVED = "not resolved"
 """Text in place of a width that is smaller than the spacing of the grid."""
+_SAME_RATE_DECADES = 0.005
+"""Best rates that lie closer together are shown as one rate."""
 
 
 def panel_title(panel: Panel) -> str:
@@ -66,7 +68,7 @@ def curve_verdict(panel: Panel, command: str) -> Verdict:
         f"{formatting.rate(max(rates))}, {count_text(len(seeds), 'seed')}; {panel.metric.replace('_', ' ')}."
     )
     return Verdict(
-        "Each variant has a learning rate of its own at which it is best.",
+        _finding(panel),
         "descriptive",
         answer(panel),
         design,
@@ -74,6 +76,20 @@ def curve_verdict(panel: Panel, command: str) -> Verdict:
         replicated_command(command),
         panel.task,
     )
+
+
+def _finding(panel: Panel) -> str:
+    """Return in one sentence whether the variants of a panel have different best rates."""
+    rates = [rate for curve in panel.curves if (rate := curve.named_best_rate) is not None]
+    if len(rates) < 2:
+        return "The learning rate at which each variant is best."
+    if _decades(rates) < _SAME_RATE_DECADES:
+        return "All variants are best at one learning rate."
+    return "Each variant has a learning rate of its own at which it is best."
+
+
+def _decades(rates: Sequence[float]) -> float:
+    return math.log10(max(rates) / min(rates))
 
 
 def replicated_command(command: str) -> str:
@@ -123,8 +139,8 @@ def _peaks_text(
     if len(ranked) == 1:
         return f"The best rate of {ranked[0][1]} is {formatting.rate(ranked[0][0])}."
     low, high = ranked[0], ranked[-1]
-    decades = math.log10(high[0] / low[0])
-    if decades < 0.005:
+    decades = _decades([low[0], high[0]])
+    if decades < _SAME_RATE_DECADES:
         text = f"All {len(ranked)} variants are best at one rate, {formatting.rate(low[0])}."
     else:
         edges = "" if all(c.bracketed == "yes" for c in peaked) else " at least"

@@ -14,6 +14,12 @@ from orchestrator.analyze.tuned.tuned_results import CONTROLS, FixedRateComparis
 from orchestrator.analyze.tuned.tuned_verdicts import fixed_rate_verdict
 from orchestrator.analyze.verdict import Verdict
 
+_OTHER_FINDINGS = {
+    "refuted": "At LoRA's best learning rate no variant changes its order with LoRA.",
+    "undecided": "Whether one fixed learning rate changes which variant wins stays open.",
+}
+"""The heading of the descriptive verdict where the curves do not show the claim."""
+
 
 def compare_panel_at_fixed_rate(panel: Panel) -> FixedRateComparison | None:
     """Compare the test scores of a panel's curves at LoRA's best rate, and each at its own best rate.
@@ -79,4 +85,5 @@ def panel_rate_verdict(panel: Panel) -> Verdict | None:
         "the experiment `tuned` tunes in replicates."
     )
     verdict = fixed_rate_verdict(found, panel.reference, panel.task, design)
-    return replace(verdict, outcome="descriptive")
+    finding = _OTHER_FINDINGS.get(verdict.outcome, verdict.claim)
+    return replace(verdict, claim=finding, outcome="descriptive")

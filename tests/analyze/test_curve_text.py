@@ -8,6 +8,7 @@ from synthetic import RATES, record, study, summarize_curves
 
 from orchestrator.analyze import caveats, curve_text, formatting
 from orchestrator.analyze.summary import summarize
+from orchestrator.analyze.tuned.tuned_verdicts import FIXED_RATE_CLAIM
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
 
 
@@ -20,6 +21,30 @@ def test_the_answer_follows_from_the_numbers() -> None:
         record(v, r, 0, s) for v, s1 in (("lora", 0.9), ("hira", 0.1)) for r, s in ((1e-3, s1), (1e-2, 0.5))
     ]
     assert "at least 1.0 decades apart" in curve_text.answer(summarize_curves(edge).panels[0])
+
+
+def test_the_heading_says_what_the_curves_show() -> None:
+    def headings(seeds: int = 3, **scores: tuple[float, float]) -> list[str]:
+        """Return the headings for variants with these scores at two rates, and 0.1 at a third."""
+        runs = [
+            record(variant, rate, seed, score + 0.001 * seed**power)
+            for power, (variant, own) in enumerate(scores.items())
+            for rate, score in zip((1e-3, 1e-2, 1e-1), (*own, 0.1), strict=True)
+            for seed in range(seeds)
+        ]
+        return [verdict.claim for verdict in summarize_curves(runs).verdicts]
+
+    assert headings(lora=(0.5, 0.9), hira=(0.8, 0.6)) == [
+        "Each variant has a learning rate of its own at which it is best.",
+        FIXED_RATE_CLAIM,
+    ]
+    assert headings(lora=(0.5, 0.9), dora=(0.3, 0.8)) == [
+        "All variants are best at one learning rate.",
+        "At LoRA's best learning rate no variant changes its order with LoRA.",
+    ]
+    _, still_open = headings(seeds=1, lora=(0.5, 0.9), dora=(0.3, 0.8))
+    assert still_open == "Whether one fixed learning rate changes which variant wins stays open."
+    assert headings(lora=(0.5, 0.9)) == ["The learning rate at which each variant is best."]
 
 
 def test_a_spread_over_few_variants_says_so() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
@@ -34,9 +34,19 @@ def _spread_figure(panel: Panel, styles: Mapping[str, CurveStyle]) -> go.Figure:
         yaxis=plotly_style.axis("", type="category", autorange="reversed", showgrid=False, ticks=""),
         showlegend=False,
     )
+    _widen_axis(figure, curves)
     for curve in curves:
         figure.add_traces(_dumbbell(panel, curve, plotly_style.color(styles[curve.label])))
     return figure
+
+
+def _widen_axis(figure: go.Figure, curves: Sequence[Curve]) -> None:
+    """Show a tenth around the scores if all are equal, where plotly's own range would be 2 wide."""
+    scores = [
+        score for c in curves for score in (c.best_test.mean, c.test_at_common_rate) if score is not None
+    ]
+    if scores and max(scores) - min(scores) < 1e-3:
+        figure.update_xaxes(range=[min(scores) - 0.05, max(scores) + 0.05])
 
 
 def _dumbbell(panel: Panel, curve: Curve, color: str) -> list[go.Scatter]:
