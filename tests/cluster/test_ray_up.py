@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,9 @@ def test_a_remote_study_is_stopped_and_run_again_and_its_errors_reach_the_user(c
     assert "2 of 3 known" in again.wait(3)
     none.wait_for_refusal("/shared/none")
     assert "2, of them 2 known" in plan.wait(0)
-    rows = [f"{color} {number},{color}" for color in ("red", "blue") for number in range(100)]
+    rows = [
+        f"{' '.join(letters)},{letters[0]}" for letters in permutations("abcdefg", 3)
+    ]  # known to the model
     cluster.lab.path(f"{PROJECT}/rows.csv").write_text("\n".join(["text,label", *rows]))
     own = (*ON_HEAD[2:], "--study", "own", "--learning-rates", "1e-3", "--steps", "4")
     output = start("--data", "rows.csv", *own, *ON).wait(0)

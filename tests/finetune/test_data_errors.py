@@ -14,11 +14,13 @@ import pytest
 from data_rows import CHATS, MAILS, SUMS, write
 from in_process import SWEEP, Run, restored, run
 
+from orchestrator.finetune.resolve.data_lengths import report_truncation
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.finetune.sources import user_data
 from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.local import letters
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
@@ -388,6 +390,14 @@ def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path,
     assert report.startswith("m.csv: 2 of 58 rows have more than 64 tokens and lose the end of their answer")
     prepare_datasets([cut], tmp_path, tmp_path / "data", lines.append, may_truncate=False)
     assert "rows have more than" not in "\n".join(lines), "a limit that was measured cuts nothing"
+
+
+def test_a_row_with_words_that_the_tokenizer_lacks_is_shown() -> None:
+    write(Path("m.csv"), MAILS)
+    typed = StudyOptions(data=("m.csv",), model="letters-base")
+    (chosen,) = resolve_tasks(typed, (), ("lora",), Path("bases"))
+    words = ["'m.csv'", "example 0", "WordLevel error: Missing [UNK] token", "--model"]
+    assert_refused(lambda: report_truncation(chosen.task, letters.tokenizer(), 64, print), words)
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def iter_encoded_examples(
     is_empty = True
     for start in range(0, len(examples), TOKENIZER_BATCH_SIZE):
         block = examples[start : start + TOKENIZER_BATCH_SIZE]
-        encoded_block = _encode_block(block, task, processor, start)
+        encoded_block = encode_block(block, task, processor, start)
         for number, (example, encoded) in enumerate(zip(block, encoded_block, strict=True), start):
             if _has_empty_input(encoded, example, task, held_out=max_length is None):
                 raise UsageError(
@@ -205,10 +205,16 @@ def iter_encoded_examples(
         )
 
 
-def _encode_block(
+def encode_block(
     examples: Sequence[Example], task: Task, processor: Any, first_index: int
 ) -> list[EncodedExample]:
-    """Tokenize some examples, the first of which has the number `first_index`.
+    """Tokenize some examples.
+
+    Args:
+        examples: The examples.
+        task: Their task.
+        processor: The model's tokenizer.
+        first_index: The number of the first example, for the error.
 
     Raises:
         UsageError: An example cannot be tokenized, for instance because a word-level tokenizer has no token

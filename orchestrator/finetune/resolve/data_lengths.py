@@ -7,6 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from orchestrator.finetune.data.batches import encode_block
 from orchestrator.finetune.models import loading, model_checks
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.tasks.base import Split, Task
@@ -91,6 +92,6 @@ def _row_lengths(task: DataTask, tokenizer: Any) -> list[tuple[int, str]]:
     lengths = []
     for start in range(0, len(placed), BLOCK_SIZE):
         block = placed[start : start + BLOCK_SIZE]
-        encoded = task.encode_all([each.example for each in block], tokenizer)
+        encoded = encode_block([each.example for each in block], task, tokenizer, start)
         lengths += [(len(e.ids), each.where) for e, each in zip(encoded, block, strict=True)]
     return lengths
