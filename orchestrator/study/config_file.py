@@ -32,6 +32,7 @@ PATH_OPTIONS = ("data", "validation_data", "test_data", "model", "output", "stor
 """Options whose words may be files or folders."""
 CODE_OPTIONS = ("task", "variants")
 """Options whose words are files if they end in .py, and names otherwise."""
+_NULL = "tag:yaml.org,2002:null"
 _OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
@@ -122,9 +123,10 @@ def _entries(root: Any, path: Path, options_class: type[StudyOptions]) -> Iterat
     for key, value in root.value:
         if not isinstance(key, yaml.ScalarNode):
             raise UsageError(f"{path}, line {key.start_mark.line + 1}: a key must be the name of an option.")
-        if isinstance(value, yaml.MappingNode) and key.value.removesuffix(" options") in titles:
+        is_group = key.value.removesuffix(" options") in titles
+        if is_group and isinstance(value, yaml.MappingNode):
             yield from _entries(value, path, options_class)
-        else:
+        elif not (is_group and value.tag == _NULL):  # a group whose options are all taken away
             yield key, value
 
 
@@ -135,7 +137,7 @@ def _plain(node: Any) -> Any:
         UsageError: Lists or mappings are inside others.
     """
     if isinstance(node, yaml.ScalarNode):
-        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+        return None if node.tag == _NULL else node.value
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
     if not all(isinstance(each, yaml.ScalarNode) for each in nodes):
         raise UsageError(f"a list inside a list (line {node.start_mark.line + 1}); write plain words.")

@@ -66,7 +66,8 @@ def convert(name: str, value: object, options_class: type[Any]) -> Any:
     try:
         return pydantic.TypeAdapter(annotation).validate_python(value)
     except pydantic.ValidationError:
-        raise UsageError(f"{name}: {quote_value(str(value))} {_rule(name, accepted)}.") from None
+        shown = f"{name} has no value;" if value is None else f"{name}: {quote_value(str(value))}"
+        raise UsageError(f"{shown} {_rule(name, accepted)}.") from None
 
 
 def split_lists(values: Mapping[str, Any]) -> dict[str, Any]:

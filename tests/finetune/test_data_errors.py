@@ -381,6 +381,7 @@ def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path,
         "end of its answer",
     ]
     assert_refused(templates, words)
+    assert_refused(lambda: templates(max_length=64, train_size=59), ["58 train examples, 59 are needed"])
     (cut,) = templates(max_length=64)
     assert cut.batches.max_length == 64
     lines: list[str] = []

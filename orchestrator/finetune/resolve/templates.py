@@ -18,6 +18,7 @@ from orchestrator.finetune.resolve.option_names import (
     variant_hyperparameters,
 )
 from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.study import bounds, space
 from orchestrator.study.configuration import (
     BatchConfig,
@@ -80,6 +81,8 @@ def build_configuration_templates(
         choice = replace(choice, train_size=options.train_size)
     if options.test_size is not None:
         choice = replace(choice, test_size=options.test_size)
+    if isinstance(task, DataTask):
+        task.load(choice)  # refuses sizes that the data do not have, also for a plan
     max_length = _max_length(options, task, model, bases)
     steps = _count_steps(options, choice.train_size, batch_size, defaults.steps)
     publishes_best = options.select == "published" and task.publishes_best_evaluation
