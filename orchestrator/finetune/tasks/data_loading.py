@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.finetune.sources import user_data
+from orchestrator.finetune.sources.user_data import SourceRows
 from orchestrator.finetune.tasks.base import INVERSE_PERPLEXITY, Output, Split, TaskDefaults
 from orchestrator.finetune.tasks.data_columns import ColumnMap, Form, find_columns
 from orchestrator.finetune.tasks.data_examples import PlacedExample, make_examples
@@ -75,7 +76,7 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     """
     options, name = request.options, name or request.name
     source = user_data.read_source(request.source)
-    columns = find_columns(source.columns, options.parse_columns(), options.template, name)
+    columns = _find_columns(source, options, name)
     output = _find_output(columns, options, name)
     examples = list(make_examples(source.rows, columns, is_number=output == "regression"))
     ignored = [*source.ignored, *_add_held_out_data(examples, request, columns, output)]
@@ -102,6 +103,17 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     task = DataTask.from_spec(spec, splits, request.source if is_hub else os.path.abspath(request.source))
     task.ignored_sources = tuple(ignored)
     return task
+
+
+def _find_columns(source: SourceRows, options: DataOptions, name: str) -> ColumnMap:
+    """Return the columns by their role. A split column does not count if the source itself has splits."""
+    named = options.parse_columns()
+    has_splits = source.rows[0].split is not None  # all rows or none have one
+    if has_splits and "split" in named:
+        raise UsageError(f"--columns split={named['split']}: {name} has splits already; leave the role out.")
+    found = find_columns(source.columns, named, options.template, name)
+    roles = {role: c for role, c in found.columns.items() if role != "split" or not has_splits}
+    return replace(found, columns=roles)
 
 
 def _add_held_out_data(

@@ -26,6 +26,7 @@ from orchestrator.finetune.tasks.text_encoder import IGNORE_INDEX
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import UsageError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -139,6 +140,8 @@ def test_splits_may_be_given_by_a_column_files_or_a_folder(tmp_path: Path) -> No
     ]
     assert len({task.content for task in given}) == 1
     assert {s: len(own) for s, own in inputs(given[0]).items()} == {"train": 30, "validation": 10, "test": 20}
+    with pytest.raises(UsageError, match=r"--columns split=prompt: f has splits already; leave"):
+        task_of(tmp_path / "f", columns=("split=prompt",))
 
 
 def test_a_folder_may_have_parts_of_a_split_and_names_the_files_that_it_ignores(tmp_path: Path) -> None:
