@@ -94,6 +94,8 @@ def vllm_obstacle(config: Mapping[str, Any]) -> str:
         return "vLLM loads no trained head (`modules_to_save`)"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         return "vLLM loads no biases"
+    if config.get("rank_pattern"):
+        return "vLLM loads one rank for all layers"
     if vllm_max_lora_rank(config["r"]) is None:
         return f"the adapter's rank {config['r']} is above {VLLM_RANKS[-1]}"
     return ""

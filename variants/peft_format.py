@@ -13,6 +13,8 @@ from variants.variant_settings import VariantSettings
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"]
 """PEFT's name for the kind of a task, which decides the class `AutoPeftModelFor...` that loads an adapter."""
+PATTERN_FIELDS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "block_size": "block_size_pattern"}
+"""Field of PEFT's config -> its field for the values of single layers."""
 TASK_HEADS: Mapping[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
 }  # fmt: skip
@@ -98,9 +100,10 @@ class PeftFormat:
         return {"peft_type": peft.peft_type, **config, **own, **peft.constants}
 
     def peft_layer_fields(self, params: Params, layer: FrozenLayer) -> dict[str, Any]:
-        """Return the fields of PEFT's config that have a value of their own for each layer.
+        """Return the fields of PEFT's config that depend on the layer.
 
-        For each of them PEFT has a field NAME_pattern, which maps layers to values.
+        A value that differs between layers needs a further field of PEFT, such as `block_size_pattern`, which
+        maps layers to values.
 
         Args:
             params: One lane's tensors of the layer.

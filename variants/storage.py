@@ -18,7 +18,7 @@ from variants import catalogue
 from variants.adapters import Adapters
 from variants.api import InitialTensors, UnsupportedError, Variant, VariantSettings
 from variants.export_forms import peft_obstacle
-from variants.peft_format import TASK_HEADS, PeftMethod, TaskType
+from variants.peft_format import PATTERN_FIELDS, TASK_HEADS, PeftMethod, TaskType
 from variants.targets import find_target_layers, is_conv1d
 from variants.variant_names import USER_AXIS
 
@@ -142,14 +142,14 @@ def save_peft(
             f"{adapters.variant.name} cannot be exported: PEFT has this method for layers of type Linear only"
         )
     heads = _saved_modules(adapters, lane, task_type)
-    tensors, method_fields = _convert_layers(adapters, lane)
+    tensors = _convert_layers(adapters, lane)
     for group in adapters.layer_groups.values():
         for key, peft_key in peft.group_names.items():
             tensors[f"{PEFT_ROOT}{peft_key}"] = group.lane_tensors(lane)[key]
     for name, head in heads.items():
         tensors |= {f"{PEFT_PREFIX}{name}.{key}": tensor for key, tensor in head.items()}
     config = {
-        **method_fields,
+        **peft_fields(adapters, lane),
         **_model_fields(adapters),
         "base_model_name_or_path": base_model_name,
         "revision": base_model_revision,
@@ -163,20 +163,35 @@ def save_peft(
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _convert_layers(adapters: Adapters, lane: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the layers' tensors in PEFT's file, and the fields of adapter_config.json that describe them."""
-    variant = adapters.variant
+def peft_fields(adapters: Adapters, lane: str) -> dict[str, Any]:
+    """Return the fields of PEFT's adapter_config.json that describe a lane's method and its settings.
+
+    Args:
+        adapters: The adapters that hold the lane, of a variant that PEFT has.
+        lane: The lane.
+    """
+    fields = adapters.variant.peft_config(adapters.lane_settings(lane))
+    by_field: dict[str, dict[str, Any]] = {}
+    for name, layer in adapters.layers.items():
+        own = adapters.variant.peft_layer_fields(layer.lane_tensors(lane), layer.lane_layer(lane))
+        for key, value in own.items():
+            by_field.setdefault(key, {})[name] = value
+    for key, values in by_field.items():
+        if len(set(values.values())) == 1:
+            fields[key] = next(iter(values.values()))
+        else:
+            fields[PATTERN_FIELDS[key]] = values
+    return fields
+
+
+def _convert_layers(adapters: Adapters, lane: str) -> dict[str, Tensor]:
+    """Return the layers' tensors by the names in PEFT's file."""
     tensors: dict[str, Tensor] = {}
-    fields = variant.peft_config(adapters.lane_settings(lane))
     for name, layer in adapters.layers.items():
         lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
-        lane_layer = layer.lane_layer(lane)
-        for key, tensor in variant.to_peft(lane_tensors, lane_layer).items():
+        for key, tensor in adapters.variant.to_peft(lane_tensors, layer.lane_layer(lane)).items():
             tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor
-        for field, value in variant.peft_layer_fields(lane_tensors, lane_layer).items():
-            if value != fields[field]:
-                fields.setdefault(f"{field}_pattern", {})[name] = value
-    return tensors, fields
+    return tensors
 
 
 def _model_fields(adapters: Adapters) -> dict[str, Any]:

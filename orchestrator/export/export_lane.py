@@ -243,11 +243,9 @@ def _write(
 def _serving_note(lane: TrainedLane) -> str:
     """Return whether vLLM serves the adapter, by its documented rule."""
     from variants.export_forms import vllm_max_lora_rank, vllm_obstacle
-    from variants.variant_settings import VariantSettings
+    from variants.storage import peft_fields
 
-    choice = lane.configuration.variant
-    settings = VariantSettings(choice.rank, choice.alpha, choice.dropout, choice.extra)
-    config = lane.code.variant.peft_config(lane.code.variant.validate_settings(settings))
+    config = peft_fields(lane.adapters, lane.configuration.fingerprint)
     config |= {"modules_to_save": sorted(lane.adapters.heads) or None}
     if obstacle := vllm_obstacle(config):
         return f"vLLM does not serve this adapter ({obstacle}); --merge writes a model that it serves."

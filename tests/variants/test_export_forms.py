@@ -29,6 +29,7 @@ HEADED = next(case for case in CASES if case.model == "headed")
         ({"modules_to_save": ["classifier"]}, "loads no trained head"),
         ({"bias": "all"}, "loads no biases"),
         ({"r": 513}, "rank 513 is above 512"),
+        ({"rank_pattern": {"q_proj": 8}}, "one rank for all layers"),
     ],
 )
 def test_vllms_rule_admits_plain_lora_alone(fields: dict[str, Any], obstacle: str) -> None:

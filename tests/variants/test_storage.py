@@ -17,6 +17,7 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftConfig,
+    PeftModel,
     get_peft_model,
 )
 from torch import nn
@@ -181,6 +182,23 @@ def test_pissa_is_exported_as_lora_of_twice_the_rank(tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "some/base"
     back = load_peft(LLAMA.build(), tmp_path)
     assert (back.variant.name, back.settings.rank) == ("lora", 20)
+
+
+def test_layers_with_different_ranks_are_exported_with_a_rank_pattern(tmp_path: Path) -> None:
+    settings = VariantSettings(3, 5.0)  # of which one goes to the pool of the layers of a type
+    targets = "re:.*(q_proj|layers.0.self_attn.k_proj)"
+    adapters = attach(LLAMA.build(), catalogue.get("rasa"), settings, targets=targets)
+    adapters.add_lane("a", settings, 0)
+    with torch.no_grad(), adapters.activate_lanes(["a"], None):
+        for parameter in adapters.trainable("a").values():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        ours = adapters.model(IDS).logits
+    save_peft(adapters, "a", tmp_path, "some/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {name[-6:]: rank for name, rank in config["rank_pattern"].items()} == {"q_proj": 4, "k_proj": 3}
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(LLAMA.build(), tmp_path)(IDS).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 class Aardvark(LoRA):

@@ -20,8 +20,9 @@ class FourierFT(DenseUpdate):
     Rule, initialization and defaults are those of PEFT. The paper's scale for LLaMA and ViT is 300. As with
     the paper's shared entries, layers of equal shape have equal locations; they follow from the lane's seed.
 
-    A lane cannot be exported to PEFT, whose file holds the entries without their locations: PEFT draws other
-    ones, from a seed in its config. `peft:FOURIERFT` trains with PEFT's locations.
+    A lane is not exported to PEFT, whose file holds the entries without their locations: PEFT draws others
+    from a seed in its config, and a file with all in * out entries would be as large as the weights.
+    `peft:FOURIERFT` trains with PEFT's locations.
 
     Deviation: in a layer with fewer than `frequencies` weights, which PEFT refuses, every entry is trainable.
     """

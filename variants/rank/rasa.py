@@ -1,6 +1,7 @@
 """RaSA (He et al. 2025, arXiv 2503.12576): layers of one type give some ranks to a pool that all use."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ class RaSA(SharedFactors, LoRA):
     """W' = W + [B, sB] diag(E) [A; sA], with a pool sA (k L, in), sB (out, k L) for the L layers of one type.
 
     A (rank - k, in), B (out, rank - k) and E (rank - k + k L, 1) belong to one layer. A type is all layers
-    whose names differ only in indices. The rank of the update is rank - k + k L.
+    whose names differ only in indices. The rank of the update, and of the LoRA as
+    which an adapter is exported, is rank - k + k L.
 
     Initialization: A and sA from U(-1/sqrt(in), 1/sqrt(in)), B = sB = 0, so W' = W; E is
     0.5 alpha / (rank - k) for the layer's own ranks and 0.5 alpha / (k L) for the pool's. There is no other
@@ -32,7 +34,6 @@ class RaSA(SharedFactors, LoRA):
     shared_parameters = "shared * layers * (in + out + layers)"  # with the pool's part of each layer's E
     hyperparameters = {"shared": api.Int(1, help="ranks k that each layer gives to the pool; below the rank")}
     verified_by = api.VerifiedBy.AUTHORS_CODE
-    peft = None  # the exported rank would depend on the number of layers
 
     def scaling(self, settings: api.VariantSettings) -> float:
         return 1.0
@@ -67,3 +68,7 @@ class RaSA(SharedFactors, LoRA):
         a = torch.cat([params["A"], params["sA"][..., :in_features]], dim=-2)
         b = torch.cat([params["B"], params["sB"][..., :out_features, :]], dim=-1)
         return params["E"] * a, b
+
+    def peft_layer_fields(self, params: api.Params, layer: api.FrozenLayer) -> dict[str, Any]:
+        rank = len(params["E"])
+        return {"r": rank, "lora_alpha": rank}
