@@ -1,4 +1,4 @@
-"""The folder of an export: complete or absent, and never in place of anything but an earlier export."""
+"""The folder of an export: complete or absent, and in place of nothing but an earlier export of the lane."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 
 Form = Literal["peft", "merged", "raw"]
-"""The forms of an export: an adapter of PEFT, a plain model, or the exact tensors of the lane."""
+"""The forms of an export: an adapter of PEFT, a plain model of transformers, or the exact tensors."""
 
 MARK_FILE = "export.json"
-"""The file by which an earlier export is recognized."""
+"""Name of the file that marks a folder as an export, with an `ExportMark` as JSON."""
 
 
 @dataclass(frozen=True)
 class ExportMark:
-    """The content of `MARK_FILE`."""
+    """The lane and the form of an export: the content of `MARK_FILE`."""
 
     study: str
     fingerprint: str
     form: Form
     files: tuple[str, ...] = ()
-    """The other files of the folder."""
+    """Paths of the other files, relative to the folder."""
 
 
 def check_target(folder: Path, fingerprint: str) -> None:
@@ -36,7 +36,7 @@ def check_target(folder: Path, fingerprint: str) -> None:
 
     Args:
         folder: The folder.
-        fingerprint: The lane.
+        fingerprint: The fingerprint of the lane to export.
 
     Raises:
         UsageError: The folder exists and is not an earlier export of the lane, or it cannot be made.
@@ -51,7 +51,7 @@ def check_target(folder: Path, fingerprint: str) -> None:
 
 
 def _find_obstacle(folder: Path, fingerprint: str) -> str:
-    """Return the reason why an existing folder must not be replaced; empty if it may be replaced."""
+    """Return the reason why an export must not replace an existing folder; empty if it may."""
     if not folder.is_dir() or folder.is_symlink():
         return "there is a file of this name"
     if not (folder / MARK_FILE).is_file():
@@ -65,16 +65,18 @@ def _find_obstacle(folder: Path, fingerprint: str) -> str:
 
 
 def write_folder(folder: Path, mark: ExportMark, write: Callable[[Path], None]) -> None:
-    """Write an export and give it its name when it is complete.
+    """Write an export to a temporary folder beside `folder`, and rename it when it is complete.
+
+    If this fails or is interrupted, an earlier export at `folder` stays as it was.
 
     Args:
-        folder: The folder, which `check_target` has checked.
-        mark: What is exported.
-        write: Writes the files into an empty folder.
+        folder: The folder of the export, which `check_target` has accepted.
+        mark: The lane and the form; its `files` are replaced by those that were written.
+        write: Writes the files of the export to the empty folder that it gets.
 
     Raises:
-        OSError: The folder cannot be written; an earlier export is unchanged.
-        UsageError: The folder was made by somebody else meanwhile.
+        OSError: The folder cannot be written, for example because the disk is full.
+        UsageError: Another process has made `folder` meanwhile.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -96,12 +98,12 @@ def write_folder(folder: Path, mark: ExportMark, write: Callable[[Path], None]) 
         try:
             draft.rename(folder)
         except OSError as error:
-            if old.exists():
-                old.rename(folder)
             raise UsageError(
                 f"--to {folder}: cannot be made ({error.strerror}); name a new folder."
             ) from error
         atomic_files.sync_folder(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if old.exists() and not folder.exists():  # an error or Ctrl-C between the two renames
+            old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)

@@ -6,9 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from orchestrator.analyze.best_lanes import best_lanes
 from orchestrator.export import retraining
 from orchestrator.export.export_folder import ExportMark, Form, check_target, write_folder
 from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
-from orchestrator.export.model_card import CardFacts, render_card
+from orchestrator.export.model_card import CardFacts, format_scores, render_card
 from orchestrator.export.trained_lane import LaneCode, TrainedLane, load_trained_lane
 from orchestrator.record.kept_adapters import StudyAdapters, file_name, find_adapter
 from orchestrator.record.schema import Record
@@ -40,16 +39,16 @@ FORM_OPTIONS: Mapping[Form, tuple[str, ...]] = {"peft": (), "merged": ("--merge"
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is exported, and how."""
+    """The lane to export, the form, the folder, and how the lane is trained again if that is needed."""
 
     query: LaneQuery
     form: Form
     folder: Path | None = None
-    """The folder; None for one in the study's folder."""
+    """The folder to write; None for `export/VARIANT-FINGERPRINT` in the study's folder."""
     device: retraining.Device = "auto"
-    """Where the lane is trained again if its adapter was not kept."""
+    """The device on which the lane is trained again if its adapter was not kept."""
     retrain_on_cpu: bool = False
-    """True to train it on the CPU although it was trained on a GPU."""
+    """True to train it again on the CPU although it was trained on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,11 @@ class Export:
     folder: Path
     form: Form
     record: Record
+    """The record of the lane, as the store has it."""
     bytes: int
+    """Size of all files of the folder."""
     notes: tuple[str, ...]
+    """Lines for the user, such as whether vLLM serves the adapter."""
 
 
 def export_lane(
@@ -74,11 +76,11 @@ def export_lane(
         store: The store.
         output: The output folder with the studies' folders.
         request: The lane, the form and the folder.
-        notify: Called with one line for each step.
+        notify: Called with one line for each part of the work.
 
     Raises:
-        UsageError: The lane, the form or the folder is not possible, the base model is missing or has
-            changed, or the adapter's file is damaged.
+        UsageError: There is no such lane, the form or the folder is not possible, the base model is missing
+            or has changed, the adapter's file is damaged, or another export is training the lane.
         StudyError: The lane did not finish when it was trained again.
         OSError: The folder cannot be written.
     """
@@ -86,16 +88,17 @@ def export_lane(
     record = chosen.record
     variant = record.configuration.variant.name
     task = record.configuration.task.name
-    notify(f"{record.fingerprint[:12]}: {variant} on {task}, {_format_scores(record)}; {chosen.reason}")
+    notify(f"{record.fingerprint[:12]}: {variant} on {task}, {format_scores(record)}; {chosen.reason}")
     name = f"{short_name(variant)}-{record.fingerprint[:12]}"
     name += "" if request.form == "peft" else f"-{request.form}"
     folder = request.folder or chosen.folder / "export" / name
     check_target(folder, record.fingerprint)
     code = LaneCode.find(record.configuration, store)
-    _check_form(code, request.form, record, partial(_find_exportable, store, chosen, request))
-    with scratch_folder(store) as scratch:
+    _check_form(store, chosen, request, code)
+    with ExitStack() as stack:
         file, retrained = find_adapter(store, record), None
-        if file is None:
+        if file is None:  # else the store may be one that this user can only read
+            scratch = stack.enter_context(scratch_folder(store))
             file, retrained = _train_again(store, scratch, chosen, request, notify)
         lane = load_trained_lane(store, record.configuration, code, file)
         notes = _write(store, chosen, lane, request.form, folder, retrained)
@@ -103,26 +106,20 @@ def export_lane(
     return Export(folder, request.form, record, size, notes)
 
 
-def _check_form(code: LaneCode, form: Form, record: Record, find_other: Callable[[], str]) -> None:
-    """Check that the lanes of a variant can be exported in a form, before anything is loaded.
-
-    Args:
-        code: The code of the lane.
-        form: The form.
-        record: The record of the lane.
-        find_other: Returns the best variant that has an adapter of PEFT; empty if there is none.
+def _check_form(store: Store, chosen: ChosenLane, request: ExportRequest, code: LaneCode) -> None:
+    """Check that the variant of a lane can be exported in the requested form, before a model is loaded.
 
     Raises:
-        UsageError: They cannot; the message names a form that is possible.
+        UsageError: It cannot; the message names a form that is possible.
     """
     from variants.export_forms import export_forms
 
-    forms, name = export_forms(code.variant), record.configuration.variant.name
+    forms, name, form = export_forms(code.variant), chosen.record.configuration.variant.name, request.form
     merge = "--merge writes a plain model of transformers"
     raw = "--raw writes the exact tensors for `variants.storage.load_lane`"
     if form == "peft" and not forms.peft.possible:
         remedy = merge if forms.merged.possible else raw
-        if other := find_other():
+        if other := _find_exportable(store, chosen, request.query):
             remedy += f"; the best variant of the study with such an adapter: --variant {other}"
         raise UsageError(f"{name} has no adapter in PEFT's format: {forms.peft.note}; {remedy}.")
     if form == "merged" and not forms.merged.possible:
@@ -130,11 +127,15 @@ def _check_form(code: LaneCode, form: Form, record: Record, find_other: Callable
         raise UsageError(f"--merge: {name} cannot be merged: {forms.merged.note}; {remedy}.")
 
 
-def _find_exportable(store: Store, chosen: ChosenLane, request: ExportRequest) -> str:
-    """Return the best variant of a study that has an adapter of PEFT; empty if the user has named a lane."""
+def _find_exportable(store: Store, chosen: ChosenLane, query: LaneQuery) -> str:
+    """Return the best variant on the lane's task that has an adapter of PEFT.
+
+    Returns:
+        The name; empty if there is none, or if the user has named a variant or a lane.
+    """
     from variants.export_forms import export_forms
 
-    if request.query.variant is not None or request.query.fingerprint:
+    if query.variant is not None or query.fingerprint:
         return ""
     task, records = chosen.record.configuration.task.name, {r.fingerprint: r for r in chosen.records}
     lanes = best_lanes(chosen.study, chosen.records).values()
@@ -148,11 +149,11 @@ def _find_exportable(store: Store, chosen: ChosenLane, request: ExportRequest) -
 def _train_again(
     store: Store, scratch: Path, chosen: ChosenLane, request: ExportRequest, notify: Callable[[str], None]
 ) -> tuple[Path, Record | None]:
-    """Train the lane again.
+    """Train the chosen lane again.
 
     Returns:
-        The file of its adapter, which the store keeps if the results are those of the lane's record; and the
-        record of the new run if they are not.
+        The file with the adapter, and None if the results are those of the lane's record. Then the store
+        keeps the file. Else the record of the new run, and the file is in `scratch`.
     """
     record = chosen.record
     notify(f"its adapter was not kept; training it again: {retraining.describe_cost(record)}")
@@ -166,18 +167,23 @@ def _train_again(
         os.replace(result.file, kept)
         notify("the curve and the scores are those of the record")
         return kept, None
-    old, new = (_format_scores(each) for each in (record, result.record))
+    old, new = (format_scores(each) for each in (record, result.record))
     devices = f"{record.provenance.device}, now {result.record.provenance.device}"
-    notify(f"the scores differ from the record's ({old}; now {new}): another device or version ({devices})")
+    notify(
+        f"the results differ from the record's ({old}; now {new}), as on another device ({devices}), or with "
+        "other versions, kernels or numbers of workers"
+    )
     named = replace(result.record, configuration=record.configuration)
     return result.file, named
 
 
 @contextmanager
 def _checkpoint_folder(chosen: ChosenLane) -> Iterator[Path]:
-    """Yield the folder for the checkpoints of a lane that is trained again. An interruption leaves it.
+    """Lock and yield a folder for the checkpoints of a lane that is trained again.
 
-    It is not that of the store: gc removes checkpoints of a lane that has a result from there at any time.
+    The folder is removed after the block, but not after an interruption or an error of the disk, so that the
+    same command can continue. It is not in the store, because gc removes checkpoints of lanes that have a
+    final record.
 
     Raises:
         UsageError: Another export is training the lane.
@@ -202,15 +208,17 @@ def _checkpoint_folder(chosen: ChosenLane) -> Iterator[Path]:
         lock.release()
 
 
-def _format_scores(record: Record) -> str:
-    scores = {split: record.score(split) for split in ("validation", "test")}
-    return ", ".join(f"{split} {score:.4f}" for split, score in scores.items() if score is not None)
-
-
 def _write(
     store: Store, chosen: ChosenLane, lane: TrainedLane, form: Form, folder: Path, retrained: Record | None
 ) -> tuple[str, ...]:
-    """Write the folder; return notes for the user."""
+    """Write the folder of the export.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        UsageError: The lane cannot be written in this form.
+    """
     from orchestrator.finetune.models.catalogue import locate_pretrained
     from variants.errors import MergeError, UnsupportedError
 
@@ -241,7 +249,7 @@ def _write(
 
 
 def _serving_note(lane: TrainedLane) -> str:
-    """Return whether vLLM serves the adapter, by its documented rule."""
+    """Return a sentence on whether vLLM serves the adapter, by the rule of its documentation."""
     from variants.export_forms import vllm_max_lora_rank, vllm_obstacle
     from variants.storage import peft_fields
 
@@ -288,6 +296,6 @@ def _write_raw(lane: TrainedLane, folder: Path) -> None:
 
 
 def _save_processor(lane: TrainedLane, folder: Path) -> None:
-    """Save the tokenizer, or the image processor."""
+    """Save the base model's tokenizer, or its image processor."""
     processor = lane.base_model.processor
     getattr(processor, "hf_processor", processor).save_pretrained(folder)

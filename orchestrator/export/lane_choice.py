@@ -1,4 +1,4 @@
-"""The choice of the lane to export: the best one of a study, or one that the user names."""
+"""Choice of the lane to export: the best one of a study, or one whose fingerprint the user gives."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from variants.variant_names import canonical_name
 
 @dataclass(frozen=True)
 class LaneQuery:
-    """What the user asks for."""
+    """The lane that the user asks for."""
 
     study: str
     fingerprint: str = ""
     """First digits of the fingerprint; empty for the best lane."""
     variant: str | None = None
+    """The variant whose best lane is wanted; None for the best lane of all variants."""
     task: str | None = None
+    """The task whose best lane is wanted; None if the study has only one."""
 
 
 @dataclass(frozen=True)
 class ChosenLane:
-    """The lane to export."""
+    """The lane to export, with its study."""
 
     study: StudyFile
     folder: Path
@@ -39,20 +41,23 @@ class ChosenLane:
     records: Sequence[Record]
     """All records of the study."""
     reason: str
-    """Why this lane was chosen, as the rest of a sentence."""
+    """Why this lane was chosen, as a clause that can follow "because"."""
 
 
 def choose_lane(store: Store, output: Path, query: LaneQuery) -> ChosenLane:
-    """Return the lane that a query names.
+    """Find the lane that a query asks for.
 
     Args:
         store: The store.
         output: The output folder with the studies' folders.
-        query: The query.
+        query: The study, and the lane in it.
+
+    Returns:
+        The lane, with the names that its variant, task and model have in the study.
 
     Raises:
-        UsageError: There is no such study, variant, task or lane, it has not finished, or the query is
-            ambiguous.
+        UsageError: There is no such study, variant, task or lane, the lane has not finished, or the query
+            fits several tasks or lanes.
     """
     folder, study = find_study(output, query.study)
     found = [record for record in map(store.get, study.configurations) if record is not None]
@@ -66,6 +71,7 @@ def choose_lane(store: Store, output: Path, query: LaneQuery) -> ChosenLane:
 
 
 def _find_lane(store: Store, output: Path, study: StudyFile, query: LaneQuery) -> Record:
+    """Return the record of the finished lane whose fingerprint begins as the query says."""
     if query.variant is not None or query.task is not None:
         option = "--variant" if query.variant is not None else "--task"
         raise UsageError(f"export {query.fingerprint}: a fingerprint names one lane; leave {option} out.")
@@ -90,7 +96,7 @@ def _find_lane(store: Store, output: Path, study: StudyFile, query: LaneQuery) -
 
 
 def _choose_best(study: StudyFile, records: Sequence[Record], query: LaneQuery) -> tuple[ScoredLane, str]:
-    """Return the best lane that fits the query, and the reason."""
+    """Return the best lane that fits the query, and the reason for the choice as a clause."""
     goals = {LaneGoal.of(record): None for record in records}
     wanted = _select(study, list(goals), query)
     best = {goal: lane for goal, lane in best_lanes(study, records).items() if goal in wanted}
@@ -102,11 +108,14 @@ def _choose_best(study: StudyFile, records: Sequence[Record], query: LaneQuery) 
         )
     goal, lane = max(best.items(), key=lambda item: (item[1].validation or 0.0, item[0].variant == "lora"))
     number = len({each.variant for each in best})
-    return lane, f"the best {goal.variant}" + (f", the best of {number} variants" if number > 1 else "")
+    reason = f"it is the best {goal.variant}" + (f", the best of {number} variants" if number > 1 else "")
+    if len(records) < len(study.configurations):
+        reason += f" ({len(records)} of {len(study.configurations)} configurations have ended)"
+    return lane, reason
 
 
 def _select(study: StudyFile, goals: Sequence[LaneGoal], query: LaneQuery) -> set[LaneGoal]:
-    """Return the goals that fit --task and --variant."""
+    """Return those of a study's goals that fit --task and --variant."""
     tasks = sorted({goal.task for goal in goals})
     if query.task is not None and query.task not in tasks:
         raise UsageError(f"--task {query.task!r}: not in study {study.name!r}. {_suggest(query.task, tasks)}")

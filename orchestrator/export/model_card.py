@@ -24,30 +24,39 @@ _LEFT_OUT = ("variant", "task", "model", "model_content", "dtype", "seed", "task
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says besides the study's results."""
+    """Facts on an export that its model card states besides the study's results."""
 
     form: Form
     base: str
-    """What `from_pretrained` takes for the base model."""
+    """The base model as `from_pretrained` takes it: a name of the hub, or a folder."""
     base_revision: str | None
     """The hub's commit of the base model; None for a folder."""
     heads: tuple[str, ...]
-    """The modules of the task's head."""
+    """Names of the modules of the task's head."""
     command: str
     """The command that makes this export."""
     retrained: Record | None
     """The record of the run in which the lane was trained again, if its results differ; else None."""
     serving: str = ""
-    """A sentence on vLLM."""
+    """A sentence on whether vLLM serves the export; empty to say nothing."""
+
+
+def format_scores(record: Record) -> str:
+    """Return the scores at the end of training as text: "validation 0.9550, test 0.9400"."""
+    scores = {split: record.score(split) for split in ("validation", "test")}
+    return ", ".join(f"{split} {score:.4f}" for split, score in scores.items() if score is not None)
 
 
 def render_card(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
     """Return the text of README.md.
 
     Args:
-        chosen: The lane, its study and its records.
-        task: Its task.
-        facts: The form of the export, and its base model.
+        chosen: The lane, its study, and the records of the study.
+        task: The lane's task.
+        facts: Facts on the export.
+
+    Returns:
+        Markdown, after a YAML block with the metadata of the Hugging Face hub.
     """
     from orchestrator.analyze.summary import summarize
 
@@ -59,8 +68,8 @@ def render_card(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
         _metadata(chosen, task, facts, record),
         f"# {own.variant.name} on {title}",
         f"One fine-tune of `{own.model.name}` on the task `{own.task.name}` ({title}), trained with the "
-        f"variant `{own.variant.name}` in the study `{chosen.study.name}`. This lane was exported because it "
-        f"is {chosen.reason}.",
+        f"variant `{own.variant.name}` in the study `{chosen.study.name}`. This lane was exported because "
+        f"{chosen.reason}.",
         "License: fill in. The licenses of the base model and of the data apply.",
         "## Use",
         "\n".join(_usage(task, facts, own.variant)),
@@ -68,7 +77,8 @@ def render_card(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
         facts.serving,
         "## Scores",
         "\n".join(_scores(record)),
-        "The validation score has chosen the lane, so it is optimistic; the test score has chosen nothing.",
+        "The best lane of a study is the one with the best validation score, so this score is optimistic; no "
+        "test score takes part in the choice.",
         _retraining_note(chosen.record) if facts.retrained else "",
         "## What the study says",
         "\n".join(f"- **{each.outcome}**: {each.heading} {each.answer}" for each in verdicts)
@@ -143,6 +153,7 @@ def _usage(task: Task, facts: CardFacts, variant: VariantChoice) -> Iterator[str
 
 
 def _scores(record: Record) -> Iterator[str]:
+    """Yield the rows of the table of scores: one for each split that was evaluated."""
     metric = record.configuration.task.metric
     yield f"| split | {metric} | untrained base model |"
     yield "| --- | --- | --- |"
@@ -154,15 +165,14 @@ def _scores(record: Record) -> Iterator[str]:
 
 
 def _retraining_note(record: Record) -> str:
-    test = record.score("test")
     return (
         "The adapter of the study's lane was not kept. This one was trained again, with other numbers: the "
-        f"study's record has {record.score('validation'):.4f} on the validation split"
-        + ("." if test is None else f" and {test:.4f} on the test split.")
+        f"study's record has {format_scores(record)}."
     )
 
 
 def _provenance(chosen: ChosenLane, record: Record, facts: CardFacts) -> Iterator[str]:
+    """Yield the list of what the export was made from: model, data, hyperparameters, code and commands."""
     own, run = record.configuration, record.provenance
     columns = {k: v for k, v in own.to_columns().items() if k not in _LEFT_OUT and v is not None}
     runs = [each for each in chosen.records if each.configuration.variant.name == own.variant.name]

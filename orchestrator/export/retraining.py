@@ -1,14 +1,14 @@
-"""Training of one lane again, for its adapter: in this process, without Ray. Its record stays as it is."""
+"""Training of a lane a second time to get its adapter, in this process and without Ray."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from orchestrator.record.kept_adapters import file_name
-from orchestrator.record.schema import Provenance, Record, RecordState
+from orchestrator.record.schema import Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.util.errors import StudyError, UsageError
 
@@ -22,18 +22,18 @@ Device = Literal["auto", "cpu"]
 
 @dataclass(frozen=True)
 class RetrainedLane:
-    """The result of training a lane again."""
+    """The result of training a lane a second time."""
 
     record: Record
     """The record of the new run, which is in no store."""
     file: Path
-    """The adapter."""
+    """The file with the adapter."""
     is_equal: bool
     """Whether the run has the same loss curve and the same scores as the lane's record in the store."""
 
 
 def describe_cost(record: Record) -> str:
-    """Return the time, device and number of steps of training a lane again, in words, from its record."""
+    """Return a phrase with the time, the device and the number of steps that a lane took, from its record."""
     cost = record.cost
     seconds = cost.start_seconds + cost.train_seconds + cost.evaluate_seconds + cost.other_seconds
     length = f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.1f} min"
@@ -52,20 +52,21 @@ def retrain(
 ) -> RetrainedLane:
     """Train the lane of a record again, on a GPU if this machine has one.
 
-    The lane resumes from its checkpoint after an interruption, if `checkpoints` is the same folder.
+    No record is written to the store. After an interruption, a call with the same `checkpoints` continues
+    from the last checkpoint.
 
     Args:
-        store: The store, which has the base model, and the data.
+        store: The store with the base model and the data; it is only read.
         scratch: An empty folder for the new record and the adapter.
         checkpoints: A folder for the checkpoints of this lane, which no other process uses.
-        record: The record.
+        record: The record of the lane.
         device: "cpu" to train on the CPU although there is a GPU.
-        is_forced: True to train on the CPU although the record's lane was trained on a GPU.
-        notify: Called with one line of progress.
+        is_forced: True to train on the CPU although the lane was trained on a GPU.
+        notify: Called with one line for each evaluation.
 
     Raises:
-        UsageError: The lane was trained on a GPU and there is none, or its code has changed.
-        StudyError: The lane did not finish.
+        UsageError: The lane was trained on a GPU and there is none here, or by other numerics of the loop.
+        StudyError: The lane did not finish, or its adapter could not be written.
     """
     from orchestrator.finetune.engine import loop
     from orchestrator.finetune.models import loading
@@ -102,6 +103,7 @@ def retrain(
 
 
 def _choose_device(record: Record, device: Device, is_forced: bool) -> torch.device:
+    """Return the device to train on; refuse the CPU for a lane that was trained on a GPU, unless forced."""
     import torch
 
     if device == "auto" and torch.cuda.is_available():
@@ -117,17 +119,16 @@ def _choose_device(record: Record, device: Device, is_forced: bool) -> torch.dev
 
 
 def _results(record: Record) -> Mapping[str, object]:
-    """Return the results of a record that its configuration determines, as JSON values."""
-    same = replace(record, cost=type(record.cost)(), provenance=Provenance())
-    return {key: value for key, value in same.to_json().items() if key in ("curve", "evaluations", "steps")}
+    """Return what the configuration of a record determines, as JSON values, in which NaN equals NaN."""
+    return {key: value for key, value in record.to_json().items() if key in ("curve", "evaluations", "steps")}
 
 
 class OneLane:
-    """A lane source of one lane that always goes on; see `LaneSource`.
+    """A lane source with one lane, which is never stopped; see `LaneSource`.
 
     Args:
         record: The record of the lane.
-        notify: Called with one line for each evaluation.
+        notify: Called with one line for each evaluation, and with the lines of the loop.
     """
 
     def __init__(self, record: Record, notify: Callable[[str], None]) -> None:
@@ -136,7 +137,7 @@ class OneLane:
         self._is_leased = False
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
-        """Lease the lane once."""
+        """Lease the lane at the first call, and nothing later."""
         from orchestrator.finetune.engine.lane_source import Lease, LeaseGrant
 
         leases: tuple[Lease, ...] = () if self._is_leased else (Lease(self._configuration, 1),)
@@ -144,7 +145,7 @@ class OneLane:
         return LeaseGrant(leases, closed=True)
 
     def report(self, report: Report) -> Directive:
-        """Show the scores and let the lane go on."""
+        """Show the scores, and let the lane continue."""
         from orchestrator.finetune.engine.lane_source import Directive
 
         score = report.scores.get(self._configuration.task.metric)
@@ -154,21 +155,21 @@ class OneLane:
         return Directive.CONTINUE
 
     def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
-        """Give no directive."""
+        """Return no directive: the lane continues."""
         return {}
 
     def return_lease(self, fingerprint: str, attempt: int) -> None:
-        """Do nothing: the same command continues from the checkpoint."""
+        """Do nothing: a later call of `retrain` continues from the checkpoint."""
 
     def notify(self, line: str) -> None:
-        """Show a line."""
+        """Show a line of the loop."""
         self._notify(line)
 
     def note_max_lanes(self, max_lanes: int) -> None:
-        """Do nothing."""
+        """Do nothing: there is one lane."""
 
     def note_progress(self) -> None:
-        """Do nothing."""
+        """Do nothing: no process watches this one."""
 
     def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
-        """Do nothing: the record says how the lane has ended."""
+        """Do nothing: the record has the state."""

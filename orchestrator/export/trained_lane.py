@@ -1,4 +1,4 @@
-"""A trained lane in memory: its base model with the adapter that the store keeps."""
+"""A trained lane in memory: its base model, and its adapter as a file holds it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LaneCode:
-    """The code of a configuration: its task and its variant."""
+    """The task and the variant of a configuration, as objects."""
 
     task: Task
     variant: Variant
 
     @classmethod
     def find(cls, configuration: Configuration, store: Store) -> LaneCode:
-        """Find the code of a configuration; a user's files need not exist on this machine.
+        """Load the task and the variant of a configuration.
+
+        Those of a user's files come from the store, so the files need not exist on this machine.
 
         Args:
             configuration: The configuration.
-            store: The store, which has the code of users' files.
+            store: The store, which has a copy of the code in users' files.
 
         Raises:
-            UsageError: It is not here, or it is another version of it.
+            UsageError: The task or the variant is not here, or it is another version than that of the
+                configuration.
         """
         from orchestrator.finetune.engine.engine import check_versions
         from orchestrator.finetune.sources import own_variants
@@ -61,16 +64,16 @@ class TrainedLane:
 
 
 def load_trained_lane(store: Store, configuration: Configuration, code: LaneCode, file: Path) -> TrainedLane:
-    """Load the base model of a lane and its adapter, on the CPU.
+    """Load the base model of a lane on the CPU, and add the adapter in a file.
 
     Args:
         store: The store, which has the base model.
-        configuration: The lane.
-        code: Its task and variant.
-        file: The file of its adapter.
+        configuration: The configuration of the lane.
+        code: The lane's task and variant.
+        file: The file with the lane's adapter.
 
     Raises:
-        UsageError: The base model is missing or has changed, or the file is damaged.
+        UsageError: The base model is missing or has changed, or the file is damaged or was just removed.
     """
     from orchestrator.finetune.engine import adapter_file
     from orchestrator.finetune.engine.lane import variant_settings
@@ -84,4 +87,6 @@ def load_trained_lane(store: Store, configuration: Configuration, code: LaneCode
         adapter_file.restore(file, adapters, configuration)
     except DamagedFileError as error:
         raise UsageError(f"{error}; remove the file, and the same command trains the lane again") from error
+    except FileNotFoundError as error:  # a study has removed it while the base model was loaded
+        raise UsageError(f"{file} was removed by a running study; run the same command again") from error
     return TrainedLane(configuration, code, base_model, adapters)

@@ -93,7 +93,7 @@ def test_an_export_with_other_scores_says_so(export: Export, trained: Trained) -
     """This happens on another device. The store does not keep the new adapter for the record."""
     record = trained.rescore("lora", 0, 0.875)
     done = export(record.fingerprint)
-    assert "the scores differ from the record's" in done.stdout
+    assert "the results differ from the record's" in done.stdout
     assert "was not kept. This one was trained again" in (folder_of(done) / "README.md").read_text()
     assert find_adapter(trained.store, record) is None
 
