@@ -41,11 +41,13 @@ def check_target(folder: Path, fingerprint: str) -> None:
     Raises:
         UsageError: The folder exists and is not an earlier export of the lane, or it cannot be made.
     """
-    if folder.exists() or folder.is_symlink():
-        problem = _find_obstacle(folder, fingerprint)
-        if problem:
-            raise UsageError(f"--to {folder}: {problem}; name a new folder.")
-    parent = next(each for each in folder.absolute().parents if each.exists())
+    try:
+        problem = _find_obstacle(folder, fingerprint) if folder.exists() or folder.is_symlink() else ""
+        parent = next(each for each in folder.absolute().parents if each.exists())
+    except OSError as error:  # for example, the name is too long
+        problem = f"it cannot be looked up ({error.strerror})"
+    if problem:
+        raise UsageError(f"--to {folder}: {problem}; name a new folder.")
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"--to {folder}: {parent} is not a folder that can be written; name another one.")
 
@@ -82,16 +84,10 @@ def write_folder(folder: Path, mark: ExportMark, write: Callable[[Path], None]) 
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft, old = atomic_files.temporary_path(folder), atomic_files.temporary_path(folder)
     try:
-        draft.mkdir()
-        write(draft)
-        files = sorted(path for path in draft.rglob("*") if path.is_file())
-        names = [str(path.relative_to(draft)) for path in files]
-        content: Mapping[str, object] = {**asdict(mark), "files": names}
-        (draft / MARK_FILE).write_text(json.dumps(content, indent=1) + "\n")
-        mode = (draft / MARK_FILE).stat().st_mode
-        for path in (*files, draft / MARK_FILE):
-            path.chmod(mode)  # safetensors makes files that other users cannot read
-            atomic_files.sync_file(path)
+        with atomic_files.add_path_to_disk_errors(folder):
+            draft.mkdir()
+            write(draft)
+            _complete(draft, mark)
         if folder.exists():
             check_target(folder, mark.fingerprint)
             folder.rename(old)
@@ -107,3 +103,15 @@ def write_folder(folder: Path, mark: ExportMark, write: Callable[[Path], None]) 
         if old.exists() and not folder.exists():  # an error or Ctrl-C between the two renames
             old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _complete(draft: Path, mark: ExportMark) -> None:
+    """Write the mark beside the files of an export, and the content of all files to the disk."""
+    files = sorted(path for path in draft.rglob("*") if path.is_file())
+    names = [str(path.relative_to(draft)) for path in files]
+    content: Mapping[str, object] = {**asdict(mark), "files": names}
+    (draft / MARK_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    mode = (draft / MARK_FILE).stat().st_mode
+    for path in (*files, draft / MARK_FILE):
+        path.chmod(mode)  # safetensors makes files that other users cannot read
+        atomic_files.sync_file(path)

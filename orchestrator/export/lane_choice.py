@@ -107,8 +107,10 @@ def _choose_best(study: StudyFile, records: Sequence[Record], query: LaneQuery) 
             f"study {study.name!r}: none of these lanes has finished ({counts}); run it: {study.command}"
         )
     goal, lane = max(best.items(), key=lambda item: (item[1].validation or 0.0, item[0].variant == "lora"))
-    number = len({each.variant for each in best})
-    reason = f"it is the best {goal.variant}" + (f", the best of {number} variants" if number > 1 else "")
+    reason, number = f"it is the best {goal.variant}", len({each.variant for each in best})
+    if number > 1:
+        equal = [g.variant for g, each in best.items() if each.validation == lane.validation and g != goal]
+        reason += f", the best of {number} variants" + (f" together with {', '.join(equal)}" if equal else "")
     if len(records) < len(study.configurations):
         reason += f" ({len(records)} of {len(study.configurations)} configurations have ended)"
     return lane, reason

@@ -23,16 +23,17 @@ Content = TypeVar("Content")
 
 @contextmanager
 def add_path_to_disk_errors(path: Path) -> Iterator[None]:
-    """Set `path` as the file of a disk error that names no file or names the temporary file of `path`.
+    """Set `path` as the file of a disk error that names no file, or that names `path` by its temporary name.
 
     Other errors are left as they are: errors of networks and time limits of Ray are OSErrors, too.
     """
     try:
         yield
-    except OSError as error:
-        nameless = not error.filename and describe_disk_error(error)
-        if nameless or Path(error.filename or "").name.startswith(f".{path.name}."):
-            error.filename = str(path)
+    except Exception as error:  # safetensors has its own error class for a full disk
+        name = str(getattr(error, "filename", None) or "")
+        is_temporary = any(part.startswith(f".{path.name}.") for part in Path(name).parts)
+        if is_temporary or (not name and describe_disk_error(error)):
+            error.filename = str(path)  # type: ignore[attr-defined]
         raise
 
 
