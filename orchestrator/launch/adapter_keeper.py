@@ -1,8 +1,8 @@
-"""The driver's part of `--save-adapters best`: adapters of lanes that are no longer the best are removed.
+"""Removal of adapters in a study with `--save-adapters best`, by the driver.
 
 Which lane of a variant is the best is known only at the end, when all seeds of its points have ended. Until
-then the study keeps one adapter of each point, its best run, as long as all of them together fit into
-`MAX_RUNNING_BYTES`; of each variant and task it always keeps the one that is the best so far.
+then the study keeps the adapter of the best run of each point, the best points first, as long as all of them
+together have less than `MAX_RUNNING_BYTES`. It always keeps the best one so far of each variant and task.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from orchestrator.record.schema import Record
 _log = logging.getLogger(__name__)
 
 MAX_RUNNING_BYTES = 2 * 2**30
-"""The size of the adapters that a running study keeps besides the best ones so far."""
+"""The total size up to which a running study keeps more adapters than the best one of each goal."""
 
 
 @dataclass
 class AdapterKeeper:
     """Keeps the adapters of a study's best lanes and removes those of the others.
 
-    No method raises an error of the disk: an adapter more or less must not end a study.
+    An error of the disk is logged and not raised, because an adapter more or less must not end a study.
     """
 
     adapters: StudyAdapters
     per_run: bool
-    """See `best_lanes.is_per_run`."""
+    """True if every run is a point of its own; see `best_lanes.is_per_run`."""
     lanes: dict[LaneGoal, dict[str, ScoredLane]] = field(default_factory=lambda: defaultdict(dict))
     """Goal -> fingerprint -> the lane, of all records that were added."""
     ranked: dict[LaneGoal, list[ScoredLane]] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class AdapterKeeper:
     """Fingerprint -> the name of the file of its adapter."""
 
     def add(self, records: Iterable[Record]) -> None:
-        """Add records, and remove the adapters that they make needless."""
+        """Add records, and remove the adapters that the study need not keep any more."""
         changed = set()
         for record in records:
             lane = score_lane(record, self.per_run)
@@ -52,7 +52,7 @@ class AdapterKeeper:
         self._remove_others({self.names[lane.fingerprint] for lane in self._running()}, is_final=False)
 
     def finish(self, records: Iterable[Record]) -> None:
-        """Keep the best lanes only, at the end of a complete study.
+        """Remove all adapters but those of the best lanes, at the end of a complete study.
 
         Args:
             records: All records of the study. The adapter of a best lane that another study of the store has

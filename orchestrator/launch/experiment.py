@@ -21,9 +21,9 @@ class StudyRequest:
     """What the user has asked for, before an experiment changes any option."""
 
     options: StudyOptions | None = None
-    """The options as they were given; None for those of `run_study`."""
+    """The options as they were given; None if these are the ones that `run_study` gets."""
     command: str = ""
-    """The command that does the same; empty for that of this process."""
+    """The shell command that starts this study; empty for the command of this process."""
     on_plan: Callable[[Plan], object] = lambda plan: None
     """Called with each plan that was printed."""
     on_study: Callable[[str, Path], object] = lambda name, folder: None

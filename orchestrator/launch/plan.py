@@ -68,14 +68,14 @@ class _Hardware:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that was printed."""
+    """The content of a plan that was printed."""
 
     lines: tuple[Line, ...]
     """Label and text of each line."""
     requested: tuple[Configuration, ...]
     """The configurations that are known before the training."""
     pending: tuple[Configuration, ...]
-    """Those of them that would be trained."""
+    """Those of `requested` that would be trained."""
     total: int
     """Number of configurations, with those that a search or a later stage adds."""
     num_to_train: int
@@ -100,10 +100,10 @@ def print_plan(
         store: The records, from which the time is estimated.
         options: Options of the study.
         command: The command of the study.
-        sources: The sources of the study, which have the paths of data.
+        sources: The sources of the study; see `show.narrow_task`.
 
     Returns:
-        What was printed, as data.
+        The content of what was printed.
     """
     hardware = _probe_hardware(options)
     lanes = plan_lanes(

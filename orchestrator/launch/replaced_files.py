@@ -1,4 +1,4 @@
-"""Configurations of a study whose task, variant or model is in a user's file that has changed since."""
+"""Removal of configurations from a study whose user has changed the file of a task, variant or model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from orchestrator.record.study_file import Source, StudyFile
 def drop_replaced(
     study: StudyFile, sources: Sequence[Source], store: Store, notify: Callable[[str], None]
 ) -> StudyFile:
-    """Return the study without the configurations of the earlier content of files that have changed.
+    """Return a study without the configurations that used a file whose content has changed.
 
     Results of two contents under one name must not be compared. The records stay in the store.
 
     Args:
         study: The study before this run.
-        sources: The models and files of this run; see `StudyFile.sources`.
+        sources: The models, tasks and variants of this run; see `StudyFile.sources`.
         store: The store.
         notify: Called with one line for each changed file.
     """
@@ -39,7 +39,7 @@ def drop_replaced(
 
 
 def _uses(store: Store, fingerprint: str, content: str) -> bool:
-    """Return whether a configuration has a content, or has no record that could tell."""
+    """Return whether the task, model or variant of a configuration has a content; True without a record."""
     record = store.get(fingerprint)
     if record is None:
         return True  # if this run requests it, it is added again

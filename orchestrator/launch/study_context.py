@@ -47,7 +47,7 @@ class StudyContext:
     store: Store
     tracking_uri: str
     trackers: Mapping[str, type[Tracker]]
-    """The trackers that --tracker names, which show the runs beside MLflow."""
+    """Name -> class of the trackers that --tracker names."""
     budget: RunBudget
     name: str
     """Name of the study."""
@@ -203,7 +203,7 @@ def _check_contents(templates: Sequence[Configuration]) -> None:
 
 
 def _own_files(templates: Sequence[Configuration]) -> list[Source]:
-    """Return the tasks and variants of configurations that are in users' files."""
+    """Return those tasks and variants of configurations that are in users' files."""
     own_tasks = {t.task.content: tasks.get(t.task.name) for t in templates if t.task.content}
     own_variants = {t.variant.name for t in templates if t.variant.name.endswith(FILE_SUFFIX)}
     variants = [catalogue.get(name) for name in sorted(own_variants)]
@@ -217,9 +217,9 @@ def _own_files(templates: Sequence[Configuration]) -> list[Source]:
 
 
 def _adopt_earlier_records(store: Store, templates: Sequence[Configuration], console: Console) -> None:
-    """Copy records that earlier versions have made of users' files, once for each path and content.
+    """Call `adopt_records` for users' files of Python, once for each path and content.
 
-    Earlier versions knew files of Python only.
+    Earlier versions had no other files of users.
     """
     keys = {
         hashlib.sha256(f"{each.content} {each.path}".encode()).hexdigest()[:16]: each

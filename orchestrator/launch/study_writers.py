@@ -19,7 +19,7 @@ from orchestrator.util import timeouts
 
 @dataclass(frozen=True)
 class StudyWriters:
-    """All writers of a study, which get the same events."""
+    """The writers of a study to MLflow and to the other trackers. Each call goes to all of them."""
 
     mlflow: MlflowWriter
     others: Mapping[str, TrackerWriter] = field(default_factory=dict)
@@ -41,13 +41,13 @@ class StudyWriters:
             writer.mark_reused(fingerprint)
 
     def close(self, end: StudyEnd, timeout: float) -> None:
-        """Log the queues, end the study, and stop.
+        """Wait until the writers have written what is queued and have ended the study.
 
         Args:
             end: How the study has ended.
-            timeout: Longest duration in seconds. A tracker beside MLflow gets at most
-                `TRACKER_FLUSH_SECONDS`, after an error `FAULTY_TRACKER_FLUSH_SECONDS`: the same command logs
-                again what it lacks.
+            timeout: The longest time to wait, in seconds. The time for trackers other than MLflow is limited
+                further to `TRACKER_FLUSH_SECONDS`, after an error to `FAULTY_TRACKER_FLUSH_SECONDS`; the
+                study's command writes later what they lack.
         """
         self.mlflow.begin_close(end, timeout)
         for writer in self.others.values():

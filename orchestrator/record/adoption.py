@@ -16,12 +16,14 @@ from orchestrator.study.configuration import Configuration
 
 
 def adopt_records(store: Store, templates: Sequence[Configuration], sources: Iterable[Source]) -> int:
-    """Copy the finished, diverged and stopped records that have a file's path as the name of task or variant.
+    """Copy records that name a task or variant by the path of its file to their fingerprints of this version.
+
+    Failed records are left out, so that their configurations are tried again.
 
     Args:
         store: The store.
-        templates: Configurations of this version with the tasks and variants.
-        sources: The users' files; see `StudyFile.sources`.
+        templates: One configuration of each task and variant of a study, as this version makes them.
+        sources: The users' files of the study; see `StudyFile.sources`.
 
     Returns:
         The number of records that were copied.

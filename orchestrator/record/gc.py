@@ -31,7 +31,8 @@ RESUMABLE_CHECKPOINTS = "checkpoints of lanes that go on from there"
 UNREFERENCED_CHECKPOINTS = "checkpoints that no study here asks for"
 DAMAGED_RECORD_CHECKPOINTS = "checkpoints of lanes whose record is damaged"
 OTHER_ADAPTERS = "adapters of lanes that are not the best of their study"
-UNKNOWN_ADAPTERS = "adapters of studies that are not here"
+UNKNOWN_ADAPTERS = "folders with adapters of studies that are not here"
+OLD_ADAPTERS = "adapters of an earlier version"
 IN_USE = "things that may be in use"
 OTHER_HOST_SCRATCH = "scratch folders of other machines"
 NOT_REMOVABLE = "things that could not be removed"
@@ -41,7 +42,8 @@ SKIP_REASONS = {
     RESUMABLE_CHECKPOINTS: "running, interrupted or failed",
     DAMAGED_RECORD_CHECKPOINTS: "their study's command continues from there",
     UNREFERENCED_CHECKPOINTS: "another --output may need them; else delete their folders",
-    UNKNOWN_ADAPTERS: "another --output may need them; else delete their folders",
+    UNKNOWN_ADAPTERS: "another --output may need them; else delete them",
+    OLD_ADAPTERS: "this version does not read them; delete their folders",
     IN_USE: "younger than --older-than, or needed by a running study",
     OTHER_HOST_SCRATCH: "run gc there",
     NOT_REMOVABLE: "see their permissions",
@@ -100,8 +102,8 @@ def collect_garbage(
 ) -> GCReport:
     """Remove garbage from a store and from the folders of studies.
 
-    Checkpoints are removed when their lane has a final record. Of the adapters that a complete study keeps as
-    the best, those are removed that are not. Whatever a running study needs is kept.
+    Checkpoints are removed when their lane has a final record. A complete study loses the adapters in its
+    folder `best` that are not those of its best lanes. Whatever a running study needs is kept.
 
     Args:
         store: The store.
@@ -110,6 +112,9 @@ def collect_garbage(
         older_than: Seconds; temporary files and checkpoints of stopped lanes that are younger are kept.
         dry_run: Remove nothing, only report.
         choose_best: Chooses the best lanes of a study; None to keep all adapters.
+
+    Returns:
+        Numbers and sizes of the files that were removed, or with `dry_run` would be, and of those kept.
     """
     collector = _Collector(store, older_than, dry_run)
     studies = list(read_studies(output).values())
@@ -167,7 +172,7 @@ class _Collector:
     def collect_adapters(
         self, studies: Collection[tuple[Path, StudyFile]], choose_best: ChooseBest | None
     ) -> None:
-        """Remove the adapters that a driver that died has not removed."""
+        """Remove adapters that complete studies do not need, and that drivers that died have left."""
         known = set()
         for folder, study in studies:
             adapters = StudyAdapters(self.store, folder)
@@ -177,7 +182,7 @@ class _Collector:
                 continue
             records = [record for record in map(self.store.get, study.configurations) if record is not None]
             if len(records) < len(study.configurations):
-                continue  # the study's command goes on with it
+                continue  # the study is not complete, so its best lanes are not known
             best = choose_best(study, records)
             names = {file_name(record) for record in records if record.fingerprint in best}
             for path in files:
@@ -185,7 +190,7 @@ class _Collector:
                     self._remove(OTHER_ADAPTERS, path)
         for folder in sorted(self.store.adapters.glob("[!.]*")):
             if folder not in known:
-                self._skip(UNKNOWN_ADAPTERS, folder)
+                self._skip(OLD_ADAPTERS if _FINGERPRINT.fullmatch(folder.name) else UNKNOWN_ADAPTERS, folder)
 
     def collect_temporary(self, folder: Path) -> None:
         for path in sorted(folder.glob(".*")):

@@ -6,14 +6,14 @@
 `--save-adapters` says which folder the trainers of a study write to. `<run>` identifies one training of the
 lane. Two trainers may have trained the same lane; the store then has the record of one of the two runs, and
 the adapter of the lane is the file of this run. Studies that keep the same adapter have hard links to one
-file, so the adapter is on the disk once, and each study removes its own names without a look at the others.
+file, so the adapter is on the disk once, and a study can remove its own name of the file at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,12 +25,11 @@ from orchestrator.util import atomic_files
 from orchestrator.util.canonical_json import canonical_json
 
 Keep = Literal["best", "all"]
-"""The lanes whose adapters a study keeps."""
+"""Which adapters a study keeps: those of its best lanes, or of all lanes that it trains."""
 ChooseBest = Callable[[StudyFile, Sequence[Record]], Collection[str]]
-"""Function of a study and its records. It returns the fingerprints of its best lanes."""
+"""Function of a study and its records that returns the fingerprints of the study's best lanes."""
 
 _SUFFIX = ".safetensors"
-_FINGERPRINT_DIGITS = 64
 
 
 def file_name(record: Record) -> str:
@@ -40,19 +39,24 @@ def file_name(record: Record) -> str:
     return f"{record.fingerprint}-{hashlib.sha256(key).hexdigest()[:12]}{_SUFFIX}"
 
 
-def fingerprint_of(path: Path) -> str:
-    """Return the fingerprint in the name of an adapter's file."""
-    return path.name[:_FINGERPRINT_DIGITS]
+def find_adapters(store: Store, record: Record) -> list[Path]:
+    """Return the files with the adapter of a record, one for each study that keeps it, sorted by path.
+
+    Args:
+        store: The store.
+        record: The record.
+    """
+    return sorted(store.adapters.glob(f"*/*/{file_name(record)}"))
 
 
 def find_adapter(store: Store, record: Record) -> Path | None:
-    """Return the file with the adapter of a record, of whichever study; None if no study keeps it."""
-    return next(iter(sorted(store.adapters.glob(f"*/*/{file_name(record)}"))), None)
+    """Return a file with the adapter of a record; None if no study keeps it.
 
-
-def list_adapters(store: Store) -> Iterator[Path]:
-    """Yield the adapters of all studies of a store, sorted by path."""
-    yield from sorted(store.adapters.glob(f"*/*/[!.]*{_SUFFIX}"))
+    Args:
+        store: The store.
+        record: The record.
+    """
+    return next(iter(find_adapters(store, record)), None)
 
 
 @dataclass(frozen=True)
@@ -77,19 +81,19 @@ class StudyAdapters:
         return self.store.adapters / f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
     def folder(self, keep: Keep) -> Path:
-        """Return the folder of the files that are kept for this reason; it may not exist."""
+        """Return the folder of the adapters kept as `best`, or of those kept as `all`; it may not exist."""
         return self.root / keep
 
-    def files(self, *reasons: Keep) -> list[Path]:
-        """Return the files that are kept for one of `reasons`, sorted; for any reason without an argument."""
-        folders = [self.folder(keep) for keep in reasons or ("all", "best")]
+    def files(self, *kinds: Keep) -> list[Path]:
+        """Return the adapters of the study, sorted by path: those of `kinds`, or all if none is given."""
+        folders = [self.folder(keep) for keep in kinds or ("all", "best")]
         return sorted(path for folder in folders for path in folder.glob(f"[!.]*{_SUFFIX}"))
 
     def take_over(self, record: Record) -> bool:
-        """Keep the adapter of a record that another study of the store keeps, as one of the best.
+        """Keep the adapter of a record in `best`, by a link to the file of another study that keeps it.
 
         Returns:
-            Whether this study keeps the adapter now; False if no study does.
+            Whether this study keeps the adapter now, in `best` or `all`; False if no study has it.
 
         Raises:
             OSError: The link cannot be made.
@@ -98,7 +102,7 @@ class StudyAdapters:
         if any((self.folder(keep) / name).exists() for keep in ("best", "all")):
             return True
         folder = self.folder("best")
-        for source in sorted(self.store.adapters.glob(f"*/*/{name}")):
+        for source in find_adapters(self.store, record):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 return atomic_files.link_if_absent(source, folder / name) or (folder / name).exists()
@@ -111,8 +115,8 @@ class StudyAdapters:
 
         Args:
             kept: Names of files.
-            known: Names of the files that may be removed; None: all. While trainers run, they write files
-                whose records their driver has not seen yet.
+            known: Names of the files that may be removed; None for all. While trainers run, these are the
+                files whose records the driver has, because trainers write an adapter before its record.
 
         Raises:
             OSError: A file cannot be removed.

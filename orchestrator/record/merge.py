@@ -15,14 +15,14 @@ from pathlib import Path
 from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 
-from orchestrator.record.kept_adapters import file_name, find_adapter
+from orchestrator.record.kept_adapters import find_adapter, find_adapters
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 
 _OWN_FILE = re.compile(r"(task|data|variant)-[0-9a-f]{16}\.json")
-"""The names of the entries of users' tasks and variants in the folder of prepared data."""
+"""Names of the files, in the folder of prepared data, that hold users' tasks and variants."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class MergeSummary:
     adapters: int = 0
     calibrations: int = 0
     own_files: int = 0
-    """Entries of users' tasks and variants, without which their lanes cannot be exported."""
+    """Users' tasks and variants, without which their lanes cannot be exported."""
     bytes: int = 0
 
     def to_line(self) -> str:
@@ -68,6 +68,9 @@ def merge_stores(store: Store, other: Store) -> MergeSummary:
     Args:
         store: The store that is extended.
         other: The store that is read.
+
+    Returns:
+        The counts of what was copied.
 
     Raises:
         UsageError: Both are the same store, or a record has another schema version.
@@ -145,9 +148,13 @@ class _Merger:
         self.summary.lanes += is_copied
 
     def _merge_adapters(self, record: Record) -> bool:
-        """Copy the adapter of a record once, and link it for the other studies that keep it."""
-        is_copied, name = False, file_name(record)
-        for source in sorted(self.other.adapters.glob(f"*/*/{name}")):
+        """Copy the adapter of a record once, and link it for each further study that keeps it.
+
+        Returns:
+            Whether it was copied.
+        """
+        is_copied = False
+        for source in find_adapters(self.other, record):
             target = self.store.adapters / source.relative_to(self.other.adapters)
             if target.exists():
                 continue
@@ -159,7 +166,7 @@ class _Merger:
         return is_copied
 
     def _is_whole(self, source: Path) -> bool:
-        """Return whether a JSON file has the content that was written, else warn."""
+        """Return whether a JSON file has its checksum; if not, warn and count it as damaged."""
         try:
             atomic_files.verify_checksum(source.read_bytes())
         except (OSError, atomic_files.DamagedFileError):
@@ -168,11 +175,12 @@ class _Merger:
         return True
 
     def _skip_damaged(self, source: Path) -> None:
+        """Warn of a damaged file, and count it."""
         self.summary.damaged += 1
         _log.warning("%s is damaged: skipped", source)
 
     def _warn_of_old_adapters(self) -> None:
-        """Warn of adapters in folders that have the fingerprint as their name, as in earlier versions."""
+        """Warn of adapters of earlier versions, which lie in folders named by fingerprints."""
         folders = [path for path in self.other.adapters.glob("*") if _FINGERPRINT.fullmatch(path.name)]
         if folders:
             _log.warning(

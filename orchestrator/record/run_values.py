@@ -1,8 +1,7 @@
-"""The values of a lane that are shown outside the store: names, steps and times, of records and in training.
+"""The metrics of a lane that MLflow and the other trackers show: names, steps, values and times.
 
-MLflow and the other trackers show the same values under the same names. Everything, including the times, is
-derived from the record alone, so that it can be written again. While a configuration is in training, its run
-has the values of each `LaneProgress` under the same names.
+`record_values` derives them from a record alone, the times included, so that they can be written again.
+`progress_values` gives those of a lane in training, under the same names.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ class Value(NamedTuple):
     """The value of a metric at one step."""
 
     key: str
+    """Name of the metric."""
     step: int
     value: float
     timestamp: int
@@ -77,7 +77,7 @@ def record_values(
             while it was in training. The times of other steps are interpolated linearly.
 
     Returns:
-        The values, whose times do not descend with the step.
+        The values. A later step never has an earlier time.
     """
     start, end = time_range(record)
     known = {0: start, max(1, record.steps): end, **(times or {})}
@@ -85,12 +85,12 @@ def record_values(
 
 
 def progress_values(progress: LaneProgress, timestamp: int, earlier: tuple[int, int]) -> list[Value]:
-    """Return the values of a lane that has started, or has been evaluated.
+    """Return the values that a lane in training has added since its last progress.
 
     Args:
         progress: The start or the evaluation.
         timestamp: Its time in milliseconds since the epoch.
-        earlier: Step and time of the lane's progress before; steps in between get times in between.
+        earlier: Step and time of the lane's last progress. The times of steps since then are interpolated.
     """
     if not progress.step:
         rate = rate_values(progress.configuration)
@@ -103,6 +103,7 @@ def progress_values(progress: LaneProgress, timestamp: int, earlier: tuple[int, 
 
 
 def _add_times(values: Sequence[tuple[str, int, float]], times: Mapping[int, int]) -> list[Value]:
+    """Add times to (name, step, value), interpolated linearly between those of `times`: step -> time."""
     import numpy as np
 
     known = dict(sorted(times.items()))
@@ -116,19 +117,25 @@ def _add_times(values: Sequence[tuple[str, int, float]], times: Mapping[int, int
 
 
 def rate_values(configuration: Configuration) -> Mapping[str, float]:
-    """Return the metric for the learning-rate axis of scatter charts, which in MLflow have no log scale."""
+    """Return the metric `log10_learning_rate`, because MLflow's scatter charts have no logarithmic axis."""
     rate = configuration.optimizer.learning_rate
     return {"log10_learning_rate": math.log10(rate)} if rate > 0 else {}
 
 
 def _step_values(step: StepMetrics) -> Iterator[tuple[str, float]]:
+    """Yield (name, value) of the metrics of one training step."""
     yield "train_loss", step.loss
     yield "scheduled_learning_rate", step.learning_rate
     yield "gradient_norm", step.gradient_norm
 
 
 def untimed_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tuple[str, int, float]]:
-    """Yield (name, step, value) of all metrics, those of single steps only for the steps in `curve`."""
+    """Yield (name, step, value) of all metrics of a record.
+
+    Args:
+        record: The record.
+        curve: The steps of the record's curve that are wanted.
+    """
     for key, value in rate_values(record.configuration).items():
         yield key, 0, value
     for step in curve:
@@ -153,6 +160,6 @@ def untimed_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tup
 
 
 def latest_values(record: Record) -> dict[str, float]:
-    """Return the last value of each metric; only finite values."""
+    """Return metric -> its last value, for the values that are finite."""
     last = {key: value for key, _, value in untimed_values(record, record.curve[-1:])}
     return {key: value for key, value in last.items() if math.isfinite(value)}

@@ -73,13 +73,13 @@ def narrow_command(command: str, configuration: Configuration, sources: Sequence
 
     The values of --data, --task, --variants, --learning-rates and --seeds are replaced. The hyperparameters
     that a search or a study of factors varies are set to the configuration's values with --set. All other
-    options stay.
-    `--seeds N` requests the seeds 0 to N-1, because no option requests one seed alone.
+    options stay. The command trains the seeds before the configuration's too, because no option requests one
+    seed alone.
 
     Args:
         command: The study's command.
         configuration: The configuration to train, with the names that it has in the study.
-        sources: The study's sources, which have the paths of data.
+        sources: The study's sources; see `narrow_task`.
     """
     is_named = any(len(_option_values(command, option)) > 1 for option in ("--task", "--data"))
     is_named |= bool(_option_values(command, "--preset"))
@@ -140,8 +140,8 @@ def narrow_task(command: str, name: str, sources: Sequence[Source]) -> dict[str,
     Args:
         command: The study's command.
         name: The name of the task in the study.
-        sources: The study's sources, see `StudyFile.sources`. They have the paths of data, because the name
-            of a task alone does not say them: `a/b:c` of the hub is called `b-c`, for example.
+        sources: The study's sources; see `StudyFile.sources`. They say which path or dataset of --data has
+            become which task: `a/b:c` of the hub, for example, becomes the task `b-c`.
     """
     words = _option_values(command, "--data")
     if not words:
@@ -152,15 +152,15 @@ def narrow_task(command: str, name: str, sources: Sequence[Source]) -> dict[str,
 
 
 def find_typed(command: str, option: str, name: str) -> str:
-    """Find the word of an option that stands for a task or variant.
+    """Find the word in a study's command that names a task or a variant.
 
     Args:
         command: A study's command.
-        option: The option.
+        option: The option that has the word, such as --task.
         name: The name of the task or variant in the study.
 
     Returns:
-        The path of its file as it was typed, or the name itself.
+        The path of its file as it was typed; `name` if no file has this name.
     """
     words = _option_values(command, option)
     return next((word for word in words if os.path.basename(word) == name), name)

@@ -74,9 +74,9 @@ class Source:
     """Content of the model or task, or revision of the variant."""
     name: str
     path: str = ""
-    """The user's file or folder; empty for a built-in model."""
+    """The user's file or folder; empty for a model that is built in or from the hub."""
     title: str = ""
-    """The title of a task."""
+    """The title of a task; empty for models and variants."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class StudyFile:
     """The base models of the study, and the tasks and variants in users' files."""
 
     def with_sources(self, sources: Iterable[Source]) -> StudyFile:
-        """Return this study with more sources; one replaces an earlier one of the same content."""
+        """Return this study with more sources, of which each replaces an earlier one of the same content."""
         by_content = {source.content: source for source in (*self.sources, *sources)}
         return replace(self, sources=tuple(by_content.values()))
 

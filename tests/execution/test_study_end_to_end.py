@@ -17,7 +17,6 @@ from letters_score import recorded_scores, run_card, validation_scores
 
 from orchestrator.export.export_lane import ExportRequest, export_lane
 from orchestrator.export.lane_choice import LaneQuery
-from orchestrator.record.kept_adapters import list_adapters
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
@@ -71,7 +70,7 @@ def export_best(output: Path, records: Iterable[Record], printed: str) -> None:
     best = {}
     for record in sorted(records, key=lambda record: record.score("validation") or 0.0):
         best[record.configuration.variant.name] = record
-    kept = [path.name[:64] for path in list_adapters(store)]
+    kept = [path.name[:64] for path in store.adapters.glob("*/*/*")]
     assert len(kept) == len(best) == 2
     for variant in best:
         query = LaneQuery(NAME, variant=variant)

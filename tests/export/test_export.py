@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 from in_process import Ended
 from letters_score import recorded_scores, run_card, validation_scores
-from trained_study import Trained, changed
+from safetensors import SafetensorError
+from trained_study import STUDY, Trained, changed
 from transformers import AutoModelForCausalLM
 
 from orchestrator.export import export_lane
-from orchestrator.export.export_folder import MARK_FILE
+from orchestrator.export.export_folder import MARK_FILE, ExportMark, write_folder
 from orchestrator.export.export_lane import ExportRequest
-from orchestrator.export.lane_choice import LaneQuery
-from orchestrator.export.model_card import _scores
+from orchestrator.export.lane_choice import LaneQuery, choose_lane
+from orchestrator.export.model_card import CardFacts, _scores, render_card
 from orchestrator.finetune.sources import own_variants
+from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.record.kept_adapters import find_adapter
 from orchestrator.record.study_file import StudyFile
 from orchestrator.util.errors import UsageError
@@ -47,6 +49,7 @@ def test_the_best_adapter_has_the_scores_of_its_record_in_peft(export: Export, t
     assert f"{record.score('test'):.4f}" in card
     command = f"export rates {record.fingerprint[:12]} --output {trained.output}"
     assert f"exported by: `python -m orchestrator {command}`" in card
+    assert not (trained.store.root / "scratch").exists(), "a store that is only read is sufficient"
 
 
 @pytest.mark.parametrize("variant", ["lora", "full"])
@@ -113,16 +116,37 @@ def test_only_an_earlier_export_of_the_same_lane_is_replaced(
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device", str(folder))
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(export_lane, "_save_processor", fail)
     done = export("--variant", "lora")
-    assert (done.returncode, "No space left on device" in done.stderr) == (1, True)
+    assert (done.returncode, f"{folder}: No space left on device; free some" in done.stderr) == (1, True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     monkeypatch.undo()
     (folder / MARK_FILE).with_name("notes.txt").write_text("mine")
     export("--variant", "lora").assert_refused("notes.txt", "name a new folder")
+
+
+def test_an_interruption_between_two_renames_leaves_the_earlier_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mark, rename = tmp_path / "x", ExportMark("rates", "f" * 64, "raw"), Path.rename
+
+    def interrupted(source: Path, target: Path) -> Path:
+        if (source / "file").read_text() == "new":
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    def write_new(draft: Path) -> None:
+        (draft / "file").write_text("new")
+
+    write_folder(folder, mark, lambda draft: (draft / "file").touch())
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(folder, mark, write_new)
+    assert (folder / "file").read_text() == ""
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_without_a_variant_the_best_of_all_is_exported(export: Export, trained: Trained) -> None:
@@ -133,6 +157,28 @@ def test_without_a_variant_the_best_of_all_is_exported(export: Export, trained: 
     assert folder_of(done).name.startswith(f"hydra_lora-{best.fingerprint[:12]}")
     assert "the best of 3 variants" in done.stdout
     export().assert_refused("with such an adapter: --variant lora")
+
+
+def test_the_reason_tells_equal_variants_and_an_unfinished_study(trained: Trained) -> None:
+    """The model card has it as a part of a sentence, also for a lane that the user has named."""
+    for variant, score in {"full": 0.5, "lora": 0.5, "hydra_lora": 0.25}.items():
+        trained.rescore(variant, -1, score)
+    best, folder = trained.record("lora"), trained.output / STUDY
+    study = StudyFile.read(folder)
+    assert study is not None
+    study.with_configurations([replace(best.configuration, seed=1).fingerprint], ()).write(folder)
+    chosen = choose_lane(trained.store, trained.output, LaneQuery(STUDY))
+    assert chosen.record == best
+    reason = (
+        "it is the best lora, the best of 3 variants together with full (4 of 5 configurations have ended)"
+    )
+    assert chosen.reason == reason
+    named = choose_lane(trained.store, trained.output, LaneQuery(STUDY, best.fingerprint))
+    facts = CardFacts("raw", "base", None, (), "", None)
+    for each in (chosen, named):
+        card = render_card(each, tasks.get("letters"), facts)
+        assert f"This lane was exported because {each.reason}." in card
+    assert named.reason == "its fingerprint was given"
 
 
 def test_a_users_variant_is_trained_again_alone_and_loads_from_the_export(

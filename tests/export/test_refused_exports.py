@@ -34,6 +34,7 @@ REFUSED = {
     "a folder that exists": (["--to", "{output}"], ["no export has written it", "name a new folder"]),
     "a file": (["--to", "{file}"], ["there is a file of this name"]),
     "below a file": (["--to", "{file}/x"], ["is not a folder that can be written"]),
+    "a name that is too long": (["--to", "{long}"], ["File name too long", "name a new folder"]),
     "no PEFT format": (["--variant", "hydra_lora"], ["hydra_lora has no adapter in PEFT's format", "--raw"]),
     "a whole model": (["--variant", "full"], ["full has no adapter in PEFT's format", "--merge"]),
     "not mergeable": (["--variant", "hydra_lora", "--merge"], ["cannot be merged", "gates", "--raw"]),
@@ -72,6 +73,7 @@ def words(trained: Trained, tmp_path: Path) -> dict[str, str]:
         "pending": pending,
         "output": str(trained.output),
         "file": str(tmp_path / "file"),
+        "long": str(tmp_path / ("n" * 300)),
     }
 
 

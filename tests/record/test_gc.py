@@ -227,6 +227,9 @@ def test_adapters_that_a_killed_driver_has_left_are_removed(store, tmp_path, mak
     assert [path.name for path in adapters.files("best")] == [file_name(records[1])]
     assert len(adapters.files("all")) == 2
     assert unknown.exists()
+    _file(store.adapters / names[0] / "adapter_model.safetensors")  # as earlier versions kept it
+    kept = collect_garbage(store, output, choose_best=choose_best).skipped
+    assert _counts(kept) == {gc.UNKNOWN_ADAPTERS: 1, gc.OLD_ADAPTERS: 1}
 
 
 def test_a_record_beside_a_final_one_is_removed(store, tmp_path, make_record):

@@ -1,4 +1,4 @@
-"""The logged models of the adapters that a study keeps: tags, by which a user of MLflow finds an adapter."""
+"""Tags of MLflow's logged models, by which a user of MLflow finds the adapters that a study keeps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def model_tags(
 
     Args:
         adapters: The adapters of the study.
-        study: The study; its command gives the form of the command in the tag `export`.
-        records: The records of the study.
+        study: The study. Its command decides whether the tag `export` has a command of the installed program.
+        records: The records of the study, with the names that they have in the study.
 
     Returns:
         Fingerprint -> name of the tag -> value.

@@ -45,6 +45,10 @@ def is_up_to_date(child: ChildRun, record: Record) -> bool:
 
     A complete run must have been written from this record and have its last metrics. An incomplete run must
     not have been written from another record; the missing parts can be added.
+
+    Args:
+        child: The run.
+        record: The current record of its configuration.
     """
     if child.is_complete:
         wanted = run_content.latest_metrics(record)
@@ -55,7 +59,15 @@ def is_up_to_date(child: ChildRun, record: Record) -> bool:
 
 
 def read_logged(client: MlflowClient, child: ChildRun) -> dict[tuple[str, int], Metric]:
-    """Return `child.logged`, which is read from MLflow first if another process wrote the metrics."""
+    """Return `child.logged`, which is read from MLflow first if another process wrote the metrics.
+
+    Args:
+        client: The client.
+        child: The run.
+
+    Returns:
+        (name, step) -> metric.
+    """
     if child.logged is None:
         child.logged = {
             (metric.key, metric.step): metric
@@ -97,7 +109,15 @@ def log_in_batches(
     params: Sequence[Param],
     tags: Sequence[RunTag],
 ) -> None:
-    """Log metrics, parameters and tags in calls of the size that MLflow accepts, all tags in the first."""
+    """Log metrics, parameters and tags in calls of the size that MLflow accepts.
+
+    Args:
+        client: The client.
+        run_id: The run.
+        metrics: Metrics of any number.
+        params: Parameters of any number.
+        tags: At most 100 tags; they are logged with the first call.
+    """
     while metrics or params or tags:
         client.log_batch(run_id, metrics[:_METRICS_PER_CALL], params[:_PARAMS_PER_CALL], tags)
         metrics, params, tags = metrics[_METRICS_PER_CALL:], params[_PARAMS_PER_CALL:], ()
@@ -132,17 +152,17 @@ def update_models(
     children: Mapping[str, ChildRun],
     models: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Make the logged models of a study those of the adapters that it keeps.
+    """Create, complete and delete logged models, so that a study has one for each adapter that it keeps.
 
     A logged model has tags and no files: the adapter is in the store, and a tag has the command that exports
-    it. A model that an interrupted call has created is completed. The model of an adapter that is no longer
-    kept is deleted. A server older than MLflow 3 has no logged models and is left as it is.
+    it. A model that an interrupted call has left incomplete is completed. A server older than MLflow 3 has no
+    logged models and is left as it is.
 
     Args:
         client: The client.
         experiment_id: The study's experiment.
         children: Fingerprint -> run of the configuration.
-        models: Fingerprint -> tags of the model, see `adapter_models`.
+        models: Fingerprint -> tags of the model, for each adapter; see `adapter_models`.
     """
     found = find_models(client, experiment_id)
     if found is None:
@@ -175,6 +195,11 @@ def _link_model(client: MlflowClient, run_id: str, model_id: str) -> None:
 
 def find_models(client: MlflowClient, experiment_id: str, run_id: str = "") -> list[LoggedModel] | None:
     """Return the logged models of an experiment, or of one run of it.
+
+    Args:
+        client: The client.
+        experiment_id: The experiment.
+        run_id: The run; empty for all runs.
 
     Returns:
         The models; None if the server is older than MLflow 3, which has none.

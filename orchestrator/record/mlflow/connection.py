@@ -69,6 +69,10 @@ class Connection:
 
         MLflow's client only marks runs and models as deleted. `_hard_delete_run`, which `mlflow gc` uses,
         removes them. A server does not offer that: the marked run stays there until `mlflow gc` is run.
+
+        Args:
+            experiment_id: The experiment of the run.
+            run_id: The run.
         """
         store = self.client._tracking_client.store
         removed = [run_id]

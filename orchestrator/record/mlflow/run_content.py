@@ -128,18 +128,18 @@ def metrics(record: Record, times: Mapping[int, int] | None = None) -> list[Metr
         times: See `run_values.record_values`.
 
     Returns:
-        The metrics, whose times do not descend with the step.
+        The metrics. A later step never has an earlier time.
     """
     return list(map(_metric, run_values.record_values(record, record.curve, times)))
 
 
 def progress_metrics(progress: LaneProgress, timestamp: int, earlier: tuple[int, int]) -> list[Metric]:
-    """Return the metrics of a lane that has started, or has been evaluated.
+    """Return `run_values.progress_values` as MLflow metrics.
 
     Args:
         progress: The start or the evaluation.
         timestamp: Its time in milliseconds since the epoch.
-        earlier: Step and time of the lane's progress before.
+        earlier: Step and time of the lane's last progress.
     """
     return list(map(_metric, run_values.progress_values(progress, timestamp, earlier)))
 

@@ -22,7 +22,7 @@ class MlflowTracker(Tracker):
         study: The name of the study.
     """
 
-    # MLflow needs no place in the study's folder.
+    # Without `super().__init__`: MLflow has no files in the study's folder.
     def __init__(self, logger: MlflowLogger, study: str) -> None:
         self.logger, self._study = logger, study
 
@@ -40,11 +40,11 @@ class MlflowTracker(Tracker):
         self.logger.log_records(self._study, [record], reused)
 
     def flush(self) -> None:
-        """Write the means over seeds and the saved views."""
+        """Write the mean scores over seeds, and the saved views."""
         self.logger.update_means(self._study)
 
     def close_study(self, end: StudyEnd) -> None:
-        """End the study's own run, with the report as artifacts, and write the models."""
+        """Log the report and the logged models, and end the study's own run and all unfinished runs."""
         self.logger.finish_study(
             self._study, end.status, end.report_files, end.description, end.metrics, end.models
         )
