@@ -142,8 +142,3 @@ def best_fingerprints(study: StudyFile, records: Sequence[Record]) -> set[str]:
         records: The records of its configurations, as far as they exist.
     """
     return {lane.fingerprint for lane in best_lanes(study, records).values()}
-
-
-def has_best_lane(records: Iterable[Record]) -> bool:
-    """Return whether `best_lanes` finds a lane in these records."""
-    return any(_has_adapter(score_lane(record)) for record in records)

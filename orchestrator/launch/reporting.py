@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.analyze.best_lanes import has_best_lane
+from orchestrator.analyze.best_lanes import LaneGoal, best_lanes
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.launch.adapter_keeper import AdapterKeeper
 from orchestrator.launch.study_context import StudyContext
@@ -179,11 +179,25 @@ def _write_report(context: StudyContext, study: StudyFile, records: Sequence[Rec
     context.console.print(render_summary(summary))
     lines: list[tuple[str, object]] = [("Report", folder / "report.html")]
     lines += [("Picture", picture) for picture in pictures[:1]]
-    if has_best_lane(records):
-        lines.append(("Export", context.orchestrator_command("export", study.name)))
+    lines += [("Export", context.orchestrator_command(*words)) for words in export_words(study, records)]
     for what, where in lines:
         context.console.print(f"{what:8} {where}", markup=False, soft_wrap=True)
     return describe_summary(summary)
+
+
+def export_words(study: StudyFile, records: Sequence[Record]) -> list[list[str]]:
+    """Return the words of the command that exports the best adapter of each task.
+
+    Args:
+        study: The study.
+        records: Its records.
+
+    Returns:
+        For each task with a finished lane: `export`, the study and, in a study of several tasks, the task.
+    """
+    tasks = {LaneGoal.of(study.rename(record)).task for record in records}
+    finished = sorted({goal.task for goal in best_lanes(study, records)})
+    return [["export", study.name, *(["--task", task] if len(tasks) > 1 else [])] for task in finished]
 
 
 def print_missing_results(context: StudyContext, work: StudyWork, command: str) -> int:
