@@ -250,13 +250,13 @@ def test_a_worker_finds_the_code_in_the_store_where_the_files_are_missing(
         tasks.find(replace(template.task, content="0" * 16), context.store.data)
 
 
-@pytest.mark.parametrize("option", ["task", "variants"])
-def test_two_files_of_one_name_are_refused(mine: Path, option: str) -> None:
+@pytest.mark.parametrize(("option", "added"), [("task", "X = 1\n"), ("task", ""), ("variants", "X = 1\n")])
+def test_two_files_of_one_name_are_refused(mine: Path, option: str, added: str) -> None:
     other = mine / "other"
     other.mkdir()
     name = {"task": "copy_task.py", "variants": "scaled.py"}[option]
-    shutil.copy(mine / "words.txt", other)
-    (other / name).write_text((mine / name).read_text() + "X = 1\n")
+    (other / "words.txt").write_text("h g f e")
+    (other / name).write_text((mine / name).read_text() + added)
     files = {"task": (str(mine / "copy_task.py"),), "variants": ("lora",)}
     files[option] = (str(mine / name), str(other / name))
     options = StudyOptions(**files, model=str(mine / "base"), output=mine / "results")  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ def resolve_tasks(
 
     Raises:
         UsageError: A name or a value is wrong (see `resolve_options`), data are not as required, or two
-            different tasks have the same name.
+            tasks have the same name.
     """
     hub_data.set_pin_folder(bases, add_pins)  # before data are read
     names = dict.fromkeys(load_data_tasks(options) or options.task or default_tasks)
@@ -64,7 +64,7 @@ def resolve_tasks(
     by_name: dict[str, Task] = {}
     for task in (each.task for each in resolved):
         other = by_name.setdefault(task.name, task)
-        if other.content != task.content:
+        if other.source != task.source:  # equal code may read other data in another folder
             raise UsageError(
                 f"--task: {other.source!r} and {task.source!r} have the same name; rename one of them."
             )
