@@ -245,6 +245,10 @@ WRONG_FILES: dict[str, tuple[str, bytes | None, list[str]]] = {
         b"text,label\na,b\n",
         ["mails: train.csv and train.jsonl are both train files"],
     ),
+    "half of the parts": (
+        *("parts/train-00000-of-00002.csv", b"text,label\na,b\n"),
+        ["parts: has 1 of 2 parts of its train data; add the others"],
+    ),
     "a folder that is no split": (
         *("mails2/extra/1.png", b""),
         ["mails2: has a train subfolder", "move extra away"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ SPLIT_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """The usual names of splits, in lower case -> the split."""
-_PART = re.compile(r"-\d+-of-\d+(?=\.)")
-"""The number of a part in the name of a file: "train-00000-of-00002.parquet"."""
+_PART = re.compile(r"-\d+-of-(\d+)(?=\.)")
+"""The number of a part, and of all parts, in the name of a file: "train-00000-of-00002.parquet"."""
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -58,8 +59,8 @@ class SourceRows:
 
     Args:
         rows: The rows.
-        ignored: The data files of a folder, or the splits of a dataset of the hub, that were not read. The
-            names are for readers.
+        ignored: What was not read: data files of a folder, kinds of files in a folder of images, splits of a
+            dataset of the hub. The names are for readers.
     """
 
     rows: Sequence[DataRow]
@@ -74,10 +75,11 @@ class SourceRows:
 def display_name(source: str) -> str:
     """Return the name of a source for readers.
 
-    It is the last part of the path or of the name on the hub. A colon and an at sign become hyphens.
+    It is the last part of the path, or the name on the hub without the organization. Colons, at signs and
+    slashes in it become hyphens.
     """
-    name = Path(os.path.abspath(source)).name if os.path.exists(source) else source.rpartition("/")[2]
-    return name.replace(":", "-").replace("@", "-")
+    name = Path(os.path.abspath(source)).name if os.path.exists(source) else source.split("/", 1)[-1]
+    return re.sub("[:@/]", "-", name)
 
 
 def read_source(source: str, option: str = "--data") -> SourceRows:
@@ -152,7 +154,14 @@ def _read_folder(folder: Path) -> SourceRows:
             f"{folder.name}: has neither train.jsonl (.csv, .parquet, ...) nor one subfolder of images "
             f"({', '.join(IMAGE_SUFFIXES[:3])}, ...) per class"
         )
-    return SourceRows(rows)
+    return SourceRows(rows, _list_other_files(folder))
+
+
+def _list_other_files(folder: Path) -> list[str]:
+    """Return the kinds of files in a folder of images that are no images: "*.txt"."""
+    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES and not _is_hidden(file)]
+    return sorted({f"*{file.suffix}" if file.suffix else file.name for file in others})
 
 
 def _is_hidden(path: Path) -> bool:
@@ -179,14 +188,23 @@ def _check_one_file_per_split(folder: Path, files: Mapping[Path, str | None]) ->
 
     The parts of a file, train-00000-of-00002.parquet and train-00001-of-00002.parquet, count as one.
 
+    Args:
+        folder: The folder, for error messages.
+        files: The data files of the folder with their splits.
+
     Raises:
-        MalformedDataError: A split has two files.
+        MalformedDataError: A split has two files, or not all parts of a file.
     """
     first: dict[str, Path] = {}
+    counts = Counter(files.values())
     for each, split in files.items():
         if split is None:
             continue
         other = first.setdefault(split, each)
+        part = _PART.search(each.name)
+        if part and int(part[1]) > counts[split]:
+            problem = f"has {counts[split]} of {int(part[1])} parts of its {split} data"
+            raise MalformedDataError(f"{folder.name}: {problem}; add the others")
         if _PART.sub("", other.name) != _PART.sub("", each.name):
             both = f"{other.name} and {each.name} are both {split} files"
             raise MalformedDataError(f"{folder.name}: {both}; move one of them away, or give one file")

@@ -109,7 +109,7 @@ class DataTask(Task):
 
     grade_at = "last_evaluation"
     ignored_sources: tuple[str, ...] = ()
-    """The data files of the user's folders and the splits on the hub that were not read, for readers."""
+    """The files in the user's folders and the splits on the hub that were not read, for readers."""
 
     def __init__(self, spec: DataSpec, splits: Splits | None = None, source: str = "") -> None:
         self.spec, self.splits = spec, splits

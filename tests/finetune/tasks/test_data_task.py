@@ -316,7 +316,9 @@ def test_a_folder_of_images_by_class_is_trained_on_where_it_is_not(
     for hidden in (source / ".cache" / "1.png", source / "red" / ".cache" / "1.png"):
         hidden.parent.mkdir()
         hidden.write_bytes(picture(1, 0))
+    (source / "red" / "notes.txt").write_text("red")
     assert task_of(source).content == content
+    assert task_of(source).describe().endswith("; accuracy; not read: *.txt")
     configuration = resolve(store, source, image_folders["clip"])
     assert configuration.task.content == content
     train_elsewhere(store, source, configuration)
