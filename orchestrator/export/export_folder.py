@@ -54,7 +54,9 @@ def check_target(folder: Path, fingerprint: str) -> None:
 
 def _find_obstacle(folder: Path, fingerprint: str) -> str:
     """Return the reason why an export must not replace an existing folder; empty if it may."""
-    if not folder.is_dir() or folder.is_symlink():
+    if folder.is_symlink():
+        return "it is a link"
+    if not folder.is_dir():
         return "there is a file of this name"
     if not (folder / MARK_FILE).is_file():
         return "it exists, and no export has written it"

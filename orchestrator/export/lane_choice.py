@@ -71,7 +71,12 @@ def choose_lane(store: Store, output: Path, query: LaneQuery) -> ChosenLane:
 
 
 def _find_lane(store: Store, output: Path, study: StudyFile, query: LaneQuery) -> Record:
-    """Return the record of the finished lane whose fingerprint begins as the query says."""
+    """Return the record of the finished lane whose fingerprint begins as the query says.
+
+    Raises:
+        UsageError: No lane of the study or more than one begins so, the lane has not finished, or the query
+            names a variant or a task, too.
+    """
     if query.variant is not None or query.task is not None:
         option = "--variant" if query.variant is not None else "--task"
         raise UsageError(f"export {query.fingerprint}: a fingerprint names one lane; leave {option} out.")
@@ -96,7 +101,11 @@ def _find_lane(store: Store, output: Path, study: StudyFile, query: LaneQuery) -
 
 
 def _choose_best(study: StudyFile, records: Sequence[Record], query: LaneQuery) -> tuple[ScoredLane, str]:
-    """Return the best lane that fits the query, and the reason for the choice as a clause."""
+    """Return the best lane that fits the query, and the reason for the choice as a clause.
+
+    Raises:
+        UsageError: No lane that fits the query has finished, or the query does not fit the study.
+    """
     goals = {LaneGoal.of(record): None for record in records}
     wanted = _select(study, list(goals), query)
     best = {goal: lane for goal, lane in best_lanes(study, records).items() if goal in wanted}
@@ -117,7 +126,11 @@ def _choose_best(study: StudyFile, records: Sequence[Record], query: LaneQuery) 
 
 
 def _select(study: StudyFile, goals: Sequence[LaneGoal], query: LaneQuery) -> set[LaneGoal]:
-    """Return those of a study's goals that fit --task and --variant."""
+    """Return those of a study's goals that fit --task and --variant.
+
+    Raises:
+        UsageError: The study has no such task or variant, or it has several tasks and the query names none.
+    """
     tasks = sorted({goal.task for goal in goals})
     if query.task is not None and query.task not in tasks:
         raise UsageError(f"--task {query.task!r}: not in study {study.name!r}. {_suggest(query.task, tasks)}")

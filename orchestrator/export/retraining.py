@@ -103,7 +103,11 @@ def retrain(
 
 
 def _choose_device(record: Record, device: Device, is_forced: bool) -> torch.device:
-    """Return the device to train on; refuse the CPU for a lane that was trained on a GPU, unless forced."""
+    """Return the device to train on: the GPU, if there is one and the user has not chosen the CPU.
+
+    Raises:
+        UsageError: It would be the CPU, but the lane was trained on a GPU, and `is_forced` is false.
+    """
     import torch
 
     if device == "auto" and torch.cuda.is_available():

@@ -33,6 +33,7 @@ REFUSED = {
     "merge and raw": (["--merge", "--raw"], ["--merge with --raw", "one form"]),
     "a folder that exists": (["--to", "{output}"], ["no export has written it", "name a new folder"]),
     "a file": (["--to", "{file}"], ["there is a file of this name"]),
+    "a link": (["--to", "{link}"], ["it is a link", "name a new folder"]),
     "below a file": (["--to", "{file}/x"], ["is not a folder that can be written"]),
     "a name that is too long": (["--to", "{long}"], ["File name too long", "name a new folder"]),
     "no PEFT format": (["--variant", "hydra_lora"], ["hydra_lora has no adapter in PEFT's format", "--raw"]),
@@ -63,6 +64,7 @@ def words(trained: Trained, tmp_path: Path) -> dict[str, str]:
     study.with_configurations(lanes, ()).write(trained.output / STUDY)
     StudyFile("second", "", "", (other.fingerprint,)).write(trained.output / "second")
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(trained.output)
     named = {"other": other, "orphan": orphan, "diverged": diverged, "gpu": gpu, "old": old, "older": older}
     used = store.states()
     unknown = next(f"{n:03x}" for n in range(16**3) if not any(f.startswith(f"{n:03x}") for f in used))
@@ -73,6 +75,7 @@ def words(trained: Trained, tmp_path: Path) -> dict[str, str]:
         "pending": pending,
         "output": str(trained.output),
         "file": str(tmp_path / "file"),
+        "link": str(tmp_path / "link"),
         "long": str(tmp_path / ("n" * 300)),
     }
 

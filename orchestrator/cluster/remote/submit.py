@@ -69,7 +69,11 @@ def run_on_cluster(options: StudyOptions, path: Path) -> int:
 
 
 def _project_folder(path: Path, config: dict[str, Any]) -> str:
-    """Return the project's folder on the head, quoted for a shell."""
+    """Return the project's folder on the head, quoted for a shell.
+
+    Raises:
+        UsageError: The file `path` does not send this program's sources to the head, or there is no clone.
+    """
     sources = source_digest.PROJECT_ROOT / "orchestrator"
     for remote_path, local_path in config["file_mounts"].items():
         mounted = path.resolve().parent / Path(local_path).expanduser()
