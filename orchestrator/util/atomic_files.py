@@ -12,7 +12,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -140,7 +140,12 @@ def temporary_file(path: Path, data: bytes) -> Iterator[Path]:
             sync_file(name)
         yield name
     finally:
-        name.unlink(missing_ok=True)
+        _remove_draft(name)
+
+
+def _remove_draft(draft: Path) -> None:
+    with suppress(OSError):  # a read-only disk refuses this, too; the error of the block names the file
+        draft.unlink()
 
 
 def link_if_absent(source: Path, path: Path) -> bool:
@@ -179,7 +184,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
             os.replace(draft, path)
             sync_folder(path.parent)
     finally:
-        draft.unlink(missing_ok=True)
+        _remove_draft(draft)
 
 
 def read_json(path: Path, schema: type[Content], description: str, remedy: str) -> Content | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from full_disk import mounted
 
 from orchestrator.analyze import selection
 from orchestrator.execution.search.search_file import SEARCH_FILE as SEARCH
@@ -123,3 +124,18 @@ def test_a_pointer_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"base\.r2\.json: .*base\.r1.*remove it"):
         base_store.base_entries(tmp_path).read_entry("base.r2", "content")
     assert base_store.base_entries(tmp_path).read_entry("base.r1", "content") == "0123456789ab"
+
+
+def test_an_error_of_a_read_only_disk_names_the_file(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", 1) as disk:
+        disk.close()
+        path = disk.folder / "report.html"
+        with (
+            pytest.raises(OSError, match="Read-only") as refused,
+            atomic_files.replace_atomically(path) as draft,
+        ):
+            draft.write_bytes(b"x")
+        assert refused.value.filename == str(path)
+        with pytest.raises(OSError, match="Read-only") as refused:
+            atomic_files.write_atomically(path, b"x")
+        assert refused.value.filename == str(path)
