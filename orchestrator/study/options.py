@@ -62,7 +62,7 @@ class StudyOptions(
         if self.search != "grid" and (self.seeds or 1) > 1:
             raise UsageError(
                 f"--seeds {self.seeds}: a search trains each point once; take --seeds 1, or repeat whole "
-                f"searches with tuned_comparison.py --replicates {self.seeds}."
+                f"searches with `lora-orchestrator tuned --replicates {self.seeds}`."
             )
         if self.select == "published" and (self.search != "grid" or self.scheduler != "none"):
             raise UsageError(
