@@ -7,10 +7,13 @@ from xml.etree import ElementTree
 
 import pytest
 from matplotlib import rcParams
+from matplotlib.text import Annotation, Text
 from PIL import Image
 from synthetic import STUDY, record, several_tasks, study, summarize_curves
 
-from orchestrator.analyze.plots import curves, heatmap, spread, style
+from orchestrator.analyze.costs import CostRow
+from orchestrator.analyze.intervals import Estimate
+from orchestrator.analyze.plots import cost_scatter, curves, heatmap, spread, style
 from orchestrator.record.schema import Record
 
 
@@ -56,3 +59,26 @@ def test_no_two_of_twenty_variants_look_alike_and_only_lora_is_black() -> None:
 def test_rates_that_look_the_same_are_written_once() -> None:
     assert style.rates_text((3e-4, 5e-4)) == "3e-4 to 5e-4"
     assert style.rates_text((1e-3, 1.0001e-3)) == "1e-3"
+
+
+def test_no_name_and_no_tick_label_of_the_costs_covers_another() -> None:
+    """The eight variants have the same costs, and scores that lie close together."""
+    names = ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")
+    rows = [
+        CostRow("letters", "base", name, 3, 1.5, 0.1, 650_000_000, 39_200, 9.0, Estimate(3, 0.9 + 0.001 * i))
+        for i, name in enumerate(names)
+    ]
+    figure = cost_scatter.draw_costs(rows)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [Text.get_window_extent(each) for each in axes.texts if isinstance(each, Annotation)]
+        assert len(boxes) == len(names)
+        low, high = axes.get_xlim()
+        ticks = [
+            label.get_window_extent()
+            for value, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+            if low <= value <= high
+        ]
+        assert len(ticks) >= 2
+        for texts in (boxes, ticks):
+            assert not any(box.count_overlaps(texts[:i]) for i, box in enumerate(texts))
