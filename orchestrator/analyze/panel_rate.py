@@ -82,7 +82,7 @@ def panel_rate_verdict(panel: Panel) -> Verdict | None:
     design = (
         f"{panel.task} on {panel.model}: {names}; {rates} learning rates with "
         f"{count_text(len(seeds), 'seed')}. The rates are chosen on the same seeds, so this is descriptive; "
-        "the experiment `tuned` tunes in replicates."
+        "lora-orchestrator tuned tunes in replicates."
     )
     verdict = fixed_rate_verdict(found, panel.reference, panel.task, design)
     finding = _OTHER_FINDINGS.get(verdict.outcome, verdict.claim)

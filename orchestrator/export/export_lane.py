@@ -223,7 +223,7 @@ def _write(
     from variants.errors import MergeError, UnsupportedError
 
     source, revision = locate_pretrained(lane.configuration.model, store.bases)
-    note = _serving_note(lane) if form == "peft" else ""
+    note = _serving_note(lane) if form == "peft" and not lane.code.task.has_head else ""
     words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *FORM_OPTIONS[form]]
     command = own_command(words, chosen.study.command, chosen.folder.parent, store.root)
     facts = CardFacts(form, source, revision, tuple(lane.adapters.heads), command, retrained, note)

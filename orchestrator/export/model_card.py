@@ -73,6 +73,7 @@ def render_card(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
         "License: fill in. The licenses of the base model and of the data apply.",
         "## Use",
         "\n".join(_usage(task, facts, own.variant)),
+        "\n".join(_prediction(task, facts)),
         f"Classes, in the order of the model's outputs: {', '.join(task.labels)}." if task.labels else "",
         facts.serving,
         "## Scores",
@@ -149,6 +150,36 @@ def _usage(task: Task, facts: CardFacts, variant: VariantChoice) -> Iterator[str
         yield f"adapters = attach(base, variant, settings, {variant.targets!r}, {facts.heads!r})"
         yield 'load_lane(adapters, "lane", "FOLDER/lane.safetensors")'
         yield '# with adapters.activate_lanes(["lane"], None): base(...)'
+    yield "```"
+
+
+def _prediction(task: Task, facts: CardFacts) -> Iterator[str]:
+    """Yield the lines that give the loaded model an input and print its answer; none for raw tensors."""
+    if facts.form == "raw":
+        return
+    is_image = task.inputs == "image"
+    yield "With an image:" if is_image else "With a text such as the training data have (INPUT):"
+    yield ""
+    yield "```python"
+    if is_image:
+        yield "from PIL import Image"
+        yield "from transformers import AutoImageProcessor"
+        yield ""
+        yield 'image = Image.open("FILE").convert("RGB")'
+        yield 'inputs = AutoImageProcessor.from_pretrained("FOLDER")(image, return_tensors="pt")'
+    else:
+        yield "from transformers import AutoTokenizer"
+        yield ""
+        yield 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+        yield 'inputs = tokenizer("INPUT", return_tensors="pt")  # or two texts, for a task of pairs'
+    if task.output == "regression":
+        yield "print(model(**inputs).logits.item())"
+    elif task.has_head:
+        yield f"labels = {list(task.labels or map(str, range(task.num_labels)))!r}"
+        yield "print(labels[int(model(**inputs).logits.argmax())])"
+    else:
+        yield f"output = model.generate(**inputs, max_new_tokens={task.max_new_tokens or 32})"
+        yield 'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     yield "```"
 
 

@@ -53,13 +53,15 @@ def logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
         return model.eval()(**tokenizer(SENTENCES, padding=True, return_tensors="pt")).logits
 
 
-def test_a_classifier_keeps_its_head_in_every_form(output: Path) -> None:
+def test_a_classifier_keeps_its_head_in_every_form(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All forms, loaded as their model cards say, give the same logits; a merged model names the classes."""
     store, found = Store(output / "store"), {}
     forms: tuple[Form, ...] = ("peft", "raw", "merged")
     for form in forms:
         done = export_lane(store, output, ExportRequest(LaneQuery("reviews"), form), notify=lambda line: None)
-        variables = run_card(done.folder)
+        variables = run_card(done.folder, SENTENCES[0])
+        if form != "raw":
+            assert capsys.readouterr().out.splitlines()[-1] in tasks.get("reviews").labels
         if form == "raw":
             with variables["adapters"].activate_lanes(["lane"], None):
                 found[form] = logits(variables["base"], done.folder)

@@ -20,6 +20,7 @@ from orchestrator.export.lane_choice import LaneQuery, choose_lane
 from orchestrator.export.model_card import CardFacts, _scores, render_card
 from orchestrator.finetune.sources import own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.local.letters import LENGTH
 from orchestrator.record.kept_adapters import find_adapter
 from orchestrator.record.study_file import StudyFile
 from orchestrator.util.errors import UsageError
@@ -36,11 +37,14 @@ def folder_of(done: Ended) -> Path:
     return Path(done.stdout.splitlines()[-1].rpartition(": ")[0])
 
 
-def test_the_best_adapter_has_the_scores_of_its_record_in_peft(export: Export, trained: Trained) -> None:
-    """The Python lines of the model card load the adapter."""
+def test_the_best_adapter_has_the_scores_of_its_record_in_peft(
+    export: Export, trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Python lines of the model card load the adapter, and print its answer."""
     folder, record = folder_of(export("--variant", "lora")), trained.record("lora")
     assert (record.score("validation") or 0) > 0.2, "the lane has learnt something"
     model = run_card(folder)["model"]
+    assert len(capsys.readouterr().out.splitlines()[-1].split()) == LENGTH
     assert type(model).__name__ == "PeftModelForCausalLM"
     assert validation_scores(model, folder, record) == pytest.approx(recorded_scores(record), rel=1e-4)
     card = (folder / "README.md").read_text()

@@ -39,10 +39,11 @@ def recorded_scores(record: Record) -> dict[str, float]:
     return {name: last.scores[name] for name in ("exact_match", "loss")}
 
 
-def run_card(folder: Path) -> dict[str, Any]:
-    """Run the Python lines in the README.md of an export, and return the variables."""
-    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert code is not None
+def run_card(folder: Path, text: str = "unk a c b d e =") -> dict[str, Any]:
+    """Run the Python lines in the README.md of an export, with a text as input, and return the variables."""
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert blocks
     variables: dict[str, Any] = {}
-    exec(code[1].replace("FOLDER", str(folder)), variables)
+    for code in blocks:
+        exec(code.replace("FOLDER", str(folder)).replace("INPUT", text), variables)
     return variables
