@@ -49,6 +49,9 @@ class StudyFrames:
     summary: Summary
     """All numbers of the report, as the analysis returns them."""
 
+    def __repr__(self) -> str:
+        return f"<Results of {self.name}: {len(self.runs)} runs, {len(self.points)} points>"
+
 
 def load(study: str, *, output: str | Path | None = None, store: str | Path | None = None) -> StudyFrames:
     """Load the results of a study.

@@ -81,6 +81,9 @@ class Plan:
     num_to_train: int
     """Number of configurations that would be trained."""
 
+    def __repr__(self) -> str:
+        return f"<Plan: {self.total} configurations, {self.num_to_train} to train>"
+
 
 def print_plan(
     console: Console,

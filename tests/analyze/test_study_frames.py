@@ -29,6 +29,7 @@ def test_the_points_are_means_over_seeds_and_the_best_is_first(tmp_path: Path) -
     loaded = orchestrator.load("rates", output=tmp_path)
     points = loaded.points
     assert len(points) == 5 * 7
+    assert repr(loaded) == f"<Results of rates: {len(loaded.runs)} runs, 35 points>"
     assert (points["seeds"] == 3).all()
     assert points["validation_score"].is_monotonic_decreasing
     lora = points[points["variant"] == "lora"].set_index("learning_rate")

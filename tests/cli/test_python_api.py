@@ -51,6 +51,7 @@ def test_a_plan_is_printed_and_returned(
     )
     (planned,) = plan(study)
     assert (planned.total, len(planned.pending), len(planned.requested)) == (8, 8, 8)
+    assert repr(planned) == "<Plan: 8 configurations, 8 to train>"
     assert ("Variants", "lora pissa") in planned.lines
     assert "Variants        lora pissa" in capsys.readouterr().out
     assert not list(tmp_path.glob("results/*/study.json"))
