@@ -31,7 +31,8 @@ class GridOptions:
     dry_run: bool = False
     """Rehearse the whole study on this machine, without a GPU: a small task on a base model that is
     pretrained here once (about half a minute). Ends in a few minutes with a complete report. --task names
-    another task than letters, for example reviews; tasks on downloaded models take longer."""
+    another task than letters, for example reviews; tasks on downloaded models take longer. With --data, give
+    --steps as well."""
     variants: tuple[str, ...] | None = None
     """Variants to compare, e.g. `lora pissa` or `LoRA,PiSSA`: names from `python -m variants`, `peft:TYPE`
     for a tuner of the PEFT library, or the path of a .py file. Default: those that --plan shows."""
