@@ -11,6 +11,8 @@ from orchestrator.analyze.results import CurvePoint, Panel
 from orchestrator.analyze.run_labels import RunLabel
 
 _SYMBOLS: tuple[tuple[RunLabel, str], ...] = (("collapsed", "▽"), ("diverged", "\N{MULTIPLICATION SIGN}"))
+_MAX_COLUMNS_WITH_TEXT = 12
+"""Largest number of rates for which the texts of the cells fit a page that is 1,200 pixels wide."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class HeatMap:
     """The points of the curves; None at a rate without a run."""
     best_columns: tuple[int | None, ...]
     """The column of each curve's best rate; None without a score, or if the best score is at both edges."""
+
+    @property
+    def has_text_on_page(self) -> bool:
+        """Whether the cells of the interactive figure show their scores and broken runs."""
+        return len(self.rates) <= _MAX_COLUMNS_WITH_TEXT
 
 
 def heat_map(panel: Panel) -> HeatMap:

@@ -212,6 +212,7 @@ def heatmap_figures(summary: Summary) -> list[go.Figure]:
 
 def _heatmap_figure(panel: Panel, cells: HeatMap) -> go.Figure:
     rows, columns = len(cells.labels), len(cells.rates)
+    has_text = cells.has_text_on_page
     names = [formatting.rate(r) for r in cells.rates]
     title = plotly_style.title(curve_text.panel_title(panel))
     figure = plotly_style.new_figure(
@@ -241,8 +242,9 @@ def _heatmap_figure(panel: Panel, cells: HeatMap) -> go.Figure:
             x=names,
             y=list(cells.labels),
             z=[plotly_style.rounded(row) for row in cells.scores],
-            text=shown if columns <= 10 else None,
-            texttemplate="%{text}" if columns <= 10 else None,
+            text=shown if has_text else None,
+            texttemplate="%{text}" if has_text else None,
+            textfont={"size": 12 if columns <= 8 else 10},
             customdata=texts,
             hovertemplate="%{customdata}<extra></extra>",
             colorscale=COLOR_MAP,

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from orchestrator.analyze import curve_text, formatting
 from orchestrator.analyze.curve_lines import MAX_OVERLAID_CURVES
+from orchestrator.analyze.heatmap_cells import heat_map
 from orchestrator.analyze.report_parts import Picture, ReportData, Section
 from orchestrator.analyze.results import Curve, Panel, Summary
 from orchestrator.analyze.table_style import new_table
@@ -51,6 +52,7 @@ def _values(data: ReportData) -> Mapping[str, Any]:
         return formatting.narrow_command(study.command, curve.variant, rates, varied, study.sources)
 
     return {
+        "has_run_counts": _has_run_counts(data.summary),
         "reproduce": reproduce,
         "has_many": any(len(p.curves) > MAX_OVERLAID_CURVES for p in data.summary.panels),
         "panel_title": curve_text.panel_title,
@@ -58,6 +60,12 @@ def _values(data: ReportData) -> Mapping[str, Any]:
         "width_text": curve_text.width_text,
         "NOT_RESOLVED": curve_text.NOT_RESOLVED,
     }
+
+
+def _has_run_counts(summary: Summary) -> bool:
+    """Return whether a cell of a heat map on the page shows collapsed or diverged runs."""
+    maps = map(heat_map, summary.panels)
+    return any(each.has_text_on_page and any(text for row in each.broken for text in row) for each in maps)
 
 
 def _tables(summary: Summary) -> Sequence[Table | Text]:

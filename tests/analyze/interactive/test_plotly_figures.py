@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import resources
 from typing import Any
 
+import pytest
 from plotly.offline import get_plotlyjs
 from synthetic import RATES, STUDY, record, study, summarize_curves
 
@@ -109,6 +110,14 @@ def test_the_heat_map_has_the_mean_of_each_variant_and_rate() -> None:
     assert [round(score, 3) for score in row] == [0, 0, 0, 0, 0.263, 0.953, 0]
     assert cells["text"][cells["y"].index("lora")][4] == "0.00 ▽3 /3"
     assert len(content["layout"]["shapes"]) == len(STUDY)  # a frame around each best rate
+
+
+@pytest.mark.parametrize(("rates", "is_shown"), [(11, True), (13, False)])
+def test_the_cells_of_a_heat_map_have_numbers_as_far_as_they_fit(rates: int, is_shown: bool) -> None:
+    records = [record("lora", 1e-4 * 2**i, 0, 0.5 + 0.01 * i) for i in range(rates)]
+    (figure,) = plotly_curves.heatmap_figures(summarize_curves(records))
+    (cells,) = json.loads(figure.to_json())["data"]
+    assert ("text" in cells) == ("texttemplate" in cells) == is_shown
 
 
 def test_the_spread_joins_the_common_rate_and_the_own_one() -> None:
