@@ -221,7 +221,7 @@ class ResourceOptions:
     """`cpu`: trainers reserve their GPUs in Ray but train on CPUs, as a rehearsal of a GPU cluster."""
     kernels: Literal["torch", "liger"] = "torch"
     """Kernels of the base's norms, rotary embeddings and gated activations: transformers' own in PyTorch, or
-    `liger`, Liger's Triton kernels on GPUs (pip install -e ".[gpu]"): less time and memory for Qwen, Llama,
+    `liger`, Liger's Triton kernels on GPUs (extra `gpu`): less time and memory for Qwen, Llama,
     Mistral, Gemma and others. Results differ by rounding; records name the kernels."""
     trainer_timeout: float | None = None
     """Seconds after which a study without any trainer ends. Default: 300, or 1800 where GPU nodes have to be

@@ -16,6 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from rule import initial_tensors
 from torch import nn
 
+from orchestrator.util.extras import install_hint
 from variants import catalogue
 from variants.api import FrozenLayer, MergeError, UnsupportedError, Variant, VariantSettings
 from variants.attach import Adapters, attach
@@ -292,4 +293,4 @@ def test_without_peft_the_error_is_one_line() -> None:
         "try: catalogue.get('peft:LOHA')\nexcept ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "peft:LOHA needs the PEFT library; pip install 'lora-orchestrator[peft]'\n"
+    assert done.stdout == f"peft:LOHA needs peft, which is not installed: {install_hint('peft')}\n"

@@ -359,10 +359,12 @@ def test_a_hub_dataset_that_is_missing_or_has_no_train_split_is_refused(
 def test_two_data_of_one_name_are_refused() -> None:
     for folder in "ab":
         write(Path(folder, "m.csv"), SUMS)
-    assert_refused(
-        lambda: resolve_tasks(StudyOptions(data=("a/m.csv", "b/m.csv")), (), (), Path()), ["the same name"]
-    )
-    assert len(resolve_tasks(StudyOptions(data=("a/m.csv", "./a/m.csv")), (), (), Path())) == 1
+
+    def resolve(*data: str) -> Any:
+        return resolve_tasks(StudyOptions(data=data, model="letters-base"), (), (), Path())
+
+    assert_refused(lambda: resolve("a/m.csv", "b/m.csv"), ["the same name"])
+    assert len(resolve("a/m.csv", "./a/m.csv")) == 1
 
 
 def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path, tmp_path: Path) -> None:

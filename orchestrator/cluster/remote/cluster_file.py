@@ -19,6 +19,7 @@ from typing import Any
 
 from orchestrator.util.command import main
 from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.util.extras import install_hint
 
 _PROVIDER_KEYS = (
     *("key_pair", "aws_credentials", "disable_launch_config_check", "foreground_node_launch"),
@@ -116,8 +117,8 @@ def _check_aws_node(path: Path, name: str, node_config: dict[str, Any]) -> None:
         import botocore.session
         from botocore.validate import ParamValidator
     except ImportError:
-        fix = "pip install -c constraints.txt -e '.[cluster]'"
-        raise UsageError(f"{path}: `ray up` needs boto3 for AWS, which is not installed; {fix}") from None
+        fix = install_hint("cluster")
+        raise UsageError(f"{path}: `ray up` needs boto3 for AWS, which is not installed: {fix}") from None
     ec2 = botocore.session.get_session().get_service_model("ec2")
     request = {key: value for key, value in node_config.items() if key != "SubnetIds"}  # a key of Ray's
     report = ParamValidator().validate(

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from orchestrator.util.errors import UsageError
+from orchestrator.util.extras import install_hint
 
 
 def grade(row: Mapping[str, Any], answer: str) -> float:
@@ -51,8 +52,7 @@ def load_checker() -> ModuleType:
             from lm_eval.tasks.ifeval import utils
     except ImportError as error:
         raise UsageError(
-            f"IFEval is graded by lm-eval, and {error.name} is not installed. "
-            "Run: pip install 'lora-orchestrator[ifeval]'"
+            f"The grader of IFEval needs {error.name}, which is not installed: {install_hint('ifeval')}"
         ) from None
     langdetect.DetectorFactory.seed = 0  # detecting the language of a text uses random numbers
     return utils

@@ -53,12 +53,16 @@ def find_content(name: str, root: Path) -> str | None:
         The SHA-256 of its files or its hub commit; None if the model must be prepared first.
 
     Raises:
-        UsageError: There is no such model, or its weight files cannot be loaded.
+        UsageError: There is no such model, its weight files cannot be loaded, or a package is missing without
+            which it cannot be prepared.
     """
     if (task := task_bases().get(name)) is not None:
         return base_store.find_base(root, name, task.pretrain_recipe())
     if name in PACKAGED_MODELS:
-        return base_store.find_base(root, name, PACKAGED_MODELS[name].RECIPE)
+        content = base_store.find_base(root, name, PACKAGED_MODELS[name].RECIPE)
+        if content is None and name == smollm2.NAME:
+            smollm2.check_requirements()  # it could not be prepared: a plan must say so as well
+        return content
     if os.path.isdir(name):  # Path.is_dir raises OSError for a name that is too long
         weight_files.check_weight_files(Path(name), name)  # before all files are read for the hash
         return base_store.content_hash(Path(name))

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from orchestrator.util.errors import UsageError
+from orchestrator.util.extras import require_package
 
 FAMILIES = (
     "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "olmo3", "phi3", "qwen2",
@@ -40,11 +41,11 @@ def check_liger(family: str, name: str) -> None:
             f"--kernels liger: model {name!r} is of type {family!r}, and the kernels are for "
             f"{', '.join(FAMILIES)}; {REMEDY}."
         )
-    for module, source in (("liger_kernel", 'pip install -e ".[gpu]"'), ("triton", "install torch for CUDA")):
-        if find_spec(module) is None:
-            raise UsageError(
-                f"--kernels liger needs {module}, which is not installed: {source}, or {REMEDY}."
-            )
+    require_package("--kernels liger", "liger_kernel", "gpu", f"or {REMEDY}")
+    if find_spec("triton") is None:
+        raise UsageError(
+            f"--kernels liger needs triton, which is not installed: install torch for CUDA, or {REMEDY}."
+        )
 
 
 def apply_liger(model: Any, name: str) -> str:

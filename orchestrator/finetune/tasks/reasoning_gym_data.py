@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.util.errors import UsageError
+from orchestrator.util.extras import require_package
 
 
 def create_dataset(name: str, size: int, **options: Any) -> Any:
@@ -18,8 +18,7 @@ def create_dataset(name: str, size: int, **options: Any) -> Any:
     Raises:
         UsageError: The package is not installed.
     """
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise UsageError(f'Task {name!r} needs reasoning-gym: pip install -e ".[real]"') from error
+    require_package(f"Task {name!r}", "reasoning_gym", "real")
+    import reasoning_gym
+
     return reasoning_gym.create_dataset(name, seed=0, size=size, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from orchestrator.record.study_file import StudyFile
 from orchestrator.record.trackers.logged_records import LoggedRecords
 from orchestrator.record.trackers.tracker import StudyEnd, Tracker, TrackingUnavailableError
 from orchestrator.study.configuration import Configuration
-from orchestrator.util.errors import UsageError
+from orchestrator.util.extras import require_package
 from variants.variant_names import short_name
 
 if TYPE_CHECKING:
@@ -53,11 +52,7 @@ class TensorBoardTracker(Tracker):
         Raises:
             UsageError: It is missing.
         """
-        if importlib.util.find_spec("tensorboard") is None:
-            raise UsageError(
-                "--tracker tensorboard: the package tensorboard is not installed; "
-                "pip install -e '.[tensorboard]'"
-            )
+        require_package("--tracker tensorboard", "tensorboard", "tensorboard")
 
     def open_study(self, study: StudyFile, tags: Mapping[str, str]) -> None:
         """Forget open files: after an error, the files of lanes in training are begun again."""

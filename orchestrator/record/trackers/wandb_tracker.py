@@ -21,6 +21,7 @@ from orchestrator.record.trackers.tracker import StudyEnd, Tracker, TrackingUnav
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
+from orchestrator.util.extras import require_package
 from orchestrator.util.redaction import redact_secrets
 from variants.variant_names import short_name
 
@@ -66,12 +67,9 @@ class WandbTracker(Tracker):
         Raises:
             UsageError: One of the two is missing.
         """
-        try:
-            import wandb
-        except ImportError:
-            raise UsageError(
-                "--tracker wandb: the package wandb is not installed; pip install -e '.[wandb]'"
-            ) from None
+        require_package("--tracker wandb", "wandb", "wandb")
+        import wandb
+
         os.environ.setdefault("WANDB_SILENT", "true")  # the study says what a user needs to know
         with _one_line_errors():
             is_online = wandb.setup().settings.mode in ("online", "shared", "run")

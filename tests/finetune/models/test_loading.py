@@ -289,6 +289,14 @@ def test_a_model_with_custom_code_is_refused_without_a_prompt(
 # -- names, the hub, the package -------------------------------------------------------------------------
 
 
+def test_a_model_that_cannot_be_prepared_without_an_extra_is_refused_before_a_plan(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)  # how Python blocks an import
+    with pytest.raises(UsageError, match=r"gguf.*pip install 'lora-orchestrator\[real\]'.*another --model"):
+        model_catalogue.find_content(smollm2.NAME, root)
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("smolm2-135", "Did you mean 'smollm2-135m'"), ("./gone", "Choose from"), ("a/b/c", "no such folder")],
