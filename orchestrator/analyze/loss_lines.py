@@ -12,6 +12,8 @@ from orchestrator.analyze.results import Panel, Summary
 from orchestrator.analyze.tuned.tuned_results import TaskComparison
 from orchestrator.analyze.tuning import SearchResult
 from orchestrator.record.schema import Record
+from orchestrator.study.configuration import TaskChoice
+from variants.variant_names import FILE_SUFFIX
 
 Role = Literal["best", "lower", "higher"]
 ROLES: Mapping[Role, str] = {
@@ -21,6 +23,12 @@ ROLES: Mapping[Role, str] = {
 }
 MAX_BINS = 100
 """Largest number of points of a line. Each point is the mean loss over a bin of equally many steps."""
+_UNITS: Mapping[str, str] = {
+    **dict.fromkeys(("exact_match", "numeric", "token_f1", "pass_at_1", "prompt_strict"), "nats per token"),
+    **dict.fromkeys(("accuracy", "f1", "macro_f1", "matthews"), "nats per example"),
+    "pearson": "squared error",
+}
+"""Metric -> unit of the loss, for metrics that only answers, only classes or only numbers have."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class LossLine:
     steps: tuple[float, ...]
     """The optimizer step in the middle of each bin."""
     losses: tuple[float, ...]
-    """The mean loss in each bin, in nats per token, over the runs that reached it."""
+    """The mean loss in each bin over the runs that reached it; see `LossPanel.loss_title` for the unit."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class LossPanel:
     title: str
     variants: Mapping[str, Sequence[LossLine]]
     """Label of the variant -> its lines that have a loss."""
+    loss_title: str = "training loss"
+    """The title of the loss axis, with the unit as far as the records tell it."""
 
     @property
     def loss_range(self) -> tuple[float, float]:
@@ -63,16 +73,23 @@ def loss_panels(summary: Summary, records: Sequence[Record]) -> list[LossPanel]:
         records: The records of the study. Those without a curve are ignored.
     """
     by_fingerprint = {record.fingerprint: record for record in records}
-    found = []
+    found, loss_titles = [], {}
     for title, label, role, fingerprints in _choices(summary):
         runs = [by_fingerprint[f] for f in fingerprints if f in by_fingerprint and by_fingerprint[f].curve]
         if runs:
             found.append((title, label, _mean_line(role, runs)))
+            loss_titles[title] = _loss_title(runs[0].configuration.task)
     grouped: dict[str, dict[str, list[LossLine]]] = defaultdict(lambda: defaultdict(list))
     for title, label, line in found:
         if line is not None:
             grouped[title][label].append(line)
-    return [LossPanel(title, dict(variants)) for title, variants in grouped.items()]
+    return [LossPanel(title, dict(variants), loss_titles[title]) for title, variants in grouped.items()]
+
+
+def _loss_title(task: TaskChoice) -> str:
+    """Return the title of the loss axis; without unit for a task in a user's Python file."""
+    unit = None if task.name.endswith(FILE_SUFFIX) else _UNITS.get(task.metric)
+    return f"training loss ({unit})" if unit else "training loss"
 
 
 _Choice = tuple[str, str, Role, Sequence[str]]

@@ -69,3 +69,30 @@ def test_the_axis_leaves_out_a_loss_that_explodes() -> None:
 def test_records_without_losses_have_no_training_curves() -> None:
     records = [record("lora", 1e-3, 0, 0.9)]
     assert loss_panels(summarize_curves(records), records) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "title"),
+    [
+        ("letters", "exact_match", "training loss (nats per token)"),
+        ("mails.csv", "accuracy", "training loss (nats per example)"),
+        ("films.csv", "pearson", "training loss (squared error)"),
+        ("mails.csv", "inverse_perplexity", "training loss"),
+        ("own.py", "accuracy", "training loss"),
+    ],
+)
+def test_the_axis_names_the_loss_as_far_as_the_metric_tells_it(name: str, metric: str, title: str) -> None:
+    found = with_losses(record("lora", 1e-3, 0, 0.9), [3.0, 2.0])
+    task = replace(found.configuration.task, name=name, metric=metric)
+    evaluations = tuple(replace(each, scores={metric: 0.9}) for each in found.evaluations)
+    configuration = replace(found.configuration, task=task)
+    records = [
+        replace(
+            found,
+            configuration=configuration,
+            fingerprint=configuration.fingerprint,
+            evaluations=evaluations,
+            baseline_scores={},
+        )
+    ]
+    assert only_panel(records).loss_title == title

@@ -32,7 +32,7 @@ def _loss_figure(panel: LossPanel, styles: dict[str, style.CurveStyle]) -> go.Fi
         margin={"t": 90},
         title=plotly_style.title(panel.title),
         xaxis=plotly_style.axis("optimizer step"),
-        yaxis=plotly_style.axis("training loss (nats per token)", range=list(panel.loss_range)),
+        yaxis=plotly_style.axis(panel.loss_title, range=list(panel.loss_range)),
     )
     lines = [(label, line) for label, own in panel.variants.items() for line in own]
     for label, line in lines:

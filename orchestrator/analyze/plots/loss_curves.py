@@ -31,7 +31,7 @@ def draw_losses(panels: Sequence[LossPanel]) -> Figure:
     for panel, cell, rows in zip(panels, cells.flat, heights, strict=True):
         cell.suptitle(panel.title, x=0.012, ha="left", weight="bold", fontsize=12)
         cell.supxlabel("optimizer step", fontsize=10)
-        cell.supylabel("training loss", fontsize=10)
+        cell.supylabel(panel.loss_title, fontsize=10)
         grid = cell.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
         for axes, (label, lines) in zip(grid.flat, panel.variants.items(), strict=False):
             _draw_lines(axes, label, lines)
