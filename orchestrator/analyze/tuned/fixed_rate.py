@@ -94,7 +94,8 @@ def compare_at_fixed_rate(
     if not rows:
         return None
     rows.sort(key=lambda row: (-row.regret, row.variant))
-    return FixedRateComparison(tuple(_winners(rates, variants, baseline)), tuple(rows), _outcome(rows))
+    winners, equal_rates = _winners(rates, variants, baseline)
+    return FixedRateComparison(tuple(winners), equal_rates, tuple(rows), _outcome(rows))
 
 
 def interval_of(found: SimultaneousIntervals, index: int) -> Interval | None:
@@ -120,20 +121,27 @@ def _outcome(rows: Sequence[FixedRateRow]) -> VerdictOutcome:
     return "refuted" if all(row.reversal is False for row in rows) else "undecided"
 
 
-def _winners(rates: Sequence[float], variants: Mapping[str, RateScores], baseline: str) -> list[RateWinner]:
-    """Return the variant with the highest mean test score at each rate; the baseline wins a tie.
+def _winners(
+    rates: Sequence[float], variants: Mapping[str, RateScores], baseline: str
+) -> tuple[list[RateWinner], int]:
+    """Find the variant with the highest mean test score at each rate; the baseline wins a tie.
 
-    Rates at which the baseline has no score, or all variants have the same mean score, are left out.
+    Returns:
+        The winners, without rates at which the baseline has no score or all variants have the same mean
+        score; and the number of these rates with the same mean score.
     """
-    winners = []
+    winners, equal_rates = [], 0
     for i, rate in enumerate(rates):
         means = {
             name: float(np.nanmean(own.scores[:, i]))
             for name, own in variants.items()
             if np.isfinite(own.scores[:, i]).any()
         }
-        if baseline not in means or len(set(means.values())) == 1:
+        if baseline not in means:
+            continue
+        if len(set(means.values())) == 1:
+            equal_rates += 1
             continue
         best = max(means, key=lambda name: (means[name], name == baseline))
         winners.append(RateWinner(rate, best, means[best], means[baseline]))
-    return winners
+    return winners, equal_rates

@@ -137,7 +137,9 @@ class FixedRateComparison:
     """The test of claim 3: at one fixed learning rate the winner is an artefact of the rate."""
 
     winners: tuple[RateWinner, ...]
-    """The best variant at each rate, in ascending order of the rate."""
+    """The best variant at each rate, in ascending order of the rate, without the rates of `equal_rates`."""
+    equal_rates: int
+    """Number of rates at which all variants have the same mean score."""
     rows: tuple[FixedRateRow, ...]
     """The variants, the largest regret first."""
     outcome: VerdictOutcome

@@ -205,11 +205,22 @@ def fixed_rate_verdict(found: FixedRateComparison, baseline: str, task: str, des
         task: The name of the task.
         design: The text for `Verdict.design`.
     """
-    answer = f"On {task}, {_change_phrase(found, baseline)}. {_regret_sentence(found.rows, baseline)}"
-    if found.winners:
-        winners = ", ".join(f"{rate(w.learning_rate)} {w.winner}" for w in found.winners)
-        answer += f" Best mean test score at each rate: {winners}."
-    return Verdict(FIXED_RATE_CLAIM, found.outcome, answer, design, scope=task)
+    answer = (
+        f"On {task}, {_change_phrase(found, baseline)}. {_regret_sentence(found.rows, baseline)} "
+        f"{_winner_sentence(found)}"
+    )
+    return Verdict(FIXED_RATE_CLAIM, found.outcome, answer.rstrip(), design, scope=task)
+
+
+def _winner_sentence(found: FixedRateComparison) -> str:
+    """Return the sentence on the best variant at each rate; empty if no rate has a score."""
+    if not found.winners:
+        return "At each rate all variants have the same mean test score." if found.equal_rates else ""
+    winners = ", ".join(f"{rate(w.learning_rate)} {w.winner}" for w in found.winners)
+    where = {0: "", 1: "; at the other rate all are equal"}.get(
+        found.equal_rates, f"; at the other {found.equal_rates} rates all are equal"
+    )
+    return f"Best mean test score at each rate: {winners}{where}."
 
 
 def _fixed_rate_over_tasks(found: TunedComparison) -> Verdict:
@@ -243,17 +254,29 @@ def _change_phrase(found: FixedRateComparison, baseline: str) -> str:
 
 
 def _largest_loss(rows: Sequence[FixedRateRow], baseline: str) -> str:
-    row = rows[0]
+    losing = _losing(rows)
+    where = f"at {shown_name(baseline)}'s best rate"
+    if not losing:
+        return f"{where} no variant loses against its own"
+    row = losing[0]
     lost = " ".join([points(-row.regret), "points", *_negated(row.regret_interval)])
-    return f"at {shown_name(baseline)}'s best rate {row.variant} loses most against its own: {lost}"
+    return f"{where} {row.variant} loses most against its own: {lost}"
 
 
 def _regret_sentence(rows: Sequence[FixedRateRow], baseline: str) -> str:
-    name = shown_name(baseline)
+    losing = _losing(rows)
+    where = f"At {shown_name(baseline)}'s best rate"
+    if not losing:
+        return f"{where} no variant loses against its own."
     lost = ", ".join(
-        " ".join([row.variant, points(-row.regret), *_negated(row.regret_interval)]) for row in rows[:3]
+        " ".join([row.variant, points(-row.regret), *_negated(row.regret_interval)]) for row in losing[:3]
     )
-    return f"At {name}'s best rate the variants that lose most against their own are, in points: {lost}."
+    return f"{where} the variants that lose most against their own are, in points: {lost}."
+
+
+def _losing(rows: Sequence[FixedRateRow]) -> list[FixedRateRow]:
+    """Return the variants that lose at least 0.1 points, as shown, at the baseline's best rate."""
+    return [row for row in rows if round(100 * row.regret, 1) > 0]
 
 
 def _negated(interval: Interval | None) -> list[str]:

@@ -10,6 +10,7 @@ from tuned_records import Truth, compare_one, tuned_records
 from orchestrator.analyze.panel_rate import compare_panel_at_fixed_rate, panel_rate_verdict
 from orchestrator.analyze.sensitivity import summarize_panels
 from orchestrator.analyze.tuned.fixed_rate import RateScores, compare_at_fixed_rate
+from orchestrator.analyze.tuned.tuned_verdicts import fixed_rate_verdict
 
 RATES = (1e-3, 1e-2, 1e-1)
 
@@ -44,6 +45,17 @@ def test_a_rate_at_which_all_variants_have_the_same_score_has_no_winner() -> Non
     found = compare_at_fixed_rate(RATES, broken, "lora", 0.01)
     assert found is not None
     assert [(w.learning_rate, w.winner) for w in found.winners] == [(1e-3, "lora"), (1e-2, "lora")]
+    assert found.equal_rates == 1
+    answer = fixed_rate_verdict(found, "lora", "letters", "").answer
+    assert "each rate: 1e-3 lora, 1e-2 lora; at the other rate all are equal." in answer
+
+
+def test_a_verdict_says_so_if_no_variant_loses_and_none_wins() -> None:
+    found = compare_at_fixed_rate(RATES, {"lora": LORA, "copy": LORA}, "lora", 0.01)
+    assert found is not None
+    answer = fixed_rate_verdict(found, "lora", "letters", "").answer
+    assert "At LoRA's best rate no variant loses against its own." in answer
+    assert answer.endswith("At each rate all variants have the same mean test score.")
 
 
 def test_a_variant_that_is_worse_everywhere_or_equal_everywhere_reverses_nothing() -> None:
