@@ -67,11 +67,16 @@ class Progress:
     first_lane_at: float | None = None
     steps_taken: int = 0
     """Optimizer steps of all lanes, including those in training."""
+    max_steps: int = 0
+    """Optimizer steps of all configurations to train, if every lane is trained to its end; 0 if unknown."""
     _ended_steps: int = 0
+    _saved_steps: int = 0
+    """Steps that are not taken because their lanes have ended early."""
     _seen: set[str] = field(default_factory=set)
     _live: Live | None = None
     _log: _LogFile | None = None
     _last_plain: float = 0.0
+    _last_line: str = ""
 
     def __enter__(self) -> Progress:
         with ExitStack() as stack:
@@ -99,6 +104,7 @@ class Progress:
         self._seen.add(record.fingerprint)
         self.ended[record.state] += 1
         self._ended_steps += record.steps
+        self._saved_steps += record.configuration.lr_schedule.steps - record.steps
         score = record.score("validation")
         rate = record.configuration.optimizer.learning_rate
         name = record.configuration.variant.name
@@ -111,11 +117,13 @@ class Progress:
         )
 
     def refresh(self) -> None:
-        """Refresh the live line, or print a plain line from time to time where there is no terminal."""
+        """Refresh the live line; where there is no terminal, print it from time to time if it has changed."""
         if not self.console.is_terminal:
             if time.monotonic() - self._last_plain > timeouts.PLAIN_LINE_INTERVAL_SECONDS:
                 self._last_plain = time.monotonic()
-                self.notify(self.status_line())
+                if (line := self.status_line()) != self._last_line:
+                    self._last_line = line
+                    self.notify(line)
             return
         if self._live is None:  # an earlier start would overwrite the message of a Ctrl-C during Ray's start
             live = Live(console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False)
@@ -124,19 +132,21 @@ class Progress:
 
     def status_line(self) -> str:
         """Return the live line, without its least important parts if it is longer than 80 columns."""
-        lines = [self._format_status(without) for without in range(4)]
+        lines = [self._format_status(without) for without in range(5)]
         return next((line for line in lines if len(line) <= MAX_LINE_LENGTH), lines[-1])
 
     def _format_status(self, num_omitted: int) -> str:
         parts = [f"{self.cached + self.ended.total()}/{self.total} done"]
-        if num_omitted < 2:
+        if num_omitted < 3:
             parts.append(f"{self.training} training")
+        if self.max_steps and num_omitted < 2:
+            parts.append(f"{self.steps_taken}/{self.max_steps - self._saved_steps} steps")
         if self.live_trainers == 0:
             parts.append(f"waiting for {self.waiting_for}" if self.waiting_for else "trainers start")
         for state in ("diverged", "stopped", "failed"):
             if self.ended[state]:
                 parts.append(f"{self.ended[state]} {state}")
-        if self.best is not None and num_omitted < 3:
+        if self.best is not None and num_omitted < 4:
             score, name = self.best
             parts.append(f"best {score:.3f}" if num_omitted else f"best {score:.3f} {name}")
         if (left := self.seconds_left()) is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -112,7 +111,7 @@ def print_plan(
     lanes = plan_lanes(
         options, hardware.gpus_per_worker, hardware.device, templates, store, work, hardware.num_trainers
     )
-    to_train = [*work.pending, *_later_configurations(work, templates)]
+    to_train = [*work.pending, *work.unnamed(templates)]
     times = estimate_times(to_train, store, lanes.lanes, options.workers_per_trainer)
     estimates = [estimate for estimate in times if hardware.has_device(estimate.device)]
     lines = [
@@ -181,17 +180,6 @@ def _named_hardware(name: str, options: StudyOptions) -> _Hardware:
     return _Hardware(options.trainers or 0, options.gpus_per_worker or 1.0, gpu.names[0], place)
 
 
-def _later_configurations(work: StudyWork, templates: Sequence[Configuration]) -> list[Configuration]:
-    """Return one template for each configuration that the search or the design has not named yet."""
-    if work.search is None:
-        return [template for template, _ in zip(cycle(templates), range(work.total - len(work.requested)))]
-    return [
-        group.template
-        for name, group in work.search.groups.items()
-        for _ in range(work.search.num_remaining(name))
-    ]
-
-
 def _task_lines(template: Configuration) -> list[Line]:
     """Return the lines on a task: its steps, its batch size and its base model."""
     model, steps = template.model, template.lr_schedule.steps
@@ -224,13 +212,9 @@ def _configuration_lines(
         *lines,
         ("Seeds", f"{options.seed_count}"),
         ("Configurations", f"{work.total}, of them {work.total - work.num_to_train} known"),
-        ("Steps", f"at most {_total_steps(work, templates)}"),
+        ("Steps", f"at most {work.max_steps(templates)}"),
         ("Early stopping", scheduler_settings(options.scheduler, template) or "none"),
     ]
-
-
-def _total_steps(work: StudyWork, templates: Sequence[Configuration]) -> int:
-    return sum(c.lr_schedule.steps for c in [*work.pending, *_later_configurations(work, templates)])
 
 
 def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:

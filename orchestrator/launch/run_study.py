@@ -189,6 +189,7 @@ class StudyRun:
         context, work = self.context, self.work
         keeper = AdapterKeeper(context.adapters, is_per_run(self.study))
         progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
+        progress.max_steps = work.max_steps(context.templates)
         writers = start_writers(context, self.study, progress.notify)
 
         def log_record(record: Record) -> None:

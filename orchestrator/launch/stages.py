@@ -38,6 +38,8 @@ class LaterConfigurations:
             self.reused.add(configuration.fingerprint)
             self.writers.mark_reused(configuration.fingerprint)
             self.progress.cached += 1
+            if self.work.search is not None:  # a stage of a design is counted when it is complete
+                self.progress.max_steps -= configuration.lr_schedule.steps
         self.on_configuration(configuration, is_reused)
 
     def next_stage(self) -> list[Configuration]:
@@ -54,10 +56,13 @@ class LaterConfigurations:
             if not named:
                 self.work.expected = 0
                 break
+            unnamed = self._count_unnamed_steps()
             for configuration in named:
                 self.add(configuration)
             self.progress.total = self.work.total
             new = [c for c in named if c.fingerprint not in self.reused]
+            named_steps = sum(c.lr_schedule.steps for c in new)
+            self.progress.max_steps += named_steps + self._count_unnamed_steps() - unnamed
             if new:
                 known = len(named) - len(new)
                 self.progress.notify(f"next stage: {len(named)} configurations, {known} of them known")
@@ -68,3 +73,6 @@ class LaterConfigurations:
                     new, self.context.options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER
                 )
         return []
+
+    def _count_unnamed_steps(self) -> int:
+        return sum(c.lr_schedule.steps for c in self.work.unnamed(self.context.templates))

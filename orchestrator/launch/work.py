@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from orchestrator.execution.rungs import scheduler_settings
@@ -90,6 +91,26 @@ class StudyWork:
     def num_to_train(self) -> int:
         """Number of configurations to train, including those that are not sampled or requested yet."""
         return len(self.pending) + self.total - len(self.requested)
+
+    def unnamed(self, templates: Sequence[Configuration]) -> list[Configuration]:
+        """Return one template for each configuration that the search or the design has not named yet.
+
+        Args:
+            templates: One configuration per task and variant.
+        """
+        if self.search is None:
+            return [
+                template for template, _ in zip(cycle(templates), range(self.total - len(self.requested)))
+            ]
+        return [
+            group.template
+            for name, group in self.search.groups.items()
+            for _ in range(self.search.num_remaining(name))
+        ]
+
+    def max_steps(self, templates: Sequence[Configuration]) -> int:
+        """Return the optimizer steps of `pending` and `unnamed`, if no lane ends early."""
+        return sum(c.lr_schedule.steps for c in [*self.pending, *self.unnamed(templates)])
 
     def num_per_trainer(self, num_trainers: int) -> int:
         """Return `num_to_train` divided by the number of trainers, rounded up; 0 trainers count as one."""
