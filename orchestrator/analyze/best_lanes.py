@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.analyze.censored import PointOutcome, eligible_points
@@ -127,6 +127,13 @@ def best_lanes(study: StudyFile, records: Sequence[Record]) -> dict[LaneGoal, Sc
     named = map(study.rename, records)
     ranked = rank_lanes(score_lane(record, is_per_run(study)) for record in named)
     return {goal: lanes[0] for goal, lanes in ranked.items()}
+
+
+def sort_lanes(lanes: Mapping[LaneGoal, ScoredLane]) -> list[tuple[LaneGoal, ScoredLane]]:
+    """Sort best lanes by descending validation score; of equal ones LoRA's comes first, then by name."""
+    return sorted(
+        lanes.items(), key=lambda item: (-(item[1].validation or 0.0), item[0].variant != "lora", item[0])
+    )
 
 
 def is_per_run(study: StudyFile) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes
+from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes, sort_lanes
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study, read_studies
@@ -115,7 +115,7 @@ def _choose_best(study: StudyFile, records: Sequence[Record], query: LaneQuery) 
         raise UsageError(
             f"study {study.name!r}: none of these lanes has finished ({counts}); run it: {study.command}"
         )
-    goal, lane = max(best.items(), key=lambda item: (item[1].validation or 0.0, item[0].variant == "lora"))
+    goal, lane = sort_lanes(best)[0]
     reason, number = f"it is the best {goal.variant}", len({each.variant for each in best})
     if number > 1:
         equal = [g.variant for g, each in best.items() if each.validation == lane.validation and g != goal]

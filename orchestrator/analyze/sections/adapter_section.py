@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.analyze.best_lanes import best_lanes
+from orchestrator.analyze.best_lanes import best_lanes, sort_lanes
 from orchestrator.analyze.report_parts import ReportData, Section
 from orchestrator.record.schema import Record
 from orchestrator.study.own_commands import own_command
@@ -26,12 +26,10 @@ def _values(data: ReportData) -> Mapping[str, Any]:
 
 
 def adapter_rows(data: ReportData) -> Sequence[AdapterRow]:
-    """Return the best lanes, sorted by task, base model and descending validation score."""
+    """Return the best lanes by task, in the order of `sort_lanes`."""
     records = {record.fingerprint: data.study.rename(record) for record in data.records}
-    lanes = best_lanes(data.study, data.records)
-    ordered = sorted(
-        lanes.items(), key=lambda item: (item[0].task, item[0].model, -(item[1].validation or 0))
-    )
+    lanes = sort_lanes(best_lanes(data.study, data.records))
+    lanes.sort(key=lambda item: item[0].task)
     return [
         AdapterRow(
             records[lane.fingerprint],
@@ -42,7 +40,7 @@ def adapter_rows(data: ReportData) -> Sequence[AdapterRow]:
                 data.store,
             ),
         )
-        for _, lane in ordered
+        for _, lane in lanes
     ]
 
 
