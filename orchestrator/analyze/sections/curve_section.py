@@ -1,4 +1,4 @@
-"""The section of the curves of a grid: score over learning rate, heat map, and losses at shared rates."""
+"""The section of the curves of a grid: score over learning rate, heat map, and score lost at shared rates."""
 
 from __future__ import annotations
 
