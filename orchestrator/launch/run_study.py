@@ -14,7 +14,7 @@ from orchestrator.analyze.best_lanes import is_per_run
 from orchestrator.execution.progress import Progress
 from orchestrator.execution.ray import runtime
 from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
 from orchestrator.launch import prices, reporting, training
 from orchestrator.launch.adapter_keeper import AdapterKeeper
 from orchestrator.launch.design import MakeDesign
@@ -131,8 +131,9 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
     write_own_files(context.templates, store.data)  # also for `export`, if nothing is trained
     if work.num_to_train:
         to_prepare = [*context.templates, *work.pending]
+        prepare_datasets(to_prepare, store.bases, store.data, context.console.print)
         may_truncate = context.options.max_length is not None
-        prepare_datasets(to_prepare, store.bases, store.data, context.console.print, may_truncate)
+        report_data(to_prepare, store.bases, context.console.print, may_truncate)
     if work.search is not None:
         work.search.save()
     study = drop_abandoned(study, settings, (c.fingerprint for c in work.requested), store)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from orchestrator.execution.progress import Progress
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
+from orchestrator.launch.designs.widening_grid import WideningGrid
+from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.study.configuration import Configuration
@@ -65,14 +67,22 @@ class LaterConfigurations:
             self.progress.max_steps += named_steps + self._count_unnamed_steps() - unnamed
             if new:
                 known = len(named) - len(new)
-                self.progress.notify(f"next stage: {len(named)} configurations, {known} of them known")
+                self.progress.notify(self._describe_stage(named, known))
                 store = self.context.store
-                # Rows that are cut were reported when the study began.
-                prepare_datasets(new, store.bases, store.data, self.progress.notify, may_truncate=False)
+                prepare_datasets(new, store.bases, store.data, self.progress.notify)
                 return training_order(
                     new, self.context.options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER
                 )
         return []
+
+    def _describe_stage(self, named: Sequence[Configuration], num_known: int) -> str:
+        """Return a line with the number of configurations of a stage, and why they are trained."""
+        count = f"{len(named)} configurations more" + (f", {num_known} of them known" if num_known else "")
+        design, store = self.context.design, self.context.store
+        if not isinstance(design, WideningGrid):
+            return f"next stage: {count}"
+        reason = design.explain(named, SettledRecords(store, self.context.options.scheduler))
+        return f"next stage: {reason}: {count} (--widen 0 leaves them out)"
 
     def _count_unnamed_steps(self) -> int:
         return sum(c.lr_schedule.steps for c in self.work.unnamed(self.context.templates))

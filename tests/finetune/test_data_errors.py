@@ -15,7 +15,7 @@ from data_rows import CHATS, MAILS, SUMS, write
 from in_process import SWEEP, Run, restored, run
 
 from orchestrator.finetune.resolve.data_lengths import report_truncation
-from orchestrator.finetune.resolve.data_preparation import prepare_datasets
+from orchestrator.finetune.resolve.data_preparation import report_data
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.finetune.sources import user_data
@@ -391,11 +391,11 @@ def test_a_row_that_is_too_long_is_named_unless_max_length_is_given(model: Path,
     (cut,) = templates(max_length=64)
     assert cut.batches.max_length == 64
     lines: list[str] = []
-    prepare_datasets([cut], tmp_path, tmp_path / "data", lines.append)
+    report_data([cut], tmp_path, lines.append, may_truncate=True)
     assert lines[-2].endswith(" split=split; 58 training, 1 validation and 1 test rows; exact_match")
     report = lines.pop()
     assert report.startswith("m.csv: 2 of 58 rows have more than 64 tokens and lose the end of their answer")
-    prepare_datasets([cut], tmp_path, tmp_path / "data", lines.append, may_truncate=False)
+    report_data([cut], tmp_path, lines.append, may_truncate=False)
     assert "rows have more than" not in "\n".join(lines), "a limit that was measured cuts nothing"
 
 

@@ -22,7 +22,6 @@ def prepare_datasets(
     bases: Path,
     folder: Path,
     progress: Callable[[str], None],
-    may_truncate: bool = True,
 ) -> None:
     """Write the examples and token ids of all configurations to the store, as far as they are missing.
 
@@ -31,9 +30,6 @@ def prepare_datasets(
         bases: The store's folder of base models.
         folder: The store's folder of prepared data.
         progress: Called with one line for each thing that takes time.
-        may_truncate: Whether rows of a user's data may be longer than --max-length. They are then counted and
-            reported, for which all rows are encoded once more. False if the limit was measured (see
-            `measure_max_length`), so that no row is longer.
 
     Raises:
         UsageError: The data cannot be read or tokenised, or does not fit the model.
@@ -42,8 +38,7 @@ def prepare_datasets(
     from orchestrator.finetune.data import dataset_cache
     from orchestrator.finetune.data.batches import compute_max_row_length
 
-    distinct = {(c.task, c.model, c.batches.max_length): c for c in configurations}
-    for configuration in distinct.values():
+    for configuration in _with_distinct_data(configurations):
         task = tasks.get(configuration.task.name)
         processor = loading.load_processor(configuration.model, bases, task)
         with add_path_to_disk_errors(folder):
@@ -56,10 +51,32 @@ def prepare_datasets(
                 model, _ = loading.build_meta_model(configuration.model, bases, task)
                 check_positions(model, configuration.model.name, longest, task)
             report_train_overlap(task, prepared.examples, progress)
+
+
+def report_data(
+    configurations: Sequence[Configuration], bases: Path, progress: Callable[[str], None], may_truncate: bool
+) -> None:
+    """Report what was understood of a user's data, and how many of their rows are cut.
+
+    Args:
+        configurations: The configurations; data that several of them share are reported once.
+        bases: The store's folder of base models.
+        progress: Called with one line for each thing to report.
+        may_truncate: Whether rows may be longer than --max-length. All rows are then encoded once more. False
+            if the limit was measured (see `measure_max_length`), so that no row is longer.
+    """
+    for configuration in _with_distinct_data(configurations):
+        task = tasks.get(configuration.task.name)
         if isinstance(task, DataTask):
             progress(f"{task.name}: {task.describe()}")
             if may_truncate:
+                processor = loading.load_processor(configuration.model, bases, task)
                 report_truncation(task, processor, configuration.batches.max_length, progress)
+
+
+def _with_distinct_data(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """Return one configuration for each task, base model and limit of the length of a row."""
+    return list({(c.task, c.model, c.batches.max_length): c for c in configurations}.values())
 
 
 def write_own_files(configurations: Sequence[Configuration], folder: Path) -> None:

@@ -56,6 +56,30 @@ class WideningGrid:
         """Return the grids of all tasks before any extension."""
         return grid_of(self.given, self.seeds)
 
+    def explain(self, added: Sequence[Configuration], records: Mapping[str, Record]) -> str:
+        """Return why configurations are added: whose best rate is at which end of the grid of which task.
+
+        Args:
+            added: The configurations of a stage after the first one.
+            records: Fingerprint -> record, of the earlier stages.
+        """
+        reasons = []
+        by_task = self.given.templates_by_task()
+        requested = self.request(records)
+        for task, templates in by_task.items():
+            new = sorted({c.optimizer.learning_rate for c in added if c.task.name == task})
+            rates = {c.optimizer.learning_rate for c in requested if c.task.name == task} - set(new)
+            if not new:
+                continue
+            earlier = sorted(rates)
+            for end, rate in enumerate((earlier[0], earlier[-1])):
+                names = [t.variant.name for t in templates if self._edges([t], earlier, records)[end]]
+                if names:
+                    where = f"of {', '.join(names)}" + (f" on {task}" if len(by_task) > 1 else "")
+                    word = ("lowest", "highest")[end]
+                    reasons.append(f"the best rate {where} is the {word} of the grid ({rate:g})")
+        return " and ".join(reasons)
+
     def _widened(
         self, templates: Sequence[Configuration], rates: Sequence[float], records: Mapping[str, Record]
     ) -> list[Configuration]:

@@ -116,6 +116,25 @@ def test_nothing_is_added_before_every_run_of_the_task_has_ended() -> None:
     assert grid.request(records) == grid.outline()
 
 
+def test_it_says_which_best_rate_is_at_which_end() -> None:
+    peaks = {"lora": -9.0, "hira": 9.0, "dora": -2.5}
+    grid = make_grid(*peaks)
+    records = {
+        c.fingerprint: record(
+            c.variant.name,
+            c.optimizer.learning_rate,
+            c.seed,
+            -abs(math.log10(c.optimizer.learning_rate) - peaks[c.variant.name]),
+        )
+        for c in grid.outline()
+    }
+    added = [c for c in grid.request(records) if c.fingerprint not in records]
+    assert grid.explain(added, records) == (
+        "the best rate of lora is the lowest of the grid (0.001) and the best rate of hira is the highest of "
+        "the grid (0.01)"
+    )
+
+
 def test_tasks_widen_on_their_own() -> None:
     letters: Configuration = record("lora", rate=1.0).configuration
     digits = replace(letters, task=replace(letters.task, name="digits"))
