@@ -26,7 +26,7 @@ class CostRow:
     model: str
     variant: str
     runs: int
-    """Number of finished runs, over which the means are taken."""
+    """Number of fully trained runs, collapsed ones included, over which the means are taken."""
     train_seconds: float
     """Mean training time of a run."""
     evaluate_seconds: float

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.analyze.formatting import redact_secrets
+from orchestrator.analyze.run_labels import LABELS, label_runs
 from orchestrator.export.export_folder import Form
 from orchestrator.export.lane_choice import ChosenLane
 from orchestrator.record.schema import Record
@@ -207,8 +208,9 @@ def _provenance(chosen: ChosenLane, record: Record, facts: CardFacts) -> Iterato
     own, run = record.configuration, record.provenance
     columns = {k: v for k, v in own.to_columns().items() if k not in _LEFT_OUT and v is not None}
     runs = [each for each in chosen.records if each.configuration.variant.name == own.variant.name]
-    states = Counter(each.state for each in runs)
-    counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    labels = label_runs(chosen.records)
+    states = Counter(labels[each.fingerprint] for each in runs)
+    counts = ", ".join(f"{states[label]} {label}" for label in LABELS if states[label])
     revision = f", commit {facts.base_revision}" if facts.base_revision else ""
     yield f"- base model: `{own.model.name}`, content `{own.model.content}`{revision}, {own.model.dtype}"
     yield f"- task: `{own.task.name}`, {own.task.metric}, data revision `{own.task.revision}`"

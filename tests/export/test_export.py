@@ -185,6 +185,14 @@ def test_the_reason_tells_equal_variants_and_an_unfinished_study(trained: Traine
     assert named.reason == "its fingerprint was given"
 
 
+def test_the_card_counts_a_collapsed_run_as_such(trained: Trained) -> None:
+    trained.rescore("lora", 0, 0.5)
+    trained.rescore("lora", -1, 0.0)
+    chosen = choose_lane(trained.store, trained.output, LaneQuery(STUDY, variant="lora"))
+    card = render_card(chosen, tasks.get("letters"), CardFacts("raw", "base", None, (), "", None))
+    assert "runs of this variant in the study: 2 (1 finished, 1 collapsed)" in card
+
+
 def test_a_users_variant_is_trained_again_alone_and_loads_from_the_export(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

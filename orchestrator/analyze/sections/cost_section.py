@@ -92,7 +92,7 @@ def _cost_table(title: str, rows: Sequence[CostRow]) -> Table:
         "trainable\nparameters",
         "all its\nruns",
     )
-    table = new_table(f"{title}: cost of a run, mean over finished runs", columns)
+    table = new_table(f"{title}: cost of a run, mean over fully trained runs", columns)
     for row in rows:
         table.add_row(
             row.variant,
