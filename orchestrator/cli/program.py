@@ -10,7 +10,7 @@ import inspect
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -48,9 +48,14 @@ def run_program() -> int:
     if words[0] in VERSION_OPTIONS:
         print(f"{INSTALLED_PROGRAM} {orchestrator.__version__}")
         return 0
-    if words[0] == "fetch" and words[1:2] in (["model"], ["data"]):
+    if words[0] == "fetch":
+        if not words[1:] or words[1] in HELP_OPTIONS:
+            print(_fetch_usage())
+            return 0
+        if words[1] not in ("model", "data"):
+            raise UsageError(f"fetch {words[1]}: write `fetch model NAME` or `fetch data TASK`.")
         words = [f"fetch-{words[1]}", *words[2:]]
-    return run_command(words[0], words[1:], f"{_program()} {words[0]}")
+    return run_command(words[0], words[1:], f"{_program()} {_typed_name(words[0])}")
 
 
 def run_script(command: str) -> int:
@@ -90,7 +95,7 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     if name in COMMANDS:
         return int(_parse(COMMANDS[name], inspect.getdoc(COMMANDS[name]) or "", words, program).run())
     if name not in experiments():
-        choices = [each.replace("fetch-", "fetch ") for each in (*experiments(), *COMMANDS)]
+        choices = [_typed_name(each) for each in (*experiments(), *COMMANDS)]
         raise UsageError(f"{name!r} is no command of {_program()}. {suggest_nearest(name, choices)}")
     experiment = experiments()[name]
     description = experiment.description.replace(f"{INSTALLED_PROGRAM} {name}", program)
@@ -146,10 +151,36 @@ def _overview() -> str:
     from orchestrator.experiments.catalogue import experiments
 
     studies = {name: each.summary for name, each in experiments().items()}
-    others = {name: (inspect.getdoc(each) or "").partition("\n")[0] for name, each in COMMANDS.items()}
     lines = [_FIRST_STEPS.format(program=_program()), "Experiments, each a question:", *_table(studies)]
-    lines += ["", "Commands:", *_table(others), "", f"{_program()} COMMAND --help explains one."]
+    lines += [
+        "",
+        "Commands:",
+        *_table(_summaries(COMMANDS)),
+        "",
+        f"{_program()} COMMAND --help explains one.",
+    ]
     return "\n".join(lines)
+
+
+def _fetch_usage() -> str:
+    """Return the text of `lora-orchestrator fetch --help`."""
+    from orchestrator.cli.commands import COMMANDS
+
+    both = {name: each for name, each in COMMANDS.items() if name.startswith("fetch-")}
+    usage = f"usage: {_program()} fetch model NAME\n       {_program()} fetch data TASK\n"
+    return "\n".join([usage, *_table(_summaries(both)), "", f"{_program()} fetch model --help explains one."])
+
+
+def _summaries(commands: Mapping[str, type[Any]]) -> dict[str, str]:
+    """Return the first line of the description of each command, by the name that one types."""
+    return {
+        _typed_name(name): (inspect.getdoc(each) or "").partition("\n")[0] for name, each in commands.items()
+    }
+
+
+def _typed_name(command: str) -> str:
+    """Return the name of a command as one types it: `fetch model` for `fetch-model`."""
+    return command.replace("fetch-", "fetch ")
 
 
 def _table(texts: dict[str, str]) -> Iterator[str]:

@@ -18,7 +18,8 @@ def test_help_and_version(run: Run) -> None:
         done = run(ORCHESTRATOR, *words)
         assert done.returncode == 0
         assert "python -m orchestrator study --dry-run" in done.stdout
-        assert all(f"  {name} " in done.stdout for name in (*COMMANDS, *experiments()))
+        names = [name.replace("fetch-", "fetch ") for name in (*COMMANDS, *experiments())]
+        assert all(f"  {name} " in done.stdout for name in names)
         assert max(map(len, done.stdout.splitlines())) <= 80
     assert run(ORCHESTRATOR, "--version").stdout.startswith("lora-orchestrator ")
 
@@ -29,7 +30,7 @@ def test_the_help_of_a_command_fits_the_terminal(name: str, run: Run, tmp_path: 
     script.write_text("from orchestrator.cli.program import main\nmain()\n")  # as pip writes it
     done = run(script, name, "--help")
     assert done.returncode == 0
-    assert f"usage: lora-orchestrator {name} " in done.stdout
+    assert f"usage: lora-orchestrator {name.replace('fetch-', 'fetch ')} " in done.stdout
     assert not [line for line in done.stdout.splitlines() if len(line) > 80]
     assert "None" not in done.stdout, "a word for the reader, or no word"
     assert "[STR" not in done.stdout
@@ -45,7 +46,7 @@ def test_every_word_for_a_value_is_that_of_an_option() -> None:
 
 def test_an_unknown_command_is_refused_with_the_nearest(run: Run) -> None:
     run(ORCHESTRATOR, "tunned").assert_refused("'tunned' is no command", "'tuned'")
-    run(ORCHESTRATOR, "fetch").assert_refused("'fetch' is no command", "fetch")
+    run(ORCHESTRATOR, "fetsch").assert_refused("'fetsch' is no command", "'fetch ")
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,12 @@ def test_a_wrong_command_line_is_refused_in_one_line(words: tuple[str, ...], exp
 def test_fetch_has_two_spellings(run: Run, tmp_path: Path) -> None:
     for words in (("fetch", "data"), ("fetch-data",)):
         run(ORCHESTRATOR, *words, "letters").assert_refused("'letters' needs no download")
+    run(ORCHESTRATOR, "fetch", "letters").assert_refused("write `fetch model NAME` or `fetch data TASK`")
+
+
+def test_fetch_alone_and_help_list_both_spellings(run: Run) -> None:
+    for words in (("fetch",), ("fetch", "--help"), ("--help",)):
+        done = run(ORCHESTRATOR, *words)
+        assert done.returncode == 0
+        assert "  fetch model  Prepare" in done.stdout
+        assert "  fetch data   Download" in done.stdout

