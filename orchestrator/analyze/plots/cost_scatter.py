@@ -15,8 +15,8 @@ from orchestrator.analyze.costs import CostRow, axis_values, known_axes, pareto_
 from orchestrator.analyze.plots import style
 from orchestrator.analyze.plots.style import GREY
 
-_NAME_OFFSET = 8
-"""Distance of a name from the middle of its point, to the right, in points."""
+_RIGHT, _UP = 8, 6
+"""Distance of a name from the middle of its point in points; above the line of the front."""
 
 
 def draw_costs(rows: Sequence[CostRow]) -> Figure:
@@ -65,7 +65,7 @@ def _draw_scatter(
             axes.annotate(
                 rows[i].variant,
                 (x, y),
-                (_NAME_OFFSET, 0),
+                (_RIGHT, _UP),
                 textcoords="offset points",
                 va="center",
                 fontsize=8.5,
@@ -88,7 +88,8 @@ def _scale_cost_axis(axes: Axes, low: float, high: float) -> None:
     ratio = max(high / low, 1.3)
     axes.set_xscale("log")
     axes.set_xlim(low / ratio**0.3, low * ratio**1.6)
-    axes.xaxis.set_major_locator(MaxNLocator(4) if ratio < 5 else LogLocator(numticks=5))
+    powers = LogLocator(subs=(1.0, 3.0) if ratio < 20 else (1.0,), numticks=5)
+    axes.xaxis.set_major_locator(MaxNLocator(4) if ratio < 5 else powers)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.xaxis.set_minor_locator(NullLocator())
 
@@ -108,5 +109,5 @@ def _separate_names(axes: Axes, names: Sequence[Annotation]) -> None:
             if axes.bbox.y0 <= place.y0 and place.y1 <= axes.bbox.y1 and not place.count_overlaps(taken)
         )
         step, place = next(free, moved[0])
-        name.set_position((_NAME_OFFSET, step * box.height / pixels))
+        name.set_position((_RIGHT, _UP + step * box.height / pixels))
         taken.append(place)

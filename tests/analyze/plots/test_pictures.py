@@ -61,11 +61,21 @@ def test_rates_that_look_the_same_are_written_once() -> None:
     assert style.rates_text((1e-3, 1.0001e-3)) == "1e-3"
 
 
-def test_no_name_and_no_tick_label_of_the_costs_covers_another() -> None:
-    """The eight variants have the same costs, and scores that lie close together."""
+@pytest.mark.parametrize("ratio", [1, 1.1, 6, 19, 1000])
+def test_no_name_and_no_tick_label_of_the_costs_covers_another(ratio: float) -> None:
+    """The scores lie close together, and the largest cost is `ratio` times the smallest."""
     names = ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")
     rows = [
-        CostRow("letters", "base", name, 3, 1.5, 0.1, 650_000_000, 39_200, 9.0, Estimate(3, 0.9 + 0.001 * i))
+        CostRow(
+            *("letters", "base", name),
+            runs=3,
+            train_seconds=1.5 * ratio ** (i / 7),
+            evaluate_seconds=0.1,
+            peak_memory=round(650_000_000 * ratio ** (i / 7)),
+            trainable_parameters=round(39_200 * ratio ** (i / 7)),
+            study_seconds=9.0,
+            score=Estimate(3, 0.9 + 0.001 * i),
+        )
         for i, name in enumerate(names)
     ]
     figure = cost_scatter.draw_costs(rows)
