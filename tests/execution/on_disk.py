@@ -7,6 +7,9 @@ import sqlite3
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
+
+import yaml
 
 
 def opened(root: Path) -> dict[str, list[str]]:
@@ -78,6 +81,14 @@ def _html(path: Path) -> None:
     parser.close()
 
 
+def _svg(path: Path) -> None:
+    assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def _yaml(path: Path) -> None:
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
 def _text(path: Path) -> None:
     path.read_text()
 
@@ -103,7 +114,9 @@ _KINDS: dict[str, Callable[[Path], None]] = {
     ".json": _json,
     ".db": _sqlite,
     ".png": _png,
+    ".svg": _svg,
     ".html": _html,
+    ".yaml": _yaml,
     ".log": _text,
     ".md": _text,
     ".jinja": _text,

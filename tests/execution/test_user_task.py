@@ -86,6 +86,7 @@ def test_a_users_task_runs_in_a_study(
 ) -> None:
     """All paths are relative to the working folder of the command."""
     arguments = ("--task", "mail_task.py", "--model", "./base", "--variants", "lora", "--seeds", "1")
+    arguments += ("--learning-rates", "1e-2", "3e-2", "--widen", "0")
     output = folder / "results"
     monkeypatch.chdir(folder)
     assert study.run_here(Path("results"), *arguments, "--trainers", "1", address=cluster.address) == 0
@@ -94,7 +95,7 @@ def test_a_users_task_runs_in_a_study(
     assert sorted(r.configuration.optimizer.learning_rate for r in found) == [1e-2, 3e-2]
     for record in found:
         assert record.state == "finished"
-        assert record.configuration.task.name == str(folder / "mail_task.py")
+        assert record.configuration.task.name == "mail_task.py"
         assert len(record.items["test"].answers) == record.configuration.task.test_size
         assert set(record.items["test"].answers) <= {"ham", "spam"}
     assert (output / "lr_sensitivity-mail_task-base" / "report.html").exists()
