@@ -102,7 +102,7 @@ def test_a_users_task_runs_in_a_study(
     store = Store(output / "store")
     kept = sorted(path.name for path in store.data.glob("*.arrow"))
     assert len(kept) == 6, "examples and token ids of three splits, written once for driver and workers"
-    assert all(name.startswith("mail_task-") for name in kept)
+    assert all(name.startswith(f"{found[0].configuration.task.content}-") for name in kept)
     gc.collect_garbage(store, output, older_than=0.0)
     assert sorted(path.name for path in store.data.glob("*.arrow")) == kept, "complete files are kept"
 
