@@ -174,9 +174,11 @@ class Progress:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as "12 s", "3:07" or "2:10:00"."""
+    """Return a duration in its two largest units: "12 s", "3 min 7 s" or "2 h 10 min"."""
     whole = max(0, round(seconds))
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+    if whole >= 3600:
+        hours, minutes = divmod(round(whole / 60), 60)
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    minutes, rest = divmod(whole, 60)
+    parts = [f"{number} {unit}" for number, unit in ((minutes, "min"), (rest, "s")) if number]
+    return " ".join(parts) or "0 s"

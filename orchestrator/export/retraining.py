@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from orchestrator.execution.progress import format_duration
 from orchestrator.record.kept_adapters import file_name
 from orchestrator.record.schema import Record, RecordState
 from orchestrator.record.store import Store
@@ -36,9 +37,7 @@ def describe_cost(record: Record) -> str:
     """Return a phrase with the time, the device and the number of steps that a lane took, from its record."""
     cost = record.cost
     seconds = cost.start_seconds + cost.train_seconds + cost.evaluate_seconds + cost.other_seconds
-    length = f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.1f} min"
-    length = f"{seconds:.0f} s" if seconds < 120 else length
-    return f"about {length} on {record.provenance.device}, {record.steps} steps"
+    return f"about {format_duration(seconds)} on {record.provenance.device}, {record.steps} steps"
 
 
 def retrain(

@@ -82,7 +82,8 @@ class LaterConfigurations:
         if not isinstance(design, WideningGrid):
             return f"next stage: {count}"
         reason = design.explain(named, SettledRecords(store, self.context.options.scheduler))
-        return f"next stage: {reason}: {count} (--widen 0 leaves them out)"
+        rates = ", ".join(f"{rate:g}" for rate in sorted({c.optimizer.learning_rate for c in named}))
+        return f"next stage: {reason}: {count} at {rates} (--widen 0 leaves them out)"
 
     def _count_unnamed_steps(self) -> int:
         return sum(c.lr_schedule.steps for c in self.work.unnamed(self.context.templates))

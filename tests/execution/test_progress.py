@@ -29,7 +29,16 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0, "0 s"), (59.4, "59 s"), (61, "1:01"), (7384, "2:03:04"), (-3, "0 s")]
+    ("seconds", "said"),
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (61, "1 min 1 s"),
+        (120, "2 min"),
+        (3599.7, "1 h"),
+        (7384, "2 h 3 min"),
+        (-3, "0 s"),
+    ],
 )
 def test_durations_are_formatted(seconds: float, said: str) -> None:
     assert format_duration(seconds) == said

@@ -39,7 +39,7 @@ REFUSED = {
     "no PEFT format": (["--variant", "hydra_lora"], ["hydra_lora has no adapter in PEFT's format", "--raw"]),
     "a whole model": (["--variant", "full"], ["full has no adapter in PEFT's format", "--merge"]),
     "not mergeable": (["--variant", "hydra_lora", "--merge"], ["cannot be merged", "gates", "--raw"]),
-    "trained on a GPU": (["{gpu}"], ["was not kept", "about 2.0 h on H100", "add --retrain"]),
+    "trained on a GPU": (["{gpu}"], ["was not kept", "about 2 h on H100", "add --retrain"]),
     "older numerics": (["{old}"], ["version 2 of the loop's numerics", "this program has 3"]),
     "older variant": (["{older}"], ["numerics 0 of its variant"]),
 }

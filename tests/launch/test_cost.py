@@ -88,7 +88,10 @@ def test_hours_and_price_of_configurations_like_those_measured(store: Store, pla
     said = plan(A10G)
     # 100 lanes of 42 s take 4200 s to 5250 s, a quarter more. Two trainers take half of this time, and 25 s
     # to start. The 1.17 to 1.46 GPU hours cost 0.45 to 1.006 USD each.
-    assert "Time            about 35:25 to 44:10, on NVIDIA A10G, from 2 lanes trained there\n" in said
+    assert (
+        "Time            about 35 min 25 s to 44 min 10 s, on NVIDIA A10G, from 2 lanes trained there\n"
+        in said
+    )
     assert "GPU hours       about 1.2 to 1.5 on NVIDIA A10G\n" in said
     rate = "0.45 (spot) to 1.01 (on demand) USD a GPU hour, g5.xlarge, AWS us-east-1 in 2026-06"
     assert f"Price           about 0.53 to 1.5 USD, at {rate}; check before you spend\n" in said
@@ -284,7 +287,7 @@ def test_a_joined_cluster_is_assumed_to_have_the_gpus_of_the_records_or_options(
     trained(store)
     trained(store, device="NVIDIA H100 80GB HBM3", seed=1, train=3.0)
     said = plan(None)
-    time = "about 1:00:00 to 1:15:00 divided by the number of trainers, on NVIDIA A10G, from 1 lanes"
+    time = "about 1 h to 1 h 15 min divided by the number of trainers, on NVIDIA A10G, from 1 lanes"
     assert f"Time            {time}" in said
     assert "GPU hours       about 1 to 1.2 on NVIDIA A10G\n" in said
     assert "GPU hours       about 0.25 to 0.31 on NVIDIA H100 80GB HBM3\n" in said
