@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,7 +13,9 @@ from rich.console import Console
 from orchestrator.execution.progress import format_duration
 from orchestrator.execution.ray import runtime
 from orchestrator.execution.rungs import scheduler_settings
+from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.resolve.data_lengths import report_truncation
 from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.data_task import DataTask
@@ -115,7 +118,7 @@ def print_plan(
     times = estimate_times(to_train, store, lanes.lanes, options.workers_per_trainer)
     estimates = [estimate for estimate in times if hardware.has_device(estimate.device)]
     lines = [
-        *_configuration_lines(templates, work, options),
+        *_configuration_lines(templates, work, options, store.bases),
         *_trainer_lines(hardware, options, lanes),
         *(_time_line(estimate, hardware.num_trainers) for estimate in estimates),
     ]
@@ -180,8 +183,8 @@ def _named_hardware(name: str, options: StudyOptions) -> _Hardware:
     return _Hardware(options.trainers or 0, options.gpus_per_worker or 1.0, gpu.names[0], place)
 
 
-def _task_lines(template: Configuration) -> list[Line]:
-    """Return the lines on a task: its steps, its batch size and its base model."""
+def _task_lines(template: Configuration, bases: Path, may_truncate: bool) -> list[Line]:
+    """Return the lines on a task: its steps, batch size, data and base model, and how many rows are cut."""
     model, steps = template.model, template.lr_schedule.steps
     batch = template.batches.micro_batch_size * template.batches.accumulation_steps
     content = model.content if model.content == UNPREPARED else model.content[:12]
@@ -191,15 +194,21 @@ def _task_lines(template: Configuration) -> list[Line]:
     ]
     if isinstance(task := tasks.get(template.task.name), DataTask):
         lines.insert(1, ("Data", task.describe()))
+        if may_truncate and content != UNPREPARED:
+            processor = loading.load_processor(model, bases, task)
+            max_length = template.batches.max_length
+            report_truncation(task, processor, max_length, lambda text: lines.insert(2, ("Cut rows", text)))
     return lines if has_layer_shapes(model) else [*lines, ("Not checked", UNCHECKED_OPTIONS)]
 
 
 def _configuration_lines(
-    templates: Sequence[Configuration], work: StudyWork, options: StudyOptions
+    templates: Sequence[Configuration], work: StudyWork, options: StudyOptions, bases: Path
 ) -> list[Line]:
     """Return the lines on the configurations: tasks, variants, learning rates or space, numbers and steps."""
     template = templates[0]
-    lines = [line for task in {t.task.name: t for t in templates}.values() for line in _task_lines(task)]
+    may_truncate = options.max_length is not None
+    by_task = {t.task.name: t for t in templates}
+    lines = [line for each in by_task.values() for line in _task_lines(each, bases, may_truncate)]
     if work.search is not None:
         lines += _search_lines(work.search, template)
     else:

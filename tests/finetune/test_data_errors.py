@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -420,3 +421,11 @@ def test_a_command_ends_with_one_line_and_code_2(
 ) -> None:
     Path("m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replaced(MAILS, 3, label="")))
     run(SWEEP, *arguments, "--plan").assert_refused(*words)
+
+
+def test_a_plan_says_how_many_rows_are_cut(run: Run, model: Path) -> None:
+    write(Path("m.csv"), SUMS)
+    done = run(SWEEP, "--data", "m.csv", "--model", str(model), "--max-length", "9", "--plan")
+    assert done.returncode == 0, done.stderr
+    cut = " ".join(done.stdout.partition("\nCut rows ")[2].split())
+    assert re.match(r"m\.csv: \d+ of \d+ rows have more than 9 tokens and lose the end of their answer", cut)
