@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -161,15 +162,32 @@ class DataTask(Task):
     def describe(self) -> str:
         """Return what was understood of the data in one line.
 
-        It has the columns, the rows of each split that are used by default, the classes, the metric, and what
-        was not read.
+        It has the columns, the rows of each split that are used by default, the classes with their rows, the
+        metric, what was not read, and how many rows contradict others.
         """
         columns = " ".join(f"{role}={column}" for role, column in self.spec.columns.items())
         sizes = self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
         counts = "{} training, {} validation and {} test rows".format(*(f"{size:,}" for size in sizes))
-        classes = f", {len(self.labels)} classes" if self.labels else ""
+        classes = self._describe_classes() if self.labels else ""
         ignored = f"; not read: {', '.join(self.ignored_sources)}" if self.ignored_sources else ""
-        return f"{columns}; {counts}{classes}; {self.metric}{ignored}"
+        return f"{columns}; {counts}{classes}; {self.metric}{ignored}{self._describe_contradictions()}"
+
+    def _describe_classes(self) -> str:
+        rows = Counter(each.example.answer for own in (self.splits or {}).values() for each in own)
+        sizes = sorted({min(rows.values()), max(rows.values())}) if rows else []
+        each = f", {' to '.join(f'{size:,}' for size in sizes)} rows each" if sizes else ""
+        return f", {len(self.labels)} classes{each}"
+
+    def _describe_contradictions(self) -> str:
+        """Return how many rows have the input of another row and another label; empty if none has."""
+        if not self.labels or self.splits is None:
+            return ""
+        labels: dict[str, list[str]] = {}
+        for each in (each for own in self.splits.values() for each in own):
+            labels.setdefault(each.key, []).append(each.example.answer)
+        count = sum(len(own) for own in labels.values() if len(set(own)) > 1)
+        form = self.inputs
+        return f"; {count:,} rows have the same {form} as another row with a different label" if count else ""
 
     def revision(self) -> str:
         """Return the hash of all examples."""

@@ -92,6 +92,16 @@ def test_a_dataset_of_the_hub_equals_its_rows_in_a_file(
     assert task.content == task_of(write(tmp_path / "mail.csv", rows)).content
 
 
+def test_the_line_about_labels_counts_the_classes_and_the_rows_that_contradict_others(tmp_path: Path) -> None:
+    mails = [{"text": f"mail {i}", "label": "ham" if i % 2 else "spam"} for i in range(60)]
+    said = task_of(write(tmp_path / "m.csv", mails)).describe()
+    assert said.endswith(", 2 classes, 30 rows each; accuracy")
+    contradicting = [*mails, {"text": "mail 0", "label": "ham"}]
+    said = task_of(write(tmp_path / "m.csv", contradicting)).describe()
+    assert ", 2 classes, 30 to 31 rows each; accuracy" in said
+    assert said.endswith("; 2 rows have the same text as another row with a different label")
+
+
 def test_splits_of_the_hub_with_other_names_or_hidden_labels_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
