@@ -105,7 +105,11 @@ def _parse_argument(option: str, word: str, variants: Sequence[str], defaults: V
     if dot:
         known = {*defaults(variant), *(space.HYPERPARAMETERS.keys() - space.VARIANT_HYPERPARAMETERS)}
         if name not in known:
-            raise UsageError(f"{option} {key}: {variant} has no {name!r}. {suggest_nearest(name, known)}")
+            own = [each for each in defaults(variant) if each not in space.VARIANT_HYPERPARAMETERS]
+            others = ", ".join(sorted(known.difference(own)))
+            settings = f"Its own settings: {', '.join(own) or 'none'}; others: {others}."
+            hint = suggest_nearest(name, known, settings, cutoff=0.6)
+            raise UsageError(f"{option} {key}: {variant} has no {name!r}. {hint}")
     elif key not in space.HYPERPARAMETERS:
         known = {
             *space.HYPERPARAMETERS,

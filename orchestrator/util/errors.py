@@ -54,13 +54,14 @@ def describe_disk_error(error: BaseException | None) -> str:
     return f"{where}: {os.strerror(number)}; {_ADVICE[number]}, then run the command again"
 
 
-def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "") -> str:
+def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "", cutoff: float = 0.5) -> str:
     """Return a suggestion for a message about an unknown name.
 
     Args:
         value: The unknown name.
         choices: The valid names.
         otherwise: The sentence if none is near; by default all names, which should be few.
+        cutoff: The similarity from which a name is near, from 0 to 1; see `difflib.get_close_matches`.
 
     Returns:
         A sentence with the nearest choice or, if none is near, `otherwise`.
@@ -69,7 +70,7 @@ def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "") -> 
     by_lower = {choice.lower(): choice for choice in choices}
     typed = value.lower()
     longer = [choice for choice in by_lower if typed and choice.startswith(typed)]
-    close = longer or difflib.get_close_matches(typed, by_lower, n=1, cutoff=0.5)
+    close = longer or difflib.get_close_matches(typed, by_lower, n=1, cutoff=cutoff)
     if close:
         return f"Did you mean {by_lower[close[0]]!r}?"
     return otherwise or f"Choose from: {', '.join(choices)}."

@@ -102,6 +102,7 @@ def test_fixed_values_are_typed_by_the_setting() -> None:
         ("steps=10,20", "a search cannot vary steps"),
         ("lra.rank=4,8", "'lra' is not in this study. Did you mean 'lora'?"),
         ("hira.alpha=4,8", "hira has no 'alpha'"),
+        ("relora.begin=1,2", "relora has no 'begin'. Its own settings: merges, warmup; others: alpha, "),
         ("relora.mergs=1,2", "Did you mean 'merges'?"),
         ("rank=4:16", "take int:4:16"),
         ("rank=log:4:16", "take logint:4:16"),
