@@ -19,7 +19,7 @@ import yaml
 from orchestrator.study.option_values import convert, field_name
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import UsageError
+from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.redaction import redact_secrets
 from orchestrator.util.sqlite_uri import with_full_path
 from variants.variant_names import FILE_SUFFIX
@@ -89,7 +89,9 @@ def read_config(path: Path, options_class: type[StudyOptions]) -> ConfigFile:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise UsageError(f"--config {str(path)!r}: {error.strerror}; name a YAML file.") from None
+        others = path.parent.glob("*.yaml") if isinstance(error, FileNotFoundError) else ()
+        hint = suggest_nearest(str(path), map(str, others), "Name a YAML file.")
+        raise UsageError(f"--config {str(path)!r}: {error.strerror}. {hint}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text in UTF-8; name a YAML file.") from None
     except yaml.YAMLError as error:

@@ -85,11 +85,15 @@ WRONG_ROWS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
     ),
     "columns without a usual name": (
         *("m.jsonl", [{"a": "x", "b": "y"}] * 30, {}),
-        ["m.jsonl has a, b; needs prompt and completion", "--columns text=a"],
+        ["m.jsonl has a, b; needs prompt and completion", "--columns text=a label=b"],
     ),
     "a column with a slip": (
         *("m.jsonl", [{"promt": "x", "completion": "y"}] * 30, {}),
         ["is 'promt' the prompt? Then add --columns prompt=promt"],
+    ),
+    "a column with a slip beside an unknown one": (
+        *("m.jsonl", [{"txet": "x", "b": "y"}] * 30, {}),
+        ["is 'txet' the text? Then add --columns text=txet label=COLUMN"],
     ),
     "a placeholder": (
         "m.csv",

@@ -54,8 +54,9 @@ def test_a_wrong_file_is_refused_with_its_line(text: str, words: list[str], run:
 
 def test_a_file_that_cannot_be_read_is_refused(run: Run, tmp_path: Path) -> None:
     run(SWEEP, "--config", "none.yaml").assert_refused("--config 'none.yaml'", "No such file")
-    (tmp_path / "s.yaml").write_bytes(b"rank: \xff")
-    run(SWEEP, "--config=s.yaml").assert_refused("s.yaml", "UTF-8")
+    (tmp_path / "study.yaml").write_bytes(b"rank: \xff")
+    run(SWEEP, "--config", "stuudy.yaml").assert_refused("Did you mean 'study.yaml'?")
+    run(SWEEP, "--config=study.yaml").assert_refused("study.yaml", "UTF-8")
 
 
 def test_a_file_that_can_be_read_once_is_named_in_later_errors(run: Run) -> None:

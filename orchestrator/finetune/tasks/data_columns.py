@@ -163,8 +163,9 @@ def _describe_misfit(
         needs = "beside the --template a column completion (or answer, output, ...) or label"
     else:
         needs = "prompt and completion, messages, text and label, text1, text2 and label, or image and label"
-    hint = f"name them, for example --columns text={shlex.quote(present[0]) if present else 'body'}"
-    if misspelled := _describe_misspelled(present):
+    text, label = [*map(shlex.quote, present), "COLUMN", "COLUMN"][:2]
+    hint = f"name them, for example --columns text={text} label={label}"
+    if misspelled := _describe_misspelled(present, forms, found):
         hint = misspelled
     elif not forms:
         hint = "no form has all of the named roles; take one of them away"
@@ -176,12 +177,20 @@ def _describe_misfit(
     return f"{source} has {shown}{also}; needs {needs}: {hint}."
 
 
-def _describe_misspelled(present: Sequence[str]) -> str:
-    """Return a question about the first column whose name is nearly a usual one, empty if there is none."""
+def _describe_misspelled(present: Sequence[str], forms: Sequence[Form], found: Mapping[str, str]) -> str:
+    """Return a question about the first column whose name is nearly a usual one, empty if there is none.
+
+    Args:
+        present: The columns of the data.
+        forms: The forms that have all named roles.
+        found: The columns by their role, named or found.
+    """
     usual = {name: role for role, names in USUAL_NAMES.items() for name in names}
     for column in present:
         near = difflib.get_close_matches(column.lower(), usual, n=1, cutoff=0.75)
         if near and column.lower() not in usual:
             role = usual[near[0]]
-            return f"is {column!r} the {role}? Then add --columns {shlex.quote(f'{role}={column}')}"
+            roles: Sequence[str] = next((ROLES_OF_FORM[f] for f in forms if role in ROLES_OF_FORM[f]), ())
+            also = "".join(f" {each}=COLUMN" for each in roles if each != role and each not in found)
+            return f"is {column!r} the {role}? Then add --columns {shlex.quote(f'{role}={column}')}{also}"
     return ""
