@@ -67,7 +67,7 @@ class Study:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What `run` returns."""
+    """The exit code, the folders and the options of a run."""
 
     exit_code: int
     """Exit code of the command: 0 if all configurations have a result, 3 if a limit ended the run, else 1."""

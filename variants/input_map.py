@@ -78,7 +78,7 @@ class InputMap(api.Variant):
 
 
 class LowRankMap(InputMap):
-    """An `InputMap` whose update is a product of few ranks, W' - W = B A. It is exported as a LoRA."""
+    """An `InputMap` whose update has low rank, W' - W = B A. It is exported as a LoRA."""
 
     peft = LORA_PEFT
 

@@ -38,7 +38,7 @@ class LaneGoal:
 
 @dataclass(frozen=True)
 class ScoredLane:
-    """What decides whether the lane of a record is the best one."""
+    """The scores of a lane's record by which lanes are compared."""
 
     fingerprint: str
     goal: LaneGoal
@@ -52,7 +52,7 @@ class ScoredLane:
 
 
 def score_lane(record: Record, per_run: bool = False) -> ScoredLane:
-    """Return what decides whether the lane of a record is the best one.
+    """Return the scores of a record by which its lane is compared with others.
 
     Args:
         record: The record.
@@ -130,7 +130,7 @@ def best_lanes(study: StudyFile, records: Sequence[Record]) -> dict[LaneGoal, Sc
 
 
 def sort_lanes(lanes: Mapping[LaneGoal, ScoredLane]) -> list[tuple[LaneGoal, ScoredLane]]:
-    """Sort best lanes by descending validation score; of equal ones LoRA's comes first, then by name."""
+    """Sort lanes by descending validation score. Lanes of equal score are sorted by name, LoRA first."""
     return sorted(
         lanes.items(), key=lambda item: (-(item[1].validation or 0.0), item[0].variant != "lora", item[0])
     )

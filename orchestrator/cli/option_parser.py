@@ -1,4 +1,4 @@
-"""Command lines, parsed by tyro with one rule for all options, in place of settings for each.
+"""Parsing of command lines by tyro, with one rule for the display and conversion of all options.
 
 `--help` shows a value as one word (`NAME`, `INT`), a list as `NAME [NAME ...]`, and None, which the texts
 explain, neither as a value nor as a default. A wrong command line raises UsageError, whose text is one line.
@@ -87,7 +87,7 @@ def parse(
 
 
 class _Rule:
-    """The rule, with what it has seen of the options of one command.
+    """The rule by which tyro shows and converts options, and the options of one command that it has seen.
 
     Args:
         program: The program.

@@ -22,10 +22,12 @@ MARK_FILE = "export.json"
 
 @dataclass(frozen=True)
 class ExportMark:
-    """The lane and the form of an export: the content of `MARK_FILE`."""
+    """The content of `MARK_FILE`, by which a folder is recognized as an export of a lane."""
 
     study: str
+    """Name of the study."""
     fingerprint: str
+    """Fingerprint of the lane's configuration."""
     form: Form
     files: tuple[str, ...] = ()
     """Paths of the other files, relative to the folder."""

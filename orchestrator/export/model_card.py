@@ -204,7 +204,7 @@ def _retraining_note(record: Record) -> str:
 
 
 def _provenance(chosen: ChosenLane, record: Record, facts: CardFacts) -> Iterator[str]:
-    """Yield the list of what the export was made from: model, data, hyperparameters, code and commands."""
+    """Yield the list of provenance: model, data, hyperparameters, code and commands."""
     own, run = record.configuration, record.provenance
     columns = {k: v for k, v in own.to_columns().items() if k not in _LEFT_OUT and v is not None}
     runs = [each for each in chosen.records if each.configuration.variant.name == own.variant.name]

@@ -122,7 +122,7 @@ def _choose_device(record: Record, device: Device, is_forced: bool) -> torch.dev
 
 
 def _results(record: Record) -> Mapping[str, object]:
-    """Return what the configuration of a record determines, as JSON values, in which NaN equals NaN."""
+    """Return the results of a record that a second training must repeat, as JSON values (NaN equals NaN)."""
     return {key: value for key, value in record.to_json().items() if key in ("curve", "evaluations", "steps")}
 
 

@@ -39,7 +39,7 @@ def drop_replaced(
 
 
 def _uses(store: Store, fingerprint: str, content: str) -> bool:
-    """Return whether the task, model or variant of a configuration has a content; True without a record."""
+    """Return whether a configuration uses a file of this content. Without a record it is not known: True."""
     record = store.get(fingerprint)
     if record is None:
         return True  # if this run requests it, it is added again

@@ -76,7 +76,7 @@ class LaterConfigurations:
         return []
 
     def _describe_stage(self, named: Sequence[Configuration], num_known: int) -> str:
-        """Return a line with the number of configurations of a stage, and why they are trained."""
+        """Return a line that says how many configurations a stage has, and why they are trained."""
         count = f"{len(named)} configurations more" + (f", {num_known} of them known" if num_known else "")
         design, store = self.context.design, self.context.store
         if not isinstance(design, WideningGrid):

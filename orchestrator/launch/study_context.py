@@ -217,9 +217,10 @@ def _own_files(templates: Sequence[Configuration]) -> list[Source]:
 
 
 def _adopt_earlier_records(store: Store, templates: Sequence[Configuration], console: Console) -> None:
-    """Call `adopt_records` for users' files of Python, once for each path and content.
+    """Use the records that earlier versions made of the study's task and variant files.
 
-    Earlier versions had no other files of users.
+    Each Python file is looked up once per path and content, because the search reads all records. Data files
+    need no search: earlier versions had no --data.
     """
     keys = {
         hashlib.sha256(f"{each.content} {each.path}".encode()).hexdigest()[:16]: each

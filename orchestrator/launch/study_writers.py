@@ -45,9 +45,9 @@ class StudyWriters:
 
         Args:
             end: How the study has ended.
-            timeout: The longest time to wait, in seconds. The time for trackers other than MLflow is limited
-                further to `TRACKER_FLUSH_SECONDS`, after an error to `FAULTY_TRACKER_FLUSH_SECONDS`; the
-                study's command writes later what they lack.
+            timeout: The longest time to wait for each writer, in seconds. Trackers other than MLflow get at
+                most `TRACKER_FLUSH_SECONDS`, or `FAULTY_TRACKER_FLUSH_SECONDS` after an error. When the
+                study's command is run again, it writes what they lack.
         """
         self.mlflow.begin_close(end, timeout)
         for writer in self.others.values():

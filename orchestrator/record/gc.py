@@ -172,7 +172,7 @@ class _Collector:
     def collect_adapters(
         self, studies: Collection[tuple[Path, StudyFile]], choose_best: ChooseBest | None
     ) -> None:
-        """Remove adapters that complete studies do not need, and that drivers that died have left."""
+        """Remove adapters that a complete study does not need, and those that a killed driver has left."""
         known = set()
         for folder, study in studies:
             adapters = StudyAdapters(self.store, folder)

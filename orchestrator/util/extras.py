@@ -8,7 +8,11 @@ from orchestrator.util.errors import UsageError
 
 
 def install_hint(extra: str) -> str:
-    """Return the commands that install an extra: of the installed package, and in a clone."""
+    """Return the two commands that install an extra: one for an installed package, one for a clone.
+
+    Args:
+        extra: Name of the extra in pyproject.toml, such as "wandb".
+    """
     return (
         f"pip install 'lora-orchestrator[{extra}]', or in a clone: "
         f"pip install -c constraints.txt -e '.[{extra}]'"

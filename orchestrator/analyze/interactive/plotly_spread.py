@@ -41,7 +41,7 @@ def _spread_figure(panel: Panel, styles: Mapping[str, CurveStyle]) -> go.Figure:
 
 
 def _widen_axis(figure: go.Figure, curves: Sequence[Curve]) -> None:
-    """Show a tenth around the scores if all are equal, where plotly's own range would be 2 wide."""
+    """Set an axis range of 0.1 around scores that are all equal. Plotly would choose a range of 2."""
     scores = [
         score for c in curves for score in (c.best_test.mean, c.test_at_common_rate) if score is not None
     ]

@@ -50,7 +50,7 @@ def draw_costs(rows: Sequence[CostRow]) -> Figure:
 def _draw_scatter(
     axes: Axes, rows: Sequence[CostRow], costs: Sequence[float], styles: dict[str, style.CurveStyle]
 ) -> list[Annotation]:
-    """Draw the points and the front; return the names of the points, that of the best score first."""
+    """Draw the points and the Pareto front. Returns the names of the points, by descending score."""
     scores = [row.score.mean or 0.0 for row in rows]
     front = pareto_front(costs, scores)
     line: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1.3, "drawstyle": "steps-post"}

@@ -105,7 +105,7 @@ def _check_sources(jobs: JobClient, path: Path) -> None:
 
 @dataclass(frozen=True)
 class _RemoteCommand:
-    """A command for the cluster's head, and its job there."""
+    """A command that runs as a Ray job on the cluster's head."""
 
     jobs: JobClient
     path: Path
@@ -115,7 +115,11 @@ class _RemoteCommand:
     uploads: Uploads
 
     def run_short_command(self) -> int:
-        """Run the command, which trains nothing. It ends with this process."""
+        """Run a command that trains nothing, and end its job when this process ends.
+
+        Returns:
+            The exit code of the command.
+        """
         job_id = self._submit()
         try:
             return self.jobs.follow_job(job_id)
@@ -123,7 +127,11 @@ class _RemoteCommand:
             self.jobs.delete_job(job_id)
 
     def _submit(self, job_id: str | None = None) -> str:
-        """Send the files that the command names, and start it."""
+        """Send the files that the command names, start its job, and return the name of the job.
+
+        Args:
+            job_id: Name of the job. Default: a name of Ray's.
+        """
         _check_sources(self.jobs, self.path)
         self.uploads.send(self.path, self.cluster_name)
         return self.jobs.submit_job(self.command, job_id)

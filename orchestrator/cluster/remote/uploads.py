@@ -70,7 +70,7 @@ class Uploads:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the file itself, or the files below a folder in the order of their names."""
+    """Return the file itself, or all files below a folder, sorted by path."""
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 

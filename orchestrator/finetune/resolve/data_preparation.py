@@ -56,7 +56,7 @@ def prepare_datasets(
 def report_data(
     configurations: Sequence[Configuration], bases: Path, progress: Callable[[str], None], may_truncate: bool
 ) -> None:
-    """Report what was understood of a user's data, and how many of their rows are cut.
+    """Print a line that describes a user's data, and one with the number of rows that --max-length cuts.
 
     Args:
         configurations: The configurations; data that several of them share are reported once.

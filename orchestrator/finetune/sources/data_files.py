@@ -228,9 +228,9 @@ _READERS[".parquet"] = _read_parquet
 
 
 def _find_bad_byte(path: Path) -> int:
-    """Return the position of the first byte that is not UTF-8.
+    """Return the position in the file of the first byte that is not UTF-8.
 
-    The error of a file that is read as text has the position in a block of it.
+    Python's error has the position in the block that was decoded.
     """
     try:
         path.read_bytes().decode()

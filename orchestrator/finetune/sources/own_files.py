@@ -1,7 +1,8 @@
 """Entries of users' files in the store: the code of tasks and variants, and the descriptions of data tasks.
 
-The name of an entry has the content of the file in it, so a worker on another machine finds what a
-configuration needs without the user's file. A study writes the entries before it trains:
+The name of an entry contains a hash of the user's file, which is part of the configuration. A worker on
+another machine therefore finds the code or the description without the file. A study writes the entries
+before it trains:
 
     <store>/data/task-3f9c0a1b2c3d4e5f.json       <store>/data/variant-77aa10c9b2e4d5f6.json
 """
@@ -36,7 +37,7 @@ def write_entry(folder: Path, kind: Kind, content: str, data: Mapping[str, str])
 
 
 def has_entry(folder: Path, kind: Kind, content: str) -> bool:
-    """Return whether there is an entry.
+    """Return whether the store has an entry.
 
     Args:
         folder: The store's folder of prepared data.

@@ -55,10 +55,10 @@ class DataRow:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """All rows of a source.
+    """All rows of a source: of a file, a folder or a dataset of the hub.
 
     Args:
-        rows: The rows.
+        rows: The rows of all splits.
         ignored: What was not read: data files of a folder, kinds of files in a folder of images, splits of a
             dataset of the hub. The names are for readers.
     """
@@ -73,7 +73,7 @@ class SourceRows:
 
 
 def display_name(source: str) -> str:
-    """Return the name of a source for readers.
+    """Return the name under which a source is shown.
 
     It is the last part of the path, or the name on the hub without the organization. Colons, at signs and
     slashes in it become hyphens.
@@ -146,22 +146,34 @@ def _read_folder(folder: Path) -> SourceRows:
         if other := next((each.name for each, split in splits.items() if split is None), None):
             rule = "its other subfolders must be called validation or test"
             raise MalformedDataError(f"{folder.name}: has a train subfolder; {rule}; move {other} away")
+        class_parents = list(splits)
         rows = [row for each, split in splits.items() for row in _read_classes(folder, each, split)]
     else:
+        class_parents = [folder]
         rows = list(_read_classes(folder, folder, None))
     if not rows:
         raise MalformedDataError(
             f"{folder.name}: has neither train.jsonl (.csv, .parquet, ...) nor one subfolder of images "
             f"({', '.join(IMAGE_SUFFIXES[:3])}, ...) per class"
         )
-    return SourceRows(rows, _list_other_files(folder))
+    return SourceRows(rows, _list_other_files(folder, class_parents))
 
 
-def _list_other_files(folder: Path) -> list[str]:
-    """Return the kinds of files in a folder of images that are no images: "*.txt"."""
-    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES and not _is_hidden(file)]
-    return sorted({f"*{file.suffix}" if file.suffix else file.name for file in others})
+def _list_other_files(folder: Path, class_parents: Sequence[Path]) -> list[str]:
+    """Return what is not read in a folder of images: kinds of other files ("*.txt"), images without a class.
+
+    Args:
+        folder: The folder of --data.
+        class_parents: The folders that contain the folders of the classes.
+    """
+    files = [
+        file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder))
+    ]
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    others = [file for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
+    kinds = {f"*{file.suffix}" if file.suffix else file.name for file in others}
+    unlabeled = {file.parent for file in images} & {folder, *class_parents}
+    return sorted(kinds) + [f"images directly in {each.name}" for each in sorted(unlabeled)]
 
 
 def _is_hidden(path: Path) -> bool:

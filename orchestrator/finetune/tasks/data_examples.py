@@ -67,7 +67,7 @@ def make_examples(rows: Sequence[DataRow], columns: ColumnMap, is_number: bool) 
 
 
 def _split(row: DataRow, columns: ColumnMap) -> Split | None:
-    """Return the split that the source or the split column puts a row in, None if there is neither."""
+    """Return the split of a row, given by the source or by the split column; None without either."""
     name = row.split
     if name is None:
         column = columns.columns.get("split")

@@ -204,7 +204,7 @@ def _floor(metric: str, splits: Mapping[Split, Sequence[PlacedExample]]) -> floa
 
 
 def _max_new_tokens(splits: Mapping[Split, Sequence[PlacedExample]], options: DataOptions) -> int:
-    """Return --max-new-tokens, or as many tokens as the longest answer has if a token is two bytes long."""
+    """Return --max-new-tokens. By default it is the bytes of the longest answer, divided by two."""
     if options.max_new_tokens is not None:
         return options.max_new_tokens
     longest = max(len(each.example.answer.encode()) for own in splits.values() for each in own)

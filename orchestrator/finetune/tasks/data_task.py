@@ -160,7 +160,7 @@ class DataTask(Task):
         return {"path": self.source, "spec": json.dumps(self.to_json())}
 
     def describe(self) -> str:
-        """Return what was understood of the data in one line.
+        """Return a line that describes the data as they were read.
 
         It has the columns, the rows of each split that are used by default, the classes with their rows, the
         metric, what was not read, and how many rows contradict others.
@@ -179,7 +179,7 @@ class DataTask(Task):
         return f", {len(self.labels)} classes{each}"
 
     def _describe_contradictions(self) -> str:
-        """Return how many rows have the input of another row and another label; empty if none has."""
+        """Return a phrase that counts rows with equal inputs and different labels; empty without any."""
         if not self.labels or self.splits is None:
             return ""
         labels: dict[str, list[str]] = {}

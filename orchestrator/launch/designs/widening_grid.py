@@ -57,7 +57,9 @@ class WideningGrid:
         return grid_of(self.given, self.seeds)
 
     def explain(self, added: Sequence[Configuration], records: Mapping[str, Record]) -> str:
-        """Return why configurations are added: whose best rate is at which end of the grid of which task.
+        """Return a phrase that says why a stage adds configurations to the grid.
+
+        It names the variants of each task whose best learning rate is the lowest or highest of the grid.
 
         Args:
             added: The configurations of a stage after the first one.

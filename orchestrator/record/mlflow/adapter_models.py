@@ -1,4 +1,4 @@
-"""Tags of MLflow's logged models, by which a user of MLflow finds the adapters that a study keeps."""
+"""Tags of MLflow's logged models. A study logs one model for each adapter that it keeps in its store."""
 
 from __future__ import annotations
 

@@ -327,8 +327,11 @@ def test_a_folder_of_images_by_class_is_trained_on_where_it_is_not(
         hidden.parent.mkdir()
         hidden.write_bytes(picture(1, 0))
     (source / "red" / "notes.txt").write_text("red")
+    (source / "1.png").write_bytes(picture(1, 0))
     assert task_of(source).content == content
-    assert task_of(source).describe().endswith("; accuracy; not read: *.txt")
+    assert (
+        task_of(source).describe().endswith(f"; accuracy; not read: *.txt, images directly in {source.name}")
+    )
     configuration = resolve(store, source, image_folders["clip"])
     assert configuration.task.content == content
     train_elsewhere(store, source, configuration)
