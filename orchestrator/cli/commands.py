@@ -68,7 +68,7 @@ class Report(StoreLocation):
         from orchestrator.analyze.report import write_report
         from orchestrator.record.mlflow.tracking_uri import study_uri
         from orchestrator.record.store import Store
-        from orchestrator.record.study_file import find_study
+        from orchestrator.record.study_file import find_study, record_look
         from orchestrator.util.redaction import redact_secrets
 
         store = Store(self.store_folder, create=False)
@@ -81,7 +81,7 @@ class Report(StoreLocation):
         uri = redact_secrets(study_uri(study.tracking_uri, store))
         summary = write_report(study, records, folder, uri, store.root)
         if summary.comparison is not None and (looked := summary.comparison.look):
-            study.with_look(looked).write(folder)
+            record_look(folder, looked)
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
         return 0
 

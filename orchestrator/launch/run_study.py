@@ -29,7 +29,7 @@ from orchestrator.record import scratch
 from orchestrator.record.mlflow.tracking_uri import configured_uri
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import AnalysisSettings, StudyFile
+from orchestrator.record.study_file import LOCK_FILE, AnalysisSettings, StudyFile
 from orchestrator.study.config_file import write_config
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.option_words import given_values
@@ -95,7 +95,7 @@ def run_study(
         "wait for it, or take another --study."
     )
     with (
-        runtime.exclusive_lock(context.folder / ".lock", refusal),
+        runtime.exclusive_lock(context.folder / LOCK_FILE, refusal),
         atomic_files.report_unwritable_folders(context.folder, context.store.root),
     ):
         run = _begin_run(context, check)

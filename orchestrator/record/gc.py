@@ -19,7 +19,7 @@ from orchestrator.record import scratch
 from orchestrator.record.kept_adapters import ChooseBest, StudyAdapters, file_name
 from orchestrator.record.schema import FINAL_STATES
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import StudyFile, read_studies
+from orchestrator.record.study_file import LOCK_FILE, StudyFile, read_studies
 from orchestrator.util import atomic_files
 
 ENDED_CHECKPOINTS = "checkpoints of lanes that have ended"
@@ -140,7 +140,7 @@ class _Collector:
 
     def collect_checkpoints(self, studies: Collection[tuple[Path, StudyFile]], include_stopped: bool) -> None:
         referenced = {f for _, study in studies for f in study.configurations}
-        running = [study for folder, study in studies if scratch.is_locked(folder / ".lock")]
+        running = [study for folder, study in studies if scratch.is_locked(folder / LOCK_FILE)]
         in_use = {f for study in running for f in study.configurations}
         states = self.store.states()
         for folder in sorted(self.store.checkpoints.glob("*")):
@@ -178,7 +178,7 @@ class _Collector:
             adapters = StudyAdapters(self.store, folder)
             known.add(adapters.root)
             files = adapters.files("best")
-            if not files or choose_best is None or scratch.is_locked(folder / ".lock"):
+            if not files or choose_best is None or scratch.is_locked(folder / LOCK_FILE):
                 continue
             records = [record for record in map(self.store.get, study.configurations) if record is not None]
             if len(records) < len(study.configurations):

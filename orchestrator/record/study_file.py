@@ -11,9 +11,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from orchestrator.record.schema import Record
 from orchestrator.study.retired_options import translate_command
@@ -23,6 +26,8 @@ from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 _log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
+LOCK_FILE = ".lock"
+"""File beside study.json that a running study locks. Only its holder writes study.json."""
 SCHEMA_VERSION = 3
 """Version of study.json, to be raised when a field is added, removed or changes its meaning. A file without a
 version has version 1. Version 1 had `baseline`, `margin`, `tuning` and `searched` in place of `settings`;
@@ -201,6 +206,19 @@ class StudyFile:
                 f"{path}: not a study (configurations: {quote_value(odd[0])} is no fingerprint); {remedy}"
             )
         return replace(study, command=translate_command(study.command))
+
+
+def record_look(folder: Path, replicates: int) -> None:
+    """Add a look to the study in a folder, unless it is running: its own report then adds the look.
+
+    Args:
+        folder: The folder of the study.
+        replicates: As in `StudyFile.with_look`.
+    """
+    with suppress(Timeout), FileLock(folder / LOCK_FILE, timeout=0):
+        study = StudyFile.read(folder)
+        if study is not None:
+            study.with_look(replicates).write(folder)
 
 
 def _upgrade_from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:

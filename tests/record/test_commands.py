@@ -75,6 +75,20 @@ def test_sync_rebuilds_both_projections(results, run):
     assert f"in {other}, 4 of them written now" in run(ORCHESTRATOR, "sync", "--tracking-uri", other).stdout
 
 
+def test_sync_leaves_the_runs_of_a_running_study_alone(results, run):
+    uri = empty_database(results / "results/store/mlflow.db")
+    client = MlflowClient(uri, uri)
+    experiment = client.create_experiment("rates")
+    live = client.create_run(experiment, tags={"fingerprint": "e" * 64}).info.run_id
+    with FileLock(results / "results/rates/.lock"):
+        done = run(ORCHESTRATOR, "sync")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\nrates: ") == 1
+    assert "rates: is running" in done.stdout
+    assert "second: 1 of 2 configurations" in done.stdout
+    assert [(r.info.run_id, r.info.status) for r in client.search_runs([experiment])] == [(live, "RUNNING")]
+
+
 def _states(uri: str, study: str) -> list[str]:
     """Return the states of a study's MLflow children, sorted."""
     client = MlflowClient(uri, uri)

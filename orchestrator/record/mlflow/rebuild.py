@@ -15,7 +15,7 @@ from pathlib import Path
 
 from orchestrator.record.mlflow.connection import ARTIFACTS_FOLDER
 from orchestrator.record.scratch import is_locked
-from orchestrator.record.study_file import StudyFile
+from orchestrator.record.study_file import LOCK_FILE, StudyFile
 from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
 from orchestrator.util.sqlite_uri import sqlite_path
@@ -42,7 +42,7 @@ def archive_databases(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mappi
         database = sqlite_path(uri)
         if database is not None:
             studies_by_database.setdefault(database, []).append(name)
-            if is_locked(studies[name][0] / ".lock"):
+            if is_locked(studies[name][0] / LOCK_FILE):
                 raise UsageError(
                     f"--rebuild: study {name!r} is running and logs to {database}; wait for its end"
                 )

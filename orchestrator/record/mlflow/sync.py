@@ -13,8 +13,9 @@ from orchestrator.record.mlflow.rebuild import archive_databases
 from orchestrator.record.mlflow.tracking_uri import check_uri, study_uri
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import Record
+from orchestrator.record.scratch import is_locked
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import REPORT_FILES, StudyFile, read_studies
+from orchestrator.record.study_file import LOCK_FILE, REPORT_FILES, StudyFile, read_studies
 from orchestrator.record.trackers.tracker import TrackingUnavailableError
 from orchestrator.util.redaction import redact_secrets
 from orchestrator.util.sqlite_uri import sqlite_path
@@ -30,7 +31,8 @@ def sync_projections(
 ) -> int:
     """Write the Parquet files and the MLflow runs again from the records.
 
-    The adapters that the store keeps for a study become logged models.
+    The adapters that the store keeps for a study become logged models. The runs of a study that is running are
+    left as they are.
 
     Args:
         store: The store.
@@ -61,6 +63,9 @@ def sync_projections(
     notify(f"{path}: {len(store.states())} records")
     logs = {uri: MlflowLogger(uri) for uri in set(uris.values())}
     for name, (folder, study) in studies.items():
+        if is_locked(folder / LOCK_FILE):
+            notify(f"{name}: is running and logs its runs itself; left as it is")
+            continue
         try:
             report = [file for each in REPORT_FILES if (file := folder / each).exists()] if rebuild else []
             notify(_sync_study(StudyAdapters(store, folder), study, logs[uris[name]], report, describe))

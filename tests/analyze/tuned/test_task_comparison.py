@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from synthetic import record
 from tuned_records import Truth, compare, compare_one, study_of, tuned_records
 
+from orchestrator.analyze import report
+from orchestrator.analyze.report import write_report
+from orchestrator.analyze.results import Summary
 from orchestrator.analyze.run_labels import label_runs
 from orchestrator.analyze.summary import summarize
 from orchestrator.analyze.tuned.across_tasks import compare_tuned
@@ -319,6 +325,30 @@ def test_the_report_command_counts_as_a_look(tmp_path: Path) -> None:
     found = StudyFile.read(tmp_path / study.name)
     assert found is not None
     assert found.looks == (3,)
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_the_report_command_writes_no_older_list_over_that_of_a_study_that_grows_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_running: bool
+) -> None:
+    records = tuned_records({"lora": Truth(), "pissa": Truth()}, replicates=3)
+    study = study_of(records, max_replicates=6)
+    store = Store(tmp_path / "store")
+    for each in records:
+        store.put(each)
+    study.write(tmp_path / study.name)
+    grown = study.with_configurations(["a" * 64], ())
+
+    def write_while_the_study_grows(*arguments: Any) -> Summary:
+        summary = write_report(*arguments)
+        grown.write(tmp_path / study.name)
+        return summary
+
+    monkeypatch.setattr(report, "write_report", write_while_the_study_grows)
+    with FileLock(tmp_path / study.name / ".lock") if is_running else nullcontext():
+        assert Report(output=tmp_path, study=study.name).run() == 0
+    expected = grown if is_running else grown.with_look(3)
+    assert StudyFile.read(tmp_path / study.name) == expected
 
 
 def test_the_summary_of_a_study_with_replicates_begins_with_its_verdicts() -> None:
