@@ -19,7 +19,7 @@ from orchestrator.export.export_folder import ExportMark, Form, check_target, wr
 from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
 from orchestrator.export.model_card import CardFacts, format_scores, render_card
 from orchestrator.export.trained_lane import LaneCode, TrainedLane, load_trained_lane
-from orchestrator.record.kept_adapters import StudyAdapters, file_name, find_adapter
+from orchestrator.record.kept_adapters import EXPORT_PREFIX, StudyAdapters, file_name, find_adapter
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.store import Store
@@ -182,13 +182,13 @@ def _checkpoint_folder(chosen: ChosenLane) -> Iterator[Path]:
     """Lock and yield a folder for the checkpoints of a lane that is trained again.
 
     The folder is removed after the block, but not after an interruption or an error of the disk, so that the
-    same command can continue. It is not in the store, because gc removes checkpoints of lanes that have a
+    same command can continue; later gc removes it. It is not in the store, because gc removes checkpoints of lanes that have a
     final record.
 
     Raises:
         UsageError: Another export is training the lane.
     """
-    folder = chosen.folder / f".export-{chosen.record.fingerprint}"
+    folder = chosen.folder / f"{EXPORT_PREFIX}{chosen.record.fingerprint}"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from orchestrator.record import scratch
-from orchestrator.record.kept_adapters import ChooseBest, StudyAdapters, file_name
+from orchestrator.record.kept_adapters import EXPORT_PREFIX, ChooseBest, StudyAdapters, file_name
 from orchestrator.record.schema import FINAL_STATES
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import LOCK_FILE, StudyFile, read_studies
@@ -27,6 +27,7 @@ STOPPED_CHECKPOINTS = "checkpoints of stopped lanes"
 SUPERSEDED_RECORDS = "records that a final one has replaced"
 TEMPORARY_FILES = "temporary files"
 STALE_SCRATCH = "scratch folders of dead processes"
+ENDED_EXPORTS = "checkpoints of exports that were killed"
 RESUMABLE_CHECKPOINTS = "checkpoints of lanes that go on from there"
 UNREFERENCED_CHECKPOINTS = "checkpoints that no study here asks for"
 DAMAGED_RECORD_CHECKPOINTS = "checkpoints of lanes whose record is damaged"
@@ -44,7 +45,7 @@ SKIP_REASONS = {
     UNREFERENCED_CHECKPOINTS: "another --output may need them; else delete their folders",
     UNKNOWN_ADAPTERS: "another --output may need them; else delete them",
     OLD_ADAPTERS: "this version does not read them; delete their folders",
-    IN_USE: "younger than --older-than, or needed by a running study",
+    IN_USE: "younger than --older-than, or needed by a running study or export",
     OTHER_HOST_SCRATCH: "run gc there",
     NOT_REMOVABLE: "see their permissions",
 }
@@ -123,10 +124,11 @@ def collect_garbage(
     collector.collect_adapters(studies, choose_best)
     folders = [store.root, *store.root.glob("*"), *store.records_folder.glob("*")]
     folders += [*store.adapters.glob("*/*"), *store.checkpoints.glob("*/*")]
-    folders += [output, *(folder for folder, _ in studies)]
+    folders += [output, *(path for folder, _ in studies for path in (folder, folder / "export"))]
     for folder in dict.fromkeys(path.resolve() for path in folders if path.is_dir()):
         collector.collect_temporary(folder)
     collector.collect_scratch()
+    collector.collect_exports(studies)
     return collector.report
 
 
@@ -214,6 +216,16 @@ class _Collector:
                 self._remove(STALE_SCRATCH, folder)
                 if not self.dry_run and not folder.exists():
                     scratch.remove_folder(folder)  # its lock file
+
+    def collect_exports(self, studies: Collection[tuple[Path, StudyFile]]) -> None:
+        """Remove the checkpoints of lanes that a killed `export` was training again."""
+        for folder in (path for study, _ in studies for path in study.glob(f"{EXPORT_PREFIX}*")):
+            is_new = self.now - _stat(folder, "st_mtime") < self.older_than
+            # A look at the lock changes its time, which is therefore not taken for one of the export.
+            if is_new or self._is_recent(folder / "checkpoints") or scratch.is_locked(folder / "lock"):
+                self._skip(IN_USE, folder)
+            else:
+                self._remove(ENDED_EXPORTS, folder)
 
     def _is_recent(self, path: Path) -> bool:
         newest = max((_stat(file, "st_mtime") for file in (path, *path.rglob("*"))), default=0.0)

@@ -26,6 +26,8 @@ from orchestrator.util.canonical_json import canonical_json
 
 Keep = Literal["best", "all"]
 """Which adapters a study keeps: those of its best lanes, or of all lanes that it trains."""
+EXPORT_PREFIX = ".export-"
+"""First part of the names of folders in a study's folder, in which `export` trains a lane again."""
 ChooseBest = Callable[[StudyFile, Sequence[Record]], Collection[str]]
 """Function of a study and its records that returns the fingerprints of the study's best lanes."""
 

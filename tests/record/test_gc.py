@@ -23,6 +23,7 @@ from orchestrator.record.parquet import write_parquet
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
+from orchestrator.util.atomic_files import temporary_path
 
 LONG_AGO = 10_000.0
 
@@ -196,6 +197,26 @@ def test_files_of_a_writer_that_dies_before_its_rename_are_removed(store, tmp_pa
     collect_garbage(store, output)
     assert not [path for path in left if path.exists()]
     assert {path for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_killed_export_has_left_is_removed(store, tmp_path):
+    """Not that of an export that runs, or that was interrupted a short time ago and can go on."""
+    output = tmp_path / "results"
+    StudyFile("rates", "", "").write(output / "rates")
+    folders = {name: output / "rates" / f".export-{name * 64}" for name in "abc"}
+    for name, folder in folders.items():
+        _file(folder / "lock")
+        _file(folder / "checkpoints" / "1" / "step-00000010.safetensors", 0 if name == "b" else LONG_AGO)
+        os.utime(folder, (time.time() - LONG_AGO,) * 2)
+    draft = _file(temporary_path(output / "rates" / "export" / "lora") / "model.safetensors")
+    _age(draft.parent, LONG_AGO)
+    with FileLock(folders["c"] / "lock"):
+        for dry_run in (True, False):
+            found = collect_garbage(store, output, dry_run=dry_run)
+            assert _counts(found.removed) == {gc.TEMPORARY_FILES: 1, gc.ENDED_EXPORTS: 1}
+            assert _counts(found.skipped) == {gc.IN_USE: 2}
+    assert [name for name, folder in folders.items() if folder.exists()] == ["b", "c"]
+    assert not draft.parent.exists()
 
 
 def test_adapters_that_a_killed_driver_has_left_are_removed(store, tmp_path, make_record):
