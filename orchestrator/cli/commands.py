@@ -136,8 +136,8 @@ class Gc(StoreLocation):
 
     A study removes its temporary data itself, unless it was killed. This command removes checkpoints of
     lanes whose record is finished or diverged, adapters that are not the best of a complete study (except
-    those that `--save-adapters all` keeps), temporary files, and folders of dead studies and exports. It lists
-    what it keeps, and may run while a study runs.
+    those that `--save-adapters all` keeps), temporary files, and folders of dead studies and exports. It
+    lists what it keeps, and may run while a study runs.
     """
 
     dry_run: bool = False

@@ -182,8 +182,8 @@ def _checkpoint_folder(chosen: ChosenLane) -> Iterator[Path]:
     """Lock and yield a folder for the checkpoints of a lane that is trained again.
 
     The folder is removed after the block, but not after an interruption or an error of the disk, so that the
-    same command can continue; later gc removes it. It is not in the store, because gc removes checkpoints of lanes that have a
-    final record.
+    same command can continue; later gc removes it. It is not in the store, because gc removes checkpoints of
+    lanes that have a final record.
 
     Raises:
         UsageError: Another export is training the lane.

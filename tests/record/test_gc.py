@@ -206,7 +206,8 @@ def test_what_a_killed_export_has_left_is_removed(store, tmp_path):
     folders = {name: output / "rates" / f".export-{name * 64}" for name in "abc"}
     for name, folder in folders.items():
         _file(folder / "lock")
-        _file(folder / "checkpoints" / "1" / "step-00000010.safetensors", 0 if name == "b" else LONG_AGO)
+        _file(folder / "checkpoints" / "1" / "step-00000010.safetensors")
+        _age(folder / "checkpoints", 0 if name == "b" else LONG_AGO)
         os.utime(folder, (time.time() - LONG_AGO,) * 2)
     draft = _file(temporary_path(output / "rates" / "export" / "lora") / "model.safetensors")
     _age(draft.parent, LONG_AGO)

@@ -31,8 +31,8 @@ def sync_projections(
 ) -> int:
     """Write the Parquet files and the MLflow runs again from the records.
 
-    The adapters that the store keeps for a study become logged models. A running study's runs are left as they
-    are.
+    The adapters that the store keeps for a study become logged models. A running study's runs are not
+    touched.
 
     Args:
         store: The store.
