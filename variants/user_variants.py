@@ -10,7 +10,7 @@ from types import ModuleType
 
 from variants.api import Variant
 from variants.errors import UnsupportedError
-from variants.variant_names import USER_AXIS, entry_points_by_name, hash_source
+from variants.variant_names import USER_AXIS, check_own_imports, entry_points_by_name, hash_source
 
 
 def load_file(path: str, source: bytes | None = None) -> Variant:
@@ -24,14 +24,15 @@ def load_file(path: str, source: bytes | None = None) -> Variant:
         UnsupportedError: The file does not exist, cannot be imported, or does not define exactly one variant.
             The message is one line.
     """
-    path = os.path.realpath(path)
-    if source is None:
-        source = read_source(path)
+    path, is_known = os.path.realpath(path), source is not None
+    source = read_source(path) if source is None else source
     revision = hash_source(source)
     module = ModuleType(f"lora_orchestrator_user_variant_{revision}")
     module.__file__ = path
     sys.modules[module.__name__] = module  # dataclasses look up the module of a class
     try:
+        if not is_known:
+            check_own_imports(source, path)
         exec(compile(source, path, "exec"), vars(module))
         variant = variant_class(module)()
     except (UnsupportedError, KeyboardInterrupt):

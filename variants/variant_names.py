@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 
 PEFT_PREFIX = "peft:"
 """Prefix of the name of one of PEFT's tuners: `peft:LOHA`."""
@@ -43,6 +46,47 @@ def canonical_key(key: str) -> str:
 def hash_source(source: bytes) -> str:
     """Return the revision of a variant from outside this package: a hash of the content of its file."""
     return hashlib.sha256(source).hexdigest()[:16]
+
+
+def check_own_imports(source: bytes | str, path: str) -> None:
+    """Refuse the imports of modules beside a user's file, which is known by its own content alone.
+
+    Args:
+        source: The content of the file.
+        path: Its path.
+
+    Raises:
+        ImportError: The file imports such a module. The message names it.
+        SyntaxError: The file is no Python.
+        ValueError: The file has a null byte.
+    """
+    folder = os.path.dirname(path)
+    for node in ast.walk(ast.parse(source, path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if _is_beside(name.split("."), folder):
+                raise ImportError(
+                    f"line {node.lineno} imports {name!r}, which lies beside the file; a change there would "
+                    "not be noticed, and other machines lack it: put its code into the file"
+                )
+
+
+def _is_beside(parts: Sequence[str], folder: str) -> bool:
+    """Return whether a module, given by the parts of its name, is a file in a folder and not installed."""
+    if parts[0] in ("orchestrator", "variants"):  # the user's file is at the top of a clone
+        return False
+    paths = [os.path.join(folder, *parts[:count]) for count in range(1, len(parts) + 1)]
+    if not any(os.path.isfile(file) for path in paths for file in (f"{path}.py", f"{path}/__init__.py")):
+        return False
+    spec = find_spec(parts[0])
+    if spec is None or spec.origin is None:
+        return True
+    return os.path.dirname(os.path.realpath(spec.origin)) in (folder, paths[0])
 
 
 def short_name(name: str) -> str:

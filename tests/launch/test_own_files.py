@@ -205,6 +205,53 @@ def test_the_content_of_a_task_file_is_its_code_without_comments_title_and_defau
     assert (hash_code(TASK, "a.py") == hash_code(TASK.replace(old, new), "b.py")) is same
 
 
+@pytest.mark.parametrize("prefix", ["", "f", "rb"])
+@pytest.mark.parametrize(("old", "new"), [("\n\n", "\n"), ("  \n", "\n"), ("    t", "  t")])
+def test_blank_lines_and_spaces_in_a_string_are_content_of_a_task_file(
+    prefix: str, old: str, new: str
+) -> None:
+    text = "one\n\n  \n    two  \n\n"
+    code = TASK.replace("    floor", f'    form = {prefix}"""{text}"""\n    floor')
+    assert hash_code(code, "a.py") != hash_code(code.replace(text, text.replace(old, new)), "a.py")
+
+
+def test_blank_lines_in_a_docstring_or_title_are_no_content_of_a_task_file() -> None:
+    changes = {'"""Copy letters."""': '"""Copy\n\n  \nletters."""', '"copied letters"': '"""a\n\nb"""'}
+    for old, new in changes.items():
+        assert hash_code(TASK, "a.py") == hash_code(TASK.replace(old, new), "a.py")
+
+
+@pytest.mark.parametrize(
+    ("line", "module"),
+    [
+        ("import words", "words.py"),
+        ("from words import number", "words.py"),
+        ("import words.numbers as n", "words/numbers.py"),
+        ("from words import numbers", "words/numbers.py"),
+        ("def f():\n    import os, words", "words/__init__.py"),
+    ],
+)
+def test_a_file_that_imports_a_module_beside_it_is_refused(mine: Path, line: str, module: str) -> None:
+    """Such a module is no part of the file's content: nothing would be trained after a change of it."""
+    (mine / module).parent.mkdir(exist_ok=True)
+    (mine / module).write_text("number = 1\n")
+    for file, load in (("copy_task.py", tasks.load), ("scaled.py", catalogue.load)):
+        (mine / file).write_text(f"{line}\n{(mine / file).read_text()}")
+        message = rf"{file}.* line . imports 'words.* beside .*: put its code into"
+        with pytest.raises((UsageError, ValueError), match=message):
+            load(str(mine / file))
+
+
+def test_modules_of_this_project_and_of_packages_may_lie_beside_a_file(mine: Path) -> None:
+    for name in ("orchestrator", "variants", "numpy"):
+        (mine / name).mkdir()
+        (mine / name / "__init__.py").touch()
+    (mine / "json.py").touch()
+    (mine / "copy_task.py").write_text("import json\nimport numpy\n" + TASK)
+    assert tasks.load(str(mine / "copy_task.py")).name == "copy_task.py"
+    assert catalogue.load(str(mine / "scaled.py")).name == "scaled.py"
+
+
 def test_a_task_file_may_have_a_byte_order_mark(mine: Path) -> None:
     file = mine / "copy_task.py"
     file.write_bytes(b"\xef\xbb\xbf" + TASK.encode())

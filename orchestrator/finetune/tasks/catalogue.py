@@ -22,7 +22,7 @@ from orchestrator.finetune.tasks.task_names import names as names
 from orchestrator.study.configuration import TaskChoice
 from orchestrator.util import user_code
 from orchestrator.util.errors import UsageError, suggest_nearest
-from variants.variant_names import FILE_SUFFIX
+from variants.variant_names import FILE_SUFFIX, check_own_imports
 
 
 def load(name: str) -> Task:
@@ -39,7 +39,10 @@ def load(name: str) -> Task:
         return get(name)
     # Read again, although the code may be known: the task has cached its data, which may have changed.
     path = os.path.realpath(name)
-    return register(_load_file(path, _read_code(path)))
+    code = _read_code(path)
+    with user_code.report_user_errors(path, "does not import"):
+        check_own_imports(code, path)
+    return register(_load_file(path, code))
 
 
 def get(name: str) -> Task:

@@ -9,14 +9,17 @@ import tokenize
 
 UNHASHED_ATTRIBUTES = {"title", "defaults", "default_model"}
 """Attributes of a task that do not change what a configuration computes."""
+_STRING_TOKENS = ("STRING", "FSTRING_MIDDLE", "TSTRING_MIDDLE")
+"""Names of the tokens with the text of a string; those of f-strings exist from Python 3.12 on."""
 
 
 def hash_code(source: str, path: str) -> str:
     """Return 16 hexadecimal digits of a SHA-256 of the code in a task file.
 
     Comments, docstrings, blank lines and UNHASHED_ATTRIBUTES are left out, so that another grid of learning
-    rates or another title does not make other configurations. The rest of the source text is hashed, and not
-    its syntax tree, whose text depends on the version of Python.
+    rates or another title does not make other configurations. Lines inside other strings are hashed as they
+    are. The rest of the source text is hashed, and not its syntax tree, whose text depends on the version of
+    Python.
 
     Args:
         source: The content of the file, with line breaks as `open` reads them.
@@ -28,17 +31,25 @@ def hash_code(source: str, path: str) -> str:
     """
     ast.parse(source, path)  # raises the error of Python, which names the line
     lines = source.split("\n")  # as tokenize does; splitlines also splits at form feeds
+    in_strings: set[int] = set()  # the lines that end inside a string
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
         if token.type == tokenize.COMMENT:
-            row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
+        elif tokenize.tok_name[token.type] in _STRING_TOKENS:
+            in_strings |= set(range(row - 1, token.end[0] - 1))
     coded = [line.encode() for line in lines]  # columns of a syntax tree are bytes
     for node in ast.walk(ast.parse("\n".join(lines), path)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             for statement in node.body:
                 if _is_left_out(statement, node):
                     _blank(coded, statement)
-    kept = [line.rstrip() for line in coded if line.strip()]
+                    in_strings -= set(range(statement.lineno - 1, (statement.end_lineno or 1) - 1))
+    kept = [
+        line if row in in_strings else line.rstrip()
+        for row, line in enumerate(coded)
+        if line.strip() or row in in_strings
+    ]
     return hashlib.sha256(b"\n".join(kept)).hexdigest()[:16]
 
 
