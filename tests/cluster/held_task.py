@@ -6,6 +6,7 @@ A lane trains to its first checkpoint and then waits for the file `go` beside th
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -49,7 +50,6 @@ def hold(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 sys.path.append(str(HERE))
-import prompt_checkpoints  # noqa: E402 (from the folder of this file)
-
-prompt_checkpoints.save_promptly()
+# A hook of the test, and no content of the task: an import statement would be refused.
+importlib.import_module("prompt_checkpoints").save_promptly()
 register_optimizer_step_pre_hook(hold)

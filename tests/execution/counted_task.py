@@ -7,6 +7,7 @@ count, too. Lanes are evaluated more often than in the letters task, so they hav
 
 from __future__ import annotations
 
+import importlib
 import os
 import struct
 import sys
@@ -61,7 +62,6 @@ def count(folder: Path) -> None:
 # Only in a Ray worker: a test may also train with this task in its own process, where steps do not count.
 if "STEPS_FOLDER" in os.environ and "RAY_RAYLET_PID" in os.environ:
     sys.path.append(str(Path(__file__).parent))
-    import prompt_checkpoints
-
-    prompt_checkpoints.save_promptly()
+    # A hook of the test, and no content of the task: an import statement would be refused.
+    importlib.import_module("prompt_checkpoints").save_promptly()
     count(Path(os.environ["STEPS_FOLDER"]))
