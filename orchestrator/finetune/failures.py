@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import re
+import subprocess
 from enum import StrEnum
 
 from safetensors import SafetensorError
@@ -14,12 +15,17 @@ from orchestrator.util.errors import DISK_FULL_ERRNOS
 # torch reports these causes only in the message, whose text comes from an allocator or a library.
 _OUT_OF_MEMORY_PATTERN = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|ALLOC_FAILED|bad_alloc|"
-    r"Cannot allocate memory"
+    r"Cannot allocate memory|"
+    # On a MIG slice torch fails to ask NVML how much memory is left, and reports that instead.
+    r"NVML_SUCCESS == .*INTERNAL ASSERT FAILED"
 )
-# torch and Triton raise plain RuntimeErrors for errors of the driver and of CUDA's libraries.
+# torch and Triton raise plain RuntimeErrors for errors of the driver, of CUDA's libraries and of compilers.
+# After a failed capture of a CUDA graph, the allocator of the process cannot be used any more.
 _DEVICE_ERROR_PATTERN = re.compile(
     r"CUDA (driver )?error|CU(BLAS|DNN|SOLVER|SPARSE|RAND)_STATUS|cuFFT error|device-side assert|HIP error|"
-    r"Triton Error \[(CUDA|HIP)\]|cudaGetDeviceCount|NVIDIA driver|\bNCCL\b"
+    r"Triton Error \[(CUDA|HIP)\]|cudaGetDeviceCount|NVIDIA driver|\bNCCL\b|CUDA ?[Gg]raph|"
+    r"stream is capturing|INTERNAL ASSERT FAILED at .*CUDACachingAllocator|nvrtc.* open |"
+    r"Failed to find C compiler|Python\.h: No such file"
 )
 
 
@@ -31,8 +37,8 @@ class Fault(StrEnum):
     MEMORY = "memory"
     """Out of memory, on the device or on the host; fewer lanes may fit."""
     DEVICE = "device"
-    """The device, or the connection to the trainer's other workers, is lost to this process, which can
-    compute nothing more."""
+    """The device, or the connection to the trainer's other workers, is lost to this process, or a compiler
+    that kernels need is missing: the process can compute nothing more."""
     DISK = "disk"
     """The disk is full."""
 
@@ -84,6 +90,8 @@ def classify_error(error: BaseException) -> Fault:
             return Fault.DISK
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return Fault.MEMORY
+    elif isinstance(error, subprocess.CalledProcessError) and "-fPIC" in error.cmd:
+        return Fault.DEVICE  # the C compiler, by which Triton builds a library that launches kernels
     elif isinstance(error, RuntimeError):
         if _OUT_OF_MEMORY_PATTERN.search(message):
             return Fault.MEMORY

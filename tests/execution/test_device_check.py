@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orchestrator.execution.trainers.device_check import find_device_fault
+from orchestrator.execution.trainers import trainer
+from orchestrator.execution.trainers.device_check import allocate_first, find_device_fault
 
 
 def test_a_cpu_passes() -> None:
@@ -22,6 +23,48 @@ def test_a_gpu_that_torch_cannot_use_is_a_fault_of_one_line() -> None:
 def test_a_device_that_computes_something_else_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.execution.trainers.device_check.MAX_RELATIVE_ERROR", 0.0)
     assert find_device_fault(uses_gpu=False).startswith("a matrix product is wrong by ")
+
+
+ALLOCATOR_ERRORS = (
+    "CUDA driver error: unknown error",
+    'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1165',
+)
+
+
+@pytest.mark.parametrize("message", ALLOCATOR_ERRORS)
+def test_the_first_allocation_is_repeated_without_expandable_segments(
+    message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+    def allocate() -> None:
+        if "expandable_segments:True" in torch._C._accelerator_getAllocatorSettings():
+            raise RuntimeError(message)
+
+    allocate_first(allocate)
+    assert f"without expandable segments: {message}" in caplog.text
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("bad")])
+def test_an_allocation_that_keeps_failing_is_a_fault(error: Exception) -> None:
+    calls = []
+
+    def allocate() -> None:
+        calls.append(error)
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        allocate_first(allocate)
+    assert len(calls) == (1 if isinstance(error, torch.OutOfMemoryError) else 2)
+
+
+def test_products_in_bfloat16_sum_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", True)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    trainer._set_up_device(trainer.TrainerSpec(1, 0.0, "store", "scratch"))
+    assert matmul.allow_bf16_reduced_precision_reduction is False
+    assert matmul.allow_tf32 is False
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.execution.ray.runtime import Cluster, Node
+from orchestrator.execution.trainers import trainer
 from orchestrator.execution.trainers.pool import BrokerState, PoolConfig, TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer import TrainerSpec
@@ -170,10 +171,19 @@ def test_never_stuck_and_never_too_many(
         assert start <= max(0, free + max(0, startable - gpus) - unplaced)
 
 
-def test_gpu_workers_get_expandable_segments_unless_the_user_has_set_the_allocator() -> None:
+def test_gpu_workers_get_expandable_segments_where_they_work_unless_the_user_has_set_the_allocator(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     gpu, cpu = TrainerSpec(4, 1.0, "store", "scratch"), TrainerSpec(4, 0.0, "store", "scratch")
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    assert gpu.worker_environment({"HOME": "/root"}) == dict.fromkeys(names, "expandable_segments:True")
+    on, off = (dict.fromkeys(names, f"expandable_segments:{value}") for value in (True, False))
+    monkeypatch.setattr(trainer, "KERNEL_RELEASE", tmp_path / "osrelease")
+    assert gpu.worker_environment({"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0,GPU-8932f937"}) == on
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+        assert gpu.worker_environment({name: "MIG-GPU-8932f937-d72c/1/0"}) == off
+    for release, expected in (("6.8.0-45-generic", on), ("5.15.153.1-microsoft-standard-WSL2", off)):
+        (tmp_path / "osrelease").write_text(f"{release}\n")
+        assert gpu.worker_environment({}) == expected
     for name in names:
         assert gpu.worker_environment({name: "max_split_size_mb:64"}) == {name: "max_split_size_mb:64"}
     for spec in (cpu, replace(gpu, device="cpu")):

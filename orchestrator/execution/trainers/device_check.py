@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -14,10 +16,14 @@ from orchestrator.execution.broker.client import BROKER_NAME, retry_until_lost
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.util import timeouts
 
+log = logging.getLogger(__name__)
+
+TEST_BYTES = 256 * 2**20
+"""More than fits into the first segment of torch's allocator."""
 MATRIX_SIZE = 512
 MAX_RELATIVE_ERROR = 1e-3
 """Largest error of a matrix product in float32, relative to its largest element; 1e-6 is usual."""
-_TEMPORARY = re.compile("out of memory|busy or unavailable")
+_TEMPORARY = re.compile("out of memory|busy or unavailable|NVML_SUCCESS")
 
 
 def device_name() -> str:
@@ -73,6 +79,8 @@ def _multiply(uses_gpu: bool) -> str:
                 "that is new enough for it (python -m orchestrator check)"
             )
         device = get_device() if uses_gpu else torch.device("cpu")
+        if uses_gpu:
+            allocate_first(lambda: torch.empty(TEST_BYTES, dtype=torch.uint8, device=device))
         left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, generator=torch.Generator().manual_seed(0))
         expected = left.double() @ right.double()
         product = (left.to(device) @ right.to(device)).cpu()
@@ -83,6 +91,23 @@ def _multiply(uses_gpu: bool) -> str:
     if difference <= MAX_RELATIVE_ERROR:
         return ""
     return f"a matrix product is wrong by {difference:.1e} of its largest element"
+
+
+def allocate_first(allocate: Callable[[], object]) -> None:
+    """Make this process's first allocation on its GPU, a second time without expandable segments if it fails.
+
+    vGPUs, and MIG slices that no variable names, report the lack of these segments by several errors.
+    """
+    import torch
+
+    try:
+        allocate()
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "busy or unavailable" in str(error):
+            raise
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+        allocate()
+        log.warning("GPU memory is allocated without expandable segments: %s", str(error).partition("\n")[0])
 
 
 def admit_trainer(trainer_id: str, uses_gpu: bool, process_group: ProcessGroup) -> list[str]:

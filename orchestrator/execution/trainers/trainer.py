@@ -30,9 +30,10 @@ log = logging.getLogger(__name__)
 
 CUDA_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The names of torch's settings for its CUDA allocator, the newer one first."""
-CUDA_ALLOCATOR_SETTINGS = "expandable_segments:True"
-"""Micro-batches have different lengths, so every step asks for blocks of new sizes, which fragments memory
-without this setting."""
+EXPANDABLE_SEGMENTS = "expandable_segments:"
+"""The allocator's setting that is true for GPU workers. Micro-batches have different lengths, so every step
+asks for blocks of new sizes, which fragments memory without this setting."""
+KERNEL_RELEASE = Path("/proc/sys/kernel/osrelease")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,20 @@ class TrainerSpec:
         if not self.uses_gpus:
             return {}
         chosen = {name: environment[name] for name in CUDA_ALLOCATOR_VARIABLES if name in environment}
-        return chosen or dict.fromkeys(CUDA_ALLOCATOR_VARIABLES, CUDA_ALLOCATOR_SETTINGS)
+        setting = f"{EXPANDABLE_SEGMENTS}{has_expandable_segments(environment)}"
+        return chosen or dict.fromkeys(CUDA_ALLOCATOR_VARIABLES, setting)
+
+
+def has_expandable_segments(environment: Mapping[str, str]) -> bool:
+    """Return whether GPU memory can be allocated in expandable segments: not on MIG slices, nor under WSL2.
+
+    Args:
+        environment: The environment variables, which name the slices.
+    """
+    visible = (environment.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"))
+    if any("MIG-" in devices for devices in visible):
+        return False
+    return not (KERNEL_RELEASE.exists() and "microsoft" in KERNEL_RELEASE.read_text("utf-8").lower())
 
 
 def train_loop_per_worker(config: Mapping[str, Any]) -> None:
@@ -173,6 +187,8 @@ def _set_up_device(spec: TrainerSpec) -> Any:
     import torch
     from ray.train.torch import get_device
 
+    # Partial sums in bfloat16 would make a lane's results depend more on the number of lanes beside it.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if not spec.uses_gpus:
         # Trainers share the cores: with two threads per trainer, pretraining was 17 times slower.
         torch.set_num_threads(1)

@@ -71,6 +71,43 @@ pytestmark = pytest.mark.xdist_group("pair")  # see pair.py: its server has torc
         ),
         (RuntimeError("Found no NVIDIA driver on your system."), Fault.DEVICE),
         (RuntimeError("CUDA driver error: unknown error"), Fault.DEVICE),
+        # On a MIG slice, torch's allocator reports that memory is exhausted as an error of NVML.
+        (
+            RuntimeError(
+                'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp"'
+                ":1165, please report a bug to PyTorch."
+            ),
+            Fault.MEMORY,
+        ),
+        (
+            RuntimeError(
+                "captures_underway.empty() INTERNAL ASSERT FAILED at "
+                '"/pytorch/c10/cuda/CUDACachingAllocator.cpp":2939, please report a bug to PyTorch.'
+            ),
+            Fault.DEVICE,
+        ),
+        (RuntimeError("CUDAGraph capture failed: the stream was invalidated"), Fault.DEVICE),
+        (
+            torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture"),
+            Fault.DEVICE,
+        ),
+        (RuntimeError("nvrtc: error: failed to open libnvrtc-builtins.so.13.0."), Fault.DEVICE),
+        (
+            RuntimeError("Error in dlopen: libnvrtc.so.13: cannot open shared object file: No such file"),
+            Fault.DEVICE,
+        ),
+        (
+            RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+            Fault.DEVICE,
+        ),
+        (RuntimeError("main.cpp:2:10: fatal error: Python.h: No such file or directory"), Fault.DEVICE),
+        (
+            subprocess.CalledProcessError(
+                1, ["/usr/bin/gcc", "cuda_utils.c", "-O3", "-shared", "-fPIC", "-o", "x"]
+            ),
+            Fault.DEVICE,
+        ),
+        (subprocess.CalledProcessError(1, ["grade", "answer.py"]), Fault.LANE),
         (OSError(errno.ENOSPC, "No space left on device"), Fault.DISK),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), Fault.DISK),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), Fault.LANE),
