@@ -220,7 +220,7 @@ def check_requested_machines(aws: Account) -> None:
         market = {
             k.rpartition(".")[2]: v for k, v in parameters.items() if k.startswith("InstanceMarketOptions")
         }
-        spot = {"MarketType": "spot", "SpotInstanceType": "one-time", "MaxPrice": "1.00"}
+        spot = {"MarketType": "spot", "SpotInstanceType": "one-time"}
         assert market == (spot | {"InstanceInterruptionBehavior": "terminate"} if gpu else {})
         assert parameters["IamInstanceProfile.Name"] == (GPU if gpu else HEAD)
         assert parameters["SecurityGroupId.1"] == group["GroupId"]

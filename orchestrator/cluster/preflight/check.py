@@ -11,7 +11,7 @@ from pathlib import Path
 from orchestrator.cluster.preflight import availability
 from orchestrator.cluster.preflight.capacity import check_capacity
 from orchestrator.cluster.preflight.check_result import UndeterminedError
-from orchestrator.cluster.preflight.node_info import collect_node_info
+from orchestrator.cluster.preflight.node_info import collect_node_info, look_for_gpus
 from orchestrator.execution.ray import autoscaler
 from orchestrator.execution.ray import runtime as ray_cluster
 from orchestrator.execution.ray.autoscaler import NodeType
@@ -161,7 +161,7 @@ class PreflightCheck:
                 startable = startable or autoscaler.startable_node_types(cluster)
                 self.report("nodes", partial(self.check_nodes, cluster, configurations, startable))
                 if self.options.device != "cpu" and self.options.gpus_per_worker != 0:
-                    self.report("driver", lambda: check_drivers(infos))
+                    self.report("driver", lambda: check_drivers(agents.call(look_for_gpus)))
                 for name, check in node_checks(agents, infos, root).items():
                     self.report(name, check)
                 if startable:

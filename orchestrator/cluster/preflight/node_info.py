@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import re
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from orchestrator.cluster.remote.source_digest import file_digests
 from orchestrator.execution.ray.autoscaler import NodeType, load_node_types
@@ -35,41 +35,45 @@ class NodeInfo:
     """The folder for temporary files, where Ray keeps logs and spilled objects."""
     startable_node_types: tuple[NodeType, ...] | None = None
     """Node types that the autoscaler may start; None on nodes without the autoscaler's file."""
-    nvidia_driver: str = ""
-    """Version of the NVIDIA driver; empty without one."""
-    torch_cuda: str = ""
-    """Version of CUDA that torch is built for; empty for a build without CUDA."""
 
 
 def collect_node_info() -> NodeInfo:
     """Return the versions and the disk space of this node."""
     folder = tempfile.gettempdir()
-    return NodeInfo(
-        node_versions(),
-        shutil.disk_usage(folder).free,
-        folder,
-        load_node_types(),
-        provenance.package_versions().get("cuda_driver", ""),
-        torch_cuda_version(),
-    )
+    return NodeInfo(node_versions(), shutil.disk_usage(folder).free, folder, load_node_types())
 
 
-def torch_cuda_version() -> str:
-    """Return the version of CUDA that the installed torch is built for, without importing torch.
+@dataclass(frozen=True)
+class GpuState:
+    """Whether torch can use a node's GPUs."""
 
-    Returns:
-        For example "13.0"; empty for a build without CUDA.
+    versions: str
+    """Versions of the NVIDIA driver and of torch, for people."""
+    fault: str
+    """The reason for which torch cannot use the GPUs; empty if it can."""
+
+
+def look_for_gpus(driver: str | None = None) -> GpuState | None:
+    """Let torch look for this node's GPUs; None if the node has no NVIDIA driver.
+
+    Args:
+        driver: Version of the driver; None to read it.
     """
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return ""
-    return parse_cuda_version(Path(spec.origin).with_name("version.py").read_text("utf-8"))
-
-
-def parse_cuda_version(text: str) -> str:
-    """Return the version of CUDA in torch's `version.py`; empty if it names none."""
-    found = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
-    return found[1] if found else ""
+    driver = provenance.package_versions().get("cuda_driver") if driver is None else driver
+    if not driver:
+        return None
+    # A process of its own: Ray hides the GPUs from an actor that reserves none.
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    program = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    torch, cuda, available = done.stdout.split() if done.returncode == 0 else ("?", "?", "False")
+    # torch warns of the cause, and Python prints the line of code after the warning.
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("  ")]
+    reason = lines[-1].rpartition("Warning: ")[2] if lines else "it finds none"
+    if cuda == "None":
+        reason = "it is built without CUDA"
+    return GpuState(f"NVIDIA driver {driver}, torch {torch}", "" if available == "True" else reason)
 
 
 def node_versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from orchestrator.cluster.preflight import availability, shared_storage
 from orchestrator.cluster.preflight.check_result import format_node_count, shorten_list
 from orchestrator.cluster.preflight.node_agent import NodeAgents, start_node_agents
-from orchestrator.cluster.preflight.node_info import NodeInfo, collect_node_info, node_versions
+from orchestrator.cluster.preflight.node_info import GpuState, NodeInfo, collect_node_info, node_versions
 from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration, ModelChoice, TaskChoice
@@ -22,9 +22,6 @@ from orchestrator.util.errors import UsageError
 GIB = 2**30
 MIN_FREE_BYTES = GIB
 """Enough for some checkpoints of small adapters and a day of Ray's logs."""
-MIN_NVIDIA_DRIVERS = {12: 525, 13: 580}
-"""Major version of CUDA -> the oldest major version of the driver that runs programs built for it, by
-NVIDIA's table of CUDA's minor version compatibility."""
 CLOCK_SAMPLES_PER_NODE = 3
 """Readings per node. The one with the smallest proven offset counts."""
 
@@ -91,39 +88,29 @@ def check_free_space(store: Path, store_free_bytes: int, infos: Mapping[str, Nod
     )
 
 
-def check_drivers(infos: Mapping[str, NodeInfo]) -> str:
+def check_drivers(states: Mapping[str, GpuState | None]) -> str:
     """Check that torch can use the GPUs of every node that has an NVIDIA driver.
 
     Args:
-        infos: Node address -> description of the node.
+        states: Node address -> what torch says of the node's GPUs; None without a driver.
 
     Returns:
         The text of the check's line; empty if no node has a driver.
 
     Raises:
-        UsageError: A node's driver is too old for its torch, or its torch is built without CUDA.
+        UsageError: torch cannot use a node's GPUs.
     """
-    failures, good = [], {}
-    for node, info in infos.items():
-        if not info.nvidia_driver:
-            continue
-        cuda, major = info.torch_cuda, int(info.torch_cuda.partition(".")[0] or 0)
-        oldest = MIN_NVIDIA_DRIVERS.get(major, 0)
-        if not cuda:
-            failures.append(f"torch on {node} is built without CUDA: install a build for CUDA there")
-        elif int(info.nvidia_driver.partition(".")[0]) < oldest:
-            failures.append(
-                f"the NVIDIA driver {info.nvidia_driver} on {node} is too old for torch's CUDA {cuda}, which "
-                f"needs {oldest} or newer: install a newer driver there, or a build of torch for an older "
-                "CUDA on all nodes"
-            )
-        else:
-            good[node] = f"{info.nvidia_driver} for CUDA {cuda}"
+    found = {node: state for node, state in states.items() if state is not None}
+    failures = [f"{state.versions} on {node}: {state.fault}" for node, state in found.items() if state.fault]
     if failures:
-        raise UsageError(shorten_list(failures, "; "))
-    if not good:
+        raise UsageError(
+            f"torch cannot use the GPUs: {shorten_list(failures, '; ')}; install a newer driver there, or a "
+            "build of torch for its CUDA on all nodes (docs/cluster.md)"
+        )
+    if not found:
         return ""
-    return f"NVIDIA driver {', '.join(sorted(set(good.values())))} on {format_node_count(len(good))}"
+    versions = sorted({state.versions for state in found.values()})
+    return f"{'; '.join(versions)} on {format_node_count(len(found))}"
 
 
 @dataclass(frozen=True)

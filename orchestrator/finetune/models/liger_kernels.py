@@ -6,10 +6,15 @@ kernels in its provenance.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.util.errors import UsageError
 from orchestrator.util.extras import require_package
 
@@ -26,15 +31,18 @@ REMEDY = "take --kernels torch"
 """What to do where Liger cannot be used."""
 
 
+COMPILER_REMEDY = f"install gcc and python3-dev (Python.h) on every node, or {REMEDY}"
+
+
 def check_liger(family: str, name: str) -> None:
-    """Check that Liger is installed and knows a model, without importing it (this needs no GPU).
+    """Check that Liger can be compiled here and knows a model, without importing it (this needs no GPU).
 
     Args:
         family: The `model_type` in the model's config.json.
         name: The model's name, for the error.
 
     Raises:
-        UsageError: Liger or Triton is missing, or Liger has no kernels for the model.
+        UsageError: Liger, Triton, a C compiler or Python.h is missing, or Liger has no kernels for the model.
     """
     if family not in FAMILIES:
         raise UsageError(
@@ -46,6 +54,43 @@ def check_liger(family: str, name: str) -> None:
         raise UsageError(
             f"--kernels liger needs triton, which is not installed: install torch for CUDA, or {REMEDY}."
         )
+    check_compiler()
+
+
+def check_compiler() -> None:
+    """Check that this machine has what Triton compiles a library with, before it launches its first kernel.
+
+    Raises:
+        UsageError: It has no C compiler, or no Python.h.
+    """
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    missing = [] if any(map(shutil.which, compilers)) else ["a C compiler"]
+    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").is_file():
+        missing.append("Python.h")
+    if missing:
+        raise UsageError(f"--kernels liger needs {' and '.join(missing)}: {COMPILER_REMEDY}.")
+
+
+def launch_kernel(device: Any) -> None:
+    """Launch one of Liger's kernels on a device.
+
+    Raises:
+        UsageError: It cannot be compiled or launched. That is the machine's fault, and not that of a lane.
+    """
+    import torch
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    ones = torch.ones(1, 8, device=device)
+    try:
+        LigerSiLUMulFunction.apply(ones, ones)
+    except Exception as error:  # of the compiler, of Triton, of the driver
+        if classify_error(error) is Fault.MEMORY:
+            raise
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        refusal = UsageError(f"--kernels liger: no kernel can be launched ({reason}): {COMPILER_REMEDY}.")
+        refusal.fault = Fault.DEVICE  # type: ignore[attr-defined]  # `classify_error` reads it
+        raise refusal from error
 
 
 def apply_liger(model: Any, name: str) -> str:
@@ -59,11 +104,12 @@ def apply_liger(model: Any, name: str) -> str:
         The name of the kernels in the provenance of a record: "liger" and its version.
 
     Raises:
-        UsageError: The model is not on a GPU, Liger is missing, or it has no kernels for the model.
+        UsageError: The model is not on a GPU, Liger is missing or has no kernels for it, or none compiles.
     """
     if model.device.type == "cpu":
         raise UsageError(f"--kernels liger: model {name!r} is on a CPU, and Liger needs a GPU; {REMEDY}.")
     check_liger(model.config.model_type, name)
+    launch_kernel(model.device)
     replace_modules(model)
     return f"liger {version('liger-kernel')}"
 

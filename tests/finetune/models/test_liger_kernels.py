@@ -15,6 +15,7 @@ import pytest
 import torch
 from scripted import Script, configuration, leases, tiny_base_model, train
 
+from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.finetune.models import liger_kernels
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.models.catalogue import UNPREPARED
@@ -53,6 +54,26 @@ def test_a_model_on_a_cpu_is_refused() -> None:
         UsageError, match=r"^--kernels liger: model 'tiny' is on a CPU, and Liger needs a GPU"
     ):
         liger_kernels.apply_liger(model, "tiny")
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "gcc"))
+    with pytest.raises(UsageError, match=r"^--kernels liger needs a C compiler"):
+        liger_kernels.check_compiler()
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
+    with pytest.raises(UsageError, match=r"needs a C compiler and Python\.h: install gcc and python3-dev"):
+        liger_kernels.check_compiler()
+
+
+@needs_liger
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here kernels can be launched")
+def test_a_kernel_that_cannot_be_launched_is_the_machines_fault() -> None:
+    with pytest.raises(
+        UsageError, match=r"no kernel can be launched \(.*install gcc and python3-dev"
+    ) as raised:
+        liger_kernels.launch_kernel("cpu")
+    assert "\n" not in str(raised.value)
+    assert classify_error(raised.value) is Fault.DEVICE
 
 
 @pytest.mark.parametrize("option", [{"device": "cpu"}, {"gpus_per_worker": 0.0}])
