@@ -71,6 +71,7 @@ def tuning_text(tuning: Tuning) -> str:
         for name, value in (("validation", tuning.chosen.validation), ("test", tuning.chosen.test))
         if value is not None
     )
-    label = "" if tuning.is_usable else f", {tuning.chosen.label}"
+    reason = "nothing learnt" if tuning.nothing_learned else tuning.chosen.label
+    label = "" if tuning.is_usable else f", {reason}"
     edge = f", at the edge: {', '.join(tuning.edges)}" if tuning.edges else ""
     return f"{rate(tuning.chosen.learning_rate)}: {scores}{label}{edge}"

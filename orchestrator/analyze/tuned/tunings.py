@@ -43,11 +43,16 @@ class Tuning:
     """The chosen values of the hyperparameters that the tuning varied."""
     edges: tuple[str, ...]
     """The hyperparameters whose chosen value is at an edge of the tried values, see `TuningResult.edges`."""
+    nothing_learned: bool
+    """True if even the chosen run is no better than the untrained base or a constant answer. `run_labels`
+    does not call it collapsed if its rate is below the best one of all replicates."""
 
     @property
     def is_usable(self) -> bool:
-        """Whether the chosen run has a test score and neither diverged nor collapsed."""
-        return self.chosen is not None and self.chosen.label == USABLE and self.chosen.test is not None
+        """Whether the chosen run has a test score, did not diverge, and has learned something."""
+        if self.chosen is None or self.chosen.test is None:
+            return False
+        return self.chosen.label == USABLE and not self.nothing_learned
 
     def count_runs(self, label: RunLabel) -> int:
         """Return the number of runs with a label."""
@@ -103,9 +108,9 @@ def _tuning(replicate: int, result: TuningResult, runs: Sequence[TriedRun]) -> T
     ordered = tuple(sorted(runs, key=lambda run: (run.learning_rate, run.fingerprint)))
     best = result.best
     if best is None:
-        return Tuning(replicate, ordered, None, {}, ())
+        return Tuning(replicate, ordered, None, {}, (), nothing_learned=False)
     chosen = next(run for run in runs if run.fingerprint == best.configuration.fingerprint)
-    return Tuning(replicate, ordered, chosen, best.settings, result.edges)
+    return Tuning(replicate, ordered, chosen, best.settings, result.edges, result.nothing_learned)
 
 
 def _of_size(tunings: Mapping[int, Tuning], size: int) -> dict[int, Tuning]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from synthetic import record
-from tuned_records import Truth, compare, compare_one, study_of, tuned_records
+from tuned_records import Truth, compare, compare_one, shifted_rates, study_of, tuned_records
 
 from orchestrator.analyze import report
 from orchestrator.analyze.report import write_report
@@ -101,6 +101,20 @@ def test_unusable_tunings_leave_an_interval_of_the_others_and_a_share_with_an_ex
     # McNemar: 0 of 6 discordant replicates, 2 / 2^6, times three variants.
     assert hira.usable_p == pytest.approx(3 * 2 / 2**6)
     assert task.outcome != "descriptive"
+
+
+@pytest.mark.parametrize("lowest", [-4.0, -2.0])
+def test_a_tuning_in_which_every_run_ends_at_the_untrained_score_is_not_usable(lowest: float) -> None:
+    """Whether the tie falls to a rate below or above the best one of the other replicates."""
+    whole = tuned_records({"lora": Truth(), "pissa": Truth(0.91, -2.6)}, replicates=10)
+    records = [record("pissa", rate, 3, 0.3, untrained=0.3) for rate in shifted_rates(3, lowest)]
+    others = [r for r in whole if r.configuration.variant.name == "lora" or r.configuration.seed != 3]
+    records += [replace(r, baseline_scores=records[0].baseline_scores) for r in others]
+    row = row_of(compare_one(records), "pissa")
+    assert row.usable is not None
+    assert row.interval is not None
+    assert (row.usable.usable, row.usable.n, row.pairs) == (9, 10, 9)
+    assert row.interval.high - row.interval.low < 0.03, "the failure is in the share, not in the difference"
 
 
 def test_a_variant_that_is_usable_less_often_is_no_better_for_that() -> None:
