@@ -30,8 +30,9 @@ LAUNCH_SECONDS = 10e-6
 """Assumed time in which Python launches a kernel."""
 DECODE_LAYER_SECONDS = 1e-4
 """Assumed time of a block in a decode step as a CUDA graph, without reading weights and cache: 40 kernels."""
-UNCERTAINTY = 0.3
-"""The prediction is a range of this share below and above the calculated time."""
+RANGE = (1.1, 1.45)
+"""The prediction is a range of these multiples of the calculated time: products of a study's sizes and
+attention reach smaller shares of the peak speeds, and the optimizer's time is left out."""
 COMPUTED_TOKENS = 1.3
 """Computed tokens per token of a row. In micro-batches that are cut from 64 rows sorted by length 1.2 are
 computed; the rest is for kernels that are too short to reach the assumed speeds."""
@@ -140,7 +141,8 @@ class Prediction:
     @property
     def range_seconds(self) -> tuple[float, float]:
         """The lower and the upper end."""
-        return self.seconds * (1 - UNCERTAINTY), self.seconds * (1 + UNCERTAINTY)
+        low, high = RANGE
+        return low * self.seconds, high * self.seconds
 
 
 class _Inputs:
