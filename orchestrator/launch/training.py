@@ -128,6 +128,7 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
         spec=trainer_spec,
         elastic=options.trainers is None,
         autoscaler_capacity=new_workers // options.workers_per_trainer,
+        autoscaler_memory=sum(each.max_nodes * each.node.memory for each in node_types if each.node),
         can_grow=not cluster.local,
     )
 

@@ -328,12 +328,21 @@ def test_a_wrong_price_is_a_one_line_error(typed: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_the_gpu_name_is_read_from_the_driver(tmp_path: Path) -> None:
+def test_the_gpu_name_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path = tmp_path / "gpus"
     assert runtime.gpu_name(tmp_path) == ""
     for slot in ("0", "1"):
-        (tmp_path / slot).mkdir()
+        (tmp_path / slot).mkdir(parents=True)
         (tmp_path / slot / "information").write_text("Model: \t\t NVIDIA A10G\nIRQ:   \t\t 45\n")
     assert runtime.gpu_name(tmp_path) == A10G
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "MIG-GPU-8932f937-d72c/1/0")
+            assert runtime.gpu_name(tmp_path) == "", "a slice has not the card's memory and speed"
+    slices = tmp_path.parent / "capabilities" / "gpu0" / "mig" / "gi1"
+    slices.mkdir(parents=True)
+    assert runtime.gpu_name(tmp_path) == "", "slices that no variable names"
+    slices.rmdir()
     (tmp_path / "1" / "information").write_text("Model: \t\t Tesla T4\n")
     assert runtime.gpu_name(tmp_path) == "", "which of them, nobody knows"
 

@@ -153,8 +153,19 @@ def estimate_local_cluster() -> Cluster:
     return Cluster((Node(len(os.sched_getaffinity(0)), gpus, memory),))
 
 
+def names_mig_slice(environment: Mapping[str, str]) -> bool:
+    """Return whether the variables that choose GPUs name a slice of a Multi-Instance GPU."""
+    chosen = (environment.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"))
+    return any("MIG-" in devices for devices in chosen)
+
+
 def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
-    """Return the name of this machine's GPUs as torch gives it; empty if it is unknown or they differ."""
+    """Return the name of this machine's GPUs as torch gives it; empty if it is unknown or they differ.
+
+    A MIG slice has a share of its card's memory and speed, so the card's name says nothing about it.
+    """
+    if names_mig_slice(os.environ) or any(proc.parent.glob("capabilities/gpu*/mig/gi*")):
+        return ""
     names = set()
     for file in proc.glob("*/information"):
         with suppress(OSError):

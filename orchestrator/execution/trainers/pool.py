@@ -39,6 +39,8 @@ class PoolConfig:
     """True if the number of trainers follows the cluster's nodes, starting from `num_trainers`."""
     autoscaler_capacity: int = 0
     """Number of trainers that fit on the largest set of nodes which an autoscaler may start."""
+    autoscaler_memory: float = 0.0
+    """Bytes that Ray may reserve on these nodes, as far as known."""
     can_grow: bool = True
     """False if no node can join, because the study has started this Ray."""
 

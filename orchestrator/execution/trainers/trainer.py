@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.execution.ray.runtime import names_mig_slice
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
 from orchestrator.util import timeouts
 from orchestrator.util.host_memory import keep_freed_memory
@@ -97,10 +98,8 @@ def has_expandable_segments(environment: Mapping[str, str]) -> bool:
     Args:
         environment: The environment variables, which name the slices.
     """
-    visible = (environment.get(name, "") for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"))
-    if any("MIG-" in devices for devices in visible):
-        return False
-    return not (KERNEL_RELEASE.exists() and "microsoft" in KERNEL_RELEASE.read_text("utf-8").lower())
+    is_wsl = KERNEL_RELEASE.exists() and "microsoft" in KERNEL_RELEASE.read_text("utf-8").lower()
+    return not (is_wsl or names_mig_slice(environment))
 
 
 def train_loop_per_worker(config: Mapping[str, Any]) -> None:

@@ -57,7 +57,8 @@ def trial_limits(
     waits was suggested without the results of the lanes that are in training. Where trainers measure their
     lanes, a search begins with `TrainerSpec.expected_lanes` and then follows `capacities`.
 
-    The trial processes together may use half of the memory that Ray manages; the other half is for trainers.
+    The trial processes together may use half of the memory that Ray manages, also on nodes that an autoscaler
+    may start; the other half is for trainers.
     An elastic pool on a joined cluster grows only if lanes wait. Its limit is therefore that of twice its
     trainers, of the trainers for which an autoscaler may start nodes, or of `MIN_AUTOSCALED_TRAINERS` with
     GPUs, whichever is largest.
@@ -84,4 +85,5 @@ def trial_limits(
     if scheduler == "hyperband":
         share = max(cluster.memory / wanted, 2 * PAUSABLE_TRIAL_MEMORY_BYTES)
         return None, int(min(share, max(node.memory for node in cluster.nodes)))
-    return max(1, min(wanted, int(cluster.memory / 2 / TRIAL_MEMORY_BYTES))), TRIAL_MEMORY_BYTES
+    memory = max(cluster.memory, pool.autoscaler_memory)
+    return max(1, min(wanted, int(memory / 2 / TRIAL_MEMORY_BYTES))), TRIAL_MEMORY_BYTES

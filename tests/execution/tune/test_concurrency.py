@@ -40,6 +40,15 @@ def test_a_joined_cluster_may_grow() -> None:
     assert trial_limits(pool(2, 4, gpus=1), joined, "none")[0] == 8 * (4 + 1)
 
 
+def test_memory_of_nodes_that_an_autoscaler_may_start_counts() -> None:
+    head = Cluster((Node(4, 0, 10 * 2 * TRIAL_MEMORY_BYTES),), local=False)
+    growing = replace(pool(1, 4, gpus=1), autoscaler_capacity=16)
+    assert trial_limits(growing, head, "none")[0] == 10
+    with_memory = replace(growing, autoscaler_memory=50 * 2 * TRIAL_MEMORY_BYTES)
+    assert trial_limits(with_memory, head, "none")[0] == 50
+    assert trial_limits(replace(with_memory, autoscaler_memory=2.0**40), head, "none")[0] == 16 * (4 + 1)
+
+
 def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
     assert trial_limits(pool(2, 4), LARGE, "none", is_search=True)[0] == 2 * 4
     assert trial_limits(pool(1, 1), LARGE, "asha", is_search=True)[0] == 1
