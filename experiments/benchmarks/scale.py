@@ -87,6 +87,19 @@ def run() -> int:
     return 0
 
 
+def template(variant: str, steps: int = 20) -> Configuration:
+    """Return a configuration of a variant whose training can be simulated."""
+    return Configuration(
+        VariantChoice(variant, alpha=None if variant == "hira" else 16.0),
+        TaskChoice("simulated", "0", 100, 100, 100, "exact_match", 0.0),
+        ModelChoice("none", "0"),
+        OptimizerConfig(1.0),
+        LRSchedule(steps),
+        BatchConfig(1),
+        evaluations=2,
+    )
+
+
 def build_configurations(size: int) -> list[Configuration]:
     """Return `size` configurations: five variants, at most twenty learning rates, as many seeds as needed.
 
@@ -97,18 +110,7 @@ def build_configurations(size: int) -> list[Configuration]:
     unit = rate_count * len(VARIANTS)
     if size < unit or size % unit:
         raise UsageError(f"--sizes {size}: must be a multiple of {unit}; take {max(1, size // unit) * unit}.")
-    templates = [
-        Configuration(
-            VariantChoice(name, alpha=None if name == "hira" else 16.0),
-            TaskChoice("simulated", "0", 100, 100, 100, "exact_match", 0.0),
-            ModelChoice("none", "0"),
-            OptimizerConfig(1.0),
-            LRSchedule(20),
-            BatchConfig(1),
-            evaluations=2,
-        )
-        for name in VARIANTS
-    ]
+    templates = [template(name) for name in VARIANTS]
     rates = [float(f"{10 ** (-4 + 4 * index / rate_count):.3g}") for index in range(rate_count)]
     return build_grid(templates, rates, range(size // unit))
 

@@ -32,25 +32,23 @@ def build_grid(
 def training_order(configurations: Iterable[Configuration], lanes_per_group: int) -> list[Configuration]:
     """Return configurations in training order.
 
-    They are trained in blocks of one variant and task, with all its rates and as many seeds as fill a lane
-    group. Blocks with the first seeds come first. Inside a block the order is shuffled with a fixed seed,
-    because early stopping keeps most of a small grid if the rates ascend. Variants are not mixed, because
-    lane groups would then be nearly empty.
+    They are trained in blocks of one variant and task. A block is the smallest number of full lane groups
+    that holds all rates of a seed; only the last block of a variant may be smaller. Blocks with the first
+    seeds come first. The rates of a seed are shuffled in a fixed way, because early stopping keeps most of a
+    small grid if the rates ascend. Variants are not mixed, because lane groups would then be nearly empty.
 
     Args:
         configurations: The configurations of a study.
         lanes_per_group: Lanes in a full lane group.
     """
-    by_variant: dict[tuple[str, str], list[Configuration]] = defaultdict(list)
-    for c in configurations:
-        by_variant[c.task.name, c.variant.name].append(c)
+    by_variant: dict[tuple[str, str], dict[int, list[Configuration]]] = defaultdict(lambda: defaultdict(list))
+    for c in sorted(configurations, key=lambda c: (c.seed, c.fingerprint)):
+        by_variant[c.task.name, c.variant.name][c.seed].append(c)
     blocks: list[tuple[int, str, list[Configuration]]] = []
-    for key, members in by_variant.items():
-        seeds = sorted({c.seed for c in members})
-        seeds_per_block = max(1, math.ceil(lanes_per_group / (len(members) / len(seeds))))
-        for start in range(0, len(seeds), seeds_per_block):
-            chosen = set(seeds[start : start + seeds_per_block])
-            block = sorted((c for c in members if c.seed in chosen), key=lambda c: c.fingerprint)
-            random.Random(f"{key}{start}").shuffle(block)
-            blocks.append((start, str(key), block))
+    for key, by_seed in by_variant.items():
+        for seed, rates in by_seed.items():
+            random.Random(f"{key}{seed}").shuffle(rates)
+        members = [c for rates in by_seed.values() for c in rates]
+        size = lanes_per_group * math.ceil(len(members) / len(by_seed) / lanes_per_group)
+        blocks += [(start, str(key), members[start : start + size]) for start in range(0, len(members), size)]
     return [c for _, _, block in sorted(blocks, key=lambda block: block[:2]) for c in block]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import filling
 import gpu
 import lanes as lanes_benchmark
 import makespan
@@ -140,6 +141,15 @@ def test_lanes_are_compared_with_one() -> None:
     assert [(row["variant"], row["lanes"]) for row in rows] == [("lora", 1), ("lora", 2), ("full", 1)]
     assert rows[0]["throughput"].median == 1
     assert len(lanes_benchmark.format_table(rows).splitlines()) == 4
+
+
+@pytest.mark.parametrize(("trainers", "open_trials"), [(1, 9), (1, 5), (8, 40)])
+def test_the_broker_fills_the_lane_groups_of_the_default_study(trainers: int, open_trials: int) -> None:
+    by_size, hours = filling.simulate(filling.default_study(4), trainers, 4, open_trials)
+    total = sum(by_size.values())
+    assert total == pytest.approx(165 * filling.STEPS)
+    assert by_size[4] > 0.85 * total
+    assert hours < 1.15 * total * filling.SECONDS_PER_LANE_STEP[-1] / trainers / 3600
 
 
 def run_gpu_benchmark(folder: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:

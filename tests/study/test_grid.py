@@ -50,6 +50,15 @@ def test_a_block_takes_as_many_seeds_as_fill_a_lane_group() -> None:
     assert {c.seed for c in first} == {0, 1}
 
 
+def test_a_block_is_whole_lane_groups_with_all_rates_of_its_seed() -> None:
+    rates = tuple(10.0**-k for k in range(5))
+    points = training_order(build_grid(TEMPLATES, rates, range(3)), lanes_per_group=4)
+    blocks = [list(group) for _, group in groupby(points, key=lambda c: c.variant.name)]
+    assert [len(block) for block in blocks] == [8, 8, 8, 7, 7, 7]
+    for block in blocks[:3]:
+        assert {c.optimizer.learning_rate for c in block if c.seed == 0} == set(rates)
+
+
 @given(st.lists(st.integers(0, 23), unique=True), st.integers(1, 9))
 def test_the_training_order_has_all_configurations_and_does_not_depend_on_the_input_order(
     chosen: list[int], lanes: int

@@ -26,6 +26,8 @@ class TrainerView:
     no lanes."""
     lanes: set[str] = field(default_factory=set)
     """Fingerprints of the lanes that the trainer holds."""
+    leased_at: float = 0.0
+    """Time of the trainer's last lease of a lane, on the broker's clock."""
     max_lanes: int = 0
     """The number of lanes of its group key that the trainer can hold, by its last call; 0 if unknown."""
 
@@ -116,8 +118,10 @@ def assign_starved_groups(
 ) -> None:
     """Let trainers drain for lanes that have waited longer than STARVATION_SECONDS.
 
-    A group key that no trainer serves gets the trainer with the fewest lanes, and so does a suspect that may
-    not join a lane group. A group key whose lanes fail in a row gets no trainer.
+    A group key that no trainer serves gets a trainer to which no lane came for as long, and for whose group
+    key none waits: its lane group is as full as it gets. A suspect that may not join a lane group gets any
+    trainer. Of several trainers, the one with the fewest lanes is drained. A group key whose lanes fail in a
+    row gets no trainer.
 
     Args:
         entries: All lanes that have not ended.
@@ -125,18 +129,29 @@ def assign_starved_groups(
         failures: Failures in a row by group key.
         now: Time on the broker's clock.
     """
+    waiting = [entry for entry in entries if entry.needs_trainer]
+    refillable = {entry.group_key for entry in waiting}
     drained_for = {view.draining_for for view in views}
     served = {view.group_key for view in views if view.lanes} | drained_for
-    for entry in entries:
-        if not entry.needs_trainer or now - entry.waiting_since <= timeouts.STARVATION_SECONDS:
+    for entry in waiting:
+        if not _is_long_ago(entry.waiting_since, now):
             continue
         key = entry.group_key
+        candidates = [view for view in views if view.lanes and view.draining_for is None]
         if entry.max_group_size is not None:
             is_starved = key not in drained_for
         else:
             is_starved = key not in served and failures[key] < MAX_GROUP_FAILURES
-        busy = [view for view in views if view.lanes and view.draining_for is None]
-        if is_starved and busy:
-            min(busy, key=lambda view: len(view.lanes)).draining_for = key
+            candidates = [
+                view
+                for view in candidates
+                if view.group_key not in refillable and _is_long_ago(view.leased_at, now)
+            ]
+        if is_starved and candidates:
+            min(candidates, key=lambda view: len(view.lanes)).draining_for = key
             drained_for.add(key)
             served.add(key)
+
+
+def _is_long_ago(then: float, now: float) -> bool:
+    return now - then > timeouts.STARVATION_SECONDS

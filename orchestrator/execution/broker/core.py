@@ -146,15 +146,15 @@ class BrokerCore:
             return LeaseGrant()
         selected = select_lanes(waiting, group_key, joined, capacity)
         return LeaseGrant(
-            tuple(self._lease_entry(entry, trainer_id, view) for entry in selected),
+            tuple(self._lease_entry(entry, trainer_id, view, now) for entry in selected),
             closed=self.closed and not waiting,
             requires_empty_group=not all(can_join(entry, group) for entry in selected),
         )
 
-    def _lease_entry(self, entry: LaneEntry, trainer_id: str, view: TrainerView) -> Lease:
+    def _lease_entry(self, entry: LaneEntry, trainer_id: str, view: TrainerView, now: float) -> Lease:
         attempt = max(entry.attempt, self.newest_attempt(entry.fingerprint)) + 1
         entry.lease(trainer_id, attempt)
-        view.group_key = entry.group_key
+        view.group_key, view.leased_at = entry.group_key, now
         view.lanes.add(entry.fingerprint)
         configuration = self.configurations[entry.fingerprint]
         self.progress.append(LaneProgress(configuration))

@@ -35,6 +35,11 @@ def test_a_trainer_refills_its_lane_group_then_takes_the_group_key_with_most_wai
     ]
 
 
+def end_all_lanes(core: BrokerCore, trainer: str, now: float) -> None:
+    for fingerprint in sorted(core.trainers[trainer].lanes):
+        core.end_lease(trainer, fingerprint, core.entries[fingerprint].attempt, "finished", now)
+
+
 def test_a_group_key_that_waits_too_long_gets_the_trainer_with_fewest_lanes() -> None:
     core = BrokerCore()
     for i, rate in enumerate((1e-4, 1e-3, 1e-2)):
@@ -42,15 +47,47 @@ def test_a_group_key_that_waits_too_long_gets_the_trainer_with_fewest_lanes() ->
     group_key = core.lease("a", None, 2, 0.0).leases[0].configuration.group_key
     core.lease("b", None, 1, 0.0)
     core.submit("t8", configuration("hira"), 0.0)
-    core.submit("t9", configuration("lora", 1e-1), 0.0)
     late = timeouts.STARVATION_SECONDS + 1
     held = {f: (core.entries[f].attempt, core.configurations[f], None) for f in core.trainers["a"].lanes}
     core.exchange("a", held, 0, late)
+    assert core.lease("b", group_key, 1, late).leases == ()
+    core.submit("t9", configuration("lora", 1e-1), late)
     assert core.lease("b", group_key, 1, late).leases == (), "b drains for the other group key"
     assert len(core.lease("a", group_key, 1, late).leases) == 1, "a goes on with its own group key"
-    (fingerprint,) = core.trainers["b"].lanes
-    core.end_lease("b", fingerprint, core.entries[fingerprint].attempt, "finished", late)
+    end_all_lanes(core, "b", late)
     assert [lease.configuration.variant.name for lease in core.lease("b", None, 2, late).leases] == ["hira"]
+
+
+def test_a_trainer_with_waiting_lanes_of_its_own_group_key_is_filled_before_it_serves_another() -> None:
+    """The only trainer of a study of two variants, each with more lanes than fit, hours after the start."""
+    core, hour = BrokerCore(), 60 * timeouts.STARVATION_SECONDS
+    for variant in ("lora", "hira"):
+        for rate in (1e-4, 1e-3, 1e-2, 1e-1):
+            core.submit(f"{variant}{rate}", configuration(variant, rate), 0.0)
+    trained = []
+    for now in (hour, 2 * hour, 3 * hour, 4 * hour):
+        first = core.lease("a", None, 1, now).leases
+        (key,) = {lease.configuration.group_key for lease in first}
+        more = core.lease("a", key, 1, now).leases
+        assert core.lease("a", key, 0, now).leases == ()
+        trained.append([lease.configuration.variant.name for lease in (*first, *more)])
+        end_all_lanes(core, "a", now)
+    assert sorted(trained) == [["hira", "hira"], ["hira", "hira"], ["lora", "lora"], ["lora", "lora"]]
+
+
+def test_a_lane_group_that_lanes_still_join_is_not_drained() -> None:
+    """The lane of another group key has waited for hours, but the group has begun a second ago."""
+    core, now = BrokerCore(), 60 * timeouts.STARVATION_SECONDS
+    core.submit("other", configuration("hira"), 0.0)
+    for second, rate in enumerate((1e-4, 1e-3, 1e-2)):
+        core.submit(f"t{rate}", configuration("lora", rate), now + second)
+        key = configuration("lora").group_key
+        assert len(core.lease("a", key, 1, now + second).leases) == 1
+        assert core.lease("a", key, 1, now + second).leases == ()
+    assert core.trainers["a"].draining_for is None
+    core.exchange("a", {f: (1, core.configurations[f], None) for f in core.trainers["a"].lanes}, 1, 2 * now)
+    assert core.lease("a", key, 1, 2 * now).leases == ()
+    assert core.trainers["a"].draining_for == configuration("hira").group_key
 
 
 def restarted() -> tuple[BrokerCore, Configuration]:
