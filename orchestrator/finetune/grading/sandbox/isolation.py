@@ -107,8 +107,8 @@ def enter_new_root(
 ) -> None:
     """Build a new root file system and move the first process of the new process namespace into it.
 
-    It contains the visible folders, read-only, an empty /tmp, four devices, and /proc of this namespace where
-    the machine allows mounting it. Nothing else of the machine is visible.
+    It contains the visible folders, read-only, a /tmp that is empty apart from these, four devices, and
+    /proc of this namespace where the machine allows mounting it. Nothing else of the machine is visible.
 
     Args:
         visible_folders: Folders of the machine; /usr is visible in any case.
@@ -119,9 +119,9 @@ def enter_new_root(
     root = "/sys"  # every machine has this folder, and nothing of its content has to be visible
     _mount("none", "/", "none", _REC | _PRIVATE)
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,nr_inodes=4096,mode=755")
+    _mount_tmp(root, tmp_bytes, max_tmp_files)  # first, because a visible folder may be below /tmp
     _mount_folders(root, visible_folders, hidden_folders)
     _mount_devices(root)
-    _mount_tmp(root, tmp_bytes, max_tmp_files)
     write_file("/proc/sys/user/max_user_namespaces", "0")  # no further namespaces inside the new one
     os.makedirs(root + "/proc", exist_ok=True)
     with contextlib.suppress(OSError):  # a container that masks parts of /proc forbids this
@@ -160,11 +160,11 @@ def _mount_devices(root: str) -> None:
         _bind_file("/etc/ld.so.cache", root)
     for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
         _bind_file(device, root)
+    os.symlink("/tmp", root + "/dev/shm")  # multiprocessing creates its semaphores there
 
 
 def _mount_tmp(root: str, tmp_bytes: int, max_tmp_files: int) -> None:
-    os.makedirs(root + "/tmp", exist_ok=True)
-    os.symlink("/tmp", root + "/dev/shm")  # multiprocessing creates its semaphores there
+    os.makedirs(root + "/tmp")
     options = f"size={tmp_bytes},nr_inodes={max_tmp_files},mode=700,uid={NOBODY},gid={NOBODY}"
     _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV, options)
 
