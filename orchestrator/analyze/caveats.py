@@ -19,7 +19,7 @@ def panel_caveats(panel: Panel) -> list[str]:
     for curve in panel.curves:
         for caveat, detail in _curve_caveats(curve):
             labels[caveat].append(curve.label + detail)
-    return [f"{panel.task} on {panel.model}: {caveat}: {', '.join(who)}." for caveat, who in labels.items()]
+    return [f"{panel.title}: {caveat}: {', '.join(who)}." for caveat, who in labels.items()]
 
 
 def _curve_caveats(c: Curve) -> Iterator[tuple[str, str]]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from orchestrator.analyze.intervals import Estimate
 from orchestrator.record.schema import Record
 
-Key = tuple[str, str, str]
-"""Task, model and variant."""
+Place = tuple[str, str]
+"""The title of a task with its base model, and the label of a curve or variant there."""
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """The cost of one variant on one task and base model.
+    """The cost of one variant on one task and base model, or of one of its curves if it has several.
 
     The seconds of a run are its equal share of the time of its lane group, see `Cost`.
     """
@@ -25,6 +25,10 @@ class CostRow:
     task: str
     model: str
     variant: str
+    title: str
+    """The task, the base model, and the settings in which they are compared more than once."""
+    label: str
+    """The variant, and the settings in which its curves differ."""
     runs: int
     """Number of fully trained runs, collapsed ones included, over which the means are taken."""
     train_seconds: float
@@ -37,14 +41,9 @@ class CostRow:
     trainable_parameters: int
     """Trainable parameters of a finished run, the median if they differ."""
     study_seconds: float
-    """Training and evaluation time of all runs of the variant, including those that did not finish."""
+    """Training and evaluation time of all runs of the row, including those that did not finish."""
     score: Estimate
-    """The test score at the variant's best point."""
-
-    @property
-    def title(self) -> str:
-        """The task and the base model."""
-        return f"{self.task} on {self.model}"
+    """The test score at the best point of the row."""
 
 
 @dataclass(frozen=True)
@@ -96,27 +95,32 @@ def summarize_time_use(records: Iterable[Record]) -> TimeUse | None:
     )
 
 
-def summarize_costs(records: Iterable[Record], scores: Mapping[Key, Estimate]) -> tuple[CostRow, ...]:
-    """Return the costs of all variants with a finished run, by task and model, the best score first.
+def summarize_costs(
+    records: Iterable[Record], places: Mapping[str, Place], scores: Mapping[Place, Estimate]
+) -> tuple[CostRow, ...]:
+    """Return the costs of all places with a finished run, by title, the best score first.
 
     Args:
         records: Distinct records.
-        scores: The test score of each variant at its best point. A variant may be missing.
+        places: Fingerprint -> place. Other records belong to their task, model and variant.
+        scores: The test score of each place at its best point. A place may be missing.
     """
-    by_key: dict[Key, list[Record]] = defaultdict(list)
+    by_place: dict[Place, list[Record]] = defaultdict(list)
     for record in records:
         c = record.configuration
-        by_key[c.task.name, c.model.name, c.variant.name].append(record)
-    rows = [_summarize(key, own, scores.get(key, Estimate(0))) for key, own in by_key.items()]
+        other = f"{c.task.name} on {c.model.name}", c.variant.name
+        by_place[places.get(record.fingerprint, other)].append(record)
+    rows = [_summarize(place, own, scores.get(place, Estimate(0))) for place, own in by_place.items()]
     known = [row for row in rows if row.runs]
-    return tuple(sorted(known, key=lambda row: (row.title, -(row.score.mean or -math.inf), row.variant)))
+    return tuple(sorted(known, key=lambda row: (row.title, -(row.score.mean or -math.inf), row.label)))
 
 
-def _summarize(key: Key, records: Sequence[Record], score: Estimate) -> CostRow:
+def _summarize(place: Place, records: Sequence[Record], score: Estimate) -> CostRow:
+    c = records[0].configuration
     costs = [r.cost for r in records if r.state == "finished"]
     count = max(1, len(costs))
     return CostRow(
-        *key,
+        *(c.task.name, c.model.name, c.variant.name, *place),
         runs=len(costs),
         train_seconds=math.fsum(cost.train_seconds for cost in costs) / count,
         evaluate_seconds=math.fsum(cost.evaluate_seconds for cost in costs) / count,

@@ -22,12 +22,6 @@ _SAME_RATE_DECADES = 0.005
 """Best rates that lie closer together are shown as one rate."""
 
 
-def panel_title(panel: Panel) -> str:
-    """Return the task and the model, followed by `Panel.varied`: "digits on base (steps=100)"."""
-    more = ", ".join(f"{k}={v}" for k, v in panel.varied.items())
-    return f"{panel.task} on {panel.model}" + (f" ({more})" if more else "")
-
-
 def best_rate_text(curve: Curve) -> str:
     """Return the best rate, marked if the grid does not bracket it: "best at 3e-4 (edge)"."""
     if curve.best_rate is None:
@@ -63,7 +57,7 @@ def curve_verdict(panel: Panel, command: str) -> Verdict:
     rates = {p.learning_rate for c in panel.curves for p in c.points}
     seeds = {run.seed for c in panel.curves for p in c.points for run in p.runs}
     design = (
-        f"{panel_title(panel)}: {count_text(len(panel.curves), 'variant')}, "
+        f"{panel.title}: {count_text(len(panel.curves), 'variant')}, "
         f"{count_text(len(rates), 'learning rate')} from {formatting.rate(min(rates))} to "
         f"{formatting.rate(max(rates))}, {count_text(len(seeds), 'seed')}; {panel.metric.replace('_', ' ')}."
     )
@@ -74,7 +68,7 @@ def curve_verdict(panel: Panel, command: str) -> Verdict:
         design,
         "The rates were chosen on these seeds. Which variant is better is a question for replicated tuning:",
         replicated_command(command),
-        panel.task,
+        panel.scope,
     )
 
 
@@ -107,11 +101,11 @@ def answer(panel: Panel) -> str:
     """Describe the best rates of a panel's curves and the spread of the test scores, in 1 or 2 sentences."""
     scored = [c for c in panel.curves if c.best_rate is not None]
     if not scored:
-        return f"No learning rate of {panel_title(panel)} has a score yet."
+        return f"No learning rate of {panel.title} has a score yet."
     unlearned = [c.label for c in scored if c.nothing_learned]
     if len(unlearned) == len(scored):
         return (
-            f"Nothing was learnt on {panel_title(panel)}: no run of any variant is better than the untrained "
+            f"Nothing was learnt on {panel.title}: no run of any variant is better than the untrained "
             "model or a constant answer."
         )
     # A variant that scores the same at both ends of the grid has no best rate, for example a head with a
@@ -134,7 +128,7 @@ def _peaks_text(
         num_scored: Number of all curves with a score.
     """
     if not ranked:
-        title = panel_title(panel)
+        title = panel.title
         return f"No variant of {title} scores better inside the grid than at its ends."
     if len(ranked) == 1:
         return f"The best rate of {ranked[0][1]} is {formatting.rate(ranked[0][0])}."

@@ -106,14 +106,13 @@ def _choices(summary: Summary) -> Iterator[_Choice]:
 
 
 def _choices_of_panel(panel: Panel) -> Iterator[_Choice]:
-    title = " ".join([f"{panel.task} on {panel.model}", *(f"{k}={v}" for k, v in panel.varied.items())])
     for curve in panel.curves:
         rates = [point.learning_rate for point in curve.points]
         if curve.best_rate is None:
             continue
         best = rates.index(curve.best_rate)
         for role, index in _around(best, len(rates)):
-            yield title, curve.label, role, [run.fingerprint for run in curve.points[index].runs]
+            yield panel.title, curve.label, role, [run.fingerprint for run in curve.points[index].runs]
 
 
 def _choices_of_search(search: SearchResult) -> Iterator[_Choice]:

@@ -24,5 +24,6 @@ def points_interval(interval: Interval | None) -> str:
 
 
 def percent(share: float) -> str:
-    """Format a share or a confidence level with at most three significant digits: 95 %, 98.3 %."""
-    return f"{100 * share:.3g} %"
+    """Format a share or a confidence level: 95 %, 98.3 %; with more digits if three would give 100 %."""
+    digits = next(n for n in range(3, 18) if n == 17 or share >= 1 or float(f"{100 * share:.{n}g}") < 100)
+    return f"{100 * share:.{digits}g} %"

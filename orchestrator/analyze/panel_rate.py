@@ -80,10 +80,10 @@ def panel_rate_verdict(panel: Panel) -> Verdict | None:
     names = ", ".join(curve.label for curve in curves)
     rates = len(set.intersection(*({point.learning_rate for point in curve.points} for curve in curves)))
     design = (
-        f"{panel.task} on {panel.model}: {names}; {rates} learning rates with "
+        f"{panel.title}: {names}; {rates} learning rates with "
         f"{count_text(len(seeds), 'seed')}. The rates are chosen on the same seeds, so this is descriptive; "
         "lora-orchestrator tuned tunes in replicates."
     )
-    verdict = fixed_rate_verdict(found, panel.reference, panel.task, design)
+    verdict = fixed_rate_verdict(found, panel.reference, panel.scope, design)
     finding = _OTHER_FINDINGS.get(verdict.outcome, verdict.claim)
     return replace(verdict, claim=finding, outcome="descriptive")

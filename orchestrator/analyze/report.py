@@ -54,7 +54,7 @@ def write_report(
         png, svg = _render(picture)
         files |= {f"{picture.name}.png": png, f"{picture.name}.svg": svg}
         pictures[picture.name] = (picture, png)
-    files["summary.json"] = json.dumps(_summary_to_json(data, pending), indent=1).encode()
+    files["summary.json"] = json.dumps(_summary_to_json(data, pending), indent=1, allow_nan=False).encode()
     from orchestrator.analyze.page import render_page  # jinja2 is not needed to read a summary
 
     files["report.html"] = render_page(data, pictures, pending).encode()

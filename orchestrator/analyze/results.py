@@ -185,6 +185,20 @@ class Panel:
     spread_at_best: Spread | None
     """The spread of the same variants, each at its own best rate."""
 
+    @property
+    def title(self) -> str:
+        """The task and the model, followed by `varied`: "digits on base (steps=100)"."""
+        return f"{self.task} on {self.model}{self._settings}"
+
+    @property
+    def scope(self) -> str:
+        """The task, followed by `varied`."""
+        return f"{self.task}{self._settings}"
+
+    @property
+    def _settings(self) -> str:
+        return f" ({', '.join(f'{k}={v}' for k, v in self.varied.items())})" if self.varied else ""
+
 
 @dataclass(frozen=True)
 class Summary:

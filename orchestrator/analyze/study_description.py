@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from orchestrator.analyze import formatting
-from orchestrator.analyze.curve_text import panel_title
 from orchestrator.analyze.intervals import Estimate
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.summary import summarize
@@ -67,7 +66,7 @@ def describe_summary(summary: Summary) -> StudyDescription:
     }
     # All panels count, also those without a score yet, so that the names stay the same.
     tasks = {panel.task for panel in summary.panels} | {search.task for search in summary.searches}
-    titles = {*map(panel_title, summary.panels), *map(_search_title, summary.searches)}
+    titles = {*(panel.title for panel in summary.panels), *map(_search_title, summary.searches)}
     for point in points:
         panel = point.task if len(tasks) == len(titles) else point.title
         name = f"{point.label}.{panel}" if len(titles) > 1 else point.label
@@ -82,7 +81,7 @@ def _best_points(summary: Summary) -> Iterator[_BestPoint]:
     for panel in summary.panels:
         for curve in panel.curves:
             if (rate := curve.best_rate) is not None and not curve.nothing_learned:
-                title = panel_title(panel)
+                title = panel.title
                 shown, scores = formatting.rate(rate), (curve.best_validation, curve.best_test)
                 yield _BestPoint(title, panel.task, curve.label, shown, rate, *scores)
     for search in summary.searches:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.analyze import panels
 from orchestrator.analyze.caveats import panel_caveats, search_caveats
-from orchestrator.analyze.costs import Key, summarize_costs, summarize_time_use
+from orchestrator.analyze.costs import Place, summarize_costs, summarize_time_use
 from orchestrator.analyze.curve_text import curve_verdict
 from orchestrator.analyze.factors.factor_summary import find_stars, summarize_factors
 from orchestrator.analyze.factors.factor_verdicts import factor_verdicts, factor_warnings
@@ -74,7 +74,7 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
         searches=searches,
         comparison=comparison,
         factor_study=factors,
-        costs=summarize_costs(curves, _best_scores(shown, searches, comparison)),
+        costs=summarize_costs(curves, _places(shown), _best_scores(shown, searches, comparison)),
         time_use=summarize_time_use(distinct),
     )
 
@@ -85,21 +85,27 @@ def _in_study_order(study: StudyFile, records: Sequence[Record]) -> list[Record]
     return sorted(records, key=lambda record: order.get(record.fingerprint, len(order)))
 
 
+def _places(shown: Sequence[Panel]) -> dict[str, Place]:
+    """Return fingerprint -> title of the panel and label of the curve, for the runs of all curves."""
+    return {
+        run.fingerprint: (panel.title, curve.label)
+        for panel in shown
+        for curve in panel.curves
+        for point in curve.points
+        for run in point.runs
+    }
+
+
 def _best_scores(
     shown: Sequence[Panel], searches: Sequence[SearchResult], comparison: TunedComparison | None
-) -> dict[Key, Estimate]:
-    """Return the test score of each variant at its best point, taken from its best curve."""
-    found: dict[Key, tuple[float, Estimate]] = {}
-    for panel in shown:
-        for curve in panel.curves:
-            key, mean = (panel.task, panel.model, curve.variant), curve.best_validation.mean
-            if mean is not None and (key not in found or mean > found[key][0]):
-                found[key] = mean, curve.best_test
-    scores = {key: estimate for key, (_, estimate) in found.items()}
+) -> dict[Place, Estimate]:
+    """Return the test score of each curve, or else of each variant, at its best point."""
+    scores = {(panel.title, curve.label): curve.best_test for panel in shown for curve in panel.curves}
     for search in searches:
-        scores |= {(search.task, search.model, v.variant): v.best.test for v in search.variants if v.best}
+        title = f"{search.task} on {search.model}"
+        scores |= {(title, v.variant): v.best.test for v in search.variants if v.best}
     for task in comparison.tasks if comparison else ():
-        scores |= {(task.task, task.model, row.variant): row.test for row in task.rows}
+        scores |= {(task.title, row.variant): row.test for row in task.rows}
     return scores
 
 

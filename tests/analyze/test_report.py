@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from synthetic import RATES, STUDY, record, several_tasks, study, summarize_curves
 
-from orchestrator.analyze import curve_text
+from orchestrator.analyze import curve_text, report
+from orchestrator.analyze.loss_lines import loss_panels
 from orchestrator.analyze.plots import curves, style
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Summary
-from orchestrator.record.schema import Record
+from orchestrator.record.schema import Cost, Record, StepMetrics
 from orchestrator.record.study_file import StudyFile
 
 STUDY_FILE = StudyFile(
@@ -26,6 +27,44 @@ STUDY_FILE = StudyFile(
     "--learning-rates=1e-3:1e-1:2 --seeds 3",
 )
 DATABASE = "sqlite:///results/mlflow.db"
+
+
+def test_panels_of_one_task_that_differ_in_a_setting_are_told_apart_everywhere() -> None:
+    scores = {
+        50: {"lora": (0.2, 0.5, 0.4), "dora": (0.6, 0.5, 0.3)},
+        100: {"lora": (0.1, 0.7), "dora": (0.8, 0.6)},
+    }
+    records = [
+        replace(made, curve=(StepMetrics(1, 2.0, rate, 1.0),), cost=Cost(float(steps), 1.0))
+        for steps, of_variant in scores.items()
+        for variant, own in of_variant.items()
+        for rate, score in zip(RATES, own, strict=False)
+        for made in [record(variant, rate, 0, score, steps=steps)]
+    ]
+    summary = summarize_curves(records)
+    titles = [panel.title for panel in summary.panels]
+    assert len(set(titles)) == 2
+    assert [panel.title for panel in loss_panels(summary, records)] == titles
+    assert len(set(summary.warnings)) == len(summary.warnings)
+    assert all(any(title in warning for warning in summary.warnings) for title in titles)
+    headings = [verdict.heading for verdict in summary.verdicts]
+    assert len(headings) == len(set(headings)) == 4
+    costs = {(row.title, row.label): (row.train_seconds, row.score.mean) for row in summary.costs}
+    assert costs == {
+        (titles[0], "lora"): (50.0, 0.5),
+        (titles[0], "dora"): (50.0, 0.6),
+        (titles[1], "lora"): (100.0, 0.7),
+        (titles[1], "dora"): (100.0, 0.8),
+    }
+
+
+def test_summary_json_without_a_json_number_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = summarize_curves(study())
+    monkeypatch.setattr(report, "summarize", lambda *_: replace(whole, tolerance=float("nan")))
+    with pytest.raises(ValueError, match="JSON"):
+        write_report(STUDY_FILE, study(), tmp_path, DATABASE)
 
 
 class Page(HTMLParser):
@@ -183,8 +222,8 @@ def test_an_empty_study_and_several_tasks_are_reports_too(tmp_path: Path) -> Non
     assert numbers["panels"] == []
     assert "No run has a record yet" in page.text
     summary, page, _ = written(tmp_path, several_tasks())
-    assert [curve_text.panel_title(p) for p in summary.panels] == ["digits on vit", "letters on letters-base"]
-    assert all(curve_text.panel_title(p) in page.text for p in summary.panels)
+    assert [p.title for p in summary.panels] == ["digits on vit", "letters on letters-base"]
+    assert all(p.title in page.text for p in summary.panels)
 
 
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:

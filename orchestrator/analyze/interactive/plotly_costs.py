@@ -17,7 +17,7 @@ from orchestrator.analyze.plots import style
 
 def cost_figures(rows: Sequence[CostRow]) -> list[go.Figure]:
     """Return a figure per task and model; a list in it selects the cost on the horizontal axis."""
-    styles = style.styles_by_label({row.variant for row in rows})
+    styles = style.styles_by_label({row.label for row in rows})
     return [_cost_figure(title, own, styles) for title, own in rows_by_title(rows).items()]
 
 
@@ -80,15 +80,15 @@ def _traces(
             "color": SOFT,
         },
         mode="markers+text",
-        text=[f"<b>{r.variant}</b>" if i in on_front else r.variant for i, r in enumerate(rows)],
+        text=[f"<b>{r.label}</b>" if i in on_front else r.label for i, r in enumerate(rows)],
         textposition="top right",
         textfont={"size": 11},
         customdata=[_hover_text(row) for row in rows],
         hovertemplate="%{customdata}<extra></extra>",
         marker={
             "size": 11,
-            "color": [plotly_style.color(styles[row.variant]) for row in rows],
-            "symbol": [plotly_style.symbol(styles[row.variant]) for row in rows],
+            "color": [plotly_style.color(styles[row.label]) for row in rows],
+            "symbol": [plotly_style.symbol(styles[row.label]) for row in rows],
         },
     )
     return front, points
@@ -97,6 +97,6 @@ def _traces(
 def _hover_text(row: CostRow) -> str:
     memory = f", peak memory {row.peak_memory / 1e9:.2f} GB" if row.peak_memory else ""
     return (
-        f"<b>{row.variant}</b>: test {formatting.number(row.score.mean)} {formatting.interval(row.score)}<br>"
+        f"<b>{row.label}</b>: test {formatting.number(row.score.mean)} {formatting.interval(row.score)}<br>"
         f"{row.train_seconds:.3g} s training, {row.trainable_parameters:,} parameters{memory}"
     )

@@ -87,7 +87,7 @@ def _empty_figure(panel: Panel, top: TopAxes | None) -> go.Figure:
     bounds = style.score_range(panel)
     y = plotly_style.axis(metric, **({"range": [bounds[0] - 0.04, bounds[1] + 0.04]} if bounds else {}))
     x = plotly_style.rate_axis(rates) | wide
-    title = plotly_style.title(curve_text.panel_title(panel))
+    title = plotly_style.title(panel.title)
     figure = plotly_style.new_figure(480, narrow, xaxis=x, yaxis=y, title=title, **more)
     if panel.untrained_validation is not None:
         line = {"color": SOFT, "dash": "dot", "width": 1.3}
@@ -214,7 +214,7 @@ def _heatmap_figure(panel: Panel, cells: HeatMap) -> go.Figure:
     rows, columns = len(cells.labels), len(cells.rates)
     has_text = cells.has_text_on_page
     names = [formatting.rate(r) for r in cells.rates]
-    title = plotly_style.title(curve_text.panel_title(panel))
+    title = plotly_style.title(panel.title)
     figure = plotly_style.new_figure(
         110 + 30 * rows,
         {

@@ -29,7 +29,7 @@ def _spread_figure(panel: Panel, styles: Mapping[str, CurveStyle]) -> go.Figure:
     figure = plotly_style.new_figure(
         height,
         {"height": height + 20, "margin": {"l": 8, "r": 6}},
-        title=plotly_style.title(curve_text.panel_title(panel)),
+        title=plotly_style.title(panel.title),
         xaxis=plotly_style.axis(f"{panel.metric.replace('_', ' ')} (test)"),
         yaxis=plotly_style.axis("", type="category", autorange="reversed", showgrid=False, ticks=""),
         showlegend=False,

@@ -28,7 +28,7 @@ def draw_costs(rows: Sequence[CostRow]) -> Figure:
     groups = rows_by_title(rows)
     columns = max(len(known_axes(own)) for own in groups.values())
     figure = style.new_figure(4.2 * len(groups))
-    styles = style.styles_by_label({row.variant for row in rows})
+    styles = style.styles_by_label({row.label for row in rows})
     grid = figure.subplots(len(groups), columns, squeeze=False, sharey="row")
     named = []
     for line, (title, own) in zip(grid, groups.items(), strict=True):
@@ -57,13 +57,13 @@ def _draw_scatter(
     axes.plot([costs[i] for i in front], [scores[i] for i in front], zorder=1, **line)
     names = []
     for i in sorted(range(len(rows)), key=lambda i: -scores[i]):
-        x, y, look, interval = costs[i], scores[i], styles[rows[i].variant], rows[i].score.interval
+        x, y, look, interval = costs[i], scores[i], styles[rows[i].label], rows[i].score.interval
         if interval is not None:
             axes.vlines(x, interval.low, interval.high, color=look.color, alpha=0.35)
         axes.plot(x, y, look.marker, color=look.color, markersize=8, zorder=3)
         names.append(
             axes.annotate(
-                rows[i].variant,
+                rows[i].label,
                 (x, y),
                 (_RIGHT, _UP),
                 textcoords="offset points",

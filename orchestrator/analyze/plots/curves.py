@@ -42,7 +42,7 @@ def draw_curves(summary: Summary) -> Figure:
     cells = figure.subfigures(max(1, len(summary.panels)), 1, squeeze=False)
     for panel, cell in zip(summary.panels, cells.flat, strict=False):
         top = top_axes(panel)
-        cell.suptitle(curve_text.panel_title(panel), x=0.012, ha="left", weight="bold", fontsize=12)
+        cell.suptitle(panel.title, x=0.012, ha="left", weight="bold", fontsize=12)
         grid = cell.subplots(1, 2 if top else 1, squeeze=False).flat
         for axes, view in zip(grid, (None, top), strict=False):
             _set_up_axes(axes, panel, view)
@@ -63,7 +63,7 @@ def _draw_small_multiples(summary: Summary) -> Figure:
     figure = style.new_figure(max(7.0, 2.5 * sum(heights) + 0.8))
     cells = figure.subfigures(len(summary.panels), 1, squeeze=False, height_ratios=heights)
     for panel, cell, rows in zip(summary.panels, cells.flat, heights, strict=True):
-        cell.suptitle(curve_text.panel_title(panel), x=0.012, ha="left", weight="bold", fontsize=12)
+        cell.suptitle(panel.title, x=0.012, ha="left", weight="bold", fontsize=12)
         cell.supylabel(f"{panel.metric.replace('_', ' ')} (validation)", fontsize=10)
         cell.supxlabel("learning rate (log scale)", fontsize=10)
         grid = cell.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from orchestrator.analyze import curve_text, formatting
+from orchestrator.analyze import formatting
 from orchestrator.analyze.heatmap_cells import HeatMap, heat_map
 from orchestrator.analyze.plots import style
 from orchestrator.analyze.results import Summary
@@ -32,7 +32,7 @@ def draw_heatmap(summary: Summary) -> Figure:
     grid = figure.subplots(len(maps), 1, squeeze=False, height_ratios=heights)
     for axes, each, panel in zip(grid.flat, maps, summary.panels, strict=True):
         _draw_map(axes, each)
-        axes.set_title(curve_text.panel_title(panel), pad=8)
+        axes.set_title(panel.title, pad=8)
         bar = figure.colorbar(axes.images[0], ax=axes, pad=0.015, aspect=14)
         bar.set_label(f"{panel.metric.replace('_', ' ')} (validation)", fontsize=9.5)
         bar.outline.set_visible(False)

@@ -56,7 +56,7 @@ def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) 
     if bounds := style.score_range(panel):
         axes.set_xlim(bounds[0] - 0.03, bounds[1] + 0.03)
     axes.set_xlabel(f"{panel.metric.replace('_', ' ')} (test)")
-    axes.set_title(curve_text.panel_title(panel), pad=8)
+    axes.set_title(panel.title, pad=8)
     common_rate = f"{panel.common_rate_label}, {formatting.rate(panel.common_rate)}"
     _plot_spread_bracket(axes, top + 0.9, panel.spread_at_common, f"at {common_rate} (hollow)")
     _plot_spread_bracket(axes, top, panel.spread_at_best, "each at its own best rate (filled)")

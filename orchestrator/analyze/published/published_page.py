@@ -113,7 +113,9 @@ def write_published(tasks: Sequence[PublishedTask], folder: Path, overlays: Sequ
         "tasks": [task.to_json() for task in tasks],
         "overlays": list(map(asdict, overlays)),
     }
-    atomic_files.write_atomically(folder / "summary.json", json.dumps(numbers, indent=1).encode())
+    atomic_files.write_atomically(
+        folder / "summary.json", json.dumps(numbers, indent=1, allow_nan=False).encode()
+    )
     page = _render_html(tasks, by_task, verdicts, pictures)
     atomic_files.write_atomically(folder / "report.html", page.encode())
 

@@ -34,7 +34,7 @@ def _front(rows: Sequence[CostRow]) -> set[str]:
     """Return the variants of one task and model on the Pareto front of test score and training time."""
     scored = [row for row in rows if row.score.mean is not None and row.train_seconds > 0]
     front = pareto_front([row.train_seconds for row in scored], [row.score.mean or 0.0 for row in scored])
-    return {scored[i].variant for i in front}
+    return {scored[i].label for i in front}
 
 
 def _values(data: ReportData) -> Mapping[str, Any]:
@@ -95,7 +95,7 @@ def _cost_table(title: str, rows: Sequence[CostRow]) -> Table:
     table = new_table(f"{title}: cost of a run, mean over fully trained runs", columns)
     for row in rows:
         table.add_row(
-            row.variant,
+            row.label,
             formatting.number(row.score.mean),
             seconds_text(row.train_seconds),
             seconds_text(row.evaluate_seconds),

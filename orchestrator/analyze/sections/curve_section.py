@@ -55,7 +55,6 @@ def _values(data: ReportData) -> Mapping[str, Any]:
         "has_run_counts": _has_run_counts(data.summary),
         "reproduce": reproduce,
         "has_many": any(len(p.curves) > MAX_OVERLAID_CURVES for p in data.summary.panels),
-        "panel_title": curve_text.panel_title,
         "best_rate": curve_text.best_rate_text,
         "width_text": curve_text.width_text,
         "NOT_RESOLVED": curve_text.NOT_RESOLVED,
@@ -95,7 +94,7 @@ def _panel_table(panel: Panel) -> Table:
         "usable\nruns",
         f"lost at\n{rate}",
     )
-    table = new_table(curve_text.panel_title(panel), columns)
+    table = new_table(panel.title, columns)
     for c in panel.curves:
         usable = c.count_runs("finished")
         regret = c.regret_at_reference_best if panel.reference else c.regret_at_average_best

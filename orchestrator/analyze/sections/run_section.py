@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.analyze import curve_text
 from orchestrator.analyze.report_parts import ReportData, Section
 from orchestrator.analyze.run_labels import RunLabel, label_runs
 from orchestrator.record.schema import Record
@@ -31,7 +30,7 @@ def _runs_without_result(data: ReportData) -> dict[RunLabel, list[tuple[str, str
         left out.
     """
     where = {
-        run.fingerprint: (curve.label, curve_text.panel_title(panel))
+        run.fingerprint: (curve.label, panel.title)
         for panel in data.summary.panels
         for curve in panel.curves
         for point in curve.points

@@ -64,6 +64,7 @@ def _aggregate(tasks: Sequence[TaskComparison]) -> tuple[VariantAggregate, ...]:
     names = dict.fromkeys(row.variant for task in tasks for row in task.rows[1:])
     found = []
     for name in names:
+        rows = [row for task in tasks for row in task.rows if row.variant == name and row.pairs]
         own = [task for task in scores if set(task.get(name, ())) & set(task[baseline])]
         if not own:
             continue
@@ -72,14 +73,13 @@ def _aggregate(tasks: Sequence[TaskComparison]) -> tuple[VariantAggregate, ...]:
             continue
         variant = np.array([[task[name][r] for task in own] for r in shared])
         base = np.array([[task[baseline][r] for task in own] for r in shared])
-        counts = Counter(row.counts for task in tasks for row in task.rows if row.variant == name)
         found.append(
             VariantAggregate(
                 name,
                 len(own),
                 interquartile_mean(variant - base),
                 probability_of_improvement(variant, base),
-                dict(counts),
+                dict(Counter(row.counts for row in rows)),
             )
         )
     return tuple(sorted(found, key=lambda each: (-each.mean_difference.value, each.variant)))

@@ -220,7 +220,7 @@ class VariantAggregate:
     probability_better: Aggregate
     """Probability that a tuning of the variant has a higher test score than a tuning of the baseline."""
     counts: Mapping[Counts, int]
-    """Value of `VariantRow.counts` -> number of tasks."""
+    """Value of `VariantRow.counts` -> number of these tasks."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def test_no_name_and_no_tick_label_of_the_costs_covers_another(ratio: float) -> 
     names = ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")
     rows = [
         CostRow(
-            *("letters", "base", name),
+            *("letters", "base", name, "letters on base", name),
             runs=3,
             train_seconds=1.5 * ratio ** (i / 7),
             evaluate_seconds=0.1,

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from synthetic import record
 
-from orchestrator.analyze import curve_text
 from orchestrator.analyze.published.published_selection import LABEL, MARK, mark_published, select_published
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.summary import summarize
@@ -33,7 +32,7 @@ def test_the_split_that_chooses_is_the_one_that_is_asked_for(select: str, rate: 
     (curve,) = summary.panels[0].curves
     assert curve.best_rate == rate
     assert curve.best_test.mean == pytest.approx(score)
-    assert curve_text.panel_title(summary.panels[0]).endswith(LABEL) == (select == "published")
+    assert summary.panels[0].title.endswith(LABEL) == (select == "published")
     assert any(warning.startswith(MARK) for warning in summary.warnings) == (select == "published")
 
 

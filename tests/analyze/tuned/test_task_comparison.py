@@ -308,6 +308,7 @@ def test_over_all_tasks_only_a_variant_of_all_tasks_does_best() -> None:
     ]
     found = compare(letters + digits)
     assert {each.variant: each.tasks for each in found.aggregates} == {"pissa": 1, "hira": 1, "dora": 2}
+    assert all(sum(each.counts.values()) == each.tasks for each in found.aggregates)
     first = summarize(study_of(letters + digits), letters + digits).verdicts[0]
     assert "Over all tasks dora does best" in first.answer
 
