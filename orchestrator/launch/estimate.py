@@ -98,65 +98,68 @@ def estimate_times(
     by_task: dict[tuple[str, ModelChoice], list[Configuration]] = defaultdict(list)
     for configuration in pending:
         by_task[configuration.task.name, configuration.model].append(configuration)
-    records = [record for record in store.records() if record.state == "finished"] if pending else []
+    tasks = {key: _TaskTimes(own, lanes_per_trainer, workers_per_trainer) for key, own in by_task.items()}
+    for record in (
+        store.records() if pending else ()
+    ):  # not all records at once, because their curves are large
+        trained = record.configuration
+        task = tasks.get((trained.task.name, trained.model))
+        if task is not None and record.state == "finished":
+            task.add(record)
     by_device: dict[str, list[TimeEstimate]] = defaultdict(list)
     measured_tasks: dict[str, set[str]] = defaultdict(set)
-    for (task, _), own in by_task.items():
-        for estimate in _estimate_task(own, records, lanes_per_trainer, workers_per_trainer):
+    for (name, _), task in tasks.items():
+        for estimate in task.estimates():
             by_device[estimate.device].append(estimate)
-            measured_tasks[estimate.device].add(task)
-    tasks = dict.fromkeys(task for task, _ in by_task)
+            measured_tasks[estimate.device].add(name)
+    names = dict.fromkeys(name for name, _ in by_task)
     return [
         replace(
             reduce(add, estimates),
-            unmeasured_tasks=tuple(task for task in tasks if task not in measured_tasks[device]),
+            unmeasured_tasks=tuple(name for name in names if name not in measured_tasks[device]),
         )
         for device, estimates in sorted(by_device.items())
     ]
 
 
-def _estimate_task(
-    pending: Sequence[Configuration],
-    records: Sequence[Record],
-    lanes_per_trainer: int,
-    workers_per_trainer: int,
-) -> list[TimeEstimate]:
-    """Estimate the training time of configurations of one task and model.
+class _TaskTimes:
+    """The training time of configurations of one task and model, from finished lanes that are added.
 
     Args:
         pending: The configurations to train.
-        records: Finished records, also of other tasks and models.
         lanes_per_trainer: Largest lane group of a trainer.
-        workers_per_trainer: Number of workers that split each batch.
-
-    Returns:
-        One estimate per device, sorted by the name of the device.
+        workers: Number of workers of a trainer.
     """
-    first = pending[0]
-    workloads = Counter(
-        _LaneWorkload(c.variant.name, c.lr_schedule.steps, c.batches, c.evaluations, c.test_evaluations)
-        for c in pending
-    )
-    group_sizes = {
-        workload: 1 if _is_exclusive(workload.variant) else min(lanes_per_trainer, count)
-        for workload, count in workloads.items()
-    }
-    lanes_by_device: Counter[str] = Counter()
-    measured: dict[str, _Measurements] = {}
-    for record in records:
-        trained, device = record.configuration, record.provenance.device
-        if (trained.task.name, trained.model) != (first.task.name, first.model):
-            continue
-        lanes_by_device[device] += 1
-        for workload, group_size in group_sizes.items():
-            by_variant = measured.setdefault(device, {}).setdefault(workload, {})
-            before = by_variant.get(trained.variant.name, _MeasuredSeconds())
-            ends = _scaled_seconds(record, workload, first, group_size, workers_per_trainer)
-            by_variant[trained.variant.name] = before.add(*ends)
-    return [
-        _sum_workloads(device, lanes, workloads, measured[device])
-        for device, lanes in sorted(lanes_by_device.items())
-    ]
+
+    def __init__(self, pending: Sequence[Configuration], lanes_per_trainer: int, workers: int) -> None:
+        self._first, self._workers = pending[0], workers
+        self._workloads = Counter(
+            _LaneWorkload(c.variant.name, c.lr_schedule.steps, c.batches, c.evaluations, c.test_evaluations)
+            for c in pending
+        )
+        self._group_sizes = {
+            workload: 1 if _is_exclusive(workload.variant) else min(lanes_per_trainer, count)
+            for workload, count in self._workloads.items()
+        }
+        self._lanes: Counter[str] = Counter()
+        self._measured: dict[str, _Measurements] = {}
+
+    def add(self, record: Record) -> None:
+        """Add a finished lane of this task and model."""
+        device, variant = record.provenance.device, record.configuration.variant.name
+        self._lanes[device] += 1
+        for workload, group_size in self._group_sizes.items():
+            by_variant = self._measured.setdefault(device, {}).setdefault(workload, {})
+            before = by_variant.get(variant, _MeasuredSeconds())
+            ends = _scaled_seconds(record, workload, self._first, group_size, self._workers)
+            by_variant[variant] = before.add(*ends)
+
+    def estimates(self) -> list[TimeEstimate]:
+        """Return one estimate per device, sorted by the name of the device."""
+        return [
+            _sum_workloads(device, lanes, self._workloads, self._measured[device])
+            for device, lanes in sorted(self._lanes.items())
+        ]
 
 
 def _sum_workloads(

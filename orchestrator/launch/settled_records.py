@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.record.schema import MAX_FAILURES, Record
@@ -13,8 +14,9 @@ class SettledRecords(Mapping[str, Record]):
     """Fingerprint -> record of a configuration that the study does not train any further.
 
     Such a configuration has finished, diverged, been stopped by the study's own early stopping, or failed too
-    often to be tried again. Each record is read at its first use. Iteration and length, which designs do not
-    use, cover all records of the store.
+    often to be tried again. Each record is read at its first use, and kept without its curve and its results
+    per item, which no design uses and which take most of the memory. Iteration and length, which designs do
+    not use either, cover all records of the store.
 
     Args:
         store: The records.
@@ -27,7 +29,7 @@ class SettledRecords(Mapping[str, Record]):
 
     def __getitem__(self, fingerprint: str) -> Record:
         if fingerprint not in self._settled:
-            self._settled[fingerprint] = self._read(fingerprint)
+            self._settled[fingerprint] = replace(self._read(fingerprint), curve=(), items={})
         return self._settled[fingerprint]
 
     def _read(self, fingerprint: str) -> Record:

@@ -31,7 +31,7 @@ def adopt_records(store: Store, templates: Sequence[Configuration], sources: Ite
     by_path = {source.path: source for source in sources}
     tasks = {template.task.content: template.task for template in templates}
     copied = 0
-    for record in list(store.records()):
+    for record in store.records():
         if record.state == "failed":
             continue
         configuration = record.configuration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -19,8 +20,9 @@ from orchestrator.launch import prices
 from orchestrator.launch.cost import format_range
 from orchestrator.launch.estimate import TRAINER_OVERHEAD, estimate_times
 from orchestrator.launch.plan import print_plan
+from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.work import StudyWork
-from orchestrator.record.schema import Cost, Provenance
+from orchestrator.record.schema import Cost, Provenance, StepMetrics
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule, ModelChoice
 from orchestrator.study.options import StudyOptions
@@ -79,6 +81,32 @@ def seconds(store: Store, *left: Configuration, lanes: int = 4, workers: int = 1
     return estimate.low_seconds / len(left or HUNDRED), estimate.high_seconds / TRAINER_OVERHEAD / len(
         left or HUNDRED
     )
+
+
+@pytest.mark.parametrize("reader", ["estimate", "design"])
+def test_a_plan_holds_no_curves_of_the_records_that_it_reads(store: Store, reader: str) -> None:
+    curve = tuple(StepMetrics(step, 0.1, 0.1, 0.1) for step in range(1000))
+    names = []
+    for seed in range(10):
+        made = replace(record(configuration(seed=seed), "finished"), curve=curve)
+        store.put(made)
+        names.append(made.fingerprint)
+
+    def peak(number: int) -> int:
+        """Return the peak of the memory while `number` records are read."""
+        tracemalloc.start()
+        if reader == "estimate":
+            some = Store(store.root)
+            some.states = lambda: dict.fromkeys(names[:number], "finished")  # type: ignore[method-assign]
+            estimate_times(HUNDRED, some, 4, 1)
+        else:
+            list(map(SettledRecords(store, "none").get, names[:number]))
+        high = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return high
+
+    peak(1)  # imports
+    assert peak(10) < 2.5 * peak(1)
 
 
 def test_hours_and_price_of_configurations_like_those_measured(store: Store, plan: Plan) -> None:
