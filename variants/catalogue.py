@@ -7,12 +7,12 @@ a user's Python file. This module imports torch only when a variant is used.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from variants.errors import suggest_nearest
 from variants.variant_names import (
     FILE_SUFFIX,
     PEFT_AXIS,
@@ -144,6 +144,4 @@ def _get_built_in(name: str) -> Variant:
 
 
 def _describe_unknown(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.5)
-    hint = f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(names())}."
-    return f"no variant {name!r}. {hint}"
+    return f"no variant {name!r}. {suggest_nearest(name, names())}"

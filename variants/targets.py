@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from variants.api import FrozenLayer, UnsupportedError
+from variants.errors import suggest_nearest
 from variants.nf4 import NF4Linear, NF4Weight
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -128,8 +128,7 @@ def _match_suffixes(modules: Mapping[str, nn.Module], targets: str) -> list[str]
 def _suggest_layer(name: str, modules: Mapping[str, nn.Module]) -> str:
     layers = [layer for layer, module in modules.items() if is_linear(module)]
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
-    close = difflib.get_close_matches(name, sorted({*layers, *ends}), n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else f"The model's linear layers end in: {', '.join(ends)}."
+    return suggest_nearest(name, {*layers, *ends}, f"The model's linear layers end in: {', '.join(ends)}.")
 
 
 def _check_adaptable(name: str, modules: Mapping[str, nn.Module], match_all: bool) -> None:

@@ -27,11 +27,12 @@ _FIRST_STEPS = """\
 Train LoRA and its variants, tune them alike, and report which one is better.
 
 Type first:
-  {program} study --dry-run   a small study here, in minutes
-  {program} study --help      the options: --variants, --task, ...
-  {program} study --plan      what it would train, time and price
-  {program} check             is everything here that it needs?
-  {program} study             the study; repeat it after a crash
+  {program} study --dry-run     a small study here, in minutes
+  {program} study --help        the options: --variants, --task, ...
+  {program} study --plan        what it would train, time and price
+  {program} study --data A.csv  a study on data of your own
+  {program} check               is everything here that it needs?
+  {program} study               the study; repeat it after a crash
 """
 
 

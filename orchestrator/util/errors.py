@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable
+
+from variants.errors import suggest_nearest as suggest_nearest
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _ADVICE = {
@@ -52,28 +52,6 @@ def describe_disk_error(error: BaseException | None) -> str:
         return describe_disk_error(error.__cause__)
     where = getattr(error, "filename", None) or "a file"
     return f"{where}: {os.strerror(number)}; {_ADVICE[number]}, then run the command again"
-
-
-def suggest_nearest(value: str, choices: Iterable[str], otherwise: str = "", cutoff: float = 0.5) -> str:
-    """Return a suggestion for a message about an unknown name.
-
-    Args:
-        value: The unknown name.
-        choices: The valid names.
-        otherwise: The sentence if none is near; by default all names, which should be few.
-        cutoff: The similarity from which a name is near, from 0 to 1; see `difflib.get_close_matches`.
-
-    Returns:
-        A sentence with the nearest choice or, if none is near, `otherwise`.
-    """
-    choices = sorted(choices)
-    by_lower = {choice.lower(): choice for choice in choices}
-    typed = value.lower()
-    longer = [choice for choice in by_lower if typed and choice.startswith(typed)]
-    close = longer or difflib.get_close_matches(typed, by_lower, n=1, cutoff=cutoff)
-    if close:
-        return f"Did you mean {by_lower[close[0]]!r}?"
-    return otherwise or f"Choose from: {', '.join(choices)}."
 
 
 def quote_value(value: str) -> str:

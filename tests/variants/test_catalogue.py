@@ -10,6 +10,7 @@ import pytest
 
 from variants import catalogue
 from variants.api import Batching, UnsupportedError, VariantSettings, VerifiedBy
+from variants.errors import suggest_nearest
 
 
 def test_five_variants_have_their_axis_batching_and_verification() -> None:
@@ -52,6 +53,17 @@ def test_an_unknown_name_gets_a_suggestion() -> None:
         catalogue.get("rs-lora")
     with pytest.raises(ValueError, match=f"Choose from: {', '.join(sorted(catalogue.names()))}"):
         catalogue.axis("zzz")
+
+
+def test_two_exchanged_letters_are_put_right() -> None:
+    """The commonest mistake, of which `lroa` was answered with `road`."""
+    names, wrong = catalogue.built_in_names(), []
+    for name in names:
+        for i in range(len(name) - 1):
+            typed = name[:i] + name[i + 1] + name[i] + name[i + 2 :]
+            if typed not in names and suggest_nearest(typed, names) != f"Did you mean {name!r}?":
+                wrong.append(typed)
+    assert not wrong
 
 
 def test_names_do_not_import_torch() -> None:
