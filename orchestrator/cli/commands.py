@@ -11,7 +11,6 @@ import tyro
 
 from orchestrator.cli.export import Export
 from orchestrator.cli.store_location import StoreLocation
-from orchestrator.study.options import StudyOptions
 from orchestrator.study.own_commands import own_command
 from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import format_command
@@ -201,21 +200,14 @@ class Merge(StoreLocation):
 
 
 @dataclass(frozen=True)
-class Check(StudyOptions):
+class Check:
     """Check whether a study with these options could run, before it costs anything.
 
-    The options are those of a study: replace `study` by `check` in its command. A running cluster is
-    joined, else this machine is checked. Each requirement is a line: ok, FAILED with a fix, or later
-    (cannot be known yet). Nothing is trained or left behind. Exit code 0, or 1 when a line says FAILED.
+    Write `check` before the name of an experiment, with the experiment's options: `check tuned --dry-run`.
+    Without a name it is `check study`. A running cluster is joined, else this machine is checked. Each
+    requirement is a line: ok, FAILED with a fix, or later (cannot be known yet). Nothing is trained or left
+    behind. Exit code 0, or 1 when a line says FAILED.
     """
-
-    def run(self) -> int:
-        """Run the checks, here or on a cluster, and return the exit code."""
-        from orchestrator.cluster.preflight.check import PreflightCheck
-        from orchestrator.cluster.remote.target import run_if_remote
-
-        code = run_if_remote(self) if self.on is not None else None
-        return PreflightCheck(self).run() if code is None else code
 
 
 COMMANDS: dict[str, type[Any]] = {
@@ -229,4 +221,5 @@ COMMANDS: dict[str, type[Any]] = {
     "fetch-model": FetchModel,
     "fetch-data": FetchData,
 }
-"""Name of each command -> the class of its options, whose method `run` returns the exit code."""
+"""Name of each command -> the class of its options, whose method `run` returns the exit code. The options of
+`check` are those of an experiment; see `program.run_command`."""

@@ -71,6 +71,8 @@ def run_study(
         KeyboardInterrupt: The run was interrupted. Unfinished lanes keep their checkpoints.
         OSError: A file could not be written.
     """
+    if experiment.request.preflight is not None:
+        return experiment.request.preflight(experiment, options)
     if options.plan_gpu is not None:
         prices.require_price("--plan-gpu", options.plan_gpu)  # before any data is read
     if options.plan and options.preset:

@@ -27,17 +27,16 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError, describe_disk_error
 from orchestrator.util.redaction import redact_secrets
 
-DEFAULT_TASK, DRY_RUN_TASK = "metamathqa", "letters"
-"""The tasks of lr_sensitivity.py."""
-DEFAULT_VARIANTS = ("lora", "rslora", "dora", "hira", "pissa")
-"""The variants of lr_sensitivity.py."""
-
 
 @dataclass
 class PreflightCheck:
     """All checks of one study. Each result is printed as soon as it is known."""
 
     options: StudyOptions
+    tasks: Sequence[str]
+    """Tasks of the experiment, where the options name none."""
+    variants: Sequence[str]
+    """Variants of the experiment, where the options name none."""
     passed: bool = True
     """True as long as no check has failed."""
     store: Store = field(init=False)
@@ -69,11 +68,10 @@ class PreflightCheck:
             StudyError: Ray does not start here.
         """
         options = self.options = autoscaler.adapt_options(self.options)
-        default_task = DRY_RUN_TASK if options.dry_run else DEFAULT_TASK
         # Resolve with a built-in model. Whether the requested model exists is a check of its own.
         built_in = replace(options, model=model_catalogue.built_in_names()[0])
         bases = options.store_folder / "bases"
-        resolved = resolve_tasks(built_in, [default_task], DEFAULT_VARIANTS, bases, add_pins=False)
+        resolved = resolve_tasks(built_in, self.tasks, self.variants, bases, add_pins=False)
         with remove_created_folders(options.output, options.store_folder):
             if not self.report("storage", self.open_store):
                 return 1
@@ -177,8 +175,8 @@ def remove_created_folders(*folders: Path) -> Iterator[None]:
     """Remove, on exit, folders that did not exist on entry, and their new parents, if they are empty."""
     missing = {
         parent
-        for folder in folders
-        for parent in (folder / "records", folder.absolute(), *folder.absolute().parents)
+        for folder in map(Path.absolute, folders)
+        for parent in (folder / "records", folder, *folder.parents)
         if not parent.exists()
     }
     try:

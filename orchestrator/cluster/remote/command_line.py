@@ -38,7 +38,8 @@ def remote_command(options: StudyOptions, uploads: Uploads) -> list[str]:
     """
     script = Path(sys.argv[0]).resolve()
     if _is_program(script):
-        program = ["-m", "orchestrator", sys.argv[1]]
+        names = [word for word in sys.argv[1:3] if not word.startswith("-")]  # `study`, or `check tuned`
+        program = ["-m", "orchestrator", *(names if names[0] == "check" else names[:1])]
     elif _is_source(script):
         program = [script.relative_to(PROJECT_ROOT).as_posix()]
     else:

@@ -48,7 +48,7 @@ def test_a_line_has_status_name_and_text_and_lists_are_shortened(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "a-secret-token")
-    checks = PreflightCheck(StudyOptions())
+    checks = PreflightCheck(StudyOptions(), (), ())
     assert checks.report("disk", lambda: "room")
     assert checks.report("nodes", lambda: fail(UndeterminedError("none so far")))
     assert checks.report("answers", lambda: "")

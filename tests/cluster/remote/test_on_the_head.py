@@ -10,7 +10,6 @@ import tyro
 import yaml
 
 from orchestrator.cli.arguments import parse_options
-from orchestrator.cli.commands import Check
 from orchestrator.cluster.remote import command_line, source_digest
 from orchestrator.cluster.remote.study_folders import find_study_folders
 from orchestrator.cluster.remote.uploads import Uploads
@@ -122,9 +121,10 @@ def test_options_of_a_script_and_of_the_check_are_translated(monkeypatch: pytest
     assert command_line.build_arguments(ComparisonOptions(replicates=20), Uploads()) == ["--replicates", "20"]
     module = source_digest.PROJECT_ROOT / "orchestrator" / "__main__.py"
     for program in (str(module), "bin/lora-orchestrator"):
-        monkeypatch.setattr(sys, "argv", [program, "check", "--rank", "4"])
-        words = command_line.remote_command(Check(rank=4), Uploads())
-        assert words == ["-m", "orchestrator", "check", "--rank", "4"]
+        for names in (["check"], ["check", "tuned"]):
+            monkeypatch.setattr(sys, "argv", [program, *names, "--rank", "4"])
+            words = command_line.remote_command(CurveOptions(rank=4), Uploads())
+            assert words == ["-m", "orchestrator", *names, "--rank", "4"]
     monkeypatch.setattr(sys, "argv", ["bin/lora-orchestrator", "study", "--rank", "4"])
     assert command_line.study_key(CurveOptions(rank=4, task=("letters",))) == "lr_sensitivity-letters"
 
