@@ -17,7 +17,7 @@ from orchestrator.analyze.best_lanes import best_lanes
 from orchestrator.export import retraining
 from orchestrator.export.export_folder import ExportMark, Form, check_target, write_folder
 from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
-from orchestrator.export.model_card import CardFacts, format_scores, render_card
+from orchestrator.export.model_card import CardFacts, InputForm, format_scores, render_card
 from orchestrator.export.trained_lane import LaneCode, TrainedLane, load_trained_lane
 from orchestrator.record.kept_adapters import EXPORT_PREFIX, StudyAdapters, file_name, find_adapter
 from orchestrator.record.schema import Record
@@ -226,7 +226,8 @@ def _write(
     note = _serving_note(lane) if form == "peft" and not lane.code.task.has_head else ""
     words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *FORM_OPTIONS[form]]
     command = own_command(words, chosen.study.command, chosen.folder.parent, store.root)
-    facts = CardFacts(form, source, revision, tuple(lane.adapters.heads), command, retrained, note)
+    inputs = _input_form(lane)
+    facts = CardFacts(form, source, revision, tuple(lane.adapters.heads), command, retrained, inputs, note)
     card = render_card(chosen, lane.code.task, facts)
 
     def write(target: Path) -> None:
@@ -246,6 +247,19 @@ def _write(
         other = "--raw" if form == "merged" else "--merge"
         raise UsageError(f"{error}; try {other}.") from error
     return (note,) if note else ()
+
+
+def _input_form(lane: TrainedLane) -> InputForm:
+    """Return what the lane was trained on, for the lines of the model card."""
+    from orchestrator.finetune.tasks.data_task import DataTask
+    from orchestrator.finetune.tasks.glue_task import GlueTask
+
+    task = lane.code.task
+    form = task.spec.form if isinstance(task, DataTask) else ""
+    if form == "chat":
+        return "chat" if getattr(lane.base_model.processor, "chat_template", None) else "lines"
+    columns = task.text_columns if isinstance(task, GlueTask) else ()
+    return "pair" if form == "pair" or len(columns) == 2 else "text"
 
 
 def _serving_note(lane: TrainedLane) -> str:

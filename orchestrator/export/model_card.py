@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from orchestrator.analyze.formatting import redact_secrets
 from orchestrator.analyze.run_labels import LABELS, label_runs
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 PIPELINES = {"text": "text-classification", "image": "image-classification"}
 """Inputs of a task with a head -> the hub's name of the pipeline."""
+InputForm = Literal["text", "pair", "chat", "lines"]
+"""What a lane was trained on: texts (an own task may have pairs), pairs of texts, or chats, written with the
+tokenizer's chat template or, if it has none, as lines."""
 _LEFT_OUT = ("variant", "task", "model", "model_content", "dtype", "seed", "task_revision", "task_content")
 
 
@@ -38,6 +41,7 @@ class CardFacts:
     """The command that makes this export."""
     retrained: Record | None
     """The record of the run in which the lane was trained again, if its results differ; else None."""
+    inputs: InputForm = "text"
     serving: str = ""
     """A sentence on whether vLLM serves the export; empty to say nothing."""
 
@@ -120,7 +124,8 @@ def _usage(task: Task, facts: CardFacts, variant: VariantChoice) -> Iterator[str
     values = variant.rank, variant.alpha, variant.dropout, dict(variant.extra)
     kind = "CausalLM" if not task.has_head else "SequenceClassification"
     kind = "ImageClassification" if task.inputs == "image" else kind
-    labels = f", num_labels={task.num_labels}" if task.has_head else ""
+    # The base may have a head of another size, which the adapter replaces.
+    labels = f", num_labels={task.num_labels}, ignore_mismatched_sizes=True" if task.has_head else ""
     revision = f", revision={facts.base_revision!r}" if facts.base_revision else ""
     yield "```python"
     if facts.form == "merged":
@@ -172,7 +177,7 @@ def _prediction(task: Task, facts: CardFacts) -> Iterator[str]:
         yield "from transformers import AutoTokenizer"
         yield ""
         yield 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
-        yield 'inputs = tokenizer("INPUT", return_tensors="pt")  # or two texts, for a task of pairs'
+        yield from _encode_input(task, facts)
     if task.output == "regression":
         yield "print(model(**inputs).logits.item())"
     elif task.has_head:
@@ -182,6 +187,22 @@ def _prediction(task: Task, facts: CardFacts) -> Iterator[str]:
         yield f"output = model.generate(**inputs, max_new_tokens={task.max_new_tokens or 32})"
         yield 'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     yield "```"
+
+
+def _encode_input(task: Task, facts: CardFacts) -> Iterator[str]:
+    """Yield the lines that make the inputs of the model of a text, as the lane was trained on them."""
+    if facts.inputs == "chat":
+        yield 'messages = [{"role": "user", "content": "INPUT"}]'
+        yield "inputs = tokenizer.apply_chat_template("
+        yield '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        yield ")"
+    elif facts.inputs == "lines":
+        yield 'inputs = tokenizer("user: INPUT\\nassistant:", return_tensors="pt")'
+    elif facts.inputs == "pair":
+        yield 'inputs = tokenizer("INPUT", "SECOND INPUT", return_tensors="pt")'
+    else:
+        note = "  # or two texts, for a task of pairs" if task.has_head else ""
+        yield f'inputs = tokenizer("INPUT", return_tensors="pt"){note}'
 
 
 def _scores(record: Record) -> Iterator[str]:
