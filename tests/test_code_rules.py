@@ -90,6 +90,13 @@ def test_retired_words_are_not_used() -> None:
     assert found == {}
 
 
+def test_no_advice_installs_this_project_from_an_index() -> None:
+    """It is on none: the command would fail, or install what somebody else has put there."""
+    paths = (*PROGRAM, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md")
+    advice = re.compile(r"pip install [^\n`]*\blora-orchestrator\b(?!/)")
+    assert [name_of(path) for path in paths if advice.search(path.read_text())] == []
+
+
 def test_the_files_that_the_architecture_names_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     named = re.findall(r"`((?:e|f|orchestrator|variants)/[\w/]+(?:\.py|/))", text)

@@ -184,8 +184,8 @@ def peft_variant(name: str) -> api.Variant:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     except ImportError as error:
         raise api.UnsupportedError(
-            f"{name} needs peft, which is not installed: pip install 'lora-orchestrator[peft]', or in a "
-            "clone: pip install -c constraints.txt -e '.[peft]'"
+            f"{name} needs peft, which is not installed: in the clone of this project, pip install -c "
+            "constraints.txt -e '.[peft]'"
         ) from error
     types = {each.value: each for each in PEFT_TYPE_TO_CONFIG_MAPPING}
     if peft_type in REFUSED_TYPES:

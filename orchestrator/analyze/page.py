@@ -65,4 +65,5 @@ def mlflow_ui_command(tracking_uri: str) -> str:
     """Return the command that opens the runs in MLflow's UI; empty for a server, which serves its own UI."""
     if not tracking_uri or tracking_uri.startswith(("http://", "https://")):
         return ""
-    return shlex.join(["mlflow", "ui", "--backend-store-uri", tracking_uri])
+    # Four workers, MLflow's default, end each other by a time limit while a busy machine starts them.
+    return shlex.join(["mlflow", "ui", "--workers", "1", "--backend-store-uri", tracking_uri])

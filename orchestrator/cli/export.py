@@ -17,6 +17,7 @@ from orchestrator.util.errors import UsageError
 class Export(StoreLocation):
     """Export a trained lane of a study: an adapter in PEFT's format, or a merged plain model.
 
+    A variant without such an adapter, such as `full`, is merged, or written as exact tensors.
     Without FINGERPRINT, the lane with the best validation score is exported, which `--save-adapters best`
     keeps. A lane whose adapter was not kept is first trained again; the command says what that costs.
     """
@@ -54,7 +55,7 @@ class Export(StoreLocation):
             raise UsageError(f"--best with {self.fingerprint}: both name a lane; leave one of them out.")
         if self.merge and self.raw:
             raise UsageError("--merge with --raw: an export has one form; leave one of them out.")
-        form: Literal["peft", "merged", "raw"] = "merged" if self.merge else "raw" if self.raw else "peft"
+        form: Literal["merged", "raw"] | None = "merged" if self.merge else "raw" if self.raw else None
         query = LaneQuery(self.study, self.fingerprint, self.variant, self.task)
         request = ExportRequest(query, form, self.to, self.device, self.retrain)
         done = export_lane(Store(self.store_folder, create=False), self.output, request)

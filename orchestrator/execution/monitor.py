@@ -202,7 +202,7 @@ class StudyMonitor(threading.Thread):
 
     def _show_counts(self, counts: Counter[str]) -> None:
         progress = self.progress
-        progress.steps_taken = sum(self.steps_taken.values())
+        progress.count_steps(sum(self.steps_taken.values()))
         progress.training = counts[LeasePhase.LEASED] + counts[LeasePhase.PAUSED]
         progress.waiting = counts[LeasePhase.WAITING]
         progress.live_trainers = counts["trainers"]

@@ -22,6 +22,8 @@ from orchestrator.record.schema import Record
 from orchestrator.util import timeouts
 
 MAX_LINE_LENGTH = 80
+MIN_MEASURED_STEPS = 5
+"""Optimizer steps, of all lanes, whose pace is an estimate of the remaining time."""
 
 
 class _LogFile(io.TextIOWrapper):
@@ -69,7 +71,8 @@ class Progress:
     """Optimizer steps of all lanes, including those in training."""
     max_steps: int = 0
     """Optimizer steps of all configurations to train, if every lane is trained to its end; 0 if unknown."""
-    _ended_steps: int = 0
+    _first_steps: tuple[float, int] | None = None
+    """The time at which the first steps were counted, and their number."""
     _saved_steps: int = 0
     """Steps that are not taken because their lanes have ended early."""
     _seen: set[str] = field(default_factory=set)
@@ -103,7 +106,6 @@ class Progress:
             return
         self._seen.add(record.fingerprint)
         self.ended[record.state] += 1
-        self._ended_steps += record.steps
         self._saved_steps += record.configuration.lr_schedule.steps - record.steps
         score = record.score("validation")
         rate = record.configuration.optimizer.learning_rate
@@ -153,20 +155,23 @@ class Progress:
             parts.append(f"{format_duration(left)} left")
         return " | ".join(parts)
 
-    def seconds_left(self) -> float | None:
-        """Estimate the remaining seconds from the pace so far, or return None before the first result.
+    def count_steps(self, steps_taken: int) -> None:
+        """Set the number of steps taken, and begin to measure their pace with the first ones."""
+        self.steps_taken = steps_taken
+        if self._first_steps is None and steps_taken:
+            self._first_steps = time.monotonic(), steps_taken
 
-        A lane in training counts by the share of its steps that it has taken. Steps of an earlier run make
-        the estimate too long, and repeated steps make it too short.
+    def seconds_left(self) -> float | None:
+        """Estimate the remaining seconds from the pace of the steps, or return None if it is not known.
+
+        Steps of an earlier run make the estimate too long, and repeated steps make it too short.
         """
-        num_ended = self.ended.total()
-        if self.first_lane_at is None or not num_ended:
+        left = self.max_steps - self._saved_steps - self.steps_taken
+        if self._first_steps is None or left <= 0:
             return None
-        steps_per_lane = max(1.0, self._ended_steps / num_ended)
-        under_way = max(0, self.steps_taken - self._ended_steps) / steps_per_lane
-        done = num_ended + min(under_way, self.training)
-        left = max(0.0, self.total - self.cached - done)
-        return (time.monotonic() - self.first_lane_at) / done * left
+        since, first = self._first_steps
+        measured = self.steps_taken - first
+        return (time.monotonic() - since) / measured * left if measured >= MIN_MEASURED_STEPS else None
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from orchestrator.analyze.best_lanes import best_lanes
 from orchestrator.export import retraining
 from orchestrator.export.export_folder import ExportMark, Form, check_target, write_folder
 from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
@@ -42,7 +41,8 @@ class ExportRequest:
     """The lane to export, the form, the folder, and how the lane is trained again if that is needed."""
 
     query: LaneQuery
-    form: Form
+    form: Form | None = None
+    """The form; None for the first one that the variant has: PEFT's format, a merged model, exact tensors."""
     folder: Path | None = None
     """The folder to write; None for `export/VARIANT-FINGERPRINT` in the study's folder."""
     device: retraining.Device = "auto"
@@ -89,61 +89,45 @@ def export_lane(
     variant = record.configuration.variant.name
     task = record.configuration.task.name
     notify(f"{record.fingerprint[:12]}: {variant} on {task}, {format_scores(record)}; {chosen.reason}")
+    code = LaneCode.find(record.configuration, store)
+    form = _choose_form(code, request.form, variant, notify)
     name = f"{short_name(variant)}-{record.fingerprint[:12]}"
-    name += "" if request.form == "peft" else f"-{request.form}"
+    name += "" if form == "peft" else f"-{form}"
     folder = request.folder or chosen.folder / "export" / name
     check_target(folder, record.fingerprint)
-    code = LaneCode.find(record.configuration, store)
-    _check_form(store, chosen, request, code)
     with ExitStack() as stack:
         file, retrained = find_adapter(store, record), None
         if file is None:  # else the store may be one that this user can only read
             scratch = stack.enter_context(scratch_folder(store))
             file, retrained = _train_again(store, scratch, chosen, request, notify)
         lane = load_trained_lane(store, record.configuration, code, file)
-        notes = _write(store, chosen, lane, request.form, folder, retrained)
+        notes = _write(store, chosen, lane, form, folder, retrained)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Export(folder, request.form, record, size, notes)
+    return Export(folder, form, record, size, notes)
 
 
-def _check_form(store: Store, chosen: ChosenLane, request: ExportRequest, code: LaneCode) -> None:
-    """Check that the variant of a lane can be exported in the requested form, before a model is loaded.
+def _choose_form(code: LaneCode, form: Form | None, name: str, notify: Callable[[str], None]) -> Form:
+    """Return the form of an export. Say why it is no adapter if the user has not asked for a form.
 
     Raises:
-        UsageError: It cannot; the message names a form that is possible.
+        UsageError: The variant cannot be merged; the message names a form that is possible.
     """
     from variants.export_forms import export_forms
 
-    forms, name, form = export_forms(code.variant), chosen.record.configuration.variant.name, request.form
-    merge = "--merge writes a plain model of transformers"
-    raw = "--raw writes the exact tensors for `variants.storage.load_lane`"
-    if form == "peft" and not forms.peft.possible:
-        remedy = merge if forms.merged.possible else raw
-        if other := _find_exportable(store, chosen, request.query):
-            remedy += f"; the best variant of the study with such an adapter: --variant {other}"
-        raise UsageError(f"{name} has no adapter in PEFT's format: {forms.peft.note}; {remedy}.")
+    forms = export_forms(code.variant)
     if form == "merged" and not forms.merged.possible:
-        remedy = "without --merge it is an adapter of PEFT" if forms.peft.possible else raw
+        remedy = "without --merge its exact tensors are written"
+        if forms.peft.possible:
+            remedy = "without --merge it is an adapter of PEFT"
         raise UsageError(f"--merge: {name} cannot be merged: {forms.merged.note}; {remedy}.")
-
-
-def _find_exportable(store: Store, chosen: ChosenLane, query: LaneQuery) -> str:
-    """Return the best variant on the lane's task that has an adapter of PEFT.
-
-    Returns:
-        The name; empty if there is none, or if the user has named a variant or a lane.
-    """
-    from variants.export_forms import export_forms
-
-    if query.variant is not None or query.fingerprint:
-        return ""
-    task, records = chosen.record.configuration.task.name, {r.fingerprint: r for r in chosen.records}
-    lanes = best_lanes(chosen.study, chosen.records).values()
-    for lane in sorted(lanes, key=lambda lane: -(lane.validation or 0.0)):
-        code = LaneCode.find(records[lane.fingerprint].configuration, store)
-        if lane.goal.task == task and export_forms(code.variant).peft.possible:
-            return lane.goal.variant
-    return ""
+    if form is not None or forms.peft.possible:
+        return form or "peft"
+    what = "a plain model of transformers" if forms.merged.possible else "the exact tensors"
+    notify(
+        f"{name} has no adapter in PEFT's format: {forms.peft.note}; {what} will be written (for an adapter "
+        "take another --variant)"
+    )
+    return "merged" if forms.merged.possible else "raw"
 
 
 def _train_again(

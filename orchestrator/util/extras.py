@@ -8,15 +8,14 @@ from orchestrator.util.errors import UsageError
 
 
 def install_hint(extra: str) -> str:
-    """Return the two commands that install an extra: one for an installed package, one for a clone.
+    """Return the command that installs an extra.
+
+    It names the clone, because this project is on no package index, where anyone could take its name.
 
     Args:
         extra: Name of the extra in pyproject.toml, such as "wandb".
     """
-    return (
-        f"pip install 'lora-orchestrator[{extra}]', or in a clone: "
-        f"pip install -c constraints.txt -e '.[{extra}]'"
-    )
+    return f"in the clone of this project, pip install -c constraints.txt -e '.[{extra}]'"
 
 
 def require_package(user: str, package: str, extra: str, otherwise: str = "") -> None:

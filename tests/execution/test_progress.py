@@ -44,32 +44,37 @@ def test_durations_are_formatted(seconds: float, said: str) -> None:
     assert format_duration(seconds) == said
 
 
-def test_the_line_fits_80_columns_when_everything_is_long(tmp_path: Path) -> None:
+def test_the_line_fits_80_columns_when_everything_is_long(tmp_path: Path, now: SimpleNamespace) -> None:
     progress = Progress(tmp_path, 5000, 4000, Console(file=io.StringIO(), width=80))
     progress.training, progress.live_trainers = 64, 8
     progress.ended = Counter(finished=626, diverged=120, stopped=250, failed=3)
     progress.best = 0.987, "rslora 0.000316"
-    progress.first_lane_at = time.monotonic() - 7000
+    progress.max_steps = 60_000
+    progress.count_steps(1)
+    progress.count_steps(30_000)
+    now.seconds += 7000
+    assert progress.status_line().endswith(" left")
     assert len(progress.status_line()) <= 80
     progress.total, progress.cached = 99_300, 62_000
     progress.ended = Counter(diverged=12_000, stopped=25_000, failed=300)
-    progress.first_lane_at = time.monotonic() - 70_000
     assert len(progress.status_line()) <= 80
 
 
-def test_the_time_left_counts_lanes_under_way(tmp_path: Path, now: SimpleNamespace) -> None:
+def test_the_time_left_is_known_after_a_few_steps(tmp_path: Path, now: SimpleNamespace) -> None:
+    """No lane has to end first, and a lane that diverged early does not make the others short."""
     with Progress(tmp_path, 8, 0, Console(file=io.StringIO(), width=80)) as progress:
-        progress.training, progress.steps_taken = 4, 2000
-        progress.first_lane_at = NOW - 4000
-        assert progress.seconds_left() is None, "nothing is known of how long a lane takes"
-        for seed in range(4):
-            progress.add_record(points.record(points.configuration(seed=seed), "diverged", steps=500))
-        assert progress.seconds_left() == pytest.approx(4000)
-        progress.first_lane_at = NOW - 7000
-        progress.steps_taken = 3500  # three quarters of the steps of the other four lanes
-        assert progress.seconds_left() == pytest.approx(1000)
-        progress.steps_taken = 5000  # with repeated steps; at most all steps of the lanes in training count
-        assert progress.seconds_left() == 0.0
+        record = points.record(points.configuration(seed=0), "diverged", steps=2)
+        steps = record.configuration.lr_schedule.steps
+        progress.training, progress.max_steps = 4, 8 * steps
+        progress.count_steps(4)
+        now.seconds += 100  # the first steps may have waited for the base model
+        assert progress.seconds_left() is None
+        progress.count_steps(24)
+        assert progress.seconds_left() == pytest.approx(5 * (8 * steps - 24))
+        progress.add_record(record)
+        assert progress.seconds_left() == pytest.approx(5 * (7 * steps + 2 - 24))
+        progress.count_steps(8 * steps)  # with repeated steps
+        assert progress.seconds_left() is None, "not 0 s, while lanes are in training"
 
 
 def test_without_a_terminal_it_writes_lines_and_keeps_others_out(

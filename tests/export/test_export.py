@@ -21,6 +21,7 @@ from orchestrator.export.model_card import CardFacts, _scores, render_card
 from orchestrator.finetune.sources import own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.local.letters import LENGTH
+from orchestrator.launch.reporting import export_words
 from orchestrator.record.kept_adapters import find_adapter
 from orchestrator.record.study_file import StudyFile
 from orchestrator.util.errors import UsageError
@@ -70,7 +71,10 @@ def test_a_merged_model_is_a_plain_model_of_transformers(
 
 def test_a_variant_without_other_forms_is_exported_exactly(export: Export, trained: Trained) -> None:
     record = trained.record("hydra_lora")
-    folder = folder_of(export("--variant", "hydra_lora", "--raw"))
+    done = export("--variant", "hydra_lora")
+    assert "hydra_lora has no adapter in PEFT's format: " in done.stdout
+    assert "; the exact tensors will be written (for an adapter take another --variant)" in done.stdout
+    folder = folder_of(done)
     variables = run_card(folder)
     with variables["adapters"].activate_lanes(["lane"], None):
         scores = validation_scores(variables["base"], folder, record)
@@ -157,10 +161,24 @@ def test_without_a_variant_the_best_of_all_is_exported(export: Export, trained: 
     for variant, score in {"full": 0.25, "lora": 0.5, "hydra_lora": 0.75}.items():
         best = trained.rescore(variant, -1, score)
     trained.rescore("lora", 0, 0.0)
-    done = export("--raw")
-    assert folder_of(done).name.startswith(f"hydra_lora-{best.fingerprint[:12]}")
+    done = export()
+    assert folder_of(done).name == f"hydra_lora-{best.fingerprint[:12]}-raw"
     assert "the best of 3 variants" in done.stdout
-    export().assert_refused("with such an adapter: --variant lora")
+
+
+def test_the_command_that_a_study_prints_works_if_the_best_variant_has_no_adapter(
+    export: Export, trained: Trained
+) -> None:
+    """Study, report, `show` and MLflow print it without a form."""
+    for variant, score in {"full": 0.75, "lora": 0.5, "hydra_lora": 0.25}.items():
+        trained.rescore(variant, -1, score)
+    trained.rescore("lora", 0, 0.0)
+    study = StudyFile.read(trained.output / STUDY)
+    assert study is not None
+    ((_, *words),) = export_words(study, list(trained.store.records()))
+    done = export(*words[1:])
+    assert folder_of(done).name == f"full-{trained.record('full').fingerprint[:12]}-merged"
+    assert "full has no adapter in PEFT's format: every weight of the model is trained" in done.stdout
 
 
 def test_the_reason_tells_equal_variants_and_an_unfinished_study(trained: Trained) -> None:

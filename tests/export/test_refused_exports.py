@@ -36,9 +36,10 @@ REFUSED = {
     "a link": (["--to", "{link}"], ["it is a link", "name a new folder"]),
     "below a file": (["--to", "{file}/x"], ["is not a folder that can be written"]),
     "a name that is too long": (["--to", "{long}"], ["File name too long", "name a new folder"]),
-    "no PEFT format": (["--variant", "hydra_lora"], ["hydra_lora has no adapter in PEFT's format", "--raw"]),
-    "a whole model": (["--variant", "full"], ["full has no adapter in PEFT's format", "--merge"]),
-    "not mergeable": (["--variant", "hydra_lora", "--merge"], ["cannot be merged", "gates", "--raw"]),
+    "not mergeable": (
+        ["--variant", "hydra_lora", "--merge"],
+        ["cannot be merged", "gates", "without --merge its exact tensors are written"],
+    ),
     "trained on a GPU": (["{gpu}"], ["was not kept", "about 2 h on H100", "add --retrain"]),
     "older numerics": (["{old}"], ["version 2 of the loop's numerics", "this program has 3"]),
     "older variant": (["{older}"], ["numerics 0 of its variant"]),

@@ -27,6 +27,8 @@ class ChildRun:
     """The state of the MLflow run of one configuration, as far as this process knows it."""
 
     run_id: str
+    started: int = 0
+    """The start of the run in milliseconds since the epoch."""
     record_version: str = ""
     """`run_values.record_version` of the record that the run shows; empty while its lane trains."""
     is_complete: bool = False
@@ -78,11 +80,14 @@ def read_logged(client: MlflowClient, child: ChildRun) -> dict[tuple[str, int], 
     return child.logged
 
 
-def missing_metrics(logged: Mapping[tuple[str, int], Metric], record: Record) -> list[Metric] | None:
+def missing_metrics(
+    logged: Mapping[tuple[str, int], Metric], started: int, record: Record
+) -> list[Metric] | None:
     """Return the metrics of a record that its run lacks.
 
     Args:
         logged: The run's metrics: (name, step) -> metric.
+        started: The start of the run in milliseconds since the epoch.
         record: The record.
 
     Returns:
@@ -90,7 +95,7 @@ def missing_metrics(logged: Mapping[tuple[str, int], Metric], record: Record) ->
         value that differs from the record's, so that the run must be replaced. This happens when a lane was
         trained again on another kind of device.
     """
-    times = {step: metric.timestamp for (_, step), metric in logged.items()}
+    times = {0: started, **{step: metric.timestamp for (_, step), metric in logged.items()}}
     metrics = {(metric.key, metric.step): metric for metric in run_content.metrics(record, times)}
     for key, metric in logged.items():
         if key not in metrics or not _is_same(metric.value, metrics[key].value):
@@ -129,11 +134,11 @@ def log_progress(client: MlflowClient, child: ChildRun, progress: LaneProgress, 
     Args:
         client: The client.
         child: The lane's run.
-        progress: The start, which also logs the hyperparameters, or the evaluation.
+        progress: The start, which logs the hyperparameters, or the evaluation.
         timestamp: The time of the metrics in milliseconds since the epoch.
     """
     logged = read_logged(client, child)
-    earlier = max(((step, each.timestamp) for (_, step), each in logged.items()), default=(0, timestamp))
+    earlier = max(((step, each.timestamp) for (_, step), each in logged.items()), default=(0, child.started))
     new = [
         metric
         for metric in run_content.progress_metrics(progress, timestamp, earlier)

@@ -194,7 +194,7 @@ class MlflowLogger:
             return False
         missing = None
         if child is not None and is_up_to_date(child, record):
-            missing = missing_metrics(read_logged(self._client, child), record)
+            missing = missing_metrics(read_logged(self._client, child), child.started, record)
         if child is not None and missing is None:
             self._connection.delete_run(opened.experiment_id, child.run_id)
             del opened.children[record.fingerprint]
@@ -222,7 +222,7 @@ class MlflowLogger:
         """Create the run of a configuration, starting at `start` (milliseconds since the epoch)."""
         name = run_values.run_name(configuration)
         run = self._client.create_run(opened.experiment_id, start, dict(tags), name)
-        child = ChildRun(run.info.run_id, tags.get("record", ""), logged={})
+        child = ChildRun(run.info.run_id, start, tags.get("record", ""), logged={})
         opened.children[configuration.fingerprint] = child
         return child
 
@@ -249,6 +249,7 @@ class MlflowLogger:
             elif run_tags.get("study") == name and (fingerprint := run_tags.get("fingerprint")):
                 child = ChildRun(
                     run.info.run_id,
+                    run.info.start_time or 0,
                     run_tags.get("record", ""),
                     run.info.status in ("FINISHED", "FAILED"),
                     run.data.metrics,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -128,20 +128,30 @@ def metrics(record: Record, times: Mapping[int, int] | None = None) -> list[Metr
         times: See `run_values.record_values`.
 
     Returns:
-        The metrics. A later step never has an earlier time.
+        The metrics, the score first. A later step never has an earlier time.
     """
-    return list(map(_metric, run_values.record_values(record, record.curve, times)))
+    values = run_values.record_values(record, record.curve, times)
+    return _score_first(values, "validation_score")
 
 
 def progress_metrics(progress: LaneProgress, timestamp: int, earlier: tuple[int, int]) -> list[Metric]:
-    """Return `run_values.progress_values` as MLflow metrics.
+    """Return `run_values.progress_values` of an evaluation as MLflow metrics; none of the start.
 
     Args:
         progress: The start or the evaluation.
         timestamp: Its time in milliseconds since the epoch.
         earlier: Step and time of the lane's last progress.
     """
-    return list(map(_metric, run_values.progress_values(progress, timestamp, earlier)))
+    values = run_values.progress_values(progress, timestamp, earlier) if progress.step else []
+    return _score_first(values, f"validation_{progress.configuration.task.metric}")
+
+
+def _score_first(values: Sequence[run_values.Value], score: str) -> list[Metric]:
+    """Return values as metrics, first those of a score.
+
+    MLflow shows the metric that was logged first when runs are compared.
+    """
+    return [_metric(value) for value in sorted(values, key=lambda value: value.key != score)]
 
 
 def _metric(value: run_values.Value) -> Metric:

@@ -293,7 +293,7 @@ def test_a_model_that_cannot_be_prepared_without_an_extra_is_refused_before_a_pl
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)  # how Python blocks an import
-    with pytest.raises(UsageError, match=r"gguf.*pip install 'lora-orchestrator\[real\]'.*another --model"):
+    with pytest.raises(UsageError, match=r"gguf.*pip install .* -e '\.\[real\]'.*another --model"):
         model_catalogue.find_content(smollm2.NAME, root)
 
 

@@ -261,7 +261,7 @@ def test_without_reasoning_gym_the_error_says_in_one_line_what_to_install(
     module = importlib.import_module(f"orchestrator.finetune.tasks.{folder}.{name}")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # how Python blocks an import
     module._all_examples.cache_clear()
-    with pytest.raises(UsageError, match=r"pip install 'lora-orchestrator\[real\]'"):
+    with pytest.raises(UsageError, match=r"pip install .* -e '\.\[real\]'"):
         catalogue.get(name).examples("train", 1)
 
 

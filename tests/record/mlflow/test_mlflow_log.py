@@ -53,6 +53,7 @@ def test_a_child_run_has_the_content_of_its_record(uri, study, make_record):
     ends = {"validation_score": 0.5, "test_score": 0.45, "untrained_validation_score": 0.1, "seconds": 2.5}
     ends |= {"log10_learning_rate": -3.0, "mean_validation_score": 0.5}
     assert ends.items() <= child.data.metrics.items()
+    assert next(iter(child.data.metrics)) == "validation_score", "which a comparison of runs shows"
     assert not child.data.metrics.keys() & child.data.params.keys()
     client = MlflowClient(uri, uri)
     history = client.get_metric_history(child.info.run_id, "train_loss")

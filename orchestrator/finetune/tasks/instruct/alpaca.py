@@ -5,7 +5,7 @@
 Training: yahma/alpaca-cleaned (51,760 rows, Stanford Alpaca corrected by hand) in Stanford Alpaca's two
 prompts, with and without an input. Evaluation: IFEval (Zhou et al. 2023, 2311.07911) in the prompt without
 input. The score is the share of prompts all of whose instructions are strictly followed, according to
-lm-eval's checker (`grading/instructions.py`), which needs `pip install 'lora-orchestrator[ifeval]'`;
+lm-eval's checker (`grading/instructions.py`), which needs `pip install -e '.[ifeval]'`;
 "Learning Rate Matters" reports the mean of the strict measures. Decoding is greedy with at most 1,280 new
 tokens, as in lm-eval's own task.
 
