@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from variants import catalogue
 from variants.api import FrozenLayer, Params, VariantSettings
@@ -19,6 +21,8 @@ from variants.testing.rig import (
     calibrate_lane,
     lane_inputs,
     lane_outputs,
+    model_output,
+    perturb_lanes,
     tensors_equal,
     train,
 )
@@ -199,3 +203,34 @@ def test_a_subclass_with_its_own_forward_pass_is_not_bypassed() -> None:
                 parameter.fill_(0.01)
         outputs.append(lane_outputs(case, adapters))
     assert not torch.equal(*outputs)
+
+
+class CountCasts(TorchDispatchMode):
+    """A mode that counts casts of tensors with a lane dimension."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default and args[0].dim() == 3
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa", "salora", "vera"])
+def test_factors_are_rounded_once_for_all_tokens_and_give_the_same_bits(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token that is generated calls every layer."""
+    case = Case("tokens", dtype=torch.bfloat16)
+    adapters = attach_lanes(case, catalogue.get(variant), LANES)
+    perturb_lanes(case, adapters)
+    inputs = lane_inputs(case, adapters.lanes)
+    with monkeypatch.context() as patch:
+        patch.setattr(LoRA, "round_once", lambda self, prepared, layer: prepared)
+        expected = lane_outputs(case, adapters)
+    with adapters.activate_lanes(adapters.lanes, None), torch.no_grad():
+        with CountCasts() as first:
+            outputs = [model_output(adapters.model, inputs)]
+        with CountCasts() as second:
+            outputs.append(model_output(adapters.model, inputs))
+    assert (first.count > 0, second.count) == (True, 0)
+    assert all(torch.equal(output.view(expected.shape), expected) for output in outputs)

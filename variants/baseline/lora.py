@@ -65,20 +65,29 @@ class LoRA(api.Variant):
         return 2 * settings.rank if self.subtracts_start else settings.rank
 
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        """Return A and s B as "A" and "sB", or in training A, B and s as "A", "B" and "scale".
+        """Return A and s B as "A" and "sB" (`round_once`), or in training A, B and s as "A", "B" and "scale".
 
         Frozen copies are returned as "A0" and "B0" in training. There s B is computed in both passes, so that
         it is not kept between them. The same holds for the larger factors that A0 and B0 need.
         """
         if not torch.is_grad_enabled():
             a, b = pad_rank_one(*self.factors(params, layer))
-            return {"A": a, "sB": b * layer.scaling}
+            return self.round_once({"A": a, "sB": b * layer.scaling}, layer)
         if "A0" not in params or type(self).factors is not LoRA.factors:
             a, b = pad_rank_one(*self.factors(params, layer))
             return {"A": a, "B": b, "scale": layer.scaling}
         a, b = pad_rank_one(params["A"], params["B"])
         a0, b0 = pad_rank_one(params["A0"], params["B0"])
         return {"A": a, "B": b, "A0": a0, "B0": b0, "scale": layer.scaling}
+
+    def round_once(self, prepared: api.Params, layer: api.FrozenLayer) -> api.Params:
+        """Return prepared tensors in the frozen layer's dtype, to which each product would round them.
+
+        A class whose forward pass is its own, and may compute in the lanes' dtype, gets them unchanged.
+        """
+        if torch.is_grad_enabled() or not self.includes_base(layer):
+            return prepared
+        return {name: tensor.to(layer.stored_weight.dtype) for name, tensor in prepared.items()}
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         b, constants = _constants(params, layer)

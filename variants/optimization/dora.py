@@ -44,7 +44,8 @@ class DoRA(LoRA):
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         a, b = pad_rank_one(*self.factors(params, layer))
         gain = params["m"] / params["n"]
-        return {"A": a, "sB": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}
+        prepared = {"A": a, "sB": b * (gain.unsqueeze(2) * layer.scaling), "more": gain.unsqueeze(1) - 1}
+        return self.round_once(prepared, layer)
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         unbiased = base if layer.bias is None else base - layer.bias

@@ -71,7 +71,9 @@ class VeRA(LoRA):
         if a.shape[1] > d.shape[1]:
             d = torch.nn.functional.pad(d, (0, 1))
         prepared = {"A": a, "B": b, "b": params["b"], "d": d}
-        return prepared if torch.is_grad_enabled() else {"A": a, "sB": _scaled_b(prepared)}
+        if torch.is_grad_enabled():
+            return prepared
+        return self.round_once({"A": a, "sB": _scaled_b(prepared)}, layer)
 
     def forward(self, x: Tensor, base: Tensor, params: api.Params, layer: api.FrozenLayer) -> Tensor:
         if "sB" not in params:
