@@ -2,17 +2,21 @@
 
 A variant of this package is the file variants/<axis>/<name>.py; no list has to be maintained. Further names
 are those of entry points of installed packages, `peft:TYPE` for a tuner of the PEFT library, and the path of
-a user's Python file. This module imports torch only when a variant is used.
+a user's Python file. This module imports torch only when a variant is used, or its traits for the first time.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from variants.errors import suggest_nearest
+from variants.source_cache import cached
+from variants.traits import Traits
 from variants.variant_names import (
     FILE_SUFFIX,
     PEFT_AXIS,
@@ -79,6 +83,23 @@ def get(name: str) -> Variant:
     if name.endswith(FILE_SUFFIX):
         return _loaded_files.get(name) or load(name)
     return _get(name)
+
+
+def traits(name: str) -> Traits:
+    """Return the traits of the variant of this name, without an import of torch if it is of this package.
+
+    Raises:
+        ValueError: As `get`.
+    """
+    return _built_in_traits()[name] if name in _axis_by_name() else Traits.of(get(name))
+
+
+@cache
+def _built_in_traits() -> Mapping[str, Traits]:
+    def make() -> dict[str, Any]:
+        return {name: asdict(Traits.of(_get(name))) for name in _axis_by_name()}
+
+    return {name: Traits.of(fields) for name, fields in cached("traits", make).items()}
 
 
 def load(name: str, source: bytes | None = None) -> Variant:

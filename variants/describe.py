@@ -1,6 +1,7 @@
 """Descriptions of the catalogue's entries, from their docstrings, attributes and measured costs.
 
-`python -m variants` prints them, and the tables of docs/variants.md are made from them.
+`python -m variants` prints them, and the tables of docs/variants.md are made from them. torch is imported
+only to describe a variant for the first time.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from variants import catalogue
-from variants.api import AdaptationScope, FrozenLayer, Start, Variant, VariantSettings, VerifiedBy
-from variants.export_forms import ExportForms, export_forms
-from variants.parameter_formula import evaluate_formula
+from variants.export_forms import ExportForm, ExportForms, export_forms
+from variants.source_cache import cached
+from variants.traits import AdaptationScope, Start, VerifiedBy
 from variants.variant_names import PEFT_AXIS, PEFT_PREFIX
+from variants.variant_settings import VariantSettings
+
+if TYPE_CHECKING:
+    from variants.api import Variant
 
 COSTS_FILE = Path(__file__).with_name("costs.json")
 """Measurements of `experiments/benchmarks/variant_costs.py`."""
@@ -123,6 +127,24 @@ def describe(name: str) -> Description:
     Raises:
         ValueError: There is no such entry.
     """
+    return _built_in().get(name) or _describe(name)
+
+
+@cache
+def _built_in() -> Mapping[str, Description]:
+    def make() -> list[dict[str, Any]]:
+        return [asdict(_describe(name)) for name in catalogue.built_in_names()]
+
+    return {each["name"]: _from_json(each) for each in cached("descriptions", make)}
+
+
+def _from_json(fields: dict[str, Any]) -> Description:
+    exports = ExportForms(**{form: ExportForm(**each) for form, each in fields["exports"].items()})
+    own = tuple(HyperparameterText(**each) for each in fields["hyperparameters"])
+    return Description(**{**fields, "exports": exports, "hyperparameters": own})
+
+
+def _describe(name: str) -> Description:
     variant = catalogue.get(name)
     title, authors, paper, summary = _read_heading(variant)
     costs = read_costs().get("steps", {}).get("variants", {}).get(name, {})
@@ -220,6 +242,8 @@ def paper_link(paper: str) -> str:
 
 def find_initialization(variant_class: type[Variant]) -> str:
     """Return the first sentence on the initialization in the docstring of a class, or of its bases."""
+    from variants.api import Variant
+
     for each in variant_class.__mro__:
         found = _INITIALIZATION.search(inspect.cleandoc(each.__doc__ or ""))
         if found and each is not Variant:
@@ -234,6 +258,10 @@ def _layer_count(variant: Variant) -> int | None:
 
     None if the variant has no formula for it and does not count them itself.
     """
+    import torch
+
+    from variants.api import FrozenLayer, Variant
+
     counts_itself = type(variant).layer_parameters is not Variant.layer_parameters
     if not variant.parameters and not counts_itself:
         return None
@@ -247,6 +275,8 @@ def _count(variant: Variant, formula: str) -> int | None:
     """Return the value of a formula at the size in `RANK`, `SIDE` and `LAYERS`; None without a formula."""
     if not formula:
         return None
+    from variants.parameter_formula import evaluate_formula
+
     settings = variant.validate_settings(VariantSettings(rank=RANK))
     names = variant.formula_names(settings)
     return evaluate_formula(formula, RANK, (SIDE, SIDE), LAYERS, names)

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from variants.api import AdaptationScope, Variant, VariantSettings
+from variants.traits import AdaptationScope
+from variants.variant_settings import VariantSettings
+
+if TYPE_CHECKING:
+    from variants.base import Variant
 
 VLLM_RULE = "https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/"
 """Address of the class `PEFTHelper`, which checks an adapter_config.json."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class Batching(StrEnum):
@@ -70,3 +73,27 @@ class VerifiedBy(StrEnum):
     """The paper's equations."""
     NONE = "none"
     """Nothing."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The attributes of a variant, of the same names, that a study needs before anything is trained."""
+
+    adaptation_scope: AdaptationScope
+    batching: Batching
+    verified_by: VerifiedBy
+    uses_rank: bool
+    uses_alpha: bool
+    uses_dropout: bool
+    extra_defaults: Mapping[str, float | int | str | bool]
+    numerics: int
+    revision: str
+
+    @classmethod
+    def of(cls, variant: Any) -> Traits:
+        """Return the traits of a variant, or those in a JSON object."""
+        values = (
+            variant if isinstance(variant, Mapping) else {n: getattr(variant, n) for n in cls.__annotations__}
+        )
+        kinds = {"adaptation_scope": AdaptationScope, "batching": Batching, "verified_by": VerifiedBy}
+        return cls(**{**values, **{name: kind(values[name]) for name, kind in kinds.items()}})

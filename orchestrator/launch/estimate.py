@@ -187,9 +187,9 @@ def _sum_workloads(
 
 def _is_exclusive(variant: str) -> bool:
     from variants import catalogue
-    from variants.api import Batching
+    from variants.traits import Batching
 
-    return catalogue.get(variant).batching is Batching.EXCLUSIVE
+    return catalogue.traits(variant).batching is Batching.EXCLUSIVE
 
 
 def _count_scored(lane: _LaneWorkload | Configuration, task: TaskChoice) -> int:

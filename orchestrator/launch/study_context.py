@@ -14,7 +14,11 @@ from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
-from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
+from orchestrator.finetune.resolve.templates import (
+    build_configuration_templates,
+    check_fit,
+    resolve_base_model,
+)
 from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.design import Design, DesignInput, FixedDesign, MakeDesign, grid_of
@@ -151,16 +155,17 @@ def resolve_study(
     resolved = resolve_tasks(options, *defaults, store.bases)
     budget = _make_budget(options)
     progress = None if options.plan else console.print
-    templates = [
-        template
-        for each in resolved
-        for template in build_configuration_templates(
-            options, each, resolve_base_model(each.model, store.bases, progress), store.bases
-        )
-    ]
+    is_search = make_design is None and options.search != "grid"
+    templates = []
+    for each in resolved:
+        content = resolve_base_model(each.model, store.bases, progress)
+        templates += build_configuration_templates(options, each, content, store.bases, checks_fit=is_search)
     _check_contents(templates)
     name = options.study or _study_name(experiment, options, resolved)
     _adopt_earlier_records(store, templates, console)
+    design = None if is_search else _make_design(options, resolved, templates, make_design)
+    if design is not None:
+        _check_untrained(design, options, resolved, templates, store)
     return StudyContext(
         experiment=experiment,
         options=options,
@@ -173,7 +178,7 @@ def resolve_study(
         folder=options.study_folder(name),
         resolved=tuple(resolved),
         templates=tuple(templates),
-        design=_make_design(options, resolved, templates, make_design),
+        design=design,
         replicates=replicates,
     )
 
@@ -250,15 +255,34 @@ def _make_design(
     resolved: Sequence[ResolvedOptions],
     templates: Sequence[Configuration],
     make_design: MakeDesign | None,
-) -> Design | None:
-    if make_design is None and options.search != "grid":
-        return None
+) -> Design:
     given = DesignInput(
         options, tuple(templates), {each.task.name: tuple(each.learning_rates) for each in resolved}
     )
     if make_design is not None:
         return make_design(given)
     return FixedDesign(tuple(grid_of(given, range(options.seed_count))))
+
+
+def _check_untrained(
+    design: Design,
+    options: StudyOptions,
+    resolved: Sequence[ResolvedOptions],
+    templates: Sequence[Configuration],
+    store: Store,
+) -> None:
+    """Check that the variants of which the design trains something, now or later, fit the base model."""
+    records = SettledRecords(store, options.scheduler)
+    outline, requested = design.outline(), design.request(records)
+    untrained = [c for c in requested if c.fingerprint not in records]
+    if len(requested) < len(outline):
+        untrained += outline
+    names = {(c.task.name, c.variant.name) for c in untrained}
+    for each in resolved:
+        own = [
+            t for t in templates if (t.task.name, t.variant.name) in names and t.task.name == each.task.name
+        ]
+        check_fit(own, options, each, store.bases)
 
 
 def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:

@@ -84,6 +84,6 @@ def _check_unchanged(before: AnalysisSettings, now: AnalysisSettings, name: str)
 def _unverified(variants: Iterable[str]) -> tuple[str, ...]:
     """Return the variants that were verified against neither another implementation nor a paper."""
     from variants import catalogue
-    from variants.api import VerifiedBy
+    from variants.traits import VerifiedBy
 
-    return tuple(name for name in variants if catalogue.get(name).verified_by is VerifiedBy.NONE)
+    return tuple(name for name in variants if catalogue.traits(name).verified_by is VerifiedBy.NONE)

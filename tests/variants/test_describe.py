@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from variants.describe_docs import render
 from variants.describe_text import shorten
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes
+from variants.traits import Traits
 
 ENTRIES = describe_all()
 
@@ -134,3 +136,17 @@ def test_a_long_text_is_cut_after_a_part_outside_brackets() -> None:
     assert shorten(text, 50) == "A from U(-1/sqrt(in), 1/sqrt(in)), B = 0"
     assert shorten(text, 39) == "A from U(-1/sqrt(in), 1/sqrt(in)) ..."
     assert shorten("with the largest triplets of the weight", 20) == "with the largest ..."
+
+
+def test_what_is_kept_of_the_variants_is_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The traits decide fingerprints, so they are the same after they were written and read again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        catalogue._built_in_traits.cache_clear()
+        for name in catalogue.built_in_names():
+            assert catalogue.traits(name) == Traits.of(catalogue.get(name))
+    (tmp_path / "lora-orchestrator" / "traits.json").write_text('{"sources": ')
+    catalogue._built_in_traits.cache_clear()
+    assert catalogue.traits("lora").uses_rank

@@ -7,7 +7,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from orchestrator.finetune.data.batches import encode_block
 from orchestrator.finetune.models import loading, model_checks
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.tasks.base import Split, Task
@@ -86,6 +85,8 @@ def _row_lengths(task: DataTask, tokenizer: Any) -> list[tuple[int, str]]:
 
     Held-out rows are subject to it only if the task has a head: an answer is scored in full.
     """
+    from orchestrator.finetune.data.batches import encode_block  # imports torch
+
     assert task.splits is not None
     splits: tuple[Split, ...] = ("train", "validation", "test") if task.has_head else ("train",)
     placed = [each for split in splits for each in task.splits[split]]

@@ -18,6 +18,7 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
+from variants.traits import AdaptationScope
 from variants.variant_names import FILE_SUFFIX, canonical_name
 
 
@@ -201,9 +202,7 @@ def variant_hyperparameters(name: str) -> Mapping[str, Value]:
     The defaults of rank, alpha, dropout and targets are options of the command line; their value here is the
     placeholder 0.
     """
-    from variants.api import AdaptationScope
-
-    variant = catalogue.get(name)
+    variant = catalogue.traits(name)
     usual = {"rank": variant.uses_rank, "alpha": variant.uses_alpha, "dropout": variant.uses_dropout}
     usual["targets"] = True
     adapts_layers = variant.adaptation_scope is AdaptationScope.TARGET_LAYERS

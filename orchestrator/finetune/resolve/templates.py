@@ -34,6 +34,7 @@ from orchestrator.study.space import Space, Value, apply_values
 from orchestrator.util import user_code
 from orchestrator.util.errors import UsageError
 from variants import catalogue
+from variants.traits import AdaptationScope
 
 
 def resolve_base_model(model: str, bases: Path, progress: Callable[[str], None] | None) -> str:
@@ -51,7 +52,7 @@ def resolve_base_model(model: str, bases: Path, progress: Callable[[str], None] 
 
 
 def build_configuration_templates(
-    options: StudyOptions, resolved: ResolvedOptions, base_content: str, bases: Path
+    options: StudyOptions, resolved: ResolvedOptions, base_content: str, bases: Path, checks_fit: bool = True
 ) -> list[Configuration]:
     """Build one configuration for each variant and check it, as far as the base model is available.
 
@@ -60,6 +61,7 @@ def build_configuration_templates(
         resolved: The values that the names in the options stand for.
         base_content: The content of the base model, from `resolve_base_model`.
         bases: The store's folder of base models.
+        checks_fit: Whether `check_fit` is called here.
 
     Returns:
         Configurations that are complete except for the learning rate and the seed, and for what a search
@@ -102,7 +104,11 @@ def build_configuration_templates(
         for name in resolved.variants
     ]
     templates = [apply_values(t, _applicable_values(t.variant.name, resolved.fixed)) for t in templates]
-    _check_templates(templates, options, resolved, bases)
+    for template in templates:  # --set may have changed the batch size
+        batches = template.batches
+        options.check_batch_size(batches.micro_batch_size * batches.accumulation_steps)
+    if checks_fit:
+        check_fit(templates, options, resolved, bases)
     return templates
 
 
@@ -140,12 +146,22 @@ def _max_length(options: StudyOptions, task: Task, model: ModelChoice, bases: Pa
     return options.max_length
 
 
-def _check_templates(
+def check_fit(
     templates: Sequence[Configuration], options: StudyOptions, resolved: ResolvedOptions, bases: Path
 ) -> None:
-    for configuration in templates:  # --set may have changed the batch size
-        batches = configuration.batches
-        options.check_batch_size(batches.micro_batch_size * batches.accumulation_steps)
+    """Check that variants accept their settings, and that they fit the base model, as far as it is available.
+
+    This imports torch and builds the model without weights, which takes seconds.
+
+    Args:
+        templates: Configurations of one task, from `build_configuration_templates`.
+        options: The options of the command line.
+        resolved: The values that the names in the options stand for.
+        bases: The store's folder of base models.
+
+    Raises:
+        UsageError: A setting is impossible for a variant, the model or the task.
+    """
     to_check = list(templates)
     if resolved.space is not None:
         to_check = [c for each in templates for c in corner_configurations(each, resolved.space)]
@@ -153,7 +169,7 @@ def _check_templates(
         if (error := find_settings_error(configuration)) is not None:
             raise UsageError(error)
         _check_schedule(configuration.lr_schedule)
-    if has_layer_shapes(templates[0].model):
+    if templates and has_layer_shapes(templates[0].model):
         if options.kernels == "liger":
             model = templates[0].model
             liger_kernels.check_liger(loading.read_model_type(model, bases), model.name)
@@ -235,9 +251,7 @@ def _variant_choice(name: str, options: StudyOptions) -> VariantChoice:
 
     Without that, an option without effect would change the fingerprint.
     """
-    from variants.api import AdaptationScope
-
-    variant = catalogue.get(name)
+    variant = catalogue.traits(name)
     adapts_layers = variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
     return VariantChoice(
         name,

@@ -1,0 +1,49 @@
+"""Facts of the variants, kept in the user's cache folder so that they can be read without torch.
+
+A value is found again only while no source file of this package has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).parent
+
+
+def cached(name: str, make: Callable[[], Any]) -> Any:
+    """Return what `make` has returned for the source files of this package as they are now.
+
+    Args:
+        name: The name of the value.
+        make: Returns a value of JSON types that follows from the source files alone. It is called after a
+            change of a file, and where the cache folder cannot be written.
+    """
+    folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "lora-orchestrator")
+    file = folder / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, damaged
+        kept = json.loads(file.read_bytes())
+        if kept["sources"] == _source_digest():
+            return kept["value"]
+    value = make()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        own = file.with_suffix(f".{os.getpid()}")
+        own.write_text(json.dumps({"sources": _source_digest(), "value": value}))
+        own.replace(file)
+    return value
+
+
+@cache
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for file in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.glob("*.json")]):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(_PACKAGE)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
