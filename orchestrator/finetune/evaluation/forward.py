@@ -34,9 +34,8 @@ def compute_objective(base_model: BaseModel, task: Task, batch: DeviceBatch) -> 
     """
     if (layer := _get_output_layer(base_model, task)) is not None:
         hidden = _compute_hidden_states(base_model, batch)
-        return token_loss.compute_objective(
-            hidden, layer, batch.labels, batch.weights, batch.lane_target_counts
-        )
+        counts, uses_liger = batch.lane_target_counts, base_model.kernels != "torch"
+        return token_loss.compute_objective(hidden, layer, batch.labels, batch.weights, counts, uses_liger)
     losses = compute_losses(compute_logits(base_model, task, batch), batch.labels, task)
     return losses @ batch.weights.to(losses.dtype), losses.detach()
 

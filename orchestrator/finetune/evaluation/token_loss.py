@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from orchestrator.finetune.tasks.base import IGNORE_INDEX
+
 CHUNK_TARGETS = 1024
 """The largest number of targets whose logits exist at the same time."""
 WIDE_ROWS = 512
@@ -21,7 +23,12 @@ WIDE_ROWS = 512
 
 
 def compute_objective(
-    hidden: Tensor, layer: nn.Linear, labels: Tensor, weights: Tensor, lane_counts: Sequence[int]
+    hidden: Tensor,
+    layer: nn.Linear,
+    labels: Tensor,
+    weights: Tensor,
+    lane_counts: Sequence[int],
+    uses_liger: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted sum of cross-entropies.
 
@@ -34,11 +41,16 @@ def compute_objective(
         labels: Token ids, (N,).
         weights: The weight of each target's loss, (N,).
         lane_counts: The number of targets of each lane, one lane after the other.
+        uses_liger: Whether Liger's kernel computes losses and gradients, which reads and writes the logits in
+            place. Results differ by rounding.
 
     Returns:
         The sum, a scalar with a gradient, and the losses in nats, (N,), in float32 or float64.
     """
-    objective, losses = _FrozenCrossEntropy.apply(hidden, layer, labels, weights, lane_counts)
+    if uses_liger and hidden.dtype != torch.float64:
+        objective, losses = _LigerCrossEntropy.apply(hidden, layer, labels, weights, lane_counts)
+    else:
+        objective, losses = _FrozenCrossEntropy.apply(hidden, layer, labels, weights, lane_counts)
     return objective, losses
 
 
@@ -93,12 +105,71 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def _chunks(lane_counts: Sequence[int]) -> Iterator[slice]:
-    """Yield the rows of each chunk."""
+class _LigerCrossEntropy(_FrozenCrossEntropy):
+    """The same by Liger's kernel, whose gradients are multiplied with the weights after the product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, layer: nn.Linear, labels: Tensor, weights: Tensor, counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        if ctx.needs_input_grad[0]:
+            ctx.gradient = torch.empty_like(hidden)
+        for rows in _chunks(counts, is_even=True):
+            logits = linear(hidden[rows], layer.weight, layer.bias)
+            _run_liger(logits, labels[rows], losses[rows], ctx.needs_input_grad[0])
+            if ctx.needs_input_grad[0]:
+                torch.mm(logits, layer.weight, out=ctx.gradient[rows])
+        if ctx.needs_input_grad[0]:
+            ctx.gradient.mul_(weights.to(hidden.dtype).unsqueeze(1))
+        ctx.mark_non_differentiable(losses)
+        return losses @ weights.to(losses.dtype), losses
+
+
+def _run_liger(logits: Tensor, labels: Tensor, losses: Tensor, has_gradients: bool) -> None:
+    """Launch Liger's kernel; its own wrapper lets the host wait for the GPU, to check the labels.
+
+    Args:
+        logits: (n, vocabulary); replaced by softmax - one-hot label if `has_gradients`.
+        labels: (n,).
+        losses: The cross-entropies, (n,) float32, which are written.
+        has_gradients: Whether the gradient of the logits is needed.
+    """
+    import triton
+    from liger_kernel.ops import cross_entropy as liger
+
+    columns = logits.shape[1]
+    kernel = liger.liger_cross_entropy_kernel[(len(logits),)]
+    strides = {"X_stride": logits.stride(0), "Y_stride": labels.stride(0), "loss_stride": 1}
+    unused = dict.fromkeys(
+        ("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr", "softcap")
+    )
+    flags = dict.fromkeys(
+        (
+            "RETURN_Z_LOSS",
+            "RETURN_TOKEN_ACCURACY",
+            "RETURN_PREDICTED_TOKENS",
+            "HAS_WEIGHT",
+            "HAS_SOFTCAPPING",
+        ),
+        False,
+    )
+    kernel(
+        X_ptr=logits, Y_ptr=labels, loss_ptr=losses, **strides, **unused, **flags,
+        token_accuracy_stride=0, predicted_tokens_stride=0, n_cols=columns, n_non_ignore=1,
+        sum_non_ignore_weight=1, weight_sum=0.0, ignore_index=IGNORE_INDEX, lse_square_scale=0.0,
+        label_smoothing=0.0, reduction="sum", HAS_GRADIENTS=has_gradients,
+        BLOCK_SIZE=min(liger.MAX_FUSED_SIZE, triton.next_power_of_2(columns)), num_warps=32,
+    )  # fmt: skip
+
+
+def _chunks(lane_counts: Sequence[int], is_even: bool = False) -> Iterator[slice]:
+    """Yield the rows of each chunk, with `is_even` in nearly equal parts."""
     start = 0
     for count in lane_counts:
-        for first in range(start, start + count, CHUNK_TARGETS):
-            yield slice(first, min(first + CHUNK_TARGETS, start + count))
+        size = -(-count // -(-count // CHUNK_TARGETS)) if is_even and count else CHUNK_TARGETS
+        for first in range(start, start + count, size):
+            yield slice(first, min(first + size, start + count))
         start += count
 
 

@@ -170,6 +170,8 @@ def test_no_chunk_has_targets_of_two_lanes() -> None:
         (1510, 2534),
         (2534, 3558),
     ]
+    even = [c.stop - c.start for c in token_loss._chunks((1100, 0, 10, 3000), is_even=True)]
+    assert even == [550, 550, 10, 1000, 1000, 1000]
 
 
 @contextmanager

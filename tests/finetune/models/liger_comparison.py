@@ -5,8 +5,10 @@ Triton's interpreter runs the same kernels on the CPU. Two of its limits (Triton
 does not turn floats into tensors, and it lacks libdevice's `rsqrt`.
 
     python liger_comparison.py DEVICE MODEL VARIANT ...
+    python liger_comparison.py DEVICE loss DTYPE ...
 
-It prints one JSON object per variant: the losses, and the largest relative error of a gradient.
+It prints one JSON object per variant: the losses, and the largest relative error of a gradient. With "loss"
+it compares the cross-entropies of an output layer in these dtypes.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import os
 import re
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from orchestrator.finetune.evaluation import token_loss
 from orchestrator.finetune.models import liger_kernels
 from variants import catalogue
 from variants.api import VariantSettings
@@ -64,6 +68,26 @@ def compute(model: Any, variant: str) -> tuple[float, dict[str, Tensor]]:
     return loss.item(), gradients
 
 
+def compare_losses(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Compare losses, objective and gradient of lanes of different sizes."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 300, dtype=dtype, device=device).requires_grad_(False)
+    hidden = torch.randn(30, 16, dtype=dtype).mul_(4).to(device).requires_grad_(True)
+    labels, weights = torch.randint(300, (30,)).to(device), torch.rand(30, dtype=torch.float64).to(device)
+    found = []
+    for uses_liger in (False, True):
+        with patch.object(token_loss, "CHUNK_TARGETS", 7):
+            objective, losses = token_loss.compute_objective(
+                hidden, layer, labels, weights, (20, 10), uses_liger
+            )
+        (3 * objective).backward()
+        found.append((objective.item(), losses, hidden.grad))
+        hidden.grad = None
+    (plain, *expected), (liger, *others) = found
+    errors = [((b - a).norm() / a.norm()).item() for a, b in zip(expected, others, strict=True)]
+    return {"variant": str(dtype), "losses": [plain, liger], "error": max(errors)}
+
+
 def complete_interpreter() -> None:
     """Let Triton's interpreter turn floats into tensors, and replace `rsqrt` in Liger's RMSNorm."""
     import numpy as np
@@ -88,6 +112,10 @@ def main(device: str, kind: str, *variants: str) -> None:
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         complete_interpreter()
+    if kind == "loss":
+        for name in variants:
+            print(json.dumps(compare_losses(getattr(torch, name), device)))
+        return
     model = build(kind, device)
     plain = {variant: compute(model, variant) for variant in variants}
     liger_kernels.replace_modules(model)

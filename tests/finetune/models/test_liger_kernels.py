@@ -136,6 +136,25 @@ def test_interpreted_kernels_give_the_same_losses_and_gradients(model: str) -> N
     check_equal(compare("cpu", model, "lora", "dora"), 2)
 
 
+def check_losses(results: list[dict[str, Any]]) -> None:
+    single, half = results
+    check_equal([single], 1)
+    assert half["losses"][1] == pytest.approx(half["losses"][0], rel=1e-5)
+    assert half["error"] < 1e-2, "gradients are rounded to bfloat16"
+
+
+@needs_liger
+def test_the_interpreted_cross_entropy_gives_the_same_losses_and_gradients() -> None:
+    check_losses(compare("cpu", "loss", "float32", "bfloat16"))
+
+
+@pytest.mark.gpu
+@needs_liger
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_cross_entropy_on_a_gpu_gives_the_same_losses_and_gradients() -> None:
+    check_losses(compare("cuda", "loss", "float32", "bfloat16"))
+
+
 @pytest.mark.gpu
 @needs_liger
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
