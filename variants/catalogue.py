@@ -123,6 +123,8 @@ def load(name: str, source: bytes | None = None) -> Variant:
     known = _loaded_files.get(variant.name)
     if known is None or known.revision != variant.revision:
         _loaded_files[variant.name] = variant
+    else:  # a copy of the file elsewhere
+        vars(known).update(source_path=variant.source_path)
     return _loaded_files[variant.name]
 
 

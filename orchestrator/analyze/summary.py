@@ -23,7 +23,7 @@ from orchestrator.analyze.tuned.tuned_results import TunedComparison
 from orchestrator.analyze.tuned.tuned_verdicts import tuned_verdicts, tuned_warnings
 from orchestrator.analyze.tuning import SearchResult, summarize_search
 from orchestrator.record.schema import Record
-from orchestrator.record.study_file import StudyFile
+from orchestrator.record.study_file import StudyFile, data_warnings
 
 
 def summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
@@ -58,6 +58,7 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
     verdicts += [search_verdict(search, study.command) for search in searches]
     provenance = panels.count_provenance(distinct)
     warnings = [
+        *data_warnings(study.sources),
         *panels.mixed_provenance_warnings(provenance),
         *(w for p in shown for w in panel_caveats(p)),
         *(w for s in searches for w in search_caveats(s)),

@@ -192,7 +192,9 @@ def _task_lines(template: Configuration, bases: Path, may_truncate: bool) -> lis
         ("Task", f"{template.task.name}, {steps} steps of {batch}"),
         ("Base model", f"{model.name} ({content})"),
     ]
-    if isinstance(task := tasks.get(template.task.name), DataTask):
+    task = tasks.get(template.task.name)
+    lines[1:1] = [("Warning", text) for text in task.warnings]
+    if isinstance(task, DataTask):
         lines.insert(1, ("Data", task.describe()))
         if may_truncate and content != UNPREPARED:
             processor = loading.load_processor(model, bases, task)

@@ -1,18 +1,40 @@
-"""Removal of configurations from a study whose user has changed the file of a task, variant or model."""
+"""Files of a user under the names that they have in a study: changed ones, and others of the same name."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
 
+_UPLOAD = re.compile(r".*/uploads/[0-9a-f]{16}/")
+"""Start of the path of a file that `--on` has copied to the head: the digest of its content is part of it."""
+
+
+def find_other_files(study: StudyFile, sources: Sequence[Source]) -> list[tuple[Source, Source]]:
+    """Return the sources of a run that are other files than those of the same names in its study.
+
+    A file that was moved and not changed is the same file.
+
+    Args:
+        study: The study before this run.
+        sources: The models, tasks and variants of this run; see `StudyFile.sources`.
+
+    Returns:
+        For each of them the source of the study and the source of the run.
+    """
+    mine = {source.name: source for source in sources if source.path}
+    pairs = [(each, mine[each.name]) for each in _earlier_contents(study, sources)]
+    return [(theirs, own) for theirs, own in pairs if _place(theirs.path) != _place(own.path)]
+
 
 def drop_replaced(
     study: StudyFile, sources: Sequence[Source], store: Store, notify: Callable[[str], None]
 ) -> StudyFile:
-    """Return a study without the configurations that used a file whose content has changed.
+    """Return a study without the configurations that used a file whose content, or whose data, have changed.
 
     Results of two contents under one name must not be compared. The records stay in the store.
 
@@ -22,30 +44,48 @@ def drop_replaced(
         store: The store.
         notify: Called with one line for each changed file.
     """
-    names, contents = {each.name for each in sources if each.path}, {each.content for each in sources}
-    earlier = [each for each in study.sources if each.name in names and each.content not in contents]
-    if not earlier:
-        return study
+    earlier, present = _earlier_contents(study, sources), _contents(sources)
     kept = set(study.configurations)
     for source in earlier:
-        used = {fingerprint for fingerprint in kept if _uses(store, fingerprint, source.content)}
+        used = {fingerprint for fingerprint in kept if _uses(store, fingerprint, source, present)}
         kept -= used
-        notify(
-            f"{source.name} has changed: {len(used)} configurations of its earlier content leave the study; "
-            "their records stay in the store"
-        )
+        if used:
+            notify(
+                f"{source.name} has changed: {len(used)} configurations of its earlier content leave the "
+                "study; their records stay in the store"
+            )
     others = tuple(each for each in study.sources if each not in earlier)
     return replace(study.keep(kept), sources=others)
 
 
-def _uses(store: Store, fingerprint: str, content: str) -> bool:
-    """Return whether a configuration uses a file of this content. Without a record it is not known: True."""
+def _contents(sources: Sequence[Source]) -> set[tuple[str, str]]:
+    return {(each.content, each.revision) for each in sources}
+
+
+def _earlier_contents(study: StudyFile, sources: Sequence[Source]) -> list[Source]:
+    """Return the sources of a study that have another content, or other data, in this run."""
+    names, present = {each.name for each in sources if each.path}, _contents(sources)
+    return [s for s in study.sources if s.name in names and (s.content, s.revision) not in present]
+
+
+def _place(path: str) -> str:
+    """Return what identifies a file or folder; the name of a dataset of the hub as it is."""
+    return _UPLOAD.sub("uploads/", os.path.realpath(path)) if os.path.isabs(path) else path
+
+
+def _uses(store: Store, fingerprint: str, source: Source, present: set[tuple[str, str]]) -> bool:
+    """Return whether a configuration uses a source. Without a record it is not known: True.
+
+    Args:
+        store: The store.
+        fingerprint: The configuration.
+        source: The source. Without a revision, it stands for all data but those of `present`.
+        present: Content and revision of the sources of this run.
+    """
     record = store.get(fingerprint)
     if record is None:
         return True  # if this run requests it, it is added again
-    configuration = record.configuration
-    return content in (
-        configuration.task.content,
-        configuration.model.content,
-        configuration.variant.revision,
-    )
+    task = record.configuration.task
+    if source.content == task.content:
+        return source.revision in ("", task.revision) and (task.content, task.revision) not in present
+    return source.content in (record.configuration.model.content, record.configuration.variant.revision)

@@ -23,19 +23,20 @@ from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.design import Design, DesignInput, FixedDesign, MakeDesign, grid_of
 from orchestrator.launch.experiment import Experiment
+from orchestrator.launch.replaced_files import find_other_files
 from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.adoption import adopt_records
 from orchestrator.record.kept_adapters import StudyAdapters
 from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import Source
+from orchestrator.record.study_file import Source, StudyFile
 from orchestrator.record.trackers.catalogue import load_trackers
 from orchestrator.record.trackers.tracker import Tracker
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.own_commands import own_command
-from orchestrator.study.study_name import default_study_name
+from orchestrator.study.study_name import MAX_NAME_BYTES, default_study_name, nearest_valid_name
 from orchestrator.util.errors import UsageError
 from variants import catalogue
 from variants.variant_names import FILE_SUFFIX
@@ -91,11 +92,7 @@ class StudyContext:
 
     def sources(self) -> list[Source]:
         """Return the base models of the study, and its tasks and variants in users' files."""
-        models = []
-        for model in dict.fromkeys(template.model for template in self.templates):
-            path = str(Path(model.name).resolve()) if Path(model.name).is_dir() else ""
-            models.append(Source(model.content, model.name, path))
-        return [*models, *_own_files(self.templates)]
+        return _sources(self.templates)
 
     def request_next_stage(self, work: StudyWork) -> list[Configuration]:
         """Return the configurations that the design now requests and `work` does not have yet."""
@@ -161,7 +158,7 @@ def resolve_study(
         content = resolve_base_model(each.model, store.bases, progress)
         templates += build_configuration_templates(options, each, content, store.bases, checks_fit=is_search)
     _check_contents(templates)
-    name = options.study or _study_name(experiment, options, resolved)
+    name = _study_name(experiment, options, resolved, _sources(templates), console)
     _adopt_earlier_records(store, templates, console)
     design = None if is_search else _make_design(options, resolved, templates, make_design)
     if design is not None:
@@ -207,15 +204,24 @@ def _check_contents(templates: Sequence[Configuration]) -> None:
             raise UsageError(f"{other!r} and {task.name!r} have the same content; leave one of them out.")
 
 
+def _sources(templates: Sequence[Configuration]) -> list[Source]:
+    """Return the base models of configurations, and their tasks and variants in users' files."""
+    models = []
+    for model in dict.fromkeys(template.model for template in templates):
+        path = str(Path(model.name).resolve()) if Path(model.name).is_dir() else ""
+        models.append(Source(model.content, model.name, path))
+    return [*models, *_own_files(templates)]
+
+
 def _own_files(templates: Sequence[Configuration]) -> list[Source]:
     """Return those tasks and variants of configurations that are in users' files."""
-    own_tasks = {t.task.content: tasks.get(t.task.name) for t in templates if t.task.content}
+    own_tasks = {t.task.content: (t.task, tasks.get(t.task.name)) for t in templates if t.task.content}
     own_variants = {t.variant.name for t in templates if t.variant.name.endswith(FILE_SUFFIX)}
     variants = [catalogue.get(name) for name in sorted(own_variants)]
     return [
         *(
-            Source(content, task.name, task.source, getattr(task, "title", ""))
-            for content, task in own_tasks.items()
+            Source(content, t.name, t.source, getattr(t, "title", ""), choice.revision, tuple(t.warnings))
+            for content, (choice, t) in own_tasks.items()
         ),
         *(Source(variant.revision, variant.name, variant.source_path) for variant in variants),
     ]
@@ -239,7 +245,37 @@ def _adopt_earlier_records(store: Store, templates: Sequence[Configuration], con
         own_files.write_entry(store.data, "adopted", key, {"path": each.path})
 
 
-def _study_name(experiment: Experiment, options: StudyOptions, resolved: Sequence[ResolvedOptions]) -> str:
+def _study_name(
+    experiment: Experiment,
+    options: StudyOptions,
+    resolved: Sequence[ResolvedOptions],
+    sources: Sequence[Source],
+    console: Console,
+) -> str:
+    """Return the name of the study, which is not that of a study of other files of the same names.
+
+    Raises:
+        UsageError: --study names a study of other files.
+    """
+    name = options.study or _default_name(experiment, options, resolved)
+    study = StudyFile.read(options.study_folder(name))
+    others = find_other_files(study, sources) if study is not None else []
+    if not others:
+        return name
+    theirs, mine = others[0]
+    if options.study:
+        raise UsageError(
+            f"--study {name!r} has results of {theirs.path}; {mine.path} is another file of this name: take "
+            "another --study, or rename the file."
+        )
+    suffix = hashlib.sha256("\n".join(own.path for _, own in others).encode()).hexdigest()[:8]
+    own_name = f"{nearest_valid_name(name, MAX_NAME_BYTES - len(suffix) - 1)}-{suffix}"
+    line = f"The study {name} is of {theirs.path}; the study of {mine.path} is {own_name}"
+    console.print(line, soft_wrap=True)
+    return own_name
+
+
+def _default_name(experiment: Experiment, options: StudyOptions, resolved: Sequence[ResolvedOptions]) -> str:
     models = list(dict.fromkeys(each.model for each in resolved))
     tasks = [options.preset] if options.preset else [each.task.name for each in resolved]
     return default_study_name(

@@ -17,6 +17,7 @@ from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
+from orchestrator.record.study_file import data_warnings
 from orchestrator.record.trackers.tracker import StudyEnd
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
@@ -70,7 +71,8 @@ def train_pending(
         gcs_monitor.watch_gcs(cluster, progress.notify, close_writer),
     ):
         pool_config = _plan_pool(context, work, cluster, scratch)
-        progress.notify(_describe_pool(cluster, pool_config))
+        warnings = [f"! {warning}" for warning in data_warnings(context.sources())]
+        progress.notify("\n".join([*warnings, _describe_pool(cluster, pool_config)]))
         began = time.monotonic()
         session = _session_context(context, work, cluster, pool_config, scratch, progress, on_record)
         session = replace(session, on_progress=writers.put_progress)

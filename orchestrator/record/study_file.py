@@ -3,7 +3,7 @@
 <output>/<study>/study.json
 {"schema_version", "name", "question", "command", "configurations": [fingerprint, ...],
  "reused": [fingerprint, ...], "tracking_uri", "settings": {...}, "looks": [replicates, ...],
- "sources": [{"content", "name", "path", "title"}, ...]}
+ "sources": [{"content", "name", "path", "title", "revision", "warnings"}, ...]}
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _log = logging.getLogger(__name__)
 STUDY_FILE = "study.json"
 LOCK_FILE = ".lock"
 """File beside study.json that a running study locks. Only its holder writes study.json."""
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of study.json, to be raised when a field is added, removed or changes its meaning. A file without a
 version has version 1. Version 1 had `baseline`, `margin`, `tuning` and `searched` in place of `settings`;
-versions 1 and 2 had no `sources`."""
+versions 1 and 2 had no `sources`, version 3 had no `revision` and `warnings` of a source."""
 PICTURES = ("factors", "forest", "tuned_curves", "search", "curves", "heatmap", "spread", "training", "costs")
 """Names of all pictures that a report may have, the most important first. Each picture consists of the files
 NAME.png and NAME.svg beside study.json."""
@@ -82,6 +82,15 @@ class Source:
     """The user's file or folder; empty for a model that is built in or from the hub."""
     title: str = ""
     """The title of a task; empty for models and variants."""
+    revision: str = ""
+    """The revision of a task's data; empty for models and variants, and in files of earlier versions."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong with a task's data, one line each; see `Task.warnings`."""
+
+
+def data_warnings(sources: Iterable[Source]) -> list[str]:
+    """Return what is wrong with the data of sources, one line each, the worst of each task first."""
+    return [f"{source.title or source.name}: {text}" for source in sources for text in source.warnings]
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ class StudyFile:
         version = data.pop("schema_version", 1)
         if version == 1:
             data = _upgrade_from_version_1(data)
-        unknown = [f"schema_version {version}"] if version not in (1, 2, SCHEMA_VERSION) else []
+        unknown = [f"schema_version {version}"] if version not in range(1, SCHEMA_VERSION + 1) else []
         unknown += [f"field {name!r}" for name in sorted(data.keys() - {field.name for field in fields(cls)})]
         if unknown:
             raise UsageError(

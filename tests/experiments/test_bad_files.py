@@ -33,7 +33,8 @@ class Mine(Task):
     )
 
     def examples(self, split, count):
-        return [Example(f"copy a b c d {word} =", "a b") for word in "abcdefgh" * (count // 8)]
+        last = {"train": "i", "validation": "j", "test": "k"}[split]
+        return [Example(f"copy {last} b c d {word} =", "a b") for word in "abcdefgh" * (count // 8)]
 """
 
 
@@ -150,11 +151,11 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
     "has half a precision": (having("steps=6", "steps=6, dtype='half'"), ["dtype is 'half'", "float32"]),
     "has examples that raise": (
         having("        return", "        raise OSError('no rows.jsonl')\n        return"),
-        ["my.py", "(line 14)", "OSError: no rows.jsonl"],
+        ["my.py", "(line 15)", "OSError: no rows.jsonl"],
     ),
     "has examples that end the process": (
         having("        return", "        raise SystemExit(7)\n        return"),
-        ["my.py", "(line 14)", "sys.exit(7)"],
+        ["my.py", "(line 15)", "sys.exit(7)"],
     ),
     "gives no examples": (having("        return [", "        [").replace("(count // 8)]", "1]"), ["None"]),
     "gives too few examples": (having("* (count // 8)", "* 1"), ["8 train examples", "32 are needed"]),

@@ -11,18 +11,17 @@ from typing import Any
 import encoders
 import pytest
 import torch
-from scripted import WORDS_TASK
 
 from orchestrator.finetune.data import dataset_cache
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading, model_checks
-from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_train_overlap
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example
-from orchestrator.finetune.tasks.examples import Image
+from orchestrator.finetune.tasks.examples import Image, find_overlaps
 from orchestrator.finetune.tasks.local import letters, reviews
 from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
@@ -51,21 +50,25 @@ def resolve_configurations(bases: Path, task: str = "reviews", **options: Any) -
     return build_configuration_templates(study_options, chosen, content, bases)
 
 
-def test_examples_that_are_scored_and_trained_on_are_reported() -> None:
-    task = tasks.get(WORDS_TASK)
-    lines: list[str] = []
-    one, other = Example("a", "b"), Example("a", "c")
-    report_train_overlap(task, {"train": [one], "validation": [other], "test": [other]}, lines.append)
-    assert lines == []
-    report_train_overlap(task, {"train": [one], "validation": [one, other], "test": [one]}, lines.append)
-    assert [line.partition(" examples")[0] for line in lines] == [
-        "words_task.py: 1 of 2 validation",
-        "words_task.py: 1 of 1 test",
+def test_inputs_that_two_splits_share_are_counted_those_that_are_trained_on_and_tested_first() -> None:
+    one, other, text, more = Example("a", "b"), Example("c", "b"), Example("", "d"), Example("", "e")
+    assert find_overlaps({"train": [one, text], "validation": [other], "test": [more]}, "x") == []
+    found = find_overlaps({"train": [one], "validation": [one, other], "test": [one, other, text]}, "x")
+    assert found == [
+        "1 of 3 test rows have the input of a training row; their scores measure memorization",
+        "1 of 2 validation rows have the input of a training row; their scores measure memorization",
+        "2 of 3 test rows have the input of a validation row; the learning rate is chosen by their scores",
     ]
     red, blue = (Example("", "a", image=Image(name, name.encode)) for name in ("red", "blue"))
-    lines.clear()
-    report_train_overlap(task, {"train": [red], "validation": [blue], "test": [red, blue]}, lines.append)
-    assert [line.partition(" examples")[0] for line in lines] == ["words_task.py: 1 of 2 test"]
+    (line,) = find_overlaps({"train": [red], "validation": [text], "test": [red, blue]}, "x")
+    assert line.startswith("1 of 2 test rows have the input of a training row")
+
+
+def test_test_rows_that_are_all_training_rows_are_refused() -> None:
+    one, other, relabeled = Example("a", "b"), Example("c", "b"), Example("a", "c")
+    with pytest.raises(UsageError, match=r"^x: all 2 test rows are training rows, .*; give other test rows"):
+        find_overlaps({"train": [one, other], "validation": [other], "test": [one, one]}, "x")
+    assert find_overlaps({"train": [one], "validation": [other], "test": [one, relabeled]}, "x")
 
 
 def test_a_hyphen_in_a_variants_name_is_an_underscore(bases: Path) -> None:

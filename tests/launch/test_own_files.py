@@ -49,7 +49,8 @@ class Copy(Task):
 
     def examples(self, split, count):
         words = WORDS.read_text().split()
-        return [Example(f"copy a b c d {word} =", "a b") for word in words * (count // len(words))]
+        last = {"train": "i", "validation": "j", "test": "k"}[split]
+        return [Example(f"copy a b c d {word} {last} =", "a b") for word in words * (count // len(words))]
 '''
 VARIANT = '''
 """LoRA with another scale."""
@@ -318,6 +319,13 @@ def test_a_study_file_of_the_earlier_version_has_no_sources(tmp_path: Path) -> N
     del data["sources"]
     (folder / "study.json").write_text(json.dumps({**data, "schema_version": 2}))
     assert StudyFile.read(folder) == StudyFile("s", "?", "x")
+
+
+def test_a_copy_of_a_variants_file_is_read_where_it_was_named(mine: Path) -> None:
+    other = renamed(mine)
+    (other / "lora.py").rename(other / "scaled.py")
+    for folder in (mine, other):
+        assert catalogue.load(str(folder / "scaled.py")).source_path == str(folder / "scaled.py")
 
 
 def test_files_of_equal_content_are_refused(mine: Path) -> None:

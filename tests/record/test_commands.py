@@ -246,11 +246,11 @@ def test_an_invalid_study_file_is_named(run, results):
     run(ORCHESTRATOR, "sync").assert_refused("results/rates/study.json: not a study")
 
 
-@pytest.mark.parametrize("newer", [{"schema_version": 4}, {"nights": 3}], ids=["version", "field"])
+@pytest.mark.parametrize("newer", [{"schema_version": 5}, {"nights": 3}], ids=["version", "field"])
 def test_a_study_file_of_a_newer_program_is_refused(run, results, newer):
     file = results / "results/rates/study.json"
     data = json.loads(verify_checksum(file.read_bytes()))
-    assert data["schema_version"] == 3
+    assert data["schema_version"] == 4
     file.write_bytes(add_checksum(json.dumps(data | newer)))
     run(ORCHESTRATOR, "sync").assert_refused("rates/study.json", *newer, "update the program")
 

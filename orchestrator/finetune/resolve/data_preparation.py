@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from orchestrator.finetune.models import loading
@@ -10,9 +10,7 @@ from orchestrator.finetune.resolve.data_lengths import report_truncation
 from orchestrator.finetune.resolve.model_limits import check_positions, check_token_ids
 from orchestrator.finetune.sources import own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.base import Example, Split, Task
 from orchestrator.finetune.tasks.data_task import DataTask
-from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.atomic_files import add_path_to_disk_errors
 
@@ -50,7 +48,6 @@ def prepare_datasets(
             if longest > compute_max_row_length(task, configuration.batches.max_length):
                 model, _ = loading.build_meta_model(configuration.model, bases, task)
                 check_positions(model, configuration.model.name, longest, task)
-            report_train_overlap(task, prepared.examples, progress)
 
 
 def report_data(
@@ -90,31 +87,3 @@ def write_own_files(configurations: Sequence[Configuration], folder: Path) -> No
         own_variants.write_entry(variant, folder)
     for task in {c.task.content: c.task for c in configurations}.values():
         tasks.write_entry(tasks.get(task.name), folder)
-
-
-def report_train_overlap(
-    task: Task, examples: Mapping[Split, Sequence[Example]], progress: Callable[[str], None]
-) -> None:
-    """Report how many held-out examples of a user's task are training examples as well.
-
-    Their scores measure memorization. They are not refused, because data may have a few duplicates.
-
-    Args:
-        task: The task; nothing is reported for the project's own tasks, whose splits are known.
-        examples: Its examples by split.
-        progress: Called with one line for each split that has such examples.
-    """
-    if not task.content:
-        return
-
-    def content(each: Example) -> tuple[object, ...]:
-        return each.prompt, each.pair, each.answer, each.image and each.image.digest
-
-    train = set(map(content, examples["train"]))
-    for split in HELD_OUT_SPLITS:
-        shared = sum(content(each) in train for each in examples[split])
-        if shared:
-            progress(
-                f"{task.name}: {shared} of {len(examples[split])} {split} examples are train "
-                "examples as well; their scores measure memorization"
-            )

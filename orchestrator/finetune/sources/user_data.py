@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,9 @@ SPLIT_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """The usual names of splits, in lower case -> the split."""
-_PART = re.compile(r"-\d+-of-(\d+)(?=\.)")
-"""The number of a part, and of all parts, in the name of a file: "train-00000-of-00002.parquet"."""
+_PART = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?(?=\.[^.]+$)")
+"""The number of a part, and of all parts, in the name of a file: "train-00000-of-00002.parquet". Older
+datasets of the hub have a hash behind it."""
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -61,10 +62,12 @@ class SourceRows:
         rows: The rows of all splits.
         ignored: What was not read: data files of a folder, kinds of files in a folder of images, splits of a
             dataset of the hub. The names are for readers.
+        names: The names of the files, folders or splits of the hub that were read, by their split.
     """
 
     rows: Sequence[DataRow]
     ignored: Sequence[str] = ()
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -94,7 +97,7 @@ def read_source(source: str, option: str = "--data") -> SourceRows:
     """
     try:
         if os.path.isdir(source):
-            return _read_folder(Path(source))
+            return _read_folder(Path(source), needs_train=option == "--data")
         if os.path.exists(source):
             return SourceRows(list(_read_file(Path(source), None)))
     except MalformedDataError as error:
@@ -128,18 +131,19 @@ def _read_file(path: Path, split: str | None) -> Iterator[DataRow]:
         raise MalformedDataError(f"{path.name}: {error}") from None
 
 
-def _read_folder(folder: Path) -> SourceRows:
+def _read_folder(folder: Path, needs_train: bool) -> SourceRows:
     """Read train.csv, test.csv, ..., or images by class, in subfolders for the splits if there are any."""
     files = _files_with_splits(folder)
-    if any(files.values()):
+    if "train" in files.values() or (any(files.values()) and not needs_train):
         _check_one_file_per_split(folder, files)
         rows = [row for each, split in files.items() if split for row in _read_file(each, split)]
-        return SourceRows(rows, [each.name for each, split in files.items() if split is None])
+        ignored = [each.name for each, split in files.items() if split is None]
+        return SourceRows(rows, ignored, _names_by_split({each.name: s for each, s in files.items()}))
     if files:
-        names = ", ".join(each.name for each in list(files)[:3])
+        names, suffix = ", ".join(each.name for each in list(files)[:3]), next(iter(files)).suffix
         raise MalformedDataError(
-            f"{folder.name}: has {names} but no train file; call the files train, validation and test, or "
-            "give one file"
+            f"{folder.name}: has {names} but no train file; call the files train{suffix}, "
+            f"validation{suffix} and test{suffix}, or give one file"
         )
     splits = {each: SPLIT_NAMES.get(each.name.lower()) for each in _visible_folders(folder)}
     if "train" in splits.values():
@@ -156,7 +160,17 @@ def _read_folder(folder: Path) -> SourceRows:
             f"{folder.name}: has neither train.jsonl (.csv, .parquet, ...) nor one subfolder of images "
             f"({', '.join(IMAGE_SUFFIXES[:3])}, ...) per class"
         )
-    return SourceRows(rows, _list_other_files(folder, class_parents))
+    found = _names_by_split({f"{each.name}/": split for each, split in splits.items()})
+    return SourceRows(rows, _list_other_files(folder, class_parents), found if "train" in found else {})
+
+
+def _names_by_split(splits: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """Return split -> names, from name -> split."""
+    found: dict[str, list[str]] = {}
+    for name, split in splits.items():
+        if split is not None:
+            found.setdefault(split, []).append(name)
+    return found
 
 
 def _list_other_files(folder: Path, class_parents: Sequence[Path]) -> list[str]:
@@ -190,9 +204,9 @@ def _visible_folders(folder: Path) -> list[Path]:
 
 
 def _files_with_splits(folder: Path) -> dict[Path, str | None]:
-    """Return the data files of a folder with the split in their names, None for names without one."""
+    """Return the data files of a folder with the split that is their name, None for other names."""
     files = filter(data_files.is_data_file, _visible_entries(folder))
-    return {each: SPLIT_NAMES.get(re.split(r"[-_.]", each.name)[0].lower()) for each in files}
+    return {each: SPLIT_NAMES.get(Path(_PART.sub("", each.name)).stem.lower()) for each in files}
 
 
 def _check_one_file_per_split(folder: Path, files: Mapping[Path, str | None]) -> None:
@@ -245,6 +259,7 @@ def _read_hub(source: str) -> SourceRows:
     splits = hub_data.load_splits(*parts, source)
     rows: list[DataRow] = []
     ignored = []
+    read: dict[str, str | None] = {}
     for name, data in splits.items():
         split = SPLIT_NAMES.get(name.lower())
         if split is None:
@@ -253,10 +268,11 @@ def _read_hub(source: str) -> SourceRows:
             ignored.append(f"{name} (its labels are hidden)")
         else:
             rows += _read_hub_split(source, name, data, split)
+            read[name] = split
     if not rows:
         names = ", ".join(splits) or "none"
         raise UsageError(f"its splits are {names}; must have rows in one called train.")
-    return SourceRows(rows, ignored)
+    return SourceRows(rows, ignored, _names_by_split(read))
 
 
 def _has_hidden_labels(data: Dataset) -> bool:

@@ -23,6 +23,7 @@ from orchestrator.finetune.tasks.examples import (
     Image,
     Split,
     check_examples,
+    find_overlaps,
     hash_examples,
     hash_split,
 )
@@ -100,6 +101,8 @@ class Task(TextEncoder):
     """The content of that file."""
     content: str = ""
     """See `TaskChoice.content`."""
+    warnings: Sequence[str] = ()
+    """What is wrong with a user's data, one line each, the worst first. It is known after `revision`."""
     title: ClassVar[str]
     metric: ClassVar[str] = "exact_match"
     floor: ClassVar[float]
@@ -243,6 +246,8 @@ class Task(TextEncoder):
         if key not in cached:
             examples = {split: self._load_split(split, size) for split, size in sizes.items()}
             cached[key] = hash_examples(examples, self.labels)
+            if self.content:  # the splits of this project's tasks are known
+                self.warnings = find_overlaps(examples, self.name)
         return cached[key]
 
     def choice(self) -> TaskChoice:

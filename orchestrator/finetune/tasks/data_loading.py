@@ -15,7 +15,7 @@ from orchestrator.finetune.tasks.data_columns import ColumnMap, Form, find_colum
 from orchestrator.finetune.tasks.data_examples import PlacedExample, make_examples
 from orchestrator.finetune.tasks.data_splits import find_labels, make_splits
 from orchestrator.finetune.tasks.data_task import DataSpec, DataTask
-from orchestrator.finetune.tasks.examples import SPLITS, hash_examples
+from orchestrator.finetune.tasks.examples import SPLITS, find_overlaps, hash_examples
 from orchestrator.study.data_options import DataOptions
 from orchestrator.util.errors import UsageError
 
@@ -79,7 +79,8 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     columns = _find_columns(source, options, name)
     output = _find_output(columns, options, name)
     examples = list(make_examples(source.rows, columns, is_number=output == "regression"))
-    ignored = [*source.ignored, *_add_held_out_data(examples, request, columns, output)]
+    origins = _split_origins(source)
+    ignored = [*source.ignored, *_add_held_out_data(examples, request, columns, output, origins)]
     splits = make_splits(examples, name)
     labels = find_labels(splits, name) if output == "classification" else ()
     if options.metric == "numeric":
@@ -102,7 +103,17 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     is_hub = not os.path.exists(request.source)
     task = DataTask.from_spec(spec, splits, request.source if is_hub else os.path.abspath(request.source))
     task.ignored_sources = tuple(ignored)
+    task.split_origins = {"train": request.name, **origins} if origins else {}
+    is_given = any(each.split for each in examples)  # splits that are made by a hash share no inputs
+    overlaps = find_overlaps(task.used_examples(), name) if is_given else ()
+    task.warnings = [*overlaps, *task.find_contradictions()]
     return task
+
+
+def _split_origins(source: SourceRows) -> dict[Split, str]:
+    """Return the files that name each split of --data; empty if there are none."""
+    names = {split: own for split in SPLITS if (own := source.names.get(split))}
+    return {split: own[0] + (f" and {len(own) - 1} more" if own[1:] else "") for split, own in names.items()}
 
 
 def _find_columns(source: SourceRows, options: DataOptions, name: str) -> ColumnMap:
@@ -117,7 +128,11 @@ def _find_columns(source: SourceRows, options: DataOptions, name: str) -> Column
 
 
 def _add_held_out_data(
-    examples: list[PlacedExample], request: DataRequest, columns: ColumnMap, output: Output
+    examples: list[PlacedExample],
+    request: DataRequest,
+    columns: ColumnMap,
+    output: Output,
+    origins: dict[Split, str],
 ) -> list[str]:
     """Append the examples of --validation-data and --test-data, which get that split.
 
@@ -128,12 +143,14 @@ def _add_held_out_data(
         request: What the options say.
         columns: The columns of --data.
         output: The form of the model's output.
+        origins: The result of `_split_origins`, to which the splits are added.
 
     Returns:
         The files and splits that were not read, see `SourceRows`.
 
     Raises:
-        UsageError: A source cannot be read, a row is not as required, or a split is given twice.
+        UsageError: A source cannot be read, a row is not as required, a split is given twice, or two splits
+            would have the same rows.
     """
     given: list[tuple[str, Split, str | None]] = [
         ("--validation-data", "validation", request.options.validation_data),
@@ -141,6 +158,7 @@ def _add_held_out_data(
     ]
     present = {each.split for each in examples}
     ignored: list[str] = []
+    used = {os.path.realpath(request.source): f"--data {request.source}"}
     for option, split, path in given:
         if path is None:
             continue
@@ -153,6 +171,10 @@ def _add_held_out_data(
             del roles["split"]
         own = list(make_examples(source.rows, replace(columns, columns=roles), output == "regression"))
         chosen = [each for each in own if each.split == split] or own
+        place = os.path.realpath(path)
+        if chosen is own and place in used:
+            raise UsageError(f"{option} {path}: has the rows of {used[place]}; give a file of its own.")
+        used[place], origins[split] = f"{option} {path}", user_data.display_name(path)
         examples += [replace(each, split=split) for each in chosen]
         ignored += source.ignored
     return ignored

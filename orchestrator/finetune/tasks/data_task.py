@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from orchestrator.finetune.tasks.base import Example, Output, Split, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import SPLITS, Example, Output, Split, Task, TaskDefaults
 from orchestrator.finetune.tasks.chat_encoder import encode_chat, plain_chat
 from orchestrator.finetune.tasks.data_columns import Form
 from orchestrator.finetune.tasks.data_examples import PlacedExample
@@ -111,6 +111,8 @@ class DataTask(Task):
     grade_at = "last_evaluation"
     ignored_sources: tuple[str, ...] = ()
     """The files in the user's folders and the splits on the hub that were not read, for readers."""
+    split_origins: Mapping[Split, str] = {}
+    """The file of each split, for readers; empty if no file names one."""
 
     def __init__(self, spec: DataSpec, splits: Splits | None = None, source: str = "") -> None:
         self.spec, self.splits = spec, splits
@@ -162,15 +164,19 @@ class DataTask(Task):
     def describe(self) -> str:
         """Return a line that describes the data as they were read.
 
-        It has the columns, the rows of each split that are used by default, the classes with their rows, the
-        metric, what was not read, and how many rows contradict others.
+        It has the columns, the rows of each split that are used by default and the files that they are from,
+        the classes with their rows, the metric, and what was not read.
         """
         columns = " ".join(f"{role}={column}" for role, column in self.spec.columns.items())
-        sizes = self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
-        counts = "{} training, {} validation and {} test rows".format(*(f"{size:,}" for size in sizes))
+        words: Mapping[Split, str] = {"train": "training", "validation": "validation", "test": "test rows"}
+        counts = [f"{size:,} {words[split]}" for split, size in self._default_sizes().items()]
+        if origins := self.split_origins:
+            pairs = zip(SPLITS, counts, strict=True)
+            counts = [f"{text} ({origins.get(split, 'by hash')})" for split, text in pairs]
         classes = self._describe_classes() if self.labels else ""
         ignored = f"; not read: {', '.join(self.ignored_sources)}" if self.ignored_sources else ""
-        return f"{columns}; {counts}{classes}; {self.metric}{ignored}{self._describe_contradictions()}"
+        rows = f"{', '.join(counts[:-1])} and {counts[-1]}"
+        return f"{columns}; {rows}{classes}; {self.metric}{ignored}"
 
     def _describe_classes(self) -> str:
         rows = Counter(each.example.answer for own in (self.splits or {}).values() for each in own)
@@ -178,16 +184,16 @@ class DataTask(Task):
         each = f", {' to '.join(f'{size:,}' for size in sizes)} rows each" if sizes else ""
         return f", {len(self.labels)} classes{each}"
 
-    def _describe_contradictions(self) -> str:
-        """Return a phrase that counts rows with equal inputs and different labels; empty without any."""
+    def find_contradictions(self) -> list[str]:
+        """Return a line that counts rows with equal inputs and different labels, if there are any."""
         if not self.labels or self.splits is None:
-            return ""
+            return []
         labels: dict[str, list[str]] = {}
         for each in (each for own in self.splits.values() for each in own):
             labels.setdefault(each.key, []).append(each.example.answer)
         count = sum(len(own) for own in labels.values() if len(set(own)) > 1)
         form = self.inputs
-        return f"; {count:,} rows have the same {form} as another row with a different label" if count else ""
+        return [f"{count:,} rows have the same {form} as another row with a different label"] if count else []
 
     def revision(self) -> str:
         """Return the hash of all examples."""
@@ -205,6 +211,10 @@ class DataTask(Task):
                 "run the command with --data again."
             )
         return [each.example for each in self.splits[split][:count]]
+
+    def used_examples(self) -> dict[Split, list[Example]]:
+        """Return the examples of each split that are used by default."""
+        return {split: self.examples(split, size) for split, size in self._default_sizes().items()}
 
     def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:
         """Return the examples of the three splits; see `Task.load`.

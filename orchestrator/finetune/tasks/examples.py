@@ -142,6 +142,48 @@ def split_evenly(
     return {s: [*chain.from_iterable(zip(*by_class[s].values(), strict=False))] for s in SPLITS}
 
 
+def find_overlaps(examples: Mapping[Split, Sequence[Example]], name: str) -> list[str]:
+    """Return a line for every two splits that share inputs, first the test rows that were trained on.
+
+    Args:
+        examples: The examples of each split.
+        name: The name of the task, for the error.
+
+    Raises:
+        UsageError: All test rows are training rows.
+    """
+    inputs = {split: [_input(each) for each in own] for split, own in examples.items()}
+    found = []
+    pairs: Mapping[tuple[Split, Split], str] = {
+        ("test", "train"): "their scores measure memorization",
+        ("validation", "train"): "their scores measure memorization",
+        ("test", "validation"): "the learning rate is chosen by their scores",
+    }
+    for (split, other), effect in pairs.items():
+        known = set(inputs[other])
+        shared = sum(each in known for each in inputs[split])
+        if shared == len(inputs[split]) and (split, other) == ("test", "train"):
+            trained = {(_input(each), each.answer) for each in examples["train"]}
+            if all((_input(each), each.answer) in trained for each in examples["test"]):
+                raise UsageError(
+                    f"{name}: all {shared} test rows are training rows, so that their scores would measure "
+                    "memorization; give other test rows."
+                )
+        if shared:
+            of = "training" if other == "train" else other
+            found.append(
+                f"{shared:,} of {len(inputs[split]):,} {split} rows have the input of a {of} row; {effect}"
+            )
+    return found
+
+
+def _input(example: Example) -> tuple[str | None, ...]:
+    """Return the input of an example, or its answer if it has none."""
+    if example.image is not None:
+        return (example.image.digest,)
+    return (example.prompt, example.pair) if example.prompt or example.pair else (None, None, example.answer)
+
+
 def hash_examples(examples: Mapping[Split, Sequence[Example]], labels: Sequence[str]) -> str:
     """Return the revision of a task's data: 16 hexadecimal digits of a SHA-256.
 

@@ -29,6 +29,8 @@ a time; sorted by a run's own score, it would show the mean of a group without t
 _TAG_PREFIX = "mlflow.sharedViewState."
 _BASIC_GROUP_KEYS = ("task", "variant", "learning_rate")
 _NOT_GROUPING = ("seed", "model_content", "task_revision")
+_CONTENTS = ("model_content", "task_revision")
+"""Contents of files. They group runs only where nothing else tells two contents apart."""
 _SECTION = "study"
 
 
@@ -39,8 +41,9 @@ def group_keys(runs: Collection[Mapping[str, str]]) -> tuple[str, ...]:
         runs: The parameters of each run: name -> value.
 
     Returns:
-        The variant and the learning rate, the task if there are several, and every other hyperparameter in
-        which two runs of one task, variant and learning rate differ.
+        The variant and the learning rate, the task if there are several, every other hyperparameter in which
+        two runs of one task, variant and learning rate differ, and the contents that files had one after
+        another.
     """
     first: dict[tuple[str, ...], Mapping[str, str]] = {}
     varied: dict[str, None] = {}
@@ -50,7 +53,10 @@ def group_keys(runs: Collection[Mapping[str, str]]) -> tuple[str, ...]:
             differing = (key for key in params if params[key] != other.get(key))
             varied |= {key: None for key in differing if key not in _NOT_GROUPING}
     tasks = {params.get("task") for params in runs}
-    return (*_BASIC_GROUP_KEYS[len(tasks) <= 1 :], *varied)
+    keys = (*_BASIC_GROUP_KEYS[len(tasks) <= 1 :], *varied)
+    count = len({_values(params, keys) for params in runs})
+    contents = (key for key in _CONTENTS if len({_values(params, (*keys, key)) for params in runs}) > count)
+    return (*keys, *contents)
 
 
 def group_runs(

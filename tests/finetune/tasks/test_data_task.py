@@ -97,9 +97,10 @@ def test_the_line_about_labels_counts_the_classes_and_the_rows_that_contradict_o
     said = task_of(write(tmp_path / "m.csv", mails)).describe()
     assert said.endswith(", 2 classes, 30 rows each; accuracy")
     contradicting = [*mails, {"text": "mail 0", "label": "ham"}]
-    said = task_of(write(tmp_path / "m.csv", contradicting)).describe()
+    task = task_of(write(tmp_path / "m.csv", contradicting))
+    said = task.describe()
     assert ", 2 classes, 30 to 31 rows each; accuracy" in said
-    assert said.endswith("; 2 rows have the same text as another row with a different label")
+    assert task.warnings == ["2 rows have the same text as another row with a different label"]
 
 
 def test_splits_of_the_hub_with_other_names_or_hidden_labels_are_named(
@@ -163,7 +164,52 @@ def test_a_folder_may_have_parts_of_a_split_and_names_the_files_that_it_ignores(
     task = task_of(tmp_path / "parts")
     assert len(inputs(task)["test"]) == 20
     assert len(inputs(task)["train"]) + len(inputs(task)["validation"]) == 40
-    assert task.describe().endswith("; exact_match; not read: more.csv")
+    said = " training (train-00000-of-00002.parquet and 1 more), 6 validation (by hash) and 20 test rows "
+    assert task.describe().endswith(f"{said}(test.csv); exact_match; not read: more.csv")
+
+
+def test_a_split_is_a_file_that_is_called_exactly_so(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    for name in ("train.csv", "test_results.csv", "eval-scores.jsonl", "val.old.csv", "Dev.csv"):
+        write(folder / name, SUMS[:30] if name == "train.csv" else SUMS[30:])
+    task = task_of(folder)
+    said = " training (train.csv), 30 validation (Dev.csv) and 6 test rows (by hash); exact_match; not read: "
+    assert said + "eval-scores.jsonl, test_results.csv, val.old.csv" in task.describe()
+    write(folder / "test-00000-of-00001-9f8e7d6c5b4a3f21.parquet", SUMS[50:])
+    assert len(inputs(task_of(folder))["test"]) == 10
+    (folder / "train.csv").rename(folder / "train_data.csv")
+    named = r"f: has Dev\.csv, .* but no train file; call the files train\.csv, validation\.csv and test\.csv"
+    with pytest.raises(UsageError, match=named):
+        task_of(folder)
+    assert len(inputs(task_of(write(tmp_path / "more.csv", SUMS), test_data=str(folder)))["test"]) == 10
+
+
+def test_given_splits_that_overlap_are_counted(tmp_path: Path) -> None:
+    train, test = write(tmp_path / "train.csv", SUMS[:40]), write(tmp_path / "test.csv", SUMS[35:])
+    task = task_of(train, test_data=str(test))
+    assert task.describe().startswith("prompt=prompt completion=completion; ")
+    assert " training (train.csv), " in task.describe()
+    assert task.describe().endswith(" validation (by hash) and 25 test rows (test.csv); exact_match")
+    in_train = sum(key in inputs(task)["train"] for key in inputs(task)["test"])
+    in_validation = sum(key in inputs(task)["validation"] for key in inputs(task)["test"])
+    assert in_train + in_validation == 5
+    counts = {"training": in_train, "validation": in_validation}
+    expected = [f"{n} of 25 test rows have the input of a {s} row" for s, n in counts.items() if n]
+    assert [line.partition(";")[0] for line in task.warnings] == expected
+    assert not task_of(train).warnings
+
+
+def test_one_file_is_not_two_splits(tmp_path: Path) -> None:
+    train, test = write(tmp_path / "train.csv", SUMS[:40]), write(tmp_path / "test.csv", SUMS[40:])
+    with pytest.raises(
+        UsageError, match=r"--test-data \S*train\.csv: has the rows of --data \S*train\.csv; give"
+    ):
+        task_of(train, test_data=str(train))
+    with pytest.raises(UsageError, match=r"--test-data \S*test\.csv: has the rows of --validation-data \S*t"):
+        task_of(train, test_data=str(test), validation_data=str(test))
+    copy = write(tmp_path / "copy.csv", SUMS[10:30])
+    with pytest.raises(UsageError, match=r"all 20 test rows are training rows, .* give other test rows"):
+        task_of(write(tmp_path / "f" / "train.csv", SUMS), test_data=str(copy), validation_data=str(test))
 
 
 # -- metrics and defaults -----------------------------------------------------------------------------------

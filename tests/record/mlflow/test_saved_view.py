@@ -44,6 +44,8 @@ def test_several_tasks_are_grouped_by_task(make_record):
     assert saved_view.group_keys([first, second]) == ("task", "variant", "learning_rate")
     less = {**first, "task_train_size": "64", "task_revision": "abcdef"}
     assert saved_view.group_keys([first, less]) == ("variant", "learning_rate", "task_train_size")
+    changed = {**first, "task_revision": "abcdef"}  # the file of the task's data has changed
+    assert saved_view.group_keys([first, changed]) == ("variant", "learning_rate", "task_revision")
     assert saved_view.group_runs({"a": first, "b": second}, ("task", "rank")) == {
         ("letters", "8"): ["a"],
         ("digits", "8"): ["b"],

@@ -1,0 +1,142 @@
+"""What a study knows of a user's data: which file they are, whether they changed, what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_process import SWEEP, Run, restored, run
+from test_own_files import EXPERIMENT, finished, mine, requested, resolve
+from untrained_base import base
+
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.launch.replaced_files import drop_replaced, find_other_files
+from orchestrator.launch.study_context import StudyContext, resolve_study
+from orchestrator.record.study_file import Source, StudyFile
+from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import UsageError
+
+__all__ = ["base", "mine", "restored", "run"]
+
+
+@pytest.fixture(autouse=True)
+def _own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the tasks that a test registers."""
+    monkeypatch.setattr(tasks, "_own_tasks", {})
+
+
+def finish(context: StudyContext) -> set[str]:
+    """Write a record for each configuration of a study, and return the fingerprints."""
+    for configuration in requested(context):
+        assert context.store.put(finished(configuration))
+    return {configuration.fingerprint for configuration in requested(context)}
+
+
+def write(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    """Write rows of prompt and completion as CSV."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("prompt,completion\n" + "".join(f"copy {prompt} =,{answer}\n" for prompt, answer in rows))
+    return path
+
+
+ROWS = [(f"a b c d {letter} {other}", "a b") for letter in "cdefghij" for other in "klmnop"]
+
+
+@pytest.mark.parametrize("is_earlier", [False, True], ids=["current", "earlier"])
+def test_changed_data_of_a_task_file_leave_the_study(mine: Path, is_earlier: bool) -> None:
+    """Studies of earlier versions did not note the revision of the data, so that records are asked."""
+    names = (mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    first = resolve(mine / "results", *names)
+    lines: list[str] = []
+    study = StudyFile("s", "?", "x", tuple(finish(first))).with_sources(first.sources())
+    if is_earlier:
+        study = replace(study, sources=tuple(replace(each, revision="") for each in study.sources))
+    same = drop_replaced(study, first.sources(), first.store, lines.append)
+    assert same.configurations == study.configurations
+    assert not lines
+    (mine / "words.txt").write_text("h g f e")
+    second = resolve(mine / "results", *names)
+    both = study.with_configurations(finish(second), ())
+    after = drop_replaced(both, second.sources(), second.store, lines.append)
+    assert set(after.configurations) == {c.fingerprint for c in requested(second)}
+    (line,) = lines
+    assert line.startswith(
+        "copy_task.py has changed: 4 configurations of its earlier content leave the study"
+    )
+    assert drop_replaced(after.with_sources(second.sources()), second.sources(), second.store, lines.append)
+    assert len(lines) == 1
+
+
+def options_of(output: Path, data: Path, **more: Any) -> StudyOptions:
+    """Return the options of a study of LoRA on a data file."""
+    model = str(output.parent / "mine" / "base")
+    return StudyOptions(data=(str(data),), variants=("lora",), model=model, output=output, seeds=1, **more)
+
+
+def test_another_file_of_the_same_name_is_another_study(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, one, two = (mine.parent / name for name in ("results", "one/train.csv", "two/train.csv"))
+    write(one, ROWS[:40])
+    write(two, ROWS[8:])
+    first = resolve_study(EXPERIMENT, options_of(output, one))
+    StudyFile(first.name, "?", "x").with_sources(first.sources()).write(first.folder)
+    second = resolve_study(EXPERIMENT, options_of(output, two))
+    assert second.name.startswith(f"{first.name}-")
+    line = f"The study {first.name} is of {one}; the study of {two} is {second.name}"
+    assert line in " ".join(capsys.readouterr().out.split())
+    for plan in (False, True):
+        with pytest.raises(UsageError, match=f"'{first.name}' has results of {one}; {two} is another file"):
+            resolve_study(EXPERIMENT, options_of(output, two, study=first.name, plan=plan))
+    write(one, ROWS[4:])  # the file that the study is of
+    assert resolve_study(EXPERIMENT, options_of(output, one)).name == first.name
+    write(two, ROWS[:40])  # what the study has, elsewhere
+    assert resolve_study(EXPERIMENT, options_of(output, two)).name == first.name
+
+
+def test_a_file_that_was_copied_to_a_head_once_more_is_the_same_file() -> None:
+    before, after = (f"/home/ray/results/uploads/{key * 8}/train.csv" for key in ("0a", "1b"))
+    study = StudyFile("s", "?", "x").with_sources([Source("c" * 16, "train.csv", before)])
+    assert not find_other_files(study, [Source("d" * 16, "train.csv", after)])
+    assert find_other_files(study, [Source("d" * 16, "train.csv", "/home/ray/train.csv")])
+
+
+def test_warnings_about_the_data_stay_with_the_study(mine: Path, run: Run) -> None:
+    output, folder = mine.parent / "results", mine.parent / "f"
+    write(folder / "train.csv", ROWS[:40])
+    write(folder / "test.csv", ROWS[37:])
+    context = resolve_study(EXPERIMENT, options_of(output, folder))
+    finish(context)
+    resolved = context.resolved[0].task
+    leak = "2 of 11 test rows have the input of a training row; their scores measure memorization"
+    command = (SWEEP, "--data", str(folder), "--variants", "lora", "--model", str(mine / "base"))
+    command = (*command, "--seeds", "1", "--output", str(output))
+    assert f"Warning         {leak[:60]}" in run(*command, "--plan").stdout
+    assert f"! f: {leak}" in " ".join(run(*command).stdout.split())
+    (study,) = output.glob("*/study.json")
+    summary = json.loads((study.parent / "summary.json").read_text())
+    assert summary["warnings"][0] == f"f: {leak}"
+    assert leak in (study.parent / "report.html").read_text()
+    kept = StudyFile.read(study.parent)  # all that `report` alone reads
+    assert kept is not None
+    assert [each.warnings for each in kept.sources if each.name == "f"] == [tuple(resolved.warnings)]
+
+
+def test_a_task_file_whose_test_rows_are_its_training_rows_is_refused_in_the_plan(
+    mine: Path, run: Run
+) -> None:
+    task = mine / "copy_task.py"
+    task.write_text(task.read_text().replace('"test": "k"', '"test": "i"'))
+    done = run(SWEEP, "--task", str(task), "--model", str(mine / "base"), "--variants", "lora", "--plan")
+    done.assert_refused("copy_task.py: all 8 test rows are training rows", "give other test rows")
+    task.write_text(
+        task.read_text()
+        .replace('"validation": "j"', '"validation": "i"')
+        .replace('"test": "i"', '"test": "k"')
+    )
+    done = run(SWEEP, "--task", str(task), "--model", str(mine / "base"), "--variants", "lora", "--plan")
+    assert "8 of 8 validation rows have the input of a training row" in " ".join(done.stdout.split())
