@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.analyze.best_lanes import LaneGoal, best_lanes
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
 """Largest number of configurations of a study whose report is written after Ctrl-C."""
+
+MAX_REASONS, MAX_REASON_LENGTH = 5, 200
 
 REPORT_LIBRARIES = (
     "orchestrator.analyze.report",
@@ -221,11 +223,32 @@ def print_missing_results(context: StudyContext, work: StudyWork, command: str) 
         line = f"Ended by {budget.stop_reason}: {context.describe_progress(work)}; to go on: {command}"
         context.console.print(line, markup=False, soft_wrap=True)
         return EXIT_LIMIT_REACHED
-    failed = [f[:12] for f in missing if store.count_failures(f)]
-    if failed:
-        advice = f"{context.orchestrator_command('show', *failed[:3])} says why"
-    else:
-        advice = "see the messages above"
+    failed = [r for f in missing if store.count_failures(f) and (r := store.get(f)) is not None]
+    advice = ":" if failed else "; see the messages above"
     unsampled = f", {num_unsampled} were not sampled" if num_unsampled else ""
-    context.console.print(f"{len(missing)} configurations failed{unsampled}; {advice}", markup=False)
+    context.console.print(f"{len(missing)} configurations failed{unsampled}{advice}", markup=False)
+    for line in describe_failures(failed, context.orchestrator_command):
+        context.console.print(line, markup=False, soft_wrap=True)
     return 1
+
+
+def describe_failures(failed: Sequence[Record], command: Callable[..., str]) -> list[str]:
+    """Return a line for each distinct reason of failed runs: the variants, the reason, and who says more.
+
+    Args:
+        failed: The records of the runs.
+        command: Makes a command of this program of its words.
+    """
+    by_reason: dict[str, list[Record]] = {}
+    for record in failed:
+        by_reason.setdefault(" ".join(record.reason.split()), []).append(record)
+    lines = [
+        f"  {', '.join(dict.fromkeys(r.configuration.variant.name for r in own))}: "
+        f"{reason if len(reason) <= MAX_REASON_LENGTH else reason[: MAX_REASON_LENGTH - 3] + '...'}; "
+        f"more: {command('show', own[0].fingerprint[:12])}"
+        for reason, own in by_reason.items()
+    ]
+    more = (
+        [f"  and {len(lines) - MAX_REASONS} more reasons, in the report"] if len(lines) > MAX_REASONS else []
+    )
+    return lines[:MAX_REASONS] + more
