@@ -149,6 +149,12 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
         ["max_new_tokens is 2.5", "whole number"],
     ),
     "has half a precision": (having("steps=6", "steps=6, dtype='half'"), ["dtype is 'half'", "float32"]),
+    "has a label that is no class": (
+        having(
+            '"teacher_forced"', '"classification"\n    metric = "accuracy"\n    labels = ("cat", "dog")'
+        ).replace('"a b")', '"cow" if word == "f" else "cat")'),
+        ["'cow' is no class", "Choose from: cat, dog"],
+    ),
     "has examples that raise": (
         having("        return", "        raise OSError('no rows.jsonl')\n        return"),
         ["my.py", "(line 15)", "OSError: no rows.jsonl"],
@@ -194,6 +200,49 @@ def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, ru
     done = run(SWEEP, "--dry-run", "--task", "[bold]my.py", "--model", str(base))
     done.assert_refused("my.py", "example 5", "bread", "WordLevel", "--model")
     assert "[bold]my.py: reading the examples" in done.stdout, "brackets in a name are not markup"
+
+
+VARIANT = """
+from variants.baseline.lora import LoRA
+
+
+class Mine(LoRA):
+    def init(self, layer, random):
+        initial = random.lora()
+        initial.trainable["g"] = layer.ones(layer.shape[0], 1)
+        return initial
+
+    def factors(self, params, layer):
+        return params["A"], params["g"] * params["B"]
+"""
+VARIANTS = {
+    "a wrong attribute": ("layer.shape[0]", "layer.width", ["line 8: AttributeError:", "width"]),
+    "a wrong shape": ("(layer.shape[0], 1)", "(3, 1)", ["line 12: RuntimeError: The size of tensor a (3)"]),
+    "a missing tensor": ('["g"] =', '["h"] =', ["line 12: KeyError: 'g'"]),
+    "a hook that fails": (
+        "    def factors",
+        "    def after_step(self, *_):\n        1 / 0\n\n    def factors",
+        ["line 12: ZeroDivisionError"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_a_variant_that_cannot_train_is_refused_before_the_base_model_is_made(
+    case: str, tmp_path: Path, run: Run
+) -> None:
+    old, new, expected = VARIANTS[case]
+    assert old in VARIANT
+    (tmp_path / "mine.py").write_text(VARIANT.replace(old, new))
+    done = run(SWEEP, "--dry-run", "--variants", "lora", "./mine.py")
+    done.assert_refused("mine.py' fails in its first step on a small layer: ", *expected, "correct it there")
+    assert done.stdout == ""
+
+
+def test_a_variant_that_trains_is_planned(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "mine.py").write_text(VARIANT)
+    done = run(SWEEP, *DRY, "--variants", "./mine.py", "--rank", "64")
+    assert done.returncode == 0, done.stderr
 
 
 # -- models --------------------------------------------------------------------------------------------------

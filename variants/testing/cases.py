@@ -8,7 +8,6 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from variants.nf4 import NF4Linear, quantize_blocks
 
@@ -120,12 +119,16 @@ def _prototype(model: str, out_features: int, in_features: int, bias: bool) -> n
     with torch.random.fork_rng():
         torch.manual_seed(7)
         if model == "llama":
+            from transformers import LlamaConfig, LlamaForCausalLM
+
             llama = LlamaConfig(
                 vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15,
             )  # fmt: skip
             return LlamaForCausalLM(llama)
         if model == "gpt2":
+            from transformers import GPT2Config, GPT2LMHeadModel
+
             gpt2 = GPT2Config(
                 vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=4,
                 initializer_range=0.15, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,

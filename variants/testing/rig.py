@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+import traceback
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from variants.adapted_model import CalibrationTensors
 from variants.adapters import Adapters
 from variants.api import CalibrationStatistic, Variant, VariantSettings
 from variants.attach import attach
 from variants.calibrate import calibrate
+from variants.errors import UnsupportedError
 from variants.seeds import seeded_generator
 from variants.testing.cases import ROWS, Case
 
@@ -49,6 +51,8 @@ def refused(variant: Variant, refusal: ValueError) -> Exception:
 
 def reload_model(model: Any) -> nn.Module:
     """Save a language model with transformers, and load it again."""
+    from transformers import AutoModelForCausalLM
+
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
@@ -241,6 +245,34 @@ def train(case: Case, adapters: Adapters, steps: int) -> None:
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, steps) for lane in adapters.lanes}
     for _ in range(steps):
         train_step(case, adapters, optimizers)
+
+
+def find_fault(variant: Variant, settings: VariantSettings) -> str:
+    """Attach a variant to a small model on the CPU, take one optimizer step, and return what went wrong.
+
+    Args:
+        variant: The variant.
+        settings: Valid settings of its lanes.
+
+    Returns:
+        A clause with the line in the variant's file and the error; empty if all went well, and if the variant
+        supports no such layer.
+    """
+    size = 64 * max(1, -(-2 * settings.rank // 64))
+    case = Case("trial", model="headed", out_features=size, in_features=2 * size, bias=True)
+    own_file = variant.source_path or getattr(sys.modules.get(type(variant).__module__), "__file__", None)
+    try:
+        adapters = attach(case.build(), variant, settings, heads=["head"])
+        for lane in range(min(2, adapters.max_lanes)):
+            adapters.add_lane(str(lane), settings, lane, calibrate_lane(case, adapters, lane))
+        train_step(case, adapters, {lane: LaneOptimizer(adapters, lane, 0.01, 2) for lane in adapters.lanes})
+    except UnsupportedError:
+        return ""
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == own_file]
+        where = f"line {lines[-1]}: " if lines else ""
+        return where + " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return ""
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:

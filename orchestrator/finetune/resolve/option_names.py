@@ -19,7 +19,7 @@ from orchestrator.study.space import Space, Value
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
 from variants.traits import AdaptationScope
-from variants.variant_names import FILE_SUFFIX, canonical_name
+from variants.variant_names import FILE_SUFFIX, PEFT_PREFIX, canonical_name
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def resolve_tasks(
     hub_data.set_pin_folder(bases, add_pins)  # before data are read
     names = dict.fromkeys(load_data_tasks(options) or options.task or default_tasks)
     resolved = [resolve_options(options, name, default_variants, bases) for name in names]
+    for name in resolved[0].variants:
+        _try_variant(name, options)
     by_name: dict[str, Task] = {}
     for task in (each.task for each in resolved):
         other = by_name.setdefault(task.name, task)
@@ -173,6 +175,35 @@ def load_variants(typed_names: Sequence[str]) -> tuple[str, ...]:
         if other != name:
             raise UsageError(f"--variants: {other!r} and {name!r} have the same content; leave one out.")
     return tuple(typed_by_name)
+
+
+def _try_variant(name: str, options: StudyOptions) -> None:
+    """Let a variant from outside this project train a small layer for one step.
+
+    Raises:
+        UsageError: It fails, as it would in a study, after a base model was made and trainers were started.
+    """
+    if name in catalogue.built_in_names() or name.startswith(PEFT_PREFIX):
+        return
+    from variants.api import VariantSettings
+    from variants.testing.rig import find_fault
+
+    variant = catalogue.get(name)
+    settings = VariantSettings(
+        options.rank if variant.uses_rank else 0,
+        options.alpha if variant.uses_alpha else None,
+        options.dropout if variant.uses_dropout else 0.0,
+        dict(variant.extra_defaults),
+    )
+    try:
+        settings = variant.validate_settings(settings)
+    except ValueError:
+        return  # `find_settings_error` says so, with the values of --set
+    if fault := find_fault(variant, settings):
+        raise UsageError(
+            f"--variants: {variant.source_path or name!r} fails in its first step on a small layer: {fault}; "
+            "correct it there (variants.testing.check_laws tests what a variant must satisfy)."
+        )
 
 
 def default_model(task: Task) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -245,6 +246,9 @@ class Task(TextEncoder):
         cached: dict[Any, str] = self.__dict__.setdefault("_revisions", {})
         if key not in cached:
             examples = {split: self._load_split(split, size) for split, size in sizes.items()}
+            if self.has_head and self.content:  # a user's file, whose labels may be wrong
+                for example in chain.from_iterable(examples.values()):
+                    self.target(example)
             cached[key] = hash_examples(examples, self.labels)
             if self.content:  # the splits of this project's tasks are known
                 self.warnings = find_overlaps(examples, self.name)
