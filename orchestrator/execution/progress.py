@@ -173,6 +173,15 @@ class Progress:
         measured = self.steps_taken - first
         return (time.monotonic() - since) / measured * left if measured >= MIN_MEASURED_STEPS else None
 
+    def describe_ended(self, seconds: float) -> str:
+        """Return how many lanes were trained in a time, stopped early, and failed."""
+        stopped, failed = self.ended["stopped"], self.ended["failed"]
+        return (
+            f"{self.ended.total() - failed} trained in {format_duration(seconds)}"
+            + (f", {stopped} of them stopped early" if stopped else "")
+            + (f", {failed} failed" if failed else "")
+        )
+
     def _write_log(self, text: str) -> None:
         if self._log is not None:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

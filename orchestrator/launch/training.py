@@ -77,12 +77,8 @@ def train_pending(
         session = _session_context(context, work, cluster, pool_config, scratch, progress, on_record)
         session = replace(session, on_progress=writers.put_progress)
         steps = _run_session(context, work, session, later.next_stage)
-        num_failed, num_stopped = progress.ended["failed"], progress.ended["stopped"]
-        early = f", {num_stopped} of them stopped early" if num_stopped else ""
-        early += f", {num_failed} failed" if num_failed else ""
         used = f", {context.budget.format_usage()}" if context.budget.gpus_per_trainer else ""
-        duration = format_duration(time.monotonic() - began)
-        progress.notify(f"{progress.ended.total() - num_failed} trained in {duration}{early}{used}")
+        progress.notify(f"{progress.describe_ended(time.monotonic() - began)}{used}")
         if progress.first_lane_at is not None:
             wait = format_duration(progress.first_lane_at - began)
             progress.notify(f"the first lane trained after {wait} of this time")

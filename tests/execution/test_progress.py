@@ -114,3 +114,11 @@ def test_the_line_counts_steps_and_is_not_repeated_unchanged(tmp_path: Path, now
         f"0/2 done | 2 training | 0/{2 * steps} steps",
         f"0/2 done | 2 training | 3/{2 * steps} steps",
     ]
+
+
+def test_failed_lanes_are_not_counted_as_trained(tmp_path: Path) -> None:
+    progress = Progress(tmp_path, 4, 0, Console(file=io.StringIO(), width=80))
+    progress.ended = Counter(finished=1, failed=3)
+    assert progress.describe_ended(24) == "1 trained in 24 s, 3 failed"
+    progress.ended = Counter(finished=1, stopped=2)
+    assert progress.describe_ended(24) == "3 trained in 24 s, 2 of them stopped early"
