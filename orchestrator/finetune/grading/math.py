@@ -11,6 +11,7 @@ import logging
 import re
 from fractions import Fraction
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 MAX_EXPRESSION_LENGTH = 200
@@ -42,6 +43,11 @@ _NUMBER = re.compile(
     rf"|{_DIGITS}(?:\.\d+)?(?:[eE][-+]?\d+)?"
     rf"|\.\d+)"
 )
+_NO_ANSWER = re.compile(
+    rf".*\bnamely\b|\bbetween\s+[-$]*{_DIGITS}[^,;:\d]*\s+and\s+[-$]*{_DIGITS}[^,;:\d]*[,;:]", re.IGNORECASE
+)
+"""What is left out of a statement if a number follows: in "between 10 and 20, namely 15" the answer is 15."""
+_NEXT_QUESTION = re.compile(r"^[#* \t]*(?:question|problem|q)\b[ \d*]*[:.]", re.IGNORECASE | re.MULTILINE)
 _WITH_UNIT = re.compile(
     r"(\$?\s*[-\d.,]+)\s*(?:sq\.? |square |cubic )?(?:[a-zA-Z]{2,}| m)\s*\^\s*\{?[23]\}?\s*\$?"
 )
@@ -64,11 +70,21 @@ def extract_answer(text: str) -> str:
 
     The answer is the value in the last \boxed{...} or after the last "####" or "answer is", whichever comes
     later. If there is no such value, the answer is the text itself if it is a formula, else its last number.
+    What follows is not examined if the text states an answer and continues with a question of its own.
 
     Args:
         text: The text.
     """
-    text = text.strip()[-MAX_TEXT_LENGTH:]
+    text = text.strip()
+    for question in islice(_NEXT_QUESTION.finditer(text), MAX_STATEMENTS):
+        if value := _extract_stated(text[: question.start()][-MAX_TEXT_LENGTH:]):
+            return value
+    text = text[-MAX_TEXT_LENGTH:]
+    return _extract_stated(text) or _extract_value(text, first=False)
+
+
+def _extract_stated(text: str) -> str:
+    """Return the value of the last statement or box of a text; empty if there is none."""
     spans = boxes = _find_boxes(text)
     for match in list(_STATED.finditer(text))[-MAX_STATEMENTS:]:
         line = re.match(r"\s*(.*)", text[match.end() :])
@@ -80,7 +96,7 @@ def extract_answer(text: str) -> str:
         value = _extract_value(span if boxed is None else boxed, first=True)
         if value:
             return value
-    return _extract_value(text, first=False)
+    return ""
 
 
 def _find_boxes(text: str) -> list[tuple[int, str]]:
@@ -104,6 +120,9 @@ def _extract_value(span: str, first: bool) -> str:
             last number.
     """
     bare = _strip_markup(span)
+    rest = _NO_ANSWER.sub("", bare) if first else ""
+    if _NUMBER.search(rest):
+        bare = _strip_markup(rest)
     if "=" in bare and first:
         bare = _strip_markup(bare.rsplit("=", 1)[1])
     if unit := _WITH_UNIT.fullmatch(bare):
