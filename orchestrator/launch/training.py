@@ -47,8 +47,7 @@ def train_pending(
         writers: Log to MLflow and other trackers. They are closed early if Ray's control store is lost,
             which ends the process.
         on_record: Called with every new record, from another thread.
-        on_configuration: Called with every added configuration, and with True if the store has its result
-            already.
+        on_configuration: Called with every added configuration, and True if the store has its result already.
 
     Raises:
         KeyboardInterrupt: The run was interrupted; the lanes have saved checkpoints.
@@ -71,8 +70,9 @@ def train_pending(
         gcs_monitor.watch_gcs(cluster, progress.notify, close_writer),
     ):
         pool_config = _plan_pool(context, work, cluster, scratch)
-        warnings = [f"! {warning}" for warning in data_warnings(context.sources())]
-        progress.notify("\n".join([*warnings, _describe_pool(cluster, pool_config)]))
+        for warning in data_warnings(context.sources()):
+            progress.notify(f"! {warning}")
+        progress.notify(_describe_pool(cluster, pool_config))
         began = time.monotonic()
         session = _session_context(context, work, cluster, pool_config, scratch, progress, on_record)
         session = replace(session, on_progress=writers.put_progress)
