@@ -14,7 +14,7 @@ from orchestrator.execution.progress import format_duration
 from orchestrator.execution.ray import runtime
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.models.catalogue import UNPREPARED, built_in_names
 from orchestrator.finetune.resolve.data_lengths import report_truncation
 from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -39,6 +39,9 @@ STARTUP_SECONDS = 25.0
 LABEL_WIDTH = 15
 UNKNOWN_TIME = "unknown: no lane of this task and model has been trained on such a device yet"
 PREDICTED_TIME = "unknown; the predicted GPU hours divided by the number of GPUs"
+FROM_HUB = (
+    "; the study asks the model hub for it; without a hub give --model a folder with a transformers model"
+)
 UNCHECKED_OPTIONS = "--rank and --targets: the base model is not here yet"
 
 Line = tuple[str, str]
@@ -187,10 +190,12 @@ def _task_lines(template: Configuration, bases: Path, may_truncate: bool) -> lis
     """Return the lines on a task: its steps, batch size, data and base model, and how many rows are cut."""
     model, steps = template.model, template.lr_schedule.steps
     batch = template.batches.micro_batch_size * template.batches.accumulation_steps
-    content = model.content if model.content == UNPREPARED else model.content[:12]
+    content, hub = model.content[:12], ""
+    if model.content == UNPREPARED:
+        content, hub = UNPREPARED, FROM_HUB if model.name not in built_in_names() else ""
     lines = [
         ("Task", f"{template.task.name}, {steps} steps of {batch}"),
-        ("Base model", f"{model.name} ({content})"),
+        ("Base model", f"{model.name} ({content}){hub}"),
     ]
     task = tasks.get(template.task.name)
     lines[1:1] = [("Warning", text) for text in task.warnings]

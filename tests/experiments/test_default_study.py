@@ -99,5 +99,8 @@ def test_a_plan_prints_what_it_cannot_check(data: Path, run: Run, monkeypatch: p
     monkeypatch.setenv("COLUMNS", "200")
     done = run(SWEEP, "--plan", "--targets", "q_porj")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Base model      Qwen/Qwen3-0.6B-Base (not prepared yet)" in done.stdout
+    assert (
+        "Base model      Qwen/Qwen3-0.6B-Base (not prepared yet); the study asks the model hub "
+        in done.stdout
+    )
     assert "Not checked     --rank and --targets: the base model is not here yet" in done.stdout

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.finetune.models import model_checks, weight_files
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.models.catalogue import UNPREPARED, locate_pretrained, task_bases
+from orchestrator.finetune.models.catalogue import (
+    PACKAGED_MODELS,
+    UNPREPARED,
+    locate_pretrained,
+    task_bases,
+)
 from orchestrator.finetune.sources import base_store, hub_models
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
@@ -241,6 +246,29 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
     if task.inputs == "text":
         model_checks.check_head_pooling(model, choice.name)
     return model, head_names
+
+
+def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
+    """Return what a model reads; an empty text if that is not known before it is here.
+
+    Args:
+        choice: The model, which may be unprepared.
+        root: The folder of prepared models.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    if choice.name in PACKAGED_MODELS:
+        return "text"
+    if choice.content == UNPREPARED and unprepared_config(choice) is None:
+        return ""
+    try:
+        kind = type(read_config(choice, root))
+    except Exception:  # `build_meta_model` says what is wrong with the configuration
+        return ""
+    if kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return "image"
+    texts = auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    return "text" if any(kind in each for each in texts) else ""
 
 
 def read_vocab_size(choice: ModelChoice, root: Path) -> int | None:

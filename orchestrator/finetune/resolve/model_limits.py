@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading, model_checks
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.study.configuration import Configuration
-from orchestrator.util.errors import UsageError
+from orchestrator.finetune.tasks.data_task import DataTask
+from orchestrator.finetune.tasks.pretraining import PretrainedTask
+from orchestrator.study.configuration import Configuration, ModelChoice
+from orchestrator.util.errors import UsageError, format_error
 from variants import catalogue
+
+_ARTICLES = {"image": "an image", "text": "a text"}
 
 
 def check_attach(configurations: Sequence[Configuration], task: Task, bases: Path) -> None:
@@ -43,6 +49,55 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads)
         except ValueError as error:
             raise UsageError(f"{configuration.model.name} with {variant.name}: {error}") from None
+
+
+def check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
+    """Check that a base model reads what a task has, as far as that is known without its weights.
+
+    Args:
+        model: The base model, which may be unprepared.
+        task: The task.
+        bases: The store's folder of base models.
+
+    Raises:
+        UsageError: One has images and the other texts, or the small base of a task lacks the words or the
+            image size of a user's data.
+    """
+    if model.name == getattr(task, "default_model", None):
+        return
+    kind = loading.input_kind(model, bases)
+    if kind and kind != task.inputs:
+        raise UsageError(
+            f"--model {model.name}: is {_ARTICLES[kind]} model, and task {task.name!r} has {task.inputs}s; "
+            f"take {_ARTICLES[task.inputs]} model."
+        )
+    base = model_catalogue.task_bases().get(model.name)
+    if not isinstance(base, PretrainedTask) or not isinstance(task, DataTask):
+        return
+    if problem := _find_unread_example(base, task):
+        raise UsageError(
+            f"--model {model.name}: it is a small model for task {base.name!r}, and cannot read task "
+            f"{task.name!r}: {problem}; take another --model, for example {task.default_model}."
+        )
+
+
+def _find_unread_example(base: PretrainedTask, task: Task) -> str:
+    """Return why the small base model of a task cannot read one of the first examples; empty if it can."""
+    examples = task.examples("train", 20)
+    if task.inputs == "text":
+        try:
+            task.encode_all(examples, base.processor())
+        except Exception as error:  # the tokenizers of Hugging Face raise Exception itself
+            return format_error(error)
+        return ""
+    import PIL.Image
+
+    side = base.base_config().image_size
+    for image in (example.image for example in examples if example.image is not None):
+        width, height = PIL.Image.open(BytesIO(image.read())).size
+        if (width, height) != (side, side):
+            return f"{image.name} has {width} x {height} pixels, and the model takes {side} x {side}"
+    return ""
 
 
 def check_positions(model: Any, name: str, length: int, task: Task) -> None:

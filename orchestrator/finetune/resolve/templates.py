@@ -11,7 +11,7 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import liger_kernels, loading
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.data_lengths import measure_max_length
-from orchestrator.finetune.resolve.model_limits import check_attach
+from orchestrator.finetune.resolve.model_limits import check_attach, check_inputs
 from orchestrator.finetune.resolve.option_names import (
     ResolvedOptions,
     fill_accumulation,
@@ -74,6 +74,7 @@ def build_configuration_templates(
     task, defaults = resolved.task, resolved.task.defaults
     options = fill_accumulation(options, task)
     model = ModelChoice(resolved.model, base_content, options.dtype or defaults.dtype)
+    check_inputs(model, task, bases)
     batch_size, accumulation = options.batch_size or defaults.batch_size, options.accumulation or 1
     options.check_batch_size(batch_size)
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
