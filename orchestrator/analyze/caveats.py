@@ -37,6 +37,8 @@ def _curve_caveats(c: Curve) -> Iterator[tuple[str, str]]:
         yield "best rate at the edge of the grid, the optimum may lie beyond", f" ({c.bracketed})"
     if best.validation.n == 1:
         yield "one seed at the best rate, so no interval", ""
+    elif best.validation.interval is None:
+        yield "the seeds at the best rate score the same and the items are unknown, so no interval", ""
     if any(r != c.best_rate for r in c.best_rates_leave_one_out):
         yield "without one of the seeds another rate would have been chosen", ""
     if count := best.states.get("diverged"):

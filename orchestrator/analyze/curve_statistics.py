@@ -37,6 +37,15 @@ class CurveMeans:
         """The best rate; None without a score."""
         return None if self.best is None else self.rates[self.best]
 
+    @property
+    def best_rates(self) -> tuple[float, ...]:
+        """All rates with the score of the best rate, ascending."""
+        top = None if self.best is None else self.y[self.best]
+        if top is None:
+            return ()
+        scores = zip(self.rates, self.y, strict=True)
+        return tuple(rate for rate, y in scores if y is not None and y >= top - curve_shape.SCORE_EPSILON)
+
 
 @dataclass(frozen=True)
 class CurveStatistics:

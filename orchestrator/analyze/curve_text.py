@@ -30,7 +30,7 @@ def best_rate_text(curve: Curve) -> str:
         return NOTHING_LEARNED
     if curve.bracketed == "both edges":
         return "flat"
-    return f"best at {formatting.rate(curve.best_rate)}" + ("" if curve.bracketed == "yes" else " (edge)")
+    return f"best at {formatting.rates(curve.best_rates)}" + ("" if curve.bracketed == "yes" else " (edge)")
 
 
 def width_text(curve: Curve, width: CurveStatistic | None) -> str:
@@ -77,9 +77,21 @@ def _finding(panel: Panel) -> str:
     rates = [rate for curve in panel.curves if (rate := curve.named_best_rate) is not None]
     if len(rates) < 2:
         return "The learning rate at which each variant is best."
-    if _decades(rates) < _SAME_RATE_DECADES:
+    if _decades(rates) < _SAME_RATE_DECADES and not _has_ties(panel):
         return "All variants are best at one learning rate."
+    if _shared_best_rates(panel):
+        return "No variant needs a learning rate of its own."
     return "Each variant has a learning rate of its own at which it is best."
+
+
+def _has_ties(panel: Panel) -> bool:
+    return any(len(c.best_rates) > 1 for c in panel.curves if c.named_best_rate is not None)
+
+
+def _shared_best_rates(panel: Panel) -> list[float]:
+    """Return the rates at which every variant with a best rate has its best score."""
+    own = [set(c.best_rates) for c in panel.curves if c.named_best_rate is not None]
+    return sorted(set.intersection(*own)) if own else []
 
 
 def _decades(rates: Sequence[float]) -> float:
@@ -111,34 +123,39 @@ def answer(panel: Panel) -> str:
     # A variant that scores the same at both ends of the grid has no best rate, for example a head with a
     # learning rate of its own.
     peaked = [c for c in scored if c.named_best_rate is not None]
-    ranked = sorted((rate, c.label) for c in peaked if (rate := c.named_best_rate) is not None)
+    ranked = sorted((c.best_rates, c.label) for c in peaked)
     nothing = f" Nothing was learnt by {', '.join(unlearned)}." if unlearned else ""
     return _peaks_text(panel, peaked, ranked, len(scored)) + nothing
 
 
 def _peaks_text(
-    panel: Panel, peaked: Sequence[Curve], ranked: Sequence[tuple[float, str]], num_scored: int
+    panel: Panel, peaked: Sequence[Curve], ranked: Sequence[tuple[tuple[float, ...], str]], num_scored: int
 ) -> str:
     """Describe the best rates of the curves that have one, and the spread of the test scores.
 
     Args:
         panel: The panel.
         peaked: The curves with a `named_best_rate`.
-        ranked: Best rate and label of each of these curves, by ascending rate.
+        ranked: Best rates and label of each of these curves, by ascending rate.
         num_scored: Number of all curves with a score.
     """
     if not ranked:
         title = panel.title
         return f"No variant of {title} scores better inside the grid than at its ends."
     if len(ranked) == 1:
-        return f"The best rate of {ranked[0][1]} is {formatting.rate(ranked[0][0])}."
+        return f"The best rate of {ranked[0][1]} is {formatting.rates(ranked[0][0])}."
     low, high = ranked[0], ranked[-1]
-    decades = _decades([low[0], high[0]])
-    if decades < _SAME_RATE_DECADES:
-        text = f"All {len(ranked)} variants are best at one rate, {formatting.rate(low[0])}."
+    decades = _decades([low[0][0], high[0][0]])
+    if decades < _SAME_RATE_DECADES and not _has_ties(panel):
+        text = f"All {len(ranked)} variants are best at one rate, {formatting.rate(low[0][0])}."
+    elif shared := _shared_best_rates(panel):
+        names = " and ".join(map(formatting.rate, shared))
+        text = f"All {len(ranked)} variants are best at {names}{' alike' if len(shared) > 1 else ''}."
+        more = [f"{label} at {formatting.rates(own)}" for own, label in ranked if set(own) > set(shared)]
+        text += f" Equally good are {', '.join(more)}." if more else ""
     else:
         edges = "" if all(c.bracketed == "yes" for c in peaked) else " at least"
-        ends = f"({low[1]} {formatting.rate(low[0])}, {high[1]} {formatting.rate(high[0])})"
+        ends = f"({low[1]} {formatting.rates(low[0])}, {high[1]} {formatting.rates(high[0])})"
         text = f"The best rates of {len(ranked)} variants lie{edges} {decades:.1f} decades apart {ends}."
     common, own = panel.spread_at_common, panel.spread_at_best
     if common is not None and own is not None and panel.common_rate is not None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.analyze.intervals import CurveStatistic, Estimate
 from orchestrator.analyze.number_format import rate as rate
+from orchestrator.analyze.number_format import rates as rates
 from orchestrator.analyze.panels import Value
 from orchestrator.record.show import find_typed, narrow_task, replace_options
 from orchestrator.record.study_file import Source
@@ -37,10 +38,11 @@ def figure(value: CurveStatistic | None, digits: int = 2) -> str:
 
 
 def interval(value: Estimate | CurveStatistic | None, digits: int = 3) -> str:
-    """Format the interval of an estimate or statistic, [0.915, 1.019]; empty without an interval."""
+    """Format an interval, [0.915, 1.019], with more digits if its ends look equal; empty without one."""
     if value is None or value.interval is None:
         return ""
-    return f"[{number(value.interval.low, digits)}, {number(value.interval.high, digits)}]"
+    low, high = (number(end, digits) for end in (value.interval.low, value.interval.high))
+    return interval(value, digits + 1) if low == high and digits < 6 else f"[{low}, {high}]"
 
 
 def settings_text(settings: Mapping[str, Value]) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Annotated
 
 from pydantic import Field
 
-from orchestrator.analyze.statistics.score_bounds import SCORE_BOUNDS, cut_interval
+from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS, SCORE_BOUNDS, cut_interval
 
 CONFIDENCE_LEVEL = 0.95
+_ROUNDING = 1e-12  # Standard errors below this are rounding errors of equal values.
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` seeds. The mean is None without a seed, the interval with fewer than two seeds."""
+    """A mean over `n` seeds; None without a seed. The interval is None if it would have no width.
+
+    That is so with fewer than two seeds, and if all values are equal and the error of the items is unknown.
+    """
 
     n: int
     mean: float | None = None
@@ -66,6 +71,8 @@ def estimate_mean(values: Sequence[float], bounds: tuple[float, float] = (-math.
     if n == 1:
         return Estimate(1, mean)
     std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    if std < _ROUNDING:
+        return Estimate(n, mean)
     half = _t_quantile(n - 1) * std / math.sqrt(n)
     low, high = mean - half, mean + half
     if all(bounds[0] <= v <= bounds[1] for v in values):
@@ -73,16 +80,59 @@ def estimate_mean(values: Sequence[float], bounds: tuple[float, float] = (-math.
     return Estimate(n, mean, Interval(low, high))
 
 
-def estimate_score(values: Sequence[float]) -> Estimate:
-    """Compute the mean score like `estimate_mean`, with the interval cut to 0..1 if all scores lie there."""
-    return estimate_mean(values, SCORE_BOUNDS)
+def estimate_score(values: Sequence[float], items: int = 0) -> Estimate:
+    """Compute the mean score and its interval, which contains the errors of the seeds and of the items.
+
+    The distances of the mean from the ends of the t-interval over seeds and of Wilson's interval over items
+    are added in quadrature. The interval is cut to 0..1 if all scores lie there.
+
+    Args:
+        values: One score per seed.
+        items: The number of items of which each score is a mean of values in 0..1; 0 if it is no such mean,
+            or unknown. The interval then contains the error of the seeds alone.
+    """
+    found = estimate_mean(values, SCORE_BOUNDS)
+    rows = None if found.mean is None else wilson_interval(found.mean * items, items)
+    return _add_errors(found, [(found.mean, rows)], SCORE_BOUNDS)
 
 
-def wilson_interval(count: int, n: int) -> Interval | None:
+def estimate_gain(scores: Sequence[float], untrained: Sequence[float], items: int) -> Estimate:
+    """Compute the mean gain over the untrained base, with the errors of the seeds and of the items.
+
+    The items are the same for both scores, so that counting both errors (Newcombe 1998) is conservative.
+
+    Args:
+        scores: One test score per seed.
+        untrained: The test score of the untrained base for each of these seeds.
+        items: As for `estimate_score`.
+    """
+    found = estimate_mean([a - b for a, b in zip(scores, untrained, strict=True)], DIFFERENCE_BOUNDS)
+    after, before = (estimate_mean(own).mean for own in (scores, untrained))
+    rows = None if after is None else wilson_interval(after * items, items)
+    of_base = None if before is None else wilson_interval((1 - before) * items, items)
+    return _add_errors(
+        found, [(after, rows), (None if before is None else 1 - before, of_base)], DIFFERENCE_BOUNDS
+    )
+
+
+def _add_errors(
+    found: Estimate, others: Sequence[tuple[float | None, Interval | None]], bounds: tuple[float, float]
+) -> Estimate:
+    """Widen an interval over seeds by the errors of other values, each given with its interval or None."""
+    known = [(value, own) for value, own in others if value is not None and own is not None]
+    if found.mean is None or found.n < 2 or not known:
+        return found
+    seeds = found.interval or Interval(found.mean, found.mean)
+    low = found.mean - math.hypot(found.mean - seeds.low, *(value - own.low for value, own in known))
+    high = found.mean + math.hypot(seeds.high - found.mean, *(own.high - value for value, own in known))
+    return Estimate(found.n, found.mean, Interval(*cut_interval(low, high, bounds)))
+
+
+def wilson_interval(count: float, n: int) -> Interval | None:
     """Compute Wilson's score interval of a share (Wilson 1927), without continuity correction.
 
     Args:
-        count: The number of successes.
+        count: The number of successes, or the sum of values in 0..1, for which the interval is conservative.
         n: The number of trials.
 
     Returns:
@@ -90,10 +140,10 @@ def wilson_interval(count: int, n: int) -> Interval | None:
     """
     if n == 0:
         return None
-    from scipy import stats
-
-    found = stats.binomtest(count, n).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
-    return Interval(float(found.low), float(found.high))
+    z, share = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2), count / n
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(max(0.0, share * (1 - share)) / n + z**2 / (4 * n**2))
+    return Interval(max(0.0, center - half), min(1.0, center + half))
 
 
 def jackknife_interval(
@@ -119,7 +169,7 @@ def jackknife_interval(
         bounds: The range of possible values, to which the interval is cut.
 
     Returns:
-        The interval, or None with fewer than two seeds, or if one of the values is None.
+        The interval, or None with fewer than two seeds, if one of the values is None, or if all are equal.
     """
     n = len(leave_one_out_values)
     known = [v for v in leave_one_out_values if v is not None]
@@ -127,5 +177,7 @@ def jackknife_interval(
         return None
     centre = math.fsum(known) / n
     error = math.sqrt((n - 1) / n * math.fsum((v - centre) ** 2 for v in known))
+    if error < _ROUNDING:
+        return None
     half = _t_quantile(n - 1) * error
     return Interval(max(bounds[0], full_value - half), min(bounds[1], full_value + half))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from orchestrator.analyze.intervals import Interval
 
 
@@ -11,6 +13,11 @@ def rate(value: float | None) -> str:
         return "-"
     mantissa, _, exponent = f"{value:.2e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def rates(values: Sequence[float]) -> str:
+    """Format learning rates with the same score: 5e-4 = 1e-3."""
+    return " = ".join(map(rate, values))
 
 
 def points(value: float | None) -> str:

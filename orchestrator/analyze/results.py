@@ -86,7 +86,9 @@ class Curve:
     """Columns in which the curve differs from the variant's other curves: column -> value."""
     points: tuple[CurvePoint, ...]
     best_rate: float | None
-    """The eligible rate with the highest validation mean."""
+    """The eligible rate with the highest validation mean, of equal ones the lowest."""
+    best_rates: tuple[float, ...]
+    """All eligible rates with that mean, ascending."""
     best_validation: Estimate
     best_test: Estimate
     best_rates_leave_one_out: Annotated[tuple[float, ...], Field(alias="best_rates_leaving_one_out")]

@@ -10,6 +10,7 @@ from typing import Literal
 from orchestrator.record.schema import Record
 
 Split = Literal["validation", "test"]
+_TOLERANCE = 1e-6  # largest distance between a score and the mean of its results per item
 
 
 def finite_or_none(value: float | None) -> float | None:
@@ -27,6 +28,25 @@ def last_validation(record: Record) -> float | None:
     metric = record.configuration.task.metric
     seen = [e.scores[metric] for e in record.evaluations if e.split == "validation" and metric in e.scores]
     return finite_or_none(seen[-1]) if seen else None
+
+
+def item_results(record: Record, split: Split) -> tuple[float, ...] | None:
+    """Return the results per item at the end of training; None if their mean is not the score."""
+    items, score = record.items.get(split), finite_score(record, split)
+    if items is None or not items.correct or score is None:
+        return None
+    is_mean = abs(math.fsum(items.correct) / len(items.correct) - score) <= _TOLERANCE
+    return items.correct if is_mean else None
+
+
+def count_items(records: Iterable[Record], split: Split) -> int:
+    """Return of how many items the score of each finished record is the mean, with results in 0..1.
+
+    Returns:
+        The smallest number over the records; 0 if one score is no such mean, or without a finished record.
+    """
+    results = [item_results(record, split) or () for record in records if record.state == "finished"]
+    return min((len(own) if all(0 <= v <= 1 for v in own) else 0 for own in results), default=0)
 
 
 def untrained_score(record: Record, split: Split) -> float | None:

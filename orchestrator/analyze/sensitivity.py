@@ -17,11 +17,16 @@ from typing import TypeVar
 from orchestrator.analyze import curve_shape, curve_statistics, intervals, panels
 from orchestrator.analyze.censored import eligible_points
 from orchestrator.analyze.curve_statistics import CurveMeans, CurveStatistics, PanelStatistics
-from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
+from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval, estimate_score
 from orchestrator.analyze.results import Curve, CurvePoint, Panel, Run, Spread
 from orchestrator.analyze.run_labels import RunLabel, is_above_base, label_runs
-from orchestrator.analyze.scores import finite_score, last_validation, mean_untrained_score, untrained_score
-from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS
+from orchestrator.analyze.scores import (
+    count_items,
+    finite_score,
+    last_validation,
+    mean_untrained_score,
+    untrained_score,
+)
 from orchestrator.record.schema import Record
 
 T = TypeVar("T")
@@ -56,27 +61,29 @@ def _summarize_run(record: Record, label: RunLabel) -> Run:
 
 
 def _summarize_points(records: Sequence[Record], labels: Mapping[str, RunLabel]) -> tuple[CurvePoint, ...]:
-    by_rate: dict[float, list[Run]] = defaultdict(list)
-    for record in records:
-        by_rate[record.configuration.optimizer.learning_rate].append(
-            _summarize_run(record, labels[record.fingerprint])
-        )
+    by_rate: dict[float, list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda r: (r.configuration.seed, r.fingerprint)):
+        by_rate[record.configuration.optimizer.learning_rate].append(record)
     rates = sorted(by_rate)
-    runs_at = [sorted(by_rate[rate], key=lambda r: (r.seed, r.fingerprint)) for rate in rates]
+    runs_at = [[_summarize_run(record, labels[record.fingerprint]) for record in by_rate[r]] for r in rates]
     outcomes = [curve_statistics.point_outcome(runs) for runs in runs_at]
     eligible = eligible_points(outcomes, records[0].configuration.task.floor)
-    return tuple(map(_summarize_point, rates, runs_at, eligible))
+    items = [tuple(count_items(by_rate[rate], split) for split in ("validation", "test")) for rate in rates]
+    return tuple(map(_summarize_point, rates, runs_at, eligible, items))
 
 
-def _summarize_point(rate: float, runs: Sequence[Run], is_eligible: bool) -> CurvePoint:
+def _summarize_point(
+    rate: float, runs: Sequence[Run], is_eligible: bool, items: tuple[int, ...]
+) -> CurvePoint:
+    num_validation, num_test = items
     states = Counter(r.state for r in runs)
     ended = states["finished"] + states["diverged"]
     finished = [r.validation for r in runs if r.validation is not None and r.state == "finished"]
     return CurvePoint(
         learning_rate=rate,
-        validation=intervals.estimate_score([r.validation for r in runs if r.validation is not None]),
-        test=intervals.estimate_score([r.test for r in runs if r.test is not None]),
-        without_diverged=intervals.estimate_score(finished),
+        validation=estimate_score([r.validation for r in runs if r.validation is not None], num_validation),
+        test=estimate_score([r.test for r in runs if r.test is not None], num_test),
+        without_diverged=estimate_score(finished, num_validation),
         states=dict(sorted(states.items())),
         diverged_share=states["diverged"] / ended if ended else None,
         diverged_interval=intervals.wilson_interval(states["diverged"], ended),
@@ -203,8 +210,11 @@ def _summarize_curve(
     best = next((p for p in points if p.learning_rate == full.best_rate), None)
     common_x = None if common is None else math.log10(common)
     cliff = None if m.best is None else curve_shape.cliff_index(m.y, m.diverged, m.best, jackknife.floor)
-    gains = [
-        r.test - r.untrained_test
+    at_best = [
+        record for record in line.records if record.configuration.optimizer.learning_rate == full.best_rate
+    ]
+    pairs = [
+        (r.test, r.untrained_test)
         for r in (best.runs if best else ())
         if r.test is not None and r.untrained_test is not None
     ]
@@ -214,6 +224,7 @@ def _summarize_curve(
         varied=line.varied,
         points=points,
         best_rate=full.best_rate,
+        best_rates=m.best_rates,
         best_validation=best.validation if best else Estimate(0),
         best_test=best.test if best else Estimate(0),
         best_rates_leave_one_out=jackknife.best_rates(),
@@ -226,7 +237,9 @@ def _summarize_curve(
         regret_at_reference_best=jackknife.regret(lambda s: s.regret_at_reference),
         regret_at_average_best=jackknife.regret(lambda s: s.regret_at_average),
         cliff=None if cliff is None else m.rates[cliff],
-        gain_over_untrained=intervals.estimate_mean(gains, DIFFERENCE_BOUNDS),
+        gain_over_untrained=intervals.estimate_gain(
+            [test for test, _ in pairs], [base for _, base in pairs], count_items(at_best, "test")
+        ),
         test_at_common_rate=None if common_x is None else curve_shape.score_at(m.x, m.test, common_x),
         nothing_learned=best is not None and not is_above_base(best.validation.mean, line.records),
     )

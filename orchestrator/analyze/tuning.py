@@ -20,7 +20,13 @@ from orchestrator.analyze.censored import PointOutcome, eligible_points
 from orchestrator.analyze.intervals import Estimate, estimate_score
 from orchestrator.analyze.panels import Value
 from orchestrator.analyze.run_labels import is_above_base
-from orchestrator.analyze.scores import count_states, finite_score, last_validation, mean_untrained_score
+from orchestrator.analyze.scores import (
+    count_items,
+    count_states,
+    finite_score,
+    last_validation,
+    mean_untrained_score,
+)
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 
@@ -135,8 +141,8 @@ def _summarize_point(records: Sequence[Record], varied: Sequence[str]) -> Tuning
     return TuningPoint(
         records[0].configuration,
         {k: columns.get(k) for k in varied},
-        estimate_score(list(scores.values())),
-        estimate_score(tests),
+        estimate_score(list(scores.values()), count_items(records, "validation")),
+        estimate_score(tests, count_items(records, "test")),
         math.fsum(seen) / len(seen) if seen else None,
         count_states(records),
         False,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from synthetic import RATES, STUDY, record, several_tasks, study, summarize_curves
 
 from orchestrator.analyze import curve_text, report
@@ -17,8 +20,9 @@ from orchestrator.analyze.loss_lines import loss_panels
 from orchestrator.analyze.plots import curves, style
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Summary
-from orchestrator.record.schema import Cost, Record, StepMetrics
-from orchestrator.record.study_file import StudyFile
+from orchestrator.analyze.table import render_summary
+from orchestrator.record.schema import Cost, ItemResults, Record, StepMetrics
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 
 STUDY_FILE = StudyFile(
     name="lr-sensitivity",
@@ -58,13 +62,57 @@ def test_panels_of_one_task_that_differ_in_a_setting_are_told_apart_everywhere()
     }
 
 
-def test_summary_json_without_a_json_number_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_number_that_is_no_json_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = summarize_curves(study())
     monkeypatch.setattr(report, "summarize", lambda *_: replace(whole, tolerance=float("nan")))
     with pytest.raises(ValueError, match="JSON"):
         write_report(STUDY_FILE, study(), tmp_path, DATABASE)
+
+
+def _intervals(value: Any) -> Iterator[tuple[float, float]]:
+    if isinstance(value, dict):
+        if set(value) == {"low", "high"}:
+            yield value["low"], value["high"]
+        value = list(value.values())
+    for each in value if isinstance(value, list) else ():
+        yield from _intervals(each)
+
+
+@pytest.mark.parametrize("kind", ["curve", "search", "replicates"])
+@pytest.mark.parametrize("has_items", [True, False])
+def test_equal_seeds_do_not_make_a_score_certain(tmp_path: Path, kind: str, has_items: bool) -> None:
+    """Two seeds score the same on 109 rows."""
+    right = {1e-4: 60, 1e-3: 105, 3e-3: 105, 1e-2: 40}
+    items = {rate: ItemResults((1.0,) * n + (0.0,) * (109 - n)) for rate, n in right.items()}
+    records = [
+        replace(
+            record(variant, rate, seed, n / 109, untrained=0.2),
+            items=dict.fromkeys(("validation", "test"), items[rate]) if has_items else {},
+        )
+        for variant in ("lora", "dora")
+        for rate, n in right.items()
+        for seed in range(2)
+    ]
+    settings = AnalysisSettings(kind=kind)  # type: ignore[arg-type]
+    names = tuple(r.fingerprint for r in records)
+    chosen = replace(STUDY_FILE, configurations=names, settings=settings)
+    summary = write_report(chosen, records, tmp_path, DATABASE)
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    console.print(render_summary(summary))
+    terminal = console.file.getvalue()  # type: ignore[attr-defined]
+    page = Page((tmp_path / "report.html").read_text()).text
+    numbers = json.loads((tmp_path / "summary.json").read_text())
+    assert all(low < high for low, high in _intervals(numbers))
+    for text in (terminal, page):
+        pairs = re.findall(r"\[([+-]?[\d.]+), ([+-]?[\d.]+)\]", text)
+        assert all(low != high for low, high in pairs), pairs
+    if kind == "curve":
+        assert "0.963" in terminal
+        assert ("[0.91, 0.99]" in terminal) == has_items
+        assert any("no interval" in warning for warning in summary.warnings) != has_items
+        assert "All 2 variants are best at 1e-3 and 3e-3 alike." in summary.verdicts[0].answer
+        assert summary.verdicts[0].claim == "No variant needs a learning rate of its own."
+        assert numbers["panels"][0]["curves"][0]["best_rates"] == [1e-3, 3e-3]
 
 
 class Page(HTMLParser):

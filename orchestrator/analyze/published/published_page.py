@@ -24,7 +24,7 @@ from orchestrator.analyze.published.published_scores import (
     read_table,
     summarize_task,
 )
-from orchestrator.analyze.published.published_verdicts import SOURCE, published_verdicts, rates_text
+from orchestrator.analyze.published.published_verdicts import SOURCE, published_verdicts
 from orchestrator.analyze.verdict import Verdict
 from orchestrator.study import bounds
 from orchestrator.study.study_name import DEFAULT_STORE_NAME
@@ -66,7 +66,7 @@ def _variant_table(task: PublishedTask) -> Table:
             f"{each.rank}{'=' if each.tied_with else ''}",
             each.variant,
             f"{each.best_score:.2f}",
-            rates_text(each.best_rates) + edge,
+            formatting.rates(each.best_rates) + edge,
             f"{each.loss_at_reference_rate:.2f}",
             f"{each.range_over_rates:.2f}",
             style="bold" if each.variant == REFERENCE else "",
@@ -170,7 +170,7 @@ def _render_html(
         program=INSTALLED_PROGRAM,
         reference=REFERENCE,
         rate=formatting.rate,
-        rates_text=rates_text,
+        rates_text=formatting.rates,
         cells=_heat_cells,
     )
 

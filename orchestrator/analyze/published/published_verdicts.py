@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from orchestrator.analyze import formatting
 from orchestrator.analyze.published.published_scores import REFERENCE, PublishedTask
 from orchestrator.analyze.verdict import Verdict
 
@@ -137,11 +136,6 @@ def _range_over_rates(tasks: Sequence[PublishedTask]) -> str:
 
 def _points(number: float) -> str:
     return f"{number:g} point{'' if number == 1 else 's'}"
-
-
-def rates_text(rates: Sequence[float]) -> str:
-    """Return the rates with the same best score as text: 5e-4 = 1e-3."""
-    return " = ".join(map(formatting.rate, rates))
 
 
 def _ordinal(number: int) -> str:

@@ -101,7 +101,7 @@ def _panel_table(panel: Panel) -> Table:
         regret = None if c.nothing_learned else regret
         table.add_row(
             c.label,
-            formatting.rate(None if c.nothing_learned else c.best_rate),
+            "-" if c.nothing_learned else formatting.rates(c.best_rates) or "-",
             _grid_text(c),
             formatting.number(c.best_validation.mean),
             formatting.interval(c.best_validation, 2) or "-",

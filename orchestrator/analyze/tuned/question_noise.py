@@ -6,13 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from orchestrator.analyze.scores import finite_score
+from orchestrator.analyze.scores import item_results
 from orchestrator.analyze.statistics.item_noise import item_standard_error
 from orchestrator.record.schema import Record
-
-_TOLERANCE = 1e-6  # largest distance between a test score and the mean of its results per question
 
 
 def question_errors(
@@ -36,20 +33,11 @@ def question_errors(
 def _question_error(pairs: Sequence[tuple[Record, Record]]) -> float | None:
     differences = []
     for record, baseline in pairs:
-        own, other = _results(record), _results(baseline)
+        own, other = item_results(record, "test"), item_results(baseline, "test")
         if own is None or other is None or len(own) != len(other):
             return None
-        differences.append(own - other)
+        differences.append(np.subtract(own, other))
     if not differences or len({len(each) for each in differences}) > 1:
         return None
     error = float(item_standard_error(np.mean(differences, axis=0)[:, None])[0])
     return error if math.isfinite(error) else None
-
-
-def _results(record: Record) -> NDArray[np.float64] | None:
-    """Return the results per test question, shape (questions,); None if their mean is not the test score."""
-    items, score = record.items.get("test"), finite_score(record, "test")
-    if items is None or not items.correct or score is None:
-        return None
-    results = np.array(items.correct, dtype=np.float64)
-    return results if abs(results.mean() - score) <= _TOLERANCE else None

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.analyze.run_labels import RunLabel
+from orchestrator.analyze.scores import count_items
 from orchestrator.analyze.statistics import planning
 from orchestrator.analyze.statistics.conjunction import largest_count, partial_conjunction_p_values
 from orchestrator.analyze.statistics.outcome import classify, counts_for_baseline
@@ -184,10 +185,11 @@ def _compare_rows(
     found = compare_with_baseline(differences, settings.margin, alpha=alpha, item_error=item_error)
     share_p = _share_p_values(tunings, others, base)
     adjusted_p = holm(share_p)
-    baseline_row = describe_tunings(settings.baseline, "baseline", base, settings.margin)
+    items = count_items(records.values(), "test")
+    baseline_row = describe_tunings(settings.baseline, "baseline", base, settings.margin, items)
     rows = [
         replace(
-            describe_tunings(name, _role(name, settings), tunings[name], settings.margin),
+            describe_tunings(name, _role(name, settings), tunings[name], settings.margin, items),
             usable_p=float(adjusted_p[i]),
             question_error=errors[name],
             **_comparison_fields(found, i, settings.margin),

@@ -17,7 +17,9 @@ from orchestrator.analyze.tuned.tuned_results import Role, VariantRow
 from orchestrator.analyze.tuned.tunings import TriedRun, Tuning
 
 
-def describe_tunings(variant: str, role: Role, tunings: Mapping[int, Tuning], margin: float) -> VariantRow:
+def describe_tunings(
+    variant: str, role: Role, tunings: Mapping[int, Tuning], margin: float, items: int = 0
+) -> VariantRow:
     """Return the row of a variant, without the fields that compare it with the baseline.
 
     Args:
@@ -25,6 +27,7 @@ def describe_tunings(variant: str, role: Role, tunings: Mapping[int, Tuning], ma
         role: Its role in the comparison.
         tunings: Replicate -> tuning.
         margin: The smallest difference that matters, from which the width of the pooled curve is taken.
+        items: The number of test items, see `intervals.estimate_score`.
     """
     own = tuple(tunings.values())
     ended = [tuning for tuning in own if has_result(tuning)]
@@ -33,7 +36,7 @@ def describe_tunings(variant: str, role: Role, tunings: Mapping[int, Tuning], ma
         variant=variant,
         role=role,
         tunings=own,
-        test=estimate_score([chosen_test(tuning) for tuning in own if tuning.is_usable]),
+        test=estimate_score([chosen_test(tuning) for tuning in own if tuning.is_usable], items),
         usable=usable_share(sum(tuning.is_usable for tuning in ended), len(ended)) if ended else None,
         usable_p=None,
         usable_runs=_share_of_runs(runs),
