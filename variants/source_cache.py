@@ -29,21 +29,24 @@ def cached(name: str, make: Callable[[], Any]) -> Any:
     file = folder / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, damaged
         kept = json.loads(file.read_bytes())
-        if kept["sources"] == _source_digest():
+        if kept["sources"] == source_digest(_PACKAGE):
             return kept["value"]
     value = make()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         own = file.with_suffix(f".{os.getpid()}")
-        own.write_text(json.dumps({"sources": _source_digest(), "value": value}))
+        own.write_text(json.dumps({"sources": source_digest(_PACKAGE), "value": value}))
         own.replace(file)
     return value
 
 
 @cache
-def _source_digest() -> str:
+def source_digest(package: Path) -> str:
+    """Return a digest of the files of a package, without those that Python generates."""
     digest = hashlib.sha256()
-    for file in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.glob("*.json")]):
+    for file in sorted(
+        path for path in package.rglob("*.*") if "__pycache__" not in path.parts and path.is_file()
+    ):
         content = file.read_bytes()
-        digest.update(f"{file.relative_to(_PACKAGE)} {len(content)}\n".encode() + content)
+        digest.update(f"{file.relative_to(package)} {len(content)}\n".encode() + content)
     return digest.hexdigest()

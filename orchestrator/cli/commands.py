@@ -64,7 +64,7 @@ class Report(StoreLocation):
 
     def run(self) -> int:
         """Write the report and return the exit code."""
-        from orchestrator.analyze.report import write_report
+        from orchestrator.analyze import report_memo
         from orchestrator.record.mlflow.tracking_uri import study_uri
         from orchestrator.record.store import Store
         from orchestrator.record.study_file import find_study, record_look
@@ -78,9 +78,14 @@ class Report(StoreLocation):
                 f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}"
             )
         uri = redact_secrets(study_uri(study.tracking_uri, store))
-        summary = write_report(study, records, folder, uri, store.root)
-        if summary.comparison is not None and (looked := summary.comparison.look):
-            record_look(folder, looked)
+        inputs = report_memo.digest_inputs(study, store, uri, folder)
+        if not report_memo.is_written(folder, inputs):
+            from orchestrator.analyze.report import write_report  # imports scipy and matplotlib
+
+            summary = write_report(study, records, folder, uri, store.root)
+            report_memo.remember(folder, inputs)
+            if summary.comparison is not None and (looked := summary.comparison.look):
+                record_look(folder, looked)
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
         return 0
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console, RenderableType
+
+from orchestrator.analyze import report_memo
 from orchestrator.analyze.best_lanes import LaneGoal, best_lanes
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.launch.adapter_keeper import AdapterKeeper
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.mlflow.adapter_models import model_tags
-from orchestrator.record.parquet import write_parquet
+from orchestrator.record.mlflow.connection import ARTIFACTS_FOLDER
+from orchestrator.record.parquet import CURVES_FILE, PARQUET_FILE, write_parquet
 from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.study_file import PICTURES, REPORT_FILES, StudyFile
 from orchestrator.record.trackers.tracker import StudyEnd
@@ -20,6 +24,7 @@ from orchestrator.util import timeouts
 from orchestrator.util.command import EXIT_LIMIT_REACHED
 from orchestrator.util.graceful_interrupts import graceful_interrupts
 from orchestrator.util.redaction import redact_secrets
+from orchestrator.util.sqlite_uri import sqlite_path
 
 if TYPE_CHECKING:
     from orchestrator.analyze.study_description import StudyDescription
@@ -46,6 +51,42 @@ def import_report_libraries() -> None:
     """Import what a report needs, in a thread while trainers train: the imports take a second or two."""
     for module in REPORT_LIBRARIES:
         importlib.import_module(module)
+
+
+def print_known_end(context: StudyContext, study: StudyFile) -> bool:
+    """Print again what the end of the study printed last, if nothing has changed since.
+
+    Returns:
+        Whether it was printed. False if the report, the Parquet files, MLflow's database or the kept adapters
+        are not as the last run has left them, and if runs are logged elsewhere too.
+    """
+    end = _digest_end(context)
+    text = end and report_memo.recall_end(context.folder, _digest_inputs(context, study), end)
+    print(text or "", end="", file=context.console.file, flush=True)
+    return bool(text)
+
+
+def _digest_inputs(context: StudyContext, study: StudyFile) -> str:
+    uri = redact_secrets(context.tracking_uri)
+    return report_memo.digest_inputs(study, context.store, uri, context.folder)
+
+
+def _digest_end(context: StudyContext) -> str:
+    """Return a digest of what the end of a run leaves besides the report, and of the console.
+
+    It is empty if this cannot be looked up fast: MLflow has a server, or another tracker is used.
+    """
+    database, console, root = sqlite_path(context.tracking_uri), context.console, context.store.root
+    if database is None or not database.exists() or context.trackers:
+        return ""
+    files = [database, *(root / name for name in (PARQUET_FILE, CURVES_FILE)), *context.adapters.files()]
+    artifacts = database.parent / ARTIFACTS_FOLDER / context.name
+    return report_memo.digest(
+        [(str(file), file.exists() and (file.stat().st_mtime_ns, file.stat().st_size)) for file in files],
+        sorted(map(str, artifacts.rglob("*"))),
+        (console.width, console.color_system, console.is_terminal, console.encoding),
+        context.options.save_adapters,
+    )
 
 
 def report_and_close(
@@ -81,14 +122,16 @@ def report_and_close(
     report_files = [context.folder / name for name in REPORT_FILES] if should_report else []
     description: tuple[str, Mapping[str, float]] = ("", {})
     models = None
+    lines: list[RenderableType] = []
     try:
         if should_report:
             with graceful_interrupts(budget.request_stop):
+                inputs = _digest_inputs(context, study)  # before the records are read
                 records = [r for f in study.configurations if (r := context.store.get(f)) is not None]
                 if context.options.save_adapters == "best" and status == "FINISHED":
                     _keep_best(keeper, study, records)
                 models = model_tags(context.adapters, study, map(study.rename, records))
-                description = _write_report(context, study, records)
+                description, lines = _write_report(context, study, records)
     finally:
         interrupted = budget.is_interrupted and not was_interrupted
         status = "KILLED" if interrupted else status
@@ -96,23 +139,36 @@ def report_and_close(
         end = StudyEnd(status, tuple(existing), *description, models)
         writers.close(end, _mlflow_seconds(budget, status))
         if should_report:
-            _print_mlflow(context, writers.mlflow)
+            lines += (mlflow_lines := _mlflow_lines(context, writers.mlflow))
+            _print_lines(context.console, mlflow_lines)
         if not writers.mlflow.is_finished or writers.mlflow.pending_count:
             _print_delay(context, writers.mlflow)
         for name, writer in writers.others.items():
             _print_tracker(context, name, writer)
     if interrupted:
         raise KeyboardInterrupt
+    if should_report and status == "FINISHED" and writers.mlflow.is_finished and not writers.mlflow.error:
+        _remember_end(context, inputs, lines)
 
 
-def _print_mlflow(context: StudyContext, writer: MlflowWriter) -> None:
-    """Print the command that opens MLflow on a database, and the address of the ranked table, if any."""
+def _remember_end(context: StudyContext, inputs: str, lines: Sequence[RenderableType]) -> None:
+    with context.console.capture() as printed:
+        _print_lines(context.console, lines)
+    report_memo.remember(context.folder, inputs, _digest_end(context), printed.get())
+
+
+def _print_lines(console: Console, lines: Iterable[RenderableType]) -> None:
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=isinstance(line, str))
+
+
+def _mlflow_lines(context: StudyContext, writer: MlflowWriter) -> list[RenderableType]:
+    """Return the command that opens MLflow on a database, and the address of the ranked table, if any."""
     from orchestrator.analyze.page import mlflow_ui_command
 
     command = mlflow_ui_command(redact_secrets(context.tracking_uri))
-    for label, where in (("MLflow", command), ("" if command else "MLflow", writer.view_link)):
-        if where:
-            context.console.print(f"{label:8} {where}", markup=False, soft_wrap=True)
+    labelled = (("MLflow", command), ("" if command else "MLflow", writer.view_link))
+    return [f"{label:8} {where}" for label, where in labelled if where]
 
 
 def _mlflow_seconds(budget: RunBudget, status: str) -> float:
@@ -159,13 +215,15 @@ def _keep_best(keeper: AdapterKeeper, study: StudyFile, records: Sequence[Record
         keeper.finish(map(study.rename, records))
 
 
-def _write_report(context: StudyContext, study: StudyFile, records: Sequence[Record]) -> StudyDescription:
+def _write_report(
+    context: StudyContext, study: StudyFile, records: Sequence[Record]
+) -> tuple[StudyDescription, list[RenderableType]]:
     """Write the store's Parquet files and the study's report, and print the tables.
 
     The report has all configurations of the study, including those of earlier runs.
 
     Returns:
-        The description of the study in MLflow.
+        The description of the study in MLflow, and what was printed: the tables, and where the files are.
     """
     from orchestrator.analyze.report import write_report
     from orchestrator.analyze.study_description import describe_summary
@@ -178,13 +236,13 @@ def _write_report(context: StudyContext, study: StudyFile, records: Sequence[Rec
     if summary.comparison is not None and (looked := summary.comparison.look):
         study.with_look(looked).write(folder)
     pictures = [file for name in PICTURES if (file := folder / f"{name}.png").exists()]
-    context.console.print(render_summary(summary))
     lines: list[tuple[str, object]] = [("Report", folder / "report.html")]
     lines += [("Picture", picture) for picture in pictures[:1]]
     lines += [("Export", context.orchestrator_command(*words)) for words in export_words(study, records)]
-    for what, where in lines:
-        context.console.print(f"{what:8} {where}", markup=False, soft_wrap=True)
-    return describe_summary(summary)
+    printed: list[RenderableType] = [render_summary(summary)]
+    printed += [f"{what:8} {where}" for what, where in lines]
+    _print_lines(context.console, printed)
+    return describe_summary(summary), printed
 
 
 def export_words(study: StudyFile, records: Sequence[Record]) -> list[list[str]]:

@@ -186,6 +186,15 @@ class StudyRun:
 
     def execute(self) -> int:
         """Train, write the report and return the exit code, see `run_study`."""
+        context, work = self.context, self.work
+        if work.num_to_train or not reporting.print_known_end(context, self.study):
+            self._train_and_report()
+        if work.search is not None:
+            usage = work.search.update_usage(context.store)
+            print_point_shortfall(context.console, usage, work.search.file.points)
+        return reporting.print_missing_results(context, work, self.study.command)
+
+    def _train_and_report(self) -> None:
         # The import of MLflow takes seconds, and a plan or a wrong option does not need it.
         from orchestrator.launch.study_writers import start_writers
 
@@ -222,10 +231,6 @@ class StudyRun:
                 if configuration.fingerprint not in self.logged:
                     writers.put(configuration.fingerprint)
             reporting.report_and_close(context, self.study, writers, keeper, status, should_report)
-        if work.search is not None:
-            usage = work.search.update_usage(context.store)
-            print_point_shortfall(context.console, usage, work.search.file.points)
-        return reporting.print_missing_results(context, work, self.study.command)
 
     def add_configuration(self, configuration: Configuration, is_reused: bool) -> None:
         """Add a configuration of a search or of a later stage to the work and to `study.json`.

@@ -23,7 +23,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -195,6 +195,11 @@ class Store:
         self._states = seen
         order = ("", "failed", "stopped")
         return {fp: next(kinds[k] for k in order if k in kinds) for fp, kinds in found.items()}
+
+    def stamps(self) -> Set[_Stamp]:
+        """Return path, time of the last change and size of the file of each record."""
+        self.states()
+        return self._states.keys()
 
     def _list_files(self) -> Iterator[Path]:
         """Yield the files of the records; unlike `glob`, raise an error for a folder that cannot be read."""

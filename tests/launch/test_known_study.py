@@ -1,23 +1,31 @@
-"""A command whose results are all known loads and makes nothing that it does not need."""
+"""A command whose results are all known imports and makes nothing that it does not need."""
 
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from in_process import ORCHESTRATOR, Run, restored, run
 from untrained_base import base
 
+from orchestrator.analyze import report_memo
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.study_context import resolve_study
 from orchestrator.record.schema import Evaluation, Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
 from orchestrator.study.options import StudyOptions
 from variants import catalogue
+from variants.source_cache import source_digest
 
-__all__ = ["base"]
+__all__ = ["base", "restored", "run"]
 
+HEAVY = ("torch", "transformers", "mlflow", "ray", "scipy", "matplotlib", "plotly", "pyarrow", "pandas")
 EXPERIMENT = Experiment("lr_sensitivity", "?", ("lora",), ("letters",), ("letters",))
 MAIN = """
 import runpy, sys
@@ -25,14 +33,22 @@ class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name in {without}: raise ImportError(name + " is not needed")
 sys.meta_path.insert(0, Refuse())
-runpy.run_module("{module}", run_name="__main__", alter_sys=True)
+{run}
 """
 
 
-def run_without(without: tuple[str, ...], module: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process in which an import of some modules fails."""
-    command = [sys.executable, "-c", MAIN.format(without=without, module=module), *words]
+def run_without(without: tuple[str, ...], what: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a script or a module in a process in which an import of some modules fails."""
+    code = f"runpy.run_module('{what}', run_name='__main__', alter_sys=True)"
+    if what.endswith(".py"):
+        code = f"sys.argv[0] = '{what}'; runpy.run_path('{what}', run_name='__main__')"
+    command = [sys.executable, "-c", MAIN.format(without=without, run=code), *words]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """Return what changes when a file is written."""
+    return file.stat().st_ino, file.stat().st_mtime_ns
 
 
 @pytest.fixture
@@ -61,12 +77,84 @@ def words(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
 
 def test_a_plan_of_known_results_needs_no_torch(words: list[str]) -> None:
     """A variant that is trained is tried on a model without weights, which takes torch and transformers."""
-    done = run_without(("torch", "transformers", "mlflow", "ray"), "orchestrator", *words, "--plan")
+    done = run_without(HEAVY, "orchestrator", *words, "--plan")
     assert done.returncode == 0, done.stderr
     assert "8, of them 8 known" in done.stdout
     refused = run_without((), "orchestrator", *words, "--plan", "--rank", "100000")
     assert refused.returncode == 2
     assert "rank" in refused.stderr
+
+
+def test_the_same_command_again_makes_nothing_new(words: list[str], run: Run, tmp_path: Path) -> None:
+    """It prints the same. Runs that MLflow has lost are logged again."""
+    first = run(ORCHESTRATOR, *words)
+    assert first.returncode == 0, first.stderr
+    assert "8 of 8 known, nothing to train" in first.stdout
+    (folder,) = (tmp_path / "results").glob("lr_sensitivity*")
+    report, database = folder / "report.html", tmp_path / "results" / "store" / "mlflow.db"
+    written = stamp(report), stamp(database)
+    again = run_without(HEAVY, str(ORCHESTRATOR), *words)
+    assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
+    by_hand = run_without(HEAVY, str(ORCHESTRATOR), "report", folder.name, *words[-2:])
+    assert by_hand.returncode == 0, by_hand.stderr
+    assert (stamp(report), stamp(database)) == written
+    database.unlink()
+    restored = run_without((), str(ORCHESTRATOR), *words)
+    assert (restored.returncode, restored.stdout) == (0, first.stdout), restored.stderr
+    with sqlite3.connect(database) as opened:
+        assert opened.execute("select count(*) from runs where status = 'FINISHED'").fetchone() == (9,)
+
+
+def test_a_report_with_a_file_that_was_edited_or_deleted_is_made_again(tmp_path: Path) -> None:
+    """The memo of it has a digest of each file."""
+    (tmp_path / "report.html").write_text("report")
+    (tmp_path / "curves.png").write_text("picture")
+    report_memo.remember(tmp_path, "inputs", "end", "text")
+    assert report_memo.is_written(tmp_path, "inputs")
+    assert report_memo.recall_end(tmp_path, "inputs", "end") == "text"
+    assert report_memo.recall_end(tmp_path, "inputs", "another") is None
+    assert not report_memo.is_written(tmp_path, "others")
+    (tmp_path / "curves.png").write_text("edited")
+    assert not report_memo.is_written(tmp_path, "inputs")
+    (tmp_path / "curves.png").write_text("picture")
+    (tmp_path / "report.html").unlink()
+    assert report_memo.recall_end(tmp_path, "inputs", "end") is None
+    (tmp_path / "report.html").write_text("report")
+    assert report_memo.is_written(tmp_path, "inputs")
+    (tmp_path / report_memo.MEMO_FILE).write_text('{"inputs": ')
+    assert not report_memo.is_written(tmp_path, "inputs")
+
+
+def test_whatever_a_report_is_made_from_is_in_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A setting of the analysis, one more configuration or record, another address, another program."""
+    store, study = Store(tmp_path / "store"), StudyFile("s", "?", "command", ("a",))
+    program = tmp_path / "program"
+    program.mkdir()
+    (program / "page.html.jinja").write_text("old")
+    monkeypatch.setattr(report_memo, "_PACKAGES", (program,))
+
+    def digest(changed: StudyFile = study, uri: str = "sqlite:///a.db", folder: str = "s") -> str:
+        source_digest.cache_clear()
+        return report_memo.digest_inputs(changed, store, uri, tmp_path / folder)
+
+    first = digest()
+    assert digest() == first
+    others = [
+        digest(replace(study, settings=replace(study.settings, margin=0.02))),
+        digest(replace(study, configurations=("a", "b"))),
+        digest(replace(study, command="another")),
+        digest(study, "sqlite:///b.db"),
+        digest(study, folder="t"),
+    ]
+    (program / "page.html.jinja").write_text("new")
+    others.append(digest())
+    (store.records_folder / "aa").mkdir()
+    for content in ("{}", "{ }"):
+        (store.records_folder / "aa" / f"{'a' * 64}.json").write_text(content)
+        others.append(digest())
+    assert len({first, *others}) == 1 + len(others)
 
 
 def test_the_second_listing_of_variants_needs_no_torch(
