@@ -22,8 +22,8 @@ class PublishedOptions:
 
     task: tuple[str, ...] = ("gsm8k", "humaneval", "glue", "images")
     """Published tasks to show."""
-    noise: float = 1.0
-    """Standard deviation of a score over seeds, in points, for the simulated repetitions of the study."""
+    noise: tuple[float, ...] = (0.48, 1.0)
+    """Standard deviations of a score over seeds, in points, for the simulated repetitions of the study."""
     overlay: str | None = None
     """A study of your own, whose curves are drawn over the published ones by variant; its tasks are shown."""
     output: Path = field(default_factory=default_output)

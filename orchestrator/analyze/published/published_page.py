@@ -19,6 +19,7 @@ from orchestrator.analyze import formatting
 from orchestrator.analyze.published.published_overlay import Overlay, read_overlays
 from orchestrator.analyze.published.published_scores import (
     REFERENCE,
+    SEED_NOISE,
     TASKS,
     PublishedTask,
     read_table,
@@ -32,7 +33,7 @@ from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of `summary.json`, raised when a field is removed or changes its meaning."""
 FOLDER = "published"
 """The folder of the files, in the output folder."""
@@ -205,7 +206,7 @@ def _heat_cells(task: PublishedTask) -> list[tuple[str, list[dict[str, Any]]]]:
 
 def show_published(
     task_names: Sequence[str],
-    noise: float,
+    noise: Sequence[float],
     output: Path,
     overlay: str | None = None,
     store: Path | None = None,
@@ -214,22 +215,23 @@ def show_published(
 
     Args:
         task_names: Names of published tasks, see `TASKS`; ignored with `overlay`.
-        noise: Assumed standard deviation of a score over seeds, in points.
+        noise: Assumed standard deviations of a score over seeds, in points.
         output: The output folder.
         overlay: The name of an own study in the output folder, to be drawn over the published curves. Only
             the published tasks of that study are shown.
         store: The folder of that study's records; None for the folder `store` in the output folder.
 
     Raises:
-        UsageError: A task is unknown, `task_names` is empty, the noise is not a positive number, or the study
+        UsageError: A task is unknown, `task_names` is empty, a noise is not a positive number, or the study
             cannot be drawn.
     """
-    bounds.check_positive("--noise", noise, "1")
+    for assumed in noise:
+        bounds.check_positive("--noise", assumed, "1")
     overlays = read_overlays(overlay, output, store or output / DEFAULT_STORE_NAME) if overlay else ()
     names = [each.task for each in overlays] or list(dict.fromkeys(task_names))
     if not names:
         raise UsageError(f"--task is empty; name at least one of {', '.join(TASKS)}.")
-    tasks = [summarize_task(read_table(name), noise) for name in names]
+    tasks = [summarize_task(read_table(name), noise or tuple(SEED_NOISE)) for name in names]
     folder = output / FOLDER
     write_published(tasks, folder, overlays)
     console = Console(width=WIDTH, highlight=False)

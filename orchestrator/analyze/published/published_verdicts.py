@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from orchestrator.analyze.published.published_scores import REFERENCE, PublishedTask
+from orchestrator.analyze.published.published_scores import REFERENCE, SEED_NOISE, PublishedTask
 from orchestrator.analyze.verdict import Verdict
 
 SOURCE = "arXiv 2601.22708"
@@ -65,12 +65,14 @@ def _ranks(tasks: Sequence[PublishedTask]) -> str:
         for task in tasks
         for own in [task.reference]
     ]
-    noise = tasks[0].noise.noise
-    repeats = _join([f"{low} to {high}" for low, high in (task.noise.reference_ranks for task in tasks)])
+    repeats = []
+    for number, noise in enumerate(tasks[0].noise):
+        places = [task.noise[number].reference_ranks for task in tasks]
+        repeats.append(f"{_join([f'{low} to {high}' for low, high in places])} at {_points(noise.noise)}")
     return (
-        f"With every variant at its best rate, {REFERENCE} ranks {_join(ranks)}. If the seed alone moves a "
-        f"score by {_points(noise)} (one standard deviation, assumed), nine of ten repeats of the study "
-        f"would rank it {repeats}; ranks of variants that are about equal are noise."
+        f"With every variant at its best rate, {REFERENCE} ranks {_join(ranks)}. Nine of ten repeats of the "
+        f"study with other seeds would rank it {'; '.join(repeats)} of noise (one standard deviation, "
+        "assumed); ranks of variants that are about equal are noise."
     )
 
 
@@ -90,22 +92,22 @@ def _winners(tasks: Sequence[PublishedTask]) -> str:
 
 
 def _spans(tasks: Sequence[PublishedTask]) -> str:
-    count, noise = len(tasks[0].variants), tasks[0].noise
+    count = len(tasks[0].variants)
     spans = _join([f"{task.span:.2f} ({task.table.title})" for task in tasks])
     halves = _join([f"{task.top_half_span:.2f}" for task in tasks])
-    larger = [task.table.title for task in tasks if task.span > noise.equal_span_high]
-    beyond = (
-        f"{_join(larger)} lie{'s' if len(larger) == 1 else ''} above the latter, so the worst variants there "
-        "are worse; the differences among the better half are of the size that noise gives."
-        if larger
-        else "The published spans are of the size that noise gives."
-    )
-    return (
-        f"The best scores of {count} variants span {spans} points; those of the better half {halves}. With "
-        f"noise of {_points(noise.noise)} {count} equal variants span {noise.equal_span:.1f} points, in one "
-        f"of twenty studies more than {noise.equal_span_high:.1f}, and their better half "
-        f"{noise.equal_top_half_span:.1f}. {beyond}"
-    )
+    text = f"The best scores of {count} variants span {spans} points; those of the better half {halves}."
+    for number, noise in enumerate(tasks[0].noise):
+        every = [task.table.title for task in tasks if task.span > task.noise[number].equal_span_high]
+        half = [t.table.title for t in tasks if t.top_half_span > t.noise[number].equal_top_half_high]
+        source = f" ({SEED_NOISE[noise.noise]})" if noise.noise in SEED_NOISE else ""
+        text += (
+            f" With noise of {_points(noise.noise)}{source} {count} equal variants span "
+            f"{noise.equal_span:.1f} points, in one of twenty studies more than {noise.equal_span_high:.1f}, "
+            f"and their better half {noise.equal_top_half_span:.1f} and {noise.equal_top_half_high:.1f}: all "
+            f"variants differ by more than noise on {_join(every) if every else 'no task'}, the better half "
+            f"on {_join(half) if half else 'no task'}."
+        )
+    return text
 
 
 def _edges(tasks: Sequence[PublishedTask]) -> str:

@@ -43,7 +43,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         store.put(each)
     StudyFile("mine", "?", "command", tuple(r.fingerprint for r in records)).write(output / "mine")
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        show_published(list(TASKS), 1.0, output, overlay="mine")
+        show_published(list(TASKS), (), output, overlay="mine")
     return output / "published", text.getvalue()
 
 
@@ -84,7 +84,7 @@ def test_summary_and_pictures_are_beside_the_page(page: Path) -> None:
     assert [task["task"] for task in summary["tasks"]] == ["gsm8k"], "the task of the user's study alone"
     gsm8k = summary["tasks"][0]
     assert gsm8k["scores"]["LoRA"][6] == 75.51
-    assert gsm8k["noise"]["reference_ranks"] == [1, 10]
+    assert [each["reference_ranks"] for each in gsm8k["noise"]] == [[1, 6], [1, 10]]
     assert len(summary["verdicts"]) == 5
     for stem in ("curves_gsm8k", "heat_map_gsm8k"):
         assert (page / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
@@ -126,17 +126,23 @@ def test_verdicts_come_first_in_eighty_columns() -> None:
     text = " ".join(" ".join(lines).split())
     assert text.index("Tuned LoRA matches or beats") < text.index("Best score")
     assert "3rd of 20 on GSM8K, 3rd of 20 on HumanEval, 7th of 20 on GLUE and 5th (tied with RaSA)" in text
-    assert "1 to 10, 2 to 11, 2 to 15 and 1 to 16" in text
+    assert "1 to 6, 3 to 7, 3 to 11 and 1 to 14 at 0.48 points" in text
+    assert "1 to 10, 2 to 11, 2 to 15 and 1 to 16 at 1 point of noise" in text
     assert "5.76 (GSM8K), 5.25 (HumanEval), 5.55 (GLUE) and 3.51 (Images)" in text
+    assert "20 equal variants span 1.8 points" in text
     assert "20 equal variants span 3.7 points" in text
+    assert "arXiv 2602.04998" in text
+    assert "PEFT's method comparison" in text
+    assert "on GSM8K, HumanEval, GLUE and Images, the better half on HumanEval and GLUE." in text
+    assert "on GSM8K, HumanEval and GLUE, the better half on HumanEval." in text
     assert re.search(r"2e-5 MELoRA, LoRA\+ \(tie\)", text)
 
 
 def test_verdicts_follow_the_noise() -> None:
-    tasks = [summarize_task(read_table("gsm8k"), noise) for noise in (0.1, 3.0)]
+    tasks = [summarize_task(read_table("gsm8k"), [noise]) for noise in (0.1, 3.0)]
     quiet, noisy = (published_verdicts([task])[2].answer for task in tasks)
-    assert "GSM8K lies above the latter" in quiet
-    assert "The published spans are of the size that noise gives." in noisy
+    assert "all variants differ by more than noise on GSM8K, the better half on GSM8K." in quiet
+    assert "all variants differ by more than noise on no task, the better half on no task." in noisy
 
 
 def test_an_own_study_is_drawn_by_published_name_in_points() -> None:
@@ -199,10 +205,10 @@ def test_the_command_draws_a_study_from_its_folder(printed: tuple[Path, str]) ->
     assert summary["overlays"][0]["curves"][0]["variant"] == "LoRA"
     assert "Dashed: mean test scores of the study mine." in (page / "report.html").read_text()
     with pytest.raises(UsageError, match="study 'mien'"):
-        show_published(list(TASKS), 1.0, page.parent, overlay="mien")
+        show_published(list(TASKS), (), page.parent, overlay="mien")
 
 
 @pytest.mark.parametrize("noise", [0.0, -1.0, float("nan")])
 def test_a_noise_that_is_none_is_refused(noise: float, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--noise"):
-        show_published(["gsm8k"], noise, tmp_path)
+        show_published(["gsm8k"], (1.0, noise), tmp_path)

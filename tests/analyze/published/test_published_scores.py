@@ -108,7 +108,7 @@ def test_a_tie_of_two_rates_is_no_edge(tasks: dict[str, PublishedTask]) -> None:
 def test_with_one_point_of_noise_a_repeat_ranks_lora_anywhere_here(
     task: str, ranks: tuple[int, int], tasks: dict[str, PublishedTask]
 ) -> None:
-    assert tasks[task].noise.reference_ranks == ranks
+    assert tasks[task].noise[-1].reference_ranks == ranks
 
 
 def test_twenty_equal_variants_span_what_normal_order_statistics_say(
@@ -116,9 +116,9 @@ def test_twenty_equal_variants_span_what_normal_order_statistics_say(
 ) -> None:
     """The expected range of twenty standard normals is 3.7350 (Tippett 1925), its 95 % point 5.01."""
     for task in tasks.values():
-        assert task.noise.equal_span == pytest.approx(3.735, abs=0.02)
-        assert task.noise.equal_span_high == pytest.approx(5.01, abs=0.04)
-    doubled = summarize_task(read_table("gsm8k"), noise=2.0).noise
+        assert task.noise[-1].equal_span == pytest.approx(3.735, abs=0.02)
+        assert task.noise[-1].equal_span_high == pytest.approx(5.01, abs=0.04)
+    (doubled,) = summarize_task(read_table("gsm8k"), noise=[2.0]).noise
     assert doubled.equal_span == pytest.approx(2 * 3.735, abs=0.04)
 
 
