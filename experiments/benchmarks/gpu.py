@@ -20,7 +20,7 @@ svd       PiSSA's exact initialization, for the sizes of layers
 noise     the differences between the losses of a lane that is trained twice alone and once with others
 train     a micro-batch of 8 rows a lane: device time, host time, kernels, busy share, memory
 step      whole optimizer steps of the default study (64 rows a lane)
-generate  decoding: ms per token by rows of a batch, without adapters and with lanes
+generate  the project's decoder: ms per token by rows of a batch, without adapters and with lanes
 scoring   the loss of 64 items, and 64 answers, by the project's own functions
 oom       the memory that stays allocated after lanes were added until memory ran out
 """
@@ -53,8 +53,7 @@ PREDICTIONS = {
     "train": "LoRA, 384 tokens: 1 lane 60-75 ms and busy 0.8-0.95, 4 lanes 180-300 ms and busy above 0.95; "
     "with --liger 4 lanes 110-170 ms. Busy below 0.7 at one lane: the host is slower than assumed",
     "step": "a LoRA lane of four: 0.33 s, or 9 minutes for 1,562 steps; with --liger 0.18 s, or 5 minutes",
-    "generate": "22-30 ms a token at 32 rows, at 512 rows within 20 % of that; further lanes add less than "
-    "10 % at 32 rows. With a captured graph 3-4 ms",
+    "generate": "LoRA: 6-12 ms a token as a captured graph (90 kernels a block, and the whole static cache)",
     "scoring": "none",
     "oom": "less than 50 MiB stay allocated",
 }
@@ -92,6 +91,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of `noise` and `step`")
     parser.add_argument("--liger", action="store_true", help="use Liger's RMSNorm, rotary and SwiGLU")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
+    same_seed = "whether lanes read the same rows, as those of a block of rates do; default: yes"
+    parser.add_argument("--same-seed", action=argparse.BooleanOptionalAction, default=True, help=same_seed)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=9.5, help="end after this time; default: 9.5")
@@ -134,6 +135,7 @@ def _measure_here(name: str, options: argparse.Namespace) -> bool:
         options.steps,
         options.liger,
         options.checkpointing,
+        options.same_seed,
         output.add,
     )
     try:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from orchestrator.finetune.data.batches import Row
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_group import LaneGroup
+from orchestrator.finetune.evaluation.decoding import DecodingRules, decode_answers
 from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.evaluation.generate import generate_answers
 from orchestrator.finetune.failures import Fault, classify_error
@@ -54,6 +55,7 @@ class Setup:
     steps: int
     liger: bool
     checkpointing: bool
+    same_seed: bool
     add: Callable[..., None]
     """Called with the name of the section and the values of a measurement."""
 
@@ -99,7 +101,9 @@ class Setup:
             lanes: The number of lanes.
             size: The size of a step.
         """
-        group, members = make_lanes(model, rows, variant, lanes, size)
+        group, members = make_lanes(model, rows, variant, lanes, size, self.same_seed)
+        if self.liger:
+            group.base_model = replace(group.base_model, kernels="liger")
         try:
             yield group, members
         finally:
@@ -279,7 +283,7 @@ def measure_steps(setup: Setup) -> None:
 
 
 def measure_decoding(setup: Setup) -> None:
-    """Time a decode step of transformers' generation by number of rows, without adapters and with lanes."""
+    """Time a decode step of the project's decoder by number of rows, without adapters and with lanes."""
     model, rows = setup.build(), setup.rows(128)
     for variant, count in ((None, 1), *((v, n) for v in setup.variants for n in setup.lanes)):
         attached: AbstractContextManager[tuple[LaneGroup | None, list[Lane]]] = nullcontext((None, []))
@@ -287,7 +291,7 @@ def measure_decoding(setup: Setup) -> None:
             attached = setup.group(model, rows, variant, count, setup.step_size())
         with attached as (group, lanes):
             names = [lane.fingerprint for lane in lanes]
-            for each in (4,) if setup.is_tiny else (32, 128, 512):
+            for each in (4,) if setup.is_tiny else (32, 128, 340):
                 row_count = each * max(1, len(names))
                 if row_count <= 1024:
                     active = group.adapters.activate_lanes(names, None) if group else nullcontext()
@@ -298,20 +302,16 @@ def measure_decoding(setup: Setup) -> None:
 def _measure_generation(
     setup: Setup, model: Any, row_count: int, active: Any, variant: str | None, lanes: int
 ) -> None:
-    prompt_length, new_tokens = (8, 4) if setup.is_tiny else (128, 64)
-    vocab_size = SHAPES[setup.model].vocab_size
-    ids = torch.from_numpy(
-        np.random.default_rng(0).integers(FIRST_WORD, vocab_size, (row_count, prompt_length))
-    ).to(setup.device)
-    options = {"do_sample": False, "pad_token_id": NumberTokenizer.pad_token_id, "eos_token_id": None}
+    prompt_length, new_tokens = (8, 4) if setup.is_tiny else (256, 512)
+    largest, shape = SHAPES[setup.model].vocab_size, (row_count, prompt_length)
+    ids = torch.randint(FIRST_WORD, largest, shape, device=setup.device)
+    base_model = BaseModel(model, NumberTokenizer(), setup.device)
 
     def generate(count: int) -> None:
-        mask = torch.ones_like(ids)
-        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, **options)
+        decode_answers(base_model, DecodingRules(count), ids, torch.ones_like(ids), max(1, lanes))
 
-    with torch.no_grad(), active, setup.memory() as memory:
-        all_ms, _ = setup.time(partial(generate, new_tokens), 2, 1)
-        first_ms, _ = setup.time(partial(generate, 1), 2, 0)
+    with active, setup.memory() as memory:
+        all_ms, first_ms = (setup.time(partial(generate, count), 1)[0] for count in (new_tokens, 1))
     step_ms = (all_ms - first_ms) / (new_tokens - 1)
     setup.add(
         "generate",
@@ -363,8 +363,8 @@ def measure_out_of_memory(setup: Setup) -> None:
         before = _allocated(setup.device)
         fault = _find_fault(setup, model, rows, count)
         free_device_memory(setup.device)
-        kept = (_allocated(setup.device) - before) / MIB
-        setup.add("oom", lanes=count, fault=str(fault), kept_mib=round(kept, 1))
+        kept_mib = round((_allocated(setup.device) - before) / MIB, 1)
+        setup.add("oom", lanes=count, fault=str(fault), kept_mib=kept_mib)
         count *= 2
     if fault not in (None, Fault.MEMORY):
         raise RuntimeError(f"a lack of memory was classified as {fault}; failures.py must say MEMORY")

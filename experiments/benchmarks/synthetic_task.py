@@ -152,9 +152,9 @@ def make_configuration(
 
 
 def make_lanes(
-    model: Any, rows: Sequence[Row], variant: str, count: int, size: StepSize
+    model: Any, rows: Sequence[Row], variant: str, count: int, size: StepSize, same_seed: bool = False
 ) -> tuple[LaneGroup, list[Lane]]:
-    """Attach a variant to a model and return a lane group with lanes of different seeds and rates.
+    """Attach a variant to a model and return a lane group with lanes of different rates.
 
     Args:
         model: The base model, on its device.
@@ -162,6 +162,8 @@ def make_lanes(
         variant: The name of the variant; one that allows only one lane gets one.
         count: The number of lanes.
         size: The size of a step.
+        same_seed: Whether the lanes read the same rows in each step, as those of a study's block of rates do;
+            rows of different lengths need more passes.
     """
     rule = catalogue.get(variant)
     choice = make_configuration(variant, size).variant
@@ -176,7 +178,8 @@ def make_lanes(
     lanes = []
     for number in range(1 if rule.batching is Batching.EXCLUSIVE else count):
         rate = 1e-4 * (1 + number / 10)
-        lane = Lane(Lease(make_configuration(variant, size, number, rate), 1))
+        seed = 0 if same_seed else number
+        lane = Lane(Lease(make_configuration(variant, size, seed, rate), 1))
         lane.initialize(adapters, 10.0, None)
         lanes.append(lane)
     return group, lanes

@@ -178,4 +178,4 @@ def play(make: Callable[[int], Scenario], group: TorchProcessGroup, folder: Path
 
 
 def _weights(lane: Lane) -> torch.Tensor:
-    return torch.cat([torch.zeros(1), *(p.detach().flatten() for p in lane.parameters.values())])
+    return torch.cat([torch.zeros(1), *(p.detach().cpu().flatten() for p in lane.parameters.values())])

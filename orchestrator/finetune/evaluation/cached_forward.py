@@ -146,8 +146,10 @@ class CachedForward:
         try:
             self._graph = CapturedStep(self._call, ids, mask, positions)
         except RuntimeError as error:
-            if classify_error(error) is Fault.MEMORY:
-                raise
+            # The end of a capture in which memory has run out may raise an error of its own.
+            for one in (error, error.__context__):
+                if one is not None and classify_error(one) is Fault.MEMORY:
+                    raise one from None
             self._disable_graphs(format_error(error))
 
 

@@ -10,70 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from scripted import WORDS_TASK, configuration
+from step_lanes import KINDS, make_step_lanes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from orchestrator.finetune.data.batches import encode_examples
-from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
-from orchestrator.finetune.engine.lane_source import Lease
-from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
-from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
-from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
-from variants import catalogue
-from variants.api import VariantSettings
-from variants.attach import attach
-
-OPTIONS = {
-    "vocab_size": len(VOCABULARY),
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
-KINDS = {"Llama": {}, "Qwen3": {}, "Mistral": {"sliding_window": 8}, "Gemma3Text": {"sliding_window": 8}}
-
-
-def lanes_on(device: torch.device, kind: str, checkpointing: bool = False) -> tuple[LaneGroup, list[Lane]]:
-    """Return a lane group of two lanes on a device, initialized on the CPU."""
-    config = getattr(transformers, f"{kind}Config")(**{**OPTIONS, **KINDS[kind]}, pad_token_id=0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    if checkpointing:
-        enable_activation_checkpointing(model)
-    base_model = BaseModel(model, tokenizer(), torch.device("cpu"))
-    task = tasks.get(WORDS_TASK)
-    rows = encode_examples(task.examples("train", 32), task, tokenizer(), 64)
-    adapters = attach(model, catalogue.get("lora"), VariantSettings(4, 8.0))
-    group = LaneGroup(base_model, adapters, TaskData(task, rows, {}, {}), SINGLE_PROCESS_GROUP)
-    lanes = []
-    for seed in range(2):
-        one = configuration(task=WORDS_TASK, seed=seed, batch_size=4, accumulation=3, max_length=64)
-        lane = Lane(Lease(one, 1))
-        lane.initialize(adapters, 1e9, None)
-        lanes.append(lane)
-    if device.type != "cpu":
-        group.base_model = BaseModel(model.to(device), base_model.processor, device)
-        for owner in adapters.tensors_by_owner.values():
-            for tensors in owner.trainable.values():
-                for name, parameter in tensors.items():
-                    tensors[name] = torch.nn.Parameter(parameter.to(device))
-        adapters.state.invalidate()
-        for lane in lanes:
-            lane.parameters = adapters.trainable(lane.fingerprint)
-    return group, lanes
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_operation_of_a_step_waits_for_the_device(kind: str, checkpointing: bool) -> None:
-    group, lanes = lanes_on(torch.device("meta"), kind, checkpointing)
+    group, lanes = make_step_lanes(torch.device("meta"), kind, checkpointing)
     assert group.base_model.ends_with_output_layer
     losses, counts = group.backward(lanes)
     assert losses.shape == (2,)
@@ -96,7 +41,7 @@ class Transfers(TorchDispatchMode):
 
 
 def test_a_micro_batch_takes_one_transfer() -> None:
-    group, lanes = lanes_on(torch.device("meta"), "Llama")
+    group, lanes = make_step_lanes(torch.device("meta"), "Llama")
     group.backward(lanes)  # fills caches
     first, second = group._load_batches(lanes)
     passes = sum(len({a.length, b.length}) for a, b in zip(first.batches, second.batches, strict=True))
@@ -106,7 +51,7 @@ def test_a_micro_batch_takes_one_transfer() -> None:
 
 
 def test_a_step_reads_its_numbers_from_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    group, lanes = lanes_on(torch.device("cpu"), "Llama")
+    group, lanes = make_step_lanes(torch.device("cpu"), "Llama")
     lists: list[int] = []
     original = Tensor.tolist
     flat, counts = group.backward(lanes)
