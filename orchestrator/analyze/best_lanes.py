@@ -1,10 +1,11 @@
 """The best trained lane of each variant: the study keeps its adapter, and `export` takes it by default.
 
 The best lane is the best run of the best point. The best point has the highest mean validation score over its
-seeds, and among equal means the lowest learning rate, as in `tuning.py` and in the curves
-(`censored.eligible_points` says how runs count that were stopped early). The best run is the finished run of
-this point with the highest validation score. In a study of replicates, every run is a point. No choice
-depends on a test score.
+seeds, and among equal means the lowest learning rate. It is the point that the report calls the best: within
+each curve of a grid, or among all points of a variant's search, `censored.eligible_points` says which points
+may be chosen, and of several curves or variants the one with the highest mean is the best. The best run is
+the finished run of this point with the highest validation score. In a study of replicates, every run is a
+point. No choice depends on a test score, also with `--select published`, where the report chooses by it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dataclasses import dataclass, replace
 
 from orchestrator.analyze.censored import PointOutcome, eligible_points
 from orchestrator.analyze.curve_shape import SCORE_EPSILON
+from orchestrator.analyze.run_labels import curve_key
 from orchestrator.analyze.scores import finite_score
 from orchestrator.record.schema import Record, RecordState
-from orchestrator.record.study_file import StudyFile
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 
 
 @dataclass(frozen=True, order=True)
@@ -42,6 +44,8 @@ class ScoredLane:
 
     fingerprint: str
     goal: LaneGoal
+    curve: str
+    """Identifies the points among which one is chosen before the curves are compared."""
     point: str
     """Identifies the point of the run; all runs of a point have the same text."""
     learning_rate: float
@@ -49,20 +53,26 @@ class ScoredLane:
     state: RecordState
     validation: float | None
     floor: float
+    mean: float = -math.inf
+    """The mean validation score of its point, from `rank_lanes`."""
 
 
-def score_lane(record: Record, per_run: bool = False) -> ScoredLane:
-    """Return the scores of a record by which its lane is compared with others.
+_DEFAULTS = AnalysisSettings()
+
+
+def score_lane(record: Record, settings: AnalysisSettings = _DEFAULTS) -> ScoredLane:
+    """Return the scores of a record by which its lane is compared with others, as the study's report does.
 
     Args:
         record: The record.
-        per_run: True if every run is a point of its own, as in a study of replicates.
+        settings: The settings of the study's analysis.
     """
     own = record.configuration
     return ScoredLane(
         record.fingerprint,
         LaneGoal.of(record),
-        record.fingerprint if per_run else replace(own, seed=0).fingerprint,
+        curve_key(record) if settings.kind in ("curve", "factors") else "",
+        record.fingerprint if settings.kind == "replicates" else replace(own, seed=0).fingerprint,
         own.optimizer.learning_rate,
         own.seed,
         record.state,
@@ -94,7 +104,13 @@ def _rank_points(points: Sequence[Sequence[ScoredLane]]) -> list[ScoredLane]:
         )
         for own in points
     ]
-    eligible = eligible_points(outcomes, points[0][0].floor)
+    by_curve: dict[str, list[int]] = defaultdict(list)
+    for i, own in enumerate(points):
+        by_curve[own[0].curve].append(i)
+    eligible = dict[int, bool]()
+    for curve in by_curve.values():
+        may = eligible_points([outcomes[i] for i in curve], points[0][0].floor)
+        eligible |= zip(curve, may, strict=True)
     means = [math.fsum(each.scores) / len(each.scores) if each.scores else -math.inf for each in outcomes]
     finished = [[lane for lane in own if _has_adapter(lane)] for own in points]
     order = [i for i, own in enumerate(finished) if own]
@@ -106,7 +122,8 @@ def _rank_points(points: Sequence[Sequence[ScoredLane]]) -> list[ScoredLane]:
             (i for i in order if eligible[i] and means[i] >= top), key=lambda i: _tie_break(finished[i][0])
         )
         order = [first, *(i for i in order if i != first)]
-    return [min(finished[i], key=lambda lane: (-(lane.validation or 0.0), lane.seed)) for i in order]
+    best = [min(finished[i], key=lambda lane: (-(lane.validation or 0.0), lane.seed)) for i in order]
+    return [replace(lane, mean=means[i]) for i, lane in zip(order, best, strict=True)]
 
 
 def _has_adapter(lane: ScoredLane) -> bool:
@@ -125,20 +142,16 @@ def best_lanes(study: StudyFile, records: Sequence[Record]) -> dict[LaneGoal, Sc
         records: The records of its configurations, as far as they exist.
     """
     named = map(study.rename, records)
-    ranked = rank_lanes(score_lane(record, is_per_run(study)) for record in named)
+    ranked = rank_lanes(score_lane(record, study.settings) for record in named)
     return {goal: lanes[0] for goal, lanes in ranked.items()}
 
 
 def sort_lanes(lanes: Mapping[LaneGoal, ScoredLane]) -> list[tuple[LaneGoal, ScoredLane]]:
-    """Sort lanes by descending validation score. Lanes of equal score are sorted by name, LoRA first."""
-    return sorted(
-        lanes.items(), key=lambda item: (-(item[1].validation or 0.0), item[0].variant != "lora", item[0])
-    )
+    """Sort lanes by the descending mean score of their points, as the report sorts its curves.
 
-
-def is_per_run(study: StudyFile) -> bool:
-    """Return whether every run of the study is a point of its own, as in a study of replicates."""
-    return study.settings.kind == "replicates"
+    Lanes of equal means are sorted by name, LoRA first.
+    """
+    return sorted(lanes.items(), key=lambda item: (-item[1].mean, item[0].variant != "lora", item[0]))
 
 
 def best_fingerprints(study: StudyFile, records: Sequence[Record]) -> set[str]:

@@ -118,7 +118,7 @@ def _choose_best(study: StudyFile, records: Sequence[Record], query: LaneQuery) 
     goal, lane = sort_lanes(best)[0]
     reason, number = f"it is the best {goal.variant}", len({each.variant for each in best})
     if number > 1:
-        equal = [g.variant for g, each in best.items() if each.validation == lane.validation and g != goal]
+        equal = [g.variant for g, each in best.items() if each.mean == lane.mean and g != goal]
         reason += f", the best of {number} variants" + (f" together with {', '.join(equal)}" if equal else "")
     if len(records) < len(study.configurations):
         reason += f" ({len(records)} of {len(study.configurations)} configurations have ended)"

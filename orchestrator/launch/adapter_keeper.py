@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, rank_lanes, score_lane
 from orchestrator.record.kept_adapters import StudyAdapters, file_name
 from orchestrator.record.schema import Record
+from orchestrator.record.study_file import AnalysisSettings
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ class AdapterKeeper:
     """
 
     adapters: StudyAdapters
-    per_run: bool
-    """True if every run is a point of its own; see `best_lanes.is_per_run`."""
+    settings: AnalysisSettings
+    """The settings of the study's analysis, by which lanes are compared."""
     lanes: dict[LaneGoal, dict[str, ScoredLane]] = field(default_factory=lambda: defaultdict(dict))
     """Goal -> fingerprint -> the lane, of all records that were added."""
     ranked: dict[LaneGoal, list[ScoredLane]] = field(default_factory=dict)
@@ -43,7 +44,7 @@ class AdapterKeeper:
         """Add records, and remove the adapters that the study need not keep any more."""
         changed = set()
         for record in records:
-            lane = score_lane(record, self.per_run)
+            lane = score_lane(record, self.settings)
             self.lanes[lane.goal][lane.fingerprint] = lane
             self.names[lane.fingerprint] = file_name(record)
             changed.add(lane.goal)
@@ -59,7 +60,7 @@ class AdapterKeeper:
                 trained, and keeps, is kept for this study too.
         """
         by_fingerprint = {record.fingerprint: record for record in records}
-        ranked = rank_lanes(score_lane(record, self.per_run) for record in by_fingerprint.values())
+        ranked = rank_lanes(score_lane(record, self.settings) for record in by_fingerprint.values())
         best = [by_fingerprint[lanes[0].fingerprint] for lanes in ranked.values()]
         for record in best:
             try:

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.analyze.best_lanes import is_per_run
 from orchestrator.execution.progress import Progress
 from orchestrator.execution.ray import runtime
 from orchestrator.finetune.models import catalogue as model_catalogue
@@ -199,7 +198,7 @@ class StudyRun:
         from orchestrator.launch.study_writers import start_writers
 
         context, work = self.context, self.work
-        keeper = AdapterKeeper(context.adapters, is_per_run(self.study))
+        keeper = AdapterKeeper(context.adapters, self.study.settings)
         progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
         progress.max_steps = work.max_steps(context.templates)
         writers = start_writers(context, self.study, progress.notify)

@@ -79,7 +79,7 @@ def test_a_study_ends_with_the_best_run_of_the_best_point(
         own.sort(key=lambda each: BEST_FIRST.index(_point(each)))
     else:
         random.Random(order).shuffle(own)
-    keeper = AdapterKeeper(adapters, per_run=False)
+    keeper = AdapterKeeper(adapters, AnalysisSettings())
     for each in own:
         write(adapters, each)
         keeper.add([each])
@@ -113,7 +113,7 @@ def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(adap
     """It is removed at the end of the study if its record never comes, because the trainer has died."""
     scores = {1e-3: 0.7, 1e-2: 0.8, 1e-1: 0.1}
     good, better, unseen = (record(rate=rate, validation=score) for rate, score in scores.items())
-    keeper = AdapterKeeper(adapters, per_run=False)
+    keeper = AdapterKeeper(adapters, AnalysisSettings())
     for each in (good, better, unseen):
         write(adapters, each)
     keeper.add([good])
@@ -128,18 +128,18 @@ def test_a_second_study_keeps_what_the_first_one_removes(adapters: StudyAdapters
     store, good, better = adapters.store, record(rate=1e-3, validation=0.7), record(rate=1e-2, validation=0.8)
     second = StudyAdapters(store, tmp_path / "second")
     write(adapters, good)
-    AdapterKeeper(second, per_run=False).finish([good])
+    AdapterKeeper(second, AnalysisSettings()).finish([good])
     assert find_adapter(store, good) is not None
     assert adapters.files()[0].samefile(second.files()[0])
     write(adapters, better)
-    AdapterKeeper(adapters, per_run=False).finish([good, better])
+    AdapterKeeper(adapters, AnalysisSettings()).finish([good, better])
     assert (kept(adapters), kept(second)) == (names([better]), names([good]))
     elsewhere = StudyAdapters(store, tmp_path / "elsewhere" / "rates")
     assert elsewhere.root != adapters.root, "another study of the same name"
 
 
 def test_a_known_lane_whose_adapter_no_study_keeps_has_none(adapters: StudyAdapters) -> None:
-    AdapterKeeper(adapters, per_run=False).finish([record()])
+    AdapterKeeper(adapters, AnalysisSettings()).finish([record()])
     assert kept(adapters) == set()
     assert find_adapter(adapters.store, record()) is None
 
@@ -149,7 +149,7 @@ def test_an_adapter_that_cannot_be_removed_does_not_end_the_study(
     adapters: StudyAdapters, act: Callable[[AdapterKeeper, Record], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     worse, better = record(rate=1e-3, validation=0.1), record(rate=1e-2, validation=0.9)
-    keeper = AdapterKeeper(adapters, per_run=False)
+    keeper = AdapterKeeper(adapters, AnalysisSettings())
     keeper.add([worse])
     (adapters.folder("best") / file_name(worse)).mkdir(parents=True)  # A folder cannot be unlinked.
     keeper.add([record(rate=1e-4, validation=0.0)])
