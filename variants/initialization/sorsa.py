@@ -21,7 +21,8 @@ class SORSA(WeightSVD):
     step with `accelerator.backward`, which divides it by the number of accumulated batches, 64.
 
     Deviations: the authors round W - B0 A0 to bfloat16; here W stays as it is. A layer whose A and B have no
-    gradient does not get the gradient of the term either.
+    gradient does not get the gradient of the term either. At the start A and B are orthonormal up to
+    rounding: the authors' term has a gradient of rounding errors, scaled to full size, and here it is zero.
 
     Source: sorsalib/src/sorsa/layer.py and trainer.py of the authors' code.
     """
@@ -32,6 +33,7 @@ class SORSA(WeightSVD):
         **WeightSVD.hyperparameters,
         "gamma": api.Number(4e-4 / 64, help="weight of the orthonormality loss times the learning rate"),
     }
+    numerics = 2  # 1: the gradient of the term was one of rounding errors until A and B had changed
     verified_by = api.VerifiedBy.AUTHORS_CODE
     uses_alpha = False
 
@@ -55,7 +57,9 @@ class SORSA(WeightSVD):
 
 
 def _orthonormality_gradient(rows: Tensor) -> Tensor:
-    """Return the gradient of |M M^T - I| with respect to M (rank, n); zero where the norm is zero."""
+    """Return the gradient of |M M^T - I| with respect to M (rank, n); zero if the norm is only rounding."""
     error = rows @ rows.t()
     error.diagonal().sub_(1)
-    return 2 * error @ rows / error.norm().clamp_min(torch.finfo(error.dtype).tiny)
+    norm = error.norm()
+    is_real = norm > 10 * len(rows) * torch.finfo(error.dtype).eps
+    return 2 * error @ rows * (is_real / norm.clamp_min(torch.finfo(error.dtype).tiny))

@@ -52,7 +52,7 @@ class IncreLoRA(LoRA):
 
     parameters = "rank * (in + out + 1)"
     verified_by = api.VerifiedBy.AUTHORS_CODE
-    numerics = 2  # 1: the loss had no products of different triplets; the first round was an interval earlier
+    numerics = 3  # 2: clipping contained the gradient of a reserve's E, and rounds were a step earlier
     has_auxiliary_loss = True
     mutable_buffers = HOOK_TENSORS | {api.RANK_MASK, "live"}
     hook_only_buffers = HOOK_TENSORS
@@ -93,8 +93,10 @@ class IncreLoRA(LoRA):
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         ranks = params[api.RANK_MASK].sum(-2, keepdim=True) + 1e-5
+        # The E of a reserve has no gradient, so neither the clipping nor the importance contains it.
+        e = torch.where(params[api.RANK_MASK] > 0, params["E"], params["E"].detach())
         # `scaling` divides by `rank`, but s by the present rank.
-        return params["A"] * (params["E"] * params["live"] * (layer.settings.rank / ranks)), params["B"]
+        return params["A"] * (e * params["live"] * (layer.settings.rank / ranks)), params["B"]
 
     def auxiliary_loss(
         self, x: Tensor, attention_mask: Tensor, params: api.Params, layer: api.FrozenLayer
@@ -112,15 +114,15 @@ class IncreLoRA(LoRA):
                 view.frozen[f"old {name}"].copy_(parameter)
             gradient = view.trainable["E"].grad
             if gradient is not None:
-                gradient.mul_(view.frozen[api.RANK_MASK])
                 _update_importance(view, gradient)
 
     def after_step(self, lane: api.LaneView) -> None:
         views, settings = list(lane.layers.values()), lane.settings
         for view in views:
             _restep(lane, view)
-        budget = self.rank_budget(len(views), settings, lane.step, lane.total_steps)
-        if lane.step == 1 or budget > self.rank_budget(len(views), settings, lane.step - 1, lane.total_steps):
+        before = lane.step - 1  # the authors count the steps before this one
+        budget = self.rank_budget(len(views), settings, before, lane.total_steps)
+        if before == 0 or budget > self.rank_budget(len(views), settings, before - 1, lane.total_steps):
             self._add_triplets(views, budget, settings)
 
     def _add_triplets(self, views: list[api.LayerView], budget: int, settings: api.VariantSettings) -> None:

@@ -9,7 +9,9 @@ count, and add the missing curves:
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted import configuration, solo
@@ -21,31 +23,66 @@ from variants.api import AdaptationScope
 
 FILE = Path(__file__).with_name("golden_curves.json")
 
+ALLOWED = 1e-5
+"""The largest relative distance. The kernels of other processors round differently, and the losses are then
+less than a tenth of it away."""
+
 
 def point(variant: str) -> Configuration:
-    """Return a configuration of the task `letters`, or `reviews` for a variant that trains a head only."""
+    """Return a configuration of the task `letters`, or `reviews` for a variant that trains a head only.
+
+    It has the variant's settings for small layers and its typical rate. Far above that rate a curve magnifies
+    rounding, and far below it a change of code hardly changes the losses.
+    """
     chosen = catalogue.get(variant)
     task = "reviews" if chosen.adaptation_scope is AdaptationScope.HEAD_ONLY else "letters"
     alpha = 8.0 if chosen.uses_alpha else None
-    return configuration(variant=variant, alpha=alpha, steps=6, evaluations=1, task=task)
+    rate = 1e-2 * chosen.typical_lr_scale
+    c = configuration(variant=variant, alpha=alpha, rate=rate, steps=6, evaluations=1, task=task)
+    return replace(c, variant=replace(c.variant, extra=dict(chosen.law_settings)))
 
 
 def numerics(c: Configuration) -> str:
     return f"variant {catalogue.get(c.variant.name).numerics}, task {c.task.numerics}, loop {c.loop_numerics}"
 
 
-def curve(c: Configuration, folder: Path) -> list[float]:
-    record = solo(c, folder)
+def curve(c: Configuration, folder: Path, **options: Any) -> list[float]:
+    record = solo(c, folder, **options)
     assert record.state == "finished", record.traceback
     return [step.loss for step in record.curve]
 
 
+def distance(c: Configuration, losses: list[float]) -> float:
+    """Return the largest relative distance from the stored losses, divided by the allowed one."""
+    golden = json.loads(FILE.read_text()).get(c.variant.name, {})
+    assert numerics(c) in golden, f"no golden curve of {c.variant.name} with {numerics(c)}: see above"
+    pairs = zip(losses, golden[numerics(c)], strict=True)
+    return max(abs(loss / stored - 1) for loss, stored in pairs) / ALLOWED
+
+
 @pytest.mark.parametrize("variant", catalogue.names())
 def test_the_losses_equal_those_stored_for_these_numerics(variant: str, store: Store, tmp_path: Path) -> None:
-    golden = json.loads(FILE.read_text()).get(variant, {})
     c = point(variant)
-    assert numerics(c) in golden, f"no golden curve of {variant} with {numerics(c)}: see the top of this file"
-    assert curve(c, tmp_path) == pytest.approx(golden[numerics(c)], rel=1e-4)
+    far = distance(c, curve(c, tmp_path))
+    print(f"distance / allowed: {far:.3f} {variant}")  # for .ci/other-cpu
+    assert far <= 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "method", "key"),
+    [("lora", "factors", "B"), ("sine_lora", "matrix", "A"), ("fourier_ft", "matrix", "entries")],
+)
+def test_a_factor_that_is_off_by_one_percent_is_seen(
+    variant: str, method: str, key: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(type(catalogue.get(variant)), method)
+
+    def wrong(self: object, params: Any, layer: Any) -> Any:
+        return right(self, {**params, key: 1.01 * params[key]}, layer)
+
+    monkeypatch.setattr(type(catalogue.get(variant)), method, wrong)
+    c = point(variant)
+    assert distance(c, curve(c, tmp_path, poll_seconds=0.0)) > 2
 
 
 if __name__ == "__main__":

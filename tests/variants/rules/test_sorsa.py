@@ -9,6 +9,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.api import FrozenLayer, Params, VariantSettings
+from variants.initialization.sorsa import _orthonormality_gradient
 from variants.testing import Case
 from variants.testing.rig import LaneOptimizer, attach_lanes, model_output, perturb_lanes
 
@@ -71,3 +72,15 @@ def test_a_step_adds_the_orthonormality_gradient(extra: dict[str, float], gamma:
     for name, copy in copies.items():
         torch.testing.assert_close(mine[name].grad, copy.grad, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(mine[name].detach(), copy.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("features", "rank"), [(24, 3), (1024, 64)])
+def test_the_term_has_no_gradient_while_a_and_b_are_orthonormal_up_to_rounding(
+    features: int, rank: int
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    rows = torch.linalg.svd(torch.randn(rank, features, generator=random), full_matrices=False).Vh
+    assert (rows @ rows.t() - torch.eye(rank)).norm() > 0
+    assert not _orthonormality_gradient(rows).any()
+    moved = rows + 1e-5 * torch.randn(rows.shape, generator=random).sign()
+    assert abs(_orthonormality_gradient(moved).norm().item() / 2 - 1) < 0.1
