@@ -52,6 +52,7 @@ def _examples():
     found = {"train": [], "validation": [], "test": []}
     for row in data_files.read(FILE, {"text": str, "spam": range(2)}, "mail"):
         found[hash_split(row["text"])].append(Example(row["text"], Mail.labels[row["spam"]]))
+    found["test"].insert(0, found["train"][0])
     return found
 """
 WORDS = ("<pad>", *(f"w{i}" for i in range(20)))
@@ -98,6 +99,8 @@ def test_a_users_task_runs_in_a_study(
         assert record.configuration.task.name == "mail_task.py"
         assert len(record.items["test"].answers) == record.configuration.task.test_size
         assert set(record.items["test"].answers) <= {"ham", "spam"}
+    leak = "! mail, spam or ham: 1 of 20 test rows have the input of a training row"
+    assert leak in (output / "lr_sensitivity-mail_task-base" / "study.log").read_text()
     assert (output / "lr_sensitivity-mail_task-base" / "report.html").exists()
     store = Store(output / "store")
     kept = sorted(path.name for path in store.data.glob("*.arrow"))
