@@ -241,6 +241,7 @@ def test_a_prediction_names_what_it_leaves_out(plan: Plan) -> None:
     for unpredicted in (vera, HUNDRED):  # the second is in float32
         assert "predicted" not in plan(None, unpredicted)
     assert "GPU hours       unknown\n" in plan("Tesla T4", points), "a GPU without bfloat16"
+    assert "GPU hours       unknown\n" in plan(f"{A10G} MIG", points), "a slice is not its card"
 
 
 def test_a_plan_says_why_nothing_is_predicted(plan: Plan) -> None:
@@ -366,10 +367,10 @@ def test_the_gpu_name_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytes
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "MIG-GPU-8932f937-d72c/1/0")
-            assert runtime.gpu_name(tmp_path) == "", "a slice has not the card's memory and speed"
+            assert runtime.gpu_name(tmp_path) == f"{A10G} MIG"
     slices = tmp_path.parent / "capabilities" / "gpu0" / "mig" / "gi1"
     slices.mkdir(parents=True)
-    assert runtime.gpu_name(tmp_path) == "", "slices that no variable names"
+    assert runtime.gpu_name(tmp_path) == f"{A10G} MIG", "a slice that no variable names"
     slices.rmdir()
     (tmp_path / "1" / "information").write_text("Model: \t\t Tesla T4\n")
     assert runtime.gpu_name(tmp_path) == "", "which of them, nobody knows"

@@ -162,16 +162,16 @@ def names_mig_slice(environment: Mapping[str, str]) -> bool:
 def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
     """Return the name of this machine's GPUs as torch gives it; empty if it is unknown or they differ.
 
-    A MIG slice has a share of its card's memory and speed, so the card's name says nothing about it.
+    A MIG slice has a share of its card's memory and speed, so its name differs from the card's. Its size is
+    not known here.
     """
-    if names_mig_slice(os.environ) or any(proc.parent.glob("capabilities/gpu*/mig/gi*")):
-        return ""
     names = set()
     for file in proc.glob("*/information"):
         with suppress(OSError):
             found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(), re.MULTILINE)
             names.add(found[1] if found else "")
-    return names.pop() if len(names) == 1 else ""
+    is_slice = names_mig_slice(os.environ) or any(proc.parent.glob("capabilities/gpu*/mig/gi*"))
+    return names.pop() + (" MIG" if is_slice else "") if len(names) == 1 else ""
 
 
 def running_cluster_address() -> str | None:
