@@ -21,6 +21,9 @@ hypothesis.settings.load_profile("default")
 # Several test processes share the cores, and more than one thread per process would slow all of them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# As in `orchestrator.finetune`, for tests that import the variants only.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+
 # Ray starts its workers with a low priority (nice 15), with which a study hardly trains while another program
 # is busy.
 os.environ.setdefault("RAY_worker_niceness", "0")

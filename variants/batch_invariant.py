@@ -4,7 +4,9 @@ Two things would make it depend on them. In bfloat16 on a CPU, PyTorch uses anot
 the product is then computed twice in a batch of two. And PyTorch sums a product with a single column, or over
 a single value, in another order for one lane than for several; such sides are padded with zeros. The result
 still depends on the other lanes if each lane has a single row (N = 1), or if a frozen layer of the model is
-called with fewer than 8 rows per lane.
+called with few rows per lane: MKL has other kernels for the rows that its blocks leave over. 8 rows suffice
+for narrow layers and on AVX2, 16 for layers of width 384 on AVX-512. oneDNN's AMX kernels always depend on
+the other lanes.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device,
     The linear layers of a head are zero, so every class has the same logit before training. Of CLIP, an image
     task gets only the image tower, whose head reads the mean of the patches. Attention is transformers'
     default: PyTorch's scaled dot product where the architecture has it. On a CPU a row's result then does not
-    depend on the other rows (to the bit, from 8 rows on).
+    depend on the other rows (to the bit with enough rows: `variants/batch_invariant.py`).
 
     Args:
         choice: The model and its dtype.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,3 +235,18 @@ def test_weight_decay_applies_to_the_parameters_that_trainer_decays(kind: str) -
     assert {short for name, short in names.items() if has_weight_decay(name, adapters)} == expected & set(
         names.values()
     )
+
+
+@pytest.mark.parametrize("own", [None, "AVX2"])
+def test_kernels_that_round_by_the_number_of_lanes_are_off_unless_a_user_sets_them(own: str | None) -> None:
+    name, others = "ONEDNN_MAX_CPU_ISA", dict(os.environ)
+    others.pop(name, None)
+    program = f"import orchestrator.finetune, os; print(os.environ[{name!r}])"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=others | ({name: own} if own else {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == (own or "AVX512_CORE_FP16")
