@@ -14,6 +14,7 @@ from orchestrator.analyze.tuned.tuned_results import (
     VariantRow,
 )
 from orchestrator.analyze.tuned.tuned_text import shown_name
+from orchestrator.analyze.tuned.variant_tunings import outlying_differences
 from orchestrator.analyze.verdict import Verdict, VerdictOutcome
 from orchestrator.record.show import change_options
 from orchestrator.record.study_file import StudyFile
@@ -306,6 +307,16 @@ def _task_warnings(task: TaskComparison) -> Iterator[str]:
     failed = {row.variant: sum(t.count_runs("failed") for t in row.tunings) for row in task.rows}
     if named := [f"{variant} {count}" for variant, count in failed.items() if count]:
         yield f"failed runs are missing, which narrows a tuning: {', '.join(named)}."
+    skewed = [
+        f"{row.variant} (replicate {replicate}: {points(difference)})"
+        for row in task.rows[1:]
+        for replicate, difference in outlying_differences(row, task.rows[0], task.margin).items()
+    ]
+    if skewed:
+        yield (
+            f"one replicate lies far from the others, in points: {', '.join(skewed)}. Rare low tunings are "
+            "skewed noise, with which the intervals err more often than stated."
+        )
     unverified = [row.variant for row in task.rows if row.role == "unverified"]
     if unverified:
         yield f"compared with no other implementation, so without a verdict: {', '.join(unverified)}."

@@ -16,6 +16,9 @@ from orchestrator.analyze.tuned.pooled_curve import pool_curve
 from orchestrator.analyze.tuned.tuned_results import Role, VariantRow
 from orchestrator.analyze.tuned.tunings import TriedRun, Tuning
 
+OUTLYING = 8.0
+MIN_FOR_OUTLIERS = 8
+
 
 def describe_tunings(
     variant: str, role: Role, tunings: Mapping[int, Tuning], margin: float, items: int = 0
@@ -60,6 +63,26 @@ def chosen_test(tuning: Tuning) -> float:
     assert tuning.chosen is not None
     assert tuning.chosen.test is not None
     return tuning.chosen.test
+
+
+def outlying_differences(row: VariantRow, baseline: VariantRow, margin: float) -> dict[int, float]:
+    """Return the differences from the baseline that lie far from the others, by replicate.
+
+    A difference lies far off if its distance from the median of the others is more than the margin, and more
+    than `OUTLYING` of their standard deviations, estimated as 1.4826 times the median absolute deviation.
+    With fewer than `MIN_FOR_OUTLIERS` replicates there are none, because normal noise has them too often.
+    """
+    base = {t.replicate: chosen_test(t) for t in baseline.tunings if t.is_usable}
+    own = {t.replicate: chosen_test(t) for t in row.tunings if t.is_usable and t.replicate in base}
+    found = {}
+    for replicate in own if len(own) >= MIN_FOR_OUTLIERS else ():
+        others = np.array([own[r] - base[r] for r in own if r != replicate])
+        median = np.median(others)
+        spread = 1.4826 * np.median(np.abs(others - median))
+        difference = own[replicate] - base[replicate]
+        if abs(difference - median) > max(margin, OUTLYING * spread):
+            found[replicate] = difference
+    return found
 
 
 def has_result(tuning: Tuning) -> bool:

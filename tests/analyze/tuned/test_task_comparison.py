@@ -21,6 +21,7 @@ from orchestrator.analyze.run_labels import label_runs
 from orchestrator.analyze.summary import summarize
 from orchestrator.analyze.tuned.across_tasks import compare_tuned
 from orchestrator.analyze.tuned.tuned_results import TaskComparison, VariantRow
+from orchestrator.analyze.tuned.tuned_verdicts import tuned_warnings
 from orchestrator.cli.commands import Report
 from orchestrator.record.schema import ItemResults, Record
 from orchestrator.record.store import Store
@@ -245,6 +246,19 @@ def test_a_score_that_is_no_mean_of_its_questions_has_no_question_noise() -> Non
     )
     other = [replace(r, items={"test": ItemResults((1.0,) * 99 + (0.5,))}) for r in records]
     assert row_of(compare_one(other), "pissa").question_error is None
+
+
+def test_a_replicate_far_from_the_others_is_a_warning() -> None:
+    """One tuning of pissa ends 15 points lower. Replicates of plain noise give no warning."""
+    truths = {"lora": Truth(), "pissa": Truth(), "dora": Truth()}
+    plain = tuned_records(truths, replicates=10, noise=0.005)
+    low = tuned_records({"pissa": Truth(0.75)}, replicates=5, noise=0.005)[-9:]
+    kept = [r for r in plain if (r.configuration.variant.name, r.configuration.seed) != ("pissa", 4)]
+    warned = [[w for w in tuned_warnings(compare(own)) if "far from" in w] for own in (plain, kept + low)]
+    assert warned[0] == []
+    (warning,) = warned[1]
+    assert "pissa (replicate 4: -1" in warning
+    assert "dora" not in warning
 
 
 def test_earlier_looks_cost_width_and_a_look_beyond_the_plan_has_no_error_left() -> None:
