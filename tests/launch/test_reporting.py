@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from synthetic import record
 
+from orchestrator.analyze.page import mlflow_ui_command
 from orchestrator.launch.reporting import describe_failures, export_words
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import StudyFile
@@ -43,3 +44,9 @@ def test_failures_are_listed_once_for_each_reason() -> None:
     *lines, last = describe_failures(many, lambda *words: "")
     assert last == "  and 2 more reasons, in the report"
     assert max(map(len, lines)) < 230
+
+
+def test_mlflow_is_opened_with_one_worker_on_a_database_only() -> None:
+    """A busy machine does not start its four workers within their time limit."""
+    assert mlflow_ui_command("sqlite:///a.db") == "mlflow ui --workers 1 --backend-store-uri sqlite:///a.db"
+    assert mlflow_ui_command("http://server:5000") == ""
