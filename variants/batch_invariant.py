@@ -40,7 +40,7 @@ def bmm(x: Tensor, y: Tensor) -> Tensor:
     if y.shape[2] == 1:
         return bmm(x, pad(y, (0, 1)))[:, :, :1]
     if _needs_second_copy(x):
-        return torch.bmm(torch.cat([x, x]), torch.cat([y, y]))[:1]
+        return torch.bmm(_twice(x), _twice(y))[:1]
     return torch.bmm(x, y)
 
 
@@ -57,7 +57,7 @@ def baddbmm(base: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if y.shape[2] == 1:
         return base + bmm(x, y)
     if _needs_second_copy(x):
-        return torch.baddbmm(*(torch.cat([tensor, tensor]) for tensor in (base, x, y)))[:1]
+        return torch.baddbmm(_twice(base), _twice(x), _twice(y))[:1]
     return torch.baddbmm(base, x, y)
 
 
@@ -77,3 +77,8 @@ def baddbmm_(base: Tensor, x: Tensor, y: Tensor) -> None:
 
 def _needs_second_copy(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) == 1
+
+
+def _twice(x: Tensor) -> Tensor:
+    """Return a batch of two copies in the layout of `x`, by which some kernels order their sums."""
+    return torch.cat([x.mT, x.mT]).mT if x.stride(1) == 1 and x.stride(2) != 1 else torch.cat([x, x])
