@@ -30,7 +30,7 @@ _CLIFF: dict[str, Any] = {"linestyle": (0, (4, 3)), "alpha": 0.7}
 def draw_curves(summary: Summary) -> Figure:
     """Draw the validation score over the learning rate, for each panel.
 
-    A curve has the means with their t-intervals, the single seeds as faint dots and a ring around the best
+    A curve has the means with their intervals, the single seeds as faint dots and a ring around the best
     rate. Diverged runs are crosses and collapsed ones triangles. The line is dashed across a cliff, see
     `curve_lines.LinePiece`. On the right, a second plot shows the parts of the curves around their best
     scores. With more than `MAX_OVERLAID_CURVES` curves each one has axes of its own instead.

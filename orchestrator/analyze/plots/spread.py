@@ -17,7 +17,7 @@ from orchestrator.analyze.results import Panel, Spread, Summary
 def draw_spread(summary: Summary) -> Figure:
     """Draw two test scores of each variant: at the common rate (hollow) and at its own best rate (filled).
 
-    A thick line behind the filled dot is its t-interval. Above the rows, two brackets show the spread of the
+    A thick line behind the filled dot is its interval. Above the rows, two brackets show the spread of the
     variants at the common rate and at their own best rates.
     """
     rows = [max(3, len(p.curves)) + 2.4 for p in summary.panels]
