@@ -109,6 +109,10 @@ class _SimulatedLaneGroup:
             for curve, step in steps
         ]
 
+    def generates_answers(self, lane: Lane) -> bool:
+        """Return False: the scores are in the curves."""
+        return False
+
     def load_or_compute_baseline_scores(self, wait: bool) -> None:
         """Do nothing: the curves have these scores."""
 
@@ -236,7 +240,6 @@ def train_simulated(
     from orchestrator.execution.session_context import SessionContext
     from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.execution.trainers.trainer import TrainerSpec
-    from orchestrator.study.grid import training_order
 
     plan.write(store)
     scratch = store.root / "scratch"
@@ -250,12 +253,12 @@ def train_simulated(
         device="cpu",
         train_loop=f"{__name__}:{run.__name__}",
     )
-    order = training_order(configurations, LANES_PER_TRAINER)
+    order = submission_order(scheduler, [], configurations, LANES_PER_TRAINER, num_trainers)
     console = Console(file=sys.stderr, highlight=False)
     with Progress(store.root, len(configurations), 0, console) as progress:
         pool = PoolConfig(num_trainers, spec)
         context = SessionContext(scheduler, cluster, pool, store, scratch, progress, RunBudget())
-        return train(context, submission_order(scheduler, [], order, LANES_PER_TRAINER))
+        return train(context, order)
 
 
 def _wait_for_previous_broker() -> None:

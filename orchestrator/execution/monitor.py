@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +18,6 @@ from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.session_context import SessionContext
 from orchestrator.execution.trainers.pool import BrokerState, TrainerPool
-from orchestrator.execution.tune.concurrency import SearchLimiter
 from orchestrator.execution.tune.trial_events import ABORTED, PendingStops
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.util import timeouts
@@ -33,8 +33,7 @@ class StudyMonitor(threading.Thread):
         broker: The handle of the broker's actor.
         pool: The trainers.
         stops: Stopped trials whose lanes have no record yet; `BrokerCallback` adds to them.
-        limiter: Limit of a search's unfinished points, to be updated with the lanes that the trainers can
-            hold; None without such a limit.
+        follow_trainers: Called with every answer of the broker; sets the number of concurrent trials.
     """
 
     def __init__(
@@ -43,11 +42,11 @@ class StudyMonitor(threading.Thread):
         broker: Any,
         pool: TrainerPool,
         stops: PendingStops,
-        limiter: SearchLimiter | None = None,
+        follow_trainers: Callable[[Mapping[str, Any]], None] = lambda updates: None,
     ) -> None:
         super().__init__(name="monitor", daemon=True)
         self.context, self.broker, self.pool, self.pending_stops = context, broker, pool, stops
-        self.limiter = limiter
+        self.follow_trainers = follow_trainers
         self.budget, self.progress = context.budget, context.progress
         self.draining_since: float | None = None
         """Time at which the trainers were told to save their lanes because the study ends; None before."""
@@ -141,8 +140,7 @@ class StudyMonitor(threading.Thread):
         updates = ray.get(self.broker.get_updates.remote(*num_read, self.incarnation), timeout=10)
         if updates["incarnation"] != self.incarnation:
             self._resume_after_restart(updates["incarnation"])
-        if self.limiter is not None:
-            self.limiter.follow(updates["capacities"])
+        self.follow_trainers(updates)
         self._forget_recorded_stops()
         self._read_ended_lanes(updates)
         counts, progress = updates["counts"], self.progress

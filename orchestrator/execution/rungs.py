@@ -63,9 +63,16 @@ def scheduler_settings(scheduler: str, configuration: Configuration) -> str:
 
 
 def submission_order(
-    scheduler: str, cached: Sequence[Configuration], pending: Sequence[Configuration], lanes: int
+    scheduler: str,
+    cached: Sequence[Configuration],
+    pending: Sequence[Configuration],
+    lanes: int,
+    num_trainers: int = 1,
 ) -> list[Configuration]:
     """Return the configurations that Tune gets, in order.
+
+    The first lane groups are dealt out: the first trials submit one lane of each, so that each trainer begins
+    with a group of its own.
 
     Tune keeps no rungs between runs, so known results are replayed. They come first, so that they count from
     the first decision on. Hyperband fills its brackets in the order of submission, so under Hyperband each
@@ -78,7 +85,11 @@ def submission_order(
         cached: Configurations with known results.
         pending: Configurations to train.
         lanes: Lanes per trainer.
+        num_trainers: Number of trainers.
     """
-    if scheduler == "none":
-        return list(pending)
-    return training_order([*cached, *pending], lanes) if scheduler == "hyperband" else [*cached, *pending]
+    if scheduler == "hyperband":
+        return training_order([*cached, *pending], lanes)
+    ordered = training_order(pending, lanes)
+    first = ordered[: num_trainers * lanes]
+    dealt = [c for place in range(lanes) for c in first[place::lanes]]
+    return [*(cached if scheduler != "none" else ()), *dealt, *ordered[len(first) :]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -59,18 +59,21 @@ def train(
             trainers and the broker have ended by then.
         Exception: Any error of the monitor, such as OSError for a full disk.
     """
-
-    def make_generator(max_concurrent: int | None) -> ConfigurationListGenerator:
-        return ConfigurationListGenerator(configurations, max_concurrent, next_stage)
-
     ABORTED.clear()
     progress = context.progress
     broker = start_broker(context.store, context.scheduler)
     visibility = StorageVisibility(context.scratch, context.cluster.nodes, progress.notify)
     pool = TrainerPool(context.pool, context.cluster.namespace, broker, visibility, progress.notify)
     pending_stops: PendingStops = {}
-    limiter = _limit_search(context, search)
-    monitor = StudyMonitor(context, broker, pool, pending_stops, limiter)
+    _, memory = _trial_limits(context, search)
+    algorithm = _make_algorithm(context, configurations, search, next_stage)
+
+    def follow_trainers(updates: Mapping[str, Any]) -> None:
+        capacities = updates["max_lanes" if search is None else "usable_lanes"]
+        if (limit := _trial_limits(context, search, capacities)[0]) is not None:
+            algorithm.max_concurrent = limit
+
+    monitor = StudyMonitor(context, broker, pool, pending_stops, follow_trainers)
     monitor.start()
     try:
         callback = BrokerCallback(broker, pending_stops)
@@ -78,7 +81,7 @@ def train(
         is_pausing = context.scheduler == "hyperband"
         light = nullcontext() if is_pausing else light_trial_actors(LaneTrainable, LaneTrial)
         with light, retry_after_death_in_reset():
-            results = _make_tuner(context, limiter or search, make_generator, callback).fit()
+            results = _make_tuner(context, algorithm, memory, callback).fit()
         monitor.wait_for_pending_stops()
     finally:
         monitor.close()
@@ -92,28 +95,38 @@ def train(
     return sum(monitor.steps_taken.values())
 
 
-def _limit_search(context: SessionContext, search: PerGroupSearcher | None) -> SearchLimiter | None:
-    """Return the searcher with a limit; None without a search, and under Hyperband."""
+def _trial_limits(
+    context: SessionContext, search: PerGroupSearcher | None, capacities: Sequence[int] = ()
+) -> tuple[int | None, int]:
+    is_search = search is not None
+    return trial_limits(context.pool, context.cluster, context.scheduler, is_search, capacities)
 
-    def compute_limit(capacities: Sequence[int] = ()) -> int | None:
-        return trial_limits(context.pool, context.cluster, context.scheduler, True, capacities)[0]
 
-    return SearchLimiter(search, compute_limit) if search and compute_limit() else None
+def _make_algorithm(
+    context: SessionContext,
+    configurations: Sequence[Configuration],
+    search: PerGroupSearcher | None,
+    next_stage: Callable[[], Sequence[Configuration]],
+) -> Any:
+    """Return Tune's search algorithm; the monitor changes its `max_concurrent`, except under Hyperband."""
+    limit, _ = _trial_limits(context, search)
+    if search is None:
+        return ConfigurationListGenerator(configurations, limit, next_stage)
+    return search if limit is None else SearchLimiter(search, limit)
 
 
 def _make_tuner(
     context: SessionContext,
-    search: PerGroupSearcher | SearchLimiter | None,
-    make_generator: Callable[[int | None], ConfigurationListGenerator],
+    algorithm: Any,
+    trial_memory: int,
     callback: BrokerCallback,
 ) -> tune.Tuner:
-    is_search = search is not None
-    max_concurrent, memory = trial_limits(context.pool, context.cluster, context.scheduler, is_search)
+    is_search = not isinstance(algorithm, ConfigurationListGenerator)
     return tune.Tuner(
-        tune.with_resources(LaneTrainable, tune.PlacementGroupFactory([{"memory": memory}])),
+        tune.with_resources(LaneTrainable, tune.PlacementGroupFactory([{"memory": trial_memory}])),
         tune_config=tune.TuneConfig(
-            search_alg=search or make_generator(max_concurrent),
-            num_samples=-1 if search else 1,  # the searcher ends the experiment
+            search_alg=algorithm,
+            num_samples=-1 if is_search else 1,  # the searcher ends the experiment
             scheduler=LiveTrialFIFOScheduler()
             if context.scheduler == "none"
             else PerGroupScheduler(context.scheduler, context.cached, context.tune_per_seed),

@@ -13,8 +13,6 @@ from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import training_order
-from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
 
 if TYPE_CHECKING:
     from orchestrator.launch.study_writers import StudyWriters
@@ -45,7 +43,7 @@ class LaterConfigurations:
         self.on_configuration(configuration, is_reused)
 
     def next_stage(self) -> list[Configuration]:
-        """Return the configurations of the design's next stage that have no result, in training order.
+        """Return the configurations of the design's next stage that have no result.
 
         A stage whose configurations all have results is registered and skipped. All earlier configurations
         must have ended.
@@ -70,9 +68,7 @@ class LaterConfigurations:
                 self.progress.notify(self._describe_stage(named, known))
                 store = self.context.store
                 prepare_datasets(new, store.bases, store.data, self.progress.notify)
-                return training_order(
-                    new, self.context.options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER
-                )
+                return new
         return []
 
     def _describe_stage(self, named: Sequence[Configuration], num_known: int) -> str:

@@ -192,5 +192,8 @@ def _run_session(
         from orchestrator.execution.search.searcher import PerGroupSearcher
 
         searcher = PerGroupSearcher(work.search, context.store, scheduler, lanes, session.cached)
-    ordered = submission_order(scheduler, work.satisfied, work.pending, lanes)
-    return train(session, ordered, searcher, next_stage)
+
+    def order(known: Sequence[Configuration], pending: Sequence[Configuration]) -> list[Configuration]:
+        return submission_order(scheduler, known, pending, lanes, session.pool.num_trainers)
+
+    return train(session, order(work.satisfied, work.pending), searcher, lambda: order((), next_stage()))

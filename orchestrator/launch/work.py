@@ -11,8 +11,7 @@ from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import training_order
-from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
+from orchestrator.study.options import StudyOptions
 
 if TYPE_CHECKING:
     from orchestrator.execution.search.budget import SearchBudget
@@ -32,7 +31,7 @@ class StudyWork:
     retries_exhausted: list[str]
     """Fingerprints of the configurations that failed too often to be tried again."""
     pending: list[Configuration]
-    """Configurations to train, in the order of their submission."""
+    """Configurations to train."""
     search: SearchBudget | None
     """The search that samples further configurations; None for a design."""
     expected: int = 0
@@ -77,7 +76,7 @@ class StudyWork:
             list(requested),
             satisfied,
             retries_exhausted,
-            training_order(new, options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER),
+            new,
             search,
             expected if new else 0,
         )

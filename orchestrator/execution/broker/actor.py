@@ -196,8 +196,8 @@ class Broker:
             reports of lanes, and lines; "counts": the number of lanes in each phase and of live trainers;
             "steps_taken": the optimizer steps of each trainer; "hung": the names of hung trainers;
             "excluded_devices": excluded device -> reason; "holders": the names of the trainers that keep such
-            devices reserved; "capacities": the number of lanes that a search may keep unfinished for a
-            trainer, of each trainer that has told its limit;
+            devices reserved; "max_lanes" and "usable_lanes": for each trainer that has told its limit, the
+            number of lanes that it can hold, and that a search may keep unfinished for it;
             "abort_reason": the reason why no more trainers should be started, or "".
         """
         self.core.tick(self.clock())
@@ -214,7 +214,8 @@ class Broker:
             "hung": self.core.hung_trainers(self.clock()),
             "excluded_devices": devices.excluded,
             "holders": frozenset(devices.holders),
-            "capacities": count_usable_lanes(self.core.trainers.values(), self.core.open_entries.values()),
+            "max_lanes": [view.max_lanes for view in self.core.trainers.values() if view.max_lanes],
+            "usable_lanes": count_usable_lanes(self.core.trainers.values(), self.core.open_entries.values()),
             "abort_reason": self.core.failure_policy.abort_reason,
         }
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search import ConcurrencyLimiter
 
 from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.execution.trainers.pool import PoolConfig
@@ -16,23 +16,7 @@ MIN_AUTOSCALED_TRAINERS = 8
 
 
 class SearchLimiter(ConcurrencyLimiter):
-    """Limit the unfinished points of a search to those that the trainers can train.
-
-    The limit changes while the search runs: trainers on GPUs measure how many lanes they can hold, and points
-    of different group keys cannot train together.
-
-    Args:
-        searcher: The searcher to limit.
-        limit: Returns the limit for the lanes of each trainer, as in `trial_limits`.
-    """
-
-    def __init__(self, searcher: Searcher, limit: Callable[[Sequence[int]], Any]) -> None:
-        super().__init__(searcher, limit(()))
-        self._limit = limit
-
-    def follow(self, capacities: Sequence[int]) -> None:
-        """Set the limit for the lanes of each trainer; called from another thread."""
-        self.max_concurrent = self._limit(capacities)
+    """Limit the unfinished points of a search; `max_concurrent` may change while the search runs."""
 
     def get_state(self) -> dict[str, Any]:
         """Return nothing, because a search is continued by the command of its study."""
@@ -52,16 +36,17 @@ def trial_limits(
     """Return the number of concurrent trials (None for no limit), and the bytes that each reserves in Ray.
 
     The number is that of the lanes of all trainers, plus one for each trainer: when a lane ends, the lane of
-    the additional trial replaces it at once, while Tune starts the next trial in the free process. More
-    trials would mean more processes to start before the first step. A search adds none, since a trial that
-    waits was suggested without the results of the lanes that are in training. Where trainers measure their
-    lanes, a search begins with `TrainerSpec.expected_lanes` and then follows `capacities`.
+    the additional trial replaces it at once, while Tune starts the next trial in the free process. A search
+    adds none, since a trial that waits was suggested without the results of the lanes that are in training.
+
+    The number follows `capacities`. For a trainer that is not there yet, a grid on this machine has one
+    trial, because the processes of more trials would delay the trainer's start. So has a grid on a cluster,
+    until the first trainer is there. Otherwise `TrainerSpec.expected_lanes` are expected.
 
     The trial processes together may use half of the memory that Ray manages, also on nodes that an autoscaler
-    may start; the other half is for trainers.
-    An elastic pool on a joined cluster grows only if lanes wait. Its limit is therefore that of twice its
-    trainers, of the trainers for which an autoscaler may start nodes, or of `MIN_AUTOSCALED_TRAINERS` with
-    GPUs, whichever is largest.
+    may start; the other half is for trainers. An elastic pool on a joined cluster grows only if lanes wait.
+    Its limit is therefore that of twice its trainers, of the trainers for which an autoscaler may start
+    nodes, or of `MIN_AUTOSCALED_TRAINERS` with GPUs, whichever is largest.
 
     Hyperband pauses a trial until all trials of its bracket have reached the same evaluation, and Tune's
     limit counts paused trials. Under Hyperband the number is therefore None, and the reserved bytes limit the
@@ -72,18 +57,25 @@ def trial_limits(
         cluster: The nodes, with their memory.
         scheduler: The name of the scheduler.
         is_search: True if trials are suggested by a search.
-        capacities: The number of lanes that a search may keep unfinished for each trainer, of those that have
-            told their limit; see `count_usable_lanes` in `broker/assignment.py`.
+        capacities: For each trainer that has told its limit, the number of lanes that it can hold; in a
+            search, the number that may be kept unfinished for it, see `count_usable_lanes` in
+            `broker/assignment.py`.
     """
     num_trainers = pool.num_trainers
     if pool.elastic and not cluster.local:
         least = MIN_AUTOSCALED_TRAINERS if pool.spec.gpus_per_worker else 0
         num_trainers = max(least, 2 * num_trainers, pool.autoscaler_capacity)
-    lanes = pool.spec.expected_lanes if is_search else pool.spec.lanes_per_trainer + 1
-    measured = [min(one, pool.spec.lanes_per_trainer) for one in capacities[:num_trainers]]
-    wanted = sum(measured) + (num_trainers - len(measured)) * lanes
+    expected, most = pool.spec.expected_lanes, pool.spec.lanes_per_trainer
+    if is_search:
+        told = [min(one, most) for one in capacities[:num_trainers]]
+    else:
+        told = [max(expected, min(one, most)) + 1 for one in capacities[:num_trainers]]
+        expected += 1
     if scheduler == "hyperband":
-        share = max(cluster.memory / wanted, 2 * PAUSABLE_TRIAL_MEMORY_BYTES)
+        share = max(cluster.memory / (num_trainers * expected), 2 * PAUSABLE_TRIAL_MEMORY_BYTES)
         return None, int(min(share, max(node.memory for node in cluster.nodes)))
+    if not is_search and (cluster.local or not told):
+        num_trainers, expected = pool.num_trainers, 1
+    wanted = sum(told) + max(0, num_trainers - len(told)) * expected
     memory = max(cluster.memory, pool.autoscaler_memory)
     return max(1, min(wanted, int(memory / 2 / TRIAL_MEMORY_BYTES))), TRIAL_MEMORY_BYTES

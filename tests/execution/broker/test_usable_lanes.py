@@ -42,7 +42,7 @@ class Trainer:
 
 
 def usable(broker: Broker) -> list[int]:
-    found: list[int] = asyncio.run(broker.get_updates(0, 0, 0, ""))["capacities"]
+    found: list[int] = asyncio.run(broker.get_updates(0, 0, 0, ""))["usable_lanes"]
     return found
 
 

@@ -29,24 +29,32 @@ def pool(trainers: int, lanes: int, gpus: float = 0, **options: Any) -> PoolConf
 
 @pytest.mark.parametrize("scheduler", ["none", "asha", "median"])
 def test_a_lane_of_each_trainer_waits_for_the_next_free_slot(scheduler: str) -> None:
-    assert trial_limits(pool(2, 4), LARGE, scheduler)[0] == 2 * (4 + 1)
-    assert trial_limits(pool(3, 1), LARGE, scheduler)[0] == 3 * (1 + 1)
+    assert trial_limits(pool(2, 4), LARGE, scheduler, capacities=[4, 4])[0] == 2 * (4 + 1)
+    assert trial_limits(pool(3, 1), LARGE, scheduler, capacities=[1, 1, 1])[0] == 3 * (1 + 1)
+
+
+def test_trials_start_when_trainers_are_there() -> None:
+    assert trial_limits(pool(2, 8), LARGE, "none")[0] == 2
+    assert trial_limits(pool(2, 8), LARGE, "none", capacities=[8])[0] == (8 + 1) + 1
+    assert trial_limits(replace(pool(2, 8), elastic=True), replace(LARGE, local=False), "none")[0] == 2
 
 
 def test_a_joined_cluster_may_grow() -> None:
     joined = replace(LARGE, local=False)
-    assert trial_limits(replace(pool(2, 4), elastic=True), joined, "none")[0] == 2 * 2 * (4 + 1)
-    assert trial_limits(pool(2, 4), joined, "none")[0] == 2 * (4 + 1)
-    assert trial_limits(pool(2, 4, gpus=1), joined, "none")[0] == 8 * (4 + 1)
+    elastic = replace(pool(2, 4), elastic=True)
+    assert trial_limits(elastic, joined, "none", capacities=[4])[0] == 2 * 2 * (4 + 1)
+    assert trial_limits(pool(2, 4), joined, "none", capacities=[4])[0] == 2 * (4 + 1)
+    assert trial_limits(pool(2, 4, gpus=1), joined, "none", capacities=[4])[0] == 8 * (4 + 1)
 
 
 def test_memory_of_nodes_that_an_autoscaler_may_start_counts() -> None:
     head = Cluster((Node(4, 0, 10 * 2 * TRIAL_MEMORY_BYTES),), local=False)
     growing = replace(pool(1, 4, gpus=1), autoscaler_capacity=16)
-    assert trial_limits(growing, head, "none")[0] == 10
+    assert trial_limits(growing, head, "none", capacities=[4])[0] == 10
     with_memory = replace(growing, autoscaler_memory=50 * 2 * TRIAL_MEMORY_BYTES)
-    assert trial_limits(with_memory, head, "none")[0] == 50
-    assert trial_limits(replace(with_memory, autoscaler_memory=2.0**40), head, "none")[0] == 16 * (4 + 1)
+    assert trial_limits(with_memory, head, "none", capacities=[4])[0] == 50
+    unlimited = replace(with_memory, autoscaler_memory=2.0**40)
+    assert trial_limits(unlimited, head, "none", capacities=[4])[0] == 16 * (4 + 1)
 
 
 def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
@@ -54,10 +62,11 @@ def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
     assert trial_limits(pool(1, 1), LARGE, "asha", is_search=True)[0] == 1
 
 
-def test_trainers_that_measure_may_get_as_many_trials_as_they_may_choose() -> None:
-    measured = pool(8, 8, gpus=1, measures_lanes=True)
-    assert trial_limits(measured, LARGE, "none")[0] == 8 * (8 + 1)
-    assert trial_limits(measured, LARGE, "none", is_search=True)[0] == 8 * 4
+def test_the_trials_of_trainers_that_measure_follow_their_lanes() -> None:
+    measured = pool(2, 8, gpus=1, measures_lanes=True)
+    assert trial_limits(measured, LARGE, "none", capacities=[8, 6])[0] == (8 + 1) + (6 + 1)
+    assert trial_limits(measured, LARGE, "none", capacities=[1, 1])[0] == 2 * (4 + 1), "not measured yet"
+    assert trial_limits(measured, LARGE, "none", is_search=True)[0] == 2 * 4
     assert pool(1, 2, measures_lanes=True).spec.expected_lanes == 2
     assert pool(1, 8).spec.expected_lanes == 8
 
@@ -80,7 +89,7 @@ def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
 
 def test_the_limit_of_a_running_search_rises_and_falls(tmp_path: Path) -> None:
     search = Drive(tmp_path, space("alpha=log:4:64", variants=("lora",)), points=9).search
-    limiter = SearchLimiter(search, lambda capacities: sum(capacities) or 2)
+    limiter = SearchLimiter(search, 2)
     numbers = count()
 
     def suggest_all() -> int:
@@ -93,9 +102,9 @@ def test_the_limit_of_a_running_search_rises_and_falls(tmp_path: Path) -> None:
         limiter.on_trial_complete(min(limiter.live_trials), {"state": "finished", "score": 0.5, "step": 90})
 
     assert suggest_all() == 2
-    limiter.follow([3, 2])
+    limiter.max_concurrent = 5
     assert suggest_all() == 5
-    limiter.follow([3])
+    limiter.max_concurrent = 3
     end_one()
     assert suggest_all() == 4
     end_one()

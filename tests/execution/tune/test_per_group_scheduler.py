@@ -52,9 +52,16 @@ def test_settings_tell_schedulers_and_first_rungs_apart() -> None:
 def test_known_results_come_first_but_for_hyperband_where_order_makes_the_brackets() -> None:
     points = [lane(rate) for rate in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)]
     all_new = submission_order("hyperband", [], points, 4)
-    assert submission_order("none", points[:2], points[2:], 4) == points[2:]
-    assert submission_order("asha", points[:2], points[2:], 4) == points
+    pending = submission_order("none", points[:2], points[2:], 4)
+    assert sorted(pending, key=points.index) == points[2:]
+    assert submission_order("asha", points[:2], points[2:], 4) == [*points[:2], *pending]
     assert submission_order("hyperband", points[:2], points[2:], 4) == all_new
+
+
+def test_the_first_lane_groups_are_dealt_out_to_the_trainers() -> None:
+    points = [lane(10.0**-power, variant=name) for power in range(9) for name in ("lora", "hira")]
+    one, two = (submission_order("none", [], points, 4, trainers) for trainers in (1, 2))
+    assert two == [c for pair in zip(one[:4], one[4:8], strict=True) for c in pair] + one[8:]
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 40])
