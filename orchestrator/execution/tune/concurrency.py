@@ -39,9 +39,9 @@ def trial_limits(
     the additional trial replaces it at once, while Tune starts the next trial in the free process. A search
     adds none, since a trial that waits was suggested without the results of the lanes that are in training.
 
-    The number follows `capacities`. For a trainer that is not there yet, a grid on this machine has one
-    trial, because the processes of more trials would delay the trainer's start. So has a grid on a cluster,
-    until the first trainer is there. Otherwise `TrainerSpec.expected_lanes` are expected.
+    The number follows `capacities`. A trainer that is not there yet counts with `TrainerSpec.expected_lanes`.
+    In a grid on this machine alone it counts with one trial, because the processes of more trials would delay
+    its start.
 
     The trial processes together may use half of the memory that Ray manages, also on nodes that an autoscaler
     may start; the other half is for trainers. An elastic pool on a joined cluster grows only if lanes wait.
@@ -74,8 +74,8 @@ def trial_limits(
     if scheduler == "hyperband":
         share = max(cluster.memory / (num_trainers * expected), 2 * PAUSABLE_TRIAL_MEMORY_BYTES)
         return None, int(min(share, max(node.memory for node in cluster.nodes)))
-    if not is_search and (cluster.local or not told):
-        num_trainers, expected = pool.num_trainers, 1
+    if cluster.local and not is_search:
+        expected = 1
     wanted = sum(told) + max(0, num_trainers - len(told)) * expected
     memory = max(cluster.memory, pool.autoscaler_memory)
     return max(1, min(wanted, int(memory / 2 / TRIAL_MEMORY_BYTES))), TRIAL_MEMORY_BYTES

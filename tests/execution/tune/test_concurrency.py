@@ -33,28 +33,28 @@ def test_a_lane_of_each_trainer_waits_for_the_next_free_slot(scheduler: str) -> 
     assert trial_limits(pool(3, 1), LARGE, scheduler, capacities=[1, 1, 1])[0] == 3 * (1 + 1)
 
 
-def test_trials_start_when_trainers_are_there() -> None:
+def test_on_this_machine_trials_start_when_trainers_are_there() -> None:
     assert trial_limits(pool(2, 8), LARGE, "none")[0] == 2
     assert trial_limits(pool(2, 8), LARGE, "none", capacities=[8])[0] == (8 + 1) + 1
-    assert trial_limits(replace(pool(2, 8), elastic=True), replace(LARGE, local=False), "none")[0] == 2
+    assert trial_limits(pool(2, 8), replace(LARGE, local=False), "none")[0] == 2 * (8 + 1)
 
 
 def test_a_joined_cluster_may_grow() -> None:
     joined = replace(LARGE, local=False)
     elastic = replace(pool(2, 4), elastic=True)
-    assert trial_limits(elastic, joined, "none", capacities=[4])[0] == 2 * 2 * (4 + 1)
-    assert trial_limits(pool(2, 4), joined, "none", capacities=[4])[0] == 2 * (4 + 1)
-    assert trial_limits(pool(2, 4, gpus=1), joined, "none", capacities=[4])[0] == 8 * (4 + 1)
+    assert trial_limits(elastic, joined, "none")[0] == 2 * 2 * (4 + 1)
+    assert trial_limits(pool(2, 4), joined, "none")[0] == 2 * (4 + 1)
+    assert trial_limits(pool(2, 4, gpus=1), joined, "none")[0] == 8 * (4 + 1)
 
 
 def test_memory_of_nodes_that_an_autoscaler_may_start_counts() -> None:
     head = Cluster((Node(4, 0, 10 * 2 * TRIAL_MEMORY_BYTES),), local=False)
     growing = replace(pool(1, 4, gpus=1), autoscaler_capacity=16)
-    assert trial_limits(growing, head, "none", capacities=[4])[0] == 10
+    assert trial_limits(growing, head, "none")[0] == 10
     with_memory = replace(growing, autoscaler_memory=50 * 2 * TRIAL_MEMORY_BYTES)
-    assert trial_limits(with_memory, head, "none", capacities=[4])[0] == 50
+    assert trial_limits(with_memory, head, "none")[0] == 50
     unlimited = replace(with_memory, autoscaler_memory=2.0**40)
-    assert trial_limits(unlimited, head, "none", capacities=[4])[0] == 16 * (4 + 1)
+    assert trial_limits(unlimited, head, "none")[0] == 16 * (4 + 1)
 
 
 def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
