@@ -68,8 +68,6 @@ class Options:
     """Early stopping: none, asha, median, hyperband."""
     nodes: int = 2
     """Nodes beside the head, with one fake GPU each; each GPU gets a trainer."""
-    gpus_per_trainer: float = 1.0
-    """Fake GPUs of a trainer; 0 for a cluster without them."""
 
 
 def run() -> int:
@@ -157,14 +155,12 @@ def _run_study(options: Options, configurations: Sequence[Configuration], store:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cluster = Cluster(
         tuple(Node(n.get("CPU", 0.0), n.get("GPU", 0.0), n.get("memory", 0.0)) for n in nodes),
-        namespace=ray.get_runtime_context().namespace,
+        namespace="scale",
         local=False,
     )
     started, cpu, loop_cpu = time.monotonic(), time.process_time(), time.thread_time()
     plan = SimulationPlan(seconds_per_step=0.01)
-    steps = train_simulated(
-        configurations, options.scheduler, cluster, options.nodes, options.gpus_per_trainer, store, plan
-    )
+    steps = train_simulated(configurations, options.scheduler, cluster, options.nodes, 1.0, store, plan)
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     loop_cpu = time.thread_time() - loop_cpu
     records = list(store.records())
