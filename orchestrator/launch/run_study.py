@@ -77,7 +77,9 @@ def run_study(
     if options.plan and options.preset:
         # Printed first, because `resolve_study` fails if the data of a task are missing.
         print_preset(options)
-    context = resolve_study(experiment, options, make_design, replicates)
+    folders = options.output, options.store_folder
+    with atomic_files.remove_created_folders(*folders, after=None if options.plan else UsageError):
+        context = resolve_study(experiment, options, make_design, replicates)
     if context.options.plan:
         plan = print_plan(
             context.console,

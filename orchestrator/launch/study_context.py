@@ -13,6 +13,8 @@ from rich.console import Console
 from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.execution.rungs import scheduler_settings
+from orchestrator.finetune.models import catalogue as model_catalogue
+from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
 from orchestrator.finetune.resolve.templates import (
     build_configuration_templates,
@@ -151,8 +153,13 @@ def resolve_study(
     defaults = experiment.default_tasks(options.dry_run), experiment.default_variants(options.dry_run)
     resolved = resolve_tasks(options, *defaults, store.bases)
     budget = _make_budget(options)
+    if not options.plan:
+        runtime.check_start()
     progress = None if options.plan else console.print
     is_search = make_design is None and options.search != "grid"
+    for each in resolved if progress is not None else ():
+        if model_catalogue.find_content(each.model, store.bases) is None:  # before anything is pretrained
+            build_configuration_templates(options, each, UNPREPARED, store.bases)
     templates = []
     for each in resolved:
         content = resolve_base_model(each.model, store.bases, progress)

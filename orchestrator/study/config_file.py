@@ -87,6 +87,8 @@ def read_config(path: Path, options_class: type[StudyOptions]) -> ConfigFile:
             given twice. The error names the file and the line.
     """
     try:
+        if os.path.exists(path) and not path.is_file() and not path.is_dir():
+            raise UsageError(f"--config {str(path)!r}: is a pipe or a device; name a YAML file.")
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         others = path.parent.glob("*.yaml") if isinstance(error, FileNotFoundError) else ()
@@ -101,7 +103,8 @@ def read_config(path: Path, options_class: type[StudyOptions]) -> ConfigFile:
         raise UsageError(f"{path}{where}: not YAML ({reason}); write one NAME: VALUE a line.") from None
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
-    for key, node in _entries(root, path, options_class):
+    titles = {group_title(group) for group in option_groups(options_class)}
+    for key, node in _entries(root, path, titles):
         line = key.start_mark.line + 1
         try:
             name = field_name(key.value, options_class)
@@ -115,19 +118,18 @@ def read_config(path: Path, options_class: type[StudyOptions]) -> ConfigFile:
     return ConfigFile(path, values, lines)
 
 
-def _entries(root: Any, path: Path, options_class: type[StudyOptions]) -> Iterator[tuple[Any, Any]]:
-    """Yield the nodes of each key and its value, with groups flattened."""
+def _entries(root: Any, path: Path, titles: Collection[str]) -> Iterator[tuple[Any, Any]]:
+    """Yield the nodes of each key and its value, with the groups of these titles flattened."""
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{path}, line {root.start_mark.line + 1}: must be NAME: VALUE, as in `rank: 16`.")
-    titles = {group_title(group) for group in option_groups(options_class)}
     for key, value in root.value:
         if not isinstance(key, yaml.ScalarNode):
             raise UsageError(f"{path}, line {key.start_mark.line + 1}: a key must be the name of an option.")
         is_group = key.value.removesuffix(" options") in titles
         if is_group and isinstance(value, yaml.MappingNode):
-            yield from _entries(value, path, options_class)
+            yield from _entries(value, path, ())  # a group holds no group, not even itself
         elif not (is_group and value.tag == _NULL):  # a group whose options are all taken away
             yield key, value
 

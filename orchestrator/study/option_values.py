@@ -9,6 +9,7 @@ import os
 import types
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from orchestrator.study.retired_options import RETIRED_OPTIONS
@@ -63,6 +64,8 @@ def convert(name: str, value: object, options_class: type[Any]) -> Any:
         value = [_text(word) for word in words] if isinstance(words, (list, tuple)) else words
     elif str in accepted and not isinstance(value, bool):
         value = _text(value)
+    if value == "" and Path in accepted:
+        raise UsageError(f"{name} is empty; name a path, or leave it out.")
     try:
         return pydantic.TypeAdapter(annotation).validate_python(value)
     except pydantic.ValidationError:

@@ -94,7 +94,7 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "batch_size": int_hyperparameter("batches", "micro_batch_size", bounds.MAX_BATCH_SIZE),
     "targets": Hyperparameter("variant", "targets", is_text=True, searchable=False),
     "steps": replace(int_hyperparameter("lr_schedule", "steps", bounds.MAX_STEPS), searchable=False),
-    "train_size": replace(int_hyperparameter("task", "train_size", bounds.MAX_TRAIN_SIZE), searchable=False),
+    "train_size": replace(int_hyperparameter("task", "train_size", bounds.MAX_EXAMPLES), searchable=False),
 }
 INT_SETTING_RULE = replace(int_hyperparameter("variant", "extra", bounds.MAX_RANK), low=0)
 """Valid values of integers among a variant's own settings. The variant may allow fewer."""

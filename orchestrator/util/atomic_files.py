@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -265,6 +265,35 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def remove_created_folders(*folders: Path, after: type[BaseException] | None = None) -> Iterator[None]:
+    """Remove, on exit, empty folders that did not exist on entry.
+
+    Args:
+        *folders: An output folder and a store. Their parents and the folders in them are removed, too.
+        after: Remove them after this error only; None: in any case.
+    """
+    paths = [each for folder in map(Path.absolute, folders) for each in (folder / "records", folder)]
+    paths += [parent for path in paths for parent in path.parents]
+    created = [path for path in dict.fromkeys(paths) if not os.path.exists(path)]
+    try:
+        yield
+    except BaseException as error:
+        if after is None or isinstance(error, after):
+            _remove_empty(created)
+        raise
+    if after is None:
+        _remove_empty(created)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders that hold nothing but empty folders."""
+    for folder in sorted(folders, key=lambda path: len(path.parts)):
+        for inner, _, _ in os.walk(folder, topdown=False):
+            with suppress(OSError):
+                os.rmdir(inner)
 
 
 def check_writable(folder: Path) -> None:

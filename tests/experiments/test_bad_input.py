@@ -6,6 +6,7 @@ unless a test says otherwise.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,32 @@ BAD = {
         ["'batch_size=int:1:1e18'", "'1e18'", "at most 1e+06"],
     ),
     "trainer timeout not finite": ((*DRY, "--trainer-timeout", "inf"), ["--trainer-timeout inf", "finite"]),
+    "more evaluations than steps": (
+        (*DRY, "--steps", "30", "--evaluations", "31"),
+        ["--evaluations 31", "30 steps", "take 30"],
+    ),
+    "a length of one token": ((*DRY, "--max-length", "1"), ["--max-length 1", "take 2"]),
+    "too many test examples": (
+        (*DRY, "--test-size", "100000000"),
+        ["--test-size 100000000", "take 10000000"],
+    ),
+    "a batch larger than the data": ((*DRY, "--batch-size", "999999"), ["999999", "2000 examples", "take"]),
+    "a batch larger than the data by --set": ((*DRY, "--set", "batch_size=999999"), ["999999", "2000"]),
+    "a batch larger than the data in a space": (
+        (*DRY, "--search", "qmc", "--space", "batch_size=16,999999"),
+        ["--space batch_size: 999999", "take 2000"],
+    ),
+    "a rank larger than the layers, before anything is pretrained": (
+        ("--dry-run", "--rank", "100000"),
+        ["rank 100000", "at most 96"],
+    ),
+    "such a rank in the second task": (
+        ("--dry-run", "--task", "letters", "reviews", "--rank", "90"),
+        ["reviews-base", "rank 90", "at most 64"],
+    ),
+    "empty output": ((*DRY, "--output", ""), ["--output is empty", "leave it out"]),
+    "empty store": ((*DRY, "--store", ""), ["--store is empty", "leave it out"]),
+    "a device as a file of options": ((*DRY, "--config", "/dev/zero"), ["'/dev/zero'", "name a YAML file"]),
     "empty task": ((*DRY, "--task", ""), ["--task is empty", "leave it out"]),
     "empty model": ((*DRY, "--model", ""), ["--model is empty", "leave it out"]),
     "empty tracking uri": ((*DRY, "--tracking-uri", ""), ["--tracking-uri is empty", "leave it out"]),
@@ -189,9 +216,46 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_wrong_value_is_refused_in_one_line(case: str, run: Run) -> None:
+def test_a_wrong_value_is_refused_in_one_line_and_leaves_nothing(case: str, run: Run, tmp_path: Path) -> None:
     arguments, expected = BAD[case]
     run(SWEEP, *arguments).assert_refused(*expected)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("RAY_ADDRESS", "nonsense", "must be HOST:PORT"),
+        ("RAY_ADDRESS", "127.0.0.1:9", "nothing answers there"),
+        ("TMPDIR", "/none", "no folder that can be written"),
+        ("RAY_TMPDIR", "/none", "no folder that can be written"),
+        ("TMPDIR", "long" * 20, "Ray's sockets are too long"),
+    ],
+)
+def test_an_environment_in_which_ray_cannot_start_is_refused_before_anything_is_pretrained(
+    name: str, value: str, rule: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ("long" * 20)).mkdir()
+    monkeypatch.setenv(name, value)
+    run(SWEEP, "--dry-run").assert_refused(name, value, rule)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--config", "a.yaml"), ("--data", "a.csv"), ("--data", "."), ("--task", "a.py")]
+)
+def test_a_pipe_is_refused_and_not_waited_for(option: str, name: str, run: Run, tmp_path: Path) -> None:
+    file = "train.csv" if name == "." else name
+    os.mkfifo(tmp_path / file)
+    run(SWEEP, *DRY, option, name).assert_refused(file)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &a [*a]", "variants: &a [*a]", "&a {grid: *a}", "&a {grid: &b {training: *b}}", "&a [*a]"]
+)
+def test_yaml_that_contains_itself_is_refused(text: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    run(SWEEP, *DRY, "--config", "a.yaml").assert_refused("a.yaml, line 1")
 
 
 def test_a_process_with_a_wrong_value_exits_with_code_2_and_one_line(tmp_path: Path) -> None:

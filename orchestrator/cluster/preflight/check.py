@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
+from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, describe_disk_error
 from orchestrator.util.redaction import redact_secrets
 
@@ -72,7 +72,7 @@ class PreflightCheck:
         built_in = replace(options, model=model_catalogue.built_in_names()[0])
         bases = options.store_folder / "bases"
         resolved = resolve_tasks(built_in, self.tasks, self.variants, bases, add_pins=False)
-        with remove_created_folders(options.output, options.store_folder):
+        with atomic_files.remove_created_folders(options.output, options.store_folder):
             if not self.report("storage", self.open_store):
                 return 1
             self.report("tracking", lambda: redact_secrets(resolve_uri(options.tracking_uri, self.store)))
@@ -168,20 +168,3 @@ class PreflightCheck:
                     known = None if self.contents[each.model.name] is None else each.model
                     self.report("reach", partial(check_node_access, agents, known, each.task, bases))
         return ""
-
-
-@contextmanager
-def remove_created_folders(*folders: Path) -> Iterator[None]:
-    """Remove, on exit, folders that did not exist on entry, and their new parents, if they are empty."""
-    missing = {
-        parent
-        for folder in map(Path.absolute, folders)
-        for parent in (folder / "records", folder, *folder.parents)
-        if not parent.exists()
-    }
-    try:
-        yield
-    finally:
-        for folder in sorted(missing, key=lambda path: -len(path.parts)):
-            with suppress(OSError):
-                folder.rmdir()

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 import orchestrator
 from orchestrator.execution.ray import auth_token, cleanup, private
-from orchestrator.util.errors import StudyError, UsageError, format_error
+from orchestrator.util.errors import StudyError, UsageError, format_error, quote_value
 from orchestrator.util.graceful_interrupts import exit_on_interrupt
 
 TRAINER_MEMORY_BYTES = 2 * 2**30
@@ -47,6 +47,11 @@ LOCAL_RAY_ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",  # no port for Prometheus that nobody has asked for
 }
 """Further variables for a Ray that is started here, which serves this machine only."""
+_ADDRESS = re.compile(r"auto|local|[a-z]+://\S+|[^/\s]+:\d{1,5}")
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+"""Form of the longest path of a socket of Ray's in the temporary folder."""
+MAX_SOCKET_BYTES = 107
+"""Length of the longest path of a socket on Linux."""
 MAX_ADDRESS_LENGTH = 300
 """Length of the longest host name with a port."""
 CONNECT_ATTEMPTS = 3
@@ -181,10 +186,16 @@ def running_cluster_address() -> str | None:
     temporary folder, provided that a process listens at that address.
 
     Raises:
-        UsageError: The file belongs neither to this user nor to root. Any user can write to that folder.
+        UsageError: RAY_ADDRESS is no address, or the file belongs neither to this user nor to root. Any user
+            can write to that folder.
     """
-    if os.environ.get("RAY_ADDRESS"):
-        return os.environ["RAY_ADDRESS"]
+    if address := os.environ.get("RAY_ADDRESS"):
+        if not _ADDRESS.fullmatch(address):
+            raise UsageError(
+                f"RAY_ADDRESS {address!r}: must be HOST:PORT, for example 10.0.0.1:6379; correct it, or "
+                "unset it to start Ray here."
+            )
+        return address
     file_path = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")
     with suppress(OSError, ValueError), open(file_path, opener=_open_untrusted) as file:
         status = os.fstat(file.fileno())
@@ -209,6 +220,39 @@ def _open_untrusted(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
+def check_start() -> None:
+    """Check that a study can join the running cluster, or that Ray can start here, without doing so.
+
+    Raises:
+        UsageError: Nothing answers at the cluster's address, or Ray cannot use the temporary folder.
+    """
+    address = running_cluster_address()
+    if address is not None:
+        host, _, port = address.rpartition(":")
+        # Ray itself would retry for minutes, even if nothing listens at the address.
+        is_plain = port.isdigit() and "/" not in host
+        if is_plain and not any(is_listening(host, int(port)) for _ in range(CONNECT_ATTEMPTS)):
+            raise _unreachable_error(address, "nothing answers there")
+        return
+    name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(each)), "")
+    folder = os.environ.get(name, "")
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise UsageError(f"{name} {folder!r}: is no folder that can be written; make it, or unset {name}.")
+    max_bytes = MAX_SOCKET_BYTES - len(_SOCKET.format(pid=os.getpid()))
+    if len(os.fsencode(folder)) > max_bytes:
+        raise UsageError(
+            f"{name} {quote_value(folder)}: must have at most {max_bytes} bytes, or the paths of Ray's "
+            f"sockets are too long; unset {name}, or take a shorter one."
+        )
+
+
+def _unreachable_error(address: str, reason: str) -> UsageError:
+    return UsageError(
+        f"RAY_ADDRESS {address!r} cannot be joined ({reason}); start that cluster, or unset RAY_ADDRESS to "
+        "start Ray here."
+    )
+
+
 @contextmanager
 def connect(before_exit: Callable[[], object] = lambda: None) -> Iterator[Cluster]:
     """Join or start Ray. On exit, end the Ray that was started.
@@ -225,6 +269,7 @@ def connect(before_exit: Callable[[], object] = lambda: None) -> Iterator[Cluste
         StudyError: Ray does not start here.
     """
     _refuse_other_source_tree()
+    check_start()
     cluster_address = running_cluster_address()
     lock: AbstractContextManager[None] = nullcontext()
     if cluster_address is None:
@@ -272,18 +317,10 @@ def _join_ray(cluster_address: str, options: Mapping[str, Any]) -> None:
     """
     import ray
 
-    host, _, port = cluster_address.rpartition(":")
-    # Ray itself would retry for minutes, even if nothing listens at the address.
-    is_plain = port.isdigit() and "/" not in host
     try:
-        if is_plain and not any(is_listening(host, int(port)) for _ in range(CONNECT_ATTEMPTS)):
-            raise ConnectionError("nothing answers there")
         ray.init(address=cluster_address, **options)
-    except (ConnectionError, RuntimeError) as error:
-        raise UsageError(
-            f"RAY_ADDRESS {cluster_address!r} cannot be joined ({str(error).splitlines()[0]}); start that "
-            "cluster, or unset RAY_ADDRESS to start Ray here."
-        ) from None
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise _unreachable_error(cluster_address, str(error).splitlines()[0]) from None
 
 
 def _start_local_ray(options: Mapping[str, Any], processes_before: Collection[psutil.Process]) -> None:

@@ -48,7 +48,8 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
                 attention_dropout.check_dropout_supported(model, configuration.model.name)
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads)
         except ValueError as error:
-            raise UsageError(f"{configuration.model.name} with {variant.name}: {error}") from None
+            reason = " ".join(str(error).split())  # PEFT's and transformers' errors may have many lines
+            raise UsageError(f"{configuration.model.name} with {variant.name}: {reason}") from None
 
 
 def check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:

@@ -273,6 +273,7 @@ def _check_space(options: StudyOptions, search_space: Space, task: Task) -> None
                 )
             for value in dimension.choices_or_ends:
                 options.check_batch_size(int(value))
+                bounds.check_bound(f"--space {dimension.key}:", int(value), task.defaults.train_size)
     if options.search_method == "cma-es":
         for variant, dimensions in search_space.variants.items():
             if not any(d.is_numeric for d in dimensions):

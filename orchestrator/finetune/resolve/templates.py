@@ -107,7 +107,18 @@ def build_configuration_templates(
     templates = [apply_values(t, _applicable_values(t.variant.name, resolved.fixed)) for t in templates]
     for template in templates:  # --set may have changed the batch size
         batches = template.batches
-        options.check_batch_size(batches.micro_batch_size * batches.accumulation_steps)
+        size = batches.micro_batch_size * batches.accumulation_steps
+        options.check_batch_size(size)
+        if size > choice.train_size and size != defaults.batch_size:
+            raise UsageError(
+                f"batch size {size}: task {task.name!r} trains on {choice.train_size} examples; take "
+                f"--batch-size {choice.train_size} or less."
+            )
+        if (options.evaluations or 1) > template.lr_schedule.steps:
+            steps = template.lr_schedule.steps
+            raise UsageError(
+                f"--evaluations {options.evaluations}: a fine-tune has {steps} steps; take {steps} or less."
+            )
     if checks_fit:
         check_fit(templates, options, resolved, bases)
     return templates

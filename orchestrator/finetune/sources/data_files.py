@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ def iter_rows(
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise MalformedDataError(f"must end in {', '.join(_READERS)}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise MalformedDataError("is no file that can be read twice; name a regular file")
     row = 0
     try:
         for row, (line_number, cells) in enumerate(reader(path, columns), 1):
