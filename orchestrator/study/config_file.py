@@ -87,7 +87,8 @@ def read_config(path: Path, options_class: type[StudyOptions]) -> ConfigFile:
             given twice. The error names the file and the line.
     """
     try:
-        if os.path.exists(path) and not path.is_file() and not path.is_dir():
+        is_special = os.path.exists(path) and not path.is_file() and not path.is_dir()
+        if is_special and path.parent != Path("/dev/fd"):  # as in `--config <(command)`
             raise UsageError(f"--config {str(path)!r}: is a pipe or a device; name a YAML file.")
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
