@@ -75,10 +75,9 @@ def run_study(
     if options.plan_gpu is not None:
         prices.require_price("--plan-gpu", options.plan_gpu)  # before any data is read
     if options.plan and options.preset:
-        # Printed first, because `resolve_study` fails if the data of a task are missing.
-        print_preset(options)
-    folders = options.output, options.store_folder
-    with atomic_files.remove_created_folders(*folders, after=None if options.plan else UsageError):
+        print_preset(options)  # first, because `resolve_study` fails if the data of a task are missing
+    after = None if options.plan else UsageError
+    with atomic_files.remove_created_folders(options.output, options.store_folder, after=after):
         context = resolve_study(experiment, options, make_design, replicates)
     if context.options.plan:
         plan = print_plan(

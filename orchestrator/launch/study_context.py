@@ -154,12 +154,9 @@ def resolve_study(
     resolved = resolve_tasks(options, *defaults, store.bases)
     budget = _make_budget(options)
     if not options.plan:
-        runtime.check_start()
+        _check_before_pretraining(options, resolved, store)
     progress = None if options.plan else console.print
     is_search = make_design is None and options.search != "grid"
-    for each in resolved if progress is not None else ():
-        if model_catalogue.find_content(each.model, store.bases) is None:  # before anything is pretrained
-            build_configuration_templates(options, each, UNPREPARED, store.bases)
     templates = []
     for each in resolved:
         content = resolve_base_model(each.model, store.bases, progress)
@@ -185,6 +182,16 @@ def resolve_study(
         design=design,
         replicates=replicates,
     )
+
+
+def _check_before_pretraining(
+    options: StudyOptions, resolved: Sequence[ResolvedOptions], store: Store
+) -> None:
+    """Check what can be known without the base models, before one of them is pretrained or fetched."""
+    runtime.check_start()
+    for each in resolved:
+        if model_catalogue.find_content(each.model, store.bases) is None:
+            build_configuration_templates(options, each, UNPREPARED, store.bases)
 
 
 def _make_budget(options: StudyOptions) -> RunBudget:

@@ -193,10 +193,6 @@ class TrainingOptions:
         bounds.check_bound("--train-size", self.train_size, bounds.MAX_EXAMPLES)
         bounds.check_bound("--test-size", self.test_size, bounds.MAX_EXAMPLES)
         bounds.check_bound("--max-length", self.max_length, bounds.MAX_LENGTH)
-        if self.max_length == 1:
-            raise UsageError(
-                "--max-length 1: an example has a token to read and one to learn; take 2 or more."
-            )
         bounds.check_bound("--evaluations", self.evaluations, bounds.MAX_EVALUATIONS)
         bounds.check_bound("--batch-size", self.batch_size, bounds.MAX_BATCH_SIZE)
         if self.accumulation is not None and self.accumulation < 1:

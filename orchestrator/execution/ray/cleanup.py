@@ -26,10 +26,34 @@ from pathlib import Path
 import psutil
 
 from orchestrator.util import atomic_files, timeouts
-from orchestrator.util.errors import UsageError
+from orchestrator.util.errors import UsageError, quote_value
 
 ProcessIdentity = tuple[int, float]
 """A process: its PID, and its start in seconds since the boot (`start_time_since_boot`)."""
+
+
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+"""Form of the longest path of a socket of Ray's in the temporary folder."""
+MAX_SOCKET_BYTES = 107
+"""Length of the longest path of a socket on Linux."""
+
+
+def check_temporary_folder() -> None:
+    """Check that Ray can use the temporary folder that the environment names.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(each)), "")
+    folder = os.environ.get(name, "")
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise UsageError(f"{name} {folder!r}: is no folder that can be written; make it, or unset {name}.")
+    max_bytes = MAX_SOCKET_BYTES - len(_SOCKET.format(pid=os.getpid()))
+    if len(os.fsencode(folder)) > max_bytes:
+        raise UsageError(
+            f"{name} {quote_value(folder)}: must have at most {max_bytes} bytes, or the paths of Ray's "
+            f"sockets are too long; unset {name}, or take a shorter one."
+        )
 
 
 def state_folder() -> Path:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 import orchestrator
 from orchestrator.execution.ray import auth_token, cleanup, private
-from orchestrator.util.errors import StudyError, UsageError, format_error, quote_value
+from orchestrator.util.errors import StudyError, UsageError, format_error
 from orchestrator.util.graceful_interrupts import exit_on_interrupt
 
 TRAINER_MEMORY_BYTES = 2 * 2**30
@@ -48,10 +48,6 @@ LOCAL_RAY_ENVIRONMENT = {
 }
 """Further variables for a Ray that is started here, which serves this machine only."""
 _ADDRESS = re.compile(r"auto|local|[a-z]+://\S+|[^/\s]+:\d{1,5}")
-_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
-"""Form of the longest path of a socket of Ray's in the temporary folder."""
-MAX_SOCKET_BYTES = 107
-"""Length of the longest path of a socket on Linux."""
 MAX_ADDRESS_LENGTH = 300
 """Length of the longest host name with a port."""
 CONNECT_ATTEMPTS = 3
@@ -191,10 +187,8 @@ def running_cluster_address() -> str | None:
     """
     if address := os.environ.get("RAY_ADDRESS"):
         if not _ADDRESS.fullmatch(address):
-            raise UsageError(
-                f"RAY_ADDRESS {address!r}: must be HOST:PORT, for example 10.0.0.1:6379; correct it, or "
-                "unset it to start Ray here."
-            )
+            rule = "must be HOST:PORT, for example 10.0.0.1:6379"
+            raise UsageError(f"RAY_ADDRESS {address!r}: {rule}; correct it, or unset it to start Ray here.")
         return address
     file_path = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")
     with suppress(OSError, ValueError), open(file_path, opener=_open_untrusted) as file:
@@ -233,24 +227,13 @@ def check_start() -> None:
         is_plain = port.isdigit() and "/" not in host
         if is_plain and not any(is_listening(host, int(port)) for _ in range(CONNECT_ATTEMPTS)):
             raise _unreachable_error(address, "nothing answers there")
-        return
-    name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(each)), "")
-    folder = os.environ.get(name, "")
-    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-        raise UsageError(f"{name} {folder!r}: is no folder that can be written; make it, or unset {name}.")
-    max_bytes = MAX_SOCKET_BYTES - len(_SOCKET.format(pid=os.getpid()))
-    if len(os.fsencode(folder)) > max_bytes:
-        raise UsageError(
-            f"{name} {quote_value(folder)}: must have at most {max_bytes} bytes, or the paths of Ray's "
-            f"sockets are too long; unset {name}, or take a shorter one."
-        )
+    else:
+        cleanup.check_temporary_folder()
 
 
 def _unreachable_error(address: str, reason: str) -> UsageError:
-    return UsageError(
-        f"RAY_ADDRESS {address!r} cannot be joined ({reason}); start that cluster, or unset RAY_ADDRESS to "
-        "start Ray here."
-    )
+    fix = "start that cluster, or unset RAY_ADDRESS to start Ray here"
+    return UsageError(f"RAY_ADDRESS {address!r} cannot be joined ({reason}); {fix}.")
 
 
 @contextmanager

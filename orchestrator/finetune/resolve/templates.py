@@ -105,23 +105,27 @@ def build_configuration_templates(
         for name in resolved.variants
     ]
     templates = [apply_values(t, _applicable_values(t.variant.name, resolved.fixed)) for t in templates]
+    _check_sizes(templates, options, task)
+    if checks_fit:
+        check_fit(templates, options, resolved, bases)
+    return templates
+
+
+def _check_sizes(templates: Sequence[Configuration], options: StudyOptions, task: Task) -> None:
     for template in templates:  # --set may have changed the batch size
         batches = template.batches
         size = batches.micro_batch_size * batches.accumulation_steps
         options.check_batch_size(size)
-        if size > choice.train_size and size != defaults.batch_size:
+        if size > template.task.train_size and size != task.defaults.batch_size:
             raise UsageError(
-                f"batch size {size}: task {task.name!r} trains on {choice.train_size} examples; take "
-                f"--batch-size {choice.train_size} or less."
+                f"batch size {size}: task {task.name!r} trains on {template.task.train_size} examples; take "
+                f"--batch-size {template.task.train_size} or less."
             )
         if (options.evaluations or 1) > template.lr_schedule.steps:
             steps = template.lr_schedule.steps
             raise UsageError(
                 f"--evaluations {options.evaluations}: a fine-tune has {steps} steps; take {steps} or less."
             )
-    if checks_fit:
-        check_fit(templates, options, resolved, bases)
-    return templates
 
 
 def _count_steps(options: StudyOptions, train_size: int, batch_size: int, default: int) -> int:
@@ -155,6 +159,8 @@ def _max_length(options: StudyOptions, task: Task, model: ModelChoice, bases: Pa
             f"--max-length {options.max_length}: task {task.name!r} has images, which have no length; leave "
             "it out."
         )
+    if options.max_length == 1:
+        raise UsageError("--max-length 1: an example has a token to read and one to learn; take 2 or more.")
     return options.max_length
 
 
