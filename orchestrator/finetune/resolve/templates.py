@@ -74,7 +74,8 @@ def build_configuration_templates(
     task, defaults = resolved.task, resolved.task.defaults
     options = fill_accumulation(options, task)
     model = ModelChoice(resolved.model, base_content, options.dtype or defaults.dtype)
-    check_inputs(model, task, bases)
+    if checks_fit or isinstance(task, DataTask):  # before a user's data are read
+        check_inputs(model, task, bases)
     batch_size, accumulation = options.batch_size or defaults.batch_size, options.accumulation or 1
     options.check_batch_size(batch_size)
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
@@ -180,6 +181,8 @@ def check_fit(
     Raises:
         UsageError: A setting is impossible for a variant, the model or the task.
     """
+    for model in {template.model for template in templates}:
+        check_inputs(model, resolved.task, bases)
     to_check = list(templates)
     if resolved.space is not None:
         to_check = [c for each in templates for c in corner_configurations(each, resolved.space)]
