@@ -107,7 +107,9 @@ def test_a_lane_is_evaluated_as_often_as_requested_and_at_most_once_a_step(bases
     (usual,) = resolve_configurations(bases)
     assert usual.evaluations == Reviews.defaults.evaluations
     assert resolve_configurations(bases, evaluations=12)[0].evaluations == 12
-    assert resolve_configurations(bases, evaluations=12, steps=5)[0].evaluations == 5
+    assert resolve_configurations(bases, steps=2)[0].evaluations == 2
+    with pytest.raises(UsageError, match="--evaluations 12: a fine-tune has 5 steps"):
+        resolve_configurations(bases, evaluations=12, steps=5)
     with pytest.raises(UsageError, match="--evaluations 0"):
         StudyOptions(evaluations=0)
 
