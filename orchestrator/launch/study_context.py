@@ -188,9 +188,9 @@ def _check_before_pretraining(
     options: StudyOptions, resolved: Sequence[ResolvedOptions], store: Store
 ) -> None:
     """Check what can be known without the base models, before one of them is pretrained or fetched."""
-    runtime.check_start()
     for each in resolved:
         if model_catalogue.find_content(each.model, store.bases) is None:
+            runtime.check_start()
             build_configuration_templates(options, each, UNPREPARED, store.bases)
 
 
@@ -321,10 +321,17 @@ def _check_untrained(
     templates: Sequence[Configuration],
     store: Store,
 ) -> None:
-    """Check that the variants of which the design trains something, now or later, fit the base model."""
+    """Check that Ray can start, and that the variants fit of which the design trains something, now or later.
+
+    Nothing is checked if nothing is trained.
+    """
     records = SettledRecords(store, options.scheduler)
     outline, requested = design.outline(), design.request(records)
     untrained = [c for c in requested if c.fingerprint not in records]
+    if not untrained:
+        return
+    if not options.plan:
+        runtime.check_start()
     if len(requested) < len(outline):
         untrained += outline
     names = {(c.task.name, c.variant.name) for c in untrained}

@@ -85,8 +85,11 @@ def test_a_plan_of_known_results_needs_no_torch(words: list[str]) -> None:
     assert "rank" in refused.stderr
 
 
-def test_the_same_command_again_makes_nothing_new(words: list[str], run: Run, tmp_path: Path) -> None:
-    """It prints the same. Runs that MLflow has lost are logged again."""
+def test_the_same_command_again_makes_nothing_new(
+    words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It prints the same, and needs no cluster. Runs that MLflow has lost are logged again."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # where nothing answers
     first = run(ORCHESTRATOR, *words)
     assert first.returncode == 0, first.stderr
     assert "8 of 8 known, nothing to train" in first.stdout
