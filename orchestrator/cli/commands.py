@@ -72,13 +72,14 @@ class Report(StoreLocation):
 
         store = Store(self.store_folder, create=False)
         folder, study = find_study(self.output, self.study)
+        uri = redact_secrets(study_uri(study.tracking_uri, store))
+        # Before the records are read, so that one that is written meanwhile makes the next report anew.
+        inputs = report_memo.digest_inputs(study, store, uri, folder)
         records = [r for r in map(store.get, study.configurations) if r is not None]
         if not records:
             raise UsageError(
                 f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}"
             )
-        uri = redact_secrets(study_uri(study.tracking_uri, store))
-        inputs = report_memo.digest_inputs(study, store, uri, folder)
         if not report_memo.is_written(folder, inputs):
             from orchestrator.analyze.report import write_report  # imports scipy and matplotlib
 

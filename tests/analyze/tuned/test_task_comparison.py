@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -354,6 +355,29 @@ def test_the_report_command_counts_as_a_look(tmp_path: Path) -> None:
     found = StudyFile.read(tmp_path / study.name)
     assert found is not None
     assert found.looks == (3,)
+
+
+def test_a_record_that_is_written_while_the_report_command_reads_is_in_the_next_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, *records = tuned_records({"lora": Truth(), "pissa": Truth()}, replicates=3)
+    study = study_of([late, *records])
+    store = Store(tmp_path / "store")
+    for each in records:
+        store.put(each)
+    study.write(tmp_path / study.name)
+    get = Store.get
+
+    def get_and_put(opened: Store, fingerprint: str) -> Record | None:
+        found = get(opened, fingerprint)
+        store.put(late)
+        return found
+
+    with monkeypatch.context() as during_the_first:
+        during_the_first.setattr(Store, "get", get_and_put)
+        assert Report(output=tmp_path, study=study.name).run() == 0
+    assert Report(output=tmp_path, study=study.name).run() == 0
+    assert json.loads((tmp_path / study.name / "summary.json").read_text())["pending"] == 0
 
 
 @pytest.mark.parametrize("is_running", [True, False])
