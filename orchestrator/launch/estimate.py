@@ -99,9 +99,8 @@ def estimate_times(
     for configuration in pending:
         by_task[configuration.task.name, configuration.model].append(configuration)
     tasks = {key: _TaskTimes(own, lanes_per_trainer, workers_per_trainer) for key, own in by_task.items()}
-    for record in (
-        store.records() if pending else ()
-    ):  # not all records at once, because their curves are large
+    # One record at a time, because their curves are large.
+    for record in store.records() if pending else ():
         trained = record.configuration
         task = tasks.get((trained.task.name, trained.model))
         if task is not None and record.state == "finished":

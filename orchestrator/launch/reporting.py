@@ -306,7 +306,6 @@ def describe_failures(failed: Sequence[Record], command: Callable[..., str]) -> 
         f"more: {command('show', own[0].fingerprint[:12])}"
         for reason, own in by_reason.items()
     ]
-    more = (
-        [f"  and {len(lines) - MAX_REASONS} more reasons, in the report"] if len(lines) > MAX_REASONS else []
-    )
-    return lines[:MAX_REASONS] + more
+    if len(lines) > MAX_REASONS:
+        lines[MAX_REASONS:] = [f"  and {len(lines) - MAX_REASONS} more reasons, in the report"]
+    return lines
