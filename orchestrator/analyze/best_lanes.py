@@ -1,11 +1,11 @@
 """The best trained lane of each variant: the study keeps its adapter, and `export` takes it by default.
 
-The best lane is the best run of the best point. The best point has the highest mean validation score over its
-seeds, and among equal means the lowest learning rate. It is the point that the report calls the best: within
-each curve of a grid, or among all points of a variant's search, `censored.eligible_points` says which points
-may be chosen, and of several curves or variants the one with the highest mean is the best. The best run is
-the finished run of this point with the highest validation score. In a study of replicates, every run is a
-point. No choice depends on a test score, also with `--select published`, where the report chooses by it.
+The best lane is the best run of the best point, which the report calls the best, too. The best point has the
+highest mean validation score over its seeds, and among equal means the lowest learning rate.
+`censored.eligible_points` says which points may be chosen: of each curve of a grid, or of a variant's search.
+The best run is the finished run of this point with the highest validation score. In a study of replicates,
+every run is a point. No test score takes part. With `--select published` the report chooses by test scores,
+and may therefore name another point.
 """
 
 from __future__ import annotations
