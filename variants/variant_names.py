@@ -86,7 +86,8 @@ def _is_beside(parts: Sequence[str], folder: str) -> bool:
     spec = find_spec(parts[0])
     if spec is None or spec.origin is None:
         return True
-    return os.path.dirname(os.path.realpath(spec.origin)) in (folder, paths[0])
+    # A built-in module such as `time` has no file.
+    return spec.has_location and os.path.dirname(os.path.realpath(spec.origin)) in (folder, paths[0])
 
 
 def short_name(name: str) -> str:

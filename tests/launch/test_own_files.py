@@ -243,12 +243,16 @@ def test_a_file_that_imports_a_module_beside_it_is_refused(mine: Path, line: str
             load(str(mine / file))
 
 
-def test_modules_of_this_project_and_of_packages_may_lie_beside_a_file(mine: Path) -> None:
+def test_modules_of_this_project_and_of_packages_may_lie_beside_a_file(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mine)  # `time` and `os` have no file of their own, which could lie elsewhere
     for name in ("orchestrator", "variants", "numpy"):
         (mine / name).mkdir()
         (mine / name / "__init__.py").touch()
-    (mine / "json.py").touch()
-    (mine / "copy_task.py").write_text("import json\nimport numpy\n" + TASK)
+    for name in ("json", "time", "os"):
+        (mine / f"{name}.py").touch()
+    (mine / "copy_task.py").write_text("import json, os, time\nimport numpy\n" + TASK)
     assert tasks.load(str(mine / "copy_task.py")).name == "copy_task.py"
     assert catalogue.load(str(mine / "scaled.py")).name == "scaled.py"
 
