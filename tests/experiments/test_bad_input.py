@@ -227,6 +227,7 @@ def test_a_wrong_value_is_refused_in_one_line_and_leaves_nothing(case: str, run:
     [
         ("RAY_ADDRESS", "nonsense", "must be HOST:PORT"),
         ("RAY_ADDRESS", "127.0.0.1:9", "nothing answers there"),
+        ("RAY_ADDRESS", "head..example.org:6379", "nothing answers there"),
         ("TMPDIR", "/none", "no folder that can be written"),
         ("RAY_TMPDIR", "/none", "no folder that can be written"),
         ("TMPDIR", "long" * 20, "Ray's sockets are too long"),

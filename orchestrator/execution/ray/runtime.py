@@ -369,7 +369,7 @@ def is_listening(host: str, port: int) -> bool:
     """Return whether a TCP connection succeeds within a second."""
     import socket
 
-    with suppress(OSError, OverflowError), socket.create_connection((host, port), timeout=1):
+    with suppress(OSError, OverflowError, UnicodeError), socket.create_connection((host, port), timeout=1):
         return True
     return False
 
