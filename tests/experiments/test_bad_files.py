@@ -245,6 +245,14 @@ def test_a_variant_that_trains_is_planned(tmp_path: Path, run: Run) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_large_rank_needs_no_large_layer_in_the_trial(tmp_path: Path, run: Run) -> None:
+    first = "initial = random.lora()"
+    (tmp_path / "mine.py").write_text(VARIANT.replace(first, f"assert max(layer.shape) <= 256; {first}"))
+    done = run(SWEEP, *DRY, "--variants", "./mine.py", "--rank", "1024")
+    assert "small layer" not in done.stderr
+    assert "rank" in done.stderr, "the base model is too narrow"
+
+
 # -- models --------------------------------------------------------------------------------------------------
 
 Spoil = Callable[[Path], object]

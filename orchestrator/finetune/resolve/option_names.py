@@ -21,6 +21,9 @@ from variants import catalogue
 from variants.traits import AdaptationScope
 from variants.variant_names import FILE_SUFFIX, PEFT_PREFIX, canonical_name
 
+MAX_TRIED_RANK = 64
+"""The largest rank of a trial on a small layer, whose sides are at least twice the rank."""
+
 
 @dataclass(frozen=True)
 class ResolvedOptions:
@@ -190,7 +193,7 @@ def _try_variant(name: str, options: StudyOptions) -> None:
 
     variant = catalogue.get(name)
     settings = VariantSettings(
-        options.rank if variant.uses_rank else 0,
+        min(options.rank, MAX_TRIED_RANK) if variant.uses_rank else 0,
         options.alpha if variant.uses_alpha else None,
         options.dropout if variant.uses_dropout else 0.0,
         dict(variant.extra_defaults),
