@@ -128,6 +128,8 @@ class DataTask(Task):
             labels=spec.labels,
             max_new_tokens=spec.max_new_tokens,
             defaults=spec.defaults,
+            # The grader of numbers has changed once; see the numerics of `MetaMathQA`.
+            numerics=type(self).numerics + (spec.metric == "numeric"),
         )
 
     @staticmethod
