@@ -249,9 +249,9 @@ class Task(TextEncoder):
             if self.has_head and self.content:  # a user's file, whose labels may be wrong
                 for example in chain.from_iterable(examples.values()):
                     self.target(example)
-            cached[key] = hash_examples(examples, self.labels)
             if self.content:  # the splits of this project's tasks are known
                 self.warnings = find_overlaps(examples, self.name)
+            cached[key] = hash_examples(examples, self.labels)
         return cached[key]
 
     def choice(self) -> TaskChoice:
