@@ -43,10 +43,10 @@ _NUMBER = re.compile(
     rf"|{_DIGITS}(?:\.\d+)?(?:[eE][-+]?\d+)?"
     rf"|\.\d+)"
 )
-_NO_ANSWER = re.compile(
-    rf".*\bnamely\b|\bbetween\s+[-$]*{_DIGITS}[^,;:\d]*\s+and\s+[-$]*{_DIGITS}[^,;:\d]*[,;:]", re.IGNORECASE
+_RANGE = re.compile(
+    rf"^\D*\bbetween\s+[-$]*{_DIGITS}[^,;:\d]*\s+and\s+[-$]*{_DIGITS}[^,;:\d]*[,;:]", re.IGNORECASE
 )
-"""What is left out of a statement if a number follows: in "between 10 and 20, namely 15" the answer is 15."""
+"""What is left out of a statement if a number follows: in "between 10 and 20, so 15" the answer is 15."""
 _NEXT_QUESTION = re.compile(r"^[#* \t]*(?:question|problem|q)\b[ \d*]*[:.]", re.IGNORECASE | re.MULTILINE)
 _WITH_UNIT = re.compile(
     r"(\$?\s*[-\d.,]+)\s*(?:sq\.? |square |cubic )?(?:[a-zA-Z]{2,}| m)\s*\^\s*\{?[23]\}?\s*\$?"
@@ -120,8 +120,10 @@ def _extract_value(span: str, first: bool) -> str:
             last number.
     """
     bare = _strip_markup(span)
-    rest = _NO_ANSWER.sub("", bare) if first else ""
-    if _NUMBER.search(rest):
+    choices, _, rest = bare.rpartition("namely")
+    if len(_NUMBER.findall(choices)) < 2:  # "4 pens, namely 3 red ones" is no choice
+        rest = _RANGE.sub("", bare)
+    if first and _NUMBER.search(rest):
         bare = _strip_markup(rest)
     if "=" in bare and first:
         bare = _strip_markup(bare.rsplit("=", 1)[1])
