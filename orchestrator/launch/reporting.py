@@ -131,7 +131,7 @@ def report_and_close(
                 if context.options.save_adapters == "best" and status == "FINISHED":
                     _keep_best(keeper, study, records)
                 models = model_tags(context.adapters, study, map(study.rename, records))
-                description, lines = _write_report(context, study, records)
+                description, lines = _write_report(context, study, records, inputs)
     finally:
         interrupted = budget.is_interrupted and not was_interrupted
         status = "KILLED" if interrupted else status
@@ -152,6 +152,8 @@ def report_and_close(
 
 
 def _remember_end(context: StudyContext, inputs: str, lines: Sequence[RenderableType]) -> None:
+    if not report_memo.is_written(context.folder, inputs):
+        return  # `report`, with fewer records, has written over it
     with context.console.capture() as printed:
         _print_lines(context.console, lines)
     report_memo.remember(context.folder, inputs, _digest_end(context), printed.get())
@@ -216,11 +218,17 @@ def _keep_best(keeper: AdapterKeeper, study: StudyFile, records: Sequence[Record
 
 
 def _write_report(
-    context: StudyContext, study: StudyFile, records: Sequence[Record]
+    context: StudyContext, study: StudyFile, records: Sequence[Record], inputs: str
 ) -> tuple[StudyDescription, list[RenderableType]]:
     """Write the store's Parquet files and the study's report, and print the tables.
 
     The report has all configurations of the study, including those of earlier runs.
+
+    Args:
+        context: The context of this run.
+        study: The study.
+        records: Its records.
+        inputs: Their digest, see `report_memo.digest_inputs`.
 
     Returns:
         The description of the study in MLflow, and what was printed: the tables, and where the files are.
@@ -233,6 +241,7 @@ def _write_report(
     write_parquet(context.store, context.options.output)
     uri = redact_secrets(context.tracking_uri)
     summary = write_report(study, records, folder, uri, context.store.root)
+    report_memo.remember(folder, inputs)
     if summary.comparison is not None and (looked := summary.comparison.look):
         study.with_look(looked).write(folder)
     pictures = [file for name in PICTURES if (file := folder / f"{name}.png").exists()]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from in_process import ORCHESTRATOR, Run, restored, run
@@ -16,6 +17,7 @@ from untrained_base import base
 from orchestrator.analyze import report_memo
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.study_context import resolve_study
+from orchestrator.launch.study_writers import StudyWriters
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -106,6 +108,25 @@ def test_the_same_command_again_makes_nothing_new(
     assert (restored.returncode, restored.stdout) == (0, first.stdout), restored.stderr
     with sqlite3.connect(database) as opened:
         assert opened.execute("select count(*) from runs where status = 'FINISHED'").fetchone() == (9,)
+
+
+def test_a_report_that_another_command_wrote_over_the_studys_is_made_again(
+    words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow `report` of fewer records may end while the study waits for MLflow."""
+    close = StudyWriters.close
+
+    def overwrite_and_close(writers: StudyWriters, *arguments: Any) -> None:
+        (report,) = (tmp_path / "results").glob("lr_sensitivity*/report.html")
+        report.write_text("of fewer records")
+        close(writers, *arguments)
+
+    with monkeypatch.context() as during_the_first:
+        during_the_first.setattr(StudyWriters, "close", overwrite_and_close)
+        assert run(ORCHESTRATOR, *words).returncode == 0
+    assert run(ORCHESTRATOR, *words).returncode == 0
+    (report,) = (tmp_path / "results").glob("lr_sensitivity*/report.html")
+    assert report.read_text() != "of fewer records"
 
 
 def test_a_report_with_a_file_that_was_edited_or_deleted_is_made_again(tmp_path: Path) -> None:
