@@ -207,11 +207,11 @@ def test_the_content_of_a_task_file_is_its_code_without_comments_title_and_defau
 
 
 @pytest.mark.parametrize("prefix", ["", "f", "rb"])
-@pytest.mark.parametrize(("old", "new"), [("\n\n", "\n"), ("  \n", "\n"), ("    t", "  t")])
+@pytest.mark.parametrize(("old", "new"), [("\n\n", "\n"), ("  \n", "\n"), ("    t", "  t"), ("+\n\n", "+\n")])
 def test_blank_lines_and_spaces_in_a_string_are_content_of_a_task_file(
     prefix: str, old: str, new: str
 ) -> None:
-    text = "one\n\n  \n    two  \n\n"
+    text = "one\n\n  \n    two  \n{1 +\n\n    2}\n\n"
     code = TASK.replace("    floor", f'    form = {prefix}"""{text}"""\n    floor')
     assert hash_code(code, "a.py") != hash_code(code.replace(text, text.replace(old, new)), "a.py")
 

@@ -9,8 +9,6 @@ import tokenize
 
 UNHASHED_ATTRIBUTES = {"title", "defaults", "default_model"}
 """Attributes of a task that do not change what a configuration computes."""
-_STRING_TOKENS = ("STRING", "FSTRING_MIDDLE", "TSTRING_MIDDLE")
-"""Names of the tokens with the text of a string; those of f-strings exist from Python 3.12 on."""
 
 
 def hash_code(source: str, path: str) -> str:
@@ -32,12 +30,16 @@ def hash_code(source: str, path: str) -> str:
     ast.parse(source, path)  # raises the error of Python, which names the line
     lines = source.split("\n")  # as tokenize does; splitlines also splits at form feeds
     in_strings: set[int] = set()  # the lines that end inside a string
+    starts: list[int] = []  # the first rows of f-strings, which are several tokens from Python 3.12 on
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         row, column = token.start
         if token.type == tokenize.COMMENT:
             lines[row - 1] = lines[row - 1][:column]
-        elif tokenize.tok_name[token.type] in _STRING_TOKENS:
-            in_strings |= set(range(row - 1, token.end[0] - 1))
+        elif (kind := tokenize.tok_name[token.type]).endswith("STRING_START"):
+            starts.append(row)
+        elif kind == "STRING" or kind.endswith("STRING_END"):
+            first = row if kind == "STRING" else starts.pop()
+            in_strings |= set(range(first - 1, token.end[0] - 1))
     coded = [line.encode() for line in lines]  # columns of a syntax tree are bytes
     for node in ast.walk(ast.parse("\n".join(lines), path)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
