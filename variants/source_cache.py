@@ -1,6 +1,6 @@
-"""Facts of the variants, kept in the user's cache folder so that they can be read without torch.
+"""Facts that follow from the program, kept in the user's cache folder so that they are known without torch.
 
-A value is found again only while no source file of this package has changed.
+A value is found again only while the source files that it follows from have not changed.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from typing import Any
 _PACKAGE = Path(__file__).parent
 
 
-def cached(name: str, make: Callable[[], Any]) -> Any:
+def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:
     """Return what `make` has returned for the source files of this package as they are now.
 
     Args:
         name: The name of the value.
-        make: Returns a value of JSON types that follows from the source files alone. It is called after a
-            change of a file, and where the cache folder cannot be written.
+        make: Returns a value of JSON types that follows from the source files and `also` alone. It is called
+            after a change of them, and where the cache folder cannot be written. No error of it is kept.
+        also: Versions of other code that the value follows from.
     """
+    sources = source_digest(_PACKAGE) + also
     folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "lora-orchestrator")
     file = folder / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, damaged
         kept = json.loads(file.read_bytes())
-        if kept["sources"] == source_digest(_PACKAGE):
+        if kept["sources"] == sources:
             return kept["value"]
     value = make()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         own = file.with_suffix(f".{os.getpid()}")
-        own.write_text(json.dumps({"sources": source_digest(_PACKAGE), "value": value}))
+        own.write_text(json.dumps({"sources": sources, "value": value}))
         own.replace(file)
     return value
 

@@ -83,12 +83,12 @@ def find_shape(model: ModelChoice, bases: Path) -> ModelShape:
     Raises:
         PredictionError: The model has another data type or architecture, or its sizes are not known.
     """
-    from transformers import AutoConfig
-
     if model.dtype != "bfloat16":
         raise PredictionError(f"{model.name} is in {model.dtype}, and only steps in bfloat16 were counted")
     if model.content != UNPREPARED or loading.unprepared_config(model) is not None:
         return ModelShape.from_config(loading.read_config(model, bases))
+    from transformers import AutoConfig
+
     if model.name not in KNOWN_MODELS:
         raise PredictionError(f"the sizes of {model.name} are unknown until it is here")
     return ModelShape.from_config(AutoConfig.for_model(**KNOWN_MODELS[model.name]))

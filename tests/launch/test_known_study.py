@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from in_process import ORCHESTRATOR, Run, restored, run
 from untrained_base import base
 
 from orchestrator.analyze import report_memo
+from orchestrator.finetune.resolve import templates
+from orchestrator.finetune.resolve.model_limits import check_attach
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.study_context import resolve_study
 from orchestrator.launch.study_writers import StudyWriters
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
+from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import UsageError
 from variants import catalogue
 from variants.source_cache import source_digest
 
@@ -85,6 +90,38 @@ def test_a_plan_of_known_results_needs_no_torch(words: list[str]) -> None:
     refused = run_without((), "orchestrator", *words, "--plan", "--rank", "100000")
     assert refused.returncode == 2
     assert "rank" in refused.stderr
+
+
+def test_what_fits_the_base_model_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new study of it is planned without torch. Other settings are tried, and refused each time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    catalogue._built_in_traits.cache_clear()
+    tried: list[int] = []
+
+    def spy(configurations: Sequence[Configuration], *rest: Any) -> None:
+        tried.append(len(configurations))
+        check_attach(configurations, *rest)
+
+    monkeypatch.setattr(templates, "check_attach", spy)
+    options = StudyOptions(task=("letters",), variants=("lora", "pissa"), output=tmp_path / "new", plan=True)
+
+    def count_tried(**changed: Any) -> int:
+        before = len(tried)
+        resolve_study(EXPERIMENT, replace(options, **changed))
+        return sum(tried[before:])
+
+    assert count_tried() == 2
+    assert count_tried(learning_rates=("1e-3",), seeds=5, steps=9) == 0
+    for changed in ({"rank": 4}, {"alpha": 8.0}, {"targets": "q_proj"}, {"max_length": 9}, {"dtype": "nf4"}):
+        assert (count_tried(**changed), count_tried(**changed)) == (2, 0)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"rank 100000 is larger than layer .* allows: at most 96"):
+            count_tried(rank=100000)
+    words = "study", "--task", "letters", "--variants", "lora", "pissa", "--output", str(tmp_path / "new")
+    planned = run_without(HEAVY, "orchestrator", *words, "--plan")
+    assert planned.returncode == 0, planned.stderr
+    monkeypatch.setattr(templates, "_PROGRAM", tmp_path)  # of other source files
+    assert count_tried() == 2
 
 
 def test_the_same_command_again_makes_nothing_new(

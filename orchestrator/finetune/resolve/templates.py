@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from orchestrator.finetune.resolve.option_names import (
     fill_accumulation,
     variant_hyperparameters,
 )
+from orchestrator.finetune.tasks import task_names
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.study import bounds, space
@@ -34,7 +37,10 @@ from orchestrator.study.space import Space, Value, apply_values
 from orchestrator.util import user_code
 from orchestrator.util.errors import UsageError
 from variants import catalogue
+from variants.source_cache import cached, source_digest
 from variants.traits import AdaptationScope
+
+_PROGRAM = Path(__file__).parents[2]
 
 
 def resolve_base_model(model: str, bases: Path, progress: Callable[[str], None] | None) -> str:
@@ -170,7 +176,8 @@ def check_fit(
 ) -> None:
     """Check that variants accept their settings, and that they fit the base model, as far as it is available.
 
-    This imports torch and builds the model without weights, which takes seconds.
+    This imports torch and builds the model without weights, which takes seconds. What has passed is not
+    checked again by the same program, unless code from elsewhere or the machine decides it.
 
     Args:
         templates: Configurations of one task, from `build_configuration_templates`.
@@ -181,22 +188,43 @@ def check_fit(
     Raises:
         UsageError: A setting is impossible for a variant, the model or the task.
     """
-    for model in {template.model for template in templates}:
-        check_inputs(model, resolved.task, bases)
     to_check = list(templates)
     if resolved.space is not None:
         to_check = [c for each in templates for c in corner_configurations(each, resolved.space)]
     for configuration in to_check:
+        _check_schedule(configuration.lr_schedule)
+
+    def check() -> bool:
+        _check_models(to_check, options, resolved.task, bases)
+        return True
+
+    own_task = isinstance(resolved.task, DataTask) or resolved.task.name in task_names.names()
+    own_variants = {c.variant.name for c in to_check} <= set(catalogue.built_in_names())
+    if not own_task or not own_variants or options.kernels == "liger":
+        check()
+        return
+    keys = {f"{c.group_key} {c.variant.alpha} {c.model.name} {c.task.name}" for c in to_check}
+    versions = [source_digest(_PROGRAM), *(version(name) for name in ("torch", "transformers"))]
+    name = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:32]
+    cached(f"fit-{name}", check, " ".join(versions))
+
+
+def _check_models(
+    configurations: Sequence[Configuration], options: StudyOptions, task: Task, bases: Path
+) -> None:
+    """Do what `check_fit` does for configurations, except for their schedules."""
+    for model in {each.model for each in configurations}:
+        check_inputs(model, task, bases)
+    for configuration in configurations:
         if (error := find_settings_error(configuration)) is not None:
             raise UsageError(error)
-        _check_schedule(configuration.lr_schedule)
-    if templates and has_layer_shapes(templates[0].model):
+    if configurations and has_layer_shapes(configurations[0].model):
         if options.kernels == "liger":
-            model = templates[0].model
+            model = configurations[0].model
             liger_kernels.check_liger(loading.read_model_type(model, bases), model.name)
         # Building a model without weights takes seconds, so each adapter shape is checked once.
-        distinct = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in to_check}
-        check_attach(list(distinct.values()), resolved.task, bases)
+        distinct = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in configurations}
+        check_attach(list(distinct.values()), task, bases)
 
 
 def _check_schedule(schedule: LRSchedule) -> None:
@@ -215,7 +243,7 @@ def _check_schedule(schedule: LRSchedule) -> None:
 
 def has_layer_shapes(model: ModelChoice) -> bool:
     """Return whether rank and targets can be checked against the model's layers."""
-    return model.content != UNPREPARED or loading.unprepared_config(model) is not None
+    return model.content != UNPREPARED or model.name in model_catalogue.task_bases()
 
 
 def corner_configurations(configuration: Configuration, search_space: Space) -> list[Configuration]:
