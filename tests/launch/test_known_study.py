@@ -16,6 +16,7 @@ from in_process import ORCHESTRATOR, Run, restored, run
 from untrained_base import base
 
 from orchestrator.analyze import report_memo
+from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve import templates
 from orchestrator.finetune.resolve.model_limits import check_attach
 from orchestrator.launch.experiment import Experiment
@@ -24,7 +25,7 @@ from orchestrator.launch.study_writers import StudyWriters
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.study.configuration import Configuration
+from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 from variants import catalogue
@@ -97,11 +98,18 @@ def test_what_fits_the_base_model_is_tried_once(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     catalogue._built_in_traits.cache_clear()
     tried: list[int] = []
+    built: list[ModelChoice] = []
+    build = loading.build_meta_model
+
+    def count_built(model: ModelChoice, *rest: Any) -> Any:
+        built.append(model)
+        return build(model, *rest)
 
     def spy(configurations: Sequence[Configuration], *rest: Any) -> None:
         tried.append(len(configurations))
         check_attach(configurations, *rest)
 
+    monkeypatch.setattr(loading, "build_meta_model", count_built)
     monkeypatch.setattr(templates, "check_attach", spy)
     options = StudyOptions(task=("letters",), variants=("lora", "pissa"), output=tmp_path / "new", plan=True)
 
@@ -110,7 +118,7 @@ def test_what_fits_the_base_model_is_tried_once(tmp_path: Path, monkeypatch: pyt
         resolve_study(EXPERIMENT, replace(options, **changed))
         return sum(tried[before:])
 
-    assert count_tried() == 2
+    assert (count_tried(), len(built)) == (2, 1)  # both variants are tried on one model without weights
     assert count_tried(learning_rates=("1e-3",), seeds=5, steps=9) == 0
     for changed in ({"rank": 4}, {"alpha": 8.0}, {"targets": "q_proj"}, {"max_length": 9}, {"dtype": "nf4"}):
         assert (count_tried(**changed), count_tried(**changed)) == (2, 0)

@@ -38,15 +38,18 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
     from orchestrator.finetune.models import attention_dropout
     from variants.attach import attach
 
+    models: dict[ModelChoice, tuple[Any, tuple[str, ...]]] = {}
     for configuration in configurations:
         variant, settings = configuration.variant, variant_settings(configuration)
-        model, heads = loading.build_meta_model(configuration.model, bases, task)
+        if configuration.model not in models:
+            models[configuration.model] = loading.build_meta_model(configuration.model, bases, task)
+        model, heads = models[configuration.model]
         longest = compute_max_row_length(task, configuration.batches.max_length)
         check_positions(model, configuration.model.name, longest, task)
         try:
             if configuration.base_dropout == "on":
                 attention_dropout.check_dropout_supported(model, configuration.model.name)
-            attach(model, catalogue.get(variant.name), settings, variant.targets, heads)
+            attach(model, catalogue.get(variant.name), settings, variant.targets, heads).detach()
         except ValueError as error:
             reason = " ".join(str(error).split())  # PEFT's and transformers' errors may have many lines
             raise UsageError(f"{configuration.model.name} with {variant.name}: {reason}") from None
