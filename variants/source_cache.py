@@ -18,12 +18,12 @@ _PACKAGE = Path(__file__).parent
 
 
 def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:
-    """Return what `make` has returned for the source files of this package as they are now.
+    """Return a value from the cache folder, or compute it if the source files have changed since it was kept.
 
     Args:
         name: The name of the value.
-        make: Returns a value of JSON types that follows from the source files and `also` alone. It is called
-            after a change of them, and where the cache folder cannot be written. No error of it is kept.
+        make: Computes the value, of JSON types, from the source files and `also` alone. An exception that it
+            raises is not kept.
         also: Versions of other code that the value follows from.
     """
     sources = source_digest(_PACKAGE) + also

@@ -197,7 +197,7 @@ class Store:
         return {fp: next(kinds[k] for k in order if k in kinds) for fp, kinds in found.items()}
 
     def stamps(self) -> Set[_Stamp]:
-        """Return path, time of the last change and size of the file of each record."""
+        """Return the path, modification time and size of each record file."""
         self.states()
         return self._states.keys()
 
