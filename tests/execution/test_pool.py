@@ -34,7 +34,7 @@ def make_pool(
     The first `holders` of the placed trainers keep excluded devices reserved.
     """
     spec, visibility = TrainerSpec(4, 1.0, "store", "scratch"), StorageVisibility(Path(), (), print)
-    config = PoolConfig(count, spec, elastic, startable, can_grow)
+    config = PoolConfig(count, spec, elastic, startable, can_grow=can_grow)
     pool = TrainerPool(config, "space", None, visibility, print)
     pool.cluster = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
     names = [f"trainer-{n}" for n in range(placed + unplaced)]

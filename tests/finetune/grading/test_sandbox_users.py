@@ -34,8 +34,8 @@ def readable() -> Iterator[tuple[str, Path]]:
         pytest.skip("no interpreter here that another user may run")
     # Other users may not read the temporary folder of this process.
     folder = Path(tempfile.mkdtemp(prefix="readable-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"]))
-    utilities = [f"orchestrator/util/{name}.py" for name in ("errors", "timeouts")]
-    for part in ("orchestrator/finetune/grading", *utilities):
+    imported = ("orchestrator/util/errors.py", "orchestrator/util/timeouts.py", "variants/errors.py")
+    for part in ("orchestrator/finetune/grading", *imported):
         (folder / part).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (PROJECT / part).is_dir() else shutil.copy
         copy(PROJECT / part, folder / part)
