@@ -53,7 +53,8 @@ PARTS = (
     "makespan.py",
     "scale.py",
 )
-"""Scripts that start Ray or pretrain a model: the tests below run their parts, and nightly tests run them."""
+"""Scripts that start Ray or pretrain a model: a `ray` test runs scale.py, the tests below run parts of the
+others, and a nightly test runs all of makespan.py."""
 
 
 def test_every_script_has_a_run() -> None:

@@ -187,7 +187,6 @@ def test_a_replay_without_ray_compares_the_chosen_rates(
 
 
 @pytest.mark.ray
-@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_thirty_configurations_on_a_cluster_of_fake_gpus(tmp_path: Path) -> None:
     """Run scale.py at a small size: three nodes, two trainers on fake GPUs, ASHA."""
