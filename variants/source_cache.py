@@ -27,7 +27,10 @@ def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:
         also: Versions of other code that the value follows from.
     """
     sources = source_digest(_PACKAGE) + also
-    folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "lora-orchestrator")
+    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if root.startswith("~"):  # this user has no home folder
+        return make()
+    folder = Path(root, "lora-orchestrator")
     file = folder / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, damaged
         kept = json.loads(file.read_bytes())
