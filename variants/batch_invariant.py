@@ -1,12 +1,16 @@
 """Matrix products whose result for a lane does not depend on the number of lanes in the batch.
 
-Two things would make it depend on them. In bfloat16 on a CPU, PyTorch uses another kernel for a batch of one;
-the product is then computed twice in a batch of two. And PyTorch sums a product with a single column, or over
-a single value, in another order for one lane than for several; such sides are padded with zeros. The result
-still depends on the other lanes if each lane has a single row (N = 1), or if a frozen layer of the model is
-called with few rows per lane: MKL has other kernels for the rows that its blocks leave over. 8 rows suffice
-for narrow layers and on AVX2, 16 for layers of width 384 on AVX-512. oneDNN's AMX kernels always depend on
-the other lanes.
+PyTorch's products depend on this number in two cases. In bfloat16 on a CPU, PyTorch uses another kernel for a
+batch of one; here the product is then computed twice in a batch of two. A product with a single column, or
+over a single value, is summed in another order for one lane than for several; here such sides are padded with
+zeros.
+
+The result still depends on the other lanes in three cases:
+
+- Each lane has a single row (N = 1).
+- A frozen layer of the model is called with few rows per lane. MKL has other kernels for the rows that do not
+  fill a block. 8 rows suffice for narrow layers and on AVX2, 16 for layers of width 384 on AVX-512.
+- oneDNN uses its AMX kernels.
 """
 
 from __future__ import annotations
@@ -80,5 +84,5 @@ def _needs_second_copy(x: Tensor) -> bool:
 
 
 def _twice(x: Tensor) -> Tensor:
-    """Return a batch of two copies in the layout of `x`, by which some kernels order their sums."""
+    """Return a batch of two copies of `x` in its memory layout, on which the order of some sums depends."""
     return torch.cat([x.mT, x.mT]).mT if x.stride(1) == 1 and x.stride(2) != 1 else torch.cat([x, x])

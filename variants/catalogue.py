@@ -2,7 +2,7 @@
 
 A variant of this package is the file variants/<axis>/<name>.py; no list has to be maintained. Further names
 are those of entry points of installed packages, `peft:TYPE` for a tuner of the PEFT library, and the path of
-a user's Python file. This module imports torch only when a variant is used, or its traits for the first time.
+a user's Python file. torch is imported only when a variant is used, or when its traits are not cached yet.
 """
 
 from __future__ import annotations
@@ -86,10 +86,12 @@ def get(name: str) -> Variant:
 
 
 def traits(name: str) -> Traits:
-    """Return the traits of the variant of this name, without an import of torch if it is of this package.
+    """Return the traits of the variant of this name.
+
+    For a variant of this package they are cached, so that torch need not be imported.
 
     Raises:
-        ValueError: As `get`.
+        ValueError: As for `get`.
     """
     return _built_in_traits()[name] if name in _axis_by_name() else Traits.of(get(name))
 

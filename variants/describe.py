@@ -1,7 +1,7 @@
 """Descriptions of the catalogue's entries, from their docstrings, attributes and measured costs.
 
-`python -m variants` prints them, and the tables of docs/variants.md are made from them. torch is imported
-only to describe a variant for the first time.
+`python -m variants` prints them, and the tables of docs/variants.md are made from them. Descriptions are
+cached, so that torch is imported only if the source files have changed.
 """
 
 from __future__ import annotations

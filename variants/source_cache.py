@@ -1,6 +1,7 @@
-"""Facts that follow from the program, kept in the user's cache folder so that they are known without torch.
+"""A cache of values that depend only on the program, in the user's cache folder.
 
-A value is found again only while the source files that it follows from have not changed.
+It spares the import of torch, which computing the values needs. A value is valid as long as the source files
+of this package have not changed.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ _PACKAGE = Path(__file__).parent
 
 
 def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:
-    """Return a value from the cache folder, or compute it if the source files have changed since it was kept.
+    """Return a value from the cache, or compute and store it if the source files have changed since.
 
     Args:
-        name: The name of the value.
-        make: Computes the value, of JSON types, from the source files and `also` alone. An exception that it
-            raises is not kept.
-        also: Versions of other code that the value follows from.
+        name: The name of the value, which names its file.
+        make: Computes the value, of JSON types. It may depend on the source files and on `also` only. If it
+            raises an exception, nothing is stored.
+        also: Versions of other code on which the value depends.
     """
     sources = source_digest(_PACKAGE) + also
     root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
@@ -32,7 +33,7 @@ def cached(name: str, make: Callable[[], Any], also: str = "") -> Any:
         return make()
     folder = Path(root, "lora-orchestrator")
     file = folder / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, damaged
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the file is missing or damaged
         kept = json.loads(file.read_bytes())
         if kept["sources"] == sources:
             return kept["value"]

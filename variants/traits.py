@@ -77,7 +77,7 @@ class VerifiedBy(StrEnum):
 
 @dataclass(frozen=True)
 class Traits:
-    """The attributes of a variant, of the same names, that a study needs before anything is trained."""
+    """The attributes of a variant that a study needs before anything is trained, under the same names."""
 
     adaptation_scope: AdaptationScope
     batching: Batching
@@ -91,7 +91,11 @@ class Traits:
 
     @classmethod
     def of(cls, variant: Any) -> Traits:
-        """Return the traits of a variant, or those in a JSON object."""
+        """Return the traits of a variant.
+
+        Args:
+            variant: The variant, or a JSON object with its traits.
+        """
         values = (
             variant if isinstance(variant, Mapping) else {n: getattr(variant, n) for n in cls.__annotations__}
         )

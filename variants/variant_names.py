@@ -49,7 +49,9 @@ def hash_source(source: bytes) -> str:
 
 
 def check_own_imports(source: bytes | str, path: str) -> None:
-    """Refuse the imports of modules beside a user's file, which is known by its own content alone.
+    """Check that a user's file imports no module from its own folder.
+
+    The revision of a variant is a hash of its file alone, so a change of such a module would not be noticed.
 
     Args:
         source: The content of the file.
@@ -57,7 +59,7 @@ def check_own_imports(source: bytes | str, path: str) -> None:
 
     Raises:
         ImportError: The file imports such a module. The message names it.
-        SyntaxError: The file is no Python.
+        SyntaxError: The file is no valid Python.
         ValueError: The file has a null byte.
     """
     folder = os.path.dirname(path)
@@ -77,8 +79,13 @@ def check_own_imports(source: bytes | str, path: str) -> None:
 
 
 def _is_beside(parts: Sequence[str], folder: str) -> bool:
-    """Return whether a module, given by the parts of its name, is a file in a folder and not installed."""
-    if parts[0] in ("orchestrator", "variants"):  # the user's file is at the top of a clone
+    """Return whether a module is a file in a folder, and not installed.
+
+    Args:
+        parts: The parts of the module's dotted name.
+        folder: The folder of the user's file.
+    """
+    if parts[0] in ("orchestrator", "variants"):  # the file may be in a clone of this project, which has both
         return False
     paths = [os.path.join(folder, *parts[:count]) for count in range(1, len(parts) + 1)]
     if not any(os.path.isfile(file) for path in paths for file in (f"{path}.py", f"{path}/__init__.py")):

@@ -29,7 +29,7 @@ from orchestrator.util.command import main
 RATES = [float(f"{10 ** (-5 + power / 3):.1e}") for power in range(11)]
 STEPS = 1800
 SECONDS_PER_LANE_STEP = (0.48, 0.29, 0.27, 0.255)
-"""With one to four lanes, predicted for Qwen3-0.6B on an H100 with Liger's kernels."""
+"""For one to four lanes, predicted for Qwen3-0.6B on an H100 with Liger's kernels."""
 POLL_SECONDS = 5.0
 TRIAL_SECONDS = 1.0
 """Seconds from the end of a trial until the next one has submitted its configuration."""
@@ -37,7 +37,10 @@ TRIAL_SECONDS = 1.0
 
 @dataclass
 class SimulatedTrainer:
-    """A trainer that asks as the fine-tuning loop does: an empty one asks for one lane, then for the rest."""
+    """A trainer that asks for lanes as the fine-tuning loop does.
+
+    A trainer without lanes asks for one lane first, and then for as many as still fit.
+    """
 
     name: str
     max_lanes: int
@@ -45,7 +48,8 @@ class SimulatedTrainer:
     """Fingerprint of each lane -> its steps to the end."""
     leased: dict[str, tuple[int, Configuration]] = field(default_factory=dict)
     known: set[str | None] = field(default_factory=set)
-    """The group keys that it has measured: the first lane of another one trains alone until the next poll."""
+    """The group keys whose memory it has measured. The first lane of any other group key trains alone until
+    the next poll."""
     since: float = 0.0
     """The time up to which the lanes have been trained."""
 
@@ -56,7 +60,11 @@ class SimulatedTrainer:
         return lanes * SECONDS_PER_LANE_STEP[min(lanes, len(SECONDS_PER_LANE_STEP)) - 1]
 
     def train_until(self, now: float) -> tuple[float, list[str]]:
-        """Train the lanes up to `now`. Returns the steps of each lane, and the lanes that have ended."""
+        """Train the lanes up to `now`.
+
+        Returns:
+            The number of steps that each lane took, and the fingerprints of the lanes that have ended.
+        """
         steps = (now - self.since) / self.seconds_per_step if self.steps_left else 0.0
         self.since = now
         for fingerprint in self.steps_left:
@@ -64,7 +72,13 @@ class SimulatedTrainer:
         return steps, [fingerprint for fingerprint, left in self.steps_left.items() if left < 1e-6]
 
     def lease(self, core: BrokerCore, steps: dict[str, float], now: float) -> None:
-        """Exchange, and lease lanes until the group is full or no lane comes."""
+        """Report the leases to the broker, and lease lanes until the group is full or the broker has none.
+
+        Args:
+            core: The broker.
+            steps: Fingerprint -> number of steps of the lane.
+            now: The time on the virtual clock, in seconds.
+        """
         while (free := self.max_lanes - len(self.steps_left)) > 0:
             held = {name: (*lease, None) for name, lease in self.leased.items()}
             core.exchange(self.name, held, 0, now)

@@ -158,12 +158,12 @@ def make_lanes(
 
     Args:
         model: The base model, on its device.
-        rows: Training rows; the first 64 are the validation split too.
-        variant: The name of the variant; one that allows only one lane gets one.
+        rows: Training rows. The first 64 are the validation split, too.
+        variant: The name of the variant. A variant that trains lanes only alone gets one lane.
         count: The number of lanes.
         size: The size of a step.
-        same_seed: Whether the lanes read the same rows in each step, as those of a study's block of rates do;
-            rows of different lengths need more passes.
+        same_seed: Whether all lanes read the same rows in each step, as lanes of one seed do in a study. If
+            the lanes read rows of different lengths, a step needs more passes.
     """
     rule = catalogue.get(variant)
     choice = make_configuration(variant, size).variant

@@ -1,11 +1,12 @@
 """The best trained lane of each variant: the study keeps its adapter, and `export` takes it by default.
 
-The best lane is the best run of the best point, which the report calls the best, too. The best point has the
-highest mean validation score over its seeds, and among equal means the lowest learning rate.
-`censored.eligible_points` says which points may be chosen: of each curve of a grid, or of a variant's search.
-The best run is the finished run of this point with the highest validation score. In a study of replicates,
-every run is a point. No test score takes part. With `--select published` the report chooses by test scores,
-and may therefore name another point.
+The best lane is the best run of the best point. The best point has the highest mean validation score over its
+seeds, and among equal means the lowest learning rate. `censored.eligible_points` says which points of a
+grid's curve or of a variant's search may be chosen. The best run is the finished run of the best point with
+the highest validation score. In a study of replicates, every run is a point.
+
+The report names the same best point. With `--select published`, however, the report chooses by test scores,
+and may name another point. Test scores are not used here.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from orchestrator.analyze.intervals import Estimate
 from orchestrator.record.schema import Record
 
 Place = tuple[str, str]
-"""The title of a task with its base model, and the label of a curve or variant there."""
+"""The title of a task with its base model, and the label of a variant or of one of its curves."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def summarize_costs(
 
     Args:
         records: Distinct records.
-        places: Fingerprint -> place. Other records belong to their task, model and variant.
+        places: Fingerprint -> place. The place of any other record is its task, model and variant.
         scores: The test score of each place at its best point. A place may be missing.
     """
     by_place: dict[Place, list[Record]] = defaultdict(list)

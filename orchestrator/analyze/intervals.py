@@ -26,9 +26,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` seeds; None without a seed. The interval is None if it would have no width.
+    """A mean over `n` seeds and its interval. The mean is None without a seed.
 
-    That is so with fewer than two seeds, and if all values are equal and the error of the items is unknown.
+    The interval is None with fewer than two seeds. It is also None if all values are equal and the error of
+    the items is unknown, because it would have no width.
     """
 
     n: int
@@ -88,8 +89,8 @@ def estimate_score(values: Sequence[float], items: int = 0) -> Estimate:
 
     Args:
         values: One score per seed.
-        items: The number of items of which each score is a mean of values in 0..1; 0 if it is no such mean,
-            or unknown. The interval then contains the error of the seeds alone.
+        items: The number of items over which each score is a mean of values in 0..1. It is 0 if a score is
+            no such mean, or if the number is unknown. The interval then contains only the error of the seeds.
     """
     found = estimate_mean(values, SCORE_BOUNDS)
     rows = None if found.mean is None else wilson_interval(found.mean * items, items)
@@ -118,7 +119,13 @@ def estimate_gain(scores: Sequence[float], untrained: Sequence[float], items: in
 def _add_errors(
     found: Estimate, others: Sequence[tuple[float | None, Interval | None]], bounds: tuple[float, float]
 ) -> Estimate:
-    """Widen an interval over seeds by the errors of other values, each given with its interval or None."""
+    """Widen the interval of an estimate over seeds by the errors of other values, added in quadrature.
+
+    Args:
+        found: The estimate over seeds.
+        others: Other values with their intervals. A missing value or interval adds no error.
+        bounds: The range of possible values, to which the interval is cut.
+    """
     known = [(value, own) for value, own in others if value is not None and own is not None]
     if found.mean is None or found.n < 2 or not known:
         return found

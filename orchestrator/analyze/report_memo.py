@@ -1,4 +1,4 @@
-"""Memory of what a study's last report was made from, so that the same report is not made again.
+"""A file that identifies the inputs of a study's last report, so that the same report is not made again.
 
 <output>/<study>/.report.json
 {"inputs": digest, "files": {name: SHA-256}, "end": digest, "text": what the study's command printed}
@@ -25,11 +25,11 @@ _LIBRARIES = ("matplotlib", "mlflow", "numpy", "plotly", "scipy")
 
 
 def digest_inputs(study: StudyFile, store: Store, uri: str, folder: Path) -> str:
-    """Return a digest of everything that a study's report follows from, the program itself included.
+    """Return a digest of everything that determines a study's report, the program itself included.
 
     Args:
         study: The study.
-        store: The records. A record of another study counts too, because Parquet has all of them.
+        store: The records. Those of other studies count, too, because the Parquet files contain them.
         uri: MLflow's tracking URI, without secrets.
         folder: The study's folder.
     """
@@ -44,25 +44,32 @@ def digest(*values: object) -> str:
 
 
 def is_written(folder: Path, inputs: str) -> bool:
-    """Return whether the folder has the report of these inputs, with every file as it was written."""
+    """Return whether the folder has the report of these inputs, and none of its files has changed."""
     memo = _read(folder)
     return memo.get("inputs") == inputs and memo.get("files") == _file_digests(folder)
 
 
 def recall_end(folder: Path, inputs: str, end: str) -> str | None:
-    """Return what the end of the study's command printed; None if something has changed since.
+    """Return what the study's command printed at its end; None if something has changed since.
 
     Args:
         folder: The study's folder.
         inputs: The result of `digest_inputs`.
-        end: A digest of what else the end of the command follows from.
+        end: A digest of everything else that determines what is printed.
     """
     memo = _read(folder)
     return memo.get("text") if memo.get("end") == end and is_written(folder, inputs) else None
 
 
 def remember(folder: Path, inputs: str, end: str = "", text: str = "") -> None:
-    """Write down that the folder has the report of these inputs; see `recall_end`."""
+    """Record that the folder has the report of these inputs.
+
+    Args:
+        folder: The study's folder.
+        inputs: The result of `digest_inputs`.
+        end: As for `recall_end`.
+        text: What the study's command printed at its end.
+    """
     memo = {"inputs": inputs, "files": _file_digests(folder), "end": end, "text": text}
     atomic_files.write_atomically(folder / MEMO_FILE, json.dumps(memo, indent=1).encode())
 

@@ -40,10 +40,11 @@ def item_results(record: Record, split: Split) -> tuple[float, ...] | None:
 
 
 def count_items(records: Iterable[Record], split: Split) -> int:
-    """Return of how many items the score of each finished record is the mean, with results in 0..1.
+    """Return the number of items over which the scores of finished records are means of results in 0..1.
 
     Returns:
-        The smallest number over the records; 0 if one score is no such mean, or without a finished record.
+        The smallest number of all finished records. It is 0 without a finished record, or if the score of one
+        is no such mean.
     """
     results = [item_results(record, split) or () for record in records if record.state == "finished"]
     return min((len(own) if all(0 <= v <= 1 for v in own) else 0 for own in results), default=0)

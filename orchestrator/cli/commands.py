@@ -73,7 +73,8 @@ class Report(StoreLocation):
         store = Store(self.store_folder, create=False)
         folder, study = find_study(self.output, self.study)
         uri = redact_secrets(study_uri(study.tracking_uri, store))
-        # Before the records are read, so that one that is written meanwhile makes the next report anew.
+        # The digest is taken before the records are read. A record that is written in between then changes
+        # the next digest, so that the report is made again.
         inputs = report_memo.digest_inputs(study, store, uri, folder)
         records = [r for r in map(store.get, study.configurations) if r is not None]
         if not records:

@@ -126,7 +126,7 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
 
 
 def _checked_experiment(words: Sequence[str], program: str) -> tuple[str, Sequence[str], str]:
-    """Return the experiment that `check` stands before, its options, and the program with its name."""
+    """Return the experiment whose name follows `check`, its options, and the program with that name."""
     from orchestrator.experiments.catalogue import experiments
 
     if not words or words[0].startswith("-"):

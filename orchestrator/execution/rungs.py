@@ -71,8 +71,8 @@ def submission_order(
 ) -> list[Configuration]:
     """Return the configurations that Tune gets, in order.
 
-    The first lane groups are dealt out: the first trials submit one lane of each, so that each trainer begins
-    with a group of its own.
+    The lanes of the first lane groups, one group for each trainer, are interleaved. The first trials then
+    submit one lane of each group, so that each trainer begins with a group of its own.
 
     Tune keeps no rungs between runs, so known results are replayed. They come first, so that they count from
     the first decision on. Hyperband fills its brackets in the order of submission, so under Hyperband each

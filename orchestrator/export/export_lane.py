@@ -107,7 +107,7 @@ def export_lane(
 
 
 def _choose_form(code: LaneCode, form: Form | None, name: str, notify: Callable[[str], None]) -> Form:
-    """Return the form of an export. Say why it is no adapter if the user has not asked for a form.
+    """Return the form of an export. If the user named no form and it is no adapter, report the reason.
 
     Raises:
         UsageError: The variant cannot be merged; the message names a form that is possible.
@@ -234,7 +234,7 @@ def _write(
 
 
 def _input_form(lane: TrainedLane) -> InputForm:
-    """Return what the lane was trained on, for the lines of the model card."""
+    """Return the form of the lane's inputs, for the example code on the model card."""
     from orchestrator.finetune.tasks.data_task import DataTask
     from orchestrator.finetune.tasks.glue_task import GlueTask
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 PIPELINES = {"text": "text-classification", "image": "image-classification"}
 """Inputs of a task with a head -> the hub's name of the pipeline."""
 InputForm = Literal["text", "pair", "chat", "lines"]
-"""What a lane was trained on: texts (an own task may have pairs), pairs of texts, or chats, written with the
-tokenizer's chat template or, if it has none, as lines."""
+"""The form of a lane's inputs. "text": single texts, or unknown, because a user's own task may have pairs.
+"pair": pairs of texts. "chat": chats in the tokenizer's chat template. "lines": chats written as lines,
+because the tokenizer has no template."""
 _LEFT_OUT = ("variant", "task", "model", "model_content", "dtype", "seed", "task_revision", "task_content")
 
 
@@ -124,7 +125,7 @@ def _usage(task: Task, facts: CardFacts, variant: VariantChoice) -> Iterator[str
     values = variant.rank, variant.alpha, variant.dropout, dict(variant.extra)
     kind = "CausalLM" if not task.has_head else "SequenceClassification"
     kind = "ImageClassification" if task.inputs == "image" else kind
-    # The base may have a head of another size, which the adapter replaces.
+    # The base model may have a head of another size. The adapter replaces this head.
     labels = f", num_labels={task.num_labels}, ignore_mismatched_sizes=True" if task.has_head else ""
     revision = f", revision={facts.base_revision!r}" if facts.base_revision else ""
     yield "```python"
@@ -190,7 +191,7 @@ def _prediction(task: Task, facts: CardFacts) -> Iterator[str]:
 
 
 def _encode_input(task: Task, facts: CardFacts) -> Iterator[str]:
-    """Yield the lines that make the inputs of the model of a text, as the lane was trained on them."""
+    """Yield the lines of code that encode a text as the inputs were encoded in the lane's training."""
     if facts.inputs == "chat":
         yield 'messages = [{"role": "user", "content": "INPUT"}]'
         yield "inputs = tokenizer.apply_chat_template("

@@ -19,8 +19,8 @@ _OUT_OF_MEMORY_PATTERN = re.compile(
     # On a MIG slice torch fails to ask NVML how much memory is left, and reports that instead.
     r"NVML_SUCCESS == .*INTERNAL ASSERT FAILED"
 )
-# torch and Triton raise plain RuntimeErrors for errors of the driver, of CUDA's libraries and of compilers.
-# After a failed capture of a CUDA graph, the allocator of the process cannot be used any more.
+# torch and Triton raise plain RuntimeErrors for errors of the driver, of CUDA's libraries and of compilers. A
+# failed capture of a CUDA graph is included, because it leaves the allocator of the process unusable.
 _DEVICE_ERROR_PATTERN = re.compile(
     r"CUDA (driver )?error|CU(BLAS|DNN|SOLVER|SPARSE|RAND)_STATUS|cuFFT error|device-side assert|HIP error|"
     r"Triton Error \[(CUDA|HIP)\]|cudaGetDeviceCount|NVIDIA driver|\bNCCL\b|CUDA ?[Gg]raph|"
@@ -37,8 +37,8 @@ class Fault(StrEnum):
     MEMORY = "memory"
     """Out of memory, on the device or on the host; fewer lanes may fit."""
     DEVICE = "device"
-    """The device, or the connection to the trainer's other workers, is lost to this process, or a compiler
-    that kernels need is missing: the process can compute nothing more."""
+    """This process can compute nothing more. It has lost its device or the connection to the trainer's other
+    workers, or a compiler that kernels need is missing."""
     DISK = "disk"
     """The disk is full."""
 
@@ -91,7 +91,7 @@ def classify_error(error: BaseException) -> Fault:
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return Fault.MEMORY
     elif isinstance(error, subprocess.CalledProcessError) and "-fPIC" in error.cmd:
-        return Fault.DEVICE  # the C compiler, by which Triton builds a library that launches kernels
+        return Fault.DEVICE  # from the C compiler with which Triton builds its launcher
     elif isinstance(error, RuntimeError):
         if _OUT_OF_MEMORY_PATTERN.search(message):
             return Fault.MEMORY

@@ -27,7 +27,7 @@ MAX_RUNNING_BYTES = 2 * 2**30
 class AdapterKeeper:
     """Keeps the adapters of a study's best lanes and removes those of the others.
 
-    An error of the disk is logged and not raised, because an adapter more or less must not end a study.
+    An error of the disk is logged and not raised, because a study's results do not need the kept adapters.
     """
 
     adapters: StudyAdapters

@@ -122,7 +122,7 @@ def estimate_times(
 
 
 class _TaskTimes:
-    """The training time of configurations of one task and model, from finished lanes that are added.
+    """Estimates of the training time of configurations of one task and model, from finished lanes.
 
     Args:
         pending: The configurations to train.

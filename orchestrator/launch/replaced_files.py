@@ -1,4 +1,4 @@
-"""Files of a user under the names that they have in a study: changed ones, and others of the same name."""
+"""Find the sources of a study whose content has changed, or whose name another file has in this run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
 
 _UPLOAD = re.compile(r".*/uploads/[0-9a-f]{16}/")
-"""Start of the path of a file that `--on` has copied to the head: the digest of its content is part of it."""
+"""Start of the path of a file that `--on` has copied to the head. It contains a digest of the content."""
 
 
 def find_other_files(study: StudyFile, sources: Sequence[Source]) -> list[tuple[Source, Source]]:
-    """Return the sources of a run that are other files than those of the same names in its study.
+    """Return the sources of a study whose name belongs to a different file in this run.
 
-    A file that was moved and not changed is the same file.
+    Files with equal contents count as the same file, so that a file may be moved.
 
     Args:
         study: The study before this run.
         sources: The models, tasks and variants of this run; see `StudyFile.sources`.
 
     Returns:
-        For each of them the source of the study and the source of the run.
+        Pairs of the source of the study and the source of the run.
     """
     mine = {source.name: source for source in sources if source.path}
     pairs = [(each, mine[each.name]) for each in _earlier_contents(study, sources)]
@@ -34,9 +34,9 @@ def find_other_files(study: StudyFile, sources: Sequence[Source]) -> list[tuple[
 def drop_replaced(
     study: StudyFile, sources: Sequence[Source], store: Store, notify: Callable[[str], None]
 ) -> StudyFile:
-    """Return a study without the configurations that used a file whose content, or whose data, have changed.
+    """Return a study without the configurations that used a file whose content or data have changed.
 
-    Results of two contents under one name must not be compared. The records stay in the store.
+    The results of two contents under one name must not be compared. The records stay in the store.
 
     Args:
         study: The study before this run.
@@ -69,17 +69,17 @@ def _earlier_contents(study: StudyFile, sources: Sequence[Source]) -> list[Sourc
 
 
 def _place(path: str) -> str:
-    """Return what identifies a file or folder; the name of a dataset of the hub as it is."""
+    """Return what identifies a file or folder; for a dataset of the hub, its name."""
     return _UPLOAD.sub("uploads/", os.path.realpath(path)) if os.path.isabs(path) else path
 
 
 def _uses(store: Store, fingerprint: str, source: Source, present: set[tuple[str, str]]) -> bool:
-    """Return whether a configuration uses a source. Without a record it is not known: True.
+    """Return whether a configuration uses an earlier source of a study; True if it has no record.
 
     Args:
         store: The store.
         fingerprint: The configuration.
-        source: The source. Without a revision, it stands for all data but those of `present`.
+        source: The source. If a task has no revision here, all revisions are meant except those in `present`.
         present: Content and revision of the sources of this run.
     """
     record = store.get(fingerprint)

@@ -54,11 +54,11 @@ def import_report_libraries() -> None:
 
 
 def print_known_end(context: StudyContext, study: StudyFile) -> bool:
-    """Print again what the end of the study printed last, if nothing has changed since.
+    """Print again what the last run of the study printed at its end, if nothing has changed since.
 
     Returns:
-        Whether it was printed. False if the report, the Parquet files, MLflow's database or the kept adapters
-        are not as the last run has left them, and if runs are logged elsewhere too.
+        Whether it was printed. It is not if the report, the Parquet files, MLflow's database or the kept
+        adapters have changed, or if runs are also logged to another tracker.
     """
     end = _digest_end(context)
     text = end and report_memo.recall_end(context.folder, _digest_inputs(context, study), end)
@@ -72,9 +72,9 @@ def _digest_inputs(context: StudyContext, study: StudyFile) -> str:
 
 
 def _digest_end(context: StudyContext) -> str:
-    """Return a digest of what the end of a run leaves besides the report, and of the console.
+    """Return a digest of the console and of the files that a run writes at its end besides the report.
 
-    It is empty if this cannot be looked up fast: MLflow has a server, or another tracker is used.
+    It is empty if MLflow has a server or another tracker is used, because these cannot be checked quickly.
     """
     database, console, root = sqlite_path(context.tracking_uri), context.console, context.store.root
     if database is None or not database.exists() or context.trackers:
@@ -126,7 +126,7 @@ def report_and_close(
     try:
         if should_report:
             with graceful_interrupts(budget.request_stop):
-                inputs = _digest_inputs(context, study)  # before the records are read
+                inputs = _digest_inputs(context, study)  # before the records are read, see `Report`
                 records = [r for f in study.configurations if (r := context.store.get(f)) is not None]
                 if context.options.save_adapters == "best" and status == "FINISHED":
                     _keep_best(keeper, study, records)
@@ -153,7 +153,7 @@ def report_and_close(
 
 def _remember_end(context: StudyContext, inputs: str, lines: Sequence[RenderableType]) -> None:
     if not report_memo.is_written(context.folder, inputs):
-        return  # `report`, with fewer records, has written over it
+        return  # the command `report`, which read fewer records, has replaced the report meanwhile
     with context.console.capture() as printed:
         _print_lines(context.console, lines)
     report_memo.remember(context.folder, inputs, _digest_end(context), printed.get())
@@ -228,7 +228,7 @@ def _write_report(
         context: The context of this run.
         study: The study.
         records: Its records.
-        inputs: Their digest, see `report_memo.digest_inputs`.
+        inputs: The result of `report_memo.digest_inputs` before the records were read.
 
     Returns:
         The description of the study in MLflow, and what was printed: the tables, and where the files are.
@@ -300,11 +300,13 @@ def print_missing_results(context: StudyContext, work: StudyWork, command: str) 
 
 
 def describe_failures(failed: Sequence[Record], command: Callable[..., str]) -> list[str]:
-    """Return a line for each distinct reason of failed runs: the variants, the reason, and who says more.
+    """Return a line for each distinct reason of failed runs.
+
+    A line has the variants, the reason, and the command that shows more.
 
     Args:
         failed: The records of the runs.
-        command: Makes a command of this program of its words.
+        command: Function of the words of a command. It returns the command to type.
     """
     by_reason: dict[str, list[Record]] = {}
     for record in failed:

@@ -14,9 +14,9 @@ class SettledRecords(Mapping[str, Record]):
     """Fingerprint -> record of a configuration that the study does not train any further.
 
     Such a configuration has finished, diverged, been stopped by the study's own early stopping, or failed too
-    often to be tried again. Each record is read at its first use, and kept without its curve and its results
-    per item, which no design uses and which take most of the memory. Iteration and length, which designs do
-    not use either, cover all records of the store.
+    often to be tried again. Each record is read at its first use. It is kept without its curve and its
+    results per item, which take most of the memory and which no design uses. Iteration and length cover all
+    records of the store, also those that are not settled; no design uses them.
 
     Args:
         store: The records.

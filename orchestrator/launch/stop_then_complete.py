@@ -60,7 +60,7 @@ def run_early_stopping_comparison(experiment: Experiment, options: EarlyStopping
         check=lambda context, study, requested: _refuse_unusable_results(options, early_name, requested),
     )
     if experiment.request.preflight is not None:
-        return code  # the second study needs the same
+        return code  # the second study has the same requirements
     if code == 0 and not options.plan:
         early_choice = selection.load_or_make_choice(
             options.output / early_name, EarlyStoppingChoice, lambda: _current_choice(options, early_name)

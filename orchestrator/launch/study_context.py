@@ -187,7 +187,7 @@ def resolve_study(
 def _check_before_pretraining(
     options: StudyOptions, resolved: Sequence[ResolvedOptions], store: Store
 ) -> None:
-    """Check what can be known without the base models, before one of them is pretrained or fetched."""
+    """Check everything that needs no base model, before one is pretrained or fetched."""
     for each in resolved:
         if model_catalogue.find_content(each.model, store.bases) is None:
             runtime.check_start()
@@ -266,10 +266,13 @@ def _study_name(
     sources: Sequence[Source],
     console: Console,
 ) -> str:
-    """Return the name of the study, which is not that of a study of other files of the same names.
+    """Return the name of the study.
+
+    If the study of the usual name has different files under the names of this run's files, a hash of the
+    paths is added to the name.
 
     Raises:
-        UsageError: --study names a study of other files.
+        UsageError: --study names such a study.
     """
     name = options.study or _default_name(experiment, options, resolved)
     study = StudyFile.read(options.study_folder(name))
@@ -321,9 +324,9 @@ def _check_untrained(
     templates: Sequence[Configuration],
     store: Store,
 ) -> None:
-    """Check that Ray can start, and that the variants fit of which the design trains something, now or later.
+    """Check that Ray can start, and that the variants that the design may train fit the base model.
 
-    Nothing is checked if nothing is trained.
+    Nothing is checked if nothing is left to train.
     """
     records = SettledRecords(store, options.scheduler)
     outline, requested = design.outline(), design.request(records)

@@ -221,7 +221,7 @@ class _Collector:
         """Remove the checkpoints of lanes that a killed `export` was training again."""
         for folder in (path for study, _ in studies for path in study.glob(f"{EXPORT_PREFIX}*")):
             is_new = self.now - _stat(folder, "st_mtime") < self.older_than
-            # A look at the lock changes its time, which is therefore not taken for one of the export.
+            # `is_locked` changes the time of the lock file, so that time says nothing about the export's age.
             if is_new or self._is_recent(folder / "checkpoints") or scratch.is_locked(folder / "lock"):
                 self._skip(IN_USE, folder)
             else:

@@ -89,7 +89,7 @@ class Source:
 
 
 def data_warnings(sources: Iterable[Source]) -> list[str]:
-    """Return what is wrong with the data of sources, one line each, the worst of each task first."""
+    """Return the warnings of all sources, one line each; for each task, the worst comes first."""
     return [f"{source.title or source.name}: {text}" for source in sources for text in source.warnings]
 
 
@@ -218,7 +218,7 @@ class StudyFile:
 
 
 def record_look(folder: Path, replicates: int) -> None:
-    """Add a look to the study in a folder, unless it is running: its own report then adds the look.
+    """Add a look to the study in a folder. A running study is left alone, because its own report adds it.
 
     Args:
         folder: The folder of the study.

@@ -131,7 +131,7 @@ def _entries(root: Any, path: Path, titles: Collection[str]) -> Iterator[tuple[A
         is_group = key.value.removesuffix(" options") in titles
         if is_group and isinstance(value, yaml.MappingNode):
             yield from _entries(value, path, ())  # a group holds no group, not even itself
-        elif not (is_group and value.tag == _NULL):  # a group whose options are all taken away
+        elif not (is_group and value.tag == _NULL):  # a group without any option has the value null
             yield key, value
 
 

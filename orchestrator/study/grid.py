@@ -33,9 +33,10 @@ def training_order(configurations: Iterable[Configuration], lanes_per_group: int
     """Return configurations in training order.
 
     They are trained in blocks of one variant and task. A block is the smallest number of full lane groups
-    that holds all rates of a seed; only the last block of a variant may be smaller. Blocks with the first
-    seeds come first. The rates of a seed are shuffled in a fixed way, because early stopping keeps most of a
-    small grid if the rates ascend. Variants are not mixed, because lane groups would then be nearly empty.
+    that holds all rates of a seed. Only the last block of a variant may be smaller. Blocks with the first
+    seeds come first. The rates of a seed are shuffled deterministically, because early stopping would stop
+    few lanes of a small grid in ascending order. Variants are not mixed, because lane groups would then be
+    nearly empty.
 
     Args:
         configurations: The configurations of a study.

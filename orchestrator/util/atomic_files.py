@@ -273,7 +273,7 @@ def remove_created_folders(*folders: Path, after: type[BaseException] | None = N
 
     Args:
         *folders: An output folder and a store. Their parents and the folders in them are removed, too.
-        after: Remove them after this error only; None: in any case.
+        after: Type of the error after which the folders are removed; None to remove them in any case.
     """
     paths = [each for folder in map(Path.absolute, folders) for each in (folder / "records", folder)]
     paths += [parent for path in paths for parent in path.parents]

@@ -8,9 +8,9 @@ from orchestrator.util.errors import UsageError
 
 
 def install_hint(extra: str) -> str:
-    """Return the command that installs an extra.
+    """Return the command that installs an extra from the clone of this project.
 
-    It names the clone, because this project is on no package index, where anyone could take its name.
+    The project is on no package index, so a package of this name there would be someone else's.
 
     Args:
         extra: Name of the extra in pyproject.toml, such as "wandb".

@@ -65,10 +65,11 @@ class LoRA(api.Variant):
         return 2 * settings.rank if self.subtracts_start else settings.rank
 
     def prepare(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
-        """Return A and s B as "A" and "sB" (`round_once`), or in training A, B and s as "A", "B" and "scale".
+        """Return the tensors of a forward pass: in training "A", "B" and "scale", otherwise "A" and "sB".
 
-        Frozen copies are returned as "A0" and "B0" in training. There s B is computed in both passes, so that
-        it is not kept between them. The same holds for the larger factors that A0 and B0 need.
+        "scale" is s, and "sB" is s B. In training, frozen copies are returned as "A0" and "B0". The forward
+        and the backward pass then each compute s B and the larger factors that contain A0 and B0, so that
+        these are not kept between the passes. Otherwise the tensors are rounded by `round_once`.
         """
         if not torch.is_grad_enabled():
             a, b = pad_rank_one(*self.factors(params, layer))
@@ -83,7 +84,8 @@ class LoRA(api.Variant):
     def round_once(self, prepared: api.Params, layer: api.FrozenLayer) -> api.Params:
         """Return prepared tensors in the frozen layer's dtype, to which each product would round them.
 
-        A class whose forward pass is its own, and may compute in the lanes' dtype, gets them unchanged.
+        They are returned unchanged in training, and for a subclass with a forward pass of its own, which may
+        compute in the lanes' dtype.
         """
         if torch.is_grad_enabled() or not self.includes_base(layer):
             return prepared

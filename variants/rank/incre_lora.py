@@ -93,7 +93,7 @@ class IncreLoRA(LoRA):
 
     def factors(self, params: api.Params, layer: api.FrozenLayer) -> tuple[Tensor, Tensor]:
         ranks = params[api.RANK_MASK].sum(-2, keepdim=True) + 1e-5
-        # The E of a reserve has no gradient, so neither the clipping nor the importance contains it.
+        # E gets no gradient in reserve ranks, so neither the clipping nor the importance includes them.
         e = torch.where(params[api.RANK_MASK] > 0, params["E"], params["E"].detach())
         # `scaling` divides by `rank`, but s by the present rank.
         return params["A"] * (e * params["live"] * (layer.settings.rank / ranks)), params["B"]
@@ -120,7 +120,7 @@ class IncreLoRA(LoRA):
         views, settings = list(lane.layers.values()), lane.settings
         for view in views:
             _restep(lane, view)
-        before = lane.step - 1  # the authors count the steps before this one
+        before = lane.step - 1  # as in the authors' code, the current step is not counted
         budget = self.rank_budget(len(views), settings, before, lane.total_steps)
         if before == 0 or budget > self.rank_budget(len(views), settings, before - 1, lane.total_steps):
             self._add_triplets(views, budget, settings)

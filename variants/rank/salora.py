@@ -111,8 +111,8 @@ def _draw_noise(random: api.LayerRandom, like: Tensor) -> Tensor:
 
 
 def _gate(location: Tensor) -> Tensor:
-    # In float64: on a CPU, PyTorch computes the last values of a tensor by another exp than the others. In
-    # float32 the gate of a lane would depend on the number of lanes.
+    # On a CPU, PyTorch computes the last values of a tensor by another implementation of exp than the others.
+    # In float32 the gate of a lane would therefore depend on the number of lanes.
     return ((location.double() / TAU).sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1).to(location.dtype)
 
 

@@ -255,8 +255,8 @@ def find_fault(variant: Variant, settings: VariantSettings) -> str:
         settings: Valid settings of its lanes.
 
     Returns:
-        A clause with the line in the variant's file and the error; empty if all went well, and if the variant
-        supports no such layer.
+        A clause with the line in the variant's file and the error. It is empty if there was no error, or if
+        the variant does not support the layers of the small model.
     """
     size = 64 * max(1, -(-2 * settings.rank // 64))
     case = Case("trial", model="headed", out_features=size, in_features=2 * size, bias=True)

@@ -44,8 +44,8 @@ class Tuning:
     edges: tuple[str, ...]
     """The hyperparameters whose chosen value is at an edge of the tried values, see `TuningResult.edges`."""
     nothing_learned: bool
-    """True if even the chosen run is no better than the untrained base or a constant answer. `run_labels`
-    does not call it collapsed if its rate is below the best one of all replicates."""
+    """True if even the chosen run is no better than the untrained base or a constant answer. Such a run may
+    be labelled usable: `run_labels` labels no run as collapsed below the best rate of all replicates."""
 
     @property
     def is_usable(self) -> bool:

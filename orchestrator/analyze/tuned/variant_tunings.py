@@ -68,9 +68,10 @@ def chosen_test(tuning: Tuning) -> float:
 def outlying_differences(row: VariantRow, baseline: VariantRow, margin: float) -> dict[int, float]:
     """Return the differences from the baseline that lie far from the others, by replicate.
 
-    A difference lies far off if its distance from the median of the others is more than the margin, and more
-    than `OUTLYING` of their standard deviations, estimated as 1.4826 times the median absolute deviation.
-    With fewer than `MIN_FOR_OUTLIERS` replicates there are none, because normal noise has them too often.
+    A difference is an outlier if its distance from the median of the others is more than the margin and more
+    than `OUTLYING` standard deviations. The standard deviation of the others is estimated as 1.4826 times
+    their median absolute deviation. With fewer than `MIN_FOR_OUTLIERS` replicates none is returned, because
+    normally distributed noise would exceed these limits too often.
     """
     base = {t.replicate: chosen_test(t) for t in baseline.tunings if t.is_usable}
     own = {t.replicate: chosen_test(t) for t in row.tunings if t.is_usable and t.replicate in base}

@@ -34,9 +34,9 @@ class PreflightCheck:
 
     options: StudyOptions
     tasks: Sequence[str]
-    """Tasks of the experiment, where the options name none."""
+    """Tasks of the experiment, used if the options name none."""
     variants: Sequence[str]
-    """Variants of the experiment, where the options name none."""
+    """Variants of the experiment, used if the options name none."""
     passed: bool = True
     """True as long as no check has failed."""
     store: Store = field(init=False)

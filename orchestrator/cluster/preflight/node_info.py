@@ -48,27 +48,30 @@ class GpuState:
     """Whether torch can use a node's GPUs."""
 
     versions: str
-    """Versions of the NVIDIA driver and of torch, for people."""
+    """Versions of the NVIDIA driver and of torch, as a text for the user."""
     fault: str
     """The reason for which torch cannot use the GPUs; empty if it can."""
 
 
 def look_for_gpus(driver: str | None = None) -> GpuState | None:
-    """Let torch look for this node's GPUs; None if the node has no NVIDIA driver.
+    """Find out whether torch can use this node's GPUs.
 
     Args:
         driver: Version of the driver; None to read it.
+
+    Returns:
+        The result; None if the node has no NVIDIA driver.
     """
     driver = provenance.package_versions().get("cuda_driver") if driver is None else driver
     if not driver:
         return None
-    # A process of its own: Ray hides the GPUs from an actor that reserves none.
+    # In a process of its own, because Ray hides the GPUs from an actor that reserves none.
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     program = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     torch, cuda, available = done.stdout.split() if done.returncode == 0 else ("?", "?", "False")
-    # torch warns of the cause, and Python prints the line of code after the warning.
+    # torch reports the cause as a warning. Python prints an indented line of code after a warning.
     lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("  ")]
     reason = lines[-1].rpartition("Warning: ")[2] if lines else "it finds none"
     if cuda == "None":

@@ -92,7 +92,7 @@ def check_drivers(states: Mapping[str, GpuState | None]) -> str:
     """Check that torch can use the GPUs of every node that has an NVIDIA driver.
 
     Args:
-        states: Node address -> what torch says of the node's GPUs; None without a driver.
+        states: Node address -> result of `look_for_gpus` on the node.
 
     Returns:
         The text of the check's line; empty if no node has a driver.

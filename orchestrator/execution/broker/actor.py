@@ -196,9 +196,9 @@ class Broker:
             reports of lanes, and lines; "counts": the number of lanes in each phase and of live trainers;
             "steps_taken": the optimizer steps of each trainer; "hung": the names of hung trainers;
             "excluded_devices": excluded device -> reason; "holders": the names of the trainers that keep such
-            devices reserved; "max_lanes" and "usable_lanes": for each trainer that has told its limit, the
-            number of lanes that it can hold, and that a search may keep unfinished for it;
-            "abort_reason": the reason why no more trainers should be started, or "".
+            devices reserved; "max_lanes": for each trainer that has reported its limit, the number of lanes
+            that it can hold; "usable_lanes": for each of these trainers, the number of lanes that a search
+            may keep unfinished; "abort_reason": the reason why no more trainers should be started, or "".
         """
         self.core.tick(self.clock())
         devices = self.core.failure_policy.devices

@@ -118,10 +118,12 @@ def assign_starved_groups(
 ) -> None:
     """Let trainers drain for lanes that have waited longer than STARVATION_SECONDS.
 
-    A group key that no trainer serves gets a trainer to which no lane came for as long, and for whose group
-    key none waits: its lane group is as full as it gets. A suspect that may not join a lane group gets any
-    trainer. Of several trainers, the one with the fewest lanes is drained. A group key whose lanes fail in a
-    row gets no trainer.
+    A draining trainer gets no lanes until its lane group is empty, and then serves another group key. For a
+    suspect, which may not join a lane group, any trainer may be drained. For any other lane, a trainer may be
+    drained if it has leased no lane for STARVATION_SECONDS and no lane with its own group key waits, so that
+    its lane group cannot become fuller. None is drained if a trainer serves the lane's group key, or after
+    MAX_GROUP_FAILURES failures in a row of this group key. Of the possible trainers, the one with the fewest
+    lanes is drained.
 
     Args:
         entries: All lanes that have not ended.

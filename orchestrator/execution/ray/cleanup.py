@@ -33,16 +33,16 @@ ProcessIdentity = tuple[int, float]
 
 
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
-"""Form of the longest path of a socket of Ray's in the temporary folder."""
+"""Form of the longest path that Ray gives to a socket, relative to the temporary folder."""
 MAX_SOCKET_BYTES = 107
-"""Length of the longest path of a socket on Linux."""
+"""The largest number of bytes in the path of a socket on Linux."""
 
 
 def check_temporary_folder() -> None:
     """Check that Ray can use the temporary folder that the environment names.
 
     Raises:
-        UsageError: It cannot.
+        UsageError: The folder cannot be written, or its path is too long for Ray's sockets.
     """
     name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(each)), "")
     folder = os.environ.get(name, "")

@@ -94,9 +94,10 @@ def _multiply(uses_gpu: bool) -> str:
 
 
 def allocate_first(allocate: Callable[[], object]) -> None:
-    """Make this process's first allocation on its GPU, a second time without expandable segments if it fails.
+    """Make this process's first allocation on its GPU. If it fails, retry it without expandable segments.
 
-    vGPUs, and MIG slices that no variable names, report the lack of these segments by several errors.
+    Some virtual GPUs and MIG slices do not support these segments. The environment does not always name such
+    a slice, and torch reports the missing support by several different errors.
     """
     import torch
 

@@ -93,10 +93,12 @@ class TrainerSpec:
 
 
 def has_expandable_segments(environment: Mapping[str, str]) -> bool:
-    """Return whether GPU memory can be allocated in expandable segments: not on MIG slices, nor under WSL2.
+    """Return whether torch can allocate GPU memory in expandable segments.
+
+    It cannot on MIG slices and under WSL2.
 
     Args:
-        environment: The environment variables, which name the slices.
+        environment: The environment variables. Those that choose GPUs may name MIG slices.
     """
     is_wsl = KERNEL_RELEASE.exists() and "microsoft" in KERNEL_RELEASE.read_text("utf-8").lower()
     return not (is_wsl or names_mig_slice(environment))

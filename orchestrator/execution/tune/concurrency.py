@@ -35,18 +35,20 @@ def trial_limits(
 ) -> tuple[int | None, int]:
     """Return the number of concurrent trials (None for no limit), and the bytes that each reserves in Ray.
 
-    The number is that of the lanes of all trainers, plus one for each trainer: when a lane ends, the lane of
-    the additional trial replaces it at once, while Tune starts the next trial in the free process. A search
-    adds none, since a trial that waits was suggested without the results of the lanes that are in training.
+    The number of trials is the number of lanes of all trainers, plus one for each trainer. When a lane ends,
+    the lane of the additional trial replaces it at once, while Tune starts the next trial in the free
+    process. A search has no additional trials, because a waiting trial was suggested without the results of
+    the lanes in training.
 
-    The number follows `capacities`. A trainer that is not there yet counts with `TrainerSpec.expected_lanes`.
-    In a grid on this machine alone it counts with one trial, because the processes of more trials would delay
-    its start.
+    The lanes of a trainer are those in `capacities`. A trainer that has not reported its limit counts with
+    `TrainerSpec.expected_lanes`. In a grid on this machine alone, such a trainer counts with one trial,
+    because the processes of more trials would delay its start.
 
-    The trial processes together may use half of the memory that Ray manages, also on nodes that an autoscaler
-    may start; the other half is for trainers. An elastic pool on a joined cluster grows only if lanes wait.
-    Its limit is therefore that of twice its trainers, of the trainers for which an autoscaler may start
-    nodes, or of `MIN_AUTOSCALED_TRAINERS` with GPUs, whichever is largest.
+    All trial processes together may use half of the memory that Ray manages, including the memory of nodes
+    that an autoscaler may start. The other half is for trainers. An elastic pool on a joined cluster grows
+    only if lanes wait, so its limit is computed for more trainers than it has. Their number is the largest of
+    twice its trainers, the trainers for which an autoscaler may start nodes, and, with GPUs,
+    `MIN_AUTOSCALED_TRAINERS`.
 
     Hyperband pauses a trial until all trials of its bracket have reached the same evaluation, and Tune's
     limit counts paused trials. Under Hyperband the number is therefore None, and the reserved bytes limit the
@@ -57,9 +59,9 @@ def trial_limits(
         cluster: The nodes, with their memory.
         scheduler: The name of the scheduler.
         is_search: True if trials are suggested by a search.
-        capacities: For each trainer that has told its limit, the number of lanes that it can hold; in a
-            search, the number that may be kept unfinished for it, see `count_usable_lanes` in
-            `broker/assignment.py`.
+        capacities: For each trainer that has reported its limit, the number of lanes that it can hold. In a
+            search, it is the number of lanes that may be unfinished for the trainer; see
+            `count_usable_lanes` in `broker/assignment.py`.
     """
     num_trainers = pool.num_trainers
     if pool.elastic and not cluster.local:

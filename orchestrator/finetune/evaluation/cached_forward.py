@@ -146,7 +146,8 @@ class CachedForward:
         try:
             self._graph = CapturedStep(self._call, ids, mask, positions)
         except RuntimeError as error:
-            # The end of a capture in which memory has run out may raise an error of its own.
+            # If memory runs out during a capture, ending the capture may raise a second error. The first
+            # error is then its context.
             for one in (error, error.__context__):
                 if one is not None and classify_error(one) is Fault.MEMORY:
                     raise one from None

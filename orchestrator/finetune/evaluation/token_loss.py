@@ -41,8 +41,8 @@ def compute_objective(
         labels: Token ids, (N,).
         weights: The weight of each target's loss, (N,).
         lane_counts: The number of targets of each lane, one lane after the other.
-        uses_liger: Whether Liger's kernel computes losses and gradients, which reads and writes the logits in
-            place. Results differ by rounding.
+        uses_liger: Whether Liger's kernel computes losses and gradients. The kernel replaces the logits in
+            place by the gradient with respect to them. Results with and without it differ by rounding.
 
     Returns:
         The sum, a scalar with a gradient, and the losses in nats, (N,), in float32 or float64.
@@ -106,7 +106,10 @@ class _FrozenCrossEntropy(torch.autograd.Function):
 
 
 class _LigerCrossEntropy(_FrozenCrossEntropy):
-    """The same by Liger's kernel, whose gradients are multiplied with the weights after the product."""
+    """`compute_objective` by Liger's kernel.
+
+    The kernel knows no weights, so the gradients are multiplied by the weights after the matrix product.
+    """
 
     @staticmethod
     def forward(
@@ -127,13 +130,15 @@ class _LigerCrossEntropy(_FrozenCrossEntropy):
 
 
 def _run_liger(logits: Tensor, labels: Tensor, losses: Tensor, has_gradients: bool) -> None:
-    """Launch Liger's kernel; its own wrapper lets the host wait for the GPU, to check the labels.
+    """Launch Liger's kernel without Liger's wrapper.
+
+    The wrapper checks the labels, for which the host would wait for the GPU.
 
     Args:
         logits: (n, vocabulary); replaced by softmax - one-hot label if `has_gradients`.
         labels: (n,).
-        losses: The cross-entropies, (n,) float32, which are written.
-        has_gradients: Whether the gradient of the logits is needed.
+        losses: The tensor that receives the cross-entropies, (n,) float32.
+        has_gradients: Whether the gradient with respect to the logits is needed.
     """
     import triton
     from liger_kernel.ops import cross_entropy as liger
@@ -164,7 +169,12 @@ def _run_liger(logits: Tensor, labels: Tensor, losses: Tensor, has_gradients: bo
 
 
 def _chunks(lane_counts: Sequence[int], is_even: bool = False) -> Iterator[slice]:
-    """Yield the rows of each chunk, with `is_even` in nearly equal parts."""
+    """Yield the rows of each chunk, which has targets of one lane only.
+
+    Args:
+        lane_counts: The number of targets of each lane.
+        is_even: Whether the chunks of a lane have nearly equal sizes; otherwise all but the last are full.
+    """
     start = 0
     for count in lane_counts:
         size = -(-count // -(-count // CHUNK_TARGETS)) if is_even and count else CHUNK_TARGETS

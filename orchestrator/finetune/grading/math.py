@@ -46,7 +46,8 @@ _NUMBER = re.compile(
 _RANGE = re.compile(
     rf"^\D*\bbetween\s+[-$]*{_DIGITS}[^,;:\d]*\s+and\s+[-$]*{_DIGITS}[^,;:\d]*[,;:]", re.IGNORECASE
 )
-"""What is left out of a statement if a number follows: in "between 10 and 20, so 15" the answer is 15."""
+"""The part of a statement that is ignored if a number follows: in "between 10 and 20, so 15" the answer is
+15."""
 _NEXT_QUESTION = re.compile(r"^[#* \t]*(?:question|problem|q)\b[ \d*]*[:.]", re.IGNORECASE | re.MULTILINE)
 _WITH_UNIT = re.compile(
     r"(\$?\s*[-\d.,]+)\s*(?:sq\.? |square |cubic )?(?:[a-zA-Z]{2,}| m)\s*\^\s*\{?[23]\}?\s*\$?"
@@ -69,8 +70,8 @@ def extract_answer(text: str) -> str:
     r"""Return the answer in a text: a number or an expression, empty if there is none.
 
     The answer is the value in the last \boxed{...} or after the last "####" or "answer is", whichever comes
-    later. If there is no such value, the answer is the text itself if it is a formula, else its last number.
-    What follows is not examined if the text states an answer and continues with a question of its own.
+    later. Without such a value, the answer is the text itself if it is a formula, else its last number.
+    If a model states an answer and then adds a question of its own, the text from the question on is ignored.
 
     Args:
         text: The text.

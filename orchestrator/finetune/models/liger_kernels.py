@@ -26,8 +26,8 @@ FAMILIES = (
 KERNELS = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True}
 """Liger's kernels that are used, as far as Liger has them for a model."""
 LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-"""Liger's losses. They stay off: they would replace the model's `forward`. Lanes have their own losses, which
-launch the kernel of Liger's cross-entropy (`evaluation/token_loss.py`)."""
+"""Liger's losses. They are off, because they would replace the model's `forward`. Lanes have losses of their
+own, which launch the kernel of Liger's cross-entropy (`evaluation/token_loss.py`)."""
 REMEDY = "take --kernels torch"
 """What to do where Liger cannot be used."""
 
@@ -36,7 +36,9 @@ COMPILER_REMEDY = f"install gcc and python3-dev (Python.h) on every node, or {RE
 
 
 def check_liger(family: str, name: str) -> None:
-    """Check that Liger can be compiled here and knows a model, without importing it (this needs no GPU).
+    """Check that Liger's kernels can be compiled on this machine and that Liger supports a model.
+
+    Liger is not imported, and no GPU is needed.
 
     Args:
         family: The `model_type` in the model's config.json.
@@ -59,10 +61,10 @@ def check_liger(family: str, name: str) -> None:
 
 
 def check_compiler() -> None:
-    """Check that this machine has what Triton compiles a library with, before it launches its first kernel.
+    """Check that this machine has a C compiler and Python.h, with which Triton builds its kernel launcher.
 
     Raises:
-        UsageError: It has no C compiler, or no Python.h.
+        UsageError: One of them is missing.
     """
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
@@ -77,7 +79,8 @@ def launch_kernel(device: Any) -> None:
     """Launch one of Liger's kernels on a device.
 
     Raises:
-        UsageError: It cannot be compiled or launched. That is the machine's fault, and not that of a lane.
+        UsageError: It cannot be compiled or launched. Its `fault` is `Fault.DEVICE`, because the cause is the
+            machine and not a lane.
     """
     import torch
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
@@ -85,7 +88,7 @@ def launch_kernel(device: Any) -> None:
     ones = torch.ones(1, 8, device=device)
     try:
         LigerSiLUMulFunction.apply(ones, ones)
-    except Exception as error:  # of the compiler, of Triton, of the driver
+    except Exception as error:  # the compiler, Triton and the driver raise various types
         if classify_error(error) is Fault.MEMORY:
             raise
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

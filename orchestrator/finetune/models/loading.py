@@ -33,10 +33,11 @@ before the model can be checked."""
 def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device, task: Task) -> BaseModel:
     """Load a base model: as a language model, or with a head for a task that needs one.
 
-    The linear layers of a head are zero, so every class has the same logit before training. Of CLIP, an image
-    task gets only the image tower, whose head reads the mean of the patches. Attention is transformers'
-    default: PyTorch's scaled dot product where the architecture has it. On a CPU a row's result then does not
-    depend on the other rows (to the bit with enough rows: `variants/batch_invariant.py`).
+    The linear layers of a head are zero, so every class has the same logit before training. An image task
+    gets only the image tower of CLIP, whose head reads the mean of the patches. Attention is transformers'
+    default, which is PyTorch's scaled dot product where the architecture supports it. On a CPU, a row's
+    result then does not depend on the other rows. `variants/batch_invariant.py` says how many rows are needed
+    for this to hold exactly.
 
     Args:
         choice: The model and its dtype.
@@ -249,7 +250,7 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
 
 
 def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
-    """Return what a model reads; an empty text if that is not known before it is here.
+    """Return the kind of a model's inputs; an empty text if it is unknown, as before a model is fetched.
 
     Args:
         choice: The model, which may be unprepared.
@@ -263,7 +264,7 @@ def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
         return ""
     try:
         kind = type(read_config(choice, root))
-    except Exception:  # `build_meta_model` says what is wrong with the configuration
+    except Exception:  # `build_meta_model` reports what is wrong with the configuration
         return ""
     if kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return "image"

@@ -56,7 +56,7 @@ def check_attach(configurations: Sequence[Configuration], task: Task, bases: Pat
 
 
 def check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
-    """Check that a base model reads what a task has, as far as that is known without its weights.
+    """Check that a base model can read a task's inputs, as far as that is known without its weights.
 
     Args:
         model: The base model, which may be unprepared.
@@ -64,8 +64,8 @@ def check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
         bases: The store's folder of base models.
 
     Raises:
-        UsageError: One has images and the other texts, or the small base of a task lacks the words or the
-            image size of a user's data.
+        UsageError: The model reads images and the task has texts, or the reverse; or the model is the small
+            base of another task and lacks the words or the image size of the user's data.
     """
     if model.name == getattr(task, "default_model", None):
         return
@@ -86,7 +86,7 @@ def check_inputs(model: ModelChoice, task: Task, bases: Path) -> None:
 
 
 def _find_unread_example(base: PretrainedTask, task: Task) -> str:
-    """Return why the small base model of a task cannot read one of the first examples; empty if it can."""
+    """Return why a small base model cannot read the first examples of another task; empty if it can."""
     examples = task.examples("train", 20)
     if task.inputs == "text":
         try:

@@ -22,7 +22,8 @@ from variants.traits import AdaptationScope
 from variants.variant_names import FILE_SUFFIX, PEFT_PREFIX, canonical_name
 
 MAX_TRIED_RANK = 64
-"""The largest rank of a trial on a small layer, whose sides are at least twice the rank."""
+"""The largest rank with which `_try_variant` tries a variant. It keeps the layer small, whose sides are at
+least twice the rank."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,10 @@ def load_variants(typed_names: Sequence[str]) -> tuple[str, ...]:
 def _try_variant(name: str, options: StudyOptions) -> None:
     """Let a variant from outside this project train a small layer for one step.
 
+    An error is then found before a base model is made and trainers are started.
+
     Raises:
-        UsageError: It fails, as it would in a study, after a base model was made and trainers were started.
+        UsageError: The variant fails.
     """
     if name in catalogue.built_in_names() or name.startswith(PEFT_PREFIX):
         return
@@ -201,7 +204,7 @@ def _try_variant(name: str, options: StudyOptions) -> None:
     try:
         settings = variant.validate_settings(settings)
     except ValueError:
-        return  # `find_settings_error` says so, with the values of --set
+        return  # `find_settings_error` reports it, with the values of --set
     if fault := find_fault(variant, settings):
         raise UsageError(
             f"--variants: {variant.source_path or name!r} fails in its first step on a small layer: {fault}; "

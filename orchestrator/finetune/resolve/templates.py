@@ -70,12 +70,12 @@ def build_configuration_templates(
         checks_fit: Whether `check_fit` is called here.
 
     Returns:
-        Configurations that are complete except for the learning rate and the seed, and for what a search
-        varies.
+        Configurations that are complete except for the learning rate, the seed, and the hyperparameters that
+        a search varies.
 
     Raises:
-        UsageError: A setting is impossible for a variant, the model or the task; in a search also where only
-            a corner of the space is impossible.
+        UsageError: A setting is impossible for a variant, the model or the task. In a search, this includes
+            the settings at every corner of the space.
     """
     task, defaults = resolved.task, resolved.task.defaults
     options = fill_accumulation(options, task)
@@ -176,8 +176,9 @@ def check_fit(
 ) -> None:
     """Check that variants accept their settings, and that they fit the base model, as far as it is available.
 
-    This imports torch and builds the model without weights, which takes seconds. What has passed is not
-    checked again by the same program, unless code from elsewhere or the machine decides it.
+    The check imports torch and builds the model without weights, which takes seconds. A check that succeeds
+    is therefore cached. It is not cached if its result depends on code from outside this project or on the
+    machine.
 
     Args:
         templates: Configurations of one task, from `build_configuration_templates`.

@@ -31,8 +31,8 @@ SPLIT_NAMES: Mapping[str, str] = {
 }
 """The usual names of splits, in lower case -> the split."""
 _PART = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?(?=\.[^.]+$)")
-"""The number of a part, and of all parts, in the name of a file: "train-00000-of-00002.parquet". Older
-datasets of the hub have a hash behind it."""
+"""The number of a part and the number of all parts in the name of a file: "train-00000-of-00002.parquet". In
+older datasets of the hub, a hash follows."""
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -60,9 +60,9 @@ class SourceRows:
 
     Args:
         rows: The rows of all splits.
-        ignored: What was not read: data files of a folder, kinds of files in a folder of images, splits of a
-            dataset of the hub. The names are for readers.
-        names: The names of the files, folders or splits of the hub that were read, by their split.
+        ignored: What was not read, for messages: data files of a folder, kinds of files in a folder of
+            images, splits of a dataset of the hub.
+        names: Split -> names of the files, folders or splits of the hub from which its rows were read.
     """
 
     rows: Sequence[DataRow]
@@ -204,7 +204,7 @@ def _visible_folders(folder: Path) -> list[Path]:
 
 
 def _files_with_splits(folder: Path) -> dict[Path, str | None]:
-    """Return the data files of a folder with the split that is their name, None for other names."""
+    """Return the data files of a folder, each with the split that its name says, or None."""
     files = filter(data_files.is_data_file, _visible_entries(folder))
     return {each: SPLIT_NAMES.get(Path(_PART.sub("", each.name)).stem.lower()) for each in files}
 

@@ -103,7 +103,7 @@ class Task(TextEncoder):
     content: str = ""
     """See `TaskChoice.content`."""
     warnings: Sequence[str] = ()
-    """What is wrong with a user's data, one line each, the worst first. It is known after `revision`."""
+    """What is wrong with a user's data, one line each, the worst first. `revision` sets it."""
     title: ClassVar[str]
     metric: ClassVar[str] = "exact_match"
     floor: ClassVar[float]

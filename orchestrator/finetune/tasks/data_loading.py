@@ -104,14 +104,14 @@ def load_task(request: DataRequest, name: str | None = None) -> DataTask:
     task = DataTask.from_spec(spec, splits, request.source if is_hub else os.path.abspath(request.source))
     task.ignored_sources = tuple(ignored)
     task.split_origins = {"train": request.name, **origins} if origins else {}
-    is_given = any(each.split for each in examples)  # splits that are made by a hash share no inputs
+    is_given = any(each.split for each in examples)  # splits made by hashing the inputs share none
     overlaps = find_overlaps(task.used_examples(), name) if is_given else ()
     task.warnings = [*overlaps, *task.find_contradictions()]
     return task
 
 
 def _split_origins(source: SourceRows) -> dict[Split, str]:
-    """Return the files that name each split of --data; empty if there are none."""
+    """Return split -> name of its first file in --data and the number of others; empty without such files."""
     names = {split: own for split in SPLITS if (own := source.names.get(split))}
     return {split: own[0] + (f" and {len(own) - 1} more" if own[1:] else "") for split, own in names.items()}
 
@@ -134,9 +134,9 @@ def _add_held_out_data(
     output: Output,
     origins: dict[Split, str],
 ) -> list[str]:
-    """Append the examples of --validation-data and --test-data, which get that split.
+    """Append the examples of --validation-data and --test-data to their split.
 
-    A source with rows in that split gives these rows, any other source all of its rows.
+    If a source has rows in that split, only these are appended. Otherwise all of its rows are.
 
     Args:
         examples: The examples of --data.

@@ -110,9 +110,9 @@ class DataTask(Task):
 
     grade_at = "last_evaluation"
     ignored_sources: tuple[str, ...] = ()
-    """The files in the user's folders and the splits on the hub that were not read, for readers."""
+    """The files in the user's folders and the splits on the hub that were not read, for messages."""
     split_origins: Mapping[Split, str] = {}
-    """The file of each split, for readers; empty if no file names one."""
+    """Split -> name of its file, for messages; empty if no file is named after a split."""
 
     def __init__(self, spec: DataSpec, splits: Splits | None = None, source: str = "") -> None:
         self.spec, self.splits = spec, splits
@@ -128,7 +128,7 @@ class DataTask(Task):
             labels=spec.labels,
             max_new_tokens=spec.max_new_tokens,
             defaults=spec.defaults,
-            # The grader of numbers has changed once; see the numerics of `MetaMathQA`.
+            # The grader of numbers has version 2; see the numerics of `MetaMathQA`.
             numerics=type(self).numerics + (spec.metric == "numeric"),
         )
 
@@ -166,8 +166,8 @@ class DataTask(Task):
     def describe(self) -> str:
         """Return a line that describes the data as they were read.
 
-        It has the columns, the rows of each split that are used by default and the files that they are from,
-        the classes with their rows, the metric, and what was not read.
+        It has the columns, the number of rows of each split that are used by default, the files of the
+        splits, the number of classes and of their rows, the metric, and what was not read.
         """
         columns = " ".join(f"{role}={column}" for role, column in self.spec.columns.items())
         words: Mapping[Split, str] = {"train": "training", "validation": "validation", "test": "test rows"}

@@ -143,14 +143,14 @@ def split_evenly(
 
 
 def find_overlaps(examples: Mapping[Split, Sequence[Example]], name: str) -> list[str]:
-    """Return a line for every two splits that share inputs, first the test rows that were trained on.
+    """Return a line for each pair of splits that share inputs; first the pair of test and training rows.
 
     Args:
         examples: The examples of each split.
         name: The name of the task, for the error.
 
     Raises:
-        UsageError: All test rows are training rows.
+        UsageError: All test rows, with their answers, are training rows.
     """
     inputs = {split: [_input(each) for each in own] for split, own in examples.items()}
     found = []

@@ -16,18 +16,17 @@ def hash_code(source: str, path: str) -> str:
 
     Comments, docstrings, blank lines and UNHASHED_ATTRIBUTES are left out, so that another grid of learning
     rates or another title does not make other configurations. Lines inside other strings are hashed as they
-    are. The rest of the source text is hashed, and not its syntax tree, whose text depends on the version of
-    Python.
+    are. The source text is hashed, because the dump of its syntax tree depends on the version of Python.
 
     Args:
         source: The content of the file, with line breaks as `open` reads them.
         path: The path of the file, for the error.
 
     Raises:
-        SyntaxError: The file is no Python.
+        SyntaxError: The file is no valid Python.
         ValueError: The file has a null byte.
     """
-    ast.parse(source, path)  # raises the error of Python, which names the line
+    ast.parse(source, path)  # raises Python's own SyntaxError, which names the line
     lines = source.split("\n")  # as tokenize does; splitlines also splits at form feeds
     in_strings: set[int] = set()  # the lines that end inside a string
     starts: list[int] = []  # the first rows of f-strings, which are several tokens from Python 3.12 on

@@ -140,7 +140,7 @@ def progress_metrics(progress: LaneProgress, timestamp: int, earlier: tuple[int,
     Args:
         progress: The start or the evaluation.
         timestamp: Its time in milliseconds since the epoch.
-        earlier: Step and time of the lane's last progress.
+        earlier: Step and time (milliseconds since the epoch) of the lane's last progress.
     """
     values = run_values.progress_values(progress, timestamp, earlier) if progress.step else []
     return _score_first(values, f"validation_{progress.configuration.task.metric}")

@@ -30,7 +30,8 @@ _TAG_PREFIX = "mlflow.sharedViewState."
 _BASIC_GROUP_KEYS = ("task", "variant", "learning_rate")
 _NOT_GROUPING = ("seed", "model_content", "task_revision")
 _CONTENTS = ("model_content", "task_revision")
-"""Contents of files. They group runs only where nothing else tells two contents apart."""
+"""Parameters that identify contents of files. Runs are grouped by them only if no other key distinguishes the
+contents."""
 _SECTION = "study"
 
 
@@ -41,9 +42,9 @@ def group_keys(runs: Collection[Mapping[str, str]]) -> tuple[str, ...]:
         runs: The parameters of each run: name -> value.
 
     Returns:
-        The variant and the learning rate, the task if there are several, every other hyperparameter in which
-        two runs of one task, variant and learning rate differ, and the contents that files had one after
-        another.
+        The variant and the learning rate; the task if there are several; every other hyperparameter in which
+        two runs of one task, variant and learning rate differ; and the content of a file if it has changed
+        between runs that are otherwise in one group.
     """
     first: dict[tuple[str, ...], Mapping[str, str]] = {}
     varied: dict[str, None] = {}
