@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -47,7 +46,8 @@ def _curve_caveats(c: Curve) -> Iterator[tuple[str, str]]:
     if best.states.get("stopped"):
         yield f"{_STOPPED} rate", ""
     score = best.validation.mean or 0.0
-    better = [p for p in c.points if not p.eligible and (p.validation.mean or -math.inf) > score]
+    left_out = [p for p in c.points if not p.eligible]
+    better = [p for p in left_out if p.validation.mean is not None and p.validation.mean > score]
     if better:
         rates = ", ".join(f"{p.learning_rate:g}" for p in better)
         yield "the seeds that were not stopped early score higher than the choice", f" at {rates}"

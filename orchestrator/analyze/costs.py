@@ -112,7 +112,12 @@ def summarize_costs(
         by_place[places.get(record.fingerprint, other)].append(record)
     rows = [_summarize(place, own, scores.get(place, Estimate(0))) for place, own in by_place.items()]
     known = [row for row in rows if row.runs]
-    return tuple(sorted(known, key=lambda row: (row.title, -(row.score.mean or -math.inf), row.label)))
+
+    def order(row: CostRow) -> tuple[str, float, str]:
+        mean = row.score.mean
+        return row.title, math.inf if mean is None else -mean, row.label
+
+    return tuple(sorted(known, key=order))
 
 
 def _summarize(place: Place, records: Sequence[Record], score: Estimate) -> CostRow:

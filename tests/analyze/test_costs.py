@@ -37,6 +37,11 @@ def test_a_variant_without_a_finished_run_has_no_row() -> None:
     assert [row.variant for row in rows] == ["lora"]
 
 
+def test_a_score_of_zero_stands_between_positive_and_negative_ones() -> None:
+    rows = summarize_curves(study({"lora": ((-0.5,),), "dora": ((0.0,),), "hira": ((0.5,),)})).costs
+    assert [row.variant for row in rows] == ["hira", "dora", "lora"]
+
+
 def test_the_front_has_the_points_that_no_other_dominates() -> None:
     assert pareto_front([1.0, 2.0, 3.0, 4.0], [0.5, 0.4, 0.7, 0.7]) == [0, 2]
     assert pareto_front([2.0, 2.0], [0.5, 0.9]) == [1]
