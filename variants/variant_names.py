@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from itertools import product
 
 PEFT_PREFIX = "peft:"
 """Prefix of the name of one of PEFT's tuners: `peft:LOHA`."""
@@ -49,9 +50,10 @@ def hash_source(source: bytes) -> str:
 
 
 def check_own_imports(source: bytes | str, path: str) -> None:
-    """Check that a user's file imports no module from its own folder.
+    """Check that a user's file imports no module from its own folder or the working folder.
 
     The revision of a variant is a hash of its file alone, so a change of such a module would not be noticed.
+    Python looks for modules in the working folder, too, if it is started with `-m`.
 
     Args:
         source: The content of the file.
@@ -62,7 +64,7 @@ def check_own_imports(source: bytes | str, path: str) -> None:
         SyntaxError: The file is no valid Python.
         ValueError: The file has a null byte.
     """
-    folder = os.path.dirname(path)
+    folders = {os.path.dirname(path): "beside the file", os.getcwd(): "in the working folder"}
     for node in ast.walk(ast.parse(source, path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -70,11 +72,11 @@ def check_own_imports(source: bytes | str, path: str) -> None:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        for name in names:
+        for name, (folder, where) in product(names, folders.items()):
             if _is_beside(name.split("."), folder):
                 raise ImportError(
-                    f"line {node.lineno} imports {name!r}, which lies beside the file; a change there would "
-                    "not be noticed, and other machines lack it: put its code into the file"
+                    f"line {node.lineno} imports {name!r}, which lies {where}; a change there would not be "
+                    "noticed, and other machines lack it: put its code into the file"
                 )
 
 
@@ -83,7 +85,7 @@ def _is_beside(parts: Sequence[str], folder: str) -> bool:
 
     Args:
         parts: The parts of the module's dotted name.
-        folder: The folder of the user's file.
+        folder: The folder of the user's file, or the working folder.
     """
     if parts[0] in ("orchestrator", "variants"):  # the file may be in a clone of this project, which has both
         return False

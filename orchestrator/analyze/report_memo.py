@@ -20,6 +20,8 @@ from variants.source_cache import source_digest
 
 MEMO_FILE = ".report.json"
 _PACKAGES = Path(__file__).parents[1], Path(__file__).parents[2] / "variants"
+# The digest is taken when the program is loaded, because its files may change while a study runs.
+_PROGRAM = [source_digest(package) for package in _PACKAGES]
 _LIBRARIES = ("matplotlib", "mlflow", "numpy", "plotly", "scipy")
 """Libraries that decide the content of a report or of MLflow's runs."""
 
@@ -33,9 +35,10 @@ def digest_inputs(study: StudyFile, store: Store, uri: str, folder: Path) -> str
         uri: MLflow's tracking URI, without secrets.
         folder: The study's folder.
     """
-    code = [source_digest(package) for package in _PACKAGES]
     stamps = sorted(store.stamps())
-    return digest(study, stamps, uri, str(folder), str(store.root), code, [version(n) for n in _LIBRARIES])
+    return digest(
+        study, stamps, uri, str(folder), str(store.root), _PROGRAM, [version(n) for n in _LIBRARIES]
+    )
 
 
 def digest(*values: object) -> str:

@@ -10,8 +10,9 @@ from dataclasses import replace
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
 
-_UPLOAD = re.compile(r".*/uploads/[0-9a-f]{16}/")
-"""Start of the path of a file that `--on` has copied to the head. It contains a digest of the content."""
+_UPLOAD = re.compile(r".*/uploads/[0-9a-f]{16}-([0-9a-f]{8})/")
+"""Start of the path of a file that `--on` has copied to the head. It contains a digest of the content and one
+of the path on the user's machine."""
 
 
 def find_other_files(study: StudyFile, sources: Sequence[Source]) -> list[tuple[Source, Source]]:
@@ -28,6 +29,8 @@ def find_other_files(study: StudyFile, sources: Sequence[Source]) -> list[tuple[
     """
     mine = {source.name: source for source in sources if source.path}
     pairs = [(each, mine[each.name]) for each in _earlier_contents(study, sources)]
+    # Earlier versions wrote no revision of the data, so the content alone says that the file is the same.
+    pairs = [(theirs, own) for theirs, own in pairs if theirs.revision or theirs.content != own.content]
     return [(theirs, own) for theirs, own in pairs if _place(theirs.path) != _place(own.path)]
 
 
@@ -70,7 +73,7 @@ def _earlier_contents(study: StudyFile, sources: Sequence[Source]) -> list[Sourc
 
 def _place(path: str) -> str:
     """Return what identifies a file or folder; for a dataset of the hub, its name."""
-    return _UPLOAD.sub("uploads/", os.path.realpath(path)) if os.path.isabs(path) else path
+    return _UPLOAD.sub(r"uploads/\1/", os.path.realpath(path)) if os.path.isabs(path) else path
 
 
 def _uses(store: Store, fingerprint: str, source: Source, present: set[tuple[str, str]]) -> bool:

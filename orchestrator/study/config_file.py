@@ -88,7 +88,9 @@ def read_config(path: Path, options_class: type[StudyOptions]) -> ConfigFile:
     """
     try:
         is_special = os.path.exists(path) and not path.is_file() and not path.is_dir()
-        if is_special and path.parent != Path("/dev/fd"):  # as in `--config <(command)`
+        # A shell writes `--config <(command)` as a path in one of the two folders.
+        is_open = path.parent in (Path("/dev/fd"), Path("/proc/self/fd")) or path == Path("/dev/stdin")
+        if is_special and not is_open:
             raise UsageError(f"--config {str(path)!r}: is a pipe or a device; name a YAML file.")
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:

@@ -144,6 +144,7 @@ SEARCH: dict[str, Any] = {"search": "optuna"}
         (SEARCH | {"variants": ("lora_plus",), "space": ("lora_plus.ratio=0:16",)}, "ratio"),
         (SEARCH | {"accumulation": 3, "batch_size": 18, "space": ("batch_size=18,20",)}, "accumulation 3"),
         (SEARCH | {"accumulation": 2, "space": ("batch_size=int:8:32",)}, "take a choice of batch sizes"),
+        (SEARCH | {"train_size": 200, "space": ("batch_size=16,512",)}, "512: must be 200 or less"),
         (SEARCH | {"learning_rates": ("1e-3",), "space": ("learning_rate=log:1e-3:1",)}, "take one"),
         (SEARCH | {"sampler": "cma-es", "set": ("learning_rate=1e-3",)}, "nothing numeric"),
         ({"search": "qmc", "learning_rates": ("1e-3",)}, "--search qmc: nothing varies"),

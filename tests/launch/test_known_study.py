@@ -202,10 +202,10 @@ def test_whatever_a_report_is_made_from_is_in_its_digest(
     program = tmp_path / "program"
     program.mkdir()
     (program / "page.html.jinja").write_text("old")
-    monkeypatch.setattr(report_memo, "_PACKAGES", (program,))
 
     def digest(changed: StudyFile = study, uri: str = "sqlite:///a.db", folder: str = "s") -> str:
         source_digest.cache_clear()
+        monkeypatch.setattr(report_memo, "_PROGRAM", [source_digest(program)])
         return report_memo.digest_inputs(changed, store, uri, tmp_path / folder)
 
     first = digest()

@@ -243,6 +243,19 @@ def test_a_file_that_imports_a_module_beside_it_is_refused(mine: Path, line: str
             load(str(mine / file))
 
 
+def test_a_file_that_imports_a_module_of_the_working_folder_is_refused(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m orchestrator` finds modules there, wherever the file lies."""
+    (mine / "work").mkdir()
+    (mine / "work" / "words.py").write_text("number = 1\n")
+    monkeypatch.chdir(mine / "work")
+    for file, load in (("copy_task.py", tasks.load), ("scaled.py", catalogue.load)):
+        (mine / file).write_text(f"from words import number\n{(mine / file).read_text()}")
+        with pytest.raises((UsageError, ValueError), match="'words.number', which lies in the working folder"):
+            load(str(mine / file))
+
+
 def test_modules_of_this_project_and_of_packages_may_lie_beside_a_file(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

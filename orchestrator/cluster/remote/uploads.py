@@ -1,14 +1,16 @@
 """Transfer of a user's files to a cluster's head: data, tasks, variants and model folders.
 
-python -m orchestrator.cluster.remote.uploads DIGEST...      on the head: creates folders, prints their parent
+python -m orchestrator.cluster.remote.uploads NAME...      on the head: creates folders, prints their parent
 
-Each file lies there in a folder that is named by its digest, so a file that has changed is another one. rsync
-does not send a file again that is there.
+Each file lies there in a folder that is named by a digest of its content and one of its path on the user's
+machine. A file that has changed is therefore another file, and so is a file of the same name in another
+folder, see `launch/replaced_files.py`. rsync does not send a file again that is there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -23,10 +25,10 @@ class Uploads:
 
     def __init__(self) -> None:
         self._folder = "uploads"  # `prepare` replaces it by the path on the head
-        self._digests: dict[Path, str] = {}
+        self._folders: dict[Path, str] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return bool(self._folders)
 
     def add(self, path: Path) -> str:
         """Register a file or folder of this machine, and return its path on the head.
@@ -35,12 +37,13 @@ class Uploads:
             UsageError: It cannot be read.
         """
         path = path.resolve()
-        if path not in self._digests:
+        if path not in self._folders:
+            place = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
             try:
-                self._digests[path] = _digest(path)
+                self._folders[path] = f"{_digest(path)}-{place}"
             except OSError as error:
                 raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-        return f"{self._folder}/{self._digests[path]}/{path.name}"
+        return f"{self._folder}/{self._folders[path]}/{path.name}"
 
     def prepare(self, jobs: JobClient) -> None:
         """Create the folders on the head. From now on `add` returns absolute paths there.
@@ -48,8 +51,8 @@ class Uploads:
         Raises:
             StudyError: The head does not answer, or cannot create the folders.
         """
-        digests = " ".join(sorted(set(self._digests.values())))
-        self._folder = jobs.run_query(f"python -m orchestrator.cluster.remote.uploads {digests}")
+        names = " ".join(self._folders.values())
+        self._folder = jobs.run_query(f"python -m orchestrator.cluster.remote.uploads {names}")
 
     def send(self, cluster_file: Path, cluster_name: str) -> None:
         """Copy the files and folders to the head. Call `prepare` first.
@@ -63,7 +66,7 @@ class Uploads:
         """
         from rich.filesize import decimal
 
-        for path in self._digests:
+        for path in self._folders:
             size = sum(file.stat().st_size for file in _files(path))
             print(f"{cluster_name}: receives {path.name} ({decimal(size)})", flush=True)
             head.upload(cluster_file, path, self.add(path))
@@ -86,6 +89,6 @@ def _digest(path: Path) -> str:
 
 if __name__ == "__main__":
     folder = default_output().resolve() / "uploads"
-    for digest in sys.argv[1:]:
-        (folder / digest).mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:]:
+        (folder / name).mkdir(parents=True, exist_ok=True)
     print(folder)

@@ -269,6 +269,7 @@ def _parse_fixed_and_space(
 
 
 def _check_space(options: StudyOptions, search_space: Space, task: Task) -> None:
+    train_size = options.train_size or task.defaults.train_size
     for dimension in search_space.dimensions:
         _check_has_head(f"--space {dimension.key}", dimension.name, task)
         if dimension.name == "batch_size":
@@ -279,7 +280,7 @@ def _check_space(options: StudyOptions, search_space: Space, task: Task) -> None
                 )
             for value in dimension.choices_or_ends:
                 options.check_batch_size(int(value))
-                bounds.check_bound(f"--space {dimension.key}:", int(value), task.defaults.train_size)
+                bounds.check_bound(f"--space {dimension.key}:", int(value), train_size)
     if options.search_method == "cma-es":
         for variant, dimensions in search_space.variants.items():
             if not any(d.is_numeric for d in dimensions):

@@ -156,7 +156,9 @@ def _add_held_out_data(
         ("--validation-data", "validation", request.options.validation_data),
         ("--test-data", "test", request.options.test_data),
     ]
-    present = {each.split for each in examples}
+    present = {each.split for each in examples if each.split}
+    if any(path for _, _, path in given):  # with them the plan says where each split comes from
+        origins.update({each: request.name for each in present if each not in origins})
     ignored: list[str] = []
     used = {os.path.realpath(request.source): f"--data {request.source}"}
     for option, split, path in given:

@@ -92,6 +92,8 @@ def _sync_study(
     status = "FINISHED" if len(records) == len(study.configurations) else "KILLED"
     description, metrics = describe(study, records) if records else ("", {})
     models = model_tags(adapters, study, records)
+    if is_locked(adapters.study_folder / LOCK_FILE):  # logging the records may take long
+        return f"{study.name}: has been started meanwhile and logs its runs itself"
     log.finish_study(study.name, status, report, description, metrics, models)
     return (
         f"{study.name}: {len(records)} of {len(study.configurations)} configurations in "

@@ -184,6 +184,13 @@ def test_a_split_is_a_file_that_is_called_exactly_so(tmp_path: Path) -> None:
     assert len(inputs(task_of(write(tmp_path / "more.csv", SUMS), test_data=str(folder)))["test"]) == 10
 
 
+def test_the_plan_names_the_file_of_each_split_also_where_a_column_gives_one(tmp_path: Path) -> None:
+    rows = [{**row, "split": "train" if number < 30 else "dev"} for number, row in enumerate(SUMS[:40])]
+    task = task_of(write(tmp_path / "most.csv", rows), test_data=str(write(tmp_path / "t.csv", SUMS[40:])))
+    said = " 30 training (most.csv), 10 validation (most.csv) and 20 test rows (t.csv); "
+    assert said in task.describe()
+
+
 def test_given_splits_that_overlap_are_counted(tmp_path: Path) -> None:
     train, test = write(tmp_path / "train.csv", SUMS[:40]), write(tmp_path / "test.csv", SUMS[35:])
     task = task_of(train, test_data=str(test))
