@@ -250,9 +250,10 @@ def test_a_file_that_imports_a_module_of_the_working_folder_is_refused(
     (mine / "work").mkdir()
     (mine / "work" / "words.py").write_text("number = 1\n")
     monkeypatch.chdir(mine / "work")
+    message = r"'words\.number', which lies in the working folder"
     for file, load in (("copy_task.py", tasks.load), ("scaled.py", catalogue.load)):
         (mine / file).write_text(f"from words import number\n{(mine / file).read_text()}")
-        with pytest.raises((UsageError, ValueError), match="'words.number', which lies in the working folder"):
+        with pytest.raises((UsageError, ValueError), match=message):
             load(str(mine / file))
 
 
