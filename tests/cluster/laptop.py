@@ -121,14 +121,14 @@ class TypedCommand:
         """Wait for the end with this exit code. Returns the standard output."""
         until(lambda: self._process.poll() is not None, self.output, LIMIT_SECONDS)
         assert self._process.returncode == code, self.output()
-        assert "Traceback" not in self.err
+        assert "Traceback" not in self.err, f"exit code {code}, but a traceback:\n{self.err}"
         return self.out
 
     def wait_for_refusal(self, *words: str) -> None:
         """Wait for exit code 2, and check that stderr is one error line that contains these words."""
         self.wait(2)
         (line,) = self.err.splitlines()
-        assert line.startswith("error: ")
+        assert line.startswith("error: "), line
         for word in words:
             assert word in line, line
 
