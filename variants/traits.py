@@ -77,7 +77,7 @@ class VerifiedBy(StrEnum):
 
 @dataclass(frozen=True)
 class Traits:
-    """The attributes of a variant that a study needs before anything is trained, under the same names."""
+    """Attributes of a variant that a study reads before it trains; each has its name in `Variant`."""
 
     adaptation_scope: AdaptationScope
     batching: Batching

@@ -54,11 +54,11 @@ def import_report_libraries() -> None:
 
 
 def print_known_end(context: StudyContext, study: StudyFile) -> bool:
-    """Print again what the last run of the study printed at its end, if nothing has changed since.
+    """Print what the study's command printed at its last end, if nothing has changed since.
 
     Returns:
-        Whether it was printed. It is not if the report, the Parquet files, MLflow's database or the kept
-        adapters have changed, or if runs are also logged to another tracker.
+        Whether the text was printed. The text is not printed if the report, the Parquet files, MLflow's
+        database or the kept adapters have changed, if MLflow runs on a server, or if another tracker is used.
     """
     end = _digest_end(context)
     text = end and report_memo.recall_end(context.folder, _digest_inputs(context, study), end)
@@ -72,9 +72,10 @@ def _digest_inputs(context: StudyContext, study: StudyFile) -> str:
 
 
 def _digest_end(context: StudyContext) -> str:
-    """Return a digest of the console and of the files that a run writes at its end besides the report.
+    """Return a digest of the files that a study's command writes at its end, without the report's files.
 
-    It is empty if MLflow has a server or another tracker is used, because these cannot be checked quickly.
+    The digest contains the console's width and encoding, too. It is an empty text if MLflow runs on a server
+    or another tracker is used, because it would take long to find out whether their content has changed.
     """
     database, console, root = sqlite_path(context.tracking_uri), context.console, context.store.root
     if database is None or not database.exists() or context.trackers:

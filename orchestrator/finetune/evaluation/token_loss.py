@@ -169,11 +169,14 @@ def _run_liger(logits: Tensor, labels: Tensor, losses: Tensor, has_gradients: bo
 
 
 def _chunks(lane_counts: Sequence[int], is_even: bool = False) -> Iterator[slice]:
-    """Yield the rows of each chunk, which has targets of one lane only.
+    """Yield one slice of rows for each chunk; a row is one target token.
+
+    A chunk has at most `CHUNK_TARGETS` rows, all of one lane.
 
     Args:
-        lane_counts: The number of targets of each lane.
-        is_even: Whether the chunks of a lane have nearly equal sizes; otherwise all but the last are full.
+        lane_counts: The number of target tokens of each lane, in the order of the rows.
+        is_even: If True, the chunks of a lane have nearly equal sizes. If False, all chunks of a lane but the
+            last have `CHUNK_TARGETS` rows.
     """
     start = 0
     for count in lane_counts:

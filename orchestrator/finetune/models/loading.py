@@ -250,16 +250,19 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
 
 
 def input_kind(choice: ModelChoice, root: Path) -> Literal["text", "image", ""]:
-    """Return the kind of a model's inputs; an empty text if it is unknown, as before a model is fetched.
+    """Return the kind of a model's inputs.
 
     Args:
-        choice: The model, which may be unprepared.
+        choice: The model. Its files need not be on this machine.
         root: The folder of prepared models.
-    """
-    from transformers.models.auto import modeling_auto as auto
 
+    Returns:
+        An empty text if the kind is unknown, for example because the model has not been downloaded.
+    """
     if choice.name in PACKAGED_MODELS:
         return "text"
+    from transformers.models.auto import modeling_auto as auto
+
     if choice.content == UNPREPARED and unprepared_config(choice) is None:
         return ""
     try:
