@@ -9,7 +9,8 @@ The result still depends on the other lanes in three cases:
 
 - Each lane has a single row (N = 1).
 - A frozen layer of the model is called with few rows per lane. MKL has other kernels for the rows that do not
-  fill a block. 8 rows suffice for narrow layers and on AVX2, 16 for layers of width 384 on AVX-512.
+  fill a block. 8 rows suffice for narrow layers and on AVX2, 16 for layers of width 384 on AVX-512. With
+  `MKL_CBWR=COMPATIBLE` only a multiple of 4 rows fills the blocks.
 - oneDNN uses its AMX kernels.
 """
 
