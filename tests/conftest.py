@@ -18,8 +18,9 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=100,
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=600)
 hypothesis.settings.load_profile("default")
 
-# Several test processes share the cores, and more than one thread per process would slow all of them down.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As in a trainer on CPUs, which computes with one thread whatever the environment says: with several, a
+# lane's bits depend on the lanes beside it. Besides, several test processes share the cores.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 # As in `orchestrator.finetune`, for tests that import the variants only.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")

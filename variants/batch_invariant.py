@@ -5,13 +5,14 @@ batch of one; here the product is then computed twice in a batch of two. A produ
 over a single value, is summed in another order for one lane than for several; here such sides are padded with
 zeros.
 
-The result still depends on the other lanes in three cases:
+The result still depends on the other lanes in four cases:
 
 - Each lane has a single row (N = 1).
 - A frozen layer of the model is called with few rows per lane. MKL has other kernels for the rows that do not
   fill a block. 8 rows suffice for narrow layers and on AVX2, 16 for layers of width 384 on AVX-512. With
   `MKL_CBWR=COMPATIBLE` only a multiple of 4 rows fills the blocks.
 - oneDNN uses its AMX kernels.
+- PyTorch computes with several threads, which share out some sums by the size of the batch.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 
 import broken
 import pytest
+import torch
 
 from variants import catalogue
 from variants.baseline.lora import LoRA
@@ -134,6 +135,18 @@ def test_check_laws_accepts_a_correct_variant_and_names_the_law_that_a_broken_on
     check_laws(LoRA(), [case])
     with pytest.raises(AssertionError, match=f"broken breaks merged_equals_forward on {case.name}"):
         check_laws(broken.MergesUnscaled(), [case])
+
+
+def test_independence_is_checked_with_one_thread() -> None:
+    """With two, AdaLoRA's gradients on this case would depend on the number of lanes."""
+    case = next(one for one in CASES if one.name.startswith("tall-bias-float32-one"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        LAWS["lanes_are_independent"](catalogue.get("adalora"), case)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_laws_can_be_imported_without_pytest_and_peft() -> None:

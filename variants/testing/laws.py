@@ -34,6 +34,7 @@ from variants.testing.rig import (
     lane_outputs,
     model_output,
     model_state,
+    one_thread,
     perturb_lanes,
     refused,
     relative_error,
@@ -160,13 +161,14 @@ def saved_lane_is_restored(variant: Variant, case: Case) -> None:
     assert torch.equal(lane_outputs(case, adapters), lane_outputs(case, restored))
 
 
+@one_thread()
 def lanes_are_independent(variant: Variant, case: Case) -> None:
     """Each lane of a lane group ends with the tensors and outputs of the lane trained alone, bit for bit.
 
     They start 0, 3 and 7 steps apart, with their own alpha, learning rate and dropout masks. The equality to
-    the bit needs at least 8 rows per lane on a CPU. If the variant declares `rounds_alike = False`, the
-    outputs are equal up to rounding only. In both cases no lane's output has a gradient for another lane's
-    input.
+    the bit needs one thread and at least 8 rows per lane on a CPU. If the variant declares
+    `rounds_alike = False`, the outputs are equal up to rounding only. In both cases no lane's output has a
+    gradient for another lane's input.
     """
     if variant.batching is Batching.EXCLUSIVE:
         raise NotApplicableError(f"{variant.name} trains one lane at a time")
@@ -298,10 +300,6 @@ def find_broken_laws(variant: Variant, case: Case) -> Iterator[tuple[str, Assert
 
 def check_laws(variant: Variant, cases: Iterable[Case] = CASES) -> None:
     """Check all laws on all cases to which they apply.
-
-    Args:
-        variant: The variant.
-        cases: The cases.
 
     Raises:
         AssertionError: The variant breaks a law; the message names the law and the case.

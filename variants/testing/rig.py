@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import tempfile
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,17 @@ SETTINGS = VariantSettings(rank=4, alpha=8.0)
 
 class NotApplicableError(Exception):
     """A law does not apply to a variant, for the reason in the message."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute with one thread, as trainers on CPUs do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def model_output(model: nn.Module, x: Tensor) -> Tensor:

@@ -191,7 +191,8 @@ def _set_up_device(spec: TrainerSpec) -> Any:
     # Partial sums in bfloat16 would make a lane's results depend more on the number of lanes beside it.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if not spec.uses_gpus:
-        # Trainers share the cores: with two threads per trainer, pretraining was 17 times slower.
+        # With several threads a lane's bits would depend on the lanes beside it. Besides, trainers share the
+        # cores: with two threads per trainer, pretraining was 17 times slower.
         torch.set_num_threads(1)
         keep_freed_memory()
         return torch.device("cpu")
