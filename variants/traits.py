@@ -77,7 +77,7 @@ class VerifiedBy(StrEnum):
 
 @dataclass(frozen=True)
 class Traits:
-    """Attributes of a variant that a study reads before it trains; each has its name in `Variant`."""
+    """Attributes of a variant that a study reads before it trains; `Variant` has them by the same names."""
 
     adaptation_scope: AdaptationScope
     batching: Batching

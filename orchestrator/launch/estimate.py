@@ -89,7 +89,7 @@ def estimate_times(
     Args:
         pending: The configurations to train.
         store: The records.
-        lanes_per_trainer: Largest lane group of a trainer.
+        lanes_per_trainer: Largest number of lanes that a trainer trains together.
         workers_per_trainer: Number of workers that split each batch.
 
     Returns:

@@ -303,11 +303,11 @@ def print_missing_results(context: StudyContext, work: StudyWork, command: str) 
 def describe_failures(failed: Sequence[Record], command: Callable[..., str]) -> list[str]:
     """Return a line for each distinct reason of failed runs.
 
-    A line has the variants, the reason, and the command that shows more.
+    A line names the variants and the reason, and gives the command that shows one of the runs.
 
     Args:
         failed: The records of the runs.
-        command: Function of the words of a command. It returns the command to type.
+        command: Returns the command line that a user types for a subcommand and its arguments.
     """
     by_reason: dict[str, list[Record]] = {}
     for record in failed:

@@ -187,7 +187,13 @@ def resolve_study(
 def _check_before_pretraining(
     options: StudyOptions, resolved: Sequence[ResolvedOptions], store: Store
 ) -> None:
-    """Check everything that needs no base model, before one is pretrained or fetched."""
+    """Check whether Ray can start and the variants fit, for each task whose base model is not in the store.
+
+    They come first, because such a model is then pretrained or fetched, which takes longer than the checks.
+
+    Raises:
+        UsageError: A check fails.
+    """
     for each in resolved:
         if model_catalogue.find_content(each.model, store.bases) is None:
             runtime.check_start()
@@ -268,11 +274,11 @@ def _study_name(
 ) -> str:
     """Return the name of the study.
 
-    If the study of the usual name has different files under the names of this run's files, a hash of the
-    paths is added to the name.
+    Two projects may each have a `train.csv`, and their studies must stay apart. If the study that already has
+    the usual name was made from other files of the same names, a hash of this run's paths is appended.
 
     Raises:
-        UsageError: --study names such a study.
+        UsageError: --study names a study that was made from other files of the same names.
     """
     name = options.study or _default_name(experiment, options, resolved)
     study = StudyFile.read(options.study_folder(name))

@@ -218,11 +218,13 @@ class StudyFile:
 
 
 def record_look(folder: Path, replicates: int) -> None:
-    """Add a look to the study in a folder. A running study is left alone, because its own report adds it.
+    """Record in study.json that a verdict on this number of replicates was shown (a look).
+
+    Nothing is written if the study is running, because its own report records the look.
 
     Args:
         folder: The folder of the study.
-        replicates: As in `StudyFile.with_look`.
+        replicates: The number of replicates, as for `StudyFile.with_look`.
     """
     with suppress(Timeout), FileLock(folder / LOCK_FILE, timeout=0):
         study = StudyFile.read(folder)

@@ -16,6 +16,7 @@ from orchestrator.record import provenance
 from orchestrator.record.schema import Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
+from variants.testing.rig import one_thread
 
 LANES = 4
 COUNTED_TASK = Path(__file__).with_name("counted_task.py")
@@ -65,9 +66,7 @@ def train(configurations: Iterable[Configuration], bases: Path, folder: Path) ->
     """
     tasks.load(str(COUNTED_TASK))  # the new store has no entry of it
     store, spec = Store(folder), TrainerSpec(LANES, 0.0, str(folder), str(folder))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         loop.run(
             _Queue(configurations),
             store,
@@ -75,6 +74,4 @@ def train(configurations: Iterable[Configuration], bases: Path, folder: Path) ->
             loop.LoopSettings(max_lanes=LANES, idle_seconds=0.0),
             provenance=provenance.current_provenance,
         )
-    finally:
-        torch.set_num_threads(threads)
     return {record.fingerprint: record for record in store.records()}

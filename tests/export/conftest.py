@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from in_process import ORCHESTRATOR, Ended, Run, restored, run
 from scripted import Script, leases, train
 from trained_study import RATES, STUDY, Trained
@@ -19,6 +18,7 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.grid import build_grid
 from orchestrator.study.options import StudyOptions
+from variants.testing.rig import one_thread
 
 __all__ = ["restored", "run"]
 
@@ -28,7 +28,7 @@ def trained_once(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Train four lanes on `letters` without Ray, and keep the adapter of each but the worst."""
     output = tmp_path_factory.mktemp("export") / "results"
     shutil.copytree(letters_bases, output / "store" / "bases")
-    store, threads = Store(output / "store"), torch.get_num_threads()
+    store = Store(output / "store")
     configurations = []
     for variant, rates in RATES.items():
         options = StudyOptions(
@@ -38,8 +38,7 @@ def trained_once(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) 
         content = resolve_base_model(chosen.model, store.bases, lambda text: None)
         templates = build_configuration_templates(options, chosen, content, store.bases)
         configurations += build_grid(templates, chosen.learning_rates, range(1))
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for configuration in configurations:
             adapters = StudyAdapters(store, output / STUDY).folder("best")
             is_kept = configuration.optimizer.learning_rate != 1e-4
@@ -50,8 +49,6 @@ def trained_once(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) 
                 load_base_model=lambda model, task: loading.load_base_model(model, store.bases, "cpu", task),
                 adapters=adapters if is_kept else None,
             )
-    finally:
-        torch.set_num_threads(threads)
     names = tuple(configuration.fingerprint for configuration in configurations)
     command = "python experiments/lr_sensitivity.py --dry-run --variants lora hydra_lora full"
     StudyFile(STUDY, "Which rate?", command, names).write(output / STUDY)

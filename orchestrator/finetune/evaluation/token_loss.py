@@ -106,9 +106,10 @@ class _FrozenCrossEntropy(torch.autograd.Function):
 
 
 class _LigerCrossEntropy(_FrozenCrossEntropy):
-    """`compute_objective` by Liger's kernel.
+    """`compute_objective`, with the cross-entropy computed by Liger's kernel.
 
-    The kernel knows no weights, so the gradients are multiplied by the weights after the matrix product.
+    The kernel takes no weight for each token. The gradients of the hidden states, (N, hidden size), are
+    therefore multiplied by the weights, (N,), after the matrix product with the output layer.
     """
 
     @staticmethod
