@@ -1,0 +1,97 @@
+"""What a user does: type commands, read what they print and leave, end processes.
+
+The tests of the promises use the command line, `import orchestrator` and the documented files only, so that
+everything inside may change under them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HANG_SECONDS = 900.0
+"""The time after which a command that hangs fails its test; no other result depends on it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command gave: its exit status and the two texts that it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    def __str__(self) -> str:
+        return f"exit {self.code}\n{self.out}\n{self.err}"
+
+
+def start(*words: str | Path, cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    """Start `lora-orchestrator WORDS` in the folder `cwd`, as the leader of a process group of its own.
+
+    Args:
+        words: The words after the program's name.
+        cwd: The working folder, in which `results/` is made.
+        variables: Environment variables to set.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | {"COLUMNS": "80"} | variables,
+        cwd=cwd,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> Result:
+    """Wait for the command, and return what it gave."""
+    try:
+        out, err = process.communicate(timeout=HANG_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"did not end within {HANG_SECONDS:g} s:\n{out}\n{err}") from None
+    return Result(process.returncode, out, err)
+
+
+def run(*words: str | Path, cwd: Path, **variables: str) -> Result:
+    """Run `lora-orchestrator WORDS` in the folder `cwd` and return what it gave."""
+    return end(start(*words, cwd=cwd, **variables))
+
+
+def succeed(*words: str | Path, cwd: Path, **variables: str) -> str:
+    """Run a command that must succeed, and return what it printed."""
+    result = run(*words, cwd=cwd, **variables)
+    assert result.code == 0, f"{words}: {result}"
+    return result.out
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until `happened` returns true; fail if the command ends first."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while not happened():
+        assert process.poll() is None or happened(), f"the command ended first: {end(process)}"
+        assert time.monotonic() < deadline, f"did not happen within {HANG_SECONDS:g} s"
+        time.sleep(0.1)
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the records in `folder/results/store`, by fingerprint.
+
+    A record is one JSON file whose name begins with the fingerprint of its configuration (docs/results.md).
+    """
+    found = {}
+    for path in (folder / "results" / "store" / "records").rglob("*.json"):
+        found[path.name.partition(".")[0]] = json.loads(path.read_text())
+    return found

@@ -1,0 +1,50 @@
+"""Fixtures that the tests of several promises share. They make a thing once for all test processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import as_a_user
+import pytest
+from filelock import FileLock
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that returns a folder by name. The first test process that asks for it fills it by `make`."""
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name: str, make: Callable[[Path], None], shared: Path = session) -> Path:
+        folder = shared / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                making = shared / f"{name}.making"
+                shutil.rmtree(making, ignore_errors=True)
+                making.mkdir()
+                make(making)
+                making.rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def with_base(made_once: Callable[..., Path]) -> Path:
+    """Return a working folder whose `results/` holds the base model of the dry run, and nothing else.
+
+    Read only: `home` copies it.
+    """
+    return made_once(
+        "with-base", lambda folder: print(as_a_user.succeed("fetch", "model", "letters-base", cwd=folder))
+    )
+
+
+@pytest.fixture
+def home(with_base: Path, tmp_path: Path) -> Path:
+    """Return a working folder of the test's own in which the dry run's base model is there already."""
+    shutil.copytree(with_base, tmp_path / "home")
+    return tmp_path / "home"

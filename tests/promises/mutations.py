@@ -1,0 +1,128 @@
+"""Show that the tests of the promises bite: break the program in one place, and see the named test fail.
+
+    python tests/promises/mutations.py              all mutations (nightly)
+    python tests/promises/mutations.py resume lock  those whose names hold one of the words
+
+Each mutation replaces one text of one file in a copy of the working tree. The tests run in the copy, first as it
+is, when all must pass, and then with each mutation, when its test must fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault of the program, and the test that must notice it.
+
+    Args:
+        name: What goes wrong, in a few words.
+        file: The file to change, relative to the root of the repository.
+        old: A text that occurs exactly once in the file.
+        new: The text that takes its place.
+        test: The test that must fail: `test_NN_name.py::test_name`, in this folder.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+# 1. The dry run.
+MUTATIONS: list[Mutation] = []
+
+# 2. Faults.
+MUTATIONS += []
+
+# 3. Lanes.
+MUTATIONS += []
+
+# 4. Search and early stopping.
+MUTATIONS += []
+
+# 5. The questions.
+MUTATIONS += []
+
+# 6. Data, tasks, variants and models of one's own.
+MUTATIONS += []
+
+# 7. Export.
+MUTATIONS += []
+
+# 8. Variants.
+MUTATIONS += []
+
+# 9. MLflow and other trackers.
+MUTATIONS += []
+
+# 10. Clusters.
+MUTATIONS += []
+
+# 11. Programs that a model wrote.
+MUTATIONS += []
+
+# 12. Security.
+MUTATIONS += []
+
+
+def copy_working_tree(to: Path) -> None:
+    """Copy the files that git tracks or would track."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+
+
+def passes(tests: list[str], tree: Path) -> tuple[bool, str]:
+    """Run tests of this folder in a copy of the working tree; return whether all pass, and the output."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "", "-x", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(tree), "PROMISES_CACHE": str(tree.parent)}
+    paths = [f"tests/promises/{test}" for test in tests]
+    done = subprocess.run([*command, *paths], cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: a test failed; others: no test was run
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+def survivors(mutations: list[Mutation]) -> list[str]:
+    """Apply each mutation alone; return the names of those that their tests did not notice."""
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        copy_working_tree(tree)
+        whole, printed = passes(sorted({m.test for m in mutations}), tree)
+        assert whole, f"the tests fail without a mutation:\n{printed}"
+        for mutation in mutations:
+            path = tree / mutation.file
+            before = path.read_text()
+            path.write_text(before.replace(mutation.old, mutation.new))
+            passed, _ = passes([mutation.test], tree)
+            path.write_text(before)
+            print(f"{'MISSED' if passed else 'caught'}  {mutation.name} ({mutation.test})", flush=True)
+            missed += [mutation.name] if passed else []
+    return missed
+
+
+def main() -> None:
+    """Run the mutations whose names hold one of the words of the command line, or all."""
+    words = sys.argv[1:]
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name or word in m.test for word in words)]
+    missed = survivors(chosen)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} caught")
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()

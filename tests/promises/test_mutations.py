@@ -1,0 +1,16 @@
+"""Each mutation of the list changes the program and names a test. `mutations.py` applies them, each night."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from mutations import MUTATIONS, ROOT, Mutation
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_mutation_changes_one_place_and_names_a_test(mutation: Mutation) -> None:
+    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
+    file, _, name = mutation.test.partition("::")
+    tree = ast.parse((ROOT / "tests" / "promises" / file).read_text())
+    assert name.partition("[")[0] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
