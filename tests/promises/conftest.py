@@ -14,7 +14,7 @@ from filelock import FileLock
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that returns a folder by name. The first test process that asks for it fills it by `make`."""
+    """Return a function that returns a folder by name; the first test process that asks for it makes it."""
     base = tmp_path_factory.getbasetemp()
     session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 

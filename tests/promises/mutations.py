@@ -3,8 +3,8 @@
     python tests/promises/mutations.py              all mutations (nightly)
     python tests/promises/mutations.py resume lock  those whose names hold one of the words
 
-Each mutation replaces one text of one file in a copy of the working tree. The tests run in the copy, first as it
-is, when all must pass, and then with each mutation, when its test must fail.
+Each mutation replaces one text of one file in a copy of the working tree. The tests run in the copy, first
+as it is, when all must pass, and then with each mutation, when its test must fail.
 """
 
 from __future__ import annotations
