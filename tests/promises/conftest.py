@@ -36,11 +36,15 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def with_base(made_once: Callable[..., Path]) -> Path:
     """Return a working folder whose `results/` holds the base model of the dry run, and nothing else.
 
-    Read only: `home` copies it.
+    Read only: `home` copies it. Sessions with the same folder PROMISES_CACHE share it.
     """
-    return made_once(
-        "with-base", lambda folder: print(as_a_user.succeed("fetch", "model", "letters-base", cwd=folder))
-    )
+
+    def fetch(folder: Path) -> None:
+        as_a_user.succeed("fetch", "model", "letters-base", cwd=folder)
+
+    if "PROMISES_CACHE" in os.environ:
+        return made_once("with-base", fetch, Path(os.environ["PROMISES_CACHE"]))
+    return made_once("with-base", fetch)
 
 
 @pytest.fixture
