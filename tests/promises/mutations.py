@@ -64,13 +64,64 @@ MUTATIONS += []
 MUTATIONS += []
 
 # 9. MLflow and other trackers.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        name="the ranking is upside down",
+        file="orchestrator/record/mlflow/log.py",
+        old="mean = fsum(scores) / len(scores)",
+        new="mean = -fsum(scores) / len(scores)",
+        test="test_09_trackers.py::test_the_same_command_adds_no_run_and_its_link_leads_to_the_ranked_answer",
+    ),
+    Mutation(
+        name="sync brings the first missing run only",
+        file="orchestrator/record/mlflow/sync.py",
+        old="log.log_records(study.name, records, frozenset(study.reused))",
+        new="log.log_records(study.name, records[:1], frozenset(study.reused))",
+        test="test_09_trackers.py::test_a_database_that_was_removed_is_made_again",
+    ),
+    Mutation(
+        name="a second driver makes a second run of the study",
+        file="orchestrator/record/mlflow/log.py",
+        old="opened.run_id = opened.run_id or run.info.run_id",
+        new='opened.run_id = ""',
+        test="test_09_trackers.py::test_a_server_that_goes_down_loses_nothing",
+    ),
+]
 
 # 10. Clusters.
 MUTATIONS += []
 
 # 11. Programs that a model wrote.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        name="a program's memory is not limited",
+        file="orchestrator/finetune/grading/sandbox/isolation.py",
+        old='(resource.RLIMIT_AS, limits["memory_bytes"]),',
+        new="",
+        test="test_11_programs.py::test_memory_files_and_answers_are_limited",
+    ),
+    Mutation(
+        name="a program gets the user's environment",
+        file="orchestrator/finetune/grading/sandbox/run.py",
+        old="env=_ENVIRONMENT,",
+        new="env=dict(os.environ),",
+        test="test_11_programs.py::test_a_program_reads_no_secret_and_no_file_of_the_user",
+    ),
+    Mutation(
+        name="system calls are not filtered",
+        file="orchestrator/finetune/grading/sandbox/init_process.py",
+        old="        install_seccomp_filter()\n",
+        new="",
+        test="test_11_programs.py::test_system_calls_that_reach_beyond_the_program_are_refused",
+    ),
+    Mutation(
+        name="a program that exits with code 0 has passed",
+        file="orchestrator/finetune/grading/sandbox/run.py",
+        old='return ProgramResult(False, f"{PROGRAM_ENDED} (exit code {program})")',
+        new='return ProgramResult(program == 0, f"{PROGRAM_ENDED} (exit code {program})")',
+        test="test_11_programs.py::test_no_program_passes_without_a_right_answer",
+    ),
+]
 
 # 12. Security.
 MUTATIONS += []
