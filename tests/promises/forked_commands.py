@@ -9,6 +9,7 @@ process finds.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -69,7 +70,7 @@ def _run(words: list[str], cwd: str, out: Any, err: Any) -> None:
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdin, sys.stdout, sys.stderr = (open(number, "rw"[number > 0], closefd=False) for number in range(3))
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, "rw"[number > 0]) for number in range(3))
     sys.argv = [PROGRAM, *words]
     (program,) = entry_points(group="console_scripts", name=PROGRAM)
     code = 0
@@ -89,9 +90,9 @@ def _warm_up(words: list[str]) -> None:
     """Run a command in this process itself. Nobody reads what it prints."""
     sys.argv = [PROGRAM, *words]
     (program,) = entry_points(group="console_scripts", name=PROGRAM)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        with suppress(SystemExit):
-            program.load()()
+    nowhere = io.StringIO()
+    with suppress(SystemExit), redirect_stdout(nowhere), redirect_stderr(nowhere):
+        program.load()()
 
 
 def main() -> None:

@@ -55,7 +55,36 @@ MUTATIONS += []
 MUTATIONS += []
 
 # 6. Data, tasks, variants and models of one's own.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        "a wrong value ends with the exit status of a failure",
+        "orchestrator/util/command.py",
+        "EXIT_USAGE = 2",
+        "EXIT_USAGE = 1",
+        "test_06_bad_input.py::test_a_process_of_its_own_is_refused_in_the_same_way",
+    ),
+    Mutation(
+        "an error names the row before the wrong one",
+        "orchestrator/finetune/sources/data_files.py",
+        'position = f"row {row}"',
+        'position = f"row {row - 1}"',
+        "test_06_bad_input.py::test_wrong_data_are_refused_with_file_and_row[a class that is rare]",
+    ),
+    Mutation(
+        "an error does not name the line of the file of options",
+        "orchestrator/study/config_file.py",
+        'return UsageError(f"{self.path}, line {line}: {error}")',
+        "return error",
+        "test_06_bad_input.py::test_a_wrong_file_of_options_is_refused_with_its_line[a rank of zero]",
+    ),
+    Mutation(
+        "rows of every split are trained on",
+        "orchestrator/finetune/tasks/data_splits.py",
+        'splits[each.split or "train"].append(each)',
+        'splits["train"].append(each)',
+        "test_06_own_things.py::test_the_plan_of_data_shows_their_columns_splits_and_classes[mails.csv]",
+    ),
+]
 
 # 7. Export.
 MUTATIONS += []
