@@ -153,7 +153,15 @@ MUTATIONS += [
 ]
 
 # 12. Security.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        name="a pickle that runs code is taken for weights",
+        file="orchestrator/finetune/models/weight_files.py",
+        old='which torch refuses with weights_only" if unsafe_globals else',
+        new='which torch refuses with weights_only" if False else',
+        test="test_12_security.py::test_a_model_with_a_pickle_that_runs_code_is_refused",
+    ),
+]
 
 
 def copy_working_tree(to: Path) -> None:
