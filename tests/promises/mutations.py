@@ -90,7 +90,29 @@ MUTATIONS += [
 MUTATIONS += []
 
 # 8. Variants.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        "a variant without its paper",
+        "variants/initialization/pissa.py",
+        "PiSSA (Meng et al. 2024, arXiv 2404.02948)",
+        "PiSSA (an example, without a paper)",
+        "test_08_variants.py::test_the_catalogue_names_67_variants_with_paper_and_year_and_two_controls",
+    ),
+    Mutation(
+        "a law about the start that accepts any",
+        "variants/testing/laws.py",
+        "assert torch.equal(lane, base)",
+        "assert lane.shape == base.shape",
+        "test_08_variants.py::test_the_check_of_the_laws_names_the_law_that_a_variant_breaks[start]",
+    ),
+    Mutation(
+        "a law about gradients that accepts none",
+        "variants/testing/laws.py",
+        "assert reached == expected,",
+        "assert reached <= expected,",
+        "test_08_variants.py::test_the_check_of_the_laws_names_the_law_that_a_variant_breaks[gradient]",
+    ),
+]
 
 # 9. MLflow and other trackers.
 MUTATIONS += [
