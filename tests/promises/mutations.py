@@ -140,7 +140,36 @@ MUTATIONS += [
 ]
 
 # 10. Clusters.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        "results stay on the head's own disk",
+        "cluster.yaml",
+        "ORCHESTRATOR_OUTPUT=/shared/results",
+        "ORCHESTRATOR_OUTPUT=/root/results",
+        "test_10_cluster.py::test_a_study_on_the_head_trains_on_the_workers_and_its_results_come_back",
+    ),
+    Mutation(
+        "a trainer stays on a drained node",
+        "orchestrator/execution/trainers/trainer.py",
+        "if node_id in draining_node_ids():",
+        "if node_id in ():",
+        "test_10_cluster.py::test_a_worker_that_dies_and_one_that_is_taken_back_change_no_result",
+    ),
+    Mutation(
+        "a spot notice is overlooked",
+        "orchestrator/cluster/node/spot_watcher.py",
+        "if notice is None:",
+        "if notice is not None:",
+        "test_10_cluster.py::test_a_worker_that_dies_and_one_that_is_taken_back_change_no_result",
+    ),
+    Mutation(
+        "a folder that the workers do not see is accepted",
+        "orchestrator/cluster/preflight/shared_storage.py",
+        "if missing_files(folder, [DRIVER_FILE]):",
+        "if not folder:",
+        "test_10_cluster.py::test_a_folder_that_the_workers_do_not_see_is_named",
+    ),
+]
 
 # 11. Programs that a model wrote.
 MUTATIONS += [
