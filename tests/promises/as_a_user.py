@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,15 @@ def start(*words: str | Path, cwd: Path, **variables: str) -> subprocess.Popen[s
     """Start `lora-orchestrator WORDS` in the folder `cwd`, as the leader of a process group of its own.
 
     Args:
-        words: The words after the program's name.
+        words: The words after the program's name. If the first one is the path of a Python script, the script
+            is started instead.
         cwd: The working folder, in which `results/` is made.
         variables: Environment variables to set.
     """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    is_script = bool(words) and isinstance(words[0], Path)
     return subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", *map(str, words)],
+        [sys.executable, *(() if is_script else ("-m", "orchestrator")), *map(str, words)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -95,3 +97,31 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     for path in (folder / "results" / "store" / "records").rglob("*.json"):
         found[path.name.partition(".")[0]] = json.loads(path.read_text())
     return found
+
+
+def results(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what a configuration alone decides: all of its record but the cost and the provenance."""
+    return {name: value for name, value in record.items() if name not in ("cost", "provenance", "sha256")}
+
+
+def learning_rate(record: dict[str, Any]) -> float:
+    """Return the learning rate of a record's configuration."""
+    return float(record["configuration"]["optimizer"]["learning_rate"])
+
+
+def mlflow_runs(folder: Path, study: str) -> list[Any]:
+    """Return MLflow's runs of a study: one with the tag `role` = `study`, and one for each configuration."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'results' / 'store' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(study)
+    assert experiment is not None, f"MLflow has no experiment {study}"
+    return list(client.search_runs([experiment.experiment_id], max_results=10_000))
+
+
+def assert_one_finished_run_each(folder: Path, study: str, fingerprints: Iterable[str]) -> None:
+    """Check that MLflow has one finished run for the study, and one for each of its configurations."""
+    found = [
+        (run.data.tags.get("fingerprint", "study"), run.info.status) for run in mlflow_runs(folder, study)
+    ]
+    assert sorted(found) == sorted((name, "FINISHED") for name in (*fingerprints, "study"))

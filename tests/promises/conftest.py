@@ -11,6 +11,12 @@ import as_a_user
 import pytest
 from filelock import FileLock
 
+DRY_RUN = (
+    *("--dry-run", "--variants", "lora", "pissa", "--learning-rates", "1e-3", "1e-2", "1e-1"),
+    *("--seeds", "2", "--steps", "30", "--widen", "0"),
+)
+"""The words of the dry run that several tests read: 12 configurations in place of 132."""
+
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -19,14 +25,13 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def get(name: str, make: Callable[[Path], None], shared: Path = session) -> Path:
-        folder = shared / name
+        folder, made = shared / name, shared / f"{name}.made"
         with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                making = shared / f"{name}.making"
-                shutil.rmtree(making, ignore_errors=True)
-                making.mkdir()
-                make(making)
-                making.rename(folder)
+            if not made.exists():  # not made under another name, because a study's files name its folder
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
         return folder
 
     return get
@@ -52,3 +57,18 @@ def home(with_base: Path, tmp_path: Path) -> Path:
     """Return a working folder of the test's own in which the dry run's base model is there already."""
     shutil.copytree(with_base, tmp_path / "home")
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def dry_run(made_once: Callable[..., Path], with_base: Path) -> Path:
+    """Return the working folder of a shorter dry run, with `said.txt`, what it printed.
+
+    Read only: other tests copy it.
+    """
+
+    def make(folder: Path) -> None:
+        shutil.copytree(with_base, folder, dirs_exist_ok=True)
+        script = Path(__file__).parents[2] / "experiments" / "lr_sensitivity.py"
+        (folder / "said.txt").write_text(as_a_user.succeed(script, *DRY_RUN, cwd=folder))
+
+    return made_once("dry-run", make)

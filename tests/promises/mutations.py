@@ -40,13 +40,64 @@ class Mutation:
 
 
 # 1. The dry run.
-MUTATIONS: list[Mutation] = []
+MUTATIONS: list[Mutation] = [
+    Mutation(
+        "what is known is trained again",
+        "orchestrator/launch/work.py",
+        "new = [c for c in requested if c.fingerprint not in cached]",
+        "new = list(requested)",
+        "test_01_dry_run.py::test_a_small_dry_run_is_trained_once",
+    ),
+    Mutation(
+        "the run of a finished configuration looks killed",
+        "orchestrator/record/mlflow/run_content.py",
+        'STATUS = {"finished": "FINISHED"',
+        'STATUS = {"finished": "KILLED"',
+        "test_01_dry_run.py::test_a_small_dry_run_is_trained_once",
+    ),
+    Mutation(
+        "two seeds are one configuration",
+        "orchestrator/study/configuration.py",
+        "        return hashlib.sha256(canonical_json(data)).hexdigest()\n",
+        '        data["seed"] = 0\n        return hashlib.sha256(canonical_json(data)).hexdigest()\n',
+        "test_01_dry_run.py::test_one_more_seed_trains_only_what_is_new",
+    ),
+]
 
 # 2. Faults.
 MUTATIONS += []
 
 # 3. Lanes.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        "a failed lane takes its lane group with it",
+        "orchestrator/finetune/engine/rounds.py",
+        "                    self.recovery.fail(lane, failed)\n",
+        "                    _ = [self.recovery.fail(each, failed) for each, _ in gradients]\n",
+        "test_03_lanes.py::test_a_lane_that_fails_is_a_result",
+    ),
+    Mutation(
+        "the lanes of a group compute with each other's tensors",
+        "orchestrator/finetune/engine/lane_group.py",
+        "fingerprint for lane in lanes],\n            [lane.step",
+        "fingerprint for lane in reversed(lanes)],\n            [lane.step",
+        "test_03_lanes.py::test_a_lane_alone_equals_the_lane_beside_others_to_the_bit",
+    ),
+    Mutation(
+        "gradients are not clipped",
+        "orchestrator/finetune/engine/lane.py",
+        "        if clip_factor < 1:\n",
+        "        if clip_factor < 0:\n",
+        "test_03_lanes.py::test_twenty_steps_equal_those_of_trainer_and_peft",
+    ),
+    Mutation(
+        "weights do not decay",
+        "orchestrator/finetune/engine/lane.py",
+        "decay = options.weight_decay if has_weight_decay(name, self.adapters) else 0.0",
+        "decay = 0.0",
+        "test_03_lanes.py::test_twenty_steps_equal_those_of_trainer_and_peft",
+    ),
+]
 
 # 4. Search and early stopping.
 MUTATIONS += []
