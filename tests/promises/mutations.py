@@ -103,7 +103,50 @@ MUTATIONS += [
 MUTATIONS += []
 
 # 5. The questions.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        "the best rate of a curve is chosen on test",
+        "orchestrator/analyze/sensitivity.py",
+        '        finite_score(record, "validation"),\n',
+        '        finite_score(record, "test"),\n',
+        "test_05_questions.py::test_validation_chooses_the_rate_and_the_test_score_is_that_of_the_chosen_rate",
+    ),
+    Mutation(
+        "a tuning is chosen on test",
+        "orchestrator/analyze/tuning.py",
+        'if (s := finite_score(r, "validation")) is not None',
+        'if (s := finite_score(r, "test")) is not None',
+        "test_05_questions.py::test_a_tuning_is_chosen_on_validation_and_not_on_test",
+    ),
+    Mutation(
+        "a difference above the margin is called equivalent",
+        "orchestrator/analyze/statistics/outcome.py",
+        "if -margin < low and high < margin:",
+        "if -margin < low:",
+        "test_05_questions.py::test_tuned_lora_against_its_variants",
+    ),
+    Mutation(
+        "a collapsed run counts as usable",
+        "orchestrator/analyze/run_labels.py",
+        'labels[record.fingerprint] = "collapsed" if is_collapsed else record.state',
+        "labels[record.fingerprint] = record.state",
+        "test_05_questions.py::test_runs_above_the_cliff_are_counted_as_collapsed_or_diverged",
+    ),
+    Mutation(
+        "the test that the rate matters more has the wrong sign",
+        "orchestrator/analyze/factors/rate_claim.py",
+        "p_more = float(special.stdtr(n - 1, (margin - mean) / error))",
+        "p_more = float(special.stdtr(n - 1, (mean - margin) / error))",
+        "test_05_questions.py::test_what_matters_most",
+    ),
+    Mutation(
+        "the published variants are ranked from the worst",
+        "orchestrator/analyze/published/published_scores.py",
+        "rankdata(-np.asarray(scores)",
+        "rankdata(np.asarray(scores)",
+        "test_05_questions.py::test_the_survey_ranks_lora_third_on_gsm8k_and_seventh_on_glue",
+    ),
+]
 
 # 6. Data, tasks, variants and models of one's own.
 MUTATIONS += [

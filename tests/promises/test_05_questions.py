@@ -1,0 +1,207 @@
+"""The questions `study`, `tuned`, `sensitivity` and `published`: their answers on studies of known truth.
+
+The records come from formulas (known_truth.py), so no model is trained. The reports as a whole are compared
+with frozen ones (oracle.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import as_a_user
+import known_truth
+import oracle
+import pytest
+from known_truth import OPTIMA, Run, tuned
+
+import orchestrator
+
+pytestmark = pytest.mark.timeout(900)  # on a busy machine; no result depends on it
+
+
+@pytest.fixture(scope="module")
+def answered(made_once: Callable[..., Path]) -> Path:
+    """Return a folder whose `results/` has the studies `grid`, `tuned` and `factors`. Read only."""
+    return made_once("questions", known_truth.make)
+
+
+@pytest.fixture(scope="module")
+def surveyed(made_once: Callable[..., Path]) -> Path:
+    """Return a folder whose `results/` has the page on the published scores."""
+    return made_once("survey", lambda folder: print(as_a_user.succeed(*oracle.PUBLISHED, cwd=folder)))
+
+
+@pytest.fixture(scope="module")
+def again(
+    answered: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, known_truth.Truth], Any]:
+    """Return a function that gives a study another truth and returns its results."""
+    output = tmp_path_factory.mktemp("again") / "results"
+    unneeded = shutil.ignore_patterns("*.html", "*.png", "*.svg", "mlflow*")
+    shutil.copytree(answered / "results", output, ignore=unneeded)
+    return lambda study, truth: known_truth.rewrite(output, study, truth)
+
+
+@pytest.mark.parametrize("question", ["study", "tuned", "sensitivity"])
+def test_the_report_is_the_frozen_one(question: str, answered: Path) -> None:
+    assert not oracle.differences(oracle.report(question, answered), oracle.frozen(question))
+
+
+def test_the_published_scores_have_the_frozen_answer(surveyed: Path) -> None:
+    assert not oracle.differences(oracle.report("published", surveyed), oracle.frozen("published"))
+
+
+def test_each_variant_has_its_own_best_rate_and_the_verdict_says_so(answered: Path) -> None:
+    results = orchestrator.load("grid", output=answered / "results")
+    first = results.points.groupby("variant").first()
+    assert first["learning_rate"].to_dict() == OPTIMA
+    verdict = results.verdicts.iloc[0]
+    assert verdict["outcome"] == "descriptive", "the rates are chosen on the seeds that are reported"
+    assert "pissa 1e-3" in verdict["answer"]
+    assert "hira 3e-2" in verdict["answer"]
+
+
+def test_validation_chooses_the_rate_and_the_test_score_is_that_of_the_chosen_rate(answered: Path) -> None:
+    """LoRA's test scores are highest at a rate that validation does not choose."""
+    results = orchestrator.load("grid", output=answered / "results")
+    lora = results.points[results.points["variant"] == "lora"]
+    assert lora.loc[lora["test_score"].idxmax(), "learning_rate"] == 1e-3
+    chosen = oracle.best(oracle.numbers(results))["lora"]
+    assert chosen["best rate"] == 3e-3
+    (there,) = lora.loc[lora["learning_rate"] == 3e-3, "test_score"]
+    assert chosen["test"][0] == pytest.approx(there)
+
+
+def test_runs_above_the_cliff_are_counted_as_collapsed_or_diverged(answered: Path) -> None:
+    results = orchestrator.load("grid", output=answered / "results")
+    beyond = results.runs["learning_rate"] / results.runs["variant"].map(OPTIMA)
+    expected = ["diverged" if b > 12 else "collapsed" if b > 4 else "finished" for b in beyond]
+    assert results.runs["label"].tolist() == expected
+    usable = results.points.set_index(["variant", "learning_rate"])["usable"]
+    assert (usable["hira"] == 3).all()
+    assert usable["pissa"].to_dict() == {r: 3 if r < 4e-3 else 0 for r in usable["pissa"].index}
+
+
+def test_the_report_command_answers_from_the_records_that_are_there(answered: Path, tmp_path: Path) -> None:
+    """What the command writes and what `load` returns are the same."""
+    unneeded = shutil.ignore_patterns("*.html", "*.png", "*.svg", "mlflow*")
+    shutil.copytree(answered / "results", tmp_path / "results", ignore=unneeded)
+    now = known_truth.rewrite(tmp_path / "results", "tuned", tuned({"pissa": 0.95, "dora": 0.95}))
+    as_a_user.succeed("report", "tuned", cwd=tmp_path)
+    summary = json.loads((tmp_path / "results" / "tuned" / "summary.json").read_text())
+    assert oracle.outcomes(summary)[0] == now.verdicts["outcome"][0] == "refuted"
+    assert oracle.rows(summary) == json.loads(json.dumps(oracle.rows(oracle.numbers(now))))
+    assert (tmp_path / "results" / "tuned" / "report.html").exists()
+
+
+CASES: dict[str, tuple[known_truth.Truth, str, dict[str, set[str]]]] = {
+    "equal when tuned": (
+        tuned({}, noise=0.002),
+        "supported",
+        {v: {"equivalent"} for v in ("pissa", "dora", "hira")},
+    ),
+    "LoRA is better than most": (
+        tuned({"pissa": 0.85, "dora": 0.85}),
+        "supported",
+        {"pissa": {"worse"}, "dora": {"worse"}, "hira": {"equivalent", "not inferior", "undecided"}},
+    ),
+    "most are better": (
+        tuned({"pissa": 0.95, "dora": 0.95}),
+        "refuted",
+        {"pissa": {"better"}, "dora": {"better"}, "hira": {"equivalent", "not inferior", "undecided"}},
+    ),
+    "noise": (tuned({}, noise=0.04), "undecided", {v: {"undecided"} for v in ("pissa", "dora", "hira")}),
+}
+"""Truth, outcome of the claim that tuned LoRA matches or beats most variants, outcomes by variant."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tuned_lora_against_its_variants(case: str, again: Callable[..., Any]) -> None:
+    truth, outcome, expected = CASES[case]
+    results = again("tuned", truth)
+    assert results.verdicts["outcome"][0] == outcome
+    found = {variant: row["outcome"] for variant, row in oracle.rows(oracle.numbers(results)).items()}
+    assert found.keys() == expected.keys()
+    assert all(found[variant] in expected[variant] for variant in expected), found
+
+
+def test_a_planted_difference_lies_in_its_interval(answered: Path) -> None:
+    rows = oracle.rows(oracle.numbers(orchestrator.load("tuned", output=answered / "results")))
+    for variant, truth in (("pissa", 0.05), ("dora", 0.0), ("hira", 0.0)):
+        difference, low, high = rows[variant]["difference"]
+        assert low <= difference <= high
+        assert low < truth < high
+    assert rows["pissa"]["outcome"] == "better"
+
+
+def test_a_tuning_is_chosen_on_validation_and_not_on_test(again: Callable[..., Any]) -> None:
+    """PiSSA's test scores are best at rates that no validation score recommends."""
+
+    def misleading(run: Run) -> tuple[float, float]:
+        validation, test = tuned({}, noise=0.002)(run)  # type: ignore[misc]
+        return validation, test + (0.3 if run.variant == "pissa" and run.rate > 6e-3 else 0.0)
+
+    rows = oracle.rows(oracle.numbers(again("tuned", misleading)))
+    assert rows["pissa"]["outcome"] == "equivalent"
+    assert rows["pissa"]["test"][0] == pytest.approx(0.9, abs=0.02)
+
+
+def test_a_variant_that_diverges_at_every_rate_has_no_usable_tuning(again: Callable[..., Any]) -> None:
+    results = again("tuned", lambda run: None if run.variant == "pissa" else tuned({})(run))
+    rows = oracle.rows(oracle.numbers(results))
+    assert rows["pissa"]["pairs"] == 0
+    assert rows["dora"]["pairs"] == 6
+    assert set(results.runs.loc[results.runs["variant"] == "pissa", "label"]) == {"diverged"}
+
+
+def test_the_winner_at_one_rate_depends_on_the_rate_only_if_the_best_rates_differ(
+    again: Callable[..., Any],
+) -> None:
+    """With HiRA's best rate a decade above LoRA's the order turns; with one best rate for all it does not."""
+    found = {}
+    for name, optima in (("apart", OPTIMA), ("one", dict.fromkeys(OPTIMA, 1e-2))):
+        results = again("tuned", tuned({"pissa": 0.85, "dora": 0.85, "hira": 0.88}, 0.002, optima))
+        found[name] = results.verdicts["outcome"][1], oracle.reversals(oracle.numbers(results))
+    assert found["apart"][0] == "supported"
+    assert found["apart"][1]["hira"] is True
+    assert found["one"] == ("refuted", {"pissa": False, "dora": False, "hira": False})
+
+
+@pytest.mark.parametrize(
+    ("truth", "outcome"),
+    [
+        (known_truth.factors(dropout=0.01), "supported"),
+        (known_truth.factors(dropout=0.3, gain=0.1), "refuted"),
+        (known_truth.factors(dropout=0.0, gain=0.0), "undecided"),
+    ],
+    ids=["the rate", "another factor", "nothing"],
+)
+def test_what_matters_most(truth: known_truth.Truth, outcome: str, again: Callable[..., Any]) -> None:
+    results = again("factors", truth)
+    assert results.verdicts["outcome"].tolist() == [outcome]
+    for effects in oracle.effects(oracle.numbers(results)).values():
+        by_loss = sorted(effects, key=lambda name: effects[name]["set blindly"][0], reverse=True)
+        if outcome != "undecided":
+            assert by_loss[0] == {"supported": "learning_rate", "refuted": "dropout"}[outcome]
+            assert effects["batch_size"]["set blindly"][0] == pytest.approx(0, abs=0.005)
+
+
+def test_what_a_factor_costs_lies_in_its_interval(answered: Path) -> None:
+    """Dropout is drawn from 0 to 0.1 and costs 0.01 at its end, so it costs 0.005 on average."""
+    results = orchestrator.load("factors", output=answered / "results")
+    for effects in oracle.effects(oracle.numbers(results)).values():
+        mean, low, high = effects["dropout"]["set blindly"]
+        assert mean == pytest.approx(0.005, abs=0.002)
+        assert low < 0.005 < high
+
+
+def test_the_survey_ranks_lora_third_on_gsm8k_and_seventh_on_glue(surveyed: Path) -> None:
+    found = oracle.report("published", surveyed)
+    ranks = {task: each["rank, best score, best rates"]["LoRA"] for task, each in found["tasks"].items()}
+    assert ranks == {"gsm8k": [3, 75.51, [5e-4]], "glue": [7, 79.66, [1e-4]]}
+    assert all(len(each["rank, best score, best rates"]) == 20 for each in found["tasks"].values())
+    assert set(found["outcomes"]) == {"descriptive"}, "one seed tests nothing"
