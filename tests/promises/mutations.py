@@ -65,7 +65,29 @@ MUTATIONS: list[Mutation] = [
 ]
 
 # 2. Faults.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        "an interrupted lane is not saved",
+        "orchestrator/finetune/engine/active_lanes.py",
+        "        self.recorder.save_checkpoint(lane)\n",
+        "",
+        "test_02_faults.py::test_ctrl_c_once_and_twice",
+    ),
+    Mutation(
+        "a resumed lane begins with fresh moments",
+        "orchestrator/finetune/engine/lane.py",
+        "        self._restore_optimizer(checkpoint.moments)\n",
+        "",
+        "test_02_faults.py::test_ctrl_c_once_and_twice",
+    ),
+    Mutation(
+        "two commands run one study: no lock",
+        "orchestrator/launch/run_study.py",
+        "runtime.exclusive_lock(context.folder / LOCK_FILE, refusal)",
+        'runtime.exclusive_lock(context.folder / f"{LOCK_FILE}-{id(object())}", refusal)',
+        "test_02_faults.py::test_ctrl_c_once_and_twice",
+    ),
+]
 
 # 3. Lanes.
 MUTATIONS += [
