@@ -203,7 +203,29 @@ MUTATIONS += [
 ]
 
 # 7. Export.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        "an adapter of another scale",
+        "variants/peft_format.py",
+        "peft.alpha: settings.alpha,",
+        "peft.alpha: 2 * settings.alpha,",
+        "test_07_export.py::test_an_adapter_loads_in_peft_and_has_the_scores_of_its_record[lora]",
+    ),
+    Mutation(
+        "a merge that replaces the weight",
+        "variants/merging.py",
+        "view.weight.copy_(_sum(view.weight, update))",
+        "view.weight.copy_(update)",
+        "test_07_export.py::test_a_merged_model_is_a_model_of_transformers_with_the_scores_of_the_record",
+    ),
+    Mutation(
+        "the best lane of another variant",
+        "orchestrator/export/lane_choice.py",
+        "if goal.variant == variant}",
+        "if goal.variant != variant}",
+        "test_07_export.py::test_the_tensors_of_a_lane_load_by_the_lines_of_the_card",
+    ),
+]
 
 # 8. Variants.
 MUTATIONS += [

@@ -151,7 +151,7 @@ def test_ctrl_c_once_and_twice(study: Study, undisturbed: Path) -> None:
 
     second = as_a_user.run(*STUDY, cwd=study.home, WATCHED=str(study.watched))
     assert second.code not in (0, 130), f"one command a study: {second}"
-    assert str(study.home / "results" / NAME) in second.err
+    assert f"results/{NAME}" in second.err, "it names the folder"
     assert len(second.err.splitlines()) == 1
     assert process.poll() is None
 
