@@ -159,8 +159,9 @@ def rewrite(output: Path, study: str, truth: Truth) -> Any:
 
 OPTIMA = {"lora": 3e-3, "pissa": 1e-3, "dora": 3e-3, "hira": 3e-2}
 RATES = ["1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]
-GRID: dict[str, Any] = {"learning_rates": RATES, "seeds": 3, "widen": 0}
-TUNED: dict[str, Any] = {"learning_rates": ["1e-3", "3e-3", "1e-2", "3e-2"], "replicates": 6}
+VARIANTS = list(OPTIMA)
+GRID: dict[str, Any] = {"variants": VARIANTS, "learning_rates": RATES, "seeds": 3, "widen": 0}
+TUNED: dict[str, Any] = {"variants": VARIANTS, "learning_rates": RATES[2:6], "replicates": 6}
 FACTORS: dict[str, Any] = {
     "learning_rates": RATES,
     "seeds": 3,
@@ -205,13 +206,15 @@ def factors(dropout: float = 0.01, gain: float = 0.45) -> Truth:
     return truth
 
 
-def make(folder: Path) -> None:
-    """Answer the three questions in `folder/results`: studies `grid`, `tuned` and `factors`.
+STUDIES: dict[str, tuple[str, Truth, dict[str, Any]]] = {
+    "grid": ("study", curves, GRID),
+    "tuned": ("tuned", tuned({"pissa": 0.95}), TUNED),
+    "factors": ("sensitivity", factors(), FACTORS),
+}
+"""Name of each study -> the question, the truth, and the options."""
 
-    They share a store and differ in their steps, so that no study finds the records of another.
-    """
-    own, output = own_data(folder), folder / "results"
-    answer("study", curves, output, **own, **GRID, steps=8, variants=list(OPTIMA), study="grid")
-    truth = tuned({"pissa": 0.95})
-    answer("tuned", truth, output, **own, **TUNED, steps=9, variants=list(OPTIMA), study="tuned")
-    answer("sensitivity", factors(), output, **own, **FACTORS, steps=10, study="factors")
+
+def make(folder: Path, name: str) -> None:
+    """Answer the question of a study in `folder/results`."""
+    experiment, truth, options = STUDIES[name]
+    answer(experiment, truth, folder / "results", **own_data(folder), **options, steps=8, study=name)

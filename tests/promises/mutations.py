@@ -122,7 +122,36 @@ MUTATIONS += [
 ]
 
 # 4. Search and early stopping.
-MUTATIONS += []
+MUTATIONS += [
+    Mutation(
+        "a larger design draws other points",
+        "orchestrator/execution/search/samplers.py",
+        "make_sampler(sampler_name, points, 0, replicate=replicate)",
+        "make_sampler(sampler_name, points, 0, replicate=points)",
+        "test_04_search.py::test_a_design_gives_each_variant_as_many_points_and_grows_from_what_it_has",
+    ),
+    Mutation(
+        "the last variant of a design has a smaller budget",
+        "orchestrator/execution/search/samplers.py",
+        "return len(found[group.name]) < min(points, group.size)",
+        "return len(found[group.name]) < min(points, group.size) - (group is groups[-1])",
+        "test_04_search.py::test_a_design_gives_each_variant_as_many_points_and_grows_from_what_it_has",
+    ),
+    Mutation(
+        "early stopping ends the best lanes",
+        "orchestrator/execution/tune/per_group_scheduler.py",
+        '"mode": "min"',
+        '"mode": "max"',
+        "test_04_search.py::test_asha_stops_what_is_worse_and_keeps_the_best",
+    ),
+    Mutation(
+        "a search forgets the points of its journal",
+        "orchestrator/execution/search/budget.py",
+        "        for point in points:\n            if point.fingerprint in self.configurations:",
+        "        for point in points[:0]:\n            if point.fingerprint in self.configurations:",
+        "test_04_search.py::test_a_killed_search_goes_on_without_a_repeated_point",
+    ),
+]
 
 # 5. The questions.
 MUTATIONS += [
@@ -343,6 +372,34 @@ MUTATIONS += [
 
 # 12. Security.
 MUTATIONS += [
+    Mutation(
+        name="Ray listens on all addresses",
+        file="orchestrator/execution/ray/runtime.py",
+        old='"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",',
+        new='"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",',
+        test="test_12_security.py::test_a_study_listens_on_loopback_only",
+    ),
+    Mutation(
+        name="the secrets of the environment are written",
+        file="orchestrator/util/redaction.py",
+        old="text = text.replace(value, mask(value))",
+        new="text = text.replace(value, value)",
+        test="test_12_security.py::test_no_file_and_no_output_has_a_secret",
+    ),
+    Mutation(
+        name="a typed password stays on the command line",
+        file="orchestrator/util/redaction.py",
+        old="ctypes.memmove(first, hidden, len(hidden))",
+        new="pass",
+        test="test_12_security.py::test_no_command_line_has_a_secret",
+    ),
+    Mutation(
+        name="everybody reads a new token",
+        file="orchestrator/execution/ray/auth_token.py",
+        old="draft.touch(mode=0o600)",
+        new="draft.touch(mode=0o644)",
+        test="test_12_security.py::test_no_other_user_reads_the_token_or_writes_a_file",
+    ),
     Mutation(
         name="a pickle that runs code is taken for weights",
         file="orchestrator/finetune/models/weight_files.py",

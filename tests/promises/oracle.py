@@ -21,6 +21,8 @@ import as_a_user
 import known_truth
 
 FOLDER = Path(__file__).with_name("oracle")
+STUDY = {"study": "grid", "tuned": "tuned", "sensitivity": "factors", "published": "published"}
+"""Question -> name of the folder with its report."""
 PUBLISHED = ("published", "--task", "gsm8k", "glue")
 TRAINED = ("--variants", "lora", "pissa", "hira", "--learning-rates", "3e-3", "1e-2", "1e3", "--seeds", "1")
 TRAINED_STEPS = ("--steps", "12", "--evaluations", "2", "--widen", "0", "--study", "trained")
@@ -127,8 +129,7 @@ def published(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def report(name: str, folder: Path) -> dict[str, Any]:
     """Return what is frozen of a report in `folder/results`."""
-    study = {"study": "grid", "sensitivity": "factors"}.get(name, name)
-    summary = json.loads((folder / "results" / study / "summary.json").read_text())
+    summary = json.loads((folder / "results" / STUDY[name] / "summary.json").read_text())
     found: dict[str, Any] = {"outcomes": outcomes(summary)}
     if name == "published":
         return found | {"tasks": published(summary)}
@@ -212,15 +213,15 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if set(names) & {"study", "tuned", "sensitivity"}:
-            known_truth.make(folder)
-        if "published" in names:
-            as_a_user.succeed(*PUBLISHED, cwd=folder)
-        if "trained" in names:
-            (folder / "trained").mkdir()
-            train(folder / "trained")
         for name in names:
-            found = trained(folder / "trained") if name == "trained" else report(name, folder)
+            (folder / name).mkdir()
+            if name == "trained":
+                train(folder / name)
+            elif name == "published":
+                as_a_user.succeed(*PUBLISHED, cwd=folder / name)
+            else:
+                known_truth.make(folder / name, STUDY[name])
+            found = trained(folder / name) if name == "trained" else report(name, folder / name)
             (FOLDER / f"{name}.json").write_text(json.dumps(_rounded(found), indent=1) + "\n")
 
 

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.timeout(900)  # on a busy machine; no result depends on
 
 
 @pytest.fixture(scope="module")
-def answered(made_once: Callable[..., Path]) -> Path:
-    """Return a folder whose `results/` has the studies `grid`, `tuned` and `factors`. Read only."""
-    return made_once("questions", known_truth.make)
+def answered(made_once: Callable[..., Path]) -> Callable[[str], Path]:
+    """Return a function that returns a folder whose `results/` has a study of known truth. Read only."""
+    return lambda name: made_once(f"answered-{name}", lambda folder: known_truth.make(folder, name))
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +37,38 @@ def surveyed(made_once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def again(
-    answered: Path, tmp_path_factory: pytest.TempPathFactory
+    answered: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, known_truth.Truth], Any]:
-    """Return a function that gives a study another truth and returns its results."""
-    output = tmp_path_factory.mktemp("again") / "results"
+    """Return a function that gives a copy of a study another truth and returns its results."""
+    copies = tmp_path_factory.mktemp("again")
+
+    def rewrite(name: str, truth: known_truth.Truth) -> Any:
+        if not (copies / name).exists():
+            copy_results(answered(name), copies / name)
+        return known_truth.rewrite(copies / name / "results", name, truth)
+
+    return rewrite
+
+
+def copy_results(folder: Path, to: Path) -> None:
+    """Copy `folder/results` without pictures and MLflow's files."""
     unneeded = shutil.ignore_patterns("*.html", "*.png", "*.svg", "mlflow*")
-    shutil.copytree(answered / "results", output, ignore=unneeded)
-    return lambda study, truth: known_truth.rewrite(output, study, truth)
+    shutil.copytree(folder / "results", to / "results", ignore=unneeded)
 
 
 @pytest.mark.parametrize("question", ["study", "tuned", "sensitivity"])
-def test_the_report_is_the_frozen_one(question: str, answered: Path) -> None:
-    assert not oracle.differences(oracle.report(question, answered), oracle.frozen(question))
+def test_the_report_is_the_frozen_one(question: str, answered: Callable[[str], Path]) -> None:
+    assert not oracle.differences(
+        oracle.report(question, answered(oracle.STUDY[question])), oracle.frozen(question)
+    )
 
 
 def test_the_published_scores_have_the_frozen_answer(surveyed: Path) -> None:
     assert not oracle.differences(oracle.report("published", surveyed), oracle.frozen("published"))
 
 
-def test_each_variant_has_its_own_best_rate_and_the_verdict_says_so(answered: Path) -> None:
-    results = orchestrator.load("grid", output=answered / "results")
+def test_each_variant_has_its_own_best_rate_and_the_verdict_says_so(answered: Callable[[str], Path]) -> None:
+    results = orchestrator.load("grid", output=answered("grid") / "results")
     first = results.points.groupby("variant").first()
     assert first["learning_rate"].to_dict() == OPTIMA
     verdict = results.verdicts.iloc[0]
@@ -65,9 +77,11 @@ def test_each_variant_has_its_own_best_rate_and_the_verdict_says_so(answered: Pa
     assert "hira 3e-2" in verdict["answer"]
 
 
-def test_validation_chooses_the_rate_and_the_test_score_is_that_of_the_chosen_rate(answered: Path) -> None:
+def test_validation_chooses_the_rate_and_the_test_score_is_that_of_the_chosen_rate(
+    answered: Callable[[str], Path],
+) -> None:
     """LoRA's test scores are highest at a rate that validation does not choose."""
-    results = orchestrator.load("grid", output=answered / "results")
+    results = orchestrator.load("grid", output=answered("grid") / "results")
     lora = results.points[results.points["variant"] == "lora"]
     assert lora.loc[lora["test_score"].idxmax(), "learning_rate"] == 1e-3
     chosen = oracle.best(oracle.numbers(results))["lora"]
@@ -76,8 +90,8 @@ def test_validation_chooses_the_rate_and_the_test_score_is_that_of_the_chosen_ra
     assert chosen["test"][0] == pytest.approx(there)
 
 
-def test_runs_above_the_cliff_are_counted_as_collapsed_or_diverged(answered: Path) -> None:
-    results = orchestrator.load("grid", output=answered / "results")
+def test_runs_above_the_cliff_are_counted_as_collapsed_or_diverged(answered: Callable[[str], Path]) -> None:
+    results = orchestrator.load("grid", output=answered("grid") / "results")
     beyond = results.runs["learning_rate"] / results.runs["variant"].map(OPTIMA)
     expected = ["diverged" if b > 12 else "collapsed" if b > 4 else "finished" for b in beyond]
     assert results.runs["label"].tolist() == expected
@@ -86,10 +100,11 @@ def test_runs_above_the_cliff_are_counted_as_collapsed_or_diverged(answered: Pat
     assert usable["pissa"].to_dict() == {r: 3 if r < 4e-3 else 0 for r in usable["pissa"].index}
 
 
-def test_the_report_command_answers_from_the_records_that_are_there(answered: Path, tmp_path: Path) -> None:
+def test_the_report_command_answers_from_the_records_that_are_there(
+    answered: Callable[[str], Path], tmp_path: Path
+) -> None:
     """What the command writes and what `load` returns are the same."""
-    unneeded = shutil.ignore_patterns("*.html", "*.png", "*.svg", "mlflow*")
-    shutil.copytree(answered / "results", tmp_path / "results", ignore=unneeded)
+    copy_results(answered("tuned"), tmp_path)
     now = known_truth.rewrite(tmp_path / "results", "tuned", tuned({"pissa": 0.95, "dora": 0.95}))
     as_a_user.succeed("report", "tuned", cwd=tmp_path)
     summary = json.loads((tmp_path / "results" / "tuned" / "summary.json").read_text())
@@ -129,8 +144,8 @@ def test_tuned_lora_against_its_variants(case: str, again: Callable[..., Any]) -
     assert all(found[variant] in expected[variant] for variant in expected), found
 
 
-def test_a_planted_difference_lies_in_its_interval(answered: Path) -> None:
-    rows = oracle.rows(oracle.numbers(orchestrator.load("tuned", output=answered / "results")))
+def test_a_planted_difference_lies_in_its_interval(answered: Callable[[str], Path]) -> None:
+    rows = oracle.rows(oracle.numbers(orchestrator.load("tuned", output=answered("tuned") / "results")))
     for variant, truth in (("pissa", 0.05), ("dora", 0.0), ("hira", 0.0)):
         difference, low, high = rows[variant]["difference"]
         assert low <= difference <= high
@@ -190,9 +205,9 @@ def test_what_matters_most(truth: known_truth.Truth, outcome: str, again: Callab
             assert effects["batch_size"]["set blindly"][0] == pytest.approx(0, abs=0.005)
 
 
-def test_what_a_factor_costs_lies_in_its_interval(answered: Path) -> None:
+def test_what_a_factor_costs_lies_in_its_interval(answered: Callable[[str], Path]) -> None:
     """Dropout is drawn from 0 to 0.1 and costs 0.01 at its end, so it costs 0.005 on average."""
-    results = orchestrator.load("factors", output=answered / "results")
+    results = orchestrator.load("factors", output=answered("factors") / "results")
     for effects in oracle.effects(oracle.numbers(results)).values():
         mean, low, high = effects["dropout"]["set blindly"]
         assert mean == pytest.approx(0.005, abs=0.002)

@@ -154,9 +154,9 @@ def test_the_same_command_adds_no_run_and_its_link_leads_to_the_ranked_answer(st
     out = as_a_user.succeed(*WORDS, "--tracking-uri", study.server.uri, cwd=study.home, **OFFLINE)
     assert study.server.uri in out
     assert linked(study.server, out) == STUDY
+    ranked_rightly(study.server, study.home)
     again = by_fingerprint(study.server.runs(STUDY))
     assert {name: run.id for name, run in again.items()} == {n: run.id for n, run in study.synced.items()}
-    ranked_rightly(study.server, study.home)
 
 
 def test_a_database_that_was_removed_is_made_again(study: Outage) -> None:

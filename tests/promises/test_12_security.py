@@ -12,6 +12,7 @@ import os
 import pickle
 import secrets
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -185,6 +186,22 @@ def test_no_file_and_no_output_has_a_secret(seen: Seen) -> None:
 def test_no_other_user_reads_the_token_or_writes_a_file(seen: Seen) -> None:
     assert seen.token_mode == 0o600, "a new user's token, with a umask that lets everybody read"
     assert [p for p in seen.home.rglob("*") if not p.is_symlink() and p.stat().st_mode & 0o022] == []
+
+
+def test_a_token_that_everybody_may_read_is_closed_and_kept(seen: Seen, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(seen.home, home)
+    token = home / ".ray" / "auth_token"
+    before = token.read_text()
+    token.chmod(0o644)
+    process = as_a_user.start(*WORDS, "--retry-failed", cwd=home, **seen.variables | {"HOME": str(home)})
+    try:
+        as_a_user.wait_until(lambda: stat.S_IMODE(token.stat().st_mode) == 0o600, process)
+        process.send_signal(signal.SIGINT)
+        assert as_a_user.end(process).code != 0
+    finally:
+        process.kill()
+    assert token.read_text() == before
 
 
 # -- pickles ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 
 import pytest
 from mutations import MUTATIONS, ROOT, Mutation
@@ -14,3 +15,9 @@ def test_a_mutation_changes_one_place_and_names_a_test(mutation: Mutation) -> No
     file, _, name = mutation.test.partition("::")
     tree = ast.parse((ROOT / "tests" / "promises" / file).read_text())
     assert name.partition("[")[0] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_each_promise_has_three_mutations() -> None:
+    promises = Counter(mutation.test.partition("_")[2][:2] for mutation in MUTATIONS)
+    assert {f"{number:02}" for number in range(1, 13)} <= promises.keys()
+    assert min(promises.values()) >= 3
