@@ -28,7 +28,7 @@ class Study:
     """An experiment with its options, which are checked when the object is made.
 
     Args:
-        experiment: Name of the command: study, tuned, sensitivity or early-stopping.
+        experiment: Name of the command: study, tuned or sensitivity.
         config: YAML file with options, as for --config. Other arguments replace what it says.
         **options: The options of the command, with underscores: `variants=["lora", "dora"]`, `rank=16`,
             `dry_run=True`. None stands for the default.
@@ -72,7 +72,7 @@ class StudyResult:
     exit_code: int
     """Exit code of the command: 0 if all configurations have a result, 3 if a limit ended the run, else 1."""
     folders: Mapping[str, Path]
-    """Name of each study that was run -> its folder, with report.html. Early stopping has two studies."""
+    """Name of each study that was run -> its folder, with report.html."""
     options: StudyOptions
     """The options of the run."""
 
@@ -95,7 +95,7 @@ def plan(study: Study) -> tuple[Plan, ...]:
     """Print what a study would train, with estimates of time and price, and start nothing.
 
     Returns:
-        The plan of each study of the experiment: early stopping has two, all others have one.
+        The plan of each study of the experiment, which has one.
 
     Raises:
         UsageError: An option does not fit the task, the base model or this machine.

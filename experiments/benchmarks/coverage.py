@@ -1,4 +1,4 @@
-"""Measure coverage, error rates and power of the analysis on synthetic studies with known truth.
+"""Measure coverage and error rates of the analysis on synthetic studies with known truth.
 
     python experiments/benchmarks/coverage.py [--replicates 2000] [--rows intervals looks ...] [--json FILE]
 
@@ -14,31 +14,299 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Each process computes on one core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from coverage_factors import claim_rows, order_rows
-from coverage_rows import (
-    Row,
-    RowFunction,
-    item_rows,
-    look_rows,
-    noise_rows,
-    plan_rows,
-    power_rows,
-    tuning_rows,
-    unusable_rows,
-)
-from factor_coverage import claim_cases
-from markdown_table import markdown_table
-from synthetic_studies import NOISES
+import numpy as np
+from measuring import markdown_table
+from numpy.typing import NDArray
+from star_studies import ROWS, claim_cases, claim_share, interval_shares
 
+from orchestrator.analyze.statistics.item_noise import item_standard_error
+from orchestrator.analyze.statistics.outcome import classify
+from orchestrator.analyze.statistics.sign_flips import critical_values, to_z
+from orchestrator.analyze.statistics.simultaneous import SimultaneousIntervals, compare_with_baseline
+from orchestrator.analyze.statistics.spending import level_of_look
+from orchestrator.analyze.statistics.usable import usable_p_values
+
+Floats = NDArray[np.float64]
+Noise = Literal["equal", "unequal", "heavy tails", "near ceiling"]
+NOISES: tuple[Noise, ...] = ("equal", "unequal", "heavy tails", "near ceiling")
+FLOOR = -50.0
+"""The score of a collapsed run, relative to that of the best rate."""
+
+
+def score_noise(noise: Noise, shape: tuple[int, int, int], generator: np.random.Generator) -> Floats:
+    """Draw the noise of scores, with mean 0; the first variant is the baseline.
+
+    Args:
+        noise: "equal": normal with standard deviation 1. "unequal": normal, with standard deviation 2 for one
+            variant, 3 for two and 1 for the others. "heavy tails": t with 3 degrees of freedom. "near
+            ceiling": the distance below a ceiling is exponential with mean 1.
+        shape: (studies, replicates, variants with the baseline).
+        generator: The source of random numbers.
+
+    Returns:
+        The noise, of the given shape.
+    """
+    if noise == "heavy tails":
+        return generator.standard_t(3, shape)
+    if noise == "near ceiling":
+        return 1 - generator.exponential(1.0, shape)
+    values = generator.standard_normal(shape)
+    if noise == "unequal":
+        values[:, :, 1] *= 2
+        values[:, :, 2:4] *= 3
+    return values
+
+
+def from_baseline(scores: Floats) -> Floats:
+    """Return the differences from the baseline.
+
+    Args:
+        scores: Scores, shape (..., K + 1), with the baseline first.
+
+    Returns:
+        Shape (..., K).
+    """
+    return scores[..., 1:] - scores[..., :1]
+
+
+def tuned_scores(
+    studies: int, replicates: int, variants: int, rates_per_decade: int, generator: np.random.Generator
+) -> Floats:
+    """Draw the test scores of replicated tuning, for variants that are equal when tuned.
+
+    Every variant has a best rate of its own, and loses 30 points one decade away from it (quadratically). The
+    probability that a run collapses is logistic in the rate: one half at 0.7 decades above the best rate. A
+    run has noise with a standard deviation of 0.7 points that validation and test score share, and 0.5 points
+    in each score alone. The grid spans three decades. Every replicate shifts it by a random offset, the same
+    for all variants.
+
+    Args:
+        studies: Number of studies.
+        replicates: Number of replicates of each study.
+        variants: Number of variants, including the baseline.
+        rates_per_decade: Number of learning rates per decade.
+        generator: The source of random numbers.
+
+    Returns:
+        Shape (studies, replicates, variants).
+    """
+    spacing = 1 / rates_per_decade
+    grid = np.arange(0.0, 3.0, spacing)
+    best = generator.uniform(1.0, 2.0, (studies, 1, variants, 1))
+    offset = generator.uniform(0.0, spacing, (studies, replicates, 1, 1))
+    distance = grid + offset - best
+    shape = distance.shape
+    collapsed = generator.random(shape) < 1 / (1 + np.exp(-(distance - 0.7) / 0.08))
+    score = np.where(collapsed, FLOOR, -30 * distance**2 + 0.7 * generator.standard_normal(shape))
+    validation, test = (score + 0.5 * generator.standard_normal(shape) for _ in range(2))
+    return np.take_along_axis(test, validation.argmax(axis=3)[..., None], axis=3)[..., 0]
+
+
+def item_scores(
+    items_per_question: int, questions: int, replicates: int, variants: int, generator: np.random.Generator
+) -> Floats:
+    """Draw the scores of every test item, for variants that are equal over the population of questions.
+
+    Each variant has an advantage of its own on each question, normal with a standard deviation of 15 points,
+    which the items of the question share. Every run adds noise of 20 points to each item.
+
+    Args:
+        items_per_question: Number of items of each question.
+        questions: Number of questions.
+        replicates: Number of replicates.
+        variants: Number of variants, including the baseline.
+        generator: The source of random numbers.
+
+    Returns:
+        Shape (replicates, items, variants), the items of a question one after another.
+    """
+    own = 15 * generator.standard_normal((questions, variants)).repeat(items_per_question, axis=0)
+    noise = 20 * generator.standard_normal((replicates, questions * items_per_question, variants))
+    return own + noise
+
+
+BATCH = 250
+"""Number of studies in one array operation."""
+UNBOUNDED = (-np.inf, np.inf)
+ERROR, ERROR_AT_MOST, COVERAGE = (4.0, 6.0), (0.0, 6.0), (93.0, 97.0)
+"""The least and the largest percentage that is ok: of an error rate that should be exact, of one that may be
+smaller, and of a coverage."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    group: str
+    case: str
+    quantity: str
+    percent: float
+    """The share of the studies in which the quantity occurred."""
+    limits: tuple[float, float]
+    """The least and the largest percentage that is ok."""
+    studies: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the percentage lies within its limits."""
+        return self.limits[0] <= self.percent <= self.limits[1]
+
+
+def _batches(studies: int) -> list[int]:
+    """Return the sizes of the batches into which the studies are divided."""
+    return [min(BATCH, studies - start) for start in range(0, studies, BATCH)]
+
+
+def _z(differences: Floats) -> Floats:
+    """Return the t statistics of the means over replicates, converted to z values.
+
+    Args:
+        differences: Differences from the baseline, shape (studies, n, K).
+
+    Returns:
+        Shape (studies, K).
+    """
+    n = differences.shape[1]
+    return to_z(differences.mean(axis=1) / differences.std(axis=1, ddof=1) * np.sqrt(n), n - 1.0)
+
+
+def noise_rows(noise: Noise, n: int, count: int, studies: int, seed: int) -> list[Row]:
+    """Measure the error for equal variants, and the coverage for variants that differ.
+
+    In half of the studies the variants differ by up to 1.5 standard errors in either direction, in the other
+    half by 20 times as much, so that all that differ are found to differ. If K is odd, the middle variant
+    equals the baseline.
+    """
+    generator = np.random.default_rng(seed)
+    error = missed = 0
+    for batch in _batches(studies):
+        d = from_baseline(score_noise(noise, (batch, n, count + 1), generator))
+        size = np.abs(_z(d)).max(axis=1)
+        error += int((size > critical_values(d)[0]).sum())
+        true = np.linspace(-1.5, 1.5, count) * np.sqrt(2 / n)
+        far = np.where(np.arange(batch)[:, None] % 2, 20.0, 1.0) * true
+        missed += int((size > critical_values(d + far[:, None, :])[1]).sum())
+    case = f"{noise}, n = {n}, K = {count}"
+    return [
+        Row("intervals", case, "error, equal variants", 100 * error / studies, ERROR, studies),
+        Row("intervals", case, "coverage, equal variants", 100 - 100 * error / studies, COVERAGE, studies),
+        Row("intervals", case, "coverage, unequal variants", 100 - 100 * missed / studies, COVERAGE, studies),
+    ]
+
+
+def unusable_rows(share: float, n: int, count: int, studies: int, seed: int) -> list[Row]:
+    """Measure verdicts and errors where a share of the runs is unusable, equally often for all variants."""
+    generator = np.random.default_rng(seed)
+    verdicts = differs = shares = 0
+    for _ in range(studies):
+        scores = score_noise("equal", (1, n, count + 1), generator)[0]
+        usable = generator.random(scores.shape) >= share
+        shares += int((usable_p_values(usable[:, 1:], usable[:, 0]) <= 0.05).any())
+        found = compare_with_baseline(from_baseline(np.where(usable, scores, np.nan)), 1.0, bounds=UNBOUNDED)
+        verdicts += int(np.isfinite(found.low).all())
+        differs += int(_excludes(found, 0.0).any())
+    case = f"{share:.0%} unusable, n = {n}, K = {count}"
+    return [
+        Row(
+            "unusable runs",
+            case,
+            "verdict for every variant",
+            100 * verdicts / studies,
+            (95.0, 100.0),
+            studies,
+        ),
+        Row("unusable runs", case, "error, difference", 100 * differs / studies, ERROR_AT_MOST, studies),
+        Row("unusable runs", case, "error, usable share", 100 * shares / studies, ERROR_AT_MOST, studies),
+    ]
+
+
+def _excludes(found: SimultaneousIntervals, value: float) -> NDArray[np.bool_]:
+    """Return for each comparison whether its interval excludes a value."""
+    return (found.low > value) | (found.high < value)
+
+
+def tuning_rows(rates_per_decade: int, n: int, count: int, studies: int, seed: int) -> list[Row]:
+    """Measure the error of the whole procedure, including tuning, for variants that are equal when tuned."""
+    generator = np.random.default_rng(seed)
+    error = 0
+    for batch in _batches(studies):
+        d = from_baseline(tuned_scores(batch, n, count + 1, rates_per_decade, generator))
+        error += int((np.abs(_z(d)).max(axis=1) > critical_values(d)[0]).sum())
+    case = f"{rates_per_decade} rates a decade, n = {n}, K = {count}"
+    return [Row("tuning inside", case, "error, equal variants", 100 * error / studies, ERROR, studies)]
+
+
+def item_rows(items_per_question: int, studies: int, seed: int) -> list[Row]:
+    """Measure the coverage of the true difference over the population of questions, with n = 10 and K = 9."""
+    generator = np.random.default_rng(seed)
+    questions, missed = 200 // items_per_question, 0
+    clusters = np.arange(questions).repeat(items_per_question).tolist()
+    for _ in range(studies):
+        items = from_baseline(item_scores(items_per_question, questions, 10, 10, generator))
+        error = item_standard_error(items.mean(axis=0), clusters)
+        found = compare_with_baseline(items.mean(axis=1), 1.0, item_error=error, bounds=UNBOUNDED)
+        missed += int(_excludes(found, 0.0).any())
+    case = f"{questions} questions of {items_per_question} items, n = 10, K = 9"
+    return [
+        Row("item noise", case, "coverage over questions", 100 - 100 * missed / studies, COVERAGE, studies)
+    ]
+
+
+def look_rows(step: int, count: int, studies: int, seed: int) -> list[Row]:
+    """Measure the error when `step` replicates are added until all is decided, with at most five looks."""
+    generator = np.random.default_rng(seed)
+    looks = [step * (i + 1) for i in range(5)]
+    levels = [level_of_look(looks[: i + 1], looks[-1], comparisons=count) for i in range(5)]
+    wrong_at_end = wrong_once = 0
+    for _ in range(studies):
+        d = from_baseline(score_noise("equal", (1, looks[-1], count + 1), generator))[0]
+        wrong = False
+        for n, level in zip(looks, levels, strict=True):
+            found = compare_with_baseline(d[:n], 1.0, alpha=level, bounds=UNBOUNDED)
+            at_this_look = bool(_excludes(found, 0.0).any())
+            wrong = wrong or at_this_look
+            outcomes = {classify(low, high, 1.0) for low, high in zip(found.low, found.high, strict=True)}
+            if "undecided" not in outcomes:
+                break
+        wrong_once += wrong
+        wrong_at_end += at_this_look
+    case = f"looks at {', '.join(map(str, looks))}, K = {count}"
+    return [
+        Row("looks", case, "error at any look", 100 * wrong_once / studies, ERROR_AT_MOST, studies),
+        Row("looks", case, "error when it ends", 100 * wrong_at_end / studies, ERROR_AT_MOST, studies),
+    ]
+
+
+def factor_rows(noise: str, seeds: int, studies: int, seed: int) -> list[Row]:
+    """Measure the coverage of the losses of factors, and how often the planted order is found."""
+    shares = interval_shares(ROWS[noise], seeds, studies, np.random.default_rng(seed))
+    case = f"{noise}, {seeds} seeds"
+    return [
+        Row("factors", case, name, 100 * share, (0.0, 100.0) if "order" in name else (92.5, 97.0), studies)
+        for name, share in shares.items()
+    ]
+
+
+def claim_rows(index: int, seeds: int, studies: int, seed: int) -> list[Row]:
+    """Measure the share of studies in which claim 1 has the outcome that a case of `claim_cases` counts."""
+    case = claim_cases()[index]
+    share = claim_share(case, seeds, studies, np.random.default_rng(seed))
+    low, high = case.bounds
+    name = f"{case.name}, {seeds} seeds"
+    return [Row("claims", name, f"claim 1: {case.counted}", 100 * share, (100 * low, 100 * high), studies)]
+
+
+RowFunction = Callable[..., list[Row]]
+"""A function that returns rows; its last arguments are `studies` and `seed`."""
 CHEAP_FACTOR = 5
 """Rows that analyze many studies in one array operation simulate this many times as many studies."""
 Task = tuple[str, RowFunction, tuple[Any, ...], int]
@@ -62,47 +330,20 @@ def list_tasks(replicates: int) -> list[Task]:
     tasks += [("looks", look_rows, (step, count), replicates) for step, count in ((10, 9), (5, 9), (10, 1))]
     tasks += [("tuning", tuning_rows, (rate, n, 9), many) for rate in (4, 2) for n in (20, 10)]
     tasks += [("tuning", tuning_rows, (rate, 10, 19), many) for rate in (4, 2)]
-    tasks += [("factors", order_rows, (10,), replicates)]
-    tasks += [("factors", claim_rows, (i, 5), replicates) for i in range(len(claim_cases()))]
+    tasks += [("factors", factor_rows, (noise, n), replicates) for noise in ROWS for n in (3, 5, 10)]
+    tasks += [("claims", claim_rows, (i, 5), replicates) for i in range(len(claim_cases()))]
     tasks += [("intervals", noise_rows, (noise, *size), many) for size in SIZES[::-1] for noise in NOISES]
     tasks += [("items", item_rows, (items,), replicates) for items in (1, 2)]
-    tasks += [("power", power_rows, (n, 9), many) for n in (20, 10, 5)]
-    tasks += [("plan", plan_rows, (1.5, 9), replicates)]
     return tasks
 
 
-def simulate(tasks: Sequence[Task], processes: int) -> list[Row]:
-    """Run the simulations in parallel, and print progress to stderr.
-
-    Args:
-        tasks: The simulations.
-        processes: Number of processes.
-
-    Returns:
-        The rows of all tasks, in the order of the tasks.
-    """
-    start, done = time.monotonic(), 0
-    results: dict[int, list[Row]] = {}
-    with ProcessPoolExecutor(processes) as pool:
-        futures = {
-            # The seed depends on the task alone, so that --rows changes no result.
-            pool.submit(
-                function,
-                *arguments,
-                studies,
-                zlib.crc32(repr((group, function.__name__, arguments)).encode()),
-            ): i
-            for i, (group, function, arguments, studies) in enumerate(tasks)
-        }
-        for future in as_completed(futures):
-            results[futures[future]] = future.result()
-            done += 1
-            row = results[futures[future]][0]
-            elapsed = time.monotonic() - start
-            print(
-                f"{done}/{len(tasks)}, {elapsed:.0f} s: {row.group}, {row.case}", file=sys.stderr, flush=True
-            )
-    return [row for i in range(len(tasks)) for row in results[i]]
+def simulate(task: Task) -> list[Row]:
+    """Return the rows of a task. The seed depends on the task alone, so that --rows changes no result."""
+    group, function, arguments, studies = task
+    started = time.monotonic()
+    rows = function(*arguments, studies, zlib.crc32(repr((group, function.__name__, arguments)).encode()))
+    print(f"{time.monotonic() - started:.0f} s: {group}, {rows[0].case}", file=sys.stderr, flush=True)
+    return rows
 
 
 def row_cells(row: Row) -> list[str]:
@@ -129,7 +370,9 @@ def main() -> int:
     if options.replicates < 1:
         parser.error(f"--replicates {options.replicates}: at least 1, for example --replicates 2000")
     tasks = [task for task in list_tasks(options.replicates) if task[0] in options.rows]
-    rows = sorted(simulate(tasks, options.processes), key=lambda row: (row.group, row.quantity))
+    with ProcessPoolExecutor(options.processes) as pool:
+        rows = [row for found in pool.map(simulate, tasks) for row in found]
+    rows.sort(key=lambda row: (row.group, row.quantity))
     header = ["group", "case", "quantity", "percent", "wanted", "studies", ""]
     print(markdown_table(header, map(row_cells, rows)))
     if options.json:

@@ -1,199 +1,195 @@
-"""Measure on one GPU what docs/performance.md predicts; needs neither Ray nor a network.
+"""Measure on one GPU what training costs there; needs neither Ray nor a network.
 
-    python experiments/benchmarks/gpu.py ceilings svd noise --steps 20
-    python experiments/benchmarks/gpu.py train step --lanes 1 2 4 8 --steps 3
-    python experiments/benchmarks/gpu.py train step --liger --lanes 1 4 8 --steps 3
-    python experiments/benchmarks/gpu.py generate scoring oom --variants lora
-    python experiments/benchmarks/gpu.py train oom --model llama-3.1-8b --variants lora dora --lanes 1 2
-    python experiments/benchmarks/gpu.py --device cpu --tiny           everything at tiny size, in two minutes
+    python experiments/benchmarks/gpu.py --out gpu.json                     Qwen3-0.6B, 1 to 8 lanes
+    python experiments/benchmarks/gpu.py --model llama-3.1-8b --variants lora dora --lanes 1 2 --liger
+    python experiments/benchmarks/gpu.py --device cpu --tiny                a rehearsal in a minute
 
-Needs torch, transformers, filelock, psutil and pydantic (pip installs the last three with transformers and
-PEFT), and this repository on PYTHONPATH; for --liger also liger-kernel. Weights and tokens are random.
+Needs torch, transformers, PEFT and what pip installs with them, and this repository on PYTHONPATH; --liger
+needs liger-kernel. Weights and tokens are random; the rows have lengths like those of MetaMathQA. Each
+measurement is printed as one line of JSON, and --out is written again after every line:
 
-Each measurement is printed as one line of JSON, after the prediction of its section for an H100, and --out is
-written again after every line. Each section runs in a process of its own: one that fails, crashes or loses
-the device is reported as an error, and the next one runs. After --minutes the section is ended, and the ones
-after it are reported as not run. Sections:
-
-ceilings  products in bfloat16, copies on the device, launches: what the machine can do
-svd       PiSSA's exact initialization, for the sizes of layers
-noise     the differences between the losses of a lane that is trained twice alone and once with others
-train     a micro-batch of 8 rows a lane: device time, host time, kernels, busy share, memory
-step      whole optimizer steps of the default study (64 rows a lane)
-generate  the project's decoder: ms per token by rows of a batch, without adapters and with lanes
-scoring   the loss of 64 items, and 64 answers, by the project's own functions
-oom       the memory that stays allocated after lanes were added until memory ran out
+ceiling     the speed of a large product, and of a copy on the device
+throughput  optimizer steps of the default study (64 rows a lane): time, tokens and lane steps per second, the
+            share of the ceiling, the peak of the memory
+memory      lanes are doubled until memory runs out: the number that fits, and what stays allocated afterwards
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import threading
+import statistics
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_sections import SECTIONS, Setup
-from model_shapes import SHAPES
-from paired_timing import describe_machine
+from measuring import choose_device, describe_machine, make_parser, synchronize, write_results
+from synthetic_task import (
+    SHAPES,
+    StepSize,
+    build_model,
+    draw_rows,
+    free_device_memory,
+    make_lanes,
+    take_step,
+)
 
+from orchestrator.finetune.failures import Fault, classify_error
+from orchestrator.finetune.models import activation_checkpointing, liger_kernels
 from orchestrator.util.command import main
+from variants import catalogue
+from variants.api import Batching
 
-MACHINE = "machine"
-"""The section that describes the machine. It runs first, always."""
-PREDICTIONS = {
-    "ceilings": "620 TFLOP/s, 2.6 TB/s, 2.5 us a launch",
-    "svd": "14336 x 4096 takes 5-40 s",
-    "noise": "`again` is above 0: attention's backward pass adds with atomics",
-    "train": "LoRA, 384 tokens: 1 lane 60-75 ms and busy 0.8-0.95, 4 lanes 180-300 ms and busy above 0.95; "
-    "with --liger 4 lanes 110-170 ms. Busy below 0.7 at one lane: the host is slower than assumed",
-    "step": "a LoRA lane of four: 0.33 s, or 9 minutes for 1,562 steps; with --liger 0.18 s, or 5 minutes",
-    "generate": "LoRA: 6-12 ms a token as a captured graph (90 kernels a block, and the whole static cache)",
-    "scoring": "none",
-    "oom": "less than 50 MiB stay allocated",
-}
-"""Section -> the prediction for an H100 and Qwen3-0.6B; docs/performance.md says how it was made."""
+GIB = 2**30
+MAX_LANES = 512
+"""The most lanes that `memory` tries."""
 
 
 @dataclass
-class Output:
-    """The measurements so far, printed as they come and written to the result file."""
+class Benchmark:
+    """A model on a device, and the measurements so far."""
 
-    file: Path | None
+    options: argparse.Namespace
+    device: torch.device
     rows: list[dict[str, Any]] = field(default_factory=list)
+    flops: float = 0.0
+    """FLOP per second of a large product."""
+
+    def __post_init__(self) -> None:
+        options, is_gpu = self.options, self.device.type == "cuda"
+        self.name = "tiny" if options.tiny else options.model
+        self.longest = 47 if options.tiny else 511
+        self.examples = draw_rows(SHAPES[self.name].vocab_size, 16 if options.tiny else 2048, self.longest)
+        self.size = StepSize(8, 1 if options.tiny else 8, self.longest + 1)
+        # bfloat16 is slow on CPUs, where this is a rehearsal.
+        self.model = build_model(self.name, self.device, torch.bfloat16 if is_gpu else torch.float32)
+        if options.liger:
+            liger_kernels.apply_liger(self.model, self.name)
+        if options.checkpointing:
+            activation_checkpointing.enable_activation_checkpointing(self.model)
 
     def add(self, section: str, **values: Any) -> None:
-        """Print a measurement as a line of JSON, and write all measurements to the result file."""
+        """Print a measurement, and write all of them to the result file."""
         self.rows.append({"section": section, **values})
-        print(json.dumps(self.rows[-1], default=str), flush=True)
-        if self.file is not None:
-            machine = next((row for row in self.rows if row["section"] == MACHINE), {})
-            result = {"machine": machine, "rows": self.rows}
-            temporary = self.file.with_name(f"{self.file.name}.part")
-            temporary.write_text(json.dumps(result, indent=1, default=str) + "\n")
-            temporary.replace(self.file)
+        print(json.dumps(self.rows[-1]), flush=True)
+        write_results(self.options.out, self.device, self.rows)
+
+    @contextmanager
+    def lanes(self, variant: str, count: int, size: StepSize) -> Iterator[Any]:
+        """Attach lanes to the model inside the context, and yield their group and them."""
+        group, lanes = make_lanes(self.model, self.examples, variant, count, size, same_seed=True)
+        if self.options.liger:
+            group.base_model = replace(group.base_model, kernels="liger")
+        try:
+            yield group, lanes
+        finally:
+            group.adapters.detach()
+            del group, lanes
+            free_device_memory(self.device)
+
+    def seconds(self, work: Callable[[], object], repeats: int) -> float:
+        """Return the median time of `work` on the device, after two calls that do not count."""
+        taken = []
+        for _ in range(2 + repeats):
+            synchronize(self.device)
+            started = time.perf_counter()
+            work()
+            synchronize(self.device)
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken[2:])
+
+    def allocated(self, peak: bool = False) -> int:
+        """Return the bytes that are allocated on the GPU now, or were at most; 0 on a CPU."""
+        if self.device.type == "cpu":
+            return 0
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(self.device)
+
+    def measure_ceiling(self) -> None:
+        """Measure a product of two matrices of the model's data type, and a copy."""
+        side = 256 if self.device.type == "cpu" else 8192
+        left, right = (torch.randn(side, side, device=self.device, dtype=self.model.dtype) for _ in range(2))
+        self.flops = 2 * side**3 / self.seconds(partial(torch.mm, left, right), 20)
+        copied = 2 * left.nbytes / self.seconds(left.clone, 20)
+        self.add("ceiling", tflops=round(self.flops / 1e12, 2), terabytes_per_s=round(copied / 1e12, 3))
+
+    def measure_throughput(self, variant: str, count: int) -> None:
+        """Measure whole optimizer steps of some lanes."""
+        what = {"variant": variant, "lanes": count}
+        try:
+            with self.lanes(variant, count, self.size) as (group, lanes):
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                seconds = self.seconds(partial(take_step, group, lanes), self.options.steps)
+                peak = self.allocated(peak=True)
+        except torch.OutOfMemoryError:
+            free_device_memory(self.device)
+            self.add("throughput", **what, fits=False)
+            return
+        length = statistics.mean(len(row.ids) for row in self.examples)
+        tokens = self.size.rows * self.size.accumulation * count * length
+        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        self.add(
+            "throughput",
+            **what,
+            milliseconds=round(1e3 * seconds, 1),
+            tokens_per_s=round(tokens / seconds),
+            lane_steps_per_s=round(count / seconds, 3),
+            share_of_ceiling=round(4 * weights * tokens / seconds / self.flops, 3),
+            peak_gib=round(peak / GIB, 2),
+        )
+
+    def measure_memory(self, variant: str) -> None:
+        """Double the lanes of a micro-batch until memory runs out (on a GPU only).
+
+        Raises:
+            RuntimeError: A step failed for another reason than a lack of memory.
+        """
+        count, fitting, fault, before = 1, 0, None, self.allocated()
+        while fault is None and count <= (2 if self.device.type == "cpu" else MAX_LANES):
+            fault = self._find_fault(variant, count)
+            fitting, count = fitting if fault else count, 2 * count
+        if fault not in (None, Fault.MEMORY):
+            raise RuntimeError(f"a lack of memory was classified as {fault}; failures.py must say MEMORY")
+        free_device_memory(self.device)
+        kept = (self.allocated() - before) / 2**20
+        self.add("memory", variant=variant, lanes=fitting, ended_by=str(fault), kept_mib=round(kept, 1))
+
+    def _find_fault(self, variant: str, count: int) -> Fault | None:
+        """Compute gradients of some lanes. Returns the kind of the error, if there is one."""
+        try:
+            with self.lanes(variant, count, replace(self.size, accumulation=1)) as (group, lanes):
+                group.backward(lanes)
+                synchronize(self.device)
+        except Exception as error:
+            return classify_error(error)
+        return None
 
 
-def read_options() -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("sections", nargs="*", help=f"default: all of {', '.join(SECTIONS)}")
+def run() -> None:
+    """Measure what the command line asks for."""
+    parser = make_parser(__doc__)
     parser.add_argument("--model", choices=sorted(SHAPES), default="qwen3-0.6b")
     parser.add_argument("--variants", nargs="+", default=["lora", "dora", "hira", "pissa"])
-    parser.add_argument("--lanes", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of `noise` and `step`")
+    parser.add_argument("--lanes", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a measurement; default: 5")
     parser.add_argument("--liger", action="store_true", help="use Liger's RMSNorm, rotary and SwiGLU")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
-    same_seed = "whether lanes read the same rows, as those of a block of rates do; default: yes"
-    parser.add_argument("--same-seed", action=argparse.BooleanOptionalAction, default=True, help=same_seed)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short rows")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=9.5, help="end after this time; default: 9.5")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # see run_section
-    parser.add_argument("--out", type=Path, help="write the measurements to this JSON file")
     options = parser.parse_args()
-    known = {*SECTIONS, MACHINE} if options.here else SECTIONS.keys()
-    if unknown := set(options.sections) - known:
-        parser.error(f"no section {min(unknown)!r}: take some of {', '.join(SECTIONS)}")
-    return options
-
-
-def run() -> int:
-    """Measure the sections of the command line. Returns 1 if one of them failed, else 0."""
-    options = read_options()
-    sections = options.sections or list(SECTIONS)
-    if options.here:
-        return int(not _measure_here(sections[0], options))
-    output, ends_at = Output(options.out), time.monotonic() + 60 * options.minutes
-    arguments = [text for text in sys.argv[1:] if text not in SECTIONS]
-    succeeded = True
-    for name in (MACHINE, *sections):
-        if name != MACHINE:
-            output.add(name, predicted=PREDICTIONS[name])
-        succeeded &= run_section(name, arguments, ends_at, output)
-    return int(not succeeded)
-
-
-def _measure_here(name: str, options: argparse.Namespace) -> bool:
-    """Measure a section in this process, and print its error if it fails. Return whether it succeeded."""
-    device, output = torch.device(options.device), Output(None)
-    model = "tiny" if options.tiny else options.model
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    setup = Setup(
-        device,
-        model,
-        tuple(options.variants),
-        tuple(options.lanes),
-        options.steps,
-        options.liger,
-        options.checkpointing,
-        options.same_seed,
-        output.add,
-    )
-    try:
-        if name == MACHINE:
-            output.add(MACHINE, **describe_machine(device), model=model)
-        else:
-            SECTIONS[name](setup)
-    except Exception as error:
-        output.add(name, error=f"{type(error).__name__}: {error}"[:400])
-        return False
-    return True
-
-
-def run_section(name: str, arguments: list[str], ends_at: float, output: Output) -> bool:
-    """Measure a section in a process of its own. Returns whether it succeeded.
-
-    Args:
-        name: The section, or `MACHINE`.
-        arguments: The command line without sections.
-        ends_at: The time of `time.monotonic` at which the process is killed.
-        output: Gets the measurements of the process, each as soon as it is printed.
-    """
-    seconds = ends_at - time.monotonic()
-    if seconds <= 0:
-        output.add(name, error="not run: no time left (--minutes)")
-        return False
-    command = [sys.executable, __file__, name, *arguments, "--here"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    is_reported = False
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            values = _read_measurement(line)
-            if values is None:
-                print(line, end="", flush=True)
-                continue
-            is_reported |= "error" in values
-            output.add(**values)
-        code = process.wait()
-    finally:
-        timer.cancel()
-        process.kill()
-        process.wait()
-    if code != 0 and not is_reported:
-        late = " (no time left, --minutes)" if time.monotonic() >= ends_at else ""
-        output.add(name, error=f"the process ended with code {code}{late}")
-    return code == 0
-
-
-def _read_measurement(line: str) -> dict[str, Any] | None:
-    """Return the measurement that `Output.add` has printed, or None for a library's message."""
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) and "section" in values else None
+    device = choose_device(options)
+    benchmark = Benchmark(options, device)
+    benchmark.add("machine", **describe_machine(device), model=benchmark.name)
+    benchmark.measure_ceiling()
+    for variant in options.variants:
+        exclusive = catalogue.get(variant).batching is Batching.EXCLUSIVE
+        for count in [1] if exclusive else options.lanes:
+            benchmark.measure_throughput(variant, count)
+        if not exclusive:
+            benchmark.measure_memory(variant)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,25 @@ from functools import partial
 from typing import Any
 
 import torch
-from markdown_table import markdown_table
-from model_shapes import SHAPES, build_model
-from paired_timing import Summary, choose_device, make_parser, ratios, time_in_turn, write_results
-from synthetic_task import StepSize, draw_equal_rows, draw_rows, free_device_memory, make_lanes, take_step
+from measuring import (
+    Summary,
+    choose_device,
+    make_parser,
+    markdown_table,
+    ratios,
+    time_in_turn,
+    write_results,
+)
+from synthetic_task import (
+    SHAPES,
+    StepSize,
+    build_model,
+    draw_equal_rows,
+    draw_rows,
+    free_device_memory,
+    make_lanes,
+    take_step,
+)
 
 from orchestrator.util.command import main
 

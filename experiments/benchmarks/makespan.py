@@ -16,7 +16,7 @@ processes  plain processes with PEFT, without Ray
 trainers   a Tune trial a run, each a TorchTrainer with transformers' Trainer and PEFT; --trainer-runs of the
            runs are executed and the time of the rest is EXTRAPOLATED
 
-The alternatives (alternatives_*.py) write nothing but the last scores. --out keeps the rounds of earlier
+The alternatives write nothing but the last scores. --out keeps the rounds of earlier
 calls, so a long comparison can be run in parts; the table has the medians of all of them.
 """
 
@@ -34,9 +34,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alternatives_peft import Run, Study
-from markdown_table import markdown_table
-from paired_timing import Summary
+from alternatives import Run, Study
+from measuring import Summary, markdown_table
 
 from orchestrator.finetune.data.batches import Row, compute_max_row_length, encode_examples
 from orchestrator.finetune.models.catalogue import prepare_base_model
@@ -155,9 +154,9 @@ def _our_command(name: str, folder: Path, work: Path) -> list[str]:
 
 def _alternative(side: str, study: Study, folder: Path) -> list[str]:
     (folder / "study.json").write_text(json.dumps(asdict(study)))
-    script = FOLDER / f"alternatives_{side}.py"
-    processes = str(os.cpu_count())
-    return [sys.executable, str(script), "study.json", "scores.json", "--processes", processes]
+    script = ["alternatives.py"] if side == "processes" else ["alternatives_ray.py", side]
+    script[0] = str(FOLDER / script[0])
+    return [sys.executable, *script, "study.json", "scores.json", "--processes", str(os.cpu_count())]
 
 
 def _our_scores(folder: Path) -> dict[str, dict[str, float]]:

@@ -25,7 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markdown_table import markdown_table
+from measuring import markdown_table
 
 from orchestrator.study.configuration import (
     BatchConfig,
@@ -65,7 +65,7 @@ class Options:
     output: Path = Path("scale")
     """Folder for the results and the studies' stores."""
     scheduler: str = "none"
-    """Early stopping: none, asha, median, hyperband."""
+    """Early stopping: none, asha or median."""
     nodes: int = 2
     """Nodes beside the head, with one fake GPU each; each GPU gets a trainer."""
 
@@ -147,7 +147,6 @@ def _measure_study(options: Options, size: int) -> dict[str, Any]:
 
 def _run_study(options: Options, configurations: Sequence[Configuration], store: Any) -> dict[str, Any]:
     import ray
-    from simulated_curves import SimulationPlan
     from simulated_training import train_simulated
 
     from orchestrator.execution.ray.runtime import Cluster, Node
@@ -159,8 +158,7 @@ def _run_study(options: Options, configurations: Sequence[Configuration], store:
         local=False,
     )
     started, cpu, loop_cpu = time.monotonic(), time.process_time(), time.thread_time()
-    plan = SimulationPlan(seconds_per_step=0.01)
-    steps = train_simulated(configurations, options.scheduler, cluster, options.nodes, 1.0, store, plan)
+    steps = train_simulated(configurations, options.scheduler, cluster, options.nodes, 1.0, store)
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     loop_cpu = time.thread_time() - loop_cpu
     records = list(store.records())

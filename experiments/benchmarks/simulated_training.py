@@ -1,31 +1,32 @@
-"""The fine-tuning loop with an engine that trains nothing: losses and scores come from prepared curves.
+"""The fine-tuning loop with an engine that trains nothing: losses and scores are synthetic curves.
 
 A trainer whose `TrainerSpec.train_loop` is `simulated_training:run` is a real one in every other respect: the
-loop's own code leases, evaluates, parks, spills, stops, checkpoints and records its lanes. The curves are
-described by a `SimulationPlan`, which `train_simulated` writes to `simulation.json` in the store's folder.
-The other scripts of this folder import this module.
+loop's own code leases, evaluates, parks, spills, stops, checkpoints and records its lanes. `scale.py` uses it
+to measure what a study costs besides the training.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import random
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from simulated_curves import SimulatedCurve, SimulationPlan, replayed_curve, synthetic_curve
 
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.engine.lane_source import LaneSource
+from orchestrator.finetune.engine.lane_state import evaluation_steps
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
 from orchestrator.record.schema import ItemResults
 from orchestrator.record.store import Store
@@ -35,7 +36,55 @@ from variants import catalogue
 if TYPE_CHECKING:
     from orchestrator.execution.ray.runtime import Cluster
 
+SPLITS = ("validation", "test")
+UNTRAINED_LOSS = 2.5
+"""Loss of the untrained synthetic model, in nats per token."""
+SECONDS_PER_STEP = 0.01
+"""Duration of a step of a lane group."""
 LANES_PER_TRAINER = 4  # the number in a dry run on two cores
+
+
+@dataclass(frozen=True)
+class SimulatedCurve:
+    """The whole training of one configuration."""
+
+    losses: Sequence[float]
+    """Training loss of each step."""
+    gradient_norms: Sequence[float]
+    """Gradient norm of each step."""
+    scores: Mapping[tuple[int, str], Mapping[str, float]]
+    """(step, split) -> metric -> score."""
+    untrained: Mapping[str, Mapping[str, float]]
+    """Split -> metric -> score of the untrained model."""
+
+
+def synthetic_curve(configuration: Configuration) -> SimulatedCurve:
+    """Return a curve whose loss is a smooth function of the logarithm of the learning rate.
+
+    Each variant has a best rate of its own, each configuration its own noise. Above ten times the best rate,
+    the loss grows with every step, as in a training that diverges.
+    """
+    best = -2.5 + int(hashlib.sha256(configuration.variant.name.encode()).hexdigest()[:4], 16) / 2**16
+    log_distance = math.log10(configuration.optimizer.learning_rate) - best
+    gain = math.exp(-(log_distance**2) / 0.5)
+    steps, noise = configuration.lr_schedule.steps, random.Random(configuration.fingerprint)
+
+    def loss(step: int) -> float:
+        if log_distance > 1.0:
+            return UNTRAINED_LOSS * (1.0 + step)
+        progress = 1.0 - math.exp(-4.0 * step / steps)
+        return UNTRAINED_LOSS * (1.0 - 0.95 * gain * progress) * math.exp(noise.gauss(0.0, 0.02))
+
+    def scores(loss: float) -> dict[str, float]:
+        return {"loss": loss, configuration.task.metric: max(0.0, 1.0 - loss / UNTRAINED_LOSS)}
+
+    due = evaluation_steps(steps, configuration.evaluations)
+    return SimulatedCurve(
+        losses=[loss(step) for step in range(steps)],
+        gradient_norms=[2.0] * steps,
+        scores={(step, split): scores(loss(step)) for step in due for split in SPLITS},
+        untrained=dict.fromkeys(SPLITS, scores(UNTRAINED_LOSS)),
+    )
 
 
 class _SimulatedAdapters:
@@ -83,13 +132,13 @@ class _SimulatedAdapters:
 class _SimulatedLaneGroup:
     """Stand-in for `LaneGroup`: reads losses, gradient norms and scores from the lanes' curves."""
 
-    def __init__(self, adapters: _SimulatedAdapters, untrained: Any, seconds_per_step: float) -> None:
-        self.adapters, self.seconds_per_step = adapters, seconds_per_step
+    def __init__(self, adapters: _SimulatedAdapters, untrained: Any) -> None:
+        self.adapters = adapters
         self.data = SimpleNamespace(untrained=untrained)
         self.curves: dict[str, SimulatedCurve] = {}
 
     def backward(self, lanes: Sequence[Lane]) -> tuple[()]:
-        time.sleep(self.seconds_per_step)
+        time.sleep(SECONDS_PER_STEP)
         for lane in lanes:
             for parameter in lane.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
@@ -97,17 +146,11 @@ class _SimulatedLaneGroup:
 
     def reduce_gradients(self, lanes: Sequence[Lane]) -> list[BackwardResult]:
         steps = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
-        return [
-            BackwardResult(curve.losses[step], curve.gradient_norms[step], curve.tokens_per_step)
-            for curve, step in steps
-        ]
+        return [BackwardResult(curve.losses[step], curve.gradient_norms[step], 0) for curve, step in steps]
 
     def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
         steps = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
-        return [
-            EvaluationResult(curve.scores[step, split], curve.items.get(split, ItemResults()))
-            for curve, step in steps
-        ]
+        return [EvaluationResult(curve.scores[step, split], ItemResults()) for curve, step in steps]
 
     def generates_answers(self, lane: Lane) -> bool:
         """Return False: the scores are in the curves."""
@@ -122,36 +165,14 @@ class SimulatedEngine(Engine):
 
     device_name = "simulated"
 
-    def __init__(self, plan: SimulationPlan, *engine_arguments: Any) -> None:
-        super().__init__(*engine_arguments)
-        self.plan = plan
-        self.store = Store(plan.store, create=False) if plan.store else None
-
-    def curve_for(self, configuration: Configuration) -> SimulatedCurve:
-        """Return the curve of `configuration`, as the plan says.
-
-        Raises:
-            LookupError: The plan names a store that holds no complete record to replay.
-        """
-        if self.store is None:
-            return synthetic_curve(configuration)
-        evaluations = self.plan.evaluations or configuration.evaluations
-        stored = replace(configuration, evaluations=evaluations).fingerprint
-        record = self.store.get_reusable(stored)
-        if record is None:
-            raise LookupError(f"{self.plan.store} holds no complete curve of {stored[:12]} to replay")
-        return replayed_curve(record, configuration, self.plan.loss_window)
-
     def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
         """Start the lane, or restore it from `checkpoint`, in a new lane group if its group key differs."""
-        curve, group_key = self.curve_for(lane.configuration), lane.configuration.group_key
+        curve, group_key = synthetic_curve(lane.configuration), lane.configuration.group_key
         lane_group: Any = self._lane_group
         if lane_group is None or group_key != self._group_key:
             self.detach_adapters()
             self.variant = catalogue.get(lane.configuration.variant.name)
-            lane_group = _SimulatedLaneGroup(
-                _SimulatedAdapters(self.variant), curve.untrained, self.plan.seconds_per_step
-            )
+            lane_group = _SimulatedLaneGroup(_SimulatedAdapters(self.variant), curve.untrained)
             self._lane_group, self._group_key = lane_group, group_key
         lane_group.curves[lane.fingerprint] = curve
         lane.initialize(lane_group.adapters, curve.untrained["validation"]["loss"], checkpoint)
@@ -190,16 +211,10 @@ class CountingSource:
 
 
 def run(source: LaneSource | None, store: Any, load_base_model: Callable[..., Any], **options: Any) -> None:
-    """Run the fine-tuning loop with a `SimulatedEngine`; see `orchestrator.finetune.engine.loop.run`.
-
-    Raises:
-        OSError: The store's folder holds no `SimulationPlan`.
-        UsageError: The store that the plan names does not exist.
-    """
+    """Run the fine-tuning loop with a `SimulatedEngine`; see `orchestrator.finetune.engine.loop.run`."""
     counting_source = CountingSource(source) if source is not None else None
-    make_engine = partial(SimulatedEngine, SimulationPlan.read(store))
     try:
-        loop.run(counting_source, store, load_base_model, make_engine=make_engine, **options)
+        loop.run(counting_source, store, load_base_model, make_engine=SimulatedEngine, **options)
     finally:
         if counting_source is not None:
             counting_source.write(store)
@@ -212,18 +227,16 @@ def train_simulated(
     num_trainers: int,
     gpus_per_worker: float,
     store: Store,
-    plan: SimulationPlan,
 ) -> int:
     """Run a study on the connected Ray cluster with real trials, broker and trainers but simulated training.
 
     Args:
         configurations: The configurations of the study.
-        scheduler: The early stopping: none, asha, median or hyperband.
+        scheduler: The early stopping, or none.
         cluster: The connected cluster.
         num_trainers: Number of trainers, each of one worker and `LANES_PER_TRAINER` lanes.
         gpus_per_worker: GPUs that Ray reserves for each worker.
         store: The store that receives the records.
-        plan: The source of the curves.
 
     Returns:
         The optimizer steps that the trainers have counted.
@@ -241,10 +254,8 @@ def train_simulated(
     from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.execution.trainers.trainer import TrainerSpec
 
-    plan.write(store)
     scratch = store.root / "scratch"
     scratch.mkdir(exist_ok=True)
-    _wait_for_previous_broker()
     spec = TrainerSpec(
         LANES_PER_TRAINER,
         gpus_per_worker,
@@ -259,17 +270,3 @@ def train_simulated(
         pool = PoolConfig(num_trainers, spec)
         context = SessionContext(scheduler, cluster, pool, store, scratch, progress, RunBudget())
         return train(context, order)
-
-
-def _wait_for_previous_broker() -> None:
-    """Wait until the broker of the previous study has ended, because both have the same actor name."""
-    import ray
-
-    from orchestrator.execution.broker.client import BROKER_NAME
-
-    while True:
-        try:
-            ray.get_actor(BROKER_NAME)
-        except ValueError:
-            return
-        time.sleep(0.2)

@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from markdown_table import markdown_table
-from model_shapes import build_model
-from paired_timing import (
+from measuring import (
     Summary,
     choose_device,
     make_parser,
+    markdown_table,
     ratios,
     synchronize,
     time_in_turn,
@@ -44,9 +44,11 @@ from peft import (
     initialize_lora_eva_weights,
 )
 from peft.optimizers import create_loraplus_optimizer
-from tensor_counts import TensorCounter
+from synthetic_task import build_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from orchestrator.util.command import main
 from variants import catalogue
@@ -257,12 +259,50 @@ def measure_memory(step: OurStep | PeftStep, device: torch.device) -> tuple[floa
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
         step.optimizer.zero_grad()
-        counter = TensorCounter("cpu", _existing_tensors())
-        before = counter.live_bytes
-        with counter:
+        live = LiveTensors(_existing_tensors())
+        before = live.now
+        with live:
             step()
-        peak = counter.counts.peak_bytes - before
+        peak = live.peak - before
     return sum(kept.values()) / 2**20, peak / 2**20
+
+
+class LiveTensors(TorchDispatchMode):
+    """A context that follows the bytes of all live tensors of a CPU.
+
+    Memory that an operator allocates inside its kernel is not counted.
+
+    Args:
+        resident: Tensors that exist before the context, such as weights.
+    """
+
+    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+        for tensor in resident:
+            self._add(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and add its results."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if tensor.device.type == "cpu" and key not in self._seen:
+            self._seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
 
 
 def _existing_tensors() -> list[Tensor]:

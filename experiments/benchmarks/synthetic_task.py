@@ -1,13 +1,13 @@
-"""Lanes of the real training loop on random rows, without data, a tokenizer or a store.
+"""Random models of known sizes, and lanes of the real training loop on random rows.
 
-Uses `variants`, `orchestrator.finetune` and `orchestrator.study` only, so it runs where neither Ray nor
-MLflow is installed.
+No weights, data, tokenizer or store is needed. Uses `variants`, `orchestrator.finetune` and
+`orchestrator.study` only, so it runs where neither Ray nor MLflow is installed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,74 @@ STEPS = 1562
 """Optimizer steps of a lane of the default study."""
 FIRST_WORD = 2
 """The first token id that is neither padding nor the end."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """An architecture of transformers and its sizes."""
+
+    family: str
+    """The prefix of the classes in transformers: <family>Config and <family>ForCausalLM."""
+    sizes: Mapping[str, Any]
+    """Arguments of the configuration class."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+        return int(self.sizes["vocab_size"])
+
+
+def _shape(family: str, tied: bool, numbers: str, **more: int) -> ModelShape:
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads",
+    )  # fmt: skip
+    values = dict(zip(names, map(int, numbers.split()), strict=True))
+    return ModelShape(family, {"tie_word_embeddings": tied, **values, **more})
+
+
+SHAPES = {
+    "tiny": _shape("Qwen3", True, "512 32 64 2 2 1", head_dim=16),
+    "letters": _shape("Llama", False, "25 96 192 3 4 4"),
+    "smollm2-135m": _shape("Llama", True, "49152 576 1536 30 9 3"),
+    "qwen3-0.6b": _shape("Qwen3", True, "151936 1024 3072 28 16 8", head_dim=128),
+    "llama-3.1-8b": _shape("Llama", False, "128256 4096 14336 32 32 8"),
+}
+"""Name -> shape. `letters` is the base model of the task of that name."""
+
+
+def build_model(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: int | None = None,
+    **sizes: int,
+) -> Any:
+    """Return a frozen language model with random weights, in eval mode.
+
+    Args:
+        name: A key of `SHAPES`.
+        device: The device; `meta` makes a model without values.
+        dtype: The data type of the weights.
+        layers: The number of decoder blocks; None for that of the shape.
+        **sizes: Further arguments of the configuration class, in place of the shape's.
+    """
+    import transformers
+
+    shape = SHAPES[name]
+    sizes = {**shape.sizes, **sizes}
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
+    config = getattr(transformers, f"{shape.family}Config")(**sizes)
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = getattr(transformers, f"{shape.family}ForCausalLM")(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
 
 
 class NumberTokenizer:

@@ -29,10 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from markdown_table import markdown_table
-from model_shapes import build_model
-from paired_timing import choose_device, describe_machine, make_parser, ratios, synchronize, time_in_turn
+from measuring import (
+    choose_device,
+    describe_machine,
+    make_parser,
+    markdown_table,
+    ratios,
+    synchronize,
+    time_in_turn,
+)
 from step import OurStep, measure_memory
+from synthetic_task import build_model
 from torch import Tensor
 
 from orchestrator.util.command import main

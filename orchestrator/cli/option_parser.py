@@ -31,7 +31,6 @@ TEXT_METAVARS = {
     **dict.fromkeys(("data", "validation_data", "test_data", "on"), "PATH"),
     **dict.fromkeys(("learning_rates", "head_learning_rate"), "RATE"),
     "columns": "ROLE=COLUMN",
-    "price_per_gpu_hour": "USD",
     "set": "NAME=VALUE",
     "space": "NAME=SPEC",
     "targets": "LAYERS",

@@ -11,9 +11,8 @@ variant trains only what is new.
 The study: Qwen3-0.6B-Base is fine-tuned on MetaMathQA and scored on GSM8K; 5 variants x 11 rates x 3 seeds =
 165 fine-tunes of 1,562 steps of 64 rows, one pass over the 100,000 rows that the survey takes.
 
-The study has never been run. --plan --plan-gpu H100 predicts 30 to 40 hours of an H100, 17 to 23 with
---kernels liger, for rows of 250 tokens, from the operations and bytes of a step, counted on torch's meta
-device. After the first fine-tune on a GPU --plan estimates the cost from measurements.
+The study has never been run. --plan --plan-gpu H100 guesses 14 to 38 hours of an H100, without evaluations.
+After the first fine-tune on a GPU --plan estimates the cost from measurements.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrator.execution.progress import format_duration
 from orchestrator.execution.ray import runtime
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.models import loading
@@ -19,11 +18,8 @@ from orchestrator.finetune.resolve.data_lengths import report_truncation
 from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.data_task import DataTask
-from orchestrator.launch import cost, prices
-from orchestrator.launch.decoder_shape import PredictionError
-from orchestrator.launch.estimate import TimeEstimate, estimate_times
-from orchestrator.launch.lanes import LanePlan, plan_lanes
-from orchestrator.launch.work import StudyWork
+from orchestrator.launch.cost import Line, cost_lines, require_card
+from orchestrator.launch.work import StudyWork, choose_lanes
 from orchestrator.record.show import narrow_command, replace_options
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source
@@ -34,18 +30,11 @@ if TYPE_CHECKING:
     from orchestrator.execution.search.budget import SearchBudget
     from orchestrator.execution.search.search_file import GroupUsage
 
-STARTUP_SECONDS = 25.0
-"""Time in which Ray and the first trainer start."""
 LABEL_WIDTH = 15
-UNKNOWN_TIME = "unknown: no lane of this task and model has been trained on such a device yet"
-PREDICTED_TIME = "unknown; the predicted GPU hours divided by the number of GPUs"
 FROM_HUB = (
     "; the study asks the model hub for it; without a hub give --model a folder with a transformers model"
 )
 UNCHECKED_OPTIONS = "--rank and --targets: the base model is not here yet"
-
-Line = tuple[str, str]
-"""Label and text of a printed line."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +46,9 @@ class _Hardware:
     gpus_per_worker: float | None
     """GPUs of each worker; None if the cluster decides."""
     device: str
-    """Name of the GPU; empty if there is none or its name is unknown."""
+    """`cpu`, or the name of the GPU; empty if it is unknown."""
     place: str
     """Description of the trainers, for the output."""
-
-    def has_device(self, device: str) -> bool:
-        """Return whether a trainer may run on a device: the name of a GPU, or `cpu`."""
-        if self.gpus_per_worker is None:
-            return True
-        if not self.gpus_per_worker:
-            return device == "cpu"
-        same = prices.find_price(self.device) if self.device else None
-        return device != "cpu" and (device in (self.device or device, *(same.names if same else ())))
 
 
 @dataclass(frozen=True)
@@ -114,38 +94,30 @@ def print_plan(
         The content of what was printed.
     """
     hardware = _probe_hardware(options)
-    lanes = plan_lanes(
-        options, hardware.gpus_per_worker, hardware.device, templates, store, work, hardware.num_trainers
-    )
-    to_train = [*work.pending, *work.unnamed(templates)]
-    times = estimate_times(to_train, store, lanes.lanes, options.workers_per_trainer)
-    estimates = [estimate for estimate in times if hardware.has_device(estimate.device)]
     lines = [
         *_configuration_lines(templates, work, options, store.bases),
-        *_trainer_lines(hardware, options, lanes),
-        *(_time_line(estimate, hardware.num_trainers) for estimate in estimates),
+        *_trainer_lines(hardware, options, templates, work),
     ]
-    predicted: list[Line] = []
-    reason = ""
-    is_on_cpu = options.device == "cpu" or options.gpus_per_worker == 0
-    if work.num_to_train and not is_on_cpu and all(each.device == "cpu" for each in estimates):
-        try:
-            predicted = cost.predict_lines(to_train, store.bases, hardware.device, lanes.lanes, options)
-        except PredictionError as error:
-            reason = str(error)
-    if not work.num_to_train:
-        lines.append(("Time", "nothing to train"))
-    elif not estimates:
-        lines.append(("Time", PREDICTED_TIME if predicted and hardware.gpus_per_worker else UNKNOWN_TIME))
+    is_measured = True
     if work.num_to_train:
-        lines += predicted or cost.cost_lines(estimates, hardware.gpus_per_worker, hardware.device, options)
-    if reason and (hardware.gpus_per_worker != 0 or any(each.model.dtype != "float32" for each in templates)):
-        lines.append(("Prediction", f"none: {reason}"))
+        found, is_measured = cost_lines(
+            [*work.pending, *work.unnamed(templates)],
+            store,
+            hardware.device,
+            hardware.num_trainers,
+            1.0 if hardware.gpus_per_worker is None else hardware.gpus_per_worker,
+            options,
+        )
+        lines += found
+    else:
+        lines.append(("Time", "nothing to train"))
     for label, text in lines:
         _print_line(console, label, text)
-    if work.pending and not estimates and hardware.gpus_per_worker != 0:
+    if work.pending and not is_measured and hardware.device != "cpu":
         single = _single_point_command(work.pending, command, sources)
-        console.print(_describe_measurement(options, single), markup=False, soft_wrap=True)
+        where = f" on a machine with GPUs of type {options.plan_gpu}" if options.plan_gpu else ""
+        text = f"To know, train one of them{where}, then plan again:\n  {single}"
+        console.print(text, markup=False, soft_wrap=True)
     return Plan(tuple(lines), tuple(work.requested), tuple(work.pending), work.total, work.num_to_train)
 
 
@@ -165,7 +137,9 @@ def _print_line(console: Console, label: str, text: str) -> None:
 
 def _probe_hardware(options: StudyOptions) -> _Hardware:
     if options.plan_gpu is not None:
-        return _named_hardware(options.plan_gpu, options)
+        card = require_card(options.plan_gpu)
+        place = f"{options.trainers or 'as many as have room'} on GPUs of type {card}"
+        return _Hardware(options.trainers or 0, options.gpus_per_worker or 1.0, card, place)
     address = runtime.running_cluster_address()
     gpus_per_worker: float | None
     if address is None:
@@ -176,14 +150,9 @@ def _probe_hardware(options: StudyOptions) -> _Hardware:
     else:
         num_trainers, gpus_per_worker, device = options.trainers or 0, options.gpus_per_worker, ""
         place = f"{num_trainers or 'as many as have room'} on the cluster at {address}"
-    return _Hardware(num_trainers, 0.0 if options.device == "cpu" else gpus_per_worker, device, place)
-
-
-def _named_hardware(name: str, options: StudyOptions) -> _Hardware:
-    """Return the hardware of a plan for GPUs that are not here (--plan-gpu)."""
-    gpu = prices.require_price("--plan-gpu", name)
-    place = f"{options.trainers or 'as many as have room'} on GPUs of type {gpu.gpu}"
-    return _Hardware(options.trainers or 0, options.gpus_per_worker or 1.0, gpu.names[0], place)
+    if options.device == "cpu" or gpus_per_worker == 0:
+        gpus_per_worker, device = 0.0, "cpu"
+    return _Hardware(num_trainers, gpus_per_worker, device, place)
 
 
 def _task_lines(template: Configuration, bases: Path, may_truncate: bool) -> list[Line]:
@@ -256,32 +225,25 @@ def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
     return [*lines, *((f"Space, {name}", text) for text, name in spaces.items())]
 
 
-def _trainer_lines(hardware: _Hardware, options: StudyOptions, lanes: LanePlan) -> list[Line]:
+def _trainer_lines(
+    hardware: _Hardware, options: StudyOptions, templates: Sequence[Configuration], work: StudyWork
+) -> list[Line]:
     workers = options.workers_per_trainer
     split = f", {workers} workers per trainer" if workers > 1 else ""
     if hardware.gpus_per_worker and hardware.gpus_per_worker < 1:
         split = f", up to {int(1 / hardware.gpus_per_worker)} share one GPU"
-    lines = [("Trainers", f"{hardware.place}{split}"), ("Lanes", lanes.text)]
-    if hardware.num_trainers and runtime.running_cluster_address() is not None:
+    gpus = 1.0 if hardware.gpus_per_worker is None else hardware.gpus_per_worker
+    lanes, is_measured = choose_lanes(
+        options, gpus, [*templates, *work.pending], work.num_per_trainer(hardware.num_trainers)
+    )
+    text = f"{lanes} lanes each"
+    if is_measured:
+        text = f"up to {lanes} lanes each: the first trainer measures how many fit into its GPU's memory"
+    lines = [("Trainers", f"{hardware.place}{split}"), ("Lanes", text)]
+    if options.plan_gpu is None and hardware.num_trainers and runtime.running_cluster_address() is not None:
         gib = runtime.driver_node_gib(hardware.num_trainers)
         lines.append(("Driver's node", f"{gib:g} GiB of memory for Ray, for this number of trainers"))
     return lines
-
-
-def _time_line(estimate: TimeEstimate, num_trainers: int) -> Line:
-    startup = STARTUP_SECONDS if num_trainers else 0.0
-    ends = dict.fromkeys(
-        format_duration(seconds / max(1, num_trainers) + startup)
-        for seconds in (estimate.low_seconds, estimate.high_seconds)
-    )
-    divided = "" if num_trainers else " divided by the number of trainers"
-    return "Time", f"about {' to '.join(ends)}{divided}, {estimate.source_text}"
-
-
-def _describe_measurement(options: StudyOptions, command: str) -> str:
-    """Return how to measure the time of a study: by a command that trains one of its configurations."""
-    where = f" on a machine with GPUs of type {options.plan_gpu}" if options.plan_gpu else ""
-    return f"To know, train one of them{where}, then plan again:\n  {command}"
 
 
 def _single_point_command(pending: Sequence[Configuration], command: str, sources: Sequence[Source]) -> str:

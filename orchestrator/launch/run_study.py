@@ -14,7 +14,7 @@ from orchestrator.execution.progress import Progress
 from orchestrator.execution.ray import runtime
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
-from orchestrator.launch import prices, reporting, training
+from orchestrator.launch import cost, reporting, training
 from orchestrator.launch.adapter_keeper import AdapterKeeper
 from orchestrator.launch.design import MakeDesign
 from orchestrator.launch.experiment import Experiment
@@ -73,7 +73,7 @@ def run_study(
     if experiment.request.preflight is not None:
         return experiment.request.preflight(experiment, options)
     if options.plan_gpu is not None:
-        prices.require_price("--plan-gpu", options.plan_gpu)  # before any data is read
+        cost.require_card(options.plan_gpu)  # before any data is read
     if options.plan and options.preset:
         print_preset(options)  # first, because `resolve_study` fails if the data of a task are missing
     after = None if options.plan else UsageError

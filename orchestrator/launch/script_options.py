@@ -136,29 +136,6 @@ class ComparisonOptions(StudyOptions, ReplicateOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlyStoppingOptions(StudyOptions):
-    """Options of a comparison of early stopping with the full grid."""
-
-    scheduler: str = "asha"
-    """The early stopping that is judged: asha, median, hyperband (Ray Tune's)."""
-
-    def check_comparison(self) -> None:
-        """Check the options of the comparison.
-
-        Raises:
-            UsageError: The points are not a grid, or there is no early stopping.
-        """
-        if self.search != "grid":
-            raise UsageError(
-                f"--search {self.search}: early stopping is compared with the full grid; take grid."
-            )
-        if self.scheduler == "none":
-            raise UsageError(
-                "--scheduler none: the full grid is trained anyhow; take asha, median or hyperband."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class SensitivityOptions:
     """The factors of a study of all hyperparameters."""
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, gcs_monitor, runtime
 from orchestrator.execution.rungs import submission_order
-from orchestrator.launch.lanes import choose_lanes
 from orchestrator.launch.stages import LaterConfigurations
 from orchestrator.launch.study_context import StudyContext
-from orchestrator.launch.work import StudyWork
+from orchestrator.launch.work import StudyWork, choose_lanes
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.study_file import data_warnings

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,19 +65,6 @@ def read_measured(folder: Path, group_key: str, device_key: str) -> MeasuredLane
         device_key: The key of the device.
     """
     return _parse_measured(_read(capacity_file(folder, group_key, device_key), group_key, device_key))
-
-
-def list_measured(folder: Path, group_keys: set[str]) -> Iterator[tuple[str, MeasuredLanes]]:
-    """Yield the device key and the number of lanes of every measurement.
-
-    Args:
-        folder: The store's folder of capacities.
-        group_keys: The group keys whose measurements are wanted.
-    """
-    for path in sorted(folder.glob("*.json")):
-        found = _read(path)
-        if found.get("shape") in group_keys and (measured := _parse_measured(found)):
-            yield str(found.get("place")), measured
 
 
 def write_max_lanes(

@@ -26,7 +26,7 @@ from orchestrator.study.space import format_value, get_value
 from orchestrator.util.errors import UsageError
 from variants.variant_names import canonical_key
 
-_OTHER_SCRIPTS = (TUNED_SCRIPT, FACTOR_SCRIPT, "early_stopping")
+_OTHER_SCRIPTS = (TUNED_SCRIPT, FACTOR_SCRIPT)
 # Options that `lr_sensitivity.py` lacks, or that would train more than one configuration.
 _OTHER_OPTIONS = (
     *("--confirm-seeds", "--margin", "--replicates", "--max-replicates", "--factors", "--levels", "--widen"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.study import bounds, price, rates, study_name
+from orchestrator.study import bounds, rates, study_name
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
@@ -107,9 +107,8 @@ class SearchOptions:
     scheduler: str = "none"
     """Early stopping by validation loss, separately for each variant and task: none, asha, median, hyperband
     (Ray Tune's). Stopped lanes are shown as censored; without early stopping they continue. Extend a grid
-    under asha or median, not hyperband, which would put stopped lanes into other brackets. Measured with
-    --evaluations 10: asha took 37 % of the steps at 8 rates and 35 % at 32, and chose the full grid's rate
-    for ten of ten variants; hyperband took half of the steps and missed two (docs/early_stopping.md)."""
+    under asha or median, not hyperband, which would put stopped lanes into other brackets. With
+    --evaluations 10, asha takes about a third of the steps (docs/early_stopping.md)."""
 
     def check_search(self) -> None:
         """Check the options of this group.
@@ -281,14 +280,12 @@ class OutputOptions:
     """Trained adapters that the store keeps for the command `export`: of each variant and task the one with
     the best validation score, all, or none."""
     plan: bool = False
-    """Print what would be trained, what the store has already, the estimated time, and the GPU hours and
-    their price; start nothing."""
+    """Print what would be trained, what the store has already, tokens, and time and price as far as they were
+    measured or can be guessed; start nothing."""
     plan_gpu: str | None = None
-    """GPU for which --plan gives hours and price, such as H100, also where there is none. Default: this
-    machine's, else H100."""
-    price_per_gpu_hour: str | None = None
-    """Price for --plan in USD, LOW:HIGH or one number. Default: AWS's spot and on-demand price of the GPU,
-    from a small dated table."""
+    """GPU for which --plan guesses hours, such as H100, also where there is none. Default: this machine's."""
+    price_per_hour: float | None = None
+    """Price in USD of one GPU for an hour, by which --plan multiplies the GPU hours."""
 
     def check_output_options(self) -> None:
         """Check the options of this group.
@@ -301,8 +298,7 @@ class OutputOptions:
             raise UsageError("--tracker is empty; name one, or leave it out.")
         if self.plan_gpu is not None and not self.plan:
             raise UsageError(f"--plan-gpu {self.plan_gpu!r}: it changes the plan only; add --plan.")
-        if self.price_per_gpu_hour is not None:
-            price.parse_price(self.price_per_gpu_hour)
+        bounds.check_positive("--price-per-hour", self.price_per_hour, "2.5")
         if self.study is not None:
             study_name.check_name(self.study)
             self.study_folder(self.study)
@@ -326,8 +322,8 @@ class LimitOptions:
     """Limits of a run, and training of failed configurations again."""
 
     max_hours: float | None = None
-    """Hours after which this run ends (in a script of two studies: the run of each). Lanes are saved, the
-    report is written, and the exit code is 3. The same command continues the study."""
+    """Hours after which this run ends. Lanes are saved, the report is written, and the exit code is 3. The
+    same command continues the study."""
     max_gpu_hours: float | None = None
     """GPU hours after which this run ends in the same way: the hours of its trainers times the GPUs that each
     holds. Earlier runs do not count."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from synthetic import RATES, record, study
 
-from orchestrator.analyze import selection
 from orchestrator.analyze.summary import summarize
 from orchestrator.analyze.tuning import TuningResult, summarize_tuning
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
-from orchestrator.util.errors import UsageError
 
 CURVES = StudyFile("s", "?", "x")
 
@@ -101,57 +97,6 @@ def test_edges_of_a_grid_and_of_a_range() -> None:
     assert only(near).edges == ("learning_rate (low edge)",), (
         "a best so near to the end of the range is at it"
     )
-
-
-# --- the file
-
-
-def test_a_choice_is_made_once(tmp_path: Path) -> None:
-    study_file = StudyFile("s", "", "", ("a", "b"))
-    folder = tmp_path / "s"
-    study_file.write(folder)
-    assert not selection.check_same_candidates(folder, "s", ["c"], "tuning", "")
-    first = selection.load_or_make_choice(folder, selection.Choice, lambda: selection.Choice(("a", "b")))
-    assert (
-        selection.load_or_make_choice(folder, selection.Choice, lambda: pytest.fail("asked again")) == first
-    )
-    assert selection.check_same_candidates(folder, "s", ["b"], "tuning", "")
-    with pytest.raises(
-        UsageError, match="'s': tuning has chosen among 2 configurations and now there would be 3; no"
-    ):
-        selection.check_same_candidates(folder, "s", ["c"], "tuning", "; no")
-
-
-@dataclass(frozen=True)
-class RateChoice(selection.Choice):
-    rates: Mapping[str, float | None]
-
-
-def test_a_choice_is_read_back_from_its_file(tmp_path: Path) -> None:
-    kept = RateChoice(("a", "b"), {"lora": 1e-2, "nothing": None})
-    assert selection.load_or_make_choice(tmp_path, RateChoice, lambda: kept) == kept
-    assert selection.read_choice(tmp_path, RateChoice) == kept
-
-
-@pytest.mark.parametrize(
-    ("text", "where"),
-    [
-        ("[]", ""),
-        ("{", ""),
-        ('{"rates": {}}', "configurations"),
-        ('{"configurations": [1], "rates": {}}', "configurations"),
-        ('{"configurations": []}', "rates"),
-        ('{"configurations": [], "rates": {"lora": "high"}}', "rates"),
-    ],
-)
-def test_a_file_without_a_choice_or_with_another_one_is_a_one_line_error(
-    tmp_path: Path, text: str, where: str
-) -> None:
-    (tmp_path / selection.FILE).write_text(text)
-    with pytest.raises(UsageError, match=f"not a choice.*{where}.*delete it and run") as error:
-        selection.read_choice(tmp_path, RateChoice)
-    assert len(str(error.value).splitlines()) == 1
-    assert str(tmp_path / selection.FILE) in str(error.value)
 
 
 # --- a search or a grid

@@ -27,7 +27,7 @@ def without_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tuned", ["chain_sum"]),
         ("tuned --config tuned.yaml", ["letters", "digits"]),
         ("sensitivity --dry-run --factors alpha --levels 1", ["letters"]),
-        ("early-stopping --dry-run --scheduler median", ["letters"]),
+        ("study --dry-run --scheduler median", ["letters"]),
     ],
 )
 def test_the_default_tasks_and_the_options_of_the_experiment_are_checked(

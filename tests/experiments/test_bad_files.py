@@ -355,7 +355,6 @@ PATHS = b'{"name": "s", "question": "", "command": "", "configurations": ["../x"
 PLAN = (SWEEP, *DRY)
 STUDY = (SWEEP, "--dry-run", "--study", "s")
 SEARCH = (SWEEP, *DRY, "--search", "qmc", "--study", "s")
-STOPPED = (SWEEP.with_name("early_stopping.py"), "--dry-run", "--study", "s")
 
 STORED = {
     "a torn pointer to a base": (
@@ -380,8 +379,6 @@ STORED = {
         ["--study 's'", "File exists", "another --study"],
     ),
     "a file for the records' folder": (PLAN, _file("store/records", b""), ["File exists", "another --store"]),
-    "a choice of bytes": (STOPPED, _file("s-asha/choice.json", b"\xff\0"), ["not a choice", "delete it"]),
-    "a folder for a choice": (STOPPED, _folder("s-asha/choice.json"), ["Is a directory", "delete it"]),
 }
 
 

@@ -23,9 +23,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind in ("GSM_AnsAug", "GSM_Rephrased", "GSM_FOBAR", "MATH_AnsAug"):
             row = {"type": kind, "query": own, "original_question": own}
             rows.append({**row, "response": f"#### {number + 1}\nThe answer is: {number + 1}"})
-    for row in rows[:400]:  # as long as MetaMathQA's: 113 tokens with the prompt, and 137
-        row["query"] = row["query"].ljust(208)
-        row["response"] = row["response"].rjust(451)
     hub_folder.write(root, "meta-math/MetaMathQA", {"train": rows})
     test = [{"question": f"{n}?", "answer": f"It is {n}.\n#### {n}"} for n in range(1319)]
     hub_folder.write(root, "openai/gsm8k", {"test": test}, subset="main")
@@ -67,31 +64,15 @@ def test_the_plan_prints_the_hours_that_the_readme_quotes(
     monkeypatch.setenv("COLUMNS", "200")
     done = run(SWEEP, "--plan", "--plan-gpu", "H100")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = re.search(r"GPU hours +predicted: (.+) on one H100, (.+) with --kernels liger", done.stdout)
+    found = re.search(r"GPU hours +a guess: (.+) of one H100", done.stdout)
     assert found is not None, done.stdout
-    assert "for rows of 250 tokens on average" in " ".join(done.stdout.split())
-    for page in ("README.md", "docs/options.md", "orchestrator/experiments/lr_sensitivity.py"):
-        text = " ".join((ROOT / page).read_text().replace("`", "").split())
-        assert f"{found[1]} hours of an H100, {found[2]} with --kernels liger" in text, page
+    assert f"{found[1]} hours of an H100" in (ROOT / "README.md").read_text()
 
 
 def test_an_unknown_gpu_is_refused_before_data_are_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    done = run(SWEEP, "--plan", "--plan-gpu", "A100")
-    done.assert_refused("error: --plan-gpu 'A100' is not in the table of GPUs. Did you mean 'A100-40G'?")
-
-
-def test_a_model_of_the_hub_is_predicted_before_it_is_here(
-    data: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ORCHESTRATOR_DATA", str(data))
-    monkeypatch.setenv("COLUMNS", "200")
-    done = run(SWEEP, "--plan", "--plan-gpu", "H100", "--model", "meta-llama/Llama-3.1-8B")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "GPU hours       predicted: " in done.stdout
-    assert "2 are expected, for 2000 tokens per lane and micro-batch on one H100" in " ".join(
-        done.stdout.split()
-    )
+    done = run(SWEEP, "--plan", "--plan-gpu", "H10")
+    done.assert_refused("error: --plan-gpu 'H10': its speed is not known. Did you mean 'H100'?")
 
 
 def test_a_plan_prints_what_it_cannot_check(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 from in_process import SWEEP, Run
 from test_bad_input import DRY
 
-TUNED, STOPPED = SWEEP.with_name("tuned_comparison.py"), SWEEP.with_name("early_stopping.py")
+TUNED = SWEEP.with_name("tuned_comparison.py")
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,6 @@ TUNED, STOPPED = SWEEP.with_name("tuned_comparison.py"), SWEEP.with_name("early_
         (TUNED, ("--variants", "lora"), ["--variants lora", "one more"]),
         (TUNED, ("--variants", "pisa"), ["'pisa'", "pissa"]),
         (TUNED, ("--search", "qmc", "--seeds", "2"), ["--seeds 2", "--replicates 2"]),
-        (STOPPED, ("--search", "optuna"), ["--search optuna", "take grid"]),
-        (STOPPED, ("--seeds", "1000000000"), ["--seeds 1000000000", "take 10000"]),
-        (STOPPED, ("--scheduler", "none"), ["--scheduler none", "asha"]),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line(
@@ -63,11 +60,3 @@ def test_the_rehearsal_has_two_tasks_and_a_grid_of_its_own(run: Run) -> None:
     assert "Task            letters" in done.stdout
     assert "Task            digits" in done.stdout
     assert f"Configurations  {2 * 3 * 5 * 4}, of them 0 known" in done.stdout
-
-
-def test_the_help_of_early_stopping_names_the_refused_options(run: Run) -> None:
-    done = run(STOPPED, "--help")
-    assert done.returncode == 0
-    text = " ".join(done.stdout.replace("│", " ").split())
-    assert "(default: asha)" in text
-    assert "--search, --sampler, --space and --points are refused" in text

@@ -11,11 +11,11 @@ from orchestrator.study.program_names import find_script, maintenance_program, p
 from orchestrator.util.graceful_interrupts import format_command
 
 FORMS = {
-    "installed": ("lora-orchestrator {}", ("study", "tuned", "sensitivity", "early-stopping")),
-    "module": ("python -m orchestrator {}", ("study", "tuned", "sensitivity", "early-stopping")),
+    "installed": ("lora-orchestrator {}", ("study", "tuned", "sensitivity")),
+    "module": ("python -m orchestrator {}", ("study", "tuned", "sensitivity")),
     "script": (
         "python experiments/{}.py",
-        ("lr_sensitivity", "tuned_comparison", "hyperparameter_sensitivity", "early_stopping"),
+        ("lr_sensitivity", "tuned_comparison", "hyperparameter_sensitivity"),
     ),
 }
 
@@ -44,7 +44,7 @@ def test_the_typed_form_is_recognized() -> None:
 
 
 def test_every_experiment_has_a_command_of_its_own() -> None:
-    names = {"study", "tuned", "sensitivity", "early-stopping", "published"}
+    names = {"study", "tuned", "sensitivity", "published"}
     assert set(experiments()) == names
     for name, each in experiments().items():
         assert each.summary.endswith("?")

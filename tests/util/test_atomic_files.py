@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from full_disk import mounted
 
-from orchestrator.analyze import selection
 from orchestrator.execution.search.search_file import SEARCH_FILE as SEARCH
 from orchestrator.execution.search.search_file import SearchFile
 from orchestrator.finetune.sources import base_store
@@ -34,17 +33,12 @@ def search(folder: Path) -> tuple[Path, Callable[[], object]]:
     return folder / SEARCH, lambda: SearchFile.read(folder)
 
 
-def chosen(folder: Path) -> tuple[Path, Callable[[], object]]:
-    selection.load_or_make_choice(folder, dict[str, float], lambda: {"lora": 1e-3, "pissa": 3e-4})
-    return folder / selection.FILE, lambda: selection.read_choice(folder, dict[str, float])
-
-
 def pointer(folder: Path) -> tuple[Path, Callable[[], object]]:
     base_store.base_entries(folder).write_entry("b", {"name": "base", "content": "0123456789ab"}, "content")
     return folder / "b.json", lambda: base_store.base_entries(folder).read_entry("b", "content")
 
 
-@pytest.mark.parametrize("kind", [study, search, chosen, pointer])
+@pytest.mark.parametrize("kind", [study, search, pointer])
 def test_no_flipped_bit_gives_something_else(
     kind: Callable[[Path], tuple[Path, Callable[[], object]]], tmp_path: Path
 ) -> None:

@@ -123,8 +123,6 @@ def test_a_measurement_and_the_limit_of_an_out_of_memory_error_are_kept_beside_e
     assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") == 6
     lane_capacity.write_measured(tmp_path, "shape", "gpu", replace(MEASURED, lanes=2))
     assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") == 6
-    assert list(lane_capacity.list_measured(tmp_path, {"shape"})) == [("gpu", replace(MEASURED, lanes=2))]
-    assert list(lane_capacity.list_measured(tmp_path, {"another shape"})) == []
 
 
 def test_a_capacity_of_an_earlier_version_is_read(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pair import process
 from short_generation import halve_rows, read_results
 from transformers import GPT2Config, Qwen3Config
 
-from experiments.benchmarks.decode_steps import QWEN3_06B, DecodeSteps, count_decode_steps, count_study
 from orchestrator.finetune.data.batches import bucket_length
 from orchestrator.finetune.evaluation.generation_plan import (
     MAX_GPU_ROWS,
@@ -21,6 +20,15 @@ from orchestrator.finetune.evaluation.generation_plan import (
 )
 
 GIB = 2**30
+QWEN3_06B = Qwen3Config(
+    vocab_size=151_936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+)
 CACHED_BYTES = 28 * 2 * 8 * 128 * 2
 """Bytes of a token in the key-value cache of Qwen3-0.6B in bfloat16."""
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=300)
@@ -91,17 +99,6 @@ def test_the_cache_of_a_model_without_grouped_heads_is_counted_by_its_attention_
     plain = GPT2Config(hidden_size=64, num_attention_heads=8, num_hidden_layers=grouped.num_hidden_layers)
     few, many = (GenerationLimits.from_memory(c, 4, GIB, "cuda").cache_tokens for c in (plain, grouped))
     assert many == 4 * few
-
-
-def test_decode_steps_are_counted_by_the_longest_answer_of_each_batch() -> None:
-    plan = [(16, [0, 2]), (8, [1])]
-    assert count_decode_steps(plan, [5, 7, 9]) == DecodeSteps(2, 16, 21, 25)
-
-
-def test_the_default_study_takes_less_than_5000_decode_steps_a_lane_on_a_gpu() -> None:
-    """The bound holds for a GPU of 80 GiB, even if no answer ends before the longest length."""
-    assert count_study(limits_of(60), longest_answers=True).steps < 5_000
-    assert count_study(limits_of(60, "cpu"), longest_answers=True).steps > 20_000
 
 
 @pytest.mark.slow  # generates in a process of its own, whose memory is limited

@@ -1,4 +1,6 @@
-"""The study of `makespan.py` as a hand-written loop with PEFT, which the alternatives share.
+"""The study of `makespan.py` as a hand-written loop with PEFT, in plain processes without Ray.
+
+    python alternatives.py STUDY.json SCORES.json --processes 2
 
 A study is a JSON file: the base model's folder, the tokenized rows of each split, and the runs. The data
 order, the steps and the evaluations are those of this project; the adapters are PEFT's, and so are their
@@ -11,7 +13,8 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import multiprocessing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -172,19 +175,43 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).sum()
 
 
-def read_options(description: str | None) -> argparse.Namespace:
-    """Return the command line of an alternative: the file of the study, that of the scores, the processes."""
-    parser = argparse.ArgumentParser(description=description)
+def read_options(description: str | None, *sides: str) -> argparse.Namespace:
+    """Return the command line: the side, if there are several, the study, the file of the scores."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if sides:
+        parser.add_argument("side", choices=sides)
     parser.add_argument("study", type=Path)
     parser.add_argument("scores", type=Path)
     parser.add_argument("--processes", type=int, default=2)
     return parser.parse_args()
 
 
-def write_tune_scores(results: Iterable[Any], file: Path) -> None:
-    """Write the last scores of each run, taken from the results of Ray Tune, to a JSON file."""
-    scores = {
-        result.metrics["run"]: {k: v for k, v in result.metrics.items() if k.startswith(("val", "test "))}
-        for result in results
-    }
-    file.write_text(json.dumps(scores))
+_STATE: dict[str, Any] = {}
+"""The study and the base model of this process."""
+
+
+def start_process(file: Path) -> None:
+    """Load the study and the base model once for all runs of this process."""
+    torch.set_num_threads(1)
+    _STATE["study"] = Study.read(file)
+    _STATE["base"] = _STATE["study"].load_base()
+
+
+def train_in_pool(run: Run) -> tuple[str, dict[str, float]]:
+    """Train a run. Returns its name and scores."""
+    return run.key, FineTune(_STATE["study"], _STATE["base"], run).train()
+
+
+def run() -> None:
+    """Train the study of the command line: each process of a pool takes run after run."""
+    options = read_options(__doc__)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.processes, start_process, (options.study,)) as pool:
+        scores = dict(pool.imap_unordered(train_in_pool, Study.read(options.study).runs))
+    options.scores.write_text(json.dumps(scores))
+
+
+if __name__ == "__main__":
+    run()

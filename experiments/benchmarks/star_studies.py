@@ -1,12 +1,7 @@
-"""Measure the coverage of intervals, and the errors of verdicts, on synthetic studies of factors.
+"""Synthetic studies of factors with known truth, for `coverage.py`.
 
-    python experiments/benchmarks/factor_coverage.py [--replicates 2000]
-
-The studies are star designs with a known truth. A and B are a factor's losses when it is set blindly, and the
-same with the learning rate tuned again. Prints two Markdown tables. The first has the coverage of the
-intervals of A and B and of their differences from the learning rate's losses, and the share of studies in
-which A and B give the planted order of the factors. The second has the error rates of claim 1 (the learning
-rate matters most). The losses are computed by the functions that the report uses (`analyze/factors`).
+The studies are star designs. A and B are a factor's losses when it is set blindly, and the same with the
+learning rate tuned again. The losses are computed by the functions that the report uses (`analyze/factors`).
 
 The true score over the logarithm of the rate is a bell of height 0.9. Above a certain rate, the cliff, runs
 collapse to a score of 0. A factor lowers the top, shifts the bell, or does nothing. The score of a run has
@@ -15,18 +10,15 @@ noise of its seed (shared by all runs of the seed), of the run, and of the 200 i
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from markdown_table import markdown_table
 from numpy.typing import NDArray
 from scipy import special, stats
 
 from orchestrator.analyze.factors import factor_effects as effects
 from orchestrator.analyze.factors.rate_claim import (
-    ALPHA,
     RANGE_SCALES,
     ClaimOutcome,
     Contrast,
@@ -40,8 +32,6 @@ GRID = np.arange(-6, 7) / 4.0  # log10 rate around its optimum: 3 decades, 4 rat
 MARGIN = 0.01
 ITEMS = 200
 """Number of items in each split."""
-BOUNDS = (0.925, 0.97)
-"""The least and the largest coverage that counts as right."""
 
 
 @dataclass(frozen=True)
@@ -252,29 +242,29 @@ ROWS: Mapping[str, Noise] = {
 }
 
 
-def coverage_row(name: str, noise: Noise, seeds: int, replicates: int) -> list[str]:
-    """Return a row of the first table: coverage over all factors, and how often the order is right.
+def interval_shares(noise: Noise, seeds: int, studies: int, draw: np.random.Generator) -> dict[str, float]:
+    """Return the shares of intervals that contain the true loss, and of studies in the planted order.
 
     Args:
-        name: The label of the noise.
-        noise: The noise.
+        noise: The noise of the scores.
         seeds: Number of seeds of a study.
-        replicates: Number of studies.
+        studies: Number of studies.
+        draw: The source of random numbers.
+
+    Returns:
+        "coverage of" an entry of `FIGURES`, or "order by" A or B -> share.
     """
-    surface = Surface(noise)
-    covered: dict[str, list[bool]] = {figure: [] for figure in FIGURES}
-    in_order = {"A": 0, "B": 0}
-    for _ in range(replicates):
+    surface = Surface(noise, draw=draw)
+    found: dict[str, list[bool]] = {f"coverage of {figure}": [] for figure in FIGURES}
+    found |= {"order by A": [], "order by B": []}
+    for _ in range(studies):
         study = simulate(surface, PLANTED, seeds)
         for factor, own in study.losses.items():
             for figure in FIGURES:
-                covered[figure].append(is_covered(own[figure], study.truth[factor][figure]))
-        for figure in in_order:
-            in_order[figure] += is_ordered(study, figure)
-    shares = [float(np.mean(covered[figure])) for figure in FIGURES]
-    holds = all(BOUNDS[0] <= share <= BOUNDS[1] for share in shares)
-    orders = [f"{100 * count / replicates:.1f}" for count in in_order.values()]
-    return [name, str(seeds), *(f"{100 * s:.1f}" for s in shares), *orders, "ok" if holds else "MISSED"]
+                found[f"coverage of {figure}"].append(is_covered(own[figure], study.truth[factor][figure]))
+        for figure in ("A", "B"):
+            found[f"order by {figure}"].append(is_ordered(study, figure))
+    return {name: float(np.mean(each)) for name, each in found.items()}
 
 
 @dataclass(frozen=True)
@@ -339,62 +329,18 @@ def claim_cases() -> list[ClaimCase]:
     ]
 
 
-def claim_shares(
-    case: ClaimCase, seeds: int, replicates: int, draw: np.random.Generator
-) -> tuple[float, float]:
-    """Return the share of studies with the counted outcome, and of those that uncorrected p values refute.
+def claim_share(case: ClaimCase, seeds: int, studies: int, draw: np.random.Generator) -> float:
+    """Return the share of studies with the counted outcome.
 
     Args:
         case: The case.
         seeds: Number of seeds of a study.
-        replicates: Number of studies.
+        studies: Number of studies.
         draw: The source of random numbers.
     """
-    noise = Noise(0.014, 0.014, broken=case.broken)
-    surface = Surface(noise, width=case.width, cliff=case.cliff, draw=draw)
-    outcomes, plain = [], 0
-    for _ in range(replicates):
-        contrasts = simulate(surface, case.factors, seeds, RANGE_SCALES).contrasts
-        outcomes.append(judge_claim(contrasts).outcome)
-        plain += all(any(c.p_less <= ALPHA for c in own) for own in contrasts.values())
-    return outcomes.count(case.counted) / replicates, plain / replicates
-
-
-def claim_row(case: ClaimCase, seeds: int, replicates: int) -> list[str]:
-    """Return a row of the second table.
-
-    Args:
-        case: The case.
-        seeds: Number of seeds of a study.
-        replicates: Number of studies.
-    """
-    share, plain = claim_shares(case, seeds, replicates, np.random.default_rng(5))
-    holds = case.bounds[0] <= share <= case.bounds[1]
-    uncorrected = f"{100 * plain:.1f}" if case.counted == "refuted" else ""
-    result = [case.name, str(seeds), case.counted, f"{100 * share:.1f}", uncorrected]
-    return [*result, "ok" if holds else "MISSED"]
-
-
-def main() -> None:
-    """Print both tables, as the command line asks."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--replicates", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 5, 10])
-    parser.add_argument("--claim-seeds", type=int, nargs="+", default=[5], help="seeds of the second table")
-    options = parser.parse_args()
-    coverage = [
-        coverage_row(name, noise, seeds, options.replicates)
-        for name, noise in ROWS.items()
-        for seeds in options.seeds
+    surface = Surface(Noise(0.014, 0.014, broken=case.broken), width=case.width, cliff=case.cliff, draw=draw)
+    outcomes = [
+        judge_claim(simulate(surface, case.factors, seeds, RANGE_SCALES).contrasts).outcome
+        for _ in range(studies)
     ]
-    print(markdown_table(["seed spread", "seeds", *FIGURES, "order by A", "order by B", ""], coverage))
-    claims = [
-        claim_row(case, seeds, options.replicates) for case in claim_cases() for seeds in options.claim_seeds
-    ]
-    print(markdown_table(["truth", "seeds", "outcome", "share", "uncorrected", ""], claims))
-
-
-if __name__ == "__main__":
-    main()
+    return outcomes.count(case.counted) / studies

@@ -1,4 +1,8 @@
-"""Paired timing: the sides of a comparison run in turn within one process, and ratios are taken per round."""
+"""What the benchmarks share: paired timing, the conditions of a measurement, and its table.
+
+The sides of a comparison run in turn within one process, and ratios are taken per round. Torch is imported by
+the functions that need it, because some benchmarks do without.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.record.provenance import current_commit
 from orchestrator.util.host_memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    import torch
 
 WARMUP_ROUNDS = 2
 """The number of rounds before those that count."""
@@ -45,6 +50,8 @@ class Summary:
 def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished; a CPU always has."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)
 
 
@@ -82,6 +89,7 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Summar
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return the conditions of a measurement: commit, device, versions, threads, load."""
+    import torch
     import transformers
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
@@ -94,6 +102,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def write_results(file: Path | None, device: torch.device, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -122,6 +136,8 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def choose_device(options: argparse.Namespace) -> torch.device:
     """Return the device of the command line, and prepare the process for it as a trainer does."""
+    import torch
+
     torch.set_num_threads(options.threads)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
