@@ -57,7 +57,7 @@ BAD = {
     "head rate zero": ((*DRY, "--head-learning-rate", "0"), ["'0'", "above 0"]),
     "head rate without a head": ((*DRY, "--head-learning-rate", "1e-3"), ["1e-3", "no head", "same"]),
     "gpus of a worker": ((*DRY, "--gpus-per-worker", "1.5"), ["--gpus-per-worker 1.5"]),
-    "price reversed": ((*DRY, "--price-per-gpu-hour", "2:1"), ["'2:1'", "reversed", "1:2"]),
+    "price of nothing": ((*DRY, "--price-per-hour", "0"), ["--price-per-hour 0", "above 0"]),
     "output is a file": ((*DRY, "--output", "/dev/null"), ["--output '/dev/null'", "cannot be written"]),
     "output below a file": (
         (*DRY, "--output", "/dev/null/x"),

@@ -81,7 +81,7 @@ OPTIONS: dict[str, Case] = {
     ),
     "a GPU where there is none": (f"{PLAN} --gpus-per-worker 1", "--gpus-per-worker 1"),
     "nothing to train on": ("study", "GPU --dry-run"),
-    "a price that is reversed": (f"{PLAN} --price-per-gpu-hour 2:1", "--price-per-gpu-hour '2:1' 1:2"),
+    "a price of nothing": (f"{PLAN} --price-per-hour 0", "--price-per-hour 0"),
     "hours that are none": (f"{PLAN} --max-hours 0", "--max-hours 0"),
     "an output that is a file": (f"{PLAN} --output /dev/null", "--output '/dev/null'"),
     "an empty store": (f"{PLAN} --store ''", "--store"),
