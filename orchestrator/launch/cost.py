@@ -175,7 +175,10 @@ def _measured_seconds(
     runs = runs[[pair in wanted for pair in zip(runs["task"], runs["model"], strict=True)]]
     card = find_card(device)
     fits = [name == device or (card is not None and find_card(name) == card) for name in runs["device"]]
-    runs = runs[fits] if device else runs[runs["device"] != "cpu"]
+    if device:
+        runs = runs[fits]
+    elif any(runs["device"] != "cpu"):
+        runs = runs[runs["device"] != "cpu"]
     if runs.empty:
         return None
     where = runs["device"].mode()[0]

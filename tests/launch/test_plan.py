@@ -182,6 +182,8 @@ def test_a_joined_cluster_is_assumed_to_have_the_gpus_of_the_records(
     assert "Driver's node" not in plan(None)
     assert "Driver's node   32 GiB of memory for Ray" in plan(None, gpus_per_worker=1.0, trainers=64)
     assert "Driver's node" not in plan(None, plan=True, plan_gpu="H100", trainers=64), "another cluster's"
+    trained(store, device="cpu", seed=1, seconds=1.0)
+    assert "from 1 lanes measured on cpu\n" in plan(None)
     trained(store)
     said = plan(None)
     assert "Time            about 1 h divided by the number of trainers, from 1 lanes measured on" in said
