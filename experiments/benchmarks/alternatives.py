@@ -1,6 +1,9 @@
-"""The study of `makespan.py` as a hand-written loop with PEFT, in plain processes without Ray.
+"""The study of `makespan.py` as a hand-written loop with PEFT, as one would write it without this project.
 
-    python alternatives.py STUDY.json SCORES.json --processes 2
+    python alternatives.py {processes,actors} STUDY.json SCORES.json --processes 2
+
+processes  plain processes without Ray: a pool that takes run after run
+actors     a Ray Tune class trainable with `reuse_actors`: each actor loads the base model once
 
 A study is a JSON file: the base model's folder, the tokenized rows of each split, and the runs. The data
 order, the steps and the evaluations are those of this project; the adapters are PEFT's, and so are their
@@ -15,7 +18,7 @@ import json
 import math
 import multiprocessing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -175,19 +178,6 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1).sum()
 
 
-def read_options(description: str | None, *sides: str) -> argparse.Namespace:
-    """Return the command line: the side, if there are several, the study, the file of the scores."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    if sides:
-        parser.add_argument("side", choices=sides)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("scores", type=Path)
-    parser.add_argument("--processes", type=int, default=2)
-    return parser.parse_args()
-
-
 _STATE: dict[str, Any] = {}
 """The study and the base model of this process."""
 
@@ -204,13 +194,78 @@ def train_in_pool(run: Run) -> tuple[str, dict[str, float]]:
     return run.key, FineTune(_STATE["study"], _STATE["base"], run).train()
 
 
-def run() -> None:
-    """Train the study of the command line: each process of a pool takes run after run."""
-    options = read_options(__doc__)
+def run_processes(options: argparse.Namespace) -> None:
+    """Train the study in plain processes: each process of a pool takes run after run."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.processes, start_process, (options.study,)) as pool:
         scores = dict(pool.imap_unordered(train_in_pool, Study.read(options.study).runs))
     options.scores.write_text(json.dumps(scores))
+
+
+def make_trainable() -> type[Any]:
+    """Return the class trainable. Ray is imported here, because plain processes do without."""
+    from ray import tune
+
+    class PeftTrainable(tune.Trainable):
+        """One run at a time; the base model stays in the process."""
+
+        def setup(self, config: dict[str, Any]) -> None:
+            """Load the study and the base model, and begin the first run."""
+            torch.set_num_threads(1)
+            self.study = Study.read(Path(config["study"]))
+            self.base = self.study.load_base()
+            self.reset_config(config)
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            """Begin another run in the same process."""
+            self.fine_tune = FineTune(self.study, self.base, Run(**new_config["run"]))
+            self.evaluation_steps = iter(self.study.evaluation_steps)
+            return True
+
+        def step(self) -> dict[str, Any]:
+            """Train to the next evaluation. Returns its scores."""
+            scores: dict[str, Any] = self.fine_tune.train_to(next(self.evaluation_steps))
+            return {**scores, "run": self.fine_tune.run.key, "done": self.fine_tune.step == self.study.steps}
+
+    return PeftTrainable
+
+
+def run_actors(options: argparse.Namespace) -> None:
+    """Train the study with reused actors."""
+    import ray
+    from ray import tune
+
+    ray.init(num_cpus=options.processes, include_dashboard=False, log_to_driver=False)
+    runs = [asdict(each) for each in Study.read(options.study).runs]
+    tuner = tune.Tuner(
+        tune.with_resources(make_trainable(), {"cpu": 1}),
+        param_space={"study": str(options.study.resolve()), "run": tune.grid_search(runs)},
+        tune_config=tune.TuneConfig(reuse_actors=True),
+        run_config=tune.RunConfig(
+            storage_path=str(options.scores.parent.resolve() / "tune"),
+            verbose=0,
+            # By default Tune saves class trainables at their end; this one would fail and lose its actor.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    scores = {
+        result.metrics["run"]: {k: v for k, v in result.metrics.items() if k.startswith(("val", "test "))}
+        for result in tuner.fit()
+    }
+    options.scores.write_text(json.dumps(scores))
+
+
+def run() -> None:
+    """Train the study of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("side", choices=("processes", "actors"))
+    parser.add_argument("study", type=Path)
+    parser.add_argument("scores", type=Path)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    {"processes": run_processes, "actors": run_actors}[options.side](options)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ Sides, which run in turn with an empty store and one thread a process, as many p
 ours       experiments/lr_sensitivity.py, with its checkpoints, records, MLflow runs and report
 actors     a Ray Tune class trainable with `reuse_actors`, the base model kept, PEFT, a hand-written loop
 processes  plain processes with PEFT, without Ray
-trainers   a Tune trial a run, each a TorchTrainer with transformers' Trainer and PEFT; --trainer-runs of the
-           runs are executed and the time of the rest is EXTRAPOLATED
 
 The alternatives write nothing but the last scores. --out keeps the rounds of earlier
 calls, so a long comparison can be run in parts; the table has the medians of all of them.
@@ -30,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +73,7 @@ STUDIES = {
     "medium": Grid(("lora", "dora"), RATES, 2, 600),
     "long": Grid(("lora", "dora"), RATES[2:4], 1, 3600),
 }
-SIDES = ("ours", "actors", "processes", "trainers")
+SIDES = ("ours", "actors", "processes")
 
 
 def prepare_study(name: str, work: Path) -> Study:
@@ -108,7 +106,7 @@ def run_side(side: str, name: str, study: Study, folder: Path, work: Path) -> di
     Args:
         side: One of `SIDES`.
         name: The name of the study.
-        study: The study, or a part of it.
+        study: The study.
         folder: The folder of this run, which must not exist.
         work: The folder with the base model.
 
@@ -154,9 +152,8 @@ def _our_command(name: str, folder: Path, work: Path) -> list[str]:
 
 def _alternative(side: str, study: Study, folder: Path) -> list[str]:
     (folder / "study.json").write_text(json.dumps(asdict(study)))
-    script = ["alternatives.py"] if side == "processes" else ["alternatives_ray.py", side]
-    script[0] = str(FOLDER / script[0])
-    return [sys.executable, *script, "study.json", "scores.json", "--processes", str(os.cpu_count())]
+    command = [sys.executable, str(FOLDER / "alternatives.py"), side, "study.json", "scores.json"]
+    return [*command, "--processes", str(os.cpu_count())]
 
 
 def _our_scores(folder: Path) -> dict[str, dict[str, float]]:
@@ -182,14 +179,10 @@ def measure_round(
     study = prepare_study(name, work)
     shift = number % len(options.sides)
     for side in options.sides[shift:] + options.sides[:shift]:
-        part = study
-        if side == "trainers":
-            part = replace(study, runs=study.runs[:: max(1, len(study.runs) // options.trainer_runs)])
         folder = work / f"{name}-{side}-{time.time_ns()}"
-        row = run_side(side, name, part, folder, work)
-        share = len(study.runs) / len(part.runs)
-        row |= {"study": name, "side": side, "round": number, "runs": len(part.runs)}
-        row |= {"commit": current_commit(), "load": os.getloadavg()[0], "total": row["seconds"] * share}
+        row = run_side(side, name, study, folder, work)
+        row |= {"study": name, "side": side, "round": number, "runs": len(study.runs)}
+        row |= {"commit": current_commit(), "load": os.getloadavg()[0]}
         print(f"{name}, {side}: {row['seconds']:.1f} s for {row['runs']} runs", flush=True)
         yield row
 
@@ -206,16 +199,15 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             {r["round"]: r for r in rows if (r["study"], r["side"]) == (study, s)} for s in ("ours", side)
         )
         both = sorted(mine.keys() & other.keys())
-        pairs = [mine[number]["total"] / other[number]["total"] for number in both]
-        seconds = Summary.of([row["total"] for row in other.values()])
-        mark = " (extrapolated)" if any(r["seconds"] != r["total"] for r in other.values()) else ""
+        pairs = [mine[number]["seconds"] / other[number]["seconds"] for number in both]
+        seconds = Summary.of([row["seconds"] for row in other.values()])
         differences = [d for number in both for d in _score_differences(mine[number], other[number])]
         lines.append(
             [
                 study,
                 side,
                 len(other),
-                f"{seconds}{mark}",
+                str(seconds),
                 str(Summary.of(pairs)) if pairs else "",
                 f"{statistics.mean(differences):+.3f} ({len(differences)} runs)" if differences else "",
             ]
@@ -240,9 +232,8 @@ def read_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--studies", nargs="+", choices=sorted(STUDIES), default=["small"])
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "actors", "processes"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=1, help="rounds to add; default: 1")
-    parser.add_argument("--trainer-runs", type=int, default=4, help="runs of the side `trainers`; default: 4")
     parser.add_argument("--work", type=Path, default=Path("makespan"), help="folder of the studies' files")
     parser.add_argument("--out", type=Path, help="JSON file; rounds that it has are kept")
     return parser.parse_args()

@@ -18,10 +18,7 @@ import pytest
 import step
 import torch
 import variant_costs
-from alternatives import FineTune, Run, Study
-from alternatives_ray import PeftTrainable, train_worker
-from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
+from alternatives import FineTune, Run, Study, make_trainable
 from scripted import tiny_base_model
 from synthetic import study as synthetic_study
 from synthetic_task import draw_rows
@@ -50,7 +47,7 @@ SMALLEST = {
     "variant_costs.py": "--sections steps --case tiny --variants lora --rounds 1",
 }
 """Script -> the arguments of its smallest run, in this process."""
-PARTS = ("alternatives.py", "alternatives_ray.py", "early_stopping.py", "makespan.py", "scale.py")
+PARTS = ("alternatives.py", "early_stopping.py", "makespan.py", "scale.py")
 """Scripts that start Ray or pretrain a model: a `ray` test runs scale.py, tests below run parts of the
 others, and a nightly test runs all of makespan.py."""
 
@@ -194,23 +191,20 @@ def test_makespan_times_plain_processes(
     assert row["scores"].keys() == {small.runs[0].key}
 
 
-def test_the_alternatives_with_ray_train_a_run(small: Study, tmp_path: Path) -> None:
-    """Their own code trains in this process: no Ray is started."""
+def test_a_reused_actor_trains_a_run(small: Study, tmp_path: Path) -> None:
+    """The class trains in this process: no Ray is started."""
     (tmp_path / "study.json").write_text(json.dumps(asdict(small)))
     config = {"study": str(tmp_path / "study.json"), "run": asdict(Run("lora", 1e-2, 0))}
-    trainable = PeftTrainable(config)
+    trainable = make_trainable()(config)
     while not (result := trainable.train())["done"]:
         pass
-    trainer = TorchTrainer(
-        train_worker, train_loop_config=config, scaling_config=ScalingConfig(num_workers=0)
-    )
-    assert trainer.fit().metrics["run"] == result["run"] == "lora 0.01 0"
+    assert result["run"] == "lora 0.01 0"
 
 
 def test_a_table_of_rounds_pairs_the_sides() -> None:
     scores = {"lora 0.01 0": {"test exact_match": 0.95}}
     rows = [
-        {"study": "small", "side": side, "round": number, "seconds": s, "total": s, "scores": scores}
+        {"study": "small", "side": side, "round": number, "seconds": s, "scores": scores}
         for number, times in enumerate([(10.0, 20.0), (30.0, 40.0), (50.0, 200.0)])
         for side, s in zip(("ours", "actors"), times, strict=True)
     ]
