@@ -254,9 +254,7 @@ def _single_point_command(pending: Sequence[Configuration], command: str, source
     point = min(pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
     # --study is removed: in the same study, this point alone would be taken for the whole first stage.
     narrowed = narrow_command(command, point, sources)
-    return replace_options(
-        narrowed, dict.fromkeys(("--study", "--plan", "--plan-gpu", "--price-per-hour"), [])
-    )
+    return replace_options(narrowed, {"--study": [], "--plan": [], "--plan-gpu": [], "--price-per-hour": []})
 
 
 def print_point_shortfall(console: Console, usage: Mapping[str, GroupUsage], points: int) -> None:
