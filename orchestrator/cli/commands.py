@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from orchestrator.cli.export import Export
 from orchestrator.cli.store_location import StoreLocation
-from orchestrator.study.own_commands import own_command
 from orchestrator.util.errors import UsageError
-from orchestrator.util.graceful_interrupts import format_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +137,8 @@ class Gc(StoreLocation):
     """Remove what a crash left in the store.
 
     A study removes its temporary data itself, unless it was killed. This command removes checkpoints of
-    lanes whose record is finished or diverged, adapters that are not the best of a complete study (except
-    those that `--save-adapters all` keeps), temporary files, and folders of dead studies and exports. It
-    lists what it keeps, and may run while a study runs.
+    lanes whose record is finished or diverged, adapters that `--save-adapters best` keeps and no complete
+    study calls best, temporary files, and folders of dead studies. It may run while a study runs.
     """
 
     dry_run: bool = False
@@ -160,49 +155,17 @@ class Gc(StoreLocation):
         import math
 
         from orchestrator.analyze.best_lanes import best_fingerprints
-        from orchestrator.record.gc import collect_garbage
+        from orchestrator.record.gc import collect_garbage, describe_garbage, find_garbage
         from orchestrator.record.store import Store
 
         if not (math.isfinite(self.older_than) and self.older_than >= 0):
             raise UsageError(f"--older-than {self.older_than:g}: must be 0 hours or more; the default is 1.")
-        found = collect_garbage(
-            Store(self.store_folder, create=False),
-            self.output,
-            include_stopped=self.stopped,
-            older_than=self.older_than * 3600,
-            dry_run=self.dry_run,
-            choose_best=best_fingerprints,
-        )
-        print("\n".join(found.to_lines(self.dry_run)))
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge(StoreLocation):
-    """Copy records, checkpoints of unfinished lanes, base models and adapters from other stores.
-
-    No result in this store is overwritten: of two results of one configuration the local one stays, a result
-    replaces an early stop or a failure, of two early stops the longer one is kept. Files that cannot be read
-    are skipped with a warning. The other stores are not changed, and repeating the command changes nothing. A
-    study's own folder (beside the store) can be copied as it is.
-    """
-
-    others: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OTHER_STORE")]
-    """Folders of other stores, for example ../results-of-may/store."""
-
-    def run(self) -> int:
-        """Merge the stores and return the exit code."""
-        from orchestrator.record.merge import merge_stores
-        from orchestrator.record.store import Store
-
-        if not self.others:
-            raise UsageError("merge: name at least one other store, for example ../results-of-may/store.")
-        stores = [Store(other, create=False) for other in self.others]  # refused before the first is read
-        store = Store(self.store_folder)
-        for other in stores:
-            print(f"{other.root}: {merge_stores(store, other).to_line()}")
-        command = own_command(["sync"], format_command(sys.argv), self.output, self.store)
-        print(f"Next: {command} (Parquet and MLflow)")
+        store, seconds = Store(self.store_folder, create=False), self.older_than * 3600
+        given = store, self.output, best_fingerprints, self.stopped, seconds
+        lines = [*describe_garbage(find_garbage(*given))]
+        print("\n".join(["would remove" if self.dry_run else "removes", *lines]) if lines else "no garbage")
+        if not self.dry_run:
+            collect_garbage(*given)
         return 0
 
 
@@ -224,7 +187,6 @@ COMMANDS: dict[str, type[Any]] = {
     "export": Export,
     "sync": Sync,
     "gc": Gc,
-    "merge": Merge,
     "fetch-model": FetchModel,
     "fetch-data": FetchData,
 }

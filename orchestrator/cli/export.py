@@ -19,15 +19,13 @@ class Export(StoreLocation):
 
     A variant without such an adapter, such as `full`, is merged, or written as exact tensors.
     Without FINGERPRINT, the lane with the best validation score is exported, which `--save-adapters best`
-    keeps. A lane whose adapter was not kept is first trained again; the command says what that costs.
+    keeps. A lane whose adapter was not kept is refused with the command that trains it with its adapter.
     """
 
     study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
     """The study's name."""
     fingerprint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FINGERPRINT]")] = ""
     """First digits of the fingerprint of a lane, in place of the best one."""
-    best: bool = False
-    """Export the best lane, as without this option."""
     variant: str | None = None
     """The best lane of this variant."""
     task: str | None = None
@@ -38,28 +36,19 @@ class Export(StoreLocation):
     """Write the exact tensors of the lane, which every variant has, for `variants.storage.load_lane`."""
     to: Path | None = None
     """The new folder. Default: VARIANT-FINGERPRINT in the folder `export` of the study's folder."""
-    retrain: bool = False
-    """Allow a lane of a study on GPUs to be trained again on this CPU, if its adapter was not kept."""
-    device: Literal["auto", "cpu"] = "auto"
-    """Where a lane is trained again: auto takes a GPU if this machine has one, cpu the CPU."""
 
     def run(self) -> int:
         """Export the lane and return the exit code."""
         from rich.filesize import decimal
 
-        from orchestrator.export.export_lane import ExportRequest, export_lane
+        from orchestrator.export.export import export_lane
         from orchestrator.export.lane_choice import LaneQuery
         from orchestrator.record.store import Store
 
-        if self.best and self.fingerprint:
-            raise UsageError(f"--best with {self.fingerprint}: both name a lane; leave one of them out.")
         if self.merge and self.raw:
             raise UsageError("--merge with --raw: an export has one form; leave one of them out.")
         form: Literal["merged", "raw"] | None = "merged" if self.merge else "raw" if self.raw else None
         query = LaneQuery(self.study, self.fingerprint, self.variant, self.task)
-        request = ExportRequest(query, form, self.to, self.device, self.retrain)
-        done = export_lane(Store(self.store_folder, create=False), self.output, request)
-        for note in done.notes:
-            print(note)
+        done = export_lane(Store(self.store_folder, create=False), self.output, query, form, self.to)
         print(f"{shlex.quote(str(done.folder))}: {decimal(done.bytes)}; README.md says how to load it")
         return 0

@@ -80,7 +80,8 @@ def _digest_end(context: StudyContext) -> str:
     database, console, root = sqlite_path(context.tracking_uri), context.console, context.store.root
     if database is None or not database.exists() or context.trackers:
         return ""
-    files = [database, *(root / name for name in (PARQUET_FILE, CURVES_FILE)), *context.adapters.files()]
+    files = [database, *(root / name for name in (PARQUET_FILE, CURVES_FILE))]
+    files += sorted(context.store.adapters.glob("*/*"))
     artifacts = database.parent / ARTIFACTS_FOLDER / context.name
     return report_memo.digest(
         [(str(file), file.exists() and (file.stat().st_mtime_ns, file.stat().st_size)) for file in files],
@@ -131,7 +132,7 @@ def report_and_close(
                 records = [r for f in study.configurations if (r := context.store.get(f)) is not None]
                 if context.options.save_adapters == "best" and status == "FINISHED":
                     _keep_best(keeper, study, records)
-                models = model_tags(context.adapters, study, map(study.rename, records))
+                models = model_tags(context.store, context.options.output, study, map(study.rename, records))
                 description, lines = _write_report(context, study, records, inputs)
     finally:
         interrupted = budget.is_interrupted and not was_interrupted

@@ -25,6 +25,7 @@ from orchestrator.launch.study_context import StudyContext, resolve_study
 from orchestrator.launch.study_settings import fix_settings
 from orchestrator.launch.work import StudyWork
 from orchestrator.record import scratch
+from orchestrator.record.adapters import lanes_of_others
 from orchestrator.record.mlflow.tracking_uri import configured_uri
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -199,7 +200,8 @@ class StudyRun:
         from orchestrator.launch.study_writers import start_writers
 
         context, work = self.context, self.work
-        keeper = AdapterKeeper(context.adapters, self.study.settings)
+        others = lanes_of_others(context.options.output, self.study)
+        keeper = AdapterKeeper(context.store, self.study.settings, others)
         progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
         progress.max_steps = work.max_steps(context.templates)
         writers = start_writers(context, self.study, progress.notify)

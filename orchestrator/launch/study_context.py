@@ -21,15 +21,12 @@ from orchestrator.finetune.resolve.templates import (
     check_fit,
     resolve_base_model,
 )
-from orchestrator.finetune.sources import own_files
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.design import Design, DesignInput, FixedDesign, MakeDesign, grid_of
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.replaced_files import find_other_files
 from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.work import StudyWork
-from orchestrator.record.adoption import adopt_records
-from orchestrator.record.kept_adapters import StudyAdapters
 from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
@@ -68,11 +65,6 @@ class StudyContext:
     """The rule that names the configurations; None for a search, which samples them."""
     replicates: int = 1
     """Number of replicates: repeated tunings of each variant, each with its own seed."""
-
-    @property
-    def adapters(self) -> StudyAdapters:
-        """The adapters that the store keeps for the study."""
-        return StudyAdapters(self.store, self.folder)
 
     def collect_work(self) -> StudyWork:
         """Divide the configurations of the study by the records in the store; see `StudyWork`."""
@@ -163,7 +155,6 @@ def resolve_study(
         templates += build_configuration_templates(options, each, content, store.bases, checks_fit=is_search)
     _check_contents(templates)
     name = _study_name(experiment, options, resolved, _sources(templates), console)
-    _adopt_earlier_records(store, templates, console)
     design = None if is_search else _make_design(options, resolved, templates, make_design)
     if design is not None:
         _check_untrained(design, options, resolved, templates, store)
@@ -245,24 +236,6 @@ def _own_files(templates: Sequence[Configuration]) -> list[Source]:
         ),
         *(Source(variant.revision, variant.name, variant.source_path) for variant in variants),
     ]
-
-
-def _adopt_earlier_records(store: Store, templates: Sequence[Configuration], console: Console) -> None:
-    """Use the records that earlier versions made of the study's task and variant files.
-
-    Each Python file is looked up once per path and content, because the search reads all records. Data files
-    need no search: earlier versions had no --data.
-    """
-    keys = {
-        hashlib.sha256(f"{each.content} {each.path}".encode()).hexdigest()[:16]: each
-        for each in _own_files(templates)
-        if each.path.endswith(FILE_SUFFIX)
-    }
-    new = {key: each for key, each in keys.items() if not own_files.has_entry(store.data, "adopted", key)}
-    if new and (copied := adopt_records(store, templates, new.values())):
-        console.print(f"{copied} records that an earlier version made of files under the same paths are used")
-    for key, each in new.items():
-        own_files.write_entry(store.data, "adopted", key, {"path": each.path})
 
 
 def _study_name(

@@ -76,11 +76,15 @@ def remove_folder(folder: Path) -> None:
     _lock_file(folder).unlink(missing_ok=True)
 
 
+def stale_folders(store: Store) -> list[Path]:
+    """Return the folders of drivers that were killed on this host."""
+    return [folder for folder in list_folders(store) if is_on_this_host(folder) and not is_in_use(folder)]
+
+
 def remove_stale_folders(store: Store) -> None:
     """Remove the folders of drivers that were killed on this host."""
-    for folder in list_folders(store):
-        if is_on_this_host(folder) and not is_in_use(folder):
-            remove_folder(folder)
+    for folder in stale_folders(store):
+        remove_folder(folder)
 
 
 def _lock_file(folder: Path) -> Path:

@@ -15,7 +15,7 @@ import pytest
 import study
 from letters_score import recorded_scores, run_card, validation_scores
 
-from orchestrator.export.export_lane import ExportRequest, export_lane
+from orchestrator.export.export import export_lane
 from orchestrator.export.lane_choice import LaneQuery
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -70,11 +70,11 @@ def export_best(output: Path, records: Iterable[Record], printed: str) -> None:
     best = {}
     for record in sorted(records, key=lambda record: record.score("validation") or 0.0):
         best[record.configuration.variant.name] = record
-    kept = [path.name[:64] for path in store.adapters.glob("*/*/*")]
+    kept = [path.name[:64] for path in store.adapters.glob("*/*")]
     assert len(kept) == len(best) == 2
     for variant in best:
         query = LaneQuery(NAME, variant=variant)
-        done = export_lane(store, output, ExportRequest(query, "peft"), notify=print)
+        done = export_lane(store, output, query, "peft", notify=print)
         assert done.record.fingerprint in kept
         assert done.record.score("validation") == best[variant].score("validation")
         model = run_card(done.folder)["model"]

@@ -11,6 +11,7 @@ import torch
 from ray.cluster_utils import Cluster
 from transformers import BertConfig, BertModel
 
+from orchestrator.analyze.best_lanes import best_fingerprints
 from orchestrator.finetune.tasks.pretraining import word_tokenizer
 from orchestrator.record import gc
 from orchestrator.record.store import Store
@@ -106,7 +107,7 @@ def test_a_users_task_runs_in_a_study(
     kept = sorted(path.name for path in store.data.glob("*.arrow"))
     assert len(kept) == 6, "examples and token ids of three splits, written once for driver and workers"
     assert all(name.startswith(f"{found[0].configuration.task.content}-") for name in kept)
-    gc.collect_garbage(store, output, older_than=0.0)
+    gc.collect_garbage(store, output, best_fingerprints, older_than=0.0)
     assert sorted(path.name for path in store.data.glob("*.arrow")) == kept, "complete files are kept"
 
     rows = (folder / "mail.jsonl").read_text().splitlines()

@@ -13,7 +13,6 @@ from trained_study import RATES, STUDY, Trained
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
-from orchestrator.record.kept_adapters import StudyAdapters
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.grid import build_grid
@@ -40,7 +39,7 @@ def trained_once(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) 
         configurations += build_grid(templates, chosen.learning_rates, range(1))
     with one_thread():
         for configuration in configurations:
-            adapters = StudyAdapters(store, output / STUDY).folder("best")
+            adapters = store.adapters / "best"
             is_kept = configuration.optimizer.learning_rate != 1e-4
             train(
                 Script(leases([configuration])),

@@ -20,7 +20,7 @@ from scripted import Script, get_record, leases, train
 from tiny_images import vit
 from transformers import AutoTokenizer, BertForSequenceClassification, ViTForImageClassification
 
-from orchestrator.export.export_lane import ExportRequest, export_lane
+from orchestrator.export.export import export_lane
 from orchestrator.export.lane_choice import LaneQuery
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, write_own_files
@@ -29,7 +29,6 @@ from orchestrator.finetune.resolve.templates import build_configuration_template
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.examples import Example
-from orchestrator.record.kept_adapters import StudyAdapters
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -119,7 +118,7 @@ def trained(output: Path, name: str, source: Path, base: Path) -> Record:
         store,
         data=store.data,
         load_base_model=lambda model, task: loading.load_base_model(model, store.bases, "cpu", task),
-        adapters=StudyAdapters(store, output / name).folder("best"),
+        adapters=store.adapters / "best",
     )
     StudyFile(name, "", "python x.py", (made.fingerprint,)).write(output / name)
     return get_record(store, made)
@@ -155,7 +154,7 @@ def test_the_lines_of_every_card_give_the_prompts_and_scores_of_the_lane(
         examples = task.load(record.configuration.task)["test"]
         inputs = [values(each, tmp_path / f"{number}.png") for number, each in enumerate(examples)]
         for form in ("peft", "merged"):
-            done = export_lane(Store(output / "store"), output, ExportRequest(LaneQuery(name), form), str)
+            done = export_lane(Store(output / "store"), output, LaneQuery(name), form, notify=str)
             card = (done.folder / "README.md").read_text().replace("FOLDER", str(done.folder))
             cards.append((re.findall(r"```python\n(.*?)```", card, re.DOTALL), inputs))
             expected.append((name, task, record, examples, bases.get(name, bert)))

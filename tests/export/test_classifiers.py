@@ -12,13 +12,12 @@ from letters_score import run_card
 from scripted import Script, configuration, get_record, leases, train
 from transformers import AutoTokenizer
 
-from orchestrator.export.export_folder import Form
-from orchestrator.export.export_lane import ExportRequest, export_lane
+from orchestrator.export.export import export_lane
 from orchestrator.export.lane_choice import LaneQuery
+from orchestrator.export.model_card import Form
 from orchestrator.finetune.models import catalogue as models
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.record.kept_adapters import StudyAdapters
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import ModelChoice
@@ -40,7 +39,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store,
         data=store.data,
         load_base_model=lambda model, task: loading.load_base_model(model, store.bases, "cpu", task),
-        adapters=StudyAdapters(store, output / "reviews").folder("best"),
+        adapters=store.adapters / "best",
     )
     assert get_record(store, made).state == "finished"
     StudyFile("reviews", "", "python x.py", (made.fingerprint,)).write(output / "reviews")
@@ -58,7 +57,7 @@ def test_a_classifier_keeps_its_head_in_every_form(output: Path, capsys: pytest.
     store, found = Store(output / "store"), {}
     forms: tuple[Form, ...] = ("peft", "raw", "merged")
     for form in forms:
-        done = export_lane(store, output, ExportRequest(LaneQuery("reviews"), form), notify=lambda line: None)
+        done = export_lane(store, output, LaneQuery("reviews"), form, notify=lambda line: None)
         variables = run_card(done.folder, SENTENCES[0])
         if form != "raw":
             assert capsys.readouterr().out.splitlines()[-1] in tasks.get("reviews").labels
@@ -69,7 +68,7 @@ def test_a_classifier_keeps_its_head_in_every_form(output: Path, capsys: pytest.
             found[form] = logits(variables["model"], done.folder)
         card = (done.folder / "README.md").read_text()
         assert "pipeline_tag: text-classification" in card
-        assert "Classes, in the order of the model's outputs: " in card
+        assert "Classes, in the order of the outputs: " in card
     assert found["peft"].std() > 1e-3
     torch.testing.assert_close(found["merged"], found["raw"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["peft"], found["raw"], rtol=1e-4, atol=1e-5)

@@ -10,21 +10,18 @@ import pytest
 from in_process import Ended
 from letters_score import recorded_scores, run_card, validation_scores
 from safetensors import SafetensorError
-from trained_study import STUDY, Trained, changed
+from scripted import Script, leases, train
+from trained_study import STUDY, Trained
 from transformers import AutoModelForCausalLM
 
-from orchestrator.export import export_lane
-from orchestrator.export.export_folder import MARK_FILE, ExportMark, write_folder
-from orchestrator.export.export_lane import ExportRequest
+from orchestrator.export import export as export_module
 from orchestrator.export.lane_choice import LaneQuery, choose_lane
-from orchestrator.export.model_card import CardFacts, _scores, render_card
+from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import own_variants
-from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.local.letters import LENGTH
 from orchestrator.launch.reporting import export_words
-from orchestrator.record.kept_adapters import find_adapter
 from orchestrator.record.study_file import StudyFile
-from orchestrator.util.errors import UsageError
+from orchestrator.study.configuration import LRSchedule
 from variants import catalogue
 
 Export = Callable[..., Ended]
@@ -73,7 +70,7 @@ def test_a_variant_without_other_forms_is_exported_exactly(export: Export, train
     record = trained.record("hydra_lora")
     done = export("--variant", "hydra_lora")
     assert "hydra_lora has no adapter in PEFT's format: " in done.stdout
-    assert "; the exact tensors will be written (for an adapter take another --variant)" in done.stdout
+    assert "; the exact tensors will be written" in done.stdout
     folder = folder_of(done)
     variables = run_card(folder)
     with variables["adapters"].activate_lanes(["lane"], None):
@@ -81,80 +78,32 @@ def test_a_variant_without_other_forms_is_exported_exactly(export: Export, train
     assert scores == pytest.approx(recorded_scores(record), rel=1e-4)
 
 
-def test_a_lane_without_an_adapter_is_trained_again(export: Export, trained: Trained) -> None:
-    """Its record stays as it is, and the adapter is kept for the next time."""
+def test_a_lane_without_an_adapter_is_refused_with_the_command_that_trains_it(
+    export: Export, trained: Trained
+) -> None:
     record = trained.record("lora", 0)
-    before = {path: path.read_bytes() for path in trained.store.records_folder.rglob("*.json")}
-    done = export(record.fingerprint[:10])
-    assert "was not kept; training it again: about" in done.stdout
-    assert "step 40 of 40" in done.stdout
-    assert "are those of the record" in done.stdout
-    folder = folder_of(done)
-    assert validation_scores(run_card(folder)["model"], folder, record) == pytest.approx(
-        recorded_scores(record), rel=1e-4
-    )
-    assert {path: path.read_bytes() for path in trained.store.records_folder.rglob("*.json")} == before
-    assert list(trained.store.checkpoints.glob("*")) == []
-    again = export(record.fingerprint[:10])
-    assert folder_of(again) == folder
-    assert "training" not in again.stdout
+    refused = export(record.fingerprint[:10])
+    command = f"--learning-rates 0.0001 --seeds 1 --save-adapters all --output {trained.output}-again"
+    refused.assert_refused("was not kept", "lr_sensitivity.py --dry-run --variants lora", command)
 
 
-def test_an_export_with_other_scores_says_so(export: Export, trained: Trained) -> None:
-    """This happens on another device. The store does not keep the new adapter for the record."""
-    record = trained.rescore("lora", 0, 0.875)
-    done = export(record.fingerprint)
-    assert "the results differ from the record's" in done.stdout
-    assert "was not kept. This one was trained again" in (folder_of(done) / "README.md").read_text()
-    assert find_adapter(trained.store, record) is None
-
-
-def test_a_model_card_has_no_row_for_a_split_without_an_evaluation(trained: Trained) -> None:
-    record = trained.record("lora")
-    only = tuple(each for each in record.evaluations if each.split == "validation")
-    rows = list(_scores(replace(record, evaluations=only)))
-    assert [row.split(" | ")[0] for row in rows[2:]] == ["| validation"]
-
-
-def test_only_an_earlier_export_of_the_same_lane_is_replaced(
+def test_an_export_is_complete_or_absent_and_never_replaces_another_folder(
     export: Export, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the new export fails halfway, the earlier one stays, and nothing else is left."""
-    folder = folder_of(export("--variant", "lora"))
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-
     def fail(*_: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(export_lane, "_save_processor", fail)
+    monkeypatch.setattr(export_module, "_write_peft", fail)
     done = export("--variant", "lora")
-    assert (done.returncode, f"{folder}: No space left on device; free some" in done.stderr) == (1, True)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert (done.returncode, "No space left on device; free some" in done.stderr) == (1, True)
+    assert list((trained.output / STUDY / "export").iterdir()) == []
     monkeypatch.undo()
-    (folder / MARK_FILE).with_name("notes.txt").write_text("mine")
-    export("--variant", "lora").assert_refused("notes.txt", "name a new folder")
-
-
-def test_an_interruption_between_two_renames_leaves_the_earlier_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, mark, rename = tmp_path / "x", ExportMark("rates", "f" * 64, "raw"), Path.rename
-
-    def interrupted(source: Path, target: Path) -> Path:
-        if (source / "file").read_text() == "new":
-            raise KeyboardInterrupt
-        return rename(source, target)
-
-    def write_new(draft: Path) -> None:
-        (draft / "file").write_text("new")
-
-    write_folder(folder, mark, lambda draft: (draft / "file").touch())
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(folder, mark, write_new)
-    assert (folder / "file").read_text() == ""
-    assert list(tmp_path.iterdir()) == [folder]
+    folder = folder_of(export("--variant", "lora"))
+    (folder / "notes.txt").write_text("mine")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert folder_of(export("--variant", "lora")) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    export("--variant", "full", "--to", str(folder)).assert_refused("is not this export", "name a new folder")
 
 
 def test_without_a_variant_the_best_of_all_is_exported(export: Export, trained: Trained) -> None:
@@ -196,53 +145,34 @@ def test_the_reason_tells_equal_variants_and_an_unfinished_study(trained: Traine
     )
     assert chosen.reason == reason
     named = choose_lane(trained.store, trained.output, LaneQuery(STUDY, best.fingerprint))
-    facts = CardFacts("raw", "base", None, (), "", None)
-    for each in (chosen, named):
-        card = render_card(each, tasks.get("letters"), facts)
-        assert f"This lane was exported because {each.reason}." in card
     assert named.reason == "its fingerprint was given"
 
 
-def test_the_card_counts_a_collapsed_run_as_such(trained: Trained) -> None:
-    trained.rescore("lora", 0, 0.5)
-    trained.rescore("lora", -1, 0.0)
-    chosen = choose_lane(trained.store, trained.output, LaneQuery(STUDY, variant="lora"))
-    card = render_card(chosen, tasks.get("letters"), CardFacts("raw", "base", None, (), "", None))
-    assert "runs of this variant in the study: 2 (1 finished, 1 collapsed)" in card
-
-
-def test_a_users_variant_is_trained_again_alone_and_loads_from_the_export(
+def test_a_users_variant_loads_from_the_export(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the machine of the export nor that of the reader needs the user's file."""
-    store, source = (
-        trained.store,
-        b'"""LoRA."""\n\nfrom variants.baseline.lora import LoRA\n\n\nclass Mine(LoRA):\n    pass\n',
-    )
+    store = trained.store
+    source = b'"""LoRA."""\n\nfrom variants.baseline.lora import LoRA\n\n\nclass Mine(LoRA):\n    pass\n'
     (tmp_path / "mine.py").write_bytes(source)
     monkeypatch.setattr(catalogue, "_loaded_files", {})
     mine = catalogue.load(str(tmp_path / "mine.py"))
-    lora = trained.record("lora", 0)
+    lora = trained.record("lora")
     choice = replace(lora.configuration.variant, name="mine.py", revision=mine.revision)
-    record = changed(lora, variant=choice)
+    own = replace(lora.configuration, variant=choice, lr_schedule=LRSchedule(4))
     own_variants.write_entry(choice, store.data)
-    store.put(record)
-    StudyFile("own", "", "", (record.fingerprint,)).write(trained.output / "own")
+    train(
+        Script(leases([own])),
+        store,
+        data=store.data,
+        load_base_model=lambda model, task: loading.load_base_model(model, store.bases, "cpu", task),
+        adapters=store.adapters / "all",
+    )
+    StudyFile("own", "", "", (own.fingerprint,)).write(trained.output / "own")
     (tmp_path / "mine.py").unlink()
     catalogue._loaded_files.clear()
-    request = ExportRequest(LaneQuery("own"), "raw", tmp_path / "exported")
-    refused = []
-
-    def notify(line: str) -> None:
-        if line.startswith("step 40"):
-            with pytest.raises(UsageError, match="another export is training it; wait") as error:
-                export_lane.export_lane(store, trained.output, request, lambda line: None)
-            refused.append(error)
-            assert list(store.checkpoints.glob("*")) == [], "gc would remove them"
-
-    folder = export_lane.export_lane(store, trained.output, request, notify).folder
-    assert len(refused) == 1
-    assert {path.name for path in (trained.output / "own").glob(".*")} == set(), "nothing is left behind"
+    folder = tmp_path / "exported"
+    export_module.export_lane(store, trained.output, LaneQuery("own"), "raw", folder)
     assert (folder / "mine.py").read_bytes() == source
     catalogue._loaded_files.clear()
     assert run_card(folder)["variant"].revision == mine.revision

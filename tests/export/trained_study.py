@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.record.kept_adapters import find_adapter
+from orchestrator.record.adapters import find_adapter
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
@@ -40,7 +40,7 @@ class Trained:
         return self.record(variant, which)
 
     def adapter(self, variant: str) -> Path:
-        path = find_adapter(self.store, self.record(variant))
+        path = find_adapter(self.store, self.record(variant).fingerprint)
         assert path is not None
         return path
 

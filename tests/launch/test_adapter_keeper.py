@@ -13,7 +13,7 @@ from orchestrator.analyze.best_lanes import best_fingerprints
 from orchestrator.analyze.summary import summarize
 from orchestrator.launch import adapter_keeper
 from orchestrator.launch.adapter_keeper import AdapterKeeper
-from orchestrator.record.kept_adapters import StudyAdapters, file_name, find_adapter
+from orchestrator.record.adapters import adapter_file_name, lanes_of_others, list_adapters
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
@@ -32,15 +32,16 @@ def records() -> list[Record]:
     ]
 
 
-def write(adapters: StudyAdapters, record: Record) -> None:
+def write(store: Store, record: Record) -> None:
     """Write what a trainer writes before the record of a finished lane."""
     if record.state == "finished":
-        adapters.folder("best").mkdir(parents=True, exist_ok=True)
-        (adapters.folder("best") / file_name(record)).write_bytes(b"x" * SIZE)
+        folder = store.adapters / "best"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / adapter_file_name(record.fingerprint)).write_bytes(b"x" * SIZE)
 
 
 def names(own: Iterable[Record]) -> set[str]:
-    return {file_name(each) for each in own}
+    return {each.fingerprint for each in own}
 
 
 def _point(own: Record) -> tuple[float, int]:
@@ -48,12 +49,12 @@ def _point(own: Record) -> tuple[float, int]:
 
 
 @pytest.fixture
-def adapters(tmp_path: Path) -> StudyAdapters:
-    return StudyAdapters(Store(tmp_path / "store"), tmp_path / "rates")
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
 
 
-def kept(adapters: StudyAdapters) -> set[str]:
-    return {path.name for path in adapters.files()}
+def kept(store: Store) -> set[str]:
+    return {path.stem for path in list_adapters(store, "best")}
 
 
 BEST_FIRST = ((1e-2, 0), (1e-2, 1), (1e-3, 1), (1e-3, 0), (1e-4, 0), (1e-4, 1), (1e-1, 0), (1e-1, 1))
@@ -63,12 +64,12 @@ BEST_FIRST = ((1e-2, 0), (1e-2, 1), (1e-3, 1), (1e-3, 0), (1e-4, 0), (1e-4, 1), 
 @pytest.mark.parametrize("room", [0, 2 * SIZE, 100 * SIZE])
 @pytest.mark.parametrize("order", [None, *range(3)])
 def test_a_study_ends_with_the_best_run_of_the_best_point(
-    adapters: StudyAdapters, order: int | None, room: int, monkeypatch: pytest.MonkeyPatch
+    store: Store, order: int | None, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With room for all points, in any order; with less room, if that point was the best from the start.
 
     Args:
-        adapters: The adapters of the study.
+        store: The store.
         order: Seed of a random order of the records; None for `BEST_FIRST`.
         room: The bytes of adapters that the running study may keep.
         monkeypatch: Sets `room`.
@@ -79,16 +80,16 @@ def test_a_study_ends_with_the_best_run_of_the_best_point(
         own.sort(key=lambda each: BEST_FIRST.index(_point(each)))
     else:
         random.Random(order).shuffle(own)
-    keeper = AdapterKeeper(adapters, AnalysisSettings())
+    keeper = AdapterKeeper(store, AnalysisSettings())
     for each in own:
-        write(adapters, each)
+        write(store, each)
         keeper.add([each])
-        assert len(kept(adapters)) <= max(2, room // SIZE)
+        assert len(kept(store)) <= max(2, room // SIZE)
     best = [record(variant, 1e-2, 1, 0.85) for variant in ("lora", "hira")]
     keeper.finish(own)
-    assert kept(adapters) <= names(best)
+    assert kept(store) <= names(best)
     if order is None or room > len(own) * SIZE:
-        assert kept(adapters) == names(best)
+        assert kept(store) == names(best)
 
 
 def test_the_best_lanes_are_those_of_the_reports_best_rates() -> None:
@@ -109,51 +110,45 @@ def test_every_run_of_a_replicated_study_is_a_point() -> None:
     assert best_fingerprints(study, own) == {record("lora", 1e-1, 1, 0.95).fingerprint}
 
 
-def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(adapters: StudyAdapters) -> None:
-    """It is removed at the end of the study if its record never comes, because the trainer has died."""
+def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(store: Store) -> None:
     scores = {1e-3: 0.7, 1e-2: 0.8, 1e-1: 0.1}
     good, better, unseen = (record(rate=rate, validation=score) for rate, score in scores.items())
-    keeper = AdapterKeeper(adapters, AnalysisSettings())
+    keeper = AdapterKeeper(store, AnalysisSettings())
     for each in (good, better, unseen):
-        write(adapters, each)
+        write(store, each)
     keeper.add([good])
     keeper.add([better])
-    assert file_name(unseen) in kept(adapters)
-    keeper.finish([good, better])
-    assert kept(adapters) == names([better])
+    assert unseen.fingerprint in kept(store)
+    keeper.finish([good, better, unseen])
+    assert kept(store) == names([better])
 
 
-def test_a_second_study_keeps_what_the_first_one_removes(adapters: StudyAdapters, tmp_path: Path) -> None:
-    """The two studies have hard links to one file on the disk."""
-    store, good, better = adapters.store, record(rate=1e-3, validation=0.7), record(rate=1e-2, validation=0.8)
-    second = StudyAdapters(store, tmp_path / "second")
-    write(adapters, good)
-    AdapterKeeper(second, AnalysisSettings()).finish([good])
-    assert find_adapter(store, good) is not None
-    assert adapters.files()[0].samefile(second.files()[0])
-    write(adapters, better)
-    AdapterKeeper(adapters, AnalysisSettings()).finish([good, better])
-    assert (kept(adapters), kept(second)) == (names([better]), names([good]))
-    elsewhere = StudyAdapters(store, tmp_path / "elsewhere" / "rates")
-    assert elsewhere.root != adapters.root, "another study of the same name"
+def test_the_lanes_of_other_studies_and_earlier_ones_are_not_removed(store: Store, tmp_path: Path) -> None:
+    own = {rate: record(rate=rate, validation=rate) for rate in (1e-4, 1e-3, 1e-2, 1e-1)}
+    shared, reused, mine, best = (each.fingerprint for each in own.values())
+    study = StudyFile("rates", "", "", (shared, reused, mine, best), reused=(reused,))
+    study.write(tmp_path / "rates")
+    StudyFile("other", "", "", (shared,)).write(tmp_path / "other")
+    StudyFile("damaged", "", "").write(tmp_path / "damaged")
+    (tmp_path / "damaged" / "study.json").write_text("{")
+    for each in own.values():
+        write(store, each)
+    keeper = AdapterKeeper(store, AnalysisSettings(), lanes_of_others(tmp_path, study))
+    keeper.finish(own.values())
+    assert kept(store) == {shared, reused, best}
 
 
-def test_a_known_lane_whose_adapter_no_study_keeps_has_none(adapters: StudyAdapters) -> None:
-    AdapterKeeper(adapters, AnalysisSettings()).finish([record()])
-    assert kept(adapters) == set()
-    assert find_adapter(adapters.store, record()) is None
-
-
-@pytest.mark.parametrize("act", [lambda k, r: k.add([r]), lambda k, r: k.finish([r])])
+@pytest.mark.parametrize("act", [lambda k, w, b: k.add([b]), lambda k, w, b: k.finish([w, b])])
 def test_an_adapter_that_cannot_be_removed_does_not_end_the_study(
-    adapters: StudyAdapters, act: Callable[[AdapterKeeper, Record], None], caplog: pytest.LogCaptureFixture
+    store: Store, act: Callable[[AdapterKeeper, Record, Record], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     worse, better = record(rate=1e-3, validation=0.1), record(rate=1e-2, validation=0.9)
-    keeper = AdapterKeeper(adapters, AnalysisSettings())
+    keeper = AdapterKeeper(store, AnalysisSettings())
     keeper.add([worse])
-    (adapters.folder("best") / file_name(worse)).mkdir(parents=True)  # A folder cannot be unlinked.
+    path = store.adapters / "best" / adapter_file_name(worse.fingerprint)
+    path.mkdir(parents=True)  # A folder cannot be unlinked.
     keeper.add([record(rate=1e-4, validation=0.0)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter_keeper, "MAX_RUNNING_BYTES", 0)
-        act(keeper, better)
-    assert "are not removed" in caplog.text
+        act(keeper, worse, better)
+    assert "is not removed" in caplog.text

@@ -15,9 +15,9 @@ from filelock import FileLock
 from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_server import empty_database
+from orchestrator.record.kept_adapters import StudyAdapters, file_name
 
 from orchestrator.analyze import formatting
-from orchestrator.record.kept_adapters import StudyAdapters, file_name
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile, find_study, read_studies
@@ -218,7 +218,7 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(run, results, arguments, mess
 
 
 @pytest.mark.parametrize("name", ["loop", "x" * 5000, "file"], ids=["loop", "long", "file"])
-@pytest.mark.parametrize("command", [("gc", "--store"), ("sync", "--store"), ("merge",)])
+@pytest.mark.parametrize("command", [("gc", "--store"), ("sync", "--store")])
 def test_a_path_without_a_store_is_refused_in_one_line(run, results, command, name):
     (results / "loop").symlink_to("loop")
     (results / "file").touch()

@@ -19,7 +19,7 @@ from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error
 from orchestrator.record import lane_capacity
-from orchestrator.record.kept_adapters import file_name
+from orchestrator.record.adapters import adapter_file_name
 from orchestrator.record.schema import FINAL_STATES, Provenance, Record, RecordState
 from orchestrator.record.store import Store
 
@@ -267,7 +267,9 @@ class LaneRecorder:
         """
         if self.adapters is None or record.state != "finished":
             return None
-        path = self.adapters / file_name(record)
+        if self.store.get_reusable(record.fingerprint) is not None:  # another trainer's, with its adapter
+            return None
+        path = self.adapters / adapter_file_name(record.fingerprint)
         try:
             adapter_file.write(path, self.engine.lane_group.adapters, record.fingerprint)
         except Exception as error:  # of any class: the record is written in any case
@@ -282,8 +284,7 @@ class LaneRecorder:
 
         Args:
             record: The record.
-            adapter: The file of its adapter. It is removed to make space for the record if the disk is full,
-                and if the store has a final record of another run already.
+            adapter: The file of its adapter. It is removed to make space for the record if the disk is full.
 
         Returns:
             Whether the record was written: False if the store has a final one already.
@@ -302,8 +303,6 @@ class LaneRecorder:
                     self.warn(f"the adapter of {record.fingerprint[:12]} is not kept: {error}")
                 continue
             self.store_full_since = None
-            if not is_written and adapter is not None:
-                adapter.unlink(missing_ok=True)
             return is_written
 
     def _build_record(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> Record:

@@ -16,9 +16,8 @@ from typing import Literal
 from orchestrator.util.errors import UsageError
 from orchestrator.util.keyed_folder import KeyedFolder
 
-Kind = Literal["task", "data", "variant", "adopted"]
-"""What an entry describes. An "adopted" one notes that a study has searched the store for records of an
-earlier version."""
+Kind = Literal["task", "data", "variant"]
+"""What an entry describes."""
 
 
 def write_entry(folder: Path, kind: Kind, content: str, data: Mapping[str, str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.record.kept_adapters import StudyAdapters
 from orchestrator.record.mlflow.adapter_models import model_tags
 from orchestrator.record.mlflow.connection import TrackingDamagedError
 from orchestrator.record.mlflow.log import MlflowLogger
@@ -68,7 +67,7 @@ def sync_projections(
             continue
         try:
             report = [file for each in REPORT_FILES if (file := folder / each).exists()] if rebuild else []
-            notify(_sync_study(StudyAdapters(store, folder), study, logs[uris[name]], report, describe))
+            notify(_sync_study(store, folder, study, logs[uris[name]], report, describe))
         except TrackingDamagedError as damaged:
             notify(f"{study.name}: MLflow cannot be used ({damaged}); run this command again with --rebuild")
             return 1
@@ -79,20 +78,21 @@ def sync_projections(
 
 
 def _sync_study(
-    adapters: StudyAdapters,
+    store: Store,
+    folder: Path,
     study: StudyFile,
     log: MlflowLogger,
     report: Sequence[Path],
     describe: Callable[[StudyFile, Sequence[Record]], tuple[str, Mapping[str, float]]],
 ) -> str:
     log.ensure_study(study.name, study.question, {"command": study.command})
-    found = [record for record in map(adapters.store.get, study.configurations) if record is not None]
+    found = [record for record in map(store.get, study.configurations) if record is not None]
     records = [study.rename(record) for record in found]
     num_written = log.log_records(study.name, records, frozenset(study.reused))
     status = "FINISHED" if len(records) == len(study.configurations) else "KILLED"
     description, metrics = describe(study, records) if records else ("", {})
-    models = model_tags(adapters, study, records)
-    if is_locked(adapters.study_folder / LOCK_FILE):  # logging the records may take long
+    models = model_tags(store, folder.parent, study, records)
+    if is_locked(folder / LOCK_FILE):  # logging the records may take long
         return f"{study.name}: has been started meanwhile and logs its runs itself"
     log.finish_study(study.name, status, report, description, metrics, models)
     return (

@@ -21,7 +21,7 @@ from scripted import (
 from orchestrator.finetune.engine import adapter_file, recorder
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import variant_settings
-from orchestrator.record.kept_adapters import file_name
+from orchestrator.record.adapters import adapter_file_name
 from orchestrator.record.schema import Provenance
 from orchestrator.record.store import Store
 from orchestrator.util.atomic_files import DamagedFileError
@@ -35,7 +35,7 @@ def test_a_kept_adapter_is_the_lane_bit_for_bit(variant: str, store: Store, tmp_
     one = configuration(variant=variant, steps=4, evaluations=1, alpha=None if variant == "full" else 8.0)
     train(Script(leases([one])), store, adapters=store.adapters)
     (path,) = store.adapters.iterdir()
-    assert path.name == file_name(get_record(store, one))
+    assert path.name == adapter_file_name(one.fingerprint)
     engine = Engine(tiny_base_model, store.calibration, tiny_data())
     adapters = engine.prepare_lane_group(one).adapters
     adapter_file.restore(path, adapters, one)
@@ -48,7 +48,7 @@ def test_only_finished_lanes_have_adapters_and_only_where_asked(store: Store) ->
     good, bad = configuration(steps=2, evaluations=1), configuration(rate=1e30, steps=2, evaluations=1)
     train(Script(leases([good, bad])), store, adapters=store.adapters)
     assert get_record(store, bad).state == "diverged"
-    assert [path.name for path in store.adapters.iterdir()] == [file_name(get_record(store, good))]
+    assert [path.name for path in store.adapters.iterdir()] == [adapter_file_name(good.fingerprint)]
     train(Script(leases([configuration(seed=1, steps=2, evaluations=1)])), store)
     assert len(list(store.adapters.iterdir())) == 1
 
@@ -68,19 +68,19 @@ def test_the_adapter_is_there_before_the_record(store: Store, monkeypatch: pytes
     monkeypatch.setattr(Store, "put", put)
     assert len(seen[0]) == 1
     train(Script(leases([one], attempt=2)), store, adapters=store.adapters)
-    assert file_name(get_record(store, one)) in {path.name for path in store.adapters.iterdir()}
+    assert adapter_file_name(one.fingerprint) in {path.name for path in store.adapters.iterdir()}
     assert numbers_of(get_record(store, one)) == numbers_of(solo(one, store.root))
 
 
-def test_the_trainer_whose_record_comes_second_removes_its_adapter(store: Store) -> None:
+def test_the_trainer_whose_record_comes_second_leaves_the_adapter(store: Store) -> None:
     """A trainer was taken for dead, and another one got its lane and wrote the record first."""
     one = configuration(steps=2, evaluations=1)
     theirs = replace(solo(one, store.root), provenance=Provenance(host="another"))
     (store.adapters).mkdir()
-    (store.adapters / file_name(theirs)).write_text("theirs")
+    (store.adapters / adapter_file_name(one.fingerprint)).write_text("theirs")
     store.put(theirs)
     train(Script(leases([one])), store, adapters=store.adapters)
-    assert [path.name for path in store.adapters.iterdir()] == [file_name(theirs)]
+    assert [path.read_text() for path in store.adapters.iterdir()] == ["theirs"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGran
 from orchestrator.finetune.failures import TrainerBrokenError
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.record.kept_adapters import file_name
+from orchestrator.record.adapters import adapter_file_name
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, DivergenceConfig, ModelChoice
@@ -171,7 +171,7 @@ def test_a_resumed_lane_equals_an_uninterrupted_one(
     assert numbers(record) == numbers(expected)
     assert record.provenance.resumed_from == (stop_at,)
     assert record.provenance.attempt == 2
-    adapters = [store.adapters / file_name(record), whole.adapters / file_name(expected)]
+    adapters = [each.adapters / adapter_file_name(one.fingerprint) for each in (store, whole)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 

@@ -17,11 +17,11 @@ from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_runs import close
 from mlflow_server import Server, wait
+from orchestrator.record.kept_adapters import StudyAdapters, file_name
 
 from orchestrator.launch import run_study
 from orchestrator.launch.design import FixedDesign
 from orchestrator.launch.experiment import Experiment
-from orchestrator.record.kept_adapters import StudyAdapters, file_name
 from orchestrator.record.mlflow.log import MlflowLogger
 from orchestrator.record.mlflow.sync import sync_projections
 from orchestrator.record.mlflow.writer import MlflowWriter

@@ -1,0 +1,309 @@
+"""Export of one lane of a study to a folder: choose it, load its adapter, convert it, describe it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
+from orchestrator.export.model_card import CardFacts, Form, InputForm, format_scores, render_card
+from orchestrator.record.adapters import find_adapter
+from orchestrator.record.schema import Record
+from orchestrator.record.show import change_options, narrow_command
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.own_commands import own_command
+from orchestrator.util import atomic_files
+from orchestrator.util.atomic_files import DamagedFileError
+from orchestrator.util.errors import UsageError
+from variants.variant_names import FILE_SUFFIX, short_name
+
+if TYPE_CHECKING:
+    from orchestrator.finetune.models.base_model import BaseModel
+    from orchestrator.finetune.tasks.base import Task
+    from variants.api import Variant
+    from variants.attach import Adapters
+    from variants.peft_format import TaskType
+
+CARD_FILE = "README.md"
+LANE_FILE = "lane.safetensors"
+CONFIGURATION_FILE = "configuration.json"
+MARK_FILE = "export.json"
+"""Name of the file that marks a folder as an export, with its study, fingerprint and form."""
+_FORM_OPTIONS: dict[Form, tuple[str, ...]] = {"peft": (), "merged": ("--merge",), "raw": ("--raw",)}
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export in its folder."""
+
+    folder: Path
+    form: Form
+    record: Record
+    """The record of the lane, as the store has it."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files of the folder."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """A lane in memory: its task and variant, and its adapter on the base model."""
+
+    configuration: Configuration
+    task: Task
+    variant: Variant
+    base_model: BaseModel
+    adapters: Adapters
+
+
+def export_lane(
+    store: Store,
+    output: Path,
+    query: LaneQuery,
+    form: Form | None = None,
+    folder: Path | None = None,
+    notify: Callable[[str], None] = print,
+) -> Export:
+    """Export a lane of a study; an export that is there already is left as it is.
+
+    Args:
+        store: The store, which is only read.
+        output: The output folder with the studies' folders.
+        query: The study, and the lane in it.
+        form: The form; None for the first one that the variant has: PEFT's format, a merged model, exact
+            tensors.
+        folder: The folder to write; None for `export/VARIANT-FINGERPRINT` in the study's folder.
+        notify: Called with one line for each part of the work.
+
+    Raises:
+        UsageError: There is no such lane, its adapter was not kept or is damaged, the form or the folder is
+            not possible, or the base model is missing or has changed.
+        OSError: The folder cannot be written.
+    """
+    chosen = choose_lane(store, output, query)
+    record = chosen.record
+    choice, task_name = record.configuration.variant, record.configuration.task.name
+    notify(
+        f"{record.fingerprint[:12]}: {choice.name} on {task_name}, {format_scores(record)}; {chosen.reason}"
+    )
+    task, variant = _find_code(record.configuration, store)
+    form = _choose_form(variant, form, choice.name, notify)
+    name = f"{short_name(choice.name)}-{record.fingerprint[:12]}" + ("" if form == "peft" else f"-{form}")
+    folder = folder or chosen.folder / "export" / name
+    mark = {"study": chosen.study.name, "fingerprint": record.fingerprint, "form": form}
+    if not _is_present(folder, mark):
+        lane = _load_lane(store, record.configuration, task, variant, _adapter_of(store, output, chosen))
+        _write(store, chosen, lane, folder, mark)
+    return Export(folder, form, record)
+
+
+def _find_code(configuration: Configuration, store: Store) -> tuple[Task, Variant]:
+    """Return the task and the variant; those of a user's files come from the store.
+
+    Raises:
+        UsageError: One is not here, or is another version than that of the configuration.
+    """
+    from orchestrator.finetune.engine.engine import check_versions
+    from orchestrator.finetune.sources import own_variants
+    from orchestrator.finetune.tasks import catalogue as tasks
+
+    task = tasks.find(configuration.task, store.data)
+    try:
+        variant = own_variants.find(configuration.variant, store.data)
+        check_versions(configuration, variant, task)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"The lane of {configuration.variant.name!r} cannot be used here: {error}"
+        ) from error
+    return task, variant
+
+
+def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callable[[str], None]) -> Form:
+    """Return the form of an export. If the user named no form and it is no adapter, report the reason.
+
+    Raises:
+        UsageError: The variant cannot be merged; the message names a form that is possible.
+    """
+    from variants.export_forms import export_forms
+
+    forms = export_forms(variant)
+    if form == "merged" and not forms.merged.possible:
+        written = "it is an adapter of PEFT" if forms.peft.possible else "its exact tensors are written"
+        raise UsageError(f"--merge: {name} cannot be merged: {forms.merged.note}; without --merge {written}.")
+    if form is not None or forms.peft.possible:
+        return form or "peft"
+    form, what = ("merged", "a plain model") if forms.merged.possible else ("raw", "the exact tensors")
+    notify(f"{name} has no adapter in PEFT's format: {forms.peft.note}; {what} will be written")
+    return form
+
+
+def _is_present(folder: Path, mark: dict[str, str]) -> bool:
+    """Return whether a folder has this export already.
+
+    Raises:
+        UsageError: It has something else, or it cannot be made.
+    """
+    try:
+        if folder.exists() or folder.is_symlink():
+            path, remedy = folder / MARK_FILE, "remove the folder"
+            if atomic_files.read_json(path, dict[str, Any], "an export", remedy) != mark:
+                raise UsageError(f"--to {folder}: it exists, and is not this export; name a new folder.")
+            return True
+        parent = next(each for each in folder.absolute().parents if each.exists())
+    except OSError as error:  # for example, the name is too long
+        raise UsageError(
+            f"--to {folder}: it cannot be looked up ({error.strerror}); name a new folder."
+        ) from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--to {folder}: {parent} is not a folder that can be written; name another one.")
+    return False
+
+
+def _adapter_of(store: Store, output: Path, chosen: ChosenLane) -> Path:
+    """Return the file with the adapter of a lane.
+
+    Raises:
+        UsageError: It was not kept; the message has the command that trains the lane with its adapter.
+    """
+    if (file := find_adapter(store, chosen.record.fingerprint)) is not None:
+        return file
+    study = chosen.study
+    command = change_options(
+        narrow_command(study.command, chosen.record.configuration, study.sources),
+        {"--save-adapters": ["all"], "--output": [f"{output}-again"], "--store": []},
+    )
+    raise UsageError(
+        f"lane {chosen.record.fingerprint[:12]}: its adapter was not kept (--save-adapters all keeps every "
+        f"one); to train it again, with its adapter: {command}"
+    )
+
+
+def _load_lane(
+    store: Store, configuration: Configuration, task: Task, variant: Variant, adapter: Path
+) -> _Lane:
+    """Load the base model of a lane on the CPU, and add the adapter in a file.
+
+    Raises:
+        UsageError: The base model is missing or has changed, or the file is damaged or was just removed.
+    """
+    from orchestrator.finetune.engine import adapter_file
+    from orchestrator.finetune.engine.lane import variant_settings
+    from orchestrator.finetune.models import loading
+    from variants.attach import attach
+
+    base_model = loading.load_base_model(configuration.model, store.bases, "cpu", task)
+    settings, targets = variant_settings(configuration), configuration.variant.targets
+    adapters = attach(base_model.model, variant, settings, targets, base_model.head_names)
+    try:
+        adapter_file.restore(adapter, adapters, configuration)
+    except DamagedFileError as error:
+        raise UsageError(f"{error}; remove the file, and run the same command again") from error
+    except FileNotFoundError as error:  # a study has removed it while the base model was loaded
+        raise UsageError(f"{adapter} was removed by a running study; run the same command again") from error
+    return _Lane(configuration, task, variant, base_model, adapters)
+
+
+def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: dict[str, str]) -> None:
+    """Write an export to a temporary folder beside `folder`, and rename it when it is complete.
+
+    Raises:
+        UsageError: The lane cannot be written in this form, or another process has made the folder.
+        OSError: The folder cannot be written.
+    """
+    from variants.errors import MergeError, UnsupportedError
+
+    form: Form = mark["form"]  # type: ignore[assignment]
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    draft = atomic_files.temporary_path(folder.absolute())
+    try:
+        with atomic_files.add_path_to_disk_errors(folder.absolute()):
+            draft.mkdir()
+            _write_files(store, chosen, lane, form, draft)
+            (draft / MARK_FILE).write_text(json.dumps(mark, indent=1) + "\n")
+            mode = (draft / MARK_FILE).stat().st_mode
+            for path in (path for path in draft.rglob("*") if path.is_file()):
+                path.chmod(mode)  # safetensors makes files that other users cannot read
+                atomic_files.sync_file(path)
+        draft.rename(folder)
+    except (MergeError, UnsupportedError) as error:
+        raise UsageError(f"{error}; try {'--raw' if form == 'merged' else '--merge'}.") from error
+    except OSError as error:
+        if folder.exists():
+            raise UsageError(f"--to {folder}: another process has made it; name a new folder.") from error
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_files(store: Store, chosen: ChosenLane, lane: _Lane, form: Form, folder: Path) -> None:
+    """Write the lane's tensors in their form, the tokenizer or image processor, and the model card."""
+    from orchestrator.finetune.models.catalogue import locate_pretrained
+
+    base, revision = locate_pretrained(lane.configuration.model, store.bases)
+    heads = tuple(lane.adapters.heads)  # merging detaches them
+    if form == "peft":
+        _write_peft(lane, folder, base, revision)
+    elif form == "merged":
+        _write_merged(lane, folder)
+    else:
+        _write_raw(lane, folder)
+    processor = lane.base_model.processor
+    getattr(processor, "hf_processor", processor).save_pretrained(folder)
+    words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *_FORM_OPTIONS[form]]
+    command = own_command(words, chosen.study.command, chosen.folder.parent, store.root)
+    facts = CardFacts(form, base, revision, heads, command, _input_form(lane))
+    (folder / CARD_FILE).write_text(render_card(chosen, lane.task, facts))
+
+
+def _input_form(lane: _Lane) -> InputForm:
+    """Return the form of the lane's inputs, for the example code on the model card."""
+    from orchestrator.finetune.tasks.data_task import DataTask
+    from orchestrator.finetune.tasks.glue_task import GlueTask
+
+    task = lane.task
+    form = task.spec.form if isinstance(task, DataTask) else ""
+    if form == "chat":
+        return "chat" if getattr(lane.base_model.processor, "chat_template", None) else "lines"
+    columns = task.text_columns if isinstance(task, GlueTask) else ()
+    return "pair" if form == "pair" or len(columns) == 2 else "text"
+
+
+def _write_peft(lane: _Lane, folder: Path, base: str, revision: str | None) -> None:
+    from variants.storage import save_peft
+
+    task_type: TaskType | None = "SEQ_CLS" if lane.task.has_head else "CAUSAL_LM"
+    if lane.task.inputs == "image":
+        task_type = None  # PEFT has no type for images
+    save_peft(lane.adapters, lane.configuration.fingerprint, folder, base, task_type, revision)
+
+
+def _write_merged(lane: _Lane, folder: Path) -> None:
+    from orchestrator.finetune.sources import base_store
+    from variants.merging import merge_and_detach
+
+    model: Any = lane.base_model.model
+    merge_and_detach(lane.adapters, lane.configuration.fingerprint)
+    if labels := lane.task.labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: number for number, label in enumerate(labels)}
+    with base_store.suppress_transformers_logging():
+        model.save_pretrained(folder)
+
+
+def _write_raw(lane: _Lane, folder: Path) -> None:
+    from variants.storage import save_lane
+
+    save_lane(lane.adapters, lane.configuration.fingerprint, folder / LANE_FILE)
+    text = json.dumps(lane.configuration.to_json(), indent=1)
+    (folder / CONFIGURATION_FILE).write_text(f"{text}\n")
+    name = lane.configuration.variant.name
+    if name.endswith(FILE_SUFFIX):  # the user's file may not exist where the export is loaded
+        (folder / name).write_bytes(lane.variant.source_code)
