@@ -8,22 +8,16 @@ from itertools import count
 from multiprocessing.synchronize import Event
 
 from mlflow import MlflowClient
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Run
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from orchestrator.record.trackers.tracker import StudyEnd
-from orchestrator.record.trackers.tracker_writer import TrackerWriter
-
 
 def runs_of(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
-    """Return the study's run, and the lanes' runs by fingerprint.
-
-    Check that none exists twice, not even as a deleted run.
-    """
+    """Return the study's run, and the lanes' runs by fingerprint. Check that none exists twice."""
     client = MlflowClient(uri, uri)
     experiment = client.get_experiment_by_name(study).experiment_id
-    runs = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=1000)
+    runs = client.search_runs([experiment], max_results=1000)
     (parent,) = [r for r in runs if r.data.tags.get("role") == "study"]
     children = [r for r in runs if "fingerprint" in r.data.tags]
     by_fingerprint = {r.data.tags["fingerprint"]: r for r in children}
@@ -32,21 +26,6 @@ def runs_of(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
         assert "mlflow.parentRunId" not in child.data.tags, "MLflow's page would hide it below its parent"
         assert child.data.tags["study"] == study
     return parent, by_fingerprint
-
-
-def close(writer: TrackerWriter, timeout: float, end: StudyEnd | None = None) -> int:
-    """Log the queue of a writer, end the study's own run, and stop.
-
-    Args:
-        writer: The writer.
-        timeout: Longest duration of the whole call in seconds.
-        end: How the study has ended.
-
-    Returns:
-        The number of records that are not logged.
-    """
-    writer.begin_close(end or StudyEnd(), timeout)
-    return writer.wait_closed()
 
 
 PROCESSES = multiprocessing.get_context("spawn")

@@ -15,7 +15,7 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 
-from orchestrator.record.mlflow.tracking_uri import check_uri
+from orchestrator.record.tracking_uri import check_uri
 from orchestrator.util.errors import UsageError
 
 

@@ -18,18 +18,15 @@ class Sync(StoreLocation):
 
     tracking_uri: str | None = None
     """MLflow tracking server. Default: the one that each study used."""
-    rebuild: bool = False
-    """Create the SQLite files of MLflow again that studies below --output log to, for example after one was
-    damaged. The old files, with any other runs in them, are kept beside the new ones."""
 
     def run(self) -> int:
         """Rebuild the projections and return the exit code."""
         from orchestrator.analyze.study_description import describe_study
-        from orchestrator.record.mlflow.sync import sync_projections
         from orchestrator.record.store import Store
+        from orchestrator.record.sync import sync_projections
 
         store = Store(self.store_folder, create=False)
-        return sync_projections(store, self.output, self.tracking_uri, print, self.rebuild, describe_study)
+        return sync_projections(store, self.output, self.tracking_uri, print, describe_study)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +58,9 @@ class Report(StoreLocation):
     def run(self) -> int:
         """Write the report and return the exit code."""
         from orchestrator.analyze import report_memo
-        from orchestrator.record.mlflow.tracking_uri import study_uri
         from orchestrator.record.store import Store
         from orchestrator.record.study_file import find_study, record_look
+        from orchestrator.record.tracking_uri import study_uri
         from orchestrator.util.redaction import redact_secrets
 
         store = Store(self.store_folder, create=False)

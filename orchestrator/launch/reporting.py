@@ -14,12 +14,11 @@ from orchestrator.execution.run_budget import RunBudget
 from orchestrator.launch.adapter_keeper import AdapterKeeper
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
-from orchestrator.record.mlflow.adapter_models import model_tags
-from orchestrator.record.mlflow.connection import ARTIFACTS_FOLDER
+from orchestrator.record.mlflow import ARTIFACTS_FOLDER
 from orchestrator.record.parquet import CURVES_FILE, PARQUET_FILE, write_parquet
 from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.study_file import PICTURES, REPORT_FILES, StudyFile
-from orchestrator.record.trackers.tracker import StudyEnd
+from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
 from orchestrator.util import timeouts
 from orchestrator.util.command import EXIT_LIMIT_REACHED
 from orchestrator.util.graceful_interrupts import graceful_interrupts
@@ -28,9 +27,6 @@ from orchestrator.util.sqlite_uri import sqlite_path
 
 if TYPE_CHECKING:
     from orchestrator.analyze.study_description import StudyDescription
-    from orchestrator.launch.study_writers import StudyWriters
-    from orchestrator.record.mlflow.writer import MlflowWriter
-    from orchestrator.record.trackers.tracker_writer import TrackerWriter
 
 MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
 """Largest number of configurations of a study whose report is written after Ctrl-C."""
@@ -94,7 +90,7 @@ def _digest_end(context: StudyContext) -> str:
 def report_and_close(
     context: StudyContext,
     study: StudyFile,
-    writers: StudyWriters,
+    writers: TrackerWriters,
     keeper: AdapterKeeper,
     status: str,
     should_report: bool,
@@ -123,7 +119,6 @@ def report_and_close(
         context.console.print(f"Without a report: {command} writes it.", markup=False, soft_wrap=True)
     report_files = [context.folder / name for name in REPORT_FILES] if should_report else []
     description: tuple[str, Mapping[str, float]] = ("", {})
-    models = None
     lines: list[RenderableType] = []
     try:
         if should_report:
@@ -132,13 +127,12 @@ def report_and_close(
                 records = [r for f in study.configurations if (r := context.store.get(f)) is not None]
                 if context.options.save_adapters == "best" and status == "FINISHED":
                     _keep_best(keeper, study, records)
-                models = model_tags(context.store, context.options.output, study, map(study.rename, records))
                 description, lines = _write_report(context, study, records, inputs)
     finally:
         interrupted = budget.is_interrupted and not was_interrupted
         status = "KILLED" if interrupted else status
         existing = [file for file in report_files if file.exists()]
-        end = StudyEnd(status, tuple(existing), *description, models)
+        end = StudyEnd(status, tuple(existing), *description)
         writers.close(end, _mlflow_seconds(budget, status))
         if should_report:
             lines += (mlflow_lines := _mlflow_lines(context, writers.mlflow))
@@ -166,12 +160,12 @@ def _print_lines(console: Console, lines: Iterable[RenderableType]) -> None:
         console.print(line, markup=False, soft_wrap=isinstance(line, str))
 
 
-def _mlflow_lines(context: StudyContext, writer: MlflowWriter) -> list[RenderableType]:
+def _mlflow_lines(context: StudyContext, writer: TrackerWriter) -> list[RenderableType]:
     """Return the command that opens MLflow on a database, and the address of the ranked table, if any."""
     from orchestrator.analyze.page import mlflow_ui_command
 
     command = mlflow_ui_command(redact_secrets(context.tracking_uri))
-    labelled = (("MLflow", command), ("" if command else "MLflow", writer.view_link))
+    labelled = (("MLflow", command), ("" if command else "MLflow", writer.view))
     return [f"{label:8} {where}" for label, where in labelled if where]
 
 
@@ -184,10 +178,10 @@ def _mlflow_seconds(budget: RunBudget, status: str) -> float:
     return timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS
 
 
-def _print_delay(context: StudyContext, writer: MlflowWriter) -> None:
+def _print_delay(context: StudyContext, writer: TrackerWriter) -> None:
     """Print the number of runs that are not in MLflow, the reason, and the command that logs them."""
     delayed = f"{writer.pending_count} runs" if writer.pending_count else "the study's own run"
-    command = context.orchestrator_command("sync", *(("--rebuild",) if writer.is_damaged else ()))
+    command = context.orchestrator_command("sync")
     reason = writer.error or "it is slow"
     line = f"MLflow: {delayed} delayed ({reason}); {command} logs them later."
     context.console.print(line, markup=False, soft_wrap=True)
@@ -195,7 +189,7 @@ def _print_delay(context: StudyContext, writer: MlflowWriter) -> None:
 
 def _print_tracker(context: StudyContext, name: str, writer: TrackerWriter) -> None:
     """Print how to look at a tracker, and the number of runs that it lacks, with the reason."""
-    if view := writer.describe_view():
+    if view := writer.view:
         context.console.print(f"{name:8} {view}", markup=False, soft_wrap=True)
     if writer.is_finished and not writer.pending_count:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from orchestrator.execution.progress import Progress
 from orchestrator.execution.ray import runtime
@@ -26,10 +27,13 @@ from orchestrator.launch.study_settings import fix_settings
 from orchestrator.launch.work import StudyWork
 from orchestrator.record import scratch
 from orchestrator.record.adapters import lanes_of_others
-from orchestrator.record.mlflow.tracking_uri import configured_uri
+from orchestrator.record.mlflow import MlflowTracker
+from orchestrator.record.provenance import current_commit
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import LOCK_FILE, AnalysisSettings, StudyFile
+from orchestrator.record.tracker import Tracker, TrackerWriter, TrackerWriters
+from orchestrator.record.tracking_uri import configured_uri
 from orchestrator.study.config_file import write_config
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.option_words import given_values
@@ -196,21 +200,18 @@ class StudyRun:
         return reporting.print_missing_results(context, work, self.study.command)
 
     def _train_and_report(self) -> None:
-        # The import of MLflow takes seconds, and a plan or a wrong option does not need it.
-        from orchestrator.launch.study_writers import start_writers
-
         context, work = self.context, self.work
         others = lanes_of_others(context.options.output, self.study)
         keeper = AdapterKeeper(context.store, self.study.settings, others)
         progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
         progress.max_steps = work.max_steps(context.templates)
-        writers = start_writers(context, self.study, progress.notify)
+        writers = _start_writers(context, self.study, progress.notify)
 
         def log_record(record: Record) -> None:
             if not self.logged:
                 threading.Thread(target=reporting.import_report_libraries, daemon=True).start()
             self.logged.add(record.fingerprint)
-            writers.put(record)
+            writers.put(record.fingerprint)
             if context.options.save_adapters == "best":
                 keeper.add([record])
 
@@ -251,3 +252,20 @@ class StudyRun:
             self.context.budget.request_stop()
         progress = self.context.describe_progress(self.work)
         self.context.console.print(f"Stopped: {progress}, what is half done is kept", markup=False)
+
+
+def _start_writers(context: StudyContext, study: StudyFile, notify: Callable[[str], None]) -> TrackerWriters:
+    """Start the writers to MLflow and to the trackers that --tracker names.
+
+    The first error of such a tracker is printed at once; the end of the study says what MLflow lacks.
+    """
+
+    def report_error(name: str, error: str) -> None:
+        notify(f"--tracker {name}: {error}; the study goes on, and its end says what is missing there")
+
+    store, tags = context.store, {"commit": current_commit()}
+    writers = {"mlflow": TrackerWriter(partial(MlflowTracker, context.tracking_uri), store, study, tags)}
+    for name, tracker in context.trackers.items():
+        make: Callable[[], Tracker] = partial(tracker, context.folder)
+        writers[name] = TrackerWriter(make, store, study, tags, partial(report_error, name))
+    return TrackerWriters(writers)

@@ -15,7 +15,7 @@ from orchestrator.launch.work import StudyWork
 from orchestrator.study.configuration import Configuration
 
 if TYPE_CHECKING:
-    from orchestrator.launch.study_writers import StudyWriters
+    from orchestrator.record.tracker import TrackerWriters
 
 
 @dataclass
@@ -24,7 +24,7 @@ class LaterConfigurations:
 
     context: StudyContext
     work: StudyWork
-    writers: StudyWriters
+    writers: TrackerWriters
     progress: Progress
     on_configuration: Callable[[Configuration, bool], None]
     """Called with every added configuration, and with True if the store has its result already."""

@@ -27,11 +27,10 @@ from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.replaced_files import find_other_files
 from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.work import StudyWork
-from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
-from orchestrator.record.trackers.catalogue import load_trackers
-from orchestrator.record.trackers.tracker import Tracker
+from orchestrator.record.tracker import Tracker, load_trackers
+from orchestrator.record.tracking_uri import resolve_uri
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.own_commands import own_command

@@ -17,7 +17,7 @@ from orchestrator.launch.work import StudyWork, choose_lanes
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.study_file import data_warnings
-from orchestrator.record.trackers.tracker import StudyEnd
+from orchestrator.record.tracker import StudyEnd
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
@@ -26,14 +26,14 @@ from orchestrator.util.graceful_interrupts import graceful_interrupts
 if TYPE_CHECKING:
     from orchestrator.execution.session_context import SessionContext
     from orchestrator.execution.trainers.pool import PoolConfig
-    from orchestrator.launch.study_writers import StudyWriters
+    from orchestrator.record.tracker import TrackerWriters
 
 
 def train_pending(
     context: StudyContext,
     work: StudyWork,
     progress: Progress,
-    writers: StudyWriters,
+    writers: TrackerWriters,
     on_record: Callable[[Record], None],
     on_configuration: Callable[[Configuration, bool], None],
 ) -> None:

@@ -130,8 +130,6 @@ STORAGE_VISIBILITY_SECONDS = 5.0
 
 # -- files, servers and programs
 
-TRACKING_SERVER_SECONDS = 4.0
-"""Time for an MLflow server or its database to answer before a study starts."""
 TRACKER_PROGRESS_DELAY_SECONDS = 5.0
 """Time until the start or an evaluation of a lane is logged to a tracker, MLflow included, if the lane has
 not ended by then."""

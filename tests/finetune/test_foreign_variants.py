@@ -14,8 +14,7 @@ from orchestrator.cluster.remote.uploads import Uploads
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates
-from orchestrator.record import parquet, show
-from orchestrator.record.mlflow import run_content
+from orchestrator.record import mlflow, parquet, show
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration
@@ -140,9 +139,9 @@ def test_a_worker_with_another_version_of_the_code_refuses_a_configuration(
 def test_views_of_a_record_take_the_name(name: str, tmp_path: Path) -> None:
     one = small(name, tmp_path)
     record = solo(one, tmp_path)
-    tags = run_content.configuration_tags(one, "study")
+    tags = mlflow._configuration_tags(one, "study")
     assert (tags["variant"], tags["axis"]) == (one.variant.name, catalogue.axis(one.variant.name))
-    assert {"variant", "variant_revision"} <= {param.key for param in run_content.params(one)}
+    assert {"variant", "variant_revision"} <= {param.key for param in mlflow._params(one)}
     assert not set("/:.%\"'") & set(short_name(one.variant.name))
     command = f"python experiments/x.py --variants lora {name} --set {name}.factor=4 lora.rank=3 --seeds 3"
     narrowed = show.narrow_command(command, one)

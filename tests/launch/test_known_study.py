@@ -21,10 +21,10 @@ from orchestrator.finetune.resolve import templates
 from orchestrator.finetune.resolve.model_limits import check_attach
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.study_context import resolve_study
-from orchestrator.launch.study_writers import StudyWriters
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
+from orchestrator.record.tracker import TrackerWriters
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
@@ -159,15 +159,15 @@ def test_a_report_that_another_command_wrote_over_the_studys_is_made_again(
     words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow `report` of fewer records may end while the study waits for MLflow."""
-    close = StudyWriters.close
+    close = TrackerWriters.close
 
-    def overwrite_and_close(writers: StudyWriters, *arguments: Any) -> None:
+    def overwrite_and_close(writers: TrackerWriters, *arguments: Any) -> None:
         (report,) = (tmp_path / "results").glob("lr_sensitivity*/report.html")
         report.write_text("of fewer records")
         close(writers, *arguments)
 
     with monkeypatch.context() as during_the_first:
-        during_the_first.setattr(StudyWriters, "close", overwrite_and_close)
+        during_the_first.setattr(TrackerWriters, "close", overwrite_and_close)
         assert run(ORCHESTRATOR, *words).returncode == 0
     assert run(ORCHESTRATOR, *words).returncode == 0
     (report,) = (tmp_path / "results").glob("lr_sensitivity*/report.html")

@@ -19,8 +19,8 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, default_model, resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates
-from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
+from orchestrator.record.tracking_uri import resolve_uri
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files

@@ -1,0 +1,418 @@
+"""MLflow runs as a projection of the store: one for each configuration of a study, and one for the study.
+
+A study is an experiment of the same name. The run of the study has the report, the verdicts and the command.
+No run has a parent, because MLflow's pages show nested runs closed, and their charts leave them out. `sync`
+makes everything again from the records.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from math import fsum
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from orchestrator.record import run_values
+from orchestrator.record.schema import LaneProgress, Record
+from orchestrator.record.study_file import StudyFile
+from orchestrator.record.tracker import StudyEnd, Tracker
+from orchestrator.record.tracking_uri import connect
+from orchestrator.study.configuration import Configuration
+from orchestrator.util.sqlite_uri import sqlite_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, Run, RunTag
+
+ARTIFACTS_FOLDER = "mlflow-artifacts"
+"""Folder of the artifacts beside a SQLite file."""
+RUN_ROLE = "configuration"
+"""Value of the tag `role` of the runs that the linked table shows: all except the study's own run."""
+MEAN_METRIC = "mean_validation_score"
+"""Mean of the validation scores over the seeds of a point, on each of its runs. The linked table is sorted by
+it."""
+
+_SCORE = "validation_score"
+_STATUS = {"finished": "FINISHED", "diverged": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
+_NOTE_TAG = "mlflow.note.content"
+_MAX_TAG_LENGTH = 5000  # characters; MySQL's limit, and that of an experiment's tag in MLflow 2
+_METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100  # the limits of `MlflowClient.log_batch`
+# Codes of errors that a repeated request would cause again.
+_PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+
+
+@dataclass
+class _LaneRun:
+    """The run of one configuration, as far as this process knows it."""
+
+    run_id: str
+    point: str
+    """Identifies the runs that differ in the seed only."""
+    record: str = ""
+    """`run_values.record_version` of the record that the run shows; empty while its lane trains."""
+    is_complete: bool = False
+    score: float | None = None
+    mean: float | None = None
+    progress: tuple[int, int] | None = None
+    """Step and milliseconds of the last progress; None if another process has logged it."""
+
+
+class MlflowTracker(Tracker):
+    """The tracker of a study in MLflow.
+
+    Args:
+        tracking_uri: The tracking URI. Artifacts are in a folder beside a SQLite file, or where the server
+            keeps them.
+    """
+
+    retries_at_end = True
+
+    def __init__(self, tracking_uri: str) -> None:
+        self.tracking_uri = tracking_uri
+        self._database = sqlite_path(tracking_uri)
+        self._study: StudyFile | None = None
+        self._experiment = ""
+        self._study_run = ""
+        self._runs: dict[str, _LaneRun] = {}
+        """Fingerprint -> run of the configuration."""
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        return connect(self.tracking_uri)
+
+    @property
+    def view(self) -> str:
+        """The address of the ranked table, without a password; for a database that of `mlflow ui` here."""
+        server = "http://127.0.0.1:5000"
+        if self.tracking_uri.startswith(("http://", "https://")):
+            parts = urlsplit(self.tracking_uri)
+            server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+        return f"{server}/{_view_path(self._experiment)}" if self._experiment else ""
+
+    def is_outage(self, error: Exception) -> bool:
+        """Return whether the same call may succeed later."""
+        from mlflow import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if isinstance(error, MlflowException):
+            return error.error_code not in _PERMANENT_ERRORS
+        return isinstance(error, OSError | SQLAlchemyError)  # errors of `requests` are OSErrors
+
+    def start(self, study: StudyFile, tags: Mapping[str, str]) -> None:
+        """Find or create the study's experiment and run, and read the runs of its configurations."""
+        from mlflow.entities import RunTag
+
+        self._study, self._runs, self._study_run = study, {}, ""
+        self._experiment = self._ensure_experiment(study)
+        for run in self._search_runs():
+            own = run.data.tags
+            if own.get("role") == "study":
+                self._study_run = self._study_run or run.info.run_id
+            elif own.get("study") == study.name and (fingerprint := own.get("fingerprint")):
+                if fingerprint in self._runs:  # two drivers wrote at once; the older run stays
+                    self._client.delete_run(run.info.run_id)
+                    continue
+                self._runs[fingerprint] = _LaneRun(
+                    run.info.run_id,
+                    own.get("point", ""),
+                    own.get("record", ""),
+                    run.info.status in ("FINISHED", "FAILED"),
+                    run.data.metrics.get(_SCORE),
+                    run.data.metrics.get(MEAN_METRIC),
+                )
+        tags = {"study": study.name, "role": "study", "command": study.command, **tags}
+        if self._study_run:
+            self._client.log_batch(self._study_run, tags=[RunTag(key, value) for key, value in tags.items()])
+            self._client.update_run(self._study_run, "RUNNING")
+        else:
+            tags[_NOTE_TAG] = study.question
+            self._study_run = self._client.create_run(
+                self._experiment, tags=tags, run_name=study.name
+            ).info.run_id
+
+    def log_progress(self, progress: LaneProgress) -> None:
+        """Show the start or an evaluation of a lane in training. A run that shows a record stays as it is."""
+        configuration, now = progress.configuration, round(time.time() * 1000)
+        run = self._runs.get(configuration.fingerprint)
+        if run is not None and run.record:
+            return
+        if run is None:
+            run = self._create_run(configuration, _configuration_tags(configuration, self._name), now)
+            run.progress = (0, now)
+            self._log(run, (), _params(configuration))
+        elif not progress.step:
+            self._client.update_run(run.run_id, "RUNNING")  # an earlier driver has left it KILLED
+        if run.progress is None:
+            history = self._client.get_metric_history(run.run_id, "train_loss")
+            run.progress = max(((each.step, each.timestamp) for each in history), default=(0, now))
+        if progress.step > (last := run.progress[0]):
+            values = run_values.progress_values(progress, now, run.progress)
+            new = [value for value in values if value.step > last]
+            self._log(run, _to_metrics(new, f"validation_{configuration.task.metric}"))
+            run.progress = (progress.step, now)
+
+    def log_record(self, record: Record, is_reused: bool) -> None:
+        """Write the run of a record, if it is missing or differs.
+
+        A run that shows a lane in training, or that a killed driver left incomplete, is completed. A run is
+        replaced if it shows an older record (stopped, now finished), or other values than the record has.
+        """
+        from mlflow.entities import RunTag
+
+        fingerprint, version = record.fingerprint, run_values.record_version(record)
+        run = self._runs.get(fingerprint)
+        if run is not None and run.is_complete and run.record == version:
+            return
+        tags = _record_tags(record, self._name, is_reused)
+        start, end = run_values.time_range(record)
+        missing = None
+        if run is not None and not run.is_complete and run.record in ("", version):
+            missing, end = self._missing_metrics(run, record)
+        if run is not None and missing is None:
+            self._client.delete_run(run.run_id)
+            run = None
+        if run is None or missing is None:
+            missing = _to_metrics(run_values.record_values(record, record.curve), _SCORE)
+            run = self._create_run(record.configuration, tags, start)
+        new_tags = [] if run.record else [RunTag(key, value) for key, value in tags.items()]
+        self._log(run, missing, _params(record.configuration), new_tags)
+        self._client.set_terminated(run.run_id, _STATUS[record.state], end)
+        run.record, run.is_complete = version, True
+        run.score, run.mean = run_values.latest_values(record).get(_SCORE), None
+
+    def flush(self) -> None:
+        """Write to each run the mean validation score over the seeds of its point."""
+        from mlflow.entities import Metric
+
+        points: dict[str, list[_LaneRun]] = defaultdict(list)
+        for run in self._runs.values():
+            if run.is_complete:
+                points[run.point].append(run)
+        for runs in points.values():
+            scores = [run.score for run in runs if run.score is not None]
+            for run in runs if scores else ():
+                mean = fsum(scores) / len(scores)
+                if run.mean != mean:
+                    metric = Metric(MEAN_METRIC, mean, round(time.time() * 1000), 0)
+                    self._client.log_batch(run.run_id, [metric])
+                    run.mean = mean
+
+    def finish(self, end: StudyEnd) -> None:
+        """Write the description and the report, and end the study's run and the unfinished ones.
+
+        MLflow's page shows the first line of a description, which begins with a link to the table.
+        """
+        from mlflow.entities import Metric, RunTag
+
+        self.flush()
+        now = round(time.time() * 1000)
+        if end.description:
+            question = self._study.question if self._study is not None else ""
+            link = f"[Ranked table]({_view_path(self._experiment)})"
+            note = _limit_note(f"{link} | {end.description}\n\n*{question}*")
+            self._client.set_experiment_tag(self._experiment, _NOTE_TAG, note)
+            metrics = [Metric(_mlflow_key(key), value, now, 0) for key, value in end.metrics.items()]
+            self._client.log_batch(self._study_run, metrics, tags=[RunTag(_NOTE_TAG, note)])
+        for path in end.report_files:
+            self._client.log_artifact(self._study_run, str(path))
+        for run in self._runs.values():
+            if not run.is_complete:
+                self._client.set_terminated(run.run_id, "KILLED")
+        self._client.set_terminated(self._study_run, end.status)
+
+    @property
+    def _name(self) -> str:
+        assert self._study is not None, "call start before"
+        return self._study.name
+
+    def _missing_metrics(self, run: _LaneRun, record: Record) -> tuple[list[Metric] | None, int]:
+        """Return the metrics of a record that its run lacks, and the time of its end.
+
+        The times of the missing metrics are interpolated between those of the logged ones. The metrics are
+        None if the run has a value that differs from the record's. This happens when a lane was trained again
+        on another kind of device.
+        """
+        found = self._client.get_run(run.run_id)
+        logged = {
+            (metric.key, metric.step): metric
+            for key in found.data.metrics
+            if key != MEAN_METRIC
+            for metric in self._client.get_metric_history(run.run_id, key)
+        }
+        times = {0: found.info.start_time, **{step: each.timestamp for (_, step), each in logged.items()}}
+        values = run_values.record_values(record, record.curve, times)
+        metrics = {(metric.key, metric.step): metric for metric in _to_metrics(values, _SCORE)}
+        end = max([run_values.time_range(record)[1], *times.values()])
+        for key, metric in logged.items():
+            if key not in metrics or not _is_same(metric.value, metrics[key].value):
+                return None, end
+        return [metric for key, metric in metrics.items() if key not in logged], end
+
+    def _create_run(self, configuration: Configuration, tags: Mapping[str, str], start: int) -> _LaneRun:
+        """Create the run of a configuration, with all its tags, starting at `start` in milliseconds."""
+        name = run_values.run_name(configuration)
+        made = self._client.create_run(self._experiment, start, dict(tags), name)
+        run = _LaneRun(made.info.run_id, tags["point"], tags.get("record", ""))
+        self._runs[configuration.fingerprint] = run
+        return run
+
+    def _log(
+        self,
+        run: _LaneRun,
+        metrics: Sequence[Metric],
+        params: Sequence[Param] = (),
+        tags: Sequence[RunTag] = (),
+    ) -> None:
+        """Log metrics, parameters and tags in calls of the size that MLflow accepts."""
+        while metrics or params or tags:
+            self._client.log_batch(run.run_id, metrics[:_METRICS_PER_CALL], params[:_PARAMS_PER_CALL], tags)
+            metrics, params, tags = metrics[_METRICS_PER_CALL:], params[_PARAMS_PER_CALL:], ()
+
+    def _ensure_experiment(self, study: StudyFile) -> str:
+        """Return the id of the study's experiment, which is created if missing and restored if deleted."""
+        from mlflow import MlflowException
+
+        found = self._client.get_experiment_by_name(study.name)
+        if found is None:
+            folder = self._database.parent / ARTIFACTS_FOLDER / study.name if self._database else None
+            # The kind makes MLflow's page open with the runs, in place of an empty list of traces.
+            tags = {"mlflow.experimentKind": "custom_model_development", _NOTE_TAG: study.question}
+            tags[_VIEW_TAG] = _VIEW
+            location = folder.resolve().as_uri() if folder else None
+            try:
+                return self._client.create_experiment(study.name, location, tags)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                return self._ensure_experiment(study)  # another driver has just created it
+        if found.lifecycle_stage == "deleted":  # its name cannot be used again until it is purged
+            self._client.restore_experiment(found.experiment_id)
+        if found.tags.get(_VIEW_TAG) != _VIEW:
+            self._client.set_experiment_tag(found.experiment_id, _VIEW_TAG, _VIEW)
+        return str(found.experiment_id)
+
+    def _search_runs(self) -> Iterator[Run]:
+        """Yield all runs that are not deleted, oldest first."""
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment],
+                order_by=["attributes.start_time ASC"],
+                max_results=1000,
+                page_token=token,
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+
+# -- content of the runs, derived from the record alone, so that logging it twice writes the same rows
+
+
+def _configuration_tags(configuration: Configuration, study: str) -> dict[str, str]:
+    """Return the tags of a run that are known before its training ends."""
+    return {
+        "role": RUN_ROLE,
+        "study": study,
+        "fingerprint": configuration.fingerprint,
+        "point": replace(configuration, seed=0).fingerprint,
+        "state": "training",
+        "variant": configuration.variant.name,
+        "task": configuration.task.name,
+        "model": configuration.model.name,
+        "model_content": configuration.model.content,
+        "seed": str(configuration.seed),
+    }
+
+
+def _record_tags(record: Record, study: str, is_reused: bool) -> dict[str, str]:
+    """Return the tags of the run of a record; `reused_from` has time and commit of an earlier record."""
+    provenance = record.provenance
+    found = _configuration_tags(record.configuration, study)
+    found |= {"record": run_values.record_version(record), "state": record.state, "commit": provenance.commit}
+    if is_reused:
+        made = datetime.fromtimestamp(provenance.ended, UTC)
+        found["reused_from"] = f"{made:%Y-%m-%d %H:%M:%S} UTC, commit {provenance.commit}"
+    if record.reason or record.traceback:
+        code = f"\n\n```\n{record.traceback[-(_MAX_TAG_LENGTH - 1000) :]}\n```" if record.traceback else ""
+        found[_NOTE_TAG] = record.reason[:900] + code
+    return found
+
+
+def _params(configuration: Configuration) -> list[Param]:
+    from mlflow.entities import Param
+
+    return [Param(_mlflow_key(k), str(v)) for k, v in configuration.to_columns().items() if v is not None]
+
+
+def _to_metrics(values: Iterable[run_values.Value], score: str) -> list[Metric]:
+    """Return values as metrics, those of a score first: MLflow shows this metric when runs are compared.
+
+    A value that is not finite is logged as NaN, which a chart draws as a gap. MLflow's database would turn
+    infinity into 1.8e308, and one such point would flatten all curves of a chart.
+    """
+    from mlflow.entities import Metric
+
+    return [
+        Metric(
+            _mlflow_key(each.key),
+            each.value if math.isfinite(each.value) else math.nan,
+            each.timestamp,
+            each.step,
+        )
+        for each in sorted(values, key=lambda value: value.key != score)
+    ]
+
+
+def _mlflow_key(name: str) -> str:
+    """Return a name that MLflow accepts: other characters, as in "hits@10", become underscores."""
+    return re.sub(r"[^\w.\- ]", "_", name)[:250]
+
+
+def _is_same(value: float, other: float) -> bool:
+    return value == other or (math.isnan(value) and math.isnan(other))
+
+
+def _limit_note(text: str) -> str:
+    """Return a description, cut at the end of a line if it is too long for MLflow."""
+    if len(text) <= _MAX_TAG_LENGTH:
+        return text
+    return text[: _MAX_TAG_LENGTH - 30].rpartition("\n")[0] + "\n\n(more in report.html)"
+
+
+# -- the ranked table: the state of MLflow's page as JSON in a tag of the experiment. The order and the filter
+# could be parameters of the link, but not the columns: by default the page shows no score.
+
+_COLUMNS = [f"metrics.`{each}`" for each in (MEAN_METRIC, _SCORE, "test_score", "train_loss", "seconds")]
+_VIEW_TAG = "mlflow.sharedViewState.ranking"
+_VIEW = json.dumps(
+    {
+        "searchFilter": f"tags.role = '{RUN_ROLE}'",
+        "orderByKey": _COLUMNS[0],
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "selectedColumns": _COLUMNS,
+        "columnOrder": ["attributes.`Run Name`", *_COLUMNS],
+        "columnWidths": {"attributes.`Run Name`": 400, **dict.fromkeys(_COLUMNS, 150)},
+        "runsHiddenMode": "SHOW_ALL",
+        "viewMaximized": False,
+        "hideEmptyCharts": True,
+    }
+)
+
+
+def _view_path(experiment: str) -> str:
+    """Return the address of the ranked table, relative to that of the server."""
+    return f"#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey=ranking"

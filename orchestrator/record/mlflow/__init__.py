@@ -1,1 +1,0 @@
-"""MLflow runs made from records."""
