@@ -140,7 +140,7 @@ def test_views_of_a_record_take_the_name(name: str, tmp_path: Path) -> None:
     one = small(name, tmp_path)
     record = solo(one, tmp_path)
     tags = mlflow._configuration_tags(one, "study")
-    assert (tags["variant"], tags["axis"]) == (one.variant.name, catalogue.axis(one.variant.name))
+    assert tags["variant"] == one.variant.name
     assert {"variant", "variant_revision"} <= {param.key for param in mlflow._params(one)}
     assert not set("/:.%\"'") & set(short_name(one.variant.name))
     command = f"python experiments/x.py --variants lora {name} --set {name}.factor=4 lora.rank=3 --seeds 3"
