@@ -32,7 +32,7 @@ from orchestrator.record.provenance import current_commit
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import LOCK_FILE, AnalysisSettings, StudyFile
-from orchestrator.record.tracker import Tracker, TrackerWriter, TrackerWriters
+from orchestrator.record.tracker import TrackerWriter, TrackerWriters
 from orchestrator.record.tracking_uri import configured_uri
 from orchestrator.study.config_file import write_config
 from orchestrator.study.configuration import Configuration
@@ -266,6 +266,6 @@ def _start_writers(context: StudyContext, study: StudyFile, notify: Callable[[st
     store, tags = context.store, {"commit": current_commit()}
     writers = {"mlflow": TrackerWriter(partial(MlflowTracker, context.tracking_uri), store, study, tags)}
     for name, tracker in context.trackers.items():
-        make: Callable[[], Tracker] = partial(tracker, context.folder)
+        make = partial(tracker, context.folder)
         writers[name] = TrackerWriter(make, store, study, tags, partial(report_error, name))
     return TrackerWriters(writers)

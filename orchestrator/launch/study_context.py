@@ -29,15 +29,20 @@ from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
-from orchestrator.record.tracker import Tracker, load_trackers
+from orchestrator.record.tensorboard import TensorBoardTracker
+from orchestrator.record.tracker import MakeTracker
 from orchestrator.record.tracking_uri import resolve_uri
+from orchestrator.record.wandb import WandbTracker
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.own_commands import own_command
 from orchestrator.study.study_name import MAX_NAME_BYTES, default_study_name, nearest_valid_name
-from orchestrator.util.errors import UsageError
+from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
 from variants.variant_names import FILE_SUFFIX
+
+NO_TRACKER = "none"
+"""The value of --tracker for MLflow alone."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class StudyContext:
     console: Console
     store: Store
     tracking_uri: str
-    trackers: Mapping[str, type[Tracker]]
-    """Name -> class of the trackers that --tracker names."""
+    trackers: Mapping[str, MakeTracker]
+    """The trackers that --tracker names."""
     budget: RunBudget
     name: str
     """Name of the study."""
@@ -172,6 +177,27 @@ def resolve_study(
         design=design,
         replicates=replicates,
     )
+
+
+def load_trackers(chosen: Sequence[str]) -> dict[str, MakeTracker]:
+    """Find and check the trackers that a command names beside MLflow.
+
+    Raises:
+        UsageError: A name is unknown, a tracker's package is not installed, or a setting is missing.
+    """
+    known = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
+    names = [name for name in dict.fromkeys(chosen) if name != NO_TRACKER]
+    if names and NO_TRACKER in chosen:
+        raise UsageError(f"--tracker {' '.join(chosen)}: `none` stands alone; take it away.")
+    found: dict[str, MakeTracker] = {}
+    for name in names:
+        if name == "mlflow":
+            raise UsageError("--tracker mlflow: MLflow is always written; leave it out.")
+        if name not in known:
+            raise UsageError(f"--tracker {name!r} is not one. {suggest_nearest(name, [NO_TRACKER, *known])}")
+        known[name].check()
+        found[name] = known[name]
+    return found
 
 
 def _check_before_pretraining(

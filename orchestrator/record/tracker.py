@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,7 @@ from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.util import timeouts
-from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.redaction import redact_secrets
-
-NONE = "none"
-"""The value of --tracker for MLflow alone."""
-NAMES = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -89,32 +84,8 @@ class Tracker:
         return ""
 
 
-def load_trackers(chosen: Sequence[str]) -> dict[str, type[Tracker]]:
-    """Find and check the trackers that a command names beside MLflow.
-
-    Raises:
-        UsageError: A name is unknown, a tracker's package is not installed, or a setting is missing.
-    """
-    if [*dict.fromkeys(chosen)] == [NONE]:
-        return {}
-    found: dict[str, type[Tracker]] = {}
-    for name in dict.fromkeys(chosen):
-        if name == NONE:
-            raise UsageError(f"--tracker {' '.join(chosen)}: `none` stands alone; take it away.")
-        if name == "mlflow":
-            raise UsageError("--tracker mlflow: MLflow is always written; leave it out.")
-        if name == "wandb":
-            from orchestrator.record.wandb import WandbTracker
-
-            found[name] = WandbTracker
-        elif name == "tensorboard":
-            from orchestrator.record.tensorboard import TensorBoardTracker
-
-            found[name] = TensorBoardTracker
-        else:
-            raise UsageError(f"--tracker {name!r} is not one. {suggest_nearest(name, [NONE, *NAMES])}")
-        found[name].check()
-    return found
+MakeTracker = Callable[[Path], Tracker]
+"""Function that makes the tracker of a study from the study's folder."""
 
 
 class LoggedRecords:

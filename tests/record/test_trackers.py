@@ -21,12 +21,13 @@ from rich.console import Console
 
 from orchestrator.execution.progress import Progress
 from orchestrator.launch.run_study import _start_writers
+from orchestrator.launch.study_context import load_trackers
 from orchestrator.record import run_values
 from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tensorboard import TensorBoardTracker
-from orchestrator.record.tracker import StudyEnd, Tracker, TrackerWriter, load_trackers
+from orchestrator.record.tracker import StudyEnd, Tracker, TrackerWriter
 from orchestrator.record.wandb import WandbTracker, run_id
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
