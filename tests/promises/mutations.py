@@ -50,7 +50,7 @@ MUTATIONS: list[Mutation] = [
     ),
     Mutation(
         "the run of a finished configuration looks killed",
-        "orchestrator/record/mlflow/run_content.py",
+        "orchestrator/record/mlflow.py",
         'STATUS = {"finished": "FINISHED"',
         'STATUS = {"finished": "KILLED"',
         "test_01_dry_run.py::test_a_small_dry_run_is_trained_once",
@@ -285,23 +285,23 @@ MUTATIONS += [
 MUTATIONS += [
     Mutation(
         name="the ranking is upside down",
-        file="orchestrator/record/mlflow/log.py",
+        file="orchestrator/record/mlflow.py",
         old="mean = fsum(scores) / len(scores)",
         new="mean = -fsum(scores) / len(scores)",
         test="test_09_trackers.py::test_the_same_command_adds_no_run_and_its_link_leads_to_the_ranked_answer",
     ),
     Mutation(
         name="sync brings the first missing run only",
-        file="orchestrator/record/mlflow/sync.py",
-        old="log.log_records(study.name, records, frozenset(study.reused))",
-        new="log.log_records(study.name, records[:1], frozenset(study.reused))",
+        file="orchestrator/record/sync.py",
+        old="for record in records:\n",
+        new="for record in records[:1]:\n",
         test="test_09_trackers.py::test_a_database_that_was_removed_is_made_again",
     ),
     Mutation(
         name="a second driver makes a second run of the study",
-        file="orchestrator/record/mlflow/log.py",
-        old="opened.run_id = opened.run_id or run.info.run_id",
-        new='opened.run_id = ""',
+        file="orchestrator/record/mlflow.py",
+        old="self._study_run = self._study_run or run.info.run_id",
+        new='self._study_run = ""',
         test="test_09_trackers.py::test_a_server_that_goes_down_loses_nothing",
     ),
 ]

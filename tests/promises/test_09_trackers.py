@@ -141,9 +141,8 @@ def ranked_rightly(server: Server, home: Path) -> None:
         rate = record["configuration"]["optimizer"]["learning_rate"]
         groups.setdefault(rate, []).append(scores(record, "validation")[STEPS])
     means = {rate: mean(values) for rate, values in groups.items()}
-    runs = [
-        run for run in server.runs(STUDY, "metrics.mean_validation_score DESC") if run.tags["role"] == "run"
-    ]
+    runs = [run for run in server.runs(STUDY, "metrics.mean_validation_score DESC") if run.fingerprint]
+    assert len(runs) == 4
     shown = [(float(run.params["learning_rate"]), run.metrics["mean_validation_score"]) for run in runs]
     assert [value for _, value in shown] == pytest.approx(sorted((means[rate] for rate, _ in shown))[::-1])
     assert [means[rate] for rate, _ in shown] == pytest.approx([value for _, value in shown])
