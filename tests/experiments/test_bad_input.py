@@ -67,7 +67,7 @@ BAD = {
     "tracking uri scheme": ((*DRY, "--tracking-uri", "htp://x:5000"), ["'htp", "http"]),
     "tracking server away": (
         (*DRY, "--tracking-uri", "http://127.0.0.1:9"),
-        ["'http://127.0.0.1:9'", "cannot be reached"],
+        ["'http://127.0.0.1:9'", "start that server"],
     ),
     "more trainers than there are cores": (
         (*DRY, "--trainers", "4000"),
