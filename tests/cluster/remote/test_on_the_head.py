@@ -15,7 +15,7 @@ from orchestrator.cluster.remote.study_folders import find_study_folders
 from orchestrator.cluster.remote.uploads import Uploads
 from orchestrator.execution.ray import autoscaler
 from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
-from orchestrator.record.mlflow.tracking_uri import default_uri, resolve_uri, study_uri
+from orchestrator.record.tracking_uri import default_uri, resolve_uri, study_uri
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.options import StudyOptions
@@ -81,7 +81,7 @@ def test_mlflow_s_own_variable_is_the_default_and_its_password_is_not_kept(
     secret = "http://user:pl4nted@localhost:9"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
     assert study_uri("http://user:***@localhost:9", store) == secret
-    with pytest.raises(UsageError, match=r"^MLFLOW_TRACKING_URI .*unset the variable$") as refused:
+    with pytest.raises(UsageError, match=r"^MLFLOW_TRACKING_URI .*127.0.0.1|localhost") as refused:
         resolve_uri(None, store)
     assert "pl4nted" not in str(refused.value)
 
