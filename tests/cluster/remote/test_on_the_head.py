@@ -15,9 +15,9 @@ from orchestrator.cluster.remote.study_folders import find_study_folders
 from orchestrator.cluster.remote.uploads import Uploads
 from orchestrator.execution.ray import autoscaler
 from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
-from orchestrator.record.tracking_uri import default_uri, resolve_uri, study_uri
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
+from orchestrator.record.tracking_uri import default_uri, resolve_uri, study_uri
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
