@@ -1,37 +1,36 @@
-"""Rules of the code that neither ruff nor import-linter checks: sizes, names of modules, retired words."""
+"""Rules of the code that neither ruff nor import-linter checks: sizes, private names of Ray, advice."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MAX_LINES, MAX_BYTES, MAX_FUNCTION_LINES = 500, 20_000, 60
-SHARED_NAMES = {"__init__", "__main__", "adapters", "base", "catalogue", "errors", "export"}
-"""Names that several modules may have, because each package may have such a module."""
+FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
-RETIRED = {
-    "seat": "trainer",
-    "seats": "trainers",
-    "packs": "lane groups",
-    "bench": "BaseModel",
-    "workshop": "Engine",
-    "BadInput": "UsageError",
-    "evidence": "calibration",
-    "ledger": "budget",
+BUDGETS = {
+    "orchestrator": (416, 29641),
+    "orchestrator/analyze": (105, 7374),
+    "orchestrator/cli": (7, 508),
+    "orchestrator/cluster": (27, 1521),
+    "orchestrator/execution": (43, 3521),
+    "orchestrator/experiments": (6, 125),
+    "orchestrator/export": (4, 468),
+    "orchestrator/finetune": (146, 9765),
+    "orchestrator/launch": (22, 2067),
+    "orchestrator/record": (18, 1994),
+    "orchestrator/study": (20, 1524),
+    "orchestrator/util": (15, 676),
+    "variants": (128, 6779),
+    "experiments": (19, 2399),
+    "tests": (450, 46000),
 }
-"""Words of earlier versions, with the words that replace them (docs/architecture.md, glossary)."""
-KEPT = {
-    "docs/architecture.md",  # The glossary lists the earlier words.
-    "docs/options.md",  # The page lists the earlier names of options.
-    "orchestrator/study/retired_options.py",
-    "orchestrator/record/store.py",  # A store on disk has a folder `evidence`.
-    "orchestrator/study/study_name.py",  # This file names the same folder.
-}
-"""Files that need a retired word, because it is a name on disk or an option of an earlier version."""
+"""Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
+lowers its numbers; a change that raises one says what that is worth."""
+DOC_WORDS = 62_439
+"""Words that all pages may have together."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -47,28 +46,37 @@ def name_of(path: Path) -> str:
 PROGRAM = sources("orchestrator", "variants", "experiments")
 
 
-def functions(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield the name and the number of lines of each function in a file, without its decorators."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+def count_code(path: Path) -> int:
+    """Return the number of lines that are neither blank, nor comments, nor bare strings (docstrings)."""
+    lines = path.read_text().split("\n")
+    code = {
+        number for number, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")
+    }
+    prose: set[int] = set()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, (ast.Constant, ast.JoinedStr)):
+            code.update(range(node.lineno, node.end_lineno + 1))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            prose.update(range(node.lineno, node.end_lineno + 1))
+    return len(code - prose)
 
 
-def test_no_module_is_too_large() -> None:
-    sizes = {name_of(path): (len(path.read_text().splitlines()), path.stat().st_size) for path in PROGRAM}
-    assert {n: size for n, size in sizes.items() if size[0] > MAX_LINES or size[1] > MAX_BYTES} == {}
+def test_no_package_exceeds_its_budget() -> None:
+    sizes = {name_of(path): count_code(path) for path in (*PROGRAM, *sources("tests"))}
+    found: dict[str, tuple[int, int]] = {}
+    for package in BUDGETS:
+        inside = [size for name, size in sizes.items() if name.startswith(f"{package}/")]
+        found[package] = (len(inside), sum(inside))
+    assert {
+        package: f"{size}, at most {most}"
+        for package, most in BUDGETS.items()
+        if (size := found[package])[0] > most[0] or size[1] > most[1]
+    } == {}
 
 
-def test_no_function_is_too_long() -> None:
-    sizes = {f"{name_of(path)}: {name}": lines for path in PROGRAM for name, lines in functions(path)}
-    assert {name: lines for name, lines in sizes.items() if lines > MAX_FUNCTION_LINES} == {}
-
-
-def test_no_two_modules_have_one_name() -> None:
-    by_name: dict[str, list[str]] = {}
-    for path in sources("orchestrator", "variants"):
-        by_name.setdefault(path.stem, []).append(name_of(path))
-    assert {n: paths for n, paths in by_name.items() if len(paths) > 1 and n not in SHARED_NAMES} == {}
+def test_the_pages_exceed_no_budget() -> None:
+    pages = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
+    assert sum(len(page.read_text().split()) for page in pages) <= DOC_WORDS
 
 
 def test_private_names_of_ray_are_in_one_file() -> None:
@@ -78,15 +86,6 @@ def test_private_names_of_ray_are_in_one_file() -> None:
         for path in PROGRAM
         if path != PRIVATE_OF_RAY_FILE and (names := PRIVATE_OF_RAY.findall(path.read_text()))
     }
-    assert found == {}
-
-
-def test_retired_words_are_not_used() -> None:
-    found: dict[str, set[str]] = {}
-    for path in (*PROGRAM, *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"):
-        words = set(re.findall(r"[A-Za-z]+", path.read_text().replace("_", " "))) & RETIRED.keys()
-        if words and name_of(path) not in KEPT:
-            found[name_of(path)] = words
     assert found == {}
 
 
@@ -102,5 +101,4 @@ def test_the_files_that_the_architecture_names_exist() -> None:
     named = re.findall(r"`((?:e|f|orchestrator|variants)/[\w/]+(?:\.py|/))", text)
     folders = {"e": "orchestrator/execution", "f": "orchestrator/finetune"}
     paths = {name: ROOT / re.sub(r"^[ef](?=/)", lambda match: folders[match[0]], name) for name in named}
-    assert len(paths) > 40
     assert [name for name, path in paths.items() if not path.exists()] == []

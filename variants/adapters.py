@@ -80,7 +80,7 @@ class Adapters(AdaptedModel):
         settings: VariantSettings,
         seed: int = 0,
     ) -> None:
-        """Add a saved lane, bit for bit, without the tensors that the variant calls obsolete.
+        """Add a saved lane, bit for bit.
 
         Args:
             lane: The lane's name.
@@ -101,8 +101,7 @@ class Adapters(AdaptedModel):
             saved[owner].trainable[key] = tensor
         for name, tensor in frozen.items():
             owner, _, key = name.rpartition(".")
-            if key not in self.variant.obsolete_buffers:  # in a group all lanes have the same names
-                saved[owner].frozen[key] = tensor
+            saved[owner].frozen[key] = tensor
         owners = self.tensors_by_owner.keys()
         grouped = {name for name, layer in self.layers.items() if layer.layer_group is not None}
         if not grouped & saved.keys():  # the groups may have all tensors of these layers (ShareLoRA)

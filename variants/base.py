@@ -89,8 +89,6 @@ class Variant(ParameterCount, PeftFormat):
     """Names of the frozen tensors that the hooks write; all others keep their initial values."""
     hook_only_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors that only the hooks read."""
-    obsolete_buffers: ClassVar[frozenset[str]] = frozenset()
-    """Names of frozen tensors that only lanes saved by earlier versions have; they are dropped."""
     has_auxiliary_loss: ClassVar[bool] = False
     """True if the variant defines `auxiliary_loss`."""
     frozen_update_buffers: ClassVar[frozenset[str]] = frozenset()

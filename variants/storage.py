@@ -89,8 +89,7 @@ def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
 def _check_identity(metadata: Mapping[str, str], variant: Variant, file: Path) -> None:
     """Raise UnsupportedError if a file of a lane belongs to another variant, or to other code of it."""
     if variant.axis == USER_AXIS and metadata.get("revision") == variant.revision:
-        own_class = type(variant).__qualname__
-        is_same = metadata.get("class", own_class) == own_class  # earlier versions did not write the class
+        is_same = metadata.get("class") == type(variant).__qualname__
     else:
         is_same = metadata.get("variant") == variant.name
     if not is_same:

@@ -51,7 +51,6 @@ ROLES = {
     "TrainController": "controller",
     "Broker": "broker",
     "LaneTrial": "trial",
-    "ResourceTrainable": "trial",
 }
 """Part of the title that Ray gives a process -> role of the process."""
 

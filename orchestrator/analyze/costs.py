@@ -80,7 +80,7 @@ def summarize_time_use(records: Iterable[Record]) -> TimeUse | None:
     """Return the trainers' time by kind; None if no record has the time of starts or of other work.
 
     Args:
-        records: The records of the study. Those of earlier versions lack these two times and are left out.
+        records: The records of the study.
     """
     costs = [r.cost for r in records if r.cost.start_seconds or r.cost.other_seconds]
     if not costs:

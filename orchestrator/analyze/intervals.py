@@ -6,9 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Annotated
-
-from pydantic import Field
 
 from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS, SCORE_BOUNDS, cut_interval
 
@@ -44,7 +41,7 @@ class CurveStatistic:
     value: float
     interval: Interval | None = None
     """The 95 % interval. None if `value` is a lower bound, or if the interval cannot be computed."""
-    is_lower_bound: Annotated[bool, Field(alias="at_least")] = False
+    is_lower_bound: bool = False
     """True if the grid or the uncensored part of the curve ended too early, so that the true value may be
     larger."""
 

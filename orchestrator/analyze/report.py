@@ -85,5 +85,5 @@ def _summary_to_json(data: ReportData, pending: int) -> dict[str, Any]:
         "tracking_uri": data.tracking_uri,
         "pending": pending,
     }
-    numbers: dict[str, Any] = TypeAdapter(Summary).dump_python(data.summary, mode="json", by_alias=True)
+    numbers: dict[str, Any] = TypeAdapter(Summary).dump_python(data.summary, mode="json")
     return about | numbers

@@ -1,16 +1,13 @@
 """The results of the analysis as plain data: runs make points, points curves, curves panels.
 
 Rates are learning rates. Scores are values of the task's metric, for which higher is better. None means that
-the data do not determine the value. A field with an alias has that name in `summary.json`.
+the data do not determine the value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
-
-from pydantic import Field
 
 from orchestrator.analyze.costs import CostRow, TimeUse
 from orchestrator.analyze.curve_shape import BracketStatus
@@ -43,7 +40,7 @@ class Run:
     state: RecordState
     validation: float | None
     test: float | None
-    last_validation: Annotated[float | None, Field(alias="last_seen")]
+    last_validation: float | None
     """The last validation score during training, which a stopped run has as well."""
     untrained_test: float | None
     """The test score of the untrained base model."""
@@ -58,7 +55,7 @@ class CurvePoint:
     learning_rate: float
     validation: Estimate
     test: Estimate
-    without_diverged: Annotated[Estimate, Field(alias="survivors")]
+    without_diverged: Estimate
     """The validation score of the seeds that did not diverge."""
     states: Mapping[str, int]
     """State -> number of runs."""
@@ -66,7 +63,7 @@ class CurvePoint:
     """The share of diverged runs among those that finished or diverged."""
     diverged_interval: Interval | None
     """Wilson's interval of that share."""
-    eligible: Annotated[bool, Field(alias="chosen_from")]
+    eligible: bool
     """True if the rate may be chosen as the best and lies on the curve, see `censored.eligible_points`."""
     runs: tuple[Run, ...]
 
@@ -91,7 +88,7 @@ class Curve:
     """All eligible rates with that mean, ascending."""
     best_validation: Estimate
     best_test: Estimate
-    best_rates_leave_one_out: Annotated[tuple[float, ...], Field(alias="best_rates_leaving_one_out")]
+    best_rates_leave_one_out: tuple[float, ...]
     """The best rate with each seed left out in turn."""
     bracketed: BracketStatus | None
     interpolated_best_rate: CurveStatistic | None
@@ -111,7 +108,7 @@ class Curve:
     """The validation score lost by training at the rate that is best on average over the variants."""
     cliff: float | None
     """The first rate above the best where training breaks down, see `curve_shape.cliff_index`."""
-    gain_over_untrained: Annotated[Estimate, Field(alias="gain")]
+    gain_over_untrained: Estimate
     """The test score at the best rate minus that of the untrained base, paired by seed."""
     test_at_common_rate: float | None
     """The test score at `Panel.common_rate`, interpolated between the rates of the curve."""
@@ -180,7 +177,7 @@ class Panel:
     """The rate with the highest mean validation score over the variants."""
     common_rate: float | None
     """LoRA's best rate, or else the rate that is best on average."""
-    common_rate_label: Annotated[str, Field(alias="common_name")]
+    common_rate_label: str
     """A phrase that says which of these two rates `common_rate` is."""
     spread_at_common: Spread | None
     """The spread at the common rate."""
@@ -226,4 +223,4 @@ class Summary:
     costs: tuple[CostRow, ...] = ()
     """The cost of each variant on each task and model."""
     time_use: TimeUse | None = None
-    """Where the trainers' time went; None for records of earlier versions."""
+    """Where the trainers' time went; None if no record says it."""

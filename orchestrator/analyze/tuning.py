@@ -11,9 +11,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
-
-from pydantic import Field
 
 from orchestrator.analyze import curve_shape
 from orchestrator.analyze.censored import PointOutcome, eligible_points
@@ -46,20 +43,20 @@ class TuningPoint:
     """The learning rate, and all other columns in which the variant's points differ."""
     validation: Estimate
     test: Estimate
-    last_validation: Annotated[float | None, Field(alias="last_seen")]
+    last_validation: float | None
     """The mean over runs of the last validation score during training, which stopped runs have as well; the
     floor for a diverged run."""
     states: Mapping[str, int]
     """State -> number of runs."""
-    eligible: Annotated[bool, Field(alias="chosen_from")]
+    eligible: bool
     """True if the point may be chosen, see `censored.eligible_points`."""
     steps: int
     """The optimizer steps of all its runs together."""
     scores: Mapping[int, float]
     """Seed -> validation score."""
-    stopped_seeds: Annotated[frozenset[int], Field(alias="stopped")]
+    stopped_seeds: frozenset[int]
     """The seeds that were stopped early."""
-    started: Annotated[float, Field(alias="begun")]
+    started: float
     """Start of the first of its runs, in seconds since the epoch."""
 
     @property
@@ -86,7 +83,7 @@ class TuningResult:
     edge)": the optimum may lie beyond it. Empty if the best point is bracketed."""
     steps: int
     """The optimizer steps of all runs."""
-    max_steps: Annotated[int, Field(alias="most_steps")]
+    max_steps: int
     """The optimizer steps that all runs would take without early stopping."""
     states: Mapping[str, int]
     """State -> number of runs."""

@@ -17,7 +17,6 @@ from orchestrator.study.option_values import split_lists
 from orchestrator.study.option_words import given_values, option_words
 from orchestrator.study.options import CLUSTER_FILE, StudyOptions
 from orchestrator.study.presets import complete_options, preset_defaults
-from orchestrator.study.retired_options import check_retired_options
 from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
 from variants import catalogue
@@ -49,10 +48,8 @@ def parse_with_config(
         The options, and the file or None.
 
     Raises:
-        UsageError: An option is unknown, was renamed or removed, or has a wrong value, or the file cannot be
-            read.
+        UsageError: An option is unknown or has a wrong value, or the file cannot be read.
     """
-    check_retired_options(words)
     import tyro
 
     from orchestrator.cli.option_parser import parse

@@ -163,9 +163,7 @@ def _parse(options_class: type[Any], description: str, words: Sequence[str], pro
     if issubclass(options_class, StudyOptions):
         return parse_options(description, options_class, words, program)
     from orchestrator.cli.option_parser import parse
-    from orchestrator.study.retired_options import check_retired_options
 
-    check_retired_options(words)
     return parse(options_class, words, program, wrap_description(description))
 
 

@@ -13,8 +13,8 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import training_order
 from orchestrator.study.lr_schedule import warmup_steps
 
-REDUCTION_FACTOR = {"asha": 4, "hyperband": 3}
-"""One lane in this many continues to the next rung; see docs/early_stopping.md."""
+REDUCTION_FACTOR = 4
+"""Under ASHA, one lane in this many continues to the next rung; see docs/early_stopping.md."""
 LAST_RUNG_DIVISOR = 3
 """ASHA's last rung lies at a lane's number of steps divided by this number, or at the first rung if later."""
 MIN_SAMPLES = 3
@@ -40,15 +40,6 @@ def last_rung(configuration: Configuration) -> int:
     return max(first_rung(configuration), configuration.lr_schedule.steps // LAST_RUNG_DIVISOR)
 
 
-def evaluation_index(configuration: Configuration, step: int) -> int:
-    """Return the number of evaluations from the first rung on that lie at or before `step`.
-
-    Hyperband uses it as its unit of time. With steps as the unit, most of its brackets would end before the
-    first evaluation.
-    """
-    return sum(first_rung(configuration) <= each <= step for each in lane_evaluation_steps(configuration))
-
-
 def scheduler_settings(scheduler: str, configuration: Configuration) -> str:
     """Return the settings that a stopped record stores; empty without early stopping.
 
@@ -56,10 +47,10 @@ def scheduler_settings(scheduler: str, configuration: Configuration) -> str:
     """
     if scheduler == "none":
         return ""
-    parts = [scheduler, "loss=min", f"first={first_rung(configuration)}"]
-    parts += [f"samples={MIN_SAMPLES}" if scheduler == "median" else f"eta={REDUCTION_FACTOR[scheduler]}"]
-    parts += [f"last={last_rung(configuration)}"] if scheduler == "asha" else []
-    return " ".join(parts)
+    first = f"{scheduler} loss=min first={first_rung(configuration)}"
+    if scheduler == "median":
+        return f"{first} samples={MIN_SAMPLES}"
+    return f"{first} eta={REDUCTION_FACTOR} last={last_rung(configuration)}"
 
 
 def submission_order(
@@ -75,10 +66,7 @@ def submission_order(
     submit one lane of each group, so that each trainer begins with a group of its own.
 
     Tune keeps no rungs between runs, so known results are replayed. They come first, so that they count from
-    the first decision on. Hyperband fills its brackets in the order of submission, so under Hyperband each
-    configuration keeps its place in the order of the whole grid. When a grid is extended, a lane may enter
-    another bracket. A lane that was stopped before then counts with its recorded evaluations and is not
-    trained further.
+    the first decision on.
 
     Args:
         scheduler: The study's early stopping, or "none".
@@ -87,8 +75,6 @@ def submission_order(
         lanes: Lanes per trainer.
         num_trainers: Number of trainers.
     """
-    if scheduler == "hyperband":
-        return training_order([*cached, *pending], lanes)
     ordered = training_order(pending, lanes)
     first = ordered[: num_trainers * lanes]
     dealt = [c for place in range(lanes) for c in first[place::lanes]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
@@ -18,11 +17,10 @@ from orchestrator.execution.ray.private import (
 from orchestrator.execution.session_context import SessionContext
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
-from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limits
+from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limit
 from orchestrator.execution.tune.fifo import ConfigurationListGenerator, LiveTrialFIFOScheduler
 from orchestrator.execution.tune.per_group_scheduler import PerGroupScheduler
-from orchestrator.execution.tune.trainable import LaneTrainable
-from orchestrator.execution.tune.trial import LaneTrial
+from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES, LaneTrial
 from orchestrator.execution.tune.trial_events import ABORTED, AbortStopper, BrokerCallback, PendingStops
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import StudyError
@@ -34,6 +32,10 @@ withhold_cloud_credentials_from_trials()
 
 MAX_TRIAL_FAILURES = 20
 """Failures of one trial process that Tune survives. Trials run no code of users, but may lose their node."""
+
+
+class LaneTrainable(tune.Trainable):
+    """The class that Tune requires in the driver; trial processes run `LaneTrial` in its place."""
 
 
 def train(
@@ -65,23 +67,18 @@ def train(
     visibility = StorageVisibility(context.scratch, context.cluster.nodes, progress.notify)
     pool = TrainerPool(context.pool, context.cluster.namespace, broker, visibility, progress.notify)
     pending_stops: PendingStops = {}
-    _, memory = _trial_limits(context, search)
     algorithm = _make_algorithm(context, configurations, search, next_stage)
 
     def follow_trainers(updates: Mapping[str, Any]) -> None:
         capacities = updates["max_lanes" if search is None else "usable_lanes"]
-        if (limit := _trial_limits(context, search, capacities)[0]) is not None:
-            algorithm.max_concurrent = limit
+        algorithm.max_concurrent = _trial_limit(context, search, capacities)
 
     monitor = StudyMonitor(context, broker, pool, pending_stops, follow_trainers)
     monitor.start()
     try:
         callback = BrokerCallback(broker, pending_stops)
-        # Hyperband pauses trials, for which Tune's own class is needed.
-        is_pausing = context.scheduler == "hyperband"
-        light = nullcontext() if is_pausing else light_trial_actors(LaneTrainable, LaneTrial)
-        with light, retry_after_death_in_reset():
-            results = _make_tuner(context, algorithm, memory, callback).fit()
+        with light_trial_actors(LaneTrainable, LaneTrial), retry_after_death_in_reset():
+            results = _make_tuner(context, algorithm, callback).fit()
         monitor.wait_for_pending_stops()
     finally:
         monitor.close()
@@ -95,11 +92,10 @@ def train(
     return sum(monitor.steps_taken.values())
 
 
-def _trial_limits(
+def _trial_limit(
     context: SessionContext, search: PerGroupSearcher | None, capacities: Sequence[int] = ()
-) -> tuple[int | None, int]:
-    is_search = search is not None
-    return trial_limits(context.pool, context.cluster, context.scheduler, is_search, capacities)
+) -> int:
+    return trial_limit(context.pool, context.cluster, search is not None, capacities)
 
 
 def _make_algorithm(
@@ -108,22 +104,17 @@ def _make_algorithm(
     search: PerGroupSearcher | None,
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> Any:
-    """Return Tune's search algorithm; the monitor changes its `max_concurrent`, except under Hyperband."""
-    limit, _ = _trial_limits(context, search)
+    """Return Tune's search algorithm; the monitor changes its `max_concurrent`."""
+    limit = _trial_limit(context, search)
     if search is None:
         return ConfigurationListGenerator(configurations, limit, next_stage)
-    return search if limit is None else SearchLimiter(search, limit)
+    return SearchLimiter(search, limit)
 
 
-def _make_tuner(
-    context: SessionContext,
-    algorithm: Any,
-    trial_memory: int,
-    callback: BrokerCallback,
-) -> tune.Tuner:
+def _make_tuner(context: SessionContext, algorithm: Any, callback: BrokerCallback) -> tune.Tuner:
     is_search = not isinstance(algorithm, ConfigurationListGenerator)
     return tune.Tuner(
-        tune.with_resources(LaneTrainable, tune.PlacementGroupFactory([{"memory": trial_memory}])),
+        tune.with_resources(LaneTrainable, tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES}])),
         tune_config=tune.TuneConfig(
             search_alg=algorithm,
             num_samples=-1 if is_search else 1,  # the searcher ends the experiment

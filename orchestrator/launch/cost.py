@@ -119,7 +119,7 @@ def cost_lines(
 def _examples(configuration: Configuration) -> int:
     """Return the number of training examples of all steps."""
     batches = configuration.batches
-    return configuration.lr_schedule.steps * batches.micro_batch_size * batches.accumulation_steps
+    return configuration.lr_schedule.steps * batches.batch_size * batches.accumulation
 
 
 def _span(low: float, high: float) -> str:

@@ -158,7 +158,7 @@ def _probe_hardware(options: StudyOptions) -> _Hardware:
 def _task_lines(template: Configuration, bases: Path, may_truncate: bool) -> list[Line]:
     """Return the lines on a task: its steps, batch size, data and base model, and how many rows are cut."""
     model, steps = template.model, template.lr_schedule.steps
-    batch = template.batches.micro_batch_size * template.batches.accumulation_steps
+    batch = template.batches.batch_size * template.batches.accumulation
     content, hub = model.content[:12], ""
     if model.content == UNPREPARED:
         content, hub = UNPREPARED, FROM_HUB if model.name not in built_in_names() else ""

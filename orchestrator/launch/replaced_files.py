@@ -29,8 +29,6 @@ def find_other_files(study: StudyFile, sources: Sequence[Source]) -> list[tuple[
     """
     mine = {source.name: source for source in sources if source.path}
     pairs = [(each, mine[each.name]) for each in _earlier_contents(study, sources)]
-    # Earlier versions wrote no revision of the data, so the content alone says that the file is the same.
-    pairs = [(theirs, own) for theirs, own in pairs if theirs.revision or theirs.content != own.content]
     return [(theirs, own) for theirs, own in pairs if _place(theirs.path) != _place(own.path)]
 
 
@@ -47,10 +45,10 @@ def drop_replaced(
         store: The store.
         notify: Called with one line for each changed file.
     """
-    earlier, present = _earlier_contents(study, sources), _contents(sources)
+    earlier = _earlier_contents(study, sources)
     kept = set(study.configurations)
     for source in earlier:
-        used = {fingerprint for fingerprint in kept if _uses(store, fingerprint, source, present)}
+        used = {fingerprint for fingerprint in kept if _uses(store, fingerprint, source)}
         kept -= used
         if used:
             notify(
@@ -61,13 +59,10 @@ def drop_replaced(
     return replace(study.keep(kept), sources=others)
 
 
-def _contents(sources: Sequence[Source]) -> set[tuple[str, str]]:
-    return {(each.content, each.revision) for each in sources}
-
-
 def _earlier_contents(study: StudyFile, sources: Sequence[Source]) -> list[Source]:
     """Return the sources of a study that have another content, or other data, in this run."""
-    names, present = {each.name for each in sources if each.path}, _contents(sources)
+    names = {each.name for each in sources if each.path}
+    present = {(each.content, each.revision) for each in sources}
     return [s for s in study.sources if s.name in names and (s.content, s.revision) not in present]
 
 
@@ -76,19 +71,12 @@ def _place(path: str) -> str:
     return _UPLOAD.sub(r"uploads/\1/", os.path.realpath(path)) if os.path.isabs(path) else path
 
 
-def _uses(store: Store, fingerprint: str, source: Source, present: set[tuple[str, str]]) -> bool:
-    """Return whether a configuration uses an earlier source of a study; True if it has no record.
-
-    Args:
-        store: The store.
-        fingerprint: The configuration.
-        source: The source. If a task has no revision here, all revisions are meant except those in `present`.
-        present: Content and revision of the sources of this run.
-    """
+def _uses(store: Store, fingerprint: str, source: Source) -> bool:
+    """Return whether a configuration uses an earlier source of a study; True if it has no record."""
     record = store.get(fingerprint)
     if record is None:
         return True  # if this run requests it, it is added again
     task = record.configuration.task
     if source.content == task.content:
-        return source.revision in ("", task.revision) and (task.content, task.revision) not in present
+        return source.revision == task.revision
     return source.content in (record.configuration.model.content, record.configuration.variant.revision)

@@ -153,5 +153,5 @@ def choose_lanes(
 
 
 def _is_short(configuration: Configuration) -> bool:
-    tokens = configuration.batches.micro_batch_size * configuration.batches.max_length
+    tokens = configuration.batches.batch_size * configuration.batches.max_length
     return 0 < tokens <= SHORT_LANE_TOKENS  # `max_length` is 0 for images

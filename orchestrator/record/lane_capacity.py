@@ -1,9 +1,9 @@
 """Lane capacities: how many lanes of a group key train at once on a device.
 
-    root/limits/<hash of group key and device key>.json    {"shape", "place", "lanes", "tried", "measured"}
+    root/lane_capacity/<hash of both keys>.json    {"group_key", "device_key", "lanes", "tried", "measured"}
 
-"shape" is the group key, "place" the device key: the device and its memory, a trainer's share of it, and how
-it is used. "lanes" is the limit learned from an out-of-memory error with "tried" lanes, if there was one, and
+The device key has the device and its memory, a trainer's share of it, and how it is used.
+"lanes" is the limit learned from an out-of-memory error with "tried" lanes, if there was one, and
 holds for every study. "measured" is the number that a trainer chose by the memory of its steps with one and
 with two lanes, if it did, and holds where --lanes-per-trainer is not given. Each file has a checksum. After a
 file or the folder is removed, the next trainer starts without this knowledge.
@@ -119,8 +119,8 @@ def _read(path: Path, group_key: str = "", device_key: str = "") -> dict[str, An
     """Return the content of a capacity's file; empty if it cannot be read or has other keys than given."""
     try:
         found = json.loads(atomic_files.verify_checksum(path.read_bytes()))
-        wanted = (group_key or found["shape"], device_key or found["place"])
-        return found if (found["shape"], found["place"]) == wanted else {}
+        wanted = (group_key or found["group_key"], device_key or found["device_key"])
+        return found if (found["group_key"], found["device_key"]) == wanted else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -138,8 +138,8 @@ def _write(folder: Path, group_key: str, device_key: str, content: dict[str, Any
     path = capacity_file(folder, group_key, device_key)
     folder.mkdir(parents=True, exist_ok=True)
     data = {
-        "shape": group_key,
-        "place": device_key,
+        "group_key": group_key,
+        "device_key": device_key,
         **_read(path, group_key, device_key),
         **content,
     }

@@ -43,7 +43,7 @@ _RESULT = {
 }
 _PROVENANCE = {
     "float64": "seconds train_seconds evaluate_seconds generate_seconds start_seconds other_seconds",
-    "int64": "tokens trainable_parameters peak_memory pack_lanes workers attempt",
+    "int64": "tokens trainable_parameters peak_memory lane_group_size workers attempt",
     "string": "commit device kernels host versions scheduler",
     "list<int64>": "resumed_from",
     "timestamp": "started ended",
@@ -149,7 +149,6 @@ def to_row(record: Record, studies: Sequence[str], titles: Mapping[str, str]) ->
     columns |= asdict(provenance)
     columns |= {
         "versions": json.dumps(dict(provenance.versions), sort_keys=True),
-        "pack_lanes": columns.pop("lane_group_size"),
         "started": round(provenance.started * 1000),
         "ended": round(provenance.ended * 1000),
         "scheduler": record.stopping_settings,

@@ -1,7 +1,4 @@
-"""The record: the result of one configuration, written by a worker and read by everything else.
-
-A field with an alias has that name on disk.
-"""
+"""The record: the result of one configuration, written by a worker and read by everything else."""
 
 from __future__ import annotations
 
@@ -10,9 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 
 from orchestrator.study.configuration import Configuration
 
@@ -82,15 +79,14 @@ class Cost:
     trainable_parameters: int = 0
     peak_memory: int = 0
     """Peak memory in bytes while the lane was in its lane group, of all lanes of the group together: memory
-    allocated on the GPU, or the resident size of the process on a CPU. 0 in records of earlier versions."""
+    allocated on the GPU, or the resident size of the process on a CPU."""
     generate_seconds: float = 0.0
     """The part of `evaluate_seconds` in which answers were generated and graded."""
     start_seconds: float = 0.0
     """Time from the start of the trainer's process to its first step or evaluation: imports, the base model,
     the data, and the first adapters. 0 for lanes that were leased later."""
     other_seconds: float = 0.0
-    """All other time of the trainer: later adapters, checkpoints, calls of the broker, waiting. 0 in records
-    of earlier versions, like the two fields above."""
+    """All other time of the trainer: later adapters, checkpoints, calls of the broker, waiting."""
 
 
 TIME_FIELDS = ("train_seconds", "evaluate_seconds", "generate_seconds", "start_seconds", "other_seconds")
@@ -105,7 +101,7 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
     host: str = ""
-    lane_group_size: Annotated[int, Field(alias="pack_lanes")] = 1
+    lane_group_size: int = 1
     """The largest number of lanes in the lane group."""
     workers: int = 1
     attempt: int = 0
@@ -133,15 +129,13 @@ class Record:
     traceback: str = ""
     curve: tuple[StepMetrics, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
-    baseline_scores: Annotated[Mapping[str, Mapping[str, float]], Field(alias="untrained")] = field(
-        default_factory=dict
-    )
+    baseline_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Split -> scores of the base model without an adapter."""
     items: Mapping[str, ItemResults] = field(default_factory=dict)
     """Split -> results per item. A finished record has "validation" and "test"."""
     cost: Cost = Cost()
     provenance: Provenance = Provenance()
-    stopping_settings: Annotated[str, Field(alias="scheduler")] = ""
+    stopping_settings: str = ""
     """For a stopped record: the settings of the early stopping that stopped it."""
     stopped_at: int | None = None
     """For a stopped record: the last step whose scores early stopping had seen. A lane that continued from a
@@ -164,7 +158,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object, with NaN and infinities as strings."""
         # Through bytes, because dump_python(mode="json") leaves NaN and infinities as floats.
-        data: dict[str, Any] = json.loads(_type_adapter().dump_json(self, by_alias=True))
+        data: dict[str, Any] = json.loads(_type_adapter().dump_json(self))
         return data
 
     @classmethod

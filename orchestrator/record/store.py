@@ -67,9 +67,9 @@ class Store:
         self.bases = self.root / "bases"
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
-        self.calibration = self.root / "evidence"
+        self.calibration = self.root / "calibration"
         self.data = self.root / "data"
-        self.lane_capacity = self.root / "limits"
+        self.lane_capacity = self.root / "lane_capacity"
         self._states: dict[_Stamp, RecordState | None] = {}
         self._warned: set[str] = set()
         if create:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from orchestrator.record.schema import Record
-from orchestrator.study.retired_options import translate_command
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 
@@ -28,10 +27,8 @@ _log = logging.getLogger(__name__)
 STUDY_FILE = "study.json"
 LOCK_FILE = ".lock"
 """File beside study.json that a running study locks. Only its holder writes study.json."""
-SCHEMA_VERSION = 4
-"""Version of study.json, to be raised when a field is added, removed or changes its meaning. A file without a
-version has version 1. Version 1 had `baseline`, `margin`, `tuning` and `searched` in place of `settings`;
-versions 1 and 2 had no `sources`, version 3 had no `revision` and `warnings` of a source."""
+SCHEMA_VERSION = 1
+"""Version of study.json, to be raised when a field is added, removed or changes its meaning."""
 PICTURES = ("factors", "forest", "tuned_curves", "search", "curves", "heatmap", "spread", "training", "costs")
 """Names of all pictures that a report may have, the most important first. Each picture consists of the files
 NAME.png and NAME.svg beside study.json."""
@@ -83,7 +80,7 @@ class Source:
     title: str = ""
     """The title of a task; empty for models and variants."""
     revision: str = ""
-    """The revision of a task's data; empty for models and variants, and in files of earlier versions."""
+    """The revision of a task's data; empty for models and variants."""
     warnings: tuple[str, ...] = ()
     """What is wrong with a task's data, one line each; see `Task.warnings`."""
 
@@ -100,7 +97,7 @@ class StudyFile:
     name: str
     question: str
     command: str
-    """The command line of the study, without passwords and with the option names of this version."""
+    """The command line of the study, without passwords."""
     configurations: tuple[str, ...] = ()
     """Fingerprints of all configurations that the study has requested."""
     reused: tuple[str, ...] = ()
@@ -178,7 +175,7 @@ class StudyFile:
             The study; None if the folder has no such file.
 
         Raises:
-            UsageError: The file is no study, is damaged, belongs to another study, or was written by a newer
+            UsageError: The file is no study, is damaged, belongs to another study, or was written by another
                 version of this program.
         """
         study = cls._read(folder)
@@ -197,15 +194,13 @@ class StudyFile:
         data: dict[str, Any] | None = atomic_files.read_json(path, dict[str, Any], "a study", remedy)
         if data is None:
             return None
-        version = data.pop("schema_version", 1)
-        if version == 1:
-            data = _upgrade_from_version_1(data)
-        unknown = [f"schema_version {version}"] if version not in range(1, SCHEMA_VERSION + 1) else []
+        version = data.pop("schema_version", None)
+        unknown = [] if version == SCHEMA_VERSION else [f"schema_version {version}"]
         unknown += [f"field {name!r}" for name in sorted(data.keys() - {field.name for field in fields(cls)})]
         if unknown:
             raise UsageError(
-                f"{path}: {unknown[0]} is unknown to this program, so a newer version of it has written "
-                "the file; update the program, or choose another --study"
+                f"{path}: {unknown[0]} is unknown to this program, so another version of it has written "
+                "the file; take that version, or choose another --study"
             )
         text = json.dumps(data).encode()
         study: StudyFile = atomic_files.parse_json(text, cls, str(path), "a study", remedy)
@@ -214,7 +209,7 @@ class StudyFile:
             raise UsageError(
                 f"{path}: not a study (configurations: {quote_value(odd[0])} is no fingerprint); {remedy}"
             )
-        return replace(study, command=translate_command(study.command))
+        return study
 
 
 def record_look(folder: Path, replicates: int) -> None:
@@ -232,20 +227,6 @@ def record_look(folder: Path, replicates: int) -> None:
             study.with_look(replicates).write(folder)
 
 
-def _upgrade_from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the fields of a file of version 1 to those of version 2.
-
-    A comparison on fresh seeds, a kind of study that version 2 lacks, is read as curves of one rate.
-    """
-    kept = {
-        name: value
-        for name, value in data.items()
-        if name not in ("baseline", "margin", "tuning", "searched")
-    }
-    kept["settings"] = {"kind": "search" if data.get("searched") else "curve"}
-    return {**kept, "looks": []}
-
-
 def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
     """Read all studies in an output folder.
 
@@ -255,7 +236,7 @@ def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
         Name of each study -> its folder and content, sorted by name.
 
     Raises:
-        UsageError: A file is no study, is damaged, or was written by a newer version of this program.
+        UsageError: A file is no study, is damaged, or was written by another version of this program.
     """
     found = {}
     for path in sorted(output.glob(f"*/{STUDY_FILE}")):

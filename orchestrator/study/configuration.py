@@ -2,7 +2,7 @@
 
 All defaults are filled in before a configuration is made, so that two ways to write one experiment have the
 same fingerprint. Device, lane group size and versions do not change the results; they belong to the
-provenance of the record, not to the configuration. On disk a field has the name of its alias, if it has one.
+provenance of the record, not to the configuration.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 
 from orchestrator.util.canonical_json import canonical_json
 from variants.variant_names import FILE_SUFFIX
@@ -111,13 +111,13 @@ class LRSchedule:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Batches: `accumulation_steps` micro-batches of `micro_batch_size` examples per optimizer step.
+    """Batches: `accumulation` micro-batches of `batch_size` examples per optimizer step.
 
     Training examples of more than `max_length` tokens are truncated.
     """
 
-    micro_batch_size: Annotated[int, Field(alias="batch_size")]
-    accumulation_steps: Annotated[int, Field(alias="accumulation")] = 1
+    batch_size: int
+    accumulation: int = 1
     max_length: int = 512
 
 
@@ -143,7 +143,7 @@ class Configuration:
     task: TaskChoice
     model: ModelChoice
     optimizer: OptimizerConfig
-    lr_schedule: Annotated[LRSchedule, Field(alias="schedule")]
+    lr_schedule: LRSchedule
     batches: BatchConfig
     base_dropout: Literal["on", "off"] = "off"
     """Dropout of the base model itself in training, with the rates in its config.json."""
@@ -153,27 +153,19 @@ class Configuration:
     test_evaluations: Literal["last", "every"] = "last"
     """Evaluations at which the test split is scored as well."""
     seed: int = 0
-    loop_numerics: int = 3
-    """Version of the loop's numerics, raised by hand when a change alters results. With 2, a step's rows were
-    cut into micro-batches in the order in which they were drawn, and padded to other lengths. With 1, warm-up
-    began at (step + 1) / w, weight decay applied to biases and norms, tensors had no fixed order, prompts
-    began without BOS, dropout applied to what PiSSA and ReLoRA freeze, and clipping divided by the norm
-    without 1e-6."""
+    loop_numerics: int = 1
+    """Version of the loop's numerics, raised by hand when a change alters results."""
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON.
 
         The names of the base model and of a user's files are not part of it, only their contents. A head
-        learning rate equal to the learning rate and a base dropout that is off are left out, because earlier
-        versions lack these fields. For the same reason `to_json` leaves out the fields in
-        `_drop_later_defaults`.
+        learning rate that is not set counts as the learning rate that it stands for.
         """
         data = _drop_names(self).to_json()
-        if data["optimizer"]["head_learning_rate"] in (None, data["optimizer"]["learning_rate"]):
-            del data["optimizer"]["head_learning_rate"]
-        if data["base_dropout"] == "off":
-            del data["base_dropout"]
+        if data["optimizer"]["head_learning_rate"] is None:
+            data["optimizer"]["head_learning_rate"] = data["optimizer"]["learning_rate"]
         return hashlib.sha256(canonical_json(data)).hexdigest()
 
     @cached_property
@@ -200,9 +192,9 @@ class Configuration:
         """Return the configuration as a JSON object, with the same JSON for equal values."""
         adapter = _type_adapter()
         # The validation turns 16 into 16.0 where the type is float, so that equal values have equal JSON.
-        validated = adapter.validate_python(adapter.dump_python(self, by_alias=True))
-        data: dict[str, Any] = adapter.dump_python(validated, mode="json", by_alias=True)
-        _drop_later_defaults(data)
+        data: dict[str, Any] = adapter.dump_python(
+            adapter.validate_python(adapter.dump_python(self)), mode="json"
+        )
         return data
 
     @classmethod
@@ -228,11 +220,17 @@ class Configuration:
         columns |= {"schedule": schedule.name, "warmup": schedule.warmup, "steps_horizon": schedule.steps}
         columns |= {"final_factor": schedule.final_factor}
         columns |= nested["batches"]
-        columns |= {f"task_{k}": v for k, v in nested["task"].items() if k not in ("name", "metric", "floor")}
+        columns |= {
+            f"task_{k}": v
+            for k, v in nested["task"].items()
+            if k not in ("name", "metric", "floor", "content")
+        }
         columns |= {f"divergence_{k}": v for k, v in nested["divergence"].items()}
         columns |= {"evaluations": self.evaluations, "seed": self.seed, "base_dropout": self.base_dropout}
         columns |= {"test_evaluations": self.test_evaluations}
         columns |= {"variant_numerics": self.variant.numerics, "loop_numerics": self.loop_numerics}
+        if self.task.content:
+            columns["task_content"] = self.task.content
         if self.variant.revision:
             columns["variant_revision"] = self.variant.revision
         return columns
@@ -247,21 +245,6 @@ def _drop_names(configuration: Configuration) -> Configuration:
         task=replace(task, name="") if task.content else task,
         model=replace(configuration.model, name=""),
     )
-
-
-def _drop_later_defaults(data: dict[str, Any]) -> None:
-    """Remove fields that earlier versions lack from a configuration's JSON, if they have their defaults.
-
-    A configuration that earlier versions could express keeps its JSON, fingerprint and group key.
-    """
-    if data["schedule"]["final_factor"] == 0.0:
-        del data["schedule"]["final_factor"]
-    if data["test_evaluations"] == "last":
-        del data["test_evaluations"]
-    if data["variant"]["revision"] == "":
-        del data["variant"]["revision"]
-    if data["task"]["content"] == "":
-        del data["task"]["content"]
 
 
 @lru_cache(maxsize=1)

@@ -204,7 +204,7 @@ def _clip(factor: Factor, template: Configuration, value: Value) -> Value:
     if factor.name == "train_size":
         return min(int(value), template.task.train_size)
     if factor.name == "batch_size":
-        parts = template.batches.accumulation_steps
+        parts = template.batches.accumulation
         largest = template.task.train_size // parts
         return parts * max(1, min(round(int(value) / parts), largest))
     return value

@@ -14,7 +14,7 @@ from typing import Literal
 from orchestrator.study import bounds, rates, study_name
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-SCHEDULERS = ("none", "asha", "median", "hyperband")
+SCHEDULERS = ("none", "asha", "median")
 SEARCHES = ("grid", "random", "qmc", "optuna")
 SAMPLERS = ("tpe", "cma-es", "qmc", "random")
 
@@ -105,10 +105,9 @@ class SearchOptions:
     `logint:low:high`, or a choice `4,8,16`. A learning rate that is not named is searched between the ends of
     --learning-rates, unless that is one rate or --set fixes it."""
     scheduler: str = "none"
-    """Early stopping by validation loss, separately for each variant and task: none, asha, median, hyperband
-    (Ray Tune's). Stopped lanes are shown as censored; without early stopping they continue. Extend a grid
-    under asha or median, not hyperband, which would put stopped lanes into other brackets. With
-    --evaluations 10, asha takes about a third of the steps (docs/early_stopping.md)."""
+    """Early stopping by validation loss, separately for each variant and task: none, asha, median (Ray
+    Tune's). Stopped lanes are shown as censored; without early stopping they continue. With --evaluations 10,
+    asha takes about a third of the steps (docs/early_stopping.md)."""
 
     def check_search(self) -> None:
         """Check the options of this group.
@@ -128,11 +127,6 @@ class SearchOptions:
                 "training, so that no record could say what was trained; take asha."
             )
         _check_choice("--scheduler", self.scheduler, SCHEDULERS)
-        if self.search == "optuna" and self.scheduler == "hyperband":
-            raise UsageError(
-                "--scheduler hyperband with --search optuna: hyperband compares brackets that are full, but "
-                "optuna proposes one point after another, so that nothing would be stopped; take asha."
-            )
         if self.search == "grid":
             for option, value in (("--points", self.points), ("--space", self.space)):
                 if value is not None:

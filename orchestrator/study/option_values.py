@@ -12,7 +12,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from orchestrator.study.retired_options import RETIRED_OPTIONS
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 
 LISTS = ("variants", "task", "learning_rates", "factors", "tracker")
@@ -36,8 +35,6 @@ def field_name(key: str, options_class: type[Any]) -> str:
     names = {each.name for each in fields(options_class)}
     if name in names:
         return name
-    if new := RETIRED_OPTIONS.get(f"--{name.replace('_', '-')}"):
-        raise UsageError(f"{key} is called {new.removeprefix('--').replace('-', '_')} now; take that name.")
     raise UsageError(f"{quote_value(key)} is no option here. {suggest_nearest(name, names)}")
 
 

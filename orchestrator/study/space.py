@@ -91,7 +91,7 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "warmup": Hyperparameter("lr_schedule", "warmup", high=1, low_exclusive=False, high_exclusive=False),
     "schedule": Hyperparameter("lr_schedule", "name", choices=("constant", "linear", "cosine")),
     "final_factor": Hyperparameter("lr_schedule", "final_factor", high=1, low_exclusive=False),
-    "batch_size": int_hyperparameter("batches", "micro_batch_size", bounds.MAX_BATCH_SIZE),
+    "batch_size": int_hyperparameter("batches", "batch_size", bounds.MAX_BATCH_SIZE),
     "targets": Hyperparameter("variant", "targets", is_text=True, searchable=False),
     "steps": replace(int_hyperparameter("lr_schedule", "steps", bounds.MAX_STEPS), searchable=False),
     "train_size": replace(int_hyperparameter("task", "train_size", bounds.MAX_EXAMPLES), searchable=False),
@@ -194,7 +194,7 @@ def apply_values(configuration: Configuration, values: Mapping[str, Value]) -> C
             configuration = replace(configuration, variant=replace(configuration.variant, extra=extra))
         elif hyperparameter.part == "batches":
             batches = configuration.batches
-            batches = replace(batches, micro_batch_size=int(value) // batches.accumulation_steps)
+            batches = replace(batches, batch_size=int(value) // batches.accumulation)
             configuration = replace(configuration, batches=batches)
         else:
             part = replace(getattr(configuration, hyperparameter.part), **{hyperparameter.field: value})
@@ -221,7 +221,7 @@ def get_value(configuration: Configuration, key: str) -> Value | None:
         return configuration.variant.extra[name]
     hyperparameter = HYPERPARAMETERS[name]
     if hyperparameter.part == "batches":
-        return configuration.batches.micro_batch_size * configuration.batches.accumulation_steps
+        return configuration.batches.batch_size * configuration.batches.accumulation
     value = getattr(getattr(configuration, hyperparameter.part), hyperparameter.field)
     return None if (name, value) == ("rank", 0) else value  # Rank 0 stands for no rank.
 

@@ -10,8 +10,8 @@ from orchestrator.util.errors import UsageError, quote_value
 
 DEFAULT_STORE_NAME = "store"
 """Name of the default store's folder in the output folder."""
-STORE_FOLDERS = (
-    *("records", "bases", "checkpoints", "adapters", "evidence", "data", "limits"),  # record/store.py
+STORE_FOLDERS = (  # record/store.py
+    *("records", "bases", "checkpoints", "adapters", "calibration", "data", "lane_capacity"),
     *("scratch", "mlflow-artifacts"),
 )
 """Folders inside the folder of a store."""

@@ -101,7 +101,7 @@ def verify_checksum(data: bytes) -> bytes:
     """Verify the checksum that `add_checksum` has added, and remove it.
 
     Args:
-        data: The bytes of a JSON file. Files of earlier versions have no checksum and are not verified.
+        data: The bytes of a JSON file.
 
     Returns:
         The JSON without the checksum.
@@ -112,9 +112,9 @@ def verify_checksum(data: bytes) -> bytes:
     tail = data[-_CHECKSUM_BYTES:]
     found = _CHECKSUM.search(tail)
     if found is None:
-        if b'"sha256"' in tail:
-            raise DamagedFileError("another program has rewritten it, so that its SHA-256 cannot be verified")
-        return data
+        raise DamagedFileError(
+            "it does not end with its SHA-256: it is cut, or another program has rewritten it"
+        )
     body = data[: len(data) - len(found[0])]
     if hashlib.sha256(body).hexdigest().encode() != found[1]:
         raise DamagedFileError("its content is not what was written (its SHA-256 differs)")
@@ -187,7 +187,9 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         _remove_draft(draft)
 
 
-def read_json(path: Path, schema: type[Content], description: str, remedy: str) -> Content | None:
+def read_json(
+    path: Path, schema: type[Content], description: str, remedy: str, has_checksum: bool = True
+) -> Content | None:
     """Read a JSON file and validate it.
 
     Args:
@@ -195,6 +197,7 @@ def read_json(path: Path, schema: type[Content], description: str, remedy: str) 
         schema: The type that the content must have, one that pydantic knows.
         description: What the file should be, with an article: "a study".
         remedy: What the user can do about a bad file; the end of the error line.
+        has_checksum: False for a file that `add_checksum` has not made.
 
     Returns:
         The content as an instance of `schema`; None if the file does not exist.
@@ -208,6 +211,11 @@ def read_json(path: Path, schema: type[Content], description: str, remedy: str) 
         return None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    if has_checksum:
+        try:
+            text = verify_checksum(text)
+        except DamagedFileError as error:
+            raise UsageError(f"{path}: {error}; {remedy}") from None
     return parse_json(text, schema, str(path), description, remedy)
 
 
@@ -215,21 +223,17 @@ def parse_json(text: bytes, schema: type[Content], source: str, description: str
     """Validate JSON.
 
     Args:
-        text: The JSON, with or without a checksum.
+        text: The JSON, without a checksum.
         schema: As in `read_json`.
         source: Where the text comes from, for the error line.
         description: As in `read_json`.
         remedy: As in `read_json`.
 
     Raises:
-        UsageError: The text is damaged, or does not match `schema`.
+        UsageError: The text does not match `schema`.
     """
     from pydantic import TypeAdapter, ValidationError
 
-    try:
-        text = verify_checksum(text)
-    except DamagedFileError as error:
-        raise UsageError(f"{source}: {error}; {remedy}") from None
     try:
         return TypeAdapter(schema).validate_json(text)
     except ValidationError as error:

@@ -66,8 +66,7 @@ class KeyedFolder:
         """
         path = self._entry_path(key)
         entry = atomic_files.read_json(path, dict[str, str], self.description, self.remedy)
-        # Entries of early versions do not contain their key.
-        if entry is not None and (own := entry.pop("key", key)) != key:
+        if entry is not None and (own := entry.pop("key", "")) != key:
             raise UsageError(f"{path}: its key is {quote_value(own)}; {self.remedy}")
         return entry
 

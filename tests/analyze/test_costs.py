@@ -93,7 +93,7 @@ def test_the_time_of_the_trainers_is_shown_by_kind() -> None:
     )
 
 
-def test_records_of_earlier_versions_do_not_say_where_the_time_went() -> None:
+def test_records_without_these_times_do_not_say_where_the_time_went() -> None:
     summary = summarize_curves([costly(record("lora", 1e-3, 0, 0.9), 4.0)])
     assert summary.time_use is None
     assert time_use_text(summary) == ""

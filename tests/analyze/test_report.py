@@ -199,17 +199,6 @@ def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Pag
     assert "NaN" not in json.dumps(numbers)
 
 
-def test_renamed_fields_keep_their_names_in_the_summary(of_study: tuple[Path, Page]) -> None:
-    (panel,) = json.loads((of_study[0] / "summary.json").read_text())["panels"]
-    curve = panel["curves"][0]
-    point = curve["points"][0]
-    assert "common_name" in panel
-    assert {"best_rates_leaving_one_out", "gain"} <= curve.keys()
-    assert "at_least" in curve["width"]
-    assert {"survivors", "chosen_from"} <= point.keys()
-    assert "last_seen" in point["runs"][0]
-
-
 def test_the_page_asks_no_other_host(of_study: tuple[Path, Page]) -> None:
     folder, page = of_study
     elsewhere = [link for link in page.links if not link.startswith(("data:image/png;base64,", "#"))]

@@ -19,7 +19,6 @@ WRONG = {
     "trains nothing": (("published", {}), "'published'"),
     "option": (("study", {"rnk": 3}), "'rnk'.*'rank'"),
     "option of another experiment": (("study", {"replicates": 3}), "'replicates'"),
-    "retired option": (("study", {"seats": 3}), "trainers"),
     "type": (("study", {"rank": "big"}), "rank: 'big' must be a whole number"),
     "truth value": (("study", {"dry_run": "maybe"}), "true or false"),
     "bounds": (("study", {"rank": 0}), "--rank 0: must be 1 or more"),

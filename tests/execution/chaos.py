@@ -45,7 +45,7 @@ from orchestrator.record.study_file import StudyFile
 NAME = "chaos"
 TITLES = {
     "trainer": ["RayTrainWorker"],
-    "trial": ["LaneTrial", "ResourceTrainable"],  # Tune wraps its own class, which runs under Hyperband
+    "trial": ["LaneTrial"],
     "broker": ["Broker"],
     "controller": ["TrainController"],
 }

@@ -38,7 +38,6 @@ USED = [
     "ray.tune.execution.tune_controller:TuneController._actor_failed",
     "ray.tune.execution.tune_controller:TuneController._set_trial_status",
     "ray.tune.execution.tune_controller:TuneController._unstage_trial_with_resources",
-    "ray.tune.schedulers:HyperBandScheduler._process_bracket",
 ]
 
 

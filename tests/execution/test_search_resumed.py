@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,10 @@ from ray.tune.search import Searcher
 from search_drive import STEPS, Drive, build, record, score, space
 
 from orchestrator.execution.search.budget import open_search
-from orchestrator.execution.search.journal import EARLIER_FILE, JOURNAL_FILE
+from orchestrator.execution.search.journal import JOURNAL_FILE
 from orchestrator.execution.search.search_file import SEARCH_FILE
 from orchestrator.execution.search.searcher import PerGroupSearcher
 from orchestrator.study.configuration import Configuration, LRSchedule
-from orchestrator.util.atomic_files import add_checksum
 from orchestrator.util.errors import UsageError
 
 
@@ -109,19 +107,6 @@ def test_other_settings_are_another_study(tmp_path: Path) -> None:
         open_search(tmp_path / "study", "tpe", 6, {"letters": space()}, longer)
 
 
-def test_raised_numerics_are_named(tmp_path: Path) -> None:
-    Drive(tmp_path, space()).all()
-
-    points = [build(v, {}) for v in ("lora", "hira")]
-    raised = [
-        replace(p, variant=replace(p.variant, numerics=2), loop_numerics=p.loop_numerics + 1) for p in points
-    ]
-    with pytest.raises(
-        UsageError, match=r"earlier numerics of the variant lora and loop: .* another --study"
-    ):
-        open_search(tmp_path / "study", "tpe", 6, {"letters": space()}, raised)
-
-
 def test_a_further_variant_joins_with_the_same_budget(tmp_path: Path) -> None:
     Drive(tmp_path, space(variants=("lora",))).all()
     assert Drive(tmp_path, space()).all() == {"hira": 6}
@@ -173,23 +158,6 @@ def test_a_lock_that_a_killed_process_has_left_is_removed(tmp_path: Path) -> Non
     second = Drive(tmp_path, space(variants=("lora",)))
     assert second.all() == {"lora": 6}
     assert not lock.is_symlink()
-
-
-def test_points_of_an_earlier_version_are_carried_over_once(tmp_path: Path) -> None:
-    drive = Drive(tmp_path, space("rank=4,8,16"), points=4)
-    drive.all()
-    lines = []
-    for point in drive.budget.points.values():
-        kept = {"variant": point.group, "task": point.task, "parameters": dict(point.parameters)}
-        lines.append(add_checksum(json.dumps({**kept, "fingerprint": point.fingerprint})))
-    (drive.study / JOURNAL_FILE).unlink()
-    (drive.study / EARLIER_FILE).write_bytes(b"".join(lines))
-
-    second = Drive(tmp_path, space("rank=4,8,16"), points=5)
-    assert not (drive.study / EARLIER_FILE).exists()
-    assert second.asked() == [point.fingerprint for point in drive.given]
-    assert Counter(t.state.name for v in ("lora", "hira") for t in second.optuna_trials(v)) == {"COMPLETE": 8}
-    assert second.all() == {"lora": 1, "hira": 1}
 
 
 def test_a_design_keeps_to_its_budget_when_another_variant_brings_a_dimension(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerGr
             rate = self.point.optimizer.learning_rate
             # Not `search_drive.score`, because Tune's workers cannot import other test modules.
             good = 1 - abs(math.log10(rate) + 2) / 4
-            result = {"step": 30 * min(3, self.at), "evaluation": min(3, self.at), "score": good}
+            result = {"step": 30 * min(3, self.at), "score": good}
             return {**result, "loss": 1 - good, "state": "finished" if last else "training", "done": last}
 
         def reset_config(self, config: dict[str, Any]) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -110,19 +109,3 @@ def test_what_was_stopped_early_goes_on_in_a_full_grid(
     gone_on = [r for r in records if r.provenance.resumed_from]
     assert {r.fingerprint for r in gone_on} == {r.fingerprint for r in stopped}
     assert all(r.provenance.resumed_from == (8,) for r in gone_on)
-
-
-@pytest.mark.nightly
-def test_hyperband_pauses_more_lanes_than_there_are_places(
-    cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The bracket of three waits for a lane that gets a place only when another lane gives up its place."""
-    arguments = (*SMALL, *GRID, "--lanes-per-trainer", "1", "--scheduler", "hyperband")
-    assert study.run_here(output, *arguments, address=cluster.address) == 0
-    out = capsys.readouterr().out
-    now = study.records(output)
-    assert Counter(r.state for r in now.values()) == {"finished": 3, "stopped": 2}
-    assert all(r.steps == 8 for r in now.values() if r.state == "stopped")
-    spilled = [r for r in now.values() if 8 in r.provenance.resumed_from]
-    assert len(spilled) >= 2, "the third lane of the bracket trained in another's place"
-    assert steps_said(out) == (3 * 24 + 2 * 8, 120)

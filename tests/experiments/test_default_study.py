@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import hub_folder
@@ -55,18 +54,6 @@ def test_local_folders_are_planned_in_full(
     assert lines["Seeds"] == "3"
     assert lines["Configurations"] == "165, of them 0 known"
     assert lines["Steps"] == f"at most {165 * 1562}"
-
-
-def test_the_plan_prints_the_hours_that_the_readme_quotes(
-    data: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ORCHESTRATOR_DATA", str(data))
-    monkeypatch.setenv("COLUMNS", "200")
-    done = run(SWEEP, "--plan", "--plan-gpu", "H100")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.search(r"GPU hours +a guess: (.+) of one H100", done.stdout)
-    assert found is not None, done.stdout
-    assert f"{found[1]} hours of an H100" in (ROOT / "README.md").read_text()
 
 
 def test_an_unknown_gpu_is_refused_before_data_are_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,11 @@ def write(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
 ROWS = [(f"a b c d {letter} {other}", "a b") for letter in "cdefghij" for other in "klmnop"]
 
 
-@pytest.mark.parametrize("is_earlier", [False, True], ids=["current", "earlier"])
-def test_changed_data_of_a_task_file_leave_the_study(mine: Path, is_earlier: bool) -> None:
-    """Studies of earlier versions did not note the revision of the data, so that records are asked."""
+def test_changed_data_of_a_task_file_leave_the_study(mine: Path) -> None:
     names = (mine / "copy_task.py", mine / "scaled.py", mine / "base")
     first = resolve(mine / "results", *names)
     lines: list[str] = []
     study = StudyFile("s", "?", "x", tuple(finish(first))).with_sources(first.sources())
-    if is_earlier:
-        study = replace(study, sources=tuple(replace(each, revision="") for each in study.sources))
     same = drop_replaced(study, first.sources(), first.store, lines.append)
     assert same.configurations == study.configurations
     assert not lines
@@ -107,12 +102,6 @@ def test_a_file_that_was_copied_to_a_head_once_more_is_the_same_file() -> None:
     assert not find_other_files(study, [Source("d" * 16, "train.csv", after)])
     assert find_other_files(study, [Source("d" * 16, "train.csv", other)]), "another folder of the user"
     assert find_other_files(study, [Source("d" * 16, "train.csv", "/home/ray/train.csv")])
-
-
-def test_a_moved_task_of_an_earlier_version_which_wrote_no_revision_is_the_same_file() -> None:
-    study = StudyFile("s", "?", "x").with_sources([Source("c" * 16, "task.py", "/before/task.py")])
-    assert not find_other_files(study, [Source("c" * 16, "task.py", "/after/task.py", "", "d" * 16)])
-    assert find_other_files(study, [Source("e" * 16, "task.py", "/after/task.py", "", "d" * 16)])
 
 
 def test_warnings_about_the_data_stay_with_the_study(mine: Path, run: Run) -> None:

@@ -330,15 +330,6 @@ def test_two_files_of_one_name_are_refused(mine: Path, option: str, added: str) 
         resolve_study(EXPERIMENT, options)
 
 
-def test_a_study_file_of_the_earlier_version_has_no_sources(tmp_path: Path) -> None:
-    folder = tmp_path / "s"
-    StudyFile("s", "?", "x").write(folder)
-    data = json.loads(verify_checksum((folder / "study.json").read_bytes()))
-    del data["sources"]
-    (folder / "study.json").write_text(json.dumps({**data, "schema_version": 2}))
-    assert StudyFile.read(folder) == StudyFile("s", "?", "x")
-
-
 def test_a_copy_of_a_variants_file_is_read_where_it_was_named(mine: Path) -> None:
     other = renamed(mine)
     (other / "lora.py").rename(other / "scaled.py")

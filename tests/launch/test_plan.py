@@ -92,7 +92,7 @@ def test_the_mean_of_finished_lanes_gives_time_hours_and_price(store: Store, pla
     assert "plan again" not in said
     longer = [replace(c, lr_schedule=LRSchedule(3 * c.lr_schedule.steps)) for c in HUNDRED]
     assert "GPU hours       about 3.5 on" in plan(A10G, longer)
-    wide = [replace(c, batches=BatchConfig(2 * c.batches.micro_batch_size)) for c in HUNDRED]
+    wide = [replace(c, batches=BatchConfig(2 * c.batches.batch_size)) for c in HUNDRED]
     assert "GPU hours       about 2.3 on" in plan(A10G, wide), "as many examples, as much time"
     assert "GPU hours       about 2.3 on" in plan(A10G, workers_per_trainer=2)
     assert "GPU hours       about 1.2 on NVIDIA A10G, less what early stopping saves\n" in plan(

@@ -106,7 +106,7 @@ def run_of(configuration: Mapping[str, Any]) -> Run:
 
 def write_record(store: Path, fingerprint: str, configuration: Mapping[str, Any], truth: Truth) -> None:
     """Write the record of a configuration with the scores that it has in truth."""
-    steps = configuration["schedule"]["steps"]
+    steps = configuration["lr_schedule"]["steps"]
     scores = truth(run_of(configuration))
     evaluations = [
         {"step": steps, "split": split, "scores": {"loss": 1.0, METRIC: min(1.0, max(0.0, score))}}
@@ -120,7 +120,7 @@ def write_record(store: Path, fingerprint: str, configuration: Mapping[str, Any]
         "steps": steps,
         "reason": "" if scores else "the training loss is not finite",
         "evaluations": evaluations,
-        "untrained": {split: {"loss": 3.0, METRIC: UNTRAINED} for split in ("validation", "test")},
+        "baseline_scores": {split: {"loss": 3.0, METRIC: UNTRAINED} for split in ("validation", "test")},
     }
     body = json.dumps(record, separators=(",", ":"))[:-1]
     checksum = hashlib.sha256(body.encode()).hexdigest()

@@ -200,14 +200,6 @@ def test_a_damaged_record_does_not_keep_its_configuration_from_being_recorded(st
     assert repr(store.get(record.fingerprint)) == repr(record)
 
 
-def test_a_record_of_an_earlier_version_without_checksum_is_read(store, make_record):
-    record = make_record()
-    data = json.loads(_text_of(store, record))
-    del data["sha256"]
-    _file(store, record).write_text(json.dumps(data) + "\n")
-    assert repr(store.get(record.fingerprint)) == repr(record)
-
-
 def test_find_by_prefix(store, make_record):
     made = [make_record(seed=seed) for seed in range(40)]
     for record in made:

@@ -18,39 +18,6 @@ from orchestrator.study.config_file import read_config, write_config
 from orchestrator.study.option_words import given_values
 from variants import catalogue
 
-WRONG = {
-    "no yaml": ("rank: [", ["line 1", "not YAML"]),
-    "a tab": ("rank: 3\n\tseeds: 2", ["line 2", "not YAML"]),
-    "two documents": ("rank: 3\n---\nseeds: 2", ["line 2", "not YAML"]),
-    "a list": ("- rank", ["line 1", "must be NAME: VALUE"]),
-    "a word": ("rank", ["line 1", "must be NAME: VALUE"]),
-    "unknown key": ("seeds: 1\nrnk: 3", ["line 2", "'rnk'", "'rank'"]),
-    "unknown key in a group": ("grid:\n  rank: 3\n  sed: 3", ["line 3", "'sed'", "'seeds'"]),
-    "unknown group": ("grids:\n  rank: 3", ["line 1", "'grids'"]),
-    "another experiment's option": ("replicates: 3", ["line 1", "'replicates'"]),
-    "retired key": ("seats: 3", ["line 1", "trainers"]),
-    "twice": ("rank: 3\ngrid: {rank: 4}", ["line 2", "rank is in line 1 already"]),
-    "another file": ("config: b.yaml", ["line 1", "leave it out"]),
-    "no whole number": ("rank: 1.5", ["line 1", "rank: '1.5'", "whole number"]),
-    "no number": ("alpha: big", ["line 1", "alpha: 'big'", "a number"]),
-    "no truth value": ("dry_run: maybe", ["line 1", "true or false"]),
-    "no choice": ("lr_schedule: cos", ["line 1", "'cos'", "cosine"]),
-    "no list": ("variants: {lora: 1}", ["line 1", "list of words"]),
-    "a list in a list": ("learning_rates: [[1e-3]]", ["line 1", "plain words"]),
-    "a list for a word": ("model: [a, b]", ["line 1", "model", "one word"]),
-    "nothing for a number": ("rank:", ["line 1", "rank has no value; must be a whole number"]),
-    "a group without options": ("grid:\n# rank: 3\nsed: 3", ["line 3", "'sed'"]),
-    "out of bounds": ("seeds: 2\nrank: 0", ["line 2", "--rank 0", "1 or more"]),
-    "unknown variant": ("seeds: 1\nvariants: [lora, pisa]", ["line 2", "'pisa'", "'pissa'"]),
-    "unknown preset": ("preset: published-gsm", ["line 1", "published-gsm8k"]),
-}
-
-
-@pytest.mark.parametrize(("text", "words"), WRONG.values(), ids=WRONG)
-def test_a_wrong_file_is_refused_with_its_line(text: str, words: list[str], run: Run, tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text(text)
-    run(SWEEP, "--dry-run", "--plan", "--config", "s.yaml").assert_refused("error: s.yaml, ", *words)
-
 
 def test_a_file_that_cannot_be_read_is_refused(run: Run, tmp_path: Path) -> None:
     run(SWEEP, "--config", "none.yaml").assert_refused("--config 'none.yaml'", "No such file")

@@ -94,7 +94,7 @@ def test_levels_are_clipped_to_what_the_task_and_the_batch_allow() -> None:
     assert factor_levels(load_factors()["train_size"], default, 2) == (240, 480)
     small = replace(default, task=replace(default.task, train_size=40))
     assert factor_levels(load_factors()["batch_size"], small, 2) == (4, 40)
-    split = replace(default, batches=BatchConfig(8, accumulation_steps=2))
+    split = replace(default, batches=BatchConfig(8, accumulation=2))
     assert all(int(level) % 2 == 0 for level in factor_levels(load_factors()["batch_size"], split, 3))
 
 

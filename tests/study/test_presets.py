@@ -18,7 +18,6 @@ from orchestrator.study.presets import (
     split_variants,
 )
 from orchestrator.study.published_variants import read_variants
-from orchestrator.util.errors import UsageError
 from variants import catalogue
 from variants.api import VariantSettings
 
@@ -145,11 +144,6 @@ def test_settings_of_variants_that_take_no_part_are_left_out() -> None:
     ], "the preset's own value replaces that of the list of variants"
 
 
-def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(UsageError, match=r"--preset 'published-gsm8'.*published-gsm8k"):
-        parsed("--preset", "published-gsm8")
-
-
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
@@ -162,19 +156,3 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:
 )
 def test_the_preset_is_found_in_a_command_line(arguments: list[str], found: str | None) -> None:
     assert find_value(arguments, "--preset") == found
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--epochs", "1", "--steps", "5"], "--epochs 1 and --steps 5 both set the steps"),
-        (["--epochs", "0"], "--epochs 0: must be a finite number above 0"),
-        (["--epochs", "1", "--set", "steps=5"], "'steps=5' and --epochs both set steps"),
-        (["--max-length", "0"], "--max-length 0: must be 1 or more"),
-        (["--select", "published", "--search", "qmc"], "--select published: the survey chose among"),
-        (["--select", "published", "--scheduler", "asha"], "--scheduler none"),
-    ],
-)
-def test_options_of_the_protocol_are_checked(arguments: list[str], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        parsed(*arguments)

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.study.rates import parse_learning_rates, refine_rates
-from orchestrator.util.errors import UsageError
 
 
 def test_a_list_is_sorted_and_without_repetition() -> None:
@@ -28,31 +27,6 @@ def test_grids_are_even_in_the_logarithm(low: int, decades: int, density: int) -
     assert rates[-1] == float(f"1e{low + decades}")
     for left, right in itertools.pairwise(rates):
         assert math.log10(right / left) == pytest.approx(1 / density, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ([], "empty"),
-        (["0"], "above 0"),
-        (["-1e-3"], "above 0"),
-        (["nan"], "finite"),
-        (["inf"], "finite"),
-        (["fast"], "not a number"),
-        (["1e-2:1e-4:2"], "did you mean 1e-4:1e-2:2"),
-        (["1e-4:1e-2:0"], "points a decade"),
-        (["1e-4:1e-2:x"], "points a decade"),
-        (["1e-4:1e-2"], "low:high:points-per-decade"),
-        (["0:1e-2:2"], "above 0"),
-    ],
-)
-def test_each_mistake_is_one_line_that_names_value_and_rule(words: list[str], said: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        parse_learning_rates(words)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert repr(word) in str(caught.value) or word.split(":")[0] in str(caught.value)
 
 
 def test_a_refined_grid_keeps_its_rates_and_has_no_wide_gap() -> None:

@@ -17,7 +17,6 @@ from variants.baseline.lora import LoRA
 from variants.errors import BypassedLayerError, UnassignedRowsError
 from variants.merging import merge_and_detach
 from variants.testing import Case
-from variants.testing.rig import attach_lanes, model_output, train
 
 SETTINGS = VariantSettings(rank=2, alpha=4.0)
 
@@ -237,29 +236,6 @@ def test_restoring_a_lane_names_tensors_that_do_not_fit() -> None:
         adapters.restore_lane("new", {"blocks.7.A": torch.ones(2, 6)}, {}, SETTINGS)
     with pytest.raises(UnsupportedError, match=r"'blocks\.0' is missing"):
         adapters.restore_lane("new", {}, {}, SETTINGS)
-
-
-@pytest.mark.parametrize(
-    ("name", "obsolete"),
-    [("adalora", "orthogonality"), ("delta_lora", "ratio"), ("lora_moe", "balance"), ("lora_moe", "kept")],
-)
-def test_a_lane_saved_by_an_earlier_version_trains_with_new_lanes(name: str, obsolete: str) -> None:
-    """Earlier versions kept these settings as frozen tensors, which new lanes of the group do not have."""
-    case = Case("tall", lanes=2)
-    adapters = attach_lanes(case, catalogue.get(name), 1)
-    train(case, adapters, steps=2)
-    trainable = {key: tensor.detach().clone() for key, tensor in adapters.trainable("0").items()}
-    frozen, settings = dict(adapters.frozen("0")), adapters.lane_settings("0")
-    adapters.remove_lane("0")
-    saved = frozen | {f"{layer}.{obsolete}": torch.ones(1) for layer in adapters.layers}
-    adapters.restore_lane("old", trainable, saved, settings)
-    adapters.add_lane("new", settings, 1)
-    assert adapters.frozen("old").keys() == frozen.keys()
-    x = torch.cat([case.rows(0)] * 2)
-    with adapters.activate_lanes(("old", "new"), 0) as context:
-        loss, auxiliary = model_output(adapters.model, x).sum(), context.auxiliary_loss()
-        (loss if auxiliary is None else loss + auxiliary.sum()).backward()
-    assert all(parameter.grad is not None for parameter in adapters.trainable("new").values())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -58,13 +58,13 @@ def halved_on_the_object() -> nn.Module:
     return layer
 
 
-LAYERS: list[Callable[[], nn.Module]] = [
-    lambda: HalvedLinear(32, 32),
-    lambda: HalvedConv1D(32, 32),
-    halved_by_a_hook,
-    halved_by_a_pre_hook,
-    halved_on_the_object,
-]
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "subclass": lambda: HalvedLinear(32, 32),
+    "Conv1D": lambda: HalvedConv1D(32, 32),
+    "hook": halved_by_a_hook,
+    "pre-hook": halved_by_a_pre_hook,
+    "object": halved_on_the_object,
+}
 
 
 class OneLayer(nn.Module):
@@ -79,8 +79,15 @@ class OneLayer(nn.Module):
         return self.consumer(self.there[0](x))
 
 
-@pytest.mark.parametrize("name", STARTING_AT_BASE)
-@pytest.mark.parametrize("build", LAYERS, ids=["subclass", "Conv1D", "hook", "pre-hook", "object"])
+def layers() -> Iterator[Any]:
+    """Yield each variant with each layer. The default run has one layer a variant."""
+    for i, name in enumerate(STARTING_AT_BASE):
+        for j, (kind, build) in enumerate(LAYERS.items()):
+            marks = () if i % len(LAYERS) == j else pytest.mark.slow
+            yield pytest.param(name, build, marks=marks, id=f"{kind}-{name}")
+
+
+@pytest.mark.parametrize(("name", "build"), layers())
 def test_a_layer_that_is_more_than_a_product_is_called(name: str, build: Callable[[], nn.Module]) -> None:
     model = OneLayer(build())
     x = CASE.rows(0)
@@ -121,14 +128,11 @@ def gradients(adapters: Adapters) -> list[Tensor]:
 
 
 def combinations() -> Iterator[Any]:
-    """Yield all combinations. The default run has a third of them, with every pair of consumer and layer."""
-    kinds = ("bias", "no bias", "NF4", "dropout")
-    for numbers in itertools.product(range(len(kinds)), range(len(IN_PLACE)), range(len(NAMES))):
-        kind, consumer, name = (
-            values[i] for values, i in zip((kinds, [*IN_PLACE], NAMES), numbers, strict=True)
-        )
-        marks = () if sum(numbers) % 3 == 0 else pytest.mark.slow
-        yield pytest.param(name, consumer, kind, marks=marks)
+    """Yield all combinations. The default run has one a variant, and every pair of consumer and layer."""
+    pairs = [*itertools.product(("bias", "no bias", "NF4", "dropout"), IN_PLACE)]
+    for i, name in enumerate(NAMES):
+        for j, (kind, consumer) in enumerate(pairs):
+            yield pytest.param(name, consumer, kind, marks=() if i % len(pairs) == j else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "consumer", "kind"), combinations())

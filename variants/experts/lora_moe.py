@@ -28,7 +28,6 @@ class LoRAMoE(Mixture):
     """
 
     parameters = "rank * (in + out) + experts * in"
-    obsolete_buffers = frozenset({"balance", "kept"})
     hyperparameters = {
         "experts": api.Int(8, minimum=2, help="largest number of experts"),
         "top_k": api.Int(0, minimum=0, help="gates that are kept for each token; 0 keeps all"),

@@ -34,7 +34,6 @@ class CorDA(LoRA):
     }
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
     subtracts_start = True
-    numerics = 2  # numerics 1 did not divide samples by their largest value, and had the mean over positions
     calibration_statistic = api.CalibrationStatistic.INPUT_MOMENT
 
     def reduce_calibration(self, layer: api.FrozenLayer, matrix: Tensor) -> api.Params:

@@ -42,7 +42,6 @@ class LoRAGA(LoRA):
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     rank_limit = "min(in, out) // 2"
     frozen_update_buffers = frozenset()
-    numerics = 3  # numerics 1 kept the signs that the SVD returned, numerics 2 had 2 r + 10 columns
     hyperparameters = {
         "calibration_batches": api.Int(64, help="batches that the mean gradient is taken over"),
         "gamma": api.Number(16.0, above=0, help="a larger value makes A and B smaller"),

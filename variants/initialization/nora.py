@@ -26,7 +26,6 @@ class NoRA(WeightSVD):
     """
 
     parameters = "2 * rank * min(outer * rank, in, out)"
-    numerics = 2  # numerics 1 had s = alpha / rank
     subtracts_start = True
     hyperparameters = {
         **WeightSVD.hyperparameters,

@@ -33,7 +33,6 @@ class SORSA(WeightSVD):
         **WeightSVD.hyperparameters,
         "gamma": api.Number(4e-4 / 64, help="weight of the orthonormality loss times the learning rate"),
     }
-    numerics = 2  # 1: the gradient of the term was one of rounding errors until A and B had changed
     verified_by = api.VerifiedBy.AUTHORS_CODE
     uses_alpha = False
 

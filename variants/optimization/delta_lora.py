@@ -25,7 +25,6 @@ class DeltaLoRA(LoRA):
     verified_by = api.VerifiedBy.PAPER
     uses_dropout = False
     mutable_buffers = frozenset({"before A", "before B"})
-    obsolete_buffers = frozenset({"ratio"})
     hyperparameters = {
         "ratio": api.Number(2.0, help="the paper's lambda, the factor on the change of B A"),
         "start": api.Number(500 / 1562, below=1, help="the paper's K as a fraction of the total steps"),

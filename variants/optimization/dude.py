@@ -20,7 +20,6 @@ class DuDe(DoRA, PiSSA):
 
     parameters = "rank * (in + out) + out"
     verified_by = api.VerifiedBy.REFERENCE_IMPLEMENTATION
-    numerics = 2  # dropout also applies to s B0 A0
 
     def prepare_frozen_update(self, params: api.Params, layer: api.FrozenLayer) -> api.Params:
         unscaled = torch.zeros_like(params["m"]).unsqueeze(1)

@@ -48,7 +48,6 @@ class AdaLoRA(LoRA):
     typical_lr_scale = 10.0
     hook_only_buffers = AVERAGE_BUFFERS
     mutable_buffers = AVERAGE_BUFFERS | {api.RANK_MASK}
-    obsolete_buffers = frozenset({"orthogonality"})
     hyperparameters = {
         "initial": api.Number(1.5, above=1, help="initial rank divided by the final mean rank"),
         "warmup": api.Number(100 / 1562, help="fraction of the total steps before pruning begins"),

@@ -34,7 +34,6 @@ class GoRA(LoRA):
 
     verified_by = api.VerifiedBy.PAPER
     is_rank_stabilized = True
-    numerics = 2  # numerics 1 drew A from another seed
     start = api.Start.OTHER
     calibration_statistic = api.CalibrationStatistic.MEAN_GRADIENT
     hyperparameters = {

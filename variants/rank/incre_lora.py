@@ -52,7 +52,6 @@ class IncreLoRA(LoRA):
 
     parameters = "rank * (in + out + 1)"
     verified_by = api.VerifiedBy.AUTHORS_CODE
-    numerics = 3  # 2: clipping contained the gradient of a reserve's E, and rounds were a step earlier
     has_auxiliary_loss = True
     mutable_buffers = HOOK_TENSORS | {api.RANK_MASK, "live"}
     hook_only_buffers = HOOK_TENSORS

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
 from orchestrator.execution.search.groups import SearchGroup, make_groups
-from orchestrator.execution.search.journal import EARLIER_FILE, JOURNAL_FILE, Point, read_points
+from orchestrator.execution.search.journal import JOURNAL_FILE, Point, read_points
 from orchestrator.execution.search.samplers import NON_ADAPTIVE_SAMPLERS, draw_design
 from orchestrator.execution.search.search_file import SEARCH_FILE, GroupUsage, SearchFile
 from orchestrator.record.store import Store
@@ -62,8 +61,10 @@ class SearchBudget:
                 continue
             configuration = self.groups[point.group].build(point.parameters)
             if configuration is None or configuration.fingerprint != point.fingerprint:
-                reason = _mismatch_reason(point, configuration)
-                raise UsageError(f"study {self.folder.name!r}: its search has asked for {reason}")
+                raise UsageError(
+                    f"study {self.folder.name!r}: its search has asked for points with other settings "
+                    "(steps, rank, model, the program, ...); repeat its options, or take another --study."
+                )
             self._register(point, configuration)
 
     def points_of(self, group: str) -> list[Point]:
@@ -146,40 +147,6 @@ class SearchBudget:
         self.num_asked[point.group] += 1
 
 
-def _mismatch_reason(point: Point, now: Configuration | None) -> str:
-    """Return why a point of an earlier run gives another configuration now, as the end of an error.
-
-    Args:
-        point: The point in the journal.
-        now: The configuration that its values give now; None if the variant refuses them.
-    """
-    if now is not None and (raised := _changed_numerics(point, now)):
-        return (
-            f"points under earlier numerics of the {raised}: this program computes otherwise, "
-            "and their results do not count with new ones; take another --study."
-        )
-    return (
-        "points with other settings (steps, rank, model, ...); repeat its options, or take another --study."
-    )
-
-
-def _changed_numerics(point: Point, now: Configuration) -> str:
-    """Return the parts (variant, task, loop) whose numerics number has been raised since the point was made.
-
-    Returns:
-        Their names as text; empty if anything else differs between the point and `now`.
-    """
-    variant, task, loop = now.variant.numerics, now.task.numerics, now.loop_numerics
-    for a, b, c in product(range(1, variant + 1), range(1, task + 1), range(1, loop + 1)):
-        earlier = replace(
-            now, variant=replace(now.variant, numerics=a), task=replace(now.task, numerics=b), loop_numerics=c
-        )
-        if earlier.fingerprint == point.fingerprint:
-            pairs = ((f"variant {now.variant.name}", a < variant), ("task", b < task), ("loop", c < loop))
-            return " and ".join(name for name, lower in pairs if lower)
-    return ""
-
-
 def open_search(
     folder: Path,
     sampler: str,
@@ -204,16 +171,16 @@ def open_search(
         UsageError: The study has searched with other settings, or a file of its search is damaged or gone.
     """
     before = SearchFile.read(folder)
-    first_task = (before and before.task) or templates[0].task.name
+    first_task = before.task if before else templates[0].task.name
     groups = make_groups(spaces, templates, range(replicates), first_task)
     if before is None:
-        left = next((name for name in (JOURNAL_FILE, EARLIER_FILE) if (folder / name).exists()), None)
-        if left is not None:
+        if (folder / JOURNAL_FILE).exists():
             raise UsageError(
-                f"{folder / SEARCH_FILE}: is gone, and {left} is there; put it back, or take another --study"
+                f"{folder / SEARCH_FILE}: is gone, and {JOURNAL_FILE} is there; put it back, or take another "
+                "--study"
             )
         specs = {name: group.specs for name, group in groups.items()}
-        file = SearchFile(sampler, 0, points, specs, task=first_task)
+        file = SearchFile(sampler, points, specs, task=first_task)
     else:
         file = before.resume(sampler, points, groups, folder.name)
     budget = SearchBudget(file, folder, groups)

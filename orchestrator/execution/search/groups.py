@@ -53,7 +53,7 @@ def group_name(task: str, variant: str, replicate: int, first_task: str) -> str:
 
     The name is task/variant/replicate, for example "digits/lora/3", without the task if it is the first task,
     and without the replicate if it is 0. So the name is that of the variant in a search of one task without
-    replicates, as in files of earlier versions.
+    replicates.
 
     Args:
         task: The task's name.

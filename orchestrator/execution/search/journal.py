@@ -26,13 +26,10 @@ from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, format_error
 
 JOURNAL_FILE = "optuna.journal"
-EARLIER_FILE = "search.jsonl"
-"""File in which versions before 2026-11-27 kept the points: one JSON object with a checksum per line."""
 FINGERPRINT, TASK, ORDER = "fingerprint", "task", "order"
 """User attributes of a point's trial. ORDER is the point's number among the points of all groups."""
 REJECTED = "rejected"
 """User attribute of a suggestion that became no point: it was known, or the variant refuses its values."""
-_READ_ERROR_WORDS = ("a search", "take another --study")
 _log = logging.getLogger(__name__)
 
 
@@ -69,8 +66,7 @@ def read_points(
     """
     path = folder / JOURNAL_FILE
     if not path.exists():
-        points = _read_earlier_points(folder / EARLIER_FILE)
-        return [point for point in points if point.group in groups], {}
+        return [], {}
     found: list[tuple[int, Point]] = []
     others: dict[str, list[FrozenTrial]] = {}
     try:
@@ -132,7 +128,7 @@ class _ListBackend(BaseJournalBackend):
 
 
 def write_journal(folder: Path, trials: Mapping[str, Iterable[FrozenTrial]]) -> None:
-    """Replace a study's journal atomically, and remove the points file of an earlier version.
+    """Replace a study's journal atomically.
 
     Args:
         folder: The study's folder.
@@ -144,7 +140,6 @@ def write_journal(folder: Path, trials: Mapping[str, Iterable[FrozenTrial]]) -> 
         create_study(storage=storage, study_name=name, direction="maximize").add_trials(each)
     text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in backend.logs)
     atomic_files.write_atomically(folder / JOURNAL_FILE, text.encode())
-    (folder / EARLIER_FILE).unlink(missing_ok=True)
 
 
 def open_studies(folder: Path, samplers: Mapping[str, BaseSampler]) -> dict[str, Study]:
@@ -174,26 +169,3 @@ def make_trial(point: Point, order: int, dimensions: Sequence[Dimension], **stat
         system_attrs=dict(point.trial.system_attrs) if point.trial else None,
         **state,
     )
-
-
-def _read_earlier_points(path: Path) -> list[Point]:
-    """Read the points of a search by an earlier version; none if the file does not exist."""
-    try:
-        *lines, rest = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    if rest:
-        _log.warning("%s: its last line is torn: left out", path)
-    kept = (
-        atomic_files.parse_json(line, _EarlierPoint, f"{path}, line {number}", *_READ_ERROR_WORDS)
-        for number, line in enumerate(lines, 1)
-    )
-    return [Point(each.variant, each.task, each.parameters, each.fingerprint) for each in kept]
-
-
-@dataclass(frozen=True)
-class _EarlierPoint:
-    variant: str
-    task: str
-    parameters: Mapping[str, float | int | str | bool]
-    fingerprint: str

@@ -2,11 +2,8 @@
 
 The points themselves are in Optuna's journal beside it (journal.py).
 
-    {"sampler", "seed", "points", "spaces": {group: {name: spec}}, "exhausted": [group, ...],
-     "spent": {group: {...}}, "task"}
-
-Groups are named by `groups.group_name`. In a search of one task without replicates, a group has the name of
-its variant.
+    {"sampler", "points", "spaces": {group: {name: spec}}, "exhausted": [group, ...], "spent": {group: {...}},
+     "task"}
 """
 
 from __future__ import annotations
@@ -45,8 +42,6 @@ class SearchFile:
     """The settings of a search, and its usage so far."""
 
     sampler: str
-    seed: int
-    """Not used; 0 in new files."""
     points: int
     """Number of points of each group."""
     spaces: Mapping[str, Mapping[str, str]]
@@ -56,7 +51,7 @@ class SearchFile:
     spent: Mapping[str, GroupUsage] = field(default_factory=dict)
     """Group -> its usage."""
     task: str = ""
-    """The task that was searched first, see `groups.group_name`; empty in files of earlier versions."""
+    """The task that was searched first, see `groups.group_name`."""
 
     def resume(self, sampler: str, points: int, groups: Mapping[str, SearchGroup], study: str) -> SearchFile:
         """Return the settings for continuing this search.

@@ -1,4 +1,4 @@
-"""The number of concurrent trials, and the memory that each of them reserves."""
+"""The number of concurrent trials."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ray.tune.search import ConcurrencyLimiter
 
 from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.execution.trainers.pool import PoolConfig
-from orchestrator.execution.tune.trial import PAUSABLE_TRIAL_MEMORY_BYTES, TRIAL_MEMORY_BYTES
+from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
 MIN_AUTOSCALED_TRAINERS = 8
 """Number of trainers that the limit for an autoscaled cluster allows for, as on one node with eight GPUs."""
@@ -26,16 +26,12 @@ class SearchLimiter(ConcurrencyLimiter):
         return {}  # Tune pickles its search algorithm into its scratch folder
 
 
-def trial_limits(
-    pool: PoolConfig,
-    cluster: Cluster,
-    scheduler: str,
-    is_search: bool = False,
-    capacities: Sequence[int] = (),
-) -> tuple[int | None, int]:
-    """Return the number of concurrent trials (None for no limit), and the bytes that each reserves in Ray.
+def trial_limit(
+    pool: PoolConfig, cluster: Cluster, is_search: bool = False, capacities: Sequence[int] = ()
+) -> int:
+    """Return the largest number of concurrent trials.
 
-    The number of trials is the number of lanes of all trainers, plus one for each trainer. When a lane ends,
+    It is the number of lanes of all trainers, plus one for each trainer. When a lane ends,
     the lane of the additional trial replaces it at once, while Tune starts the next trial in the free
     process. A search has no additional trials, because a waiting trial was suggested without the results of
     the lanes in training.
@@ -50,14 +46,9 @@ def trial_limits(
     twice its trainers, the trainers for which an autoscaler may start nodes, and, with GPUs,
     `MIN_AUTOSCALED_TRAINERS`.
 
-    Hyperband pauses a trial until all trials of its bracket have reached the same evaluation, and Tune's
-    limit counts paused trials. Under Hyperband the number is therefore None, and the reserved bytes limit the
-    trials.
-
     Args:
         pool: The number of trainers and of their lanes.
         cluster: The nodes, with their memory.
-        scheduler: The name of the scheduler.
         is_search: True if trials are suggested by a search.
         capacities: For each trainer that has reported its limit, the number of lanes that it can hold. In a
             search, it is the number of lanes that may be unfinished for the trainer; see
@@ -73,11 +64,8 @@ def trial_limits(
     else:
         told = [max(expected, min(one, most)) + 1 for one in capacities[:num_trainers]]
         expected += 1
-    if scheduler == "hyperband":
-        share = max(cluster.memory / (num_trainers * expected), 2 * PAUSABLE_TRIAL_MEMORY_BYTES)
-        return None, int(min(share, max(node.memory for node in cluster.nodes)))
     if cluster.local and not is_search:
         expected = 1
     wanted = sum(told) + max(0, num_trainers - len(told)) * expected
     memory = max(cluster.memory, pool.autoscaler_memory)
-    return max(1, min(wanted, int(memory / 2 / TRIAL_MEMORY_BYTES))), TRIAL_MEMORY_BYTES
+    return max(1, min(wanted, int(memory / 2 / TRIAL_MEMORY_BYTES)))

@@ -6,20 +6,9 @@ from collections.abc import Collection
 from math import inf
 from typing import Any
 
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    HyperBandScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
-)
+from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
-from orchestrator.execution.rungs import (
-    MIN_SAMPLES,
-    REDUCTION_FACTOR,
-    evaluation_index,
-    first_rung,
-    last_rung,
-)
+from orchestrator.execution.rungs import MIN_SAMPLES, REDUCTION_FACTOR, first_rung, last_rung
 from orchestrator.execution.tune.fifo import LiveTrialFIFOScheduler
 from orchestrator.study.configuration import Configuration
 
@@ -30,10 +19,9 @@ class PerGroupScheduler(LiveTrialFIFOScheduler):
     A group has the trials of one variant and task; with `per_seed`, of one variant, task and seed.
 
     Args:
-        scheduler: "asha", "hyperband" or "median".
+        scheduler: "asha" or "median".
         cached: Fingerprints of known results, which are replayed; a search adds fingerprints. Trials with
-            known results fill the rungs that other trials are compared with, and are never stopped. Under
-            Hyperband they are ordinary members of brackets.
+            known results fill the rungs that other trials are compared with, and are never stopped.
         per_seed: True if each seed is a separate tuning, so that only trials of the same seed are compared.
     """
 
@@ -42,7 +30,7 @@ class PerGroupScheduler(LiveTrialFIFOScheduler):
     def __init__(self, scheduler: str, cached: Collection[str] = (), per_seed: bool = False) -> None:
         super().__init__()
         self.per_seed = per_seed
-        self.scheduler, self.cached = scheduler, () if scheduler == "hyperband" else cached
+        self.scheduler, self.cached = scheduler, cached
         self.schedulers: dict[tuple[str, str, int], Any] = {}
         self.scheduler_of_trial: dict[str, tuple[Any, bool]] = {}
         """Trial id -> the scheduler of its group, and whether its result is known."""
@@ -81,37 +69,12 @@ class PerGroupScheduler(LiveTrialFIFOScheduler):
         """Pass the call on."""
         self.scheduler_of_trial[trial.trial_id][0].on_trial_remove(tune_controller, trial)
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Return the trial to start next.
-
-        Hyperband decides which paused trials continue, so under Hyperband the first choice of any scheduler
-        is returned. The other schedulers take trials in their order of arrival.
-        """
-        if self.scheduler != "hyperband":
-            return super().choose_trial_to_run(tune_controller)
-        chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in self.schedulers.values())
-        return next((trial for trial in chosen if trial is not None), None)
-
-
-class _HyperBand(HyperBandScheduler):
-    """HyperBand with a fix for Ray 2.60, which never clears a bracket's flag `is_being_processed`.
-
-    With the flag set, the paused trials of a bracket stay paused for ever if a trial ends by itself (a
-    diverged lane) after the bracket was halved.
-    """
-
-    def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
-        try:
-            return super()._process_bracket(tune_controller, bracket)
-        finally:
-            bracket.is_being_processed = False
-
 
 def _make_scheduler(name: str, configuration: Configuration) -> TrialScheduler:
     """Return Tune's scheduler for one group, which never stops a lane at its last step.
 
     Args:
-        name: "asha", "hyperband" or "median".
+        name: "asha" or "median".
         configuration: A configuration of the group, from whose steps and evaluations the rungs follow.
     """
     first = first_rung(configuration)
@@ -119,8 +82,5 @@ def _make_scheduler(name: str, configuration: Configuration) -> TrialScheduler:
     if name == "median":
         options["min_time_slice"] = inf  # pausing a trial for others would cost a process and free no lane
         return MedianStoppingRule("step", grace_period=first, min_samples_required=MIN_SAMPLES, **options)
-    options |= {"reduction_factor": REDUCTION_FACTOR[name], "stop_last_trials": False}
-    if name == "asha":
-        return AsyncHyperBandScheduler("step", grace_period=first, max_t=last_rung(configuration), **options)
-    units = evaluation_index(configuration, configuration.lr_schedule.steps)
-    return _HyperBand("evaluation", max_t=units, **options)
+    options |= {"reduction_factor": REDUCTION_FACTOR, "stop_last_trials": False}
+    return AsyncHyperBandScheduler("step", grace_period=first, max_t=last_rung(configuration), **options)

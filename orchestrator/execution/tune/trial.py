@@ -15,35 +15,42 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from orchestrator.execution.broker.client import BROKER_NAME
-from orchestrator.execution.rungs import evaluation_index, lane_evaluation_steps
+from orchestrator.execution.rungs import lane_evaluation_steps
 from orchestrator.finetune.engine.lane_source import Report
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 
 TRIAL_MEMORY_BYTES = 150 * 2**20
 """Memory of a trial's process; 86 MiB were measured on Linux x86-64."""
-PAUSABLE_TRIAL_MEMORY_BYTES = 300 * 2**20
-"""Memory of a trial's process with Ray Tune, as under Hyperband; 191 MiB were measured on Linux x86-64."""
 WORST_LOSS = 1e9
 """The loss of a diverged lane. It is finite, because NaN and infinity break Ray's schedulers."""
 
 
-class LaneClient:
-    """Client of the broker whose every `step` waits for the lane's next report.
+class LaneTrial:
+    """The actor of a trial: a client of the broker, with the methods of `tune.Trainable` that Tune calls.
 
-    A step lets the lane continue if the lane was paused after its last report. The last result has `done` and
-    the state in which the lane ended. The client never releases its lane, because its process may be paused
-    or reused for another trial; `BrokerCallback` tells the broker which trials have ended.
+    Each `train` waits for the lane's next report; the last result has `done` and the state in which the lane
+    ended. The client never releases its lane, because its process may be reused for another trial;
+    `BrokerCallback` tells the broker which trials have ended.
+
+    Args:
+        config: The trial's config: the configuration as JSON under "configuration", and the trial's id under
+            "__trial_info__"; see `private.light_trial_actors`.
+        storage: Not used, because this trial writes no files.
     """
 
-    trial_id: str
+    def __init__(self, config: dict[str, Any], storage: object = None) -> None:
+        self.reset(config)
 
-    def setup(self, config: dict[str, Any]) -> None:
-        """Take the configuration, which `config` has as JSON under "configuration"."""
+    def reset(self, new_config: dict[str, Any], storage: object = None) -> bool:
+        """Take another trial, so that Tune can reuse the process."""
+        self.trial_id = new_config["__trial_info__"]
+        self.num_results = 0
         self.broker = ray.get_actor(BROKER_NAME)
-        self.configuration = Configuration.from_json(config["configuration"])
+        self.configuration = Configuration.from_json(new_config["configuration"])
         self.reported_step = 0
         self.last_metrics: dict[str, Any] = {}
+        return True
 
     def step(self) -> dict[str, Any]:
         """Wait for the lane's next report, or its end, and return Tune's result."""
@@ -70,7 +77,6 @@ class LaneClient:
         task = self.configuration.task
         return {
             "step": step,
-            "evaluation": evaluation_index(self.configuration, step),
             "score": scores.get(task.metric, task.floor),
             "loss": scores["loss"],
         }
@@ -90,26 +96,6 @@ class LaneClient:
             return self.last_metrics
         task = self.configuration.task
         return self._metrics(step, {"loss": WORST_LOSS, task.metric: task.floor})
-
-
-class LaneTrial(LaneClient):
-    """The actor of a trial, with the methods of `tune.Trainable` that Tune calls for trials without a pause.
-
-    Args:
-        config: The trial's config, with the trial's id under "__trial_info__"; see
-            `private.light_trial_actors`.
-        storage: Not used, because this trial writes no files.
-    """
-
-    def __init__(self, config: dict[str, Any], storage: object = None) -> None:
-        self.reset(config)
-
-    def reset(self, new_config: dict[str, Any], storage: object = None) -> bool:
-        """Take another trial, so that Tune can reuse the process."""
-        self.trial_id = new_config["__trial_info__"]
-        self.num_results = 0
-        self.setup(new_config)
-        return True
 
     def train(self) -> dict[str, Any]:
         """Return the next result, with the entries that Tune reads from every result."""

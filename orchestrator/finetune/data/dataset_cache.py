@@ -23,22 +23,21 @@ from orchestrator.finetune.data.arrow_images import read_image_examples, seriali
 from orchestrator.finetune.data.arrow_rows import ArrowSequence
 from orchestrator.finetune.data.batches import Row, compute_max_row_length, iter_encoded_examples
 from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
-from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS, STORED_COUNTS_IN
+from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration, TaskChoice
 from orchestrator.util import timeouts, user_code
 from orchestrator.util.canonical_json import canonical_json
 from orchestrator.util.errors import UsageError
 
-# The names of columns are part of files that exist.
-EXAMPLE_COLUMNS = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
+EXAMPLE_COLUMNS = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "reference": TEXT, "counts_in": TEXT}
+"""The fields of `Example` in their order, except its image."""
 IMAGE_COLUMNS = {"answer": TEXT, "name": TEXT, "file": BYTES, "digest": TEXT}
 ROW_COLUMNS = {"ids": INTEGER_LIST, "targets": INTEGER_LIST, "prompt": INTEGER_LIST, "second": INTEGER}
 """The columns of `Row`, except its image. Targets of regression tasks are a FLOAT_LIST."""
 
-_COUNTS_IN_OF_STORED: Mapping[str, Any] = {stored: name for name, stored in STORED_COUNTS_IN.items()}
 
-FORMAT_VERSION = 2
-"""Raised by hand when other content is stored for the same task. 1: token ids without the tokenizer's BOS."""
+FORMAT_VERSION = 1
+"""Raised by hand when other content is stored for the same task."""
 
 
 @dataclass(frozen=True)
@@ -189,22 +188,13 @@ def _example_file(folder: Path, choice: TaskChoice, task: Task, split: Split) ->
     cache_key = _example_cache_key(choice, task, split)
     if task.inputs == "image":
         return ArrowFile(folder, "examples", cache_key, IMAGE_COLUMNS, read_image_examples)
-    make_view = partial(ArrowSequence, factory=_deserialize_example)
+    make_view = partial(ArrowSequence, factory=Example)
     return ArrowFile(folder, "examples", cache_key, EXAMPLE_COLUMNS, make_view)
 
 
 def _serialize_example(example: Example) -> dict[str, Any]:
     """Return the values of an example's columns."""
-    scored = STORED_COUNTS_IN[example.counts_in]
-    values = (example.prompt, example.answer, example.pair, example.reference, scored)
-    return dict(zip(EXAMPLE_COLUMNS, values, strict=True))
-
-
-def _deserialize_example(
-    prompt: str, answer: str, pair: str | None, truth: str | None, scored: str
-) -> Example:
-    """Return the example of a row of a file; the parameters are its columns."""
-    return Example(prompt, answer, pair, truth, _COUNTS_IN_OF_STORED[scored])
+    return {name: getattr(example, name) for name in EXAMPLE_COLUMNS}
 
 
 def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:
@@ -213,7 +203,6 @@ def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str
     return {
         "format": FORMAT_VERSION,
         "task": task.content or task.name,
-        "file": "",  # earlier versions had a hash of a task's file here; the key must stay the same
         "revision": choice.revision,
         "split": split,
         "size": size,

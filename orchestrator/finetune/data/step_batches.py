@@ -67,7 +67,7 @@ def plan_row_counts(lengths: Sequence[int], batches: BatchConfig) -> tuple[int, 
         lengths: Padded lengths of training rows, at least one.
         batches: The number of micro-batches, and their mean number of rows.
     """
-    count, total = batches.accumulation_steps, batches.accumulation_steps * batches.micro_batch_size
+    count, total = batches.accumulation, batches.accumulation * batches.batch_size
     descending = sorted((max(1, length) for length in lengths), reverse=True)
     expected = [descending[(2 * i + 1) * len(descending) // (2 * total)] for i in range(total)]
     for limit in sorted({length * rows for length in set(expected) for rows in range(1, total + 1)}):
@@ -174,7 +174,7 @@ class StepBatchLoader:
 
     def _make(self, key: StepKey) -> StepBatches:
         """Build this worker's batches of one step."""
-        size, count = key.batches.micro_batch_size, key.batches.accumulation_steps
+        size, count = key.batches.batch_size, key.batches.accumulation
         numbers = shuffled_indices(key.seed, len(self._rows), key.step * size * count, size * count)
         # The longest first: a step that does not fit the memory then fails in its first micro-batch.
         drawn = sorted((self._rows[number] for number in numbers), key=lambda row: -len(row.ids))

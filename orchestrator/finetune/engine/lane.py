@@ -298,14 +298,13 @@ class Lane:
         moments = {moment: {name: state[moment] for name, state in stepped.items()} for moment in MOMENTS}
         if stepped:
             moments[STEP_COUNTERS] = {"all": torch.stack([state["step"] for state in stepped.values()])}
-        # The keys are part of files that exist, so two have names of earlier versions.
         state = {
             "curve": [asdict(s) for s in self.curve],
             "evaluations": [asdict(e) for e in self.evaluations],
-            "watch": self.divergence_detector.state_dict(),
+            "divergence": self.divergence_detector.state_dict(),
             "seconds": list(self.seconds.values()),
             "tokens": self.tokens,
-            "pack_lanes": self.peak_group_size,
+            "peak_group_size": self.peak_group_size,
             "peak_memory": self.peak_memory,
             "resumed_from": self.resumed_from,
             "started": self.started,
@@ -321,11 +320,10 @@ class Lane:
         self.step = checkpoint.step
         self.curve = [StepMetrics(**s) for s in state["curve"]]
         self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
-        self.divergence_detector.load_state_dict(state["watch"])
-        # Checkpoints of earlier versions have only the first two of these fields.
-        self.seconds.update(zip(TIME_FIELDS, state["seconds"], strict=False))
-        self.tokens, self.peak_group_size = state["tokens"], state["pack_lanes"]
-        self.peak_memory = state.get("peak_memory", 0)  # earlier versions did not measure it
+        self.divergence_detector.load_state_dict(state["divergence"])
+        self.seconds.update(zip(TIME_FIELDS, state["seconds"], strict=True))
+        self.tokens, self.peak_group_size = state["tokens"], state["peak_group_size"]
+        self.peak_memory = state["peak_memory"]
         self.started = state["started"]
         self.resumed_from = (*state["resumed_from"], checkpoint.step)
         self._restore_optimizer(checkpoint.moments)
@@ -335,9 +333,7 @@ class Lane:
     def _restore_optimizer(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Set AdamW's state of the parameters that have moments in a checkpoint."""
         names = sorted(name for name in moments.get(MOMENTS[0], {}) if name in self.parameters)
-        counters = torch.full((len(names),), float(self.step))  # checkpoints of earlier versions have none
-        counters = moments.get(STEP_COUNTERS, {}).get("all", counters)
-        for name, counter in zip(names, counters, strict=True):
+        for name, counter in zip(names, moments[STEP_COUNTERS]["all"] if names else (), strict=True):
             parameter = self.parameters[name]
             # The step counter of fused AdamW is a float32 tensor on the parameter's device.
             self.optimizer.state[parameter] = {

@@ -236,7 +236,7 @@ class LaneGroup:
             configuration: The configuration.
             number: The number of the batch, counted from the start of training.
         """
-        count = configuration.batches.micro_batch_size
+        count = configuration.batches.batch_size
         batch = make_training_batch(
             self.data.train,
             configuration.seed,
@@ -304,7 +304,7 @@ class LaneGroup:
             if (extra := now.auxiliary_loss()) is not None:
                 # The auxiliary loss is a mean over these rows: weighted by their share of the step's rows,
                 # the parts add up to one mean over the step.
-                step_rows = sizes.micro_batch_size * sizes.accumulation_steps
+                step_rows = sizes.batch_size * sizes.accumulation
                 objective = objective + extra.sum() * (row_count / step_rows)
             objective.backward()
         weighted = losses * batch.weights.to(losses.dtype)

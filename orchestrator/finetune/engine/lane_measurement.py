@@ -50,4 +50,4 @@ def _count_tokens(lane_group: LaneGroup, configuration: Configuration) -> int:
     config = getattr(config, "vision_config", None) or config  # of CLIP
     patches = (getattr(config, "image_size", 0) // getattr(config, "patch_size", 1)) ** 2
     lengths = [min(len(row.ids), batches.max_length) if row.image is None else patches for row in rows]
-    return round(sum(lengths) / len(lengths) * batches.micro_batch_size)
+    return round(sum(lengths) / len(lengths) * batches.batch_size)

@@ -159,11 +159,8 @@ def _cache_key_hash(configuration: Configuration) -> str:
     choice = configuration.task
     key_fields: dict[str, Any] = {
         "task": asdict(replace(choice, name="" if choice.content else choice.name)),
-        "file": "",  # earlier versions had a hash of a task's file here; the key must stay the same
         "model": [configuration.model.content, configuration.model.dtype],
         "length": configuration.batches.max_length,
         "loop": configuration.loop_numerics,
     }
-    if not choice.content:
-        del key_fields["task"]["content"]  # earlier versions lack it
     return hashlib.sha256(canonical_json(key_fields)).hexdigest()[:16]

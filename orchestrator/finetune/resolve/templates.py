@@ -121,7 +121,7 @@ def build_configuration_templates(
 def _check_sizes(templates: Sequence[Configuration], options: StudyOptions, task: Task) -> None:
     for template in templates:  # --set may have changed the batch size
         batches = template.batches
-        size = batches.micro_batch_size * batches.accumulation_steps
+        size = batches.batch_size * batches.accumulation
         options.check_batch_size(size)
         if size > template.task.train_size and size != task.defaults.batch_size:
             raise UsageError(

@@ -128,8 +128,6 @@ class DataTask(Task):
             labels=spec.labels,
             max_new_tokens=spec.max_new_tokens,
             defaults=spec.defaults,
-            # The grader of numbers has version 2; see the numerics of `MetaMathQA`.
-            numerics=type(self).numerics + (spec.metric == "numeric"),
         )
 
     @staticmethod
@@ -254,8 +252,6 @@ class DataTask(Task):
 
 class ChatDataTask(DataTask):
     """A task of chats, encoded with the chat template of the model."""
-
-    numerics = 2  # 1: an answer that occurs in the end marker of its turn was not followed by that marker
 
     def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
         """Encode a chat with the model's chat template, or without one as lines of text, `role: content`.

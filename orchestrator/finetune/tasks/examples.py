@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Literal
+from typing import Literal, get_args
 
 from orchestrator.util.errors import UsageError
 
@@ -16,8 +16,7 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 HELD_OUT_SPLITS: tuple[Split, ...] = ("validation", "test")
 
-STORED_COUNTS_IN = {"both": "both", "loss": "loss", "metric": "grade"}
-"""The values of `Example.counts_in` as revisions and cached datasets spell them."""
+CountsIn = Literal["both", "loss", "metric"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +57,7 @@ class Example:
     answer: str
     pair: str | None = None
     reference: str | None = None
-    counts_in: Literal["both", "loss", "metric"] = "both"
+    counts_in: CountsIn = "both"
     image: Image | None = None
 
 
@@ -80,10 +79,10 @@ def check_examples(examples: Sequence[object], count: int, task: str, split: Spl
         if not isinstance(example, Example):
             kind = type(example).__name__
             raise UsageError(f"Task {task!r}: {split} example {number} is a {kind}; must be an Example.")
-        if example.counts_in not in STORED_COUNTS_IN:
+        if example.counts_in not in get_args(CountsIn):
             raise UsageError(
                 f"Task {task!r}: {split} example {number} has counts_in {example.counts_in!r}; "
-                f"must be one of {', '.join(STORED_COUNTS_IN)}."
+                f"must be one of {', '.join(get_args(CountsIn))}."
             )
         checked.append(example)
     if len(checked) < count:
@@ -205,10 +204,10 @@ def hash_examples(examples: Mapping[Split, Sequence[Example]], labels: Sequence[
 
 
 def _hashed_fields(example: Example) -> tuple[object, ...]:
-    """Return the fields that the revision depends on, with the names of earlier versions."""
+    """Return the fields that the revision depends on."""
     more: list[object] = [example.pair] if example.pair is not None else []
     if example.image is not None:
         more.append(example.image.digest)
     if example.reference is not None or example.counts_in != "both":
-        more.append({"truth": example.reference, "scored": STORED_COUNTS_IN[example.counts_in]})
+        more.append({"reference": example.reference, "counts_in": example.counts_in})
     return (example.prompt, example.answer, *more)

@@ -11,22 +11,6 @@ from orchestrator.study import bounds, space
 from orchestrator.study.configuration import Dtype
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-RENAMED_ATTRIBUTES = {
-    "answers": "output",
-    "graded": "grade_at",
-    "can_grade": "check_can_grade",
-    "encode_cut": "encode_truncated",
-}
-"""Attributes of a task by their names in earlier versions, and their names now."""
-RENAMED_VALUES = {
-    "forced": "teacher_forced",
-    "generated": "generation",
-    "label": "classification",
-    "value": "regression",
-    "always": "every_evaluation",
-    "at the end": "last_evaluation",
-}
-"""Values of `output` and `grade_at` in earlier versions, and their present values."""
 MAX_EXAMPLES = 1_000_000_000
 MAX_TOKENS = 10_000_000
 
@@ -46,7 +30,6 @@ def check(task: Task) -> None:
 
 
 def _find_problems(task: Task) -> Iterator[str]:
-    yield from _find_renamed(task)
     yield from _find_missing(task)
     yield from _find_unknown_choices(task)
     yield from _find_broken_rules(task, _task_rules(task))
@@ -60,13 +43,6 @@ def _find_problems(task: Task) -> Iterator[str]:
         return
     yield from _find_broken_rules(defaults, _default_rules(task))
     yield from _find_bad_learning_rates(defaults.learning_rates)
-
-
-def _find_renamed(task: Task) -> Iterator[str]:
-    for old, new in RENAMED_ATTRIBUTES.items():
-        if hasattr(task, old):
-            value = RENAMED_VALUES.get(str(getattr(task, old)))
-            yield f"{old} is now called {new}; rename it" + (f", with the value {value!r}" if value else "")
 
 
 def _find_missing(task: Task) -> Iterator[str]:
@@ -87,10 +63,7 @@ def _find_unknown_choices(task: Task) -> Iterator[str]:
         ("grade_at", task.grade_at, get_args(GradeAt)),
     ):
         if value not in choices:
-            renamed = RENAMED_VALUES.get(str(value))
-            is_old = renamed in choices
-            fix = f"it is now called {renamed!r}" if is_old else suggest_nearest(str(value), choices)
-            yield f"{name} is {value!r}; {fix}"
+            yield f"{name} is {value!r}; {suggest_nearest(str(value), choices)}"
     if task.output == "classification" and len(set(task.labels)) < 2:
         yield f"labels is {task.labels!r}; must name two classes or more"
 

@@ -55,7 +55,7 @@ class Broker(RuleBasedStateMachine):
     def start(self, pauses: bool, in_lockstep: bool) -> None:
         """Start a broker, three trials and a trainer.
 
-        With `in_lockstep`, the trials in `teardown` ask for their next reports together, as under HyperBand.
+        With `in_lockstep`, the trials in `teardown` ask for their next reports together.
         """
         self.pauses, self.in_lockstep = pauses, in_lockstep
         self.records: dict[str, Record] = {}

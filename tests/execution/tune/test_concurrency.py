@@ -15,7 +15,7 @@ from search_drive import Drive, space
 from orchestrator.execution.ray.runtime import Cluster, Node
 from orchestrator.execution.trainers.pool import PoolConfig
 from orchestrator.execution.trainers.trainer import TrainerSpec
-from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limits
+from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limit
 from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
 HEAVY = ("ray.tune", "ray.train", "torch", "transformers", "pandas", "pyarrow")
@@ -27,46 +27,45 @@ def pool(trainers: int, lanes: int, gpus: float = 0, **options: Any) -> PoolConf
     return PoolConfig(trainers, spec, elastic=gpus > 0)
 
 
-@pytest.mark.parametrize("scheduler", ["none", "asha", "median"])
-def test_a_lane_of_each_trainer_waits_for_the_next_free_slot(scheduler: str) -> None:
-    assert trial_limits(pool(2, 4), LARGE, scheduler, capacities=[4, 4])[0] == 2 * (4 + 1)
-    assert trial_limits(pool(3, 1), LARGE, scheduler, capacities=[1, 1, 1])[0] == 3 * (1 + 1)
+def test_a_lane_of_each_trainer_waits_for_the_next_free_slot() -> None:
+    assert trial_limit(pool(2, 4), LARGE, capacities=[4, 4]) == 2 * (4 + 1)
+    assert trial_limit(pool(3, 1), LARGE, capacities=[1, 1, 1]) == 3 * (1 + 1)
 
 
 def test_on_this_machine_trials_start_when_trainers_are_there() -> None:
-    assert trial_limits(pool(2, 8), LARGE, "none")[0] == 2
-    assert trial_limits(pool(2, 8), LARGE, "none", capacities=[8])[0] == (8 + 1) + 1
-    assert trial_limits(pool(2, 8), replace(LARGE, local=False), "none")[0] == 2 * (8 + 1)
+    assert trial_limit(pool(2, 8), LARGE) == 2
+    assert trial_limit(pool(2, 8), LARGE, capacities=[8]) == (8 + 1) + 1
+    assert trial_limit(pool(2, 8), replace(LARGE, local=False)) == 2 * (8 + 1)
 
 
 def test_a_joined_cluster_may_grow() -> None:
     joined = replace(LARGE, local=False)
     elastic = replace(pool(2, 4), elastic=True)
-    assert trial_limits(elastic, joined, "none")[0] == 2 * 2 * (4 + 1)
-    assert trial_limits(pool(2, 4), joined, "none")[0] == 2 * (4 + 1)
-    assert trial_limits(pool(2, 4, gpus=1), joined, "none")[0] == 8 * (4 + 1)
+    assert trial_limit(elastic, joined) == 2 * 2 * (4 + 1)
+    assert trial_limit(pool(2, 4), joined) == 2 * (4 + 1)
+    assert trial_limit(pool(2, 4, gpus=1), joined) == 8 * (4 + 1)
 
 
 def test_memory_of_nodes_that_an_autoscaler_may_start_counts() -> None:
     head = Cluster((Node(4, 0, 10 * 2 * TRIAL_MEMORY_BYTES),), local=False)
     growing = replace(pool(1, 4, gpus=1), autoscaler_capacity=16)
-    assert trial_limits(growing, head, "none")[0] == 10
+    assert trial_limit(growing, head) == 10
     with_memory = replace(growing, autoscaler_memory=50 * 2 * TRIAL_MEMORY_BYTES)
-    assert trial_limits(with_memory, head, "none")[0] == 50
+    assert trial_limit(with_memory, head) == 50
     unlimited = replace(with_memory, autoscaler_memory=2.0**40)
-    assert trial_limits(unlimited, head, "none")[0] == 16 * (4 + 1)
+    assert trial_limit(unlimited, head) == 16 * (4 + 1)
 
 
 def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
-    assert trial_limits(pool(2, 4), LARGE, "none", is_search=True)[0] == 2 * 4
-    assert trial_limits(pool(1, 1), LARGE, "asha", is_search=True)[0] == 1
+    assert trial_limit(pool(2, 4), LARGE, is_search=True) == 2 * 4
+    assert trial_limit(pool(1, 1), LARGE, is_search=True) == 1
 
 
 def test_the_trials_of_trainers_that_measure_follow_their_lanes() -> None:
     measured = pool(2, 8, gpus=1, measures_lanes=True)
-    assert trial_limits(measured, LARGE, "none", capacities=[8, 6])[0] == (8 + 1) + (6 + 1)
-    assert trial_limits(measured, LARGE, "none", capacities=[1, 1])[0] == 2 * (4 + 1), "not measured yet"
-    assert trial_limits(measured, LARGE, "none", is_search=True)[0] == 2 * 4
+    assert trial_limit(measured, LARGE, capacities=[8, 6]) == (8 + 1) + (6 + 1)
+    assert trial_limit(measured, LARGE, capacities=[1, 1]) == 2 * (4 + 1), "not measured yet"
+    assert trial_limit(measured, LARGE, is_search=True) == 2 * 4
     assert pool(1, 2, measures_lanes=True).spec.expected_lanes == 2
     assert pool(1, 8).spec.expected_lanes == 8
 
@@ -75,7 +74,7 @@ def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
     measured = pool(2, 8, gpus=1, measures_lanes=True)
 
     def limit(*capacities: int) -> int | None:
-        return trial_limits(measured, LARGE, "none", is_search=True, capacities=capacities)[0]
+        return trial_limit(measured, LARGE, is_search=True, capacities=capacities)
 
     assert limit() == 2 * 4
     assert limit(8) == 8 + 4, "the other trainer has not measured"
@@ -84,7 +83,7 @@ def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
     assert limit(12, 8) == 2 * 8, "no more than the trainer may choose"
     assert limit(8, 8, 8) == 2 * 8
     small = Cluster((Node(8, 2, 10 * 2 * TRIAL_MEMORY_BYTES),))
-    assert trial_limits(measured, small, "none", is_search=True, capacities=[8, 8])[0] == 10
+    assert trial_limit(measured, small, is_search=True, capacities=[8, 8]) == 10
 
 
 def test_the_limit_of_a_running_search_rises_and_falls(tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ def test_trials_share_a_light_process_and_their_ends_are_seen(
     from ray.train._internal.storage import StorageContext
     from ray.tune.stopper import TimeoutStopper
 
+    from orchestrator.execution.session import LaneTrainable
     from orchestrator.execution.tune.fifo import ConfigurationListGenerator, LiveTrialFIFOScheduler
-    from orchestrator.execution.tune.trainable import LaneTrainable
     from orchestrator.execution.tune.trial_events import ABORTED, BrokerCallback
 
     monkeypatch.setenv("TUNE_RESULT_BUFFER_LENGTH", "5")

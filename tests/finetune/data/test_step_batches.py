@@ -53,7 +53,7 @@ def assert_equal(found: StepBatches, expected: StepBatches) -> None:
 @given(SIZES, st.integers(0, 40))
 def test_a_step_has_the_rows_that_it_draws_the_longest_first(sizes: BatchConfig, step: int) -> None:
     (made,) = loader().load([StepKey(3, step, sizes)])
-    count = sizes.micro_batch_size * sizes.accumulation_steps
+    count = sizes.batch_size * sizes.accumulation
     drawn = [ROWS[number] for number in shuffled_indices(3, len(ROWS), step * count, count)]
     lengths = [length for batch in made.batches for length in batch.lengths.tolist()]
     assert lengths == sorted((len(r.ids) for r in drawn), reverse=True)
@@ -95,7 +95,7 @@ def test_micro_batches_have_at_most_the_tokens_of_those_with_equal_numbers_of_ro
     lengths: list[int], sizes: BatchConfig
 ) -> None:
     counts = plan_row_counts(lengths, sizes)
-    size, count = sizes.micro_batch_size, sizes.accumulation_steps
+    size, count = sizes.batch_size, sizes.accumulation
     assert len(counts) == count
     assert sum(counts) == size * count
     assert min(counts) >= 1
@@ -111,7 +111,7 @@ def test_micro_batches_have_at_most_the_tokens_of_those_with_equal_numbers_of_ro
 @settings(max_examples=30)
 @given(SIZES, st.integers(1, 6))
 def test_the_parts_of_the_workers_are_the_step_of_one_worker(sizes: BatchConfig, workers: int) -> None:
-    workers = min(workers, sizes.micro_batch_size * sizes.accumulation_steps)
+    workers = min(workers, sizes.batch_size * sizes.accumulation)
     key = StepKey(1, 2, sizes)
     (whole,) = loader().load([key])
     parts: dict[tuple[int, int], Batch] = {}

@@ -104,7 +104,7 @@ def test_calibration_uses_the_batches_that_the_lane_trains_on(variant: str, stor
 
     train(Script(leases([c])), store, load_base_model=load)
     # Evaluation uses batches of another size.
-    batches = [ids for ids in seen if len(ids) == c.batches.micro_batch_size]
+    batches = [ids for ids in seen if len(ids) == c.batches.batch_size]
     assert len(batches) == 2 + c.lr_schedule.steps
     assert all(torch.equal(first, second) for first, second in zip(batches[:2], batches[2:4], strict=True))
 

@@ -85,7 +85,7 @@ def test_a_trainer_measures_one_lane_then_two_then_grows_and_the_next_one_knows(
 
 def device_key(store: Store) -> str:
     (path,) = store.lane_capacity.glob("*.json")
-    return str(json.loads(path.read_text())["place"])
+    return str(json.loads(path.read_text())["device_key"])
 
 
 def test_a_variant_that_trains_alone_is_not_measured_further(store: Store) -> None:
@@ -123,15 +123,6 @@ def test_a_measurement_and_the_limit_of_an_out_of_memory_error_are_kept_beside_e
     assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") == 6
     lane_capacity.write_measured(tmp_path, "shape", "gpu", replace(MEASURED, lanes=2))
     assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") == 6
-
-
-def test_a_capacity_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    path = lane_capacity.capacity_file(tmp_path, "shape", "gpu")
-    path.write_text('{"shape": "shape", "place": "gpu", "lanes": 3, "tried": 6}')
-    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") == 3
-    assert lane_capacity.read_measured(tmp_path, "shape", "gpu") is None
-    path.write_text('{"shape": "shape", "place": "gpu", "measured": {"lanes": "many"}}')
-    assert lane_capacity.read_measured(tmp_path, "shape", "gpu") is None
 
 
 def test_the_smaller_of_both_limits_counts(store: Store) -> None:

@@ -103,8 +103,8 @@ def theirs(
         batch = make_training_batch(
             lane_group.data.train,
             one.seed,
-            step * batches.micro_batch_size,
-            batches.micro_batch_size,
+            step * batches.batch_size,
+            batches.batch_size,
             length,
             0,
         )
@@ -124,7 +124,7 @@ def theirs(
         model,
         transformers.TrainingArguments(
             output_dir=str(folder),
-            per_device_train_batch_size=batches.micro_batch_size,
+            per_device_train_batch_size=batches.batch_size,
             max_steps=STEPS,
             learning_rate=options.learning_rate,
             lr_scheduler_type=one.lr_schedule.name,

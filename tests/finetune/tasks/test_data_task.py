@@ -252,7 +252,6 @@ def test_the_metric_decides_what_the_model_produces(
 ) -> None:
     task = task_of(write(tmp_path / "rows.csv", rows), metric=metric)
     assert (task.output, task.metric) == (output, name)
-    assert task.choice().numerics == (2 if name == "numeric" else 1), "its grader has changed"
     assert (task.max_new_tokens > 0) == (output == "generation")
     assert task.floor == (pytest.approx(2 / 3, abs=0.2) if name == "accuracy" else 0.0)
     if task.has_head:

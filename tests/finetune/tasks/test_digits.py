@@ -55,10 +55,6 @@ def test_smaller_sizes_are_prefixes_and_too_large_ones_are_refused() -> None:
         task.load(replace(task.choice(), validation_size=281))
 
 
-def test_the_revision_is_that_of_all_earlier_records() -> None:
-    assert Digits().revision() == "e21c2cbbae64372c"
-
-
 def test_an_image_file_contains_the_pixels_of_scikit_learn() -> None:
     data = load_digits()
     for digit, images in _images_by_digit().items():

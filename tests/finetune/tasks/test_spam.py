@@ -143,7 +143,7 @@ def test_without_the_archive_the_error_names_the_command_that_fetches_it(
         Spam().examples("train", 1)
 
 
-def test_the_revision_of_spam_is_that_of_all_earlier_records() -> None:
+def test_the_data_of_spam_do_not_change() -> None:
     if not Spam.package.archive_path().is_file():
         pytest.skip("needs the mails: python -m orchestrator fetch data spam")
     assert Spam().revision() == "58839178bf0a5cc5"

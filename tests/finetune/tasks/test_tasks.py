@@ -160,7 +160,7 @@ def test_letters_are_equal_on_every_call_and_smaller_sizes_are_prefixes() -> Non
     random.seed(2)
     large = Letters().load(Letters().choice())
     assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
-    assert Letters().revision() == "a5033a656b6bf16d"  # the data of all earlier records
+    assert Letters().revision() == "a5033a656b6bf16d"
 
 
 def test_letters_answers_are_reversed_then_next() -> None:

@@ -80,7 +80,6 @@ class CodeFeedback(InstructionTask):
     name = "codefeedback"
     title = "CodeFeedback to HumanEval"
     metric = "pass_at_1"
-    numerics = 2  # 1: exceptions of programs, and objects that they return, were graded differently
     max_new_tokens = 512
     samples = 8
     temperature = 0.8

@@ -32,7 +32,6 @@ class GsmSymbolic(Task):
     default_model = "smollm2-135m"
     max_new_tokens = 90
     grade_at = "last_evaluation"
-    numerics = 2  # 1: the grader read the answer to a question that the model itself had added
     defaults = TaskDefaults(
         1200, 200, 200, steps=150, batch_size=8, max_length=160, evaluations=3, learning_rates=LEARNING_RATES
     )

@@ -61,7 +61,6 @@ class MetaMathQA(InstructionTask):
     title = "MetaMathQA to GSM8K"
     max_new_tokens = 512
     stop = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
-    numerics = 2  # 1: the grader read the answer to a question that the model itself had added
     defaults = instruction_defaults(100_000, 500, 1319, 1562, weight_decay=5e-4)
 
     def read_examples(self, split: Split) -> Iterator[Example]:
