@@ -153,8 +153,8 @@ def _is_present(folder: Path, mark: dict[str, str]) -> bool:
     """
     try:
         if folder.exists() or folder.is_symlink():
-            path, remedy = folder / MARK_FILE, "remove the folder"
-            if atomic_files.read_json(path, dict[str, Any], "an export", remedy) != mark:
+            file, remedy = folder / MARK_FILE, "remove the folder"
+            if atomic_files.read_json(file, dict[str, Any], "an export", remedy, has_checksum=False) != mark:
                 raise UsageError(f"--to {folder}: it exists, and is not this export; name a new folder.")
             return True
         parent = next(each for each in folder.absolute().parents if each.exists())
