@@ -53,8 +53,6 @@ class Study:
             self.options: StudyOptions = make_options({**defaults, **given}, options_class)
         except UsageError as error:
             raise (file.locate(error, [option_flag(name) for name in given]) if file else error) from None
-        if self.options.on is not None:
-            raise UsageError(f"on={self.options.on!r}: Python runs a study here; use the command with --on.")
 
     @property
     def command(self) -> str:

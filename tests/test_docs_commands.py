@@ -46,8 +46,6 @@ def test_the_commands_of_a_page_have_the_options_that_it_shows(page: Path) -> No
         words = [word.strip("'[]") for word in re.split(r"\s#", command)[0].split()]
         if not words or words[0].startswith("-"):
             continue
-        if words[0] == "check":
-            words = words[1:] if words[1:2] and words[1] in experiments() else ["study", *words[1:]]
         name, *rest = ["fetch-" + words[1], *words[2:]] if words[0] == "fetch" else words
         options = options_of(name)
         assert options is not None, f"{command!r}: there is no command {name!r}"

@@ -1,4 +1,4 @@
-"""The options of a study from a command line, and a run elsewhere when --on asks for one."""
+"""The options of a study from a command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from orchestrator.study.config_file import ConfigFile, group_title, option_groups, read_config
 from orchestrator.study.option_values import split_lists
 from orchestrator.study.option_words import given_values, option_words
-from orchestrator.study.options import CLUSTER_FILE, StudyOptions
+from orchestrator.study.options import StudyOptions
 from orchestrator.study.presets import complete_options, preset_defaults
 from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
@@ -66,25 +66,6 @@ def parse_with_config(
         return make_options(values, options_class), config
     except UsageError as error:
         raise (config.locate(error, words) if config else error) from None
-
-
-def run_elsewhere(options: StudyOptions) -> int | None:
-    """Run this process's command on a cluster if --on names one, or if the user says so when asked.
-
-    The user is asked if a cluster of `cluster.yaml` in this folder is up.
-
-    Returns:
-        The exit code of the command on the cluster; None if the command is to run on this machine.
-
-    Raises:
-        UsageError: A cluster is up, the command does not say where to run, and there is no terminal to ask;
-            or the command cannot run on the cluster.
-    """
-    if options.on is None and (options.dry_run or options.plan or not Path(CLUSTER_FILE).is_file()):
-        return None  # without looking for a cluster, which takes a moment
-    from orchestrator.cluster.remote.target import run_if_remote
-
-    return run_if_remote(options)
 
 
 def known_names() -> str:

@@ -166,15 +166,30 @@ class Gc(StoreLocation):
         return 0
 
 
-@dataclass(frozen=True)
-class Check:
-    """Check whether a study with these options could run, before it costs anything.
+@dataclass(frozen=True, kw_only=True)
+class Check(StoreLocation):
+    """Check whether a study's trainers have room, and whether all nodes are alike and share the store.
 
-    Write `check` before the name of an experiment, with the experiment's options: `check tuned --dry-run`.
-    Without a name it is `check study`. A running cluster is joined, else this machine is checked. Each
-    requirement is a line: ok, FAILED with a fix, or later (cannot be known yet). Nothing is trained or left
-    behind. Exit code 0, or 1 when a line says FAILED.
+    A running cluster is joined, else this machine is checked. Each requirement is a line: ok, or FAILED with
+    a fix. Nothing is trained or left behind. Exit code 0, or 1 when a line says FAILED. Data, model and
+    settings are checked by --plan of the study.
     """
+
+    trainers: int | None = None
+    """Number of trainers of the study. Default: as many as fit."""
+    gpus_per_worker: float | None = None
+    """GPUs of a worker, as in the study."""
+    workers_per_trainer: int = 1
+    """Workers of a trainer, as in the study."""
+
+    def run(self) -> int:
+        """Check the machines and return the exit code."""
+        from orchestrator.cluster.check import check_machines
+        from orchestrator.study.option_groups import ResourceOptions
+
+        asked = {name: getattr(self, name) for name in ("trainers", "gpus_per_worker", "workers_per_trainer")}
+        ResourceOptions(**asked).check_resources()
+        return int(not check_machines(self.store_folder, **asked))
 
 
 COMMANDS: dict[str, type[Any]] = {
@@ -187,5 +202,4 @@ COMMANDS: dict[str, type[Any]] = {
     "fetch-model": FetchModel,
     "fetch-data": FetchData,
 }
-"""Name of each command -> the class of its options, whose method `run` returns the exit code. The options of
-`check` are those of an experiment; see `program.run_command`."""
+"""Name of each command -> the class of its options, whose method `run` returns the exit code."""

@@ -28,7 +28,7 @@ from orchestrator.study.option_words import option_flag
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 
 TEXT_METAVARS = {
-    **dict.fromkeys(("data", "validation_data", "test_data", "on"), "PATH"),
+    **dict.fromkeys(("data", "validation_data", "test_data"), "PATH"),
     **dict.fromkeys(("learning_rates", "head_learning_rate"), "RATE"),
     "columns": "ROLE=COLUMN",
     "set": "NAME=VALUE",

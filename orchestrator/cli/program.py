@@ -20,9 +20,7 @@ from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM, format_comm
 from orchestrator.util.status_line import print_status
 
 if TYPE_CHECKING:
-    from orchestrator.launch.experiment import Experiment
     from orchestrator.study.config_file import ConfigFile
-    from orchestrator.study.options import StudyOptions
 
 HELP_OPTIONS, VERSION_OPTIONS = ("-h", "--help"), ("--version", "-V")
 _FIRST_STEPS = """\
@@ -33,7 +31,7 @@ Type first:
   {program} study --help        options: --variants, --task, ...
   {program} study --plan        what it would train, time, price
   {program} study --data A.csv  a study on data of your own
-  {program} check               is all here that it needs?
+  {program} check               do these machines suffice?
   {program} study               the study; repeat it after a crash
 """
 
@@ -92,56 +90,27 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
     """
     if not set(HELP_OPTIONS) & set(words):
         print_status("Reading libraries, data, models and records ...")
-    from orchestrator.cli.commands import COMMANDS, Check
+    from orchestrator.cli.commands import COMMANDS
     from orchestrator.experiments.catalogue import experiments
 
-    does_check = name == "check"
-    if does_check:
-        name, words, program = _checked_experiment(words, program)
-    elif name in COMMANDS:
+    if name in COMMANDS:
         return int(_parse(COMMANDS[name], inspect.getdoc(COMMANDS[name]) or "", words, program).run())
     if name not in experiments():
         choices = [_typed_name(each) for each in (*experiments(), *COMMANDS)]
         raise UsageError(f"{name!r} is no command of {_program()}. {suggest_nearest(name, choices)}")
     experiment = experiments()[name]
     description = experiment.description.replace(f"{INSTALLED_PROGRAM} {name}", program)
-    if does_check:
-        description = inspect.getdoc(Check) or ""
     if not experiment.trains:
         return experiment.run(_parse(experiment.options_class, description, words, program))
-    from orchestrator.cli.arguments import parse_with_config, repeatable_command, run_elsewhere
+    from orchestrator.cli.arguments import parse_with_config, repeatable_command
 
     options, config = parse_with_config(description, experiment.options_class, words, program)
     with _located_errors(config, words):
-        code = None if does_check and options.on is None else run_elsewhere(options)
-        if code is not None:
-            return code
         from orchestrator.launch.experiment import StudyRequest
 
-        if does_check:
-            return experiment.run(options, StudyRequest(options, preflight=_preflight))
         # The command that is stored does not depend on a file that may change or be moved.
         command = repeatable_command(program, options) if options.config else ""
         return experiment.run(options, StudyRequest(options, command))
-
-
-def _checked_experiment(words: Sequence[str], program: str) -> tuple[str, Sequence[str], str]:
-    """Return the experiment whose name follows `check`, its options, and the program with that name."""
-    from orchestrator.experiments.catalogue import experiments
-
-    if not words or words[0].startswith("-"):
-        return "study", words, program
-    names = [each.name for each in experiments().values() if each.trains]
-    if words[0] not in names:
-        raise UsageError(f"check {words[0]!r}: no experiment to check. {suggest_nearest(words[0], names)}")
-    return words[0], words[1:], f"{program} {words[0]}"
-
-
-def _preflight(experiment: Experiment, options: StudyOptions) -> int:
-    from orchestrator.cluster.preflight.check import PreflightCheck
-
-    tasks = experiment.default_tasks(options.dry_run)
-    return PreflightCheck(options, tasks, experiment.default_variants(options.dry_run)).run()
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""The machines of a cluster: checks before a study, remote commands, processes on every node."""
+"""The machines of a cluster: checks of all nodes, the watcher of spot machines, and the stack on AWS."""

@@ -28,8 +28,6 @@ class StudyRequest:
     """Called with each plan that was printed."""
     on_study: Callable[[str, Path], object] = lambda name, folder: None
     """Called with the name and the folder of each study that begins."""
-    preflight: Callable[[Experiment, StudyOptions], int] | None = None
-    """Called in place of the study, to check whether it could run. It returns the exit code."""
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
-
-_UPLOAD = re.compile(r".*/uploads/[0-9a-f]{16}-([0-9a-f]{8})/")
-"""Start of the path of a file that `--on` has copied to the head. It contains a digest of the content and one
-of the path on the user's machine."""
 
 
 def find_other_files(study: StudyFile, sources: Sequence[Source]) -> list[tuple[Source, Source]]:
@@ -68,7 +63,7 @@ def _earlier_contents(study: StudyFile, sources: Sequence[Source]) -> list[Sourc
 
 def _place(path: str) -> str:
     """Return what identifies a file or folder; for a dataset of the hub, its name."""
-    return _UPLOAD.sub(r"uploads/\1/", os.path.realpath(path)) if os.path.isabs(path) else path
+    return os.path.realpath(path) if os.path.isabs(path) else path
 
 
 def _uses(store: Store, fingerprint: str, source: Source) -> bool:

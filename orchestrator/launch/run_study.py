@@ -75,8 +75,6 @@ def run_study(
         KeyboardInterrupt: The run was interrupted. Unfinished lanes keep their checkpoints.
         OSError: A file could not be written.
     """
-    if experiment.request.preflight is not None:
-        return experiment.request.preflight(experiment, options)
     if options.plan_gpu is not None:
         cost.require_card(options.plan_gpu)  # before any data is read
     if options.plan and options.preset:

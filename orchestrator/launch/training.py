@@ -91,13 +91,13 @@ def train_pending(
 def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster, scratch: Path) -> PoolConfig:
     """Check the cluster, and determine the number of trainers and their specification."""
     # Imported after `connect`, which sets the environment variables that Tune reads when it is imported.
-    from orchestrator.cluster.preflight.nodes import require_usable_cluster
+    from orchestrator.cluster.check import require_usable_cluster
     from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.execution.trainers.trainer import TrainerSpec
 
     store, node_types = context.store, autoscaler.startable_node_types(cluster)
     options = autoscaler.adapt_to_cluster(context.options, cluster, context.templates, node_types)
-    require_usable_cluster(cluster, store.root, store.bases, work.pending or work.requested)
+    require_usable_cluster(cluster, store.root)
     num_trainers, gpus_per_worker = cluster.plan_trainers(
         options.trainers, options.gpus_per_worker, options.workers_per_trainer
     )

@@ -26,8 +26,6 @@ from variants.variant_names import FILE_SUFFIX
 
 CONFIG_NAME = "study.yaml"
 """Name of the file in a study's folder."""
-UNSAVED = ("config", "on", "stop")
-"""Options that are not written: they do not belong to the study, but to one command."""
 PATH_OPTIONS = ("data", "validation_data", "test_data", "model", "output", "store")
 """Options whose words may be files or folders."""
 CODE_OPTIONS = ("task", "variants")
@@ -171,7 +169,7 @@ def write_config(
     values = {
         name: value if name == "model" and value in built_in_models else _writable(name, value)
         for name, value in given.items()
-        if name not in UNSAVED
+        if name != "config"
     }
     secret = [name for name, value in values.items() if redact_secrets(str(value)) != str(value)]
     shown = {name: value for name, value in values.items() if name not in secret}

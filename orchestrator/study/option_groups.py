@@ -219,14 +219,6 @@ class ResourceOptions:
     trainer_timeout: float | None = None
     """Seconds after which a study without any trainer ends. Default: 300, or 1800 where GPU nodes have to be
     started first."""
-    on: str | None = None
-    """Machine on which the command runs. The file of a running cluster, such as `cluster.yaml`: the cluster's
-    head. The output is shown here, Ctrl-C only detaches from the study, the same command follows the study
-    again, and at the end the reports are copied here. `here`: this machine. Default: join a Ray that runs
-    here or that RAY_ADDRESS names; otherwise, if ./cluster.yaml describes a running cluster, the program
-    asks."""
-    stop: bool = False
-    """With --on: end the study that this command has started there. Partial results are kept."""
 
     def check_resources(self) -> None:
         """Check the options of this group.
@@ -237,7 +229,6 @@ class ResourceOptions:
         bounds.check_bound("--trainers", self.trainers, bounds.MAX_TRAINERS)
         bounds.check_bound("--lanes-per-trainer", self.lanes_per_trainer, bounds.MAX_TRAINERS)
         bounds.check_bound("--workers-per-trainer", self.workers_per_trainer, bounds.MAX_TRAINERS)
-        _check_not_empty("--on", self.on)
         if self.gpus_per_worker is not None:
             _check_gpus_per_worker(self.gpus_per_worker)
             if self.workers_per_trainer > 1 and 0 < self.gpus_per_worker < 1:
@@ -263,7 +254,7 @@ class OutputOptions:
     """Name of the study. Default: script, task and model. The same name extends a study."""
     output: Path = field(default_factory=default_output)
     """Output folder, with the store and one folder of reports per study. Default: ORCHESTRATOR_OUTPUT, else
-    `results`. With --on: the folder that the reports are copied to."""
+    `results`."""
     store: Path | None = None
     """Folder of the records, shared by all studies. Default: `store` in the output folder."""
     tracking_uri: str | None = None

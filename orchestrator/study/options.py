@@ -35,10 +35,6 @@ OPTION_OF_HYPERPARAMETER = {
 }
 """Hyperparameter -> field of `StudyOptions` that sets it; --set and --space cannot set it as well. The batch
 size is not in this table, because --batch-size may be given together with batch sizes in --space."""
-LOCAL = "here"
-"""Value of --on for this machine."""
-CLUSTER_FILE = "cluster.yaml"
-"""File in the working directory that describes a cluster; used if --on is not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +79,6 @@ class StudyOptions(
         if self.plan_gpu is not None and (self.device == "cpu" or self.gpus_per_worker == 0):
             cpu = "--device cpu" if self.device == "cpu" else "--gpus-per-worker 0"
             raise UsageError(f"--plan-gpu {self.plan_gpu!r} with {cpu}: take one of the two away.")
-        if self.stop and (self.on in (None, LOCAL) or self.plan):
-            raise UsageError(
-                "--stop ends a study on a cluster: add --on cluster.yaml (here: Ctrl-C), without --plan."
-            )
 
     @property
     def search_method(self) -> str:

@@ -86,43 +86,19 @@ CONTROL_STORE_RECONNECT_SECONDS = 60.0
 """Ray's own default of RAY_gcs_rpc_server_reconnect_timeout_s."""
 CONTROL_STORE_JOIN_SECONDS = 5.0
 """Time for the thread that watches the control store to end; one of its checks takes a second at most."""
-RAYLET_TERMINATE_SECONDS = 10.0
-"""Time between SIGTERM and SIGKILL for the processes of a node whose head has ended."""
 DRAIN_TIMEOUT_SECONDS = 40.0
 """Time limit of `ray drain-node`, of the two minutes that a spot notice leaves: Ray's command line starts
 slowly on a busy machine."""
 
 # -- cloud machines
 
-SPOT_NOTICE_SECONDS = 120.0
+SPOT_NOTICE_SECONDS = 120
 """Time between AWS's spot notice and the end of the machine."""
 IMDS_REQUEST_SECONDS = 2.0
 """Time limit of a request to AWS's metadata service, which runs on the machine's own host."""
-IMDS_TOKEN_TTL_SECONDS = 21600
-"""Lifetime of a token of AWS's metadata service: the longest that it grants."""
-DRAIN_RETRY_SECONDS = 1.0
-"""Pause between two attempts to drain a node after a notice: Ray may still be starting."""
-INITIAL_BACKOFF_SECONDS = 1.0
-"""Pause before a command that has ended is restarted; doubled at each further end."""
-MAX_BACKOFF_SECONDS = 30.0
-"""Maximum of that pause."""
-STABLE_SECONDS = 60.0
-"""Running time of a command after which the pause is reset."""
-SERVER_STARTUP_SECONDS = 180.0
-"""Time for a server's first answer: MLflow migrates its database first."""
-SERVER_TERMINATE_SECONDS = 15.0
-"""Time between SIGTERM and SIGKILL for a supervised command."""
-CLUSTER_LOOKUP_SECONDS = 10.0
-"""Time for the look-up of a cluster that the user has not named, including the start of Ray's command."""
-SSH_CONNECT_SECONDS = 60.0
-"""Time for SSH to connect."""
-JOB_QUERY_SECONDS = 120.0
-"""Time limit of a job that only answers a question."""
 
-# -- preflight checks
+# -- checks of a cluster
 
-MAX_CLOCK_OFFSET_SECONDS = 2.0
-"""Largest allowed difference between the clocks of two nodes."""
 NODE_RESPONSE_SECONDS = 90.0
 """Time for a node's answer, including the start of a Ray process there."""
 STORAGE_VISIBILITY_SECONDS = 5.0
@@ -159,15 +135,9 @@ RAYLET_POLL_SECONDS = 1.0
 """Interval at which a worker checks whether its raylet is still there."""
 CONTROL_STORE_POLL_SECONDS = 2.0
 """Interval at which the driver connects to Ray's control store."""
-HEAD_POLL_SECONDS = 2.0
-"""Interval at which a node's watchdog connects to the head; also the time limit of the connection."""
 SPOT_POLL_SECONDS = 5.0
 """Interval at which the spot watcher asks for a notice, as recommended by AWS."""
-HEALTH_POLL_SECONDS = 5.0
-"""Interval at which the supervisor checks a command's health; also the time limit of that check."""
 PROGRESS_INTERVAL_SECONDS = 4.0
 """Interval of the lines that report the preparation of examples."""
 PLAIN_LINE_INTERVAL_SECONDS = 10.0
 """Interval of the lines that report a study's progress where there is no terminal."""
-JOB_POLL_SECONDS = 0.3
-"""Interval between two requests for the state of a job on a cluster's head."""

@@ -34,7 +34,7 @@ def test_the_help_of_a_command_fits_the_terminal(name: str, run: Run, tmp_path: 
     assert not [line for line in done.stdout.splitlines()[1:] if len(line) > 80]
     assert "None" not in done.stdout, "a word for the reader, or no word"
     assert "[STR" not in done.stdout
-    if name in ("study", "tuned", "sensitivity", "check"):
+    if name in ("study", "tuned", "sensitivity"):
         words = done.stdout.split()
         assert {"lora", "pissa", "letters", "metamathqa", "--variants"} <= set(words)
 

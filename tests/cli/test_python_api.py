@@ -23,7 +23,6 @@ WRONG = {
     "truth value": (("study", {"dry_run": "maybe"}), "true or false"),
     "bounds": (("study", {"rank": 0}), "--rank 0: must be 1 or more"),
     "list": (("study", {"variants": {"lora": 1}}), "list of words"),
-    "cluster": (("study", {"on": "cluster.yaml"}), "use the command"),
     "file": (("study", {"config": "none.yaml"}), "No such file"),
 }
 

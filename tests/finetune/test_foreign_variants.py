@@ -9,8 +9,6 @@ import pytest
 from scripted import Script, SimulatedCrashError, configuration, dies_at, leases, numbers_of, solo, train
 
 from orchestrator.analyze.report import write_report
-from orchestrator.cluster.remote import command_line, source_digest
-from orchestrator.cluster.remote.uploads import Uploads
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates
@@ -153,21 +151,3 @@ def test_views_of_a_record_take_the_name(name: str, tmp_path: Path) -> None:
     assert rows.column("variant_revision").to_pylist() == [one.variant.revision, None]
     summary = write_report(StudyFile("s", "?", command), [record], tmp_path / "report", "sqlite:///x.db")
     assert [curve.variant for panel in summary.panels for curve in panel.curves] == [one.variant.name]
-
-
-def test_a_file_of_the_project_is_named_on_a_cluster_by_its_path_in_the_project(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(command_line, "PROJECT_ROOT", tmp_path)
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments" / "own-variant.v2.py").write_text(OWN)
-    assert "experiments" in source_digest.SOURCE_FOLDERS
-    monkeypatch.chdir(tmp_path / "experiments")
-    options = StudyOptions(
-        variants=("lora", "peft:LOHA", "own-variant.v2.py"),
-        set=("own-variant.v2.py.factor=4", "lora.rank=2", "alpha=3"),
-    )
-    assert command_line.build_arguments(options, Uploads()) == [
-        *("--variants", "lora", "peft:LOHA", "experiments/own-variant.v2.py"),
-        *("--set", "experiments/own-variant.v2.py.factor=4", "lora.rank=2", "alpha=3"),
-    ]

@@ -93,17 +93,6 @@ def test_another_file_of_the_same_name_is_another_study(
     assert resolve_study(EXPERIMENT, options_of(output, two)).name == first.name
 
 
-def test_a_file_that_was_copied_to_a_head_once_more_is_the_same_file() -> None:
-    before, after, other = (
-        f"/home/ray/results/uploads/{content * 8}-{place * 4}/train.csv"
-        for content, place in (("0a", "2c"), ("1b", "2c"), ("1b", "3d"))
-    )
-    study = StudyFile("s", "?", "x").with_sources([Source("c" * 16, "train.csv", before)])
-    assert not find_other_files(study, [Source("d" * 16, "train.csv", after)])
-    assert find_other_files(study, [Source("d" * 16, "train.csv", other)]), "another folder of the user"
-    assert find_other_files(study, [Source("d" * 16, "train.csv", "/home/ray/train.csv")])
-
-
 def test_warnings_about_the_data_stay_with_the_study(mine: Path, run: Run) -> None:
     output, folder = mine.parent / "results", mine.parent / "f"
     write(folder / "train.csv", ROWS[:40])

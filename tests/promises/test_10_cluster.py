@@ -112,15 +112,9 @@ def for_own_machines(config: dict[str, Any], head: str, workers: list[str]) -> d
     changed["auth"] = {"ssh_user": "root", "ssh_private_key": Network.KEY}
     for only_aws in ("available_node_types", "head_node_type", "max_workers"):
         del changed[only_aws]
-    changed["setup_commands"] = [
-        each for each in config["setup_commands"] if "AWS_DEFAULT_REGION" not in each
-    ]
-    changed["setup_commands"].append("echo 'unset MLFLOW_TRACKING_URI' >> ~/.lora_env")
-    changed["head_setup_commands"] = []
     changed["head_start_ray_commands"] = [
         each.replace("ray start --head", f"{HEALTH} ray start --head {HEAD_SIZE}")
         for each in config["head_start_ray_commands"]
-        if "supervisor" not in each
     ]
     changed["worker_start_ray_commands"] = [
         each.replace("ray start", f"ray start {WORKER_SIZE}")

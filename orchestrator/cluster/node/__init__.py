@@ -1,1 +1,0 @@
-"""Processes that run on the nodes of cluster.yaml."""

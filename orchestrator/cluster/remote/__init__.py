@@ -1,1 +1,0 @@
-"""Studies on another cluster: --on cluster.yaml."""
