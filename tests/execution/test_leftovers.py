@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import signal
-import stat
 from collections import Counter
 from pathlib import Path
 
@@ -88,25 +87,12 @@ def test_kill_9_of_the_driver_leaves_nothing_that_runs_and_loses_nothing(
     assert not list((output / "store" / "scratch").iterdir())
 
 
-def listening(driver: psutil.Process) -> set[str]:
-    """Return the addresses on which a study and its Ray listen."""
-    found = set()
-    for process in (driver, *driver.children(recursive=True)):
-        sockets = process.net_connections("tcp")
-        found |= {each.laddr.ip.removeprefix("::ffff:") for each in sockets if each.status == "LISTEN"}
-    return found
-
-
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("no_cluster")
 def test_a_killed_control_store_ends_the_study_and_the_same_command_goes_on(
-    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: Path, tmp_path: Path
 ) -> None:
-    """Before the kill, the test checks what docs/security.md says about addresses and a new user's token."""
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
     before = study.rays()
     task = study.hold(tmp_path / "task", Store(output / "store"), records=1, step=10)
     arguments = (*THREE, *ONE_PLACE, "--task", str(task))
@@ -114,9 +100,6 @@ def test_a_killed_control_store_ends_the_study_and_the_same_command_goes_on(
     study.wait_for(lambda: study.held(task), process)
 
     driver = psutil.Process(process.pid)
-    assert listening(driver) == {"127.0.0.1"}
-    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
-
     (control_store,) = [p for p in driver.children() if p.name() == "gcs_server"]
     control_store.kill()
     code, out, err = study.end(process)

@@ -1,4 +1,4 @@
-"""Results of programs: labeled by hand, HumanEval's own solutions, and programs that never end."""
+"""Results of programs: labeled by hand, and HumanEval's own solutions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from orchestrator.util.errors import UsageError
 HERE = Path(__file__).parent
 WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
 """Limits for programs that end by themselves, so wide that a busy machine does not change the result."""
-SHORT = ProgramLimits(wall_seconds=0.5, cpu_seconds=1, memory_bytes=512 << 20)
-"""Limits for programs that never end."""
 
 
 def every_nth(number: int) -> Any:
@@ -52,14 +50,6 @@ def test_results_of_small_programs_agree_with_labels_written_by_hand(every: int)
     assert _disagreements(labelled[::every]) == []
 
 
-@every_nth(3)
-def test_exceptions_and_return_values_of_a_program_do_not_steer_its_tests(every: int) -> None:
-    labelled = [entry for group in _read("steering.yaml") for entry in _labelled(group, group["tests"])]
-    assert len(labelled) >= 80
-    assert "raise StopIteration" in labelled[3][0].program
-    assert _disagreements(labelled[::every]) == []
-
-
 SETS = """
 from dataclasses import dataclass
 @dataclass(frozen=True)
@@ -88,23 +78,6 @@ def same(objects): return objects == {*objects}
 def test_objects_of_a_program_have_the_hashes_that_their_class_defines(test: str) -> None:
     result = run(SETS, test, WIDE)
     assert result.passed, result.reason
-
-
-@every_nth(5)
-def test_no_fake_pass_counts_and_unusual_correct_programs_pass(every: int) -> None:
-    labelled = _labelled(_read("hostile.yaml"), "assert add(1, 2) == 3")
-    assert len(labelled) >= 80
-    assert _disagreements(labelled[::every]) == []
-
-
-@every_nth(4)
-def test_a_program_that_never_ends_is_killed(every: int) -> None:
-    hostile = [ProgramWithTests(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
-    small = [ProgramWithTests(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
-    assert len(hostile) >= 10
-    for result in grade_programs([*hostile, *small][::every], SHORT):
-        assert not result.passed
-        assert result.reason in ("out of time", "out of CPU time")
 
 
 @every_nth(7)

@@ -80,28 +80,6 @@ def test_an_ordinary_user_gets_complete_isolation_or_a_refusal_in_one_line(
     assert output == "namespaces passed" or refused, output
 
 
-def test_a_machine_without_namespaces_is_refused_in_one_line() -> None:
-    """The test runs in a user namespace without further namespaces, as with AppArmor and in containers."""
-    script = "from orchestrator.finetune.grading.sandbox.run import sandbox_level\n"
-    script += "try: print(sandbox_level())\nexcept Exception as e: print(e)"
-    command = f"echo 0 > /proc/sys/user/max_user_namespaces; exec '{sys.executable}' -c '{script}'"
-    done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "sh", "-c", command],
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    output = done.stdout.strip()
-    assert output.startswith(
-        "Programs written by a model are not run here: this machine does not allow a sandbox"
-    ), done
-    assert "unshare" in output
-    assert output.endswith("with no secrets in reach, ORCHESTRATOR_WEAK_SANDBOX=1.")
-    assert "\n" not in output
-
-
 WEAK = """
 from orchestrator.finetune.grading.sandbox.run import ProgramLimits, run
 program = '''
