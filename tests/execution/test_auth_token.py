@@ -1,4 +1,4 @@
-"""The permissions of the token file of a local Ray. A test with a real Ray is in test_leftovers.py."""
+"""The permissions of the token file of a local Ray. With a real Ray: tests/promises/test_12_security.py."""
 
 from __future__ import annotations
 
@@ -28,16 +28,6 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_a_new_token_is_the_users_alone(token: Path) -> None:
-    restrict_token_file(create_if_missing=True)
-    assert mode(token) == 0o600
-    first = token.read_text()
-    assert len(first) == 64
-    restrict_token_file(create_if_missing=True)
-    assert token.read_text() == first
-    assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
-
-
 def test_a_new_token_is_the_users_alone_without_hard_links(
     token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,14 +38,6 @@ def test_a_new_token_is_the_users_alone_without_hard_links(
     restrict_token_file(create_if_missing=True)
     assert (mode(token), len(token.read_text())) == (0o600, 64)
     assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
-
-
-def test_a_token_that_everybody_may_read_is_closed_and_kept(token: Path) -> None:
-    token.parent.mkdir()
-    token.write_text("of a cluster")
-    assert mode(token) == 0o644
-    restrict_token_file(create_if_missing=False)
-    assert (mode(token), token.read_text()) == (0o600, "of a cluster")
 
 
 @pytest.mark.parametrize(
