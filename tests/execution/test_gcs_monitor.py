@@ -1,6 +1,6 @@
 """The time after which a study ends because Ray's control store (GCS) is silent, on a simulated clock.
 
-test_leftovers.py kills a real GCS.
+No test kills a real GCS.
 """
 
 from __future__ import annotations
