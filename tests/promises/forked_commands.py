@@ -49,11 +49,11 @@ class Commands:
             start_new_session=True,
         )
 
-    def run(self, *words: str | Path, cwd: Path) -> as_a_user.Result:
-        """Run a command in the folder `cwd` and return what it gave."""
+    def run(self, *words: str | Path, cwd: Path, **variables: str) -> as_a_user.Result:
+        """Run a command in the folder `cwd`, with environment variables, and return what it gave."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([[str(word) for word in words], str(cwd)]) + "\n")
+        self._process.stdin.write(json.dumps([[str(word) for word in words], str(cwd), variables]) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, "the process that runs the commands has ended"
@@ -101,10 +101,12 @@ def main() -> None:
         _warm_up(words)
     replies = sys.stdout
     for line in sys.stdin:
-        words, cwd = json.loads(line)
+        words, cwd, variables = json.loads(line)
         with tempfile.TemporaryFile(dir="/dev/shm") as out, tempfile.TemporaryFile(dir="/dev/shm") as err:
             child = os.fork()
             if child == 0:
+                os.environ.update(variables)
+                tempfile.tempdir = None  # found again, by the variables
                 _run(words, cwd, out, err)
             _, status = os.waitpid(child, 0)
             texts = []

@@ -393,6 +393,16 @@ def test_a_pipe_is_refused_and_not_waited_for(what: str, commands: Commands, tmp
     refuse(commands, f"study --plan {what} {name}", name, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("RAY_ADDRESS", "nonsense"), ("RAY_ADDRESS", "127.0.0.1:9"), ("TMPDIR", "/none")]
+)
+def test_an_environment_in_which_ray_cannot_start_is_refused(
+    name: str, value: str, commands: Commands, tmp_path: Path
+) -> None:
+    assert_refused(commands.run("study", "--dry-run", cwd=tmp_path, **{name: value}), f"{name} {value}")
+    assert not content(tmp_path)
+
+
 def test_a_file_in_place_of_a_studys_folder_is_refused(
     commands: Commands, model: Path, tmp_path: Path
 ) -> None:
