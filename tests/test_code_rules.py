@@ -14,7 +14,7 @@ BUDGETS = {
     "orchestrator": (416, 29641),
     "orchestrator/analyze": (105, 7374),
     "orchestrator/cli": (7, 508),
-    "orchestrator/cluster": (27, 1521),
+    "orchestrator/cluster": (3, 260),
     "orchestrator/execution": (43, 3521),
     "orchestrator/experiments": (6, 125),
     "orchestrator/export": (4, 468),

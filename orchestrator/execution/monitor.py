@@ -22,7 +22,6 @@ from orchestrator.execution.tune.trial_events import ABORTED, PendingStops
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.util import timeouts
 from orchestrator.util.graceful_interrupts import interrupt_main_thread
-from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 
 class StudyMonitor(threading.Thread):
@@ -59,9 +58,9 @@ class StudyMonitor(threading.Thread):
         self.steps_taken: dict[str, int] = {}
         """Optimizer steps by trainer."""
         self.error: Exception | None = None
-        self.clock = SuspendTolerantClock()
         # The broker may take as long to start as a trainer.
-        self.last_contact = self.clock() + pool.spec.start_timeout
+        self.silent_since: float | None = time.monotonic() + pool.spec.start_timeout
+        """Time of the first poll without an answer; None after an answer."""
 
     def run(self) -> None:
         """Start the first trainers, then poll until `close` is called or the study cannot continue."""
@@ -69,9 +68,11 @@ class StudyMonitor(threading.Thread):
         while not self.stop_requested.wait(timeouts.SESSION_POLL_SECONDS):
             try:
                 self._poll()
-                self.last_contact = self.clock()
+                self.silent_since = None
             except RayError as error:  # the broker restarts; lanes that end meanwhile are in the store
-                if self.clock() - self.last_contact > timeouts.BROKER_LOST_SECONDS:
+                now = time.monotonic()
+                self.silent_since = self.silent_since or now
+                if now - self.silent_since > timeouts.BROKER_LOST_SECONDS:
                     self.pool.failure_reason = (
                         f"The broker has been lost for {timeouts.BROKER_LOST_SECONDS:g} s: "
                         f"{format_ray_error(error)}. Finished work is kept; run the command again."

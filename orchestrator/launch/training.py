@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.execution.progress import Progress, format_duration
-from orchestrator.execution.ray import autoscaler, gcs_monitor, runtime
+from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.rungs import submission_order
 from orchestrator.launch.stages import LaterConfigurations
 from orchestrator.launch.study_context import StudyContext
@@ -43,8 +43,7 @@ def train_pending(
         context: The run.
         work: The configurations to train.
         progress: Shows the progress of the training.
-        writers: Log to MLflow and other trackers. They are closed early if Ray's control store is lost,
-            which ends the process.
+        writers: Log to MLflow and other trackers. They are closed early if a signal ends the start of Ray.
         on_record: Called with every new record, from another thread.
         on_configuration: Called with every added configuration, and True if the store has its result already.
 
@@ -66,7 +65,6 @@ def train_pending(
         scratch_folder(context.store) as scratch,
         runtime.connect(close_writer) as cluster,
         graceful_interrupts(context.budget.request_stop),
-        gcs_monitor.watch_gcs(cluster, progress.notify, close_writer),
     ):
         pool_config = _plan_pool(context, work, cluster, scratch)
         for warning in data_warnings(context.sources()):

@@ -223,26 +223,7 @@ def interrupt_main_thread() -> None:
     signal.pthread_kill(ident, signal.SIGINT)  # a real signal wakes a thread that sleeps
 
 
-def exit_with_error(message: str, before_exit: Callable[[], object] = lambda: None) -> NoReturn:
-    """Print one `error:` line and end this process, with exit code 1, and all processes that it has started.
-
-    Called in another thread than the main one, when a call into a library blocks the main thread.
-
-    Args:
-        message: The line, without `error:`.
-        before_exit: Called after the line is printed; the process ends when it returns or raises.
-    """
-    with interrupt_handler.exit_lock:
-        try:
-            print_on_own_line(f"error: {redact_secrets(message)}")
-        finally:
-            try:
-                before_exit()
-            finally:
-                exit_immediately(EXIT_FAILED)
-
-
-def exit_immediately(code: int = EXIT_INTERRUPTED) -> NoReturn:
+def exit_immediately() -> NoReturn:
     """End this process and all processes that it has started, such as a local Ray's, without any cleanup.
 
     No cleanup is needed, because files are complete at any moment.
@@ -258,4 +239,4 @@ def exit_immediately(code: int = EXIT_INTERRUPTED) -> NoReturn:
         if is_terminal(sys.__stdout__):
             os.write(sys.__stdout__.fileno(), f"{CLEAR_LINE}{_SHOW_CURSOR}".encode())
     finally:
-        os._exit(code)
+        os._exit(EXIT_INTERRUPTED)

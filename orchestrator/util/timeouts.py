@@ -36,8 +36,6 @@ MIN_REPORT_SECONDS = 4.0
 
 # -- trainers, lanes and the broker
 
-MAX_CLOCK_GAP_SECONDS = 15.0
-"""Maximum gap between two readings of a clock on a machine that is not suspended."""
 TRAINER_TIMEOUT_SECONDS = 300.0
 """Default of --trainer-timeout: time that a study waits without any trainer."""
 NODE_START_SECONDS = 1800.0
@@ -80,12 +78,6 @@ PLACEMENT_GROUP_CLEANUP_SECONDS = 20.0
 
 RAY_EXIT_SECONDS = 2.0
 """Time in which a Ray that has lost its driver ends most of its processes."""
-LOCAL_CONTROL_STORE_SECONDS = 30.0
-"""Time for the control store to answer, in a Ray that was started here: nobody restarts it."""
-CONTROL_STORE_RECONNECT_SECONDS = 60.0
-"""Ray's own default of RAY_gcs_rpc_server_reconnect_timeout_s."""
-CONTROL_STORE_JOIN_SECONDS = 5.0
-"""Time for the thread that watches the control store to end; one of its checks takes a second at most."""
 DRAIN_TIMEOUT_SECONDS = 40.0
 """Time limit of `ray drain-node`, of the two minutes that a spot notice leaves: Ray's command line starts
 slowly on a busy machine."""
@@ -133,8 +125,6 @@ DRAIN_POLL_SECONDS = 3.0
 """Interval at which a worker checks whether its node is drained; a spot machine leaves 30 s or more."""
 RAYLET_POLL_SECONDS = 1.0
 """Interval at which a worker checks whether its raylet is still there."""
-CONTROL_STORE_POLL_SECONDS = 2.0
-"""Interval at which the driver connects to Ray's control store."""
 SPOT_POLL_SECONDS = 5.0
 """Interval at which the spot watcher asks for a notice, as recommended by AWS."""
 PROGRESS_INTERVAL_SECONDS = 4.0

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +145,6 @@ def saved(output: Path) -> dict[str, int]:
     return steps
 
 
-def half_trained(output: Path, at_most: int) -> set[str]:
-    """Return the fingerprints of half-trained lanes.
-
-    They have no final record, and their newest checkpoint is at step `at_most` or earlier.
-    """
-    store = Store(output / "store")
-    return {f for f, step in saved(output).items() if step <= at_most and store.get_reusable(f) is None}
-
-
 def rays() -> set[int]:
     """Return the ids of Ray's processes that this test process or its studies have started.
 
@@ -191,30 +182,23 @@ def titled(title: str, below: psutil.Process | None = None) -> list[psutil.Proce
     return sorted(found, key=lambda process: process.create_time())
 
 
-def _runs(output: Path, study: str) -> tuple[Any, list[Any]]:
+def _runs(output: Path, study: str) -> list[Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{output / 'store' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(study)
-    return client, list(client.search_runs([experiment.experiment_id], max_results=10_000))
+    return list(client.search_runs([experiment.experiment_id], max_results=10_000))
 
 
 def children(output: Path, study: str) -> list[tuple[str, str]]:
     """Return the fingerprint and status of each of the study's child runs in MLflow."""
-    runs = _runs(output, study)[1]
+    runs = _runs(output, study)
     return [(r.data.tags["fingerprint"], r.info.status) for r in runs if "fingerprint" in r.data.tags]
 
 
 def parents(output: Path, study: str) -> list[str]:
     """Return the status of each of the study's parent runs; there should be exactly one."""
-    return [r.info.status for r in _runs(output, study)[1] if "fingerprint" not in r.data.tags]
-
-
-def artifacts(output: Path, study: str) -> set[str]:
-    """Return the paths of the parent run's artifacts."""
-    client, runs = _runs(output, study)
-    (parent,) = [r for r in runs if "fingerprint" not in r.data.tags]
-    return {file.path for file in client.list_artifacts(parent.info.run_id)}
+    return [r.info.status for r in _runs(output, study) if "fingerprint" not in r.data.tags]
 
 
 def run_here(
@@ -279,16 +263,13 @@ def release(task: Path) -> None:
     task.with_name("released").touch()
 
 
-def keep_known(
-    options: StudyOptions, loss: float, score: float = 0.5, seeds: Iterable[int] | None = None
-) -> set[str]:
+def keep_known(options: StudyOptions, loss: float, score: float = 0.5) -> set[str]:
     """Put a finished record of each configuration that `options` ask for into the store.
 
     Args:
         options: The options of a grid.
         loss: The validation loss of each configuration, at each evaluation.
         score: The validation score of each configuration by the task's metric, at each evaluation.
-        seeds: The seeds, if not those that `options` ask for.
 
     Returns:
         The fingerprints of the configurations.
@@ -298,7 +279,7 @@ def keep_known(
     content = resolve_base_model(chosen.model, store.bases, lambda text: None)
     templates = build_configuration_templates(options, chosen, content, store.bases)
     found = set()
-    for configuration in build_grid(templates, chosen.learning_rates, seeds or range(options.seed_count)):
+    for configuration in build_grid(templates, chosen.learning_rates, range(options.seed_count)):
         steps, metric = lane_evaluation_steps(configuration), configuration.task.metric
         scores, others = {"loss": loss, metric: score}, {"loss": loss, metric: 0.5}
         record = Record(

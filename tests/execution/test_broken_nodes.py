@@ -12,7 +12,7 @@ import study
 from machines import GPUS, Machines, trainers
 from steps import TASK, Steps
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(1800)]
 
 SMALL = ("--variants", "lora", "--seeds", "2", "--learning-rates", "3e-3", "1e-2", "--steps", "20")
 ONE_LANE = (*SMALL, "--task", str(TASK), "--lanes-per-trainer", "1")
@@ -47,7 +47,6 @@ def test_a_node_with_a_damaged_installation_is_left_out_and_named(
     assert len(found) == 4
 
 
-@pytest.mark.nightly
 def test_a_study_on_gpus_that_torch_cannot_use_ends_with_one_line_that_names_them(
     machines: Machines, output: Path
 ) -> None:

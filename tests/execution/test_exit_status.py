@@ -1,4 +1,4 @@
-"""The classification of Ray Train's errors. test_chaos.py and test_nodes.py kill real processes."""
+"""The classification of Ray Train's errors. test_crashed_trainer.py and test_nodes.py kill real processes."""
 
 from __future__ import annotations
 

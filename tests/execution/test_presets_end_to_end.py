@@ -18,7 +18,7 @@ from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.study.presets import preset_names, read_preset
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(900)]
 VARIANTS = ("lora", "lora_plus")
 SHRUNK = ("--steps", "4", "--variants", *VARIANTS, "--rank", "4", "--dtype", "float32", "--evaluations", "2")
 SHRUNK += ("--learning-rates", "1e-4", "1e-2", "--batch-size", "8", "--accumulation", "1")

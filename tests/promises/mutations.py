@@ -395,7 +395,7 @@ MUTATIONS += [
     ),
     Mutation(
         name="everybody reads a new token",
-        file="orchestrator/execution/ray/auth_token.py",
+        file="orchestrator/execution/ray/runtime.py",
         old="draft.touch(mode=0o600)",
         new="draft.touch(mode=0o644)",
         test="test_12_security.py::test_no_other_user_reads_the_token_or_writes_a_file",

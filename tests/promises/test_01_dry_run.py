@@ -118,10 +118,10 @@ def test_the_dry_run_leaves_its_verdict_report_and_records(dry_run: Path) -> Non
     said, report = squeezed((dry_run / "said.txt").read_text()), squeezed((study / "report.html").read_text())
     loaded = orchestrator.load(STUDY, output=dry_run / "results")
     assert len(loaded.verdicts)
-    for claim in loaded.verdicts["claim"]:
-        assert claim in report
-    assert any(claim in said for claim in loaded.verdicts["claim"])
-    assert str(study / "report.html") in said.replace(" ", "") or "report.html" in said
+    claims = [claim.removesuffix(".") for claim in loaded.verdicts["claim"]]  # the task may follow
+    assert all(claim in report for claim in claims)
+    assert any(claim in said for claim in claims)
+    assert "report.html" in said
     assert sorted(loaded.runs["fingerprint"]) == sorted(records)
     assert json.loads((study / "summary.json").read_text())
     assert isinstance(yaml.safe_load((study / "study.yaml").read_text()), dict)
@@ -160,4 +160,4 @@ def test_the_whole_dry_run(home: Path) -> None:
     assert {r["state"] for r in records.values()} <= {"finished", "diverged"}
     as_a_user.assert_one_finished_run_each(home, STUDY, records)
     loaded = orchestrator.load(STUDY, output=home / "results")
-    assert any(claim in squeezed(said) for claim in loaded.verdicts["claim"])
+    assert any(claim.removesuffix(".") in squeezed(said) for claim in loaded.verdicts["claim"])

@@ -26,7 +26,7 @@ class Watched(LoRA):
     parameters = "rank * (in + out)"
 
     def before_step(self, lane: api.LaneView) -> None:
-        """Write the step to the file of this process; wait if the file `slow` exists; fail at two rates."""
+        """Write the step down; wait as the files `slow` and `held` say; fail at two rates."""
         if lane.total_steps < 12:
             return
         folder = Path(os.environ["WATCHED"])
@@ -41,7 +41,7 @@ class Watched(LoRA):
         with (folder / f"{os.getpid()}.steps").open("a") as file:
             file.write(f"{rate:g} {lane.seed} {lane.step + 1}\n")
         began = time.monotonic()
-        while (folder / "slow").exists() and time.monotonic() - began < 0.2:
+        while (folder / "held").exists() or ((folder / "slow").exists() and time.monotonic() - began < 0.2):
             time.sleep(0.01)
         if abs(rate - RAISES) < 1e-6:
             raise ValueError(f"no lane of this variant learns at {RAISES}")

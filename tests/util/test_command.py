@@ -181,31 +181,6 @@ def test_a_study_error_is_one_line_and_exit_code_1():
     assert _end(process) == (1, "", "error: no trainer\n")
 
 
-ENDED_BY_A_THREAD = """
-from orchestrator.util.graceful_interrupts import exit_with_error
-def last():
-    print("last", flush=True)
-    {last}
-with graceful_interrupts(done.set):
-    started()
-    done.wait()
-{before}
-threading.Thread(target=exit_with_error, args=("gone", last)).start()
-threading.Event().wait()
-"""
-
-
-@pytest.mark.parametrize(
-    ("last", "before", "said"),
-    [("raise OSError", "", "error: gone\n"), ("", "sys.__stderr__.close()", "")],
-    ids=["its last act fails", "its line cannot be printed"],
-)
-def test_a_process_that_a_thread_ends_always_ends(last, before, said):
-    process = _start(ENDED_BY_A_THREAD.format(last=last, before=before))
-    process.send_signal(signal.SIGINT)
-    assert _end(process) == (1, "last\n", said)
-
-
 # -- in a terminal -------------------------------------------------------------------------------------------
 
 LIVE = """

@@ -24,7 +24,6 @@ from orchestrator.record import provenance
 from orchestrator.record.schema import FINAL_STATES, Evaluation, Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Broker:
                 store.discard_checkpoints(record.fingerprint)
             return record
 
-        self.clock = SuspendTolerantClock()
+        self.clock = time.monotonic
         self.core = BrokerCore(
             partial(_newest_attempt, store),
             store.count_failures,

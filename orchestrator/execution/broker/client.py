@@ -14,7 +14,6 @@ from orchestrator.execution.broker.lane_entry import HeldLane, TrainerInfo
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
 from orchestrator.record.schema import RecordState
 from orchestrator.util import timeouts
-from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 BROKER_NAME = "broker"
 """Name of the broker's actor in the Ray namespace of the study."""
@@ -128,8 +127,8 @@ class BrokerClient:
 def retry_until_lost(call: Callable[[], Result]) -> Result:
     """Call the broker until it answers.
 
-    One call counts as at most two thirds of BROKER_LOST_SECONDS, so at least two calls are made. The broker
-    is given up after BROKER_LOST_SECONDS if calls fail at once, and after twice that time if calls time out.
+    The broker is given up BROKER_LOST_SECONDS after the first call that failed. So a process that was stopped
+    during a call makes another one.
 
     Args:
         call: A call of the broker, which may take up to BROKER_LOST_SECONDS.
@@ -140,13 +139,13 @@ def retry_until_lost(call: Callable[[], Result]) -> Result:
     Raises:
         RayActorError, GetTimeoutError: Raised by the last call.
     """
-    # The largest gap of the clock is below the limit, so a jump during one call cannot exceed it.
-    clock = SuspendTolerantClock(max_gap=timeouts.BROKER_LOST_SECONDS * 2 / 3)
-    deadline = clock() + timeouts.BROKER_LOST_SECONDS
+    deadline: float | None = None
     while True:
         try:
             return call()
         except (RayActorError, GetTimeoutError):
-            if clock() > deadline:
+            now = time.monotonic()
+            deadline = deadline or now + timeouts.BROKER_LOST_SECONDS
+            if now > deadline:
                 raise
             time.sleep(0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import stat
 import tempfile
 import uuid
@@ -18,7 +19,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 import orchestrator
-from orchestrator.execution.ray import auth_token, cleanup, private
+from orchestrator.execution.ray import cleanup, private
 from orchestrator.util.errors import StudyError, UsageError, format_error
 from orchestrator.util.graceful_interrupts import exit_on_interrupt
 
@@ -79,8 +80,6 @@ class Cluster:
     """The Ray namespace of the study."""
     local: bool = True
     """True if the study has started this Ray; a joined cluster may grow."""
-    gcs_address: str = ""
-    """Address of the GCS, HOST:PORT."""
 
     @property
     def memory(self) -> float:
@@ -265,7 +264,7 @@ def connect(before_exit: Callable[[], object] = lambda: None) -> Iterator[Cluste
 
 def _connect(cluster_address: str | None, before_exit: Callable[[], object]) -> Iterator[Cluster]:
     is_local = cluster_address is None
-    auth_token.restrict_token_file(create_if_missing=is_local)
+    _restrict_token_file(is_local)
     variables = RAY_ENVIRONMENT | (LOCAL_RAY_ENVIRONMENT if is_local else {})
     for name, value in variables.items():
         os.environ.setdefault(name, value)
@@ -282,10 +281,27 @@ def _connect(cluster_address: str | None, before_exit: Callable[[], object]) -> 
             _join_ray(cluster_address, options)
     with cleanup.cleanup_guard(processes_before) if is_local else nullcontext():
         try:
-            gcs_address = ray.get_runtime_context().gcs_address
-            yield Cluster(usable_nodes(), namespace, is_local, gcs_address)
+            yield Cluster(usable_nodes(), namespace, is_local)
         finally:
             ray.shutdown()
+
+
+def _restrict_token_file(create_if_missing: bool) -> None:
+    """Let only the user read the file of Ray's token, which Ray creates with the permissions of the umask.
+
+    A umask around Ray's start would also hold for the files of its workers, such as records. If the file
+    cannot be written, Ray reads or creates it by itself.
+    """
+    with suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        path = Path.home() / ".ray" / "auth_token"
+        is_disabled = os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled"
+        if create_if_missing and not is_disabled and not path.exists():
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            draft = path.with_name(f".{path.name}.{os.getpid()}")
+            draft.touch(mode=0o600)
+            draft.write_text(secrets.token_hex(32))
+            draft.rename(path)
+        path.chmod(path.stat().st_mode & 0o700)
 
 
 def _join_ray(cluster_address: str, options: Mapping[str, Any]) -> None:

@@ -23,7 +23,6 @@ from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.execution.trainers.trainer_run import TrainerRun
 from orchestrator.util import timeouts
-from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 MAX_SHOWN_DEVICES = 3
 """Number of excluded devices that the error line of a study names."""
@@ -101,7 +100,6 @@ class TrainerPool:
         """Names of the running trainers that keep excluded devices reserved and train nothing."""
         self.excluded_devices: Mapping[str, str] = {}
         self.num_started = 0
-        self.clock = SuspendTolerantClock()
         self.no_trainer_since: float | None = None
         self.had_waiting_lanes = False
         self.failure_reason = ""
@@ -119,7 +117,7 @@ class TrainerPool:
         The first trainers start at once, since known results may be replayed before a lane waits. Later ones
         start when lanes have waited at two polls in a row.
         """
-        now = self.clock()
+        now = time.monotonic()
         waiting, training = state.waiting, state.training
         self._note_excluded(state)
         self.failure_reason = self.failure_reason or state.abort_reason

@@ -11,6 +11,7 @@ from points import configuration
 from ray.cluster_utils import Cluster
 
 from orchestrator.execution.rungs import first_rung, scheduler_settings, submission_order
+from orchestrator.execution.tune.trial import LaneTrial
 from orchestrator.study.configuration import Configuration, LRSchedule
 
 RATES = (1e-3, 1e-2, 1e-1)
@@ -161,3 +162,14 @@ def test_the_median_counts_replayed_results(tune_run: Any) -> None:
     known = {point.fingerprint for point in points[:3]}
     found = tune_run("median", points, known)
     assert [found["lora", rate] for rate in (1e-3, 2e-3, 3e-3, 1e-1)] == [9, 9, 9, 1]
+
+
+def test_what_tune_gets_from_a_task_graded_at_the_end_is_finite() -> None:
+    """Before the last evaluation, the score is the task's floor."""
+    trial = object.__new__(LaneTrial)  # the constructor looks for the broker
+    trial.configuration = configuration()
+    task = trial.configuration.task
+    on_the_way = trial._metrics(4, {"loss": 1.5})
+    at_the_end = trial._metrics(8, {"loss": 1.0, task.metric: 0.25})
+    assert (on_the_way["loss"], on_the_way["score"]) == (1.5, task.floor)
+    assert (at_the_end["loss"], at_the_end["score"]) == (1.0, 0.25)

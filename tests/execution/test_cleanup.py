@@ -1,65 +1,19 @@
-"""Four kills in one study, each of another kind of process, do not change the results.
-
-The file also tests the cleanup of processes that a dead Ray leaves.
-"""
+"""The cleanup of processes that a dead Ray leaves."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import chaos
 import psutil
 import pytest
 import study
 
 from orchestrator.execution.ray import cleanup
-
-PROJECT = Path(__file__).parents[2]
-SEED = 4
-SMALL = chaos.Size(variants=("lora", "hira"), steps=100)
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(1800)
-@pytest.mark.usefixtures("no_cluster")
-def test_four_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path: Path) -> None:
-    """`.ci/nightly` kills 20 processes, including the controllers of trainers."""
-    before = study.rays()
-    run, expected = chaos.compare(letters_bases, tmp_path, SMALL, kills=4, seed=SEED, progress=print)
-    assert [kill.kind for kill in run.kills] == ["driver", "trainer", "trial", "broker"]
-    assert not run.exits, "nothing but a killed driver ends the command"
-    assert run.starts == 1 + 1, "one start, and one more for the killed driver"
-    assert not chaos.differences(run, expected)
-    said = run.log.read_text()
-    assert len(re.findall(r"trainer-\d+ died", said)) == 1, "a trial or a broker that dies costs no trainer"
-    assert "trials failed" not in said
-    study.wait_for(lambda: study.rays() <= before)
-
-
-class EndsOnce(chaos.Run):
-    """A command that fails at its first start, although no process was killed."""
-
-    def start(self) -> subprocess.Popen[bytes]:
-        self.starts += 1
-        code = 3 if self.starts == 1 else 0
-        self.process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
-        return self.process
-
-
-def test_a_command_that_ends_by_itself_is_wrong(tmp_path: Path) -> None:
-    run = EndsOnce(tmp_path, chaos.Size())
-    (tmp_path / "store" / "records").mkdir(parents=True)
-    chaos.run_with_kills(run, kills=0, seed=SEED, progress=print)
-    assert run.starts == 2
-    found = chaos.unexplained_starts(run)
-    assert "ended by itself: start 1 ended with 3 after 0 kills" in found[0]
-    assert found[1:] == ["2 starts for 0 killed drivers"]
 
 
 @pytest.mark.parametrize("jump", [0.0, 3600.0, -3600.0])
