@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ray
 import study
 from points import configuration
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster as RayCluster
-from ray.core.generated import autoscaler_pb2
 
-from orchestrator.execution.ray import autoscaler
 from orchestrator.execution.ray.autoscaler import NodeType, adapt_to_cluster
 from orchestrator.execution.ray.runtime import Cluster, Node
 from orchestrator.study.configuration import Dtype, ModelChoice
@@ -76,37 +71,6 @@ def test_a_gpu_study_is_refused_where_the_joined_cluster_has_no_gpu(name: str, d
     assert line.startswith(f"{name} in {dtype} is trained on GPUs, and none of the 2 nodes")
     assert "--gpus-per-worker 1" in line
     assert "--device cpu" in line
-
-
-@pytest.fixture
-def reported(connected: RayCluster) -> Iterator[None]:
-    """Report groups of nodes to Ray's control store, as Anyscale's autoscaler does."""
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
-    config = autoscaler_pb2.ClusterConfig()
-    for name, count, resources in (
-        ("gpu", 8, {"CPU": 4, "GPU": 1, "memory": 14 * GIB}),
-        ("gone", 0, {"CPU": 64}),
-        ("cpu", -1, {"CPU": 16}),
-    ):
-        config.node_group_configs.add(name=name, max_count=count, resources=resources)
-    client.report_cluster_config(config.SerializeToString())
-    yield
-    client.report_cluster_config(autoscaler_pb2.ClusterConfig().SerializeToString())
-
-
-@pytest.mark.ray
-def test_node_groups_that_an_autoscaler_has_reported_are_found(reported: None) -> None:
-    found = {kind.name: kind for kind in autoscaler.reported_node_types()}
-    assert found.keys() == {"gpu", "cpu"}
-    assert found["gpu"] == GPU_TYPE
-    assert autoscaler.worker_capacity(list(found.values()), 1.0) == 8
-    assert autoscaler.startable_node_types(HEAD) == tuple(found.values())
-    assert autoscaler.startable_node_types(LAPTOP) == ()
-
-
-@pytest.mark.ray
-def test_a_cluster_without_an_autoscaler_has_no_node_groups(connected: RayCluster) -> None:
-    assert autoscaler.reported_node_types() == ()
 
 
 @pytest.mark.ray

@@ -1,8 +1,7 @@
 """The nodes that an autoscaler may start, and the decision whether and how long a study waits for GPU nodes.
 
-The node types come from the cluster file that `ray up` leaves on the head, or from Ray's control store if the
-autoscaler reports them there (Anyscale's does). KubeRay's autoscaler does not report them: a study then waits
-for GPU nodes only if the user requests GPUs.
+The node types come from the cluster file that `ray up` leaves on the head. With another autoscaler, a study
+waits for GPU nodes only if the user requests GPUs.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.execution.ray import private, runtime
+from orchestrator.execution.ray import runtime
 from orchestrator.execution.ray.runtime import Cluster, Node
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
@@ -20,8 +19,6 @@ from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
 CLUSTER_CONFIG_FILE = Path("~/ray_bootstrap_config.yaml")
-MAX_UNLIMITED_NODES = 1000
-"""Number of nodes that are counted for a group without a limit."""
 
 
 @dataclass(frozen=True)
@@ -105,20 +102,7 @@ def adapt_to_cluster(
 
 def startable_node_types(cluster: Cluster) -> tuple[NodeType, ...]:
     """Return the types of nodes that the autoscaler of the connected cluster may start, as far as known."""
-    if cluster.local:
-        return ()
-    return load_node_types() or reported_node_types()
-
-
-def reported_node_types() -> tuple[NodeType, ...]:
-    """Return the types of nodes that the autoscaler has reported to the connected Ray's control store."""
-    found = []
-    for name, max_count, has in private.autoscaler_node_groups():
-        count = MAX_UNLIMITED_NODES if max_count < 0 else max_count
-        if count:
-            node = Node(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0))
-            found.append(NodeType(name, count, node if "CPU" in has else None))
-    return tuple(found)
+    return () if cluster.local else load_node_types() or ()
 
 
 def load_node_types() -> tuple[NodeType, ...] | None:

@@ -58,20 +58,6 @@ def draining_node_ids() -> frozenset[str]:
     return frozenset(state.get_draining_nodes())
 
 
-def autoscaler_node_groups() -> list[tuple[str, int, dict[str, float]]]:
-    """Return the groups of nodes that the cluster's autoscaler has reported to Ray's control store.
-
-    Returns:
-        Name, largest number of nodes (-1 for any number) and resources of a node, for each group. Empty if
-        the autoscaler reports none: `ray up` and KubeRay do not, Anyscale does.
-    """
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    groups = config.node_group_configs if config is not None else ()
-    return [(group.name, group.max_count, dict(group.resources)) for group in groups]
-
-
 def remove_orphaned_placement_groups() -> None:
     """Remove the placement groups of this Ray job whose creating actor is dead.
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
 from points import configuration, count_suspects, record
+from ray.exceptions import GetTimeoutError
 
+from orchestrator.execution.broker import client
 from orchestrator.execution.broker.assignment import MAX_GROUP_FAILURES
 from orchestrator.execution.broker.core import BrokerCore
 from orchestrator.execution.broker.failure_policy import ExitKind
@@ -332,3 +336,16 @@ def test_a_hung_trainer_is_named_and_one_that_speaks_again_is_not() -> None:
     assert core.hung_trainers(later) == ["trainer-0"]
     core.trainer_exited("trainer-0", later, ExitKind.FAILED, "it hung")
     assert core.hung_trainers(later) == []
+
+
+def test_a_process_that_was_stopped_during_a_call_makes_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda seconds: None, now=1.0)
+    monkeypatch.setattr(client, "time", clock)
+
+    def call() -> str:
+        clock.now += 3600.0
+        if clock.now < 7200.0:
+            raise GetTimeoutError("no answer")
+        return "done"
+
+    assert client.retry_until_lost(call) == "done"
