@@ -1,6 +1,5 @@
 """A trainer of two Ray Train workers gives the results of one worker, and dies and is replaced as a whole.
 
-tests/experiments/test_bad_input.py tests that impossible numbers of workers are refused;
 tests/finetune/engine/test_process_group.py tests the arithmetic.
 """
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from in_process import SWEEP, Run
-from test_bad_input import DRY
+
+DRY = ("--dry-run", "--plan")
 
 FACTORS = SWEEP.with_name("hyperparameter_sensitivity.py")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from in_process import SWEEP, Run
-from test_bad_input import DRY
+
+DRY = ("--dry-run", "--plan")
 
 TUNED = SWEEP.with_name("tuned_comparison.py")
 

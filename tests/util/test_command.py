@@ -271,10 +271,7 @@ SLOW_LIBRARIES = ("numpy", "torch", "ray", "transformers", "mlflow", "pydantic",
     ids=["study", "command"],
 )
 def test_a_terminal_shows_a_status_line_before_slow_imports(tmp_path, script, arguments):
-    """The line is printed before the first library is imported, and not with `--help`.
-
-    tests/experiments/test_bad_input.py shows that nothing is printed where stderr is not a terminal.
-    """
+    """The line is printed before the first library is imported, and not with `--help`."""
     program = tmp_path / "x.py"
     libraries = (*SLOW_LIBRARIES, "tyro", "yaml")
     program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), *arguments], libraries=libraries))
