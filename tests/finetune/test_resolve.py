@@ -1,4 +1,4 @@
-"""The way from command-line options to checked configurations and prepared data."""
+"""Options become configurations, and what does not fit model, task or data is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from typing import Any
 import encoders
 import pytest
 import torch
+from data_rows import CHATS, MAILS, write
+from image_data import picture
+from in_process import SWEEP, Run, restored, run
+from tiny_images import vit
 
 from orchestrator.finetune.data import dataset_cache
 from orchestrator.finetune.models import catalogue as model_catalogue
@@ -22,13 +26,15 @@ from orchestrator.finetune.sources.base_store import suppress_transformers_loggi
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example
 from orchestrator.finetune.tasks.examples import Image, find_overlaps
-from orchestrator.finetune.tasks.local import letters, reviews
+from orchestrator.finetune.tasks.local import letters
 from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
+
+__all__ = ["restored", "run"]
 
 SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
@@ -156,18 +162,6 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    study_options = StudyOptions(model=str(tmp_path))
-    chosen = resolve_options(study_options, "reviews", ("lora",), bases)
-    content = model_catalogue.prepare_base_model(str(tmp_path), bases, lambda text: None)
-    with pytest.raises(UsageError, match="is an encoder with a decoder"):
-        build_configuration_templates(study_options, chosen, content, bases)
-
-
 SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
 
 
@@ -230,35 +224,6 @@ def test_a_decoder_whose_configuration_makes_it_attend_both_ways_is_refused(
     config.save_pretrained(tmp_path / "m")
     for refuses in plan_and_load_calls(tmp_path / "m", tmp_path / "bases"):
         assert_refused(refuses, SEES_ANSWER)
-
-
-def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_are_there(
-    tmp_path: Path,
-) -> None:
-    """CpmAnt has no is_causal, and treats its whole text as context with attention in both directions."""
-    from transformers import CpmAntConfig, CpmAntForCausalLM
-
-    words = letters.tokenizer()
-    sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "num_attention_heads": 2,
-        "dim_head": 8,
-        "dim_ff": 32,
-        "num_hidden_layers": 1,
-    }
-    # Not every random model of this size attends to its last token. With seed 2 the model does.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        model = CpmAntForCausalLM(CpmAntConfig(vocab_size=len(words), **sizes))
-    model.save_pretrained(tmp_path)
-    words.save_pretrained(tmp_path)
-    content = model_catalogue.prepare_base_model(str(tmp_path), tmp_path / "bases", lambda text: None)
-    assert_refused(
-        lambda: loading.load_base_model(
-            ModelChoice(str(tmp_path), content), tmp_path, "cpu", tasks.get("letters")
-        ),
-        SEES_ANSWER,
-    )
 
 
 @pytest.mark.parametrize(
@@ -377,9 +342,26 @@ def test_a_token_without_an_embedding_is_refused_before_ray_starts(
     assert "\n" not in str(caught.value)
 
 
-def test_a_metric_that_the_answers_do_not_have_is_refused(tmp_path: Path) -> None:
-    source = Path(reviews.__file__)
-    path = tmp_path / "mine.py"
-    path.write_text(source.read_text("utf-8").replace('metric = "accuracy"', 'metric = "mathews"'))
-    with pytest.raises(UsageError, match="Did you mean 'matthews'"):
-        resolve_options(StudyOptions(), str(path), ("lora",), tmp_path)
+NARROW = "it is a small model for task"
+CASES = {
+    "the words of letters": ("chats.jsonl", "letters-base", [f"{NARROW} 'letters'", "take another --model"]),
+    "the words of reviews": ("chats.jsonl", "reviews-base", [f"{NARROW} 'reviews'", "example smollm2-135m"]),
+    "images of another size": ("colors", "digits-base", [f"{NARROW} 'digits'", "the model takes 8 x 8"]),
+    "images for a text model": ("colors", "minilm-l6", ["is a text model", "take an image model"]),
+    "images for a text base": ("colors", "reviews-base", ["is a text model", "take an image model"]),
+    "texts for an image model": ("mails.jsonl", "vit", ["is an image model", "has texts; take a text model"]),
+    "texts for an image base": ("mails.jsonl", "digits-base", ["is an image model", "take a text model"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_that_cannot_read_the_data_is_refused_by_a_plan(case: str, tmp_path: Path, run: Run) -> None:
+    data, model, expected = CASES[case]
+    write(tmp_path / "chats.jsonl", CHATS)
+    write(tmp_path / "mails.jsonl", MAILS)
+    for number in range(30):
+        place = tmp_path / "colors" / ("red", "green", "blue")[number % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.png").write_bytes(picture(number, number % 3))
+    vit(tmp_path / "vit")
+    run(SWEEP, "--plan", "--data", data, "--model", model).assert_refused(f"--model {model}", *expected)

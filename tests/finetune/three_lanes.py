@@ -1,13 +1,20 @@
-"""Three lanes of LoRA on a model with a head, each with its own weights."""
+"""Three lanes of a model, logits and tokenized splits for tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from orchestrator.finetune.data.batches import Batch, encode_examples
+from orchestrator.finetune.data.device_batch import DeviceBatch
+from orchestrator.finetune.evaluation import forward
+from orchestrator.finetune.evaluation.evaluate import EvaluationSplit
 from orchestrator.finetune.models.base_model import BaseModel
+from orchestrator.finetune.tasks.base import Example, Task
 from variants import catalogue as variants
 from variants.api import VariantSettings
 from variants.api import stable_seed as seed_of
@@ -27,3 +34,17 @@ def three_lanes(base_model: BaseModel, deviation: float = 0.5) -> Iterator[Adapt
             parameter.data.copy_(deviation * torch.randn(parameter.shape, generator=generator))
     yield adapters
     adapters.detach()
+
+
+def compute_logits(base_model: BaseModel, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the logits of the targets, (targets, classes), and their labels, (targets,)."""
+    on_device = DeviceBatch.copy_to(base_model.device, [batch])
+    return forward.compute_logits(base_model, task, on_device), on_device.labels
+
+
+def tokenized_split(
+    examples: Sequence[Example], task: Task, processor: Any, max_row_length: int
+) -> EvaluationSplit:
+    """Tokenize examples. `processor` is the model's tokenizer or image processor."""
+    rows = encode_examples(examples, task, processor, max_row_length if task.has_head else None)
+    return EvaluationSplit(examples, rows, max_row_length, processor.pad_token_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,15 +38,6 @@ def row(length: int, label: int = 7) -> Row:
     return Row(tuple(range(2, 2 + length)), (*[IGNORE_INDEX] * (length - 1), label), (2,))
 
 
-def test_buckets() -> None:
-    found = {bucket_length(n, 10**6) for n in range(1, 1025)}
-    assert sorted(found) == [8, 16, 24, 32, 48, 64, 96, *range(128, 1025, 64)]
-    assert bucket_length(0, 512) == 0  # images
-    assert bucket_length(12, 12) == 12
-    assert bucket_length(12, 14) == 14
-    assert bucket_length(20, 12) == 20  # evaluation items are not truncated
-
-
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_a_bucket_holds_its_rows(length: int, cap: int) -> None:
     assert length <= bucket_length(length, cap) <= max(cap, length)
@@ -64,59 +55,6 @@ def test_training_truncates_examples_and_leaves_out_those_without_answer() -> No
     assert [(r.ids, r.targets) for r in rows] == [((97, 98, 99), (IGNORE_INDEX, 99, 100))]
     with pytest.raises(UsageError, match="max_length 2"):
         encode_examples([Example("ab", "cd")], Characters(), None, max_length=2)
-
-
-@pytest.mark.parametrize("ends", [False, True])
-def test_an_encode_that_raises_or_ends_the_process_is_named_by_what_it_raises(ends: bool) -> None:
-    class Broken(Characters):
-        def encode(self, example: Example, tokenizer: object) -> EncodedExample:
-            if example.prompt == "b":
-                raise SystemExit(7) if ends else KeyError("title")
-            return super().encode(example, tokenizer)
-
-    message = "SystemExit: 7" if ends else "KeyError: 'title'"
-    with pytest.raises(
-        UsageError, match=f"'characters': {message}, where example 1, 'b c', .* correct the task"
-    ):
-        encode_examples([Example("a", "c"), Example("b", "c")], Broken(), None)
-
-
-def test_an_encode_all_that_ends_the_process_is_refused() -> None:
-    class Ends(Characters):
-        def encode_all(self, examples: Sequence[Example], tokenizer: object) -> list[EncodedExample]:
-            if len(examples) > 1:
-                raise SystemExit(7)
-            return super().encode_all(examples, tokenizer)
-
-    with pytest.raises(UsageError, match="SystemExit: 7"):
-        encode_examples([Example("a", "c"), Example("b", "c")], Ends(), None)
-
-
-def test_an_item_without_a_target_is_named() -> None:
-    class Silent(Characters):
-        def encode(self, example: Example, tokenizer: object) -> EncodedExample:
-            return EncodedExample((97, 98), (IGNORE_INDEX, IGNORE_INDEX), 2)
-
-    with pytest.raises(UsageError, match="example 0 has no token to score"):
-        encode_examples([Example("ab", "")], Silent(), None)
-
-
-def test_an_item_with_an_empty_prompt_is_named() -> None:
-    class Headed(Characters):
-        output, labels = "classification", ("a", "b")
-
-        def encode(self, example: Example, tokenizer: object) -> EncodedExample:
-            ids = tuple(ord(c) for c in example.prompt)
-            return EncodedExample(ids, (IGNORE_INDEX,) * len(ids), len(ids))
-
-    with pytest.raises(UsageError, match="the prompt of example 1 is empty"):
-        encode_examples([Example("x", "a"), Example("", "b")], Headed(), None, 8)
-    with pytest.raises(UsageError, match="the prompt of example 0 is empty"):
-        encode_examples([Example("", "b")], Characters(), None)
-    assert encode_examples([Example("", "bc")], Characters(), None, 8)[0].ids == (98, 99), (
-        "training examples may have an empty prompt"
-    )
-    assert encode_examples([Example("", "b", counts_in="loss")], Characters(), None)[0].ids == (98,)
 
 
 class Words(Task):

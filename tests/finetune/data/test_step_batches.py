@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from typing import overload
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -142,77 +140,6 @@ def test_batches_do_not_depend_on_what_was_made_ahead(
             assert_equal(found, expected)
 
 
-class Watched(Sequence[Row]):
-    """Rows that note the threads that read them, and raise errors while `broken`."""
-
-    def __init__(self) -> None:
-        self.threads: list[str] = []
-        self.broken = False
-
-    def __len__(self) -> int:
-        return len(ROWS)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(ROWS)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        self.threads.append(threading.current_thread().name)
-        if self.broken:
-            raise KeyError("title")
-        return ROWS[index]
-
-
-def test_the_next_step_is_made_in_a_thread_and_only_once() -> None:
-    rows = Watched()
-    made = loader(ahead=True, rows=rows)
-    first, second, third = (StepKey(0, step, BatchConfig(3, 2)) for step in range(3))
-    made.row_counts(first.batches)  # reads a sample of the rows
-    rows.threads.clear()
-    made.load([first], [second])
-    made.load([second, second], [third])
-    made.load([third])
-    own = threading.current_thread().name
-    assert len(rows.threads) == 3 * 6
-    assert rows.threads.count(own) == 6, "only the first step is read by this thread"
-
-
-def test_an_error_of_the_thread_is_raised_where_the_step_is_wanted_and_the_step_can_be_repeated() -> None:
-    rows = Watched()
-    made = loader(ahead=True, rows=rows)
-    first, second = StepKey(0, 0, BatchConfig(3, 2)), StepKey(0, 1, BatchConfig(3, 2))
-    rows.broken = True
-    made.load([], [first])
-    with pytest.raises(KeyError, match="title"):
-        made.load([first], [second])
-    rows.broken = False
-    assert_equal(made.load([first])[0], loader().load([first])[0])
-
-
-def test_sorted_rows_have_a_third_of_the_padding_and_no_micro_batch_is_large() -> None:
-    """A step has 64 rows of 250 tokens on average and 511 at most, in micro-batches of about 8 rows."""
-    random = torch.Generator().manual_seed(0)
-    drawn = torch.randn(4096, generator=random).mul(0.45).exp().mul(225).clamp(20, 511).long().tolist()
-    rows = [row(number, length) for number, length in enumerate(drawn)]
-    made = StepBatchLoader(rows, 511, 0).load([StepKey(0, step, BatchConfig(8, 8)) for step in range(64)])
-    batches = [batch for step in made for batch in step.batches]
-    padded, real = sum(b.ids.numel() for b in batches), sum(int(b.lengths.sum()) for b in batches)
-    assert 240 < real / 4096 < 260
-    assert padded / real < 1.3
-    equal_rows = 8 * 511
-    assert max(b.ids.numel() for b in batches) < 0.85 * equal_rows
-    unsorted = sum(
-        8 * bucket_length(max(drawn[i] for i in shuffled_indices(0, 4096, first, 8)), 511)
-        for first in range(0, 4096, 8)
-    )
-    assert unsorted / real > 1.5
-
-
 def test_a_batch_on_the_device_has_the_targets_of_its_rows() -> None:
     first, second = pad_rows(ROWS[:3], 96, 0), pad_rows(ROWS[3:6], 96, 0)
     moved = DeviceBatch.copy_to(torch.device("cpu"), [first, second], [0.5, 0.25])
@@ -228,11 +155,3 @@ def test_a_batch_on_the_device_has_the_targets_of_its_rows() -> None:
     assert moved.first_target_column == int(has_label.any(0).nonzero()[0])
     alone = DeviceBatch.copy_to(torch.device("cpu"), [first])
     assert float(alone.weights.sum()) == pytest.approx(1.0)
-
-
-def test_the_labels_of_a_regression_task_keep_their_type() -> None:
-    rows = [Row((1, 2), (IGNORE_INDEX, 0.1), (1,), second_segment_start=1), Row((3,), (2.5,), (3,))]
-    moved = DeviceBatch.copy_to(torch.device("cpu"), [pad_rows(rows, 8, 0)])
-    assert moved.labels.tolist() == [0.1, 2.5]
-    assert moved.token_type_ids is not None
-    assert moved.token_type_ids[0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]

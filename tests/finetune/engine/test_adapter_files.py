@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ from scripted import (
     configuration,
     get_record,
     leases,
-    numbers_of,
-    solo,
     tiny_base_model,
     tiny_data,
     train,
@@ -22,7 +19,6 @@ from orchestrator.finetune.engine import adapter_file, recorder
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import variant_settings
 from orchestrator.record.adapters import adapter_file_name
-from orchestrator.record.schema import Provenance
 from orchestrator.record.store import Store
 from orchestrator.util.atomic_files import DamagedFileError
 
@@ -51,36 +47,6 @@ def test_only_finished_lanes_have_adapters_and_only_where_asked(store: Store) ->
     assert [path.name for path in store.adapters.iterdir()] == [adapter_file_name(good.fingerprint)]
     train(Script(leases([configuration(seed=1, steps=2, evaluations=1)])), store)
     assert len(list(store.adapters.iterdir())) == 1
-
-
-def test_the_adapter_is_there_before_the_record(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer that dies in between leaves an adapter and no record; the lane is then trained again."""
-    one, put = configuration(steps=2, evaluations=1), Store.put
-    seen = []
-
-    def put_once(own: Store, record: object) -> bool:
-        seen.append([path.name for path in own.adapters.iterdir()])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Store, "put", put_once)
-    with pytest.raises(KeyboardInterrupt):
-        train(Script(leases([one])), store, adapters=store.adapters)
-    monkeypatch.setattr(Store, "put", put)
-    assert len(seen[0]) == 1
-    train(Script(leases([one], attempt=2)), store, adapters=store.adapters)
-    assert adapter_file_name(one.fingerprint) in {path.name for path in store.adapters.iterdir()}
-    assert numbers_of(get_record(store, one)) == numbers_of(solo(one, store.root))
-
-
-def test_the_trainer_whose_record_comes_second_leaves_the_adapter(store: Store) -> None:
-    """A trainer was taken for dead, and another one got its lane and wrote the record first."""
-    one = configuration(steps=2, evaluations=1)
-    theirs = replace(solo(one, store.root), provenance=Provenance(host="another"))
-    (store.adapters).mkdir()
-    (store.adapters / adapter_file_name(one.fingerprint)).write_text("theirs")
-    store.put(theirs)
-    train(Script(leases([one])), store, adapters=store.adapters)
-    assert [path.read_text() for path in store.adapters.iterdir()] == ["theirs"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue
-from variants.api import CalibrationStatistic
 
 CALIBRATED = [n for n in catalogue.names() if catalogue.get(n).calibration_statistic.needs_data]
 
@@ -28,12 +27,6 @@ def point(variant: str, *, rate: float = 1e-2, seed: int = 0, batches: int = 3) 
 
 def modification_times(store: Store) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in store.calibration.iterdir()}
-
-
-def test_every_calibration_statistic_has_a_variant() -> None:
-    assert {catalogue.get(name).calibration_statistic for name in catalogue.names()} == set(
-        CalibrationStatistic
-    )
 
 
 @pytest.mark.parametrize("variant", CALIBRATED)
@@ -64,21 +57,6 @@ def test_a_damaged_file_is_computed_again(store: Store, damage: Callable[[bytes]
     assert file.read_bytes() == whole
     record = get_record(store, again)
     assert record.state == "finished", record.traceback
-
-
-def test_a_file_swapped_with_another_is_computed_again(store: Store, tmp_path: Path) -> None:
-    """Two undamaged files were swapped, or one was renamed."""
-    train(Script(leases([point("eva")])), store)
-    (file,) = store.calibration.iterdir()
-    whole = file.read_bytes()
-    train(Script(leases([point("eva", seed=1)])), store)
-    (other,) = set(store.calibration.iterdir()) - {file}
-    file.write_bytes(other.read_bytes())
-    again = point("eva", rate=1e-3)
-    train(Script(leases([again])), store)
-    assert file.read_bytes() == whole
-    record = get_record(store, again)
-    assert numbers_of(record) == numbers_of(solo(again, tmp_path))
 
 
 @pytest.mark.parametrize("variant", CALIBRATED)

@@ -44,15 +44,6 @@ def test_round_trip(tmp_path: Path) -> None:
     assert found.state == saved.state
 
 
-def test_a_lane_that_has_not_stepped_has_no_moments(tmp_path: Path) -> None:
-    a = {"q.A": torch.ones(2)}
-    write(tmp_path, Checkpoint("f", 0, 0, a, {}, {"exp_avg": {}, "exp_avg_sq": {}}))
-    found = read_newest(tmp_path, print)
-    assert found is not None
-    assert torch.equal(found.trainable["q.A"], a["q.A"])
-    assert found.frozen == found.moments == {}
-
-
 def test_the_newest_checkpoint_over_all_attempts_is_read(tmp_path: Path) -> None:
     assert read_newest(tmp_path / "nothing", print) is None
     for attempt, step in [(2, 30), (9, 15), (10, 30)]:
@@ -60,18 +51,6 @@ def test_the_newest_checkpoint_over_all_attempts_is_read(tmp_path: Path) -> None
     found = read_newest(tmp_path, print)
     assert found is not None
     assert (found.step, found.attempt) == (30, 10)  # attempts are ordered as numbers: 2, 9, 10
-
-
-def test_two_checkpoints_are_kept_of_an_attempt(tmp_path: Path) -> None:
-    for step in (5, 10, 15, 20):
-        write(tmp_path, make(step))
-    write(tmp_path, make(5, attempt=2))
-    kept = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.safetensors"))
-    assert kept == [
-        "1/step-00000015.safetensors",
-        "1/step-00000020.safetensors",
-        "2/step-00000005.safetensors",
-    ]
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])
@@ -104,28 +83,6 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
         assert (found.step, len(warnings)) == (5, 1) or equal(found, make(10)), position
         assert found.state == {"curve": [{"loss": 0.25}]}
     assert older.exists()
-
-
-def test_files_that_are_no_checkpoints_are_ignored(tmp_path: Path) -> None:
-    folder = write(tmp_path, make(5)).parent
-    # A writer died before its rename.
-    (folder / ".step-00000009.safetensors.77").write_bytes(b"half")
-    (folder / "step-x.safetensors").write_bytes(b"no number")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "step-00000099.safetensors").write_bytes(b"no attempt")
-    found = read_newest(tmp_path, print)
-    assert found is not None
-    assert found.step == 5
-
-
-def test_a_safetensors_file_of_another_program_is_skipped(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    write(tmp_path, make(5))
-    save_file({"weight": torch.ones(2)}, tmp_path / "1" / "step-00000099.safetensors")
-    found = read_newest(tmp_path, print)
-    assert found is not None
-    assert found.step == 5
 
 
 @pytest.mark.parametrize("other", ["another lane's", "of another step"])

@@ -1,15 +1,19 @@
-"""The plan for a grant: the leases to train and the lanes that make room. These tests train no lane."""
+"""Which lanes a trainer takes, and which make room for others."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import configuration
+from scripted import Queue, configuration, leases, numbers_of, solo, train
 
-from orchestrator.finetune.engine.lane_source import Lease, LeaseGrant
-from orchestrator.finetune.engine.leasing import GroupOccupancy, LeasePlan, plan_lease
+from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant
+from orchestrator.finetune.engine.leasing import GroupOccupancy, plan_lease
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 
 SMALL = [configuration(rank=2, seed=seed) for seed in range(8)]
@@ -89,25 +93,48 @@ def test_no_more_lanes_are_evicted_than_the_grant_needs(
         assert list(plan.evicted) == evictable[: len(plan.evicted)], "the longest parked leave first"
 
 
-def test_an_empty_group_asks_for_one_lane_and_a_parked_one_for_its_lanes_as_well() -> None:
-    assert GroupOccupancy().capacity == 1
-    assert held(SMALL[:3], 2, []).capacity == 2
-    assert held(SMALL[:3], 2, SMALL[1:3]).capacity == 4
+def numbers(store: Store, fingerprint: str) -> Record:
+    record = store.get(fingerprint)
+    assert record is not None
+    return numbers_of(record)
 
 
-def test_a_lane_that_is_leased_again_is_replaced() -> None:
-    plan = plan_lease(held(SMALL[:2], 0, []), grant(SMALL[:1]))
-    assert plan == LeasePlan((Lease(SMALL[0], 2),), replaced=names(SMALL[:1]))
+@pytest.mark.parametrize("variant", ["lora", pytest.param("pissa", marks=pytest.mark.slow)])
+def test_parked_lanes_make_room_and_resume(variant: str, store: Store, tmp_path: Path) -> None:
+    five = [
+        configuration(variant=variant, seed=seed, steps=9, evaluations=3, dropout=0.1) for seed in range(5)
+    ]
+    source = Queue(leases(five))
+    train(source, store, lanes=2, spill_seconds=-1.0)
+    assert source.spilled
+    assert source.most == 2
+    for one in five:
+        assert numbers(store, one.fingerprint) == numbers_of(solo(one, tmp_path))
+    assert source.taken == 5 * 9  # evicted lanes lose no step
 
 
-def test_a_grant_of_another_group_evicts_all_parked_lanes() -> None:
-    occupancy = held(SMALL[:2], 4, SMALL[:2])
-    assert plan_lease(occupancy, grant(LARGE[:1])).evicted == names(SMALL[:2])
-    assert plan_lease(occupancy, grant(SMALL[2:3], requires_empty_group=True)).evicted == names(SMALL[:2])
-    assert plan_lease(occupancy, grant(SMALL[2:3])).evicted == ()
+def test_a_group_that_is_parked_as_a_whole_makes_room_for_another_group_key(
+    store: Store, tmp_path: Path
+) -> None:
+    """Otherwise a scheduler that needs reports of lanes of the other group key would wait forever."""
+    small, large = configuration(rank=2, steps=4), configuration(rank=4, steps=4)
 
+    class Bracket(Queue):
+        def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
+            directives = super().exchange(steps_taken)
+            return (
+                directives
+                if {r.fingerprint for r in self.reports} == {small.fingerprint, large.fingerprint}
+                else {}
+            )
 
-def test_a_lane_with_a_final_record_is_not_trained_again() -> None:
-    occupancy = replace(held(SMALL[:1], 0, SMALL[:1]), free_slots=0)
-    plan = plan_lease(occupancy, grant(SMALL[1:2]), already_final=names(SMALL[1:2]))
-    assert plan == LeasePlan()
+        def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
+            if small.fingerprint in self.away and len(self.reports) < 2:
+                self.away[small.fingerprint] = len(self.held)
+            return super().lease(group_key, capacity, steps_taken)
+
+    source = Bracket(leases([small, large]))
+    train(source, store, lanes=4, spill_seconds=-1.0)
+    assert source.spilled[0] == (small.fingerprint, 1)
+    for one in (small, large):
+        assert numbers(store, one.fingerprint) == numbers_of(solo(one, tmp_path))

@@ -24,7 +24,7 @@ from scripted import (
 )
 
 from orchestrator.finetune.engine.checkpoint import read_newest
-from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant
+from orchestrator.finetune.engine.lane_source import Directive, Lease
 from orchestrator.finetune.failures import TrainerBrokenError
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
@@ -210,23 +210,6 @@ def test_a_lane_with_a_damaged_checkpoint_resumes_from_the_one_before(
     assert numbers(record) == numbers(solo(one, tmp_path))
 
 
-def test_swapped_checkpoints_are_not_used(store: Store, tmp_path: Path) -> None:
-    two = [configuration(steps=12, evaluations=4, rate=rate) for rate in (1e-3, 1e-2)]
-    with pytest.raises(SimulatedCrashError):
-        train(Script(leases(two), answers=dies_at(9)), store)
-    one, other = (store.checkpoints / each.fingerprint / "1" for each in two)
-    one.rename(tmp_path / "aside")
-    other.rename(one)
-    (tmp_path / "aside").rename(other)
-    source = Script(leases(two, attempt=2))
-    train(source, store)
-    assert {line.split(": ")[0] for line in source.said} >= {
-        f"skipped the damaged checkpoint {folder / 'step-00000006.safetensors'}" for folder in (one, other)
-    }
-    for each in two:
-        assert numbers(get(store, each.fingerprint)) == numbers(solo(each, tmp_path))
-
-
 # -- directives ---------------------------------------------------------------------------------------------
 
 
@@ -247,33 +230,6 @@ def test_a_stopped_lane_keeps_its_checkpoint_and_can_resume(store: Store, tmp_pa
     train(Script([Lease(one, 2, "asha")]), store)
     assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
     assert not (store.checkpoints / one.fingerprint).exists()
-
-
-def test_a_resumed_lane_stopped_at_a_repeated_report_names_the_reported_step(store: Store) -> None:
-    one = configuration(steps=12, evaluations=4)
-
-    with pytest.raises(SimulatedCrashError):
-        train(Script(leases([one]), answers=dies_at(9)), store)
-    train(
-        Script(
-            [Lease(one, 2, "asha")], answers=lambda r: Directive.STOP if r.step == 6 else Directive.CONTINUE
-        ),
-        store,
-    )
-    record = get(store, one.fingerprint)
-    assert (record.state, record.stopped_at, record.steps) == ("stopped", 6, 9)
-    assert record.reason == "stopped by the scheduler after step 6, trained to step 9"
-
-
-def test_a_lane_can_be_stopped_between_reports(store: Store) -> None:
-    one, other = configuration(steps=12, evaluations=1), configuration(seed=1, steps=12, evaluations=1)
-
-    def stop(steps: Mapping[str, int]) -> Mapping[str, Directive]:
-        return {one.fingerprint: Directive.STOP} if steps.get(one.fingerprint) == 5 else {}
-
-    train(Script(leases([one, other]), changes=stop), store)
-    assert (get(store, one.fingerprint).state, get(store, one.fingerprint).steps) == ("stopped", 5)
-    assert get(store, other.fingerprint).state == "finished"
 
 
 def test_a_dropped_lane_has_no_record(store: Store) -> None:
@@ -311,46 +267,6 @@ def test_a_configuration_with_a_final_record_is_not_trained_again(store: Store) 
     assert again.ended == [(one.fingerprint, 2, "finished")]
     assert again.reports == []
     assert get(store, one.fingerprint) == before
-
-
-def test_a_newer_lease_of_a_held_lane_replaces_it(store: Store, tmp_path: Path) -> None:
-    one = configuration(steps=8)
-
-    class Twice(Script):
-        def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
-            if self.lanes[one.fingerprint].step == 2 and len(self.held) < 4:
-                self.leases.append(Lease(one, 2))
-            return super().exchange(steps_taken)
-
-    source = Twice(leases([one]))
-    train(source, store)
-    assert source.ended == [(one.fingerprint, 2, "finished")]
-    assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
-
-
-# -- steps are counted --------------------------------------------------------------------------------------
-
-
-def test_steps_are_counted_as_they_are_taken(store: Store) -> None:
-    """Steps of all lanes count, repeated ones as well, but not the step in which a lane diverged."""
-    good, bad = configuration(steps=6), configuration(rate=1e36, steps=6)
-    source = Script(leases([good, bad]))
-    train(source, store)
-    assert source.taken == 6 + get(store, bad.fingerprint).steps
-
-    one = configuration(seed=3, steps=8, evaluations=2)
-
-    def die(steps: Mapping[str, int]) -> Mapping[str, Directive]:
-        if steps[one.fingerprint] == 6:
-            raise SimulatedCrashError
-        return {}
-
-    first = Script(leases([one]), changes=die)
-    with pytest.raises(SimulatedCrashError):
-        train(first, store)
-    second = Script(leases([one], attempt=2))
-    train(second, store)
-    assert (first.taken, second.taken) == (6, 4)
 
 
 # -- failures -----------------------------------------------------------------------------------------------
@@ -412,21 +328,6 @@ def test_only_the_lane_whose_own_step_raises_fails(store: Store, tmp_path: Path)
         assert numbers(record) == numbers(solo(lanes[seed], tmp_path))
 
 
-def test_a_base_model_that_cannot_be_loaded_fails_its_lanes_only(store: Store) -> None:
-    missing = replace(configuration(steps=4), model=ModelChoice("gone", "1" * 64))
-    good = configuration(steps=4)
-
-    def load(choice, task):  # type: ignore[no-untyped-def]
-        if choice.name == "gone":
-            raise OSError("no such model")
-        return tiny_base_model(choice)
-
-    source = Script(leases([missing, good]))
-    train(source, store, load_base_model=load)
-    assert source.ended == [(missing.fingerprint, 1, "failed"), (good.fingerprint, 1, "finished")]
-    assert get(store, missing.fingerprint).reason == "OSError: no such model"
-
-
 def test_the_base_model_is_loaded_once_and_left_unchanged(store: Store) -> None:
     loaded = []
 
@@ -444,11 +345,3 @@ def test_the_base_model_is_loaded_once_and_left_unchanged(store: Store) -> None:
     ):
         assert torch.equal(mine, other), name
     assert {get(store, c.fingerprint).state for c in shapes} == {"finished"}
-
-
-def test_an_idle_loop_ends(store: Store) -> None:
-    class Nothing(Script):
-        def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
-            return LeaseGrant()
-
-    train(Nothing([]), store, idle_seconds=0.05, poll_seconds=0.01)

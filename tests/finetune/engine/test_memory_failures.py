@@ -164,24 +164,6 @@ def test_lanes_that_do_not_fit_at_their_start_are_leased_again(store: Store, tmp
         assert numbers_of(get_record(store, point)) == numbers_of(solo(point, tmp_path))
 
 
-def test_a_stored_limit_is_only_lowered_and_an_unreadable_file_is_ignored(tmp_path: Path) -> None:
-    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
-    path = lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 4, 8)
-    lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 6, 12)
-    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") == 4
-    assert lane_capacity.read_max_lanes(tmp_path, "shape", "another gpu") is None
-    path.write_text('{"lanes": ')
-    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
-    lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 6, 12)
-    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") == 6
-    other = lane_capacity.write_max_lanes(tmp_path, "another shape", "gpu", 1, 2)
-    other.replace(path)  # the file of another group key
-    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
-    lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 6, 12)
-    path.write_bytes(path.read_bytes().replace(b'"lanes": 6', b'"lanes": 2'))  # a flipped bit
-    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
-
-
 def test_a_lane_interrupted_in_its_optimizer_step_resumes_from_its_checkpoint(
     store: Store, tmp_path: Path
 ) -> None:

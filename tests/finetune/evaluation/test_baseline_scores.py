@@ -16,7 +16,7 @@ from scripted import WORDS_TASK, Script, configuration, leases, train
 from orchestrator.finetune.engine import lane_group
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.finetune.evaluation.baseline_scores import BaselineScores, Scores
-from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup, WorkerError
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -76,19 +76,6 @@ def test_damaged_scores_are_computed_again(tmp_path: Path, damage: Callable[[str
     whole = file.read_text()
     file.write_text(damage(whole))
     assert file.read_text() != whole
-    assert load_and_count(tmp_path, first) == (SCORES, 1)
-    assert load_and_count(tmp_path, first) == (SCORES, 0)
-
-
-def test_scores_of_another_key_are_computed_again(tmp_path: Path) -> None:
-    """An undamaged file was renamed or swapped with another file."""
-    first = configuration()
-    other = replace(first, model=replace(first.model, content="another"))
-    load_and_count(tmp_path, first)
-    (file,) = tmp_path.glob("*.untrained.json")
-    load_and_count(tmp_path, other)
-    (other_file,) = set(tmp_path.glob("*.untrained.json")) - {file}
-    file.write_bytes(other_file.read_bytes())
     assert load_and_count(tmp_path, first) == (SCORES, 1)
     assert load_and_count(tmp_path, first) == (SCORES, 0)
 
@@ -193,49 +180,3 @@ def test_a_trainer_takes_over_from_one_that_was_killed_while_it_generated(tmp_pa
     assert second.exitcode == 0
     assert generated_by(tmp_path) == {"0.generates": "x", "1.generates": "x"}
     check_records(tmp_path, 1)
-
-
-def generate_together(group: ProcessGroup, folder: Path) -> list[tuple[Scores, int]]:
-    """Get the scores of the loss, then twice all scores, as a worker. Return them with the call counts."""
-    folder.mkdir(exist_ok=True)
-    group.broadcast_from_rank0(lambda: None)
-    calls: list[int] = []
-
-    def compute() -> Scores:
-        calls.append(group.all_gather(group.rank)[1])
-        return SCORES
-
-    one = point(0)
-    baseline = BaselineScores.of(folder, one, catalogue.get(one.task.name), group)
-    baseline.load_or_compute_loss(lambda: {"validation": {"loss": 2.5}}, has_answers=True)
-    found: list[tuple[Scores, int]] = [(baseline.scores, len(calls))]
-    for _ in range(2):
-        baseline.load_or_compute_all(compute)
-        found.append((baseline.scores, len(calls)))
-    return found
-
-
-def test_two_workers_of_a_trainer_generate_together(pair: Callable[..., Any], tmp_path: Path) -> None:
-    found = pair({"together": generate_together}, tmp_path)["together"]
-    assert found == [[({"validation": {"loss": 2.5}}, 0), (SCORES, 1), (SCORES, 1)]] * 2
-
-
-def compute_without_folder(process_group: ProcessGroup, folder: Path) -> str:
-    """Return the reason for which a worker cannot compute the scores in a folder that cannot be made."""
-    folder.mkdir(exist_ok=True)
-    wanted = configuration()
-    (folder / "file").touch()
-    process_group.broadcast_from_rank0(lambda: None)
-    task = catalogue.get(wanted.task.name)
-    baseline = BaselineScores.of(folder / "file" / "folder", wanted, task, process_group)
-    with pytest.raises(WorkerError) as raised:
-        process_group.run_on_all(lambda: baseline.load_or_compute_all(lambda: SCORES))
-    return raised.value.reason
-
-
-def test_all_workers_get_the_error_of_the_one_that_cannot_take_the_lock(
-    pair: Callable[..., Any], tmp_path: Path
-) -> None:
-    reasons = pair({"error": compute_without_folder}, tmp_path)["error"]
-    assert len(reasons) == 2
-    assert all("NotADirectoryError" in reason for reason in reasons)

@@ -28,7 +28,7 @@ from transformers import (
 
 from orchestrator.finetune.evaluation import cached_forward, decoding
 from orchestrator.finetune.evaluation.cached_forward import CachedForward
-from orchestrator.finetune.evaluation.decoding import DecodingRules, decode_answers, select_remaining_rows
+from orchestrator.finetune.evaluation.decoding import DecodingRules, decode_answers
 from orchestrator.finetune.evaluation.token_sampling import draw_uniform_table, sample_tokens
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
@@ -185,49 +185,6 @@ def test_a_lanes_tokens_do_not_depend_on_the_lanes_beside_it() -> None:
             with adapters.activate_lanes([name], None):
                 alone = decode_answers(base_model, RULES, *make_prompts(1), 1, make_uniforms([seed]))
             assert torch.equal(alone, expected)
-
-
-def test_every_lane_keeps_as_many_rows_as_the_lane_with_the_most() -> None:
-    ended = torch.ones(2, 12, dtype=torch.bool)
-    ended[0, [1, 2, 3, 4, 5, 7, 9, 10, 11]] = False
-    ended[1, 6] = False
-    kept = select_remaining_rows(ended.flatten(), 2, 1.0)
-    assert kept is not None
-    first, second = kept.view(2, -1).tolist()
-    assert sorted(first) == [1, 2, 3, 4, 5, 7, 9, 10, 11]
-    assert len(second) == 9
-    assert 12 + 6 in second
-    assert all(12 <= row < 24 for row in second)
-    assert select_remaining_rows(ended.flatten(), 2, 0.7) is None
-    assert select_remaining_rows(torch.zeros(24, dtype=torch.bool), 2, 1.0) is None
-
-
-def test_a_lane_keeps_at_least_eight_rows() -> None:
-    kept = select_remaining_rows(torch.ones(24, dtype=torch.bool), 2, 1.0)
-    assert kept is not None
-    assert len(kept) == 16
-    assert select_remaining_rows(torch.ones(16, dtype=torch.bool), 2, 1.0) is None
-
-
-def test_decoding_ends_when_all_rows_have_ended_and_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    base_model = make_base_model("llama")
-    rules = replace(RULES, stop=tuple(VOCABULARY[4:]), temperature=0.0)  # any letter ends an answer
-    rows = count_rows(monkeypatch)
-    with three_lanes(base_model) as adapters, adapters.activate_lanes(["x"], None):
-        decode_answers(base_model, rules, *make_prompts(1), 1)
-        assert len(rows) == decoding.STOP_CHECK_INTERVAL
-        calls: list[int] = []
-        decode_answers(
-            base_model, RULES, *make_prompts(1), 1, make_uniforms([0]), lambda: calls.append(len(rows))
-        )
-    assert calls == [rows_before + 8 for rows_before in (32, 64)]
-
-
-def test_a_model_with_a_sliding_window_has_no_static_cache() -> None:
-    for family in CONFIGS:
-        config = make_base_model(family).model.config
-        cache = cached_forward._make_static_cache(config, 64)
-        assert (cache is None) == family.startswith("gemma")
 
 
 @pytest.mark.gpu

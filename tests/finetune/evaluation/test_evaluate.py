@@ -7,10 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from logits import compute_logits
 from scripted import WORDS_TASK, tiny_base_model
-from splits import tokenized_split
-from three_lanes import NAMES, three_lanes
+from three_lanes import NAMES, compute_logits, three_lanes, tokenized_split
 from torch.nn.functional import cross_entropy
 
 from orchestrator.finetune.evaluation.evaluate import EvaluationSplit, _grade_generated, evaluate
@@ -61,61 +59,6 @@ def test_a_grade_outside_0_to_1_is_named(bad_grade: float, monkeypatch: pytest.M
             split_of(task, base_model),
             EvaluatedLanes.of(adapters, ["y"], [0]),
         )
-
-
-def test_too_few_grades_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    base_model, task = make_base_model(), tasks.get(WORDS_TASK)
-    monkeypatch.setattr(type(task), "grade_all", lambda *_: [1.0])
-    with (
-        three_lanes(base_model) as adapters,
-        pytest.raises(UsageError, match="grade_all gives 1 grades for 24"),
-    ):
-        evaluate(
-            base_model,
-            task,
-            split_of(task, base_model),
-            EvaluatedLanes.of(adapters, ["y"], [0]),
-        )
-
-
-def test_every_batch_that_is_scored_generated_or_graded_shows_progress(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A trainer whose evaluation takes an hour would otherwise count as hung."""
-    base_model, task = make_base_model(), tasks.get(WORDS_TASK)
-    split = split_of(task, base_model, size=100)
-    done: list[str] = []
-    grade_all = type(task).grade_all
-
-    def grade(task: Task, examples: list[Example], answers: list[str]) -> list[float]:
-        done.append("graded")
-        return grade_all(task, examples, answers)
-
-    monkeypatch.setattr(type(task), "grade_all", grade)
-    found = []
-    with three_lanes(base_model) as adapters:
-        lanes = EvaluatedLanes.of(adapters, ["y"], [0])
-        for predict_with_generate in (False, True):
-            notes: list[int] = []
-            found += evaluate(
-                base_model,
-                task,
-                split,
-                lanes,
-                SINGLE_PROCESS_GROUP,
-                predict_with_generate,
-                on_batch=lambda notes=notes: notes.append(len(done)),  # type: ignore[misc]
-            )
-            if not predict_with_generate:
-                assert len(notes) == len(split.batch_plan) > 1
-    scored = len(split.batch_plan)
-    assert notes[:scored] == [0] * scored
-    assert notes.count(0) > scored, "batches that are generated"
-    assert notes[-2:] == [1, 2] == [i + 1 for i in range(len(done))], "100 answers are graded in two batches"
-    monkeypatch.setattr("orchestrator.finetune.evaluation.evaluate.GRADING_BATCH", 7)
-    with three_lanes(base_model) as adapters:
-        again = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, ["y"], [0]))
-    assert again == found[1:], "the grades do not depend on the batches"
 
 
 def test_scores_equal_those_of_plain_forward_passes() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pair import process
 from short_generation import halve_rows, read_results
-from transformers import GPT2Config, Qwen3Config
+from transformers import Qwen3Config
 
 from orchestrator.finetune.data.batches import bucket_length
 from orchestrator.finetune.evaluation.generation_plan import (
@@ -71,34 +71,6 @@ def test_on_a_gpu_a_batch_has_as_many_rows_as_fit(
         if number < len(plan) - 1:
             assert len(items) == min(fair_share, limits.rows(length, max_new_tokens))
     assert [length for length, _ in plan] == sorted((length for length, _ in plan), reverse=True)
-
-
-def test_a_small_difference_of_free_memory_gives_the_same_limits() -> None:
-    assert limits_of(61.0) == limits_of(62.0) != limits_of(40.0)
-
-
-def test_fewer_lanes_generate_together_the_more_memory_a_lane_takes() -> None:
-    limits = limits_of(60)
-    for rows in (8, 64, 400):
-        plan = [(256, list(range(rows))), (64, list(range(rows)))]
-        lanes = limits.lanes(plan, 512)
-        assert lanes == max(1, limits.group_cache_tokens // (rows * (256 + 512)))
-    assert limits.lanes([(256, list(range(400)))], 512) == 1
-    assert limits.lanes([(256, list(range(8)))], 512) > 40
-
-
-def test_half_of_the_memory_gives_half_of_the_rows() -> None:
-    for device in ("cpu", "cuda"):
-        whole, half = limits_of(16, device), limits_of(16, device, 0.5)
-        assert half.rows(128, 512) == whole.rows(128, 512) // 2
-    assert limits_of(16, "cpu", 1e-6).rows(128, 512) == MIN_ROWS
-
-
-def test_the_cache_of_a_model_without_grouped_heads_is_counted_by_its_attention_heads() -> None:
-    grouped = Qwen3Config(hidden_size=64, num_attention_heads=8, num_key_value_heads=2, head_dim=8)
-    plain = GPT2Config(hidden_size=64, num_attention_heads=8, num_hidden_layers=grouped.num_hidden_layers)
-    few, many = (GenerationLimits.from_memory(c, 4, GIB, "cuda").cache_tokens for c in (plain, grouped))
-    assert many == 4 * few
 
 
 @pytest.mark.slow  # generates in a process of its own, whose memory is limited

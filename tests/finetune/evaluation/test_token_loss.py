@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from scripted import WORDS_TASK, tiny_base_model
-from splits import tokenized_split
-from three_lanes import NAMES, three_lanes
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +21,6 @@ from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import IGNORE_INDEX
 from orchestrator.finetune.tasks.local import letters
-from orchestrator.study.configuration import ModelChoice
 from variants import catalogue as variants
 from variants.api import VariantSettings
 from variants.attach import attach
@@ -91,23 +87,6 @@ def test_losses_and_gradients_equal_those_of_cross_entropy(
     assert torch.equal(predictions, logits.argmax(dim=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_parts_of_a_chunk_in_float32_give_the_same_bits(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-    for wide_rows in (512, 7):
-        monkeypatch.setattr(token_loss, "WIDE_ROWS", wide_rows)
-        hidden, layer, labels, weights = problem(dtype)
-        objective, losses = token_loss.compute_objective(hidden, layer, labels, weights, (20, 10))
-        objective.backward()
-        assert hidden.grad is not None
-        found.append(
-            (losses, hidden.grad, *token_loss.predict_tokens(hidden.detach(), layer, labels, (20, 10)))
-        )
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
 def test_a_lane_whose_logits_are_not_finite_has_no_finite_loss_and_harms_no_other() -> None:
     hidden, layer, labels, weights = problem(torch.float32)
     alone = token_loss.compute_objective(hidden, layer, labels, weights, (20, 10))[1]
@@ -159,19 +138,6 @@ def test_only_the_logits_of_one_chunk_exist_and_none_is_kept(train: bool, dtype:
     assert largest.sizes[dtype] == token_loss.CHUNK_TARGETS * vocabulary
     if dtype == torch.bfloat16:
         assert largest.sizes[torch.float32] == token_loss.WIDE_ROWS * vocabulary
-
-
-def test_no_chunk_has_targets_of_two_lanes() -> None:
-    chunks = list(token_loss._chunks((1500, 10, 2048)))
-    assert [(c.start, c.stop) for c in chunks] == [
-        (0, 1024),
-        (1024, 1500),
-        (1500, 1510),
-        (1510, 2534),
-        (2534, 3558),
-    ]
-    even = [c.stop - c.start for c in token_loss._chunks((1100, 0, 10, 3000), is_even=True)]
-    assert even == [550, 550, 10, 1000, 1000, 1000]
 
 
 @contextmanager
@@ -241,15 +207,3 @@ def test_a_trained_output_layer_gets_its_gradient(variant: str, targets: str) ->
     of_output_layer = [p for n, p in adapters.trainable("x").items() if "lm_head" in n]
     assert of_output_layer
     assert any(p.grad is not None and p.grad.any() for p in of_output_layer)
-
-
-def test_the_scores_of_lanes_do_not_depend_on_the_size_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    base_model, task = tiny_base_model(ModelChoice("tiny", "0" * 64)), tasks.get(WORDS_TASK)
-    split = tokenized_split(task.examples("validation", 24), task, base_model.tokenizer, max_row_length=31)
-    batch = DeviceBatch.copy_to(CPU, [split.batch(0)] * 3)
-    with three_lanes(base_model) as adapters, torch.no_grad(), adapters.activate_lanes(NAMES, None):
-        losses, predictions = forward.predict(base_model, task, batch)
-        monkeypatch.setattr(token_loss, "CHUNK_TARGETS", 8)
-        chunked_losses, chunked_predictions = forward.predict(base_model, task, batch)
-    torch.testing.assert_close(losses, chunked_losses)
-    assert torch.equal(predictions, chunked_predictions)

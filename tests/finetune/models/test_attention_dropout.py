@@ -20,7 +20,6 @@ from scripted import (
     leases,
     numbers_of,
     solo,
-    tiny_base_model,
     train,
 )
 from torch import Tensor, nn
@@ -28,23 +27,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from orchestrator.finetune.models import attention_dropout, deberta
-from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
-from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.resolve.option_names import resolve_options
-from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.sources import base_store
-from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Configuration, ModelChoice
-from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import UsageError
+from orchestrator.study.configuration import Configuration
 from variants import base_dropout, catalogue, forward_context
 from variants.api import VariantSettings
 from variants.attach import Adapters, attach
-from variants.base_dropout import LaneDropout
 
 SETTINGS = VariantSettings(rank=4, alpha=8.0)
 ROWS, LENGTH = 8, 12
@@ -143,34 +132,6 @@ def test_outputs_equal_those_of_transformers_in_training_mode_with_the_same_mask
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_model_is_restored(attention: str, tmp_path: Path) -> None:
-    model = model_of("bert", tmp_path)
-    model.config._attn_implementation = attention
-    before = [(name, type(module), module.training) for name, module in model.named_modules()]
-    with lane_with_dropout(model):
-        assert [(n, type(m), m.training) for n, m in model.named_modules()] != before
-        assert model.config._attn_implementation != attention
-    assert [(n, type(m), m.training) for n, m in model.named_modules()] == before
-    assert model.config._attn_implementation == attention
-
-
-def test_a_worker_draws_the_masks_of_its_own_rows(tmp_path: Path) -> None:
-    with lane_with_dropout(model_of("bert", tmp_path)) as adapters:
-        adapters.add_lane("other", SETTINGS, seed=4)
-        dropout = next(m for m in adapters.model.modules() if isinstance(m, LaneDropout) and m.p)
-        x = torch.ones(2 * ROWS, LENGTH, 32)
-        with adapters.activate_lanes(["lane", "other"], [1, 5], rows_per_lane=ROWS):
-            whole = dropout(x).view(2, ROWS, LENGTH, 32)
-        assert not torch.equal(whole[0], whole[1])
-        for first, last in ((0, 3), (3, ROWS)):
-            mine = torch.ones(2 * (last - first), LENGTH, 32)
-            with adapters.activate_lanes(
-                ["lane", "other"], [1, 5], rows_per_lane=last - first, shard=(first, ROWS)
-            ):
-                assert torch.equal(dropout(mine).view(2, -1, LENGTH, 32), whole[:, first:last])
-
-
 # -- lanes in the loop -----------------------------------------------------------------------------------
 
 
@@ -200,17 +161,6 @@ def test_a_lane_in_a_group_and_a_resumed_lane_equal_the_lane_alone(store: Store,
     assert numbers_of(get(again, together[0])) == numbers_of(solo(together[0], tmp_path))
 
 
-def test_activation_checkpointing_changes_no_result(store: Store, tmp_path: Path) -> None:
-    def recomputing(choice: ModelChoice, task: Task) -> BaseModel:
-        base_model = tiny_base_model(choice, task)
-        enable_activation_checkpointing(base_model.model)
-        return base_model
-
-    one = point(accumulation=2)
-    train(Script(leases([one])), store, load_base_model=recomputing)
-    assert numbers_of(get(store, one)) == numbers_of(solo(one, tmp_path))
-
-
 def test_dropout_is_off_in_evaluation_and_part_of_the_fingerprint(tmp_path: Path) -> None:
     """At a learning rate near 0, scores equal those without dropout, but training losses do not."""
     on, off = point(rate=1e-30), replace(point(rate=1e-30), base_dropout="off")
@@ -219,44 +169,3 @@ def test_dropout_is_off_in_evaluation_and_part_of_the_fingerprint(tmp_path: Path
     with_it, without = solo(on, tmp_path), solo(off, tmp_path)
     assert with_it.evaluations == without.evaluations
     assert [s.loss for s in with_it.curve] != [s.loss for s in without.curve]
-
-
-# -- options ---------------------------------------------------------------------------------------------
-
-
-def test_only_glue_tasks_have_base_dropout_by_default() -> None:
-    defaults = {name: tasks.get(name).defaults.base_dropout for name in tasks.names()}
-    glue = {name for name in defaults if name.startswith("glue_")}
-    assert len(glue) == 9
-    assert {name for name, drops in defaults.items() if drops == "on"} == glue
-
-
-@pytest.mark.parametrize(
-    ("task", "kind", "more", "message"),
-    [
-        (
-            "reviews",
-            "bert",
-            {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-            "has no dropout",
-        ),
-        ("letters", "llama", {}, "has type 'llama'; must be one of bert, deberta, "),
-    ],
-)
-def test_a_model_without_dropout_is_refused_in_one_line(
-    task: str, kind: str, more: dict[str, float], message: str, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    if kind == "llama":
-        base_model = tiny_base_model(ModelChoice("tiny", "0" * 64))
-        base_model.model.save_pretrained(folder)
-        base_model.tokenizer.save_pretrained(folder)
-    else:
-        encoders.save(kind, folder, **more)
-    typed = StudyOptions(model=str(folder), base_dropout="on")
-    chosen = resolve_options(typed, task, ("lora",), tmp_path)
-    content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
-    with pytest.raises(UsageError, match=message) as caught:
-        build_configuration_templates(typed, chosen, content, tmp_path)
-    assert "\n" not in str(caught.value)
-    assert "Use --base-dropout off." in str(caught.value)

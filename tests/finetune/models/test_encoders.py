@@ -10,16 +10,15 @@ from pathlib import Path
 import encoders
 import pytest
 import torch
-from logits import compute_logits
 from scripted import Script, configuration, leases, numbers_of, train
-from three_lanes import three_lanes
+from three_lanes import compute_logits, three_lanes
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from orchestrator.finetune.data.batches import Batch, encode_examples, pad_rows
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.sources import base_store
-from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Example, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task, TaskDefaults
 from orchestrator.finetune.tasks.base import Split as SplitName
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -127,20 +126,6 @@ def test_logits_of_one_lane_equal_those_of_transformers_without_padding(
                     torch.testing.assert_close(own(**text).logits[0], lane_logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_text_may_use_all_positions(folders: dict[str, Path]) -> None:
-    """RoBERTa's positions begin after the padding index, so 258 positions are enough for 256 tokens."""
-    base_model = load(folders["roberta"])
-    long = [Example("a b " * 90, "same", "c d " * 90)] * 2
-    rows = encode_examples(long, Same(), base_model.tokenizer, 256)
-    assert [len(row.ids) for row in rows] == [256, 256]
-    with three_lanes(base_model, 0.3) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
-        assert (
-            compute_logits(base_model, Same(), pad_rows(rows, 256, base_model.tokenizer.pad_token_id))[0]
-            .isfinite()
-            .all()
-        )
-
-
 def test_a_causal_encoder_is_refused(tmp_path: Path) -> None:
     """The head of a causal encoder would read the first token, which attends to no other token."""
     folder = encoders.save("bert", tmp_path / "decoder", is_decoder=True)
@@ -229,15 +214,6 @@ def test_token_types_reach_only_models_that_have_them_and_are_0_at_padding(folde
         assert torch.equal(given, without) == (kind not in TYPED)
 
 
-def test_single_texts_have_no_token_types(folders: dict[str, Path]) -> None:
-    words = load(folders["bert"]).tokenizer
-    rows = encode_examples([Example("a b", "same"), Example("a b", "same", None)], Same(), words, 40)
-    assert [row.second_segment_start for row in rows] == [None, None]
-    assert pad_rows(rows, 8, 0).token_type_ids is None
-    mixed = encode_examples([Example("a b", "same"), Example("a b", "same", "c")], Same(), words, 40)
-    assert pad_rows(mixed, 8, 0).token_type_ids.tolist() == [[0] * 8, [0, 0, 0, 0, 1, 1, 0, 0]]  # type: ignore[union-attr]
-
-
 def truncate_as_glue_does(first: list[int], second: list[int], most: int) -> tuple[list[int], list[int]]:
     """Remove one token at a time from the end of the longer text, like GLUE's reference code."""
     first, second = list(first), list(second)
@@ -273,31 +249,3 @@ def test_a_long_pair_is_truncated_at_the_end_of_its_longer_text(
     if row.second_segment_start is not None:
         assert row.second_segment_start == place + 2
     assert row.targets == (*[IGNORE_INDEX] * 39, 1)
-
-
-def test_token_types_other_than_0_and_1_are_refused(folders: dict[str, Path]) -> None:
-    class ThreeTypesTokenizer:
-        def __call__(self, *texts: list[str], **rest: object) -> dict[str, list[list[int]]]:
-            return {"input_ids": [[1, 2, 3]], "token_type_ids": [[2, 0, 1]]}
-
-    with pytest.raises(
-        UsageError, match="the token types of ThreeTypesTokenizer for two texts are not 0"
-    ) as caught:
-        encode_examples([Example("a", "same", "b")], Same(), ThreeTypesTokenizer(), 40)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_task_with_its_own_encode_may_have_its_own_truncation() -> None:
-    class OwnEncode(Same):
-        def encode(self, example: Example, tokenizer: object) -> EncodedExample:
-            return EncodedExample(tuple(range(50)), (IGNORE_INDEX,) * 50, 50)
-
-    class OwnTruncation(OwnEncode):
-        def encode_truncated(self, example: Example, tokenizer: object, max_length: int) -> EncodedExample:
-            return EncodedExample((2,) * max_length, (IGNORE_INDEX,) * max_length, max_length, 3)
-
-    pair = Example("a", "same", "b")
-    (row,) = encode_examples([pair], OwnEncode(), None, 40)
-    assert (row.ids, row.second_segment_start) == ((*range(39), 49), None)
-    (row,) = encode_examples([pair], OwnTruncation(), None, 40)
-    assert (row.ids, row.second_segment_start) == ((2,) * 40, 3)

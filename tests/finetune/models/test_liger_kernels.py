@@ -18,13 +18,9 @@ from scripted import Script, configuration, leases, tiny_base_model, train
 from orchestrator.finetune.failures import Fault, classify_error
 from orchestrator.finetune.models import liger_kernels
 from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.models.catalogue import UNPREPARED
-from orchestrator.finetune.resolve.option_names import resolve_options
-from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice
-from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
 MISSING = [module for module in ("liger_kernel", "triton") if find_spec(module) is None]
@@ -48,23 +44,6 @@ def check_equal(results: list[dict[str, Any]], count: int) -> None:
         assert result["error"] < 1e-3, result
 
 
-def test_a_model_on_a_cpu_is_refused() -> None:
-    model = tiny_base_model(configuration().model).model
-    with pytest.raises(
-        UsageError, match=r"^--kernels liger: model 'tiny' is on a CPU, and Liger needs a GPU"
-    ):
-        liger_kernels.apply_liger(model, "tiny")
-
-
-def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CC", str(tmp_path / "gcc"))
-    with pytest.raises(UsageError, match=r"^--kernels liger needs a C compiler"):
-        liger_kernels.check_compiler()
-    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
-    with pytest.raises(UsageError, match=r"needs a C compiler and Python\.h: install gcc and python3-dev"):
-        liger_kernels.check_compiler()
-
-
 @needs_liger
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here kernels can be launched")
 def test_a_kernel_that_cannot_be_launched_is_the_machines_fault() -> None:
@@ -74,33 +53,6 @@ def test_a_kernel_that_cannot_be_launched_is_the_machines_fault() -> None:
         liger_kernels.launch_kernel("cpu")
     assert "\n" not in str(raised.value)
     assert classify_error(raised.value) is Fault.DEVICE
-
-
-@pytest.mark.parametrize("option", [{"device": "cpu"}, {"gpus_per_worker": 0.0}])
-def test_options_that_leave_no_gpu_are_refused(option: dict[str, Any]) -> None:
-    name = "--device cpu" if "device" in option else "--gpus-per-worker 0"
-    with pytest.raises(
-        UsageError, match=f"--kernels liger with {name}: Liger needs GPUs; take --kernels torch"
-    ):
-        StudyOptions(kernels="liger", **option)
-    assert StudyOptions(**option).kernels == "torch"
-
-
-def plan(task: str, folder: Path) -> None:
-    options = StudyOptions(task=(task,), variants=("lora",), kernels="liger")
-    resolved = resolve_options(options, task, (), folder)
-    build_configuration_templates(options, resolved, UNPREPARED, folder)
-
-
-def test_a_model_that_liger_does_not_know_is_refused_before_a_study(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"is of type 'bert', and the kernels are for gemma, .*qwen3"):
-        plan("reviews", tmp_path)
-
-
-@pytest.mark.skipif(not MISSING, reason="Liger is installed")
-def test_a_missing_package_is_one_line_before_a_study(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"--kernels liger needs {MISSING[0]}, which is not installed: .*"):
-        plan("letters", tmp_path)
 
 
 def test_a_record_names_the_kernels_of_its_base_model(store: Store) -> None:

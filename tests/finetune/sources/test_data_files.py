@@ -34,11 +34,6 @@ def write(path: Path, rows: Any) -> Path:
     return path
 
 
-def test_a_csv_cell_may_be_long(tmp_path: Path) -> None:
-    row = {"text": "x" * 200_000, "label": 1}
-    assert data_files.read(write(tmp_path / "a.csv", [row]), COLUMNS, "mine") == [row]
-
-
 def error_message(path: Path, columns: dict[str, Any] = COLUMNS) -> str:
     with pytest.raises(UsageError) as caught:
         data_files.read(path, columns, "mine")
@@ -75,31 +70,6 @@ def test_a_class_out_of_range_is_named_with_its_row(tmp_path: Path, suffix: str)
     assert error_message(path) == f"row 3{line}: 'label' must be a class from 0 to 1, it is 7."
 
 
-@pytest.mark.parametrize(
-    ("cell_type", "value", "message"),
-    [
-        (str, None, "must be text, it is null"),
-        (str, 5, "must be text, it is 5"),
-        (int, 5.5, "must be a whole number, it is 5.5"),
-        (int, True, "must be a whole number, it is True"),
-        (int, "5", "must be a whole number, it is '5'"),
-        (float, "x" * 99, f"must be a finite number, it is '{'x' * 36}..."),
-        (float, float("nan"), "must be a finite number, it is nan"),
-        (range(3), -1, "must be a class from 0 to 2, it is -1"),
-        (range(3), False, "must be a class from 0 to 2, it is False"),
-        (object, None, "must be there, it is null"),
-    ],
-)
-def test_a_cell_of_the_wrong_type_is_described(
-    tmp_path: Path, cell_type: Any, value: Any, message: str
-) -> None:
-    path = tmp_path / "x.jsonl"
-    good = {"a": 1} if cell_type is not str else {"a": "x"}
-    path.write_text(json.dumps(good) + "\n\n" + json.dumps({"a": value}) + "\n")
-    assert error_message(path, {"a": cell_type}) == f"row 2 (line 3): 'a' {message}."
-    assert data_files.read(path, {"a": None}, "mine")[0] == good
-
-
 def test_csv_cells_are_parsed_as_numbers_in_columns_of_numbers(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("a,b,c\n1,2,3\n4,5.5,6\n")
@@ -109,40 +79,8 @@ def test_csv_cells_are_parsed_as_numbers_in_columns_of_numbers(tmp_path: Path) -
     assert error_message(path, {"b": float}) == "row 2 (line 3): 'b' must be a finite number, it is null."
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "x.jsonl",
-            b'{"text": "a", "label": 1}\n{"text": "a"\n',
-            "row 2 is no JSON (Expecting ',' delimiter",
-        ),
-        ("x.jsonl", b'{"text": "a", "label": 1}\n["a", 1]\n', "row 2 must be an object with text, label"),
-        ("x.jsonl", b'{"text": "a"}\n', "row 1 has no 'label'; it has text."),
-        ("x.jsonl", b'{"text": "\xff", "label": 1}\n', "is not UTF-8 at byte 10; save it as UTF-8."),
-        ("x.jsonl", b"", "has no rows."),
-        ("x.json", b'[{"text": "a", "label": 1},\n', "does not parse (Expecting value: line 2 column 1"),
-        ("x.csv", b"text,label\na,1\nb\n", "row 2 (line 3) has fewer cells than there are columns."),
-        ("x.csv", b"text,label\na,1\nb,0,c\n", "row 2 (line 3) has more cells than there are columns."),
-        ("x.csv", b"text,label,text\na,1,b\n", "has 2 columns 'text'; rename one of them."),
-        ("x.csv", b'text,label\na,1\n"b,0\n', "does not parse (unexpected end of data) after row 1."),
-        ("x.parquet", b"PAR1" + b"x" * 50, "does not parse (Parquet magic bytes not found"),
-        ("x.txt", b"a", "must end in .jsonl, .json, .csv, .tsv, .parquet."),
-    ],
-)
-def test_the_error_for_a_malformed_file_names_the_place(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    assert error_message(tmp_path / name).startswith(message)
-
-
 def test_a_parquet_file_whose_pages_are_junk_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", [{"text": f"text {i}", "label": 1} for i in range(5000)])
     data = path.read_bytes()
     path.write_bytes(data[:4] + b"\x99" * 3000 + data[3004:])
     assert error_message(path).startswith(("cannot be read (", "does not parse ("))
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert error_message(tmp_path / "gone.jsonl") == "cannot be read (No such file or directory)."

@@ -80,46 +80,6 @@ def test_a_malformed_parquet_file_is_named_among_several(folder: Path, case: str
     assert message.startswith(f"{folder / ORGANISATION / 'set' / 'train-1.parquet'}: {expected}")
 
 
-LINE = '{"text": "a", "label": 1}\n'
-BAD_LINES = {
-    "json": (LINE + '{"text": "a", "label": 1\n', "row 2 is no JSON (Expecting ',' delimiter at column 25)"),
-    "type": (LINE + '{"text": 5, "label": 1}\n', "row 2: 'text' must be text, it is 5"),
-    "label": (LINE + '{"text": "b", "label": "no"}\n', f"row 2: {CLASS} 'no'"),
-    "column": (LINE * 4 + '{"text": "b"}\n', "row 5 has no 'label'; it has text"),
-    "empty": ("", "has no rows"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_LINES)
-def test_a_malformed_line_is_named(folder: Path, case: str) -> None:
-    content, expected = BAD_LINES[case]
-    message = error_message(write_table(folder, {"train.jsonl": content, "test.jsonl": LINE}))
-    assert message == f"{folder / ORGANISATION / 'set' / 'train.jsonl'}: {expected}."
-
-
-def test_a_label_without_a_class_name_in_the_dataset_is_named(folder: Path) -> None:
-    names = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n"
-    names += "      class_label:\n        names:\n          '0': ham\n          '1': spam\n"
-    files = {"train.parquet": {"text": ["a"], "label": [7]}, "README.md": f"---\n{names}---\n"}
-    assert error_message(write_table(folder, files)).endswith(f"train.parquet: row 1: {CLASS} 7.")
-
-
-def test_a_deleted_file_is_named(folder: Path) -> None:
-    listed = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: gone.jsonl\n"
-    message = error_message(write_table(folder, {"README.md": f"---\n{listed}---\n"}))
-    assert f"{folder / ORGANISATION / 'set' / 'gone.jsonl'}" in message
-
-
-def test_the_error_for_a_missing_split_names_the_existing_ones(folder: Path) -> None:
-    message = error_message(write_table(folder, {"test.parquet": GOOD}))
-    assert "Unknown split \"train\". Should be one of ['test']" in message
-
-
-def test_the_error_for_a_missing_column_names_the_existing_ones(folder: Path) -> None:
-    message = error_message(write_table(folder, {"train.parquet": {"text": ["a"], "labels": [1]}}))
-    assert message.endswith("must have a column 'label'; it has text, labels.")
-
-
 # -- an unreachable hub --------------------------------------------------------------------------------------
 
 READ_SCRIPT = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -71,14 +70,6 @@ def test_what_is_done_with_the_rows_is_part_of_the_content(tmp_path: Path) -> No
     assert len({task_of(path, **each).content for each in options}) == len(options)
 
 
-def test_a_task_is_made_again_from_its_json_without_the_rows(tmp_path: Path) -> None:
-    task = task_of(write(tmp_path / "mail.csv", MAILS))
-    shutil.rmtree(tmp_path)
-    again = DataTask.from_json(json.loads(json.dumps(task.to_json())))
-    assert again.choice() == task.choice()
-    assert (again.labels, again.output, again.defaults) == (("ham", "spam"), "classification", task.defaults)
-
-
 def test_a_dataset_of_the_hub_equals_its_rows_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,17 +81,6 @@ def test_a_dataset_of_the_hub_equals_its_rows_in_a_file(
     task = task_of("org/mail:small")
     assert (task.name, task.source) == ("mail-small", "org/mail:small")
     assert task.content == task_of(write(tmp_path / "mail.csv", rows)).content
-
-
-def test_the_line_about_labels_counts_the_classes_and_the_rows_that_contradict_others(tmp_path: Path) -> None:
-    mails = [{"text": f"mail {i}", "label": "ham" if i % 2 else "spam"} for i in range(60)]
-    said = task_of(write(tmp_path / "m.csv", mails)).describe()
-    assert said.endswith(", 2 classes, 30 rows each; accuracy")
-    contradicting = [*mails, {"text": "mail 0", "label": "ham"}]
-    task = task_of(write(tmp_path / "m.csv", contradicting))
-    said = task.describe()
-    assert ", 2 classes, 30 to 31 rows each; accuracy" in said
-    assert task.warnings == ["2 rows have the same text as another row with a different label"]
 
 
 def test_splits_of_the_hub_with_other_names_or_hidden_labels_are_named(
@@ -155,19 +135,6 @@ def test_splits_may_be_given_by_a_column_files_or_a_folder(tmp_path: Path) -> No
         task_of(tmp_path / "f", columns=("split=prompt",))
 
 
-def test_a_folder_may_have_parts_of_a_split_and_names_the_files_that_it_ignores(tmp_path: Path) -> None:
-    for number in range(2):
-        rows = SUMS[20 * number : 20 * number + 20]
-        write(tmp_path / "parts" / f"train-0000{number}-of-00002.parquet", rows)
-    for name in ("test.csv", "more.csv"):
-        write(tmp_path / "parts" / name, SUMS[40:])
-    task = task_of(tmp_path / "parts")
-    assert len(inputs(task)["test"]) == 20
-    assert len(inputs(task)["train"]) + len(inputs(task)["validation"]) == 40
-    said = " training (train-00000-of-00002.parquet and 1 more), 6 validation (by hash) and 20 test rows "
-    assert task.describe().endswith(f"{said}(test.csv); exact_match; not read: more.csv")
-
-
 def test_a_split_is_a_file_that_is_called_exactly_so(tmp_path: Path) -> None:
     folder = tmp_path / "f"
     for name in ("train.csv", "test_results.csv", "eval-scores.jsonl", "val.old.csv", "Dev.csv"):
@@ -182,13 +149,6 @@ def test_a_split_is_a_file_that_is_called_exactly_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=named):
         task_of(folder)
     assert len(inputs(task_of(write(tmp_path / "more.csv", SUMS), test_data=str(folder)))["test"]) == 10
-
-
-def test_the_plan_names_the_file_of_each_split_also_where_a_column_gives_one(tmp_path: Path) -> None:
-    rows = [{**row, "split": "train" if number < 30 else "dev"} for number, row in enumerate(SUMS[:40])]
-    task = task_of(write(tmp_path / "most.csv", rows), test_data=str(write(tmp_path / "t.csv", SUMS[40:])))
-    said = " 30 training (most.csv), 10 validation (most.csv) and 20 test rows (t.csv); "
-    assert said in task.describe()
 
 
 def test_given_splits_that_overlap_are_counted(tmp_path: Path) -> None:

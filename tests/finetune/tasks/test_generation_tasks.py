@@ -17,9 +17,8 @@ from huggingface_hub import constants
 
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.base import Example, Task
+from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.instruct.codefeedback import cut_after_first_block
-from orchestrator.finetune.tasks.local import letters
 from orchestrator.util.errors import UsageError
 
 NAMES = ("metamathqa", "codefeedback", "commonsense_15k", "alpaca")
@@ -132,28 +131,6 @@ def test_a_task_is_trained_and_evaluated_end_to_end(
         assert set(on_the_way.scores) == {"loss", "accuracy"}
 
 
-@pytest.mark.parametrize(
-    ("task", "checker"),
-    [
-        ("codefeedback", "orchestrator.finetune.grading.sandbox.run.sandbox_level"),
-        ("alpaca", "orchestrator.finetune.grading.instructions.load_checker"),
-    ],
-    indirect=["task"],
-)
-def test_without_grading_no_answers_are_generated_and_no_steps_trained(
-    task: Task, checker: str, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    def refused() -> None:
-        raise UsageError("not here")
-
-    monkeypatch.setattr(checker, refused)
-    monkeypatch.setattr(
-        "orchestrator.finetune.evaluation.evaluate.generate_answers", lambda *_: pytest.fail("generated")
-    )
-    (record,) = hub_folder.through_the_loop(task, folders[task.name], model, tmp_path, monkeypatch)
-    assert (record.state, record.reason, record.curve) == ("failed", "UsageError: not here", ())
-
-
 @pytest.mark.parametrize("task", NAMES, indirect=True)
 def test_splits_share_no_question(task: Task) -> None:
     parts = {
@@ -177,17 +154,6 @@ def test_reference_answers_are_correct_and_others_are_not(task: Task) -> None:
         graded = [e for e in task.examples(split, count) if e.counts_in != "loss"]  # type: ignore[arg-type]
         assert task.grade_all(graded, [e.answer for e in graded]) == [1.0] * len(graded)
         assert task.grade_all(graded, ["I do not know." for _ in graded]) == [0.0] * len(graded)
-
-
-def test_a_folder_whose_files_have_changed_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The card names a subset. In this case `datasets` itself does not check whether files have changed."""
-    table = hub_data.Table("org/set", "test", {"a": int}, subset="main")
-    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
-    for count in (3, 5):
-        hub_folder.write(tmp_path, "org/set", {"test": [{"a": n} for n in range(count)]}, subset="main")
-        assert len(hub_data.load_table(table, "any")) == count
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -254,30 +220,3 @@ def test_the_test_split_of_commonsense_alternates_between_the_eight_sets(task: T
         question + f"Answer format: answer1/answer2\n\n{indent}### Response:\n{indent[1:]}" in test[7].prompt
     )
     assert task.grade(test[7], " the correct answer is answer1") == 0.0
-
-
-def test_the_test_split_of_commonsense_is_one_random_sample_at_any_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commonsense_15k(tmp_path)
-    rows = [{"question": f"is it {n}", "answer": True} for n in range(40)]
-    hub_folder.write(tmp_path, "google/boolq", {"validation": rows})
-    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
-    few, more = (catalogue.get("commonsense_15k").examples("test", count) for count in (8, 16))
-    assert few == more[:8]
-    first_questions = [f"is it {n}?" for n in range(2)]
-    assert not any(
-        question in more[place].prompt for question, place in zip(first_questions, (0, 8), strict=True)
-    )
-
-
-def test_the_revision_depends_on_reference_and_counts_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    def revision(**changes: Any) -> str:
-        task = letters.Letters()
-        example = replace(Example("a", "b"), **changes)
-        monkeypatch.setattr(task, "examples", lambda split, count: [example] * count)
-        return task.revision()
-
-    assert (
-        len({revision(), revision(reference="1"), revision(reference="2"), revision(counts_in="loss")}) == 4
-    )

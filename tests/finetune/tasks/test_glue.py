@@ -14,13 +14,11 @@ import pytest
 from glue_data import DEV, NAMES, TRAIN, VALIDATION, glue, rows, task_of
 from hub_folder import configuration, small, write
 from scripted import Script, leases, train
-from splits import tokenized_split
 
-from orchestrator.finetune.data.batches import encode_examples
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import glue_task
-from orchestrator.finetune.tasks.base import SPLITS, Example
+from orchestrator.finetune.tasks.base import SPLITS
 from orchestrator.finetune.tasks.glue_task import REPOSITORY
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
@@ -115,52 +113,6 @@ def test_rows_of_a_premise_share_a_split_and_test_rows_are_not_trained_on(
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "label", "message"),
-    [
-        ("rte", -1, "row 1: 'label' "),
-        ("rte", 2, "row 1: 'label' "),
-        ("stsb", -1.0, "row 1 of .*0 to 5, it is -1.0"),
-    ],
-)
-def test_an_invalid_label_is_an_error_of_one_line(
-    name: str, label: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = task_of(name)
-    bad = [{**row, "label": label} for row in rows(task, 1, 1)]
-    write(tmp_path, REPOSITORY, {"train": rows(task, 9, 0), "validation": bad}, subset=name)
-    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
-    small(task, monkeypatch, train=6, validation=2, test=1)
-    with pytest.raises(UsageError, match=message) as caught:
-        task.examples("test", 1)
-    assert "\n" not in str(caught.value)
-
-
-def test_wrong_class_names_are_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from datasets import ClassLabel, Dataset
-
-    task = task_of("wnli")
-    place = write(tmp_path, REPOSITORY, {"train": [], "validation": rows(task, 2, 1)}, subset="wnli")
-    swapped = Dataset.from_list(rows(task, 9, 0)).cast_column(
-        "label", ClassLabel(names=["entailment", "not_entailment"])
-    )
-    swapped.to_parquet(place / "wnli" / "train-00000-of-00001.parquet")
-    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
-    with pytest.raises(UsageError, match="has the classes entailment, not_entailment, not not_entail"):
-        task.examples("train", 1)
-
-
-def test_another_folder_and_another_file_are_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`datasets` itself does not distinguish two folders of the same name."""
-    for folder, text in (("a", "one"), ("b", "two"), ("b", "three")):
-        write(tmp_path / folder, "an/example", {"train": [{"text": text}]}, subset="only")
-        monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path / folder))
-        table = hub_data.Table("an/example", "train", {"text": str}, "only")
-        assert hub_data.load_table(table, "x").to_dict() == {"text": [text]}
-
-
 # -- from the folder to the scores -----------------------------------------------------------------------
 
 FEW = ("cola", "qqp", "stsb")
@@ -200,25 +152,6 @@ def test_a_task_is_trained_from_a_folder_to_its_scores(
     share = sum(task.target(example) == 0 for example in task.examples("test", DEV)) / DEV
     untrained_score = share if task.metric == "accuracy" else 0
     assert record.baseline_scores["test"][task.metric] == pytest.approx(untrained_score)
-
-
-def test_texts_of_very_different_lengths_are_padded_to_buckets(hub_data_folder: Path, roberta: Path) -> None:
-    from transformers import AutoTokenizer
-
-    task, words = task_of("mrpc"), AutoTokenizer.from_pretrained(roberta)
-    split = tokenized_split(task.examples("test", DEV), task, words, task.defaults.max_length)
-    longest = max(len(row.ids) for row in split.rows)
-    assert longest > 2 * min(len(row.ids) for row in split.rows)
-    sizes = {8, 16, 24, 32, 48, 64, 96, 128, 192, 256}
-    found = [batch.length for batch in split.batches]
-    assert set(found) <= sizes
-    assert len(set(found)) > 2
-    # A bucket is at most 1.5 times as long as its texts, so the padding is less than a third.
-    for batch in split.batches:
-        assert all(batch.length < 1.6 * length + 8 for length in batch.lengths.tolist())
-    long = [Example("word " * 400, task.labels[0], "another " * 300)]
-    (row,) = encode_examples(long, task, words, 256)
-    assert len(row.ids) == 256
 
 
 def test_the_test_split_is_scored_at_every_evaluation_on_request_with_the_same_training(

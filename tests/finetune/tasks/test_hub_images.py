@@ -12,7 +12,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from huggingface_hub import constants
 from image_data import CLASSES, TEST, TRAIN, picture, write
 from scripted import Script, leases, provenance
 from tiny_images import MAKE, choice, load
@@ -105,19 +104,6 @@ def test_the_default_settings_are_those_of_the_paper(name: str) -> None:
     assert (task.defaults.schedule, task.defaults.batch_size) == ("cosine", 64)
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_without_hub_and_folder_the_error_says_in_one_line_what_to_set(
-    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    task = task_of(name)
-    with pytest.raises(
-        UsageError, match=f"Set HF_TOKEN .* or {DATA_FOLDER_VARIABLE} to .* {task.repository}/"
-    ) as caught:
-        task.choice()
-    assert "\n" not in str(caught.value)
-
-
 def test_splits_share_no_image_and_contain_the_whole_published_test_set(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,51 +132,6 @@ def test_splits_share_no_image_and_contain_the_whole_published_test_set(
     )
     with pytest.raises(UsageError, match=r"'dtd' has \d+ validation examples, 400 are needed"):
         task.load(replace(task.choice(), validation_size=400))
-
-
-def test_the_revision_depends_on_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = task_of("dtd")
-    monkeypatch.setattr(
-        type(task), "defaults", replace(task.defaults, train_size=90, validation_size=5, test_size=TEST)
-    )
-    write(task, root, CLASSES["dtd"])
-    before = task.revision()
-    elsewhere = root.parent / "other"
-
-    def another(split: str, files: list[bytes], labels: list[int]) -> None:
-        if split == "test":
-            files[0] = picture(5, 0)
-
-    write(task, elsewhere, CLASSES["dtd"], another)
-    monkeypatch.setenv(DATA_FOLDER_VARIABLE, str(elsewhere))
-    assert task.revision() != before
-    monkeypatch.setenv(DATA_FOLDER_VARIABLE, str(root))
-    assert task.revision() == before
-
-
-def test_a_wrong_number_of_classes_is_an_error_with_both_numbers(root: Path) -> None:
-    task = task_of("dtd")
-
-    def beyond(split: str, files: list[bytes], labels: list[int]) -> None:
-        labels[3] = 47
-
-    write(task, root, 48, beyond)
-    with pytest.raises(UsageError, match=r"tanganke/dtd \(test\) has 48 classes, the task has 47") as caught:
-        task.examples("train", 1)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("label", [10, -1])
-def test_an_invalid_label_is_named_with_its_row(root: Path, label: int) -> None:
-    def wrong(split: str, files: list[bytes], labels: list[int]) -> None:
-        if split == "train":
-            labels[3] = label
-
-    task = task_of("svhn")
-    write(task, root, edit=wrong)
-    message = rf"row 3 of ufldl-stanford/svhn \(cropped_digits, train\): 'label' .*0 to 9, it is {label}\."
-    with pytest.raises(UsageError, match=message):
-        task.examples("train", 1)
 
 
 def test_an_image_that_cannot_be_decoded_is_named_with_its_row(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from orchestrator.finetune.data.batches import (
     pad_rows,
     plan_batches,
 )
-from orchestrator.finetune.tasks.base import Example, Image
+from orchestrator.finetune.tasks.base import Image
 from orchestrator.finetune.tasks.image_processor import ImageProcessor
 from orchestrator.finetune.tasks.local.digits import Digits
 from orchestrator.util.errors import UsageError
@@ -66,63 +65,6 @@ def test_an_image_that_occurs_twice_is_decoded_once_by_any_number_of_threads(ima
     assert torch.equal(other.pixel_values([first, second, first], torch.device("cpu"), torch.float32), pixels)
 
 
-def test_prefetched_images_are_decoded_once_in_the_background_and_errors_wait_for_their_use(
-    image_folder: Path,
-) -> None:
-    read_by: list[int] = []
-
-    def read() -> bytes:
-        read_by.append(threading.get_ident())
-        return photo(0).read()
-
-    image, broken = Image("good", read), Image("row 7 of cars", bytes)
-    image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
-    image_processor.prefetch([image, broken])
-    pixels = image_processor.pixel_values([image], torch.device("cpu"), torch.float32)
-    assert len(read_by) == 1
-    assert read_by != [threading.get_ident()]
-    assert torch.equal(
-        pixels,
-        ImageProcessor.from_pretrained(str(image_folder), None).pixel_values(
-            [image], pixels.device, pixels.dtype
-        ),
-    )
-    with pytest.raises(UsageError, match="row 7 of cars"):
-        image_processor.pixel_values([broken], torch.device("cpu"), torch.float32)
-
-
-def test_prefetching_stops_at_the_cache_size_and_failed_images_are_tried_again(
-    image_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("orchestrator.finetune.tasks.image_processor.CACHE_SIZE", 3)
-    calls: list[int] = []
-
-    def read(number: int) -> bytes:
-        calls.append(number)
-        if calls.count(9) == 1 and number == 9:
-            raise MemoryError
-        return photo(number).read()
-
-    image_processor = ImageProcessor.from_pretrained(str(next(iter(image_folders.values()))), None)
-    images = [Image(str(number), partial(read, number)) for number in range(6)]
-    image_processor.prefetch([*images, *images])
-    image_processor.pixel_values(images[:3], torch.device("cpu"), torch.float32)
-    assert sorted(calls) == [0, 1, 2]
-    short = Image("9", partial(read, 9))
-    with pytest.raises(MemoryError):
-        image_processor.pixel_values([short], torch.device("cpu"), torch.float32)
-    assert image_processor._submit_decode(short).result().dtype == torch.uint8
-
-
-def test_an_image_with_too_many_pixels_is_an_error_of_one_line(
-    image_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
-    image_processor = ImageProcessor.from_pretrained(str(next(iter(image_folders.values()))), None)
-    with pytest.raises(UsageError, match=r"photo 0 is not an image that Pillow can read: .*limit"):
-        image_processor.pixel_values([photo(0)], torch.device("cpu"), torch.float32)
-
-
 def test_a_file_that_is_no_image_is_named_in_one_line(image_folder: Path) -> None:
     image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
     broken = photo(0).read()
@@ -153,8 +95,3 @@ def test_rows_and_batches_contain_files_but_no_pixels() -> None:
     plan = plan_batches([0] * 130, 0)
     assert [length for length, _ in plan] == [0, 0, 0]
     assert [item for _, items in plan for item in items] == list(range(130))
-
-
-def test_an_example_without_an_image_is_refused() -> None:
-    with pytest.raises(UsageError, match="example 1 has no image"):
-        encode_examples([Digits().examples("train", 1)[0], Example("5", "5")], Digits(), None, 0)

@@ -11,32 +11,26 @@ from typing import Any
 
 import pytest
 import torch
-from logits import compute_logits
 from pair import Scenario, play
 from scripted import Script, configuration, leases, numbers_of, solo, train
-from splits import tokenized_split
+from three_lanes import tokenized_split
 from tiny_images import MAKE, choice, load
-from transformers import AutoModel, AutoModelForImageClassification, BertConfig, BertModel
+from transformers import AutoModel, AutoModelForImageClassification
 
-from orchestrator.finetune.data.batches import encode_examples, pad_rows
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, evaluate
 from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.finetune.tasks.local import reviews
 from orchestrator.finetune.tasks.local.digits import Digits
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
-from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
 from variants.api import Batching, VariantSettings
 from variants.attach import attach
 from variants.storage import save_peft
-from variants.targets import find_target_layers
 
 pytestmark = pytest.mark.xdist_group("pair")
 
@@ -72,38 +66,6 @@ def test_only_the_image_tower_is_loaded_and_it_gets_a_head_of_zeros(image_folder
     )
     found = evaluate(base_model, task, split, EvaluatedLanes.without_adapters(adapters))[0]
     assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
-
-
-def test_the_targets_are_the_linear_layers_of_the_image_tower(image_folder: Path) -> None:
-    base_model = load(image_folder, Digits())
-    parts = {"clip": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
-    parts["vit"] = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
-    kind = base_model.model.config.model_type
-    found = find_target_layers(base_model.model, "blocks")
-    assert len(found) == 2 * 6
-    assert {name.rpartition(".")[2] for name in found} == set(parts[kind])
-    assert all(name.startswith({"clip": "vision_model.", "vit": "vit."}[kind]) for name in found)
-
-
-def test_a_mismatch_of_model_and_task_is_an_error_of_one_line(
-    tmp_path: Path, image_folders: dict[str, Path]
-) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with base_store.suppress_transformers_logging():
-        BertModel(BertConfig(vocab_size=len(reviews.VOCABULARY), **sizes)).save_pretrained(tmp_path)
-    reviews.tokenizer().save_pretrained(tmp_path)
-    text = (
-        image_folders["clip"],
-        reviews.Reviews(),
-        "its tokenizer has no words",
-    )  # this model folder has no tokenizer
-    for model, task, message in ((tmp_path, Digits(), "does not load"), text):
-        with pytest.raises(UsageError, match=message) as caught:
-            load(model, task)
-        assert "\n" not in str(caught.value)
-        with pytest.raises(UsageError, match="does not suit task") as caught:
-            loading.build_meta_model(choice(model), model, task)
-        assert "\n" not in str(caught.value)
 
 
 # -- training --------------------------------------------------------------------------------------------
@@ -163,51 +125,6 @@ def test_a_lane_in_a_group_gets_the_numbers_of_a_lane_alone(
             assert next(losses) == pytest.approx(next(losses), rel=1e-4)
         assert record.baseline_scores["test"]["loss"] == pytest.approx(math.log(5))
         assert set(record.items["test"].answers) <= set(Digits.labels)
-
-
-def test_full_fine_tuning_trains_the_patch_embedding(image_folder: Path, store: Store, data: Path) -> None:
-    one = point("full", steps=3, rate=1e-3)
-    train(Script(leases([one])), store, load_base_model=partial(_load, image_folder), data=data)
-    record = store.get(one.fingerprint)
-    assert record is not None
-    assert record.state == "finished", record.traceback
-    assert record.cost.trainable_parameters == sum(
-        p.numel() for p in load(image_folder, Digits()).model.parameters()
-    )
-
-
-def test_a_bfloat16_base_reads_the_same_images(image_folder: Path) -> None:
-    task = Digits()
-    batch = pad_rows(encode_examples(task.examples("train", 16), task, None, 0), 0, 0)
-    narrow = loading.load_base_model(
-        replace(choice(image_folder), dtype="bfloat16"), image_folder, "cpu", task
-    )
-    found = {}
-    for base_model in (load(image_folder, task), narrow):
-        with torch.no_grad():
-            base_model.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
-            settings = VariantSettings(rank=4, alpha=8.0)
-            adapters = attach(
-                base_model.model, variants.get("lora"), settings, "blocks", base_model.head_names
-            )
-            with adapters.disable_adapters():
-                found[base_model.model.dtype] = compute_logits(base_model, task, batch)[0].float()
-    wide, short = found[torch.float32], found[torch.bfloat16]
-    assert (wide - short).abs().max() < 2e-2 * wide.abs().max()
-    assert not torch.equal(wide, short)
-
-
-def _recomputed(image_folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
-    base_model = load(image_folder, task)
-    enable_activation_checkpointing(base_model.model)
-    return base_model
-
-
-def test_activation_checkpointing_gives_the_same_numbers(image_folder: Path, tmp_path: Path) -> None:
-    one = point(steps=3)
-    plain = solo(one, tmp_path / "plain", load_base_model=partial(_load, image_folder))
-    again = solo(one, tmp_path / "again", load_base_model=partial(_recomputed, image_folder))
-    assert numbers_of(again) == numbers_of(plain)
 
 
 def _load(image_folder: Path, choice: ModelChoice, task: Task) -> BaseModel:

@@ -12,25 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logits import compute_logits
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_base_model, train
-from splits import tokenized_split
-from three_lanes import NAMES, three_lanes
+from three_lanes import NAMES, compute_logits, three_lanes, tokenized_split
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    BloomConfig,
-    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
 )
 
-from orchestrator.finetune.data.batches import Batch, compute_max_row_length, encode_examples, pad_rows
+from orchestrator.finetune.data.batches import compute_max_row_length, encode_examples, pad_rows
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
 from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
-from orchestrator.finetune.evaluation.forward import compute_losses
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
@@ -41,7 +36,6 @@ from orchestrator.finetune.tasks.base import Split as SplitName
 from orchestrator.finetune.tasks.local.reviews import VOCABULARY, Reviews, tokenizer
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice, OptimizerConfig
-from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
 
 pytestmark = pytest.mark.xdist_group("pair")
@@ -119,51 +113,12 @@ def test_the_only_target_of_a_row_is_at_its_last_token() -> None:
     assert (compute_max_row_length(task, 16), batch.targets.dtype) == (16, torch.int64)
 
 
-def test_a_text_that_is_too_long_keeps_its_end_token() -> None:
-    (row,) = encode_examples(
-        [Example("unk the soup was bad", "food bad")], Reviews(), tokenizer(), max_length=4
-    )
-    assert tokenizer().decode(row.ids) == "unk the soup bad"
-    assert len(row.targets) == 4
-
-
 def test_targets_of_regression_keep_their_values() -> None:
     rows = encode_examples(
         [Example("unk the", "0.123456789"), Example("unk", "7")], Lengths(), tokenizer(), 16
     )
     batch = pad_rows(rows, 8, pad_token_id=0)
     assert batch.targets[batch.targets != IGNORE_INDEX].tolist() == [0.123456789, 7.0]
-
-
-def test_batches_are_concatenated() -> None:
-    task = Reviews()
-    rows = encode_examples(task.examples("train", 24), task, tokenizer(), 16)
-    first, second = pad_rows(rows[:8], 16, 0), pad_rows(rows[8:], 16, 0)
-    both = Batch.concatenate([first, second])
-    for name in ("ids", "targets", "lengths", "attention_mask"):
-        assert torch.equal(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)]))
-    assert both.target_counts == first.target_counts + second.target_counts
-
-
-@pytest.mark.parametrize(
-    ("task", "answer", "hint"),
-    [(Reviews(), "food god", "Did you mean 'food good'"), (Lengths(), "long", "finite number")]
-    + [(Lengths(), text, "finite number") for text in ("nan", "inf", str(IGNORE_INDEX))],
-)
-def test_an_invalid_answer_is_refused(task: Task, answer: str, hint: str) -> None:
-    with pytest.raises(UsageError, match=hint) as caught:
-        encode_examples([Example("unk the", answer)], task, tokenizer(), 16)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_revision_depends_on_the_classes_and_their_order() -> None:
-    class Few(Reviews):
-        defaults = replace(Reviews.defaults, train_size=8, validation_size=8, test_size=8)
-
-    task = Few()
-    before = task.revision()
-    task.labels = tuple(reversed(task.labels))  # type: ignore[misc]
-    assert task.revision() != before
 
 
 # -- the model -------------------------------------------------------------------------------------------
@@ -195,14 +150,6 @@ def test_a_checkpoint_with_a_head_for_other_classes_gets_a_new_one(folder: Path,
     assert other.model.config.num_labels == 1
     assert other.head_names[0] == base_model.head_names[0]
     assert not any(p.any() for p in other.model.get_submodule(other.head_names[0]).parameters())
-
-
-def test_the_meta_model_has_the_heads(folder: Path) -> None:
-    choice = ModelChoice(str(folder), base_store.content_hash(folder))
-    model, heads = loading.build_meta_model(choice, folder, Reviews())
-    assert heads == load(folder, Reviews()).head_names[:1]
-    assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert next(model.get_submodule(heads[0]).parameters()).shape[0] == 8
 
 
 def test_padding_and_neighboring_rows_change_nothing(folder: Path) -> None:
@@ -239,27 +186,6 @@ def test_an_encoder_with_sliding_windows_keeps_them(tmp_path: Path) -> None:
         logits, _ = compute_logits(base_model, task, pad_rows(rows, 16, 0))
         alone = [base_model.model(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
         torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=1e-4)
-
-
-def test_a_model_with_unknown_attention_is_refused(tmp_path: Path) -> None:
-    config = BloomConfig(vocab_size=len(VOCABULARY), hidden_size=32, n_layer=1, n_head=2)
-    with base_store.suppress_transformers_logging():
-        BloomForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="neither an encoder nor a decoder"):
-        load(tmp_path, Reviews())
-
-
-def test_the_loss_is_that_of_the_answers(folder: Path) -> None:
-    logits = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.0]])
-    found = compute_losses(logits, torch.tensor([1, 1]), Reviews())
-    assert found.tolist() == pytest.approx(
-        [-math.log(math.e / (2 + math.e)), -math.log(1 / (2 + math.exp(2)))]
-    )
-    squared = compute_losses(
-        torch.tensor([[1.5], [2.0]]), torch.tensor([1.0, 4.0], dtype=torch.float64), Lengths()
-    )
-    assert squared.tolist() == [0.25, 4.0]
 
 
 # -- scores ----------------------------------------------------------------------------------------------

@@ -30,22 +30,6 @@ needs_reasoning_gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason='needs reasoning-gym: pip install -e ".[real]"'
 )
 
-USER_TASK = """
-from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
-
-class Echo(Task):
-    name = "echo"
-    title = "echo"
-    floor = 0.0
-    default_model = "letters-base"
-    output = "teacher_forced"
-    max_new_tokens = 2
-    defaults = TaskDefaults(3, 2, 2, 1, 1, max_length=8, evaluations=1, learning_rates=(1e-3,))
-
-    def examples(self, split, count):
-        return [Example(f"{split} {i}", str(i)) for i in range(count)]
-"""
-
 
 # -- the catalogue ---------------------------------------------------------------------------------------
 
@@ -63,37 +47,6 @@ def test_every_task_defines_what_a_fine_tuning_run_needs(name: str) -> None:
         assert task.num_labels == (len(set(task.labels)) if task.output == "classification" else 1)
     else:
         assert task.max_new_tokens > 0
-
-
-def test_an_unknown_task_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match="Did you mean 'letters'"):
-        catalogue.get("leters")
-
-
-def test_a_file_can_be_a_task(tmp_path: Path) -> None:
-    path = tmp_path / "echo.py"
-    path.write_text(USER_TASK)
-    task = catalogue.get(str(path))
-    choice = replace(task.choice(), train_size=5)
-    assert (choice.name, task.source) == ("echo.py", str(path))
-    assert catalogue.get(choice.name).load(choice)["train"][4] == Example("train 4", "4")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("x = 1", "exactly one subclass of Task"), ("import no_such_thing_at_all", "does not import")],
-)
-def test_a_file_without_a_task_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "wrong.py"
-    path.write_text(text)
-    with pytest.raises(UsageError, match=message) as caught:
-        catalogue.get(str(path))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist"):
-        catalogue.get(str(tmp_path / "letters.py"))
 
 
 @pytest.mark.parametrize("kind", [Letters, Reviews, Digits])
@@ -184,11 +137,6 @@ def test_letters_encoding_round_trips_and_fits_the_length() -> None:
     assert words.pad_token_id not in (None, words.eos_token_id)
 
 
-def test_too_many_letters_are_refused() -> None:
-    with pytest.raises(UsageError, match="has 100000 test examples, 100001 are needed"):
-        Letters().load(replace(Letters().choice(), test_size=100_001))
-
-
 def test_pretraining_uses_the_five_operators_and_masks_one_of_six() -> None:
     words, shift = tokenizer(), lambda letter, by: LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)]
     rules = {
@@ -240,13 +188,6 @@ def test_chain_sum_answers_are_correct_and_graded_by_their_text() -> None:
         assert task.grade(example, f" {value}") == 1.0
         assert task.grade(example, f" {value}\n\nBecause") == 0.0
         assert task.grade(example, f" {value + 1}") == 0.0
-
-
-@pytest.mark.real
-@needs_reasoning_gym
-def test_too_many_sums_are_refused() -> None:
-    with pytest.raises(UsageError, match="1000000 are needed"):
-        ChainSum().load(replace(ChainSum().choice(), test_size=1_000_000))
 
 
 def test_equal_sums_have_one_spelling() -> None:

@@ -1,10 +1,7 @@
-"""When a lane is saved, and that it trains on while its checkpoint is written."""
+"""When a lane is saved, that it trains on while its checkpoint is written, and what it leaves behind."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,13 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from pair import process
-from prompt_checkpoints import wait_for_each_save
 from scripted import (
     Script,
     SimulatedCrashError,
     configuration,
-    dies_at,
     get_record,
     leases,
     numbers_of,
@@ -30,9 +24,9 @@ from scripted import (
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.finetune.engine.checkpoint import Checkpoint, read_newest
 from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
-from orchestrator.finetune.engine.checkpoint_writer import CheckpointWriter, copy_to_host
+from orchestrator.finetune.engine.checkpoint_writer import copy_to_host
 from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.lane_source import Directive, Lease, Report
+from orchestrator.finetune.engine.lane_source import Directive, Lease
 from orchestrator.record.store import Store
 
 pytestmark = pytest.mark.xdist_group("pair")  # see pair.py: its server has torch imported already
@@ -70,19 +64,6 @@ def test_the_interval_follows_from_the_duration_of_a_write(
     assert schedule.is_due(lane, lanes, is_first=True), "a trainer that dies often gets on"
 
 
-def test_a_lane_that_ends_before_the_first_interval_is_not_saved(store: Store) -> None:
-    written: list[int] = []
-
-    def answer(report: Report) -> Directive:
-        written.extend(path.stat().st_size for path in store.checkpoints.rglob("*"))
-        return Directive.CONTINUE
-
-    source = Script(leases([ONE]), answers=answer)
-    train(source, store, min_checkpoint_seconds=60.0, max_checkpoint_seconds=900.0)
-    assert [state for _, _, state in source.ended] == ["finished"]
-    assert written == []
-
-
 def test_a_lane_that_leaves_or_is_stopped_is_saved_at_any_time(store: Store, tmp_path: Path) -> None:
     two = [replace(ONE, seed=seed) for seed in range(2)]
 
@@ -101,22 +82,6 @@ def test_a_lane_that_leaves_or_is_stopped_is_saved_at_any_time(store: Store, tmp
     for one in two:
         record = get_record(store, one)
         assert numbers_of(record) == numbers_of(solo(one, tmp_path))
-
-
-def test_each_lease_of_a_lane_has_a_first_checkpoint_after_the_shortest_interval(store: Store) -> None:
-    """Later checkpoints are not due within the test. Two trainers die one after another."""
-    seldom = {"min_checkpoint_seconds": 0.0, "max_checkpoint_seconds": 3600.0}
-    saved: list[set[int]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        wait_for_each_save(patch.setattr)
-        patch.setattr(CheckpointSchedule, "compute_interval", lambda schedule, lane_count: 3600.0)
-        for attempt in (1, 2):
-            with pytest.raises(SimulatedCrashError):
-                train(Script(leases([ONE], attempt), answers=dies_at(9)), store, **seldom)
-            files = (store.checkpoints / ONE.fingerprint / str(attempt)).iterdir()
-            saved.append({int(file.stem.removeprefix("step-")) for file in files})
-    # At step 0 nothing had been trained, so another one followed at once.
-    assert saved == [{0, 1}, {2}]
 
 
 # -- in the background --------------------------------------------------------------------------------------
@@ -188,72 +153,6 @@ def test_a_lane_trains_on_while_its_checkpoint_is_written(
     assert numbers_of(record) == wanted
 
 
-@pytest.mark.parametrize("end", ["finished", "dropped"])
-def test_no_checkpoint_appears_after_the_record(
-    end: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A write is held until the lane is at its last step, or until another trainer has recorded the lane."""
-    record = solo(ONE, tmp_path)
-    writes = Writes(monkeypatch, lambda saved: source.lanes[ONE.fingerprint].step >= leaves_at)
-    leaves_at = ONE.lr_schedule.steps if end == "finished" else 6
-
-    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
-        if end == "finished" or steps.get(ONE.fingerprint) != leaves_at:
-            return {}
-        store.put(record)
-        return {ONE.fingerprint: Directive.DROP}
-
-    source = Script(leases([ONE]), changes=changes)
-    train(source, store, **ALWAYS)
-    assert [event for event in writes.events if event.startswith("written")]
-    assert writes.events[-1] == "discarded"
-    assert not (store.checkpoints / ONE.fingerprint).exists()
-    assert store.get(ONE.fingerprint) is not None
-
-
-def test_a_write_that_fails_in_the_background_is_reported_once(
-    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    store.checkpoints = tmp_path / "a file"
-    store.checkpoints.write_text("")
-    with caplog.at_level(logging.WARNING):
-        train(Script(leases([ONE])), store, **ALWAYS)
-    assert len([line for line in caplog.messages if "cannot save lanes" in line]) == 1
-    record = get_record(store, ONE)
-    assert numbers_of(record) == numbers_of(solo(ONE, tmp_path))
-
-
-def train_and_hold_a_write(folder: Path) -> None:
-    """Train, and stand still in the third write of a checkpoint, before the file has its name."""
-    torch.set_num_threads(1)
-    sync, written = os.fsync, []
-
-    def fsync(descriptor: int) -> None:
-        sync(descriptor)
-        written.append(descriptor)
-        if len(written) == 3:
-            (folder / "in the write").touch()
-            wait_until(lambda: False)
-
-    os.fsync = fsync
-    train(Script(leases([ONE])), Store(folder / "store"), data=folder / "data", save_when=lambda lane: True)
-
-
-def test_a_trainer_that_is_killed_while_it_writes_loses_only_that_checkpoint(tmp_path: Path) -> None:
-    train(Script(leases([replace(ONE, seed=9)])), Store(tmp_path / "first"), data=tmp_path / "data")
-    worker = process(train_and_hold_a_write, tmp_path)
-    wait_until(lambda: (tmp_path / "in the write").exists() or not worker.is_alive())
-    worker.kill()
-    worker.join()
-    store = Store(tmp_path / "store")
-    saved = read_newest(store.checkpoints / ONE.fingerprint, print)
-    assert saved is not None
-    train(Script(leases([ONE], attempt=2)), store, data=tmp_path / "data")
-    record = get_record(store, ONE)
-    assert record.provenance.resumed_from == (saved.step,)
-    assert numbers_of(record) == numbers_of(solo(ONE, tmp_path))
-
-
 def test_a_copy_keeps_its_values_when_the_lane_trains_on() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.arange(12.0, device=device).reshape(3, 4)
@@ -268,14 +167,49 @@ def test_a_copy_keeps_its_values_when_the_lane_trains_on() -> None:
     assert copied.trainable["a"].is_pinned() == (device == "cuda")
 
 
-def test_a_write_that_has_ended_occupies_the_writer_until_its_result_is_taken(tmp_path: Path) -> None:
-    """Its end may come between the look for a result and the start of the next write."""
-    writer = CheckpointWriter(tmp_path)
-    writer.start(Checkpoint("f" * 64, 1, 1, {"a": torch.zeros(1)}, {}, {}))
-    assert writer._pending is not None
-    concurrent.futures.wait([writer._pending[1]])
-    assert writer.is_busy
-    result = writer.take_result(wait=False)
-    assert result is not None
-    assert result.error is None
-    assert not writer.is_busy
+def test_leftover_checkpoints_of_a_final_record_are_discarded(store: Store) -> None:
+    """A writer that died before it removed them, or a trainer with an older lease, leaves checkpoints."""
+    point = configuration(steps=4)
+    train(Script(leases([point])), store)
+    assert not (store.checkpoints / point.fingerprint).exists()
+    left = store.checkpoints / point.fingerprint / "1" / "step-00000002.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"left")
+    source = Script(leases([point], attempt=2))
+    train(source, store)
+    assert source.ended == [(point.fingerprint, 2, "finished")]
+    assert not (store.checkpoints / point.fingerprint).exists()
+
+
+def test_a_lane_whose_record_another_trainer_wrote_leaves_no_checkpoint(store: Store, tmp_path: Path) -> None:
+    point = configuration(steps=8, evaluations=4)
+
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
+        if steps.get(point.fingerprint) != 5:
+            return {}
+        store.put(solo(point, tmp_path))
+        return {point.fingerprint: Directive.DROP}
+
+    source = Script(leases([point]), changes=changes)
+    train(source, store)
+    assert source.ended == []
+    assert not (store.checkpoints / point.fingerprint).exists()
+
+
+def test_a_lane_that_yields_is_saved_at_once_and_resumes_elsewhere(store: Store, tmp_path: Path) -> None:
+    points = [configuration(seed=seed, steps=8, evaluations=2) for seed in range(2)]
+
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
+        return dict.fromkeys(steps, Directive.YIELD) if 3 in steps.values() else {}
+
+    source = Script(leases(points), changes=changes)
+    train(source, store)
+    assert sorted(source.spilled) == sorted((point.fingerprint, 1) for point in points)
+    assert source.ended == []
+    for point in points:
+        saved = read_newest(store.checkpoints / point.fingerprint, print)
+        assert saved is not None
+        assert saved.step == 3
+    train(Script(leases(points, attempt=2)), store)
+    for point in points:
+        assert numbers_of(get_record(store, point)) == numbers_of(solo(point, tmp_path))
