@@ -403,8 +403,8 @@ MUTATIONS += [
     Mutation(
         name="a pickle that runs code is taken for weights",
         file="orchestrator/finetune/models/weight_files.py",
-        old='which torch refuses with weights_only" if unsafe_globals else',
-        new='which torch refuses with weights_only" if False else',
+        old="weights_only=True",
+        new="weights_only=False",
         test="test_12_security.py::test_a_model_with_a_pickle_that_runs_code_is_refused",
     ),
 ]

@@ -54,20 +54,6 @@ def truncate(file: Path, size: int = -1) -> None:
     os.truncate(file, file.stat().st_size // 2 if size < 0 else size)
 
 
-def change_header(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the header of a safetensors file."""
-    data = file.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    change(header)
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
-
-
-def enlarge_last_tensor(header: dict[str, Any]) -> None:
-    header["lm_head.weight"]["data_offsets"][1] += 4
-
-
 def split_into_shards(folder: Path, ending: str = "safetensors") -> Path:
     """Split the weights into two files and an index, and return the second file."""
     found = sorted(pop_tensors(folder).items())
@@ -93,11 +79,6 @@ def change_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
     path.write_text(json.dumps(index))
 
 
-def truncate_index(folder: Path) -> None:
-    split_into_shards(folder)
-    truncate(folder / SAFE_WEIGHTS_INDEX_NAME)
-
-
 def save_with_torch(folder: Path, **options: Any) -> Path:
     """Replace the weights by a file of torch.save, and return it."""
     torch.save(pop_tensors(folder), folder / "pytorch_model.bin", **options)
@@ -115,18 +96,6 @@ def save_code_in_pickle(folder: Path) -> None:
     torch.save({**pop_tensors(folder), "more": Planted()}, folder / "pytorch_model.bin")
 
 
-def remove_middle(folder: Path) -> None:
-    """Keep the beginning of a torch.save file and its end, which lists its members, and remove the rest."""
-    file = save_with_torch(folder)
-    data = file.read_bytes()
-    file.write_bytes(data[:20] + data[-2000:])
-
-
-def replace_by_folder(folder: Path) -> None:
-    weight_file(folder).unlink()
-    weight_file(folder).mkdir()
-
-
 GOOD: dict[str, Callable[[Path], object]] = {
     "safetensors": lambda folder: None,
     "shards": split_into_shards,
@@ -138,61 +107,23 @@ GOOD: dict[str, Callable[[Path], object]] = {
     "safetensors beside rubbish that is not read": lambda folder: (folder / WEIGHTS_NAME).write_bytes(b"x"),
 }
 
-BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no file": (pop_tensors, "has no weights (model.safetensors"),
-    "a folder": (replace_by_folder, "has no weights"),
-    "an empty file": (lambda f: weight_file(f).write_bytes(b""), "header too small"),
-    "a half": (lambda f: truncate(weight_file(f)), "model.safetensors: is cut"),
-    "a byte too few": (
-        lambda f: truncate(weight_file(f), weight_file(f).stat().st_size - 1),
-        "model.safetensors: is cut",
+BAD: dict[str, Callable[[Path], object]] = {
+    "no file": pop_tensors,
+    "an empty file": lambda f: weight_file(f).write_bytes(b""),
+    "a half": lambda f: truncate(weight_file(f)),
+    "a byte too few": lambda f: truncate(weight_file(f), weight_file(f).stat().st_size - 1),
+    "random bytes": lambda f: weight_file(f).write_bytes(bytes(range(255, 0, -1)) * 99),
+    "a pickle": lambda f: weight_file(f).write_bytes(pickle.dumps({"a": 1})),
+    "a shard missing": lambda f: split_into_shards(f).unlink(),
+    "a shard cut": lambda f: truncate(split_into_shards(f)),
+    "an index cut": lambda f: (split_into_shards(f), truncate(f / SAFE_WEIGHTS_INDEX_NAME)),
+    "an index of a file elsewhere": lambda f: change_index(
+        f, lambda i: i["weight_map"].update(dict.fromkeys(i["weight_map"], "../elsewhere.safetensors"))
     ),
-    "a byte too many": (lambda f: weight_file(f).open("ab").write(b"x"), "model.safetensors"),
-    "a header alone": (lambda f: truncate(weight_file(f), 500), "model.safetensors"),
-    "random bytes": (lambda f: weight_file(f).write_bytes(bytes(range(255, 0, -1)) * 99), "header too large"),
-    "zeros": (lambda f: weight_file(f).write_bytes(bytes(9999)), "invalid JSON"),
-    "a pickle": (lambda f: weight_file(f).write_bytes(pickle.dumps({"a": 1})), "is a pickle"),
-    "a file of torch.save by another name": (
-        lambda f: save_with_torch(f).rename(weight_file(f)),
-        "is a pickle",
-    ),
-    "an offset too far": (lambda f: change_header(weight_file(f), enlarge_last_tensor), "offset"),
-    "a shard missing": (
-        lambda f: split_into_shards(f).unlink(),
-        "model-00002-of-00002.safetensors: is not there",
-    ),
-    "a shard cut": (lambda f: truncate(split_into_shards(f)), "model-00002-of-00002.safetensors: is cut"),
-    "an index cut": (
-        truncate_index,
-        "model.safetensors.index.json: not an index",
-    ),
-    "an index of nothing": (lambda f: change_index(f, lambda i: i.pop("weight_map")), "weight_map"),
-    "an index of no file": (lambda f: change_index(f, lambda i: i.update(weight_map={})), "names no file"),
-    "a list for an index": (
-        lambda f: (split_into_shards(f), (f / SAFE_WEIGHTS_INDEX_NAME).write_text("[]")),
-        "not an index",
-    ),
-    "random bytes for torch.save's": (
-        lambda f: save_with_torch(f).write_bytes(bytes(range(255, 0, -1)) * 99),
-        "pytorch_model.bin: is no file of torch.save",
-    ),
-    "a plain pickle": (
-        lambda f: save_with_torch(f).write_bytes(pickle.dumps({"a": 1})),
-        "is no file of torch.save",
-    ),
-    "torch.save's cut": (lambda f: truncate(save_with_torch(f)), "is no file of torch.save"),
-    "torch.save's with a hole": (remove_middle, "pytorch_model.bin"),
-    "torch.save's with code": (save_code_in_pickle, "mkdir"),
-    "an index of a file elsewhere": (
-        lambda f: change_index(
-            f, lambda i: i["weight_map"].update(dict.fromkeys(i["weight_map"], "../elsewhere.safetensors"))
-        ),
-        "'../elsewhere.safetensors' is not a file's name",
-    ),
-    "torch.save's shard missing": (
-        lambda f: split_into_shards(f, "bin").unlink(),
-        "pytorch_model-00002-of-00002.bin",
-    ),
+    "a plain pickle": lambda f: save_with_torch(f).write_bytes(pickle.dumps({"a": 1})),
+    "torch.save's cut": lambda f: truncate(save_with_torch(f)),
+    "torch.save's with code": save_code_in_pickle,
+    "torch.save's shard missing": lambda f: split_into_shards(f, "bin").unlink(),
 }
 
 
@@ -217,13 +148,11 @@ def test_what_transformers_cannot_load_is_one_line(
     case: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    damage, message = BAD[case]
-    damage(folder)
+    BAD[case](folder)
     with pytest.raises(UsageError) as refused:
         weight_files.check_weight_files(folder, "m")
     text = str(refused.value)
     assert str(folder) in text
-    assert message in text
     assert "save_pretrained" in text
     assert "\n" not in text
     with pytest.raises(Exception):  # noqa: B017, PT011  # its type depends on the damage
@@ -343,12 +272,6 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
     )
     with pytest.raises(UsageError, match="merge_and_unload"):
         weight_files.check_weight_files(folder, "m")
-
-
-def test_quantized_weights_are_refused_by_the_configuration(folder: Path, tmp_path: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UsageError, match=r"quantized \(quantization_config\)"):
-        loading.build_meta_model(ModelChoice(str(folder), content_hash(folder)), tmp_path, Letters(RECIPE))
 
 
 def test_missing_files_in_a_hub_cache_are_accepted(folder: Path) -> None:
