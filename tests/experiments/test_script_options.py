@@ -19,7 +19,6 @@ TUNED = SWEEP.with_name("tuned_comparison.py")
         (TUNED, ("--replicates", "1000000000"), ["--replicates 1000000000", "take 10000"]),
         (TUNED, ("--replicates", "9999"), ["--seeds 9999", "39996 points"]),
         (TUNED, ("--max-replicates", "3"), ["--max-replicates 3", "at least", "take 5"]),
-        (TUNED, ("--confirm-seeds", "10"), ["--confirm-seeds", "--replicates"]),
         (TUNED, ("--margin", "0"), ["--margin 0", "above 0", "0.01"]),
         (TUNED, ("--margin", "nan"), ["--margin nan", "above 0"]),
         (TUNED, ("--seeds", "3"), ["--seeds 3", "take --replicates 3"]),
