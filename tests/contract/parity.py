@@ -7,10 +7,8 @@ random values are copied from one side to the other, and then all parameters are
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -63,12 +61,6 @@ AB = {"lora_A.weight": "A", "lora_B.weight": "B"}
 def lora_config(**more: object) -> Callable[[list[str]], PeftConfig]:
     """Return a function that makes PEFT's config of LoRA with further fields."""
     return lambda targets: LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=targets, **more)
-
-
-def load_references() -> dict[str, Reference]:
-    """Return `REFERENCE` of each module tests/contract/references/<variant>.py."""
-    files = sorted((Path(__file__).parent / "references").glob("[!_]*.py"))
-    return {file.stem: importlib.import_module(f"references.{file.stem}").REFERENCE for file in files}
 
 
 def compare_steps(variant: Variant, reference: Reference, model: str) -> Adapters:

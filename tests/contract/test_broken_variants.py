@@ -5,6 +5,7 @@ from __future__ import annotations
 import broken
 import parity
 import pytest
+from references import REFERENCES
 
 from variants.api import Variant
 from variants.baseline.lora import LoRA
@@ -12,7 +13,6 @@ from variants.optimization.dora import DoRA
 from variants.testing import CASES, LAWS, Case
 from variants.testing.laws import find_broken_laws
 
-REFERENCES = parity.load_references()
 BY_NAME = {case.name: case for case in CASES}
 ONE, SEVERAL = BY_NAME["tall-bias-float32-one"], BY_NAME["wide-nobias-float32-several"]
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 import parity
 import pytest
 from peft import get_peft_model
-from references import adalora, boft, oft, road
+from references import ADALORA_FIXED_RANKS, OTHER_SETTINGS, REFERENCES, replace_extension
 
 from variants import catalogue
 from variants.api import VerifiedBy
 from variants.testing.cases import Case
-
-REFERENCES = parity.load_references()
 
 
 @pytest.mark.parametrize(
@@ -30,20 +28,20 @@ def test_ten_steps_equal_those_of_the_reference(name: str, model: str) -> None:
     ("name", "reference"),
     [
         pytest.param(name, reference, id=f"{name}-{label}")
-        for name, module in (("boft", boft), ("oft", oft), ("road", road))
-        for label, reference in module.OTHER_SETTINGS.items()
+        for name, settings in OTHER_SETTINGS.items()
+        for label, reference in settings.items()
     ],
 )
 def test_ten_steps_with_other_settings_equal_those_of_peft(
     name: str, reference: parity.Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    boft.replace_extension(monkeypatch)
+    replace_extension(monkeypatch)
     parity.compare_steps(catalogue.get(name), reference, "llama")
 
 
 @pytest.mark.parametrize("model", parity.LANGUAGE_MODELS)
 def test_adalora_with_fixed_ranks_equals_peft(model: str) -> None:
-    ours = parity.compare_steps(catalogue.get("adalora"), adalora.FIXED_RANKS, model)
+    ours = parity.compare_steps(catalogue.get("adalora"), ADALORA_FIXED_RANKS, model)
     ranks = ours.ranks_in_use("0").values()
     assert sum(ranks) == len(ranks) * parity.RANK
     assert len(set(ranks)) > 1

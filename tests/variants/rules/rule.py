@@ -11,7 +11,7 @@ from variants import catalogue
 from variants.adapters import Adapters
 from variants.api import FrozenLayer, InitialTensors, LayerRandom, Layers, Variant, VariantSettings
 from variants.testing.cases import Case
-from variants.testing.rig import attach_lanes, perturb_lanes
+from variants.testing.rig import LaneOptimizer, attach_lanes, model_output, perturb_lanes
 
 ROWS, TOLERANCE = 8, 1e-9
 
@@ -152,3 +152,19 @@ def check_output(
                     msg=lambda m, k=key: f"{k}: {m}",
                 )
     return adapters
+
+
+def record_step(
+    case: Case, adapters: Adapters, optimizer: LaneOptimizer
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Take a step of the only lane, and return its parameters and their gradients from before the step."""
+    step = optimizer.steps_taken
+    rows = case.rows(0, step)
+    optimizer.zero_grad()
+    with adapters.activate_lanes(["0"], step):
+        case.loss(model_output(adapters.model, rows), rows).backward()
+    parameters = adapters.trainable("0")
+    values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    optimizer.step()
+    return values, gradients
