@@ -85,7 +85,7 @@ def _refuse_other_runs(context: StudyContext, study: StudyFile, requested: Itera
     if unlike:
         raise UsageError(
             f"--study {study.name!r}: it has {unlike} runs of the same tunings that this command does not "
-            "ask for (other steps, rates, rank, ..., or an earlier version's numerics), and a choice among "
+            "ask for (other steps, rates, rank, ..., or other numerics), and a choice among "
             "both would compare unlike runs; repeat its options, or take another --study."
         )
 

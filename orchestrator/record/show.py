@@ -29,7 +29,7 @@ from variants.variant_names import canonical_key
 _OTHER_SCRIPTS = (TUNED_SCRIPT, FACTOR_SCRIPT)
 # Options that `lr_sensitivity.py` lacks, or that would train more than one configuration.
 _OTHER_OPTIONS = (
-    *("--confirm-seeds", "--margin", "--replicates", "--max-replicates", "--factors", "--levels", "--widen"),
+    *("--margin", "--replicates", "--max-replicates", "--factors", "--levels", "--widen"),
     "--rates-per-decade",
 )
 

@@ -82,7 +82,7 @@ def test_the_time_of_the_trainers_is_shown_by_kind() -> None:
     records = [
         replace(record("lora", 1e-3, 0, 0.9), cost=Cost(**times, other_seconds=0.5)),
         replace(record("lora", 1e-3, 1, 0.7), cost=Cost(train_seconds=3.0, other_seconds=6.5)),
-        replace(record("dora", 1e-3, 0, 0.5), cost=Cost(train_seconds=100.0)),  # of an earlier version
+        replace(record("dora", 1e-3, 0, 0.5), cost=Cost(train_seconds=100.0)),
     ]
     summary = summarize_curves(records)
     assert summary.time_use is not None

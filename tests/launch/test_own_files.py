@@ -277,27 +277,6 @@ def test_a_task_file_may_have_a_byte_order_mark(mine: Path) -> None:
     assert tasks.load(str(file)).content == hash_code(TASK, "a.py")
 
 
-def test_records_that_were_made_under_full_paths_are_used(
-    mine: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Earlier versions named tasks and variants by the full path, and knew no content of a task."""
-    names = (mine / "copy_task.py", mine / "scaled.py", mine / "base")
-    configurations = requested(resolve(mine / "other", *names))
-    store = Store(mine / "results" / "store")
-    for configuration in configurations:
-        task = replace(configuration.task, name=str(mine / "copy_task.py"), content="")
-        variant = configuration.variant
-        if variant.revision:
-            variant = replace(variant, name=str(mine / "scaled.py"))
-        earlier = replace(configuration, task=task, variant=variant)
-        assert store.put(replace(finished(earlier), fingerprint=f"{earlier.fingerprint[:-4]}0000"))
-    work = resolve(mine / "results", *names).collect_work()
-    assert len(work.satisfied) == len(work.requested) == 4
-    assert "4 records that an earlier version made" in " ".join(capsys.readouterr().out.split())
-    (mine / "words.txt").write_text("h g f e")
-    assert not resolve(mine / "results", *names).collect_work().satisfied, "other data"
-
-
 def test_a_worker_finds_the_code_in_the_store_where_the_files_are_missing(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
