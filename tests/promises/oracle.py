@@ -153,7 +153,7 @@ def train(folder: Path) -> None:
 def trained(folder: Path) -> dict[str, Any]:
     """Return the records in `folder/results` by variant, rate and seed.
 
-    Of a lane that diverged only the state is frozen, because it magnifies rounding.
+    Of a lane at a rate far too high only the state is frozen, because such a lane magnifies rounding.
     """
     found = {}
     for record in as_a_user.records(folder).values():
@@ -161,7 +161,7 @@ def trained(folder: Path) -> dict[str, Any]:
         scores = {f"{e['split']} {e['step']}": e["scores"] for e in record["evaluations"]}
         course = {"steps": record["steps"], "loss": [s["loss"] for s in record["curve"]], "scores": scores}
         name = f"{run.variant} {run.rate:g} {run.seed}"
-        found[name] = {"state": record["state"], **(course if record["state"] == "finished" else {})}
+        found[name] = {"state": record["state"], **(course if run.rate < 1 else {})}
     return dict(sorted(found.items()))
 
 
