@@ -11,25 +11,25 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (416, 29641),
+    "orchestrator": (386, 27887),
     "orchestrator/analyze": (105, 7374),
-    "orchestrator/cli": (7, 508),
-    "orchestrator/cluster": (3, 260),
-    "orchestrator/execution": (43, 3521),
+    "orchestrator/cli": (7, 476),
+    "orchestrator/cluster": (3, 246),
+    "orchestrator/execution": (41, 3427),
     "orchestrator/experiments": (6, 125),
     "orchestrator/export": (4, 468),
-    "orchestrator/finetune": (146, 9765),
-    "orchestrator/launch": (22, 2067),
+    "orchestrator/finetune": (143, 9471),
+    "orchestrator/launch": (22, 2061),
     "orchestrator/record": (18, 1994),
-    "orchestrator/study": (20, 1524),
-    "orchestrator/util": (15, 676),
+    "orchestrator/study": (20, 1514),
+    "orchestrator/util": (14, 635),
     "variants": (128, 6779),
-    "experiments": (19, 2399),
-    "tests": (450, 46000),
+    "experiments": (17, 2099),
+    "tests": (307, 35582),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 62_439
+DOC_WORDS = 56_492
 """Words that all pages may have together."""
 
 
