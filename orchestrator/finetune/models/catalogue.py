@@ -148,6 +148,8 @@ def locate_pretrained(choice: ModelChoice, root: Path) -> tuple[str, str | None]
     else:
         entry = base_store.base_entries(root).read_entry(f"folder-{choice.content[:12]}", "folder")
         folder = Path(entry or choice.name)
+        if not folder.is_dir() and Path(choice.name).is_dir():
+            folder = Path(choice.name)  # it was moved since a study named it
         if not folder.is_dir() and entry is None and hub_models.is_hub_name(choice.name):
             return hub_models.repo_id(choice.name), choice.content
     if not folder.is_dir():
