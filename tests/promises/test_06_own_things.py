@@ -217,6 +217,7 @@ def test_the_plan_of_a_task_and_a_variant_in_files_names_them(
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_a_study_of_ones_own_task_variant_and_model_is_known_by_their_content(
     own: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 import tiny_models
 from forked_commands import Commands
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 VARIANTS = ("lora", "dora", "sine_lora", "hydra_lora")
 """The last two have no adapter in PEFT's format; the last one cannot be merged, either."""

@@ -77,6 +77,7 @@ def test_the_catalogue_names_67_variants_with_paper_and_year_and_two_controls() 
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_every_variant_trains_to_its_last_step(of_variant: dict[str, dict[str, Any]]) -> None:
     assert of_variant.keys() == catalogue().keys()
     for name, record in of_variant.items():
@@ -87,6 +88,7 @@ def test_every_variant_trains_to_its_last_step(of_variant: dict[str, dict[str, A
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_a_variant_that_starts_at_the_base_model_has_its_loss(of_variant: dict[str, dict[str, Any]]) -> None:
     """The first loss, before the first step, is that of the frozen model and the new head."""
     base = of_variant["head_only"]["curve"][0]["loss"]
@@ -106,6 +108,7 @@ def commands(trained: Path) -> Iterator[Commands]:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_adapters_load_in_peft_and_give_the_scores_of_their_records(
     trained: Path, commands: Commands, of_variant: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
