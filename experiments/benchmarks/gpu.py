@@ -159,7 +159,7 @@ class Benchmark:
         self.add("memory", variant=variant, lanes=fitting, ended_by=str(fault), kept_mib=round(kept, 1))
 
     def _find_fault(self, variant: str, count: int) -> Fault | None:
-        """Compute gradients of some lanes. Returns the kind of the error, if there is one."""
+        """Run a forward and a backward pass of some lanes; return the error's name, or None."""
         try:
             with self.lanes(variant, count, replace(self.size, accumulation=1)) as (group, lanes):
                 group.backward(lanes)

@@ -43,7 +43,7 @@ def find_adapter(store: Store, fingerprint: str) -> Path | None:
 
 
 def lanes_of_others(output: Path, study: StudyFile) -> set[str]:
-    """Return the lanes that a study has not trained, and those that other studies list in the same folder."""
+    """Return the fingerprints of lanes whose adapters a study must not remove."""
     found = set(study.reused)
     for path in output.glob(f"*/{STUDY_FILE}"):
         try:

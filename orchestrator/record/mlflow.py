@@ -90,7 +90,10 @@ class MlflowTracker(Tracker):
 
     @property
     def view(self) -> str:
-        """The address of the ranked table, without a password; for a database that of `mlflow ui` here."""
+        """The address of the ranked table on MLflow's page, without a password.
+
+        If runs go to a database file, the address is that of an `mlflow ui` on this machine.
+        """
         server = "http://127.0.0.1:5000"
         if self.tracking_uri.startswith(("http://", "https://")):
             parts = urlsplit(self.tracking_uri)
@@ -206,9 +209,9 @@ class MlflowTracker(Tracker):
                     run.mean = mean
 
     def finish(self, end: StudyEnd) -> None:
-        """Write the description and the report, and end the study's run and the unfinished ones.
+        """Log the study's description and report, and end its run and the runs of lanes that did not finish.
 
-        MLflow's page shows the first line of a description, which begins with a link to the table.
+        The description begins with a link to the ranked table, because MLflow's page shows its first line.
         """
         from mlflow.entities import Metric, RunTag
 

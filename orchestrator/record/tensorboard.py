@@ -92,7 +92,10 @@ class TensorBoardTracker(Tracker):
         return f"tensorboard --logdir {shlex.quote(str(self._folder))}"
 
     def _new_file(self, configuration: Configuration) -> SummaryWriter:
-        """Begin a lane's folder anew; TensorBoard shows its name as that of the run."""
+        """Remove a lane's event files, and open a new one.
+
+        TensorBoard shows the name of the lane's folder as the name of the run.
+        """
         from torch.utils.tensorboard.writer import SummaryWriter
 
         variant, rate = short_name(configuration.variant.name), configuration.optimizer.learning_rate

@@ -73,7 +73,7 @@ def _read_shard_index(path: Path) -> list[Path]:
 
 
 def _open_weight_file(path: Path) -> None:
-    """Read a file's list of tensors; raise an exception if the file is damaged or holds other things."""
+    """Read the names and shapes of a file's tensors; raise if it is damaged or holds more than tensors."""
     if path.suffix == ".bin":
         import torch
 
