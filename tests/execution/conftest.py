@@ -43,11 +43,19 @@ class SharedCluster:
             self.cluster = None
 
 
+SHARED = SharedCluster()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Stop the shared cluster after this folder's last test: the study of a later test would join it."""
+    if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+        SHARED.stop()
+
+
 @pytest.fixture(scope="session")
-def shared_cluster() -> Iterator[SharedCluster]:
-    shared = SharedCluster()
-    yield shared
-    shared.stop()
+def shared_cluster() -> SharedCluster:
+    return SHARED
 
 
 @pytest.fixture

@@ -20,6 +20,12 @@ from typing import Any
 HANG_SECONDS = 900.0
 """The time after which a command that hangs fails its test; no other result depends on it."""
 
+DRY_RUN = (
+    *("--dry-run", "--variants", "lora", "pissa", "--learning-rates", "1e-3", "1e-2", "1e-1"),
+    *("--seeds", "2", "--steps", "30", "--widen", "0"),
+)
+"""The words of the dry run that several tests read: 12 configurations in place of 132."""
+
 
 @dataclass(frozen=True)
 class Result:

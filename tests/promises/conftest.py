@@ -11,12 +11,6 @@ import as_a_user
 import pytest
 from filelock import FileLock
 
-DRY_RUN = (
-    *("--dry-run", "--variants", "lora", "pissa", "--learning-rates", "1e-3", "1e-2", "1e-1"),
-    *("--seeds", "2", "--steps", "30", "--widen", "0"),
-)
-"""The words of the dry run that several tests read: 12 configurations in place of 132."""
-
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -69,6 +63,6 @@ def dry_run(made_once: Callable[..., Path], with_base: Path) -> Path:
     def make(folder: Path) -> None:
         shutil.copytree(with_base, folder, dirs_exist_ok=True)
         script = Path(__file__).parents[2] / "experiments" / "lr_sensitivity.py"
-        (folder / "said.txt").write_text(as_a_user.succeed(script, *DRY_RUN, cwd=folder))
+        (folder / "said.txt").write_text(as_a_user.succeed(script, *as_a_user.DRY_RUN, cwd=folder))
 
     return made_once("dry-run", make)

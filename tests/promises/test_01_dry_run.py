@@ -14,7 +14,6 @@ from pathlib import Path
 import as_a_user
 import pytest
 import yaml
-from conftest import DRY_RUN
 
 import orchestrator
 
@@ -135,7 +134,7 @@ def test_the_command_and_the_settings_that_it_wrote_name_the_same_study(
     """The fixture ran the script; here the command repeats it, from its options and from study.yaml."""
     before = files(dry_run)
     settings = dry_run / "results" / STUDY / "study.yaml"
-    as_a_user.succeed("study", *DRY_RUN, cwd=dry_run, TMPDIR=str(temporary))
+    as_a_user.succeed("study", *as_a_user.DRY_RUN, cwd=dry_run, TMPDIR=str(temporary))
     as_a_user.succeed("study", "--config", settings, cwd=dry_run, TMPDIR=str(temporary))
     assert not (temporary / "ray").exists(), "Ray was started"
     assert files(dry_run) == before

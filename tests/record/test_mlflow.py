@@ -13,9 +13,9 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from conftest import MakeRecord
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow_runs import PROCESSES, runs_of, stop_at
@@ -29,6 +29,9 @@ from orchestrator.record.tracker import StudyEnd, TrackerWriter
 from orchestrator.record.tracking_uri import check_uri, default_uri, resolve_uri, study_uri
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
+
+if TYPE_CHECKING:  # a spawned process imports this file, and would find the conftest.py of another folder
+    from conftest import MakeRecord
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,7 @@ def _sandbox_spec(limits: ProgramLimits, level: SandboxLevel, folder: str) -> di
         "folder": folder,
         "project": _PROJECT,
         "visible_folders": sorted({sys.base_prefix, sys.prefix}),
-        "hidden_folders": _solution_folders(),
+        "hidden_folders": _solution_folders(sys.prefix, sys.base_prefix, "/usr", "/usr/local"),
         "packages": [sysconfig.get_path("purelib")],
         "runs_tests": False,
     }
@@ -227,10 +227,9 @@ def _wait_or_kill(launcher: subprocess.Popen[bytes], level: SandboxLevel) -> tup
 
 
 @functools.cache
-def _solution_folders() -> list[str]:
-    """Return the folders of installed packages that contain the solutions of a benchmark."""
-    roots = {Path(sys.prefix), Path(sys.base_prefix), Path("/usr"), Path("/usr/local")}
-    found = (root.glob(f"lib*/python*/*-packages/{name}") for root in roots for name in _BENCHMARKS)
+def _solution_folders(*prefixes: str) -> list[str]:
+    """Return the folders of packages installed below `prefixes` that contain the solutions of a benchmark."""
+    found = (Path(p).glob(f"lib*/python*/*-packages/{name}") for p in prefixes for name in _BENCHMARKS)
     return sorted({os.path.realpath(folder) for folders in found for folder in folders})
 
 
