@@ -25,7 +25,7 @@ BUDGETS = {
     "orchestrator/util": (14, 635),
     "variants": (128, 6779),
     "experiments": (17, 2099),
-    "tests": (307, 35582),
+    "tests": (307, 35586),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
