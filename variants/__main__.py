@@ -1,4 +1,4 @@
-"""The catalogue of variants: what each one computes, what it costs, and what it was checked against.
+"""The catalogue of variants: what each one computes, and what it was checked against.
 
 python -m variants                  # all entries by axis
 python -m variants lora_plus        # one entry: equation, hyperparameters, an example

@@ -1,4 +1,4 @@
-"""Descriptions of the catalogue's entries, from their docstrings, attributes and measured costs.
+"""Descriptions of the catalogue's entries, from their docstrings and attributes.
 
 `python -m variants` prints them, and the tables of docs/variants.md are made from them. Descriptions are
 cached, so that torch is imported only if the source files have changed.
@@ -7,12 +7,10 @@ cached, so that torch is imported only if the source files have changed.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from variants import catalogue
@@ -25,8 +23,6 @@ from variants.variant_settings import VariantSettings
 if TYPE_CHECKING:
     from variants.api import Variant
 
-COSTS_FILE = Path(__file__).with_name("costs.json")
-"""Measurements of `experiments/benchmarks/variant_costs.py`."""
 RANK, SIDE, LAYERS = 8, 4096, 32
 """The size at which parameters are counted: the rank, both sides of a layer, and the number of layers (as
 many as a model of 8 billion parameters has of one type)."""
@@ -102,10 +98,6 @@ class Description:
     uses_alpha: bool
     uses_dropout: bool
     hyperparameters: tuple[HyperparameterText, ...]
-    step_time: float | None
-    """Time of a training step divided by LoRA's; None if it was not measured."""
-    memory: float | None
-    """Peak memory of a training step divided by LoRA's; None if it was not measured."""
 
     @property
     def link(self) -> str:
@@ -147,7 +139,6 @@ def _from_json(fields: dict[str, Any]) -> Description:
 def _describe(name: str) -> Description:
     variant = catalogue.get(name)
     title, authors, paper, summary = _read_heading(variant)
-    costs = read_costs().get("steps", {}).get("variants", {}).get(name, {})
     return Description(
         name=name,
         title=title,
@@ -175,8 +166,6 @@ def _describe(name: str) -> Description:
             HyperparameterText(key, each.default, each.rule, each.help)
             for key, each in variant.hyperparameters.items()
         ),
-        step_time=costs.get("step_time"),
-        memory=costs.get("memory"),
     )
 
 
@@ -188,29 +177,6 @@ def _read_heading(variant: Variant) -> tuple[str, str, str, str]:
     docstring = inspect.getmodule(type(variant)).__doc__ or ""
     title, authors, paper, summary = parse_module_docstring(docstring)
     return title or type(variant).__name__, authors, paper, summary
-
-
-@cache
-def read_costs() -> dict[str, Any]:
-    """Return the committed measurements of the variants; empty if there are none."""
-    return json.loads(COSTS_FILE.read_text()) if COSTS_FILE.exists() else {}
-
-
-def describe_conditions(section: str) -> str:
-    """Return the machine and the sizes of a section of the measurements; empty if it was not measured.
-
-    Args:
-        section: steps or initializations.
-    """
-    measured = read_costs().get(section)
-    if not measured:
-        return ""
-    machine = measured["machine"]
-    where = f"{machine['device']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}"
-    if section == "initializations":
-        return f"measured on {where}"
-    tokens = f"{measured['rows']} x {measured['length']} tokens in {measured['dtype']}"
-    return f"measured on {where}, with {measured['layers']} blocks of {measured['shape']} and {tokens}"
 
 
 def parse_module_docstring(docstring: str) -> tuple[str, str, str, str]:

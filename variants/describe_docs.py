@@ -1,16 +1,15 @@
-"""The tables of docs/variants.md, which are made from the catalogue, the taxonomy and the measured costs."""
+"""The tables of docs/variants.md, which are made from the catalogue and the taxonomy."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from variants.describe import Description, describe_all, describe_conditions, paper_link, read_costs
-from variants.describe_text import AXES, checked_text, format_count, format_form, format_ratio, format_value
+from variants.describe import Description, describe_all, paper_link
+from variants.describe_text import AXES, checked_text, format_count, format_form, format_value
 from variants.export_forms import ExportForms
 from variants.taxonomy import Method, read_methods
 from variants.traits import Start
@@ -36,7 +35,6 @@ def render(text: str) -> str:
         "catalogue": catalogue_tables(entries),
         "exports": exports_table(entries),
         "taxonomy": taxonomy_table(read_methods()),
-        "initializations": initialization_table(read_costs()),
     }
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name}:[^\n]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
@@ -68,13 +66,11 @@ def catalogue_tables(entries: Sequence[Description]) -> str:
     """Return a table of the entries for each axis."""
     header = (
         "variant", "what it does", "values per layer", "at r = 8", "initialization", "lanes", "merges",
-        "checked against", "own hyperparameters", "time", "memory",
+        "checked against", "own hyperparameters",
     )  # fmt: skip
     parts = []
     for axis, group in groupby(entries, lambda each: each.axis):
         parts.append(f"### {axis.capitalize()}: {AXES[axis]}\n\n{_table(header, map(_entry_cells, group))}")
-    conditions = describe_conditions("steps") or "not measured yet"
-    parts.append(f"Time and memory relative to LoRA's: {conditions}.")
     return "\n\n".join(parts)
 
 
@@ -95,8 +91,6 @@ def _entry_cells(each: Description) -> tuple[str, ...]:
         "yes" if each.exports.merged.possible else "no",
         checked_text(each),
         ", ".join(f"`{own.name}` {format_value(own.default)}" for own in each.hyperparameters),
-        format_ratio(each.step_time),
-        format_ratio(each.memory),
     )
 
 
@@ -124,18 +118,6 @@ def exports_table(entries: Iterable[Description]) -> str:
         for forms, group in names.items()
     )
     return _table(("variants", "PEFT and AutoPeft", "vLLM", "merged"), rows)
-
-
-def initialization_table(costs: Mapping[str, Any]) -> str:
-    """Return the table of the costs of initializations; without measurements, a sentence."""
-    measured = costs.get("initializations", {}).get("variants", {})
-    if not measured:
-        return "Not measured yet."
-    rows = (
-        (f"`{name}`", f"{row['seconds']:.1f}", f"{row['peak_mib']:,.0f}") for name, row in measured.items()
-    )
-    table = _table(("variant", "seconds", "peak memory, MiB"), rows)
-    return f"{table}\n\nThe table was {describe_conditions('initializations')}."
 
 
 def _link(paper: str) -> str:

@@ -7,15 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from variants.describe import (
-    CHECKED_TEXT,
-    LAYERS,
-    RANK,
-    SIDE,
-    START_TEXT,
-    Description,
-    describe_conditions,
-)
+from variants.describe import CHECKED_TEXT, LAYERS, RANK, SIDE, START_TEXT, Description
 from variants.export_forms import ExportForm
 from variants.taxonomy import Method
 from variants.traits import Start, VerifiedBy
@@ -33,21 +25,17 @@ AXES = {
 }
 """What the entries of an axis change, by axis; an axis that is not listed is shown without a description."""
 
-_COLUMNS = (18, 13, 11, 7, 15, 8, 8)
-"""Widths of the columns of a catalogue's line, which add up to `WIDTH`."""
-
 INTRODUCTION = (
     f"Trainable values of one layer of {SIDE:,} x {SIDE:,} at rank {RANK}, one of {LAYERS} such layers; how "
     "lanes share a computation; whether the update can be merged into the weight; what the implementation "
-    "was checked against; time and memory of a training step relative to LoRA's ({}). "
-    "`python -m variants NAME` explains an entry."
+    "was checked against. `python -m variants NAME` explains an entry."
 )
 
 
 def format_catalogue(entries: Sequence[Description]) -> str:
     """Return the catalogue: three lines for each entry, by axis."""
-    lines = _fill(INTRODUCTION.format(describe_conditions("steps") or "not measured yet"), "")
-    header = ("", "parameters", "batching", "merges", "checked", "time", "memory")
+    lines = _fill(INTRODUCTION, "")
+    header = ("", "parameters", "batching", "merges", "checked")
     for axis, group in groupby(entries, lambda each: each.axis):
         lines += ["", _heading(axis, AXES), _row(header)]
         for each in group:
@@ -62,8 +50,6 @@ def _entry_lines(each: Description) -> list[str]:
         each.batching,
         "yes" if each.exports.merged.possible else "no",
         checked_text(each),
-        format_ratio(each.step_time),
-        format_ratio(each.memory),
     )
     formula = f": {each.parameters}" if each.parameters else ""
     if each.shared_parameters:
@@ -74,7 +60,7 @@ def _entry_lines(each: Description) -> list[str]:
 
 
 def format_entry(each: Description) -> str:
-    """Return the explanation of one entry: docstring, hyperparameters, costs and an example."""
+    """Return the explanation of one entry: docstring, hyperparameters and an example."""
     source = ", ".join(part for part in (each.authors, each.paper) if part)
     lines = [f"{each.title} ({each.name}), axis {each.axis}"]
     lines += [line for line in (source, each.link) if line]
@@ -116,8 +102,6 @@ def _facts(each: Description) -> Iterable[tuple[str, str]]:
     loads = f"exported as {each.peft}, which PeftModel and AutoPeftModel load{condition}"
     yield "PEFT", loads if peft.possible else format_form(peft)
     yield "vLLM", format_form(each.exports.vllm)
-    if each.step_time is not None and each.memory is not None:
-        yield "step", f"{each.step_time:.2f} times LoRA's time, {each.memory:.2f} times its memory"
 
 
 def example_command(each: Description) -> str:
@@ -197,11 +181,6 @@ def format_count(count: int | None) -> str:
     return "-" if count is None else f"{count:,}"
 
 
-def format_ratio(ratio: float | None) -> str:
-    """Return a ratio with two decimals, and - for None."""
-    return "-" if ratio is None else f"{ratio:.2f}"
-
-
 def format_value(value: float | int | str | bool) -> str:
     """Return the default of a hyperparameter as it is typed on the command line."""
     if isinstance(value, bool):
@@ -218,11 +197,8 @@ def _in_brackets(paper: str) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    first, count, *words, time, memory = cells
-    widths = _COLUMNS
-    line = f"{first:{widths[0]}}{count:>{widths[1]}}  "
-    line += "".join(f"{word:{width}}" for word, width in zip(words, widths[2:5], strict=True))
-    return f"{line}{time:>{widths[5] - 2}}{memory:>{widths[6]}}".rstrip()
+    first, count, batching, merges, checked = cells
+    return f"{first:18}{count:>13}  {batching:11}{merges:7}{checked}".rstrip()
 
 
 def _wrap(text: str) -> list[str]:

@@ -137,14 +137,11 @@ class OurStep:
         name: The variant.
         model: The base model, which gets the adapters.
         ids: The token ids of the batch, (rows, length).
-        extra: The variant's own hyperparameters, where they are not the defaults; by default those with which
-            it equals PEFT's configuration.
     """
 
-    def __init__(self, name: str, model: Any, ids: Tensor, extra: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, name: str, model: Any, ids: Tensor) -> None:
         variant = catalogue.get(name)
-        extra = EXTRA.get(name, {}) if extra is None else extra
-        settings = VariantSettings(RANK, ALPHA if variant.uses_alpha else None, extra=extra)
+        settings = VariantSettings(RANK, ALPHA if variant.uses_alpha else None, extra=EXTRA.get(name, {}))
         settings = variant.validate_settings(settings)
         self.model, self.ids = model, ids
         self.adapters = attach(model, variant, settings)

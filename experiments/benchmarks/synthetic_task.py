@@ -80,7 +80,6 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     layers: int | None = None,
-    **sizes: int,
 ) -> Any:
     """Return a frozen language model with random weights, in eval mode.
 
@@ -89,12 +88,11 @@ def build_model(
         device: The device; `meta` makes a model without values.
         dtype: The data type of the weights.
         layers: The number of decoder blocks; None for that of the shape.
-        **sizes: Further arguments of the configuration class, in place of the shape's.
     """
     import transformers
 
     shape = SHAPES[name]
-    sizes = {**shape.sizes, **sizes}
+    sizes = dict(shape.sizes)
     if layers is not None:
         sizes["num_hidden_layers"] = layers
     config = getattr(transformers, f"{shape.family}Config")(**sizes)

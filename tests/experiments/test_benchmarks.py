@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import early_stopping
 import lanes as lanes_benchmark
@@ -17,7 +16,6 @@ import makespan
 import pytest
 import step
 import torch
-import variant_costs
 from alternatives import FineTune, Run, Study, make_trainable
 from scripted import tiny_base_model
 from synthetic import study as synthetic_study
@@ -35,7 +33,6 @@ from variants.taxonomy import read_methods
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
 CPU = torch.device("cpu")
-CONDITIONS: dict[str, Any] = {"machine": {"device": "cpu", "commit": "a", "load": 0.1}, "side": 4096}
 NOT_ON_A_BARE_MACHINE = (
     *("ray", "mlflow", "datasets", "optuna", "tyro", "pandas", "math_verify", "matplotlib", "pyarrow"),
 )
@@ -44,7 +41,6 @@ SMALLEST = {
     "gpu.py": "--tiny --device cpu --variants lora --lanes 1 --steps 1",
     "lanes.py": "--cases tiny --variants lora --lanes 1 2 --rounds 1",
     "step.py": "--cases tiny --variants lora --rounds 1",
-    "variant_costs.py": "--sections steps --case tiny --variants lora --rounds 1",
 }
 """Script -> the arguments of its smallest run, in this process."""
 PARTS = ("alternatives.py", "early_stopping.py", "makespan.py", "scale.py")
@@ -257,35 +253,3 @@ def test_early_stopping_is_compared_with_the_full_grid(
     with pytest.raises(SystemExit):
         early_stopping.run()
     assert "it exists" in capsys.readouterr().err
-
-
-# --- the costs of variants
-
-
-@pytest.mark.slow  # three measurements of a step
-def test_the_memory_of_a_step_is_relative_to_loras() -> None:
-    tiny = variant_costs.CASES["tiny"]
-    rslora = variant_costs.measure_step("rslora", tiny, CPU, rounds=1)
-    assert rslora["memory"] == 1.0, "rsLoRA has LoRA's tensors"
-    assert variant_costs.measure_step("vera", tiny, CPU, rounds=1)["memory"] > 1.5, "at rank 256"
-
-
-def test_initializations_from_the_weight_gradients_and_inputs_are_measured() -> None:
-    measured = {name for name in catalogue.names() if variant_costs.needs_computation(name)}
-    assert {"pissa", "lora_ga", "eva"} <= measured
-    assert not measured & {"lora", "hira", "full"}
-    assert variant_costs.measure_initialization("pissa", 512, "cpu", 1)["peak_mib"] > 1
-
-
-@pytest.mark.parametrize(
-    ("machine", "kept"),
-    [
-        ({"device": "cpu", "commit": "b", "load": 9.0}, {"dora", "lora"}),
-        ({"device": "cuda H100", "commit": "a", "load": 0.1}, {"dora"}),
-    ],
-)
-def test_measurements_of_another_machine_are_replaced(machine: dict[str, Any], kept: set[str]) -> None:
-    first = variant_costs.update_costs({}, "steps", CONDITIONS, {"lora": {"step_time": 1.0}})
-    second = {**CONDITIONS, "machine": machine}
-    costs = variant_costs.update_costs(first, "steps", second, {"dora": {"step_time": 2.0}})
-    assert set(costs["steps"]["variants"]) == kept

@@ -12,7 +12,7 @@ import pytest
 from variants import catalogue
 from variants.__main__ import main
 from variants.api import VariantSettings
-from variants.describe import describe, describe_all, parse_module_docstring, read_costs
+from variants.describe import describe, describe_all, parse_module_docstring
 from variants.describe_docs import render
 from variants.describe_text import shorten
 from variants.testing.cases import Case
@@ -121,13 +121,6 @@ def test_docstrings_are_parsed() -> None:
 def test_a_page_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="markers of the table 'catalogue'"):
         render("# Variants\n")
-
-
-def test_committed_costs_are_of_entries_that_exist_and_name_the_machine() -> None:
-    for section in read_costs().values():
-        assert set(section["variants"]) <= set(catalogue.names())
-        assert section["machine"]["device"]
-        assert "/" not in json.dumps(section)
 
 
 def test_a_long_text_is_cut_after_a_part_outside_brackets() -> None:
