@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from orchestrator.execution.broker.core import BrokerCore
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.study.configuration import (
     BatchConfig,
@@ -31,10 +30,6 @@ def configuration(variant: str = "lora", rate: float = 1e-3, seed: int = 0) -> C
 
 
 POINTS = [configuration(v, rate) for v in ("lora", "hira") for rate in (1e-4, 1e-3, 1e-2)]
-
-
-def count_suspects(core: BrokerCore) -> int:
-    return sum(entry.max_group_size is not None for entry in core.open_entries.values())
 
 
 def record(point: Configuration, state: str, steps: int = STEPS) -> Record:

@@ -117,10 +117,6 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = N
         time.sleep(min(max(0.1, 4 * took), 2.0))  # a query of Ray may cost as much CPU time as the study
 
 
-def finals(output: Path) -> int:
-    return sum(state in ("finished", "diverged") for state in Store(output / "store").states().values())
-
-
 def records(output: Path) -> dict[str, Record]:
     return {record.fingerprint: record for record in Store(output / "store").records()}
 

@@ -45,19 +45,6 @@ def test_the_first_allocation_is_repeated_without_expandable_segments(
     assert f"without expandable segments: {message}" in caplog.text
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("bad")])
-def test_an_allocation_that_keeps_failing_is_a_fault(error: Exception) -> None:
-    calls = []
-
-    def allocate() -> None:
-        calls.append(error)
-        raise error
-
-    with pytest.raises(type(error), match=str(error)):
-        allocate_first(allocate)
-    assert len(calls) == (1 if isinstance(error, torch.OutOfMemoryError) else 2)
-
-
 def test_products_in_bfloat16_sum_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     matmul = torch.backends.cuda.matmul
     monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", True)

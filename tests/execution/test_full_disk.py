@@ -5,9 +5,7 @@ tests/finetune/engine/test_disk_failures.py tests what trainers do on such a dis
 
 from __future__ import annotations
 
-import errno
 import io
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -96,30 +94,6 @@ def test_a_disk_that_refuses_from_the_start(
     done = run(SWEEP, *ONE, "--plan", *(str(word) for each in at.items() for word in each))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert done.stderr == f"error: {disk.folder / 'mine'}: {said}, then run the command again\n"
-
-
-def test_a_check_of_a_disk_that_refuses_has_a_line_for_it(run: Run, disk: Disk, tmp_path: Path) -> None:
-    disk.close()
-    store = disk.folder / "mine"
-    done = run(ORCHESTRATOR, "check", "--output", str(tmp_path / "output"), "--store", str(store))
-    assert (done.returncode, done.stderr) == (1, "")
-    assert f"{store}: Read-only file system; make it writable" in done.stdout
-
-
-def test_a_studys_folder_that_finds_no_space(
-    run: Run, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, mkdir = tmp_path / "output" / "mine", Path.mkdir
-
-    def full(path: Path, *arguments: Any, **named: Any) -> None:
-        if path == folder:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        mkdir(path, *arguments, **named)
-
-    monkeypatch.setattr(Path, "mkdir", full)
-    done = run(SWEEP, *ONE, "--study", "mine", "--output", str(tmp_path / "output"), "--store", str(known))
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {folder}: No space left on device; free some space")
 
 
 def test_a_study_file_that_finds_no_space(run: Run, disk: Disk, known: Path) -> None:

@@ -50,37 +50,28 @@ def make_pool(
         (make_pool(2, 2, started=False), 0, 2, 2),  # the first trainers start at once
         (make_pool(2, 2, started=False), 0, 0, 1),  # another study holds all GPUs: one trainer waits
         (make_pool(1, 0, started=False), 0, 0, 1),  # no GPU yet: one request makes an autoscaler act
-        (make_pool(1, 0, unplaced=1), 8, 0, 0),
         (make_pool(1, 3, placed=1), 16, 2, 2),  # two nodes joined
         (make_pool(1, 3, placed=1), 4, 2, 1),  # as many as the waiting lanes fill
-        (make_pool(1, 3, placed=1, unplaced=1), 16, 2, 1),  # one trainer has no place yet
         (make_pool(3, 1, placed=2), 16, 0, 0),  # a node was lost or drains, and its trainer has not ended yet
         (make_pool(1, 0, unplaced=1, startable=8), 16, 0, 0),  # no second request before the first is placed
         (make_pool(1, 1, placed=1, startable=8), 16, 0, 4),  # as many requests as the waiting lanes fill
         (make_pool(1, 1, placed=1, startable=3), 16, 0, 2),  # at most as many as the autoscaler may start
-        (make_pool(1, 1, placed=1, unplaced=2, startable=8), 16, 0, 2),
-        (make_pool(1, 3, placed=3, startable=3), 16, 0, 0),
         (make_pool(1, 3, placed=1, startable=3), 16, 0, 0),  # the nodes exist, and another study uses them
-        (make_pool(1, 1, placed=2, startable=2), 16, 0, 0),
         (
             make_pool(3, 3, placed=1, unplaced=1, elastic=False),
             16,
             0,
             1,
         ),  # a fixed number was requested: the trainer waits for a node
-        (make_pool(3, 3, placed=3, elastic=False), 16, 8, 0),
         (make_pool(8, 8, placed=8, holders=1), 16, 0, 0),  # a GPU is broken, and there is no other
         (make_pool(8, 9, placed=8, holders=1), 16, 1, 1),  # its trainer is replaced elsewhere
-        (make_pool(2, 3, placed=2, holders=1, elastic=False), 16, 1, 1),
         (make_pool(2, 9, placed=3, holders=1, elastic=False), 16, 6, 0),  # as many train as were requested
-        (make_pool(2, 2, placed=2, holders=1, elastic=False), 16, 0, 0),
         (
             make_pool(2, 2, placed=2, holders=2),
             16,
             0,
             1,
         ),  # all are broken: one request, for a node that joins
-        (make_pool(2, 2, placed=2, holders=2, elastic=False), 16, 0, 1),
         (make_pool(1, 1, placed=1, holders=1, startable=3), 16, 0, 2),  # an autoscaler starts other nodes
     ],
 )
@@ -106,15 +97,6 @@ def test_a_study_ends_at_once_if_all_devices_are_broken_and_no_node_can_join() -
     assert (
         lines[4] == "GPU 4 of node 10.0.0.7 (1f2e3d4c) is left out of this study: a matrix product is wrong"
     )
-
-
-def test_no_node_is_asked_for_while_a_trainer_has_yet_to_take_its_lanes() -> None:
-    pool = make_pool(1, 1, placed=1, startable=8)
-    assert pool.num_to_start(8, 0, 0) == 1
-    assert pool.num_to_start(7, 1, 0) == 1
-    assert pool.num_to_start(4, 0, 0) == 0
-    pool = make_pool(1, 2, placed=1, startable=8)
-    assert pool.num_to_start(4, 0, 1) == 1, "a node that is there costs nothing more"
 
 
 def test_no_more_than_the_drivers_node_has_memory_for() -> None:

@@ -99,23 +99,6 @@ def test_without_a_terminal_it_writes_lines_and_keeps_others_out(
     assert "Ray started here" in (tmp_path / "study.log").read_text()
 
 
-def test_the_line_counts_steps_and_is_not_repeated_unchanged(tmp_path: Path, now: SimpleNamespace) -> None:
-    screen = io.StringIO()
-    record = points.record(points.configuration(seed=0), "diverged", steps=2)
-    steps = record.configuration.lr_schedule.steps
-    with Progress(tmp_path, 2, 0, Console(file=screen, width=80), training=2, live_trainers=1) as progress:
-        progress.max_steps = 2 * steps
-        for progress.steps_taken in (0, 0, 3):
-            now.seconds += timeouts.PLAIN_LINE_INTERVAL_SECONDS + 1
-            progress.refresh()
-        progress.add_record(record)
-        assert f"| 3/{steps + 2} steps |" in progress.status_line(), "a lane that has diverged takes no more"
-    assert screen.getvalue().splitlines() == [
-        f"0/2 done | 2 training | 0/{2 * steps} steps",
-        f"0/2 done | 2 training | 3/{2 * steps} steps",
-    ]
-
-
 def test_failed_lanes_are_not_counted_as_trained(tmp_path: Path) -> None:
     progress = Progress(tmp_path, 4, 0, Console(file=io.StringIO(), width=80))
     progress.ended = Counter(finished=1, failed=3)

@@ -44,31 +44,6 @@ def space(*words: str, variants: tuple[str, ...] = tuple(OWN)) -> Space:
     return parse_space(words, variants, OWN.__getitem__, (1e-4, 1.0))
 
 
-@pytest.mark.parametrize("name", ["qmc", "random"])
-def test_every_variant_gets_as_many_points_none_twice(name: str) -> None:
-    found = draw_design(name, groups(space(*WORDS)), 16)
-    for variant, points in found.items():
-        assert len({build(variant, point).fingerprint for point in points}) == len(points) == 16
-        assert all("alpha" in p or variant in ("hira", "full") for p in points)
-        assert all(("lora_plus.ratio" in p) == (variant == "lora_plus") for p in points)
-
-
-@pytest.mark.parametrize("name", ["qmc", "random"])
-def test_more_points_begin_with_the_same_ones(name: str) -> None:
-    few, many = (draw_design(name, groups(space(*WORDS)), n) for n in (16, 32))
-    for variant, points in few.items():
-        assert many[variant][:16] == points
-        assert len(many[variant]) == 32
-
-
-@pytest.mark.parametrize("name", ["qmc", "random"])
-def test_variants_share_what_they_have_in_common(name: str) -> None:
-    found = draw_design(name, groups(space(*WORDS)), 16)
-    for variant in ("hira", "lora_plus", "full"):
-        for mine, other in zip(found["lora"], found[variant], strict=True):
-            assert all(mine[key] == other[key] for key in mine.keys() & other.keys())
-
-
 def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_random() -> None:
     over = space("weight_decay=0:0.1", variants=("lora",))
     spread: dict[str, float] = {}

@@ -128,28 +128,6 @@ def test_a_torn_last_line_of_the_journal_is_skipped(tmp_path: Path, caplog: pyte
         Drive(tmp_path, space(variants=("lora",)))
 
 
-def test_no_flipped_bit_of_the_journal_makes_another_point(tmp_path: Path) -> None:
-    drive = Drive(tmp_path, space("rank=4,8", variants=("lora",)), points=3)
-    for _ in range(2):
-        drive.ask()
-    drive.end("t0")
-    spaces, templates = {"letters": space("rank=4,8", variants=("lora",))}, [build("lora", {})]
-    path, points = drive.study / JOURNAL_FILE, list(drive.budget.configurations)
-    whole, noticed = path.read_bytes(), 0
-    last = whole.rindex(b'{"op_code"', 0, whole.rindex(points[1].encode()))
-    for place in range(0, len(whole), 3):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
-        try:
-            found = open_search(drive.study, "tpe", 3, spaces, templates)
-        except UsageError:
-            noticed += 1
-            continue
-        # A flipped bit in the line that turns the last suggestion into a point may undo this line; then the
-        # point is missing.
-        assert list(found.configurations) == points or (place >= last and points[0] in found.configurations)
-    assert noticed > 0.2 * len(whole) / 3
-
-
 def test_a_lock_that_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
     first = Drive(tmp_path, space(variants=("lora",)))
     first.ask()
@@ -166,18 +144,6 @@ def test_a_design_keeps_to_its_budget_when_another_variant_brings_a_dimension(tm
     second = Drive(tmp_path, space("rank=4,8", variants=("full", "lora")), points=32, sampler="qmc")
     assert second.budget.num_asked == {"full": 32, "lora": 32}
     assert list(second.budget.configurations)[:16] == list(first.budget.configurations)
-
-
-@pytest.mark.parametrize("sampler", ["qmc", "random"])
-def test_a_design_is_trained_as_a_whole_and_a_larger_one_goes_on_from_it(
-    tmp_path: Path, sampler: str
-) -> None:
-    few = Drive(tmp_path, space(), points=2, sampler=sampler)
-    assert few.all() == {"lora": 2, "hira": 2}
-    assert few.given == list(few.budget.configurations.values())
-    many = Drive(tmp_path, space(), points=4, sampler=sampler)
-    assert many.all() == {"lora": 2, "hira": 2}
-    assert list(many.budget.configurations.values()) == [*few.given, *many.given]
 
 
 def test_fewer_points_than_before_are_refused(tmp_path: Path) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-import study
 from rich.console import Console
 
 from orchestrator.execution.search.budget import open_search
@@ -161,14 +158,6 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
         resolved(bases, **options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_rank_larger_than_a_layer_is_refused_before_ray_starts(bases: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as caught:
-        study.run_here(tmp_path / "results", "--model", str(bases / "letters"), "--rank", "500")
-    assert re.search(r"rank 500 is larger than layer .* allows: at most 16", str(caught.value))
-    assert "\n" not in str(caught.value)
-    assert not ray.is_initialized()
 
 
 def test_a_head_may_be_searched_where_there_is_one(bases: Path) -> None:

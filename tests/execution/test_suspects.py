@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
-from points import STEPS, configuration, count_suspects, record
+from points import STEPS, configuration, record
 
 from orchestrator.execution.broker.actor import Broker
 from orchestrator.execution.broker.core import BrokerCore
@@ -18,7 +18,6 @@ from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Repo
 from orchestrator.record.schema import MAX_FAILURES, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.util import timeouts
 
 POINTS = [configuration(rate=10.0**-n) for n in range(12)]
 
@@ -99,7 +98,7 @@ def test_faulty_lanes_fail_and_all_others_finish(
     assert set(written) == set(crash_steps)
     assert all("while the lane trained alone: SIGABRT" in why for why in written.values())
     assert num_crashes <= len(crash_steps) * (lanes.bit_length() - 1 + MAX_FAILURES)
-    assert count_suspects(core) == 0
+    assert not core.open_entries
 
 
 def crashed(lanes: int, exit_kind: ExitKind = ExitKind.CRASHED) -> BrokerCore:
@@ -112,57 +111,8 @@ def crashed(lanes: int, exit_kind: ExitKind = ExitKind.CRASHED) -> BrokerCore:
     return core
 
 
-def test_two_trainers_take_the_halves_at_once_and_nobody_else_joins_them() -> None:
-    core = crashed(8)
-    for number, point in enumerate(POINTS[8:]):
-        core.submit(f"late{number}", point, 0.0)
-    for name in ("trainer-1.x", "trainer-2.x"):
-        grant = core.lease(name, None, 8, 0.0)
-        assert len(grant.leases) == 4
-        assert names(grant) <= {point.fingerprint for point in POINTS[:8]}
-        assert core.lease(name, POINTS[0].group_key, 4, 0.0).leases == ()
-    late = names(core.lease("trainer-3.x", None, 8, 0.0))
-    assert late == {point.fingerprint for point in POINTS[8:]}
-
-
 def names(grant: LeaseGrant) -> set[str]:
     return {lease.configuration.fingerprint for lease in grant.leases}
-
-
-def test_a_new_report_clears_suspicion_and_a_repeated_one_does_not() -> None:
-    core = BrokerCore()
-    point = POINTS[0]
-    core.submit("t", point, 0.0)
-    for attempt, step in ((1, 1), (2, 1), (3, 2)):
-        trainer = f"trainer-{attempt}.x"
-        core.lease(trainer, None, 1, 0.0)
-        held_lanes = {point.fingerprint: (attempt, point, Report(point.fingerprint, attempt, step, {}, 1.0))}
-        core.exchange(trainer, held_lanes, 1, 0.0)
-        assert count_suspects(core) == (attempt == 2)
-        core.remove_trainer(trainer, 0.0, ExitKind.CRASHED)
-    assert count_suspects(core) == 1
-    assert core.entries[point.fingerprint].solo_crashes == 1, "a new report resets the count of crashes alone"
-
-
-def test_a_trainer_that_was_killed_or_lost_with_its_node_suspects_nobody() -> None:
-    core = crashed(8, ExitKind.NODE_LOST)
-    assert count_suspects(core) == 0
-    assert len(core.lease("trainer-1.x", None, 8, 0.0).leases) == 8
-
-
-def test_a_suspect_takes_the_place_of_a_lane_group_that_is_parked_as_a_whole() -> None:
-    core = BrokerCore(scheduler="asha")
-    for number, point in enumerate(POINTS[:2]):
-        core.submit(f"t{number}", point, 0.0)
-    core.lease("trainer-0.x", None, 2, 0.0)
-    (parked, suspect) = POINTS[:2]
-    held = {parked.fingerprint: (1, parked, Report(parked.fingerprint, 1, 1, {}, 1.0))}
-    core.entries[suspect.fingerprint].mark_suspect(1, 2)
-    assert core.exchange("trainer-0.x", held, 1, 0.0) == {parked.fingerprint: Directive.PARK}
-    assert core.lease("trainer-0.x", parked.group_key, 1, 0.0).leases == (), "a suspect may not join"
-    grant = core.lease("trainer-0.x", None, 1, 0.0)
-    assert [lease.configuration for lease in grant.leases] == [suspect]
-    assert grant.requires_empty_group
 
 
 def test_the_broker_writes_the_record_of_a_lane_that_no_trainer_can(tmp_path: Path) -> None:
@@ -187,28 +137,6 @@ def test_the_broker_writes_the_record_of_a_lane_that_no_trainer_can(tmp_path: Pa
     assert record.state == "failed"
     assert record.reason == "the trainer's process died while the lane trained alone: killed by SIGABRT"
     assert store.count_failures(point.fingerprint) == MAX_FAILURES
-
-
-def test_the_broker_sees_by_the_checkpoints_that_a_lane_gets_on(tmp_path: Path) -> None:
-    broker = Broker(str(tmp_path), "none")
-    point = POINTS[0]
-    folder = Store(tmp_path).checkpoints / point.fingerprint
-    broker.core.submit("t", point, 0.0)
-
-    async def crash(number: int) -> str:
-        assert len((await broker.lease(f"trainer-{number}.x", None, 1, {}, 0)).leases) == 1
-        await broker.trainer_exited(f"trainer-{number}", ExitKind.CRASHED, "killed by SIGKILL")
-        return str((await broker.get_updates(0, 0, 0, ""))["abort_reason"])
-
-    for number in range(2 * MAX_FAILURES):
-        (folder / str(number + 1)).mkdir(parents=True)
-        (folder / str(number + 1) / f"step-{10 + number:08d}.safetensors").touch()
-        assert asyncio.run(crash(number)) == ""
-        assert broker.core.entries[point.fingerprint].solo_crashes == 1
-    for number in range(MAX_FAILURES - 1):
-        assert not broker.core.ended_lanes
-        asyncio.run(crash(100 + number))
-    assert broker.core.ended_lanes == [(point.fingerprint, "failed")]
 
 
 def test_checkpoints_that_a_dead_trainer_left_beside_its_final_record_go(tmp_path: Path) -> None:
@@ -236,32 +164,6 @@ def test_a_trainer_that_crashes_on_everything_ends_the_study_before_all_is_spoil
             num_crashes += 1
         assert len(core.ended_lanes) == 2 * MAX_TRAINER_FAILURES + 1
         assert num_crashes <= len(core.ended_lanes) * MAX_FAILURES + 2 * lanes, "halving costs some more"
-
-
-def test_a_trainer_that_dies_before_it_takes_a_lane_ends_the_study() -> None:
-    core = BrokerCore()
-    core.submit("t", POINTS[0], 0.0)
-    for number in range(MAX_TRAINER_FAILURES + 1):
-        assert not core.failure_policy.abort_reason
-        core.trainer_exited(f"trainer-{number}", 0.0, ExitKind.CRASHED, "SIGSEGV")
-    assert "without taking a step" in core.failure_policy.abort_reason
-
-
-def test_a_trainer_that_is_killed_time_and_again_while_its_lane_gets_on_is_no_crash() -> None:
-    """Reports are hours apart, with checkpoints in between."""
-    saved = {POINTS[0].fingerprint: 0}
-    core = BrokerCore(checkpoint_step=saved.__getitem__)
-    core.submit("t", POINTS[0], 0.0)
-    for number in range(4 * MAX_FAILURES):
-        saved[POINTS[0].fingerprint] += 5
-        assert core.lease(f"trainer-{number}.x", None, 1, 0.0).leases
-        core.trainer_exited(f"trainer-{number}", 0.0, ExitKind.CRASHED, "SIGKILL")
-        assert not core.failure_policy.abort_reason
-    for number in range(MAX_FAILURES - 1):
-        assert not core.ended_lanes
-        assert core.lease(f"again-{number}.x", None, 1, 0.0).leases
-        core.trainer_exited(f"again-{number}", 0.0, ExitKind.CRASHED, "SIGKILL")
-    assert core.ended_lanes == [(POINTS[0].fingerprint, "failed")], "it got no further"
 
 
 def test_trainers_may_die_as_often_as_they_like_while_their_lanes_get_on() -> None:
@@ -293,44 +195,3 @@ def test_out_of_memory_halves_the_lane_group_and_marks_no_lane_faulty() -> None:
         core.trainer_exited(f"alone-{number}", 0.0, ExitKind.OUT_OF_MEMORY)
     assert not core.ended_lanes
     assert core.failure_policy.abort_reason, "there is not even room for one"
-
-
-def test_a_suspect_that_waits_too_long_gets_a_trainer_that_drains() -> None:
-    core = BrokerCore()
-    for number, point in enumerate(POINTS):
-        core.submit(f"t{number}", point, 0.0)
-    trainer = Trainer("trainer-1.x", 2)
-    core.lease("trainer-0.x", None, 2, 0.0)
-    trainer.refill(core)
-    core.trainer_exited("trainer-0", 0.0, ExitKind.CRASHED, "SIGABRT")
-    suspects = {point.fingerprint for point in POINTS[:2]}
-    saved: dict[str, int] = {}
-
-    def finish_one(now: float) -> set[str]:
-        """Finish one lane, and return the fingerprints of the lanes that are leased in its place."""
-        fingerprint = min(trainer.held)
-        for _ in range(STEPS):
-            trainer.step(core, fingerprint, saved)
-        before = set(trainer.held)
-        group_key = POINTS[0].group_key if trainer.held else None
-        grant = core.lease(trainer.name, group_key, 2 - len(trainer.held), now)
-        for lease in grant.leases:
-            trainer.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
-        return set(trainer.held) - before
-
-    for _ in range(3):
-        assert len(finish_one(timeouts.STARVATION_SECONDS) - suspects) == 1, "the queue goes on"
-    late = timeouts.STARVATION_SECONDS + 1
-    assert finish_one(late) == set(), "the trainer drains"
-    assert len(finish_one(late) & suspects) == len(trainer.held) == 1
-
-
-def test_two_faulty_lanes_in_a_row_with_one_lane_per_trainer_do_not_end_the_study() -> None:
-    core = BrokerCore()
-    for number, point in enumerate(POINTS[:2]):
-        core.submit(f"t{number}", point, 0.0)
-    for number in range(2 * MAX_FAILURES):
-        assert core.lease(f"trainer-{number}.x", None, 1, 0.0).leases
-        core.trainer_exited(f"trainer-{number}", 0.0, ExitKind.CRASHED, "SIGSEGV")
-        assert not core.failure_policy.abort_reason
-    assert [state for _, state in core.ended_lanes] == ["failed", "failed"]

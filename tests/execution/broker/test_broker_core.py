@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from points import configuration, count_suspects, record
+from points import configuration, record
 from ray.exceptions import GetTimeoutError
 
 from orchestrator.execution.broker import client
@@ -16,7 +16,6 @@ from orchestrator.execution.broker.failure_policy import ExitKind
 from orchestrator.execution.broker.lane_entry import HeldLane
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
 from orchestrator.record.schema import MAX_FAILURES, LaneProgress, StepMetrics
-from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 
 
@@ -92,54 +91,6 @@ def test_a_lane_group_that_lanes_still_join_is_not_drained() -> None:
     core.exchange("a", {f: (1, core.configurations[f], None) for f in core.trainers["a"].lanes}, 1, 2 * now)
     assert core.lease("a", key, 1, 2 * now).leases == ()
     assert core.trainers["a"].draining_for == configuration("hira").group_key
-
-
-def restarted() -> tuple[BrokerCore, Configuration]:
-    """Return a restarted broker under ASHA, and the configuration that trainer "a" trains as attempt 1."""
-    return BrokerCore(scheduler="asha"), configuration()
-
-
-def test_a_report_as_first_call_after_a_restart_is_kept_and_parks_its_lane() -> None:
-    core, point = restarted()
-    held_lanes = {point.fingerprint: (1, point, Report(point.fingerprint, 1, 2, {}, 1.0))}
-    assert core.exchange("a", held_lanes, 2, 0.0) == {point.fingerprint: Directive.PARK}
-    core.submit("t", point, 1.0)
-    report = core.next_report(point.fingerprint, 1, 1.0)
-    assert isinstance(report, Report)
-    assert report.step == 2
-    assert core.exchange("a", held_lanes, 2, 1.0) == {point.fingerprint: Directive.PARK}
-    assert core.next_report(point.fingerprint, 2, 2.0) is None
-    assert core.exchange("a", held_lanes, 2, 2.0) == {point.fingerprint: Directive.CONTINUE}
-
-
-def test_a_report_lost_with_the_broker_is_repeated_before_the_lane_continues() -> None:
-    core, point = restarted()
-    core.submit("t", point, 0.0)
-    assert core.next_report(point.fingerprint, 1, 0.0) is None, "its trial waits for what the old broker had"
-    held_lanes = {point.fingerprint: (1, point, Report(point.fingerprint, 1, 2, {}, 1.0))}
-    assert core.exchange("a", held_lanes, 2, 1.0) == {point.fingerprint: Directive.PARK}
-    assert isinstance(core.next_report(point.fingerprint, 1, 1.0), Report)
-
-
-def test_a_stop_repeated_after_a_restart_ends_the_lane_at_the_step_that_the_scheduler_saw() -> None:
-    """The lane's checkpoint is newer than the stop, and its earlier reports have to be repeated."""
-    for told_before in (0, 1):  # reports that arrive before the stop is repeated
-        core, point = restarted()
-        reports = [Report(point.fingerprint, 1, step, {}, 1.0) for step in (1, 2, 3)]
-        for report in reports[:told_before]:
-            assert core.exchange("a", {point.fingerprint: (1, point, report)}, 3, 0.0) == {
-                point.fingerprint: Directive.PARK
-            }
-        core.stop("t", point, 2, 0.0)
-        if not told_before:
-            assert core.lease("a", None, 1, 0.0).leases[0].attempt == 1
-        directives = []
-        for report in reports:
-            directives += core.exchange("a", {point.fingerprint: (1, point, report)}, 3, 0.0).values()
-            assert (core.counts().get("leased") == 1) == (report.step == 1), "it does not park before"
-        assert directives == [Directive.CONTINUE, Directive.STOP, Directive.STOP]
-        core.end_lease("a", point.fingerprint, 1, "stopped", 0.0)
-        assert core.ended_lanes == [(point.fingerprint, "stopped")]
 
 
 def test_a_stopped_record_is_replayed_up_to_what_its_scheduler_saw() -> None:
@@ -301,23 +252,6 @@ def test_a_machine_that_fails_every_variant_ends_the_study() -> None:
         fail_all_lanes(core, f"trainer-{num_exits}")
         num_exits += 1
     assert num_exits <= 5
-
-
-def test_a_trainer_that_gives_up_leaves_no_suspects_and_one_whose_worker_died_does() -> None:
-    for exit_kind, suspected in (
-        (ExitKind.REPEATED_LANE_FAILURES, 0),
-        (ExitKind.FAILED, 0),
-        (ExitKind.NODE_LOST, 0),
-        (ExitKind.CRASHED, 2),
-        (ExitKind.OUT_OF_MEMORY, 2),
-    ):
-        core = BrokerCore()
-        for rate in (1e-3, 1e-2):
-            core.submit(f"t{rate}", configuration(rate=rate), 0.0)
-        core.lease("trainer-0.x", None, 2, 0.0)
-        core.trainer_exited("trainer-0", 0.0, exit_kind)
-        assert count_suspects(core) == suspected
-        assert core.failure_policy.failures_without_step == (exit_kind is ExitKind.FAILED)
 
 
 def test_a_hung_trainer_is_named_and_one_that_speaks_again_is_not() -> None:

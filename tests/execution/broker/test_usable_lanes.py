@@ -80,32 +80,3 @@ def test_points_that_can_train_together_fill_a_trainer(tmp_path: Path) -> None:
     assert len(trainer.held) == len(broker.core.open_entries) == 4
     trainer.finish_one()
     assert usable(broker) == [4]
-
-
-def test_a_trainer_with_room_for_one_lane_tells_it(tmp_path: Path) -> None:
-    broker = Broker(str(tmp_path), "none")
-    trainer = Trainer(broker, max_lanes=8)
-    submit(broker, configuration(seed=1))
-    submit(broker, configuration(seed=2))
-    trainer.poll()
-    assert usable(broker) == [3]
-    trainer.finish_one()
-    trainer.finish_one()
-    trainer.max_lanes = 1  # the next variant trains alone, and its full lane group makes no request
-    submit(broker, configuration("full", seed=1))
-    trainer.poll()
-    assert usable(broker) == [1]
-
-
-def test_a_waiting_point_counts_for_one_trainer(tmp_path: Path) -> None:
-    broker = Broker(str(tmp_path), "none")
-    first, second = Trainer(broker, 2, "trainer-0"), Trainer(broker, 2, "trainer-1")
-    submit(broker, configuration(seed=1))
-    first.poll()
-    submit(broker, of_rank(16))
-    second.poll()
-    assert usable(broker) == [2, 2]
-    submit(broker, configuration(seed=3))
-    assert sum(usable(broker)) == 4
-    submit(broker, of_rank(3))
-    assert sum(usable(broker)) == 3, "the free slot is not for a point of another group key"
