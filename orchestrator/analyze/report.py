@@ -18,9 +18,8 @@ from orchestrator.record.schema import Record
 from orchestrator.record.study_file import PICTURE_FILES, StudyFile
 from orchestrator.util import atomic_files
 
-SCHEMA_VERSION = 2
-"""The version of `summary.json`, raised when a field is removed or changes its meaning. Version 1 had
-`answer` in each panel in place of `verdicts`."""
+SCHEMA_VERSION = 3
+"""The version of `summary.json`, raised when a field is removed or changes its meaning."""
 
 
 def write_report(

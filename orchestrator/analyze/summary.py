@@ -18,7 +18,7 @@ from orchestrator.analyze.results import Panel, Summary
 from orchestrator.analyze.run_labels import LABELS, label_runs
 from orchestrator.analyze.search_text import search_verdict
 from orchestrator.analyze.sensitivity import summarize_panels
-from orchestrator.analyze.tuned.across_tasks import compare_tuned
+from orchestrator.analyze.tuned.task_comparison import compare_tuned
 from orchestrator.analyze.tuned.tuned_results import TunedComparison
 from orchestrator.analyze.tuned.tuned_verdicts import tuned_verdicts, tuned_warnings
 from orchestrator.analyze.tuning import SearchResult, summarize_search

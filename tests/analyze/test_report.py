@@ -190,7 +190,7 @@ def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Pag
     assert curve_text.answer(summary.panels[0]) in page.text
     assert [v["answer"] for v in numbers["verdicts"]] == [v.answer for v in summary.verdicts]
     assert STUDY_FILE.question in page.text
-    assert numbers["schema_version"] == 2
+    assert numbers["schema_version"] == 3
     assert numbers["states"] == {"finished": 63, "collapsed": 13, "diverged": 29, "stopped": 0, "failed": 0}
     shown = {c["label"]: c for c in numbers["panels"][0]["curves"]}
     assert shown["lora"]["best_validation"]["mean"] == pytest.approx(2.9 / 3)

@@ -34,16 +34,12 @@ ENDED: tuple[RunLabel, ...] = ("finished", "collapsed", "diverged")
 """Labels of the runs that enter the share of usable runs; stopped and failed runs are left out."""
 
 
-def summarize_star(
-    star: Star, margin: float, importance: Mapping[str, Mapping[str, float]], missing: Sequence[str]
-) -> VariantFactors:
+def summarize_star(star: Star, margin: float, missing: Sequence[str]) -> VariantFactors:
     """Estimate the effects of all factors of one variant on one task, and test claim 1.
 
     Args:
         star: The runs of the variant and task.
         margin: Smallest difference of the score that matters, for example 0.01 (one point).
-        importance: Range of the rate -> title of the factor -> share of the variance, from
-            `factor_importance`.
         missing: Titles of the study's factors that this variant was not trained with.
     """
     compared = [_Comparison(star, arm) for arm in star.arms]
@@ -63,7 +59,6 @@ def summarize_star(
         missing=tuple(missing),
         claim=judge_claim(contrasts),
         far_more=bool(far) and all(c.p_more <= ALPHA for c in far),
-        importance=importance,
         seeds=len(star.seeds),
         num_outside=star.num_outside,
     )

@@ -75,8 +75,6 @@ class VariantFactors:
     far_more: bool
     """True if A and B of the rate are significantly more than three times those of every factor outside the
     alias group (one-sided tests at 5 %)."""
-    importance: Mapping[str, Mapping[str, float]]
-    """Range of the rate -> title of the factor -> share of the variance (fANOVA)."""
     seeds: int
     """Number of seeds for which the curve has a score at every rate."""
     num_outside: int

@@ -10,7 +10,6 @@ import numpy as np
 
 from orchestrator.analyze.factors.factor_estimates import summarize_star
 from orchestrator.analyze.factors.factor_results import FactorStudy, TaskFactors
-from orchestrator.analyze.factors.fanova import factor_importance
 from orchestrator.analyze.factors.rate_claim import ALPHA
 from orchestrator.analyze.factors.star_data import Star, collect_stars
 from orchestrator.analyze.run_labels import RunLabel
@@ -59,10 +58,7 @@ def _known_factors(records: Iterable[Record]) -> list[Factor]:
 
 def _summarize_task(stars: Sequence[Star], settings: AnalysisSettings) -> TaskFactors:
     measured = dict.fromkeys(arm.factor for star in stars for arm in star.arms if not arm.factor.variant)
-    variants = [
-        summarize_star(star, settings.margin, factor_importance(star), _missing(star, measured))
-        for star in stars
-    ]
+    variants = [summarize_star(star, settings.margin, _missing(star, measured)) for star in stars]
     uncounted = {*CONTROLS, *settings.unverified}
     judged = [each for each in variants if each.variant not in uncounted]
     first = stars[0].default

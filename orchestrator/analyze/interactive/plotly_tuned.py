@@ -1,8 +1,7 @@
-"""The interactive figures of a replicated tuning: forest plots, pooled curves and budget curves."""
+"""The interactive figures of a replicated tuning: forest plots and pooled curves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -72,68 +71,40 @@ def _forest_trace(row: VariantRow, task: TaskComparison) -> go.Scatter:
 
 
 def curve_figures(found: TunedComparison) -> list[go.Figure]:
-    """Return two figures per task: the pooled curves, and the expected test score by tuning budget."""
-    return [make(task) for task in found.tasks for make in (_pooled_figure, _budget_figure)]
+    """Return a figure with the pooled curves for each task."""
+    return [_pooled_figure(task) for task in found.tasks]
 
 
 def _pooled_figure(task: TaskComparison) -> go.Figure:
     rates = [10**x for row in task.rows if row.curve is not None for x in row.curve.log10_rates]
-    figure = _line_figure(
-        f"{task.title}: all replicates together",
-        plotly_style.rate_axis(rates or [1.0]),
-        f"{task.metric.replace('_', ' ')} (validation)",
+    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+    title = {"text": f"{task.title}: all replicates together", "x": 0, "xref": "paper", "font": {"size": 15}}
+    figure = plotly_style.new_figure(
+        400,
+        {"height": 440, "legend": legend, "margin": {"l": 44, "r": 6}},
+        title=title,
+        xaxis=plotly_style.rate_axis(rates or [1.0]),
+        yaxis=plotly_style.axis(f"{task.metric.replace('_', ' ')} (validation)"),
     )
     styles = style.styles_by_label({row.variant for row in task.rows})
     for row in task.rows:
         if row.curve is None:
             continue
-        x = [10**each for each in row.curve.log10_rates]
+        x, look = [10**each for each in row.curve.log10_rates], styles[row.variant]
         texts = [
             f"<b>{row.variant}</b> around {rate(each)}: {score:.3f}<br>mean of {runs} runs"
             for each, score, runs in zip(x, row.curve.scores, row.curve.runs, strict=True)
         ]
-        figure.add_trace(_line(row.variant, x, row.curve.scores, texts, styles[row.variant]))
+        figure.add_trace(
+            go.Scatter(
+                x=plotly_style.rounded(x),
+                y=plotly_style.rounded(row.curve.scores),
+                name=row.variant,
+                mode="lines+markers",
+                line={"color": plotly_style.color(look), "width": 2},
+                marker={"symbol": plotly_style.symbol(look), "size": 7},
+                text=texts,
+                hovertemplate="%{text}<extra></extra>",
+            )
+        )
     return figure
-
-
-def _budget_figure(task: TaskComparison) -> go.Figure:
-    figure = _line_figure(
-        "Expected test score after tuning with k points",
-        plotly_style.axis("k, points of a tuning", dtick=1),
-        "test score",
-    )
-    styles = style.styles_by_label({row.variant for row in task.rows})
-    for row in task.rows:
-        counts = list(range(1, len(row.budget_curve) + 1))
-        texts = [
-            f"<b>{row.variant}</b>, {k} points: {s:.3f}"
-            for k, s in zip(counts, row.budget_curve, strict=True)
-        ]
-        figure.add_trace(_line(row.variant, counts, row.budget_curve, texts, styles[row.variant]))
-    return figure
-
-
-def _line_figure(title: str, x_axis: dict[str, Any], y_title: str) -> go.Figure:
-    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
-    return plotly_style.new_figure(
-        400,
-        {"height": 440, "legend": legend, "margin": {"l": 44, "r": 6}},
-        title={"text": title, "x": 0, "xref": "paper", "font": {"size": 15}},
-        xaxis=x_axis,
-        yaxis=plotly_style.axis(y_title),
-    )
-
-
-def _line(
-    name: str, x: Sequence[float], y: Sequence[float], texts: list[str], look: style.CurveStyle
-) -> go.Scatter:
-    return go.Scatter(
-        x=plotly_style.rounded(x),
-        y=plotly_style.rounded(y),
-        name=name,
-        mode="lines+markers",
-        line={"color": plotly_style.color(look), "width": 2},
-        marker={"symbol": plotly_style.symbol(look), "size": 7},
-        text=texts,
-        hovertemplate="%{text}<extra></extra>",
-    )

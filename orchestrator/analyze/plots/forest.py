@@ -28,19 +28,16 @@ MARGIN_COLOR = OUTCOME_COLORS["equivalent"]
 
 
 def draw_forest(found: TunedComparison) -> Figure:
-    """Draw a forest plot per task, and with several tasks another one of the aggregates over them.
+    """Draw a forest plot per task.
 
     A row is a variant, with its difference from the tuned baseline in points, the interval and the outcome. A
-    green band marks differences within the margin. The aggregates are interquartile means of the differences.
+    green band marks differences within the margin.
     """
     heights = [max(2, len(task.rows) - 1) + 1.6 for task in found.tasks]
-    heights += [max(2, len(found.aggregates)) + 1.6] if found.aggregates else []
     figure = style.new_figure(1.0 + 0.5 * sum(heights) + 0.6 * len(heights))
     grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).flat
-    for axes, task in zip(grid, found.tasks, strict=False):
+    for axes, task in zip(grid, found.tasks, strict=True):
         _draw_task(axes, task)
-    if found.aggregates:
-        _draw_aggregates(grid[-1], found)
     return figure
 
 
@@ -50,7 +47,13 @@ def _draw_task(axes: Axes, task: TaskComparison) -> None:
         [(row.difference, row.interval) for row in rows if row.difference is not None], task.margin
     )
     labels = [row.variant if row.role == "variant" else f"{row.variant}\n({row.role})" for row in rows]
-    _prepare(axes, labels, limits, task.margin)
+    band: dict[str, Any] = {"color": MARGIN_COLOR, "alpha": 0.13, "linewidth": 0, "zorder": 0}
+    axes.axvspan(-100 * task.margin, 100 * task.margin, **band)
+    axes.axvline(0, color="#444444", linewidth=1.2, zorder=1)
+    axes.set_xlim(100 * limits[0], 100 * limits[1])
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(-0.6, max(len(labels), 2) - 0.4)
+    style.hide_y_axis(axes, pad=9)
     for y, row in enumerate(rows):
         _draw_row(axes, y, row, limits)
     test = task.rows[0].test.mean
@@ -60,33 +63,6 @@ def _draw_task(axes: Axes, task: TaskComparison) -> None:
         f"{percent(1 - task.alpha)} intervals"
     )
     axes.set_title(f"{task.title}: {task.replicates} replicates", pad=8)
-
-
-def _draw_aggregates(axes: Axes, found: TunedComparison) -> None:
-    rows = list(reversed(found.aggregates))
-    means = [each.mean_difference for each in rows]
-    margin = found.tasks[0].margin
-    limits = x_limits([(m.value, Interval(m.low, m.high)) for m in means], margin)
-    _prepare(axes, [row.variant for row in rows], limits, margin)
-    for y, (row, mean) in enumerate(zip(rows, means, strict=True)):
-        _draw_interval(axes, y, mean.value, Interval(mean.low, mean.high), "#444444", limits)
-        text = f"better in {percent(row.probability_better.value)}"
-        axes.text(1.012, y - 0.08, text, fontsize=9, va="center", transform=axes.get_yaxis_transform())
-    axes.set_xlabel(
-        "interquartile mean of the differences in points; 95 % bootstrap intervals, not simultaneous"
-    )
-    axes.set_title(f"over {len(found.tasks)} tasks", pad=8)
-
-
-def _prepare(axes: Axes, labels: Sequence[str], limits: tuple[float, float], margin: float) -> None:
-    """Draw the margin and the zero line, and set the limits and the labels of the rows."""
-    band: dict[str, Any] = {"color": MARGIN_COLOR, "alpha": 0.13, "linewidth": 0, "zorder": 0}
-    axes.axvspan(-100 * margin, 100 * margin, **band)
-    axes.axvline(0, color="#444444", linewidth=1.2, zorder=1)
-    axes.set_xlim(100 * limits[0], 100 * limits[1])
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(-0.6, max(len(labels), 2) - 0.4)
-    style.hide_y_axis(axes, pad=9)
 
 
 def _draw_row(axes: Axes, y: int, row: VariantRow, limits: tuple[float, float]) -> None:

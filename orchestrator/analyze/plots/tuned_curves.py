@@ -1,4 +1,4 @@
-"""The static picture of a replicated tuning: pooled curves, and expected test score by tuning budget."""
+"""The static picture of a replicated tuning: the pooled curves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from orchestrator.analyze.curve_lines import MAX_OVERLAID_CURVES
 from orchestrator.analyze.plots import style
@@ -21,30 +20,24 @@ _PALE: dict[str, Any] = {"color": "#d0d0d0", "linewidth": 0.8, "zorder": 1}
 
 
 def draw_tuned_curves(found: TunedComparison) -> Figure:
-    """Draw two axes per task.
+    """Draw the validation score over the learning rate, in one axes for each task.
 
-    The left one shows the validation score over the learning rate. A dot is the mean over the runs of all
-    replicates in a bin of a quarter of a decade, and a ring marks the optimum. The right one shows the
-    expected test score after tuning with 1, 2, ... points. With more than `MAX_OVERLAID_CURVES` variants each
-    one has axes of its own instead.
+    A dot is the mean over the runs of all replicates in a bin of a quarter of a decade, and a ring marks the
+    optimum. With more than `MAX_OVERLAID_CURVES` variants each one has axes of its own instead.
     """
     if any(len(task.rows) > MAX_OVERLAID_CURVES for task in found.tasks):
         return _draw_small_multiples(found)
     styles = style.styles_by_label({row.variant for task in found.tasks for row in task.rows})
     figure = style.new_figure(4.6 * len(found.tasks))
-    grid = figure.subplots(len(found.tasks), 2, squeeze=False, width_ratios=(3, 2))
-    for (left, right), task in zip(grid, found.tasks, strict=True):
-        _draw_curves(left, task, styles)
-        _draw_budgets(right, task, styles)
+    grid = figure.subplots(len(found.tasks), 1, squeeze=False).flat
+    for axes, task in zip(grid, found.tasks, strict=True):
+        _draw_curves(axes, task, styles)
     return figure
 
 
 def _draw_small_multiples(found: TunedComparison) -> Figure:
-    """Draw each curve in axes of its own, with all curves in grey behind it.
-
-    The last axes of a task show the expected test score after tuning with k points.
-    """
-    heights = [math.ceil((len(task.rows) + 1) / _COLUMNS) for task in found.tasks]
+    """Draw each curve in axes of its own, with all curves in grey behind it."""
+    heights = [math.ceil(len(task.rows) / _COLUMNS) for task in found.tasks]
     figure = style.new_figure(2.5 * sum(heights) + 0.8 * len(heights))
     cells = figure.subfigures(len(found.tasks), 1, squeeze=False, height_ratios=heights)
     for task, cell, rows in zip(found.tasks, cells.flat, heights, strict=True):
@@ -60,15 +53,8 @@ def _draw_small_multiples(found: TunedComparison) -> Figure:
                 _draw_curve(axes, other, _PALE)
             _draw_curve(axes, row, {"color": COLORS[0 if row.role == "baseline" else 1], "marker": "o"})
             axes.set_title(f"{row.variant}: {tuned_text.optimum_text(row)}", fontsize=9)
-        budgets = places[len(task.rows)]
-        for row in task.rows:
-            line = {"color": COLORS[0], "linewidth": 1.6} if row.role == "baseline" else _PALE
-            budgets.plot(range(1, len(row.budget_curve) + 1), row.budget_curve, **line)
-        budgets.xaxis.set_major_locator(MaxNLocator(integer=True))
-        budgets.set_title("expected test score over k points", fontsize=9)
-        for axes in places:
             axes.tick_params(labelsize=8)
-        for axes in places[len(task.rows) + 1 :]:
+        for axes in places[len(task.rows) :]:
             axes.remove()
     return figure
 
@@ -96,24 +82,13 @@ def _draw_curve(axes: Axes, row: VariantRow, line: Mapping[str, Any]) -> None:
 
 def _draw_curves(axes: Axes, task: TaskComparison, styles: Mapping[str, CurveStyle]) -> None:
     axes.set_xscale("log")
-    for row in task.rows:
-        look = styles[row.variant]
-        _draw_curve(axes, row, {"color": look.color, "marker": look.marker})
-    axes.set_title(f"{task.title}: all replicates together", pad=8)
-    axes.set_xlabel("learning rate (log scale)")
-    axes.set_ylabel(_score_text(task))
-
-
-def _draw_budgets(axes: Axes, task: TaskComparison, styles: Mapping[str, CurveStyle]) -> None:
     entries = []
     for row in task.rows:
         look = styles[row.variant]
-        points = range(1, len(row.budget_curve) + 1)
-        axes.plot(points, row.budget_curve, marker=look.marker, color=look.color, markersize=4, linewidth=1.6)
+        _draw_curve(axes, row, {"color": look.color, "marker": look.marker})
         label = f"{row.variant}\noptimum {tuned_text.optimum_text(row)}"
         entries.append(style.legend_entry(label, look.color, marker=look.marker, linestyle="-"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("after tuning with k points", pad=8)
-    axes.set_xlabel("k, points of a tuning")
-    axes.set_ylabel("expected test score")
+    axes.set_title(f"{task.title}: all replicates together", pad=8)
+    axes.set_xlabel("learning rate (log scale)")
+    axes.set_ylabel(_score_text(task))
     style.add_legend(axes, entries)

@@ -32,7 +32,7 @@ def _pictures(data: ReportData) -> Sequence[Picture]:
         ),
         Picture(
             "tuned_curves",
-            alt="Validation score over the learning rate, and test score over the budget of the tuning",
+            alt="Validation score over the learning rate, from the runs of all replicates",
             draw=lambda: tuned_curves.draw_tuned_curves(found),
             interactive=lambda: plotly_tuned.curve_figures(found),
         ),
@@ -55,8 +55,6 @@ def _tables(summary: Summary) -> Sequence[Table | Text]:
 def _all_tables(found: TunedComparison) -> Iterator[Table | Text]:
     for task in found.tasks:
         yield _task_table(task)
-    if found.aggregates:
-        yield _aggregate_table(found)
     yield Text(_legend(found.tasks[0]), style="dim")
 
 
@@ -82,30 +80,6 @@ def _task_table(task: TaskComparison) -> Table:
             "" if row.role == "baseline" else row.counts,
             tuned_text.share_text(row.usable),
             style="dim" if row.role == "baseline" else "",
-        )
-    return table
-
-
-def _aggregate_table(found: TunedComparison) -> Table:
-    name = tuned_text.shown_name(found.tasks[0].baseline)
-    columns = (
-        "variant",
-        "tasks",
-        f"minus {name},\ninterquartile\nmean",
-        "95 %\ninterval",
-        f"tuning better\nthan {name}'s",
-        "95 %\ninterval",
-    )
-    table = new_table(f"Over {len(found.tasks)} tasks: differences in points", columns)
-    for each in found.aggregates:
-        mean, chance = each.mean_difference, each.probability_better
-        table.add_row(
-            each.variant,
-            f"{each.tasks}",
-            number_format.points(mean.value),
-            f"[{number_format.points(mean.low)}, {number_format.points(mean.high)}]",
-            number_format.percent(chance.value),
-            f"[{100 * chance.low:.0f}, {100 * chance.high:.0f}] %",
         )
     return table
 

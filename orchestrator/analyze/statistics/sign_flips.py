@@ -74,8 +74,6 @@ class NullDistribution:
     """Critical values of |z|, descending, for the test of "equal to the baseline"."""
     two_sided: Floats
     """Critical values of |z|, descending, for intervals."""
-    one_sided: Floats
-    """Critical values of z, descending, for one-sided tests at a margin."""
 
     def critical_value(self, alpha: float) -> float:
         """Return the critical value of |z| for intervals with the simultaneous level 1 - alpha.
@@ -91,16 +89,8 @@ class NullDistribution:
 
     def equality_p(self, z: Floats) -> Floats:
         """Return two-sided p values of "equal to the baseline", adjusted for the number of variants."""
-        return _interpolate_level(self.equality, np.abs(z))
-
-    def one_sided_p(self, z: Floats) -> Floats:
-        """Return p values of one-sided tests (large z rejects), adjusted for the number of variants."""
-        return _interpolate_level(self.one_sided, z)
-
-
-def _interpolate_level(critical: Floats, z: Floats) -> Floats:
-    """Return the level at which each z is critical, within the range of `_LEVELS`."""
-    return np.asarray(np.exp(np.interp(z, critical[::-1], np.log(_LEVELS)[::-1])))
+        levels = np.interp(np.abs(z), self.equality[::-1], np.log(_LEVELS)[::-1])
+        return np.asarray(np.exp(levels))
 
 
 def null_distribution(differences: Floats, alpha: float) -> NullDistribution:
@@ -113,7 +103,7 @@ def null_distribution(differences: Floats, alpha: float) -> NullDistribution:
     """
     if not differences.size:
         unknown = np.full(len(_LEVELS), np.nan)
-        return NullDistribution(unknown, unknown, unknown)
+        return NullDistribution(unknown, unknown)
     known = np.isfinite(differences)
     return NullDistribution(
         *(q[0] for q in _two_steps(np.where(known, differences, 0.0)[None], known, alpha))
@@ -133,14 +123,14 @@ def critical_values(differences: Floats) -> tuple[Floats, Floats]:
     """
     level = np.flatnonzero(_LEVELS == 0.05)
     known = np.ones(differences.shape[1:], dtype=bool)
-    equality, two_sided, _ = _two_steps(differences, known, 0.05, level)
+    equality, two_sided = _two_steps(differences, known, 0.05, level)
     return equality[:, 0], two_sided[:, 0]
 
 
 def _two_steps(
     values: Floats, known: NDArray[np.bool_], alpha: float, at: NDArray[np.int64] | slice = slice(None)
-) -> tuple[Floats, Floats, Floats]:
-    """Return `equality`, `two_sided` and `one_sided` of `NullDistribution` for B studies.
+) -> tuple[Floats, Floats]:
+    """Return `equality` and `two_sided` of `NullDistribution` for B studies.
 
     Args:
         values: Differences, shape (B, n, K), with 0 for missing pairs.
@@ -149,28 +139,28 @@ def _two_steps(
         at: Indices of the requested levels in `_LEVELS`.
 
     Returns:
-        Three arrays of shape (B, levels).
+        Two arrays of shape (B, levels).
     """
     n = known.sum(axis=0)
     mean = values.sum(axis=1, keepdims=True) / n
     residuals = np.where(known, values - mean, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):  # equal differences, or alpha 0
         z = to_z(mean * np.sqrt(n) / np.sqrt((residuals**2).sum(axis=1, keepdims=True) / (n - 1)), n - 1.0)
-        equality, one_sided = _from_flips(values, n, np.zeros(len(values)), at)
+        equality = _from_flips(values, n, np.zeros(len(values)), at)
         limit = [np.interp(np.log(alpha), np.log(_LEVELS[at]), np.log(row)) for row in equality]
         differs = np.abs(z) > (np.exp(limit) if alpha > 0 else np.full(len(values), np.inf))[:, None, None]
     two_sided = equality.copy()
     again = differs.any(axis=(1, 2))
     if again.any():
         noise = np.where(differs, residuals, values)[again]
-        two_sided[again], one_sided[again] = _from_flips(noise, n, differs[again].mean(axis=(1, 2)), at)
-    return equality, two_sided, one_sided
+        two_sided[again] = _from_flips(noise, n, differs[again].mean(axis=(1, 2)), at)
+    return equality, two_sided
 
 
 def _from_flips(
     noise: Floats, n: NDArray[np.int64], centered: Floats, at: NDArray[np.int64] | slice
-) -> tuple[Floats, Floats]:
-    """Return two-sided and one-sided critical values under sign flips, each of shape (B, levels).
+) -> Floats:
+    """Return critical values of |z| under sign flips, shape (B, levels).
 
     Args:
         noise: Differences of B studies, some of them centered, shape (B, n replicates, K), with 0 for missing
@@ -180,13 +170,10 @@ def _from_flips(
             are averaged with this weight.
         at: Indices of the requested levels in `_LEVELS`.
     """
-    critical = []
-    for side, quantile in enumerate(_quantiles(_flipped_maxima(noise, n), at)):
-        factor = _normal_factors(*noise.shape[1:], False)[side][at]
-        if centered.any():
-            factor = factor + centered[:, None] * (_normal_factors(*noise.shape[1:], True)[side][at] - factor)
-        critical.append(np.minimum.accumulate(quantile * factor, axis=1))
-    return critical[0], critical[1]
+    factor = _normal_factors(*noise.shape[1:], False)[at]
+    if centered.any():
+        factor = factor + centered[:, None] * (_normal_factors(*noise.shape[1:], True)[at] - factor)
+    return np.minimum.accumulate(_quantiles(_flipped_maxima(noise, n), at) * factor, axis=1)
 
 
 @lru_cache(maxsize=256)
@@ -202,7 +189,7 @@ def _sign_patterns(n: int) -> Floats:
 
 
 def _flipped_maxima(noise: Floats, n: NDArray[np.int64]) -> Floats:
-    """Return the largest z over variants for each sign pattern and its opposite, shape (B, m, 2).
+    """Return the largest |z| over variants for each sign pattern, shape (B, m).
 
     Args:
         noise: Differences of B studies, shape (B, n replicates, K), with 0 for missing pairs.
@@ -211,38 +198,35 @@ def _flipped_maxima(noise: Floats, n: NDArray[np.int64]) -> Floats:
     length = np.sqrt((noise**2).sum(axis=1, keepdims=True) * n)
     unit = noise / np.where(length > 0, length, 1.0)
     # The mean divided by the root mean square: t = x sqrt((n - 1) / (1 - x^2)).
-    x = _sign_patterns(noise.shape[1]) @ unit
+    x = np.abs(_sign_patterns(noise.shape[1]) @ unit)
     limit = np.sqrt(1 - 1e-12)
     if (n == n[0]).all():  # z is the same monotone function of x for all variants
-        x, common = np.stack([x.max(axis=2), -x.min(axis=2)], axis=2).clip(-limit, limit), float(n[0] - 1)
+        x, common = x.max(axis=2).clip(max=limit), float(n[0] - 1)
         return to_z(x * np.sqrt(common / (1 - x**2)), common)
-    x, degrees = x.clip(-limit, limit), np.asarray(n - 1, dtype=np.float64)
-    z = to_z(x * np.sqrt(degrees / (1 - x**2)), degrees)
-    return np.stack([z.max(axis=2), -z.min(axis=2)], axis=2)
+    x, degrees = x.clip(max=limit), np.asarray(n - 1, dtype=np.float64)
+    return np.asarray(to_z(x * np.sqrt(degrees / (1 - x**2)), degrees).max(axis=2))
 
 
-def _quantiles(maxima: Floats, at: NDArray[np.int64] | slice = slice(None)) -> tuple[Floats, Floats]:
-    """Return the upper quantiles of |z| and of z, each of shape (B, levels).
+def _quantiles(maxima: Floats, at: NDArray[np.int64] | slice = slice(None)) -> Floats:
+    """Return the upper quantiles over sign patterns, shape (B, levels).
 
     Args:
-        maxima: Largest z for each sign pattern and its opposite, shape (B, m, 2).
+        maxima: Largest |z| for each sign pattern, shape (B, m).
         at: Indices of the requested levels in `_LEVELS`.
     """
-    found = []
-    for values in (maxima.max(axis=2), maxima.reshape(len(maxima), -1)):
-        ordered, last = np.sort(values, axis=1), values.shape[1] - 1
-        # At the level k / (m + 1) the quantile is the k-th largest of m values, as in an exact rank test.
-        # (numpy.quantile computes the same with method "weibull", three times as slowly.)
-        position = ((last + 2) * (1 - _LEVELS[at]) - 1).clip(0, last)
-        below = np.minimum(position.astype(int), last - 1) if last else np.zeros(len(position), dtype=int)
-        above = np.minimum(below + 1, last)
-        found.append(ordered[:, below] + (position - below) * (ordered[:, above] - ordered[:, below]))
-    return found[0], found[1]
+    ordered, last = np.sort(maxima, axis=1), maxima.shape[1] - 1
+    # At the level k / (m + 1) the quantile is the k-th largest of m values, as in an exact rank test.
+    # (numpy.quantile computes the same with method "weibull", three times as slowly.)
+    position = ((last + 2) * (1 - _LEVELS[at]) - 1).clip(0, last)
+    below = np.minimum(position.astype(int), last - 1) if last else np.zeros(len(position), dtype=int)
+    above = np.minimum(below + 1, last)
+    found: Floats = ordered[:, below] + (position - below) * (ordered[:, above] - ordered[:, below])
+    return found
 
 
 @lru_cache(maxsize=256)
-def _normal_factors(n: int, count: int, centered: bool) -> tuple[Floats, Floats]:
-    """Return the factors of the two-sided and the one-sided quantiles, each of shape (levels,).
+def _normal_factors(n: int, count: int, centered: bool) -> Floats:
+    """Return the factors of the quantiles, shape (levels,).
 
     The factor is 1 at a level whose quantile is resolved. At other levels it is a quantile, over simulated
     studies with equal normal noise, of this ratio: the observed largest statistic divided by the quantile
@@ -254,21 +238,19 @@ def _normal_factors(n: int, count: int, centered: bool) -> tuple[Floats, Floats]
         centered: True if the signs of centered differences are flipped.
     """
     patterns = len(_sign_patterns(n)) + 1
-    unresolved = [(_LEVELS * patterns * sides < _RESOLVED) & (_LEVELS <= 0.25) for sides in (1, 2)]
-    factors = (np.ones(len(_LEVELS)), np.ones(len(_LEVELS)))
-    if not unresolved[0].any():
+    unresolved = (_LEVELS * patterns < _RESOLVED) & (_LEVELS <= 0.25)
+    factors = np.ones(len(_LEVELS))
+    if not unresolved.any():
         return factors
     generator = np.random.default_rng(_SEED)
-    ratios: tuple[list[Floats], list[Floats]] = ([], [])
+    ratios = []
     for _ in range(int(np.clip(4e6 / patterns, 2_000, _NORMAL_STUDIES)) // _BATCH):
         noise = generator.standard_normal((_BATCH, n, count + 1))
         d = noise[:, :, 1:] - noise[:, :, :1]
         z = to_z(d.mean(axis=1) / d.std(axis=1, ddof=1) * np.sqrt(n), n - 1.0)
         maxima = _flipped_maxima(d - d.mean(axis=1, keepdims=True) * centered, np.full(count, n))
-        for own, observed, quantile in zip(ratios, (np.abs(z), z), _quantiles(maxima), strict=True):
-            own.append(observed.max(axis=1)[:, None] / quantile)
-    for factor, own, where in zip(factors, ratios, unresolved, strict=True):
-        every = np.concatenate(own)
-        for i in np.flatnonzero(where):
-            factor[i] = np.quantile(every[:, i], 1 - _NORMAL_EXCESS[centered] * _LEVELS[i])
+        ratios.append(np.abs(z).max(axis=1)[:, None] / _quantiles(maxima))
+    every = np.concatenate(ratios)
+    for i in np.flatnonzero(unresolved):
+        factors[i] = np.quantile(every[:, i], 1 - _NORMAL_EXCESS[centered] * _LEVELS[i])
     return factors

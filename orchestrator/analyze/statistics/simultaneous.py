@@ -44,14 +44,9 @@ class SimultaneousIntervals:
     high: Floats
     p_differs: Floats
     """Adjusted two-sided p value of "the difference is 0". If it is below alpha, the interval excludes 0."""
-    p_not_inferior: Floats
-    """Adjusted p value of "the difference is -margin or less", one-sided."""
     p_not_superior: Floats
-    """Adjusted p value of "the difference is +margin or more", one-sided."""
-    p_not_inferior_alone: Floats
-    """`p_not_inferior` without adjustment for the number of variants, for partial conjunctions."""
-    p_not_superior_alone: Floats
-    """`p_not_superior` without adjustment for the number of variants, for partial conjunctions."""
+    """One-sided p value of "the difference is +margin or more", without adjustment for the number of variants,
+    for partial conjunctions."""
     z_critical: float
     """The common critical value on the scale of a normal distribution."""
 
@@ -64,7 +59,7 @@ def compare_with_baseline(
     item_error: Floats | None = None,
     bounds: tuple[float, float] = DIFFERENCE_BOUNDS,
 ) -> SimultaneousIntervals:
-    """Return simultaneous intervals and adjusted p values of K mean differences.
+    """Return simultaneous intervals and p values of K mean differences.
 
     If the differences of a variant are equal in all replicates, its only error is the item error, which sign
     flips cannot show. Such a variant is tested with the normal distribution and Sidak's correction for all
@@ -74,8 +69,8 @@ def compare_with_baseline(
         differences: Variant minus baseline in each replicate, shape (n, K); NaN for a missing pair.
         margin: The smallest difference that matters.
         alpha: One minus the simultaneous confidence level, see `spending.level_of_look`.
-        item_error: Standard error of each mean difference over the test items, shape (K,), see
-            `item_noise.item_standard_error`; by default 0, so that the results hold for these items only.
+        item_error: Standard error of each mean difference over the test items, shape (K,); by default 0, so
+            that the results hold for these items only.
         bounds: The range of a difference, to which the intervals are cut.
     """
     n, mean, std, error, degrees = _moments(differences, 0.0 if item_error is None else item_error)
@@ -87,19 +82,15 @@ def compare_with_baseline(
         part = 1 - (1 - alpha) ** (1 / tested)
         z_critical = float(np.fmax(z_critical, stats.norm.isf(part / 2)))
     critical = from_z(z_critical, degrees)
-
-    def adjusted(p: Floats, p_from_flips: Floats) -> Floats:
-        return np.where(is_constant, 1 - (1 - p) ** tested, p_from_flips)
-
     t = mean / error
-    p_differs = adjusted(2 * stats.norm.sf(np.abs(t)), null.equality_p(to_z(t, degrees)))
+    p_constant = 1 - (1 - 2 * stats.norm.sf(np.abs(t))) ** tested
+    p_differs = np.where(is_constant, p_constant, null.equality_p(to_z(t, degrees)))
     low, high = mean - critical * error, mean + critical * error
     # The critical value of the intervals may be above that of the test of equality. The interval of a variant
     # that the test finds to differ is cut, so that it excludes 0.
     low = np.where((p_differs < alpha) & (mean > 0), np.maximum(low, _ABOVE_ZERO), low)
     high = np.where((p_differs < alpha) & (mean < 0), np.minimum(high, -_ABOVE_ZERO), high)
     low, high = cut_interval(low, high, bounds)
-    not_inferior, not_superior = (mean + margin) / error, (margin - mean) / error
     return SimultaneousIntervals(
         replicates=n,
         mean=mean,
@@ -110,10 +101,7 @@ def compare_with_baseline(
         low=low,
         high=high,
         p_differs=p_differs,
-        p_not_inferior=adjusted(stats.norm.sf(not_inferior), null.one_sided_p(to_z(not_inferior, degrees))),
-        p_not_superior=adjusted(stats.norm.sf(not_superior), null.one_sided_p(to_z(not_superior, degrees))),
-        p_not_inferior_alone=stats.t.sf(not_inferior, degrees),
-        p_not_superior_alone=stats.t.sf(not_superior, degrees),
+        p_not_superior=stats.t.sf((margin - mean) / error, degrees),
         z_critical=z_critical,
     )
 

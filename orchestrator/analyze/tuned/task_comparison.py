@@ -1,8 +1,9 @@
-"""The comparison with the tuned baseline on one task: intervals, outcomes, and the test of claim 2."""
+"""The comparison with the tuned baseline: intervals, outcomes, and the test of claim 2."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.analyze.run_labels import RunLabel
-from orchestrator.analyze.scores import count_items
+from orchestrator.analyze.scores import count_items, item_results
 from orchestrator.analyze.statistics import planning
 from orchestrator.analyze.statistics.conjunction import largest_count, partial_conjunction_p_values
 from orchestrator.analyze.statistics.outcome import classify, counts_for_baseline
@@ -19,12 +20,12 @@ from orchestrator.analyze.statistics.simultaneous import SimultaneousIntervals, 
 from orchestrator.analyze.statistics.spending import level_of_look
 from orchestrator.analyze.statistics.usable import holm, usable_p_values
 from orchestrator.analyze.tuned.fixed_rate import RateScores, compare_at_fixed_rate, interval_of
-from orchestrator.analyze.tuned.question_noise import question_errors
 from orchestrator.analyze.tuned.tuned_results import (
     CONTROLS,
     FixedRateComparison,
     Role,
     TaskComparison,
+    TunedComparison,
     VariantRow,
 )
 from orchestrator.analyze.tuned.tunings import Tuning, find_tunings
@@ -37,7 +38,7 @@ from orchestrator.analyze.tuned.variant_tunings import (
 )
 from orchestrator.analyze.verdict import VerdictOutcome
 from orchestrator.record.schema import Record
-from orchestrator.record.study_file import AnalysisSettings
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 
 MAX_CRITICAL_VALUE = 1e4
 """The largest critical value, in standard errors, for which a resolvable difference is computed.
@@ -47,7 +48,38 @@ Tunings = Mapping[str, Mapping[int, Tuning]]
 """Variant -> replicate -> tuning."""
 
 
-def compare_task(
+def compare_tuned(
+    study: StudyFile, records: Sequence[Record], labels: Mapping[str, RunLabel]
+) -> TunedComparison | None:
+    """Compare all variants with the tuned baseline on each task, and over all tasks.
+
+    Args:
+        study: The study, with the settings of its analysis.
+        records: The records of the study, one per configuration.
+        labels: Fingerprint -> label of the run.
+
+    Returns:
+        The comparison; None if the baseline was not tuned on any task.
+    """
+    by_task: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        by_task[record.configuration.task.name, record.configuration.model.name].append(record)
+    missing = bool(set(study.configurations) - {record.fingerprint for record in records})
+    found = [
+        _compare_task(own, labels, study.settings, study.looks, missing) for _, own in sorted(by_task.items())
+    ]
+    tasks = tuple(task for task in found if task is not None)
+    if not tasks:
+        return None
+    alpha = min(task.claim_alpha for task in tasks)
+    return TunedComparison(
+        tasks,
+        largest_count(np.array([np.nan if t.p_claim is None else t.p_claim for t in tasks]), alpha),
+        largest_count(np.array([np.nan if t.p_against is None else t.p_against for t in tasks]), alpha),
+    )
+
+
+def _compare_task(
     records: Sequence[Record],
     labels: Mapping[str, RunLabel],
     settings: AnalysisSettings,
@@ -172,15 +204,15 @@ def _compare_rows(
                 differences[row, column] = chosen_test(tunings[name][replicate]) - chosen_test(
                     base[replicate]
                 )
-    errors = question_errors(
-        {
-            name: [
+    errors = {
+        name: _question_error(
+            [
                 (_chosen_record(tunings[name][r], records), _chosen_record(base[r], records))
                 for r in pairs[name]
             ]
-            for name in others
-        }
-    )
+        )
+        for name in others
+    }
     item_error = np.array([errors[name] or 0.0 for name in others])
     found = compare_with_baseline(differences, settings.margin, alpha=alpha, item_error=item_error)
     share_p = _share_p_values(tunings, others, base)
@@ -204,6 +236,31 @@ def _compare_rows(
 def _chosen_record(tuning: Tuning, records: Mapping[str, Record]) -> Record:
     assert tuning.chosen is not None
     return records[tuning.chosen.fingerprint]
+
+
+def _question_error(pairs: Sequence[tuple[Record, Record]]) -> float | None:
+    """Return the standard error, over the test questions, of a variant's mean difference.
+
+    All runs of a study are scored on the same questions in the same order. The difference on each question is
+    first averaged over the replicates.
+
+    Args:
+        pairs: The chosen records of the variant and of the baseline in each replicate.
+
+    Returns:
+        The standard error; None if a record has no results per question, if the test score is not the mean of
+        these results (a correlation, F1), or with no pair or fewer than two questions.
+    """
+    differences = []
+    for record, baseline in pairs:
+        own, other = item_results(record, "test"), item_results(baseline, "test")
+        if own is None or other is None or len(own) != len(other):
+            return None
+        differences.append(np.subtract(own, other))
+    if not differences or len({len(each) for each in differences}) > 1 or len(differences[0]) < 2:
+        return None
+    means = np.mean(differences, axis=0)
+    return float(means.std(ddof=1) / math.sqrt(len(means)))
 
 
 def _comparison_fields(found: SimultaneousIntervals, index: int, margin: float) -> dict[str, Any]:
@@ -278,7 +335,7 @@ def _claim(
     for row in rows:
         if row.role != "variant":
             continue
-        p = float(found.p_not_superior_alone[others.index(row.variant)])
+        p = float(found.p_not_superior[others.index(row.variant)])
         p_holds, p_beaten = (p, 1.0 - p) if row.interval is not None else (1.0, 1.0)
         if row.usable_p is not None and row.usable_p <= alpha:  # The shares differ, see `_decide_by_share`.
             if not _is_usable_less_often(row, rows[0]):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.analyze.intervals import Estimate, Interval
-from orchestrator.analyze.statistics.aggregate import Aggregate
 from orchestrator.analyze.statistics.outcome import Outcome
 from orchestrator.analyze.statistics.usable import UsableShare
 from orchestrator.analyze.tuned.tunings import Tuning
@@ -80,8 +78,6 @@ class VariantRow:
     """The true difference that a repetition of the study detects with probability 80 %."""
     edge_choices: int
     """Number of tunings whose chosen values lie at an edge of the tried values."""
-    budget_curve: tuple[float, ...]
-    """Expected test score after tuning with k of the points, at index k - 1; see `expected_best_of_k`."""
     curve: PooledCurve | None
     """The pooled curve; None if no run has a validation score."""
 
@@ -209,27 +205,10 @@ class TaskComparison:
 
 
 @dataclass(frozen=True)
-class VariantAggregate:
-    """The comparison of one variant with the baseline over all tasks."""
-
-    variant: str
-    tasks: int
-    """Number of tasks with a replicate in which the variant and the baseline are both usable."""
-    mean_difference: Aggregate
-    """Interquartile mean of the differences from the baseline."""
-    probability_better: Aggregate
-    """Probability that a tuning of the variant has a higher test score than a tuning of the baseline."""
-    counts: Mapping[Counts, int]
-    """Value of `VariantRow.counts` -> number of these tasks."""
-
-
-@dataclass(frozen=True)
 class TunedComparison:
     """The comparison of all variants with the tuned baseline on all tasks."""
 
     tasks: tuple[TaskComparison, ...]
-    aggregates: tuple[VariantAggregate, ...]
-    """The variants over all tasks, the largest mean difference first; empty with one task."""
     tasks_supported_at_least: int
     """Lower confidence bound on the number of tasks on which claim 2 is true (partial conjunction)."""
     tasks_refuted_at_least: int

@@ -167,16 +167,6 @@ def _over_tasks(found: TunedComparison) -> Verdict:
     each = ", ".join(f"{task.task} {task.outcome}" for task in tasks)
     holds = found.tasks_supported_at_least
     answer = f"It holds on at least {holds} of {len(tasks)} tasks ({needed} needed; {each})."
-    counted = {row.variant for task in tasks for row in task.rows if row.role == "variant"}
-    everywhere = [each for each in found.aggregates if each.tasks == len(tasks)]
-    best = next((each for each in everywhere if each.variant in counted), None)
-    if best is not None:
-        mean, chance = best.mean_difference, best.probability_better
-        answer += (
-            f" Over all tasks {best.variant} does best: {points(mean.value)} points [{points(mean.low)}, "
-            f"{points(mean.high)}] from tuned {shown_name(first.baseline)} (interquartile mean), better in "
-            f"{percent(chance.value)} [{percent(chance.low)}, {percent(chance.high)}] of pairs of tunings."
-        )
     return Verdict(
         claim=_claim(first),
         outcome=outcome,

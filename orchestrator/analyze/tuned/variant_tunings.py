@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from orchestrator.analyze.intervals import estimate_score
 from orchestrator.analyze.run_labels import USABLE
-from orchestrator.analyze.statistics.best_of_k import expected_best_of_k
 from orchestrator.analyze.statistics.planning import expected_span
 from orchestrator.analyze.statistics.usable import UsableShare, usable_share
 from orchestrator.analyze.tuned.pooled_curve import pool_curve
@@ -53,7 +52,6 @@ def describe_tunings(
         replicates_to_decide=None,
         resolvable=None,
         edge_choices=sum(bool(tuning.edges) for tuning in own),
-        budget_curve=_budget_curve(own),
         curve=pool_curve(own, margin),
     )
 
@@ -93,22 +91,6 @@ def has_result(tuning: Tuning) -> bool:
 
 def _share_of_runs(runs: Sequence[TriedRun]) -> UsableShare | None:
     return usable_share(sum(run.label == USABLE for run in runs), len(runs)) if runs else None
-
-
-def _budget_curve(tunings: Sequence[Tuning]) -> tuple[float, ...]:
-    """Return the expected test score after k points, mean over tunings, for k = 1 up to the fewest scores."""
-    curves = []
-    for tuning in tunings:
-        scored = [
-            (r.validation, r.test) for r in tuning.runs if r.validation is not None and r.test is not None
-        ]
-        if scored:
-            validation, test = np.array(scored, dtype=np.float64).T
-            curves.append(expected_best_of_k(validation, test))
-    if not curves:
-        return ()
-    points = min(map(len, curves))
-    return tuple(map(float, np.mean([curve[:points] for curve in curves], axis=0)))
 
 
 def observed_span(rows: Sequence[VariantRow]) -> float | None:

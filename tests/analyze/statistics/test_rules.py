@@ -1,17 +1,12 @@
-"""Statistics on arrays: usable shares, item noise, outcomes, conjunction, peaks, best of k, aggregates."""
+"""Statistics on arrays: usable shares, outcomes, conjunction, peaks."""
 
 from __future__ import annotations
-
-from itertools import combinations
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from orchestrator.analyze.statistics.aggregate import interquartile_mean, probability_of_improvement
-from orchestrator.analyze.statistics.best_of_k import expected_best_of_k
 from orchestrator.analyze.statistics.conjunction import largest_count, partial_conjunction_p_values
-from orchestrator.analyze.statistics.item_noise import item_standard_error
 from orchestrator.analyze.statistics.outcome import classify, counts_for_baseline
 from orchestrator.analyze.statistics.peak import find_peak, is_resolved
 from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS, SCORE_BOUNDS, cut_interval
@@ -43,19 +38,6 @@ def test_holms_correction_steps_down_and_keeps_nan() -> None:
     assert holm(np.array([0.01, 0.04, np.nan, 0.03])).tolist() == pytest.approx(
         [0.03, 0.06, np.nan, 0.06], nan_ok=True
     )
-
-
-def test_item_error_is_the_standard_error_of_a_mean_if_items_are_independent() -> None:
-    d = np.random.default_rng(0).normal(size=(50, 2))
-    assert item_standard_error(d) == pytest.approx(stats.sem(d))
-
-
-def test_copies_of_a_question_add_no_information() -> None:
-    d = np.random.default_rng(0).normal(size=(40, 3))
-    tripled, ids = np.repeat(d, 3, axis=0), [f"q{i}" for i in range(40) for _ in range(3)]
-    assert item_standard_error(tripled, ids) == pytest.approx(item_standard_error(d))
-    assert (item_standard_error(tripled) < item_standard_error(d)).all()
-    assert np.isnan(item_standard_error(d, [1] * 40)).all()
 
 
 @pytest.mark.parametrize(
@@ -133,45 +115,6 @@ def test_a_width_below_the_spacing_is_not_resolved() -> None:
     assert is_resolved(0.25, GRID)
     assert not is_resolved(0.2, GRID)
     assert not is_resolved(1.0, np.array([-3.0]))
-
-
-def test_the_best_of_k_is_the_mean_over_all_subsets() -> None:
-    generator = np.random.default_rng(2)
-    validation, test = generator.integers(0, 4, 7).astype(float), generator.normal(size=7)
-    for k, found in enumerate(expected_best_of_k(validation, test), start=1):
-        chosen = []
-        for subset in combinations(range(7), k):
-            best = max(validation[i] for i in subset)
-            # A tie is settled by chance among all points of that score.
-            chosen.append(np.mean([test[i] for i in range(7) if validation[i] == best]))
-        assert found == pytest.approx(np.mean(chosen))
-
-
-def test_the_interquartile_mean_leaves_out_outliers() -> None:
-    scores = np.random.default_rng(0).normal(0.5, 0.1, (12, 3))
-    found = interquartile_mean(scores)
-    assert found.value == pytest.approx(stats.trim_mean(scores, 0.25, axis=None))
-    assert found.low < found.value < found.high
-    scores[0, 0] = 100.0
-    assert interquartile_mean(scores).value < 0.6
-    assert interquartile_mean(scores) == interquartile_mean(scores)
-
-
-def test_the_probability_of_improvement_is_that_of_mann_and_whitney() -> None:
-    generator = np.random.default_rng(0)
-    variant, baseline = generator.integers(0, 9, (8, 2)) / 8, generator.integers(0, 9, (6, 2)) / 8
-    expected = np.mean([stats.mannwhitneyu(variant[:, t], baseline[:, t]).statistic / 48 for t in range(2)])
-    found = probability_of_improvement(variant, baseline)
-    assert found.value == pytest.approx(expected)
-    assert found.low <= found.value <= found.high
-    assert probability_of_improvement(baseline + 9, baseline).low == 1.0
-
-
-def test_the_bootstrap_resamples_runs_within_tasks() -> None:
-    # Tasks differ much, runs differ little: the differences between tasks must not widen the interval.
-    scores = np.random.default_rng(0).normal([0.0, 1.0, 2.0, 3.0], 0.01, (20, 4))
-    found = interquartile_mean(scores)
-    assert found.high - found.low < 0.02
 
 
 def test_intervals_are_cut_to_the_range_of_scores() -> None:

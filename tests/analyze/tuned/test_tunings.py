@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from synthetic import record
 from tuned_records import Truth, shifted_rates, tuned_records
 
@@ -58,16 +57,6 @@ def test_while_runs_are_missing_a_variant_with_fewer_runs_than_the_others_has_no
     for missing, whole in ((True, 0), (False, 2)):
         tunings, left_out = find_tunings(records, label_runs(records), missing)
         assert (len(tunings["lora"]), len(tunings["pissa"]), left_out) == (2, whole, 2 - whole)
-
-
-def test_the_budget_curve_is_the_expected_test_score_of_the_best_of_k() -> None:
-    records = [
-        record(rate=rate, validation=v, test=t)
-        for rate, v, t in ((1e-3, 0.1, 0.2), (1e-2, 0.9, 0.8), (1e-1, 0.5, 0.4))
-    ]
-    row = describe_tunings("lora", "baseline", find_tunings(records, label_runs(records))[0]["lora"], 0.01)
-    # One of three points: the mean. Two: the best point is in two of three pairs. Three: the best point.
-    assert row.budget_curve == pytest.approx(((0.2 + 0.8 + 0.4) / 3, (2 * 0.8 + 0.4) / 3, 0.8))
 
 
 def test_the_pooled_curve_finds_the_optimum_between_the_rates_of_any_one_grid() -> None:

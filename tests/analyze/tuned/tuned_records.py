@@ -10,7 +10,7 @@ import numpy as np
 from synthetic import record
 
 from orchestrator.analyze.run_labels import label_runs
-from orchestrator.analyze.tuned.across_tasks import compare_tuned
+from orchestrator.analyze.tuned.task_comparison import compare_tuned
 from orchestrator.analyze.tuned.tuned_results import TaskComparison, TunedComparison
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
