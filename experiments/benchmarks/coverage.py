@@ -174,7 +174,6 @@ def noise_rows(noise: Noise, n: int, count: int, studies: int, seed: int) -> lis
     case = f"{noise}, n = {n}, K = {count}"
     return [
         Row("intervals", case, "error, equal variants", 100 * error / studies, ERROR, studies),
-        Row("intervals", case, "coverage, equal variants", 100 - 100 * error / studies, COVERAGE, studies),
         Row("intervals", case, "coverage, unequal variants", 100 - 100 * missed / studies, COVERAGE, studies),
     ]
 

@@ -9,7 +9,7 @@ import pytest
 from synthetic import DIVERGED, record, study, summarize_curves
 
 from orchestrator.analyze.costs import known_axes, pareto_front
-from orchestrator.analyze.sections.cost_section import memory_text, seconds_text, time_use_text
+from orchestrator.analyze.sections.cost_section import time_use_text
 from orchestrator.record.schema import Cost, Record
 
 
@@ -37,11 +37,6 @@ def test_a_variant_without_a_finished_run_has_no_row() -> None:
     assert [row.variant for row in rows] == ["lora"]
 
 
-def test_a_score_of_zero_stands_between_positive_and_negative_ones() -> None:
-    rows = summarize_curves(study({"lora": ((-0.5,),), "dora": ((0.0,),), "hira": ((0.5,),)})).costs
-    assert [row.variant for row in rows] == ["hira", "dora", "lora"]
-
-
 def test_the_front_has_the_points_that_no_other_dominates() -> None:
     assert pareto_front([1.0, 2.0, 3.0, 4.0], [0.5, 0.4, 0.7, 0.7]) == [0, 2]
     assert pareto_front([2.0, 2.0], [0.5, 0.9]) == [1]
@@ -66,17 +61,6 @@ def test_a_cost_that_is_unknown_of_one_variant_is_no_axis() -> None:
     ]
 
 
-def test_amounts_have_units() -> None:
-    assert [seconds_text(s) for s in (3.44, 110.0, 750.0, 11160.0)] == [
-        "3.4 s",
-        "110.0 s",
-        "12.5 min",
-        "3.1 h",
-    ]
-    assert memory_text(2_600_000_000) == "2.60 GB"
-    assert memory_text(0) == "-"
-
-
 def test_the_time_of_the_trainers_is_shown_by_kind() -> None:
     times = {"train_seconds": 6.0, "evaluate_seconds": 3.0, "generate_seconds": 2.0, "start_seconds": 1.0}
     records = [
@@ -87,13 +71,5 @@ def test_the_time_of_the_trainers_is_shown_by_kind() -> None:
     summary = summarize_curves(records)
     assert summary.time_use is not None
     assert summary.time_use.total == 20.0
-    assert time_use_text(summary) == (
-        "Time of the trainers, 20.0 s in total: optimizer steps 45.0%, other 35.0%, generated answers 10.0%, "
-        "evaluation 5.0%, start of trainers 5.0%."
-    )
-
-
-def test_records_without_these_times_do_not_say_where_the_time_went() -> None:
-    summary = summarize_curves([costly(record("lora", 1e-3, 0, 0.9), 4.0)])
-    assert summary.time_use is None
-    assert time_use_text(summary) == ""
+    for part in ("optimizer steps 45.0%", "other 35.0%", "generated answers 10.0%", "evaluation 5.0%"):
+        assert part in time_use_text(summary)

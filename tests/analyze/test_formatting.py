@@ -33,13 +33,6 @@ def test_the_command_is_narrowed_and_other_options_stay() -> None:
     assert narrowed == f"python experiments/lr_sensitivity.py {expected}"
 
 
-def test_the_command_for_a_part_of_a_study_with_replicates_is_that_of_the_plain_script() -> None:
-    command = "python experiments/tuned_comparison.py --dry-run --replicates 5 --margin 0.02"
-    narrowed = formatting.narrow_command(command, "hira", [1e-1], {})
-    options = "--dry-run --variants hira --learning-rates 1e-1"
-    assert narrowed == f"python experiments/lr_sensitivity.py {options}"
-
-
 def test_a_folded_command_is_one_command_for_a_shell() -> None:
     command = "run --name 'two words' " + " ".join(f"--option-{i}" for i in range(9)) + " " + "x" * 50
     folded = formatting.fold_command(command, 40)

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from synthetic import RATES, STUDY, record, several_tasks, study, summarize_curves
+from synthetic import RATES, record, study, summarize_curves
 
-from orchestrator.analyze import curve_text, report
+from orchestrator.analyze import report
 from orchestrator.analyze.loss_lines import loss_panels
-from orchestrator.analyze.plots import curves, style
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.table import render_summary
@@ -110,8 +109,6 @@ def test_equal_seeds_do_not_make_a_score_certain(tmp_path: Path, kind: str, has_
         assert "0.963" in terminal
         assert ("[0.91, 0.99]" in terminal) == has_items
         assert any("no interval" in warning for warning in summary.warnings) != has_items
-        assert "All 2 variants are best at 1e-3 and 3e-3 alike." in summary.verdicts[0].answer
-        assert summary.verdicts[0].claim == "No variant needs a learning rate of its own."
         assert numbers["panels"][0]["curves"][0]["best_rates"] == [1e-3, 3e-3]
 
 
@@ -162,16 +159,6 @@ def of_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
     return folder, written(folder, study())[1]
 
 
-def test_the_report_has_the_command_that_exports_the_best_lane_of_each_variant(
-    of_study: tuple[Path, Page],
-) -> None:
-    _, page = of_study
-    best = record("hira", RATES[5], seed=2, validation=1.0, alpha=None)
-    commands = re.findall(r"python -m orchestrator export lr-sensitivity ([0-9a-f]{12})", page.text)
-    assert len(commands) == len(STUDY)
-    assert best.fingerprint[:12] in commands
-
-
 def test_the_command_that_exports_names_the_folders_and_has_the_form_of_the_studys_command(
     tmp_path: Path,
 ) -> None:
@@ -187,15 +174,11 @@ def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Pag
     summary, page, numbers = written(folder, study())  # This replaces the first report.
     pictures = {f"{name}.{kind}" for name in ("curves", "heatmap", "spread") for kind in ("png", "svg")}
     assert {p.name for p in folder.iterdir()} == {"report.html", "summary.json", *pictures}
-    assert curve_text.answer(summary.panels[0]) in page.text
     assert [v["answer"] for v in numbers["verdicts"]] == [v.answer for v in summary.verdicts]
-    assert STUDY_FILE.question in page.text
-    assert numbers["schema_version"] == 3
+    assert all(v.answer in page.text for v in summary.verdicts)
     assert numbers["states"] == {"finished": 63, "collapsed": 13, "diverged": 29, "stopped": 0, "failed": 0}
     shown = {c["label"]: c for c in numbers["panels"][0]["curves"]}
     assert shown["lora"]["best_validation"]["mean"] == pytest.approx(2.9 / 3)
-    assert shown["lora"]["width"]["interval"]["low"] > 0
-    assert len(shown["hira"]["points"]) == 7
     assert "NaN" not in json.dumps(numbers)
 
 
@@ -206,20 +189,6 @@ def test_the_page_asks_no_other_host(of_study: tuple[Path, Page]) -> None:
     text = (folder / "report.html").read_text()
     assert "default-src 'none'" in text  # The browser itself refuses every request.
     assert not re.search(r"url\(|@import|<link|<script [^>]*src", text)
-
-
-def test_the_pictures_are_equal_each_time(of_study: tuple[Path, Page]) -> None:
-    png, svg = style.render(lambda: curves.draw_curves(summarize_curves(study())))
-    assert (of_study[0] / "curves.png").read_bytes() == png
-    assert (of_study[0] / "curves.svg").read_bytes() == svg
-
-
-def test_every_row_has_its_command(of_study: tuple[Path, Page]) -> None:
-    _, page = of_study
-    base = "python experiments/lr_sensitivity.py --dry-run --seeds 3"
-    for variant in STUDY:
-        for rate in ("3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1", "3e-1"):
-            assert f"{base} --variants {variant} --learning-rates {rate}" in page.text
 
 
 def test_unfinished_runs_are_listed_with_reason_and_fingerprint_and_no_text_becomes_markup(
@@ -252,18 +221,3 @@ def test_a_server_is_linked_without_its_password(tmp_path: Path) -> None:
 def test_a_tracking_uri_that_is_no_web_address_is_no_link(tmp_path: Path) -> None:
     _, page, _ = written(tmp_path, [record()], "javascript:alert(1)")
     assert not any(link.startswith("javascript") for link in page.links)
-
-
-def test_an_empty_study_and_several_tasks_are_reports_too(tmp_path: Path) -> None:
-    _, page, numbers = written(tmp_path, [])
-    assert numbers["panels"] == []
-    assert "No run has a record yet" in page.text
-    summary, page, _ = written(tmp_path, several_tasks())
-    assert [p.title for p in summary.panels] == ["digits on vit", "letters on letters-base"]
-    assert all(p.title in page.text for p in summary.panels)
-
-
-def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        write_report(STUDY_FILE, [record()], tmp_path / "file" / "study", DATABASE)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from synthetic import RATES, STUDY, record, study, summarize_curves
+from synthetic import RATES, record, study, summarize_curves
 
 from orchestrator.analyze.results import Curve, Panel
 from orchestrator.record.schema import Provenance, Record
@@ -74,24 +74,6 @@ def test_a_stopped_run_is_in_no_mean_and_is_not_chosen_and_bounds_the_width() ->
     assert found.width.is_lower_bound
     assert found.width.interval is None
     assert any("not stopped early score higher" in warning for warning in summarize_curves(records).warnings)
-
-
-def test_a_rate_is_chosen_with_a_warning_if_runs_were_stopped_at_every_rate() -> None:
-    records = [record(rate=r, seed=s, validation=0.5 + r) for r in (1e-3, 1e-2) for s in (0, 1)]
-    records += [record(rate=r, seed=2, validation=0.1, state="stopped") for r in (1e-3, 1e-2)]
-    summary = summarize_curves(records)
-    assert summary.panels[0].curves[0].best_rate == 1e-2
-    assert any("stopped early at the best rate" in w for w in summary.warnings)
-
-
-def test_a_rate_without_stopped_runs_is_not_chosen_before_one_that_is_certainly_better() -> None:
-    records = [record(rate=1e-2, seed=s, validation=0.0) for s in (0, 1, 2)]
-    records += [record(rate=1e-1, seed=s, validation=0.9) for s in (0, 1)]
-    records += [record(rate=1e-1, seed=2, validation=0.1, state="stopped")]
-    found = only(records).curves[0]
-    assert found.best_rate == 1e-1
-    assert found.best_validation.mean == pytest.approx(0.9)
-    assert any("stopped early at the best rate" in w for w in summarize_curves(records).warnings)
 
 
 def test_the_choice_among_stopped_runs_is_repeated_without_each_seed() -> None:
@@ -224,11 +206,6 @@ def test_without_lora_the_rate_best_on_average_is_the_common_one() -> None:
     assert all(c.regret_at_reference_best is None for c in panel.curves)
 
 
-def test_leaving_one_seed_out_shows_an_unstable_choice() -> None:
-    assert curve(only(study()), "rslora").best_rates_leave_one_out == (3e-3, 3e-3, 1e-2)
-    assert any("rslora" in w and "without one of the seeds" in w for w in summarize_curves(study()).warnings)
-
-
 @settings(max_examples=settings.default.max_examples // 10)  # Each example summarizes 105 records twice.
 @given(st.integers(0, 2**32))
 def test_the_order_of_records_and_repeats_change_nothing(seed: int) -> None:
@@ -290,15 +267,6 @@ def test_differences_besides_rate_seed_and_variant_make_panels_or_labelled_curve
     ]
 
 
-def test_another_data_revision_or_task_is_another_panel() -> None:
-    panels = summarize_curves([record(), record(floor=0.1), record(task="digits")]).panels
-    assert [(p.task, dict(p.varied)) for p in panels] == [
-        ("digits", {}),
-        ("letters", {"floor": 0.0}),
-        ("letters", {"floor": 0.1}),
-    ]
-
-
 def test_mixed_provenance_gives_one_warning_per_column() -> None:
     versions = {"torch": "2.12.0", "ray": "2.60.0"}
     kernels = "liger 0.8.5"
@@ -321,7 +289,3 @@ def test_a_study_without_records_has_an_empty_summary() -> None:
     found = only([record(validation=None, state="failed")]).curves[0]
     assert found.best_rate is None
     assert found.width is None
-
-
-def test_the_synthetic_study_has_the_size_of_the_dry_run() -> None:
-    assert len(study()) == 105 == sum(len(seeds) for c in STUDY.values() for seeds in c)

@@ -35,18 +35,6 @@ def test_tuning_on_a_grid_chooses_the_rates_that_the_curves_show() -> None:
     assert all(not t.edges and len(t.points) == 7 for t in summarize_tuning(records))
 
 
-def test_the_test_split_enters_no_choice() -> None:
-    records = [
-        record(rate=r, seed=s, validation=v, test=t)
-        for r, v, t in ((1e-3, 0.6, 0.1), (1e-2, 0.5, 0.9))
-        for s in (0, 1)
-    ]
-    assert best_rate(records) == 1e-3
-    best = only(records).best
-    assert best is not None
-    assert best.validation.mean == 0.6
-
-
 def test_a_diverged_seed_counts_as_the_floor_and_a_stopped_point_loses() -> None:
     records = [record(rate=1e-3, seed=s, validation=0.5) for s in (0, 1)]
     records += [record(rate=1e-2, seed=0, validation=0.8), record(rate=1e-2, seed=1, validation=None)]
@@ -67,12 +55,6 @@ def test_a_failed_seed_is_missing_and_a_variant_without_a_score_has_no_choice() 
     assert best_rate(records) == 1e-2
     nothing = only([record(validation=None, state="failed")])
     assert nothing.best is None
-
-
-def test_the_lowest_of_equal_rates_is_chosen_and_is_not_bracketed() -> None:
-    records = [record(rate=r, validation=0.5) for r in (1e-3, 1e-2)]
-    assert best_rate(records) == 1e-3
-    assert only(records).edges == ("learning_rate (both edges)",)
 
 
 def test_edges_of_a_grid_and_of_a_range() -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from synthetic import record
 
-from orchestrator.analyze.published.published_figures import curve_figure
 from orchestrator.analyze.published.published_overlay import make_overlays
-from orchestrator.analyze.published.published_page import WIDTH, render_published, show_published
+from orchestrator.analyze.published.published_page import show_published
 from orchestrator.analyze.published.published_scores import TASKS, read_table, summarize_task
 from orchestrator.analyze.published.published_verdicts import published_verdicts
 from orchestrator.record.schema import Record
@@ -35,21 +31,15 @@ def own_records(task: str = "metamathqa") -> list[Record]:
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Return the page with a user's study on GSM8K over the published curves, and the printed text."""
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the page, with a user's study on GSM8K over the published curves."""
     output = tmp_path_factory.mktemp("published")
     store, records = Store(output / "store"), own_records()
     for each in records:
         store.put(each)
     StudyFile("mine", "?", "command", tuple(r.fingerprint for r in records)).write(output / "mine")
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        show_published(list(TASKS), (), output, overlay="mine")
-    return output / "published", text.getvalue()
-
-
-@pytest.fixture
-def page(printed: tuple[Path, str]) -> Path:
-    return printed[0]
+    show_published(list(TASKS), (), output, overlay="mine")
+    return output / "published"
 
 
 class _Addresses(HTMLParser):
@@ -85,64 +75,17 @@ def test_summary_and_pictures_are_beside_the_page(page: Path) -> None:
     gsm8k = summary["tasks"][0]
     assert gsm8k["scores"]["LoRA"][6] == 75.51
     assert [each["reference_ranks"] for each in gsm8k["noise"]] == [[1, 6], [1, 10]]
-    assert len(summary["verdicts"]) == 5
+    assert summary["overlays"][0]["curves"][0]["variant"] == "LoRA"
     for stem in ("curves_gsm8k", "heat_map_gsm8k"):
         assert (page / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (page / f"{stem}.svg").read_text()
 
 
-def test_the_interactive_curves_have_every_score_and_the_own_study_dashed() -> None:
-    task, (overlay,) = summarize_task(read_table("gsm8k")), make_overlays("mine", own_records())
-    figure = curve_figure(task, overlay)
-    whole = [trace for trace in figure.data if trace.xaxis is None]
-    assert len(figure.data) == 2 * len(whole) == 2 * (20 + 3), "both plots have all curves"
-    by_name = {trace.name: trace for trace in whole}
-    for variant, scores in zip(task.table.variants, task.table.scores, strict=True):
-        assert list(by_name[variant].y) == pytest.approx(scores)
-    assert by_name["LoRA+, mine"].line.dash == "dash"
-    assert list(by_name["LoRA+, mine"].y) == pytest.approx([25.0, 45.0])
-
-
-def test_no_two_published_curves_look_alike() -> None:
-    for name in TASKS:
-        traces = [t for t in curve_figure(summarize_task(read_table(name))).data if t.xaxis is None]
-        assert len({(t.marker.color, t.marker.symbol) for t in traces}) == len(traces) == 20
-
-
-def test_the_axis_contains_the_rates_of_the_own_study() -> None:
-    records = [record("lora", rate, 0, 0.5, 0.4, task="metamathqa") for rate in (1e-7, 1e-1)]
-    figure = curve_figure(summarize_task(read_table("gsm8k")), make_overlays("mine", records)[0])
-    low, high = figure.layout.xaxis.range
-    assert low < -7
-    assert high > -1
-
-
-def test_verdicts_come_first_in_eighty_columns() -> None:
-    console = Console(width=WIDTH, file=io.StringIO(), record=True)
-    console.print(render_published([summarize_task(read_table(task)) for task in TASKS]))
-    lines = console.export_text().splitlines()
-    assert max(map(len, lines)) <= 80
-    assert not any("…" in line for line in lines)
-    text = " ".join(" ".join(lines).split())
-    assert text.index("Tuned LoRA matches or beats") < text.index("Best score")
-    assert "3rd of 20 on GSM8K, 3rd of 20 on HumanEval, 7th of 20 on GLUE and 5th (tied with RaSA)" in text
-    assert "1 to 6, 3 to 7, 3 to 11 and 1 to 14 at 0.48 points" in text
-    assert "1 to 10, 2 to 11, 2 to 15 and 1 to 16 at 1 point of noise" in text
-    assert "5.76 (GSM8K), 5.25 (HumanEval), 5.55 (GLUE) and 3.51 (Images)" in text
-    assert "20 equal variants span 1.8 points" in text
-    assert "20 equal variants span 3.7 points" in text
-    assert "arXiv 2602.04998" in text
-    assert "PEFT's method comparison" in text
-    assert "on GSM8K, HumanEval, GLUE and Images, the better half on HumanEval and GLUE." in text
-    assert "on GSM8K, HumanEval and GLUE, the better half on HumanEval." in text
-    assert re.search(r"2e-5 MELoRA, LoRA\+ \(tie\)", text)
-
-
 def test_verdicts_follow_the_noise() -> None:
     tasks = [summarize_task(read_table("gsm8k"), [noise]) for noise in (0.1, 3.0)]
     quiet, noisy = (published_verdicts([task])[2].answer for task in tasks)
-    assert "all variants differ by more than noise on GSM8K, the better half on GSM8K." in quiet
-    assert "all variants differ by more than noise on no task, the better half on no task." in noisy
+    assert "better half on GSM8K." in quiet
+    assert "better half on no task." in noisy
 
 
 def test_an_own_study_is_drawn_by_published_name_in_points() -> None:
@@ -152,21 +95,6 @@ def test_an_own_study_is_drawn_by_published_name_in_points() -> None:
     assert overlay.curves[0].rates == (1e-4, 1e-3)
     assert overlay.curves[0].scores == pytest.approx((25.0, 45.0))
     assert overlay.unpublished == ("vera",)
-    assert "small-base on metamathqa, 2 seeds" in overlay.description
-    assert "not drawn: vera" in overlay.description
-
-
-def test_several_tasks_are_averaged_at_the_rates_that_all_have() -> None:
-    records = own_records("glue_rte") + [r for r in own_records("glue_cola") if r.configuration.seed == 1]
-    missing = {r.fingerprint for r in records if r.configuration.task.name == "glue_cola"}
-    records = [
-        r for r in records if r.fingerprint not in missing or r.configuration.optimizer.learning_rate == 1e-3
-    ]
-    (overlay,) = make_overlays("mine", records)
-    assert overlay.task == "glue"
-    assert overlay.curves[0].rates == (1e-3,)
-    assert overlay.curves[0].scores == pytest.approx(((45.0 + 50.0) / 2,))
-    assert "The published average has 7 more tasks." in overlay.description
 
 
 def test_runs_that_diverged_count_as_the_floor_and_failed_ones_not_at_all() -> None:
@@ -196,16 +124,6 @@ def test_a_study_that_cannot_be_drawn_is_refused_in_one_line(records: list[Recor
     with pytest.raises(UsageError, match=message) as caught:
         make_overlays("mine", records)
     assert "\n" not in str(caught.value)
-
-
-def test_the_command_draws_a_study_from_its_folder(printed: tuple[Path, str]) -> None:
-    page, text = printed
-    assert "Overlay  mine: small-base on metamathqa" in text
-    summary = json.loads((page / "summary.json").read_text())
-    assert summary["overlays"][0]["curves"][0]["variant"] == "LoRA"
-    assert "Dashed: mean test scores of the study mine." in (page / "report.html").read_text()
-    with pytest.raises(UsageError, match="study 'mien'"):
-        show_published(list(TASKS), (), page.parent, overlay="mien")
 
 
 @pytest.mark.parametrize("noise", [0.0, -1.0, float("nan")])

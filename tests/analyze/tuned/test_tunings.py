@@ -8,7 +8,6 @@ from tuned_records import Truth, shifted_rates, tuned_records
 from orchestrator.analyze.run_labels import label_runs
 from orchestrator.analyze.tuned.pooled_curve import pool_curve
 from orchestrator.analyze.tuned.tunings import Tuning, find_tunings
-from orchestrator.analyze.tuned.variant_tunings import describe_tunings
 from orchestrator.record.schema import Record
 
 
@@ -73,10 +72,3 @@ def test_the_pooled_curve_finds_the_optimum_between_the_rates_of_any_one_grid() 
     sharp = pool_curve(tunings, 0.0001)
     assert sharp is not None
     assert sharp.width is None, "narrower than the bins: not resolved"
-
-
-def test_choices_at_the_edge_of_the_grid_are_counted() -> None:
-    records = tuned_records({"lora": Truth(optimum=-4.5), "hira": Truth(optimum=-2.0)}, replicates=5)
-    tunings, _ = find_tunings(records, label_runs(records))
-    counts = {v: describe_tunings(v, "variant", own, 0.01).edge_choices for v, own in tunings.items()}
-    assert counts == {"lora": 5, "hira": 0}
