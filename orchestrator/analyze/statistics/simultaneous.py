@@ -45,8 +45,8 @@ class SimultaneousIntervals:
     p_differs: Floats
     """Adjusted two-sided p value of "the difference is 0". If it is below alpha, the interval excludes 0."""
     p_not_superior: Floats
-    """One-sided p value of "the difference is +margin or more", without adjustment for the number of variants,
-    for partial conjunctions."""
+    """One-sided p value of "the difference is +margin or more", not adjusted for the number of variants, for
+    partial conjunctions."""
     z_critical: float
     """The common critical value on the scale of a normal distribution."""
 
