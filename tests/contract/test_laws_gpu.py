@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -22,6 +23,12 @@ from variants.testing.rig import (
 )
 
 SEVERAL = [case for case in CASES if case.lanes > 1]
+ON_GPU = [
+    pytest.param(name, case, id=f"{name}-{case.name}")
+    for name, case in product(catalogue.names(), SEVERAL)
+    if torch.cuda.is_available()
+]
+"""Empty without a GPU, so that there are not hundreds of skipped tests."""
 
 
 def gradients(case: Case, adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -56,8 +63,7 @@ def check_lanes_agree(name: str, case: Case) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", SEVERAL, ids=lambda case: case.name)
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize(("name", "case"), ON_GPU)
 def test_lanes_agree_on_a_gpu(name: str, case: Case) -> None:
     check_lanes_agree(name, replace(case, device="cuda"))
 

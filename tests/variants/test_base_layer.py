@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,23 +79,16 @@ class OneLayer(nn.Module):
         return self.consumer(self.there[0](x))
 
 
-def layers() -> Iterator[Any]:
-    """Yield each variant with each layer. The default run has one layer a variant."""
-    for i, name in enumerate(STARTING_AT_BASE):
-        for j, (kind, build) in enumerate(LAYERS.items()):
-            marks = () if i % len(LAYERS) == j else pytest.mark.slow
-            yield pytest.param(name, build, marks=marks, id=f"{kind}-{name}")
-
-
-@pytest.mark.parametrize(("name", "build"), layers())
-def test_a_layer_that_is_more_than_a_product_is_called(name: str, build: Callable[[], nn.Module]) -> None:
-    model = OneLayer(build())
+@pytest.mark.parametrize("name", STARTING_AT_BASE)
+def test_a_layer_that_is_more_than_a_product_is_called(name: str) -> None:
     x = CASE.rows(0)
-    expected = model(x).detach()
-    adapters = attach_lanes(CASE, catalogue.get(name), 1, model=model)
-    for with_gradients in (False, True):
-        with torch.set_grad_enabled(with_gradients), adapters.activate_lanes(["0"], None):
-            assert torch.equal(model(x), expected)
+    for kind, build in LAYERS.items():
+        model = OneLayer(build())
+        expected = model(x).detach()
+        adapters = attach_lanes(CASE, catalogue.get(name), 1, model=model)
+        for with_gradients in (False, True):
+            with torch.set_grad_enabled(with_gradients), adapters.activate_lanes(["0"], None):
+                assert torch.equal(model(x), expected), kind
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D, NF4Linear])
@@ -127,17 +120,36 @@ def gradients(adapters: Adapters) -> list[Tensor]:
     return [x.grad, *(tensor for tensor in found if tensor is not None)]
 
 
-def combinations() -> Iterator[Any]:
-    """Yield all combinations. The default run has one a variant, and every pair of consumer and layer."""
-    pairs = [*itertools.product(("bias", "no bias", "NF4", "dropout"), IN_PLACE)]
+KINDS_OF_LAYER = ("bias", "no bias", "NF4", "dropout")
+
+
+def pairs() -> list[Any]:
+    """Return combinations that have every pair of two values.
+
+    The default run has one a variant, and every pair of consumer and layer.
+    """
+    consumers, found = list(IN_PLACE), []
     for i, name in enumerate(NAMES):
-        for j, (kind, consumer) in enumerate(pairs):
-            yield pytest.param(name, consumer, kind, marks=() if i % len(pairs) == j else pytest.mark.slow)
+        for j, kind in enumerate(KINDS_OF_LAYER):
+            marks = () if i % len(KINDS_OF_LAYER) == j else pytest.mark.slow
+            found.append(pytest.param(name, consumers[(i + j) % len(consumers)], kind, marks=marks))
+    return found
 
 
-@pytest.mark.parametrize(("name", "consumer", "kind"), combinations())
+@pytest.mark.parametrize(("name", "consumer", "kind"), pairs())
 def test_a_model_may_write_a_layers_output_in_place(name: str, consumer: str, kind: str) -> None:
     """The gradients are those of a model that writes its result elsewhere."""
+    check_in_place(name, consumer, kind)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", NAMES)
+def test_every_consumer_may_write_the_output_of_every_layer_in_place(name: str) -> None:
+    for consumer, kind in itertools.product(IN_PLACE, KINDS_OF_LAYER):
+        check_in_place(name, consumer, kind)
+
+
+def check_in_place(name: str, consumer: str, kind: str) -> None:
     found = []
     for consumers in (IN_PLACE, ELSEWHERE):
         torch.manual_seed(0)
@@ -152,7 +164,7 @@ def test_a_model_may_write_a_layers_output_in_place(name: str, consumer: str, ki
         adapters.model.consumer = consumers[consumer]  # type: ignore[assignment]
         found.append(gradients(adapters))
     assert len(found[0]) == len(found[1]) > 1
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)), (consumer, kind)
 
 
 @pytest.mark.parametrize("name", ["lora", "pissa", "dora", "vera", "hira"])

@@ -162,13 +162,19 @@ HEADED: dict[str, tuple[PretrainedConfig, list[str]]] = {
 
 
 def headed_exports() -> list[Any]:
-    """Return models and variants; the default run has LoRA and VeRA (shared tensors), the slow run all."""
-    return [
-        pytest.param(model, name, marks=[] if name in ("lora", "vera") else pytest.mark.slow)
-        for model in HEADED
-        for name in catalogue.names()
-        if export_forms(catalogue.get(name)).peft.possible
-    ]
+    """Return models and variants.
+
+    The default run has LoRA on all models and VeRA (shared tensors) on one, the slow run each variant on one.
+    """
+    names = [name for name in catalogue.names() if export_forms(catalogue.get(name)).peft.possible]
+    found = []
+    for i, name in enumerate(names):
+        for j, model in enumerate(HEADED):
+            is_first = i % len(HEADED) == j
+            rest = pytest.mark.slow if is_first else pytest.mark.nightly
+            is_default = name == "lora" or (name == "vera" and is_first)
+            found.append(pytest.param(model, name, marks=() if is_default else rest))
+    return found
 
 
 @pytest.mark.parametrize(("model", "name"), headed_exports())

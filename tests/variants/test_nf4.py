@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import others_slow
 from scipy.stats import norm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,7 @@ from variants.testing import Case
 from variants.testing.rig import attach_lanes, calibrate_lane, lane_inputs, model_output, perturb_lanes
 
 LLAMA = Case("nf4-llama", model="llama", nf4=True)
+ADAPTERS = [name for name in catalogue.names() if name not in ("full", "head_only")]
 
 
 def random_weight(out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -112,7 +114,7 @@ def test_the_layer_computes_what_a_linear_layer_over_the_dequantized_weight_does
     assert sum(tensor.nbytes for tensor in saved) == layer.packed.nbytes + layer.scales.nbytes
 
 
-@pytest.mark.parametrize("name", [n for n in catalogue.names() if n not in ("full", "head_only")])
+@pytest.mark.parametrize("name", others_slow(ADAPTERS))
 def test_lanes_get_the_gradients_that_they_get_over_the_dequantized_model(name: str) -> None:
     """This includes the variants that read the weight itself: DoRA, HiRA, PiSSA."""
     found: list[dict[str, Tensor]] = []
@@ -130,7 +132,7 @@ def test_lanes_get_the_gradients_that_they_get_over_the_dequantized_model(name: 
     assert any(gradient.any() for gradient in plain.values())
 
 
-@pytest.mark.parametrize("name", [n for n in catalogue.names() if n not in ("full", "head_only")])
+@pytest.mark.parametrize("name", others_slow(ADAPTERS))
 def test_no_variant_keeps_a_dequantized_weight_for_the_backward_pass(name: str) -> None:
     adapters = attach_lanes(LLAMA, catalogue.get(name), 2)
     perturb_lanes(LLAMA, adapters)

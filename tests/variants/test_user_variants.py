@@ -146,48 +146,50 @@ def test_the_catalogue_explains_a_file_and_a_tuner_of_peft(
     assert "its layers share tensors" in capsys.readouterr().err
 
 
-def install(folder: Path, target: str) -> None:
-    """Write a package with an entry point `my-scaled` for a variant, as pip installs it."""
+def install(folder: Path, **targets: str) -> None:
+    """Write a package with entry points for variants, as pip installs it: name -> target."""
     (folder / "my_package.py").write_text(OWN + NEEDS_ARGUMENT)
     info = folder / "my_package-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{variant_names.ENTRY_POINT_GROUP}]\nmy-scaled = {target}\n")
+    lines = [f"{name} = {target}" for name, target in targets.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{variant_names.ENTRY_POINT_GROUP}]", *lines, ""]))
 
 
 def run(folder: Path, code: str) -> list[str]:
     """Run code in a process that finds the packages in a folder, and return the lines that it prints."""
-    code = f"import sys; sys.path.insert(0, {str(folder)!r}); from variants import catalogue; {code}"
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\nfrom variants import catalogue\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
 def test_a_package_registers_a_variant(tmp_path: Path) -> None:
-    install(tmp_path, "my_package:Scaled")
-    code = (
-        "print('my_scaled' in catalogue.names(), catalogue.axis('my_scaled'), 'torch' in sys.modules);"
-        "v = catalogue.get('my_scaled'); print(v.name, dict(v.extra_defaults), len(v.revision))"
-    )
-    assert run(tmp_path, code) == ["True user False", "my_scaled {'factor': 2.0} 16"]
-    code = (
-        "from variants.__main__ import main; from variants.describe_docs import DOCS_FILE, render;"
-        "main([]); print('docs', render(DOCS_FILE.read_text()).count('my_scaled'))"
-    )
+    install(tmp_path, **{"my-scaled": "my_package:Scaled"})
+    code = """
+from variants.__main__ import main
+from variants.describe_docs import DOCS_FILE, render
+print('my_scaled' in catalogue.names(), catalogue.axis('my_scaled'), 'torch' in sys.modules)
+v = catalogue.get('my_scaled')
+print(v.name, dict(v.extra_defaults), len(v.revision))
+main([])
+print('docs', render(DOCS_FILE.read_text()).count('my_scaled'))
+"""
+    first, second, *rest = run(tmp_path, code)
+    assert first == "True user False"
+    assert second == "my_scaled {'factor': 2.0} 16"
+    assert any(line.startswith("my_scaled") for line in rest)
+    assert rest[-1] == "docs 0"
+
+
+def test_a_broken_entry_point_gives_one_line(tmp_path: Path) -> None:
+    targets = {"a": "my_package:Missing", "b": "json:loads", "c": "my_package:NeedsArgument"}
+    install(tmp_path, **targets)
+    code = """
+for name in ('a', 'b', 'c'):
+    try: catalogue.get(name)
+    except ValueError as error: print(error)
+"""
     lines = run(tmp_path, code)
-    assert any(line.startswith("my_scaled") for line in lines)
-    assert lines[-1] == "docs 0"
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("my_package:Missing", "cannot be imported: AttributeError"),
-        ("json:loads", "is no subclass of Variant"),
-        ("my_package:NeedsArgument", "cannot be imported: TypeError"),
-    ],
-)
-def test_a_broken_entry_point_gives_one_line(tmp_path: Path, target: str, message: str) -> None:
-    install(tmp_path, target)
-    code = "\ntry: catalogue.get('my_scaled')\nexcept ValueError as error: print(error)"
-    (line,) = run(tmp_path, code)
-    assert message in line
+    words = ("cannot be imported: AttributeError", "is no subclass", "cannot be imported: TypeError")
+    assert len(lines) == 3
+    assert all(word in line for word, line in zip(words, lines, strict=True))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kinds import others_slow
 from scripted import configuration, solo
 
 from orchestrator.record.store import Store
@@ -55,7 +56,7 @@ def distance(c: Configuration, losses: list[float]) -> float:
     return max(abs(loss / stored - 1) for loss, stored in pairs) / ALLOWED
 
 
-@pytest.mark.parametrize("variant", catalogue.names())
+@pytest.mark.parametrize("variant", others_slow(catalogue.names()))
 def test_the_losses_equal_the_stored_ones(variant: str, store: Store, tmp_path: Path) -> None:
     c = point(variant)
     far = distance(c, curve(c, tmp_path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,18 @@ NAMES = {
     "reviews": catalogue.names(),
 }
 """Task -> variants. `letters` has a language model, `reviews` an encoder whose head every lane trains."""
+
+DEFAULT = {
+    ("letters", "adalora"),
+    ("letters", "lora"),
+    ("letters", "hira"),
+    ("reviews", "eva"),
+    ("reviews", "full"),
+    ("reviews", "head_only"),
+    ("reviews", "lora_moe"),
+}
+"""Variants with hooks, none of them, a dense update, calibration, a group of their own, a head only, and an
+auxiliary loss."""
 
 
 def point(variant: str, task: str) -> Configuration:
@@ -47,13 +58,19 @@ def point(variant: str, task: str) -> Configuration:
     )
 
 
-def combinations() -> Iterator[Any]:
-    """Yield all combinations. The default run has one task for each variant; the tasks alternate."""
+def combinations() -> list[Any]:
+    """Return all combinations.
+
+    The slow run has one task for each variant; the tasks alternate. The default run has those of `DEFAULT`.
+    """
+    found = []
     for task in NAMES:
         for name in NAMES[task]:
             usual = tuple(NAMES)[catalogue.names().index(name) % len(NAMES)]
-            is_default = task == usual or name not in NAMES[usual]
-            yield pytest.param(task, name, marks=() if is_default else pytest.mark.slow)
+            is_usual = task == usual or name not in NAMES[usual]
+            rest = pytest.mark.slow if is_usual else pytest.mark.nightly
+            found.append(pytest.param(task, name, marks=() if (task, name) in DEFAULT else rest))
+    return found
 
 
 @pytest.mark.parametrize(("task", "variant"), combinations())

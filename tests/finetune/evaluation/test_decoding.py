@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -139,22 +139,25 @@ def count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 STOP_TEXTS = ("a b", "e d")
 
 
-def combinations() -> Iterator[Any]:
-    """Yield all combinations.
+def combinations() -> list[Any]:
+    """Return all combinations.
 
     The default run has two for each family, one the opposite of the other. Together they contain each pair of
     values of two parameters.
     """
+    found = []
     for number, family in enumerate(CONFIGS):
         chosen = (False, bool(number & 1), bool(number & 2))
         for static, sampled, stops in itertools.product((False, True), repeat=3):
             is_default = len({a == b for a, b in zip(chosen, (static, sampled, stops), strict=True)}) == 1
             names = ("static" if static else "dynamic", "sampled" if sampled else "greedy")
-            yield pytest.param(
+            case = pytest.param(
                 family, static, sampled, STOP_TEXTS if stops else (),
                 id="-".join((family, *names, "stop" if stops else "eos")),
                 marks=() if is_default else pytest.mark.slow,
             )  # fmt: skip
+            found.append(case)
+    return found
 
 
 @pytest.mark.parametrize(("family", "static", "sampled", "stop"), combinations())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import KINDS
 from pair import Scenario, play
 from scripted import Script, configuration, leases, numbers_of, solo, train
 from three_lanes import tokenized_split
@@ -82,7 +83,7 @@ def point(variant: str = "lora", **options: object) -> Configuration:
 
 FEW = [("lora", "clip"), ("full", "clip"), ("eva", "vit"), ("head_only", "vit")]
 MORE = [
-    pytest.param(name, kind, marks=pytest.mark.slow)
+    pytest.param(name, kind, marks=pytest.mark.slow if name in KINDS else pytest.mark.nightly)
     for name in variants.names()
     for kind in MAKE
     if (name, kind) not in FEW
