@@ -39,44 +39,6 @@ def test_the_help_of_a_command_fits_the_terminal(name: str, run: Run, tmp_path: 
         assert {"lora", "pissa", "letters", "metamathqa", "--variants"} <= set(words)
 
 
-def test_an_unknown_command_is_refused_with_the_nearest(run: Run) -> None:
-    run(ORCHESTRATOR, "tunned").assert_refused("'tunned' is no command", "'tuned'")
-    run(ORCHESTRATOR, "fetsch").assert_refused("'fetsch' is no command", "'fetch ")
-
-
-def test_fetch_has_two_spellings(run: Run, tmp_path: Path) -> None:
-    for words in (("fetch", "model"), ("fetch-model",)):
-        run(ORCHESTRATOR, *words, "leters").assert_refused("'leters'")
-    run(ORCHESTRATOR, "fetch", "letters").assert_refused("write `fetch model NAME`")
-
-
-def test_fetch_alone_and_help_list_the_command(run: Run) -> None:
-    for words in (("fetch",), ("fetch", "--help"), ("--help",)):
-        done = run(ORCHESTRATOR, *words)
-        assert done.returncode == 0
-        assert "  fetch model  Prepare" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("RAY_ADDRESS", "nonsense"),
-        ("RAY_ADDRESS", "127.0.0.1:9"),
-        ("RAY_ADDRESS", "head..example.org:6379"),
-        ("TMPDIR", "/none"),
-        ("RAY_TMPDIR", "/none"),
-        ("TMPDIR", "long" * 20),
-    ],
-)
-def test_an_environment_in_which_ray_cannot_start_is_refused_before_anything_is_pretrained(
-    name: str, value: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / ("long" * 20)).mkdir()
-    monkeypatch.setenv(name, value)
-    run(SWEEP, "--dry-run").assert_refused(name, value)
-    assert not (tmp_path / "results").exists()
-
-
 def test_help_imports_nothing_heavy() -> None:
     """Use a fresh interpreter, because other tests import these packages. Help has to appear at once."""
     probe = (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from encoders import save
-from letters_score import run_card
 from scripted import Script, configuration, get_record, leases, train
+from trained_study import run_card
 from transformers import AutoTokenizer
 
 from orchestrator.export.export import export_lane

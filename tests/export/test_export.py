@@ -8,17 +8,14 @@ from pathlib import Path
 
 import pytest
 from in_process import Ended
-from letters_score import recorded_scores, run_card, validation_scores
 from safetensors import SafetensorError
 from scripted import Script, leases, train
-from trained_study import STUDY, Trained
-from transformers import AutoModelForCausalLM
+from trained_study import STUDY, Trained, run_card
 
 from orchestrator.export import export as export_module
-from orchestrator.export.lane_choice import LaneQuery, choose_lane
+from orchestrator.export.lane_choice import LaneQuery
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import own_variants
-from orchestrator.finetune.tasks.local.letters import LENGTH
 from orchestrator.launch.reporting import export_words
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import LRSchedule
@@ -33,49 +30,6 @@ def folder_of(done: Ended) -> Path:
     """Return the folder that a successful export has printed."""
     assert done.returncode == 0, done.stdout + done.stderr
     return Path(done.stdout.splitlines()[-1].rpartition(": ")[0])
-
-
-def test_the_best_adapter_has_the_scores_of_its_record_in_peft(
-    export: Export, trained: Trained, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The Python lines of the model card load the adapter, and print its answer."""
-    folder, record = folder_of(export("--variant", "lora")), trained.record("lora")
-    assert (record.score("validation") or 0) > 0.2, "the lane has learnt something"
-    model = run_card(folder)["model"]
-    assert len(capsys.readouterr().out.splitlines()[-1].split()) == LENGTH
-    assert type(model).__name__ == "PeftModelForCausalLM"
-    assert validation_scores(model, folder, record) == pytest.approx(recorded_scores(record), rel=1e-4)
-    card = (folder / "README.md").read_text()
-    for text in (record.configuration.model.content, record.fingerprint, "pipeline_tag: text-generation"):
-        assert text in card
-    assert f"{record.score('test'):.4f}" in card
-    command = f"export rates {record.fingerprint[:12]} --output {trained.output}"
-    assert f"exported by: `python -m orchestrator {command}`" in card
-    assert not (trained.store.root / "scratch").exists(), "a store that is only read is sufficient"
-
-
-@pytest.mark.parametrize("variant", ["lora", "full"])
-def test_a_merged_model_is_a_plain_model_of_transformers(
-    export: Export, trained: Trained, tmp_path: Path, variant: str
-) -> None:
-    target, record = tmp_path / "here" / "merged", trained.record(variant)
-    assert folder_of(export("--variant", variant, "--merge", "--to", str(target))) == target
-    model = AutoModelForCausalLM.from_pretrained(target)
-    assert validation_scores(model, target, record) == pytest.approx(recorded_scores(record), rel=1e-4)
-    assert type(run_card(target)["model"]) is type(model)
-    assert f" {record.fingerprint[:12]} --merge --output " in (target / "README.md").read_text()
-
-
-def test_a_variant_without_other_forms_is_exported_exactly(export: Export, trained: Trained) -> None:
-    record = trained.record("hydra_lora")
-    done = export("--variant", "hydra_lora")
-    assert "hydra_lora has no adapter in PEFT's format: " in done.stdout
-    assert "; the exact tensors will be written" in done.stdout
-    folder = folder_of(done)
-    variables = run_card(folder)
-    with variables["adapters"].activate_lanes(["lane"], None):
-        scores = validation_scores(variables["base"], folder, record)
-    assert scores == pytest.approx(recorded_scores(record), rel=1e-4)
 
 
 def test_a_lane_without_an_adapter_is_refused_with_the_command_that_trains_it(
@@ -128,24 +82,6 @@ def test_the_command_that_a_study_prints_works_if_the_best_variant_has_no_adapte
     done = export(*words[1:])
     assert folder_of(done).name == f"full-{trained.record('full').fingerprint[:12]}-merged"
     assert "full has no adapter in PEFT's format: every weight of the model is trained" in done.stdout
-
-
-def test_the_reason_tells_equal_variants_and_an_unfinished_study(trained: Trained) -> None:
-    """The model card has it as a part of a sentence, also for a lane that the user has named."""
-    for variant, score in {"full": 0.5, "lora": 0.5, "hydra_lora": 0.25}.items():
-        trained.rescore(variant, -1, score)
-    best, folder = trained.record("lora"), trained.output / STUDY
-    study = StudyFile.read(folder)
-    assert study is not None
-    study.with_configurations([replace(best.configuration, seed=1).fingerprint], ()).write(folder)
-    chosen = choose_lane(trained.store, trained.output, LaneQuery(STUDY))
-    assert chosen.record == best
-    reason = (
-        "it is the best lora, the best of 3 variants together with full (4 of 5 configurations have ended)"
-    )
-    assert chosen.reason == reason
-    named = choose_lane(trained.store, trained.output, LaneQuery(STUDY, best.fingerprint))
-    assert named.reason == "its fingerprint was given"
 
 
 def test_a_users_variant_loads_from_the_export(

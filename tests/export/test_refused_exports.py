@@ -18,22 +18,14 @@ Export = Callable[..., Ended]
 pytestmark = pytest.mark.xdist_group("export")  # the tests of a group share the trained study
 
 REFUSED = {
-    "unknown variant": (["--variant", "lora_plus"], ["--variant 'lora_plus'", "'rates'"]),
-    "misspelt variant": (["--variant", "hydralora"], ["Did you mean 'hydra_lora'"]),
     "unknown task": (["--task", "leters"], ["--task 'leters'", "Did you mean 'letters'"]),
     "unknown fingerprint": (["{unknown}"], ["no record", "begins with it"]),
-    "no fingerprint": (["best"], ["'best'", "hexadecimal"]),
     "another study's": (["{other}"], ["not a lane of study 'rates'", "it belongs to second"]),
     "no study's": (["{orphan}"], ["not a lane of study 'rates'", "no study under"]),
     "diverged": (["{diverged}"], ["diverged after 3 steps", "orchestrator export rates --output {output}"]),
     "not trained": (["{pending}"], ["not trained yet"]),
     "variant and fingerprint": (["{lora}", "--variant", "lora"], ["names one lane", "--variant"]),
-    "merge and raw": (["--merge", "--raw"], ["--merge with --raw", "one form"]),
     "a folder that exists": (["--to", "{output}"], ["is not this export", "name a new folder"]),
-    "a file": (["--to", "{file}"], ["is not this export"]),
-    "a link": (["--to", "{link}"], ["is not this export", "name a new folder"]),
-    "below a file": (["--to", "{file}/x"], ["is not a folder that can be written"]),
-    "a name that is too long": (["--to", "{long}"], ["File name too long", "name a new folder"]),
     "not mergeable": (
         ["--variant", "hydra_lora", "--merge"],
         ["cannot be merged", "gates", "without --merge its exact tensors are written"],
@@ -80,10 +72,6 @@ def test_an_export_that_is_not_possible_is_refused(case: str, export: Export, wo
     arguments, expected = REFUSED[case]
     refused = export(*(argument.format(**words) for argument in arguments))
     refused.assert_refused(*(word.format(**words) for word in expected))
-
-
-def test_an_unknown_study_is_refused_with_the_nearest(export: Export) -> None:
-    export(study="rate").assert_refused("study 'rate'", "Did you mean 'rates'")
 
 
 def test_an_ambiguous_fingerprint_is_refused(export: Export, trained: Trained) -> None:

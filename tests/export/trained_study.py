@@ -1,7 +1,8 @@
-"""The trained study of the tests of the export: see `trained_once` in conftest.py."""
+"""The trained study of the tests of the export (see `trained_once` in conftest.py), and its model cards."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,13 @@ def changed(record: Record, **changes: Any) -> Record:
     rest = {name: value for name, value in changes.items() if name not in own}
     configuration = replace(record.configuration, **rest)
     return replace(record, configuration=configuration, fingerprint=configuration.fingerprint, **own)
+
+
+def run_card(folder: Path, text: str = "unk a c b d e =") -> dict[str, Any]:
+    """Run the Python lines in the README.md of an export, with a text as input, and return the variables."""
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    variables: dict[str, Any] = {}
+    for code in blocks:
+        exec(code.replace("FOLDER", str(folder)).replace("INPUT", text), variables)
+    return variables

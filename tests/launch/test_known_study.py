@@ -24,7 +24,6 @@ from orchestrator.launch.study_context import resolve_study
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.record.tracker import TrackerWriters
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
@@ -153,25 +152,6 @@ def test_the_same_command_again_makes_nothing_new(
     assert (restored.returncode, restored.stdout) == (0, first.stdout), restored.stderr
     with sqlite3.connect(database) as opened:
         assert opened.execute("select count(*) from runs where status = 'FINISHED'").fetchone() == (9,)
-
-
-def test_a_report_that_another_command_wrote_over_the_studys_is_made_again(
-    words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A slow `report` of fewer records may end while the study waits for MLflow."""
-    close = TrackerWriters.close
-
-    def overwrite_and_close(writers: TrackerWriters, *arguments: Any) -> None:
-        (report,) = (tmp_path / "results").glob("lr_sensitivity*/report.html")
-        report.write_text("of fewer records")
-        close(writers, *arguments)
-
-    with monkeypatch.context() as during_the_first:
-        during_the_first.setattr(TrackerWriters, "close", overwrite_and_close)
-        assert run(ORCHESTRATOR, *words).returncode == 0
-    assert run(ORCHESTRATOR, *words).returncode == 0
-    (report,) = (tmp_path / "results").glob("lr_sensitivity*/report.html")
-    assert report.read_text() != "of fewer records"
 
 
 def test_a_report_with_a_file_that_was_edited_or_deleted_is_made_again(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.atomic_files import verify_checksum
 from orchestrator.util.errors import UsageError
 from variants import catalogue
 
@@ -109,31 +107,6 @@ def finished(configuration: Configuration) -> Record:
     scores = {"loss": 1.0, "exact_match": 0.5}
     evaluations = tuple(Evaluation(4, split, scores) for split in ("validation", "test"))
     return Record(configuration.fingerprint, configuration, "finished", 4, evaluations=evaluations)
-
-
-def test_a_copy_under_other_names_is_known_and_nothing_is_trained(mine: Path, run: Run) -> None:
-    """The whole command runs: it trains nothing, reports under the new names, and starts no Ray."""
-    output = mine.parent / "results"
-    first = resolve(output, mine / "copy_task.py", mine / "scaled.py", mine / "base")
-    for configuration in requested(first):
-        assert first.store.put(finished(configuration))
-    other = renamed(mine)
-    done = run(
-        *(SWEEP, "--task", str(other / "letters.py"), "--variants", "lora", str(other / "lora.py")),
-        *("--model", str(other / "model"), "--seeds", "2", "--output", str(output), "--study", "again"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "again: 4 of 4 known, nothing to train" in done.stdout
-    summary = json.loads((output / "again" / "summary.json").read_text())
-    (panel,) = summary["panels"]
-    assert (panel["task"], panel["model"]) == ("copied letters", str(other / "model"))
-    assert {curve["variant"] for curve in panel["curves"]} == {"lora", "lora.py"}
-    study = json.loads(verify_checksum((output / "again" / "study.json").read_bytes()))
-    assert {(each["name"], each["path"], each["title"]) for each in study["sources"]} == {
-        (str(other / "model"), str(other / "model"), ""),
-        ("letters.py", str(other / "letters.py"), "copied letters"),
-        ("lora.py", str(other / "lora.py"), ""),
-    }
 
 
 def test_configurations_of_the_earlier_content_of_a_file_leave_the_study(mine: Path, run: Run) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -19,14 +18,12 @@ from orchestrator.execution.ray import runtime
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.cost import find_card
 from orchestrator.launch.plan import print_plan
-from orchestrator.launch.settled_records import SettledRecords
 from orchestrator.launch.work import StudyWork, choose_lanes
 from orchestrator.record.parquet import write_parquet
-from orchestrator.record.schema import Cost, Provenance, StepMetrics
+from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule, ModelChoice
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import UsageError
 
 A10G = "NVIDIA A10G"
 
@@ -151,18 +148,6 @@ def test_a_card_is_found_by_its_whole_name(device: str, card: str | None) -> Non
     assert find_card(device) == card
 
 
-def test_options_of_a_plan_that_make_no_sense_are_refused(plan: Plan) -> None:
-    with pytest.raises(UsageError, match=r"--plan-gpu 'H10': its speed is not known\. Did you mean 'H100'"):
-        plan(None, plan=True, plan_gpu="H10")
-    with pytest.raises(UsageError, match="--plan-gpu 'H100' with --device cpu: take one of the two away"):
-        StudyOptions(plan=True, plan_gpu="H100", device="cpu")
-    with pytest.raises(UsageError, match="--plan-gpu 'H100': it changes the plan only; add --plan"):
-        StudyOptions(plan_gpu="H100")
-    for price in (0.0, -1.0, float("inf")):
-        with pytest.raises(UsageError, match=r"--price-per-hour .* must be a finite number above 0"):
-            StudyOptions(price_per_hour=price)
-
-
 def test_a_plan_without_gpus_mentions_none(store: Store, plan: Plan) -> None:
     trained(store)
     said = plan(None, price_per_hour=2.0)
@@ -194,26 +179,6 @@ def test_a_damaged_table_of_runs_is_no_measurement(store: Store, plan: Plan) -> 
     trained(store)
     (store.root / "records.parquet").write_bytes(b"PAR1 no table")
     assert "Time            unknown" in plan(A10G)
-
-
-def test_a_design_holds_no_curves_of_the_records_that_it_reads(store: Store) -> None:
-    curve = tuple(StepMetrics(step, 0.1, 0.1, 0.1) for step in range(1000))
-    names = []
-    for seed in range(10):
-        made = replace(record(configuration(seed=seed), "finished"), curve=curve)
-        store.put(made)
-        names.append(made.fingerprint)
-
-    def peak(number: int) -> int:
-        """Return the peak of the memory while `number` records are read."""
-        tracemalloc.start()
-        list(map(SettledRecords(store, "none").get, names[:number]))
-        high = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return high
-
-    peak(1)  # imports
-    assert peak(10) < 2.5 * peak(1)
 
 
 def test_the_gpu_name_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,6 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile, find_study, read_studies
 from orchestrator.study.space import apply_values
 from orchestrator.util.atomic_files import add_checksum, verify_checksum
-from orchestrator.util.command import main
 from orchestrator.util.errors import UsageError
 
 COMMAND = (
@@ -122,39 +121,6 @@ def test_show_of_a_failed_record_has_its_traceback(run, results, make_record):
     assert "exact_match none" in done.stdout
 
 
-def test_report_of_a_study(run, results):
-    done = run(ORCHESTRATOR, "report", "rates")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "results/rates/report.html: 4 of 4 configurations"
-    assert "Which rate?" in (results / "results/rates/report.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("show", "0" * 20), "results/store begins with it"),
-        (("show", "lora"), "hexadecimal"),
-        (("show",), "name at least one fingerprint"),
-        (("show", "ab", "--output", "nowhere"), "no store here"),
-        (("sync", "--output", "nowhere"), "no store here"),
-        (("sync", "--tracking-uri", "mlruns"), "must be sqlite:///FILE"),
-        (("report", "ratse"), "Did you mean 'rates'?"),
-        (("report", "rates", "--output", "nowhere", "--store", "results/store"), "no study under nowhere"),
-    ],
-)
-def test_a_wrong_value_is_one_line_and_exit_code_2(run, results, arguments, message):
-    run(ORCHESTRATOR, *arguments).assert_refused(message)
-    assert not (results / "nowhere").exists()
-
-
-@pytest.mark.parametrize("name", ["loop", "x" * 5000, "file"], ids=["loop", "long", "file"])
-@pytest.mark.parametrize("command", [("gc", "--store"), ("sync", "--store")])
-def test_a_path_without_a_store_is_refused_in_one_line(run, results, command, name):
-    (results / "loop").symlink_to("loop")
-    (results / "file").touch()
-    run(ORCHESTRATOR, *command, name).assert_refused(f"{name}: there is no store here")
-
-
 def test_an_error_of_the_file_system_is_one_line_and_exit_code_1(run, results):
     (results / "results/store/records.parquet").mkdir()
     done = run(ORCHESTRATOR, "sync")
@@ -162,13 +128,6 @@ def test_an_error_of_the_file_system_is_one_line_and_exit_code_1(run, results):
     assert done.stderr.startswith("error: ")
     assert "records.parquet" in done.stderr
     assert "Is a directory" in done.stderr
-
-
-def test_a_wrong_option_is_exit_code_2_without_a_traceback(run):
-    for arguments in (["shwo"], ["report"], ["sync", "--outptu", "x"]):
-        done = run(ORCHESTRATOR, *arguments)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
 
 
 def test_an_invalid_study_file_is_named(run, results):
@@ -182,20 +141,6 @@ def test_a_study_file_of_another_program_is_refused(run, results, newer):
     data = json.loads(verify_checksum(file.read_bytes()))
     file.write_bytes(add_checksum(json.dumps(data | newer)))
     run(ORCHESTRATOR, "sync").assert_refused("rates/study.json", *newer)
-
-
-@pytest.mark.usefixtures("restored")
-@pytest.mark.parametrize(
-    ("raised", "code", "message"),
-    [(UsageError("x: too big"), 2, "error: x: too big\n"), (SystemExit(7), 7, "")],
-)
-def test_errors_become_exit_codes(raised, code, message, capsys):
-    def command() -> int:
-        raise raised
-
-    with pytest.raises(SystemExit) as ended:
-        main(command)
-    assert (ended.value.code, capsys.readouterr().err) == (code, message)
 
 
 def test_a_closed_pipe_is_no_error():
@@ -281,13 +226,3 @@ def test_a_growing_study_keeps_its_list_of_reused_configurations(tmp_path):
     assert list(read_studies(tmp_path)) == ["s"]
     with pytest.raises(UsageError, match="no study under"):
         find_study(tmp_path / "s", "s")
-
-
-def test_a_record_with_a_flipped_bit_is_not_shown(results, run):
-    store = Store(results / "results/store")
-    first = min(store.states())
-    (path,) = store.records_folder.glob(f"*/{first}*")
-    data = path.read_bytes()
-    path.write_bytes(data.replace(b'"tokens":4096', b'"tokens":4097'))
-    assert path.read_bytes() != data
-    run(ORCHESTRATOR, "show", first[:12]).assert_refused(first[:12], str(path.parent), "trains it again")

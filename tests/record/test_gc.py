@@ -12,12 +12,8 @@ from filelock import FileLock
 from in_process import ORCHESTRATOR
 
 from orchestrator.analyze.best_lanes import best_fingerprints
-from orchestrator.analyze.report import write_report
-from orchestrator.finetune.sources import base_store
 from orchestrator.record.adapters import list_adapters
 from orchestrator.record.gc import collect_garbage, find_garbage
-from orchestrator.record.parquet import write_parquet
-from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 
@@ -129,37 +125,6 @@ def test_old_temporary_files_of_every_writer_are_removed(store, tmp_path, make_r
     assert store.get(record.fingerprint).to_json() == record.to_json()
 
 
-@pytest.mark.parametrize("writer", ["report", "parquet", "record", "study", "pointer"])
-def test_files_of_a_writer_that_dies_before_its_rename_are_removed(store, tmp_path, make_record, writer):
-    output, record = tmp_path / "results", make_record(seed=1)
-    store.put(record)
-    write = {
-        "report": lambda: write_report(StudyFile("s", "", "python x"), [record], output / "s", ""),
-        "parquet": lambda: write_parquet(store),
-        "record": lambda: store.put(make_record(seed=2)),
-        "study": lambda: StudyFile("s", "", "").write(output / "s"),
-        "pointer": lambda: base_store.base_entries(store.bases).write_entry(
-            "hub-a--b", {"commit": "c"}, "commit"
-        ),
-    }[writer]
-    StudyFile("s", "", "").write(output / "s")
-    before = {path for path in output.rglob("*") if path.is_file()}
-    if (child := os.fork()) == 0:
-        os.replace = os.link = lambda *names: os._exit(0)
-        setattr(Path, "rename", lambda *names: os._exit(0))  # noqa: B010
-        write()
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0, "the writer has not renamed a file"
-    left = {path for path in output.rglob("*") if path.is_file()} - before
-    assert left, "the writer has left no temporary file"
-    for path in left:
-        _age(path, LONG_AGO)
-        _age(path.parent, LONG_AGO)
-    _collect(store, output)
-    assert not [path for path in left if path.exists()]
-    assert {path for path in output.rglob("*") if path.is_file()} == before
-
-
 def test_adapters_that_a_killed_driver_has_left_are_removed(store, tmp_path, make_record):
     """Those that `--save-adapters all` keeps stay, and so do those of a study that runs or goes on."""
     output = tmp_path / "results"
@@ -184,29 +149,6 @@ def test_adapters_that_a_killed_driver_has_left_are_removed(store, tmp_path, mak
     assert {path.stem for path in list_adapters(store, "all")} == set(names)
 
 
-def test_a_record_beside_a_final_one_is_removed(store, tmp_path, make_record):
-    """The writer died between writing the final record and removing the stopped record."""
-    store.put(make_record(seed=1, state="stopped"))
-    (stopped,) = store.records_folder.glob("*/*.stopped.json")
-    data = stopped.read_bytes()
-    store.put(make_record(seed=1))
-    stopped.write_bytes(data)
-    assert list(_collect(store, tmp_path / "results").values()) == [[stopped]]
-    assert list(store.states().values()) == ["finished"]
-
-
-def test_only_scratch_folders_of_dead_processes_on_this_host_are_removed(store, tmp_path):
-    host = os.uname().nodename
-    dead = _file(store.root / "scratch" / f"{host}-12-0123abcd" / "tune" / "x").parents[1]
-    lock = _file(dead.with_name(f"{dead.name}.lock"))
-    others = _file(store.root / "scratch" / "another-12-0123abcd" / "x").parent
-    stray = _file(store.root / "scratch" / f"{host}-foo" / "x").parent
-    with scratch_folder(store) as alive:
-        assert _collect(store, tmp_path / "results") == {"scratch folders of dead processes": [dead]}
-        there = [path.exists() for path in (dead, lock, alive, others, stray)]
-    assert there == [False, False, True, True, True]
-
-
 def test_the_command_prints_what_it_removes(run, store, make_record):
     record = make_record(seed=1)
     store.put(record)
@@ -216,22 +158,3 @@ def test_the_command_prints_what_it_removes(run, store, make_record):
     for option, said in [*expected, ("--no-dry-run", "no garbage\n")]:
         done = run(ORCHESTRATOR, "gc", option)
         assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
-    wrong = run(ORCHESTRATOR, "gc", "--older-than", "-1")
-    wrong.assert_refused("error: --older-than -1: must be 0 hours or more; the default is 1.\n")
-    run(ORCHESTRATOR, "gc", "--output", "elsewhere").assert_refused("no store here")
-
-
-def test_the_checkpoint_beside_a_damaged_record_stays(store, tmp_path, make_record):
-    """The damaged record counts as missing; the checkpoint and the stopped record beside it are needed."""
-    record = make_record(seed=1)
-    store.put(make_record(seed=1, state="stopped"))
-    (stopped,) = store.records_folder.glob("*/*.stopped.json")
-    data = stopped.read_bytes()
-    store.put(record)
-    stopped.write_bytes(data)
-    folder = _checkpoint(store, record.fingerprint)
-    (final,) = set(store.records_folder.glob("*/*.json")) - {stopped}
-    final.write_bytes(final.read_bytes().replace(b'"tokens":4096', b'"tokens":4097'))
-    _collect(Store(store.root), tmp_path / "results")
-    assert stopped.exists()
-    assert folder.exists()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow_runs import PROCESSES, runs_of, stop_at
-from mlflow_server import Server, empty_database, wait
+from mlflow_server import empty_database, wait
 
 from orchestrator.record.mlflow import MlflowTracker
 from orchestrator.record.schema import Evaluation, LaneProgress, Record
@@ -27,7 +25,6 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tracker import StudyEnd, TrackerWriter
 from orchestrator.record.tracking_uri import check_uri, default_uri, resolve_uri, study_uri
-from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:  # a spawned process imports this file, and would find the conftest.py of another folder
@@ -72,32 +69,6 @@ def history(uri: str, run: Run, key: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in MlflowClient(uri, uri).get_metric_history(run.info.run_id, key)]
 
 
-def test_a_run_has_the_content_of_its_record(uri: str, study: StudyFile, make_record: MakeRecord) -> None:
-    record = make_record(extra={"ratio": 16})
-    child = logged(uri, study, record)[record.fingerprint]
-    parent = runs_of(uri, study.name)[0]
-    assert (parent.info.status, parent.info.run_name) == ("FINISHED", study.name)
-    assert parent.data.tags["mlflow.note.content"] == study.question
-    assert (parent.data.tags["command"], parent.data.tags["commit"]) == ("python x.py", "abc")
-    assert (child.info.status, child.info.run_name) == ("FINISHED", "lora lr 0.001 seed 0")
-    assert (child.info.start_time, child.info.end_time) == (10**12, 10**12 + 4000)
-    expected = {
-        "variant": "lora",
-        "task": "letters",
-        "model": "letters-base",
-        "seed": "0",
-        "commit": "abc123",
-    }
-    assert {**expected, "state": "finished", "commit": "abc123"}.items() <= child.data.tags.items()
-    flat = record.configuration.to_columns()
-    assert child.data.params == {k: str(v) for k, v in flat.items() if v is not None}
-    ends = {"validation_score": 0.5, "test_score": 0.45, "untrained_validation_score": 0.1, "seconds": 2.5}
-    assert {**ends, "mean_validation_score": 0.5}.items() <= child.data.metrics.items()
-    assert next(iter(child.data.metrics)) == "validation_score", "which a comparison of runs shows"
-    assert history(uri, child, "train_loss") == [(s.step, s.loss) for s in record.curve]
-    assert [step for step, _ in history(uri, child, "validation_exact_match")] == [5, 10, 15, 20]
-
-
 def test_the_status_and_the_note_follow_from_the_state(
     uri: str, study: StudyFile, make_record: MakeRecord
 ) -> None:
@@ -111,15 +82,6 @@ def test_the_status_and_the_note_follow_from_the_state(
     losses = [value for _, value in history(uri, found["diverged"], "train_loss")]
     assert all(map(math.isfinite, losses[:-2]))
     assert all(map(math.isnan, losses[-2:])), "MLflow would plot infinity as 1.8e308"
-
-
-def test_logging_again_changes_nothing(uri: str, study: StudyFile, make_record: MakeRecord) -> None:
-    records = [make_record(seed=s) for s in range(3)]
-    before = logged(uri, study, *records)
-    after = logged(uri, study, *records)
-    assert {f: r.to_dictionary() for f, r in after.items()} == {
-        f: r.to_dictionary() for f, r in before.items()
-    }
 
 
 def test_a_newer_record_replaces_the_run(uri: str, study: StudyFile, make_record: MakeRecord) -> None:
@@ -222,32 +184,6 @@ def test_a_run_in_training_with_other_values_than_the_record_is_replaced(
     assert history(uri, run, "validation_exact_match")[0] == (5, 0.125)
 
 
-def _log(uri: str, study: StudyFile, record: Record, stopped: Event) -> None:
-    """Log a record, and halt in the middle of a transaction after a thousand metrics were written."""
-    stop_at("INSERT INTO metrics", 3, stopped)
-    started(uri, study).log_record(record, False)
-
-
-@pytest.mark.slow
-def test_an_incomplete_run_of_a_killed_driver_is_completed(
-    uri: str, study: StudyFile, make_record: MakeRecord
-) -> None:
-    record = make_record(steps=1000)  # its metrics take several calls
-    stopped = PROCESSES.Event()
-    process = PROCESSES.Process(target=_log, args=(uri, study, record, stopped))
-    process.start()
-    wait(lambda: stopped.is_set() or not process.is_alive(), "the driver does not log")
-    assert process.is_alive()
-    process.kill()
-    process.join()
-    (left,) = runs_of(uri, study.name)[1].values()
-    assert left.info.status == "RUNNING"
-    child = logged(uri, study, record)[record.fingerprint]
-    assert (child.info.run_id, child.info.status) == (left.info.run_id, "FINISHED")
-    for key in ("train_loss", "scheduled_learning_rate", "gradient_norm"):
-        assert [step for step, _ in history(uri, child, key)] == list(range(1, 1001))
-
-
 def test_two_runs_of_one_configuration_become_one(
     uri: str, study: StudyFile, make_record: MakeRecord
 ) -> None:
@@ -269,83 +205,6 @@ def test_a_deleted_experiment_comes_back(uri: str, study: StudyFile, make_record
 # -- a server whose answer is lost
 
 
-class Proxy(ThreadingHTTPServer):
-    """A server that forwards requests to `target`.
-
-    The next request whose path ends in `lose` gets no answer: `target` executes the request, and then the
-    connection is closed.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, target: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Pass)
-        self.target, self.lose, self.lost = target, "", 0
-        self.uri = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class _Pass(BaseHTTPRequestHandler):
-    server: Proxy
-
-    def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
-        kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
-        request = urllib.request.Request(self.server.target + self.path, body, kept, method=self.command)
-        try:
-            with urllib.request.urlopen(request, timeout=240) as answer:
-                status, content, kind = answer.status, answer.read(), answer.headers["Content-Type"]
-        except urllib.error.HTTPError as error:
-            status, content, kind = error.code, error.read(), error.headers["Content-Type"]
-        if self.server.lose and self.path.endswith(self.server.lose):
-            self.server.lose, self.server.lost = "", self.server.lost + 1
-            self.close_connection = True
-            return
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_POST = do_PUT = do_GET  # noqa: N815  # http.server calls these names.
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    proxy = Proxy(server.uri)
-    yield proxy
-    proxy.shutdown()
-    proxy.server_close()
-    server.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lose", ["runs/create", "runs/log-batch", "runs/update"])
-def test_a_lost_answer_makes_no_second_run(
-    proxy: Proxy, make_record: MakeRecord, lose: str, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "240")
-    records, study = [make_record(seed=0), make_record(seed=1)], StudyFile(f"lost {lose}", "", "x")
-    for record in records:
-        store.put(record)
-    writer = TrackerWriter(partial(MlflowTracker, proxy.uri), store, study, {})
-    wait(lambda: writer.view, "the study is not opened")
-    proxy.lost, proxy.lose = 0, lose
-    for record in records:
-        writer.put(record.fingerprint)
-    writer.begin_close(StudyEnd(), 240)
-    assert writer.wait_closed() == 0
-    assert proxy.lost == 1
-    parent, children = runs_of(proxy.target, study.name)
-    assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
-    assert set(children) == {record.fingerprint for record in records}
-
-
 # -- the thread
 
 
@@ -365,41 +224,6 @@ def states_of(uri: str, study: StudyFile) -> dict[str, str]:
     client = MlflowClient(uri, uri)
     runs = client.search_runs([client.get_experiment_by_name(study.name).experiment_id])
     return {run.data.tags.get("fingerprint", ""): run.info.status for run in runs}
-
-
-def test_lanes_in_training_appear_before_their_records_come(
-    uri: str, study: StudyFile, store: Store, make_record: MakeRecord, writer_of, monkeypatch
-) -> None:
-    monkeypatch.setattr(timeouts, "TRACKER_PROGRESS_DELAY_SECONDS", 0.1)
-    done, interrupted = make_record(seed=0), make_record(seed=1)
-    writer = writer_of(study)
-    wait(lambda: writer.view, "the study is not opened")
-    for record in (done, interrupted):
-        for progress in progress_of(record, 5):
-            writer.put_progress(progress)
-    names = (done.fingerprint, interrupted.fingerprint)
-    wait(lambda: states_of(uri, study).items() >= dict.fromkeys(names, "RUNNING").items(), "no lanes appear")
-    store.put(done)
-    writer.put(done.fingerprint)
-    wait(lambda: states_of(uri, study)[done.fingerprint] == "FINISHED", "the record is not logged")
-    assert close(writer, end=StudyEnd("KILLED", description="**Undecided:** more seeds.")) == 0
-    assert states_of(uri, study) == {names[0]: "FINISHED", names[1]: "KILLED", "": "KILLED"}
-    note = runs_of(uri, study.name)[0].data.tags["mlflow.note.content"]
-    assert "| **Undecided:** more seeds." in note
-
-
-def test_the_progress_of_a_lane_that_ends_soon_is_not_logged(
-    uri: str, study: StudyFile, store: Store, make_record: MakeRecord, writer_of, monkeypatch
-) -> None:
-    monkeypatch.setattr(timeouts, "TRACKER_PROGRESS_DELAY_SECONDS", 3600.0)
-    short, other = make_record(seed=0), make_record(seed=1)
-    writer = writer_of(study)
-    writer.put_progress(LaneProgress(short.configuration))
-    store.put(other)
-    writer.put(other.fingerprint)
-    wait(lambda: not writer.pending_count, "the record is not logged")
-    assert short.fingerprint not in states_of(uri, study)
-    assert close(writer) == 0
 
 
 def test_a_refused_record_does_not_delay_the_others(
@@ -486,14 +310,6 @@ def test_a_driver_killed_while_it_creates_the_database_leaves_none(tmp_path: Pat
     assert list(tmp_path.glob(".mlflow.db.new*"))
     assert not (tmp_path / "mlflow.db").exists()
     assert logged(uri, StudyFile("second", "", "")) == {}
-
-
-@pytest.mark.parametrize("uri", ["mlruns", "file:///data/mlruns", "sqlite://", "htp://host:5000", "http://"])
-def test_a_malformed_uri_is_refused_in_one_line(uri: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        check_uri(uri)
-    assert repr(uri) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:

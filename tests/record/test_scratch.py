@@ -82,12 +82,6 @@ def test_the_folder_of_a_running_driver_stays_even_if_no_process_has_its_number(
     assert scratch.is_in_use(folder)
 
 
-def test_two_scratch_folders_of_one_process_differ(store: Store) -> None:
-    with scratch.scratch_folder(store) as one, scratch.scratch_folder(store) as other:
-        assert one != other
-    assert folder_names(store) == []
-
-
 def test_folders_with_other_names_are_left_alone(store: Store) -> None:
     host = os.uname().nodename
     names = sorted([f"{host}-foo", f"{host}-", f"{host}-12-0123abcd.lock", "another-12-0123abcd", "notes"])

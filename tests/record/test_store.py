@@ -5,7 +5,6 @@ import logging
 import math
 import multiprocessing
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,16 +34,6 @@ def test_a_stored_record_is_read_unchanged_with_nan_and_infinities(store, make_r
     assert math.isnan(store.get(make_record(seed=1).fingerprint).curve[-1].loss)
 
 
-def test_the_first_final_record_stays(store, make_record):
-    first, second = make_record(state="finished"), make_record(state="diverged")
-    assert store.put(first)
-    assert not store.put(second)
-    assert not store.put(make_record(state="stopped"))
-    assert not store.put(make_record(state="failed"))
-    assert store.get(first.fingerprint).state == "finished"
-    assert [f.name for f in _file(store, first).parent.iterdir()] == [f"{first.fingerprint}.json"]
-
-
 def test_a_stopped_record_is_reusable_with_equal_settings_only(store, make_record):
     stopped = make_record(state="stopped")
     fingerprint = stopped.fingerprint
@@ -65,60 +54,11 @@ def test_a_stopped_record_is_not_reusable_without_early_stopping(store, make_rec
     assert store.get_reusable(make_record().fingerprint) is None
 
 
-def test_failures_are_counted_until_another_record_is_stored(store, make_record):
-    fingerprint = make_record().fingerprint
-    counts = [store.count_failures(fingerprint)]
-    for _ in range(3):
-        store.put(make_record(state="failed"))
-        counts.append(Store(store.root).count_failures(fingerprint))
-    assert counts == [0, 1, 2, 3]
-    store.put(make_record(state="stopped"))
-    assert store.count_failures(fingerprint) == 0
-    assert store.states() == {fingerprint: "stopped"}
-
-
-def test_states_and_records_agree(store, make_record):
-    expected = {}
-    for seed, state in enumerate(["finished", "diverged", "stopped", "failed"] * 3):
-        record = make_record(seed=seed, state=state)
-        store.put(record)
-        expected[record.fingerprint] = state
-    assert store.states() == expected
-    assert store.states() == expected  # The second call reads the states from memory.
-    assert {r.fingerprint: r.state for r in store.records()} == expected
-    assert [r.fingerprint for r in store.records()] == sorted(expected)
-
-
 def test_states_sees_changes_of_another_process(store, make_record):
     store.put(make_record(state="stopped"))
     assert list(store.states().values()) == ["stopped"]
     Store(store.root).put(make_record(state="finished"))
     assert list(store.states().values()) == ["finished"]
-
-
-def test_states_reads_the_head_of_a_record_and_only_once(store, make_record, caplog):
-    """The rest of a file is not parsed, and an unchanged file is not opened again."""
-    expected = {}
-    for seed, state in enumerate(("finished", "diverged", "stopped", "failed")):
-        record = make_record(seed=seed, state=state)
-        store.put(record)
-        expected[record.fingerprint] = state
-    files = [file for shard in store.records_folder.iterdir() for file in shard.iterdir()]
-    heads = {file: file.read_text().index('"configuration"') for file in files}
-    _overwrite(files, lambda file, text: text[: heads[file]] + "?" * (len(text) - heads[file] - 2) + "}\n")
-    assert store.states() == expected
-    _overwrite(files, lambda file, text: "?" * len(text))
-    assert store.states() == expected
-    assert not caplog.messages
-    assert Store(store.root).states() == {}, "a new store reads the files"
-
-
-def _overwrite(files: list[Path], change: Callable[[Path, str], str]) -> None:
-    """Replace the text of each file by a text of the same length, and keep the modification time."""
-    for file in files:
-        status = file.stat()
-        file.write_text(change(file, file.read_text()))
-        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _text_of(store: Store, record: Record) -> str:
@@ -191,15 +131,6 @@ def test_a_flipped_bit_never_changes_a_record(store, make_record, caplog):
     assert skipped > 0.9 * len(places)
 
 
-def test_a_damaged_record_does_not_keep_its_configuration_from_being_recorded(store, make_record):
-    record = make_record()
-    text = _text_of(store, record)
-    _file(store, record).write_text(text.replace('"steps":', '"steps":1', 1))
-    assert store.get_reusable(record.fingerprint) is None
-    assert store.put(record)
-    assert repr(store.get(record.fingerprint)) == repr(record)
-
-
 def test_find_by_prefix(store, make_record):
     made = [make_record(seed=seed) for seed in range(40)]
     for record in made:
@@ -215,19 +146,6 @@ def test_find_by_prefix(store, make_record):
         store.resolve_prefix("0" * 30)
     with pytest.raises(UsageError, match="hexadecimal"):
         store.resolve_prefix("lora")
-
-
-def test_an_unusable_folder_is_refused_in_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    for root in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/store")):
-        with pytest.raises(UsageError) as caught:
-            Store(root)
-        assert str(root) in str(caught.value)
-        assert "--store" in str(caught.value)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="no store here"):
-        Store(tmp_path / "nowhere", create=False)
-    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_full_disk_leaves_no_file(store, make_record, monkeypatch):
@@ -303,17 +221,3 @@ def test_a_record_under_the_name_of_another_state_is_skipped(store, make_record,
     assert f"does not have the name of a {state} record" in caplog.text
     assert again.put(make_record(state="diverged"))
     assert list(Store(store.root).states().values()) == ["diverged"]
-
-
-def test_a_record_in_the_folder_of_other_digits_is_skipped(store, make_record, caplog):
-    record = make_record()
-    store.put(record)
-    path = _file(store, record)
-    moved = path.parent.with_name("zz" if path.parent.name == "00" else "00")
-    if moved.name == "zz":
-        moved = path.parent.with_name("01")
-    path.parent.rename(moved)
-    again = Store(store.root)
-    assert again.states() == {}
-    assert again.get(record.fingerprint) is None
-    assert str(moved / path.name) in caplog.text

@@ -322,9 +322,3 @@ def test_a_tracker_whose_files_cannot_be_used_says_so_at_once_and_does_not_end_t
     assert (writer.pending_count, writers.mlflow.pending_count) == (1, 0)
     assert path in writer.error
     assert printed.empty(), "the line is printed once"
-
-
-def test_the_trackers_of_a_command_are_loaded():
-    assert load_trackers(["none"]) == {}
-    found = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
-    assert load_trackers(["tensorboard", "wandb"]) == found

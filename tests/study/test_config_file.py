@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -17,24 +16,6 @@ from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
 from orchestrator.study.config_file import read_config, write_config
 from orchestrator.study.option_words import given_values
 from variants import catalogue
-
-
-def test_a_file_that_cannot_be_read_is_refused(run: Run, tmp_path: Path) -> None:
-    run(SWEEP, "--config", "none.yaml").assert_refused("--config 'none.yaml'", "No such file")
-    (tmp_path / "study.yaml").write_bytes(b"rank: \xff")
-    run(SWEEP, "--config", "stuudy.yaml").assert_refused("Did you mean 'study.yaml'?")
-    run(SWEEP, "--config=study.yaml").assert_refused("study.yaml", "UTF-8")
-
-
-def test_a_file_that_can_be_read_once_is_named_in_later_errors(run: Run) -> None:
-    read_end, write_end = os.pipe()
-    os.write(write_end, b"dry_run: true\nvariants: [lora, pisa]\n")
-    os.close(write_end)
-    file = f"/dev/fd/{read_end}"
-    run(SWEEP, "--plan", "--config", file).assert_refused(
-        f"error: {file}, line 2: --variants: no variant 'pisa'"
-    )
-    os.close(read_end)
 
 
 def test_a_typed_value_replaces_that_of_the_file_and_is_not_blamed_on_it(run: Run, tmp_path: Path) -> None:

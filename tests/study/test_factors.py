@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from star_records import template
 
 from orchestrator.study import factors
@@ -19,7 +18,6 @@ from orchestrator.study.factors import (
     resweep_rates,
 )
 from orchestrator.study.space import HYPERPARAMETERS, apply_values
-from orchestrator.util.errors import UsageError
 
 OWN = {"lora_plus": {"ratio": 16.0}, "adalora": {"orthogonality": 0.5}, "relora": {"merges": 3}}
 
@@ -61,22 +59,6 @@ def test_a_setting_without_an_entry_is_varied_from_half_to_double() -> None:
     (factor,) = choose_factors(["adalora.orthogonality"], OWN)
     default = template("adalora", orthogonality=0.5)
     assert factor_levels(factor, default, 2) == (0.25, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["alhpa"], "no factor 'alhpa'. Did you mean 'alpha'?"),
-        (["pissa.svd"], "'pissa' is not in this study"),
-        (["learning_rate"], "name at least one"),
-        (["lora_plus.rate"], "Did you mean 'lora_plus.ratio'?"),
-    ],
-)
-def test_a_wrong_factor_is_refused_in_one_line(words: list[str], message: str) -> None:
-    with pytest.raises(UsageError, match="--factors") as refused:
-        choose_factors(words, OWN)
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
 
 
 def test_levels_are_multiples_of_the_default_and_whole_where_they_must_be() -> None:

@@ -43,13 +43,6 @@ def test_blocks_hold_one_variant_at_all_rates_and_first_seeds_come_first() -> No
     assert [block[0].seed for block in blocks] == [0, 0, 0, 1, 1, 1]
 
 
-def test_a_block_takes_as_many_seeds_as_fill_a_lane_group() -> None:
-    points = training_order(build_grid(TEMPLATES, (1e-3, 1e-2), range(4)), lanes_per_group=4)
-    first = points[:4]
-    assert len({c.variant.name for c in first}) == 1
-    assert {c.seed for c in first} == {0, 1}
-
-
 def test_a_block_is_whole_lane_groups_with_all_rates_of_its_seed() -> None:
     rates = tuple(10.0**-k for k in range(5))
     points = training_order(build_grid(TEMPLATES, rates, range(3)), lanes_per_group=4)
@@ -68,13 +61,3 @@ def test_the_training_order_has_all_configurations_and_does_not_depend_on_the_in
     ordered = training_order(some, lanes)
     assert sorted(c.fingerprint for c in ordered) == sorted(c.fingerprint for c in some)
     assert ordered == training_order(list(reversed(some)), lanes)
-
-
-def test_rates_are_shuffled_inside_a_block() -> None:
-    rates = tuple(10.0**-k for k in range(8))
-    first = [
-        c.optimizer.learning_rate
-        for c in training_order(build_grid(TEMPLATES[:1], rates, [0]), lanes_per_group=4)
-    ]
-    assert first != sorted(first)
-    assert first != sorted(first, reverse=True)

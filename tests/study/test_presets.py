@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli.arguments import find_value, parse_options
+from orchestrator.cli.arguments import parse_options
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
 from orchestrator.study.presets import (
@@ -142,17 +142,3 @@ def test_settings_of_variants_that_take_no_part_are_left_out() -> None:
         "lora_moe.balance=0",
         "lora_moe.alpha=32",
     ], "the preset's own value replaces that of the list of variants"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "found"),
-    [
-        (["--preset", "a"], "a"),
-        (["--seeds", "1", "--preset=b"], "b"),
-        (["--preset", "a", "--preset", "b"], "b"),
-        (["--seeds", "1"], None),
-        ([], None),
-    ],
-)
-def test_the_preset_is_found_in_a_command_line(arguments: list[str], found: str | None) -> None:
-    assert find_value(arguments, "--preset") == found

@@ -6,7 +6,6 @@ import math
 import random
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_grid import TEMPLATE
@@ -15,7 +14,6 @@ from orchestrator.study import space_parsing
 from orchestrator.study.configuration import Configuration, VariantChoice
 from orchestrator.study.space import HYPERPARAMETERS, Dimension, Value, apply_values
 from orchestrator.study.space_parsing import parse_space
-from orchestrator.util.errors import UsageError
 
 OWN: dict[str, dict[str, Value]] = {
     "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
@@ -90,15 +88,6 @@ def test_fixed_values_are_typed_by_the_setting() -> None:
     )
     assert found == {"relora.merges": 2, "weight_decay": 0.01, "pissa.shared": False, "pissa.svd": "fast"}
     assert isinstance(found["relora.merges"], int)
-
-
-def test_a_name_is_given_once() -> None:
-    with pytest.raises(UsageError, match="twice"):
-        parsed("rank=4,8", "rank=2,4")
-    with pytest.raises(UsageError, match="--set has fixed rank"):
-        parsed("rank=4,8", fixed=("rank",))
-    with pytest.raises(UsageError, match="twice"):
-        space_parsing.parse_fixed_values(["rank=4", "rank=8"], VARIANTS, own)
 
 
 SPECS = st.one_of(

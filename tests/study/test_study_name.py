@@ -25,14 +25,3 @@ def test_a_study_folder_may_be_beside_the_folders_of_a_store_but_not_inside_them
             study_name.resolve_study_folder(name, made.root, made.root)
     with pytest.raises(UsageError, match="one of the store's own"):
         study_name.resolve_study_folder(made.root.name, made.root.parent, made.root)
-
-
-def test_the_longest_name_leaves_room_for_the_suffix_of_a_stage(tmp_path: Path) -> None:
-    name = "x" * study_name.MAX_NAME_BYTES
-    study_name.check_name(name)
-    assert (
-        study_name.resolve_study_folder(f"{name}-confirm", tmp_path, tmp_path / "store").name
-        == f"{name}-confirm"
-    )
-    with pytest.raises(UsageError, match="1 to 200 bytes"):
-        study_name.check_name(f"{name}x")

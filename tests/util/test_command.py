@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from in_process import ORCHESTRATOR, SWEEP
 from terminal import CTRL_C, Terminal, hides_cursor
 
 LOOP = "while not done.wait(0.05): pass"
@@ -71,30 +69,6 @@ def test_the_first_signal_is_one_line_without_passwords_and_130(number):
     assert "pl4nted" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_inside_graceful_interrupts_the_work_ends_by_itself(number):
-    process = _start(
-        f"with graceful_interrupts(done.set):\n    started()\n    {LOOP}\nprint('tidied up')\nreturn 3"
-    )
-    process.send_signal(number)
-    assert _end(process) == (3, "tidied up\n", "")
-
-
-def test_another_thread_can_interrupt_work_that_does_not_end():
-    body = (
-        "from orchestrator.util.graceful_interrupts import interrupt_handler\n"
-        "interrupt_handler._wait_for_signal = lambda seconds: threading.Event().wait()\n"
-        "stop = lambda: threading.Thread(target=interrupt_main_thread).start()\n"
-        "try:\n    with graceful_interrupts(stop):\n"
-        "        started()\n        threading.Event().wait()\nfinally:\n    print('tidied up')"
-    )
-    process = _start(body)
-    process.send_signal(signal.SIGINT)
-    code, out, err = _end(process)
-    assert (code, out) == (130, "tidied up\n")
-    assert "Traceback" not in err
-
-
 def test_the_second_signal_ends_the_process_and_its_children_at_once():
     """The main thread may be in a long call of a library, during which Python runs no signal handler."""
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
@@ -109,14 +83,6 @@ def test_the_second_signal_ends_the_process_and_its_children_at_once():
     process.send_signal(signal.SIGINT)
     assert _end(process) == (130, "", "")
     assert not psutil.wait_procs([other], timeout=200)[1]
-
-
-def test_signal_handlers_of_a_library_are_replaced():
-    """The handler that `ray.init` installs for SIGTERM must not stay in place."""
-    body = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
-    process = _start(f"{body}with graceful_interrupts(done.set):\n    started()\n    {LOOP}\nreturn 4")
-    os.kill(process.pid, signal.SIGTERM)
-    assert _end(process)[0] == 4
 
 
 DROPPED = """
@@ -176,11 +142,6 @@ def test_a_closed_stdout_or_stderr_changes_no_exit_code(closed):
     assert done.stdout == ("said\n" if closed == "2>&-" else "")
 
 
-def test_a_study_error_is_one_line_and_exit_code_1():
-    process = _start("started()\nraise StudyError('no trainer')")
-    assert _end(process) == (1, "", "error: no trainer\n")
-
-
 # -- in a terminal -------------------------------------------------------------------------------------------
 
 LIVE = """
@@ -236,50 +197,3 @@ def test_a_second_ctrl_c_leaves_neither_live_line_nor_hidden_cursor(tmp_path):
     terminal.type(CTRL_C)
     assert terminal.end() == (130, ["started", "heard"])
     assert not hides_cursor(terminal.shown)
-
-
-def test_the_resume_command_is_not_on_the_live_line(tmp_path):
-    """Python has dropped the interrupt, so a thread other than the main thread ends the process."""
-    work = f"progress.refresh()\n{DROPPED}dropped.set()\n{LOOP}"
-    terminal = _in_a_terminal(tmp_path, f"with progress:\n{textwrap.indent(work, '    ')}")
-    terminal.wait_for("0/5 done")
-    terminal.type(CTRL_C)
-    code, lines = terminal.end()
-    assert (code, lines[-1]) == (130, f"interrupted; to go on: python {tmp_path}/x.py")
-    assert not [line for line in lines if "0/5 done" in line]
-    assert not hides_cursor(terminal.shown)
-
-
-WITHOUT_LIBRARIES = """
-import runpy, sys
-class Without:
-    def find_spec(self, name, path=None, target=None):
-        if name in {libraries}:
-            raise ImportError(name)
-sys.meta_path.insert(0, Without())
-sys.argv = {arguments}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-SLOW_LIBRARIES = ("numpy", "torch", "ray", "transformers", "mlflow", "pydantic", "pyarrow")
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments"),
-    [(SWEEP, ["--dry-run", "--plan"]), (ORCHESTRATOR, ["show", "ab"])],
-    ids=["study", "command"],
-)
-def test_a_terminal_shows_a_status_line_before_slow_imports(tmp_path, script, arguments):
-    """The line is printed before the first library is imported, and not with `--help`."""
-    program = tmp_path / "x.py"
-    libraries = (*SLOW_LIBRARIES, "tyro", "yaml")
-    program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), *arguments], libraries=libraries))
-    code, lines = Terminal(program).end()
-    assert lines[0].startswith("Reading ")
-    assert code != 0, "no library can be imported"
-    help_words = [str(script), "--help"]
-    program.write_text(WITHOUT_LIBRARIES.format(arguments=help_words, libraries=SLOW_LIBRARIES))
-    code, lines = Terminal(program).end()
-    assert code == 0
-    assert not [line for line in lines if line.startswith("Reading ")]
