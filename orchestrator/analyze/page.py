@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from orchestrator.analyze import formatting
-from orchestrator.analyze.interactive import plotly_bundle
+from orchestrator.analyze.interactive import plotly_style
 from orchestrator.analyze.report_parts import Picture, ReportData
 from orchestrator.analyze.sections.catalogue import SECTIONS
 from orchestrator.study.program_names import maintenance_program
@@ -56,8 +56,8 @@ def render_page(data: ReportData, pictures: Mapping[str, tuple[Picture, bytes]],
         pending=pending,
         program=maintenance_program(data.study.command),
         mlflow_ui_command=mlflow_ui_command(data.tracking_uri),
-        plotly=plotly_bundle.encoded_bundle() if figures else "",
-        figures=plotly_bundle.encode_figures(figures) if figures else "",
+        plotly=plotly_style.encoded_bundle() if figures else "",
+        figures=plotly_style.encode_figures(figures) if figures else "",
     )
 
 

@@ -1,4 +1,4 @@
-"""The parts that a report is made of: sections, and the pictures in them."""
+"""The parts that a report is made of: sections, the pictures in them, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from orchestrator.analyze.results import Summary
 from orchestrator.record.schema import Record
@@ -80,6 +83,26 @@ class Section:
     places each with its caption: `{% call m.picture("NAME") %}how to read it{% endcall %}`."""
     tables: Callable[[Summary], Sequence[RenderableType]] = field(default=_no_tables)
     """Function that returns the terminal's output for this section: texts, and tables of
-    `table_style.new_table`, at most 80 columns wide."""
+    `new_table`, at most 80 columns wide."""
     values: Callable[[ReportData], Mapping[str, Any]] = field(default=_no_values)
     """Function that returns further variables and functions for the template: name -> value."""
+
+
+def new_table(title: str, columns: Sequence[str]) -> Table:
+    """Return an empty table.
+
+    Args:
+        title: The line above the table: the task, the model, and what a row stands for.
+        columns: The headers, which may have several lines. The first column holds the labels of the rows. A
+            header that starts with "<" marks a column of text, which is aligned left and wrapped; the "<" is
+            not shown. The other columns hold numbers, which are aligned right and never wrapped.
+    """
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    first, *others = columns
+    table.add_column(first, overflow="fold", min_width=10, vertical="top")
+    for name in others:
+        if name.startswith("<"):
+            table.add_column(name[1:], overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    return table

@@ -8,15 +8,13 @@ from collections.abc import Iterable, Sequence
 from orchestrator.analyze import panels
 from orchestrator.analyze.caveats import panel_caveats, search_caveats
 from orchestrator.analyze.costs import Place, summarize_costs, summarize_time_use
-from orchestrator.analyze.curve_text import curve_verdict
+from orchestrator.analyze.curve_text import curve_verdict, panel_rate_verdict, search_verdict
 from orchestrator.analyze.factors.factor_summary import find_stars, summarize_factors
 from orchestrator.analyze.factors.factor_verdicts import factor_verdicts, factor_warnings
 from orchestrator.analyze.intervals import Estimate
-from orchestrator.analyze.panel_rate import panel_rate_verdict
 from orchestrator.analyze.published.published_selection import mark_published, select_published
 from orchestrator.analyze.results import Panel, Summary
 from orchestrator.analyze.run_labels import LABELS, label_runs
-from orchestrator.analyze.search_text import search_verdict
 from orchestrator.analyze.sensitivity import summarize_panels
 from orchestrator.analyze.tuned.task_comparison import compare_tuned
 from orchestrator.analyze.tuned.tuned_results import TunedComparison

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from synthetic import DIVERGED, record, study, summarize_curves
 
-from orchestrator.analyze.costs import known_axes, pareto_front
+from orchestrator.analyze.costs import pareto_front
 from orchestrator.analyze.sections.cost_section import time_use_text
 from orchestrator.record.schema import Cost, Record
 
@@ -51,14 +51,6 @@ def test_the_front_has_the_points_that_no_other_dominates() -> None:
             if any(d <= c and t >= s and (d, t) != (c, s) for d, t in zip(costs, scores, strict=True))
         }
         assert front == set(zip(costs, scores, strict=True)) - dominated
-
-
-def test_a_cost_that_is_unknown_of_one_variant_is_no_axis() -> None:
-    records = [costly(record("lora", 1e-3, 0, 0.9), 4.0, 0), costly(record("dora", 1e-3, 0, 0.9), 4.0)]
-    assert [field for field, _ in known_axes(summarize_curves(records).costs)] == [
-        "train_seconds",
-        "trainable_parameters",
-    ]
 
 
 def test_the_time_of_the_trainers_is_shown_by_kind() -> None:

@@ -38,11 +38,3 @@ def test_the_line_is_dashed_from_the_last_usable_rate_to_the_first_that_breaks_d
         ([1e-3, 3e-3], True),
         ([3e-3, 1e-2], False),
     ]
-
-
-def test_the_line_stops_at_a_rate_whose_runs_were_stopped_early() -> None:
-    records = [
-        record("lora", rate, 0, score) for rate, score in zip(RATES, (0.2, 0.3, 0.9, 0.8), strict=False)
-    ]
-    records[1] = record("lora", RATES[1], 0, 0.3, state="stopped")
-    assert drawn(panel_of(records).curves[0]) == [([3e-3, 1e-2], False)]

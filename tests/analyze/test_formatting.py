@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from orchestrator.analyze import formatting, number_format
+from orchestrator.analyze import formatting
 
 COMMAND = (
     "python experiments/lr_sensitivity.py --dry-run --variants lora pissa "
@@ -22,7 +22,7 @@ def test_rates_are_short_and_exact_rates_read_back_as_the_same_number() -> None:
 def test_a_level_just_below_one_is_not_printed_as_100_percent() -> None:
     levels = (0.95, 0.98333, 0.9995, 0.9997, 0.99999, 1.0, 0.0)
     expected = ["95 %", "98.3 %", "99.95 %", "99.97 %", "99.999 %", "100 %", "0 %"]
-    assert [number_format.percent(level) for level in levels] == expected
+    assert [formatting.percent(level) for level in levels] == expected
 
 
 def test_the_command_is_narrowed_and_other_options_stay() -> None:

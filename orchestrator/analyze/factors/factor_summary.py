@@ -13,7 +13,7 @@ from orchestrator.analyze.factors.factor_results import FactorStudy, TaskFactors
 from orchestrator.analyze.factors.rate_claim import ALPHA
 from orchestrator.analyze.factors.star_data import Star, collect_stars
 from orchestrator.analyze.run_labels import RunLabel
-from orchestrator.analyze.statistics.conjunction import largest_count
+from orchestrator.analyze.statistics.outcome import largest_count
 from orchestrator.analyze.tuned.tuned_results import CONTROLS
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import AnalysisSettings

@@ -1,4 +1,4 @@
-"""Layout and colors of the interactive figures.
+"""Layout and colors of the interactive figures, and their compressed text in a page that loads nothing.
 
 The page's script (`templates/page.js.jinja`) replaces the four colors below by the page's colors for light or
 dark mode. On a narrow page it merges `layout.meta["narrow"]` into the layout.
@@ -6,11 +6,16 @@ dark mode. On a narrow page it merges `layout.meta["narrow"]` into the layout.
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 from orchestrator.analyze import formatting
 from orchestrator.analyze.plots.style import MARKERS, CurveStyle
@@ -101,3 +106,24 @@ def menu(buttons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     font = {"size": 12, "color": INK}
     place = {"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
     return {"buttons": list(buttons), "bgcolor": PAPER, "bordercolor": LINE, "font": font, **place}
+
+
+@cache
+def encoded_bundle() -> str:
+    """Return plotly.js, which the installed package has, encoded by `encode`: 1.9 instead of 5 MB."""
+    return encode(get_plotlyjs())
+
+
+def encode_figures(figures: Mapping[str, Sequence[go.Figure]]) -> str:
+    """Return figures as a JSON object, encoded by `encode`.
+
+    Args:
+        figures: Name of a picture -> the interactive figures that replace it in the page.
+    """
+    data = {name: [json.loads(figure.to_json()) for figure in own] for name, own in figures.items()}
+    return encode(json.dumps(data, separators=(",", ":"), sort_keys=True))
+
+
+def encode(text: str) -> str:
+    """Compress a text with gzip and encode it in base 64, which `templates/page.js.jinja` decodes."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()

@@ -6,9 +6,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from orchestrator.analyze.formatting import percent, points, points_interval, rate
 from orchestrator.analyze.interactive import plotly_style
 from orchestrator.analyze.interactive.plotly_style import INK
-from orchestrator.analyze.number_format import percent, points, points_interval, rate
 from orchestrator.analyze.plots import style
 from orchestrator.analyze.plots.forest import MARGIN_COLOR, OUTCOME_COLORS, x_limits
 from orchestrator.analyze.tuned import tuned_text

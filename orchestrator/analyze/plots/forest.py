@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from orchestrator.analyze.formatting import percent, points, points_interval
 from orchestrator.analyze.intervals import Interval
-from orchestrator.analyze.number_format import percent, points, points_interval
 from orchestrator.analyze.plots import style
 from orchestrator.analyze.tuned import tuned_text
 from orchestrator.analyze.tuned.tuned_results import TaskComparison, TunedComparison, VariantRow

@@ -146,8 +146,8 @@ def _render_html(
 ) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from orchestrator.analyze.interactive import plotly_bundle
-    from orchestrator.analyze.published.published_figures import curve_figure
+    from orchestrator.analyze.interactive import plotly_style
+    from orchestrator.analyze.published.published_plots import curve_figure
 
     # jinja2.select_autoescape would skip these templates, whose names end in .jinja.
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
@@ -166,8 +166,8 @@ def _render_html(
             for name, content in pictures.items()
             if name.startswith("curves_") and name.endswith(".png")
         },
-        plotly=plotly_bundle.encoded_bundle(),
-        figures=plotly_bundle.encode_figures(figures),
+        plotly=plotly_style.encoded_bundle(),
+        figures=plotly_style.encode_figures(figures),
         program=INSTALLED_PROGRAM,
         reference=REFERENCE,
         rate=formatting.rate,

@@ -8,10 +8,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.analyze import formatting, number_format
-from orchestrator.analyze.report_parts import Picture, ReportData, Section
+from orchestrator.analyze import formatting
+from orchestrator.analyze.report_parts import Picture, ReportData, Section, new_table
 from orchestrator.analyze.results import Summary
-from orchestrator.analyze.table_style import new_table
 from orchestrator.analyze.tuned import tuned_text
 from orchestrator.analyze.tuned.tuned_results import TaskComparison, TunedComparison
 
@@ -42,9 +41,9 @@ def _pictures(data: ReportData) -> Sequence[Picture]:
 def _values(data: ReportData) -> Mapping[str, Any]:
     return {
         "text": tuned_text,
-        "points": number_format.points,
-        "points_interval": number_format.points_interval,
-        "percent": number_format.percent,
+        "points": formatting.points,
+        "points_interval": formatting.points_interval,
+        "percent": formatting.percent,
     }
 
 
@@ -64,7 +63,7 @@ def _task_table(task: TaskComparison) -> Table:
         "variant",
         "tuned\ntest score",
         f"minus\n{name}",
-        f"{number_format.percent(1 - task.alpha)}\ninterval",
+        f"{formatting.percent(1 - task.alpha)}\ninterval",
         "<outcome",
         f"{name}\nmatches or\nbeats it",
         "usable\ntunings",
@@ -74,8 +73,8 @@ def _task_table(task: TaskComparison) -> Table:
         table.add_row(
             row.variant,
             formatting.number(row.test.mean),
-            number_format.points(row.difference) if row.role != "baseline" else "",
-            number_format.points_interval(row.interval),
+            formatting.points(row.difference) if row.role != "baseline" else "",
+            formatting.points_interval(row.interval),
             tuned_text.outcome_text(row),
             "" if row.role == "baseline" else row.counts,
             tuned_text.share_text(row.usable),

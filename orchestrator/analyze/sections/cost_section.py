@@ -9,9 +9,8 @@ from rich.table import Table
 
 from orchestrator.analyze import formatting
 from orchestrator.analyze.costs import CostRow, known_axes, pareto_front, rows_by_title
-from orchestrator.analyze.report_parts import Picture, ReportData, Section
+from orchestrator.analyze.report_parts import Picture, ReportData, Section, new_table
 from orchestrator.analyze.results import Summary
-from orchestrator.analyze.table_style import new_table
 
 
 def _pictures(data: ReportData) -> Sequence[Picture]:

@@ -11,9 +11,8 @@ from rich.text import Text
 from orchestrator.analyze import curve_text, formatting
 from orchestrator.analyze.curve_lines import MAX_OVERLAID_CURVES
 from orchestrator.analyze.heatmap_cells import heat_map
-from orchestrator.analyze.report_parts import Picture, ReportData, Section
+from orchestrator.analyze.report_parts import Picture, ReportData, Section, new_table
 from orchestrator.analyze.results import Curve, Panel, Summary
-from orchestrator.analyze.table_style import new_table
 
 
 def _pictures(data: ReportData) -> Sequence[Picture]:

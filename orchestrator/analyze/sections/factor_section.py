@@ -10,9 +10,8 @@ from rich.text import Text
 
 from orchestrator.analyze.factors.factor_results import FactorEffect, TaskFactors, VariantFactors
 from orchestrator.analyze.factors.factor_verdicts import number, points
-from orchestrator.analyze.report_parts import Picture, ReportData, Section
+from orchestrator.analyze.report_parts import Picture, ReportData, Section, new_table
 from orchestrator.analyze.results import Summary
-from orchestrator.analyze.table_style import new_table
 
 LEGEND = (
     "Lost test score in points (0.01 of the score), means over seeds with 95 % intervals. Set blindly (A): "

@@ -8,9 +8,8 @@ from rich.table import Table
 
 from orchestrator.analyze import formatting
 from orchestrator.analyze.curve_text import NOTHING_LEARNED
-from orchestrator.analyze.report_parts import Picture, ReportData, Section
+from orchestrator.analyze.report_parts import Picture, ReportData, Section, new_table
 from orchestrator.analyze.results import Summary
-from orchestrator.analyze.table_style import new_table
 from orchestrator.analyze.tuning import SearchResult
 
 

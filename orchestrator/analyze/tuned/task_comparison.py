@@ -14,8 +14,12 @@ from numpy.typing import NDArray
 from orchestrator.analyze.run_labels import RunLabel
 from orchestrator.analyze.scores import count_items, item_results
 from orchestrator.analyze.statistics import planning
-from orchestrator.analyze.statistics.conjunction import largest_count, partial_conjunction_p_values
-from orchestrator.analyze.statistics.outcome import classify, counts_for_baseline
+from orchestrator.analyze.statistics.outcome import (
+    classify,
+    counts_for_baseline,
+    largest_count,
+    partial_conjunction_p_values,
+)
 from orchestrator.analyze.statistics.simultaneous import SimultaneousIntervals, compare_with_baseline
 from orchestrator.analyze.statistics.spending import level_of_look
 from orchestrator.analyze.statistics.usable import holm, usable_p_values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.analyze.number_format import points, rate
+from orchestrator.analyze.formatting import points, rate
 from orchestrator.analyze.statistics.usable import UsableShare
 from orchestrator.analyze.tuned.tuned_results import VariantRow
 from orchestrator.analyze.tuned.tunings import Tuning

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from orchestrator.analyze.formatting import percent, points, points_interval, rate
 from orchestrator.analyze.intervals import Interval
-from orchestrator.analyze.number_format import percent, points, points_interval, rate
 from orchestrator.analyze.tuned.tuned_results import (
     FixedRateComparison,
     FixedRateRow,

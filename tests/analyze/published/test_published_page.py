@@ -12,8 +12,7 @@ from synthetic import record
 
 from orchestrator.analyze.published.published_overlay import make_overlays
 from orchestrator.analyze.published.published_page import show_published
-from orchestrator.analyze.published.published_scores import TASKS, read_table, summarize_task
-from orchestrator.analyze.published.published_verdicts import published_verdicts
+from orchestrator.analyze.published.published_scores import TASKS, read_table
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -79,13 +78,6 @@ def test_summary_and_pictures_are_beside_the_page(page: Path) -> None:
     for stem in ("curves_gsm8k", "heat_map_gsm8k"):
         assert (page / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (page / f"{stem}.svg").read_text()
-
-
-def test_verdicts_follow_the_noise() -> None:
-    tasks = [summarize_task(read_table("gsm8k"), [noise]) for noise in (0.1, 3.0)]
-    quiet, noisy = (published_verdicts([task])[2].answer for task in tasks)
-    assert "better half on GSM8K." in quiet
-    assert "better half on no task." in noisy
 
 
 def test_an_own_study_is_drawn_by_published_name_in_points() -> None:

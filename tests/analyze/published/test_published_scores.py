@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from orchestrator.analyze.published.published_scores import TASKS, PublishedTask, read_table, summarize_task
-from orchestrator.util.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +97,3 @@ def test_the_loss_at_loras_best_rate_is_zero_for_lora_and_never_negative(
         pissa = table.variants.index("PiSSA")
         expected = table.scores[pissa].max() - table.scores[pissa, column]
         assert task.variant("PiSSA").loss_at_reference_rate == pytest.approx(expected)
-
-
-def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(UsageError, match=r"--task 'gsm8'.*gsm8k"):
-        read_table("gsm8")

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from orchestrator.analyze.statistics.conjunction import largest_count, partial_conjunction_p_values
-from orchestrator.analyze.statistics.outcome import classify, counts_for_baseline
+from orchestrator.analyze.statistics.outcome import (
+    classify,
+    counts_for_baseline,
+    largest_count,
+    partial_conjunction_p_values,
+)
 from orchestrator.analyze.statistics.peak import find_peak, is_resolved
 from orchestrator.analyze.statistics.score_bounds import DIFFERENCE_BOUNDS, SCORE_BOUNDS, cut_interval
 from orchestrator.analyze.statistics.usable import holm, usable_p_values, usable_share

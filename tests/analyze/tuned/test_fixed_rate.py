@@ -7,7 +7,7 @@ import pytest
 from synthetic import record, study
 from tuned_records import compare_one
 
-from orchestrator.analyze.panel_rate import compare_panel_at_fixed_rate, panel_rate_verdict
+from orchestrator.analyze.curve_text import compare_panel_at_fixed_rate, panel_rate_verdict
 from orchestrator.analyze.sensitivity import summarize_panels
 from orchestrator.analyze.tuned.fixed_rate import RateScores, compare_at_fixed_rate
 
