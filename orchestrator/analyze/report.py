@@ -42,6 +42,10 @@ def write_report(
     Raises:
         OSError: The folder cannot be written.
     """
+    # jinja2, matplotlib and plotly are not needed to read a summary.
+    from orchestrator.analyze.page import render_page
+    from orchestrator.analyze.plots import style
+
     study = replace(study, command=formatting.redact_secrets(study.command))
     records = panels.deduplicate_records(entitle(study, records))
     uri = formatting.redact_secrets(tracking_uri)
@@ -50,12 +54,10 @@ def write_report(
     files: dict[str, bytes] = {}
     pictures: dict[str, tuple[Picture, bytes]] = {}
     for picture in (picture for section in SECTIONS for picture in section.pictures(data)):
-        png, svg = _render(picture)
+        png, svg = style.render(picture.draw)
         files |= {f"{picture.name}.png": png, f"{picture.name}.svg": svg}
         pictures[picture.name] = (picture, png)
     files["summary.json"] = json.dumps(_summary_to_json(data, pending), indent=1, allow_nan=False).encode()
-    from orchestrator.analyze.page import render_page  # jinja2 is not needed to read a summary
-
     files["report.html"] = render_page(data, pictures, pending).encode()
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -63,12 +65,6 @@ def write_report(
     for name in set(PICTURE_FILES) - set(files):
         (folder / name).unlink(missing_ok=True)
     return data.summary
-
-
-def _render(picture: Picture) -> tuple[bytes, bytes]:
-    from orchestrator.analyze.plots import style
-
-    return style.render(picture.draw)
 
 
 def _summary_to_json(data: ReportData, pending: int) -> dict[str, Any]:

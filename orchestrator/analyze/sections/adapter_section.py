@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.analyze.best_lanes import best_lanes, sort_lanes
@@ -12,26 +11,17 @@ from orchestrator.record.schema import Record
 from orchestrator.study.own_commands import own_command
 
 
-@dataclass(frozen=True)
-class AdapterRow:
-    """The best lane of a variant on a task and a base model."""
-
-    record: Record
-    command: str
-    """The command that exports the lane."""
-
-
 def _values(data: ReportData) -> Mapping[str, Any]:
-    return {"adapters": adapter_rows(data)}
+    return {"adapters": _adapters(data)}
 
 
-def adapter_rows(data: ReportData) -> Sequence[AdapterRow]:
-    """Return the best lanes by task, in the order of `sort_lanes`."""
+def _adapters(data: ReportData) -> Sequence[tuple[Record, str]]:
+    """Return by task, in the order of `sort_lanes`, each best lane and the command that exports it."""
     records = {record.fingerprint: data.study.rename(record) for record in data.records}
     lanes = sort_lanes(best_lanes(data.study, data.records))
     lanes.sort(key=lambda item: item[0].task)
     return [
-        AdapterRow(
+        (
             records[lane.fingerprint],
             own_command(
                 ["export", data.study.name, lane.fingerprint[:12]],

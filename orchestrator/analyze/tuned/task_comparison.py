@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,6 @@ def _compare_task(
     alpha = level_of_look(seen, planned, comparisons=len(tunings) - 1)
     claim_alpha = level_of_look(seen, planned)
     rows, share_p, found = _compare_rows(tunings, {r.fingerprint: r for r in records}, settings, alpha)
-    claim = _claim(rows, found, share_p, claim_alpha)
     counted = [row for row in rows if row.role == "variant"]
     return TaskComparison(
         task=first.task.name,
@@ -131,56 +130,12 @@ def _compare_task(
         has_question_noise=all(row.question_error is not None for row in rows if row.interval is not None),
         rows=tuple(rows),
         counted=len(counted),
-        holds_at_least=claim.holds,
-        beaten_at_least=claim.beaten,
-        p_claim=claim.p_claim,
-        p_against=claim.p_against,
-        outcome=claim.outcome(claim_alpha),
+        **_test_claim(rows, found, share_p, claim_alpha),
         span=observed_span([rows[0], *counted]),
         expected_span=noise_span([rows[0], *counted]),
         fixed_rate=_fixed_rate(tunings, settings, alpha, {row.variant for row in counted}),
         missing=missing or left_out > 0 or len({len(own) for own in tunings.values()}) > 1,
     )
-
-
-@dataclass(frozen=True)
-class _Claim:
-    """The test of claim 2 on one task. The fields are described in `TaskComparison`."""
-
-    holds: int = 0
-    beaten: int = 0
-    p_claim: float | None = None
-    p_against: float | None = None
-
-    @classmethod
-    def from_p_values(cls, holds: NDArray[np.float64], beaten: NDArray[np.float64], alpha: float) -> _Claim:
-        """Return the partial conjunction tests over the counted variants.
-
-        The p values are not corrected for the number of variants. Each array has shape (counted variants,).
-
-        Args:
-            holds: P values of "the variant is better than the baseline by the margin or more".
-            beaten: P values of "the variant is not better than the baseline by more than the margin".
-            alpha: The type I error rate of this look.
-        """
-        count = len(holds)
-        if not count:
-            return cls()
-        more_than_half, at_least_half = count // 2 + 1, (count + 1) // 2
-        return cls(
-            largest_count(holds, alpha),
-            largest_count(beaten, alpha),
-            float(partial_conjunction_p_values(holds)[more_than_half - 1]),
-            float(partial_conjunction_p_values(beaten)[at_least_half - 1]),
-        )
-
-    def outcome(self, alpha: float) -> VerdictOutcome:
-        """Return the outcome at the error rate of this look; "descriptive" if no variant is counted."""
-        if self.p_claim is None or self.p_against is None:
-            return "descriptive"
-        if self.p_claim <= alpha:
-            return "supported"
-        return "refuted" if self.p_against <= alpha else "undecided"
 
 
 def _compare_rows(
@@ -321,19 +276,24 @@ def _is_usable_less_often(row: VariantRow, baseline: VariantRow) -> bool:
     return row.usable is not None and baseline.usable is not None and row.usable.share < baseline.usable.share
 
 
-def _claim(
+def _test_claim(
     rows: Sequence[VariantRow],
     found: SimultaneousIntervals,
     share_p: Mapping[str, float],
     alpha: float,
-) -> _Claim:
+) -> dict[str, Any]:
     """Test claim 2: the baseline is not inferior to more than half of the counted variants.
+
+    The partial conjunction tests are over p values that are not corrected for the number of variants.
 
     Args:
         rows: The rows of all variants, the baseline's first.
         found: The intervals of the variants, in the order of `share_p`.
         share_p: Variant -> p value of the test of equal shares of usable tunings, without correction.
         alpha: The type I error rate of this look.
+
+    Returns:
+        The fields of `TaskComparison` that describe the claim.
     """
     holds, beaten, others = [], [], list(share_p)
     for row in rows:
@@ -348,7 +308,19 @@ def _claim(
                 p_holds = share_p[row.variant]
         holds.append(p_holds)
         beaten.append(p_beaten)
-    return _Claim.from_p_values(np.array(holds), np.array(beaten), alpha)
+    p_claim = p_against = None
+    outcome: VerdictOutcome = "descriptive"
+    if holds:  # more than half of the variants for the claim, at least half against it
+        p_claim = float(partial_conjunction_p_values(np.array(holds))[len(holds) // 2])
+        p_against = float(partial_conjunction_p_values(np.array(beaten))[(len(beaten) - 1) // 2])
+        outcome = "supported" if p_claim <= alpha else "refuted" if p_against <= alpha else "undecided"
+    return {
+        "holds_at_least": largest_count(np.array(holds), alpha),
+        "beaten_at_least": largest_count(np.array(beaten), alpha),
+        "p_claim": p_claim,
+        "p_against": p_against,
+        "outcome": outcome,
+    }
 
 
 def _role(variant: str, settings: AnalysisSettings) -> Role:

@@ -329,3 +329,8 @@ def test_the_claim_over_several_tasks_corrects_for_their_number() -> None:
     assert (found.tasks_supported_at_least, found.tasks_refuted_at_least) == (2, 0)
     over, *_ = summarize(study_of(records), records).verdicts
     assert (over.scope, over.outcome) == ("2 tasks", "supported")
+
+
+def test_without_a_counted_variant_the_claim_is_descriptive() -> None:
+    found = compare_one(tuned_records({"lora": Truth(), "full": Truth(0.95)}, replicates=3))
+    assert (found.outcome, found.counted, found.holds_at_least, found.p_claim) == ("descriptive", 0, 0, None)
