@@ -12,9 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.study.config_file import ConfigFile, group_title, option_groups, read_config
+from orchestrator.study.config_file import (
+    ConfigFile,
+    given_values,
+    group_title,
+    option_groups,
+    option_words,
+    read_config,
+)
 from orchestrator.study.option_values import split_lists
-from orchestrator.study.option_words import given_values, option_words
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.presets import complete_options, preset_defaults
 from orchestrator.util.errors import UsageError

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from orchestrator.cli.export import Export
-from orchestrator.cli.store_location import StoreLocation
+from orchestrator.study.option_groups import default_output
+from orchestrator.study.study_name import DEFAULT_STORE_NAME
 from orchestrator.util.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreLocation:
+    """The options of a command that works on a store."""
+
+    output: Path = field(default_factory=default_output)
+    """Folder with a subfolder for each study. Default: ORCHESTRATOR_OUTPUT, else `results`."""
+    store: Path | None = None
+    """Folder of the records; by default OUTPUT/store."""
+
+    @property
+    def store_folder(self) -> Path:
+        """The folder of the store: --store, else `store` in the output folder."""
+        return self.store or self.output / DEFAULT_STORE_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +185,47 @@ class Check(StoreLocation):
         asked = {name: getattr(self, name) for name in ("trainers", "gpus_per_worker", "workers_per_trainer")}
         ResourceOptions(**asked).check_resources()
         return int(not check_machines(self.store_folder, **asked))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(StoreLocation):
+    """Export a trained lane of a study: an adapter in PEFT's format, or a merged plain model.
+
+    A variant without such an adapter, such as `full`, is merged, or written as exact tensors.
+    Without FINGERPRINT, the lane with the best validation score is exported, which `--save-adapters best`
+    keeps. A lane whose adapter was not kept is refused with the command that trains it with its adapter.
+    """
+
+    study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
+    """The study's name."""
+    fingerprint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[FINGERPRINT]")] = ""
+    """First digits of the fingerprint of a lane, in place of the best one."""
+    variant: str | None = None
+    """The best lane of this variant."""
+    task: str | None = None
+    """The best lane on this task; needed in a study of several tasks."""
+    merge: bool = False
+    """Write a plain model of transformers, with the adapter in its weights, in place of the adapter."""
+    raw: bool = False
+    """Write the exact tensors of the lane, which every variant has, for `variants.storage.load_lane`."""
+    to: Path | None = None
+    """The new folder. Default: VARIANT-FINGERPRINT in the folder `export` of the study's folder."""
+
+    def run(self) -> int:
+        """Export the lane and return the exit code."""
+        from rich.filesize import decimal
+
+        from orchestrator.export.export import export_lane
+        from orchestrator.export.lane_choice import LaneQuery
+        from orchestrator.record.store import Store
+
+        if self.merge and self.raw:
+            raise UsageError("--merge with --raw: an export has one form; leave one of them out.")
+        form: Literal["merged", "raw"] | None = "merged" if self.merge else "raw" if self.raw else None
+        query = LaneQuery(self.study, self.fingerprint, self.variant, self.task)
+        done = export_lane(Store(self.store_folder, create=False), self.output, query, form, self.to)
+        print(f"{shlex.quote(str(done.folder))}: {decimal(done.bytes)}; README.md says how to load it")
+        return 0
 
 
 COMMANDS: dict[str, type[Any]] = {

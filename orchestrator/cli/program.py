@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import orchestrator
 from orchestrator.util.errors import UsageError, suggest_nearest
-from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM, format_command
-from orchestrator.util.status_line import print_status
+from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM, format_command, print_status
 
 if TYPE_CHECKING:
     from orchestrator.study.config_file import ConfigFile

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.finetune.engine.lane_state import evaluation_steps
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import training_order
-from orchestrator.study.lr_schedule import warmup_steps
+from orchestrator.study.configuration import Configuration, warmup_steps
+from orchestrator.study.space import training_order
 
 REDUCTION_FACTOR = 4
 """Under ASHA, one lane in this many continues to the next rung; see docs/early_stopping.md."""

@@ -33,9 +33,9 @@ OPTIONS = FactorOptions
 def run(options: FactorOptions, request: StudyRequest) -> int:
     """Run the study, or print its plan, and return the exit code."""
     options.check_factors()
-    from orchestrator.launch.designs.star import make_star_design
     from orchestrator.launch.experiment import Experiment
     from orchestrator.launch.run_study import run_study
+    from orchestrator.launch.star import make_star_design
     from orchestrator.record.study_file import AnalysisSettings
 
     experiment = Experiment(

@@ -17,7 +17,7 @@ from orchestrator.record.schema import Record
 from orchestrator.record.show import change_options, narrow_command
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.own_commands import own_command
+from orchestrator.study.program_names import own_command
 from orchestrator.util import atomic_files
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError

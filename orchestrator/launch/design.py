@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from orchestrator.analyze.scores import finite_score
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import build_grid
 from orchestrator.study.rates import refine_rates
+from orchestrator.study.space import build_grid
 
 
 class Design(Protocol):

@@ -19,11 +19,9 @@ from orchestrator.launch import cost, reporting, training
 from orchestrator.launch.adapter_keeper import AdapterKeeper
 from orchestrator.launch.design import MakeDesign
 from orchestrator.launch.experiment import Experiment
-from orchestrator.launch.plan import print_plan, print_point_shortfall
-from orchestrator.launch.preset_plan import print_preset
-from orchestrator.launch.replaced_files import drop_replaced
+from orchestrator.launch.plan import print_plan, print_point_shortfall, print_preset
 from orchestrator.launch.study_context import StudyContext, resolve_study
-from orchestrator.launch.study_settings import fix_settings
+from orchestrator.launch.study_settings import drop_replaced, fix_settings
 from orchestrator.launch.work import StudyWork
 from orchestrator.record import scratch
 from orchestrator.record.adapters import lanes_of_others
@@ -34,9 +32,8 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import LOCK_FILE, AnalysisSettings, StudyFile
 from orchestrator.record.tracker import TrackerWriter, TrackerWriters
 from orchestrator.record.tracking_uri import configured_uri
-from orchestrator.study.config_file import write_config
+from orchestrator.study.config_file import given_values, write_config
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.option_words import given_values
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.program_names import program_of
 from orchestrator.util import atomic_files

@@ -24,9 +24,8 @@ from orchestrator.finetune.resolve.templates import (
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.launch.design import Design, DesignInput, FixedDesign, MakeDesign, grid_of
 from orchestrator.launch.experiment import Experiment
-from orchestrator.launch.replaced_files import find_other_files
-from orchestrator.launch.settled_records import SettledRecords
-from orchestrator.launch.work import StudyWork
+from orchestrator.launch.study_settings import find_other_files
+from orchestrator.launch.work import SettledRecords, StudyWork
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
 from orchestrator.record.tensorboard import TensorBoardTracker
@@ -35,7 +34,7 @@ from orchestrator.record.tracking_uri import resolve_uri
 from orchestrator.record.wandb import WandbTracker
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.own_commands import own_command
+from orchestrator.study.program_names import own_command
 from orchestrator.study.study_name import MAX_NAME_BYTES, default_study_name, nearest_valid_name
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
@@ -246,15 +245,11 @@ def _sources(templates: Sequence[Configuration]) -> list[Source]:
     for model in dict.fromkeys(template.model for template in templates):
         path = str(Path(model.name).resolve()) if Path(model.name).is_dir() else ""
         models.append(Source(model.content, model.name, path))
-    return [*models, *_own_files(templates)]
-
-
-def _own_files(templates: Sequence[Configuration]) -> list[Source]:
-    """Return those tasks and variants of configurations that are in users' files."""
     own_tasks = {t.task.content: (t.task, tasks.get(t.task.name)) for t in templates if t.task.content}
     own_variants = {t.variant.name for t in templates if t.variant.name.endswith(FILE_SUFFIX)}
     variants = [catalogue.get(name) for name in sorted(own_variants)]
     return [
+        *models,
         *(
             Source(content, t.name, t.source, getattr(t, "title", ""), choice.revision, tuple(t.warnings))
             for content, (choice, t) in own_tasks.items()

@@ -1,19 +1,23 @@
-"""Training of the pending configurations of a study, on a Ray cluster that is joined or started for it."""
+"""Training of the pending configurations of a study, on a Ray cluster that is joined or started for it.
+
+Points of a search and later stages of a design are added meanwhile.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.rungs import submission_order
-from orchestrator.launch.stages import LaterConfigurations
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.launch.study_context import StudyContext
-from orchestrator.launch.work import StudyWork, choose_lanes
+from orchestrator.launch.widening_grid import WideningGrid
+from orchestrator.launch.work import SettledRecords, StudyWork, choose_lanes
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.study_file import data_warnings
@@ -27,6 +31,73 @@ if TYPE_CHECKING:
     from orchestrator.execution.session_context import SessionContext
     from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.record.tracker import TrackerWriters
+
+
+@dataclass
+class LaterConfigurations:
+    """Registration of the configurations that are added after the training has started."""
+
+    context: StudyContext
+    work: StudyWork
+    writers: TrackerWriters
+    progress: Progress
+    on_configuration: Callable[[Configuration, bool], None]
+    """Called with every added configuration, and with True if the store has its result already."""
+    reused: set[str] = field(default_factory=set)
+    """Fingerprints of the added configurations whose result the store had already."""
+
+    def add(self, configuration: Configuration) -> None:
+        """Register an added configuration."""
+        is_reused = self.context.has_result(configuration)
+        if is_reused:
+            self.reused.add(configuration.fingerprint)
+            self.writers.mark_reused(configuration.fingerprint)
+            self.progress.cached += 1
+            if self.work.search is not None:  # a stage of a design is counted when it is complete
+                self.progress.max_steps -= configuration.lr_schedule.steps
+        self.on_configuration(configuration, is_reused)
+
+    def next_stage(self) -> list[Configuration]:
+        """Return the configurations of the design's next stage that have no result.
+
+        A stage whose configurations all have results is registered and skipped. All earlier configurations
+        must have ended.
+
+        Returns:
+            The configurations to train; an empty list ends the study.
+        """
+        while not self.context.budget.stop_reason:
+            named = self.context.request_next_stage(self.work)
+            if not named:
+                self.work.expected = 0
+                break
+            unnamed = self._count_unnamed_steps()
+            for configuration in named:
+                self.add(configuration)
+            self.progress.total = self.work.total
+            new = [c for c in named if c.fingerprint not in self.reused]
+            named_steps = sum(c.lr_schedule.steps for c in new)
+            self.progress.max_steps += named_steps + self._count_unnamed_steps() - unnamed
+            if new:
+                known = len(named) - len(new)
+                self.progress.notify(self._describe_stage(named, known))
+                store = self.context.store
+                prepare_datasets(new, store.bases, store.data, self.progress.notify)
+                return new
+        return []
+
+    def _describe_stage(self, named: Sequence[Configuration], num_known: int) -> str:
+        """Return a line that says how many configurations a stage has, and why they are trained."""
+        count = f"{len(named)} configurations more" + (f", {num_known} of them known" if num_known else "")
+        design, store = self.context.design, self.context.store
+        if not isinstance(design, WideningGrid):
+            return f"next stage: {count}"
+        reason = design.explain(named, SettledRecords(store, self.context.options.scheduler))
+        rates = ", ".join(f"{rate:g}" for rate in sorted({c.optimizer.learning_rate for c in named}))
+        return f"next stage: {reason}: {count} at {rates} (--widen 0 leaves them out)"
+
+    def _count_unnamed_steps(self) -> int:
+        return sum(c.lr_schedule.steps for c in self.work.unnamed(self.context.templates))
 
 
 def train_pending(
@@ -66,13 +137,27 @@ def train_pending(
         runtime.connect(close_writer) as cluster,
         graceful_interrupts(context.budget.request_stop),
     ):
+        # Imported after `connect`, which sets the environment variables that Tune reads when it is imported.
+        from orchestrator.execution.session_context import SessionContext
+
         pool_config = _plan_pool(context, work, cluster, scratch)
         for warning in data_warnings(context.sources()):
             progress.notify(f"! {warning}")
         progress.notify(_describe_pool(cluster, pool_config))
         began = time.monotonic()
-        session = _session_context(context, work, cluster, pool_config, scratch, progress, on_record)
-        session = replace(session, on_progress=writers.put_progress)
+        session = SessionContext(
+            scheduler=context.options.scheduler,
+            cluster=cluster,
+            pool=pool_config,
+            store=context.store,
+            scratch=scratch,
+            progress=progress,
+            budget=context.budget,
+            on_record=on_record,
+            on_progress=writers.put_progress,
+            cached={c.fingerprint for c in work.satisfied},
+            tune_per_seed=context.experiment.settings.kind == "replicates",
+        )
         steps = _run_session(context, work, session, later.next_stage)
         used = f", {context.budget.format_usage()}" if context.budget.gpus_per_trainer else ""
         progress.notify(f"{progress.describe_ended(time.monotonic() - began)}{used}")
@@ -88,7 +173,6 @@ def train_pending(
 
 def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster, scratch: Path) -> PoolConfig:
     """Check the cluster, and determine the number of trainers and their specification."""
-    # Imported after `connect`, which sets the environment variables that Tune reads when it is imported.
     from orchestrator.cluster.check import require_usable_cluster
     from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.execution.trainers.trainer import TrainerSpec
@@ -137,31 +221,6 @@ def _describe_pool(cluster: runtime.Cluster, pool_config: PoolConfig) -> str:
     each = f", {gpus:g} GPUs each" if gpus else ""
     lanes = f"{'up to ' if spec.measures_lanes else ''}{spec.lanes_per_trainer} lanes"
     return f"{where}: {pool_config.num_trainers} trainers of {lanes}{each}"
-
-
-def _session_context(
-    context: StudyContext,
-    work: StudyWork,
-    cluster: runtime.Cluster,
-    pool_config: PoolConfig,
-    scratch: Path,
-    progress: Progress,
-    on_record: Callable[[Record], None],
-) -> SessionContext:
-    from orchestrator.execution.session_context import SessionContext
-
-    return SessionContext(
-        scheduler=context.options.scheduler,
-        cluster=cluster,
-        pool=pool_config,
-        store=context.store,
-        scratch=scratch,
-        progress=progress,
-        budget=context.budget,
-        on_record=on_record,
-        cached={c.fingerprint for c in work.satisfied},
-        tune_per_seed=context.experiment.settings.kind == "replicates",
-    )
 
 
 def _run_session(

@@ -14,12 +14,12 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile, read_studies
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.factors import ALL, load_factors
-from orchestrator.study.own_commands import own_command
 from orchestrator.study.program_names import (
     CURVE_SCRIPT,
     FACTOR_SCRIPT,
     TUNED_SCRIPT,
     find_script,
+    own_command,
     replace_script,
 )
 from orchestrator.study.space import format_value, get_value

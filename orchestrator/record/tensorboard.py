@@ -15,7 +15,7 @@ from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tracker import LoggedRecords, StudyEnd, Tracker
 from orchestrator.study.configuration import Configuration
-from orchestrator.util.extras import require_package
+from orchestrator.util.errors import require_package
 from variants.variant_names import short_name
 
 if TYPE_CHECKING:

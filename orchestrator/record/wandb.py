@@ -18,8 +18,7 @@ from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tracker import LoggedRecords, StudyEnd, Tracker, describe_error
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
-from orchestrator.util.errors import UsageError
-from orchestrator.util.extras import require_package
+from orchestrator.util.errors import UsageError, require_package
 from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import yaml
 
 from orchestrator.study.option_values import convert, field_name
 from orchestrator.study.options import StudyOptions
+from orchestrator.study.presets import preset_defaults
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.redaction import redact_secrets
@@ -194,3 +195,37 @@ def _full_path(name: str, word: str) -> str:
         return with_full_path(word)
     may_be_path = name in PATH_OPTIONS or (name in CODE_OPTIONS and word.endswith(FILE_SUFFIX))
     return os.path.abspath(word) if may_be_path and os.path.exists(word) else word
+
+
+def given_values(options: StudyOptions, existing: Collection[str]) -> dict[str, Any]:
+    """Return the options that differ from their defaults: field -> value.
+
+    The defaults are those of the class, or those of the preset if one is chosen. An option that is None is
+    left out. A command with the result as its options has the same options.
+
+    Args:
+        options: The options.
+        existing: Names of this project's variants.
+    """
+    defaults = {each.name: getattr(type(options)(), each.name) for each in fields(options)}
+    if options.preset is not None:
+        defaults |= {**preset_defaults(options.preset, type(options), existing), "preset": None}
+    values = {each.name: getattr(options, each.name) for each in fields(options)}
+    return {name: value for name, value in values.items() if value is not None and value != defaults[name]}
+
+
+def option_words(values: Mapping[str, Any]) -> list[str]:
+    """Return options (field -> value) as words of a command: `--learning-rates 1e-4 1e-3`."""
+    words: list[str] = []
+    for name, value in values.items():
+        words.append(option_flag(name))
+        if isinstance(value, tuple):
+            words += map(str, value)
+        elif not isinstance(value, bool):
+            words.append(str(value))
+    return words
+
+
+def option_flag(name: str) -> str:
+    """Return the option of a field: `learning_rates` -> `--learning-rates`."""
+    return f"--{name.replace('_', '-')}"

@@ -10,13 +10,49 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from orchestrator.study.options import OPTION_OF_HYPERPARAMETER, StudyOptions, setting_key
-from orchestrator.study.published_variants import PUBLISHED_FOLDER, PublishedVariant, read_variants
 from orchestrator.study.rates import parse_learning_rates
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import canonical_name
+
+PUBLISHED_FOLDER = Path(__file__).parents[1] / "published"
+"""Folder of the published scores, `variants.toml` and the presets."""
+
+
+@dataclass(frozen=True)
+class PublishedVariant:
+    """One of the twenty variants of the published study."""
+
+    title: str
+    """The published name, for example LoRA+."""
+    name: str
+    """The name in this project, for example lora_plus. The variant may not exist in this project yet."""
+    set: tuple[str, ...]
+    """The published settings as NAME=VALUE words, without the name of the variant; may be empty."""
+    published: str
+    """The published settings in the paper's words."""
+    differs: tuple[str, ...]
+    """Differences of this project's variant from the published one, one sentence each."""
+
+
+@cache
+def read_variants() -> tuple[PublishedVariant, ...]:
+    """Return the variants of the published study."""
+    data = tomllib.loads((PUBLISHED_FOLDER / "variants.toml").read_text())
+    return tuple(
+        PublishedVariant(
+            title,
+            own["name"],
+            tuple(own.get("set", ())),
+            own["published"],
+            tuple(own.get("differs", ())),
+        )
+        for title, own in data.items()
+    )
+
 
 _PREFIX = "published-"
 

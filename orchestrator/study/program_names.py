@@ -6,10 +6,13 @@ A study is started as `lora-orchestrator study`, `python -m orchestrator study` 
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
+from orchestrator.study.option_groups import default_output
+from orchestrator.study.study_name import DEFAULT_STORE_NAME
 from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM
 
 MODULE_WORDS = ("python", "-m", "orchestrator")
@@ -75,3 +78,21 @@ def _program_place(words: Sequence[str]) -> int | None:
     else:
         return next((i for i, word in enumerate(words[:2]) if word.endswith(".py")), None)
     return place if len(words) > place and not words[place].startswith("-") else None
+
+
+def own_command(
+    words: Sequence[str], like: str, output: Path | None = None, store: Path | None = None
+) -> str:
+    """Return a command of this program, with the options for its output folder and store.
+
+    Args:
+        words: The subcommand and its arguments.
+        like: A command whose form is taken over: `lora-orchestrator ...` or `python ...`.
+        output: The output folder; it is left out if it is the default or None.
+        store: The store; it is left out if it is None or the default store of `output`.
+    """
+    output = output if output is not None else default_output()
+    folders = [] if output == default_output() else ["--output", str(output)]
+    if store is not None and os.path.realpath(store) != os.path.realpath(output / DEFAULT_STORE_NAME):
+        folders += ["--store", str(store)]
+    return f"{maintenance_program(like)} {shlex.join([*words, *folders])}"

@@ -7,6 +7,7 @@ reader notices a change that leaves valid JSON, such as another digit of a score
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.util.errors import StudyError, UsageError, describe_disk_error
 
@@ -320,3 +321,15 @@ def check_writable(folder: Path) -> None:
             f"store {folder}: must be a folder that can be written and has hard links "
             f"({error.strerror or error}); choose another --store or --output"
         ) from error
+
+
+def canonical_json(data: Any) -> bytes:
+    """Return the one spelling of a JSON value: sorted keys, no blanks.
+
+    Args:
+        data: A value of JSON's types.
+
+    Raises:
+        ValueError: The value contains NaN or an infinite number.
+    """
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 
 from variants.errors import suggest_nearest as suggest_nearest
 
@@ -62,3 +66,65 @@ def quote_value(value: str) -> str:
 def format_error(error: BaseException) -> str:
     """Return type and text of an error in one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra from the clone of this project.
+
+    The project is on no package index, so a package of this name there would be someone else's.
+
+    Args:
+        extra: Name of the extra in pyproject.toml, such as "wandb".
+    """
+    return f"in the clone of this project, pip install -c constraints.txt -e '.[{extra}]'"
+
+
+def require_package(user: str, package: str, extra: str, otherwise: str = "") -> None:
+    """Check that a package of an extra is installed, without importing it.
+
+    Args:
+        user: What needs the package, for the error: a model, a task, an option.
+        package: Name of the package, as it is imported.
+        extra: The extra that installs it.
+        otherwise: What to do without it, for the end of the error.
+
+    Raises:
+        UsageError: The package is not installed.
+    """
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:  # a folder of that name, such as W&B's, is no package
+        end = f"; {otherwise}" if otherwise else ""
+        raise UsageError(f"{user} needs {package}, which is not installed: {install_hint(extra)}{end}")
+
+
+@contextmanager
+def report_user_errors(name: str, action: str) -> Iterator[None]:
+    """Turn an error in a user's task file into a UsageError of one line.
+
+    This includes SystemExit and other BaseExceptions, because sys.exit in the file would end the study with
+    an exit code of its own. Errors of the project's own tasks are bugs and keep their tracebacks.
+
+    Args:
+        name: Path of the user's file; empty for a task of this project.
+        action: What failed, as a phrase that follows the name in the message.
+
+    Raises:
+        UsageError: The file raised anything but UsageError, StudyError or KeyboardInterrupt.
+    """
+    try:
+        yield
+    except (UsageError, StudyError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if not name:
+            raise
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name
+        ]
+        where = f" (line {lines[-1]})" if lines else ""
+        if isinstance(error, SystemExit):
+            problem = f"sys.exit({'' if error.code is None else error.code}) would end the study; take it out"
+        else:
+            problem = format_error(error)
+        kind = "Task file" if name.endswith(".py") else "Task"
+        raise UsageError(f"{kind} {name!r}{where} {action}: {problem}") from error

@@ -12,12 +12,39 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO, TypeGuard
 
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
-from orchestrator.util.status_line import CLEAR_LINE, is_terminal, print_on_own_line
+
+CLEAR_LINE = "\r\x1b[K"
+"""Control characters that clear the cursor's line on a terminal."""
+
+
+def print_status(text: str) -> None:
+    """Print on a terminal what the next seconds are spent on, before slow imports.
+
+    Nothing is printed where stderr is no terminal: a script that reads it finds errors only.
+    """
+    if is_terminal(sys.__stderr__):
+        print(text, file=sys.__stderr__, flush=True)
+
+
+def print_on_own_line(text: str) -> None:
+    """Print `text` on a line of its own.
+
+    On a terminal the line is cleared first: it may hold a typed ^C, or a study's live line. `sys.stderr` is
+    not used, because it is a file while a study trains.
+    """
+    clear = CLEAR_LINE if is_terminal(sys.__stderr__) else ""
+    print(f"{clear}{text}", file=sys.__stderr__, flush=True)
+
+
+def is_terminal(stream: TextIO | None) -> TypeGuard[TextIO]:
+    """Return whether `stream` is open and connected to a terminal."""
+    return stream is not None and not stream.closed and stream.isatty()
+
 
 EXIT_FAILED = 1
 """Exit code when something outside the command went wrong."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.util import atomic_files, timeouts
-from orchestrator.util.canonical_json import canonical_json
+from orchestrator.util.atomic_files import canonical_json
 from orchestrator.util.errors import UsageError, quote_value
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from rule import initial_tensors
 from torch import nn
 
-from orchestrator.util.extras import install_hint
+from orchestrator.util.errors import install_hint
 from variants import catalogue
 from variants.api import FrozenLayer, MergeError, UnsupportedError, Variant, VariantSettings
 from variants.attach import Adapters, attach

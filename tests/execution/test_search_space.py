@@ -26,9 +26,8 @@ from orchestrator.launch.work import StudyWork
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import build_grid
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.space import Space
+from orchestrator.study.space import Space, build_grid
 from orchestrator.util.errors import UsageError
 
 SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads=2)

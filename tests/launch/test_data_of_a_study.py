@@ -13,8 +13,8 @@ from test_own_files import EXPERIMENT, finished, mine, requested, resolve
 from untrained_base import base
 
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.launch.replaced_files import drop_replaced
 from orchestrator.launch.study_context import StudyContext, resolve_study
+from orchestrator.launch.study_settings import drop_replaced
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError

@@ -12,7 +12,7 @@ from points import configuration
 from synthetic import record
 
 from orchestrator.launch.design import DesignInput
-from orchestrator.launch.designs.replicates import ReplicatesDesign, grid_offset, shifted_grid
+from orchestrator.launch.replicated_tuning import ReplicatesDesign, grid_offset, shifted_grid
 from orchestrator.launch.run_study import drop_abandoned
 from orchestrator.launch.study_settings import fix_settings
 from orchestrator.record.store import Store

@@ -13,8 +13,7 @@ from in_process import SWEEP, Run
 
 from orchestrator.cli.arguments import parse_options
 from orchestrator.launch.script_options import ComparisonOptions, CurveOptions
-from orchestrator.study.config_file import read_config, write_config
-from orchestrator.study.option_words import given_values
+from orchestrator.study.config_file import given_values, read_config, write_config
 from variants import catalogue
 
 

@@ -16,7 +16,7 @@ from orchestrator.study.configuration import (
     TaskChoice,
     VariantChoice,
 )
-from orchestrator.util.canonical_json import canonical_json
+from orchestrator.util.atomic_files import canonical_json
 
 POINT = Configuration(
     VariantChoice("lora", alpha=16.0, extra={"svd": "exact"}),

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from orchestrator.study.configuration import LRSchedule
-from orchestrator.study.lr_schedule import lr_factor, warmup_steps
+from orchestrator.study.configuration import LRSchedule, lr_factor, warmup_steps
 
 schedules = st.builds(
     LRSchedule,

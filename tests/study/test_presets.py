@@ -15,9 +15,9 @@ from orchestrator.study.presets import (
     preset_names,
     published_words,
     read_preset,
+    read_variants,
     split_variants,
 )
-from orchestrator.study.published_variants import read_variants
 from variants import catalogue
 from variants.api import VariantSettings
 

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from peft import PeftType
 
-from orchestrator.study.published_variants import read_variants
+from orchestrator.study.presets import read_variants
 from variants import catalogue
 from variants.describe import describe
 from variants.peft_fields import REFUSED_TYPES

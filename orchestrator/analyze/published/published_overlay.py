@@ -14,7 +14,7 @@ from orchestrator.analyze.scores import finite_score
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import find_study
-from orchestrator.study.published_variants import read_variants
+from orchestrator.study.presets import read_variants
 from orchestrator.util.errors import UsageError
 
 IMAGE_TASKS = ("cars", "dtd", "eurosat", "gtsrb", "resisc45", "sun397", "svhn")

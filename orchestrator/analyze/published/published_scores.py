@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
-from orchestrator.study.published_variants import PUBLISHED_FOLDER
+from orchestrator.study.presets import PUBLISHED_FOLDER
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 SCORES_FILE = PUBLISHED_FOLDER / "scores.csv"

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.analyze.best_lanes import best_lanes, sort_lanes
 from orchestrator.analyze.report_parts import ReportData, Section
 from orchestrator.record.schema import Record
-from orchestrator.study.own_commands import own_command
+from orchestrator.study.program_names import own_command
 
 
 def _values(data: ReportData) -> Mapping[str, Any]:

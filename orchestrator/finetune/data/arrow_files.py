@@ -28,7 +28,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from orchestrator.util import atomic_files
-from orchestrator.util.canonical_json import canonical_json
+from orchestrator.util.atomic_files import canonical_json
 from orchestrator.util.errors import UsageError
 from orchestrator.util.keyed_folder import KeyedFolder
 

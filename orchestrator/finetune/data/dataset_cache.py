@@ -25,9 +25,9 @@ from orchestrator.finetune.data.batches import Row, compute_max_row_length, iter
 from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
 from orchestrator.finetune.tasks.examples import HELD_OUT_SPLITS
 from orchestrator.study.configuration import Configuration, TaskChoice
-from orchestrator.util import timeouts, user_code
-from orchestrator.util.canonical_json import canonical_json
-from orchestrator.util.errors import UsageError
+from orchestrator.util import timeouts
+from orchestrator.util.atomic_files import canonical_json
+from orchestrator.util.errors import UsageError, report_user_errors
 
 EXAMPLE_COLUMNS = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "reference": TEXT, "counts_in": TEXT}
 """The fields of `Example` in their order, except its image."""
@@ -151,7 +151,7 @@ def load_examples(
     def make_split(split: Split) -> Iterable[Mapping[str, Any]]:
         if not loaded:
             progress(f"{task.name}: reading the examples")
-            with user_code.report_user_errors(task.source, "gives no examples"):
+            with report_user_errors(task.source, "gives no examples"):
                 loaded.update(task.load(choice))
         if task.inputs == "image":
             return serialize_image_examples(loaded[split], task)

@@ -24,8 +24,7 @@ from orchestrator.finetune.engine.lane import variant_settings
 from orchestrator.finetune.evaluation.forward import compute_objective
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig
-from orchestrator.util.atomic_files import DamagedFileError
-from orchestrator.util.canonical_json import canonical_json
+from orchestrator.util.atomic_files import DamagedFileError, canonical_json
 from variants.api import CalibrationStatistic
 from variants.attach import Adapters, CalibrationTensors
 from variants.calibrate import calibrate

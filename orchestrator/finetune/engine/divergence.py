@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from orchestrator.study.configuration import DivergenceConfig, LRSchedule
-from orchestrator.study.lr_schedule import warmup_steps
+from orchestrator.study.configuration import DivergenceConfig, LRSchedule, warmup_steps
 
 
 class DivergenceDetector:

@@ -21,8 +21,7 @@ from orchestrator.finetune.engine.lane_state import TRANSITIONS, IllegalTransiti
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
 from orchestrator.record.run_values import select_live_steps
 from orchestrator.record.schema import TIME_FIELDS, Cost, Evaluation, ItemResults, StepMetrics
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.lr_schedule import lr_factor
+from orchestrator.study.configuration import Configuration, lr_factor
 from variants.api import VariantSettings
 
 if TYPE_CHECKING:

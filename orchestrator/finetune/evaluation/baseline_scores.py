@@ -29,7 +29,7 @@ from orchestrator.finetune.process_group import ProcessGroup, WorkerError, resul
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import atomic_files, timeouts
-from orchestrator.util.canonical_json import canonical_json
+from orchestrator.util.atomic_files import canonical_json
 
 Scores = Mapping[str, Mapping[str, float]]
 """The scores of each split, by name."""

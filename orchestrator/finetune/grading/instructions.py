@@ -13,8 +13,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from orchestrator.util.errors import UsageError
-from orchestrator.util.extras import install_hint
+from orchestrator.util.errors import UsageError, install_hint
 
 
 def grade(row: Mapping[str, Any], answer: str) -> float:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.finetune.failures import Fault, classify_error
-from orchestrator.util.errors import UsageError
-from orchestrator.util.extras import require_package
+from orchestrator.util.errors import UsageError, require_package
 
 FAMILIES = (
     "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "olmo3", "phi3", "qwen2",

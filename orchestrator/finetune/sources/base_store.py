@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from orchestrator.util.canonical_json import canonical_json
+from orchestrator.util.atomic_files import canonical_json
 from orchestrator.util.errors import UsageError
 from orchestrator.util.keyed_folder import KeyedFolder
 

@@ -20,8 +20,7 @@ from orchestrator.finetune.tasks.task_names import entry_points_by_name as entry
 from orchestrator.finetune.tasks.task_names import module_names
 from orchestrator.finetune.tasks.task_names import names as names
 from orchestrator.study.configuration import TaskChoice
-from orchestrator.util import user_code
-from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.util.errors import UsageError, report_user_errors, suggest_nearest
 from variants.variant_names import FILE_SUFFIX, check_own_imports
 
 
@@ -40,7 +39,7 @@ def load(name: str) -> Task:
     # Read again, although the code may be known: the task has cached its data, which may have changed.
     path = os.path.realpath(name)
     code = _read_code(path)
-    with user_code.report_user_errors(path, "does not import"):
+    with report_user_errors(path, "does not import"):
         check_own_imports(code, path)
     return register(_load_file(path, code))
 
@@ -136,13 +135,13 @@ def _read_code(path: str) -> str:
 
 
 def _load_file(path: str, code: str) -> Task:
-    with user_code.report_user_errors(path, "does not import"):
+    with report_user_errors(path, "does not import"):
         content = task_file.hash_code(code, path)
         module = ModuleType(f"orchestrator_user_task_{content}")
         module.__file__ = path
         sys.modules[module.__name__] = module  # dataclasses look up the module of a class
         exec(compile(code, path, "exec"), vars(module))
-    with user_code.report_user_errors(path, "cannot make its task"):
+    with report_user_errors(path, "cannot make its task"):
         task = _instantiate_task(module)
         task.name, task.source, task.code, task.content = os.path.basename(path), path, code, content
         user_task.check(task)
@@ -151,7 +150,7 @@ def _load_file(path: str, code: str) -> Task:
 
 def _load_entry_point(name: str) -> Task:
     entry = entry_points_by_name()[name]
-    with user_code.report_user_errors(entry.value, "cannot be loaded"):
+    with report_user_errors(entry.value, "cannot be loaded"):
         loaded = entry.load()
         if not (isinstance(loaded, type) and issubclass(loaded, Task)):
             raise UsageError(f"Task {name!r} ({entry.value}) is no subclass of Task.")

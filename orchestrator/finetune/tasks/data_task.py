@@ -18,7 +18,7 @@ from orchestrator.finetune.tasks.data_columns import Form
 from orchestrator.finetune.tasks.data_examples import PlacedExample
 from orchestrator.finetune.tasks.text_encoder import EncodedExample
 from orchestrator.study.configuration import TaskChoice
-from orchestrator.util.canonical_json import canonical_json
+from orchestrator.util.atomic_files import canonical_json
 from orchestrator.util.errors import UsageError
 
 Splits = Mapping[Split, Sequence[PlacedExample]]

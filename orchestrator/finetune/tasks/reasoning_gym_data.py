@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.util.extras import require_package
+from orchestrator.util.errors import require_package
 
 
 def create_dataset(name: str, size: int, **options: Any) -> Any:

@@ -11,8 +11,8 @@ from star_records import RATES, Surface, make_record, template
 
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.design import DesignInput
-from orchestrator.launch.designs.star import StarDesign, make_star_design
 from orchestrator.launch.script_options import FactorOptions
+from orchestrator.launch.star import StarDesign, make_star_design
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.factors import default_rate, resweep_rates

@@ -10,7 +10,7 @@ import pytest
 from synthetic import record
 
 from orchestrator.launch.design import DesignInput
-from orchestrator.launch.designs.widening_grid import WideningGrid
+from orchestrator.launch.widening_grid import WideningGrid
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions

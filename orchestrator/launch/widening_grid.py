@@ -10,8 +10,8 @@ from orchestrator.launch.design import DesignInput, grid_of, validation_scores
 from orchestrator.record.schema import Record
 from orchestrator.study.bounds import check_grid_size
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import build_grid
 from orchestrator.study.rates import round_rate
+from orchestrator.study.space import build_grid
 
 STEP_DECADES = 0.5
 """Decades by which a grid is extended at one end in one stage."""

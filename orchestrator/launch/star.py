@@ -32,12 +32,12 @@ from orchestrator.study.factors import (
     own_settings,
     resweep_rates,
 )
-from orchestrator.study.grid import build_grid
 from orchestrator.study.space import (
     HYPERPARAMETERS,
     VARIANT_HYPERPARAMETERS,
     Value,
     apply_values,
+    build_grid,
     format_value,
 )
 from orchestrator.util.errors import UsageError

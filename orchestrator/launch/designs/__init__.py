@@ -1,1 +1,0 @@
-"""Designs of single experiment scripts."""
