@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.cli.arguments import default_values, make_options, repeatable_command
 from orchestrator.experiments.catalogue import ExperimentCommand, experiments
 from orchestrator.launch.experiment import StudyRequest
-from orchestrator.study.config_file import option_flag, read_config
-from orchestrator.study.option_values import convert, field_name
+from orchestrator.study.config_file import convert, field_name, option_flag, read_config
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.program_names import script_name
 from orchestrator.util.errors import UsageError, suggest_nearest

@@ -19,8 +19,8 @@ from orchestrator.study.config_file import (
     option_groups,
     option_words,
     read_config,
+    split_lists,
 )
-from orchestrator.study.option_values import split_lists
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.presets import complete_options, preset_defaults
 from orchestrator.util.errors import UsageError

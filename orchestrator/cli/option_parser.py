@@ -23,8 +23,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from orchestrator.study.config_file import option_flag
-from orchestrator.study.option_values import convert
+from orchestrator.study.config_file import convert, option_flag
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 
 TEXT_METAVARS = {
