@@ -1,8 +1,8 @@
-"""The study of `makespan.py` as a hand-written loop with PEFT, as one would write it without this project.
+"""The study of `makespan.py` as a hand-written training loop with PEFT, without this project.
 
     python alternatives.py {processes,actors} STUDY.json SCORES.json --processes 2
 
-processes  plain processes without Ray: a pool that takes run after run
+processes  a pool of processes without Ray; each process trains one run after another
 actors     a Ray Tune class trainable with `reuse_actors`: each actor loads the base model once
 
 A study is a JSON file: the base model's folder, the tokenized rows of each split, and the runs. The data
@@ -190,12 +190,12 @@ def start_process(file: Path) -> None:
 
 
 def train_in_pool(run: Run) -> tuple[str, dict[str, float]]:
-    """Train a run. Returns its name and scores."""
+    """Train a run. Return its name and its scores."""
     return run.key, FineTune(_STATE["study"], _STATE["base"], run).train()
 
 
 def run_processes(options: argparse.Namespace) -> None:
-    """Train the study in plain processes: each process of a pool takes run after run."""
+    """Train the study in a pool of processes. Each process trains one run after another."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.processes, start_process, (options.study,)) as pool:
         scores = dict(pool.imap_unordered(train_in_pool, Study.read(options.study).runs))
@@ -203,11 +203,11 @@ def run_processes(options: argparse.Namespace) -> None:
 
 
 def make_trainable() -> type[Any]:
-    """Return the class trainable. Ray is imported here, because plain processes do without."""
+    """Return the class trainable. Ray is imported here, because `processes` does not need it."""
     from ray import tune
 
     class PeftTrainable(tune.Trainable):
-        """One run at a time; the base model stays in the process."""
+        """A trial of one run. The base model stays in the process for later runs."""
 
         def setup(self, config: dict[str, Any]) -> None:
             """Load the study and the base model, and begin the first run."""
@@ -223,7 +223,7 @@ def make_trainable() -> type[Any]:
             return True
 
         def step(self) -> dict[str, Any]:
-            """Train to the next evaluation. Returns its scores."""
+            """Train to the next evaluation. Return its scores."""
             scores: dict[str, Any] = self.fine_tune.train_to(next(self.evaluation_steps))
             return {**scores, "run": self.fine_tune.run.key, "done": self.fine_tune.step == self.study.steps}
 
@@ -244,7 +244,7 @@ def run_actors(options: argparse.Namespace) -> None:
         run_config=tune.RunConfig(
             storage_path=str(options.scores.parent.resolve() / "tune"),
             verbose=0,
-            # By default Tune saves class trainables at their end; this one would fail and lose its actor.
+            # By default Tune saves a class trainable at its end. This class cannot be saved, and would fail.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )

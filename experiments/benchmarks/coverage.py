@@ -45,9 +45,9 @@ def score_noise(noise: Noise, shape: tuple[int, int, int], generator: np.random.
     """Draw the noise of scores, with mean 0; the first variant is the baseline.
 
     Args:
-        noise: "equal": normal with standard deviation 1. "unequal": normal, with standard deviation 2 for one
-            variant, 3 for two and 1 for the others. "heavy tails": t with 3 degrees of freedom. "near
-            ceiling": the distance below a ceiling is exponential with mean 1.
+        noise: The distribution. "equal": normal, standard deviation 1. "unequal": normal, standard deviation
+            2 for one variant, 3 for two and 1 for the others. "heavy tails": t with 3 degrees of freedom.
+            "near ceiling": the distance below a ceiling is exponential with mean 1.
         shape: (studies, replicates, variants with the baseline).
         generator: The source of random numbers.
 
@@ -114,7 +114,7 @@ BATCH = 250
 """Number of studies in one array operation."""
 UNBOUNDED = (-np.inf, np.inf)
 ERROR, ERROR_AT_MOST, COVERAGE = (4.0, 6.0), (0.0, 6.0), (93.0, 97.0)
-"""The least and the largest percentage that is ok: of an error rate that should be exact, of one that may be
+"""The smallest and the largest allowed percentage: of an error rate that should be 5 %, of one that may be
 smaller, and of a coverage."""
 
 
@@ -126,9 +126,9 @@ class Row:
     case: str
     quantity: str
     percent: float
-    """The share of the studies in which the quantity occurred."""
+    """The percentage of the studies in which the quantity occurred."""
     limits: tuple[float, float]
-    """The least and the largest percentage that is ok."""
+    """The smallest and the largest allowed percentage."""
     studies: int
 
     @property
@@ -138,7 +138,7 @@ class Row:
 
 
 def _batches(studies: int) -> list[int]:
-    """Return the sizes of the batches into which the studies are divided."""
+    """Return the number of studies in each array operation."""
     return [min(BATCH, studies - start) for start in range(0, studies, BATCH)]
 
 
@@ -158,9 +158,9 @@ def _z(differences: Floats) -> Floats:
 def noise_rows(noise: Noise, n: int, count: int, studies: int, seed: int) -> list[Row]:
     """Measure the error for equal variants, and the coverage for variants that differ.
 
-    In half of the studies the variants differ by up to 1.5 standard errors in either direction, in the other
-    half by 20 times as much, so that all that differ are found to differ. If K is odd, the middle variant
-    equals the baseline.
+    In half of the studies the variants differ from the baseline by up to 1.5 standard errors in either
+    direction. In the other half they differ by 20 times as much, so that every difference is found. If K is
+    odd, the middle variant equals the baseline.
     """
     generator = np.random.default_rng(seed)
     error = missed = 0
@@ -179,7 +179,7 @@ def noise_rows(noise: Noise, n: int, count: int, studies: int, seed: int) -> lis
 
 
 def unusable_rows(share: float, n: int, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure verdicts and errors where a share of the runs is unusable, equally often for all variants."""
+    """Measure verdicts and errors if a share of the runs of every variant is unusable."""
     generator = np.random.default_rng(seed)
     verdicts = differs = shares = 0
     for _ in range(studies):
@@ -221,7 +221,7 @@ def tuning_rows(rates_per_decade: int, n: int, count: int, studies: int, seed: i
 
 
 def look_rows(step: int, count: int, studies: int, seed: int) -> list[Row]:
-    """Measure the error when `step` replicates are added until all is decided, with at most five looks."""
+    """Measure the error if `step` replicates are added until every outcome is decided, at most five times."""
     generator = np.random.default_rng(seed)
     looks = [step * (i + 1) for i in range(5)]
     levels = [level_of_look(looks[: i + 1], looks[-1], comparisons=count) for i in range(5)]
@@ -246,7 +246,7 @@ def look_rows(step: int, count: int, studies: int, seed: int) -> list[Row]:
 
 
 def factor_rows(noise: str, seeds: int, studies: int, seed: int) -> list[Row]:
-    """Measure the coverage of the losses of factors, and of their differences from the learning rate's."""
+    """Measure the coverage of each factor's losses, and of their differences from the learning rate's."""
     shares = interval_shares(ROWS[noise], seeds, studies, np.random.default_rng(seed))
     case = f"{noise}, {seeds} seeds"
     return [
@@ -256,7 +256,7 @@ def factor_rows(noise: str, seeds: int, studies: int, seed: int) -> list[Row]:
 
 
 def claim_rows(index: int, seeds: int, studies: int, seed: int) -> list[Row]:
-    """Measure the share of studies in which claim 1 has the outcome that a case of `claim_cases` counts."""
+    """Measure how often claim 1 has the outcome that a case of `claim_cases` counts."""
     case = claim_cases()[index]
     share = claim_share(case, seeds, studies, np.random.default_rng(seed))
     low, high = case.bounds
@@ -265,7 +265,7 @@ def claim_rows(index: int, seeds: int, studies: int, seed: int) -> list[Row]:
 
 
 RowFunction = Callable[..., list[Row]]
-"""A function that returns rows; its last arguments are `studies` and `seed`."""
+"""Function that returns rows of the table. Its last arguments are `studies` and `seed`."""
 CHEAP_FACTOR = 5
 """Rows that analyze many studies in one array operation simulate this many times as many studies."""
 Task = tuple[str, RowFunction, tuple[Any, ...], int]

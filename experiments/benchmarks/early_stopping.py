@@ -1,11 +1,11 @@
-"""Does early stopping choose the learning rates that the full grid chooses, and in how many steps?
+"""Compare early stopping with the full grid: the learning rates that they choose, and their optimizer steps.
 
     python experiments/benchmarks/early_stopping.py --output results-asha -- --dry-run --evaluations 10
     python experiments/benchmarks/early_stopping.py --output results-median --scheduler median -- --dry-run
 
-Two studies of the same grid are run in one store: the first with the scheduler; the second trains what was
-stopped to the end. The words after `--` are options of `lora-orchestrator study` and hold for both. The table
-has the rate that each chose for each variant, and the optimizer steps of the first as a share of the second.
+Two studies of the same grid run in one store. The first uses the scheduler. The second trains the stopped
+runs to the end. The words after `--` are options of `lora-orchestrator study` for both. The table has the
+learning rate that each study chooses for each variant, and the first study's share of the second's steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from orchestrator.util.command import main
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study has chosen, and what it has trained."""
+    """The learning rates that a study has chosen, and its optimizer steps."""
 
     rates: Mapping[str, float | None]
     """Variant and task -> the chosen learning rate; None if no run has a score."""
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def train(study: str, output: Path, words: Sequence[str]) -> None:
-    """Run a study with the command, and wait for its end."""
+    """Run `lora-orchestrator study`, and wait for its end."""
     command = [sys.executable, "-m", "orchestrator", "study", *words, "--study", study]
     subprocess.run([*command, "--widen", "0", "--output", str(output)], check=True)
 
@@ -77,7 +77,7 @@ def run() -> None:
     if options.output.exists():
         parser.error(f"--output {options.output}: it exists; what was trained before cannot be stopped early")
     train("early", options.output, [*options.words, "--scheduler", options.scheduler])
-    early = read_outcome("early", options.output)  # before its runs go on
+    early = read_outcome("early", options.output)  # before the second study continues the stopped runs
     train("full", options.output, options.words)
     full = read_outcome("full", options.output)
     if options.out is not None:

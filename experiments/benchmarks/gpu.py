@@ -1,4 +1,4 @@
-"""Measure on one GPU what training costs there; needs neither Ray nor a network.
+"""Measure time and memory of training on one GPU. Needs neither Ray nor a network.
 
     python experiments/benchmarks/gpu.py --out gpu.json                     Qwen3-0.6B, 1 to 8 lanes
     python experiments/benchmarks/gpu.py --model llama-3.1-8b --variants lora dora --lanes 1 2 --liger
@@ -8,10 +8,11 @@ Needs torch, transformers, PEFT and what pip installs with them, and this reposi
 needs liger-kernel. Weights and tokens are random; the rows have lengths like those of MetaMathQA. Each
 measurement is printed as one line of JSON, and --out is written again after every line:
 
-ceiling     the speed of a large product, and of a copy on the device
-throughput  optimizer steps of the default study (64 rows a lane): time, tokens and lane steps per second, the
-            share of the ceiling, the peak of the memory
-memory      lanes are doubled until memory runs out: the number that fits, and what stays allocated afterwards
+ceiling     speed of a large matrix product, and of a copy on the device
+throughput  optimizer steps of the default study (64 rows a lane): time, tokens and lane steps per second,
+            share of the ceiling, peak memory
+memory      the number of lanes that fit (it is doubled until memory runs out), and the memory that stays
+            allocated afterwards
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ from variants.api import Batching
 
 GIB = 2**30
 MAX_LANES = 512
-"""The most lanes that `memory` tries."""
+"""Largest number of lanes that `memory` tries."""
 
 
 @dataclass
 class Benchmark:
-    """A model on a device, and the measurements so far."""
+    """A model on a device, and the measurements made so far."""
 
     options: argparse.Namespace
     device: torch.device
     rows: list[dict[str, Any]] = field(default_factory=list)
     flops: float = 0.0
-    """FLOP per second of a large product."""
+    """FLOP per second of a large matrix product."""
 
     def __post_init__(self) -> None:
         options, is_gpu = self.options, self.device.type == "cuda"
@@ -65,7 +66,7 @@ class Benchmark:
         self.longest = 47 if options.tiny else 511
         self.examples = draw_rows(SHAPES[self.name].vocab_size, 16 if options.tiny else 2048, self.longest)
         self.size = StepSize(8, 1 if options.tiny else 8, self.longest + 1)
-        # bfloat16 is slow on CPUs, where this is a rehearsal.
+        # bfloat16 is slow on CPUs, which only rehearse the measurement.
         self.model = build_model(self.name, self.device, torch.bfloat16 if is_gpu else torch.float32)
         if options.liger:
             liger_kernels.apply_liger(self.model, self.name)
@@ -80,7 +81,7 @@ class Benchmark:
 
     @contextmanager
     def lanes(self, variant: str, count: int, size: StepSize) -> Iterator[Any]:
-        """Attach lanes to the model inside the context, and yield their group and them."""
+        """Attach lanes to the model inside the context, and yield (lane group, lanes)."""
         group, lanes = make_lanes(self.model, self.examples, variant, count, size, same_seed=True)
         if self.options.liger:
             group.base_model = replace(group.base_model, kernels="liger")
@@ -92,7 +93,7 @@ class Benchmark:
             free_device_memory(self.device)
 
     def seconds(self, work: Callable[[], object], repeats: int) -> float:
-        """Return the median time of `work` on the device, after two calls that do not count."""
+        """Return the median time of `work` in seconds, after two calls to warm up."""
         taken = []
         for _ in range(2 + repeats):
             synchronize(self.device)
@@ -103,7 +104,7 @@ class Benchmark:
         return statistics.median(taken[2:])
 
     def allocated(self, peak: bool = False) -> int:
-        """Return the bytes that are allocated on the GPU now, or were at most; 0 on a CPU."""
+        """Return the bytes that are allocated on the GPU now, or the peak so far; 0 on a CPU."""
         if self.device.type == "cpu":
             return 0
         return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(self.device)
@@ -117,7 +118,7 @@ class Benchmark:
         self.add("ceiling", tflops=round(self.flops / 1e12, 2), terabytes_per_s=round(copied / 1e12, 3))
 
     def measure_throughput(self, variant: str, count: int) -> None:
-        """Measure whole optimizer steps of some lanes."""
+        """Measure optimizer steps of `count` lanes."""
         what = {"variant": variant, "lanes": count}
         try:
             with self.lanes(variant, count, self.size) as (group, lanes):
@@ -143,7 +144,7 @@ class Benchmark:
         )
 
     def measure_memory(self, variant: str) -> None:
-        """Double the lanes of a micro-batch until memory runs out (on a GPU only).
+        """Measure how many lanes fit into memory. On a CPU, try at most two.
 
         Raises:
             RuntimeError: A step failed for another reason than a lack of memory.
@@ -159,7 +160,7 @@ class Benchmark:
         self.add("memory", variant=variant, lanes=fitting, ended_by=str(fault), kept_mib=round(kept, 1))
 
     def _find_fault(self, variant: str, count: int) -> Fault | None:
-        """Run a forward and a backward pass of some lanes; return the error's name, or None."""
+        """Run a forward and a backward pass of `count` lanes. Return the kind of error; None without one."""
         try:
             with self.lanes(variant, count, replace(self.size, accumulation=1)) as (group, lanes):
                 group.backward(lanes)

@@ -14,7 +14,7 @@ ours       experiments/lr_sensitivity.py, with its checkpoints, records, MLflow 
 actors     a Ray Tune class trainable with `reuse_actors`, the base model kept, PEFT, a hand-written loop
 processes  plain processes with PEFT, without Ray
 
-The alternatives write nothing but the last scores. --out keeps the rounds of earlier
+The alternatives write only the last scores. --out keeps the rounds of earlier
 calls, so a long comparison can be run in parts; the table has the medians of all of them.
 """
 

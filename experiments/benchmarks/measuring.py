@@ -1,7 +1,7 @@
-"""What the benchmarks share: paired timing, the conditions of a measurement, and its table.
+"""Functions that the benchmarks share: paired timing, the conditions of a measurement, Markdown tables.
 
-The sides of a comparison run in turn within one process, and ratios are taken per round. Torch is imported by
-the functions that need it, because some benchmarks do without.
+The sides of a comparison run in turn in one process, and ratios are computed per round. Only the functions
+that need torch import it, because some benchmarks run without it.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Options:
     output: Path = Path("scale")
     """Folder for the results and the studies' stores."""
     scheduler: str = "none"
-    """Early stopping: none, asha or median."""
+    """Early stopping: "none", "asha" or "median"."""
     nodes: int = 2
     """Nodes beside the head, with one fake GPU each; each GPU gets a trainer."""
 

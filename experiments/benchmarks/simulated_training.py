@@ -1,8 +1,8 @@
-"""The fine-tuning loop with an engine that trains nothing: losses and scores are synthetic curves.
+"""The fine-tuning loop with an engine that trains nothing. Losses and scores are synthetic curves.
 
-A trainer whose `TrainerSpec.train_loop` is `simulated_training:run` is a real one in every other respect: the
-loop's own code leases, evaluates, parks, spills, stops, checkpoints and records its lanes. `scale.py` uses it
-to measure what a study costs besides the training.
+A trainer whose `TrainerSpec.train_loop` is `simulated_training:run` differs from others in its engine only.
+It leases, evaluates, parks, spills, stops, checkpoints and records lanes by the same code. `scale.py` uses it
+to measure the cost of a study without training.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ SPLITS = ("validation", "test")
 UNTRAINED_LOSS = 2.5
 """Loss of the untrained synthetic model, in nats per token."""
 SECONDS_PER_STEP = 0.01
-"""Duration of a step of a lane group."""
+"""Duration of one step of a lane group."""
 LANES_PER_TRAINER = 4  # the number in a dry run on two cores
 
 
 @dataclass(frozen=True)
 class SimulatedCurve:
-    """The whole training of one configuration."""
+    """Losses and scores of the whole training of one configuration."""
 
     losses: Sequence[float]
     """Training loss of each step."""
@@ -61,8 +61,8 @@ class SimulatedCurve:
 def synthetic_curve(configuration: Configuration) -> SimulatedCurve:
     """Return a curve whose loss is a smooth function of the logarithm of the learning rate.
 
-    Each variant has a best rate of its own, each configuration its own noise. Above ten times the best rate,
-    the loss grows with every step, as in a training that diverges.
+    The variant determines the best learning rate, and the configuration determines the noise. Above ten times
+    the best rate, the loss grows with every step, as in a training that diverges.
     """
     best = -2.5 + int(hashlib.sha256(configuration.variant.name.encode()).hexdigest()[:4], 16) / 2**16
     log_distance = math.log10(configuration.optimizer.learning_rate) - best
@@ -232,7 +232,7 @@ def train_simulated(
 
     Args:
         configurations: The configurations of the study.
-        scheduler: The early stopping, or none.
+        scheduler: Early stopping: "none", "asha" or "median".
         cluster: The connected cluster.
         num_trainers: Number of trainers, each of one worker and `LANES_PER_TRAINER` lanes.
         gpus_per_worker: GPUs that Ray reserves for each worker.

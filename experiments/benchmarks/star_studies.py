@@ -1,7 +1,7 @@
 """Synthetic studies of factors with known truth, for `coverage.py`.
 
-The studies are star designs. A and B are a factor's losses when it is set blindly, and the same with the
-learning rate tuned again. The losses are computed by the functions that the report uses (`analyze/factors`).
+The studies are star designs. A is the score that is lost if a factor is set blindly. B is the score that is
+lost if the learning rate is then tuned again. The functions of the report (`analyze/factors`) compute both.
 
 The true score over the logarithm of the rate is a bell of height 0.9. Above a certain rate, the cliff, runs
 collapse to a score of 0. A factor lowers the top, shifts the bell, or does nothing. The score of a run has
@@ -65,7 +65,7 @@ PLANTED: Mapping[str, PlantedFactor] = {
     "dropout": PlantedFactor(ENDS, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
     "alpha": PlantedFactor(ENDS, (0.0, 0.0, 0.0), (0.6, 0.0, -0.6)),
 }
-"""Alpha acts like the learning rate."""
+"""Name -> factor. Alpha has the effect of another learning rate."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ ROWS: Mapping[str, Noise] = {
 
 
 def interval_shares(noise: Noise, seeds: int, studies: int, draw: np.random.Generator) -> dict[str, float]:
-    """Return the share of intervals that contain the true loss, over all factors, for each of `FIGURES`."""
+    """Return for each of `FIGURES` the share (0 to 1) of all intervals that contain the true loss."""
     surface = Surface(noise, draw=draw)
     covered: dict[str, list[bool]] = {figure: [] for figure in FIGURES}
     for _ in range(studies):
@@ -300,7 +300,7 @@ def claim_cases() -> list[ClaimCase]:
 
 
 def claim_share(case: ClaimCase, seeds: int, studies: int, draw: np.random.Generator) -> float:
-    """Return the share of studies with the counted outcome.
+    """Return the share (0 to 1) of studies with the outcome that a case counts.
 
     Args:
         case: The case.

@@ -265,12 +265,12 @@ def measure_memory(step: OurStep | PeftStep, device: torch.device) -> tuple[floa
 
 
 class LiveTensors(TorchDispatchMode):
-    """A context that follows the bytes of all live tensors of a CPU.
+    """A context that counts the bytes of all live CPU tensors: `now`, and the largest number so far, `peak`.
 
     Memory that an operator allocates inside its kernel is not counted.
 
     Args:
-        resident: Tensors that exist before the context, such as weights.
+        resident: Tensors that exist before the context, such as weights. They are counted.
     """
 
     def __init__(self, resident: Iterable[Tensor] = ()) -> None:

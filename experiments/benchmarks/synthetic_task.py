@@ -1,7 +1,7 @@
-"""Random models of known sizes, and lanes of the real training loop on random rows.
+"""Models with random weights, and lanes of the real training loop on random rows.
 
-No weights, data, tokenizer or store is needed. Uses `variants`, `orchestrator.finetune` and
-`orchestrator.study` only, so it runs where neither Ray nor MLflow is installed.
+No stored weights, data, tokenizer or store is needed. This module imports `variants`, `orchestrator.finetune`
+and `orchestrator.study` only, so it runs without Ray and MLflow.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def build_model(
 
     Args:
         name: A key of `SHAPES`.
-        device: The device; `meta` makes a model without values.
+        device: The device; `meta` for a model without values.
         dtype: The data type of the weights.
         layers: The number of decoder blocks; None for that of the shape.
     """

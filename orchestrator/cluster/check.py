@@ -1,6 +1,6 @@
-"""Checks of all nodes at once: `lora-orchestrator check`, and what a study asks before it trains.
+"""Checks of all nodes, for `lora-orchestrator check` and for the start of a study.
 
-A check returns the text of its line, or raises `UsageError` with value, rule and remedy.
+A check returns its line of output, or raises `UsageError` with value, rule and remedy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from variants.source_cache import source_digest
 
 T = TypeVar("T")
 MAX_LISTED = 3
-"""Items that a line names; of more items it gives the number."""
+"""Largest number of items that a line names. It only counts the others."""
 _SOURCES = (Path(__file__).parents[1], Path(__file__).parents[2] / "variants")
 _MAY_DIFFER = "cuda_driver"  # a head without a GPU has no driver
 _DRIVER_FILE = "driver"
@@ -32,18 +32,18 @@ _DRIVER_FILE = "driver"
 def check_machines(
     store_folder: Path, trainers: int | None, gpus_per_worker: float | None, workers_per_trainer: int
 ) -> bool:
-    """Print a line for each thing that a study needs from its machines. Trains nothing and leaves no files.
+    """Print one line for each check of the machines. Trains nothing and leaves no files.
 
-    Joins the running cluster; without one, looks at this machine and starts nothing.
+    Joins the running cluster. Without one, checks this machine and starts no Ray.
 
     Args:
         store_folder: The store of the study.
         trainers: Number of trainers; None for as many as fit.
-        gpus_per_worker: GPUs of each worker; None for what a study takes.
+        gpus_per_worker: GPUs of each worker; None for the default of a study.
         workers_per_trainer: Workers of each trainer.
 
     Returns:
-        Whether no check has failed.
+        True if all checks have passed.
 
     Raises:
         UsageError: The cluster cannot be joined.
@@ -55,7 +55,7 @@ def check_machines(
         if runtime.running_cluster_address() is None:
             return report("nodes", lambda: check_capacity(runtime.estimate_local_cluster(), *request))
         with runtime.connect() as cluster:
-            # Every check is run, whatever the others have found.
+            # A list, so that every check runs even if another has failed.
             return all(
                 [
                     report("nodes", lambda: check_capacity(cluster, *request)),
@@ -66,7 +66,7 @@ def check_machines(
 
 
 def report(name: str, check: Callable[[], str]) -> bool:
-    """Run a check and print its line. Returns whether it has passed."""
+    """Run a check and print its line. Return whether it has passed."""
     try:
         status, text = "ok", check()
     except (UsageError, OSError) as error:
@@ -105,8 +105,14 @@ def check_capacity(
     Args:
         cluster: The nodes that are running.
         trainers: Number of trainers; None for as many as fit.
-        gpus_per_worker: GPUs of each worker; None for one where nodes have GPUs or may be started with GPUs.
+        gpus_per_worker: GPUs of each worker; None for 1 if a node has GPUs or may be started with GPUs.
         workers_per_trainer: Workers of each trainer.
+
+    Returns:
+        The line of output: the nodes, and the number of trainers for which there is room.
+
+    Raises:
+        UsageError: There is room for no trainer, and the autoscaler can start no node for one.
     """
     startable = autoscaler.startable_node_types(cluster)
     if gpus_per_worker is None and any(kind.has_gpus for kind in startable):
@@ -134,7 +140,7 @@ def check_capacity(
 def node_versions() -> dict[str, str]:
     """Return the versions that must be equal on all nodes: package -> version.
 
-    torch's version is without its build (+cpu, +cu128): a head without a GPU may have another build.
+    torch's build (+cpu, +cu128) is left out, because a head without a GPU may have another one.
     """
     versions = dict(provenance.package_versions())
     versions.pop(_MAY_DIFFER, None)
@@ -143,7 +149,7 @@ def node_versions() -> dict[str, str]:
 
 
 def check_versions(cluster: Cluster) -> str:
-    """Check that every node has this machine's versions and sources: no result may depend on the node."""
+    """Check that every node has this machine's versions and sources. No result may depend on the node."""
     return compare_versions(node_versions(), call_on_nodes(cluster, node_versions))
 
 
@@ -165,7 +171,7 @@ def compare_versions(here: Mapping[str, str], there: Mapping[str, Mapping[str, s
 
 
 def check_storage(cluster: Cluster, store: Path) -> str:
-    """Let every node write a file into the store, and check that every node and the driver see all files."""
+    """Check that every node can write a file into the store, and that all nodes and the driver see it."""
     folder = store / f".check-{uuid.uuid4().hex}"
     folder.mkdir()
     try:
@@ -189,14 +195,14 @@ def check_storage(cluster: Cluster, store: Path) -> str:
 
 
 def write_node_file(folder: Path, name: str) -> str:
-    """Look for the driver's file, then write a file and link it like a record. Runs on a node.
+    """Find the driver's file, then write a file and link it as a record is linked. Runs on a node.
 
     Args:
         folder: The folder that the driver has created.
-        name: Name of the node's file.
+        name: Name of the file to write.
 
     Returns:
-        The fault of this node, in words that follow its name; empty if there is none.
+        The fault as a phrase that follows the node's name; empty if there is none.
     """
     if missing_files(folder, [_DRIVER_FILE]):
         return "does not see it"
@@ -209,9 +215,9 @@ def write_node_file(folder: Path, name: str) -> str:
 
 
 def missing_files(folder: Path, names: Sequence[str]) -> list[str]:
-    """Return the files that this machine does not see in time; each holds its own name.
+    """Wait for files whose content is their name. Return the names of those that do not appear in time.
 
-    Files are looked up by name, as records are: listings of a network file system may lag behind.
+    Files are opened by name, as records are, because listings of a network file system may be out of date.
     """
     deadline = time.monotonic() + timeouts.STORAGE_VISIBILITY_SECONDS
     while True:
@@ -237,13 +243,13 @@ def call_on_nodes(
     """Call a function on nodes at the same time, in a task that requests no CPU.
 
     Args:
-        cluster: The nodes. The address names a node, and its number as well if several share the address.
-        function: The function, of a module that the nodes can import.
-        arguments: Node -> arguments of the call.
-        nodes: Names of the nodes; None for all.
+        cluster: The nodes. A node's name is its address, with its id if another node has the same address.
+        function: The function, from a module that the nodes can import.
+        arguments: Function of a node's name that returns the arguments of its call.
+        nodes: Names of the nodes to call; None for all.
 
     Returns:
-        Node -> answer. Nodes that have left the cluster meanwhile are left out.
+        Name of a node -> result. Nodes that have left the cluster meanwhile are left out.
 
     Raises:
         UsageError: A node that Ray counts as alive does not answer.
@@ -254,7 +260,7 @@ def call_on_nodes(
     named: dict[str, str] = {}
     for node in cluster.nodes:
         named[f"{node.address}-{node.id[:8]}" if node.address in named else node.address] = node.id
-    # On a busy machine a process may die as it starts, which is no fault of the node: start it once more.
+    # On a busy machine a process may die while it starts, although the node is sound. Ray retries once.
     task = ray.remote(num_cpus=0, max_retries=1)(function)
     refs = {}
     for name in named if nodes is None else nodes:

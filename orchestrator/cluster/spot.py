@@ -1,11 +1,11 @@
-"""Drain this machine's Ray node when AWS announces that it will take the spot machine back.
+"""Drain this machine's Ray node when AWS announces that it will reclaim the spot machine.
 
     python -m orchestrator.cluster.spot
 
-Open-source Ray does not look for spot notices. The watcher asks the machine's metadata service every few
-seconds. After a notice, it makes Ray drain this machine's node with the seconds that are left: trainers there
-save their lanes and return them (docs/faults.md). On a machine that is not a spot machine there is never a
-notice. The watcher ends with the Ray that runs when it starts.
+Open-source Ray does not read spot notices. The watcher asks the machine's metadata service every few seconds.
+After a notice, it makes Ray drain this machine's node within the seconds that are left. The node's trainers
+save their lanes and return them (docs/faults.md). A machine that is no spot machine never gets a notice. The
+watcher ends when the raylet that it found at its start ends.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import psutil
 from orchestrator.util import timeouts
 
 SERVICE = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
-"""The metadata service, by the variable of AWS's own programs."""
-_open = build_opener(ProxyHandler({})).open  # a proxy would ask the service of its own machine
+"""Address of the metadata service. AWS's programs read the same variable."""
+_open = build_opener(ProxyHandler({})).open  # no proxy: it would ask the metadata service of its own machine
 
 
 def seconds_left() -> int | None:
     """Return the seconds until AWS ends this machine, at least 0; None without a notice.
 
-    A notice that cannot be read counts as one of the two minutes that AWS promises.
+    For a notice that cannot be parsed, return `SPOT_NOTICE_SECONDS`.
 
     Raises:
         OSError: The service does not answer as expected.
@@ -60,9 +60,9 @@ def seconds_left() -> int | None:
 
 
 def raylets() -> Iterator[tuple[psutil.Process, str, str]]:
-    """Yield the process, the id and the control store's address of each Ray node on this machine.
+    """Yield the raylet's process, the node id and the GCS address of each Ray node on this machine.
 
-    A command line is a faster and safer source than Ray itself on a machine that is about to end.
+    They are read from command lines, because a call of Ray may block on a machine that is about to end.
     """
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or [""]  # None for a process that has ended
@@ -72,7 +72,7 @@ def raylets() -> Iterator[tuple[psutil.Process, str, str]]:
 
 
 def drain(node_id: str, address: str, seconds: int) -> bool:
-    """Tell Ray that the node is about to end, and return whether Ray has accepted it."""
+    """Run `ray drain-node`, and return whether Ray has accepted the request."""
     command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address]
     command += ["--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", "spot machine", "--deadline-remaining-seconds", str(seconds)]

@@ -42,7 +42,7 @@ def last_rung(configuration: Configuration) -> int:
 def scheduler_settings(scheduler: str, configuration: Configuration) -> str:
     """Return the settings that a stopped record stores; empty without early stopping.
 
-    A stopped record answers a request only with equal settings.
+    A stopped record is reused only by a study with equal settings.
     """
     if scheduler == "none":
         return ""
@@ -64,8 +64,8 @@ def submission_order(
     The lanes of the first lane groups, one group for each trainer, are interleaved. The first trials then
     submit one lane of each group, so that each trainer begins with a group of its own.
 
-    Tune keeps no rungs between runs, so known results are replayed. They come first, so that they count from
-    the first decision on.
+    Tune keeps no rungs between runs, so known results are replayed. They are submitted first, so that the
+    first decision takes them into account.
 
     Args:
         scheduler: The study's early stopping, or "none".

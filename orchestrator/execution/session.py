@@ -35,7 +35,7 @@ MAX_TRIAL_FAILURES = 20
 
 
 class LaneTrainable(tune.Trainable):
-    """The class that Tune requires in the driver; trial processes run `LaneTrial` in its place."""
+    """The trainable class that Tune requires in the driver. Trial processes run `LaneTrial` instead."""
 
 
 def train(

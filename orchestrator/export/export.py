@@ -1,4 +1,4 @@
-"""Export of one lane of a study to a folder: choose it, load its adapter, convert it, describe it."""
+"""Export of one lane of a study: choose the lane, load its adapter, write it in a form, describe it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Export:
     folder: Path
     form: Form
     record: Record
-    """The record of the lane, as the store has it."""
+    """The record of the lane."""
 
     @property
     def bytes(self) -> int:
@@ -55,7 +55,7 @@ class Export:
 
 @dataclass(frozen=True)
 class _Lane:
-    """A lane in memory: its task and variant, and its adapter on the base model."""
+    """A lane in memory, with its adapter attached to the base model."""
 
     configuration: Configuration
     task: Task
@@ -72,20 +72,20 @@ def export_lane(
     folder: Path | None = None,
     notify: Callable[[str], None] = print,
 ) -> Export:
-    """Export a lane of a study; an export that is there already is left as it is.
+    """Export a lane of a study. An export that exists is not written again.
 
     Args:
         store: The store, which is only read.
         output: The output folder with the studies' folders.
         query: The study, and the lane in it.
-        form: The form; None for the first one that the variant has: PEFT's format, a merged model, exact
-            tensors.
+        form: The form; None for the first one that the variant supports: an adapter in PEFT's format, a
+            merged model, the exact tensors.
         folder: The folder to write; None for `export/VARIANT-FINGERPRINT` in the study's folder.
-        notify: Called with one line for each part of the work.
+        notify: Called with one line of text about the lane, and one if no adapter can be written.
 
     Raises:
-        UsageError: There is no such lane, its adapter was not kept or is damaged, the form or the folder is
-            not possible, or the base model is missing or has changed.
+        UsageError: There is no such lane, its adapter was not kept or is damaged, the form is not possible,
+            the folder cannot be used, or the base model is missing or has changed.
         OSError: The folder cannot be written.
     """
     chosen = choose_lane(store, output, query)
@@ -106,10 +106,10 @@ def export_lane(
 
 
 def _find_code(configuration: Configuration, store: Store) -> tuple[Task, Variant]:
-    """Return the task and the variant; those of a user's files come from the store.
+    """Return the task and the variant of a configuration. The store has those of a user's files.
 
     Raises:
-        UsageError: One is not here, or is another version than that of the configuration.
+        UsageError: One is missing, or its version is not that of the configuration.
     """
     from orchestrator.finetune.engine.engine import check_versions
     from orchestrator.finetune.sources import own_variants
@@ -127,7 +127,7 @@ def _find_code(configuration: Configuration, store: Store) -> tuple[Task, Varian
 
 
 def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callable[[str], None]) -> Form:
-    """Return the form of an export. If the user named no form and it is no adapter, report the reason.
+    """Return the form of an export. If no form was requested and no adapter is possible, report the reason.
 
     Raises:
         UsageError: The variant cannot be merged; the message names a form that is possible.
@@ -146,10 +146,10 @@ def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callabl
 
 
 def _is_present(folder: Path, mark: dict[str, str]) -> bool:
-    """Return whether a folder has this export already.
+    """Return whether a folder has this export.
 
     Raises:
-        UsageError: It has something else, or it cannot be made.
+        UsageError: The folder has something else, or cannot be created.
     """
     try:
         if folder.exists() or folder.is_symlink():
@@ -171,7 +171,7 @@ def _adapter_of(store: Store, output: Path, chosen: ChosenLane) -> Path:
     """Return the file with the adapter of a lane.
 
     Raises:
-        UsageError: It was not kept; the message has the command that trains the lane with its adapter.
+        UsageError: The adapter was not kept. The message has the command that trains the lane again.
     """
     if (file := find_adapter(store, chosen.record.fingerprint)) is not None:
         return file
@@ -189,10 +189,10 @@ def _adapter_of(store: Store, output: Path, chosen: ChosenLane) -> Path:
 def _load_lane(
     store: Store, configuration: Configuration, task: Task, variant: Variant, adapter: Path
 ) -> _Lane:
-    """Load the base model of a lane on the CPU, and add the adapter in a file.
+    """Load the base model of a lane on the CPU, and attach the adapter in the file `adapter`.
 
     Raises:
-        UsageError: The base model is missing or has changed, or the file is damaged or was just removed.
+        UsageError: The base model is missing or has changed, or the file is damaged or was removed meanwhile.
     """
     from orchestrator.finetune.engine import adapter_file
     from orchestrator.finetune.engine.lane import variant_settings
@@ -215,7 +215,7 @@ def _write(store: Store, chosen: ChosenLane, lane: _Lane, folder: Path, mark: di
     """Write an export to a temporary folder beside `folder`, and rename it when it is complete.
 
     Raises:
-        UsageError: The lane cannot be written in this form, or another process has made the folder.
+        UsageError: The lane cannot be written in this form, or another process has created the folder.
         OSError: The folder cannot be written.
     """
     from variants.errors import MergeError, UnsupportedError

@@ -1,6 +1,6 @@
 """The model card of an export: README.md with the metadata of the Hugging Face hub.
 
-The Python lines of a card run as they are, once FOLDER, INPUT, SECOND INPUT and FILE are replaced.
+The Python code of a card runs after its reader has replaced FOLDER, INPUT, SECOND INPUT and FILE.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 Form = Literal["peft", "merged", "raw"]
 """The forms of an export: an adapter of PEFT, a plain model of transformers, or the exact tensors."""
 InputForm = Literal["text", "pair", "chat", "lines"]
-"""The form of a lane's inputs. "text": single texts, or unknown, because a user's own task may have pairs.
-"pair": pairs of texts. "chat": chats in the tokenizer's chat template. "lines": chats written as lines,
-because the tokenizer has no template."""
+"""The form of a lane's inputs. "text": single texts, or those of a user's task, which may be pairs. "pair":
+pairs of texts. "chat": chats in the tokenizer's chat template. "lines": chats as lines of text, because the
+tokenizer has no chat template."""
 _PIPELINES = {"text": "text-classification", "image": "image-classification"}
 _LEFT_OUT = ("variant", "task", "model", "model_content", "dtype", "seed", "task_revision", "task_content")
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Facts on an export that its model card states besides the study's results."""
+    """Facts about an export that its model card states besides the study's results."""
 
     form: Form
     base: str
-    """The base model as `from_pretrained` takes it: a name of the hub, or a folder."""
+    """The base model for `from_pretrained`: a name on the hub, or a folder."""
     base_revision: str | None
-    """The hub's commit of the base model; None for a folder."""
+    """The commit of the base model on the hub; None for a folder."""
     heads: tuple[str, ...]
     """Names of the modules of the task's head."""
     command: str
-    """The command that makes this export."""
+    """The command that wrote this export."""
     inputs: InputForm = "text"
 
 
@@ -85,7 +85,7 @@ License: fill in. The licenses of the base model and of the data apply.
 
 
 def _metadata(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
-    """Return the YAML block in front of the text."""
+    """Return the YAML block before the text."""
     from huggingface_hub import EvalResult, ModelCardData
 
     record = chosen.record
@@ -110,7 +110,7 @@ def _metadata(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
 
 
 def _loading(task: Task, facts: CardFacts, variant: VariantChoice) -> str:
-    """Return the lines that load the export in Python."""
+    """Return the Python code that loads the export."""
     head = "ImageClassification" if task.inputs == "image" else "SequenceClassification"
     model_class = f"AutoModelFor{head if task.has_head else 'CausalLM'}"
     if facts.form == "merged":
@@ -142,7 +142,7 @@ load_lane(adapters, "lane", "FOLDER/lane.safetensors")
 
 
 def _prediction(task: Task, facts: CardFacts) -> str:
-    """Return the lines that give the loaded model an input and print its answer; none for raw tensors."""
+    """Return the Python code that prints the loaded model's answer to an input; empty for raw tensors."""
     if facts.form == "raw":
         return ""
     if task.inputs == "image":
@@ -168,7 +168,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def _encoding(task: Task, facts: CardFacts) -> str:
-    """Return the lines that encode a text as the inputs were encoded in the lane's training."""
+    """Return the Python code that encodes a text as in the lane's training."""
     if facts.inputs == "chat":
         return """messages = [{"role": "user", "content": "INPUT"}]
 inputs = tokenizer.apply_chat_template(
@@ -183,7 +183,7 @@ inputs = tokenizer.apply_chat_template(
 
 
 def _scores(record: Record) -> str:
-    """Return the table of scores, with a row for each split that was evaluated."""
+    """Return a table of the scores, with a row for each split that has one."""
     metric = record.configuration.task.metric
     lines = [f"| split | {metric} | untrained base model |", "| --- | --- | --- |"]
     for split in ("validation", "test"):

@@ -4,8 +4,8 @@
     root/adapters/all/<fingerprint>.safetensors    of studies with `--save-adapters all`
 
 A trainer writes the adapter of a finished lane before its record. A study removes from `best` the adapters of
-lanes that it has trained and does not call best. It keeps those that another study lists; `gc` removes them
-when no study calls them best. Nothing removes a file of `all`.
+lanes that it has trained and that are not its best, unless another study lists the lane. `gc` removes the
+adapters of lanes that are the best of no study. Nothing removes a file of `all`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def find_adapter(store: Store, fingerprint: str) -> Path | None:
 
 
 def lanes_of_others(output: Path, study: StudyFile) -> set[str]:
-    """Return the fingerprints of lanes whose adapters a study must not remove."""
+    """Return the fingerprints of lanes whose adapters a study must not remove, because it shares them."""
     found = set(study.reused)
     for path in output.glob(f"*/{STUDY_FILE}"):
         try:
@@ -56,10 +56,10 @@ def lanes_of_others(output: Path, study: StudyFile) -> set[str]:
 
 
 def find_needless_adapters(store: Store, output: Path, choose_best: ChooseBest) -> list[Path]:
-    """Return the files of `best` that no study in an output folder needs any more.
+    """Return the files of `best` that no study in an output folder needs.
 
-    They are those of lanes that a study there has trained and that no study there calls best. A study that
-    runs or is not complete needs all of its lanes.
+    They belong to lanes that a study there has trained and that are the best of no study there. A study that
+    is running or incomplete needs all of its lanes.
     """
     needed: set[str] = set()
     trained: set[str] = set()

@@ -1,6 +1,6 @@
-"""Garbage collection: what a crash has left in a store and in the folders of studies.
+"""Garbage collection: find and remove what a crash has left in a store and in the folders of studies.
 
-A study removes its temporary data itself, unless it was killed or its machine lost power.
+A study removes its temporary data itself, unless it is killed or its machine loses power.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def find_garbage(
     include_stopped: bool = False,
     older_than: float = 3600.0,
 ) -> dict[str, list[Path]]:
-    """Find what nothing needs; a study may run meanwhile.
+    """Find the files and folders that no study needs. Studies may run meanwhile.
 
     Args:
         store: The store.
@@ -77,7 +77,7 @@ def collect_garbage(
 
 
 def describe_garbage(found: Mapping[str, list[Path]]) -> Iterator[str]:
-    """Yield a line for each kind, with the number and the size."""
+    """Yield a line for each kind of garbage, with the number of paths and their size."""
     from rich.filesize import decimal
 
     for kind, paths in found.items():
@@ -91,7 +91,7 @@ def _ended(store: Store) -> Iterator[Path]:
     found = [*store.checkpoints.glob("*"), *store.records_folder.glob("*/*.*.json")]
     for path in sorted(found):
         fingerprint = path.name.split(".")[0]
-        # `states` reads only the first bytes of a record. The rest may be damaged.
+        # `states` reads only the first bytes of a record. `get_reusable` finds damage in the rest.
         if states.get(fingerprint) in FINAL_STATES and store.get_reusable(fingerprint) is not None:
             yield path
 
@@ -121,7 +121,7 @@ def _temporary(store: Store, output: Path) -> Iterator[Path]:
 
 
 def _newest(path: Path) -> float:
-    """Return the latest time of change below a path; infinity if something there is being removed."""
+    """Return the latest modification time (Unix seconds) in a path; infinity if a part of it disappears."""
     try:
         return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
     except OSError:

@@ -2,9 +2,9 @@
 
     root/lane_capacity/<hash of both keys>.json    {"group_key", "device_key", "lanes", "tried", "measured"}
 
-The device key has the device and its memory, a trainer's share of it, and how it is used.
-"lanes" is the limit learned from an out-of-memory error with "tried" lanes, if there was one, and
-holds for every study. "measured" is the number that a trainer chose by the memory of its steps with one and
+The device key has the device, its memory, a trainer's share of the device, and how the trainer uses it.
+"lanes" is the limit learned from an out-of-memory error with "tried" lanes, if there was one, and holds for
+every study. "measured" is the number that a trainer chose by the memory of its steps with one and
 with two lanes, if it did, and holds where --lanes-per-trainer is not given. Each file has a checksum. After a
 file or the folder is removed, the next trainer starts without this knowledge.
 """

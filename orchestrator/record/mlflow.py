@@ -1,8 +1,8 @@
-"""MLflow runs as a projection of the store: one for each configuration of a study, and one for the study.
+"""MLflow runs, derived from the records: one for each configuration of a study, and one for the study.
 
 A study is an experiment of the same name. The run of the study has the report, the verdicts and the command.
-No run has a parent, because MLflow's pages show nested runs closed, and their charts leave them out. `sync`
-makes everything again from the records.
+No run has a parent, because MLflow's pages collapse nested runs and leave them out of charts. `sync` creates
+all runs again from the records.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 ARTIFACTS_FOLDER = "mlflow-artifacts"
 """Folder of the artifacts beside a SQLite file."""
 RUN_ROLE = "configuration"
-"""Value of the tag `role` of the runs that the linked table shows: all except the study's own run."""
+"""Value of the tag `role` of the runs that the ranked table shows: all except the study's own run."""
 MEAN_METRIC = "mean_validation_score"
-"""Mean of the validation scores over the seeds of a point, on each of its runs. The linked table is sorted by
-it."""
+"""Mean of the validation scores over the seeds of a point. Each run of the point has it. It sorts the ranked
+table."""
 
 _SCORE = "validation_score"
 _STATUS = {"finished": "FINISHED", "diverged": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
@@ -51,26 +51,26 @@ _PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY
 
 @dataclass
 class _LaneRun:
-    """The run of one configuration, as far as this process knows it."""
+    """What this process knows of the MLflow run of one configuration."""
 
     run_id: str
     point: str
-    """Identifies the runs that differ in the seed only."""
+    """Equal for runs that differ in the seed only."""
     record: str = ""
-    """`run_values.record_version` of the record that the run shows; empty while its lane trains."""
+    """`run_values.record_version` of the record in the run; empty while its lane trains."""
     is_complete: bool = False
     score: float | None = None
     mean: float | None = None
     progress: tuple[int, int] | None = None
-    """Step and milliseconds of the last progress; None if another process has logged it."""
+    """Step and time (Unix milliseconds) of the last progress; None if another process has logged it."""
 
 
 class MlflowTracker(Tracker):
     """The tracker of a study in MLflow.
 
     Args:
-        tracking_uri: The tracking URI. Artifacts are in a folder beside a SQLite file, or where the server
-            keeps them.
+        tracking_uri: The tracking URI. Artifacts are stored by the server, or in a folder beside a SQLite
+            file.
     """
 
     retries_at_end = True
@@ -92,7 +92,7 @@ class MlflowTracker(Tracker):
     def view(self) -> str:
         """The address of the ranked table on MLflow's page, without a password.
 
-        If runs go to a database file, the address is that of an `mlflow ui` on this machine.
+        For a SQLite file, it is the address on an `mlflow ui` of this machine.
         """
         server = "http://127.0.0.1:5000"
         if self.tracking_uri.startswith(("http://", "https://")):
@@ -142,7 +142,7 @@ class MlflowTracker(Tracker):
             ).info.run_id
 
     def log_progress(self, progress: LaneProgress) -> None:
-        """Show the start or an evaluation of a lane in training. A run that shows a record stays as it is."""
+        """Log the start or an evaluation of a lane in training. A run that has a record is not changed."""
         configuration, now = progress.configuration, round(time.time() * 1000)
         run = self._runs.get(configuration.fingerprint)
         if run is not None and run.record:
@@ -163,10 +163,10 @@ class MlflowTracker(Tracker):
             run.progress = (progress.step, now)
 
     def log_record(self, record: Record, is_reused: bool) -> None:
-        """Write the run of a record, if it is missing or differs.
+        """Write the run of a record, unless the run is complete and has this record.
 
-        A run that shows a lane in training, or that a killed driver left incomplete, is completed. A run is
-        replaced if it shows an older record (stopped, now finished), or other values than the record has.
+        A run of a lane in training, or one that a killed driver left incomplete, is completed. A run with an
+        older record (stopped, now finished), or with other values than the record's, is replaced.
         """
         from mlflow.entities import RunTag
 
@@ -239,9 +239,9 @@ class MlflowTracker(Tracker):
     def _missing_metrics(self, run: _LaneRun, record: Record) -> tuple[list[Metric] | None, int]:
         """Return the metrics of a record that its run lacks, and the time of its end.
 
-        The times of the missing metrics are interpolated between those of the logged ones. The metrics are
-        None if the run has a value that differs from the record's. This happens when a lane was trained again
-        on another kind of device.
+        Times are in Unix milliseconds. Those of the missing metrics are interpolated between those of the
+        logged ones. The metrics are None if the run has a value that differs from the record's, for example
+        because the lane was trained again on another kind of device.
         """
         found = self._client.get_run(run.run_id)
         logged = {
@@ -260,7 +260,7 @@ class MlflowTracker(Tracker):
         return [metric for key, metric in metrics.items() if key not in logged], end
 
     def _create_run(self, configuration: Configuration, tags: Mapping[str, str], start: int) -> _LaneRun:
-        """Create the run of a configuration, with all its tags, starting at `start` in milliseconds."""
+        """Create the run of a configuration with its tags. `start` is in Unix milliseconds."""
         name = run_values.run_name(configuration)
         made = self._client.create_run(self._experiment, start, dict(tags), name)
         run = _LaneRun(made.info.run_id, tags["point"], tags.get("record", ""))
@@ -274,13 +274,13 @@ class MlflowTracker(Tracker):
         params: Sequence[Param] = (),
         tags: Sequence[RunTag] = (),
     ) -> None:
-        """Log metrics, parameters and tags in calls of the size that MLflow accepts."""
+        """Log metrics, parameters and tags, in several calls if MLflow's limits require it."""
         while metrics or params or tags:
             self._client.log_batch(run.run_id, metrics[:_METRICS_PER_CALL], params[:_PARAMS_PER_CALL], tags)
             metrics, params, tags = metrics[_METRICS_PER_CALL:], params[_PARAMS_PER_CALL:], ()
 
     def _ensure_experiment(self, study: StudyFile) -> str:
-        """Return the id of the study's experiment, which is created if missing and restored if deleted."""
+        """Return the id of the study's experiment. It is created if missing, and restored if deleted."""
         from mlflow import MlflowException
 
         found = self._client.get_experiment_by_name(study.name)
@@ -318,7 +318,7 @@ class MlflowTracker(Tracker):
                 return
 
 
-# -- content of the runs, derived from the record alone, so that logging it twice writes the same rows
+# -- content of the runs, derived from the record alone, so that logging a record again writes the same values
 
 
 def _configuration_tags(configuration: Configuration, study: str) -> dict[str, str]:
@@ -338,7 +338,7 @@ def _configuration_tags(configuration: Configuration, study: str) -> dict[str, s
 
 
 def _record_tags(record: Record, study: str, is_reused: bool) -> dict[str, str]:
-    """Return the tags of the run of a record; `reused_from` has time and commit of an earlier record."""
+    """Return the tags of the run of a record; `reused_from` has time and commit of a reused record."""
     provenance = record.provenance
     found = _configuration_tags(record.configuration, study)
     found |= {"record": run_values.record_version(record), "state": record.state, "commit": provenance.commit}
@@ -358,10 +358,10 @@ def _params(configuration: Configuration) -> list[Param]:
 
 
 def _to_metrics(values: Iterable[run_values.Value], score: str) -> list[Metric]:
-    """Return values as metrics, those of a score first: MLflow shows this metric when runs are compared.
+    """Return values as metrics. Those with the key `score` come first: MLflow compares runs by this metric.
 
-    A value that is not finite is logged as NaN, which a chart draws as a gap. MLflow's database would turn
-    infinity into 1.8e308, and one such point would flatten all curves of a chart.
+    A value that is not finite becomes NaN, which a chart shows as a gap. MLflow's database would store
+    infinity as 1.8e308, and one such point would flatten all curves of a chart.
     """
     from mlflow.entities import Metric
 
@@ -392,8 +392,8 @@ def _limit_note(text: str) -> str:
     return text[: _MAX_TAG_LENGTH - 30].rpartition("\n")[0] + "\n\n(more in report.html)"
 
 
-# -- the ranked table: the state of MLflow's page as JSON in a tag of the experiment. The order and the filter
-# could be parameters of the link, but not the columns: by default the page shows no score.
+# -- the ranked table: the state of MLflow's page, as JSON in a tag of the experiment. A link could set order
+# and filter, but not the columns. By default the page shows no score.
 
 _COLUMNS = [f"metrics.`{each}`" for each in (MEAN_METRIC, _SCORE, "test_score", "train_loss", "seconds")]
 _VIEW_TAG = "mlflow.sharedViewState.ranking"

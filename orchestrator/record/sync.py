@@ -1,4 +1,4 @@
-"""Rebuilding of a store's projections: the Parquet files, and the MLflow runs of every study."""
+"""`lora-orchestrator sync`: write the Parquet files and the MLflow runs of all studies from the records."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def sync_projections(
 ) -> int:
     """Write the Parquet files and the MLflow runs again from the records.
 
-    A running study's runs are not touched, and no study starts while its runs are written.
+    The runs of a running study are skipped. A study cannot start while this function writes its runs.
 
     Args:
         store: The store.
         output: The output folder with the studies' folders.
         tracking_uri: MLflow's tracking URI for all studies; None: the URI in each study's file.
-        notify: Called with one line of text for each file and study.
-        describe: Describes a study in MLflow.
+        notify: Called with one line of text for the Parquet files and for each study.
+        describe: Returns the description and the metrics of a study's run.
 
     Returns:
         Exit code: 0, or 1 if MLflow stopped answering.

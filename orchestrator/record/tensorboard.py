@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 FOLDER = "tensorboard"
-"""Folder in the study's folder that `tensorboard --logdir` takes."""
+"""Subfolder of the study's folder, for `tensorboard --logdir`."""
 
 
 class TensorBoardTracker(Tracker):
     """The tracker `tensorboard`.
 
-    Event files can only be appended to. While a lane trains, its folder has a file with some steps; the
-    record replaces this file by one with all steps, so that no step is there twice.
+    Event files can only be appended to. While a lane trains, its folder has a file with some of the steps.
+    The lane's record replaces this file by one with all steps, so that no step appears twice.
 
     Args:
         folder: The study's folder.
@@ -39,19 +39,19 @@ class TensorBoardTracker(Tracker):
         self._folder = folder / FOLDER
         self._logged = LoggedRecords(self._folder / "logged-records.txt")
         self._live: dict[str, tuple[SummaryWriter, int, int]] = {}
-        """Fingerprint of a lane in training -> its file, and step and milliseconds of its last progress."""
+        """Fingerprint of a lane in training -> file, and step and Unix milliseconds of the last progress."""
 
     @classmethod
     def check(cls) -> None:
         """Check that the package is installed.
 
         Raises:
-            UsageError: It is missing.
+            UsageError: The package is missing.
         """
         require_package("--tracker tensorboard", "tensorboard", "tensorboard")
 
     def start(self, study: StudyFile, tags: Mapping[str, str]) -> None:
-        """Forget open files: after an error, the files of lanes in training are begun again."""
+        """Forget open files. After an error, the lanes in training begin new files."""
         self._live.clear()
 
     def log_progress(self, progress: LaneProgress) -> None:

@@ -1,8 +1,8 @@
 """Trackers: programs and services that show the runs of a study beside its report.
 
-MLflow is one; `--tracker` adds W&B and TensorBoard. The records in the store are authoritative. What a
-tracker shows is derived from them, so a tracker that fails loses nothing. Each tracker has a thread of the
-driver, so that a study never waits for it.
+MLflow is always one; `--tracker` adds W&B and TensorBoard. All that a tracker shows is derived from the
+records in the store, so a failed tracker loses nothing. The driver writes to each tracker in a thread of its
+own, so that training never waits for a tracker.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class StudyEnd:
     report_files: tuple[Path, ...] = ()
     """Files of the report."""
     description: str = ""
-    """Verdicts and best points in Markdown; empty: there is no new report."""
+    """Verdicts and best points in Markdown; empty without a new report."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Name -> value of the metrics of the study as a whole."""
+    """Metrics of the whole study: name -> value."""
 
 
 class Tracker:
-    """A tracker of one study. A subclass overrides what it needs.
+    """The tracker of one study. Subclasses override the methods that they need.
 
-    One thread makes all calls. After an error that is an outage, the call is repeated behind another `start`.
-    Any other error of `log_record` rejects that record alone.
+    One thread makes all calls. After an outage, `start` is called again, and then the failed call. After any
+    other error of `log_record`, only that record is left out.
     """
 
     retries_at_end = False
@@ -59,13 +59,13 @@ class Tracker:
         return isinstance(error, OSError)
 
     def start(self, study: StudyFile, tags: Mapping[str, str]) -> None:
-        """Begin to write a study with tags such as the commit, or continue after an error."""
+        """Begin to write a study, or continue after an error. The tags have, for example, the commit."""
 
     def log_progress(self, progress: LaneProgress) -> None:
-        """Show the start or an evaluation of a lane in training. After a resumption it is repeated."""
+        """Log the start or an evaluation of a lane in training. A resumed lane logs all of them again."""
 
     def log_record(self, record: Record, is_reused: bool) -> None:
-        """Show the record of a lane that has ended. Each later run of the study repeats it.
+        """Log the record of a lane that has ended. Each later run of the study logs it again.
 
         Args:
             record: The record.
@@ -73,10 +73,10 @@ class Tracker:
         """
 
     def flush(self) -> None:
-        """Write what depends on several records. Called when no record waits."""
+        """Write values that depend on several records. Called when no record is queued."""
 
     def finish(self, end: StudyEnd) -> None:
-        """End the writing: all records have been logged, or a limit of time has been reached."""
+        """Finish the study's runs. Called when all records are logged, or when the time for it is over."""
 
     @property
     def view(self) -> str:
@@ -89,10 +89,10 @@ MakeTracker = Callable[[Path], Tracker]
 
 
 class LoggedRecords:
-    """A text file with the version of each record that a tracker has logged, so that a later run skips it.
+    """A text file of the records that a tracker has logged, with their versions. Later runs skip them.
 
     Args:
-        path: The file. It lies beside the tracker's files, so that deleting them deletes the list, too.
+        path: The file. It lies in the folder of the tracker's files, so that it is deleted with them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -115,19 +115,19 @@ class LoggedRecords:
 class TrackerWriter:
     """A queue and a thread that write a study's runs to a tracker.
 
-    The queue holds fingerprints only, and a record is read when its turn comes, so that a long outage does
-    not fill the memory. The progress of a lane is logged some seconds later, while no record is queued, and
-    dropped once the lane has a record: a short lane then costs the tracker one call in place of one for each
-    of its evaluations. While the tracker does not answer, the writer tries again with growing pauses. No
-    method raises an exception.
+    The queue has fingerprints only. A record is read when it is logged, so that a long outage does not fill
+    the memory. The progress of a lane is logged after a delay of some seconds, while no record is queued. It
+    is dropped when the lane has a record, so that a short lane needs one call instead of one for each
+    evaluation. While the tracker does not answer, the writer tries again with growing pauses. No method
+    raises an exception.
 
     Args:
         make_tracker: Returns the tracker. The writer's thread calls it, and calls it again after an error.
         store: The store.
         study: The study whose records are logged.
         tags: Tags of the study.
-        on_first_error: Called with the first error, in one line, by the writer's thread; not while the study
-            ends, when `error` is read.
+        on_first_error: Called by the writer's thread with the first error, as one line. It is not called
+            after `begin_close`; the caller then reads `error`.
     """
 
     def __init__(
@@ -148,13 +148,13 @@ class TrackerWriter:
         self._progress: dict[str, list[LaneProgress]] = {}
         """Fingerprint of a lane in training -> its start and evaluations that are not logged yet."""
         self._progress_due: dict[str, float] = {}
-        """Fingerprint -> the time of `time.monotonic` from which on its progress is logged."""
+        """Fingerprint -> value of `time.monotonic` from which its progress may be logged."""
         self._current = ""
         """Fingerprint of the record that is being logged, or empty."""
         self._rejected: set[str] = set()
         """Fingerprints of records that the tracker has refused."""
         self._deadline: float | None = None
-        """Time of `time.monotonic` at which the writer gives up; None before `begin_close`."""
+        """Value of `time.monotonic` at which the writer gives up; None before `begin_close`."""
         self._end = StudyEnd()
         self.error = ""
         """The last error. It is kept after the record has been logged."""
@@ -192,7 +192,7 @@ class TrackerWriter:
             self._condition.notify()
 
     def begin_close(self, end: StudyEnd, timeout: float) -> None:
-        """Tell the writer to log the queue, to end the study and to stop, all within `timeout` seconds."""
+        """Tell the writer to log the queue, finish the study's runs and stop within `timeout` seconds."""
         with self._condition:
             self._end = end
             self._progress.clear()
@@ -248,9 +248,9 @@ class TrackerWriter:
             return fingerprint
 
     def _log_one(self, tracker: Tracker, fingerprint: str) -> None:
-        """Log the record that `_take_next` took from the queue, or else the progress of a lane.
+        """Log the record that `_take_next` took from the queue, or, if it took none, the progress of a lane.
 
-        A record that the tracker refuses goes to `_rejected`, so that it does not block the others.
+        A record that the tracker refuses is added to `_rejected`, so that it does not block the others.
         """
         if not self._current:
             self._log_progress(tracker, fingerprint)
@@ -314,7 +314,7 @@ class TrackerWriter:
 
 
 class TrackerWriters:
-    """The writers of a study, by name; "mlflow" is always one. Each call goes to all of them."""
+    """The writers of a study, by name of the tracker. One is "mlflow". Each call goes to all of them."""
 
     def __init__(self, writers: Mapping[str, TrackerWriter]) -> None:
         self.mlflow = writers["mlflow"]
@@ -337,13 +337,13 @@ class TrackerWriters:
             writer.reused.add(fingerprint)
 
     def close(self, end: StudyEnd, timeout: float) -> None:
-        """Wait until the writers have written what is queued and have ended the study.
+        """Wait until the writers have logged their queues and finished the study's runs.
 
         Args:
             end: How the study has ended.
             timeout: The longest time to wait for each writer, in seconds. Trackers other than MLflow get at
-                most `TRACKER_FLUSH_SECONDS`, or `FAULTY_TRACKER_FLUSH_SECONDS` after an error. When the
-                study's command is run again, it writes what they lack.
+                most `TRACKER_FLUSH_SECONDS`, or `FAULTY_TRACKER_FLUSH_SECONDS` after an error. Records that
+                they have not logged by then are logged when the study's command is run again.
         """
         self.mlflow.begin_close(end, timeout)
         for writer in self.others.values():

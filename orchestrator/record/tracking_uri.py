@@ -1,4 +1,4 @@
-"""MLflow's tracking URI: the default, the check of one that a user gives, and the client of it."""
+"""MLflow's tracking URI: its default, its check, and the client that it opens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _ENVIRONMENT = {
-    # By default MLflow repeats a failed request for minutes. A repeated `create_run` makes a second run if
-    # only the answer was lost. The tracker is started again instead, which reads the runs that exist.
+    # By default MLflow repeats a failed request for minutes. If only the answer was lost, a repeated
+    # `create_run` creates a second run. `MlflowTracker.start` is called again instead and reads the runs.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -30,7 +30,7 @@ _ENVIRONMENT = {
 
 
 def configured_uri(option: str | None) -> str:
-    """Return --tracking-uri, else MLFLOW_TRACKING_URI; empty if neither is set. A file gets its full path."""
+    """Return --tracking-uri, else MLFLOW_TRACKING_URI, with the full path of a file; empty if none is set."""
     return with_full_path(option or os.environ.get("MLFLOW_TRACKING_URI", ""))
 
 
@@ -40,7 +40,7 @@ def default_uri(store: Store) -> str:
 
 
 def resolve_uri(option: str | None, store: Store) -> str:
-    """Return the tracking URI of a new study, after checking it.
+    """Return the tracking URI of a new study, and check it.
 
     Raises:
         UsageError: MLflow cannot use it.
@@ -55,8 +55,8 @@ def study_uri(stored_uri: str, store: Store) -> str:
 
     Args:
         stored_uri: The URI in the study's file, without a password. If MLFLOW_TRACKING_URI is the same URI
-            with a password, that one is returned.
-        store: The store, for the default.
+            with a password, the URI with the password is returned.
+        store: The store, whose SQLite file is the default.
     """
     variable = configured_uri(None)
     if variable and redact_secrets(variable) == stored_uri:
@@ -69,7 +69,7 @@ def check_uri(uri: str, option: str = "--tracking-uri") -> None:
 
     Args:
         uri: The URI.
-        option: The option or variable that has it, for the error.
+        option: The option or variable that set the URI, for the error.
 
     Raises:
         UsageError: The URI has no scheme or lacks its password, its server does not answer, or its file
@@ -100,7 +100,7 @@ def check_uri(uri: str, option: str = "--tracking-uri") -> None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """Return a client. A missing SQLite file is created. The first call imports MLflow, in seconds."""
+    """Return a client. A missing SQLite file is created. The first call takes seconds to import MLflow."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -114,10 +114,11 @@ def connect(uri: str) -> MlflowClient:
 
 
 def _create_database(path: Path) -> None:
-    """Create MLflow's SQLite file, complete or not at all.
+    """Create MLflow's SQLite file atomically.
 
     Two processes that open a new file at once break each other's migrations, and a process that is killed
-    during its migrations leaves a file that no later one can open. A lock and a temporary name prevent both.
+    during its migrations leaves a file that none can open. The lock prevents the first fault, and the
+    temporary name prevents the second.
     """
     from mlflow import MlflowClient
 

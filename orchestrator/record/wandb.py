@@ -1,4 +1,4 @@
-"""Runs in Weights & Biases: one for each lane, in a group for each study."""
+"""Weights & Biases: one run for each lane, and one group of runs for each study."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ DEFAULT_PROJECT = "lora-orchestrator"
 class WandbTracker(Tracker):
     """The tracker `wandb`.
 
-    A lane's run has an id made from the study's name and the fingerprint, so a resumed study continues the
-    same runs. W&B takes the steps of a run in ascending order only. A run therefore has the steps of
-    `run_values.select_live_steps`, whether they were logged during the training or from the record.
+    The id of a lane's run is a hash of the study's name and the fingerprint, so a resumed study continues the
+    same runs. W&B accepts the steps of a run in ascending order only. A run therefore has the steps of
+    `run_values.select_live_steps`, whether they are logged during training or from the record.
 
     Args:
         folder: The study's folder. W&B's local files are in its subfolder `wandb`.
@@ -47,14 +47,14 @@ class WandbTracker(Tracker):
         self._runs: dict[str, Run] = {}
         """Fingerprint of a lane in training -> its open run."""
         self._next_steps: dict[str, int] = {}
-        """Fingerprint of a lane in training -> the first step that its run still takes."""
+        """Fingerprint of a lane in training -> the first step that its run still accepts."""
 
     @classmethod
     def check(cls) -> None:
         """Check that the package is installed, and that W&B has a key unless it is offline.
 
         Raises:
-            UsageError: One of the two is missing, or a setting of W&B is wrong.
+            UsageError: The package or the key is missing, or a setting of W&B is wrong.
         """
         require_package("--tracker wandb", "wandb", "wandb")
         import wandb
@@ -78,11 +78,11 @@ class WandbTracker(Tracker):
         return isinstance(error, wandb.Error | OSError)
 
     def start(self, study: StudyFile, tags: Mapping[str, str]) -> None:
-        """Keep the study's name, which is the group of its runs. After an error, begin with a new service."""
+        """Set the group of the runs to the study's name. After an error, restart W&B's service."""
         if self._study:
             import wandb
 
-            wandb.teardown()  # W&B's service refuses the id of a run whose creation has failed
+            wandb.teardown()  # the service would refuse the id of a run whose creation has failed
         self._study = study.name
         self._runs.clear()
         self._next_steps.clear()
@@ -118,7 +118,7 @@ class WandbTracker(Tracker):
         return self._view
 
     def _open_run(self, configuration: Configuration) -> Run:
-        """Return the open run of a lane. It is created, or continued if W&B has it from an earlier driver."""
+        """Return the open run of a lane. It is created, or resumed if an earlier driver has created it."""
         import wandb
 
         fingerprint = configuration.fingerprint
@@ -134,7 +134,7 @@ class WandbTracker(Tracker):
             dir=str(self._folder),
             resume="allow",
             reinit="create_new",
-            # The driver's command line, packages and load say nothing about the lane, and may hold a secret.
+            # The driver's command line, packages and load do not describe the lane, and may contain a secret.
             settings=wandb.Settings(
                 console="off",
                 silent=True,
@@ -158,7 +158,7 @@ class WandbTracker(Tracker):
         return run
 
     def _log(self, configuration: Configuration, values: Iterable[run_values.Value]) -> None:
-        """Log the values of the steps that the lane's run still takes."""
+        """Log the values of the steps that the lane's run still accepts."""
         run, fingerprint = self._open_run(configuration), configuration.fingerprint
         by_step: dict[int, dict[str, float]] = defaultdict(dict)
         for value in values:

@@ -1,7 +1,7 @@
-"""What a user does: type commands, read what they print and leave, end processes.
+"""Act as a user: run commands, read their output and their files, and end processes.
 
-The tests of the promises use the command line, `import orchestrator` and the documented files only, so that
-everything inside may change under them.
+The tests of the promises use the command line, `import orchestrator` and the documented files only. The
+program inside can therefore be rewritten without a change of these tests.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 HANG_SECONDS = 900.0
-"""The time after which a command that hangs fails its test; no other result depends on it."""
+"""Seconds after which a command that does not end fails its test. No result depends on the value."""
 
 DRY_RUN = (
     *("--dry-run", "--variants", "lora", "pissa", "--learning-rates", "1e-3", "1e-2", "1e-1"),
     *("--seeds", "2", "--steps", "30", "--widen", "0"),
 )
-"""The words of the dry run that several tests read: 12 configurations in place of 132."""
+"""Arguments of the short dry run that several tests read: 12 configurations instead of 132."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command gave: its exit status and the two texts that it printed."""
+    """The exit status, the standard output and the standard error of a command."""
 
     code: int
     out: str
@@ -40,12 +40,11 @@ class Result:
 
 
 def start(*words: str | Path, cwd: Path, **variables: str) -> subprocess.Popen[str]:
-    """Start `lora-orchestrator WORDS` in the folder `cwd`, as the leader of a process group of its own.
+    """Start `lora-orchestrator WORDS` as the leader of a new process group.
 
     Args:
-        words: The words after the program's name. If the first one is the path of a Python script, the script
-            is started instead.
-        cwd: The working folder, in which `results/` is made.
+        words: The arguments. If the first one is a `Path`, this Python script is started with the others.
+        cwd: The working folder, in which the command creates `results/`.
         variables: Environment variables to set.
     """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -63,7 +62,7 @@ def start(*words: str | Path, cwd: Path, **variables: str) -> subprocess.Popen[s
 
 
 def end(process: subprocess.Popen[str]) -> Result:
-    """Wait for the command, and return what it gave."""
+    """Wait until the command ends, and return its result."""
     try:
         out, err = process.communicate(timeout=HANG_SECONDS)
     except subprocess.TimeoutExpired:
@@ -74,12 +73,12 @@ def end(process: subprocess.Popen[str]) -> Result:
 
 
 def run(*words: str | Path, cwd: Path, **variables: str) -> Result:
-    """Run `lora-orchestrator WORDS` in the folder `cwd` and return what it gave."""
+    """Run `lora-orchestrator WORDS` in the folder `cwd`, and return its result; see `start`."""
     return end(start(*words, cwd=cwd, **variables))
 
 
 def succeed(*words: str | Path, cwd: Path, **variables: str) -> str:
-    """Run a command that must succeed, and return what it printed."""
+    """Run a command that must succeed, and return its standard output."""
     result = run(*words, cwd=cwd, **variables)
     assert result.code == 0, f"{words}: {result}"
     return result.out
@@ -106,7 +105,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def results(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what a configuration alone decides: all of its record but the cost and the provenance."""
+    """Return the fields of a record that depend on its configuration only."""
     return {name: value for name, value in record.items() if name not in ("cost", "provenance", "sha256")}
 
 
@@ -116,7 +115,7 @@ def learning_rate(record: dict[str, Any]) -> float:
 
 
 def mlflow_runs(folder: Path, study: str) -> list[Any]:
-    """Return MLflow's runs of a study: one with the tag `role` = `study`, and one for each configuration."""
+    """Return a study's MLflow runs: one with the tag `role` = `study`, and one for each configuration."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder / 'results' / 'store' / 'mlflow.db'}")

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of several promises share. They make a thing once for all test processes."""
+"""Fixtures that the tests of several promises share. A costly folder is made once for all test processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from filelock import FileLock
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that returns a folder by name; the first test process that asks for it makes it."""
+    """Return the function `get(name, make)`, which returns the folder `name`.
+
+    The first test process that asks for a folder calls `make` to fill it.
+    """
     base = tmp_path_factory.getbasetemp()
     session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def get(name: str, make: Callable[[Path], None], shared: Path = session) -> Path:
         folder, made = shared / name, shared / f"{name}.made"
         with FileLock(f"{folder}.lock"):
-            if not made.exists():  # not made under another name, because a study's files name its folder
+            if not made.exists():  # filled in place and never renamed: a study's files contain its path
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 make(folder)
@@ -33,9 +36,10 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def with_base(made_once: Callable[..., Path]) -> Path:
-    """Return a working folder whose `results/` holds the base model of the dry run, and nothing else.
+    """Return a working folder whose `results/` has only the base model of the dry run.
 
-    Read only: `home` copies it. Sessions with the same folder PROMISES_CACHE share it.
+    Tests only read it; `home` is a copy. The environment variable PROMISES_CACHE can name a folder that keeps
+    it for later test sessions.
     """
 
     def fetch(folder: Path) -> None:
@@ -48,16 +52,16 @@ def with_base(made_once: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def home(with_base: Path, tmp_path: Path) -> Path:
-    """Return a working folder of the test's own in which the dry run's base model is there already."""
+    """Return a new working folder for one test. Its `results/` has the base model of the dry run."""
     shutil.copytree(with_base, tmp_path / "home")
     return tmp_path / "home"
 
 
 @pytest.fixture(scope="session")
 def dry_run(made_once: Callable[..., Path], with_base: Path) -> Path:
-    """Return the working folder of a shorter dry run, with `said.txt`, what it printed.
+    """Return the working folder of a short dry run, whose output is in the file `said.txt`.
 
-    Read only: other tests copy it.
+    Tests only read it.
     """
 
     def make(folder: Path) -> None:

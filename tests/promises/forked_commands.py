@@ -1,10 +1,10 @@
-"""Run many commands of `lora-orchestrator` in forks of one process, because a process of each costs seconds.
+"""Run `lora-orchestrator` commands in forks of one process, because a new process spends seconds on imports.
 
-python tests/promises/forked_commands.py     reads commands from standard input, a line of JSON each
+python tests/promises/forked_commands.py FIRST     FIRST: commands as JSON; reads a command per line of stdin
 
-The program is found as a shell finds it: through the installed entry point. The first commands run in the
-process itself, to import what commands import. Each later one runs in a fork, and so finds what a fresh
-process finds.
+The program is called through its installed entry point, as from a shell. The first commands run in the
+process itself, which then has imported what commands need. Each later command runs in a fork of its own, so
+that no command sees the state of another one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PROGRAM = "lora-orchestrator"
 
 
 class Commands:
-    """A process that runs commands, and in which they run.
+    """A process that runs each command in a fork of itself.
 
     Args:
-        first: Commands, as words, that import what the others need. They may be refused.
+        first: Commands that the process runs without a fork, for their imports. They may fail.
         folder: The working folder of the first commands.
         variables: Environment variables to set.
     """
@@ -50,7 +50,7 @@ class Commands:
         )
 
     def run(self, *words: str | Path, cwd: Path, **variables: str) -> as_a_user.Result:
-        """Run a command in the folder `cwd`, with environment variables, and return what it gave."""
+        """Run a command in the folder `cwd`, with environment variables, and return its result."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([[str(word) for word in words], str(cwd), variables]) + "\n")
@@ -65,7 +65,7 @@ class Commands:
 
 
 def _run(words: list[str], cwd: str, out: Any, err: Any) -> None:
-    """Become the program: standard output and error are files, and the process ends with the program."""
+    """Run the program in this process, with its output in two files, and exit with its exit status."""
     os.chdir(cwd)
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
@@ -87,7 +87,7 @@ def _run(words: list[str], cwd: str, out: Any, err: Any) -> None:
 
 
 def _warm_up(words: list[str]) -> None:
-    """Run a command in this process itself. Nobody reads what it prints."""
+    """Run a command in this process, and discard its output."""
     sys.argv = [PROGRAM, *words]
     (program,) = entry_points(group="console_scripts", name=PROGRAM)
     nowhere = io.StringIO()
@@ -96,7 +96,7 @@ def _warm_up(words: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the commands that come."""
+    """Run the commands of the command line, then those of standard input."""
     for words in json.loads(sys.argv[1]):
         _warm_up(words)
     replies = sys.stdout
@@ -106,7 +106,7 @@ def main() -> None:
             child = os.fork()
             if child == 0:
                 os.environ.update(variables)
-                tempfile.tempdir = None  # found again, by the variables
+                tempfile.tempdir = None  # so that the command reads its own TMPDIR
                 _run(words, cwd, out, err)
             _, status = os.waitpid(child, 0)
             texts = []

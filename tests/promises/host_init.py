@@ -1,4 +1,4 @@
-"""Process 1 of a machine in `hosts.py`: builds its root folder, then reaps orphans until its creator ends.
+"""Process 1 of a machine of `hosts.py`: builds the root folder, then reaps orphans until its creator ends.
 
 python host_init.py PLAN        PLAN is a `Plan` as JSON
 """
@@ -17,19 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MOUNT = "hosts-of-the-tests"
-"""Name of the machines' file systems in lists of mounts."""
+"""Source name of the machines' mounts in /proc/self/mountinfo."""
 EMPTY_FOLDERS = ("/tmp", "/root", "/run", "/dev/shm")
-"""The folders that are in memory and empty at first."""
+"""Folders that are in memory and initially empty."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a machine is made of."""
+    """The host name and the folders of a machine."""
 
     name: str
     """Host name."""
     hidden: tuple[str, ...] = ()
-    """Further folders that are empty."""
+    """Further folders that are in memory and initially empty."""
     read_only: tuple[str, ...] = ()
     """Folders outside that the machine reads under the same path."""
     writable: Mapping[str, str] = field(default_factory=dict)

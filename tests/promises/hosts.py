@@ -1,10 +1,9 @@
-"""A network of machines with SSH, made of namespaces of this machine and without access to other networks.
+"""A network of machines with SSH, made of Linux namespaces of this machine, without access to other networks.
 
 A `Network` is a switch and the machine of a user, on which the tests type commands; `Host`s are connected to
 the switch. Each machine has its own network, processes, IPC, host name and root folder. The root folder shows
-this machine's files; what is written there is kept in memory and lost with the machine. /tmp, /root, /run and
-/dev/shm are empty at first. All machines use this machine's kernel, CPUs and memory. "Outside" means: on this
-machine.
+this machine's files; changes are kept in memory and lost with the machine. /tmp, /root, /run and /dev/shm are
+initially empty. All machines use this machine's kernel, CPUs and memory. "Outside" means: on this machine.
 
 The kernel ends all processes of a machine when the process that created the machine ends.
 """
@@ -44,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def missing_requirements() -> str:
-    """Return why this machine cannot have such a network, with the remedy; empty if it can."""
+    """Return why this machine cannot run such a network, with the remedy; empty if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     path = f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}"
@@ -60,7 +59,7 @@ def missing_requirements() -> str:
 
 
 def until(happened: Callable[[], object], otherwise: Callable[[], object] = str) -> None:
-    """Wait until `happened` returns something true. `otherwise` returns what is said if it never does."""
+    """Wait until `happened` returns a true value. If it never does, fail with the text from `otherwise`."""
     deadline = time.monotonic() + HANG_SECONDS
     while not happened():
         assert time.monotonic() < deadline, f"did not happen within {HANG_SECONDS:g} s\n{otherwise()}"
@@ -98,12 +97,12 @@ class Command:
         return self.process.poll() is not None
 
     def until(self, happened: Callable[[], object]) -> None:
-        """Wait until `happened` returns something true; fail if the command ends first."""
+        """Wait until `happened` returns a true value; fail if the command ends first."""
         until(lambda: happened() or self.has_ended(), self.output)
         assert happened(), f"{self.words} ended first:\n{self.output()}"
 
     def wait(self, code: int | None = 0) -> str:
-        """Wait for the end with this exit code (None: with any), and return the output."""
+        """Wait until the command ends, check its exit code (None: any), and return its output."""
         try:
             found = self.process.wait(HANG_SECONDS)
         except subprocess.TimeoutExpired:
@@ -134,11 +133,11 @@ class Machine:
         return Path(f"/proc/{self.pid}/root{path}")
 
     def start(self, *words: str, cwd: str = "/", **environment: str) -> Command:
-        """Start a command."""
+        """Start a command in the folder `cwd`, with environment variables."""
         return Command(self, words, cwd, environment)
 
     def run(self, *words: str, cwd: str = "/", **environment: str) -> str:
-        """Run a command that must succeed, and return what it printed."""
+        """Run a command that must succeed, and return its output."""
         return self.start(*words, cwd=cwd, **environment).wait()
 
     def processes(self) -> list[str]:
@@ -167,7 +166,7 @@ class Host(Machine):
         self.address = address
 
     def install_environment(self) -> None:
-        """Link the tests' environment as ~/venv, as if set-up had installed the project there."""
+        """Link the tests' virtual environment as ~/venv, where cluster.yaml would install the packages."""
         environment = self.path("/root/venv")
         environment.mkdir()
         for part in VENV.iterdir():
@@ -197,7 +196,7 @@ class Host(Machine):
 
 
 class Network(Machine):
-    """A switch, and the machine of the user, which reads this project.
+    """A switch, and the user's machine, which can read this project's folder.
 
     Args:
         shared: A folder of this machine that all hosts see as /shared.
@@ -231,7 +230,7 @@ class Network(Machine):
             name: Host name of at most 11 characters.
         """
         address = f"{self.PREFIX}{len(self.hosts) + 2}"
-        # Hosts run the sources that were sent to them.
+        # This project is hidden, so that hosts run the sources that were sent to them.
         hidden = {str(path) for path in (ROOT, VENV.parent) if (path / "pyproject.toml").exists()}
         plan = Plan(name, tuple(hidden), tuple(_interpreter_folders()), {"/shared": str(self.shared)})
         host = Host(plan, address)

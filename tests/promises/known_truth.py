@@ -1,7 +1,7 @@
-"""Studies whose truth is known: each record is written as a trainer leaves it, with scores from a formula.
+"""Synthetic studies of known truth: the scores in their records come from formulas.
 
-The plan names the configurations of a study, and its command finds a record of each and trains nothing, so
-that neither Ray nor a model's training takes part. Only `write_record` depends on the form of a record.
+The plan of a study lists its configurations. A record of each is written before the study runs, so the study
+trains nothing and starts no Ray. Only `write_record` depends on the format of a record.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNTRAINED = 0.5
 
 @dataclass(frozen=True)
 class Run:
-    """What the score of a run depends on."""
+    """The settings on which the score of a run depends."""
 
     variant: str
     rate: float
@@ -33,18 +33,21 @@ class Run:
     batch_size: int
 
     def bell(self, optimum: float, top: float, width: float = 0.8) -> float:
-        """Return `top` at the rate `optimum`, of whose gain 1/e is left `width` decades away."""
+        """Return a score that is Gaussian in the logarithm of the rate, with `top` at the rate `optimum`.
+
+        `width` decades from the optimum, its gain over `UNTRAINED` has fallen to 1/e.
+        """
         decades = math.log10(self.rate / optimum)
         return UNTRAINED + (top - UNTRAINED) * math.exp(-((decades / width) ** 2))
 
     def noise(self, deviation: float, of: str = "run") -> float:
-        """Return normal noise, the same each time; that of a "seed" is shared by all its runs."""
+        """Return normal noise that the run and the word `of` determine; for "seed", the seed alone."""
         key = f"seed {self.seed}" if of == "seed" else f"{of} {self}"
         return random.Random(key).gauss(0, deviation)
 
 
 Truth = Callable[[Run], tuple[float, float] | None]
-"""The scores of a run on the validation and the test split; None if it diverges."""
+"""Function of a run that returns its validation and its test score, or None if the run diverges."""
 
 
 def own_data(folder: Path) -> dict[str, Any]:
@@ -98,14 +101,14 @@ def own_data(folder: Path) -> dict[str, Any]:
 
 
 def run_of(configuration: Mapping[str, Any]) -> Run:
-    """Return the run of a configuration, as it is in the record."""
+    """Return the run of a record's configuration."""
     variant, batches = configuration["variant"], configuration["batches"]
     rate, seed = configuration["optimizer"]["learning_rate"], configuration["seed"]
     return Run(variant["name"], rate, seed, variant["dropout"], batches["batch_size"])
 
 
 def write_record(store: Path, fingerprint: str, configuration: Mapping[str, Any], truth: Truth) -> None:
-    """Write the record of a configuration with the scores that it has in truth."""
+    """Write the record of a configuration with the scores of a truth."""
     steps = configuration["lr_schedule"]["steps"]
     scores = truth(run_of(configuration))
     evaluations = [
@@ -130,9 +133,10 @@ def write_record(store: Path, fingerprint: str, configuration: Mapping[str, Any]
 
 
 def answer(experiment: str, truth: Truth, output: Path, **options: Any) -> None:
-    """Write what a study would train, and run it.
+    """Write the records of all configurations that a study would train, and run the study.
 
-    A study of factors asks for its arms when its curve is there, so a plan may follow a plan.
+    The study is planned again until nothing is left to train: a study of factors asks for further
+    configurations when it has those of its learning rates.
     """
     study = orchestrator.Study(experiment, output=str(output), **options)
     while True:
@@ -146,7 +150,7 @@ def answer(experiment: str, truth: Truth, output: Path, **options: Any) -> None:
 
 
 def rewrite(output: Path, study: str, truth: Truth) -> Any:
-    """Give the runs of a study other scores, and return its results as `orchestrator.load` does."""
+    """Write the records of a study again with the scores of another truth; return its results."""
     fingerprints = set(orchestrator.load(study, output=output).runs["fingerprint"])
     for path in (output / "store" / "records").rglob("*.json"):
         record = json.loads(path.read_text())
@@ -172,7 +176,11 @@ FACTORS: dict[str, Any] = {
 
 
 def curves(run: Run) -> tuple[float, float] | None:
-    """The truth of `grid`: a cliff above each optimum; LoRA's test scores recommend another rate."""
+    """Return the scores of a run in the study `grid`.
+
+    A run collapses above 4 times its variant's optimum, and diverges above 12 times. LoRA's best test score
+    is not at its optimum.
+    """
     beyond = run.rate / OPTIMA[run.variant]
     if beyond > 12:
         return None
@@ -184,7 +192,7 @@ def curves(run: Run) -> tuple[float, float] | None:
 
 
 def tuned(tops: Mapping[str, float], noise: float = 0.004, optima: Mapping[str, float] = OPTIMA) -> Truth:
-    """Return the truth of tunings: each variant's best score, 0.9 unless `tops` says otherwise."""
+    """Return a truth for the study `tuned`: a variant's best score is that in `tops`, or else 0.9."""
 
     def truth(run: Run) -> tuple[float, float]:
         score = run.bell(optima[run.variant], tops.get(run.variant, 0.9), width=1.5)
@@ -195,7 +203,12 @@ def tuned(tops: Mapping[str, float], noise: float = 0.004, optima: Mapping[str, 
 
 
 def factors(dropout: float = 0.01, gain: float = 0.45) -> Truth:
-    """Return the truth of a study of factors: what dropout costs, and what a good learning rate gains."""
+    """Return a truth for the study `factors`.
+
+    Args:
+        dropout: Score that a run with dropout loses.
+        gain: Score that a run at the best learning rate gains over the untrained model.
+    """
 
     def truth(run: Run) -> tuple[float, float]:
         score = (
@@ -211,10 +224,10 @@ STUDIES: dict[str, tuple[str, Truth, dict[str, Any]]] = {
     "tuned": ("tuned", tuned({"pissa": 0.95}), TUNED),
     "factors": ("sensitivity", factors(), FACTORS),
 }
-"""Name of each study -> the question, the truth, and the options."""
+"""Name of a study -> its subcommand, its truth and its options."""
 
 
 def make(folder: Path, name: str) -> None:
-    """Answer the question of a study in `folder/results`."""
+    """Create a study of `STUDIES` in `folder/results`."""
     experiment, truth, options = STUDIES[name]
     answer(experiment, truth, folder / "results", **own_data(folder), **options, steps=8, study=name)

@@ -1,10 +1,10 @@
-"""Show that the tests of the promises bite: break the program in one place, and see the named test fail.
+"""Check that the tests of the promises detect faults: change the program in one place, expect a failed test.
 
     python tests/promises/mutations.py              all mutations (nightly)
-    python tests/promises/mutations.py resume lock  those whose names hold one of the words
+    python tests/promises/mutations.py resume lock  those with one of the words in their name or their test's
 
-Each mutation replaces one text of one file in a copy of the working tree. The tests run in the copy, first
-as it is, when all must pass, and then with each mutation, when its test must fail.
+Each mutation replaces one text of one file in a copy of the working tree. The tests run in the unchanged copy
+first, where all must pass. The test of each mutation then runs with this mutation, and must fail.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault of the program, and the test that must notice it.
+    """A fault of the program, and the test that must detect it.
 
     Args:
-        name: What goes wrong, in a few words.
+        name: The fault, in a few words.
         file: The file to change, relative to the root of the repository.
         old: A text that occurs exactly once in the file.
-        new: The text that takes its place.
+        new: The replacement.
         test: The test that must fail: `test_NN_name.py::test_name`, in this folder.
     """
 
@@ -431,7 +431,7 @@ def passes(tests: list[str], tree: Path) -> tuple[bool, str]:
 
 
 def survivors(mutations: list[Mutation]) -> list[str]:
-    """Apply each mutation alone; return the names of those that their tests did not notice."""
+    """Apply each mutation alone; return the names of those that their tests did not detect."""
     missed = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
@@ -450,7 +450,7 @@ def survivors(mutations: list[Mutation]) -> list[str]:
 
 
 def main() -> None:
-    """Run the mutations whose names hold one of the words of the command line, or all."""
+    """Run the mutations that the command line selects, or all of them."""
     words = sys.argv[1:]
     chosen = [m for m in MUTATIONS if not words or any(word in m.name or word in m.test for word in words)]
     missed = survivors(chosen)

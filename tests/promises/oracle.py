@@ -1,8 +1,9 @@
-"""Five whole outputs, frozen: reports on three studies of known truth and on the published scores; records.
+"""The expected outputs of five studies, frozen in the files of `oracle/`.
 
-The files in `oracle/` hold what the reports say, in a form of their own: outcomes, best rates, scores with
-intervals, states and contrasts by variant. The functions of this file alone know where `summary.json` and a
-record have them. After an intended change of the numbers, write the files anew (the last one trains on Ray):
+Three are reports on studies of known truth, one is the report on the published scores, and one is the records
+of a trained study. The files have outcomes, best rates, scores with intervals, states and contrasts by
+variant. Only the functions of this module depend on the format of `summary.json` and of records. After an
+intended change of the numbers, write the files again (`trained` starts Ray):
 
     python tests/promises/oracle.py [study tuned sensitivity published trained]
 """
@@ -22,25 +23,25 @@ import known_truth
 
 FOLDER = Path(__file__).with_name("oracle")
 STUDY = {"study": "grid", "tuned": "tuned", "sensitivity": "factors", "published": "published"}
-"""Question -> name of the folder with its report."""
+"""Name of a file in `oracle/` -> name of the study."""
 PUBLISHED = ("published", "--task", "gsm8k", "glue")
 TRAINED = ("--variants", "lora", "pissa", "hira", "--learning-rates", "3e-3", "1e-2", "1e3", "--seeds", "1")
 TRAINED_STEPS = ("--steps", "12", "--evaluations", "2", "--widen", "0", "--study", "trained")
 EXACT, PROCESSORS = 1e-6, 1e-5
-"""Largest distance of a number from the frozen one: of a report, absolute, and of a loss that was trained on
-another processor, relative (that of the golden curves)."""
+"""Largest differences from frozen numbers. EXACT is for reports. PROCESSORS is for losses of training, which
+is rounded differently on each type of processor."""
 
 
-# -- what a report says
+# -- reports
 
 
 def numbers(results: Any) -> dict[str, Any]:
-    """Return the numbers of results from `orchestrator.load`, by the names of `summary.json`."""
+    """Return the summary of results from `orchestrator.load` in the form of `summary.json`."""
     return asdict(results.summary)
 
 
 def _estimate(estimate: Mapping[str, Any] | None) -> list[float | None] | None:
-    """Return mean and interval, with None for a missing interval."""
+    """Return [mean, low, high]; low and high are None without an interval."""
     return None if estimate is None else [estimate["mean"], *_interval(estimate["interval"])]
 
 
@@ -49,12 +50,12 @@ def _interval(interval: Mapping[str, float] | None) -> list[float | None]:
 
 
 def outcomes(summary: Mapping[str, Any]) -> list[str]:
-    """Return the outcomes of all verdicts, the most important first."""
+    """Return the outcome of each verdict, the most important first."""
     return [verdict["outcome"] for verdict in summary["verdicts"]]
 
 
 def best(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return for each variant the best rate, and mean and interval of its scores there."""
+    """Return for each variant its best learning rate, and [mean, low, high] of its scores at this rate."""
     return {
         curve["variant"]: {
             "best rate": curve["best_rate"],
@@ -67,7 +68,7 @@ def best(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rows(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return for each variant its score in tunings, its difference from LoRA, and what follows from it."""
+    """Return for each variant except LoRA its tuned test score, its difference from LoRA, and the outcome."""
     (task,) = summary["comparison"]["tasks"]
     return {
         row["variant"]: {
@@ -83,13 +84,13 @@ def rows(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reversals(summary: Mapping[str, Any]) -> dict[str, bool | None]:
-    """Return for each variant whether its order with LoRA changes with the rate."""
+    """Return for each variant whether its order relative to LoRA depends on the learning rate."""
     (task,) = summary["comparison"]["tasks"]
     return {row["variant"]: row["reversal"] for row in task["fixed_rate"]["rows"]}
 
 
 def effects(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return for each variant the loss by each factor set blindly, and with the rate tuned again."""
+    """Return variant -> factor -> the score lost if the factor is set blindly, and if the rate is retuned."""
     (task,) = summary["factor_study"]["tasks"]
     return {
         variant["variant"]: {
@@ -104,7 +105,7 @@ def effects(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lost(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return for each variant what it loses at LoRA's best rate."""
+    """Return for each variant [value, low, high] of the score that it loses at LoRA's best rate."""
     (panel,) = summary["panels"]
     return {
         c["variant"]: [(lost := c["regret_at_reference_best"])["value"], *_interval(lost["interval"])]
@@ -128,7 +129,7 @@ def published(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def report(name: str, folder: Path) -> dict[str, Any]:
-    """Return what is frozen of a report in `folder/results`."""
+    """Return those values of a report in `folder/results` that are compared with the frozen ones."""
     summary = json.loads((folder / "results" / STUDY[name] / "summary.json").read_text())
     found: dict[str, Any] = {"outcomes": outcomes(summary)}
     if name == "published":
@@ -140,11 +141,11 @@ def report(name: str, folder: Path) -> dict[str, Any]:
     return found | ({"lost": _lost(summary)} if name == "study" else {"effects": effects(summary)})
 
 
-# -- what a trained study leaves
+# -- records of a trained study
 
 
 def train(folder: Path) -> None:
-    """Train a small study on data of one's own, in `folder/results`."""
+    """Train a small study on a user's data, in `folder/results`."""
     own = known_truth.own_data(folder)
     words = [word for name, value in own.items() for word in (f"--{name}", value)]
     print(as_a_user.succeed("study", *words, *TRAINED, *TRAINED_STEPS, cwd=folder))
@@ -153,7 +154,7 @@ def train(folder: Path) -> None:
 def trained(folder: Path) -> dict[str, Any]:
     """Return the records in `folder/results` by variant, rate and seed.
 
-    Of a lane at a rate far too high only the state is frozen, because such a lane magnifies rounding.
+    For a learning rate of 1 or more, only the state is returned, because such a lane magnifies rounding.
     """
     found = {}
     for record in as_a_user.records(folder).values():
@@ -174,13 +175,13 @@ def frozen(name: str) -> Any:
 
 
 def differences(found: Any, stored: Any, where: str = "", allowed: float = EXACT) -> list[str]:
-    """Return one line for each place in which an output differs from the frozen one.
+    """Return one line for each difference between an output and the frozen one.
 
     Args:
-        found: The output.
-        stored: The frozen output.
-        where: The place of both in the whole.
-        allowed: Largest distance of two numbers, relative for numbers above 1.
+        found: The output, or a part of it.
+        stored: The same part of the frozen output.
+        where: The path of the part in the whole output.
+        allowed: Largest difference of two numbers, relative for numbers above 1.
     """
     if isinstance(found, Mapping) and isinstance(stored, Mapping):
         keys = sorted({*found, *stored})
@@ -199,7 +200,7 @@ def differences(found: Any, stored: Any, where: str = "", allowed: float = EXACT
 
 
 def _rounded(data: Any) -> Any:
-    """Return the same with 8 significant digits, which is more than is compared."""
+    """Return the data with numbers of 8 significant digits, more than a comparison needs."""
     if isinstance(data, Mapping):
         return {key: _rounded(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -208,7 +209,7 @@ def _rounded(data: Any) -> Any:
 
 
 def main() -> None:
-    """Write the files that the command line names, or all."""
+    """Write the files that the command line names, or all of them."""
     names = sys.argv[1:] or ["study", "tuned", "sensitivity", "published", "trained"]
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:

@@ -51,7 +51,7 @@ def temporary() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def small(made_once: Callable[..., Path], with_base: Path) -> Path:
-    """Return the working folder of a study of two configurations, whose steps are in `watched/`."""
+    """Return the working folder of a study of two configurations. Its lanes log their steps in `watched/`."""
 
     def make(folder: Path) -> None:
         shutil.copytree(with_base, folder, dirs_exist_ok=True)
@@ -131,7 +131,7 @@ def test_the_dry_run_leaves_its_verdict_report_and_records(dry_run: Path) -> Non
 def test_the_command_and_the_settings_that_it_wrote_name_the_same_study(
     dry_run: Path, temporary: Path
 ) -> None:
-    """The fixture ran the script; here the command repeats it, from its options and from study.yaml."""
+    """The fixture ran the script. The command repeats its study, by the same options and by study.yaml."""
     before = files(dry_run)
     settings = dry_run / "results" / STUDY / "study.yaml"
     as_a_user.succeed("study", *as_a_user.DRY_RUN, cwd=dry_run, TMPDIR=str(temporary))

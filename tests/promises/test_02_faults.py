@@ -1,7 +1,7 @@
-"""Promise 2: whatever is killed or interrupted, the same command continues, and the results are the same.
+"""Promise 2: whatever is killed or interrupted, the same command continues the study to the same results.
 
-The moments are drawn: a number of optimizer steps after which a process is killed. The lanes of watched.py
-write each step when they take it, and a study in which a process is to be killed trains slowly until then.
+A process is killed after a random number of optimizer steps. The lanes of watched.py log each step, and train
+slowly until the process is killed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STUDY = (
 
 
 def lives(number: int) -> bool:
-    """Return whether there is a process with this id, and it has not ended."""
+    """Return whether a process with this id exists and is no zombie."""
     try:
         return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -66,7 +66,7 @@ class Study:
         (self.watched / "slow").unlink(missing_ok=True)
 
     def steps(self, trainer: int | None = None) -> list[tuple[str, int]]:
-        """Return the lane and the number of each step that was begun, of all trainers or of one process."""
+        """Return (lane, step number) of each step that all trainers, or one of them, have begun."""
         found = []
         for path in self.watched.glob(f"{trainer or '*'}.steps"):
             for line in path.read_text().splitlines():
@@ -79,7 +79,7 @@ class Study:
         return [number for path in self.watched.glob("*.steps") if lives(number := int(path.stem))]
 
     def processes(self) -> dict[int, str]:
-        """Return id and command line of each process that the study has started and that lives.
+        """Return the study's living processes: process id -> command line.
 
         A process of the study has the study's folders as working folder, in its environment or in its
         command line. (A process of Ray that sets its own title loses its environment.)
@@ -97,7 +97,7 @@ class Study:
         return found
 
     def wait_for_steps(self, process: subprocess.Popen[str], wanted: int | None = None) -> int:
-        """Wait until a trainer has taken a drawn number of steps, and return its process id."""
+        """Wait until a trainer has begun `wanted` steps (None: a random number); return its process id."""
         count = wanted or self.rng.randint(3, 12)
         as_a_user.wait_until(
             lambda: any(len(self.steps(trainer)) >= count for trainer in self.trainers()), process
@@ -133,7 +133,7 @@ def undisturbed(made_once: Callable[..., Path], with_base: Path) -> Path:
 
 @pytest.fixture
 def study(home: Path) -> Iterator[Study]:
-    """Return a study of the test's own. What a failed test leaves running is ended."""
+    """Yield a new study for one test, and kill the processes that a failed test leaves."""
     temporary = Path(tempfile.mkdtemp(prefix="p2-"))
     made = Study(home, temporary)
     yield made
@@ -172,7 +172,7 @@ def test_ctrl_c_once_and_twice(study: Study, undisturbed: Path) -> None:
     assert first.keys() & last.keys()
     for lane, step in first.items():
         assert step == last.get(lane, 0) + 1, "a lane goes on where it was interrupted"
-    while process.poll() is None:  # a user who does not wait
+    while process.poll() is None:  # as a user who presses Ctrl-C again and again
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.5)
     assert as_a_user.end(process).code in (130, -signal.SIGINT)
@@ -186,7 +186,7 @@ def test_ctrl_c_once_and_twice(study: Study, undisturbed: Path) -> None:
 
 
 def test_killed_processes(study: Study, undisturbed: Path) -> None:
-    """First a trainer, then another process of Ray's, the driver, and at last the raylet, the node itself."""
+    """Kill a trainer, another process of Ray, the driver, and at last the raylet, which ends the node."""
     study.slow_down()
     process = study.start()
     trainer = study.wait_for_steps(process)

@@ -35,7 +35,7 @@ STUDY = (
 
 
 def write_rows(path: Path, count: int, seed: int) -> None:
-    """Write rows of a task for the base model of the dry run: the next letter of each letter."""
+    """Write rows for the base model of the dry run: the answer is the next letter of each letter."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -55,7 +55,7 @@ def study(home: Path, *words: str) -> as_a_user.Result:
 
 @pytest.fixture(scope="module")
 def together(made_once: Callable[..., Path], with_base: Path) -> Path:
-    """Return the folder of a study whose five lanes train together: two are healthy."""
+    """Return the folder of a study whose five lanes train together. Two of them finish."""
 
     def make(folder: Path) -> None:
         shutil.copytree(with_base, folder, dirs_exist_ok=True)
@@ -102,14 +102,14 @@ def test_a_lane_alone_equals_the_lane_beside_others_to_the_bit(together: Path, h
 
 
 class InOrder(transformers.Trainer):
-    """A Trainer that takes the rows as they are. A batch has all of them, so their order changes no loss."""
+    """A Trainer that does not shuffle. A batch has all rows, so their order does not change the loss."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def encoded(rows: Path, tokenizer: Any) -> list[dict[str, Any]]:
-    """Return the rows as docs/own_data.md describes them: the loss is on the answer and on its end token."""
+    """Return token ids and labels of the rows. As in docs/own_data.md, answer and end token have a loss."""
     examples = []
     for row in map(json.loads, rows.read_text().splitlines()):
         prompt = tokenizer(row["prompt"]).input_ids
@@ -120,9 +120,9 @@ def encoded(rows: Path, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def test_twenty_steps_equal_those_of_trainer_and_peft(together: Path, tmp_path: Path) -> None:
-    """Both begin with the lane's initial factors, which the variant's file wrote.
+    """Both trainings start from the lane's initial factors A and B, which watched.py saved.
 
-    With a larger learning rate, or with AdamW's usual epsilon, the roundings of float32 grow faster.
+    A larger learning rate, or AdamW's default epsilon, would magnify the rounding errors of float32.
     """
     rate = HEALTHY[0]
     (base,) = (together / "results" / "store" / "bases").glob("letters-base-*")

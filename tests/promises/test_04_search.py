@@ -1,7 +1,7 @@
-"""Search and early stopping: ASHA, median stopping, Optuna's samplers, equal budgets, and a killed search.
+"""Promise 4: ASHA, median stopping, Optuna's samplers with equal budgets, and a search that was killed.
 
-A search's journal is read as a user reads it, with Optuna. The studies train on data of one's own with a
-model of two layers, so that a lane takes less than a second.
+The tests read a search's journal with Optuna, as a user does. The studies train a model of two layers on a
+user's data, so that a lane takes less than a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RATES = ["1e-4", "1e-3", "1e-2", "3e-2", "1e-1", "3e-1", "1", "10"]
 
 
 def words_of(options: dict[str, Any]) -> list[str]:
-    """Return options as they are typed."""
+    """Return options as words of the command line."""
     typed = []
     for name, value in options.items():
         typed += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
@@ -40,13 +40,13 @@ def words_of(options: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def own(made_once: Callable[..., Path]) -> dict[str, Any]:
-    """Return the options that name data and a base model of one's own."""
+    """Return the options that name a user's data and base model."""
     folder = made_once("own-data", lambda making: print(known_truth.own_data(making)))
     return {"data": str(folder / "own.csv"), "model": str(folder / "base"), "device": "cpu"}
 
 
 def searched(folder: Path, study: str) -> dict[str, list[optuna.trial.FrozenTrial]]:
-    """Return the points of each variant, as Optuna and its dashboard read them."""
+    """Return variant -> points, read by Optuna from the study's journal."""
     storage = JournalStorage(JournalFileBackend(str(folder / "results" / study / "optuna.journal")))
     found = {}
     for name in optuna.get_all_study_names(storage):
@@ -59,14 +59,14 @@ def fingerprints(points: dict[str, list[optuna.trial.FrozenTrial]]) -> list[str]
     return [trial.user_attrs["fingerprint"] for trials in points.values() for trial in trials]
 
 
-# -- designs: every point is known before the training
+# -- designs, whose points are known before the training
 
 
 @pytest.mark.parametrize("search", ["qmc", "random"])
 def test_a_design_gives_each_variant_as_many_points_and_grows_from_what_it_has(
     search: str, own: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The variants share the values that they have in common; more points begin with the same ones."""
+    """Variants share the values of their common hyperparameters. A larger design contains a smaller one."""
 
     def ask(points: int) -> list[Any]:
         options = {**own, **SEARCH, "search": search, "points": points, "study": "design"}
@@ -130,7 +130,8 @@ def test_asha_stops_what_is_worse_and_keeps_the_best(own: dict[str, Any], tmp_pa
 def killed_and_continued(made_once: Callable[..., Path], own: dict[str, Any]) -> Path:
     """Return a folder in which a TPE search with median stopping was killed and continued.
 
-    `before` holds the fingerprints of the points at the kill, `ended` those that had a record.
+    The file `before` has the fingerprints of the points that were suggested before the kill. The file `ended`
+    has the fingerprints of those that had a record, with the time of its end.
     """
 
     def make(folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""The questions `study`, `tuned`, `sensitivity` and `published`: their answers on studies of known truth.
+"""Promise 5: `study`, `tuned`, `sensitivity` and `published` answer rightly on studies of known truth.
 
-The records come from formulas (known_truth.py), so no model is trained. The reports as a whole are compared
-with frozen ones (oracle.py).
+The scores come from formulas (known_truth.py), so no model is trained. Whole reports are compared with frozen
+ones (oracle.py).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.timeout(900)  # on a busy machine; no result depends on
 
 @pytest.fixture(scope="module")
 def answered(made_once: Callable[..., Path]) -> Callable[[str], Path]:
-    """Return a function that returns a folder whose `results/` has a study of known truth. Read only."""
+    """Return a function: name of a study of known truth -> folder whose `results/` has it. Read only."""
     return lambda name: made_once(f"answered-{name}", lambda folder: known_truth.make(folder, name))
 
 
 @pytest.fixture(scope="module")
 def surveyed(made_once: Callable[..., Path]) -> Path:
-    """Return a folder whose `results/` has the page on the published scores."""
+    """Return a folder whose `results/` has the report on the published scores."""
     return made_once("survey", lambda folder: print(as_a_user.succeed(*oracle.PUBLISHED, cwd=folder)))
 
 
@@ -39,7 +39,7 @@ def surveyed(made_once: Callable[..., Path]) -> Path:
 def again(
     answered: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, known_truth.Truth], Any]:
-    """Return a function that gives a copy of a study another truth and returns its results."""
+    """Return a function that rewrites a copy of a study by another truth, and returns its results."""
     copies = tmp_path_factory.mktemp("again")
 
     def rewrite(name: str, truth: known_truth.Truth) -> Any:
@@ -103,7 +103,7 @@ def test_runs_above_the_cliff_are_counted_as_collapsed_or_diverged(answered: Cal
 def test_the_report_command_answers_from_the_records_that_are_there(
     answered: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """What the command writes and what `load` returns are the same."""
+    """The command writes the same numbers that `load` returns."""
     copy_results(answered("tuned"), tmp_path)
     now = known_truth.rewrite(tmp_path / "results", "tuned", tuned({"pissa": 0.95, "dora": 0.95}))
     as_a_user.succeed("report", "tuned", cwd=tmp_path)
@@ -131,7 +131,8 @@ CASES: dict[str, tuple[known_truth.Truth, str, dict[str, set[str]]]] = {
     ),
     "noise": (tuned({}, noise=0.04), "undecided", {v: {"undecided"} for v in ("pissa", "dora", "hira")}),
 }
-"""Truth, outcome of the claim that tuned LoRA matches or beats most variants, outcomes by variant."""
+"""Name of a case -> truth, outcome of the claim that tuned LoRA matches or beats most variants, and the
+possible outcomes of each variant."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -176,7 +177,7 @@ def test_a_variant_that_diverges_at_every_rate_has_no_usable_tuning(again: Calla
 def test_the_winner_at_one_rate_depends_on_the_rate_only_if_the_best_rates_differ(
     again: Callable[..., Any],
 ) -> None:
-    """With HiRA's best rate a decade above LoRA's the order turns; with one best rate for all it does not."""
+    """HiRA beats LoRA at some rates only if its best rate is higher than LoRA's."""
     found = {}
     for name, optima in (("apart", OPTIMA), ("one", dict.fromkeys(OPTIMA, 1e-2))):
         results = again("tuned", tuned({"pissa": 0.85, "dora": 0.85, "hira": 0.88}, 0.002, optima))
@@ -206,7 +207,7 @@ def test_what_matters_most(truth: known_truth.Truth, outcome: str, again: Callab
 
 
 def test_what_a_factor_costs_lies_in_its_interval(answered: Callable[[str], Path]) -> None:
-    """Dropout is drawn from 0 to 0.1 and costs 0.01 at its end, so it costs 0.005 on average."""
+    """The loss rises from 0 without dropout to 0.01 at dropout 0.1, so its mean over this range is 0.005."""
     results = orchestrator.load("factors", output=answered("factors") / "results")
     for effects in oracle.effects(oracle.numbers(results)).values():
         mean, low, high = effects["dropout"]["set blindly"]

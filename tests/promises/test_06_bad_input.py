@@ -1,6 +1,7 @@
-"""Bad input of every kind is one line and exit status 2, before Ray starts, and leaves nothing behind.
+"""Promise 6: bad input of any kind gives one line of error and exit status 2 before Ray starts.
 
-The commands run in forks of one process; one is a process of its own.
+The command changes no file. The commands run in forks of one process (forked_commands.py); the last test
+starts a process.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tiny_models
 from forked_commands import Commands
 
 Case = tuple[str, str]
-"""The words after the program's name, and the words that the line must have: values, options, fixes."""
+"""The words after the program's name, and the words that the error must have: values, options, fixes."""
 
 PLAN = "study --dry-run --plan"
 
@@ -157,11 +158,11 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "an unknown variant": ("seeds: 1\nvariants: [lora, pisa]", "2 'pisa' 'pissa'"),
     "bytes": ("rank: \udcff", "study.yaml"),
 }
-"""Text of a file of options -> the number of the line, and words."""
+"""Name of a case -> text of a YAML file of options, and words of the error, first the number of the line."""
 
 
 def rows(count: int = 60, **changed: str) -> str:
-    """Return a CSV file of texts with two labels; the cells of row 7 can be others."""
+    """Return the text of a CSV file of texts with two labels. `changed` has other cells for row 7."""
     lines = ["text,label"]
     for i in range(count):
         cells = {"text": f"w{i}", "label": "spam" if i % 3 else "ham"} | (changed if i == 6 else {})
@@ -206,7 +207,7 @@ DATA: dict[str, tuple[dict[str, str], Case]] = {
     "a folder of neither": ({"folder/x.txt": "hello"}, ("folder", "folder")),
     "a folder without training rows": ({"folder/test.csv": rows()}, ("folder", "folder test.csv train")),
 }
-"""Files, the words after --data, and the words in the line."""
+"""Name of a case -> files, and the words after --data with the words of the error."""
 
 TASK = """
 from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
@@ -246,7 +247,7 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "gives no examples": ("Example(f", "(f", "tuple"),
     "tests with its training rows": ('"test": "k"', '"test": "i"', "8"),
 }
-"""A text of the task's file, what takes its place, and words in the line."""
+"""Name of a case -> a text of the task's file, its replacement, and words of the error."""
 
 VARIANT = """
 from variants.baseline.lora import LoRA
@@ -269,7 +270,7 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     "has a wrong shape": ("(layer.shape[0], 1)", "(3, 1)", "11 RuntimeError"),
     "lacks a tensor": ('["g"] =', '["h"] =', "11 'g'"),
 }
-"""A text of the variant's file, what takes its place, and words in the line."""
+"""Name of a case -> a text of the variant's file, its replacement, and words of the error."""
 
 Spoil = Callable[[Path], object]
 
@@ -297,12 +298,12 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "a billion blocks": (config(num_hidden_layers=10**9), "num_hidden_layers"),
     "a negative width": (config(hidden_size=-4), "-4"),
 }
-"""What is done to the folder of a model, and words in the line."""
+"""Name of a case -> function that damages the folder of a model, and words of the error."""
 
 
 @pytest.fixture(scope="module")
 def commands(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    """Return a process in which commands run."""
+    """Yield a process that runs commands."""
     folder = tmp_path_factory.mktemp("commands")
     write(folder, {"m.csv": rows(), "mine.py": VARIANT, "task.py": TASK})
     plans = [
@@ -322,14 +323,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
-    """Write files of text; a surrogate stands for a byte that is no text."""
+    """Write text files (name -> text). A lone surrogate is written as the byte for which it stands."""
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(text.encode(errors="surrogateescape"))
 
 
 def content(folder: Path) -> dict[Path, bytes | None]:
-    """Return all that lies below a folder: the bytes of files, None for folders."""
+    """Return the content of a folder: path -> bytes of a file, or None for a folder."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 

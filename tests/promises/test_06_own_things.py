@@ -1,4 +1,4 @@
-"""Data, tasks, variants and models of the user's own: the plan shows them, a study trains them."""
+"""Promise 6: a plan shows, and a study trains, the user's own data, tasks, variants and models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = dict[str, str]
 
 
 def mails(first: int, count: int) -> list[Row]:
-    """Return rows of a text and a label, no two of them equal."""
+    """Return `count` different rows of a text and a label, beginning with row number `first`."""
     letters = "abcdefghij"
     words = [
         f"{letters[n // 100]} {letters[n // 10 % 10]} {letters[n % 10]}" for n in range(first, first + count)
@@ -91,7 +91,7 @@ class Gained(LoRA):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with models, a task and a variant of a user. Read only."""
+    """Return a folder with models, a task and a variant of a user. Tests only read it."""
     folder = tmp_path_factory.mktemp("own")
     tiny_models.bert(folder / "bert")
     tiny_models.llama(folder / "llama")
@@ -103,7 +103,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def commands(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    """Return a process in which commands run; it finds data of the hub's layout in the folder `hub`."""
+    """Yield a process that runs commands. It looks for datasets of the hub in the folder `hub`."""
     folder = tmp_path_factory.mktemp("commands")
     write(folder / "m.csv", SPLITS["train"])
     first = f"study --plan --model {own / 'bert'} --data m.csv"
@@ -113,7 +113,7 @@ def commands(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Co
 
 
 def plan(commands: Commands, *words: str | Path, cwd: Path) -> str:
-    """Return what the plan of a study says, on one line."""
+    """Return the printed plan of a study as one line."""
     result = commands.run("study", "--plan", *words, cwd=cwd)
     assert result.code == 0, result
     assert not list(cwd.glob("results/*/study.yaml")), "a plan begins no study"
@@ -161,7 +161,7 @@ def test_the_plan_of_data_shows_their_columns_splits_and_classes(
 def test_rows_without_splits_are_divided_by_what_they_say(
     commands: Commands, own: Path, tmp_path: Path
 ) -> None:
-    """A row keeps its split whatever the order of the rows, their format, and the names of the columns."""
+    """The split of a row depends on its content only, and not on the order, the format or column names."""
     rows = mails(0, 200)
     write(tmp_path / "mails.csv", rows)
     write(tmp_path / "other.jsonl", [{"kind": row["label"], "body": row["text"]} for row in reversed(rows)])
@@ -221,7 +221,7 @@ def test_the_plan_of_a_task_and_a_variant_in_files_names_them(
 def test_a_study_of_ones_own_task_variant_and_model_is_known_by_their_content(
     own: Path, tmp_path: Path
 ) -> None:
-    """The same files elsewhere, under other names, are known. A change of one is trained anew."""
+    """Results of files that were moved and renamed are found again. After a change of a file they are not."""
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(own, here)
 

@@ -1,4 +1,4 @@
-"""A trained lane is exported for PEFT, for transformers, or as it is, and keeps the scores of its record."""
+"""Promise 7: a lane exported for PEFT, for transformers or as raw tensors has the scores of its record."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def train(folder: Path, model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(made_once: Callable[..., Path]) -> Path:
-    """Return the working folder of a study of four lanes. Read only."""
+    """Return the working folder of a study of four lanes. Tests only read it."""
     model = made_once("copying-llama", make_model)
     return made_once("to-export", lambda folder: train(folder, model))
 
 
 @pytest.fixture(scope="module")
 def commands(trained: Path) -> Iterator[Commands]:
-    """Return a process in which exports run."""
+    """Yield a process that runs exports."""
     made = Commands(["export", "mine", "--variant", "lora", "--to", "first"], folder=trained)
     yield made
     made.close()
@@ -80,7 +80,7 @@ def commands(trained: Path) -> Iterator[Commands]:
 def exported(
     commands: Commands, trained: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Return a function that exports a lane with options and returns the folder. Each is made once."""
+    """Return a function: words after `export mine --variant` -> folder of the export, which is made once."""
     made: dict[tuple[str, ...], Path] = {}
 
     def export(*words: str) -> Path:
@@ -104,7 +104,7 @@ def recorded(trained: Path, variant: str) -> dict[str, float]:
 
 
 def logits_and_labels(model: Any) -> tuple[Any, Any]:
-    """Return a model's logits for the answers of the test rows, and the tokens of the answers."""
+    """Return for the answers of the test rows logits, (rows, tokens, vocabulary), and ids, (rows, tokens)."""
     import torch
 
     tokenizer = tiny_models.tokenizer()
@@ -116,7 +116,7 @@ def logits_and_labels(model: Any) -> tuple[Any, Any]:
 
 
 def scores(model: Any) -> dict[str, float]:
-    """Return the test scores of a model, computed with torch alone."""
+    """Return the test scores of a model, computed without this project."""
     import torch
 
     logits, labels = logits_and_labels(model)
@@ -191,7 +191,7 @@ for (load, predict), prompts in json.load(sys.stdin):
         answers[-1].append(printed.getvalue().strip())
 json.dump(answers, sys.stdout)
 """
-"""A program without this project, which runs the lines of model cards."""
+"""A program that runs the Python blocks of model cards, and cannot import this project."""
 
 
 def test_the_lines_of_the_card_give_the_answers_of_the_record_without_this_project(

@@ -1,6 +1,6 @@
-"""67 variants and two controls: named with their sources, they train, and start where they say.
+"""Promise 8: 67 variants and two controls name their sources, train, and start where they say.
 
-A variant of a user is checked with the laws. Equations are checked in tests/contract and tests/variants.
+A user's variant is checked with the laws. tests/contract and tests/variants check the equations.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from forked_commands import Commands
 
 STEPS = 3
 SAMPLE = 6
-"""The number of variants whose adapters are compared with PEFT; a drawn sample, the same each time."""
+"""Number of variants, drawn with a fixed seed, whose adapters are compared with PEFT."""
 LABELS = ("ham", "spam")
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
-    """Return what `python -m variants --json` says, by name."""
+    """Return the output of `python -m variants --json`: name -> entry."""
     command = [sys.executable, "-m", "variants", "--json"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {entry["name"]: entry for entry in json.loads(printed)}
@@ -53,14 +53,14 @@ def train_all(folder: Path, model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(made_once: Callable[..., Path]) -> Path:
-    """Return the working folder of a study of all variants. Read only."""
+    """Return the working folder of a study of all variants. Tests only read it."""
     model = made_once("wide-bert", lambda folder: print(tiny_models.bert(folder, width=64)))
     return made_once("all-variants", lambda folder: train_all(folder, model))
 
 
 @pytest.fixture(scope="module")
 def of_variant(trained: Path) -> dict[str, dict[str, Any]]:
-    """Return the record of each variant."""
+    """Return variant -> record."""
     return {r["configuration"]["variant"]["name"]: r for r in as_a_user.records(trained).values()}
 
 
@@ -90,7 +90,7 @@ def test_every_variant_trains_to_its_last_step(of_variant: dict[str, dict[str, A
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_variant_that_starts_at_the_base_model_has_its_loss(of_variant: dict[str, dict[str, Any]]) -> None:
-    """The first loss, before the first step, is that of the frozen model and the new head."""
+    """The loss of step 1 is computed before the first update: it is that of the base model and a new head."""
     base = of_variant["head_only"]["curve"][0]["loss"]
     starts = {name: entry["start"] for name, entry in catalogue().items()}
     first = {name: record["curve"][0]["loss"] for name, record in of_variant.items()}
@@ -101,7 +101,7 @@ def test_a_variant_that_starts_at_the_base_model_has_its_loss(of_variant: dict[s
 
 @pytest.fixture(scope="module")
 def commands(trained: Path) -> Iterator[Commands]:
-    """Return a process in which exports run."""
+    """Yield a process that runs exports."""
     made = Commands(["export", "all", "--variant", "lora", "--to", "first"], folder=trained)
     yield made
     made.close()
@@ -165,11 +165,11 @@ BROKEN = {
     ),
     "gradient": ('params["g"] * params["B"]', 'params["g"].detach() * params["B"]'),
 }
-"""A word of the name of the law -> a text of the variant's file, and what takes its place."""
+"""Part of the name of a law -> a text of the variant's file, and the replacement that breaks the law."""
 
 
 def check(folder: Path, text: str) -> None:
-    """Check a user's variant with the laws, as docs/variants.md says, on the first case."""
+    """Check the laws of a user's variant as docs/variants.md says, for the first case only."""
     from variants import catalogue
     from variants.testing import CASES, check_laws
 

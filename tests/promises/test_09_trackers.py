@@ -1,7 +1,7 @@
-"""Promise 9: MLflow's link leads to the ranked answer, W&B and TensorBoard beside it; no outage loses a run.
+"""Promise 9: MLflow's link opens the ranked runs, W&B and TensorBoard have all lanes, no outage loses a run.
 
-One study serves all tests. Its lanes wait in the middle while the test looks at MLflow's server, and the
-server is killed before they go on.
+One study serves all tests. Its lanes wait during training while the fixture reads their runs from MLflow's
+server. The fixture then kills the server and lets the lanes continue.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Outage:
     """A study during which the tracking server was killed.
 
     Args:
-        home: The folder in which the commands were typed.
-        server: The server, which runs again.
-        live: A run as the server showed it while its lane was in the middle.
-        out: What the study printed.
-        synced: The runs after `sync`, by fingerprint; the study's own under "".
+        home: The working folder of the commands.
+        server: The server, restarted after the study.
+        live: A run as the server showed it while its lane trained.
+        out: The standard output of the study.
+        synced: Fingerprint -> run after `sync`; the key of the study's own run is "".
     """
 
     home: Path
@@ -55,7 +55,7 @@ def by_fingerprint(runs: list[Run]) -> dict[str, Run]:
 
 
 def in_the_middle(server: Server) -> list[Run]:
-    """Return the runs of lanes that have been evaluated and still train."""
+    """Return the runs of lanes that have an evaluation."""
     return [r for r in server.runs(STUDY) if r.fingerprint and server.history(r.id, "validation_exact_match")]
 
 
@@ -88,7 +88,7 @@ def study(with_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def scores(record: dict[str, Any], split: str) -> dict[int, float]:
-    """Return the scores of a record: step -> exact match."""
+    """Return the scores of a record on a split: step -> exact match."""
     found = [each for each in record["evaluations"] if each["split"] == split]
     return {each["step"]: each["scores"]["exact_match"] for each in found}
 
@@ -128,14 +128,14 @@ def test_a_run_has_what_its_record_has(study: Outage) -> None:
 
 
 def linked(server: Server, out: str) -> str:
-    """Return the name of the experiment that the printed link leads to."""
+    """Return the name of the experiment to which the printed link leads."""
     (number,) = set(re.findall(r"http://\S+/#/experiments/(\d+)", out))
     names = {id_: name for name, id_ in server.experiments().items()}
     return names[number]
 
 
 def ranked_rightly(server: Server, home: Path) -> None:
-    """Check that the run with the best mean validation score is one of the rate that the records say."""
+    """Check that MLflow orders the runs by the mean validation score of their rate in the records."""
     groups: dict[float, list[float]] = {}
     for record in as_a_user.records(home).values():
         rate = record["configuration"]["optimizer"]["learning_rate"]
@@ -159,7 +159,7 @@ def test_the_same_command_adds_no_run_and_its_link_leads_to_the_ranked_answer(st
 
 
 def test_a_database_that_was_removed_is_made_again(study: Outage) -> None:
-    """Without --tracking-uri the runs are in a file of the store. The study prints how to look at it."""
+    """Without --tracking-uri, a SQLite file in the store has the runs. The study prints how to open it."""
     out = as_a_user.succeed(*WORDS, cwd=study.home)
     (uri,) = re.findall(r"--backend-store-uri (sqlite:\S+)", out)
     database = study.home / "results" / "store" / "mlflow.db"

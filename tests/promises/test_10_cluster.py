@@ -1,7 +1,8 @@
-"""Promise 10: `ray up cluster.yaml`, a study on its head, results back; a node that dies and one that drains.
+"""Promise 10: a study runs on a cluster of `ray up cluster.yaml`, and its results come back.
 
-The cluster is a head and three workers, hosts in namespaces of this machine, which cluster.yaml treats as
-machines that a user owns. Everything is typed with Ray's own commands.
+A node that dies and one that is drained change no result. The cluster has a head and three workers: hosts in
+namespaces of this machine (hosts.py), which cluster.yaml treats as machines that a user owns. The user's
+machine runs Ray's own commands only.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ graded = 0
 
 
 class Held(Task):
-    """The last letter. In its third evaluation, a trainer waits for a file of the test."""
+    """The answer is the last letter. In its third evaluation, a trainer waits for the file /shared/go."""
 
     title = "letters, held"
     floor = 0.0
@@ -83,8 +84,8 @@ STUDY = "--dry-run --task /shared/held.py --model /shared/model --variants lora 
 STUDY += " --seeds 2 --trainers 2 --lanes-per-trainer 2 --gpus-per-worker 1 --device cpu"
 SCRIPT = "experiments/lr_sensitivity.py"
 
-# AWS's metadata service of a spot machine that will be taken back in 20 minutes. AWS gives 2, and a busy
-# machine may take longer to save lanes.
+# A substitute for AWS's metadata service, with a notice that the spot machine ends in 20 minutes. AWS gives 2
+# minutes, but a busy test machine may take longer to save lanes.
 SPOT_NOTICE = """
 import http.server, json, time
 
@@ -106,7 +107,7 @@ http.server.HTTPServer(("127.0.0.1", 8000), Metadata).serve_forever()
 
 
 def for_own_machines(config: dict[str, Any], head: str, workers: list[str]) -> dict[str, Any]:
-    """Return cluster.yaml for machines that exist, changed as its comment says, with small nodes."""
+    """Return the config of cluster.yaml for a user's machines, as its comment says, with small nodes."""
     changed = dict(config)
     changed["provider"] = {"type": "local", "head_ip": head, "worker_ips": workers}
     changed["auth"] = {"ssh_user": "root", "ssh_private_key": Network.KEY}
@@ -125,7 +126,7 @@ def for_own_machines(config: dict[str, Any], head: str, workers: list[str]) -> d
 
 
 class Cluster:
-    """A running cluster, and what its user types."""
+    """A running cluster, and the commands of its user."""
 
     def __init__(self, network: Network, config: dict[str, Any]) -> None:
         self.network, self.shared = network, network.shared
@@ -145,15 +146,15 @@ class Cluster:
         self.run("chmod", "600", "/root/.ray/auth_token")
 
     def start(self, *words: str) -> Command:
-        """Start a command on the user's machine, in the clone."""
+        """Start a command on the user's machine, in the project's folder."""
         return self.network.start(*words, cwd=PROJECT, **ENVIRONMENT)
 
     def run(self, *words: str) -> str:
-        """Run a command that must succeed on the user's machine, in the clone."""
+        """Run a command that must succeed on the user's machine, and return its output."""
         return self.start(*words).wait()
 
     def start_on_head(self, command: str) -> Command:
-        """Start a command on the head, in the project's folder."""
+        """Start a command on the head, in the project's folder there."""
         return self.start("ray", "exec", "cluster.yaml", f"cd ~/lora-orchestrator && {command}")
 
     def training(self) -> list[Host]:
@@ -167,7 +168,7 @@ def trains(host: Host) -> bool:
 
 
 def ray_processes(host: Host) -> list[str]:
-    """Return the command lines of Ray's processes, and of what `ray up` has started beside them."""
+    """Return the command lines of all processes except SSH's: those that `ray up` has started."""
     return [line for line in host.processes() if not line.startswith("sshd")]
 
 
@@ -205,7 +206,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster) -> dict[str, dict[str, Any]]:
-    """Return the records of the study, trained on the cluster without any event."""
+    """Return the records of the study, trained on the cluster without a fault."""
     (cluster.shared / "go").touch()
     cluster.start_on_head(f"python {SCRIPT} {STUDY} --study calm").wait()
     (cluster.shared / "go").unlink()

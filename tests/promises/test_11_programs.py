@@ -1,7 +1,7 @@
-"""Promise 11: programs that a model wrote run in a sandbox, and what attacks it stays refused.
+"""Promise 11: programs that a model wrote run in a sandbox, which refuses all known attacks.
 
-No command runs a single program, so these tests call the one function that runs a program with its tests,
-`run`. It is the only import of an inner module: the task `codefeedback` (HumanEval, MBPP) grades by it.
+No command runs a single program. These tests therefore import the function `run` from an inner module. The
+task `codefeedback` (HumanEval, MBPP) uses it to run a program with its tests.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ ROOT = Path(__file__).parents[2]
 LABELLED = ROOT / "tests" / "finetune" / "grading"
 """Programs that try to pass without a right answer, with labels written by hand."""
 WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
-"""Limits for programs that end by themselves, so wide that a busy machine does not change the result."""
+"""Limits for programs that end by themselves. They are so wide that a busy machine changes no result."""
 SHORT = replace(WIDE, wall_seconds=0.5, cpu_seconds=1)
 """Limits for programs that never end."""
 
 
 def attempt(body: str, limits: ProgramLimits = WIDE) -> ProgramResult:
-    """Run a program whose function `attempt` returns what it could reach, or None; its test expects None."""
+    """Run a program whose function `attempt` returns what it could reach, or None. Its test expects None."""
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
     program = f"import ctypes, glob, os, signal, socket, subprocess, sys, time\ndef attempt():\n{lines}\n"
     return run(program, "reached = attempt()\nassert reached is None, reached", limits)
@@ -406,12 +406,12 @@ return got or None
 
 
 def every_nth(number: int) -> Any:
-    """Run with every `number`th program of a list by default, and with all programs in the nightly tier."""
+    """Parametrize a test: every `number`th program of a list by default, all programs in the nightly tier."""
     return pytest.mark.parametrize("every", [number, pytest.param(1, marks=pytest.mark.nightly)])
 
 
 def wrongly_judged(labelled: list[tuple[str, str, bool]]) -> list[str]:
-    """Run (program, tests, label) with two at once; return those whose result is not their label."""
+    """Run each (program, tests, label), two at once; return a text for each result that is not its label."""
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda each: run(each[0], each[1], WIDE), labelled)
         return [
@@ -445,7 +445,7 @@ def test_a_failed_isolation_is_no_result_of_the_program() -> None:
 
 
 def test_a_machine_that_allows_no_sandbox_is_refused_in_one_line() -> None:
-    """The test runs in a user namespace without further namespaces, as with AppArmor and in containers."""
+    """The program runs where it may create no namespaces, as under AppArmor and in containers."""
     script = f"from {run.__module__} import ProgramLimits, run\n"
     script += "try: print(run('x = 1', 'assert True', ProgramLimits()))\nexcept Exception as e: print(e)"
     command = f"echo 0 > /proc/sys/user/max_user_namespaces; exec '{sys.executable}' -c \"{script}\""

@@ -1,8 +1,8 @@
-"""Promise 12: loopback only, owner-only tokens, no secret anywhere, no pickle that runs.
+"""Promise 12: a study listens on loopback only, leaks no secret, keeps its token private, runs no pickle.
 
-One study serves most tests. It runs as a new user's would, with secrets in its environment and a password on
-its command line. Its lanes wait in the middle while the test looks at its processes, and one of them then
-fails with an error that quotes the secrets, as the errors of database drivers do.
+One study serves most tests. It runs in a new home folder, with secrets in its environment and a password on
+its command line. Its lanes wait during training while the fixture inspects the study's processes. One lane
+then fails with an error that quotes the secrets, as errors of database drivers do.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ MARK = "pl4nted"
 
 @dataclass
 class Seen:
-    """What a test has seen of a study.
+    """Observations of a study.
 
     Args:
-        home: The folder in which the commands were typed, and the user's home folder.
+        home: The working folder of the commands, which is also the user's home folder.
         temporary: The folder of temporary files, with Ray's session and its logs.
-        variables: The environment of the commands.
-        planted: The secrets by name.
-        addresses: The addresses on which its processes listened.
-        processes: The names of its processes.
-        leaks: Command lines with a secret, apart from that of the typed command.
-        own_line: Whether the typed command showed a secret when its lanes were in the middle.
-        token_mode: The permissions of Ray's token.
-        ended: What the study gave.
-        tracked: All runs, as MLflow's server has them.
+        variables: The environment variables of the commands.
+        planted: Name -> secret.
+        addresses: The addresses on which the study's processes listened.
+        processes: The names of the study's processes.
+        leaks: Command lines with a secret, except that of the study's command.
+        own_line: Whether the command line of the study's command showed a secret while its lanes trained.
+        token_mode: The permission bits of the file with Ray's token.
+        ended: The result of the study's command.
+        tracked: All runs of the study on MLflow's server, as text.
     """
 
     home: Path
@@ -78,7 +78,7 @@ class Seen:
 
 
 def look_at_command_lines(seen: Seen, typed: int) -> None:
-    """Note each command line of this machine with a secret, apart from the typed one."""
+    """Add command lines with a secret to `leaks`; for the process `typed`, set `own_line` instead."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # the process has ended
             line = (folder / "cmdline").read_text(errors="replace")
@@ -92,7 +92,7 @@ def look_at_command_lines(seen: Seen, typed: int) -> None:
 
 
 def look_at_processes(seen: Seen, driver: psutil.Process) -> None:
-    """Note the names of a study's processes, and the addresses on which they listen."""
+    """Add the names of the study's processes, and the addresses on which they listen."""
     for process in (driver, *driver.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             seen.processes.add(process.name())
@@ -158,7 +158,7 @@ def test_no_command_line_has_a_secret(seen: Seen) -> None:
 
 
 def contents(path: Path) -> Iterator[bytes]:
-    """Yield a file's bytes and unpacked content: databases split long values, Parquet compresses columns."""
+    """Yield a file's bytes and its decoded content: databases split values, Parquet compresses columns."""
     raw = path.read_bytes()
     yield raw
     if raw.startswith(b"PAR1"):
@@ -208,7 +208,7 @@ def test_a_token_that_everybody_may_read_is_closed_and_kept(seen: Seen, tmp_path
 
 
 class Planted:
-    """An object whose pickle makes a folder when it is loaded."""
+    """An object whose pickle creates the folder `planted` when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("planted",)
@@ -247,7 +247,7 @@ def test_a_pickle_in_place_of_an_adapter_is_refused(seen: Seen, tmp_path: Path) 
 
 @pytest.fixture
 def model(with_base: Path, tmp_path: Path) -> Path:
-    """Return a folder with the base model of the dry run."""
+    """Return a copy of the dry run's base model."""
     (weights,) = (with_base / "results" / "store" / "bases").rglob("model.safetensors")
     shutil.copytree(weights.parent, tmp_path / "model")
     return tmp_path / "model"

@@ -1,4 +1,4 @@
-"""Each mutation of the list changes the program and names a test. `mutations.py` applies them, each night."""
+"""Each mutation of `mutations.py` changes one place of the program and names a test that exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records of a study that is really trained are the frozen ones, on any processor up to rounding."""
+"""The records of a study that is trained on Ray equal the frozen ones up to the processor's rounding."""
 
 from __future__ import annotations
 

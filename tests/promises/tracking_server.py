@@ -1,4 +1,4 @@
-"""MLflow's own server, started as a user starts it, and questions to its REST interface."""
+"""An `mlflow server` process, and requests to its REST API."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Server:
     """
 
     def __init__(self, store: str, folder: Path) -> None:
-        # Bound, but never listening: while the server is down, no other process gets the port, and
-        # connections are refused. With SO_REUSEADDR the server can bind the same port.
+        # This socket is bound, but never listens. While the server is down, no other process gets the port,
+        # and connections are refused. With SO_REUSEADDR the server can bind the same port.
         self._port = socket.socket()
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._port.bind(("127.0.0.1", 0))
@@ -42,7 +42,7 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", self._store]
         command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        # Its job queue is seven processes that no test needs.
+        # The server's job queue would start seven processes that no test needs.
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         log = self._folder / "server.log"
         with log.open("ab") as file:
@@ -75,7 +75,7 @@ class Server:
         return True
 
     def ask(self, what: str, **body: Any) -> dict[str, Any]:
-        """Return the answer of MLflow's REST interface: to a GET if `body` is empty, else to a POST."""
+        """Return MLflow's answer to a GET request, or to a POST request if there is a `body`."""
         data = json.dumps(body).encode() if body else None
         request = urllib.request.Request(f"{self.uri}/api/2.0/mlflow/{what}", data)
         request.add_header("Content-Type", "application/json")
@@ -89,7 +89,7 @@ class Server:
         return {each["name"]: each["experiment_id"] for each in found}
 
     def runs(self, experiment: str, *order_by: str) -> list[Run]:
-        """Return the runs of an experiment in the order that MLflow gives them, deleted ones too."""
+        """Return the runs of an experiment, including deleted ones, in MLflow's order."""
         id_ = self.experiments().get(experiment)
         if id_ is None:
             return []
@@ -103,7 +103,7 @@ class Server:
 
 
 class Run:
-    """A run, as the REST interface shows it."""
+    """A run from an answer of the REST API."""
 
     def __init__(self, shown: dict[str, Any]) -> None:
         data = shown["data"]
@@ -117,7 +117,7 @@ class Run:
 
 @contextmanager
 def served(store: str, folder: Path) -> Iterator[Server]:
-    """Run a server over a database until the block ends."""
+    """Run a server with the database `store` until the `with` block ends."""
     folder.mkdir(exist_ok=True)
     server = Server(store, folder)
     server.start()

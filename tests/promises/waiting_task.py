@@ -1,7 +1,8 @@
-"""A user's task whose lanes stop in the middle, so that a test can look at a running study or disturb it.
+"""A user's task whose lanes wait during training, so that a test can inspect or disturb a running study.
 
-A lane waits before the step in WAITS_BEFORE until the file in WAITS_FOR exists. With a learning rate above
-1e-2 it then fails with an error that quotes the values of the environment variables named in QUOTES.
+Three environment variables control the task. Before the step with the number WAITS_BEFORE, a lane waits until
+the file WAITS_FOR exists. A lane with a learning rate above 1e-2 then fails. Its error quotes the values of
+the environment variables that QUOTES names.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults
 
 
 class Reversal(Task):
-    """`unk a b c d e =` is answered by the letters in reverse."""
+    """The answer to `unk a b c d e =` is the letters in reverse order."""
 
     title = "letters in reverse"
     floor = 0.0
@@ -47,7 +48,7 @@ class Reversal(Task):
         return [Example(f"unk {' '.join(word)} =", " ".join(reversed(word))) for word in words]
 
 
-taken: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # each lane has an optimizer of its own
+taken: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # steps of each lane, by its optimizer
 
 
 def wait(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,9 +1,9 @@
-"""A LoRA whose steps a test sees and slows down, and which fails at two learning rates.
+"""A LoRA variant that logs its steps, can be slowed down by a test, and fails at two learning rates.
 
 It is a user's variant file (docs/variants.md, "Bring your own variant"). The environment variable WATCHED
-names the folder that it shares with the test. Studies use it with a constant learning rate, which then tells
-the lanes of a seed apart, and with at least 12 steps: before it trains, a user's variant is tried on lanes
-of very few steps, which the test does not count.
+names the folder that it shares with the test. Studies use it with a constant learning rate, which identifies
+a lane among those with the same seed. Lanes of fewer than 12 steps are not logged: the program tries a user's
+variant on such lanes before it trains.
 """
 
 import os
@@ -26,7 +26,7 @@ class Watched(LoRA):
     parameters = "rank * (in + out)"
 
     def before_step(self, lane: api.LaneView) -> None:
-        """Write the step down; wait as the files `slow` and `held` say; fail at two rates."""
+        """Log the step; wait 0.2 s if the file `slow` exists, and while `held` exists; fail at two rates."""
         if lane.total_steps < 12:
             return
         folder = Path(os.environ["WATCHED"])

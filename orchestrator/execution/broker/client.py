@@ -127,8 +127,8 @@ class BrokerClient:
 def retry_until_lost(call: Callable[[], Result]) -> Result:
     """Call the broker until it answers.
 
-    The broker is given up BROKER_LOST_SECONDS after the first call that failed. So a process that was stopped
-    during a call makes another one.
+    The call is repeated until BROKER_LOST_SECONDS after its first failure. The time before the failure does
+    not count, so a process that was suspended during the first call makes another one.
 
     Args:
         call: A call of the broker, which may take up to BROKER_LOST_SECONDS.

@@ -1,6 +1,6 @@
 """The nodes that an autoscaler may start, and the decision whether and how long a study waits for GPU nodes.
 
-The node types come from the cluster file that `ray up` leaves on the head. With another autoscaler, a study
+The node types come from the cluster file that `ray up` copies to the head. With another autoscaler, a study
 waits for GPU nodes only if the user requests GPUs.
 """
 

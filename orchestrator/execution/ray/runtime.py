@@ -287,10 +287,10 @@ def _connect(cluster_address: str | None, before_exit: Callable[[], object]) -> 
 
 
 def _restrict_token_file(create_if_missing: bool) -> None:
-    """Let only the user read the file of Ray's token, which Ray creates with the permissions of the umask.
+    """Let only the user read the file of Ray's token. Ray would create it with permissions by the umask.
 
-    A umask around Ray's start would also hold for the files of its workers, such as records. If the file
-    cannot be written, Ray reads or creates it by itself.
+    The umask is not changed, because Ray's workers would inherit it for their files, such as records. If this
+    function cannot write the file, Ray creates it.
     """
     with suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
         path = Path.home() / ".ray" / "auth_token"

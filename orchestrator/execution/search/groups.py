@@ -52,8 +52,7 @@ def group_name(task: str, variant: str, replicate: int, first_task: str) -> str:
     """Return the name of a group in the files of a search.
 
     The name is task/variant/replicate, for example "digits/lora/3", without the task if it is the first task,
-    and without the replicate if it is 0. So the name is that of the variant in a search of one task without
-    replicates.
+    and without the replicate if it is 0. A search of one task without replicates has the variants' names.
 
     Args:
         task: The task's name.

@@ -51,7 +51,7 @@ class SearchFile:
     spent: Mapping[str, GroupUsage] = field(default_factory=dict)
     """Group -> its usage."""
     task: str = ""
-    """The task that was searched first, see `groups.group_name`."""
+    """Name of the first task of the search. `groups.group_name` leaves it out."""
 
     def resume(self, sampler: str, points: int, groups: Mapping[str, SearchGroup], study: str) -> SearchFile:
         """Return the settings for continuing this search.

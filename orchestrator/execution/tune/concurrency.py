@@ -31,10 +31,9 @@ def trial_limit(
 ) -> int:
     """Return the largest number of concurrent trials.
 
-    It is the number of lanes of all trainers, plus one for each trainer. When a lane ends,
-    the lane of the additional trial replaces it at once, while Tune starts the next trial in the free
-    process. A search has no additional trials, because a waiting trial was suggested without the results of
-    the lanes in training.
+    It is the number of lanes of all trainers, plus one for each trainer. When a lane ends, the lane of the
+    additional trial replaces it at once, while Tune starts the next trial in the free process. A search has
+    no additional trials, because a waiting trial was suggested without the results of the lanes in training.
 
     The lanes of a trainer are those in `capacities`. A trainer that has not reported its limit counts with
     `TrainerSpec.expected_lanes`. In a grid on this machine alone, such a trainer counts with one trial,

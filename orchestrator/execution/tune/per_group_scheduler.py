@@ -20,8 +20,8 @@ class PerGroupScheduler(LiveTrialFIFOScheduler):
 
     Args:
         scheduler: "asha" or "median".
-        cached: Fingerprints of known results, which are replayed; a search adds fingerprints. Trials with
-            known results fill the rungs that other trials are compared with, and are never stopped.
+        cached: Fingerprints of known results, which are replayed. A search adds fingerprints. Trials with
+            known results fill the rungs and are never stopped.
         per_seed: True if each seed is a separate tuning, so that only trials of the same seed are compared.
     """
 

@@ -29,8 +29,8 @@ WORST_LOSS = 1e9
 class LaneTrial:
     """The actor of a trial: a client of the broker, with the methods of `tune.Trainable` that Tune calls.
 
-    Each `train` waits for the lane's next report; the last result has `done` and the state in which the lane
-    ended. The client never releases its lane, because its process may be reused for another trial;
+    Each `train` waits for the lane's next report. The last result has `done` and the state in which the lane
+    ended. A trial never releases its lane, because Tune may reuse the process for another trial.
     `BrokerCallback` tells the broker which trials have ended.
 
     Args:
@@ -43,7 +43,7 @@ class LaneTrial:
         self.reset(config)
 
     def reset(self, new_config: dict[str, Any], storage: object = None) -> bool:
-        """Take another trial, so that Tune can reuse the process."""
+        """Switch to another trial, so that Tune can reuse the process."""
         self.trial_id = new_config["__trial_info__"]
         self.num_results = 0
         self.broker = ray.get_actor(BROKER_NAME)

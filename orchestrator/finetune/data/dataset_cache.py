@@ -30,14 +30,14 @@ from orchestrator.util.atomic_files import canonical_json
 from orchestrator.util.errors import UsageError, report_user_errors
 
 EXAMPLE_COLUMNS = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "reference": TEXT, "counts_in": TEXT}
-"""The fields of `Example` in their order, except its image."""
+"""The fields of `Example` except its image, in their order."""
 IMAGE_COLUMNS = {"answer": TEXT, "name": TEXT, "file": BYTES, "digest": TEXT}
 ROW_COLUMNS = {"ids": INTEGER_LIST, "targets": INTEGER_LIST, "prompt": INTEGER_LIST, "second": INTEGER}
 """The columns of `Row`, except its image. Targets of regression tasks are a FLOAT_LIST."""
 
 
 FORMAT_VERSION = 1
-"""Raised by hand when other content is stored for the same task."""
+"""To be raised when the stored content of a task changes."""
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,7 @@ class LaneRecorder:
         """
         if self.adapters is None or record.state != "finished":
             return None
-        if self.store.get_reusable(record.fingerprint) is not None:  # another trainer's, with its adapter
+        if self.store.get_reusable(record.fingerprint) is not None:  # another trainer has recorded the lane
             return None
         path = self.adapters / adapter_file_name(record.fingerprint)
         try:
@@ -284,7 +284,7 @@ class LaneRecorder:
 
         Args:
             record: The record.
-            adapter: The file of its adapter. It is removed to make space for the record if the disk is full.
+            adapter: The file of the lane's adapter. If the disk is full, it is removed to make space.
 
         Returns:
             Whether the record was written: False if the store has a final one already.

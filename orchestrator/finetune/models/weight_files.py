@@ -1,8 +1,8 @@
-"""Whether a model's weight files can be loaded, found out before a study starts and without their tensors.
+"""Check before a study starts that a model's weight files can be loaded, without reading their tensors.
 
-transformers loads the first of `WEIGHT_FILE_NAMES` that exists. Here safetensors opens the same files, or
-torch loads them to its meta device. torch refuses pickles of anything but tensors and plain containers, and
-runs no code.
+transformers loads the first of `WEIGHT_FILE_NAMES` that exists. This module opens the same files with
+safetensors, or loads them with torch to the meta device. torch refuses pickles of anything but tensors and
+plain containers, and runs no code.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def _read_shard_index(path: Path) -> list[Path]:
 
 
 def _open_weight_file(path: Path) -> None:
-    """Read the names and shapes of a file's tensors; raise if it is damaged or holds more than tensors."""
+    """Read the names and shapes of a file's tensors; raise if it is damaged or contains other objects."""
     if path.suffix == ".bin":
         import torch
 
-        # A file that torch.save wrote before version 1.6 is no zip file and cannot be mapped.
+        # Before version 1.6, torch.save wrote no zip files. Other files cannot be memory-mapped.
         torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
         return
     from safetensors import safe_open
