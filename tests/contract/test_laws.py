@@ -95,15 +95,18 @@ def chosen_cases(name: str, law: str) -> tuple[Case, ...]:
     return (*saved, *(case for case in covered if case not in saved))
 
 
+def group_of(name: str) -> pytest.MarkDecorator:
+    """Let the workers of pytest-xdist share this file, which has no expensive fixtures."""
+    return pytest.mark.xdist_group(f"laws-{name}")
+
+
 def parameters() -> list[Any]:
     """Return the combinations of the default and the slow run."""
     found = []
     for name in NAMES:
-        # This file has no expensive fixtures, so the workers of pytest-xdist may share it.
-        group = pytest.mark.xdist_group(f"laws-{name}")
         for law in LAWS:
             for number, case in enumerate(chosen_cases(name, law)):
-                marks = [group]
+                marks = [group_of(name)]
                 is_usual = number == 0 or (law in FORMS and name == "lora")
                 if not (is_usual and is_default(name, law)):
                     marks.append(pytest.mark.slow)
@@ -145,7 +148,7 @@ def test_law(name: str, case: Case, law: str) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=group_of(name)) for name in NAMES])
 def test_law_on_all_other_cases(name: str, law: str) -> None:
     broken_on = {}
     for case in applicable_cases(law, name):

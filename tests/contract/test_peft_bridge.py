@@ -77,16 +77,19 @@ def law_cases(peft_type: str, law: str) -> list[Case]:
     return cases[first:] + cases[:first]
 
 
+def group_of(peft_type: str) -> pytest.MarkDecorator:
+    """Let the workers of pytest-xdist share this file, which has no expensive fixtures."""
+    return pytest.mark.xdist_group(f"peft-{peft_type}")
+
+
 def law_parameters() -> list[Any]:
     """Return each tuner and law; the default run has most laws of `DEFAULT_TYPES`."""
     found = []
     for peft_type in TYPES:
-        # This file has no expensive fixtures, so the workers of pytest-xdist may share it.
-        group = pytest.mark.xdist_group(f"peft-{peft_type}")
         for law in LAWS:
             is_default = peft_type in DEFAULT_TYPES and law != "fits_a_representable_target"
-            marks = [group] if is_default else [group, pytest.mark.slow]
-            found.append(pytest.param(peft_type, law, marks=marks))
+            tier = () if is_default else (pytest.mark.slow,)
+            found.append(pytest.param(peft_type, law, marks=(group_of(peft_type), *tier)))
     return found
 
 
@@ -113,7 +116,7 @@ def test_law(peft_type: str, law: str) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("peft_type", TYPES)
+@pytest.mark.parametrize("peft_type", [pytest.param(each, marks=group_of(each)) for each in TYPES])
 def test_law_on_all_other_cases(peft_type: str, law: str) -> None:
     broken_on = {}
     for case in law_cases(peft_type, law)[1:]:
@@ -149,7 +152,11 @@ OTHER_VALUES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(
     ("peft_type", "values"),
-    [*((each, {}) for each in TYPES), *OTHER_VALUES],
+    [
+        *((each, {}) for each in DEFAULT_TYPES),
+        *(pytest.param(each, {}, marks=pytest.mark.slow) for each in TYPES if each not in DEFAULT_TYPES),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHER_VALUES),
+    ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_three_steps_equal_those_of_peft(peft_type: str, values: dict[str, Any]) -> None:
@@ -180,6 +187,7 @@ def test_three_steps_equal_those_of_peft(peft_type: str, values: dict[str, Any])
         torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-8, msg=f"{name} differs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("peft_type", "values"), OTHER_VALUES)
 def test_other_values_merge_and_are_exported(peft_type: str, values: dict[str, Any]) -> None:
     LAWS["merged_equals_forward"](variant(peft_type, **values), CASES[0])

@@ -17,7 +17,11 @@ from variants.testing.cases import Case
 
 @pytest.mark.parametrize(
     ("name", "model"),
-    [(name, model) for name, reference in REFERENCES.items() for model in reference.models],
+    [
+        pytest.param(name, model, marks=pytest.mark.slow if number else ())
+        for name, reference in REFERENCES.items()
+        for number, model in enumerate(reference.models)
+    ],
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_ten_steps_equal_those_of_the_reference(name: str, model: str) -> None:

@@ -173,6 +173,7 @@ def small(tmp_path: Path) -> Study:
     return peft_study(makespan.STUDIES["tiny"].runs[:1], str(tmp_path / "base"))
 
 
+@pytest.mark.slow  # processes that import torch and transformers
 def test_makespan_times_plain_processes(
     small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,19 +8,15 @@ from pathlib import Path
 import pytest
 from scripted import Script, SimulatedCrashError, configuration, dies_at, leases, numbers_of, solo, train
 
-from orchestrator.analyze.report import write_report
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates
-from orchestrator.record import mlflow, parquet, show
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import get_value
-from orchestrator.util.errors import UsageError
 from variants import catalogue
-from variants.variant_names import canonical_name, short_name
+from variants.variant_names import canonical_name
 
 OWN = '''
 """A LoRA whose scaling is a hyperparameter."""
@@ -91,21 +87,6 @@ def test_a_space_varies_a_setting_of_the_variant(name: str, tmp_path: Path) -> N
     assert found == ["learning_rate", f"{canonical_name(name)}.{HYPERPARAMETERS[name]}"]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("peft:VERA", "--variants: peft:VERA: its layers share tensors.*take vera"),
-        ("peft:NOTHING", "PEFT .* has no such tuner of layers; it has ADAMSS, BEFT"),
-        ("missing.py", "--variants: variant file '.*missing.py' does not exist"),
-        ("lorra", "--variants: no variant 'lorra'. Did you mean 'lora'"),
-    ],
-)
-def test_a_name_that_means_nothing_gives_one_line(name: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=message) as raised:
-        resolved(tmp_path, name)
-    assert "\n" not in str(raised.value)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lane_that_resumes_equals_one_that_was_not_interrupted(
     name: str, store: Store, tmp_path: Path
@@ -131,23 +112,3 @@ def test_a_worker_with_another_version_of_the_code_refuses_a_configuration(
     record = store.get(one.fingerprint)
     assert record is not None
     assert "'own-variant.v2.py' with content ffffffffffffffff is not in" in record.reason
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_views_of_a_record_take_the_name(name: str, tmp_path: Path) -> None:
-    one = small(name, tmp_path)
-    record = solo(one, tmp_path)
-    tags = mlflow._configuration_tags(one, "study")
-    assert tags["variant"] == one.variant.name
-    assert {"variant", "variant_revision"} <= {param.key for param in mlflow._params(one)}
-    assert not set("/:.%\"'") & set(short_name(one.variant.name))
-    command = f"python experiments/x.py --variants lora {name} --set {name}.factor=4 lora.rank=3 --seeds 3"
-    narrowed = show.narrow_command(command, one)
-    assert f"--variants {one.variant.name} " in narrowed
-    assert f"{name}.factor=4" in narrowed
-    assert "lora.rank" not in narrowed
-    rows = parquet.runs_table([record, solo(configuration(steps=8, evaluations=4), tmp_path)], {}, {})
-    assert rows.column("variant").to_pylist()[0] == one.variant.name
-    assert rows.column("variant_revision").to_pylist() == [one.variant.revision, None]
-    summary = write_report(StudyFile("s", "?", command), [record], tmp_path / "report", "sqlite:///x.db")
-    assert [curve.variant for panel in summary.panels for curve in panel.curves] == [one.variant.name]

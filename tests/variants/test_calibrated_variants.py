@@ -318,24 +318,6 @@ def test_eva_masks_unused_ranks() -> None:
         assert rank == 0 or (a[:rank].any() and b[:, :rank].any())
 
 
-@pytest.mark.parametrize(
-    ("name", "extra", "message"),
-    [
-        (
-            "lora_ga",
-            {"calibration_batches": 0},
-            "calibration_batches 0: must be a whole number of at least 1",
-        ),
-        ("eva", {"calibration_batches": 2.5}, "calibration_batches 2.5: must be a whole number"),
-        ("lora_ga", {"gamma": 0}, "gamma 0: must be a finite number above 0"),
-        ("eva", {"rho": 0.5}, "rho 0.5: must be a finite number of at least 1"),
-    ],
-)
-def test_invalid_settings_are_refused(name: str, extra: dict[str, float], message: str) -> None:
-    with pytest.raises(UnsupportedError, match=message):
-        catalogue.get(name).validate_settings(VariantSettings(4, 8.0, extra=extra))
-
-
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_a_layer_without_calibration_does_not_start_from_its_weight(name: str) -> None:
     variant = catalogue.get(name)

@@ -75,6 +75,10 @@ def test_names_do_not_import_torch() -> None:
         ("lora", VariantSettings(dropout=1.0), "dropout 1.0"),
         ("lora", VariantSettings(extra={"svd": 4}), "lora does not know 'svd'; its own settings: none"),
         ("pissa", VariantSettings(extra={"svd": "fast"}), "svd 'fast'"),
+        ("relora", VariantSettings(extra={"merges": 0}), "merges 0: must be a whole number of at least 1"),
+        ("relora", VariantSettings(extra={"pruned": 1.0}), "must be a number of at least 0 and below 1"),
+        ("lora_ga", VariantSettings(extra={"gamma": 0}), "gamma 0: must be a finite number above 0"),
+        ("delta_lora", VariantSettings(extra={"ratio": float("nan")}), "ratio nan"),
         (
             "pissa",
             VariantSettings(extra={"svd": 0}),

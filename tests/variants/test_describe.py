@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +10,7 @@ import pytest
 from variants import catalogue
 from variants.__main__ import main
 from variants.api import VariantSettings
-from variants.describe import describe, describe_all, parse_module_docstring
-from variants.describe_docs import render
-from variants.describe_text import shorten
+from variants.describe import describe, describe_all
 from variants.testing.cases import Case
 from variants.testing.rig import attach_lanes
 from variants.traits import Traits
@@ -96,39 +92,6 @@ def test_the_taxonomy_names_entries_and_reasons(capsys: pytest.CaptureFixture[st
     assert "QLoRA (arXiv 2305.14314) LoRA over a base model in 4 bits" in text
     found = json.loads(output(capsys, "--taxonomy", "--json"))
     assert sum(each["survey_code"] for each in found) == 54
-
-
-def test_the_command_runs_and_help_teaches() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "variants", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "python -m variants lora_plus" in done.stdout
-
-
-def test_docstrings_are_parsed() -> None:
-    assert parse_module_docstring("LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster.") == (
-        "LoRA+", "Hayou et al. 2024", "arXiv 2402.12354", "B learns faster.",
-    )  # fmt: skip
-    lines = "HiRA (Huang et al., ICLR 2025, openreview TwJ): a product\nof two.\n\nMore."
-    assert parse_module_docstring(lines) == (
-        "HiRA", "Huang et al., ICLR 2025", "OpenReview TwJ", "a product of two.",
-    )  # fmt: skip
-    assert parse_module_docstring("LoRAN (Li et al., EMNLP Findings 2024): a sine.")[1:3] == (
-        "Li et al.", "EMNLP Findings 2024",
-    )  # fmt: skip
-
-
-def test_a_page_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="markers of the table 'catalogue'"):
-        render("# Variants\n")
-
-
-def test_a_long_text_is_cut_after_a_part_outside_brackets() -> None:
-    text = "A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0"
-    assert shorten(text, 80) == text
-    assert shorten(text, 50) == "A from U(-1/sqrt(in), 1/sqrt(in)), B = 0"
-    assert shorten(text, 39) == "A from U(-1/sqrt(in), 1/sqrt(in)) ..."
-    assert shorten("with the largest triplets of the weight", 20) == "with the largest ..."
 
 
 def test_what_is_kept_of_the_variants_is_what_they_are(

@@ -124,7 +124,7 @@ def test_only_variants_with_a_residual_or_merged_factors_have_a_frozen_update() 
     assert not {"lora", "dora", "lora_ga", "delora"} & set(WITH_FROZEN_UPDATE)
 
 
-# rules/test_dude.py compares DuDe, whose update also reads the frozen layer's output, with PEFT.
+# rules/ compares DuDe, whose update also reads the frozen layer's output, with a computation in float64.
 @pytest.mark.parametrize("name", [n for n in WITH_FROZEN_UPDATE if not catalogue.get(n).dropout_on_base])
 def test_dropout_does_not_apply_to_the_frozen_update(name: str) -> None:
     """W' x = (W + frozen part) x + s B A dropout(x), with the lane's own mask."""

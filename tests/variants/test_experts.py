@@ -10,9 +10,8 @@ from rule import initial_tensors
 from torch import Tensor, nn
 
 from variants import catalogue
-from variants.api import ExtraSettings, FrozenLayer, MergeError, UnsupportedError, VariantSettings
+from variants.api import ExtraSettings, FrozenLayer, UnsupportedError, VariantSettings
 from variants.attach import Adapters, attach
-from variants.merging import merge_and_detach
 from variants.mixture import keep_largest
 from variants.parameter_formula import evaluate_formula
 
@@ -92,16 +91,6 @@ def test_all_gates_that_tie_for_the_last_place_are_kept() -> None:
     torch.testing.assert_close(keep_largest(gates, 2), expected)
 
 
-def test_equal_gates_give_lora_of_the_full_rank() -> None:
-    lane_settings = settings(8)
-    x, params = inputs(), stacked_tensors(lane_settings)
-    params["R"] = torch.zeros_like(params["R"])
-    lora, scaling = catalogue.get("lora"), torch.full((2, 1, 1), 2.0)
-    own = lora.prepare({"A": params["A"], "B": params["B"]}, layer().with_settings(lane_settings, scaling))
-    expected = lora.forward(x, x @ layer().weight.T, own, layer().with_settings(lane_settings, scaling))
-    torch.testing.assert_close(compute(x, params, lane_settings), expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(("rank", "experts"), [(2, 2), (4, 4), (7, 7), (8, 8), (9, 3), (12, 6), (16, 8)])
 def test_the_number_of_experts_divides_the_rank(rank: int, experts: int) -> None:
     lane_settings = settings(rank)
@@ -119,9 +108,7 @@ def test_the_number_of_experts_divides_the_rank(rank: int, experts: int) -> None
     [
         (1, {}, "rank 1: no number of experts from 2 to 8 divides it"),
         (11, {}, "rank 11: no number of experts from 2 to 8 divides it"),
-        (8, {"experts": 1}, "experts 1: must be a whole number of at least 2"),
         (4, {"top_k": 5}, "top_k 5: there are 4 experts"),
-        (8, {"balance": -1.0}, "balance -1.0: must be a finite number of at least 0"),
     ],
 )
 def test_invalid_settings_are_refused(rank: int, extra: ExtraSettings, message: str) -> None:
@@ -215,19 +202,3 @@ def test_lanes_are_independent(rank: int, top_k: int) -> None:
     alone, grouped = gradients(adapters, ["1"], x[ROWS : 2 * ROWS]), gradients(adapters, ["0", "1", "2"], x)
     assert len(alone) == 3
     assert all(torch.equal(gradient, grouped[name]) for name, gradient in alone.items())
-
-
-def test_every_expert_gets_gradients_in_the_first_step() -> None:
-    found = gradients(adapted(), ["1"], torch.randn(9, 48))
-    # The column of each rank has a gradient.
-    assert found["blocks.0.B"].any(0).all()
-    # This gradient comes from the balancing loss, because B is still zero.
-    assert found["blocks.0.R"].any(1).all()
-
-
-def test_merging_is_refused() -> None:
-    adapters = adapted()
-    for lane in "02":
-        adapters.remove_lane(lane)
-    with pytest.raises(MergeError, match="lora_moe cannot be merged"):
-        merge_and_detach(adapters, "1")

@@ -25,14 +25,6 @@ def start_of(name: str, frozen_layer: FrozenLayer, settings: VariantSettings) ->
     return {**start.trainable, **start.frozen}
 
 
-@pytest.mark.parametrize(
-    ("name", "scale"),
-    [("lora", 2.0), ("dora", 2.0), ("pissa", 2.0), ("rslora", 16 / math.sqrt(8)), ("hira", 1)],
-)
-def test_scaling_at_rank_8_alpha_16(name: str, scale: float) -> None:
-    assert catalogue.get(name).scaling(VariantSettings(8, 16.0)) == pytest.approx(scale)
-
-
 @pytest.mark.parametrize("name", ["lora", "rslora", "dora", "hira"])
 def test_a_is_kaiming_uniform_and_b_zero(name: str) -> None:
     start = start_of(name, layer(in_features=400), VariantSettings(16, 8.0))
@@ -41,13 +33,6 @@ def test_a_is_kaiming_uniform_and_b_zero(name: str) -> None:
     assert start["A"].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
     assert abs(start["A"].mean().item()) < 0.05 * bound
     assert not start["B"].any()
-
-
-def test_doras_magnitudes_are_the_row_norms() -> None:
-    frozen_layer = layer()
-    torch.testing.assert_close(
-        start_of("dora", frozen_layer, VariantSettings(4))["m"], frozen_layer.weight.norm(dim=1)
-    )
 
 
 def test_dora_keeps_float32_norms_over_a_bfloat16_base() -> None:

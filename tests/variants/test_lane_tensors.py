@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -146,14 +145,6 @@ def test_the_last_lane_does_not_keep_the_memory_of_the_others() -> None:
     assert tensors.trainable["b"]["w"] is parameter
     assert torch.equal(parameter, value)
     assert slices_of(stack["w"]) == [parameter.data_ptr()]
-
-
-def test_no_copied_stack_outlives_a_step() -> None:
-    tensors = make_lanes()
-    copied = weakref.ref(tensors.stack(("a", "c"))["w"])
-    assert copied() is not None
-    tensors.after_write("b")
-    assert copied() is None
 
 
 @pytest.mark.parametrize("lanes", [("0", "1", "2"), ("0", "2")])

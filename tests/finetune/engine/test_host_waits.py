@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_operation_of_a_step_waits_for_the_device(kind: str, checkpointing: bool) -> None:
     group, lanes = make_step_lanes(torch.device("meta"), kind, checkpointing)

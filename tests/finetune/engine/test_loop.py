@@ -16,6 +16,7 @@ from scripted import (
     SimulatedCrashError,
     configuration,
     dies_at,
+    get_record,
     leases,
     numbers_of,
     solo,
@@ -29,20 +30,8 @@ from orchestrator.finetune.failures import TrainerBrokenError
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.adapters import adapter_file_name
-from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, DivergenceConfig, ModelChoice
-
-
-def get(store: Store, fingerprint: str) -> Record:
-    record = store.get(fingerprint)
-    assert record is not None
-    return record
-
-
-def numbers(record: Record) -> Record:
-    return numbers_of(record)
-
 
 # -- lanes are independent ----------------------------------------------------------------------------------
 
@@ -59,17 +48,17 @@ def test_lanes_that_start_0_3_and_7_steps_apart_equal_their_solo_runs(
     late = {three[1].fingerprint: 3, three[2].fingerprint: 7}
     train(Script(leases(three), start_at=late), store)
     for one in three:
-        record = get(store, one.fingerprint)
+        record = get_record(store, one)
         assert record.state == "finished"
-        assert numbers(record) == numbers(solo(one, tmp_path))
-    assert get(store, three[2].fingerprint).provenance.lane_group_size == 3
+        assert numbers_of(record) == numbers_of(solo(one, tmp_path))
+    assert get_record(store, three[2]).provenance.lane_group_size == 3
 
 
 def test_dropout_is_a_function_of_the_lanes_own_step(store: Store, tmp_path: Path) -> None:
     two = [configuration(seed=s, dropout=0.2, accumulation=2, steps=6) for s in (0, 1)]
     train(Script(leases(two), start_at={two[1].fingerprint: 2}), store)
     for one in two:
-        assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
+        assert numbers_of(get_record(store, one)) == numbers_of(solo(one, tmp_path))
 
 
 def test_a_lane_with_a_nonfinite_loss_ends_and_the_others_are_unchanged(store: Store, tmp_path: Path) -> None:
@@ -77,14 +66,14 @@ def test_a_lane_with_a_nonfinite_loss_ends_and_the_others_are_unchanged(store: S
     bad = configuration(seed=0, rate=1e36, steps=8)
     source = Script(leases([good[0], bad, good[1]]))
     train(source, store)
-    record = get(store, bad.fingerprint)
+    record = get_record(store, bad)
     assert record.state == "diverged"
     assert "in step" in record.reason
     assert record.steps < 4
     assert record.score("test") == bad.task.floor
     assert not (store.checkpoints / bad.fingerprint).exists()
     for one in good:
-        assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
+        assert numbers_of(get_record(store, one)) == numbers_of(solo(one, tmp_path))
     assert {f for f, _, state in source.ended if state == "diverged"} == {bad.fingerprint}
 
 
@@ -94,7 +83,7 @@ def test_a_lane_that_stays_above_the_untrained_loss_diverges(store: Store) -> No
         configuration(rate=3.0, steps=40, evaluations=4), divergence=DivergenceConfig(loss_ratio=0.9)
     )
     train(Script(leases([bad])), store)
-    record = get(store, bad.fingerprint)
+    record = get_record(store, bad)
     assert record.state == "diverged"
     assert "above" in record.reason
     assert record.steps < 40
@@ -146,13 +135,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 FEW = [(1, "lora"), (4, "pissa"), (7, "lora"), (11, "pissa")]
-MORE = [
-    pytest.param(at, name, marks=pytest.mark.slow)
-    for at, name in zip((1, 4, 7, 11), ("pissa", "lora") * 2, strict=True)
-]
 
 
-@pytest.mark.parametrize(("stop_at", "variant"), [*FEW, *MORE])
+@pytest.mark.parametrize(("stop_at", "variant"), FEW)
 def test_a_resumed_lane_equals_an_uninterrupted_one(
     stop_at: int, variant: str, store: Store, whole: Store
 ) -> None:
@@ -167,8 +152,8 @@ def test_a_resumed_lane_equals_an_uninterrupted_one(
         train(Script(leases([one]), changes=die), store, save_when=lambda lane: True)
     assert store.get(one.fingerprint) is None
     train(Script(leases([one], attempt=2)), store, adapters=store.adapters)
-    record, expected = get(store, one.fingerprint), get(whole, one.fingerprint)
-    assert numbers(record) == numbers(expected)
+    record, expected = get_record(store, one), get_record(whole, one)
+    assert numbers_of(record) == numbers_of(expected)
     assert record.provenance.resumed_from == (stop_at,)
     assert record.provenance.attempt == 2
     adapters = [each.adapters / adapter_file_name(one.fingerprint) for each in (store, whole)]
@@ -184,7 +169,7 @@ def test_reports_are_sent_again_after_a_resumption(store: Store) -> None:
     train(source, store)
     assert [r.step for r in source.reports] == [3, 6, 9, 12]
     assert {r.attempt for r in source.reports} == {2}
-    record = get(store, one.fingerprint)
+    record = get_record(store, one)
     assert record.provenance.resumed_from == (9,)
     assert tuple(step for r in source.reports for step in r.curve) == record.curve
 
@@ -205,9 +190,9 @@ def test_a_lane_with_a_damaged_checkpoint_resumes_from_the_one_before(
     train(source, store)
     (line,) = source.said
     assert line.startswith(f"skipped the damaged checkpoint {last}: ")
-    record = get(store, one.fingerprint)
+    record = get_record(store, one)
     assert record.provenance.resumed_from == (6,)
-    assert numbers(record) == numbers(solo(one, tmp_path))
+    assert numbers_of(record) == numbers_of(solo(one, tmp_path))
 
 
 # -- directives ---------------------------------------------------------------------------------------------
@@ -219,7 +204,7 @@ def test_a_stopped_lane_keeps_its_checkpoint_and_can_resume(store: Store, tmp_pa
         [Lease(one, 1, "asha")], answers=lambda r: Directive.STOP if r.step == 6 else Directive.CONTINUE
     )
     train(source, store)
-    record = get(store, one.fingerprint)
+    record = get_record(store, one)
     assert (record.state, record.steps, record.stopping_settings) == ("stopped", 6, "asha")
     assert (record.stopped_at, record.reason) == (6, "stopped by the scheduler after step 6")
     assert record.score("test") is None
@@ -228,7 +213,7 @@ def test_a_stopped_lane_keeps_its_checkpoint_and_can_resume(store: Store, tmp_pa
     assert saved is not None
     assert saved.step == 6
     train(Script([Lease(one, 2, "asha")]), store)
-    assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
+    assert numbers_of(get_record(store, one)) == numbers_of(solo(one, tmp_path))
     assert not (store.checkpoints / one.fingerprint).exists()
 
 
@@ -255,18 +240,7 @@ def test_a_parked_lane_does_not_train_while_another_one_does(store: Store, tmp_p
     train(Script(leases([parked, other]), answers=lambda r: Directive.PARK, changes=hold), store)
     assert seen == [4, 5, 6, 7]
     for one in (parked, other):
-        assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
-
-
-def test_a_configuration_with_a_final_record_is_not_trained_again(store: Store) -> None:
-    one = configuration(steps=4)
-    train(Script(leases([one])), store)
-    before = get(store, one.fingerprint)
-    again = Script(leases([one], attempt=2))
-    train(again, store)
-    assert again.ended == [(one.fingerprint, 2, "finished")]
-    assert again.reports == []
-    assert get(store, one.fingerprint) == before
+        assert numbers_of(get_record(store, one)) == numbers_of(solo(one, tmp_path))
 
 
 # -- failures -----------------------------------------------------------------------------------------------
@@ -286,7 +260,7 @@ def test_a_lane_that_cannot_be_added_fails_alone(store: Store) -> None:
         [(b.fingerprint, 1, "failed") for b in bad] + [(good.fingerprint, 1, "finished")]
     )
     for one, words in zip(bad, ["rank 400", "of another machine", "max_length 2", "lorra"], strict=True):
-        record = get(store, one.fingerprint)
+        record = get_record(store, one)
         assert words in record.reason
         assert "Traceback" in record.traceback
 
@@ -318,14 +292,14 @@ def test_only_the_lane_whose_own_step_raises_fails(store: Store, tmp_path: Path)
     lanes = {s: configuration(task=str(path), seed=s, steps=5) for s in (*failing, *unaffected)}
     source = Script(leases(lanes.values()))
     train(source, store)
-    failed = get(store, lanes[failing[0]].fingerprint)
+    failed = get_record(store, lanes[failing[0]])
     assert failed.state == "failed"
     assert "IndexError" in failed.reason
     assert failed.steps == order(failing[0], 64, 0, 40).index(5) // 8
     for seed in unaffected:
-        record = get(store, lanes[seed].fingerprint)
+        record = get_record(store, lanes[seed])
         assert record.state == "finished"
-        assert numbers(record) == numbers(solo(lanes[seed], tmp_path))
+        assert numbers_of(record) == numbers_of(solo(lanes[seed], tmp_path))
 
 
 def test_the_base_model_is_loaded_once_and_left_unchanged(store: Store) -> None:
@@ -344,4 +318,4 @@ def test_the_base_model_is_loaded_once_and_left_unchanged(store: Store) -> None:
         loaded[0].model.state_dict().items(), fresh.state_dict().items(), strict=True
     ):
         assert torch.equal(mine, other), name
-    assert {get(store, c.fingerprint).state for c in shapes} == {"finished"}
+    assert {get_record(store, c).state for c in shapes} == {"finished"}

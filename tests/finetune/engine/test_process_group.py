@@ -149,9 +149,12 @@ def scenario(name: str, path: str, rank: int) -> Scenario:
     return Scenario(Lost(leases([configuration(seed=7, steps=8)])))
 
 
-NAMES = ("uneven", "kinds", "ending", "poisoned", "limited_memory", "lost")
+NAMES = ("uneven", "ending", "poisoned", "limited_memory", "lost")
 VARIANTS = {"kinds": FEW, "more kinds": [name for name in catalogue.names() if name not in FEW]}
-MORE_KINDS = pytest.param("more kinds", marks=pytest.mark.slow)
+KINDS = (
+    pytest.param("kinds", marks=pytest.mark.slow),
+    pytest.param("more kinds", marks=pytest.mark.nightly),
+)
 
 
 class ScenarioResults:
@@ -201,7 +204,7 @@ def assert_close(record: Record | None, expected: Record) -> None:
         assert items.answers == expected.items[split].answers
 
 
-@pytest.mark.parametrize("name", [*NAMES, MORE_KINDS])
+@pytest.mark.parametrize("name", [*NAMES, *KINDS])
 def test_both_workers_have_equal_weights_and_only_the_first_uses_the_source(
     results: ScenarioResults, name: str
 ) -> None:
@@ -223,7 +226,7 @@ def test_uneven_rows_and_token_counts_give_the_results_of_one_worker(
         assert record.provenance.workers == 2
 
 
-@pytest.mark.parametrize("name", ["kinds", MORE_KINDS])
+@pytest.mark.parametrize("name", KINDS)
 def test_every_variant_gives_what_one_worker_gives(
     results: ScenarioResults, tmp_path: Path, name: str
 ) -> None:

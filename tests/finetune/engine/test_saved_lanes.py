@@ -178,6 +178,7 @@ def test_leftover_checkpoints_of_a_final_record_are_discarded(store: Store) -> N
     source = Script(leases([point], attempt=2))
     train(source, store)
     assert source.ended == [(point.fingerprint, 2, "finished")]
+    assert source.reports == []
     assert not (store.checkpoints / point.fingerprint).exists()
 
 
@@ -194,22 +195,3 @@ def test_a_lane_whose_record_another_trainer_wrote_leaves_no_checkpoint(store: S
     train(source, store)
     assert source.ended == []
     assert not (store.checkpoints / point.fingerprint).exists()
-
-
-def test_a_lane_that_yields_is_saved_at_once_and_resumes_elsewhere(store: Store, tmp_path: Path) -> None:
-    points = [configuration(seed=seed, steps=8, evaluations=2) for seed in range(2)]
-
-    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
-        return dict.fromkeys(steps, Directive.YIELD) if 3 in steps.values() else {}
-
-    source = Script(leases(points), changes=changes)
-    train(source, store)
-    assert sorted(source.spilled) == sorted((point.fingerprint, 1) for point in points)
-    assert source.ended == []
-    for point in points:
-        saved = read_newest(store.checkpoints / point.fingerprint, print)
-        assert saved is not None
-        assert saved.step == 3
-    train(Script(leases(points, attempt=2)), store)
-    for point in points:
-        assert numbers_of(get_record(store, point)) == numbers_of(solo(point, tmp_path))

@@ -80,24 +80,6 @@ def test_damaged_scores_are_computed_again(tmp_path: Path, damage: Callable[[str
     assert load_and_count(tmp_path, first) == (SCORES, 0)
 
 
-def once(process_group: ProcessGroup, folder: Path) -> tuple[Scores, int]:
-    folder.mkdir(exist_ok=True)
-    process_group.broadcast_from_rank0(lambda: None)
-    return load_and_count(folder, configuration(), process_group)
-
-
-def twice(process_group: ProcessGroup, folder: Path) -> list[tuple[Scores, int]]:
-    return [once(process_group, folder), once(process_group, folder)]
-
-
-def test_two_workers_have_equal_scores_and_one_writes_the_file(
-    pair: Callable[..., Any], tmp_path: Path
-) -> None:
-    found = pair({"twice": twice}, tmp_path)["twice"]
-    assert found == [[(SCORES, 1), (SCORES, 0)]] * 2
-    assert len(list((tmp_path / "twice").iterdir())) == 1
-
-
 # -- generated answers --------------------------------------------------------------------------------------
 
 
@@ -168,6 +150,7 @@ def test_two_trainers_generate_the_answers_of_the_base_model_once_and_none_waits
     check_records(tmp_path, 0, 1)
 
 
+@pytest.mark.slow
 def test_a_trainer_takes_over_from_one_that_was_killed_while_it_generated(tmp_path: Path) -> None:
     first = process(train_one, tmp_path, 0)
     wait_until((tmp_path / "0.generates").exists, first)

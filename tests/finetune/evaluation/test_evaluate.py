@@ -155,14 +155,6 @@ def test_the_models_generation_settings_are_ignored_and_restored() -> None:
     assert (own.do_sample, own.temperature) == (True, 5.0)
 
 
-def test_a_bf16_base_model_has_finite_losses() -> None:
-    base_model, task = make_base_model("bfloat16"), tasks.get(WORDS_TASK)
-    split = split_of(task, base_model)
-    with three_lanes(base_model) as adapters:
-        scored = evaluate(base_model, task, split, EvaluatedLanes.of(adapters, NAMES, [0, 0, 0]))
-    assert all(0 < one.scores["loss"] < 50 for one in scored)
-
-
 def test_grading_that_ends_the_process_fails_the_lane_with_its_traceback() -> None:
     class Ends(Task):
         name = "ends"

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pair import process
-from short_generation import halve_rows, read_results
+from scripted import WORDS_TASK, tiny_base_model
+from three_lanes import three_lanes
+from torch import Tensor
 from transformers import Qwen3Config
 
 from orchestrator.finetune.data.batches import bucket_length
+from orchestrator.finetune.evaluation.cached_forward import CachedForward
+from orchestrator.finetune.evaluation.evaluated_lanes import EvaluatedLanes
+from orchestrator.finetune.evaluation.generate import generate_answers
 from orchestrator.finetune.evaluation.generation_plan import (
     MAX_GPU_ROWS,
     MIN_ROWS,
     GenerationLimits,
     plan_generation_batches,
 )
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.study.configuration import ModelChoice
 
 GIB = 2**30
 QWEN3_06B = Qwen3Config(
@@ -32,8 +38,6 @@ QWEN3_06B = Qwen3Config(
 CACHED_BYTES = 28 * 2 * 8 * 128 * 2
 """Bytes of a token in the key-value cache of Qwen3-0.6B in bfloat16."""
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=300)
-
-pytestmark = pytest.mark.xdist_group("pair")
 
 
 def limits_of(free_gib: float, device: str = "cuda", share: float = 1.0) -> GenerationLimits:
@@ -73,16 +77,31 @@ def test_on_a_gpu_a_batch_has_as_many_rows_as_fit(
     assert [length for length, _ in plan] == sorted((length for length, _ in plan), reverse=True)
 
 
-@pytest.mark.slow  # generates in a process of its own, whose memory is limited
-def test_a_batch_that_runs_out_of_memory_is_generated_in_halves(tmp_path: Path) -> None:
-    """The kernel refuses memory to a separate process, between the peaks of all rows and of half of them."""
-    done = process(halve_rows, tmp_path)
-    done.join()
-    assert done.exitcode == 0
-    results = read_results(tmp_path)
-    assert results["answers_short"] == results["answers"]
-    assert results["share_before"] == 1.0
-    assert results["share_after"] == 0.5
-    assert results["rows"][:1] == [64]
-    assert 32 in results["rows"]
-    assert max(results["later_rows"]) == 32
+def test_a_batch_that_runs_out_of_memory_is_generated_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    base_model, task = tiny_base_model(ModelChoice("tiny", "0" * 64)), tasks.get(WORDS_TASK)
+    prompts = [(item, [4 + item % 8] * 20) for item in range(64)]
+    rows, most = [], 64
+    call = CachedForward._call
+
+    def limited(self: CachedForward, ids: Tensor, *rest: Tensor) -> Tensor:
+        rows.append(len(ids))
+        if len(ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(self, ids, *rest)
+
+    monkeypatch.setattr(CachedForward, "_call", limited)
+    with three_lanes(base_model) as adapters:
+        lanes = EvaluatedLanes.of(adapters, ["y"], [0])
+
+        def generate() -> list[list[tuple[str, ...]]]:
+            rows.clear()
+            return generate_answers(base_model, task, prompts, 20, lanes, SINGLE_PROCESS_GROUP)
+
+        answers = generate()
+        assert rows[0] == 64
+        most = 32
+        assert generate() == answers
+        assert rows[:2] == [64, 32]
+        assert base_model.generation.memory_share == 0.5
+        assert generate() == answers
+        assert max(rows) == 32, "later batches are planned for half of the memory"

@@ -106,8 +106,13 @@ def count_attention_calls(model: Any) -> Counter[str]:
     return calls
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "hira"])
-@pytest.mark.parametrize("make", [llama, bert, deberta])
+@pytest.mark.parametrize(
+    ("make", "variant"),
+    [
+        *((make, "lora") for make in (llama, bert, deberta)),
+        *((llama, name) for name in ("dora", "hira", "oft", "road", "lora_moe", "rasa")),
+    ],
+)
 def test_gradients_with_dropout_are_bit_identical(make: Any, variant: str) -> None:
     plain = gradients(adapted(make(), variant))
     model = make()

@@ -164,7 +164,7 @@ class Same(Base):
 """
 
 
-FEW = ("roberta", "bert", "deberta")
+FEW = ("deberta",)
 MORE = [pytest.param(kind, marks=pytest.mark.slow) for kind in HEADS if kind not in FEW]
 
 

@@ -43,12 +43,6 @@ def error_message(path: Path, columns: dict[str, Any] = COLUMNS) -> str:
     return message.removeprefix(f"Task 'mine': {path}: ")
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
-def test_every_file_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    path = write(tmp_path / f"mail.{suffix}", [{**row, "more": "x"} for row in ROWS])
-    assert data_files.read(path, COLUMNS, "mine") == ROWS, "with the requested columns only"
-
-
 def test_the_cells_of_a_csv_may_be_separated_by_semicolons(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text;label\n"good; soup";1\n')

@@ -111,7 +111,9 @@ def task(
     return found
 
 
-@pytest.mark.parametrize("task", NAMES, indirect=True)
+@pytest.mark.parametrize(
+    "task", ["metamathqa", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES[1:])], indirect=True
+)
 def test_a_task_is_trained_and_evaluated_end_to_end(
     task: Task, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

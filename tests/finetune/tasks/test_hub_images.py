@@ -51,8 +51,9 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in MAKE.items()}
 
 
-FEW = [("svhn", "clip"), ("eurosat", "vit")]
+FEW = [("svhn", "clip")]
 MORE = [pytest.param(name, "clip", marks=pytest.mark.slow) for name in CLASSES if name != "svhn"]
+MORE.append(pytest.param("eurosat", "vit", marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize(("name", "kind"), [*FEW, *MORE])

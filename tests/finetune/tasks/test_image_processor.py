@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import pytest
 import torch
 from tiny_images import SIDE
 
@@ -23,7 +22,6 @@ from orchestrator.finetune.data.batches import (
 from orchestrator.finetune.tasks.base import Image
 from orchestrator.finetune.tasks.image_processor import ImageProcessor
 from orchestrator.finetune.tasks.local.digits import Digits
-from orchestrator.util.errors import UsageError
 
 
 def photo(seed: int, width: int = 50, height: int = 37, mode: str = "RGB") -> Image:
@@ -45,34 +43,6 @@ def test_pixels_equal_those_of_the_models_own_processor(image_folder: Path) -> N
     torch.testing.assert_close(
         pixels, image_processor.hf_processor(opened, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-6
     )
-
-
-def test_an_image_that_occurs_twice_is_decoded_once_by_any_number_of_threads(image_folder: Path) -> None:
-    calls: list[int] = []
-
-    def read(seed: int) -> bytes:
-        calls.append(seed)
-        return photo(seed).read()
-
-    first, second = (Image(str(seed), partial(read, seed)) for seed in range(2))
-    image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
-    pixels = image_processor.pixel_values([first, second, first], torch.device("cpu"), torch.float32)
-    assert sorted(calls) == [0, 1]
-    assert torch.equal(pixels[0], pixels[2])
-    assert not torch.equal(pixels[0], pixels[1])
-    torch.set_num_threads(2)
-    other = ImageProcessor.from_pretrained(str(image_folder), None)
-    assert torch.equal(other.pixel_values([first, second, first], torch.device("cpu"), torch.float32), pixels)
-
-
-def test_a_file_that_is_no_image_is_named_in_one_line(image_folder: Path) -> None:
-    image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
-    broken = photo(0).read()
-    for bad in (b"no image", broken[: len(broken) // 2], b""):
-        image = Image("row 7 of cars", partial(bytes, bad))
-        with pytest.raises(UsageError, match="row 7 of cars is not an image that Pillow can read") as caught:
-            image_processor.pixel_values([image], torch.device("cpu"), torch.float32)
-        assert "\n" not in str(caught.value)
 
 
 # -- data ------------------------------------------------------------------------------------------------
