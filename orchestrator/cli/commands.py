@@ -11,6 +11,7 @@ import tyro
 
 from orchestrator.study.option_groups import default_output
 from orchestrator.study.study_name import DEFAULT_STORE_NAME
+from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 
 
@@ -119,7 +120,8 @@ class FetchModel(StoreLocation):
         from orchestrator.finetune.models.catalogue import prepare_base_model
         from orchestrator.record.store import Store
 
-        content = prepare_base_model(self.name, Store(self.store_folder).bases, progress=print)
+        with atomic_files.remove_created_folders(self.output, self.store_folder, after=UsageError):
+            content = prepare_base_model(self.name, Store(self.store_folder).bases, progress=print)
         print(f"{self.name}: ready, content {content[:12]}")
         return 0
 

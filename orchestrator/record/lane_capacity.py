@@ -64,7 +64,12 @@ def read_measured(folder: Path, group_key: str, device_key: str) -> MeasuredLane
         group_key: The group key of the lanes.
         device_key: The key of the device.
     """
-    return _parse_measured(_read(capacity_file(folder, group_key, device_key), group_key, device_key))
+    found = _read(capacity_file(folder, group_key, device_key), group_key, device_key)
+    try:
+        measured = MeasuredLanes(**found["measured"])
+    except (KeyError, TypeError):
+        return None
+    return measured if measured.lanes >= 1 else None
 
 
 def write_max_lanes(
@@ -115,22 +120,13 @@ def capacity_file(folder: Path, group_key: str, device_key: str) -> Path:
     return folder / f"{name}.json"
 
 
-def _read(path: Path, group_key: str = "", device_key: str = "") -> dict[str, Any]:
+def _read(path: Path, group_key: str, device_key: str) -> dict[str, Any]:
     """Return the content of a capacity's file; empty if it cannot be read or has other keys than given."""
     try:
         found = json.loads(atomic_files.verify_checksum(path.read_bytes()))
-        wanted = (group_key or found["group_key"], device_key or found["device_key"])
-        return found if (found["group_key"], found["device_key"]) == wanted else {}
+        return found if (found["group_key"], found["device_key"]) == (group_key, device_key) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _parse_measured(found: dict[str, Any]) -> MeasuredLanes | None:
-    try:
-        measured = MeasuredLanes(**found["measured"])
-        return measured if measured.lanes >= 1 else None
-    except (KeyError, TypeError):
-        return None
 
 
 def _write(folder: Path, group_key: str, device_key: str, content: dict[str, Any]) -> Path:

@@ -38,6 +38,7 @@ OPTIONS: dict[str, Case] = {
     "an export without a study": ("export mine", "results"),
     "a record without a store": ("show 0123abcd", "results"),
     "something else to fetch": ("fetch letters", "fetch letters"),
+    "an unknown model to fetch": ("fetch model leters", "'leters' letters"),
     "garbage of the future": ("gc --older-than -1", "--older-than -1"),
     "a sync without a store": ("sync", "results"),
     "a missing file of options": (f"{PLAN} --config none.yaml", "--config 'none.yaml'"),
