@@ -80,18 +80,6 @@ def _folder(name: str) -> Callable[[Path], Path]:
     return make
 
 
-def _loop(name: str) -> Callable[[Path], Path]:
-    """Return a function that makes a link to itself in place of a file."""
-
-    def make(results: Path) -> Path:
-        path = results / name
-        path.parent.mkdir(parents=True)
-        path.symlink_to(path.name)
-        return path
-
-    return make
-
-
 POINTER = f"store/bases/letters-base.{Letters().pretrain_recipe()}.json"
 PLAN = (SWEEP, *DRY)
 STUDY = (SWEEP, "--dry-run", "--study", "s")
@@ -99,15 +87,10 @@ SEARCH = (SWEEP, *DRY, "--search", "qmc", "--study", "s")
 
 STORED = {
     "a torn pointer to a base": (PLAN, _file(POINTER, b'{"content": "43f4'), "remove it"),
-    "a pointer of bytes": (PLAN, _file(POINTER, b"\xff\0\1"), "remove it"),
-    "a pointer to a number": (PLAN, _file(POINTER, add_checksum('{"content": 5}')), "remove it"),
     "a pointer to nothing": (PLAN, _file(POINTER, add_checksum('{"name": "x"}')), "remove it"),
     "a folder for a pointer": (PLAN, _folder(POINTER), "remove it"),
-    "a loop for a pointer": (PLAN, _loop(POINTER), "remove it"),
     "a study of bytes": (STUDY, _file("s/study.json", b"\xff\0"), "delete it"),
-    "a folder for a study": (STUDY, _folder("s/study.json"), "delete it"),
     "a search of bytes": (SEARCH, _file("s/search.json", b"\xff\0"), "another --study"),
-    "a folder for a search": (SEARCH, _folder("s/search.json"), "another --study"),
     "a file for the records' folder": (PLAN, _file("store/records", b""), "another --store"),
 }
 """The command, what is done to the results, and what the line advises."""

@@ -1,38 +1,15 @@
-"""Options that single scripts add: values that are refused before Ray starts, and plans."""
+"""The plans of comparisons of tuned variants and of studies of factors."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from in_process import SWEEP, Run
 
 DRY = ("--dry-run", "--plan")
 
 TUNED = SWEEP.with_name("tuned_comparison.py")
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "expected"),
-    [
-        (TUNED, ("--replicates", "1"), ["--replicates 1", "2 or more", "take 10"]),
-        (TUNED, ("--replicates", "1000000000"), ["--replicates 1000000000", "take 10000"]),
-        (TUNED, ("--replicates", "9999"), ["--seeds 9999", "39996 points"]),
-        (TUNED, ("--max-replicates", "3"), ["--max-replicates 3", "at least", "take 5"]),
-        (TUNED, ("--margin", "0"), ["--margin 0", "above 0", "0.01"]),
-        (TUNED, ("--margin", "nan"), ["--margin nan", "above 0"]),
-        (TUNED, ("--seeds", "3"), ["--seeds 3", "take --replicates 3"]),
-        (TUNED, ("--learning-rates", "1e-3"), ["letters has 1 rate", "take two"]),
-        (TUNED, ("--learning-rates", "1e-3:1e-2:999"), ["closer than a shift"]),
-        (TUNED, ("--variants", "lora"), ["--variants lora", "one more"]),
-        (TUNED, ("--variants", "pisa"), ["'pisa'", "pissa"]),
-        (TUNED, ("--search", "qmc", "--seeds", "2"), ["--seeds 2", "--replicates 2"]),
-    ],
-)
-def test_a_wrong_value_is_refused_in_one_line(
-    script: Path, arguments: tuple[str, ...], expected: list[str], run: Run
-) -> None:
-    run(script, *DRY, *arguments).assert_refused(*expected)
+FACTORS = SWEEP.with_name("hyperparameter_sensitivity.py")
 
 
 def test_a_plan_shows_the_size_of_all_tunings_and_starts_nothing(tmp_path: Path, run: Run) -> None:
@@ -54,9 +31,31 @@ def test_every_replicate_can_be_a_search_on_every_task(run: Run) -> None:
     assert f"Configurations  {2 * 2 * 3 * 8}, of them 0 known" in done.stdout
 
 
-def test_the_rehearsal_has_two_tasks_and_a_grid_of_its_own(run: Run) -> None:
+def test_the_rehearsal_of_tunings_has_two_tasks_and_a_grid_of_its_own(run: Run) -> None:
     done = run(TUNED, "--dry-run", "--plan")
     assert done.returncode == 0, done.stderr
     assert "Task            letters" in done.stdout
     assert "Task            digits" in done.stdout
     assert f"Configurations  {2 * 3 * 5 * 4}, of them 0 known" in done.stdout
+
+
+def test_a_plan_counts_the_curve_and_the_arms_and_says_what_is_left_out(tmp_path: Path, run: Run) -> None:
+    done = run(
+        FACTORS, *DRY, "--plan", "--variants", "lora", "hira", "--factors", "alpha", "schedule",
+        "--learning-rates", "1e-3:1e-1:4", "--seeds", "3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "hira has no alpha: left out." in done.stdout
+    # A curve of two decades has room for five rates around its middle, which is the default rate, too.
+    lora, hira = 9 + (2 + 2) * 5, 9 + 2 * 5
+    assert f"Configurations  {3 * (lora + hira)}, of them 0 known" in done.stdout
+    assert not list(tmp_path.glob("results/*/study.json"))
+
+
+def test_the_rehearsal_of_factors_is_small(run: Run) -> None:
+    """With 1.3 seconds for a run and 25 for the start, it ends within 5 minutes on two cores."""
+    done = run(FACTORS, "--dry-run", "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "Seeds           2" in done.stdout
+    count = int(done.stdout.partition("Configurations")[2].split(",")[0])
+    assert count <= 200

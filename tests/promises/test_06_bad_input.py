@@ -103,6 +103,18 @@ OPTIONS: dict[str, Case] = {
     "a comparison of one variant": ("tuned --dry-run --plan --variants lora", "--variants lora"),
     "one replicate": ("tuned --dry-run --plan --replicates 1", "--replicates 1"),
     "seeds of replicates": ("tuned --dry-run --plan --seeds 3", "--seeds 3 --replicates"),
+    "a billion replicates": (
+        "tuned --dry-run --plan --replicates 1000000000",
+        "--replicates 1000000000 10000",
+    ),
+    "fewer replicates at most than asked for": (
+        "tuned --dry-run --plan --max-replicates 3",
+        "--max-replicates 3 5",
+    ),
+    "a tuning over one rate": ("tuned --dry-run --plan --learning-rates 1e-3", "letters 1 rate"),
+    "a curve of one rate": ("sensitivity --dry-run --plan --learning-rates 1e-3", "--learning-rates 5"),
+    "factors in a search": ("sensitivity --dry-run --plan --search qmc", "--search qmc grid"),
+    "factors and early stopping": ("sensitivity --dry-run --plan --scheduler asha", "--scheduler asha none"),
     "an unknown factor": ("sensitivity --dry-run --plan --factors alhpa", "'alhpa' alpha"),
     "a factor of another variant": (
         "sensitivity --dry-run --plan --variants lora --factors pissa.svd",
