@@ -101,6 +101,11 @@ class Command:
         until(lambda: happened() or self.has_ended(), self.output)
         assert happened(), f"{self.words} ended first:\n{self.output()}"
 
+    def kill(self) -> None:
+        """End the command and all processes that it has started on its machine."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
     def wait(self, code: int | None = 0) -> str:
         """Wait until the command ends, check its exit code (None: any), and return its output."""
         try:

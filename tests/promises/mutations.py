@@ -145,10 +145,10 @@ MUTATIONS += [
         "test_04_search.py::test_asha_stops_what_is_worse_and_keeps_the_best",
     ),
     Mutation(
-        "a search forgets the points of its journal",
+        "a continued search does not count the points of its journal",
         "orchestrator/execution/search/budget.py",
-        "        for point in points:\n            if point.fingerprint in self.configurations:",
-        "        for point in points[:0]:\n            if point.fingerprint in self.configurations:",
+        "            self._register(point, configuration)\n\n    def points_of",
+        "            self.configurations[point.fingerprint] = configuration\n\n    def points_of",
         "test_04_search.py::test_a_killed_search_goes_on_without_a_repeated_point",
     ),
 ]

@@ -251,14 +251,15 @@ def test_a_worker_that_dies_and_one_that_is_taken_back_change_no_result(
     dies.kill()
 
     (cluster.shared / f"slow-{drained.name}").touch()
-    drained.start("python", "-c", SPOT_NOTICE)
+    notice = drained.start("python", "-c", SPOT_NOTICE)
     watch = "source ~/.bashrc; export AWS_EC2_METADATA_SERVICE_ENDPOINT=http://127.0.0.1:8000; "
     watch += cluster.spot_command
     drained.run("bash", "--login", "-c", "-i", watch)
     job.until(lambda: not trains(drained))
     (cluster.shared / "go").touch()
     job.wait()
-    tunnel.process.kill()
+    for command in (tunnel, notice):
+        command.kill()
 
     disturbed = as_a_user.records(cluster.shared / "disturbed")
     assert {name: as_a_user.results(record) for name, record in disturbed.items()} == {
