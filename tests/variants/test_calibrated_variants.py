@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
-from rule import initial_tensors
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -316,14 +315,6 @@ def test_eva_masks_unused_ranks() -> None:
         assert not a[rank:].any()
         assert not b[:, rank:].any()
         assert rank == 0 or (a[:rank].any() and b[:, :rank].any())
-
-
-@pytest.mark.parametrize("name", CALIBRATED)
-def test_a_layer_without_calibration_does_not_start_from_its_weight(name: str) -> None:
-    variant = catalogue.get(name)
-    layer = FrozenLayer("layer", torch.randn(32, 24), None)
-    with pytest.raises(UnsupportedError, match=f"layer: {name} starts from data"):
-        initial_tensors(variant, layer, variant.validate_settings(VariantSettings(3, 6.0)))
 
 
 @pytest.mark.parametrize("name", CALIBRATED)

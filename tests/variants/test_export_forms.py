@@ -16,7 +16,6 @@ from variants.testing import CASES
 from variants.testing.rig import attach_lanes
 
 LORA = {"peft_type": "LORA", "r": 16, "bias": "none", "use_dora": False, "modules_to_save": None}
-HEADED = next(case for case in CASES if case.model == "headed")
 
 
 @pytest.mark.parametrize(
@@ -53,8 +52,3 @@ def test_exports_for_vllm_have_loras_tensors_alone(name: str, tmp_path: Path) ->
     for key, shape in shapes.items():
         assert key.endswith((".lora_A.weight", ".lora_B.weight"))
         assert shape["lora_B" in key] == config["r"]
-
-
-def test_an_export_with_a_head_is_not_for_vllm(tmp_path: Path) -> None:
-    save_peft(attach_lanes(HEADED, catalogue.get("lora"), 1), "0", tmp_path, "base")
-    assert "trained head" in vllm_obstacle(json.loads((tmp_path / "adapter_config.json").read_text()))

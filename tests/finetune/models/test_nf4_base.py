@@ -110,7 +110,9 @@ def test_full_fine_tuning_over_4_bits_is_refused_before_a_study(tmp_path: Path) 
         resolve(tmp_path, "lora", "full")
 
 
-@pytest.mark.parametrize("variant", ["lora", "pissa", "dora"])
+@pytest.mark.parametrize(
+    "variant", ["dora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "pissa"))]
+)
 def test_lanes_over_4_bits_train_as_they_do_alone(variant: str, store: Store, tmp_path: Path) -> None:
     choice = prepare(tmp_path)
 
