@@ -149,17 +149,17 @@ class Gc(StoreLocation):
         import math
 
         from orchestrator.analyze.best_lanes import best_fingerprints
-        from orchestrator.record.gc import collect_garbage, describe_garbage, find_garbage
+        from orchestrator.record.gc import describe_garbage, find_garbage, remove_garbage
         from orchestrator.record.store import Store
 
         if not (math.isfinite(self.older_than) and self.older_than >= 0):
             raise UsageError(f"--older-than {self.older_than:g}: must be 0 hours or more; the default is 1.")
         store, seconds = Store(self.store_folder, create=False), self.older_than * 3600
-        given = store, self.output, best_fingerprints, self.stopped, seconds
-        lines = [*describe_garbage(find_garbage(*given))]
+        found = find_garbage(store, self.output, best_fingerprints, self.stopped, seconds)
+        lines = [*describe_garbage(found)]
         print("\n".join(["would remove" if self.dry_run else "removes", *lines]) if lines else "no garbage")
         if not self.dry_run:
-            collect_garbage(*given)
+            remove_garbage(store, found)
         return 0
 
 

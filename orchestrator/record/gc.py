@@ -54,26 +54,18 @@ def find_garbage(
     }
 
 
-def collect_garbage(
-    store: Store,
-    output: Path,
-    choose_best: ChooseBest,
-    include_stopped: bool = False,
-    older_than: float = 3600.0,
-) -> dict[str, list[Path]]:
-    """Remove what `find_garbage` finds, and return it.
+def remove_garbage(store: Store, found: Mapping[str, list[Path]]) -> None:
+    """Remove what `find_garbage` has found.
 
     Raises:
-        OSError: Something cannot be removed.
+        OSError: A file or folder cannot be removed.
     """
-    found = find_garbage(store, output, choose_best, include_stopped, older_than)
     scratch.remove_stale_folders(store)  # with their lock files
     for path in (path for paths in found.values() for path in paths):
         try:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         except FileNotFoundError:  # its study has removed it
             continue
-    return found
 
 
 def describe_garbage(found: Mapping[str, list[Path]]) -> Iterator[str]:

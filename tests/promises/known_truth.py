@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tiny_models
+
 import orchestrator
 
 METRIC = "accuracy"
@@ -52,12 +54,6 @@ Truth = Callable[[Run], tuple[float, float] | None]
 
 def own_data(folder: Path) -> dict[str, Any]:
     """Write labelled texts and a base model that can read them; return the options that name both."""
-    import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     kinds = {"red": ("rose", "cherry", "brick"), "green": ("leaf", "grass", "moss")}
     words = sorted(word for kind in kinds.values() for word in kind)
     generator = random.Random(0)
@@ -71,27 +67,7 @@ def own_data(folder: Path) -> dict[str, Any]:
         ]
         rows.append(f"{' '.join(text)},{label}")
     (folder / "own.csv").write_text("\n".join(rows) + "\n")
-
-    split = Tokenizer(WordLevel({word: i for i, word in enumerate(["<pad>", "<eos>", *words])}, "<pad>"))
-    split.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", eos_token="<eos>")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                bos_token_id=None,
-                eos_token_id=1,
-                pad_token_id=0,
-            )
-        )
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    tiny_models.llama(folder / "base", ("<pad>", "<eos>", *words))
     return {
         "data": str(folder / "own.csv"),
         "model": str(folder / "base"),

@@ -23,7 +23,7 @@ Case = tuple[str, str]
 
 PLAN = "study --dry-run --plan"
 
-OPTIONS: dict[str, Case] = {
+COMMANDS: dict[str, Case] = {
     "an unknown command": ("stduy", "'stduy' study"),
     "an unknown option": ("study --varaints lora", "--varaints --variants"),
     "an option of another command": ("published --variants lora", "--variants"),
@@ -32,7 +32,6 @@ OPTIONS: dict[str, Case] = {
     "a value that is missing": ("study --seeds --plan", "--seeds"),
     "text for a whole number": ("study --seeds two", "--seeds 'two'"),
     "an unknown choice": ("study --dtype float3", "--dtype 'float3' float32"),
-    "a slip in a choice": (f"{PLAN} --lr-schedule cosin", "--lr-schedule 'cosin' cosine"),
     "a study without a name": ("report", "STUDY"),
     "a report without a study": ("report mine", "results"),
     "an export without a study": ("export mine", "results"),
@@ -41,65 +40,11 @@ OPTIONS: dict[str, Case] = {
     "an unknown model to fetch": ("fetch model leters", "'leters' letters"),
     "garbage of the future": ("gc --older-than -1", "--older-than -1"),
     "a sync without a store": ("sync", "results"),
-    "a missing file of options": (f"{PLAN} --config none.yaml", "--config 'none.yaml'"),
-    "an unknown variant": (f"{PLAN} --variants lora pisa", "'pisa' pissa"),
-    "no variant": (f"{PLAN} --variants", "--variants"),
-    "an unknown tuner of PEFT": (f"{PLAN} --variants peft:LOHO", "LOHO LOHA"),
-    "an unknown task": (f"{PLAN} --task leters", "'leters' letters"),
-    "an empty task": (f"{PLAN} --task ''", "--task"),
-    "an unknown model": (f"{PLAN} --model smolm2-135m", "'smolm2-135m' smollm2-135m"),
     "an unknown preset": (
         "study --plan --preset published-gsm8",
         "--preset 'published-gsm8' published-gsm8k",
     ),
-    "a rate of zero": (f"{PLAN} --learning-rates 0", "--learning-rates '0'"),
-    "a negative rate": (f"{PLAN} --learning-rates 1e-3 -1e-3", "'-1e-3'"),
-    "a rate that is no number": (f"{PLAN} --learning-rates fast", "'fast'"),
-    "a rate that is not finite": (f"{PLAN} --learning-rates nan", "'nan'"),
-    "a reversed grid": (f"{PLAN} --learning-rates 1e-2:1e-4:2", "'1e-2:1e-4:2' 1e-4:1e-2:2"),
-    "a grid without points": (f"{PLAN} --learning-rates 1e-4:1e-2:0", "'0'"),
-    "a grid of billions": (f"{PLAN} --learning-rates 1e-5:1e-2:1000000000", "'1e-5:1e-2:1000000000' 10000"),
-    "a rank of zero": (f"{PLAN} --rank 0", "--rank 0"),
-    "a rank larger than the layers": (f"{PLAN} --rank 97", "97 96"),
-    "a rank of a million": (f"{PLAN} --rank 1000000", "--rank 1000000 100000"),
-    "an alpha that is not finite": (f"{PLAN} --alpha nan", "--alpha nan"),
-    "a dropout of everything": (f"{PLAN} --dropout 1", "--dropout 1"),
-    "an unknown layer": (f"{PLAN} --targets q_porj", "'q_porj' 'q_proj'"),
-    "a pattern that is none": (f"{PLAN} --targets 're:('", "'re:('"),
-    "no seeds": (f"{PLAN} --seeds 0", "--seeds 0"),
-    "a billion seeds": (f"{PLAN} --seeds 1000000000", "--seeds 1000000000 10000"),
-    "no steps": (f"{PLAN} --steps 0", "--steps 0"),
-    "steps and epochs": (f"{PLAN} --steps 5 --epochs 1", "--steps 5 --epochs 1"),
-    "more evaluations than steps": (f"{PLAN} --steps 30 --evaluations 31", "--evaluations 31 30"),
-    "a length of one token": (f"{PLAN} --max-length 1", "--max-length 1"),
-    "a batch larger than the data": (f"{PLAN} --batch-size 999999", "999999 2000"),
-    "more test rows than there may be": (f"{PLAN} --test-size 100000000", "--test-size 100000000"),
-    "unequal parts of a batch": (f"{PLAN} --accumulation 3", "--accumulation 3 16"),
-    "a head's rate without a head": (f"{PLAN} --head-learning-rate 1e-3", "1e-3 same"),
-    "no trainers": (f"{PLAN} --trainers 0", "--trainers 0"),
-    "more trainers than cores": (f"{PLAN} --trainers 4000", "--trainers 4000"),
-    "no lanes": (f"{PLAN} --lanes-per-trainer 0", "--lanes-per-trainer 0"),
-    "more workers than rows": (
-        f"{PLAN} --workers-per-trainer 17 --accumulation 4 --batch-size 16",
-        "--workers-per-trainer 17 16",
-    ),
-    "a GPU where there is none": (f"{PLAN} --gpus-per-worker 1", "--gpus-per-worker 1"),
     "nothing to train on": ("study", "GPU --dry-run"),
-    "a price of nothing": (f"{PLAN} --price-per-hour 0", "--price-per-hour 0"),
-    "an unknown card": (f"{PLAN} --plan-gpu H10", "--plan-gpu 'H10' 'H100'"),
-    "a card beside the CPU": (f"{PLAN} --plan-gpu H100 --device cpu", "--plan-gpu 'H100' --device cpu"),
-    "hours that are none": (f"{PLAN} --max-hours 0", "--max-hours 0"),
-    "an output that is a file": (f"{PLAN} --output /dev/null", "--output '/dev/null'"),
-    "an empty store": (f"{PLAN} --store ''", "--store"),
-    "a store that is a file": (f"{PLAN} --store /dev/null", "--store /dev/null"),
-    "a tracking server that is a word": (f"{PLAN} --tracking-uri mlflow", "'mlflow' sqlite:///"),
-    "a tracking server that is away": (f"{PLAN} --tracking-uri http://127.0.0.1:9", "http://127.0.0.1:9"),
-    "an unknown tracker": (f"{PLAN} --tracker wanbd", "'wanbd' wandb"),
-    "a study's name with a slash": (f"{PLAN} --study a/b", "--study 'a/b' a-b"),
-    "a study's name of control characters": (f"{PLAN} --study 'a\x1b[31mb'", r"--study \x1b[31m"),
-    "a study's name of the folder above": (f"{PLAN} --study ..", "--study '..'"),
-    "a study's name of 300 characters": (f"{PLAN} --study {'x' * 300}", "--study 200"),
-    "a study's name of the store": (f"{PLAN} --study store", "--study 'store'"),
     "a comparison of one variant": ("tuned --dry-run --plan --variants lora", "--variants lora"),
     "one replicate": ("tuned --dry-run --plan --replicates 1", "--replicates 1"),
     "seeds of replicates": ("tuned --dry-run --plan --seeds 3", "--seeds 3 --replicates"),
@@ -123,17 +68,76 @@ OPTIONS: dict[str, Case] = {
     "too many levels": ("sensitivity --dry-run --plan --levels 9", "--levels 9"),
     "a margin of zero": ("tuned --dry-run --plan --margin 0", "--margin 0"),
     "unknown published scores": ("published --task gsm7k", "'gsm7k' gsm8k"),
-    "an unknown scheduler": (f"{PLAN} --scheduler ahsa", "'ahsa' asha"),
-    "a scheduler that changes rates": (f"{PLAN} --scheduler pbt", "'pbt' asha"),
-    "an unknown search": (f"{PLAN} --search optun", "'optun' optuna"),
-    "an unknown sampler": (f"{PLAN} --search optuna --sampler cmaes", "'cmaes' cma-es"),
-    "points without a search": (f"{PLAN} --points 8", "--points --search"),
-    "no points": (f"{PLAN} --search qmc --points 0", "--points 0"),
-    "seeds in a search": (f"{PLAN} --search optuna --seeds 3", "--seeds 3"),
 }
 
-SPACES: dict[str, Case] = {
-    f"{option} {word}": (f"{PLAN} --search qmc {option} {word}", named)
+OPTIONS: dict[str, Case] = {
+    "a slip in a choice": ("--lr-schedule cosin", "--lr-schedule 'cosin' cosine"),
+    "a missing file of options": ("--config none.yaml", "--config 'none.yaml'"),
+    "an unknown variant": ("--variants lora pisa", "'pisa' pissa"),
+    "no variant": ("--variants", "--variants"),
+    "an unknown tuner of PEFT": ("--variants peft:LOHO", "LOHO LOHA"),
+    "an unknown task": ("--task leters", "'leters' letters"),
+    "an empty task": ("--task ''", "--task"),
+    "an unknown model": ("--model smolm2-135m", "'smolm2-135m' smollm2-135m"),
+    "a rate of zero": ("--learning-rates 0", "--learning-rates '0'"),
+    "a negative rate": ("--learning-rates 1e-3 -1e-3", "'-1e-3'"),
+    "a rate that is no number": ("--learning-rates fast", "'fast'"),
+    "a rate that is not finite": ("--learning-rates nan", "'nan'"),
+    "a reversed grid": ("--learning-rates 1e-2:1e-4:2", "'1e-2:1e-4:2' 1e-4:1e-2:2"),
+    "a grid without points": ("--learning-rates 1e-4:1e-2:0", "'0'"),
+    "a grid of billions": ("--learning-rates 1e-5:1e-2:1000000000", "'1e-5:1e-2:1000000000' 10000"),
+    "a rank of zero": ("--rank 0", "--rank 0"),
+    "a rank larger than the layers": ("--rank 97", "97 96"),
+    "a rank of a million": ("--rank 1000000", "--rank 1000000 100000"),
+    "an alpha that is not finite": ("--alpha nan", "--alpha nan"),
+    "a dropout of everything": ("--dropout 1", "--dropout 1"),
+    "an unknown layer": ("--targets q_porj", "'q_porj' 'q_proj'"),
+    "a pattern that is none": ("--targets 're:('", "'re:('"),
+    "no seeds": ("--seeds 0", "--seeds 0"),
+    "a billion seeds": ("--seeds 1000000000", "--seeds 1000000000 10000"),
+    "no steps": ("--steps 0", "--steps 0"),
+    "steps and epochs": ("--steps 5 --epochs 1", "--steps 5 --epochs 1"),
+    "more evaluations than steps": ("--steps 30 --evaluations 31", "--evaluations 31 30"),
+    "a length of one token": ("--max-length 1", "--max-length 1"),
+    "a batch larger than the data": ("--batch-size 999999", "999999 2000"),
+    "more test rows than there may be": ("--test-size 100000000", "--test-size 100000000"),
+    "unequal parts of a batch": ("--accumulation 3", "--accumulation 3 16"),
+    "a head's rate without a head": ("--head-learning-rate 1e-3", "1e-3 same"),
+    "no trainers": ("--trainers 0", "--trainers 0"),
+    "more trainers than cores": ("--trainers 4000", "--trainers 4000"),
+    "no lanes": ("--lanes-per-trainer 0", "--lanes-per-trainer 0"),
+    "more workers than rows": (
+        "--workers-per-trainer 17 --accumulation 4 --batch-size 16",
+        "--workers-per-trainer 17 16",
+    ),
+    "a GPU where there is none": ("--gpus-per-worker 1", "--gpus-per-worker 1"),
+    "a price of nothing": ("--price-per-hour 0", "--price-per-hour 0"),
+    "an unknown card": ("--plan-gpu H10", "--plan-gpu 'H10' 'H100'"),
+    "a card beside the CPU": ("--plan-gpu H100 --device cpu", "--plan-gpu 'H100' --device cpu"),
+    "hours that are none": ("--max-hours 0", "--max-hours 0"),
+    "an output that is a file": ("--output /dev/null", "--output '/dev/null'"),
+    "an empty store": ("--store ''", "--store"),
+    "a store that is a file": ("--store /dev/null", "--store /dev/null"),
+    "a tracking server that is a word": ("--tracking-uri mlflow", "'mlflow' sqlite:///"),
+    "a tracking server that is away": ("--tracking-uri http://127.0.0.1:9", "http://127.0.0.1:9"),
+    "an unknown tracker": ("--tracker wanbd", "'wanbd' wandb"),
+    "a study's name with a slash": ("--study a/b", "--study 'a/b' a-b"),
+    "a study's name of control characters": ("--study 'a\x1b[31mb'", r"--study \x1b[31m"),
+    "a study's name of the folder above": ("--study ..", "--study '..'"),
+    "a study's name of 300 characters": (f"--study {'x' * 300}", "--study 200"),
+    "a study's name of the store": ("--study store", "--study 'store'"),
+    "an unknown scheduler": ("--scheduler ahsa", "'ahsa' asha"),
+    "a scheduler that changes rates": ("--scheduler pbt", "'pbt' asha"),
+    "an unknown search": ("--search optun", "'optun' optuna"),
+    "an unknown sampler": ("--search optuna --sampler cmaes", "'cmaes' cma-es"),
+    "points without a search": ("--points 8", "--points --search"),
+    "no points": ("--search qmc --points 0", "--points 0"),
+    "seeds in a search": ("--search optuna --seeds 3", "--seeds 3"),
+}
+"""Like COMMANDS, with the words after PLAN."""
+
+OPTIONS |= {
+    f"{option} {word}": (f"--search qmc {option} {word}", named)
     for option, word, named in [
         ("--space", "rank", "'rank'"),
         ("--space", "rnk=4,8", "'rnk' 'rank'"),
@@ -366,9 +370,15 @@ def refuse(commands: Commands, words: str, named: str, cwd: Path) -> None:
     assert not (commands.temporary / "ray").exists(), "Ray has started"
 
 
-@pytest.mark.parametrize("case", [*OPTIONS, *SPACES])
+@pytest.mark.parametrize("case", COMMANDS)
+def test_a_wrong_command_is_refused(case: str, commands: Commands, tmp_path: Path) -> None:
+    refuse(commands, *COMMANDS[case], tmp_path)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
 def test_a_wrong_option_is_refused(case: str, commands: Commands, tmp_path: Path) -> None:
-    refuse(commands, *(OPTIONS | SPACES)[case], tmp_path)
+    words, named = OPTIONS[case]
+    refuse(commands, f"{PLAN} {words}", named, tmp_path)
 
 
 @pytest.mark.parametrize("case", CONFIGS)

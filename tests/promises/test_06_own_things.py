@@ -68,26 +68,6 @@ class Copied(Task):
         return [Example(f"copy {word} {last} =", f" {word}") for word in words[:count]]
 """
 
-VARIANT = """
-\"\"\"Gained: LoRA with a gain for each output.\"\"\"
-
-from variants import api
-from variants.baseline.lora import LoRA
-
-
-class Gained(LoRA):
-    parameters = "rank * (in + out) + out"
-    hyperparameters = {"start": api.Number(1.0, above=0, help="initial gain")}
-
-    def init(self, layer, random):
-        initial = random.lora()
-        initial.trainable["g"] = layer.settings["start"] * layer.ones(layer.shape[0], 1)
-        return initial
-
-    def factors(self, params, layer):
-        return params["A"], params["g"] * params["B"]
-"""
-
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -97,7 +77,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.llama(folder / "llama")
     (folder / "copied.py").write_text(TASK)
     (folder / "words.txt").write_text("c d e f")
-    (folder / "gained.py").write_text(VARIANT)
+    shutil.copy(Path(__file__).with_name("gained.py"), folder)
     return folder
 
 

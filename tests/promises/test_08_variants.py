@@ -138,24 +138,7 @@ def test_adapters_load_in_peft_and_give_the_scores_of_their_records(
 
 # -- the laws ------------------------------------------------------------------------------------------------
 
-OWN = """
-from variants import api
-from variants.baseline.lora import LoRA
-
-
-class Gained(LoRA):
-    parameters = "rank * (in + out) + out"
-    hyperparameters = {"start": api.Number(1.0, above=0, help="initial gain")}
-
-    def init(self, layer, random):
-        initial = random.lora()
-        initial.trainable["g"] = layer.settings["start"] * layer.ones(layer.shape[0], 1)
-        return initial
-
-    def factors(self, params, layer):
-        return params["A"], params["g"] * params["B"]
-"""
-
+OWN = Path(__file__).with_name("gained.py").read_text()
 BROKEN = {
     "count": ('"rank * (in + out) + out"', '"rank * (in + out)"'),
     "start": ("return initial", 'initial.trainable["B"] += 0.1; return initial'),

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import as_a_user
 import pytest
+import tiny_models
 import yaml
 from hosts import ROOT, Command, Host, Network, missing_requirements, until
 
@@ -181,31 +181,13 @@ def ray_processes(host: Host) -> list[str]:
     ]
 
 
-def make_model(folder: Path) -> None:
-    """Save a tiny Llama with one token a letter."""
-    import torch
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = ["<pad>", "<eos>", "<unk>", *"abcdefgh", "="]
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokens = {"vocab_size": len(words), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(max_position_embeddings=32, **sizes, **tokens)).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Yield a cluster that `ray up cluster.yaml` has started."""
     if reason := missing_requirements():
         pytest.skip(reason)
     shared = tmp_path_factory.mktemp("shared")
-    make_model(shared / "model")
+    tiny_models.llama(shared / "model", width=16)
     (shared / "held.py").write_text(TASK)
     with Network(shared) as network:
         cluster = Cluster(network, yaml.safe_load((ROOT / "cluster.yaml").read_text()))

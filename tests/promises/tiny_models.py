@@ -1,66 +1,59 @@
-"""Base models in a folder, of a few thousand random weights, as a user has them from anywhere."""
+"""Base models of two blocks and a few thousand random weights, saved to folders as a user's models are.
+
+The weights are equal at each call.
+"""
 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 WORDS = ("<pad>", "<eos>", "<unk>", *string.ascii_lowercase, *string.digits, "=", "copy", "ham", "spam")
 
 
-def tokenizer() -> Any:
-    """Return a tokenizer of one token for each of `WORDS`."""
+def tokenizer(words: Sequence[str] = WORDS) -> Any:
+    """Return a tokenizer with one token for each word. Without "<unk>", an unknown word becomes "<pad>"."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "unk") if f"<{name}>" in words}
+    unknown = special.get("unk_token", "<pad>")
+    made = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=unknown))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
 
 
-def _save(model: Any, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+def llama(folder: Path, words: Sequence[str] = WORDS, width: int = 32) -> Path:
+    """Save a Llama with a tokenizer of `words`, and return the folder."""
+    from transformers import LlamaForCausalLM
 
-
-def llama(folder: Path, width: int = 32) -> Path:
-    """Save a Llama of two blocks, the same each time."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    return _save(LlamaForCausalLM(config), folder)
+    return _save(folder, LlamaForCausalLM, words, width, bos_token_id=None, eos_token_id=1)
 
 
 def bert(folder: Path, width: int = 32) -> Path:
-    """Save a BERT of two blocks, the same each time."""
-    import torch
-    from transformers import BertConfig, BertModel
+    """Save a BERT with a tokenizer of `WORDS`, and return the folder."""
+    from transformers import BertModel
 
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
+    return _save(folder, BertModel, WORDS, width, max_position_embeddings=64)
+
+
+def _save(folder: Path, model_class: Any, words: Sequence[str], width: int, **more: Any) -> Path:
+    import torch
+
+    config = model_class.config_class(
+        vocab_size=len(words),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=64,
         pad_token_id=0,
+        **more,
     )
-    return _save(BertModel(config), folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(folder)
+    tokenizer(words).save_pretrained(folder)
+    return folder
