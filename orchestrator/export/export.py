@@ -136,7 +136,7 @@ def _choose_form(variant: Variant, form: Form | None, name: str, notify: Callabl
 
     forms = export_forms(variant)
     if form == "merged" and not forms.merged.possible:
-        written = "it is an adapter of PEFT" if forms.peft.possible else "its exact tensors are written"
+        written = "its adapter is written" if forms.peft.possible else "its exact tensors are written"
         raise UsageError(f"--merge: {name} cannot be merged: {forms.merged.note}; without --merge {written}.")
     if form is not None or forms.peft.possible:
         return form or "peft"
@@ -163,7 +163,7 @@ def _is_present(folder: Path, mark: dict[str, str]) -> bool:
             f"--to {folder}: it cannot be looked up ({error.strerror}); name a new folder."
         ) from None
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--to {folder}: {parent} is not a folder that can be written; name another one.")
+        raise UsageError(f"--to {folder}: {parent} is no writable folder; name another one.")
     return False
 
 

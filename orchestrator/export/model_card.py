@@ -85,7 +85,6 @@ License: fill in. The licenses of the base model and of the data apply.
 
 
 def _metadata(chosen: ChosenLane, task: Task, facts: CardFacts) -> str:
-    """Return the YAML block before the text."""
     from huggingface_hub import EvalResult, ModelCardData
 
     record = chosen.record
@@ -183,19 +182,17 @@ inputs = tokenizer.apply_chat_template(
 
 
 def _scores(record: Record) -> str:
-    """Return a table of the scores, with a row for each split that has one."""
     metric = record.configuration.task.metric
     lines = [f"| split | {metric} | untrained base model |", "| --- | --- | --- |"]
     for split in ("validation", "test"):
         score, before = record.score(split), record.baseline_scores.get(split, {}).get(metric)
         if score is not None:
             lines.append(f"| {split} | {score:.4f} | {'-' if before is None else f'{before:.4f}'} |")
-    note = "The best lane's validation score is optimistic; no test score takes part in the choice."
+    note = "The best lane's validation score is optimistic, because it chose the lane. No test score did."
     return "\n".join([*lines, "", note])
 
 
 def _provenance(chosen: ChosenLane, facts: CardFacts) -> str:
-    """Return the list of provenance: model, data, hyperparameters, code and commands."""
     own, run = chosen.record.configuration, chosen.record.provenance
     columns = {k: v for k, v in own.to_columns().items() if k not in _LEFT_OUT and v is not None}
     revision = f", commit {facts.base_revision}" if facts.base_revision else ""

@@ -101,7 +101,6 @@ def _stopped(store: Store, output: Path, before: float) -> Iterator[Path]:
 
 
 def _temporary(store: Store, output: Path) -> Iterator[Path]:
-    """Yield the temporary files and folders of all writers."""
     folders = [store.root, *store.root.glob("*"), store.data, *store.records_folder.glob("*")]
     folders += [*store.adapters.glob("*"), *store.checkpoints.glob("*/*"), output]
     folders += [path for folder, _ in read_studies(output).values() for path in (folder, folder / "export")]

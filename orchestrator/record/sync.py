@@ -57,12 +57,12 @@ def sync_projections(
             with FileLock(folder / LOCK_FILE, timeout=0):
                 notify(_sync_study(store, folder, study, tracker, describe))
         except Timeout:
-            notify(f"{name}: is running and logs its runs itself; left as it is")
+            notify(f"{name}: is running and logs its runs itself; skipped")
         except Exception as error:
             if not tracker.is_outage(error):
                 raise
             why = describe_error(error)
-            notify(f"{name}: MLflow does not answer ({why}); run this again later, without a damaged file")
+            notify(f"{name}: MLflow does not answer ({why}); remove a damaged file, and run sync again later")
             return 1
     return 0
 

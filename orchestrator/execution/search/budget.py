@@ -176,7 +176,7 @@ def open_search(
     if before is None:
         if (folder / JOURNAL_FILE).exists():
             raise UsageError(
-                f"{folder / SEARCH_FILE}: is gone, and {JOURNAL_FILE} is there; put it back, or take another "
+                f"{folder / SEARCH_FILE}: missing beside {JOURNAL_FILE}; restore the file, or take another "
                 "--study"
             )
         specs = {name: group.specs for name, group in groups.items()}
