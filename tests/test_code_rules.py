@@ -11,25 +11,25 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (386, 27889),
-    "orchestrator/analyze": (105, 7374),
-    "orchestrator/cli": (7, 476),
+    "orchestrator": (355, 27389),
+    "orchestrator/analyze": (92, 6991),
+    "orchestrator/cli": (5, 471),
     "orchestrator/cluster": (3, 246),
-    "orchestrator/execution": (41, 3427),
+    "orchestrator/execution": (41, 3426),
     "orchestrator/experiments": (6, 125),
     "orchestrator/export": (4, 468),
-    "orchestrator/finetune": (143, 9473),
-    "orchestrator/launch": (22, 2061),
-    "orchestrator/record": (18, 1994),
-    "orchestrator/study": (20, 1514),
-    "orchestrator/util": (14, 635),
-    "variants": (128, 6779),
-    "experiments": (17, 2099),
-    "tests": (307, 35586),
+    "orchestrator/finetune": (143, 9465),
+    "orchestrator/launch": (16, 2011),
+    "orchestrator/record": (18, 1983),
+    "orchestrator/study": (14, 1484),
+    "orchestrator/util": (10, 625),
+    "variants": (128, 6724),
+    "experiments": (16, 1940),
+    "tests": (303, 32759),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 56_492
+DOC_WORDS = 54_427
 """Words that all pages may have together."""
 
 
