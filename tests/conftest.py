@@ -6,10 +6,13 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import as_a_user
 import hypothesis
 import pytest
+from filelock import FileLock
 
 # There is no deadline, because an example may be slow on a busy machine. The default examples are the same in
 # every run, so that a new failure comes from a change of the code; `--hypothesis-profile=thorough` generates
@@ -91,17 +94,47 @@ def _order(item: pytest.Item) -> int:
 
 
 @pytest.fixture(scope="session")
-def letters_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a `bases` folder with the pretrained base model of `letters` (20 s of CPU time).
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the function `get(name, make)`, which returns the folder `name`.
 
-    The workers of pytest-xdist share the folder: the first worker pretrains, the others wait for it.
+    The first test process that asks for a folder calls `make` to fill it.
     """
-    from orchestrator.finetune.models import catalogue as model_catalogue
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    folder = tmp_path_factory.getbasetemp()
-    root = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "letters-bases"
-    model_catalogue.prepare_base_model("letters-base", root, lambda text: None)
-    return root
+    def get(name: str, make: Callable[[Path], None], shared: Path = session) -> Path:
+        folder, made = shared / name, shared / f"{name}.made"
+        with FileLock(f"{folder}.lock"):
+            if not made.exists():  # filled in place and never renamed: a study's files contain its path
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def with_base(made_once: Callable[..., Path]) -> Path:
+    """Return a working folder whose `results/` has only the base model of the dry run.
+
+    Tests only read it; `home` is a copy. The environment variable PROMISES_CACHE can name a folder that keeps
+    it for later test sessions.
+    """
+
+    def fetch(folder: Path) -> None:
+        as_a_user.succeed("fetch", "model", "letters-base", cwd=folder)
+
+    if "PROMISES_CACHE" in os.environ:
+        return made_once("with-base", fetch, Path(os.environ["PROMISES_CACHE"]))
+    return made_once("with-base", fetch)
+
+
+@pytest.fixture(scope="session")
+def letters_bases(with_base: Path) -> Path:
+    """Return the `bases` folder of a store with the base model of `letters`. Read only: tests copy it."""
+    return with_base / "results" / "store" / "bases"
 
 
 @pytest.fixture

@@ -181,6 +181,6 @@ def test_lost_points_of_an_ended_search_are_reported(tmp_path: Path, loss: str) 
     else:
         last = max(number for number, line in enumerate(lines) if b'"fingerprint"' in line)
         path.write_bytes(b"".join(lines[:last]) if loss == "the last point" else b"")
-    with pytest.raises(UsageError, match=r"search\.json.*back, or take another --study") as caught:
+    with pytest.raises(UsageError, match=r"search\.json.*take another --study") as caught:
         Drive(tmp_path, space())
     assert "\n" not in str(caught.value)

@@ -53,6 +53,7 @@ def test_every_script_has_a_run() -> None:
     assert scripts == {*SMALLEST, *PARTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SMALLEST)
 def test_a_script_prints_its_table(
     script: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

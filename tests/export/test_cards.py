@@ -135,6 +135,7 @@ def values(example: Example, file: Path) -> dict[str, str]:
     return {"SECOND INPUT": example.pair or "", "INPUT": example.prompt}
 
 
+@pytest.mark.slow
 def test_the_lines_of_every_card_give_the_prompts_and_scores_of_the_lane(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def words(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
     ]
 
 
+@pytest.mark.slow
 def test_a_plan_of_known_results_needs_no_torch(words: list[str]) -> None:
     """A variant that is trained is tried on a model without weights, which takes torch and transformers."""
     done = run_without(HEAVY, "orchestrator", *words, "--plan")
@@ -131,6 +132,7 @@ def test_what_fits_the_base_model_is_tried_once(tmp_path: Path, monkeypatch: pyt
     assert count_tried() == 2
 
 
+@pytest.mark.slow
 def test_the_same_command_again_makes_nothing_new(
     words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import as_a_user
 import pytest
-from filelock import FileLock
-
-
-@pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return the function `get(name, make)`, which returns the folder `name`.
-
-    The first test process that asks for a folder calls `make` to fill it.
-    """
-    base = tmp_path_factory.getbasetemp()
-    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def get(name: str, make: Callable[[Path], None], shared: Path = session) -> Path:
-        folder, made = shared / name, shared / f"{name}.made"
-        with FileLock(f"{folder}.lock"):
-            if not made.exists():  # filled in place and never renamed: a study's files contain its path
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                make(folder)
-                made.touch()
-        return folder
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def with_base(made_once: Callable[..., Path]) -> Path:
-    """Return a working folder whose `results/` has only the base model of the dry run.
-
-    Tests only read it; `home` is a copy. The environment variable PROMISES_CACHE can name a folder that keeps
-    it for later test sessions.
-    """
-
-    def fetch(folder: Path) -> None:
-        as_a_user.succeed("fetch", "model", "letters-base", cwd=folder)
-
-    if "PROMISES_CACHE" in os.environ:
-        return made_once("with-base", fetch, Path(os.environ["PROMISES_CACHE"]))
-    return made_once("with-base", fetch)
 
 
 @pytest.fixture

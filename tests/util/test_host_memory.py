@@ -37,6 +37,7 @@ def count_faults(mode: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_a_repeated_step_gets_the_memory_of_the_one_before() -> None:
     assert count_faults("keep") < count_faults("default") / 10

@@ -123,6 +123,7 @@ def flap(group: TorchProcessGroup, folder: Path) -> WorkerResult:
     return play(lambda rank: Scenario(Script(leases(points))), FlappingGroup(), folder)
 
 
+@pytest.mark.slow
 def test_a_broken_connection_of_two_workers_ends_the_trainer_and_fails_no_lane(
     pair: Callable[..., Any], tmp_path: Path
 ) -> None:

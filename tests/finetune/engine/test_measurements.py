@@ -83,6 +83,7 @@ def test_the_chosen_lanes_fit_and_one_more_would_not_or_would_not_pay(
         assert (found.lanes + 1) * tokens > 9_000
 
 
+@pytest.mark.slow
 def test_a_trainer_measures_one_lane_then_two_then_grows_and_the_next_one_knows(
     store: Store, tmp_path: Path
 ) -> None:

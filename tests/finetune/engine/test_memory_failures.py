@@ -115,7 +115,7 @@ def test_an_evaluation_that_runs_out_of_memory_scores_fewer_lanes_at_once_and_no
         assert numbers_of(get_record(store, point)) == numbers_of(solo(point, tmp_path))
 
 
-@pytest.mark.parametrize("nth", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("nth", [1, *(pytest.param(nth, marks=pytest.mark.slow) for nth in (2, 3))])
 def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
     nth: int, store: Store, tmp_path: Path
 ) -> None:
@@ -140,6 +140,7 @@ def test_lanes_evicted_in_their_last_evaluation_are_scored_later(
         assert numbers_of(get_record(store, point)) == numbers_of(solo(point, tmp_path))
 
 
+@pytest.mark.slow
 def test_lanes_that_do_not_fit_at_their_start_are_leased_again(store: Store, tmp_path: Path) -> None:
     """The fifth lane of six runs out of memory; the lease of the sixth is returned before it starts."""
     base_model = tiny_base_model(configuration().model)

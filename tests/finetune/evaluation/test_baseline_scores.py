@@ -135,6 +135,7 @@ def check_records(folder: Path, *seeds: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_two_trainers_generate_the_answers_of_the_base_model_once_and_none_waits_to_train(
     tmp_path: Path,
 ) -> None:
