@@ -25,11 +25,11 @@ BUDGETS = {
     "orchestrator/util": (10, 625),
     "variants": (128, 6724),
     "experiments": (16, 1940),
-    "tests": (303, 32759),
+    "tests": (303, 32736),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 54_395
+DOC_WORDS = 54_399
 """Words that all pages may have together."""
 
 

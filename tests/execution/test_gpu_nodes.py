@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import study
 from points import configuration
-from ray.cluster_utils import Cluster as RayCluster
 
 from orchestrator.execution.ray.autoscaler import NodeType, adapt_to_cluster
 from orchestrator.execution.ray.runtime import Cluster, Node
@@ -71,27 +68,3 @@ def test_a_gpu_study_is_refused_where_the_joined_cluster_has_no_gpu(name: str, d
     assert line.startswith(f"{name} in {dtype} is trained on GPUs, and none of the 2 nodes")
     assert "--gpus-per-worker 1" in line
     assert "--device cpu" in line
-
-
-@pytest.mark.ray
-def test_a_study_that_joins_a_cluster_without_gpus_names_both_options(
-    cluster: RayCluster, output: Path
-) -> None:
-    (config,) = (output / "store" / "bases").rglob("config.json")
-    small = (
-        "--variants",
-        "lora",
-        "--seeds",
-        "1",
-        "--learning-rates",
-        "1e-3",
-        "--steps",
-        "2",
-        "--set",
-        "warmup=0",
-    )
-    arguments = (*small, "--model", str(config.parent), "--dtype", "bfloat16")
-    code, out, err = study.run(output, *arguments, address=cluster.address)
-    assert code == 2, out + err
-    assert "is trained on GPUs, and none of the 1 nodes" in err
-    assert study.records(output) == {}

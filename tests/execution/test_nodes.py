@@ -42,6 +42,7 @@ def trained_as_alone(output: Path, bases: Path, folder: Path) -> None:
         assert study.course(record) == study.course(expected[fingerprint])
 
 
+@pytest.mark.nightly
 def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
     machines: Machines, output: Path, letters_bases: Path, tmp_path: Path, steps: Steps
 ) -> None:
