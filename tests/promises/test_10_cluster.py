@@ -157,6 +157,12 @@ class Cluster:
         """Start a command on the head, in the project's folder there."""
         return self.start("ray", "exec", "cluster.yaml", f"cd ~/lora-orchestrator && {command}")
 
+    def is_whole(self) -> bool:
+        """Return whether Ray counts the head and all workers."""
+        count = "import ray; ray.init('auto', logging_level='ERROR'); print('nodes:', len(ray.nodes()))"
+        printed = self.start_on_head(f'python -c "{count}"').wait()
+        return f"nodes: {len(self.network.hosts)}" in printed
+
     def training(self) -> list[Host]:
         """Return the workers that train."""
         return [worker for worker in self.workers if trains(worker)]
@@ -192,6 +198,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Network(shared) as network:
         cluster = Cluster(network, yaml.safe_load((ROOT / "cluster.yaml").read_text()))
         cluster.run("ray", "up", "-y", "--no-config-cache", "cluster.yaml")
+        until(cluster.is_whole)  # `ray up` returns before the workers have joined
         yield cluster
 
 
