@@ -332,8 +332,8 @@ MUTATIONS += [
     Mutation(
         "a folder that the workers do not see is accepted",
         "orchestrator/cluster/check.py",
-        "if missing_files(folder, [_DRIVER_FILE]):",
-        "if not folder:",
+        '    if failures:\n        raise UsageError(\n            f"{store}:',
+        '    if not store:\n        raise UsageError(\n            f"{store}:',
         "test_10_cluster.py::test_a_folder_that_the_workers_do_not_see_is_named",
     ),
 ]
