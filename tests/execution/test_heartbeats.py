@@ -84,6 +84,7 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.nightly  # failed once beside another study: its short limit of silence meets a busy machine
 def test_a_trainer_that_evaluates_for_longer_than_it_may_be_silent_keeps_its_lanes(
     broker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
