@@ -203,7 +203,7 @@ def run_processes(options: argparse.Namespace) -> None:
 
 
 def make_trainable() -> type[Any]:
-    """Return the class trainable. Ray is imported here, because `processes` does not need it."""
+    """Return a subclass of `tune.Trainable`. Only this function imports Ray; `processes` runs without it."""
     from ray import tune
 
     class PeftTrainable(tune.Trainable):

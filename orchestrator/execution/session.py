@@ -35,7 +35,7 @@ MAX_TRIAL_FAILURES = 20
 
 
 class LaneTrainable(tune.Trainable):
-    """The trainable class that Tune requires in the driver. Trial processes run `LaneTrial` instead."""
+    """The trainable class that the driver registers with Tune. Trial processes run `LaneTrial` instead."""
 
 
 def train(

@@ -148,7 +148,7 @@ def _place(path: str) -> str:
 
 
 def _uses(store: Store, fingerprint: str, source: Source) -> bool:
-    """Return whether a configuration uses an earlier source of a study; True if it has no record."""
+    """Return whether a configuration was trained with `source`; True if the store has no record of it."""
     record = store.get(fingerprint)
     if record is None:
         return True  # if this run requests it, it is added again

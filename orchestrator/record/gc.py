@@ -32,7 +32,7 @@ def find_garbage(
     include_stopped: bool = False,
     older_than: float = 3600.0,
 ) -> dict[str, list[Path]]:
-    """Find the files and folders that no study needs. Studies may run meanwhile.
+    """Find the files and folders that no study needs. Other processes may run studies at the same time.
 
     Args:
         store: The store.

@@ -59,10 +59,10 @@ class Tracker:
         return isinstance(error, OSError)
 
     def start(self, study: StudyFile, tags: Mapping[str, str]) -> None:
-        """Begin to write a study, or continue after an error. The tags have, for example, the commit."""
+        """Prepare the runs of a study, or connect again after an error. `tags` describe the study's run."""
 
     def log_progress(self, progress: LaneProgress) -> None:
-        """Log the start or an evaluation of a lane in training. A resumed lane logs all of them again."""
+        """Log the start or an evaluation of a lane in training. A resumed lane repeats its evaluations."""
 
     def log_record(self, record: Record, is_reused: bool) -> None:
         """Log the record of a lane that has ended. Each later run of the study logs it again.

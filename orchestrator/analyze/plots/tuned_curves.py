@@ -1,4 +1,4 @@
-"""The static picture of a replicated tuning: the pooled curves."""
+"""Draw the picture of a replicated tuning: validation scores of all replicates over the learning rate."""
 
 from __future__ import annotations
 
