@@ -15,7 +15,7 @@ BUDGETS = {
     "orchestrator/analyze": (92, 6991),
     "orchestrator/cli": (5, 471),
     "orchestrator/cluster": (3, 246),
-    "orchestrator/execution": (41, 3426),
+    "orchestrator/execution": (41, 3416),
     "orchestrator/experiments": (6, 125),
     "orchestrator/export": (4, 468),
     "orchestrator/finetune": (143, 9465),
@@ -25,7 +25,7 @@ BUDGETS = {
     "orchestrator/util": (10, 625),
     "variants": (128, 6724),
     "experiments": (16, 1940),
-    "tests": (303, 32743),
+    "tests": (304, 32766),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

@@ -1,8 +1,8 @@
 """The fine-tuning loop with an engine that trains nothing. Losses and scores are synthetic curves.
 
-A trainer whose `TrainerSpec.train_loop` is `simulated_training:run` differs from others in its engine only.
-It leases, evaluates, parks, spills, stops, checkpoints and records lanes by the same code. `scale.py` uses it
-to measure the cost of a study without training.
+A trainer whose `TrainerSettings.train_loop` is `simulated_training:run` differs from others in its engine
+only. It leases, evaluates, parks, spills, stops, checkpoints and records lanes by the same code. `scale.py`
+uses it to measure the cost of a study without training.
 """
 
 from __future__ import annotations
@@ -250,23 +250,21 @@ def train_simulated(
     from orchestrator.execution.run_budget import RunBudget
     from orchestrator.execution.rungs import submission_order
     from orchestrator.execution.session import train
-    from orchestrator.execution.session_context import SessionContext
-    from orchestrator.execution.trainers.pool import PoolConfig
-    from orchestrator.execution.trainers.trainer import TrainerSpec
+    from orchestrator.execution.settings import Session, TrainerSettings
+    from orchestrator.study.options import StudyOptions
 
     scratch = store.root / "scratch"
     scratch.mkdir(exist_ok=True)
-    spec = TrainerSpec(
+    options = StudyOptions(trainers=num_trainers, scheduler=scheduler, device="cpu", save_adapters="none")
+    settings = TrainerSettings(
+        options,
         LANES_PER_TRAINER,
         gpus_per_worker,
-        store=str(store.root),
-        scratch=str(scratch),
-        device="cpu",
+        store.root,
+        scratch,
         train_loop=f"{__name__}:{run.__name__}",
     )
     order = submission_order(scheduler, [], configurations, LANES_PER_TRAINER, num_trainers)
     console = Console(file=sys.stderr, highlight=False)
     with Progress(store.root, len(configurations), 0, console) as progress:
-        pool = PoolConfig(num_trainers, spec)
-        context = SessionContext(scheduler, cluster, pool, store, scratch, progress, RunBudget())
-        return train(context, order)
+        return train(Session(settings, num_trainers, cluster, store, progress, RunBudget()), order)

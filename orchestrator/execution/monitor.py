@@ -16,7 +16,7 @@ from orchestrator.execution.broker.assignment import parse_trainer_name
 from orchestrator.execution.broker.lane_entry import LeasePhase
 from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.rungs import scheduler_settings
-from orchestrator.execution.session_context import SessionContext
+from orchestrator.execution.settings import Session
 from orchestrator.execution.trainers.pool import BrokerState, TrainerPool
 from orchestrator.execution.tune.trial_events import ABORTED, PendingStops
 from orchestrator.record.schema import MAX_FAILURES
@@ -28,7 +28,7 @@ class StudyMonitor(threading.Thread):
     """Poll the broker: manage trainers, pass on new records, show progress, and enforce the budget.
 
     Args:
-        context: The settings, storage and observers of the session.
+        session: Settings, storage and observers.
         broker: The handle of the broker's actor.
         pool: The trainers.
         stops: Stopped trials whose lanes have no record yet; `BrokerCallback` adds to them.
@@ -37,16 +37,16 @@ class StudyMonitor(threading.Thread):
 
     def __init__(
         self,
-        context: SessionContext,
+        session: Session,
         broker: Any,
         pool: TrainerPool,
         stops: PendingStops,
         follow_trainers: Callable[[Mapping[str, Any]], None] = lambda updates: None,
     ) -> None:
         super().__init__(name="monitor", daemon=True)
-        self.context, self.broker, self.pool, self.pending_stops = context, broker, pool, stops
+        self.session, self.broker, self.pool, self.pending_stops = session, broker, pool, stops
         self.follow_trainers = follow_trainers
-        self.budget, self.progress = context.budget, context.progress
+        self.budget, self.progress = session.budget, session.progress
         self.draining_since: float | None = None
         """Time at which the trainers were told to save their lanes because the study ends; None before."""
         self.is_drained = False
@@ -59,7 +59,7 @@ class StudyMonitor(threading.Thread):
         """Optimizer steps by trainer."""
         self.error: Exception | None = None
         # The broker may take as long to start as a trainer.
-        self.silent_since: float | None = time.monotonic() + pool.spec.start_timeout
+        self.silent_since: float | None = time.monotonic() + session.trainers.start_timeout
         """Time of the first poll without an answer; None after an answer."""
 
     def run(self) -> None:
@@ -174,24 +174,24 @@ class StudyMonitor(threading.Thread):
         self.incarnation = incarnation
 
     def _forget_recorded_stops(self) -> None:
-        store = self.context.store
+        store = self.session.store
         for trial, (configuration, _) in list(self.pending_stops.items()):
             fingerprint = configuration.fingerprint
-            settings = scheduler_settings(self.context.scheduler, configuration)
+            settings = scheduler_settings(self.session.scheduler, configuration)
             if store.get_reusable(fingerprint, settings) or store.count_failures(fingerprint) >= MAX_FAILURES:
                 del self.pending_stops[trial]
 
     def _read_ended_lanes(self, updates: dict[str, Any]) -> None:
         """Pass on the new starts, reports and records of lanes, the trainers' lines, and their steps."""
         for progress in updates["progress"]:  # before the records: an ended lane is no longer in training
-            self.context.on_progress(progress)
+            self.session.on_progress(progress)
         self.num_progress_read += len(updates["progress"])
         for fingerprint, _ in updates["ended"]:
-            if fingerprint in self.context.cached:
+            if fingerprint in self.session.cached:
                 continue
-            if record := self.context.store.get(fingerprint):
+            if record := self.session.store.get(fingerprint):
                 self.progress.add_record(record)
-                self.context.on_record(record)
+                self.session.on_record(record)
         self.num_ended_read += len(updates["ended"])
         for line in updates["lines"]:
             self.progress.notify(line)

@@ -14,7 +14,7 @@ from orchestrator.execution.ray.private import (
     retry_after_death_in_reset,
     withhold_cloud_credentials_from_trials,
 )
-from orchestrator.execution.session_context import SessionContext
+from orchestrator.execution.settings import Session
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limit
@@ -39,7 +39,7 @@ class LaneTrainable(tune.Trainable):
 
 
 def train(
-    context: SessionContext,
+    session: Session,
     configurations: Sequence[Configuration],
     search: PerGroupSearcher | None = None,
     next_stage: Callable[[], Sequence[Configuration]] = tuple,
@@ -47,7 +47,7 @@ def train(
     """Train configurations in the given order, until all have ended or the budget is used up.
 
     Args:
-        context: The settings, storage and observers of the session.
+        session: Settings, storage and observers.
         configurations: The configurations to train; known results among them are replayed to the scheduler.
         search: The searcher that suggests the configurations one by one; `configurations` is then unused.
         next_stage: Called when all configurations have ended. Returns the configurations of the next stage;
@@ -62,23 +62,23 @@ def train(
         Exception: Any error of the monitor, such as OSError for a full disk.
     """
     ABORTED.clear()
-    progress = context.progress
-    broker = start_broker(context.store, context.scheduler)
-    visibility = StorageVisibility(context.scratch, context.cluster.nodes, progress.notify)
-    pool = TrainerPool(context.pool, context.cluster.namespace, broker, visibility, progress.notify)
+    progress = session.progress
+    broker = start_broker(session.store, session.scheduler)
+    visibility = StorageVisibility(session.trainers.scratch, session.cluster.nodes, progress.notify)
+    pool = TrainerPool(session, broker, visibility)
     pending_stops: PendingStops = {}
-    algorithm = _make_algorithm(context, configurations, search, next_stage)
+    algorithm = _make_algorithm(session, configurations, search, next_stage)
 
     def follow_trainers(updates: Mapping[str, Any]) -> None:
         capacities = updates["max_lanes" if search is None else "usable_lanes"]
-        algorithm.max_concurrent = _trial_limit(context, search, capacities)
+        algorithm.max_concurrent = trial_limit(session, search is not None, capacities)
 
-    monitor = StudyMonitor(context, broker, pool, pending_stops, follow_trainers)
+    monitor = StudyMonitor(session, broker, pool, pending_stops, follow_trainers)
     monitor.start()
     try:
         callback = BrokerCallback(broker, pending_stops)
         with light_trial_actors(LaneTrainable, LaneTrial), retry_after_death_in_reset():
-            results = _make_tuner(context, algorithm, callback).fit()
+            results = _make_tuner(session, algorithm, callback).fit()
         monitor.wait_for_pending_stops()
     finally:
         monitor.close()
@@ -92,26 +92,20 @@ def train(
     return sum(monitor.steps_taken.values())
 
 
-def _trial_limit(
-    context: SessionContext, search: PerGroupSearcher | None, capacities: Sequence[int] = ()
-) -> int:
-    return trial_limit(context.pool, context.cluster, search is not None, capacities)
-
-
 def _make_algorithm(
-    context: SessionContext,
+    session: Session,
     configurations: Sequence[Configuration],
     search: PerGroupSearcher | None,
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> Any:
     """Return Tune's search algorithm; the monitor changes its `max_concurrent`."""
-    limit = _trial_limit(context, search)
+    limit = trial_limit(session, search is not None)
     if search is None:
         return ConfigurationListGenerator(configurations, limit, next_stage)
     return SearchLimiter(search, limit)
 
 
-def _make_tuner(context: SessionContext, algorithm: Any, callback: BrokerCallback) -> tune.Tuner:
+def _make_tuner(session: Session, algorithm: Any, callback: BrokerCallback) -> tune.Tuner:
     is_search = not isinstance(algorithm, ConfigurationListGenerator)
     return tune.Tuner(
         tune.with_resources(LaneTrainable, tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES}])),
@@ -119,15 +113,15 @@ def _make_tuner(context: SessionContext, algorithm: Any, callback: BrokerCallbac
             search_alg=algorithm,
             num_samples=-1 if is_search else 1,  # the searcher ends the experiment
             scheduler=LiveTrialFIFOScheduler()
-            if context.scheduler == "none"
-            else PerGroupScheduler(context.scheduler, context.cached, context.tune_per_seed),
+            if session.scheduler == "none"
+            else PerGroupScheduler(session.scheduler, session.cached, session.tune_per_seed),
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name=context.cluster.namespace,
-            storage_path=str(context.scratch),
+            name=session.cluster.namespace,
+            storage_path=str(session.trainers.scratch),
             verbose=0,
             callbacks=[callback],
             stop=AbortStopper(),

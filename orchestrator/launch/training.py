@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.rungs import submission_order
+from orchestrator.execution.settings import Session, TrainerSettings
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.widening_grid import WideningGrid
@@ -23,13 +24,12 @@ from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.study_file import data_warnings
 from orchestrator.record.tracker import StudyEnd
 from orchestrator.study.configuration import Configuration
+from orchestrator.study.options import StudyOptions
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import graceful_interrupts
 
 if TYPE_CHECKING:
-    from orchestrator.execution.session_context import SessionContext
-    from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.record.tracker import TrackerWriters
 
 
@@ -137,27 +137,11 @@ def train_pending(
         runtime.connect(close_writer) as cluster,
         graceful_interrupts(context.budget.request_stop),
     ):
-        # Imported after `connect`, which sets the environment variables that Tune reads when it is imported.
-        from orchestrator.execution.session_context import SessionContext
-
-        pool_config = _plan_pool(context, work, cluster, scratch)
+        session = _make_session(context, work, cluster, scratch, progress, writers, on_record)
         for warning in data_warnings(context.sources()):
             progress.notify(f"! {warning}")
-        progress.notify(_describe_pool(cluster, pool_config))
+        progress.notify(_describe_trainers(session))
         began = time.monotonic()
-        session = SessionContext(
-            scheduler=context.options.scheduler,
-            cluster=cluster,
-            pool=pool_config,
-            store=context.store,
-            scratch=scratch,
-            progress=progress,
-            budget=context.budget,
-            on_record=on_record,
-            on_progress=writers.put_progress,
-            cached={c.fingerprint for c in work.satisfied},
-            tune_per_seed=context.experiment.settings.kind == "replicates",
-        )
         steps = _run_session(context, work, session, later.next_stage)
         used = f", {context.budget.format_usage()}" if context.budget.gpus_per_trainer else ""
         progress.notify(f"{progress.describe_ended(time.monotonic() - began)}{used}")
@@ -171,11 +155,17 @@ def train_pending(
         raise KeyboardInterrupt
 
 
-def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster, scratch: Path) -> PoolConfig:
-    """Check the cluster, and determine the number of trainers and their specification."""
+def _make_session(
+    context: StudyContext,
+    work: StudyWork,
+    cluster: runtime.Cluster,
+    scratch: Path,
+    progress: Progress,
+    writers: TrackerWriters,
+    on_record: Callable[[Record], None],
+) -> Session:
+    """Check the cluster, and determine the number of trainers and their settings."""
     from orchestrator.cluster.check import require_usable_cluster
-    from orchestrator.execution.trainers.pool import PoolConfig
-    from orchestrator.execution.trainers.trainer import TrainerSpec
 
     store, node_types = context.store, autoscaler.startable_node_types(cluster)
     options = autoscaler.adapt_to_cluster(context.options, cluster, context.templates, node_types)
@@ -184,49 +174,44 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
         options.trainers, options.gpus_per_worker, options.workers_per_trainer
     )
     context.budget.set_gpus_per_trainer(gpus_per_worker * options.workers_per_trainer)
-    lanes, is_measured = choose_lanes(
+    max_lanes, is_measured = choose_lanes(
         options, gpus_per_worker, [*context.templates, *work.pending], work.num_per_trainer(num_trainers)
     )
-    trainer_spec = TrainerSpec(
-        lanes_per_trainer=lanes,
-        measures_lanes=is_measured,
-        gpus_per_worker=gpus_per_worker,
-        store=str(store.root),
-        scratch=str(scratch),
-        adapters=str(context.store.adapters / keep) if (keep := options.save_adapters) != "none" else "",
-        start_timeout=options.trainer_timeout or timeouts.TRAINER_TIMEOUT_SECONDS,
-        workers_per_trainer=options.workers_per_trainer,
-        gradient_checkpointing=options.gradient_checkpointing,
-        device=options.device,
-        kernels=options.kernels,
-    )
-    if options.kernels == "liger" and not trainer_spec.uses_gpus:
+    shared = StudyOptions(**{each.name: getattr(options, each.name) for each in fields(StudyOptions)})
+    settings = TrainerSettings(shared, max_lanes, gpus_per_worker, store.root, scratch, is_measured)
+    if options.kernels == "liger" and not settings.uses_gpus:
         raise UsageError("--kernels liger: the trainers of this study have no GPU; take --kernels torch.")
     new_workers = autoscaler.worker_capacity(node_types, gpus_per_worker) or 0
-    return PoolConfig(
+    return Session(
+        trainers=settings,
         num_trainers=min(num_trainers, work.num_to_train),
-        spec=trainer_spec,
-        elastic=options.trainers is None,
+        cluster=cluster,
+        store=store,
+        progress=progress,
+        budget=context.budget,
         autoscaler_capacity=new_workers // options.workers_per_trainer,
         autoscaler_memory=sum(each.max_nodes * each.node.memory for each in node_types if each.node),
-        can_grow=not cluster.local,
+        on_record=on_record,
+        on_progress=writers.put_progress,
+        cached={c.fingerprint for c in work.satisfied},
+        tune_per_seed=context.experiment.settings.kind == "replicates",
     )
 
 
-def _describe_pool(cluster: runtime.Cluster, pool_config: PoolConfig) -> str:
+def _describe_trainers(session: Session) -> str:
     """Return one line that describes the cluster and the trainers."""
-    spec = pool_config.spec
+    cluster, settings = session.cluster, session.trainers
     where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
-    gpus = spec.gpus_per_worker * spec.workers_per_trainer
+    gpus = settings.gpus_per_worker * settings.options.workers_per_trainer
     each = f", {gpus:g} GPUs each" if gpus else ""
-    lanes = f"{'up to ' if spec.measures_lanes else ''}{spec.lanes_per_trainer} lanes"
-    return f"{where}: {pool_config.num_trainers} trainers of {lanes}{each}"
+    lanes = f"{'up to ' if settings.measures_lanes else ''}{settings.max_lanes} lanes"
+    return f"{where}: {session.num_trainers} trainers of {lanes}{each}"
 
 
 def _run_session(
     context: StudyContext,
     work: StudyWork,
-    session: SessionContext,
+    session: Session,
     next_stage: Callable[[], Sequence[Configuration]],
 ) -> int:
     """Run Ray Tune until all configurations have ended or a limit is reached.
@@ -240,9 +225,10 @@ def _run_session(
     Returns:
         Number of optimizer steps of all trainers.
     """
+    # Imported after `connect`, which sets the environment variables that Tune reads when it is imported.
     from orchestrator.execution.session import train
 
-    scheduler, lanes = session.scheduler, session.pool.spec.expected_lanes
+    scheduler, lanes = session.scheduler, session.trainers.expected_lanes
     searcher = None
     if work.search is not None:
         from orchestrator.execution.search.searcher import PerGroupSearcher
@@ -250,6 +236,6 @@ def _run_session(
         searcher = PerGroupSearcher(work.search, context.store, scheduler, lanes, session.cached)
 
     def order(known: Sequence[Configuration], pending: Sequence[Configuration]) -> list[Configuration]:
-        return submission_order(scheduler, known, pending, lanes, session.pool.num_trainers)
+        return submission_order(scheduler, known, pending, lanes, session.num_trainers)
 
     return train(session, order(work.satisfied, work.pending), searcher, lambda: order((), next_stage()))

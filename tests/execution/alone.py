@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.execution.trainers.trainer import TrainerSpec, load_base_model
+from orchestrator.execution.settings import TrainerSettings
+from orchestrator.execution.trainers.trainer import load_base_model
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -16,6 +17,7 @@ from orchestrator.record import provenance
 from orchestrator.record.schema import Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
+from orchestrator.study.options import StudyOptions
 from variants.testing.rig import one_thread
 
 LANES = 4
@@ -65,12 +67,12 @@ def train(configurations: Iterable[Configuration], bases: Path, folder: Path) ->
         folder: Folder in which a store is created.
     """
     tasks.load(str(COUNTED_TASK))  # the new store has no entry of it
-    store, spec = Store(folder), TrainerSpec(LANES, 0.0, str(folder), str(folder))
+    store, settings = Store(folder), TrainerSettings(StudyOptions(), LANES, 0.0, folder, folder)
     with one_thread():
         loop.run(
             _Queue(configurations),
             store,
-            partial(load_base_model, spec, bases, torch.device("cpu")),
+            partial(load_base_model, settings, bases, torch.device("cpu")),
             loop.LoopSettings(max_lanes=LANES, idle_seconds=0.0),
             provenance=provenance.current_provenance,
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from orchestrator.execution.settings import TrainerSettings
 from orchestrator.execution.trainers import trainer
 from orchestrator.execution.trainers.device_check import allocate_first, find_device_fault
+from orchestrator.study.options import StudyOptions
 
 
 def test_a_cpu_passes() -> None:
@@ -49,7 +53,7 @@ def test_products_in_bfloat16_sum_in_float32(monkeypatch: pytest.MonkeyPatch) ->
     matmul = torch.backends.cuda.matmul
     monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", True)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    trainer._set_up_device(trainer.TrainerSpec(1, 0.0, "store", "scratch"))
+    trainer._set_up_device(TrainerSettings(StudyOptions(), 1, 0.0, Path("store"), Path("scratch")))
     assert matmul.allow_bf16_reduced_precision_reduction is False
     assert matmul.allow_tf32 is False
 

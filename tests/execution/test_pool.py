@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from session_settings import make_session
 
 from orchestrator.execution.ray.runtime import Cluster, Node
-from orchestrator.execution.trainers import trainer
-from orchestrator.execution.trainers.pool import BrokerState, PoolConfig, TrainerPool
+from orchestrator.execution.trainers import trainer_run
+from orchestrator.execution.trainers.pool import BrokerState, TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
-from orchestrator.execution.trainers.trainer import TrainerSpec
-from orchestrator.execution.trainers.trainer_run import TrainerRun
+from orchestrator.execution.trainers.trainer_run import TrainerRun, worker_environment
+from orchestrator.study.options import StudyOptions
 
 
 def make_pool(
@@ -33,12 +34,12 @@ def make_pool(
 
     The first `holders` of the placed trainers keep excluded devices reserved.
     """
-    spec, visibility = TrainerSpec(4, 1.0, "store", "scratch"), StorageVisibility(Path(), (), print)
-    config = PoolConfig(count, spec, elastic, startable, can_grow=can_grow)
-    pool = TrainerPool(config, "space", None, visibility, print)
+    cluster = Cluster((), "space", local=not can_grow)
+    session = make_session(count, 4, 1.0, cluster=cluster, elastic=elastic, autoscaler_capacity=startable)
+    pool = TrainerPool(session, None, StorageVisibility(Path(), (), print))
     pool.cluster = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
     names = [f"trainer-{n}" for n in range(placed + unplaced)]
-    pool.running = {name: TrainerRun(name, spec, "space") for name in names}
+    pool.running = {name: TrainerRun(name, session.trainers, "space") for name in names}
     pool.placed, pool.holders = frozenset(names[:placed]), frozenset(names[:holders])
     pool.num_started = len(names) + started
     return pool
@@ -112,7 +113,7 @@ def test_no_more_than_the_drivers_node_has_memory_for() -> None:
     assert len(lines) == 1
     assert lines[0].startswith("3 trainers at most, not 8: each keeps 0.25 GiB")
     assert "take a node with 4 GiB for Ray" in lines[0]
-    pool.config = replace(pool.config, elastic=False)
+    pool.session = make_session(8, 4, 1.0)
     assert pool.num_to_start(60, 4, 7) == 2
     small_pool = make_pool(8, 8, started=False)
     small_pool.cluster, small_pool.notify = Cluster((Node(4, 1, 2**20, "here"),)), lines.append
@@ -156,17 +157,17 @@ def test_never_stuck_and_never_too_many(
 def test_gpu_workers_get_expandable_segments_where_they_work_unless_the_user_has_set_the_allocator(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    gpu, cpu = TrainerSpec(4, 1.0, "store", "scratch"), TrainerSpec(4, 0.0, "store", "scratch")
+    gpu, cpu = make_session(1, 4, 1.0).trainers, make_session(1, 4).trainers
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     on, off = (dict.fromkeys(names, f"expandable_segments:{value}") for value in (True, False))
-    monkeypatch.setattr(trainer, "KERNEL_RELEASE", tmp_path / "osrelease")
-    assert gpu.worker_environment({"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0,GPU-8932f937"}) == on
+    monkeypatch.setattr(trainer_run, "KERNEL_RELEASE", tmp_path / "osrelease")
+    assert worker_environment(gpu, {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0,GPU-8932f937"}) == on
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
-        assert gpu.worker_environment({name: "MIG-GPU-8932f937-d72c/1/0"}) == off
+        assert worker_environment(gpu, {name: "MIG-GPU-8932f937-d72c/1/0"}) == off
     for release, expected in (("6.8.0-45-generic", on), ("5.15.153.1-microsoft-standard-WSL2", off)):
         (tmp_path / "osrelease").write_text(f"{release}\n")
-        assert gpu.worker_environment({}) == expected
+        assert worker_environment(gpu, {}) == expected
     for name in names:
-        assert gpu.worker_environment({name: "max_split_size_mb:64"}) == {name: "max_split_size_mb:64"}
-    for spec in (cpu, replace(gpu, device="cpu")):
-        assert not spec.worker_environment({}).keys() & set(names)
+        assert worker_environment(gpu, {name: "max_split_size_mb:64"}) == {name: "max_split_size_mb:64"}
+    for settings in (cpu, replace(gpu, options=StudyOptions(device="cpu"))):
+        assert not worker_environment(settings, {}).keys() & set(names)

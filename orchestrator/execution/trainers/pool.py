@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,30 +18,14 @@ from orchestrator.execution.ray.runtime import (
     driver_node_gib,
     usable_nodes,
 )
+from orchestrator.execution.settings import Session
 from orchestrator.execution.trainers.exit_status import ExitStatus
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
-from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.execution.trainers.trainer_run import TrainerRun
 from orchestrator.util import timeouts
 
 MAX_SHOWN_DEVICES = 3
 """Number of excluded devices that the error line of a study names."""
-
-
-@dataclass(frozen=True)
-class PoolConfig:
-    """The number of trainers and the properties of each."""
-
-    num_trainers: int
-    spec: TrainerSpec
-    elastic: bool = False
-    """True if the number of trainers follows the cluster's nodes, starting from `num_trainers`."""
-    autoscaler_capacity: int = 0
-    """Number of trainers that fit on the largest set of nodes which an autoscaler may start."""
-    autoscaler_memory: float = 0.0
-    """Bytes that Ray may reserve on these nodes, as far as known."""
-    can_grow: bool = True
-    """False if no node can join, because the study has started this Ray."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +59,14 @@ class TrainerPool:
     without a place wait and reserve nothing.
 
     Args:
-        config: The number of trainers and the properties of each.
-        namespace: The Ray namespace of the study.
+        session: The number of trainers, and the settings of each.
         broker: The handle of the broker's actor.
         visibility: Checks which nodes can access the store.
-        notify: Called with lines for the user.
     """
 
-    def __init__(
-        self,
-        config: PoolConfig,
-        namespace: str,
-        broker: Any,
-        visibility: StorageVisibility,
-        notify: Callable[[str], None],
-    ) -> None:
-        self.config, self.spec, self.namespace = config, config.spec, namespace
-        self.broker, self.visibility, self.notify = broker, visibility, notify
+    def __init__(self, session: Session, broker: Any, visibility: StorageVisibility) -> None:
+        self.session, self.settings = session, session.trainers
+        self.broker, self.visibility, self.notify = broker, visibility, session.progress.notify
         self.running: dict[str, TrainerRun] = {}
         """The runs that have started and not ended, by trainer name."""
         self.placed: frozenset[str] = frozenset()
@@ -129,7 +104,7 @@ class TrainerPool:
         should_start = not self.num_started or (waiting and self.had_waiting_lanes)
         if should_start and not self.failure_reason:
             for _ in range(self.num_to_start(waiting, training, self._free_trainers())):
-                run = TrainerRun(f"trainer-{self.num_started}", self.spec, self.namespace)
+                run = TrainerRun(f"trainer-{self.num_started}", self.settings, self.session.cluster.namespace)
                 run.start()
                 self.num_started += 1
                 self.running[run.name] = run
@@ -152,18 +127,18 @@ class TrainerPool:
         is_left_out = bool(self.holders) and len(self.holders) == len(self.running)
         if not is_missing:
             self.no_trainer_since = None
-        elif is_left_out and not self.config.can_grow and not self._replacements_with_room():
+        elif is_left_out and self.session.cluster.local and not self._replacements_with_room():
             self.failure_reason = self.failure_reason or (
                 f"No device is left to train on. {self._format_excluded()}Run the command again when one "
                 "works."
             )
         elif self.no_trainer_since is None:
             self.no_trainer_since = now
-        elif now - self.no_trainer_since > self.spec.start_timeout and not self.failure_reason:
-            resources = self.spec.resources_per_worker.items()
-            need = ", ".join(f"{value * self.spec.workers_per_trainer:g} {name}" for name, value in resources)
+        elif now - self.no_trainer_since > self.settings.start_timeout and not self.failure_reason:
+            workers, resources = self.settings.options.workers_per_trainer, self.settings.resources_per_worker
+            need = ", ".join(f"{workers * value:g} {name}" for name, value in resources.items())
             self.failure_reason = (
-                f"No trainer for {self.spec.start_timeout:g} s: a trainer needs {need}. "
+                f"No trainer for {self.settings.start_timeout:g} s: a trainer needs {need}. "
                 f"{self._format_excluded()}"
                 "Free or add them, or give the cluster longer with --trainer-timeout."
             )
@@ -181,14 +156,15 @@ class TrainerPool:
     @property
     def _capacity(self) -> int:
         """The number of trainers that fit on the nodes, including those that are there."""
-        return self.cluster.trainer_capacity(self.spec.gpus_per_worker, self.spec.workers_per_trainer)
+        settings = self.settings
+        return self.cluster.trainer_capacity(settings.gpus_per_worker, settings.options.workers_per_trainer)
 
     @property
     def waiting_for(self) -> str:
         """The kind of node without which no trainer can start; empty if no node is missing."""
         if self._capacity:
             return ""
-        return "a GPU node" if self.spec.gpus_per_worker else "a node"
+        return "a GPU node" if self.settings.gpus_per_worker else "a node"
 
     def shut_down(self, timeout: float, join_timeout: float = timeouts.TRAINER_THREAD_JOIN_SECONDS) -> None:
         """End all trainers, after the broker was told that no more lanes come.
@@ -218,20 +194,20 @@ class TrainerPool:
             free: Number of trainers that would find a place now. An elastic pool respects this number,
                 because others may use the cluster too.
         """
-        lanes, running, holders = self.spec.expected_lanes, len(self.running), len(self.holders)
+        lanes, running, holders = self.settings.expected_lanes, len(self.running), len(self.holders)
         unplaced = sum(name not in self.placed for name in self.running)
-        wanted = -(-waiting // lanes) - unplaced if self.num_started else self.config.num_trainers
+        wanted = -(-waiting // lanes) - unplaced if self.num_started else self.session.num_trainers
         if self.max_trainers is not None:
             wanted = min(wanted, self.max_trainers - running)
         least = 0 if running > holders else 1  # one waiting trainer makes an autoscaler act
-        if not self.config.elastic:
-            possible = self.config.num_trainers - running + self._replacements_with_room()
+        if not self.session.is_elastic:
+            possible = self.session.num_trainers - running + self._replacements_with_room()
             return max(least if holders else 0, min(wanted, possible))
         room = self._capacity
         startable_now = min(wanted, room - running, free - unplaced)
         # An autoscaler's nodes cost money. So the first trainer must be placed before more nodes are
         # requested, and no node is requested for lanes that a placed trainer is about to lease.
-        more = max(0, self.config.autoscaler_capacity - room) if self.placed else 0
+        more = max(0, self.session.autoscaler_capacity - room) if self.placed else 0
         about_to_be_leased = max(0, (running - holders - unplaced) * lanes - training)
         useful_later = min(wanted, -(-(waiting - about_to_be_leased) // lanes) - unplaced)
         startable_later = min(useful_later, room + more - running, free + more - unplaced)
@@ -240,9 +216,9 @@ class TrainerPool:
     def _free_trainers(self) -> int:
         """Estimate how many trainers the unused resources allow, without looking at single nodes."""
         free = ray.available_resources()
-        needs = self.spec.resources_per_worker.items()
+        needs = self.settings.resources_per_worker.items()
         workers = min(int(free.get(name, 0.0) / need + 1e-9) for name, need in needs)
-        return workers // self.spec.workers_per_trainer
+        return workers // self.settings.options.workers_per_trainer
 
     def _count_nodes(self) -> None:
         """Read the cluster's nodes, and report those that joined or left."""
@@ -257,8 +233,8 @@ class TrainerPool:
             self.notify(f"{', '.join(parts)}: {len(now)} there")
         if self.waiting_for and (parts or not before):
             self.notify(
-                f"waiting for {self.waiting_for}, up to {self.spec.start_timeout:g} s (--trainer-timeout) "
-                "while there is no trainer"
+                f"waiting for {self.waiting_for}, up to {self.settings.start_timeout:g} s "
+                "(--trainer-timeout) while there is no trainer"
             )
 
     def _limit_by_driver_memory(self, driver_node_id: str) -> None:
@@ -267,9 +243,9 @@ class TrainerPool:
         if memory is None or self.max_trainers is not None:  # the node is draining, or was counted before
             return
         self.max_trainers = max(1, int(memory * CONTROLLERS_SHARE / CONTROLLER_BYTES))
-        wanted = self.config.num_trainers
-        if self.config.elastic:
-            wanted = max(wanted, self.config.autoscaler_capacity)
+        wanted = self.session.num_trainers
+        if self.session.is_elastic:
+            wanted = max(wanted, self.session.autoscaler_capacity)
         if self.max_trainers < wanted:
             self.notify(
                 f"{self.max_trainers} trainers at most, not {wanted}: each keeps "
@@ -296,7 +272,7 @@ class TrainerPool:
             return
         self._cleanup_until = now + timeouts.PLACEMENT_GROUP_CLEANUP_SECONDS
         if exit_status.kind is ExitKind.PLACEMENT_TIMEOUT:
-            self.notify(f"{name} found no room for {self.spec.start_timeout:g} s")
+            self.notify(f"{name} found no room for {self.settings.start_timeout:g} s")
         elif exit_status.kind is ExitKind.NODE_LOST:
             self.notify(f"{name} was lost with a node; its lanes continue elsewhere")
         else:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,9 +19,10 @@ from ray.train.backend import BackendConfig
 from orchestrator.execution.broker.failure_policy import ExitKind
 from orchestrator.execution.ray import private
 from orchestrator.execution.ray.errors import format_ray_error
-from orchestrator.execution.ray.runtime import driver_node_affinity
+from orchestrator.execution.ray.runtime import driver_node_affinity, names_mig_slice
+from orchestrator.execution.settings import TrainerSettings
 from orchestrator.execution.trainers.exit_status import ExitStatus, classify_exit
-from orchestrator.execution.trainers.trainer import TrainerSpec, train_loop_per_worker
+from orchestrator.execution.trainers.trainer import train_loop_per_worker
 from orchestrator.util import timeouts
 
 UNUSED_CALLBACKS = (
@@ -29,19 +31,51 @@ UNUSED_CALLBACKS = (
     "DatasetsCallback",  # serves Ray Data, which trainers do not use
 )
 """Default callbacks of Ray Train that each start one additional process per trainer."""
+CUDA_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The names of torch's settings for its CUDA allocator, the newer one first."""
+EXPANDABLE_SEGMENTS = "expandable_segments:"
+"""The allocator's setting that is true for GPU workers. Micro-batches have different lengths, so every step
+asks for blocks of new sizes, which fragments memory without this setting."""
+KERNEL_RELEASE = Path("/proc/sys/kernel/osrelease")
 
 
-def make_backend_config(spec: TrainerSpec) -> BackendConfig:
+def worker_environment(settings: TrainerSettings, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables that GPU workers need; none for workers on CPUs.
+
+    Args:
+        settings: The settings of the trainers.
+        environment: The driver's variables. Settings of torch's CUDA allocator among them are passed on.
+    """
+    if not settings.uses_gpus:
+        return {}
+    chosen = {name: environment[name] for name in CUDA_ALLOCATOR_VARIABLES if name in environment}
+    setting = f"{EXPANDABLE_SEGMENTS}{has_expandable_segments(environment)}"
+    return chosen or dict.fromkeys(CUDA_ALLOCATOR_VARIABLES, setting)
+
+
+def has_expandable_segments(environment: Mapping[str, str]) -> bool:
+    """Return whether torch can allocate GPU memory in expandable segments.
+
+    It cannot on MIG slices and under WSL2.
+
+    Args:
+        environment: The environment variables. Those that choose GPUs may name MIG slices.
+    """
+    is_wsl = KERNEL_RELEASE.exists() and "microsoft" in KERNEL_RELEASE.read_text("utf-8").lower()
+    return not (is_wsl or names_mig_slice(environment))
+
+
+def make_backend_config(settings: TrainerSettings) -> BackendConfig:
     """Return the backend of a Train run: a process group of torch, or nothing for a single worker.
 
     A single worker needs no process group, whose TCP store would listen on all addresses of its machine
     without authentication. Without it, the driver and the Train controller import no torch.
     """
-    if spec.workers_per_trainer == 1:
+    if settings.options.workers_per_trainer == 1:
         return BackendConfig()
     from ray.train.torch import TorchConfig
 
-    return TorchConfig("nccl" if spec.uses_gpus else "gloo", timeout_s=int(timeouts.LANE_START_SECONDS))
+    return TorchConfig("nccl" if settings.uses_gpus else "gloo", timeout_s=int(timeouts.LANE_START_SECONDS))
 
 
 class TrainerRun(threading.Thread):
@@ -49,13 +83,13 @@ class TrainerRun(threading.Thread):
 
     Args:
         name: The trainer's name, which the broker uses too.
-        spec: The workers' number, resources and task.
+        settings: The workers' number, resources and task.
         namespace: The Ray namespace of the study, which makes the name of the Train run unique.
     """
 
-    def __init__(self, name: str, spec: TrainerSpec, namespace: str) -> None:
+    def __init__(self, name: str, settings: TrainerSettings, namespace: str) -> None:
         super().__init__(name=name, daemon=True)
-        self.spec, self.namespace = spec, namespace
+        self.settings, self.namespace = settings, namespace
         self.exit_status: ExitStatus | None = None
         """The end of the run; None until then."""
         self._controller: Any = None
@@ -88,12 +122,12 @@ class TrainerRun(threading.Thread):
 
     def _make_trainer(self) -> Any:
         """Return a trainer of Ray Train that stores its controller in this object."""
-        spec, trainer_run = self.spec, self
+        settings, trainer_run = self.settings, self
         inherited = private.train_environment()
-        worker_environment = inherited | spec.worker_environment(os.environ)
+        variables = inherited | worker_environment(settings, os.environ)
         environment = inherited | {
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished run is noticed
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(60.0, spec.start_timeout)),
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(60.0, settings.start_timeout)),
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process per trainer; workers watch their node
             "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # the value that Train sets itself
         }
@@ -103,9 +137,9 @@ class TrainerRun(threading.Thread):
         failure_config: Any = FailureConfig
         actor: Any = ray.remote(private.train_controller_class(environment))
         scaling_config = ScalingConfig(
-            num_workers=spec.workers_per_trainer,
-            use_gpu=spec.gpus_per_worker > 0,
-            resources_per_worker=spec.resources_per_worker,
+            num_workers=settings.options.workers_per_trainer,
+            use_gpu=settings.gpus_per_worker > 0,
+            resources_per_worker=settings.resources_per_worker,
         )
 
         class Trainer(base):
@@ -132,13 +166,13 @@ class TrainerRun(threading.Thread):
         no_retries = failure_config(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
         return Trainer(
             train_loop_per_worker,
-            train_loop_config={"name": self.name, "spec": asdict(spec)},
+            train_loop_config={"name": self.name, "settings": settings},
             scaling_config=scaling_config,
-            backend_config=make_backend_config(spec),
+            backend_config=make_backend_config(settings),
             run_config=run_config(
                 name=f"{self.namespace}-{self.name}",
-                storage_path=spec.scratch,
-                worker_runtime_env={"env_vars": worker_environment} if worker_environment else {},
+                storage_path=str(settings.scratch),
+                worker_runtime_env={"env_vars": variables} if variables else {},
                 failure_config=no_retries,
             ),
         )

@@ -7,8 +7,7 @@ from typing import Any
 
 from ray.tune.search import ConcurrencyLimiter
 
-from orchestrator.execution.ray.runtime import Cluster
-from orchestrator.execution.trainers.pool import PoolConfig
+from orchestrator.execution.settings import Session
 from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
 MIN_AUTOSCALED_TRAINERS = 8
@@ -26,9 +25,7 @@ class SearchLimiter(ConcurrencyLimiter):
         return {}  # Tune pickles its search algorithm into its scratch folder
 
 
-def trial_limit(
-    pool: PoolConfig, cluster: Cluster, is_search: bool = False, capacities: Sequence[int] = ()
-) -> int:
+def trial_limit(session: Session, is_search: bool = False, capacities: Sequence[int] = ()) -> int:
     """Return the largest number of concurrent trials.
 
     It is the number of lanes of all trainers, plus one for each trainer. When a lane ends, the lane of the
@@ -36,7 +33,7 @@ def trial_limit(
     no additional trials, because a waiting trial was suggested without the results of the lanes in training.
 
     The lanes of a trainer are those in `capacities`. A trainer that has not reported its limit counts with
-    `TrainerSpec.expected_lanes`. In a grid on this machine alone, such a trainer counts with one trial,
+    `TrainerSettings.expected_lanes`. In a grid on this machine alone, such a trainer counts with one trial,
     because the processes of more trials would delay its start.
 
     All trial processes together may use half of the memory that Ray manages, including the memory of nodes
@@ -46,18 +43,17 @@ def trial_limit(
     `MIN_AUTOSCALED_TRAINERS`.
 
     Args:
-        pool: The number of trainers and of their lanes.
-        cluster: The nodes, with their memory.
+        session: The number of trainers and of their lanes, and the nodes with their memory.
         is_search: True if trials are suggested by a search.
         capacities: For each trainer that has reported its limit, the number of lanes that it can hold. In a
             search, it is the number of lanes that may be unfinished for the trainer; see
             `count_usable_lanes` in `broker/assignment.py`.
     """
-    num_trainers = pool.num_trainers
-    if pool.elastic and not cluster.local:
-        least = MIN_AUTOSCALED_TRAINERS if pool.spec.gpus_per_worker else 0
-        num_trainers = max(least, 2 * num_trainers, pool.autoscaler_capacity)
-    expected, most = pool.spec.expected_lanes, pool.spec.lanes_per_trainer
+    num_trainers, trainers, cluster = session.num_trainers, session.trainers, session.cluster
+    if session.is_elastic and not cluster.local:
+        least = MIN_AUTOSCALED_TRAINERS if trainers.gpus_per_worker else 0
+        num_trainers = max(least, 2 * num_trainers, session.autoscaler_capacity)
+    expected, most = trainers.expected_lanes, trainers.max_lanes
     if is_search:
         told = [min(one, most) for one in capacities[:num_trainers]]
     else:
@@ -66,5 +62,5 @@ def trial_limit(
     if cluster.local and not is_search:
         expected = 1
     wanted = sum(told) + max(0, num_trainers - len(told)) * expected
-    memory = max(cluster.memory, pool.autoscaler_memory)
+    memory = max(cluster.memory, session.autoscaler_memory)
     return max(1, min(wanted, int(memory / 2 / TRIAL_MEMORY_BYTES)))

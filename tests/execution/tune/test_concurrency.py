@@ -7,74 +7,65 @@ import sys
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 from search_drive import Drive, space
+from session_settings import make_session
 
 from orchestrator.execution.ray.runtime import Cluster, Node
-from orchestrator.execution.trainers.pool import PoolConfig
-from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limit
 from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
 HEAVY = ("ray.tune", "ray.train", "torch", "transformers", "pandas", "pyarrow")
 LARGE = Cluster((Node(8, 8, 2.0**40),))
-
-
-def pool(trainers: int, lanes: int, gpus: float = 0, **options: Any) -> PoolConfig:
-    spec = TrainerSpec(lanes_per_trainer=lanes, gpus_per_worker=gpus, store="", scratch="", **options)
-    return PoolConfig(trainers, spec, elastic=gpus > 0)
+JOINED = replace(LARGE, local=False)
 
 
 def test_a_lane_of_each_trainer_waits_for_the_next_free_slot() -> None:
-    assert trial_limit(pool(2, 4), LARGE, capacities=[4, 4]) == 2 * (4 + 1)
-    assert trial_limit(pool(3, 1), LARGE, capacities=[1, 1, 1]) == 3 * (1 + 1)
+    assert trial_limit(make_session(2, 4, cluster=LARGE), capacities=[4, 4]) == 2 * (4 + 1)
+    assert trial_limit(make_session(3, 1, cluster=LARGE), capacities=[1, 1, 1]) == 3 * (1 + 1)
 
 
 def test_on_this_machine_trials_start_when_trainers_are_there() -> None:
-    assert trial_limit(pool(2, 8), LARGE) == 2
-    assert trial_limit(pool(2, 8), LARGE, capacities=[8]) == (8 + 1) + 1
-    assert trial_limit(pool(2, 8), replace(LARGE, local=False)) == 2 * (8 + 1)
+    here = make_session(2, 8, cluster=LARGE)
+    assert trial_limit(here) == 2
+    assert trial_limit(here, capacities=[8]) == (8 + 1) + 1
+    assert trial_limit(replace(here, cluster=JOINED)) == 2 * (8 + 1)
 
 
 def test_a_joined_cluster_may_grow() -> None:
-    joined = replace(LARGE, local=False)
-    elastic = replace(pool(2, 4), elastic=True)
-    assert trial_limit(elastic, joined) == 2 * 2 * (4 + 1)
-    assert trial_limit(pool(2, 4), joined) == 2 * (4 + 1)
-    assert trial_limit(pool(2, 4, gpus=1), joined) == 8 * (4 + 1)
+    assert trial_limit(make_session(2, 4, cluster=JOINED, elastic=True)) == 2 * 2 * (4 + 1)
+    assert trial_limit(make_session(2, 4, cluster=JOINED)) == 2 * (4 + 1)
+    assert trial_limit(make_session(2, 4, gpus=1, cluster=JOINED, elastic=True)) == 8 * (4 + 1)
 
 
 def test_memory_of_nodes_that_an_autoscaler_may_start_counts() -> None:
     head = Cluster((Node(4, 0, 10 * 2 * TRIAL_MEMORY_BYTES),), local=False)
-    growing = replace(pool(1, 4, gpus=1), autoscaler_capacity=16)
-    assert trial_limit(growing, head) == 10
-    with_memory = replace(growing, autoscaler_memory=50 * 2 * TRIAL_MEMORY_BYTES)
-    assert trial_limit(with_memory, head) == 50
-    unlimited = replace(with_memory, autoscaler_memory=2.0**40)
-    assert trial_limit(unlimited, head) == 16 * (4 + 1)
+    growing = make_session(1, 4, gpus=1, cluster=head, elastic=True, autoscaler_capacity=16)
+    assert trial_limit(growing) == 10
+    assert trial_limit(replace(growing, autoscaler_memory=50 * 2 * TRIAL_MEMORY_BYTES)) == 50
+    assert trial_limit(replace(growing, autoscaler_memory=2.0**40)) == 16 * (4 + 1)
 
 
 def test_no_point_of_a_search_is_suggested_before_it_can_train() -> None:
-    assert trial_limit(pool(2, 4), LARGE, is_search=True) == 2 * 4
-    assert trial_limit(pool(1, 1), LARGE, is_search=True) == 1
+    assert trial_limit(make_session(2, 4, cluster=LARGE), is_search=True) == 2 * 4
+    assert trial_limit(make_session(1, 1, cluster=LARGE), is_search=True) == 1
 
 
 def test_the_trials_of_trainers_that_measure_follow_their_lanes() -> None:
-    measured = pool(2, 8, gpus=1, measures_lanes=True)
-    assert trial_limit(measured, LARGE, capacities=[8, 6]) == (8 + 1) + (6 + 1)
-    assert trial_limit(measured, LARGE, capacities=[1, 1]) == 2 * (4 + 1), "not measured yet"
-    assert trial_limit(measured, LARGE, is_search=True) == 2 * 4
-    assert pool(1, 2, measures_lanes=True).spec.expected_lanes == 2
-    assert pool(1, 8).spec.expected_lanes == 8
+    measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
+    assert trial_limit(measured, capacities=[8, 6]) == (8 + 1) + (6 + 1)
+    assert trial_limit(measured, capacities=[1, 1]) == 2 * (4 + 1), "not measured yet"
+    assert trial_limit(measured, is_search=True) == 2 * 4
+    assert make_session(1, 2, measures_lanes=True).trainers.expected_lanes == 2
+    assert make_session(1, 8).trainers.expected_lanes == 8
 
 
 def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
-    measured = pool(2, 8, gpus=1, measures_lanes=True)
+    measured = make_session(2, 8, gpus=1, cluster=LARGE, elastic=True, measures_lanes=True)
 
     def limit(*capacities: int) -> int | None:
-        return trial_limit(measured, LARGE, is_search=True, capacities=capacities)
+        return trial_limit(measured, is_search=True, capacities=capacities)
 
     assert limit() == 2 * 4
     assert limit(8) == 8 + 4, "the other trainer has not measured"
@@ -83,7 +74,7 @@ def test_a_search_follows_the_lanes_that_trainers_measure() -> None:
     assert limit(12, 8) == 2 * 8, "no more than the trainer may choose"
     assert limit(8, 8, 8) == 2 * 8
     small = Cluster((Node(8, 2, 10 * 2 * TRIAL_MEMORY_BYTES),))
-    assert trial_limit(measured, small, is_search=True, capacities=[8, 8]) == 10
+    assert trial_limit(replace(measured, cluster=small), is_search=True, capacities=[8, 8]) == 10
 
 
 def test_the_limit_of_a_running_search_rises_and_falls(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from points import configuration
 from ray.cluster_utils import Cluster
+from session_settings import make_session
 
 from orchestrator.execution.rungs import first_rung, scheduler_settings, submission_order
 from orchestrator.execution.tune.trial import LaneTrial
@@ -56,15 +57,12 @@ def test_the_first_lane_groups_are_dealt_out_to_the_trainers() -> None:
 @pytest.mark.parametrize("nodes", [1, 2, 40])
 def test_trials_leave_half_of_the_memory_to_trainers(nodes: int) -> None:
     from orchestrator.execution.ray.runtime import Cluster, Node
-    from orchestrator.execution.trainers.pool import PoolConfig
-    from orchestrator.execution.trainers.trainer import TrainerSpec
     from orchestrator.execution.tune.concurrency import trial_limit
     from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
-    pool = PoolConfig(2, TrainerSpec(lanes_per_trainer=4, gpus_per_worker=0, store="", scratch=""))
     for memory in (2 * 2**30, 64 * 2**30):
         cluster = Cluster((Node(8, 0, memory),) * nodes)
-        at_once = trial_limit(pool, cluster)
+        at_once = trial_limit(make_session(2, 4, cluster=cluster))
         assert at_once <= 10
         assert at_once * TRIAL_MEMORY_BYTES <= cluster.memory / 2
 

@@ -1,0 +1,45 @@
+"""A session without Ray, for tests of the rules that read its settings."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from orchestrator.execution.progress import Progress
+from orchestrator.execution.ray.runtime import Cluster
+from orchestrator.execution.run_budget import RunBudget
+from orchestrator.execution.settings import Session, TrainerSettings
+from orchestrator.record.store import Store
+from orchestrator.study.options import StudyOptions
+
+NO_NODES = Cluster(())
+
+
+def make_session(
+    num_trainers: int,
+    max_lanes: int,
+    gpus: float = 0,
+    *,
+    cluster: Cluster = NO_NODES,
+    elastic: bool = False,
+    measures_lanes: bool = False,
+    **more: Any,
+) -> Session:
+    """Return a session of trainers with one worker each.
+
+    Args:
+        num_trainers: The number of trainers.
+        max_lanes: The largest number of lanes of each.
+        gpus: GPUs of each worker.
+        cluster: The nodes.
+        elastic: Whether the number of trainers follows the nodes.
+        measures_lanes: Whether trainers choose their number of lanes.
+        more: Further fields of the session.
+    """
+    options = StudyOptions(trainers=None if elastic else num_trainers)
+    settings = TrainerSettings(options, max_lanes, gpus, Path("store"), Path("scratch"), measures_lanes)
+    progress = Progress(Path(), 0, 0, Console(file=io.StringIO()))
+    return Session(settings, num_trainers, cluster, Store(Path("store")), progress, RunBudget(), **more)
