@@ -33,9 +33,10 @@ OPTIONS = FactorOptions
 def run(options: FactorOptions, request: StudyRequest) -> int:
     """Run the study, or print its plan, and return the exit code."""
     options.check_factors()
+    from orchestrator.launch.designs import Design, DesignInput, make_star
     from orchestrator.launch.experiment import Experiment
     from orchestrator.launch.run_study import run_study
-    from orchestrator.launch.star import make_star_design
+    from orchestrator.record.store import Store
     from orchestrator.record.study_file import AnalysisSettings
 
     experiment = Experiment(
@@ -48,4 +49,10 @@ def run(options: FactorOptions, request: StudyRequest) -> int:
         settings=AnalysisSettings(kind="factors", margin=options.margin),
         request=request,
     )
-    return run_study(experiment, options, make_design=make_star_design)
+
+    def make_design(given: DesignInput) -> Design:
+        curves = given.refined(0 if options.learning_rates else 4)
+        bases = Store(options.store_folder).bases
+        return make_star(curves, range(options.seed_count), options.factor_names, options.levels, bases)
+
+    return run_study(experiment, options, make_design=make_design)

@@ -30,9 +30,9 @@ OPTIONS = CurveOptions
 def run(options: CurveOptions, request: StudyRequest) -> int:
     """Run the study, or print its plan, and return the exit code."""
     options.check_widening()
+    from orchestrator.launch.designs import WideningGrid
     from orchestrator.launch.experiment import Experiment
     from orchestrator.launch.run_study import run_study
-    from orchestrator.launch.widening_grid import WideningGrid
 
     experiment = Experiment(
         script="lr_sensitivity",

@@ -16,9 +16,12 @@ The rehearsal tunes three variants over four rates in five replicates on two tas
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from orchestrator.launch.script_options import ComparisonOptions
+from orchestrator.util.errors import UsageError
+from variants.variant_names import canonical_name
 
 if TYPE_CHECKING:
     from orchestrator.launch.experiment import StudyRequest
@@ -28,10 +31,15 @@ OPTIONS = ComparisonOptions
 
 def run(options: ComparisonOptions, request: StudyRequest) -> int:
     """Run the study, or print its plan, and return the exit code."""
+    options.check_comparison()
+    from orchestrator.launch.designs import ReplicatesDesign
     from orchestrator.launch.experiment import Experiment
-    from orchestrator.launch.replicated_tuning import run_replicated_tuning
+    from orchestrator.launch.run_study import run_study
     from orchestrator.record.study_file import AnalysisSettings
 
+    settings = AnalysisSettings(
+        kind="replicates", margin=options.margin, max_replicates=options.max_replicates or 0
+    )
     experiment = Experiment(
         script="tuned_comparison",
         question="Does tuned LoRA match or beat most of its variants?",
@@ -39,7 +47,20 @@ def run(options: ComparisonOptions, request: StudyRequest) -> int:
         tasks=("chain_sum",),
         dry_run_tasks=("letters", "digits"),
         dry_run_variants=("lora", "rslora", "pissa"),
-        settings=AnalysisSettings(kind="replicates"),
+        settings=settings,
         request=request,
     )
-    return run_replicated_tuning(experiment, options)
+    compared = options.variants or experiment.default_variants(options.dry_run)
+    variants = tuple({canonical_name(name): name for name in (settings.baseline, *compared)}.values())
+    if len(variants) < 2:
+        raise UsageError(
+            f"--variants {settings.baseline}: it is what the others are compared with; name one more, for "
+            "example pissa."
+        )
+    replicates = options.replicate_count
+    return run_study(
+        experiment,
+        replace(options.with_rehearsal_grid(), variants=variants),
+        make_design=None if options.search != "grid" else lambda given: ReplicatesDesign(given, replicates),
+        replicates=replicates,
+    )

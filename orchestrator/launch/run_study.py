@@ -7,7 +7,7 @@ The four steps are `study_context.resolve_study` (options and design), `plan.pri
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -17,11 +17,11 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
 from orchestrator.launch import cost, reporting, training
 from orchestrator.launch.adapter_keeper import AdapterKeeper
-from orchestrator.launch.design import MakeDesign
+from orchestrator.launch.designs import MakeDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import print_plan, print_point_shortfall, print_preset
 from orchestrator.launch.study_context import StudyContext, resolve_study
-from orchestrator.launch.study_settings import drop_replaced, fix_settings
+from orchestrator.launch.study_settings import drop_replaced, fix_settings, refuse_other_runs
 from orchestrator.launch.work import StudyWork
 from orchestrator.record import scratch
 from orchestrator.record.adapters import lanes_of_others
@@ -41,16 +41,12 @@ from orchestrator.util.errors import UsageError, describe_disk_error
 from orchestrator.util.redaction import redact_secrets
 from variants import catalogue
 
-CheckStudy = Callable[[StudyContext, StudyFile, Sequence[Configuration]], None]
-"""Function of the context, the study before this run, and the configurations of this run."""
-
 
 def run_study(
     experiment: Experiment,
     options: StudyOptions,
     *,
     make_design: MakeDesign | None = None,
-    check: CheckStudy = lambda context, study, requested: None,
     replicates: int = 1,
 ) -> int:
     """Train the configurations that have no result yet, log them to MLflow and write the report.
@@ -59,7 +55,6 @@ def run_study(
         experiment: Question and defaults of the script.
         options: Options of the command line.
         make_design: Function that makes the design; None for the grid of learning rates, or for a search.
-        check: Called before the training. It raises UsageError to reject the study.
         replicates: Number of replicates of a study that tunes each variant several times.
 
     Returns:
@@ -100,7 +95,7 @@ def run_study(
         runtime.exclusive_lock(context.folder / LOCK_FILE, refusal),
         atomic_files.report_unwritable_folders(context.folder, context.store.root),
     ):
-        run = _begin_run(context, check)
+        run = _begin_run(context)
         experiment.request.on_study(context.name, context.folder)
         return run.execute()
 
@@ -117,7 +112,7 @@ def _make_folder(context: StudyContext) -> None:
         ) from None
 
 
-def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
+def _begin_run(context: StudyContext) -> StudyRun:
     """Determine the work of this run, prepare its datasets and write `study.json`."""
     experiment, store = context.experiment, context.store
     command = experiment.command
@@ -129,7 +124,8 @@ def _begin_run(context: StudyContext, check: CheckStudy) -> StudyRun:
     variants = dict.fromkeys(template.variant.name for template in context.templates)
     settings = replace(experiment.settings, select=context.options.select)
     settings = fix_settings(settings, study, work.search is not None, context.replicates, variants)
-    check(context, study, work.requested)
+    if settings.kind == "replicates":
+        refuse_other_runs(study, work.requested, context.templates, context.replicates, store)
     write_own_files(context.templates, store.data)  # also for `export`, if nothing is trained
     if work.num_to_train:
         to_prepare = [*context.templates, *work.pending]

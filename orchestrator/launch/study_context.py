@@ -22,7 +22,7 @@ from orchestrator.finetune.resolve.templates import (
     resolve_base_model,
 )
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.launch.design import Design, DesignInput, FixedDesign, MakeDesign, grid_of
+from orchestrator.launch.designs import Design, DesignInput, MakeDesign, WideningGrid
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.study_settings import find_other_files
 from orchestrator.launch.work import SettledRecords, StudyWork
@@ -308,12 +308,10 @@ def _make_design(
     templates: Sequence[Configuration],
     make_design: MakeDesign | None,
 ) -> Design:
-    given = DesignInput(
-        options, tuple(templates), {each.task.name: tuple(each.learning_rates) for each in resolved}
-    )
+    given = DesignInput(tuple(templates), {each.task.name: tuple(each.learning_rates) for each in resolved})
     if make_design is not None:
         return make_design(given)
-    return FixedDesign(tuple(grid_of(given, range(options.seed_count))))
+    return WideningGrid(given, range(options.seed_count))
 
 
 def _check_untrained(

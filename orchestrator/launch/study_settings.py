@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile
+from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import UsageError
 
 
@@ -89,6 +90,41 @@ def _unverified(variants: Iterable[str]) -> tuple[str, ...]:
     from variants.traits import VerifiedBy
 
     return tuple(name for name in variants if catalogue.traits(name).verified_by is VerifiedBy.NONE)
+
+
+def refuse_other_runs(
+    study: StudyFile,
+    requested: Iterable[Configuration],
+    templates: Iterable[Configuration],
+    replicates: int,
+    store: Store,
+) -> None:
+    """Check that a comparison has no earlier runs of the same tunings that this command does not request.
+
+    A tuning consists of the runs of one task, variant and replicate. If some of them had other settings, the
+    best one would be chosen among runs that are not comparable.
+
+    Args:
+        study: The study before this command.
+        requested: Configurations of this command.
+        templates: One configuration per task and variant.
+        replicates: Number of replicates of this command.
+        store: The records.
+
+    Raises:
+        UsageError: The study has such runs.
+    """
+    asked = {c.fingerprint for c in requested}
+    tuned = {(template.task.name, template.variant.name) for template in templates}
+    records = [store.get(fingerprint) for fingerprint in study.configurations if fingerprint not in asked]
+    others = [record.configuration for record in records if record is not None]
+    unlike = sum((c.task.name, c.variant.name) in tuned and c.seed < replicates for c in others)
+    if unlike:
+        raise UsageError(
+            f"--study {study.name!r}: it has {unlike} runs of the same tunings that this command does not "
+            "ask for (other steps, rates, rank, ..., or other numerics), and a choice among "
+            "both would compare unlike runs; repeat its options, or take another --study."
+        )
 
 
 def find_other_files(study: StudyFile, sources: Sequence[Source]) -> list[tuple[Source, Source]]:

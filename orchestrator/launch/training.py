@@ -17,7 +17,6 @@ from orchestrator.execution.rungs import submission_order
 from orchestrator.execution.settings import Session, TrainerSettings
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.launch.study_context import StudyContext
-from orchestrator.launch.widening_grid import WideningGrid
 from orchestrator.launch.work import SettledRecords, StudyWork, choose_lanes
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
@@ -90,11 +89,9 @@ class LaterConfigurations:
         """Return a line that says how many configurations a stage has, and why they are trained."""
         count = f"{len(named)} configurations more" + (f", {num_known} of them known" if num_known else "")
         design, store = self.context.design, self.context.store
-        if not isinstance(design, WideningGrid):
-            return f"next stage: {count}"
+        assert design is not None
         reason = design.explain(named, SettledRecords(store, self.context.options.scheduler))
-        rates = ", ".join(f"{rate:g}" for rate in sorted({c.optimizer.learning_rate for c in named}))
-        return f"next stage: {reason}: {count} at {rates} (--widen 0 leaves them out)"
+        return f"next stage: {count}{f': {reason}' if reason else ''}"
 
     def _count_unnamed_steps(self) -> int:
         return sum(c.lr_schedule.steps for c in self.work.unnamed(self.context.templates))

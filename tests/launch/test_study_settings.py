@@ -1,89 +1,18 @@
-"""Shifted grids and further replicates of a replicated tuning, and settings that are fixed beforehand."""
+"""Settings that are fixed before there are results, and runs that a later command does not request."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from points import configuration
 from synthetic import record
 
-from orchestrator.launch.design import DesignInput
-from orchestrator.launch.replicated_tuning import ReplicatesDesign, grid_offset, shifted_grid
 from orchestrator.launch.run_study import drop_abandoned
-from orchestrator.launch.study_settings import fix_settings
+from orchestrator.launch.study_settings import fix_settings, refuse_other_runs
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.rates import parse_learning_rates
 from orchestrator.util.errors import UsageError
-
-RATES = parse_learning_rates(["1e-4:1e-1:2"])
-TASKS = ("letters", "digits")
-
-
-def given(rates: tuple[float, ...] = RATES) -> DesignInput:
-    templates = [
-        replace(configuration(variant), task=replace(configuration().task, name=task))
-        for task in TASKS
-        for variant in ("lora", "hira")
-    ]
-    return DesignInput(None, tuple(templates), dict.fromkeys(TASKS, rates))
-
-
-def design(replicates: int = 3, rates: tuple[float, ...] = RATES) -> list[Configuration]:
-    return ReplicatesDesign(given(rates), replicates).request({})
-
-
-def test_every_replicate_has_its_seed_and_as_many_rates_that_all_variants_and_tasks_share() -> None:
-    found = design()
-    assert len({c.fingerprint for c in found}) == len(found) == 3 * 2 * 2 * len(RATES)
-    for replicate in range(3):
-        grids = {
-            tuple(c.optimizer.learning_rate for c in found if (c.task.name, c.variant.name, c.seed) == key)
-            for key in ((task, v, replicate) for task in TASKS for v in ("lora", "hira"))
-        }
-        (grid,) = grids
-        assert len(grid) == len(RATES)
-    assert ReplicatesDesign(given(), 3).outline() == found
-
-
-def test_further_replicates_and_rates_leave_the_earlier_runs_as_they_are() -> None:
-    few, many = design(2), design(5)
-    assert many[: len(few)] == few
-    wider = {c.fingerprint for c in design(2, parse_learning_rates(["1e-5:1:2"]))}
-    assert {c.fingerprint for c in few} <= wider
-
-
-def test_offsets_are_spread_over_one_spacing_and_keep_the_spacing() -> None:
-    offsets = [grid_offset(k) for k in range(400)]
-    assert -0.5 <= min(offsets) < -0.45
-    assert 0.45 < max(offsets) < 0.5
-    assert abs(sum(offsets) / len(offsets)) < 0.05
-    for k in range(20):
-        grid = shifted_grid(RATES, k)
-        assert all(abs(math.log10(b / a) - 0.5) < 0.01 for a, b in pairwise(grid))
-        assert math.log10(grid[0] / RATES[0]) == pytest.approx(0.5 * grid_offset(k), abs=0.01)
-        assert all(float(f"{rate:.3g}") == rate for rate in grid)
-
-
-def test_an_uneven_list_of_rates_keeps_its_order() -> None:
-    uneven = (1e-4, 3e-4, 1e-2)
-    for k in range(20):
-        grid = shifted_grid(uneven, k)
-        assert list(grid) == sorted(grid)
-        assert len(set(grid)) == 3
-
-
-def test_one_rate_and_rates_that_are_too_close_are_refused() -> None:
-    with pytest.raises(UsageError, match="letters has 1 rate"):
-        design(2, (1e-3,))
-    with pytest.raises(UsageError, match="closer than a shift"):
-        design(5, (1e-3, 1.001e-3, 1.002e-3))
-
 
 PLANNED = AnalysisSettings(kind="replicates", max_replicates=20)
 BEGUN = StudyFile("s", "?", "x", ("abc",), settings=PLANNED)
@@ -151,3 +80,16 @@ def test_the_points_of_a_search_form_no_curve() -> None:
     assert fix_settings(AnalysisSettings(), new, True, 1, ()).kind == "search"
     assert fix_settings(AnalysisSettings(), new, False, 1, ()).kind == "curve"
     assert fix_settings(PLANNED, new, True, 2, ("lora",)).kind == "replicates"
+
+
+def test_a_comparison_with_runs_of_the_same_tunings_that_are_not_asked_for_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    mine, of_another_rank = record("lora", seed=1), record("lora", seed=1, rank=4)
+    store.put(mine)
+    store.put(of_another_rank)
+    study = StudyFile("s", "?", "x", (mine.fingerprint, of_another_rank.fingerprint, "untrained"))
+    requested = templates = [mine.configuration]
+    refuse_other_runs(study.keep([mine.fingerprint]), requested, templates, 2, store)
+    refuse_other_runs(study, requested, templates, 1, store)  # seed 1 is of another replicate
+    with pytest.raises(UsageError, match="--study 's': it has 1 runs of the same tunings"):
+        refuse_other_runs(study, requested, templates, 2, store)

@@ -1,0 +1,425 @@
+"""Designs: pure functions of records that name the configurations of a study, in one stage or more.
+
+The same records give the same configurations. A repeated command therefore trains nothing, and a larger
+design trains its additional configurations only.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from pathlib import Path
+
+from orchestrator.analyze.factors.star_data import find_center
+from orchestrator.analyze.scores import finite_score
+from orchestrator.finetune.resolve.model_limits import check_attach
+from orchestrator.finetune.resolve.option_names import variant_hyperparameters
+from orchestrator.finetune.resolve.templates import find_settings_error, has_layer_shapes
+from orchestrator.finetune.tasks import catalogue
+from orchestrator.record.schema import Record
+from orchestrator.study.bounds import check_grid_size
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.factors import (
+    Factor,
+    choose_factors,
+    default_rate,
+    factor_levels,
+    has_factor,
+    own_settings,
+    resweep_rates,
+)
+from orchestrator.study.rates import refine_rates, round_rate
+from orchestrator.study.space import (
+    HYPERPARAMETERS,
+    VARIANT_HYPERPARAMETERS,
+    Value,
+    apply_values,
+    build_grid,
+    format_value,
+)
+from orchestrator.util.errors import UsageError
+
+Records = Mapping[str, Record]
+"""Fingerprint -> record of a configuration that has ended: finished, diverged, stopped early, or failed too
+often to be tried again. A design uses `get` and `in` only."""
+
+
+class Design(ABC):
+    """The rule that names the configurations of a study; a pure function of the records."""
+
+    @abstractmethod
+    def request(self, records: Records) -> list[Configuration]:
+        """Return all configurations of the study that follow from the records so far.
+
+        The caller trains them and calls `request` again, until no new configuration is returned.
+        """
+
+    def outline(self) -> list[Configuration]:
+        """Return the expected configurations of all stages, for --plan, without any records."""
+        return self.request({})
+
+    def explain(self, added: Sequence[Configuration], records: Records) -> str:
+        """Return a phrase that says why a later stage adds configurations; empty if it needs no reason.
+
+        Args:
+            added: The configurations of a stage after the first one.
+            records: The records of the earlier stages.
+        """
+        return ""
+
+
+@dataclass(frozen=True)
+class DesignInput:
+    """The templates of a study, and the grids of learning rates of its tasks."""
+
+    templates: tuple[Configuration, ...]
+    """One configuration per task and variant, with placeholders for learning rate and seed."""
+    learning_rates: Mapping[str, tuple[float, ...]]
+    """Task -> grid of learning rates, ascending."""
+
+    def refined(self, per_decade: int) -> DesignInput:
+        """Return a copy whose grids have about `per_decade` rates a decade; 0 leaves the grids unchanged."""
+        if not per_decade:
+            return self
+        grids = {task: refine_rates(rates, per_decade) for task, rates in self.learning_rates.items()}
+        return replace(self, learning_rates=grids)
+
+    def templates_by_task(self) -> dict[str, list[Configuration]]:
+        """Return task -> templates, one per variant."""
+        ordered = groupby(self.templates, key=lambda template: template.task.name)
+        return {task: list(own) for task, own in ordered}
+
+
+MakeDesign = Callable[[DesignInput], Design]
+"""A function that makes the design of an experiment."""
+
+
+STEP_DECADES = 0.5
+"""Decades by which a grid is extended at one end in one stage."""
+MIN_RATES = 3
+"""Smallest number of rates of a grid that is extended."""
+_ROUNDING_DECADES = 0.01  # Rates are rounded to three digits.
+_SCORE_EPSILON = 1e-9
+
+
+@dataclass(frozen=True)
+class WideningGrid(Design):
+    """The grid of every task with all seeds, extended while the best rate of a variant is at its edge.
+
+    When all runs of a task have ended and the best rate of one of its variants is the lowest or the highest,
+    the grid of the task is extended at this end by half a decade for all variants. This is repeated, up to
+    `max_decades` at each end. A variant whose best score occurs at both ends does not extend the grid.
+
+    Raises:
+        UsageError: A grid has too many points.
+    """
+
+    given: DesignInput
+    seeds: Sequence[int]
+    max_decades: float = 0.0
+    """Largest extension at each end in decades; 0 for a fixed grid."""
+
+    def __post_init__(self) -> None:
+        for rates in self.given.learning_rates.values():
+            check_grid_size(len(self.seeds), len(rates))
+
+    def request(self, records: Records) -> list[Configuration]:
+        """Return the grids of all tasks, extended according to the records."""
+        return [
+            configuration
+            for task, templates in self.given.templates_by_task().items()
+            for configuration in build_grid(templates, self._widened(task, templates, records), self.seeds)
+        ]
+
+    def explain(self, added: Sequence[Configuration], records: Records) -> str:
+        """Name the variants of each task whose best learning rate is the lowest or highest of the grid."""
+        reasons = []
+        by_task = self.given.templates_by_task()
+        for task, templates in by_task.items():
+            new = {c.optimizer.learning_rate for c in added if c.task.name == task}
+            if not new:
+                continue
+            rates = [rate for rate in self._widened(task, templates, records) if rate not in new]
+            edges = self._at_edges(templates, rates, records)
+            for names, rate, end in zip(edges, (rates[0], rates[-1]), ("lowest", "highest"), strict=True):
+                where = ", ".join(names) + (f" on {task}" if len(by_task) > 1 else "")
+                reasons += [f"the best rate of {where} is the {end} of the grid ({rate:g})"] if names else []
+        grown = ", ".join(f"{rate:g}" for rate in sorted({c.optimizer.learning_rate for c in added}))
+        return f"{' and '.join(reasons)}, which grows by {grown} (--widen 0 leaves it as it is)"
+
+    def _widened(self, task: str, templates: Sequence[Configuration], records: Records) -> list[float]:
+        """Return the grid of one task, extended according to the records, ascending."""
+        rates = list(self.given.learning_rates[task])
+        limits = rates[0] / 10**self.max_decades, rates[-1] * 10**self.max_decades
+        while len(rates) >= MIN_RATES and all(
+            c.fingerprint in records for c in build_grid(templates, rates, self.seeds)
+        ):
+            low, high = self._at_edges(templates, rates, records)
+            below = _continue_rates(rates, 0.1, limits[0]) if low else []
+            above = _continue_rates(rates, 10.0, limits[1]) if high else []
+            if not below and not above:
+                break
+            rates = [*reversed(below), *rates, *above]
+        return rates
+
+    def _at_edges(
+        self, templates: Sequence[Configuration], rates: Sequence[float], records: Records
+    ) -> tuple[list[str], list[str]]:
+        """Return the variants of a task whose best rate is the lowest, and those whose is the highest."""
+        lowest: list[str] = []
+        highest: list[str] = []
+        for template in templates:
+            scores = _scores_by_rate(template, rates, self.seeds, records)
+            means = [math.fsum(own) / len(own) if own else -math.inf for own in scores]
+            is_low, is_high = (
+                math.isfinite(mean) and mean >= max(means) - _SCORE_EPSILON for mean in (means[0], means[-1])
+            )
+            if is_low != is_high:
+                (lowest if is_low else highest).append(template.variant.name)
+        return lowest, highest
+
+
+def _scores_by_rate(
+    template: Configuration, rates: Sequence[float], seeds: Sequence[int], records: Records
+) -> list[list[float]]:
+    """Return for each rate the finite validation scores of those seeds that have one."""
+    grid = [[records.get(c.fingerprint) for c in build_grid([template], [rate], seeds)] for rate in rates]
+    scores = [[finite_score(record, "validation") for record in own if record is not None] for own in grid]
+    return [[score for score in own if score is not None] for own in scores]
+
+
+def _continue_rates(rates: Sequence[float], decade: float, limit: float) -> list[float]:
+    """Return the next rates beyond one end of a grid, within `STEP_DECADES`, or else the next one alone.
+
+    A grid of a decade or more repeats its pattern: 1e-3, 3e-3, 1e-2 is followed by 3e-2 and 1e-1. A narrower
+    grid continues with the ratio of its last two rates.
+
+    Args:
+        rates: The grid, ascending.
+        decade: 10 for the high end, 0.1 for the low end.
+        limit: Farthest valid rate, up to rounding.
+
+    Returns:
+        Rates in order of their distance from the end; empty if none lies within `limit`.
+    """
+    ordered = list(rates) if decade > 1 else list(reversed(rates))
+    edge = ordered[-1]
+
+    def distance(rate: float) -> float:
+        """Return the distance of a rate beyond the edge in decades, negative inside the grid."""
+        return math.log10(rate / edge) * (1 if decade > 1 else -1)
+
+    candidates = [round_rate(rate * decade) for rate in ordered]
+    if abs(math.log10(edge / ordered[0])) < 1 - _ROUNDING_DECADES:
+        candidates = [round_rate(edge * (edge / ordered[-2]) ** i) for i in range(1, len(ordered) + 1)]
+    beyond = [r for r in candidates if _ROUNDING_DECADES < distance(r) <= distance(limit) + _ROUNDING_DECADES]
+    near = [rate for rate in beyond if distance(rate) <= STEP_DECADES + _ROUNDING_DECADES]
+    return near or beyond[:1]
+
+
+MIN_TUNED_RATES = 2
+MIN_SPACING = 0.0199
+"""Smallest spacing of a grid in decades. In a finer grid rounding to three digits could undo the shift."""
+
+
+@dataclass(frozen=True)
+class ReplicatesDesign(Design):
+    """Every template at every rate of its task's shifted grid, once in each replicate.
+
+    The training seed of replicate k is k, and the offset of its grid depends on k alone. All variants and
+    tasks of a replicate therefore have the same offset, and more replicates do not change the earlier ones.
+
+    Raises:
+        UsageError: The grid of a task has fewer than `MIN_TUNED_RATES` rates, or is finer than `MIN_SPACING`.
+    """
+
+    given: DesignInput
+    replicates: int
+
+    def __post_init__(self) -> None:
+        for task, rates in self.given.learning_rates.items():
+            if len(rates) < MIN_TUNED_RATES:
+                raise UsageError(
+                    f"--learning-rates: {task} has {len(rates)} rate, so there is nothing to tune; take two "
+                    "or more, for example 1e-4:1e-2:2."
+                )
+            if min(_log_gaps(rates)) < MIN_SPACING:
+                raise UsageError(
+                    f"--learning-rates: rates of {task} are closer than a shift that three digits can show; "
+                    "take at most 50 points a decade."
+                )
+
+    def request(self, records: Records) -> list[Configuration]:
+        """Return all configurations, one replicate after another."""
+        return [
+            configuration
+            for replicate in range(self.replicates)
+            for task, templates in self.given.templates_by_task().items()
+            for configuration in build_grid(
+                templates, shifted_grid(self.given.learning_rates[task], replicate), [replicate]
+            )
+        ]
+
+
+def grid_offset(replicate: int) -> float:
+    """Return the offset of a replicate's grid in units of its spacing: a uniform draw from [-0.5, 0.5)."""
+    return random.Random(f"grid offset of replicate {replicate}").random() - 0.5
+
+
+def shifted_grid(rates: Sequence[float], replicate: int) -> tuple[float, ...]:
+    """Shift the grid of a task by the offset of a replicate, on a log scale.
+
+    Without the shift, the distance between a variant's optimum and the nearest rate would be the same in all
+    replicates. Equally good variants would then differ by the loss that the coarse grid causes for each.
+
+    Args:
+        rates: Grid of the task, at least two rates, ascending.
+        replicate: Index of the replicate.
+
+    Returns:
+        As many rates as in `rates`, with three significant digits.
+    """
+    offset = grid_offset(replicate)
+    gaps = _log_gaps(rates)
+    gaps = [*gaps, gaps[-1]] if offset >= 0 else [gaps[0], *gaps]
+    return tuple(round_rate(rate * 10 ** (offset * gap)) for rate, gap in zip(rates, gaps, strict=True))
+
+
+def _log_gaps(rates: Sequence[float]) -> list[float]:
+    """Return the distances between neighboring rates in decades."""
+    return [math.log10(b / a) for a, b in pairwise(rates)]
+
+
+_SHAPELESS = ("alpha", "dropout")
+"""Hyperparameters of variants that do not change the shape of a tensor: every level fits the model."""
+
+
+@dataclass(frozen=True)
+class StarDesign(Design):
+    """The curve of the learning rate, then one factor at a time at levels other than its default.
+
+    Stage 1 is the curve: each template at all rates of its task. The template at the rate nearest to the
+    curve's optimum is called x*. Stage 2 has one arm per factor: each level is trained at up to five rates of
+    the curve, half a decade apart around that of x*, and at the rate of the published default. Arms and curve
+    have the same seeds. `make_star` finds the levels.
+    """
+
+    given: DesignInput
+    levels: tuple[tuple[Configuration, ...], ...]
+    """For each template, copies with one factor at another level."""
+    seeds: Sequence[int]
+
+    def request(self, records: Records) -> list[Configuration]:
+        """Return the curves, and the arms of each template whose curve has ended."""
+        found: list[Configuration] = []
+        for template, levels in zip(self.given.templates, self.levels, strict=True):
+            rates = self.given.learning_rates[template.task.name]
+            curve = build_grid([template], rates, self.seeds)
+            found += curve
+            if not all(c.fingerprint in records for c in curve):
+                continue
+            scores = _scores_by_rate(template, rates, self.seeds, records)
+            if any(scores):
+                means = [math.fsum(own) / len(own) if own else math.nan for own in scores]
+                _, center = find_center(rates, means, [len(own) for own in scores])
+                found += build_grid(levels, _swept_rates(rates, center), self.seeds)
+        return found
+
+    def outline(self) -> list[Configuration]:
+        """Return the curves and arms, assuming for each curve the best rate with the largest arms."""
+        found: list[Configuration] = []
+        for template, levels in zip(self.given.templates, self.levels, strict=True):
+            rates = self.given.learning_rates[template.task.name]
+            found += build_grid([template], rates, self.seeds)
+            found += build_grid(levels, max((_swept_rates(rates, r) for r in rates), key=len), self.seeds)
+        return found
+
+
+def _swept_rates(rates: Sequence[float], center: float) -> list[float]:
+    """Return the rates of an arm, ascending: those around x* and that of the published default."""
+    return sorted({*resweep_rates(rates, center), default_rate(rates)})
+
+
+def make_star(
+    given: DesignInput, seeds: Sequence[int], factors: Sequence[str], num_levels: int, bases: Path
+) -> StarDesign:
+    """Make the star design of a study, and print the factors and levels that are left out.
+
+    Args:
+        given: The templates, and the rates of the curves.
+        seeds: The seeds of curves and arms.
+        factors: Names of factors, or `all`.
+        num_levels: Largest number of levels of a numeric factor besides its default.
+        bases: Folder of the base models.
+
+    Raises:
+        UsageError: A factor is unknown, or no variant of the study has one of the factors.
+    """
+    chosen = choose_factors(factors, {t.variant.name: own_settings(t) for t in given.templates})
+    notes: list[str] = []
+    levels = tuple(
+        tuple(c for factor in chosen for c in _levels(template, factor, num_levels, bases, notes))
+        for template in given.templates
+    )
+    if not any(levels):
+        raise UsageError(
+            f"--factors {' '.join(factors)}: no variant of the study has one of them; "
+            "take others, for example: rank batch_size."
+        )
+    for note in dict.fromkeys(notes):
+        print(note)
+    return StarDesign(given, levels, seeds)
+
+
+def _levels(
+    template: Configuration, factor: Factor, count: int, bases: Path, notes: list[str]
+) -> list[Configuration]:
+    """Return copies of a template with a factor at its other levels.
+
+    Args:
+        template: Default configuration of a task and variant.
+        factor: The factor.
+        count: Largest number of levels of a numeric factor.
+        bases: Folder of the base models.
+        notes: Gets one line for each factor or level that the variant or the base model does not allow.
+    """
+    variant = template.variant.name
+    if factor.variant not in ("", variant):
+        return []
+    is_unknown = factor.name in VARIANT_HYPERPARAMETERS and factor.name not in variant_hyperparameters(
+        variant
+    )
+    if is_unknown or not has_factor(template, factor):
+        notes.append(f"{variant} has no {factor.title}: left out.")
+        return []
+    found = []
+    for level in factor_levels(factor, template, count):
+        configuration = apply_values(template, {factor.name: level})
+        if reason := _find_error(configuration, factor, level, bases):
+            notes.append(f"{variant}, {factor.title} {factor.label(level)}: left out ({reason}).")
+        else:
+            found.append(configuration)
+    if not found:
+        notes.append(f"{variant} on {template.task.name}: {factor.title} has no other level.")
+    return found
+
+
+def _find_error(configuration: Configuration, factor: Factor, level: Value, bases: Path) -> str | None:
+    """Return why the variant or the base model rejects a level of a factor; None if both accept it."""
+    if error := find_settings_error(configuration):
+        return error
+    rule = HYPERPARAMETERS.get(factor.name)
+    if rule is not None and (broken := rule.find_violation(level)):
+        return f"{format_value(level)} {broken}"
+    changes_shape = factor.variant or factor.name in VARIANT_HYPERPARAMETERS - set(_SHAPELESS)
+    if not changes_shape or not has_layer_shapes(configuration.model):
+        return None
+    try:
+        check_attach([configuration], catalogue.get(configuration.task.name), bases)
+    except UsageError as refused:
+        return str(refused)
+    return None
