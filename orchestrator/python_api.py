@@ -13,9 +13,8 @@ from orchestrator.experiments.catalogue import ExperimentCommand, experiments
 from orchestrator.launch.experiment import StudyRequest
 from orchestrator.study.config_file import convert, field_name, option_flag, read_config
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.program_names import script_name
 from orchestrator.util.errors import UsageError, suggest_nearest
-from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM, borrowed_signals
+from orchestrator.util.graceful_interrupts import PROGRAM, borrowed_signals
 
 if TYPE_CHECKING:
     from orchestrator.analyze.study_frames import StudyFrames
@@ -55,7 +54,7 @@ class Study:
     @property
     def command(self) -> str:
         """The shell command that does what `run` does with this study."""
-        return repeatable_command(f"{INSTALLED_PROGRAM} {self.experiment.name}", self.options)
+        return repeatable_command(f"{PROGRAM} {self.experiment.name}", self.options)
 
     def __repr__(self) -> str:
         return f"<Study: {self.command}>"
@@ -122,9 +121,7 @@ def run(study: Study) -> StudyResult:
 
 def _find_experiment(name: str) -> ExperimentCommand:
     studies: dict[str, Any] = {each.name: each for each in experiments().values() if each.trains}
-    found = studies.get(name.replace("_", "-")) or next(
-        (each for each in studies.values() if each.script == script_name(name)), None
-    )
+    found = studies.get(name) or next((each for each in studies.values() if each.script == name), None)
     if found is None:
         raise UsageError(f"experiment {name!r}: there is none. {suggest_nearest(name, studies)}")
     return found

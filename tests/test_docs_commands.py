@@ -12,7 +12,6 @@ import pytest
 
 from orchestrator.cli.commands import COMMANDS
 from orchestrator.experiments.catalogue import experiments
-from orchestrator.study.program_names import script_name
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,7 +31,7 @@ def commands(page: Path) -> Iterator[str]:
 
 def options_of(name: str) -> type[Any] | None:
     """Return the class of a command's options; None if there is no such command."""
-    by_script = {script_name(command): each.options_class for command, each in experiments().items()}
+    by_script = {each.script: each.options_class for each in experiments().values()}
     if name.endswith(".py"):
         return by_script.get(name.removesuffix(".py"))
     if name in experiments():

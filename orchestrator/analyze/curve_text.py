@@ -18,8 +18,7 @@ from orchestrator.analyze.tuned.tuned_results import CONTROLS, FixedRateComparis
 from orchestrator.analyze.tuned.tuned_verdicts import fixed_rate_verdict
 from orchestrator.analyze.tuning import SearchResult, TuningPoint
 from orchestrator.analyze.verdict import Verdict
-from orchestrator.record.show import replace_options
-from orchestrator.study.program_names import TUNED_SCRIPT, replace_script
+from orchestrator.record.study_file import StudyFile
 
 NOTHING_LEARNED = "nothing learnt"
 """Text in place of the best rate where `Curve.nothing_learned` is True."""
@@ -59,12 +58,12 @@ def width_text(curve: Curve, width: CurveStatistic | None) -> str:
     return formatting.figure(width)
 
 
-def curve_verdict(panel: Panel, command: str) -> Verdict:
+def curve_verdict(panel: Panel, study: StudyFile) -> Verdict:
     """Return the descriptive verdict on the best rates of the variants of a panel.
 
     Args:
         panel: The curves.
-        command: The command of the study, from which the command of the next step is made.
+        study: The study, which makes the command of the next step.
     """
     rates = {p.learning_rate for c in panel.curves for p in c.points}
     seeds = {run.seed for c in panel.curves for p in c.points for run in p.runs}
@@ -79,7 +78,7 @@ def curve_verdict(panel: Panel, command: str) -> Verdict:
         answer(panel),
         design,
         "The rates were chosen on these seeds. Which variant is better is a question for replicated tuning:",
-        replicated_command(command),
+        study.again(experiment="tuned"),
         panel.scope,
     )
 
@@ -108,12 +107,6 @@ def _shared_best_rates(panel: Panel) -> list[float]:
 
 def _decades(rates: Sequence[float]) -> float:
     return math.log10(max(rates) / min(rates))
-
-
-def replicated_command(command: str) -> str:
-    """Return the command that tunes the same variants and tasks in replicates (`lora-orchestrator tuned`)."""
-    options = replace_options(command, dict.fromkeys(("--seeds", "--study", "--learning-rates"), ()))
-    return replace_script(options, TUNED_SCRIPT)
 
 
 def count_text(count: int, what: str) -> str:
@@ -185,12 +178,12 @@ def _peaks_text(
     return text
 
 
-def search_verdict(search: SearchResult, command: str) -> Verdict:
+def search_verdict(search: SearchResult, study: StudyFile) -> Verdict:
     """Return the descriptive verdict that names the best point of each variant.
 
     Args:
         search: The search on one task and model.
-        command: The command of the study, from which the command of the next step is made.
+        study: The study, which makes the command of the next step.
     """
     found = [
         f"{v.variant} has learnt nothing" if v.nothing_learned else _point_text(v.variant, v.best)
@@ -206,7 +199,7 @@ def search_verdict(search: SearchResult, command: str) -> Verdict:
         f"{search.task} on {search.model}: {count_text(len(search.variants), 'variant')}, {each} each, one "
         f"seed a point; {search.metric.replace('_', ' ')}. The best of many single runs scores too high.",
         "Which variant is better is a question for replicated tuning:",
-        replicated_command(command),
+        study.again(experiment="tuned"),
         search.task,
     )
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.panels import Value
-from orchestrator.record.show import find_typed, narrow_task, replace_options
-from orchestrator.record.study_file import Source
 from orchestrator.util import redaction
 
 
@@ -51,42 +49,6 @@ def settings_text(settings: Mapping[str, Value]) -> str:
         else f"{k.removeprefix('variant_')} {f'{v:.3g}' if isinstance(v, float) else v}"
         for k, v in settings.items()
     )
-
-
-# Column of a record -> the option of a study's command that sets its value.
-_OPTION_OF_COLUMN = {
-    **{name: f"--{name}" for name in ("rank", "alpha", "dropout", "task", "model")},
-    "base_dropout": "--base-dropout",
-    "head_learning_rate": "--head-learning-rate",
-    "steps_horizon": "--steps",
-}
-
-
-def narrow_command(
-    command: str,
-    variant: str,
-    rates: Sequence[float],
-    varied: Mapping[str, object],
-    sources: Sequence[Source] = (),
-) -> str:
-    """Narrow a study's command to one variant and some learning rates.
-
-    Args:
-        command: The command of the study.
-        variant: The variant to train.
-        rates: The learning rates to train it at.
-        varied: Other columns of the configurations -> their values. Columns that no option sets, or whose
-            value is None, are ignored.
-        sources: The sources of the study, with the paths of the user's data.
-    """
-    typed = find_typed(command, "--variants", variant)
-    values = {"--variants": [typed], "--learning-rates": [exact_rate(r) for r in rates]}
-    for column, option in _OPTION_OF_COLUMN.items():
-        if varied.get(column) is not None:
-            values[option] = [find_typed(command, option, str(varied[column]))]
-    if "--task" in values:
-        values |= {"--task": [], **narrow_task(command, values["--task"][0], sources)}
-    return replace_options(command, values)
 
 
 def fold_command(command: str, width: int) -> str:

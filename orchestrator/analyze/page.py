@@ -18,7 +18,7 @@ from orchestrator.analyze import formatting
 from orchestrator.analyze.interactive import plotly_style
 from orchestrator.analyze.report_parts import Picture, ReportData
 from orchestrator.analyze.sections.catalogue import SECTIONS
-from orchestrator.study.program_names import maintenance_program
+from orchestrator.util.graceful_interrupts import PROGRAM
 
 
 def render_page(data: ReportData, pictures: Mapping[str, tuple[Picture, bytes]], pending: int) -> str:
@@ -54,7 +54,7 @@ def render_page(data: ReportData, pictures: Mapping[str, tuple[Picture, bytes]],
     return environment.get_template("report.html.jinja").render(
         bodies=bodies,
         pending=pending,
-        program=maintenance_program(data.study.command),
+        program=PROGRAM,
         mlflow_ui_command=mlflow_ui_command(data.tracking_uri),
         plotly=plotly_style.encoded_bundle() if figures else "",
         figures=plotly_style.encode_figures(figures) if figures else "",

@@ -49,11 +49,11 @@ def _summarize(study: StudyFile, records: Iterable[Record]) -> Summary:
     shown = summarize_panels(curves) if kind in ("curve", "factors") else ()
     comparison = compare_tuned(study, distinct, labels) if kind == "replicates" else None
     verdicts = tuned_verdicts(comparison, study) if comparison else []
-    verdicts += factor_verdicts(factors, study.command, missing) if factors else []
+    verdicts += factor_verdicts(factors, study, missing) if factors else []
     if kind == "curve":
-        verdicts += [curve_verdict(panel, study.command) for panel in shown]
+        verdicts += [curve_verdict(panel, study) for panel in shown]
         verdicts += filter(None, map(panel_rate_verdict, shown))
-    verdicts += [search_verdict(search, study.command) for search in searches]
+    verdicts += [search_verdict(search, study) for search in searches]
     provenance = panels.count_provenance(distinct)
     warnings = [
         *data_warnings(study.sources),

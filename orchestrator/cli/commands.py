@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from orchestrator.study.option_groups import default_output
-from orchestrator.study.study_name import DEFAULT_STORE_NAME
+from orchestrator.study.study_name import DEFAULT_STORE_NAME, default_output
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 

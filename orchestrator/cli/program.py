@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import orchestrator
 from orchestrator.util.errors import UsageError, suggest_nearest
-from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM, format_command, print_status
+from orchestrator.util.graceful_interrupts import PROGRAM, format_command, print_status
 
 if TYPE_CHECKING:
     from orchestrator.study.config_file import ConfigFile
@@ -46,7 +46,7 @@ def run_program() -> int:
         print(_overview())
         return 0
     if words[0] in VERSION_OPTIONS:
-        print(f"{INSTALLED_PROGRAM} {orchestrator.__version__}")
+        print(f"{PROGRAM} {orchestrator.__version__}")
         return 0
     if words[0] == "fetch":
         if not words[1:] or words[1] in HELP_OPTIONS:
@@ -98,7 +98,7 @@ def run_command(name: str, words: Sequence[str], program: str) -> int:
         choices = [_typed_name(each) for each in (*experiments(), *COMMANDS)]
         raise UsageError(f"{name!r} is no command of {_program()}. {suggest_nearest(name, choices)}")
     experiment = experiments()[name]
-    description = experiment.description.replace(f"{INSTALLED_PROGRAM} {name}", program)
+    description = experiment.description.replace(f"{PROGRAM} {name}", program)
     if not experiment.trains:
         return experiment.run(_parse(experiment.options_class, description, words, program))
     from orchestrator.cli.arguments import parse_with_config, repeatable_command

@@ -24,7 +24,9 @@ from typing import Any
 
 import orchestrator.experiments
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.program_names import command_name
+
+_NAMES = {"lr_sensitivity": "study", "tuned_comparison": "tuned", "hyperparameter_sensitivity": "sensitivity"}
+"""Module -> name of the command, where they differ."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ExperimentCommand:
     @property
     def name(self) -> str:
         """Name of the command, such as `study`."""
-        return command_name(self.script)
+        return _NAMES.get(self.script, self.script)
 
     @property
     def summary(self) -> str:

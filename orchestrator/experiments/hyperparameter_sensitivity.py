@@ -40,6 +40,7 @@ def run(options: FactorOptions, request: StudyRequest) -> int:
     from orchestrator.record.study_file import AnalysisSettings
 
     experiment = Experiment(
+        name="sensitivity",
         script="hyperparameter_sensitivity",
         question="Which hyperparameter matters most: the learning rate?",
         variants=("lora", "rslora", "dora", "hira", "pissa"),

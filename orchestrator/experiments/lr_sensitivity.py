@@ -35,6 +35,7 @@ def run(options: CurveOptions, request: StudyRequest) -> int:
     from orchestrator.launch.run_study import run_study
 
     experiment = Experiment(
+        name="study",
         script="lr_sensitivity",
         question="How sensitive are LoRA and its variants to the learning rate?",
         variants=("lora", "rslora", "dora", "hira", "pissa"),

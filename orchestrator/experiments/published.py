@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.study.option_groups import default_output
+from orchestrator.study.study_name import default_output
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def run(options: ComparisonOptions, request: StudyRequest) -> int:
         kind="replicates", margin=options.margin, max_replicates=options.max_replicates or 0
     )
     experiment = Experiment(
+        name="tuned",
         script="tuned_comparison",
         question="Does tuned LoRA match or beat most of its variants?",
         variants=("lora", "rslora", "dora", "hira", "pissa"),

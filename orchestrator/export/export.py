@@ -14,10 +14,9 @@ from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
 from orchestrator.export.model_card import CardFacts, Form, InputForm, format_scores, render_card
 from orchestrator.record.adapters import find_adapter
 from orchestrator.record.schema import Record
-from orchestrator.record.show import change_options, narrow_command
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.program_names import own_command
+from orchestrator.study.study_name import store_command
 from orchestrator.util import atomic_files
 from orchestrator.util.atomic_files import DamagedFileError
 from orchestrator.util.errors import UsageError
@@ -176,12 +175,10 @@ def _adapter_of(store: Store, output: Path, chosen: ChosenLane) -> Path:
     if (file := find_adapter(store, chosen.record.fingerprint)) is not None:
         return file
     study = chosen.study
-    command = change_options(
-        narrow_command(study.command, chosen.record.configuration, study.sources),
-        {"--save-adapters": ["all"], "--output": [f"{output}-again"], "--store": []},
-    )
+    lane = chosen.record.fingerprint[:12]
+    command = study.again("--only", lane, "--save-adapters", "all", "--output", f"{output}-again")
     raise UsageError(
-        f"lane {chosen.record.fingerprint[:12]}: its adapter was not kept (--save-adapters all keeps every "
+        f"lane {lane}: its adapter was not kept (--save-adapters all keeps every "
         f"one); to train it again, with its adapter: {command}"
     )
 
@@ -258,7 +255,7 @@ def _write_files(store: Store, chosen: ChosenLane, lane: _Lane, form: Form, fold
     processor = lane.base_model.processor
     getattr(processor, "hf_processor", processor).save_pretrained(folder)
     words = ["export", chosen.study.name, chosen.record.fingerprint[:12], *_FORM_OPTIONS[form]]
-    command = own_command(words, chosen.study.command, chosen.folder.parent, store.root)
+    command = store_command(*words, output=chosen.folder.parent, store=store.root)
     facts = CardFacts(form, base, revision, heads, command, _input_form(lane))
     (folder / CARD_FILE).write_text(render_card(chosen, lane.task, facts))
 

@@ -11,7 +11,7 @@ from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes, so
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study, read_studies
-from orchestrator.study.program_names import own_command
+from orchestrator.study.study_name import store_command
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import canonical_name
 
@@ -92,7 +92,7 @@ def _find_lane(store: Store, output: Path, study: StudyFile, query: LaneQuery) -
     record = store.get(fingerprint)
     if record is None or record.state != "finished":
         state = f"{record.state} after {record.steps} steps" if record is not None else "not trained yet"
-        command = own_command(["export", study.name], study.command, output, store.root)
+        command = store_command("export", study.name, output=output, store=store.root)
         raise UsageError(
             f"fingerprint {query.fingerprint!r}: its lane is {state}; only a finished lane has an adapter. "
             f"The best one of the study: {command}"

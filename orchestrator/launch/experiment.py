@@ -34,6 +34,8 @@ class StudyRequest:
 class Experiment:
     """Question, defaults and analysis of an experiment script."""
 
+    name: str
+    """The subcommand of the program: study, tuned or sensitivity."""
     script: str
     """Name of the script without `.py`."""
     question: str

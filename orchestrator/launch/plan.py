@@ -21,9 +21,7 @@ from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.launch.cost import Line, cost_lines, require_card
 from orchestrator.launch.work import StudyWork, choose_lanes
-from orchestrator.record.show import narrow_command, replace_options
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import Source
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.option_groups import GridOptions, SearchOptions, TrainingOptions
 from orchestrator.study.options import StudyOptions, setting_key
@@ -88,8 +86,6 @@ def print_plan(
     work: StudyWork,
     store: Store,
     options: StudyOptions,
-    command: str,
-    sources: Sequence[Source] = (),
 ) -> Plan:
     """Print the configurations of a study and estimates of its time and cost, without starting anything.
 
@@ -99,8 +95,6 @@ def print_plan(
         work: Configurations of the study.
         store: The records, from which the time is estimated.
         options: Options of the study.
-        command: The command of the study.
-        sources: The sources of the study; see `show.narrow_task`.
 
     Returns:
         The content of what was printed.
@@ -126,9 +120,13 @@ def print_plan(
     for label, text in lines:
         _print_line(console, label, text)
     if work.pending and not is_measured and hardware.device != "cpu":
-        single = _single_point_command(work.pending, command, sources)
+        # The lowest learning rate is the least likely to diverge early.
+        point = min(work.pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
         where = f" on a machine with GPUs of type {options.plan_gpu}" if options.plan_gpu else ""
-        text = f"To know, train one of them{where}, then plan again:\n  {single}"
+        text = (
+            f"To know, train one of them{where}, then plan again: "
+            f"the same command with --only {point.fingerprint[:12]} in place of --plan"
+        )
         console.print(text, markup=False, soft_wrap=True)
     return Plan(tuple(lines), tuple(work.requested), tuple(work.pending), work.total, work.num_to_train)
 
@@ -256,17 +254,6 @@ def _trainer_lines(
         gib = runtime.driver_node_gib(hardware.num_trainers)
         lines.append(("Driver's node", f"{gib:g} GiB of memory for Ray, for this number of trainers"))
     return lines
-
-
-def _single_point_command(pending: Sequence[Configuration], command: str, sources: Sequence[Source]) -> str:
-    """Return the command that trains one pending configuration, to measure its time.
-
-    It has the lowest learning rate, which is the least likely to diverge early.
-    """
-    point = min(pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
-    # --study is removed: in the same study, this point alone would be taken for the whole first stage.
-    narrowed = narrow_command(command, point, sources)
-    return replace_options(narrowed, {"--study": [], "--plan": [], "--plan-gpu": [], "--price-per-hour": []})
 
 
 def print_point_shortfall(console: Console, usage: Mapping[str, GroupUsage], points: int) -> None:

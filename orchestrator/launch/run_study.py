@@ -35,7 +35,6 @@ from orchestrator.record.tracking_uri import configured_uri
 from orchestrator.study.config_file import given_values, write_config
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.program_names import program_of
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, describe_disk_error
 from orchestrator.util.redaction import redact_secrets
@@ -81,8 +80,6 @@ def run_study(
             context.collect_work(),
             context.store,
             context.options,
-            experiment.command,
-            context.sources(),
         )
         experiment.request.on_plan(plan)
         return 0
@@ -116,7 +113,10 @@ def _begin_run(context: StudyContext) -> StudyRun:
     """Determine the work of this run, prepare its datasets and write `study.json`."""
     experiment, store = context.experiment, context.store
     command = experiment.command
-    study = StudyFile.read(context.folder) or StudyFile(context.name, experiment.question, command)
+    new = StudyFile(
+        context.name, experiment.question, command, experiment=experiment.name, folder=context.folder
+    )
+    study = StudyFile.read(context.folder) or new
     sources = context.sources()
     study = drop_replaced(study, sources, store, context.console.print)
     scratch.remove_stale_folders(store)
@@ -144,7 +144,7 @@ def _begin_run(context: StudyContext) -> StudyRun:
     ).with_sources(sources)
     study.write(context.folder)
     given = given_values(experiment.request.options or context.options, catalogue.names())
-    write_config(context.folder, given, program_of(command), model_catalogue.built_in_names())
+    write_config(context.folder, study.again(), given, model_catalogue.built_in_names())
     nothing = "" if work.num_to_train else ", nothing to train"
     context.console.print(f"{context.name}: {len(cached)} of {work.total} known{nothing}")
     if work.retries_exhausted:

@@ -34,8 +34,12 @@ from orchestrator.record.tracking_uri import resolve_uri
 from orchestrator.record.wandb import WandbTracker
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.program_names import own_command
-from orchestrator.study.study_name import MAX_NAME_BYTES, default_study_name, nearest_valid_name
+from orchestrator.study.study_name import (
+    MAX_NAME_BYTES,
+    default_study_name,
+    nearest_valid_name,
+    store_command,
+)
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
 from variants.variant_names import FILE_SUFFIX
@@ -114,7 +118,7 @@ class StudyContext:
 
     def orchestrator_command(self, *words: str) -> str:
         """Return a command of this program, such as `report x`, with this study's --output and --store."""
-        return own_command(words, self.experiment.command, self.options.output, self.options.store)
+        return store_command(*words, output=self.options.output, store=self.options.store)
 
 
 def resolve_study(

@@ -1,37 +1,17 @@
-"""Text of one record for a terminal of 80 columns, and commands derived from a study's command."""
+"""Text of one record for a terminal of 80 columns."""
 
 from __future__ import annotations
 
-import os
-import shlex
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import Source, StudyFile, read_studies
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.factors import ALL, load_factors
-from orchestrator.study.program_names import (
-    CURVE_SCRIPT,
-    FACTOR_SCRIPT,
-    TUNED_SCRIPT,
-    find_script,
-    own_command,
-    replace_script,
-)
-from orchestrator.study.space import format_value, get_value
+from orchestrator.record.study_file import StudyFile, read_studies
+from orchestrator.study.study_name import store_command
 from orchestrator.util.errors import UsageError
-from variants.variant_names import canonical_key
-
-_OTHER_SCRIPTS = (TUNED_SCRIPT, FACTOR_SCRIPT)
-# Options that `lr_sensitivity.py` lacks, or that would train more than one configuration.
-_OTHER_OPTIONS = (
-    *("--margin", "--replicates", "--max-replicates", "--factors", "--levels", "--widen"),
-    "--rates-per-decade",
-)
 
 
 def format_record(store: Store, output: Path, prefix: str) -> str:
@@ -62,156 +42,10 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
     if record.traceback:
         lines += ["", record.traceback.rstrip()]
     if record.state == "finished" and studies:
-        words = ["export", studies[0].name, fingerprint[:12]]
-        command = own_command(words, studies[0].command, output, store.root)
+        words = "export", studies[0].name, fingerprint[:12]
+        command = store_command(*words, output=output, store=store.root)
         lines += ["", "To export its adapter:", f"  {command}"]
     return "\n".join([*lines, "", *_format_rerun(record, studies, output)])
-
-
-def narrow_command(command: str, configuration: Configuration, sources: Sequence[Source] = ()) -> str:
-    """Narrow a study's command to one of its configurations.
-
-    The values of --data, --task, --variants, --learning-rates and --seeds are replaced. The hyperparameters
-    that a search or a study of factors varies are set to the configuration's values with --set. All other
-    options stay. The command trains the seeds before the configuration's too, because no option requests one
-    seed alone.
-
-    Args:
-        command: The study's command.
-        configuration: The configuration to train, with the names that it has in the study.
-        sources: The study's sources; see `narrow_task`.
-    """
-    is_named = any(len(_option_values(command, option)) > 1 for option in ("--task", "--data"))
-    is_named |= bool(_option_values(command, "--preset"))
-    varied = [*_option_values(command, "--space"), *_factor_names(command)]
-    return replace_options(
-        command,
-        {
-            **(narrow_task(command, configuration.task.name, sources) if is_named else {}),
-            "--variants": [find_typed(command, "--variants", configuration.variant.name)],
-            "--learning-rates": [repr(configuration.optimizer.learning_rate)],
-            "--seeds": [str(configuration.seed + 1)],
-            "--set": [
-                *_select_fixed_values(_option_values(command, "--set"), varied, configuration),
-                *_format_values(varied, configuration),
-            ],
-            **dict.fromkeys(("--search", "--sampler", "--points", "--space"), ()),
-        },
-    )
-
-
-def replace_options(command: str, replacements: Mapping[str, Sequence[str]]) -> str:
-    """Replace options in a study's command, such that the command trains only the configurations named.
-
-    A script whose design would train further configurations is replaced by `lr_sensitivity.py`, and options
-    of such designs are removed. The new options come last.
-
-    Args:
-        command: The study's command.
-        replacements: Option -> its new values. An option without values is removed.
-    """
-    changed = change_options(command, {**replacements, **dict.fromkeys(_OTHER_OPTIONS, ())})
-    return replace_script(changed, CURVE_SCRIPT) if find_script(changed) in _OTHER_SCRIPTS else changed
-
-
-def change_options(command: str, replacements: Mapping[str, Sequence[str]]) -> str:
-    """Replace options in a study's command. The script and all other options stay; the new options come last.
-
-    Args:
-        command: The study's command.
-        replacements: Option -> its new values. An option without values is removed.
-    """
-    kept = [word for option, word in _words_by_option(command) if option not in replacements]
-    return shlex.join([*kept, *(w for o, values in replacements.items() if values for w in (o, *values))])
-
-
-def _words_by_option(command: str) -> Iterator[tuple[str, str]]:
-    """Yield (option, word) for each word of a command. Words before the first option have the option ""."""
-    option = ""
-    for word in shlex.split(command):
-        if word.startswith("--"):
-            option = word.partition("=")[0].replace("_", "-")
-        yield option, word
-
-
-def narrow_task(command: str, name: str, sources: Sequence[Source]) -> dict[str, list[str]]:
-    """Return the option that narrows a study's command to one of its tasks: --data or --task, and its value.
-
-    Args:
-        command: The study's command.
-        name: The name of the task in the study.
-        sources: The study's sources; see `StudyFile.sources`. They say which path or dataset of --data has
-            become which task: `a/b:c` of the hub, for example, becomes the task `b-c`.
-    """
-    words = _option_values(command, "--data")
-    if not words:
-        return {"--task": [find_typed(command, "--task", name)]}
-    path = next((source.path for source in sources if source.name == name), "")
-    path = path or find_typed(command, "--data", name)
-    return {"--data": [next((word for word in words if os.path.abspath(word) == path), path)]}
-
-
-def find_typed(command: str, option: str, name: str) -> str:
-    """Find the word in a study's command that names a task or a variant.
-
-    Args:
-        command: A study's command.
-        option: The option that has the word, such as --task.
-        name: The name of the task or variant in the study.
-
-    Returns:
-        The path of its file as it was typed; `name` if no file has this name.
-    """
-    words = _option_values(command, option)
-    return next((word for word in words if os.path.basename(word) == name), name)
-
-
-def _option_values(command: str, wanted: str) -> list[str]:
-    """Return the values of an option in a command, in either form: `--name value` or `--name=value`."""
-    words = [word for option, word in _words_by_option(command) if option == wanted]
-    values = [word.partition("=")[2] if word.startswith("--") else word for word in words]
-    return [value for value in values if value]
-
-
-def _select_fixed_values(words: list[str], varied: list[str], configuration: Configuration) -> list[str]:
-    """Return the words of --set without the learning rate, the varied values and those of other variants."""
-    dropped = {"learning_rate", *map(_key, varied)}
-    variants = ("", configuration.variant.name)
-    keys = [_key(word) for word in words]
-    return [
-        word
-        for word, key in zip(words, keys, strict=True)
-        if key.rpartition(".")[0] in variants and not {key, key.rpartition(".")[2]} & dropped
-    ]
-
-
-def _key(word: str) -> str:
-    """Return the hyperparameter's key of a word NAME=VALUE."""
-    return canonical_key(word.partition("=")[0])
-
-
-def _factor_names(command: str) -> list[str]:
-    """Return the factors that a study of factors may vary, in the order of the command or of the table."""
-    if find_script(command) != FACTOR_SCRIPT:
-        return []
-    names = _option_values(command, "--factors")
-    return names if names and ALL not in names else list(load_factors())
-
-
-def _format_values(words: list[str], configuration: Configuration) -> list[str]:
-    """Return the configuration's values of the hyperparameters that `words` name, as words of --set.
-
-    Args:
-        words: Names, or NAME=SPEC as in --space.
-        configuration: The configuration; a hyperparameter that its variant does not have is left out.
-    """
-    keys = [_key(word) for word in words]
-    values = {key: get_value(configuration, key) for key in keys if key.rpartition(".")[2] != "learning_rate"}
-    return [
-        f"{key}={value!r}" if isinstance(value, float) else f"{key}={format_value(value)}"
-        for key, value in values.items()
-        if value is not None
-    ]
 
 
 def _format_header(record: Record, failures: int) -> Iterator[str]:
@@ -273,11 +107,11 @@ def _format_cost(record: Record) -> Iterator[str]:
 def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Iterator[str]:
     if not studies:
         yield f"No study under {output} requests this configuration, so no command trains it again."
-    else:
-        study = studies[0]
-        configuration = study.rename(record).configuration
-        yield f"To train it again (study {study.name}):"
-        yield f"  {narrow_command(study.command, configuration, study.sources)}"
+        return
+    study, words = studies[0], ["--only", record.fingerprint[:12]]
+    words += ["--retry-failed"] if record.state == "failed" else ["--output", f"{output}-again"]
+    yield f"To train it again (study {study.name}):"
+    yield f"  {study.again(*words)}"
 
 
 def _wrap_pairs(pairs: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """`study.json`: the record of what a study has requested, from which its projections can be rebuilt.
 
 <output>/<study>/study.json
-{"schema_version", "name", "question", "command", "configurations": [fingerprint, ...],
+{"schema_version", "name", "question", "command", "experiment", "configurations": [fingerprint, ...],
  "reused": [fingerprint, ...], "tracking_uri", "settings": {...}, "looks": [replicates, ...],
  "sources": [{"content", "name", "path", "title", "revision", "warnings"}, ...]}
 """
@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
 from orchestrator.record.schema import Record
+from orchestrator.study.study_name import CONFIG_NAME
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
+from orchestrator.util.graceful_interrupts import PROGRAM
 
 _log = logging.getLogger(__name__)
 
@@ -110,6 +113,20 @@ class StudyFile:
     """Numbers of replicates, ascending, at which the study has shown a verdict."""
     sources: tuple[Source, ...] = ()
     """The base models of the study, and the tasks and variants in users' files."""
+    experiment: str = "study"
+    """The experiment as a subcommand of the program: study, tuned or sensitivity."""
+    folder: Path = field(default=Path(), compare=False)
+    """The folder of the study. It is not in the file, so that the folder can be moved."""
+
+    def again(self, *words: str, experiment: str = "") -> str:
+        """Return the command that runs this study by its study.yaml, with more options.
+
+        Args:
+            *words: The options and their values, which replace those of the file.
+            experiment: Another experiment to run with the same options.
+        """
+        config = ["--config", str(self.folder / CONFIG_NAME)]
+        return shlex.join([PROGRAM, experiment or self.experiment, *config, *words])
 
     def with_sources(self, sources: Iterable[Source]) -> StudyFile:
         """Return this study with more sources, of which each replaces an earlier one of the same content."""
@@ -164,7 +181,9 @@ class StudyFile:
     def write(self, folder: Path) -> None:
         """Write study.json in a folder; a reader sees the old file or the new one."""
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1)
+        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        del content["folder"]
+        text = json.dumps(content, indent=1)
         atomic_files.write_atomically(folder / STUDY_FILE, atomic_files.add_checksum(text))
 
     @classmethod
@@ -196,7 +215,7 @@ class StudyFile:
             return None
         version = data.pop("schema_version", None)
         unknown = [] if version == SCHEMA_VERSION else [f"schema_version {version}"]
-        unknown += [f"field {name!r}" for name in sorted(data.keys() - {field.name for field in fields(cls)})]
+        unknown += [f"field {name!r}" for name in sorted(data.keys() - {each.name for each in fields(cls)})]
         if unknown:
             raise UsageError(
                 f"{path}: {unknown[0]} is unknown to this program, so another version of it has written "
@@ -209,7 +228,7 @@ class StudyFile:
             raise UsageError(
                 f"{path}: not a study (configurations: {quote_value(odd[0])} is no fingerprint); {remedy}"
             )
-        return study
+        return replace(study, folder=folder)
 
 
 def record_look(folder: Path, replicates: int) -> None:

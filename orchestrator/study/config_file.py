@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -20,16 +19,17 @@ import yaml
 
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.presets import preset_defaults
+from orchestrator.study.study_name import CONFIG_NAME
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 from orchestrator.util.redaction import redact_secrets
 from orchestrator.util.sqlite_uri import with_full_path
 from variants.variant_names import FILE_SUFFIX
 
-CONFIG_NAME = "study.yaml"
-"""Name of the file in a study's folder."""
 PATH_OPTIONS = ("data", "validation_data", "test_data", "model", "output", "store")
 """Options whose words may be files or folders."""
+UNSAVED = ("config", "output", "only", "plan", "plan_gpu", "price_per_hour", "retry_failed")
+"""Options that concern one run, and the output folder, which is that of the study's folder."""
 CODE_OPTIONS = ("task", "variants")
 """Options whose words are files if they end in .py, and names otherwise."""
 _NULL = "tag:yaml.org,2002:null"
@@ -118,6 +118,8 @@ def read_config(path: Path, options_class: type[StudyOptions]) -> ConfigFile:
             values[name], lines[name] = convert(name, _plain(node), options_class), line
         except UsageError as error:
             raise UsageError(f"{path}, line {line}: {error}") from None
+    if (path.parent / "study.json").exists():  # the file is that of a study, whose folder may have moved
+        values = {"study": path.parent.name, "output": path.parent.parent, **values}
     return ConfigFile(path, values, lines)
 
 
@@ -154,7 +156,7 @@ def _plain(node: Any) -> Any:
 
 
 def write_config(
-    folder: Path, given: Mapping[str, Any], program: str, built_in_models: Collection[str] = ()
+    folder: Path, command: str, given: Mapping[str, Any], built_in_models: Collection[str] = ()
 ) -> None:
     """Write the file that repeats a study into its folder.
 
@@ -162,26 +164,22 @@ def write_config(
     An option with a secret is left out, with a comment.
 
     Args:
-        folder: The folder of the study, in the output folder.
+        folder: The folder of the study.
+        command: The command that continues the study by this file.
         given: The options of the command that differ from their defaults: field -> value.
-        program: The command without its options, for the comment at the top.
         built_in_models: Names of base models, which are no folders even if there are folders of these names.
     """
-    file = Path(os.path.abspath(folder)) / CONFIG_NAME
     values = {
         name: value if name == "model" and value in built_in_models else _writable(name, value)
         for name, value in given.items()
-        if name != "config"
+        if name not in UNSAVED
     }
     secret = [name for name, value in values.items() if redact_secrets(str(value)) != str(value)]
     shown = {name: value for name, value in values.items() if name not in secret}
     text = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=10_000, allow_unicode=True)
-    options = ["--config", str(file)]
-    if "output" not in shown:  # its default depends on the folder in which a command is typed
-        options += ["--output", str(file.parent.parent)]
-    lines = [f"# The options of this study. To repeat it: {program} {shlex.join(options)}"]
+    lines = [f"# The options of this study. To go on: {command}"]
     lines += [f"# {name} is left out, because it holds a secret." for name in secret]
-    atomic_files.write_atomically(file, "\n".join([*lines, text if shown else ""]).encode())
+    atomic_files.write_atomically(folder / CONFIG_NAME, "\n".join([*lines, text if shown else ""]).encode())
 
 
 def _writable(name: str, value: Any) -> Any:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,11 +16,6 @@ from orchestrator.util.errors import UsageError, suggest_nearest
 SCHEDULERS = ("none", "asha", "median")
 SEARCHES = ("grid", "random", "qmc", "optuna")
 SAMPLERS = ("tpe", "cma-es", "qmc", "random")
-
-
-def default_output() -> Path:
-    """Return the folder in ORCHESTRATOR_OUTPUT (on a cluster's head: the shared storage), else `results`."""
-    return Path(os.environ.get("ORCHESTRATOR_OUTPUT") or "results")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +246,7 @@ class OutputOptions:
     line, flat or grouped as here. An option on the command line replaces that of the file."""
     study: str | None = None
     """Name of the study. Default: script, task and model. The same name extends a study."""
-    output: Path = field(default_factory=default_output)
+    output: Path = field(default_factory=study_name.default_output)
     """Output folder, with the store and one folder of reports per study. Default: ORCHESTRATOR_OUTPUT, else
     `results`."""
     store: Path | None = None
@@ -264,6 +258,9 @@ class OutputOptions:
     save_adapters: Literal["none", "best", "all"] = "best"
     """Trained adapters that the store keeps for the command `export`: of each variant and task the one with
     the best validation score, all, or none."""
+    only: tuple[str, ...] = ()
+    """Train these configurations of the study alone: the first digits of their fingerprints, which the report
+    and `show` list."""
     plan: bool = False
     """Print what would be trained, what the store has already, tokens, and time and price as far as they were
     measured or can be guessed; start nothing."""

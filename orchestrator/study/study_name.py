@@ -1,13 +1,17 @@
-"""Names of studies. A name is also the name of a folder and of an MLflow experiment, and part of commands."""
+"""Names of studies, their folders, and the commands of this program that users are told to type."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.util.errors import UsageError, quote_value
+from orchestrator.util.graceful_interrupts import PROGRAM
 
+CONFIG_NAME = "study.yaml"
+"""Name of the file with the options of a study, in its folder."""
 DEFAULT_STORE_NAME = "store"
 """Name of the default store's folder in the output folder."""
 STORE_FOLDERS = (  # record/store.py
@@ -39,6 +43,26 @@ def default_study_name(
     parts += [Path(model).name] if model else []
     parts += [sampler] if sampler else []
     return nearest_valid_name("-".join(parts).replace("@", "-"))
+
+
+def default_output() -> Path:
+    """Return the folder in ORCHESTRATOR_OUTPUT (on a cluster's head: the shared storage), else `results`."""
+    return Path(os.environ.get("ORCHESTRATOR_OUTPUT") or "results")
+
+
+def store_command(*words: str, output: Path | None, store: Path | None = None) -> str:
+    """Return a command of this program with the options for its output folder and its store.
+
+    Args:
+        *words: The subcommand and its arguments.
+        output: The output folder; it is left out if it is the default or None.
+        store: The store; it is left out if it is None or the default store of `output`.
+    """
+    output = output if output is not None else default_output()
+    folders = [] if output == default_output() else ["--output", str(output)]
+    if store is not None and os.path.realpath(store) != os.path.realpath(output / DEFAULT_STORE_NAME):
+        folders += ["--store", str(store)]
+    return shlex.join([PROGRAM, *words, *folders])
 
 
 def check_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> None:

@@ -51,7 +51,7 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
-INSTALLED_PROGRAM = "lora-orchestrator"
+PROGRAM = "lora-orchestrator"
 """Name of the command that the installation creates."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # cluster managers send SIGTERM
@@ -68,8 +68,8 @@ def format_command(arguments: Sequence[str]) -> str:
     """
     program, *others = arguments or [""]
     path = PurePath(program)
-    if path.stem == INSTALLED_PROGRAM:
-        words = [INSTALLED_PROGRAM]
+    if path.stem == PROGRAM:
+        words = [PROGRAM]
     elif path.parts[-2:] == ("orchestrator", "__main__.py"):
         words = ["python", "-m", "orchestrator"]
     else:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from synthetic import RATES, record, study, summarize_curves
 
 from orchestrator.analyze import caveats, curve_text, formatting
 from orchestrator.analyze.tuned.tuned_verdicts import FIXED_RATE_CLAIM
+from orchestrator.record.study_file import StudyFile
 
 
 def test_the_heading_says_what_the_curves_show() -> None:
@@ -49,7 +52,7 @@ def test_a_width_below_the_spacing_of_the_grid_is_not_resolved() -> None:
 
 
 def test_the_verdict_of_curves_names_the_command_of_a_replicated_tuning() -> None:
-    command = "python experiments/lr_sensitivity.py --dry-run --seeds 3 --learning-rates 1e-3 1e-2"
-    verdict = curve_text.curve_verdict(summarize_curves(study()).panels[0], command)
+    file = StudyFile("rates", "", "python x.py", folder=Path("results/rates"))
+    verdict = curve_text.curve_verdict(summarize_curves(study()).panels[0], file)
     assert verdict.outcome == "descriptive"
-    assert verdict.next_command == "python experiments/tuned_comparison.py --dry-run"
+    assert verdict.next_command == "lora-orchestrator tuned --config results/rates/study.yaml"

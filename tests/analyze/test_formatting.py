@@ -25,14 +25,6 @@ def test_a_level_just_below_one_is_not_printed_as_100_percent() -> None:
     assert [formatting.percent(level) for level in levels] == expected
 
 
-def test_the_command_is_narrowed_and_other_options_stay() -> None:
-    narrowed = formatting.narrow_command(
-        COMMAND, "hira", [1e-1], {"rank": 16, "steps_horizon": 80, "floor": 0.0}
-    )
-    expected = "--dry-run --seeds 3 --variants hira --learning-rates 1e-1 --rank 16 --steps 80"
-    assert narrowed == f"python experiments/lr_sensitivity.py {expected}"
-
-
 def test_a_folded_command_is_one_command_for_a_shell() -> None:
     command = "run --name 'two words' " + " ".join(f"--option-{i}" for i in range(9)) + " " + "x" * 50
     folded = formatting.fold_command(command, 40)

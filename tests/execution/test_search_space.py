@@ -23,11 +23,10 @@ from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.launch.plan import print_plan
 from orchestrator.launch.work import StudyWork
-from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.space import Space, build_grid
+from orchestrator.study.space import Space
 from orchestrator.util.errors import UsageError
 
 SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads=2)
@@ -163,38 +162,6 @@ def test_a_head_may_be_searched_where_there_is_one(bases: Path) -> None:
     _, space = resolved(bases, "reviews", **SEARCH, space=("head_learning_rate=log:1e-4:1",))
     assert space is not None
     assert all("head_learning_rate" in {d.name for d in each} for each in space.variants.values())
-
-
-WORDS = ["rank=int:2:8", "alpha=log:1:64", "dropout=0:0.2", "batch_size=8,16", "lora_plus.ratio=log:1:64"]
-
-
-@pytest.mark.parametrize("variant", ["lora_plus", "hira", "full"])
-def test_the_command_for_one_point_is_that_point_without_the_search(bases: Path, variant: str) -> None:
-    """The command that `show` prints is parsed again."""
-    import shlex
-
-    import tyro
-
-    fixed = ["lora-plus.dropout=0.1", "clip_norm=2.0", "alpha=32"]
-    names = ("lora_plus", "hira", "full")
-    words = [w for w in WORDS if not w.startswith("alpha")]
-    made, space = resolved(bases, variants=names, search="qmc", space=tuple(words), set=tuple(fixed))
-    assert space is not None
-    groups = make_groups({"letters": space}, made, (0,), "letters")
-    point = draw_design("qmc", list(groups.values()), 4)[variant][3]
-    configuration = groups[variant].build(point)
-    assert configuration is not None
-    asked = f"--variants {' '.join(names)} --search=qmc --points 4 --set {' '.join(fixed)}"
-    command = f"python x.py --task letters {asked} --space {' '.join(words)} --lr-schedule cosine"
-    again = shlex.split(narrow_command(command, configuration))[2:]
-    assert "--search" not in " ".join(again)
-    typed = tyro.cli(StudyOptions, args=again)
-    (template,), none = resolved(
-        bases, variants=typed.variants, set=typed.set, learning_rates=typed.learning_rates, seeds=typed.seeds
-    )
-    assert none is None
-    (same,) = build_grid([template], [float(r) for r in typed.learning_rates or ()], range(typed.seed_count))
-    assert same.fingerprint == configuration.fingerprint
 
 
 def test_a_fixed_value_that_a_variant_does_not_have_is_no_other_configuration(bases: Path) -> None:

@@ -37,8 +37,8 @@ def test_a_lane_without_an_adapter_is_refused_with_the_command_that_trains_it(
 ) -> None:
     record = trained.record("lora", 0)
     refused = export(record.fingerprint[:10])
-    command = f"--learning-rates 0.0001 --seeds 1 --save-adapters all --output {trained.output}-again"
-    refused.assert_refused("was not kept", "lr_sensitivity.py --dry-run --variants lora", command)
+    command = f"--only {record.fingerprint[:12]} --save-adapters all --output {trained.output}-again"
+    refused.assert_refused("was not kept", "study.yaml", command)
 
 
 def test_an_export_is_complete_or_absent_and_never_replaces_another_folder(

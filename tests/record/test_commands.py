@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,11 +14,8 @@ from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_server import empty_database
 
-from orchestrator.analyze import formatting
-from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import Source, StudyFile, find_study, read_studies
-from orchestrator.study.space import apply_values
+from orchestrator.record.study_file import StudyFile, find_study, read_studies
 from orchestrator.util.atomic_files import add_checksum, verify_checksum
 from orchestrator.util.errors import UsageError
 
@@ -97,7 +92,7 @@ def test_show_prints_one_record(results, make_record):
         "learning_rate 0.001",
         "2.0 s training, 0.5 s evaluating, 4096 tokens",
         "3 MiB at most",
-        f"  python -m orchestrator export rates {record.fingerprint[:12]}\n",
+        f"  lora-orchestrator export rates {record.fingerprint[:12]}\n",
     )
     for text in (record.fingerprint, *expected):
         assert text in done.stdout
@@ -107,9 +102,11 @@ def test_show_prints_one_record(results, make_record):
         ["20", "validation", "0.1000", "0.5000", "0.6667"],
         ["20", "test", "0.2000", "0.4500", "0.6000"],
     ]
-    again = "python experiments/lr_sensitivity.py --dry-run --variants lora --learning-rates 0.001 --seeds 1"
-    assert done.stdout.rstrip().endswith(f"To train it again (study rates):\n  {again}")
-    assert all(len(line) <= 80 for line in done.stdout.splitlines() if "lr_sensitivity" not in line)
+    again = f"lora-orchestrator study --config results/rates/study.yaml --only {record.fingerprint[:12]}"
+    assert done.stdout.rstrip().endswith(
+        f"To train it again (study rates):\n  {again} --output results-again"
+    )
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if "--only" not in line)
 
 
 def test_show_of_a_failed_record_has_its_traceback(run, results, make_record):
@@ -148,71 +145,6 @@ def test_a_closed_pipe_is_no_error():
     command = f'"{sys.executable}" -c "{text}" | head -c 1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "x", "")
-
-
-def test_narrowing_a_command_keeps_its_other_options(make_record):
-    configuration = make_record(seed=4, rate=3e-5).configuration
-    command = "python x.py --seeds=3 --study 'my study' --learning_rates 1e-5 1e-4 --plan"
-    assert narrow_command(command, configuration) == (
-        "python x.py --study 'my study' --plan --variants lora --learning-rates 3e-05 --seeds 5"
-    )
-
-
-@pytest.mark.parametrize(("name", "word"), [("a.csv", "mine/a.csv"), ("glue-data", "glue"), ("b-c", "a/b:c")])
-def test_the_command_of_several_data_is_narrowed_to_one(make_record, tmp_path, monkeypatch, name, word):
-    """Where the command was typed, and elsewhere."""
-    monkeypatch.chdir(tmp_path)
-    words = {"a.csv": "mine/a.csv", "glue-data": "glue", "b-c": "a/b:c"}
-    paths = {each: each if ":" in each else str(tmp_path / each) for each in words.values()}
-    sources = [Source(f"{key:a<16}", key, paths[each]) for key, each in words.items()]
-    own = make_record(seed=0, rate=3e-5).configuration
-    own = replace(own, task=replace(own.task, name=name, content=f"{name:a<16}"))
-    command = f"python x.py --data {' '.join(words.values())}"
-    rest = "--variants lora --learning-rates 3e-05 --seeds 1"
-    assert narrow_command(command, own, sources) == f"python x.py --data {word} {rest}"
-    short = formatting.narrow_command(command, "lora", [3e-5], {"task": name}, sources)
-    assert short == f"python x.py --variants lora --learning-rates 3e-5 --data {word}"
-    monkeypatch.chdir("/")
-    assert narrow_command(command, own, sources) == f"python x.py --data {paths[word]} {rest}"
-
-
-def test_a_command_of_replicates_is_narrowed_to_the_plain_script(make_record):
-    command = "python experiments/tuned_comparison.py --replicates 5 --margin=0.02 --study s"
-    options = "--study s --variants lora --learning-rates 3e-05 --seeds 1"
-    narrowed = narrow_command(command, make_record(seed=0, rate=3e-5).configuration)
-    assert narrowed == f"python experiments/lr_sensitivity.py {options}"
-
-
-@pytest.mark.parametrize("named", ["--factors dropout batch_size beta2 ", ""])
-def test_a_command_of_factors_is_narrowed_to_the_values_of_one_run(named, make_record):
-    command = (
-        f"python experiments/hyperparameter_sensitivity.py --set dropout=0.1 clip_norm=2.0 {named}--levels 1"
-    )
-    configuration = apply_values(
-        make_record(seed=1, rate=3e-5).configuration, {"dropout": 0.05, "beta2": 0.95}
-    )
-    words = shlex.split(narrow_command(command, configuration))
-    assert words[:3] == ["python", "experiments/lr_sensitivity.py", "--variants"]
-    assert "--factors" not in words
-    assert "--levels" not in words
-    values = words[words.index("--set") + 1 :]
-    assert values[0] == "clip_norm=2.0"
-    assert {"dropout=0.05", "beta2=0.95"} < set(values)
-    assert len({value.partition("=")[0] for value in values}) == len(values), "each is set once"
-
-
-def test_show_of_a_run_of_several_tasks_names_its_own(run, results, make_record):
-    command = (
-        "python experiments/tuned_comparison.py --task letters digits --variants lora hira --replicates 4"
-    )
-    record = make_record(seed=3)
-    Store(results / "results" / "store").put(record)
-    StudyFile("both", "", command, (record.fingerprint,)).write(results / "results" / "both")
-    printed = run(ORCHESTRATOR, "show", record.fingerprint[:12]).stdout
-    task, variant = record.configuration.task.name, record.configuration.variant.name
-    own = f"--task {task} --variants {variant} --learning-rates"
-    assert f"python experiments/lr_sensitivity.py {own}" in printed
-    assert "--replicates" not in printed
 
 
 def test_a_growing_study_keeps_its_list_of_reused_configurations(tmp_path):

@@ -8,24 +8,24 @@ from orchestrator.analyze.factors.factor_results import FactorEffect, FactorStud
 from orchestrator.analyze.factors.rate_claim import Contrast, seeds_to_support
 from orchestrator.analyze.intervals import Estimate
 from orchestrator.analyze.verdict import Verdict, VerdictOutcome
-from orchestrator.record.show import change_options
+from orchestrator.record.study_file import StudyFile
 
 CLAIM = "The learning rate matters more than any other hyperparameter."
 
 
-def factor_verdicts(study: FactorStudy, command: str, missing: bool = False) -> list[Verdict]:
+def factor_verdicts(found: FactorStudy, study: StudyFile, missing: bool = False) -> list[Verdict]:
     """Return one verdict for each task and base model.
 
     Args:
-        study: The results.
-        command: The command of the study; the command of the next step is made from it.
+        found: The results.
+        study: The study, which makes the command of the next step.
         missing: True if configurations of the study have not ended. The claim is then not supported, because
             it is about all factors of the study.
     """
-    return [_verdict(task, study.margin, command, missing) for task in study.tasks]
+    return [_verdict(task, found.margin, study, missing) for task in found.tasks]
 
 
-def _verdict(task: TaskFactors, margin: float, command: str, missing: bool) -> Verdict:
+def _verdict(task: TaskFactors, margin: float, study: StudyFile, missing: bool) -> Verdict:
     outcome = _outcome(task)
     if missing and outcome == "supported":
         outcome = "undecided"
@@ -36,9 +36,9 @@ def _verdict(task: TaskFactors, margin: float, command: str, missing: bool) -> V
         _alias_sentence(task),
     )
     step, seeds = _next_step(task, margin) if outcome == "undecided" else ("", None)
-    next_command = change_options(command, {"--seeds": [str(seeds)]}) if seeds and command else ""
+    next_command = study.again("--seeds", str(seeds)) if seeds and study.command else ""
     if missing:
-        step, next_command = "Some configurations have not ended; the same command continues.", command
+        step, next_command = "Some configurations have not ended; the same command continues.", study.command
     return Verdict(
         claim=CLAIM,
         outcome=outcome,

@@ -31,7 +31,7 @@ from orchestrator.study import bounds
 from orchestrator.study.study_name import DEFAULT_STORE_NAME
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
-from orchestrator.util.graceful_interrupts import INSTALLED_PROGRAM
+from orchestrator.util.graceful_interrupts import PROGRAM
 
 SCHEMA_VERSION = 2
 """Version of `summary.json`, raised when a field is removed or changes its meaning."""
@@ -168,7 +168,7 @@ def _render_html(
         },
         plotly=plotly_style.encoded_bundle(),
         figures=plotly_style.encode_figures(figures),
-        program=INSTALLED_PROGRAM,
+        program=PROGRAM,
         reference=REFERENCE,
         rate=formatting.rate,
         rates_text=formatting.rates,

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.analyze.best_lanes import best_lanes, sort_lanes
 from orchestrator.analyze.report_parts import ReportData, Section
 from orchestrator.record.schema import Record
-from orchestrator.study.program_names import own_command
+from orchestrator.study.study_name import store_command
 
 
 def _values(data: ReportData) -> Mapping[str, Any]:
@@ -23,11 +23,8 @@ def _adapters(data: ReportData) -> Sequence[tuple[Record, str]]:
     return [
         (
             records[lane.fingerprint],
-            own_command(
-                ["export", data.study.name, lane.fingerprint[:12]],
-                data.study.command,
-                data.output,
-                data.store,
+            store_command(
+                "export", data.study.name, lane.fingerprint[:12], output=data.output, store=data.store
             ),
         )
         for _, lane in lanes

@@ -12,7 +12,7 @@ from orchestrator.analyze import curve_text, formatting
 from orchestrator.analyze.curve_lines import MAX_OVERLAID_CURVES
 from orchestrator.analyze.heatmap_cells import heat_map
 from orchestrator.analyze.report_parts import Picture, ReportData, Section, new_table
-from orchestrator.analyze.results import Curve, Panel, Summary
+from orchestrator.analyze.results import Curve, CurvePoint, Panel, Summary
 
 
 def _pictures(data: ReportData) -> Sequence[Picture]:
@@ -44,11 +44,9 @@ def _pictures(data: ReportData) -> Sequence[Picture]:
 
 
 def _values(data: ReportData) -> Mapping[str, Any]:
-    def reproduce(panel: Panel, curve: Curve, rates: Sequence[float]) -> str:
-        """Return the command that trains the runs of a curve at some rates again."""
-        varied = {**panel.varied, **curve.varied}
-        study = data.study
-        return formatting.narrow_command(study.command, curve.variant, rates, varied, study.sources)
+    def reproduce(point: CurvePoint) -> str:
+        """Return the command that trains the runs of a point again."""
+        return data.study.again("--only", *(run.fingerprint[:12] for run in point.runs))
 
     return {
         "has_run_counts": _has_run_counts(data.summary),

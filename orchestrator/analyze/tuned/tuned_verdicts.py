@@ -16,7 +16,6 @@ from orchestrator.analyze.tuned.tuned_results import (
 from orchestrator.analyze.tuned.tuned_text import shown_name
 from orchestrator.analyze.tuned.variant_tunings import outlying_differences
 from orchestrator.analyze.verdict import Verdict, VerdictOutcome
-from orchestrator.record.show import change_options
 from orchestrator.record.study_file import StudyFile
 
 FIXED_RATE_CLAIM = "At one fixed learning rate the winner is an artefact of the rate."
@@ -149,11 +148,11 @@ def next_step(task: TaskComparison, study: StudyFile) -> tuple[str, str]:
         f"At most {replicates} replicates decide every open comparison with probability 80 %, whatever the "
         "true differences are, if the spread stays."
     )
-    options = {"--replicates": [str(replicates)]}
+    options = ["--replicates", str(replicates)]
     if replicates > task.planned:
         text += f" That is beyond the {task.planned} planned ones, so it is a study of its own."
-        options |= {"--max-replicates": [str(replicates)], "--study": [f"{study.name}-{replicates}"]}
-    return text, change_options(study.command, options) if study.command else ""
+        options += ["--max-replicates", str(replicates), "--study", f"{study.name}-{replicates}"]
+    return text, study.again(*options) if study.command else ""
 
 
 def _over_tasks(found: TunedComparison) -> Verdict:
