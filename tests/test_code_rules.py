@@ -11,21 +11,21 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (351, 27142),
+    "orchestrator": (351, 27172),
     "orchestrator/analyze": (92, 6958),
     "orchestrator/cli": (5, 470),
     "orchestrator/cluster": (3, 246),
     "orchestrator/execution": (41, 3416),
     "orchestrator/experiments": (6, 154),
     "orchestrator/export": (4, 465),
-    "orchestrator/finetune": (143, 9465),
+    "orchestrator/finetune": (143, 9462),
     "orchestrator/launch": (13, 1905),
     "orchestrator/record": (18, 1907),
-    "orchestrator/study": (13, 1440),
+    "orchestrator/study": (13, 1473),
     "orchestrator/util": (10, 625),
     "variants": (128, 6724),
     "experiments": (16, 1938),
-    "tests": (302, 32574),
+    "tests": (302, 32591),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

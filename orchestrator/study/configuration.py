@@ -4,6 +4,9 @@ All defaults are filled in before a configuration is made, so that two ways to w
 same fingerprint. Device, lane group size and versions do not change the results; they belong to the
 provenance of the record, not to the configuration.
 
+A hyperparameter is a field that is annotated with a `Hyperparameter`. From the annotations follow --set,
+--space, the options of the command line, and the columns. The table of all fields is `FIELDS`.
+
 The learning rate schedule is here as well: linear warm-up, then a constant, linear or cosine curve.
 """
 
@@ -11,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
@@ -23,6 +27,70 @@ from variants.variant_names import FILE_SUFFIX
 
 Dtype = Literal["float32", "bfloat16", "nf4"]
 LRScheduleName = Literal["constant", "linear", "cosine"]
+Value = float | int | str | bool
+_BOUNDS = (
+    ("gt", "above", operator.gt),
+    ("ge", "at least", operator.ge),
+    ("lt", "below", operator.lt),
+    ("le", "at most", operator.le),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """A field of a configuration as a column of tables and trackers.
+
+    Only `column` and `omit_default` are written in annotations. The other attributes follow from the field.
+    """
+
+    column: str | None = None
+    """Name of the column; empty for no column. None stands for the name that `_column_name` gives."""
+    omit_default: bool = False
+    """True for a field that was added after records had been written: with its default, the fingerprint is as
+    without the field, so that these records are found again."""
+    part: str = ""
+    """Field of `Configuration` whose field this is; empty for a field of `Configuration` itself."""
+    field: str = ""
+    value_type: type = str
+    choices: tuple[str, ...] = ()
+    """All valid values, if the type is a Literal."""
+    default: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameter(Field):
+    """A field whose value a user may set and a search may vary. The bounds are those of `annotated_types`."""
+
+    name: str = ""
+    """Name in --set, --space and --factors; the field's name if empty."""
+    help: str = ""
+    """One sentence for --help."""
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+    significant_digits: int = 3
+    """Significant digits of a sampled number. Reports show three digits, so they show the exact value."""
+    searchable: bool = True
+    """False if a search cannot vary it, because its points would not be comparable or need other data."""
+
+    def find_violation(self, value: Value) -> str | None:
+        """Return the rule that `value` violates, as a phrase for an error message; None if it is valid."""
+        if self.choices:
+            return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
+        if self.value_type is str:
+            return None if isinstance(value, str) and value else "must be a text"
+        if isinstance(value, (str, bool)):
+            return "must be a number"
+        if not math.isfinite(value):
+            return "must be a finite number"
+        if self.value_type is int and value != int(value):
+            return "must be a whole number"
+        limits = [(words, holds, getattr(self, name)) for name, words, holds in _BOUNDS]
+        limits = [each for each in limits if each[2] is not None]
+        if all(holds(value, limit) for _, holds, limit in limits):
+            return None
+        return f"must be {' and '.join(f'{words} {limit:g}' for words, _, limit in limits)}"
 
 
 @dataclass(frozen=True)
@@ -37,11 +105,16 @@ class VariantChoice:
     """
 
     name: str
-    rank: int = 8
-    alpha: float | None = 16.0
-    dropout: float = 0.0
-    targets: str = "blocks"
-    extra: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+    rank: Annotated[int, Hyperparameter(ge=1, le=100_000, help="Rank of the update.")] = 8
+    alpha: Annotated[float | None, Hyperparameter(gt=0, help="LoRA's alpha, which scales the update.")] = 16.0
+    dropout: Annotated[
+        float,
+        Hyperparameter(ge=0, lt=1, help="Probability that an input of an adapter is zeroed in training."),
+    ] = 0.0
+    targets: Annotated[
+        str, Hyperparameter(searchable=False, help="Layers that get an adapter, or `blocks` for all of them.")
+    ] = "blocks"
+    extra: Annotated[Mapping[str, Value], Field(column="")] = field(default_factory=dict)
     numerics: int = 1
     revision: str = ""
 
@@ -57,11 +130,13 @@ class TaskChoice:
 
     name: str
     revision: str
-    train_size: int
+    train_size: Annotated[
+        int, Hyperparameter(ge=1, le=10_000_000, searchable=False, help="Number of training examples.")
+    ]
     validation_size: int
     test_size: int
-    metric: str
-    floor: float
+    metric: Annotated[str, Field(column="")]
+    floor: Annotated[float, Field(column="")]
     numerics: int = 1
     content: str = ""
 
@@ -89,13 +164,19 @@ class OptimizerConfig:
     rate of a task's head; None stands for `learning_rate`.
     """
 
-    learning_rate: float
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    clip_norm: float = 1.0
-    head_learning_rate: float | None = None
+    learning_rate: Annotated[float, Hyperparameter(gt=0, help="Peak of the learning rate.")]
+    weight_decay: Annotated[float, Hyperparameter(ge=0, help="Weight decay of AdamW.")] = 0.0
+    beta1: Annotated[
+        float, Hyperparameter(ge=0, lt=1, significant_digits=6, help="Decay of AdamW's mean of gradients.")
+    ] = 0.9
+    beta2: Annotated[
+        float, Hyperparameter(ge=0, lt=1, significant_digits=6, help="Decay of AdamW's mean of squares.")
+    ] = 0.999
+    epsilon: Annotated[float, Hyperparameter(gt=0, help="Term in the denominator of AdamW.")] = 1e-8
+    clip_norm: Annotated[float, Hyperparameter(gt=0, help="Maximum of a lane's gradient norm.")] = 1.0
+    head_learning_rate: Annotated[
+        float | None, Hyperparameter(gt=0, help="Learning rate of a task's head.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -106,10 +187,23 @@ class LRSchedule:
     cosine curve ends at `final_factor` times the peak; a constant one ignores `final_factor`.
     """
 
-    steps: int
-    name: LRScheduleName = "cosine"
-    warmup: float = 0.05
-    final_factor: float = 0.0
+    steps: Annotated[
+        int,
+        Hyperparameter(
+            column="steps_horizon", ge=1, le=10_000_000, searchable=False, help="Number of optimizer steps."
+        ),
+    ]
+    name: Annotated[
+        LRScheduleName,
+        Hyperparameter(name="schedule", column="schedule", help="Curve of the learning rate after warm-up."),
+    ] = "cosine"
+    warmup: Annotated[
+        float, Hyperparameter(ge=0, le=1, help="Fraction of the steps with a rising learning rate.")
+    ] = 0.05
+    final_factor: Annotated[
+        float,
+        Hyperparameter(ge=0, lt=1, help="Last learning rate of the schedule as a fraction of its peak."),
+    ] = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +213,9 @@ class BatchConfig:
     Training examples of more than `max_length` tokens are truncated.
     """
 
-    batch_size: int
+    batch_size: Annotated[
+        int, Hyperparameter(ge=1, le=1_000_000, help="Examples per optimizer step, in all micro-batches.")
+    ]
     accumulation: int = 1
     max_length: int = 512
 
@@ -166,7 +262,7 @@ class Configuration:
         The names of the base model and of a user's files are not part of it, only their contents. A head
         learning rate that is not set counts as the learning rate that it stands for.
         """
-        data = _drop_names(self).to_json()
+        data = _identity(self)
         if data["optimizer"]["head_learning_rate"] is None:
             data["optimizer"]["head_learning_rate"] = data["optimizer"]["learning_rate"]
         return hashlib.sha256(canonical_json(data)).hexdigest()
@@ -178,10 +274,9 @@ class Configuration:
         Configurations with equal keys may differ in the optimizer's settings, alpha, the learning rate
         schedule, the divergence rule, the evaluations and the seed.
         """
-        nameless = _drop_names(self)
         normalized = replace(
-            nameless,
-            variant=replace(nameless.variant, alpha=None),
+            self,
+            variant=replace(self.variant, alpha=None),
             optimizer=OptimizerConfig(learning_rate=1.0),
             lr_schedule=LRSchedule(steps=1),
             divergence=DivergenceConfig(),
@@ -189,7 +284,7 @@ class Configuration:
             test_evaluations="last",
             seed=0,
         )
-        return hashlib.sha256(canonical_json(normalized.to_json())).hexdigest()[:16]
+        return hashlib.sha256(canonical_json(_identity(normalized))).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as a JSON object, with the same JSON for equal values."""
@@ -210,44 +305,81 @@ class Configuration:
         return _type_adapter().validate_python(data)
 
     def to_columns(self) -> dict[str, float | int | str | None]:
-        """Return all fields as flat columns, name -> value, for Parquet, MLflow and the analysis."""
+        """Return the fields as flat columns, name -> value, for Parquet, MLflow and the analysis.
+
+        A variant's own settings are `variant_NAME`. A text that is empty has no column.
+        """
         nested = self.to_json()
-        columns: dict[str, Any] = {"variant": self.variant.name, "task": self.task.name}
-        columns |= {"model": self.model.name, "model_content": self.model.content, "dtype": self.model.dtype}
-        columns |= {
-            k: v for k, v in nested["variant"].items() if k not in ("name", "extra", "numerics", "revision")
-        }
-        columns |= {f"variant_{k}": v for k, v in nested["variant"]["extra"].items()}
-        columns |= nested["optimizer"]
-        schedule = self.lr_schedule
-        columns |= {"schedule": schedule.name, "warmup": schedule.warmup, "steps_horizon": schedule.steps}
-        columns |= {"final_factor": schedule.final_factor}
-        columns |= nested["batches"]
-        columns |= {
-            f"task_{k}": v
-            for k, v in nested["task"].items()
-            if k not in ("name", "metric", "floor", "content")
-        }
-        columns |= {f"divergence_{k}": v for k, v in nested["divergence"].items()}
-        columns |= {"evaluations": self.evaluations, "seed": self.seed, "base_dropout": self.base_dropout}
-        columns |= {"test_evaluations": self.test_evaluations}
-        columns |= {"variant_numerics": self.variant.numerics, "loop_numerics": self.loop_numerics}
-        if self.task.content:
-            columns["task_content"] = self.task.content
-        if self.variant.revision:
-            columns["variant_revision"] = self.variant.revision
-        return columns
+        columns: dict[str, Any] = {}
+        for each in FIELDS:
+            value = (nested[each.part] if each.part else nested)[each.field]
+            if each.column and value != "":
+                columns[each.column] = value
+        return columns | {f"variant_{name}": value for name, value in nested["variant"]["extra"].items()}
 
 
-def _drop_names(configuration: Configuration) -> Configuration:
-    """Return the configuration with empty names in place of those that are for readers only."""
+def _identity(configuration: Configuration) -> dict[str, Any]:
+    """Return the JSON that identifies a configuration: without names for readers and new defaults."""
     variant, task = configuration.variant, configuration.task
-    return replace(
+    data = replace(
         configuration,
         variant=replace(variant, name="") if variant.name.endswith(FILE_SUFFIX) else variant,
         task=replace(task, name="") if task.content else task,
         model=replace(configuration.model, name=""),
-    )
+    ).to_json()
+    for each in FIELDS:
+        owner = data[each.part] if each.part else data
+        if each.omit_default and owner[each.field] == each.default:
+            del owner[each.field]
+    return data
+
+
+def read_fields(owner: type, part: str = "") -> Iterator[Field]:
+    """Yield the fields of a configuration's dataclass and of its parts, with what their annotations say.
+
+    Args:
+        owner: The dataclass.
+        part: Field of the configuration that holds it; empty for the configuration itself.
+    """
+    hints = get_type_hints(owner, include_extras=True)
+    for each in fields(owner):
+        hint = hints[each.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from read_fields(hint, each.name)
+            continue
+        plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        found: Field = next((note for note in notes if isinstance(note, Field)), Field())
+        choices = get_args(plain) if get_origin(plain) is Literal else ()
+        kind = str if choices else (get_args(plain) or (plain,))[0]
+        column = _column_name(part, each.name) if found.column is None else found.column
+        found = replace(
+            found,
+            part=part,
+            field=each.name,
+            column=column,
+            value_type=kind,
+            choices=choices,
+            default=each.default,
+        )
+        yield replace(found, name=found.name or each.name) if isinstance(found, Hyperparameter) else found
+
+
+def _column_name(part: str, field: str) -> str:
+    if field == "name":
+        return part
+    needs_part = part in ("task", "divergence") or field in ("numerics", "revision", "content")
+    return f"{part}_{field}" if needs_part else field
+
+
+FIELDS: tuple[Field, ...] = tuple(read_fields(Configuration))
+"""All fields of a configuration, those of its parts included, in the order of their declaration."""
+HYPERPARAMETERS = {each.name: each for each in FIELDS if isinstance(each, Hyperparameter)}
+"""Name of a hyperparameter -> its field."""
+
+
+def column_types() -> dict[str, type]:
+    """Return column -> Python type (str, int or float) of the columns, but for the variants' own settings."""
+    return {each.column: each.value_type for each in FIELDS if each.column}
 
 
 @lru_cache(maxsize=1)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from orchestrator.study import bounds
 from orchestrator.util.errors import UsageError, quote_value
 
+MAX_POINTS = 10_000
+"""Largest number of points of a variant: rates times seeds, or points of a search."""
 MAX_DECADES = 100
 """Largest range of a grid in decades. float32 has 83; a much wider range could overflow a power of ten."""
 EXAMPLE = "For example: 1e-4 1e-3 1e-2, or 1e-4:1e-2:2 (two points a decade)."
@@ -26,8 +27,8 @@ def parse_learning_rates(words: Sequence[str]) -> tuple[float, ...]:
     rates = {each for word in words for each in (_parse_range(word) if ":" in word else [_parse_rate(word)])}
     if not rates:
         raise UsageError(f"--learning-rates is empty; it needs at least one rate. {EXAMPLE}")
-    if len(rates) > bounds.MAX_POINTS:
-        raise UsageError(f"--learning-rates has {len(rates)} rates; must have {bounds.MAX_POINTS} or fewer.")
+    if len(rates) > MAX_POINTS:
+        raise UsageError(f"--learning-rates has {len(rates)} rates; must have {MAX_POINTS} or fewer.")
     return tuple(sorted(rates))
 
 
@@ -93,8 +94,8 @@ def _parse_range(word: str) -> list[float]:
     decades = math.log10(high) - math.log10(low)
     if decades > MAX_DECADES:
         raise _error(word, f"spans {decades:.0f} decades; must be {MAX_DECADES} or less.")
-    if decades * density > bounds.MAX_POINTS:
-        raise _error(word, f"has more than {bounds.MAX_POINTS} rates; take fewer points a decade.")
+    if decades * density > MAX_POINTS:
+        raise _error(word, f"has more than {MAX_POINTS} rates; take fewer points a decade.")
     count = math.floor(decades * density + 1e-9) + 1 if decades else 1
     return [round_rate(low * 10 ** (i / density)) for i in range(count)]
 

@@ -11,94 +11,15 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from orchestrator.study import bounds
-from orchestrator.study.configuration import Configuration
+from orchestrator.study.configuration import HYPERPARAMETERS as HYPERPARAMETERS
+from orchestrator.study.configuration import Configuration, Hyperparameter
+from orchestrator.study.configuration import Value as Value
 
-Value = float | int | str | bool
 VariantDefaults = Callable[[str], Mapping[str, Value]]
 """Function from a variant to its settings with their defaults, including rank, alpha and dropout."""
 
-SIGNIFICANT_DIGITS = 3
-"""Significant digits of a sampled number. Reports show the same digits, so they show the exact value."""
-
-
-@dataclass(frozen=True)
-class Hyperparameter:
-    """The field of a hyperparameter in a configuration, and its valid values.
-
-    Valid values are `choices` if there are any, any text if `is_text`, else numbers from `low` to `high`; an
-    end with its `*_exclusive` flag is not valid itself.
-    """
-
-    part: Literal["variant", "task", "optimizer", "lr_schedule", "batches"]
-    field: str
-    is_int: bool = False
-    low: float = 0.0
-    high: float = math.inf
-    low_exclusive: bool = True
-    high_exclusive: bool = True
-    significant_digits: int = SIGNIFICANT_DIGITS
-    choices: tuple[str, ...] = ()
-    is_text: bool = False
-    """True if every text but the empty one is valid."""
-    searchable: bool = True
-    """False if a search cannot vary it, because its points would not be comparable or need other data."""
-
-    def find_violation(self, value: Value) -> str | None:
-        """Return the rule that `value` violates, as a phrase for an error message; None if it is valid."""
-        if self.is_text:
-            return None if isinstance(value, str) and value else "must be a text"
-        if self.choices:
-            return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
-        if isinstance(value, (str, bool)):
-            return "must be a number"
-        if self.is_int and value != int(value):
-            return "must be a whole number"
-        is_above_low = value > self.low if self.low_exclusive else value >= self.low
-        is_below_high = value < self.high if self.high_exclusive else value <= self.high
-        if is_above_low and is_below_high:
-            return None
-        bounds = f"{'above' if self.low_exclusive else 'at least'} {self.low:g}"
-        if self.high < math.inf:
-            bounds += f" and {'below' if self.high_exclusive else 'at most'} {self.high:g}"
-        return f"must be {bounds}"
-
-
-def int_hyperparameter(
-    part: Literal["variant", "task", "lr_schedule", "batches"], field: str, high: int
-) -> Hyperparameter:
-    """Return a hyperparameter whose values are integers from 1 to `high`.
-
-    Args:
-        part: Part of a configuration.
-        field: Field of that part.
-        high: Largest valid value.
-    """
-    return Hyperparameter(part, field, True, low=1, high=high, low_exclusive=False, high_exclusive=False)
-
-
-HYPERPARAMETERS: dict[str, Hyperparameter] = {
-    "learning_rate": Hyperparameter("optimizer", "learning_rate"),
-    "head_learning_rate": Hyperparameter("optimizer", "head_learning_rate"),
-    "rank": int_hyperparameter("variant", "rank", bounds.MAX_RANK),
-    "alpha": Hyperparameter("variant", "alpha"),
-    "dropout": Hyperparameter("variant", "dropout", high=1, low_exclusive=False),
-    "weight_decay": Hyperparameter("optimizer", "weight_decay", low_exclusive=False),
-    "beta1": Hyperparameter("optimizer", "beta1", high=1, low_exclusive=False, significant_digits=6),
-    "beta2": Hyperparameter("optimizer", "beta2", high=1, low_exclusive=False, significant_digits=6),
-    "epsilon": Hyperparameter("optimizer", "epsilon"),
-    "clip_norm": Hyperparameter("optimizer", "clip_norm"),
-    "warmup": Hyperparameter("lr_schedule", "warmup", high=1, low_exclusive=False, high_exclusive=False),
-    "schedule": Hyperparameter("lr_schedule", "name", choices=("constant", "linear", "cosine")),
-    "final_factor": Hyperparameter("lr_schedule", "final_factor", high=1, low_exclusive=False),
-    "batch_size": int_hyperparameter("batches", "batch_size", bounds.MAX_BATCH_SIZE),
-    "targets": Hyperparameter("variant", "targets", is_text=True, searchable=False),
-    "steps": replace(int_hyperparameter("lr_schedule", "steps", bounds.MAX_STEPS), searchable=False),
-    "train_size": replace(int_hyperparameter("task", "train_size", bounds.MAX_EXAMPLES), searchable=False),
-}
-INT_SETTING_RULE = replace(int_hyperparameter("variant", "extra", bounds.MAX_RANK), low=0)
+INT_SETTING_RULE = Hyperparameter(value_type=int, ge=0, le=100_000)
 """Valid values of integers among a variant's own settings. The variant may allow fewer."""
 VARIANT_HYPERPARAMETERS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
 
@@ -118,7 +39,7 @@ class Dimension:
     log: bool = False
     has_integer_steps: bool = False
     is_int: bool = False
-    significant_digits: int = SIGNIFICANT_DIGITS
+    significant_digits: int = Hyperparameter.significant_digits
     choices: tuple[Value, ...] = ()
 
     @property
@@ -194,7 +115,7 @@ def apply_values(configuration: Configuration, values: Mapping[str, Value]) -> C
         if hyperparameter is None or (variant and name in configuration.variant.extra):
             extra = {**configuration.variant.extra, name: value}
             configuration = replace(configuration, variant=replace(configuration.variant, extra=extra))
-        elif hyperparameter.part == "batches":
+        elif name == "batch_size":
             batches = configuration.batches
             batches = replace(batches, batch_size=int(value) // batches.accumulation)
             configuration = replace(configuration, batches=batches)
@@ -222,7 +143,7 @@ def get_value(configuration: Configuration, key: str) -> Value | None:
     if variant and name in configuration.variant.extra:
         return configuration.variant.extra[name]
     hyperparameter = HYPERPARAMETERS[name]
-    if hyperparameter.part == "batches":
+    if name == "batch_size":
         return configuration.batches.batch_size * configuration.batches.accumulation
     value = getattr(getattr(configuration, hyperparameter.part), hyperparameter.field)
     return None if (name, value) == ("rank", 0) else value  # Rank 0 stands for no rank.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.study import space
-from orchestrator.study.space import Dimension, Hyperparameter, Space, Value, VariantDefaults
+from orchestrator.study.configuration import Hyperparameter
+from orchestrator.study.space import Dimension, Space, Value, VariantDefaults
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import canonical_key
 
@@ -144,13 +145,13 @@ class _Argument:
 
     @property
     def is_int(self) -> bool:
-        return self.hyperparameter.is_int if self.hyperparameter else isinstance(self.default, int)
+        return self.hyperparameter.value_type is int if self.hyperparameter else isinstance(self.default, int)
 
     @property
     def is_text(self) -> bool:
         """True if the values are names, or true and false."""
         rule = self.hyperparameter
-        return isinstance(self.default, (str, bool)) or bool(rule and (rule.choices or rule.is_text))
+        return isinstance(self.default, (str, bool)) or bool(rule and rule.value_type is str)
 
     def error(self, message: str) -> UsageError:
         return UsageError(f"{self.option} {self.word!r}: {message}")
@@ -214,7 +215,7 @@ class _Argument:
             raise self.error(f"{low_text!r} must be above 0 for a logarithm.")
         self._check_rule(low_text, low)
         self._check_rule(high_text, high)
-        digits = self.hyperparameter.significant_digits if self.hyperparameter else space.SIGNIFICANT_DIGITS
+        digits = (self.hyperparameter or Hyperparameter()).significant_digits
         return Dimension(self.name, self.variant, low, high, log, has_integer_steps, self.is_int, digits)
 
     def _parse_choices(self) -> Dimension:

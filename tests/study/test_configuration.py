@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from dataclasses import replace
 
 import pytest
 
+from orchestrator.study import configuration
 from orchestrator.study.configuration import (
     BatchConfig,
     Configuration,
@@ -94,10 +96,28 @@ def test_the_group_key_changes_with_everything_that_may_not_differ_in_a_lane_gro
     assert (CHANGES[change].group_key == POINT.group_key) == (change in MAY_DIFFER_IN_A_LANE_GROUP)
 
 
+def test_a_new_field_with_its_default_changes_no_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`clip_norm` stands for a field that was added after POINT had been trained."""
+    added = [replace(each, omit_default=each.field == "clip_norm") for each in configuration.FIELDS]
+    known = POINT.to_json()
+    del known["optimizer"]["clip_norm"]
+    known["optimizer"]["head_learning_rate"] = 1e-3
+    known["model"]["name"] = ""
+    monkeypatch.setattr(configuration, "FIELDS", added)
+    read = Configuration.from_json(known | {"model": POINT.to_json()["model"]})
+    assert read.fingerprint == hashlib.sha256(canonical_json(known)).hexdigest()
+    assert replace(read, optimizer=OptimizerConfig(1e-3, clip_norm=2.0)).fingerprint != read.fingerprint
+
+
 def test_every_field_is_in_a_column() -> None:
     flat = POINT.to_columns()
     assert flat["variant"] == "lora"
     assert flat["learning_rate"] == 1e-3
     assert flat["variant_svd"] == "exact"
+    assert flat["task_train_size"] == 96
+    assert (flat["schedule"], flat["steps_horizon"], flat["divergence_share"]) == ("cosine", 60, 0.1)
+    types = configuration.column_types()
+    assert all(value is None or type(value) is types[name] for name, value in flat.items() if name in types)
+    assert flat.keys() - types.keys() == {"variant_svd"}
     for what, changed in CHANGES.items():
         assert changed.to_columns() != flat, f"{what} is in no column"

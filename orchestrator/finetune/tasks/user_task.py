@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Output, Task, TaskDefaults
-from orchestrator.study import bounds, space
-from orchestrator.study.configuration import Dtype
+from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, Hyperparameter
+from orchestrator.study.rates import MAX_POINTS
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 MAX_EXAMPLES = 1_000_000_000
 MAX_TOKENS = 10_000_000
+MAX_EVALUATIONS = 100_000
 
 
 def check(task: Task) -> None:
@@ -71,53 +73,48 @@ def _find_unknown_choices(task: Task) -> Iterator[str]:
 def _find_bad_learning_rates(rates: Sequence[float]) -> Iterator[str]:
     if not rates:
         yield f"learning_rates is {rates!r}; must have 1 rate or more"
-    if len(rates) > bounds.MAX_POINTS:
-        yield f"learning_rates has {len(rates)} rates; must have {bounds.MAX_POINTS} or fewer"
+    if len(rates) > MAX_POINTS:
+        yield f"learning_rates has {len(rates)} rates; must have {MAX_POINTS} or fewer"
     for rate in rates:
-        if rule := _broken_rule(space.HYPERPARAMETERS["learning_rate"], rate):
+        if rule := _broken_rule(HYPERPARAMETERS["learning_rate"], rate):
             yield f"learning_rates has {rate!r}; {rule}"
 
 
-def _task_rules(task: Task) -> dict[str, space.Hyperparameter]:
+def _task_rules(task: Task) -> dict[str, Hyperparameter]:
     """Return the rules for the numeric attributes of a task."""
+    count = Hyperparameter(value_type=int, ge=1, le=MAX_EXAMPLES)
     rules = {
-        "numerics": space.int_hyperparameter("batches", "numerics", MAX_EXAMPLES),
-        "samples": space.int_hyperparameter("batches", "samples", MAX_EXAMPLES),
-        "temperature": space.Hyperparameter("batches", "temperature", low_exclusive=False),
-        "top_p": space.Hyperparameter("batches", "top_p", high=1, high_exclusive=False),
+        "numerics": count,
+        "samples": count,
+        "temperature": Hyperparameter(value_type=float, ge=0),
+        "top_p": Hyperparameter(value_type=float, gt=0, le=1),
     }
-    if task.output == "generation":
-        rules["max_new_tokens"] = space.int_hyperparameter("batches", "max_new_tokens", MAX_TOKENS)
-    return rules
+    return rules | ({"max_new_tokens": replace(count, le=MAX_TOKENS)} if task.output == "generation" else {})
 
 
-def _default_rules(task: Task) -> dict[str, space.Hyperparameter]:
+def _default_rules(task: Task) -> dict[str, Hyperparameter]:
     """Return the rules for the defaults of a task."""
-    limits = {
-        "train_size": MAX_EXAMPLES,
-        "validation_size": MAX_EXAMPLES,
-        "test_size": MAX_EXAMPLES,
-        "steps": bounds.MAX_STEPS,
-        "batch_size": bounds.MAX_BATCH_SIZE,
-        "evaluations": bounds.MAX_EVALUATIONS,
-        "accumulation": bounds.MAX_BATCH_SIZE,
-        **({"max_length": MAX_TOKENS} if task.inputs == "text" else {}),
+    count = Hyperparameter(value_type=int, ge=1, le=MAX_EXAMPLES)
+    rules = {
+        name: HYPERPARAMETERS[name] for name in ("steps", "batch_size", "warmup", "schedule", "weight_decay")
     }
-    return {
-        **{name: space.int_hyperparameter("batches", name, limit) for name, limit in limits.items()},
-        **{name: space.HYPERPARAMETERS[name] for name in ("warmup", "schedule", "weight_decay")},
-        "dtype": space.Hyperparameter("batches", "dtype", choices=get_args(Dtype)),
-        "base_dropout": space.Hyperparameter("batches", "base_dropout", choices=("on", "off")),
+    rules |= dict.fromkeys(("train_size", "validation_size", "test_size"), count)
+    rules |= {
+        "evaluations": replace(count, le=MAX_EVALUATIONS),
+        "accumulation": HYPERPARAMETERS["batch_size"],
     }
+    rules |= {"max_length": replace(count, le=MAX_TOKENS)} if task.inputs == "text" else {}
+    rules["dtype"] = Hyperparameter(choices=get_args(Dtype))
+    return rules | {"base_dropout": Hyperparameter(choices=("on", "off"))}
 
 
-def _find_broken_rules(owner: object, rules: Mapping[str, space.Hyperparameter]) -> Iterator[str]:
+def _find_broken_rules(owner: object, rules: Mapping[str, Hyperparameter]) -> Iterator[str]:
     for name, hyperparameter in rules.items():
         if rule := _broken_rule(hyperparameter, getattr(owner, name)):
             yield f"{name} is {getattr(owner, name)!r}; {rule}"
 
 
-def _broken_rule(hyperparameter: space.Hyperparameter, value: Any) -> str | None:
+def _broken_rule(hyperparameter: Hyperparameter, value: Any) -> str | None:
     if hyperparameter.choices or _is_finite(value):
         return hyperparameter.find_violation(value)
     return "must be a finite number"
