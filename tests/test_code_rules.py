@@ -11,7 +11,7 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (351, 27172),
+    "orchestrator": (351, 27180),
     "orchestrator/analyze": (92, 6958),
     "orchestrator/cli": (5, 470),
     "orchestrator/cluster": (3, 246),
@@ -20,7 +20,7 @@ BUDGETS = {
     "orchestrator/export": (4, 465),
     "orchestrator/finetune": (143, 9462),
     "orchestrator/launch": (13, 1905),
-    "orchestrator/record": (18, 1907),
+    "orchestrator/record": (18, 1915),
     "orchestrator/study": (13, 1473),
     "orchestrator/util": (10, 625),
     "variants": (128, 6724),
@@ -29,7 +29,7 @@ BUDGETS = {
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 54_403
+DOC_WORDS = 54_467
 """Words that all pages may have together."""
 
 

@@ -13,10 +13,10 @@ from orchestrator.analyze.run_labels import USABLE, label_runs
 from orchestrator.analyze.summary import summarize
 from orchestrator.analyze.task_titles import entitle
 from orchestrator.analyze.verdict import Verdict
-from orchestrator.record.parquet import curves_table, runs_table
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import find_study
+from orchestrator.record.tables import curves_table, runs_table
 from orchestrator.study.study_name import default_output
 from orchestrator.util.errors import UsageError
 

@@ -12,8 +12,8 @@ from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.record.parquet import PARQUET_FILE
 from orchestrator.record.store import Store
+from orchestrator.record.tables import PARQUET_FILE
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError, suggest_nearest

@@ -15,9 +15,9 @@ from orchestrator.launch.adapter_keeper import AdapterKeeper
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.mlflow import ARTIFACTS_FOLDER
-from orchestrator.record.parquet import CURVES_FILE, PARQUET_FILE, write_parquet
 from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.study_file import PICTURES, REPORT_FILES, StudyFile
+from orchestrator.record.tables import CURVES_FILE, PARQUET_FILE, write_parquet
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
 from orchestrator.util import timeouts
 from orchestrator.util.command import EXIT_LIMIT_REACHED

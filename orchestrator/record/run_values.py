@@ -10,7 +10,15 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from orchestrator.record.schema import TIME_FIELDS, LaneProgress, Record, StepMetrics
+from orchestrator.record.schema import (
+    Bytes,
+    Cost,
+    LaneProgress,
+    Record,
+    StepMetrics,
+    column_types,
+    column_values,
+)
 from orchestrator.study.configuration import Configuration
 
 MAX_LIVE_STEPS = 50
@@ -124,9 +132,9 @@ def rate_values(configuration: Configuration) -> Mapping[str, float]:
 
 def _step_values(step: StepMetrics) -> Iterator[tuple[str, float]]:
     """Yield (name, value) of the metrics of one training step."""
-    yield "train_loss", step.loss
-    yield "scheduled_learning_rate", step.learning_rate
-    yield "gradient_norm", step.gradient_norm
+    for name, value in column_values(step).items():
+        if name != "step":
+            yield "scheduled_learning_rate" if name == "learning_rate" else name, value
 
 
 def untimed_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tuple[str, int, float]]:
@@ -144,19 +152,11 @@ def untimed_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tup
     for evaluation in record.evaluations:
         for key, value in evaluation.scores.items():
             yield f"{evaluation.split}_{key}", evaluation.step, value
-    metric = record.configuration.task.metric
-    for split, score in (("validation", record.score("validation")), ("test", record.score("test"))):
-        if score is not None:
-            yield f"{split}_score", record.steps, score
-        if metric in (untrained := record.baseline_scores.get(split, {})):
-            yield f"untrained_{split}_score", record.steps, untrained[metric]
-    yield "seconds", record.steps, record.cost.train_seconds + record.cost.evaluate_seconds
-    for name in TIME_FIELDS:
-        yield name, record.steps, getattr(record.cost, name)
-    yield "tokens", record.steps, record.cost.tokens
-    yield "trainable_parameters", record.steps, record.cost.trainable_parameters
-    if record.cost.peak_memory:
-        yield "peak_memory", record.steps, record.cost.peak_memory
+    sizes = [name for name, kind in column_types(Cost).items() if kind == Bytes]
+    final = {**record.scores(), "seconds": record.cost.seconds, **column_values(record.cost)}
+    for name, value in final.items():
+        if value is not None and (value or name not in sizes):
+            yield name, record.steps, value
 
 
 def latest_values(record: Record) -> dict[str, float]:

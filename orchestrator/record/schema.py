@@ -1,13 +1,18 @@
-"""The record: the result of one configuration, written by a worker and read by everything else."""
+"""The record: the result of one configuration, written by a worker and read by everything else.
+
+A field of `Record`, `Cost`, `Provenance` or `StepMetrics` with a type of `COLUMN_TYPES` is a column of the
+Parquet files and of the frames of `orchestrator.load`, and `show` prints it. A field of `Cost` or
+`StepMetrics` is also a metric of MLflow and the other trackers. No other module lists the fields.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import TypeAdapter
 
@@ -23,8 +28,28 @@ RecordState = Literal["finished", "diverged", "stopped", "failed"]
 FINAL_STATES = ("finished", "diverged")
 """The states of a record that is reused for every later request of its configuration."""
 
+Seconds = Annotated[float, "s"]
+Bytes = Annotated[int, "bytes"]
+"""A size; 0 if it was not measured."""
+UnixTime = Annotated[float, "UTC"]
+"""Seconds since the epoch."""
+
+COLUMN_TYPES: Mapping[Any, str] = {
+    str: "string",
+    RecordState: "string",
+    int: "int64",
+    Bytes: "int64",
+    float: "float64",
+    Seconds: "float64",
+    UnixTime: "timestamp",
+    tuple[int, ...]: "list<int64>",
+    Mapping[str, str]: "string",
+}
+"""Type of a field -> Arrow type of its column. A field of another type is no column."""
+
 # JSON has no NaN and infinities, which the curve of a diverged lane may hold; they are written as strings.
 _WITH_NAN = {"ser_json_inf_nan": "strings"}
+_NO_COLUMN = {"column": ""}
 
 
 @dataclass(frozen=True)
@@ -37,7 +62,7 @@ class StepMetrics:
 
     __pydantic_config__: ClassVar = _WITH_NAN
     step: int
-    loss: float
+    loss: float = field(metadata={"column": "train_loss"})
     learning_rate: float
     gradient_norm: float
 
@@ -70,27 +95,28 @@ class Cost:
     trainer they add up to the time from the start of its process to the end of its last lane.
     """
 
-    train_seconds: float = 0.0
+    train_seconds: Seconds = 0.0
     """Time of optimizer steps."""
-    evaluate_seconds: float = 0.0
+    evaluate_seconds: Seconds = 0.0
     """Time of evaluations, generated answers included."""
     tokens: int = 0
     """Target tokens of the optimizer steps, on all workers."""
     trainable_parameters: int = 0
-    peak_memory: int = 0
-    """Peak memory in bytes while the lane was in its lane group, of all lanes of the group together: memory
+    peak_memory: Bytes = 0
+    """Peak memory while the lane was in its lane group, of all lanes of the group together: memory
     allocated on the GPU, or the resident size of the process on a CPU."""
-    generate_seconds: float = 0.0
+    generate_seconds: Seconds = 0.0
     """The part of `evaluate_seconds` in which answers were generated and graded."""
-    start_seconds: float = 0.0
+    start_seconds: Seconds = 0.0
     """Time from the start of the trainer's process to its first step or evaluation: imports, the base model,
     the data, and the first adapters. 0 for lanes that were leased later."""
-    other_seconds: float = 0.0
+    other_seconds: Seconds = 0.0
     """All other time of the trainer: later adapters, checkpoints, calls of the broker, waiting."""
 
-
-TIME_FIELDS = ("train_seconds", "evaluate_seconds", "generate_seconds", "start_seconds", "other_seconds")
-"""The fields of `Cost` in seconds, in the order in which a checkpoint stores them."""
+    @property
+    def seconds(self) -> float:
+        """Time of optimizer steps and evaluations."""
+        return self.train_seconds + self.evaluate_seconds
 
 
 @dataclass(frozen=True)
@@ -107,9 +133,8 @@ class Provenance:
     attempt: int = 0
     resumed_from: tuple[int, ...] = ()
     """Steps at which an interrupted lane continued, one entry for each interruption."""
-    started: float = 0.0
-    ended: float = 0.0
-    """Seconds since the epoch."""
+    started: UnixTime = 0.0
+    ended: UnixTime = 0.0
     kernels: str = "torch"
     """Code of the base model's norms, rotary embedding and activation: "torch", or "liger" and version."""
 
@@ -126,7 +151,7 @@ class Record:
     """Optimizer steps taken."""
     reason: str = ""
     """Why the lane ended, for any state but finished."""
-    traceback: str = ""
+    traceback: str = field(default="", metadata=_NO_COLUMN)
     curve: tuple[StepMetrics, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     baseline_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -135,12 +160,12 @@ class Record:
     """Split -> results per item. A finished record has "validation" and "test"."""
     cost: Cost = Cost()
     provenance: Provenance = Provenance()
-    stopping_settings: str = ""
+    stopping_settings: str = field(default="", metadata={"column": "scheduler"})
     """For a stopped record: the settings of the early stopping that stopped it."""
     stopped_at: int | None = None
     """For a stopped record: the last step whose scores early stopping had seen. A lane that continued from a
     checkpoint may have been trained further."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = field(default=SCHEMA_VERSION, metadata=_NO_COLUMN)
 
     def score(self, split: Literal["validation", "test"]) -> float | None:
         """Return the task's metric at the end of training.
@@ -154,6 +179,13 @@ class Record:
             return None
         last = [e for e in self.evaluations if e.split == split]
         return last[-1].scores[self.configuration.task.metric] if last else None
+
+    def scores(self) -> dict[str, float | None]:
+        """Return `SCORES` by name: the task's metric at the end of training, and without an adapter."""
+        metric, before = self.configuration.task.metric, self.baseline_scores
+        values = self.score("validation"), self.score("test")
+        untrained = (before.get(split, {}).get(metric) for split in ("validation", "test"))
+        return dict(zip(SCORES, (*values, *untrained), strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object, with NaN and infinities as strings."""
@@ -184,6 +216,34 @@ class LaneProgress:
     """Training loss of this step, as in `StepMetrics`; NaN at the start."""
     curve: tuple[StepMetrics, ...] = ()
     """A selection of the steps since the last evaluation, see `run_values.select_live_steps`."""
+
+
+def column_types(part: type) -> dict[str, Any]:
+    """Return the columns that the fields of a class make: name -> type, a key of `COLUMN_TYPES`.
+
+    A field's metadata may have another name for the "column", or an empty one for a field that is no column.
+    """
+    return {name: kind for name, (_, kind) in _columns(part).items()}
+
+
+def column_values(part: Any) -> dict[str, Any]:
+    """Return the values of the columns that the fields of an object make, by name."""
+    owner: type = part.__class__
+    return {name: getattr(part, own) for name, (own, _) in _columns(owner).items()}
+
+
+@lru_cache(maxsize=4)
+def _columns(part: type) -> dict[str, tuple[str, Any]]:
+    """Return name of a column -> name and type of its field."""
+    types = get_type_hints(part, include_extras=True)
+    named = [(each.metadata.get("column", each.name), each.name) for each in fields(part)]
+    return {name: (own, types[own]) for name, own in named if name and types[own] in COLUMN_TYPES}
+
+
+SCORES = ("validation_score", "test_score", "untrained_validation_score", "untrained_test_score")
+"""The columns of `Record.scores`."""
+TIME_FIELDS = tuple(name for name, kind in column_types(Cost).items() if kind == Seconds)
+"""The fields of `Cost` in seconds, in the order in which a checkpoint stores them."""
 
 
 @lru_cache(maxsize=1)

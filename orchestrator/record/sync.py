@@ -8,10 +8,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestrator.record.mlflow import MlflowTracker
-from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import LOCK_FILE, REPORT_FILES, StudyFile, read_studies
+from orchestrator.record.tables import write_parquet
 from orchestrator.record.tracker import StudyEnd, describe_error
 from orchestrator.record.tracking_uri import check_uri, study_uri
 from orchestrator.util.redaction import redact_secrets

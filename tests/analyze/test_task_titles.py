@@ -13,10 +13,10 @@ from orchestrator.analyze.report import write_report
 from orchestrator.analyze.study_description import describe_study
 from orchestrator.analyze.study_frames import load
 from orchestrator.analyze.task_titles import entitle
-from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
+from orchestrator.record.tables import write_parquet
 
 
 def own(content: str, name: str, variant: str = "lora", rate: float = 1e-2, score: float = 0.5) -> Record:

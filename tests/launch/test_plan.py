@@ -19,9 +19,9 @@ from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.cost import find_card
 from orchestrator.launch.plan import print_plan
 from orchestrator.launch.work import StudyWork, choose_lanes
-from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.store import Store
+from orchestrator.record.tables import write_parquet
 from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule, ModelChoice
 from orchestrator.study.options import StudyOptions
 

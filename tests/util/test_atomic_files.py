@@ -13,9 +13,9 @@ from full_disk import mounted
 from orchestrator.execution.search.search_file import SEARCH_FILE as SEARCH
 from orchestrator.execution.search.search_file import SearchFile
 from orchestrator.finetune.sources import base_store
-from orchestrator.record.parquet import write_parquet
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import STUDY_FILE, StudyFile
+from orchestrator.record.tables import write_parquet
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 

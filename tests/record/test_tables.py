@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.record import parquet
-from orchestrator.record.parquet import CURVES_FILE, write_parquet
+from orchestrator.record import tables
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
+from orchestrator.record.tables import CURVES_FILE, write_parquet
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_the_curves_have_one_row_per_step_with_the_evaluations_after_it(store, m
 def test_curves_of_an_empty_store_have_their_columns(store):
     write_parquet(store)
     schema = pq.read_schema(store.root / CURVES_FILE)
-    assert schema.names == ["fingerprint", "step", "train_loss", "gradient_norm", "learning_rate"]
+    assert schema.names == ["fingerprint", "step", "train_loss", "learning_rate", "gradient_norm"]
     assert schema.metadata[b"record_schema_version"] == b"1"
 
 
@@ -151,4 +151,4 @@ def test_a_failed_write_leaves_the_old_file(store, make_record, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_parquet(store)
     assert path.read_bytes() == before
-    assert not [f for f in store.root.iterdir() if f.name.startswith(f".{parquet.PARQUET_FILE}")]
+    assert not [f for f in store.root.iterdir() if f.name.startswith(f".{tables.PARQUET_FILE}")]

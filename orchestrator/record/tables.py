@@ -1,0 +1,214 @@
+"""Tables of records: one with a row per configuration, and one with a row per step of every curve.
+
+The store keeps them as Parquet files. `orchestrator.load` returns those of one study as pandas frames. Their
+columns are the fields of the configuration and of the record, see `record/schema.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.record.schema import (
+    COLUMN_TYPES,
+    SCHEMA_VERSION,
+    SCORES,
+    Cost,
+    Evaluation,
+    Provenance,
+    Record,
+    StepMetrics,
+    UnixTime,
+    column_types,
+    column_values,
+)
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import read_studies
+from orchestrator.util.atomic_files import replace_atomically
+from orchestrator.util.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_log = logging.getLogger(__name__)
+
+PARQUET_FILE = "records.parquet"
+CURVES_FILE = "curves.parquet"
+
+_METADATA = {"record_schema_version": str(SCHEMA_VERSION)}
+
+# The types are fixed, because a type inferred from an empty column would change once the column has values.
+_CONFIGURATION = {
+    "string": "variant task task_title model model_content dtype targets schedule task_revision base_dropout "
+    "test_evaluations",
+    "int64": "seed rank steps_horizon batch_size accumulation max_length task_train_size "
+    "task_validation_size task_test_size task_numerics evaluations variant_numerics loop_numerics",
+    "float64": "learning_rate alpha dropout weight_decay beta1 beta2 epsilon clip_norm head_learning_rate "
+    "warmup final_factor divergence_loss_ratio divergence_share divergence_smoothing",
+}
+
+
+def write_parquet(store: Store, output: Path | None = None) -> Path:
+    """Write `records.parquet` and `curves.parquet` in the store's folder.
+
+    Args:
+        store: The store.
+        output: The folder with the studies' folders, from which the column `studies` is filled, and
+            `task_title` for users' tasks. None: the lists are empty, and the title is the task's name.
+
+    Returns:
+        The path of `records.parquet`.
+    """
+    import pyarrow.parquet
+
+    studies, titles = _read_studies(output) if output is not None else ({}, {})
+    rows, curves = [], []
+    for record in store.records():  # not all records at once, because their curves are large
+        rows.append(_to_row(record, studies.get(record.fingerprint, ()), titles))
+        curves.append(_curve_table(record))
+    tables = {PARQUET_FILE: _to_table(rows), CURVES_FILE: _concatenate(curves)}
+    for name, table in tables.items():
+        with replace_atomically(store.root / name) as temporary:
+            pyarrow.parquet.write_table(table, temporary)
+    return store.root / PARQUET_FILE
+
+
+def _read_studies(output: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return fingerprint -> names of the studies that have requested it, and content of a task -> title."""
+    studies: dict[str, list[str]] = {}
+    titles: dict[str, str] = {}
+    try:
+        for name, (_, study) in read_studies(output).items():
+            for fingerprint in study.configurations:
+                studies.setdefault(fingerprint, []).append(name)
+            titles |= {source.content: source.title for source in study.sources if source.title}
+    except UsageError as error:  # another study's file must not prevent this study's report
+        _log.warning("%s: the column `studies` of %s is empty: %s", output, PARQUET_FILE, error)
+        return {}, {}
+    return studies, titles
+
+
+def runs_table(
+    records: Iterable[Record], studies: Mapping[str, Sequence[str]], titles: Mapping[str, str]
+) -> pa.Table:
+    """Return one row per record.
+
+    Columns: `fingerprint`; `studies`; every hyperparameter under its name in `Configuration.to_columns()` (a
+    variant's own as `variant_<name>`, numbers as float64); `task_title`, the name of the task for a reader;
+    the columns of the record, its cost and its provenance (`versions` is a JSON object); `Record.scores`;
+    every score of the last evaluation of a split as `validation_<score>` and `test_<score>`, for any state.
+    The table's metadata has the version of the schema under `record_schema_version`.
+
+    Args:
+        records: The records.
+        studies: Fingerprint -> names of the studies that have requested it.
+        titles: Content of a user's task -> its title.
+    """
+    return _to_table([_to_row(record, studies.get(record.fingerprint, ()), titles) for record in records])
+
+
+def curves_table(records: Iterable[Record]) -> pa.Table:
+    """Return one row per record and step.
+
+    Columns: `fingerprint` (dictionary-encoded), those of `StepMetrics` (`learning_rate` as scheduled), and
+    every score of an evaluation after that step as `validation_<score>` and `test_<score>`.
+    """
+    return _concatenate([_curve_table(record) for record in records])
+
+
+def _to_row(record: Record, studies: Sequence[str], titles: Mapping[str, str]) -> dict[str, Any]:
+    """Return a record as a row of `runs_table`; times are in milliseconds since the epoch."""
+    task = record.configuration.task
+    row: dict[str, Any] = {"studies": list(studies), **record.configuration.to_columns()}
+    row["task_title"] = titles.get(task.content, task.name)
+    for evaluation in record.evaluations:  # in the order of steps, so that the last one stays
+        row |= _scores_of(evaluation)
+    row |= {**record.scores(), "seconds": record.cost.seconds}
+    for part in (record, record.cost, record.provenance):
+        types = column_types(type(part))
+        row |= {name: _plain(value, types[name]) for name, value in column_values(part).items()}
+    return row
+
+
+def _scores_of(evaluation: Evaluation) -> dict[str, float]:
+    return {f"{evaluation.split}_{name}": float(value) for name, value in evaluation.scores.items()}
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """Return the value of a field for Arrow."""
+    if kind == UnixTime:
+        return round(value * 1000)
+    return json.dumps(dict(value), sort_keys=True) if isinstance(value, Mapping) else value
+
+
+def _curve_table(record: Record) -> pa.Table:
+    """Return the rows of one record in `curves_table`."""
+    import pyarrow as pa
+
+    rows: dict[int, dict[str, Any]] = {step.step: column_values(step) for step in record.curve}
+    for evaluation in record.evaluations:
+        rows.setdefault(evaluation.step, {"step": evaluation.step}).update(_scores_of(evaluation))
+    ordered = [{"fingerprint": record.fingerprint, **rows[step]} for step in sorted(rows)]
+    fixed = _curve_schema()
+    scores = dict.fromkeys(name for row in ordered for name in row if name not in fixed.names)
+    schema = pa.schema([*fixed, *(pa.field(name, pa.float64()) for name in scores)])
+    return pa.Table.from_pylist(ordered, schema)
+
+
+def _curve_schema() -> pa.Schema:
+    """Return the columns of the curves of any record."""
+    import pyarrow as pa
+
+    steps = [(name, pa.type_for_alias(COLUMN_TYPES[t])) for name, t in column_types(StepMetrics).items()]
+    return pa.schema([("fingerprint", pa.dictionary(pa.int32(), pa.string())), *steps], _METADATA)
+
+
+def _concatenate(curves: Sequence[pa.Table]) -> pa.Table:
+    """Concatenate the curves of several runs. A score that a run does not have is null in its rows."""
+    import pyarrow as pa
+
+    table = pa.concat_tables([_curve_schema().empty_table(), *curves], promote_options="default")
+    return table.unify_dictionaries().replace_schema_metadata(_METADATA)
+
+
+def _to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return rows as a table with the fixed columns, and those of the variants and scores in `rows`."""
+    import pyarrow as pa
+
+    def arrow(types: Mapping[str, Any]) -> dict[str, pa.DataType]:
+        special = {"timestamp": pa.timestamp("ms", tz="UTC"), "list<int64>": pa.list_(pa.int64())}
+        aliases = {name: COLUMN_TYPES[kind] for name, kind in types.items()}
+        return {name: special.get(alias) or pa.type_for_alias(alias) for name, alias in aliases.items()}
+
+    parts = [column_types(part) for part in (Record, Cost, Provenance)]
+    results = arrow(parts[0] | dict.fromkeys((*SCORES, "seconds"), float) | parts[1] | parts[2])
+    types = {"fingerprint": results.pop("fingerprint"), "studies": pa.list_(pa.string())}
+    types |= {
+        name: pa.type_for_alias(kind) for kind, names in _CONFIGURATION.items() for name in names.split()
+    }
+    for name in sorted({name for row in rows for name in row} - types.keys() - results.keys()):
+        types[name] = _infer_type([row[name] for row in rows if row.get(name) is not None])
+    types |= results
+    # Variants may have hyperparameters of one name and different types.
+    text = {name for name, kind in types.items() if kind == pa.string()}
+    converted = [
+        {name: str(value) if name in text and value is not None else value for name, value in row.items()}
+        for row in rows
+    ]
+    return pa.Table.from_pylist(converted, pa.schema(types.items(), _METADATA))
+
+
+def _infer_type(values: Iterable[Any]) -> pa.DataType:
+    """Return the type of a column from its values.
+
+    All numbers become float64, because a later record may have a fraction.
+    """
+    import pyarrow as pa
+
+    types = {type(value) for value in values}
+    if types == {bool}:
+        return pa.bool_()
+    return pa.float64() if types <= {int, float} else pa.string()
