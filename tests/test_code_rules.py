@@ -11,21 +11,21 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (351, 27180),
+    "orchestrator": (350, 27157),
     "orchestrator/analyze": (92, 6958),
     "orchestrator/cli": (5, 470),
     "orchestrator/cluster": (3, 246),
-    "orchestrator/execution": (41, 3416),
+    "orchestrator/execution": (41, 3410),
     "orchestrator/experiments": (6, 154),
     "orchestrator/export": (4, 465),
-    "orchestrator/finetune": (143, 9462),
+    "orchestrator/finetune": (142, 9440),
     "orchestrator/launch": (13, 1905),
     "orchestrator/record": (18, 1915),
     "orchestrator/study": (13, 1473),
-    "orchestrator/util": (10, 625),
+    "orchestrator/util": (10, 630),
     "variants": (128, 6724),
     "experiments": (16, 1938),
-    "tests": (302, 32591),
+    "tests": (302, 32585),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -210,11 +210,11 @@ class CountingSource:
         file.write_text(json.dumps({"calls": self.calls, "seconds": self.seconds}) + "\n")
 
 
-def run(source: LaneSource | None, store: Any, load_base_model: Callable[..., Any], **options: Any) -> None:
+def run(source: LaneSource | None, store: Any, *arguments: Any, **options: Any) -> None:
     """Run the fine-tuning loop with a `SimulatedEngine`; see `orchestrator.finetune.engine.loop.run`."""
     counting_source = CountingSource(source) if source is not None else None
     try:
-        loop.run(counting_source, store, load_base_model, make_engine=SimulatedEngine, **options)
+        loop.run(counting_source, store, *arguments, make_engine=SimulatedEngine, **options)
     finally:
         if counting_source is not None:
             counting_source.write(store)

@@ -64,6 +64,15 @@ REPORT_WAIT_SECONDS = 20.0
 """Length of one call that waits for a report; the trial then calls again."""
 IDLE_TRAINER_SECONDS = 60.0
 """Time without a lane after which a trainer ends."""
+SPILL_SECONDS = 1.0
+"""Time for which a lane has been parked until it makes room for one that waits."""
+MIN_CHECKPOINT_SECONDS = 60.0
+"""The shortest interval between two checkpoints of a lane. A lane that trains for less is not saved before
+its end."""
+MAX_CHECKPOINT_SECONDS = 900.0
+"""The longest interval between two checkpoints of a lane."""
+STORE_FULL_SECONDS = 60.0
+"""Time for which a trainer waits for space on a full disk."""
 DEVICE_TEST_SECONDS = 120.0
 """Time for the test of a worker's device, including the start of CUDA on a busy machine; a broken GPU may
 never answer."""
@@ -117,6 +126,9 @@ SANDBOX_SETUP_SECONDS = 60.0
 
 # -- polling and printing
 
+SOURCE_POLL_SECONDS = 0.1
+"""The shortest interval between two requests of one kind of a trainer to the broker; longer while the broker
+answers slowly."""
 SESSION_POLL_SECONDS = 0.5
 """Interval at which the driver asks the broker for changes."""
 NODE_COUNT_INTERVAL_SECONDS = 2.0

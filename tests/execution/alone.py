@@ -12,8 +12,8 @@ from orchestrator.execution.settings import TrainerSettings
 from orchestrator.execution.trainers.trainer import load_base_model
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
+from orchestrator.finetune.engine.slots import LaneSlots
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.record import provenance
 from orchestrator.record.schema import Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -73,7 +73,6 @@ def train(configurations: Iterable[Configuration], bases: Path, folder: Path) ->
             _Queue(configurations),
             store,
             partial(load_base_model, settings, bases, torch.device("cpu")),
-            loop.LoopSettings(max_lanes=LANES, idle_seconds=0.0),
-            provenance=provenance.current_provenance,
+            LaneSlots(LANES),
         )
     return {record.fingerprint: record for record in store.records()}

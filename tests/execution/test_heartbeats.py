@@ -18,11 +18,12 @@ import ray
 import torch
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
-from scripted import configuration, provenance, tiny_base_model
+from scripted import configuration, tiny_base_model
 
 from orchestrator.execution.broker.actor import Broker
 from orchestrator.execution.broker.client import BROKER_NAME, BrokerClient
 from orchestrator.finetune.engine import loop
+from orchestrator.finetune.engine.slots import LaneSlots
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
@@ -90,6 +91,7 @@ def test_a_trainer_that_evaluates_for_longer_than_it_may_be_silent_keeps_its_lan
 ) -> None:
     """Each of the seven batches lasts half of the longest permitted silence, and until a heartbeat comes."""
     monkeypatch.setattr(timeouts, "LANE_START_SECONDS", HUNG_SECONDS)  # the untrained base is evaluated, too
+    monkeypatch.setattr(timeouts, "IDLE_TRAINER_SECONDS", 0.0)
     submit(broker, ONE)
     base_model = tiny_base_model(ONE.model)
     scored: list[float] = []
@@ -108,13 +110,7 @@ def test_a_trainer_that_evaluates_for_longer_than_it_may_be_silent_keeps_its_lan
 
     base_model.model.get_decoder().register_forward_pre_hook(slow)
     store = Store(tmp_path / "store")
-    loop.run(
-        connect(),
-        store,
-        lambda choice, task: base_model,
-        loop.LoopSettings(1, idle_seconds=0.0),
-        provenance=provenance,
-    )
+    loop.run(connect(), store, lambda choice, task: base_model, LaneSlots(1))
     record = store.get(ONE.fingerprint)
     assert record is not None
     assert (record.state, record.provenance.attempt) == ("finished", 1)

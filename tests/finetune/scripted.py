@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from orchestrator.finetune.engine import leasing, loop
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.finetune.engine.lane_state import LaneState
+from orchestrator.finetune.engine.slots import LaneSlots
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
@@ -35,6 +36,7 @@ from orchestrator.study.configuration import (
     TaskChoice,
     VariantChoice,
 )
+from orchestrator.util import timeouts
 from variants import catalogue as variants
 
 WORDS_TASK = str(Path(__file__).with_name("words_task.py"))
@@ -293,10 +295,6 @@ def leases(configurations: Iterable[Configuration], attempt: int = 1) -> list[Le
     return [Lease(c, attempt) for c in configurations]
 
 
-def provenance(device: str, *, lane_group_size: int = 1, **rest: Any) -> Provenance:
-    return Provenance(commit="test", device=device, lane_group_size=lane_group_size, **rest)
-
-
 @cache
 def tiny_data() -> Path:
     """Return a folder of prepared data that the stores of the tiny model share."""
@@ -321,15 +319,16 @@ def train(
         data: A folder of prepared data that stores of the same model share.
         save_when: Returns whether a lane is saved before its next step; the lane waits for the write. With
             `max_checkpoint_seconds` in `options`, lanes are saved as in a study instead.
-        options: Fields of `LoopSettings` and arguments of `loop.run`.
+        options: `is_measured` of the slots, time limits of `timeouts` in lower case, and arguments of
+            `loop.run`.
     """
     if data is not None:
         store.data = data
     elif "load_base_model" not in options and not store.data.exists():
         store.data = tiny_data()
-    limits = {"max_lanes": lanes, "idle_seconds": 5.0, "poll_seconds": 0.0, **options}
-    settings = {f.name: limits[f.name] for f in fields(loop.LoopSettings) if f.name in limits}
-    rest = {name: value for name, value in options.items() if name not in settings}
+    slots = LaneSlots(lanes, options.pop("is_measured", False))
+    seconds = {"idle_trainer_seconds": 5.0, "source_poll_seconds": 0.0}
+    seconds |= {name: options.pop(name) for name in list(options) if name.endswith("_seconds")}
 
     class Seen(Lane):
         """A lane that registers itself with the lane source."""
@@ -340,15 +339,16 @@ def train(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leasing, "Lane", Seen)
-        if "max_checkpoint_seconds" not in options:
+        for name, value in seconds.items():
+            patch.setattr(timeouts, name.upper(), value)
+        if "max_checkpoint_seconds" not in seconds:
             save_promptly(patch.setattr, save_when)
         loop.run(
             source,
             store,
-            rest.pop("load_base_model", tiny_base_model),
-            loop.LoopSettings(**settings),
-            provenance=provenance,
-            **rest,
+            options.pop("load_base_model", tiny_base_model),
+            slots,
+            **options,
         )
 
 

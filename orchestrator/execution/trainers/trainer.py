@@ -55,9 +55,8 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
 
     # Imported once the device is announced to the broker: a damaged installation counts against the node.
     from orchestrator.execution.broker.client import BrokerClient
-    from orchestrator.finetune.engine.loop import LoopSettings
+    from orchestrator.finetune.engine.slots import LaneSlots
     from orchestrator.finetune.failures import TrainerBrokenError
-    from orchestrator.record import provenance
     from orchestrator.record.store import Store
     from orchestrator.util.redaction import redact_errors
 
@@ -72,13 +71,8 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
             source,
             store,
             partial(load_base_model, settings, store.bases, device),
-            settings=LoopSettings(
-                settings.max_lanes,
-                timeouts.IDLE_TRAINER_SECONDS,
-                is_measured=settings.measures_lanes,
-                adapters=None if kept == "none" else store.adapters / kept,
-            ),
-            provenance=provenance.current_provenance,
+            LaneSlots(settings.max_lanes, settings.measures_lanes),
+            adapters=None if kept == "none" else store.adapters / kept,
             process_group=process_group,
         )
 

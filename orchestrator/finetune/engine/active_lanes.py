@@ -9,14 +9,40 @@ from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Directive, LaneSource, Lease
 from orchestrator.finetune.engine.lane_state import LaneState
-from orchestrator.finetune.engine.polling import PollInterval
 from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.engine.slots import LaneSlots
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.record.schema import RecordState
+from orchestrator.util import timeouts
 
 NEVER = -float("inf")
 """A time before all others, on any clock."""
+LATENCY_FACTOR = 20.0
+"""The interval of requests is at least this many times the last answer's latency, so that a trainer waits
+little."""
+MAX_SLOWDOWN = 20.0
+"""That interval is at most this many times the shortest one, so that a trainer still notices a stop soon."""
+
+
+@dataclass
+class PollInterval:
+    """The interval between two requests to the source; times in seconds.
+
+    It grows with the latency of the answers: all trainers ask one broker.
+    """
+
+    last_latency: float = 0.0
+    """The latency of the last answer."""
+
+    def record_answer(self, sent_at: float, now: float) -> None:
+        """Note that a request sent at `sent_at` was answered at `now`."""
+        self.last_latency = now - sent_at
+
+    def is_due(self, last_answered_at: float, now: float) -> bool:
+        """Return whether a new request is due."""
+        shortest = timeouts.SOURCE_POLL_SECONDS
+        backoff = min(LATENCY_FACTOR * self.last_latency, MAX_SLOWDOWN * shortest)
+        return now - last_answered_at >= max(shortest, backoff)
 
 
 @dataclass
@@ -33,7 +59,7 @@ class ActiveLanes:
     recorder: LaneRecorder
     process_group: ProcessGroup
     slots: LaneSlots
-    poll_interval: PollInterval
+    poll_interval: PollInterval = field(default_factory=PollInterval)
     lanes: dict[str, Lane] = field(default_factory=dict)
     """Fingerprint -> lane, in the order in which they were leased."""
     steps_taken: int = 0

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 from orchestrator.finetune.engine.lane import Lane
+from orchestrator.util import timeouts
 
 MEAN_SECONDS_BETWEEN_FAILURES = 24 * 3600.0
 """Assumed mean time between two failures of a trainer that lose the steps since the last checkpoints. The
@@ -23,10 +24,6 @@ class CheckpointSchedule:
     T = sqrt(2 C M).
     """
 
-    min_seconds: float
-    """The shortest interval. A lane that trains for less is not saved before its end."""
-    max_seconds: float
-    """The longest interval."""
     write_seconds: float = 0.0
     """Duration of the last write of one lane; 0 before the first one and after one that failed, so that the
     next attempt follows after the shortest interval."""
@@ -38,7 +35,7 @@ class CheckpointSchedule:
             lane_count: The lanes of the trainer.
         """
         optimum = math.sqrt(2 * self.write_seconds * lane_count * MEAN_SECONDS_BETWEEN_FAILURES)
-        return min(max(optimum, self.min_seconds), self.max_seconds)
+        return min(max(optimum, timeouts.MIN_CHECKPOINT_SECONDS), timeouts.MAX_CHECKPOINT_SECONDS)
 
     def is_due(self, lane: Lane, lane_count: int, is_first: bool) -> bool:
         """Return whether the interval has passed since the lane's start or last checkpoint.
@@ -49,5 +46,5 @@ class CheckpointSchedule:
             is_first: Whether the lane has not been saved since this trainer leased it. It is then saved after
                 the shortest interval, so that a study whose trainers die every few minutes makes progress.
         """
-        interval = self.min_seconds if is_first else self.compute_interval(lane_count)
+        interval = timeouts.MIN_CHECKPOINT_SECONDS if is_first else self.compute_interval(lane_count)
         return time.monotonic() - lane.saved_at >= interval

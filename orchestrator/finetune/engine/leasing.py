@@ -92,7 +92,7 @@ class LaneLeasing:
     """If true, the source has said that no lane waits and none will come."""
 
     def lease_lanes(self) -> None:
-        """Lease lanes if there is room: at once after a lane has left, else at the interval of `polling`."""
+        """Lease lanes if there is room: at once after a lane has left, else at the poll interval."""
         active, again = self.active, True
         if active.rank_0_source is not None:
             active.rank_0_source.note_max_lanes(active.count_free_slots() + len(active.lanes))

@@ -13,15 +13,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.finetune.engine.active_lanes import ActiveLanes
-from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane_source import LaneSource
 from orchestrator.finetune.engine.leasing import LaneLeasing
-from orchestrator.finetune.engine.polling import PollInterval
 from orchestrator.finetune.engine.recorder import LaneRecorder
 from orchestrator.finetune.engine.recovery import FailureRecovery
 from orchestrator.finetune.engine.rounds import TrainingRounds
@@ -36,9 +33,9 @@ from orchestrator.finetune.failures import (
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.record.schema import Provenance
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice
+from orchestrator.util import timeouts
 
 log = logging.getLogger(__name__)
 
@@ -48,38 +45,13 @@ EngineFactory = Callable[[BaseModelLoader, Path, Path, ProcessGroup, Callable[[]
 that the engine calls to show progress, for instance after every batch of an evaluation or calibration."""
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """The limits and intervals of a fine-tuning loop; times in seconds."""
-
-    max_lanes: int
-    """Lanes that train at once, at most."""
-    idle_seconds: float
-    """The loop ends when it has held no lane for this long."""
-    poll_seconds: float = 0.1
-    """The shortest interval between two requests of one kind to the source; longer if it answers slowly."""
-    spill_seconds: float = 1.0
-    """A lane that has been parked for this long makes room for one that waits."""
-    is_measured: bool = False
-    """If true, the number of lanes follows from the memory of steps with one and with two lanes, up to
-    `max_lanes` (GPUs only: on a CPU the memory of a step is not known)."""
-    adapters: Path | None = None
-    """The folder in which the adapters of finished lanes are kept; None to keep none."""
-    min_checkpoint_seconds: float = 60.0
-    """The shortest interval between two checkpoints of a lane, see `CheckpointSchedule`."""
-    max_checkpoint_seconds: float = 900.0
-    """The longest interval between two checkpoints of a lane."""
-    store_full_timeout_seconds: float = 60.0
-    """The longest time for which a trainer waits for space on a full disk."""
-
-
 def run(
     source: LaneSource | None,
     store: Store,
     load_base_model: BaseModelLoader,
-    settings: LoopSettings,
+    slots: LaneSlots,
     *,
-    provenance: Callable[..., Provenance],
+    adapters: Path | None = None,
     process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
     make_engine: EngineFactory = Engine,
 ) -> None:
@@ -93,28 +65,23 @@ def run(
         source: The source of lanes, which receives the reports; None on all ranks but 0.
         store: The store for checkpoints, adapters and records.
         load_base_model: Loads a base model for a task.
-        settings: Limits and intervals.
-        provenance: Makes the provenance of a record, called as `provenance(device, kernels=,
-            lane_group_size=, workers=, attempt=, resumed_from=, started=, ended=)`.
+        slots: How many lanes train at once.
+        adapters: The folder in which the adapters of finished lanes are kept; None to keep none.
         process_group: The workers of this trainer.
         make_engine: Makes the engine, which computes steps and scores.
 
     Raises:
         TrainerBrokenError: This process can train no more lanes.
-        StoreFullError: The disk has been full for `store_full_timeout_seconds`. All leases were given back.
+        StoreFullError: The disk has been full for STORE_FULL_SECONDS. All leases were given back.
             Ranks other than 0 raise a WorkerError in its place.
     """
     notify = source.notify if source is not None else log.warning
     on_batch = source.note_progress if source is not None else lambda: None
     engine = make_engine(load_base_model, store.calibration, store.data, process_group, on_batch)
-    schedule = CheckpointSchedule(settings.min_checkpoint_seconds, settings.max_checkpoint_seconds)
-    full_timeout = settings.store_full_timeout_seconds
-    recorder = LaneRecorder(store, engine, provenance, full_timeout, notify, schedule, settings.adapters)
-    slots = LaneSlots(settings.max_lanes, settings.spill_seconds, settings.is_measured)
-    poll_interval = PollInterval(settings.poll_seconds)
-    active = ActiveLanes(source, engine, recorder, process_group, slots, poll_interval)
+    recorder = LaneRecorder(store, engine, notify, adapters)
+    active = ActiveLanes(source, engine, recorder, process_group, slots)
     try:
-        _run_until_idle(active, settings)
+        _run_until_idle(active)
     except BaseException as error:
         if classify_error(error) is Fault.DEVICE:
             reason = f"the device is lost to this process: {error}"
@@ -129,16 +96,16 @@ def run(
     engine.detach_adapters()
 
 
-def _run_until_idle(active: ActiveLanes, settings: LoopSettings) -> None:
-    """Run rounds until the source is closed, or no lane has been held for `idle_seconds`."""
+def _run_until_idle(active: ActiveLanes) -> None:
+    """Run rounds until the source is closed, or no lane has been held for IDLE_TRAINER_SECONDS."""
     recovery = FailureRecovery(active)
     leasing = LaneLeasing(active, recovery)
-    rounds = TrainingRounds(active, recovery, active.recorder.checkpoint_schedule)
+    rounds = TrainingRounds(active, recovery)
     while True:
         leasing.lease_lanes()
         if active.lanes:
             rounds.run()
-        elif leasing.closed or rounds.is_idle_for(settings.idle_seconds):
+        elif leasing.closed or rounds.is_idle():
             return
         else:
-            time.sleep(settings.poll_seconds)
+            time.sleep(timeouts.SOURCE_POLL_SECONDS)

@@ -20,8 +20,10 @@ from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error
 from orchestrator.record import lane_capacity
 from orchestrator.record.adapters import adapter_file_name
-from orchestrator.record.schema import FINAL_STATES, Provenance, Record, RecordState
+from orchestrator.record.provenance import current_provenance
+from orchestrator.record.schema import FINAL_STATES, Record, RecordState
 from orchestrator.record.store import Store
+from orchestrator.util import timeouts
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +35,17 @@ class LaneRecorder:
     Checkpoints of lanes that train on are written in the background. If a checkpoint cannot be written, the
     lane trains on, and a later attempt saves it. An adapter that cannot be written is left out. If the disk
     is full, the adapter of the lane is deleted, and its record is written again, for up to
-    `store_full_timeout_seconds`; then StoreFullError is raised.
+    STORE_FULL_SECONDS; then StoreFullError is raised.
     """
 
     store: Store
     engine: Engine
-    provenance: Callable[..., Provenance]
-    """Makes the provenance of a record, see `loop.run`."""
-    store_full_timeout_seconds: float
     notify: Callable[[str], None]
     """Shows a line to the users who watch the study."""
-    checkpoint_schedule: CheckpointSchedule
-    """Gets the duration of each write."""
     adapters: Path | None = None
     """The folder for the adapters of finished lanes; None to write none."""
+    checkpoint_schedule: CheckpointSchedule = field(default_factory=CheckpointSchedule)
+    """Gets the duration of each write."""
     saved_progress: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Fingerprint -> steps and evaluations in the lane's newest checkpoint."""
     has_warned: bool = False
@@ -245,16 +244,16 @@ class LaneRecorder:
         """Sleep for a moment because the disk is full.
 
         Raises:
-            StoreFullError: The disk has been full for `store_full_timeout_seconds`.
+            StoreFullError: The disk has been full for STORE_FULL_SECONDS.
         """
         now = time.monotonic()
         if self.store_full_since is None:
             self.store_full_since = now
-            self.warn(f"{reason}; waiting for space up to {self.store_full_timeout_seconds:g} s")
-        if now - self.store_full_since > self.store_full_timeout_seconds:
+            self.warn(f"{reason}; waiting for space up to {timeouts.STORE_FULL_SECONDS:g} s")
+        if now - self.store_full_since > timeouts.STORE_FULL_SECONDS:
             where = self.store.checkpoints.parent
             raise StoreFullError(f"no space left on {where}; free some, then run the command again")
-        time.sleep(min(1.0, self.store_full_timeout_seconds / 4))
+        time.sleep(min(1.0, timeouts.STORE_FULL_SECONDS / 4))
 
     def _write_adapter(self, record: Record) -> Path | None:
         """Write the adapter of a finished lane if the study keeps it.
@@ -307,7 +306,7 @@ class LaneRecorder:
 
     def _build_record(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> Record:
         """Return the record of a lane that ends; see `write_record`."""
-        provenance = self.provenance(
+        provenance = current_provenance(
             self.engine.device_name,
             kernels=self.engine.kernels,
             lane_group_size=lane.peak_group_size,

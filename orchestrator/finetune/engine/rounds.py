@@ -10,7 +10,6 @@ from functools import partial
 from orchestrator.finetune.engine import lane_measurement
 from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
 from orchestrator.finetune.engine.answer_wait import AnswerWait, sum_generate_seconds
-from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.finetune.engine.lane_state import LaneState
@@ -18,6 +17,7 @@ from orchestrator.finetune.engine.lane_timer import LaneTimer
 from orchestrator.finetune.engine.recovery import FailureRecovery
 from orchestrator.finetune.failures import Fault
 from orchestrator.finetune.process_group import WorkerError, result_or_error
+from orchestrator.util import timeouts
 
 
 @dataclass
@@ -26,7 +26,6 @@ class TrainingRounds:
 
     active: ActiveLanes
     recovery: FailureRecovery
-    checkpoint_schedule: CheckpointSchedule
     exchanged_at: float = NEVER
     """The time at which the source last answered a request for directives."""
     busy_at: float = field(default_factory=time.monotonic)
@@ -47,12 +46,12 @@ class TrainingRounds:
                 self._train(training)
         self._evaluate(self._choose_lanes_to_evaluate())
         if active.lanes and not busy:
-            time.sleep(active.poll_interval.min_seconds)
+            time.sleep(timeouts.SOURCE_POLL_SECONDS)
 
-    def is_idle_for(self, seconds: float) -> bool:
-        """Return whether the last round began more than `seconds` ago, by the clock of rank 0."""
+    def is_idle(self) -> bool:
+        """Return whether the last round began IDLE_TRAINER_SECONDS ago, by the clock of rank 0."""
         return self.active.process_group.broadcast_from_rank0(
-            lambda: time.monotonic() - self.busy_at > seconds
+            lambda: time.monotonic() - self.busy_at > timeouts.IDLE_TRAINER_SECONDS
         )
 
     # -- directives -------------------------------------------------------------------------------------
@@ -82,7 +81,7 @@ class TrainingRounds:
         """Start to save the lane with the oldest checkpoint among those that are due. Rank 0 only."""
         recorder = self.active.recorder
         recorder.note_finished_write()
-        is_due, lane_count = self.checkpoint_schedule.is_due, len(self.active.lanes)
+        is_due, lane_count = recorder.checkpoint_schedule.is_due, len(self.active.lanes)
         due = [
             lane
             for lane in lanes

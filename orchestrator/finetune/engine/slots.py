@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_memory import LaneMemory
 from orchestrator.finetune.engine.lane_state import LaneState
+from orchestrator.util import timeouts
 
 
 @dataclass
@@ -16,8 +17,6 @@ class LaneSlots:
 
     count: int
     """The largest number of lanes: the user's, or the largest that a measurement may choose."""
-    spill_seconds: float
-    """A lane that has been parked for this long makes room for one that waits."""
     is_measured: bool = False
     """If true, a group key without a known limit gets one by measurement. Until then its lane group has one
     lane, and two once the memory of a step with one lane is known."""
@@ -48,12 +47,12 @@ class LaneSlots:
         return memory is None or not memory.is_known(len(lanes))
 
     def list_long_parked(self, now: float) -> list[str]:
-        """Return the fingerprints of the lanes parked for more than `spill_seconds`, the longest first.
+        """Return the fingerprints of the lanes parked for more than SPILL_SECONDS, the longest first.
 
         Args:
             now: The time of `time.monotonic`, in seconds.
         """
-        return [name for name, since in self.parked_at.items() if now - since > self.spill_seconds]
+        return [name for name, since in self.parked_at.items() if now - since > timeouts.SPILL_SECONDS]
 
     def max_lanes_to_evaluate(self, lane: Lane) -> int:
         """Return how many lanes of the group key of `lane` may be evaluated at once."""

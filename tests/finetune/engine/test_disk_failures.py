@@ -93,7 +93,7 @@ def test_a_record_waits_for_space_on_a_full_disk(disk: Disk, tmp_path: Path) -> 
     handler = Frees()
     logging.getLogger("orchestrator.finetune.engine.recorder").addHandler(handler)
     try:
-        train(source, store, store_full_timeout_seconds=1.0)
+        train(source, store, store_full_seconds=1.0)
     finally:
         logging.getLogger("orchestrator.finetune.engine.recorder").removeHandler(handler)
     assert len(said) == 1
@@ -113,7 +113,7 @@ def test_an_adapter_makes_room_for_its_record(disk: Disk, tmp_path: Path) -> Non
         return put(record)
 
     store.put = put_on_a_full_disk  # type: ignore[method-assign]
-    train(source, store, adapters=store.adapters, store_full_timeout_seconds=0.3)
+    train(source, store, adapters=store.adapters, store_full_seconds=0.3)
     assert list(store.adapters.iterdir()) == []
     assert any("is not kept" in line for line in source.said)
     assert numbers_of(get_record(store, one)) == numbers_of(solo(one, tmp_path))
@@ -129,7 +129,7 @@ def test_a_disk_that_stays_full_ends_the_trainer_and_loses_no_lane(disk: Disk, t
     with pytest.raises(
         StoreFullError, match=r"no space left on .*/store; free some, then run the command again"
     ):
-        train(source, store, store_full_timeout_seconds=0.3)
+        train(source, store, store_full_seconds=0.3)
     assert [fingerprint for fingerprint, _, _ in source.ended] == [points[0].fingerprint]
     assert {f for f, _ in source.spilled} == {points[1].fingerprint, points[2].fingerprint}
     assert store.states() == {points[0].fingerprint: "finished"}

@@ -78,7 +78,7 @@ def test_a_factor_that_is_off_by_one_percent_is_seen(
 
     monkeypatch.setattr(type(catalogue.get(variant)), method, wrong)
     c = point(variant)
-    assert distance(c, curve(c, tmp_path, poll_seconds=0.0)) > 2
+    assert distance(c, curve(c, tmp_path, source_poll_seconds=0.0)) > 2
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ ALWAYS: Mapping[str, Any] = {"min_checkpoint_seconds": 0.0, "max_checkpoint_seco
 def test_the_interval_follows_from_the_duration_of_a_write(
     write_seconds: float, lanes: int, expected: float
 ) -> None:
-    schedule = CheckpointSchedule(60.0, 900.0, write_seconds)
+    schedule = CheckpointSchedule(write_seconds)
     interval = schedule.compute_interval(lanes)
     assert interval == pytest.approx(expected, abs=0.1)
     lane = Lane(Lease(ONE, 1))

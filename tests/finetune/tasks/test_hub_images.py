@@ -13,10 +13,9 @@ import datasets
 import numpy as np
 import pytest
 from image_data import CLASSES, TEST, TRAIN, picture, write
-from scripted import Script, leases, provenance
+from scripted import Script, leases, train
 from tiny_images import MAKE, choice, load
 
-from orchestrator.finetune.engine import loop
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import SPLITS
@@ -79,8 +78,7 @@ def test_end_to_end(
         evaluations=2,
     )
     source = Script(leases([one]))
-    settings = loop.LoopSettings(max_lanes=1, idle_seconds=1)
-    loop.run(source, store, lambda _, task: load(folder, task), settings, provenance=provenance)
+    train(source, store, lanes=1, load_base_model=lambda _, task: load(folder, task))
     record = store.get(one.fingerprint)
     assert record is not None
     assert record.state == "finished", record.traceback
