@@ -11,7 +11,7 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (350, 27157),
+    "orchestrator": (347, 27087),
     "orchestrator/analyze": (92, 6958),
     "orchestrator/cli": (5, 470),
     "orchestrator/cluster": (3, 246),
@@ -19,17 +19,17 @@ BUDGETS = {
     "orchestrator/experiments": (6, 154),
     "orchestrator/export": (4, 465),
     "orchestrator/finetune": (142, 9440),
-    "orchestrator/launch": (13, 1905),
+    "orchestrator/launch": (10, 1835),
     "orchestrator/record": (18, 1915),
     "orchestrator/study": (13, 1473),
     "orchestrator/util": (10, 630),
     "variants": (128, 6724),
     "experiments": (16, 1938),
-    "tests": (302, 32585),
+    "tests": (302, 32608),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 54_467
+DOC_WORDS = 54_466
 """Words that all pages may have together."""
 
 

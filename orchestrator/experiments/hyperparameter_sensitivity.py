@@ -35,7 +35,7 @@ def run(options: FactorOptions, request: StudyRequest) -> int:
     options.check_factors()
     from orchestrator.launch.designs import Design, DesignInput, make_star
     from orchestrator.launch.experiment import Experiment
-    from orchestrator.launch.run_study import run_study
+    from orchestrator.launch.run import run_study
     from orchestrator.record.store import Store
     from orchestrator.record.study_file import AnalysisSettings
 

@@ -32,7 +32,7 @@ def run(options: CurveOptions, request: StudyRequest) -> int:
     options.check_widening()
     from orchestrator.launch.designs import WideningGrid
     from orchestrator.launch.experiment import Experiment
-    from orchestrator.launch.run_study import run_study
+    from orchestrator.launch.run import run_study
 
     experiment = Experiment(
         name="study",

@@ -34,7 +34,7 @@ def run(options: ComparisonOptions, request: StudyRequest) -> int:
     options.check_comparison()
     from orchestrator.launch.designs import ReplicatesDesign
     from orchestrator.launch.experiment import Experiment
-    from orchestrator.launch.run_study import run_study
+    from orchestrator.launch.run import run_study
     from orchestrator.record.study_file import AnalysisSettings
 
     settings = AnalysisSettings(

@@ -6,14 +6,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from orchestrator.record.study_file import AnalysisSettings
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.graceful_interrupts import format_command
-
-if TYPE_CHECKING:
-    from orchestrator.launch.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -24,8 +21,8 @@ class StudyRequest:
     """The options as they were given; None if these are the ones that `run_study` gets."""
     command: str = ""
     """The shell command that starts this study; empty for the command of this process."""
-    on_plan: Callable[[Plan], object] = lambda plan: None
-    """Called with each plan that was printed."""
+    on_plan: Callable[[Any], object] = lambda plan: None
+    """Called with each `Plan` that was printed."""
     on_study: Callable[[str, Path], object] = lambda name, folder: None
     """Called with the name and the folder of each study that begins."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,7 @@ from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.data_task import DataTask
 from orchestrator.launch.cost import Line, cost_lines, require_card
-from orchestrator.launch.work import StudyWork, choose_lanes
-from orchestrator.record.store import Store
+from orchestrator.launch.study import Study
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.option_groups import GridOptions, SearchOptions, TrainingOptions
 from orchestrator.study.options import StudyOptions, setting_key
@@ -80,35 +79,23 @@ class Plan:
         return f"<Plan: {self.total} configurations, {self.num_to_train} to train>"
 
 
-def print_plan(
-    console: Console,
-    templates: Sequence[Configuration],
-    work: StudyWork,
-    store: Store,
-    options: StudyOptions,
-) -> Plan:
+def print_plan(study: Study) -> Plan:
     """Print the configurations of a study and estimates of its time and cost, without starting anything.
 
     Args:
-        console: The console for the output.
-        templates: One configuration per task and variant.
-        work: Configurations of the study.
-        store: The records, from which the time is estimated.
-        options: Options of the study.
+        study: The study, after `look_up`.
 
     Returns:
         The content of what was printed.
     """
+    options, console = study.options, study.console
     hardware = _probe_hardware(options)
-    lines = [
-        *_configuration_lines(templates, work, options, store.bases),
-        *_trainer_lines(hardware, options, templates, work),
-    ]
+    lines = [*_configuration_lines(study), *_trainer_lines(hardware, study)]
     is_measured = True
-    if work.num_to_train:
+    if study.num_to_train:
         found, is_measured = cost_lines(
-            [*work.pending, *work.unnamed(templates)],
-            store,
+            [*study.pending, *study.unnamed()],
+            study.store,
             hardware.device,
             hardware.num_trainers,
             1.0 if hardware.gpus_per_worker is None else hardware.gpus_per_worker,
@@ -119,16 +106,17 @@ def print_plan(
         lines.append(("Time", "nothing to train"))
     for label, text in lines:
         _print_line(console, label, text)
-    if work.pending and not is_measured and hardware.device != "cpu":
+    if study.pending and not is_measured and hardware.device != "cpu":
         # The lowest learning rate is the least likely to diverge early.
-        point = min(work.pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
+        point = min(study.pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
         where = f" on a machine with GPUs of type {options.plan_gpu}" if options.plan_gpu else ""
         text = (
             f"To know, train one of them{where}, then plan again: "
             f"the same command with --only {point.fingerprint[:12]} in place of --plan"
         )
         console.print(text, markup=False, soft_wrap=True)
-    return Plan(tuple(lines), tuple(work.requested), tuple(work.pending), work.total, work.num_to_train)
+    requested, pending = tuple(study.requested), tuple(study.pending)
+    return Plan(tuple(lines), requested, pending, study.total, study.num_to_train)
 
 
 def _print_line(console: Console, label: str, text: str) -> None:
@@ -187,27 +175,25 @@ def _task_lines(template: Configuration, bases: Path, may_truncate: bool) -> lis
     return lines if has_layer_shapes(model) else [*lines, ("Not checked", UNCHECKED_OPTIONS)]
 
 
-def _configuration_lines(
-    templates: Sequence[Configuration], work: StudyWork, options: StudyOptions, bases: Path
-) -> list[Line]:
+def _configuration_lines(study: Study) -> list[Line]:
     """Return the lines on the configurations: tasks, variants, learning rates or space, numbers and steps."""
-    template = templates[0]
+    options, template = study.options, study.templates[0]
     may_truncate = options.max_length is not None
-    by_task = {t.task.name: t for t in templates}
-    lines = [line for each in by_task.values() for line in _task_lines(each, bases, may_truncate)]
-    if work.search is not None:
-        lines += _search_lines(work.search, template)
+    by_task = {t.task.name: t for t in study.templates}
+    lines = [line for each in by_task.values() for line in _task_lines(each, study.store.bases, may_truncate)]
+    if study.search is not None:
+        lines += _search_lines(study.search, template)
     else:
-        rates = sorted({c.optimizer.learning_rate for c in work.requested})
-        lines.append(("Variants", " ".join(dict.fromkeys(c.variant.name for c in work.requested))))
+        rates = sorted({c.optimizer.learning_rate for c in study.requested})
+        lines.append(("Variants", " ".join(dict.fromkeys(c.variant.name for c in study.requested))))
         lines.append(("Learning rates", " ".join(f"{rate:g}" for rate in rates)))
     if options.set:
         lines.append(("Fixed", " ".join(options.set)))
     return [
         *lines,
-        ("Seeds", f"{options.seed_count}"),
-        ("Configurations", f"{work.total}, of them {work.total - work.num_to_train} known"),
-        ("Steps", f"at most {work.max_steps(templates)}"),
+        ("Seeds", f"{len({c.seed for c in study.requested}) if options.only else options.seed_count}"),
+        ("Configurations", f"{study.total}, of them {study.total - study.num_to_train} known"),
+        ("Steps", f"at most {study.max_steps()}"),
         ("Early stopping", scheduler_settings(options.scheduler, template) or "none"),
     ]
 
@@ -235,17 +221,14 @@ def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
     return [*lines, *((f"Space, {name}", text) for text, name in spaces.items())]
 
 
-def _trainer_lines(
-    hardware: _Hardware, options: StudyOptions, templates: Sequence[Configuration], work: StudyWork
-) -> list[Line]:
+def _trainer_lines(hardware: _Hardware, study: Study) -> list[Line]:
+    options = study.options
     workers = options.workers_per_trainer
     split = f", {workers} workers per trainer" if workers > 1 else ""
     if hardware.gpus_per_worker and hardware.gpus_per_worker < 1:
         split = f", up to {int(1 / hardware.gpus_per_worker)} share one GPU"
     gpus = 1.0 if hardware.gpus_per_worker is None else hardware.gpus_per_worker
-    lanes, is_measured = choose_lanes(
-        options, gpus, [*templates, *work.pending], work.num_per_trainer(hardware.num_trainers)
-    )
+    lanes, is_measured = study.choose_lanes(hardware.num_trainers, gpus)
     text = f"{lanes} lanes each"
     if is_measured:
         text = f"up to {lanes} lanes each: the first trainer measures how many fit into its GPU's memory"

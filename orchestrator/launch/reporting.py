@@ -1,22 +1,25 @@
-"""End of a run: the report, the last MLflow runs and the exit code."""
+"""End of a run: the report, the adapters that are kept, the last MLflow runs and the exit code."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 
 from orchestrator.analyze import report_memo
-from orchestrator.analyze.best_lanes import LaneGoal, best_lanes
+from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes, rank_lanes, score_lane
 from orchestrator.execution.run_budget import RunBudget
-from orchestrator.launch.adapter_keeper import AdapterKeeper
-from orchestrator.launch.study_context import StudyContext
-from orchestrator.launch.work import StudyWork
+from orchestrator.launch.study import Study
+from orchestrator.record.adapters import list_adapters
 from orchestrator.record.mlflow import ARTIFACTS_FOLDER
 from orchestrator.record.schema import MAX_FAILURES, Record
-from orchestrator.record.study_file import PICTURES, REPORT_FILES, StudyFile
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import PICTURES, REPORT_FILES, AnalysisSettings, StudyFile
 from orchestrator.record.tables import CURVES_FILE, PARQUET_FILE, write_parquet
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
 from orchestrator.util import timeouts
@@ -28,10 +31,14 @@ from orchestrator.util.sqlite_uri import sqlite_path
 if TYPE_CHECKING:
     from orchestrator.analyze.study_description import StudyDescription
 
+_log = logging.getLogger(__name__)
+
 MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
 """Largest number of configurations of a study whose report is written after Ctrl-C."""
 
 MAX_REASONS, MAX_REASON_LENGTH = 5, 200
+MAX_RUNNING_BYTES = 2 * 2**30
+"""The total size up to which a running study keeps more adapters than the best one of each goal."""
 
 REPORT_LIBRARIES = (
     "orchestrator.analyze.report",
@@ -49,47 +56,46 @@ def import_report_libraries() -> None:
         importlib.import_module(module)
 
 
-def print_known_end(context: StudyContext, study: StudyFile) -> bool:
+def print_known_end(study: Study) -> bool:
     """Print what the study's command printed at its last end, if nothing has changed since.
 
     Returns:
         Whether the text was printed. The text is not printed if the report, the Parquet files, MLflow's
         database or the kept adapters have changed, if MLflow runs on a server, or if another tracker is used.
     """
-    end = _digest_end(context)
-    text = end and report_memo.recall_end(context.folder, _digest_inputs(context, study), end)
-    print(text or "", end="", file=context.console.file, flush=True)
+    end = _digest_end(study)
+    text = end and report_memo.recall_end(study.folder, _digest_inputs(study), end)
+    print(text or "", end="", file=study.console.file, flush=True)
     return bool(text)
 
 
-def _digest_inputs(context: StudyContext, study: StudyFile) -> str:
-    uri = redact_secrets(context.tracking_uri)
-    return report_memo.digest_inputs(study, context.store, uri, context.folder)
+def _digest_inputs(study: Study) -> str:
+    uri = redact_secrets(study.tracking_uri)
+    return report_memo.digest_inputs(study.file, study.store, uri, study.folder)
 
 
-def _digest_end(context: StudyContext) -> str:
+def _digest_end(study: Study) -> str:
     """Return a digest of the files that a study's command writes at its end, without the report's files.
 
     The digest contains the console's width and encoding, too. It is an empty text if MLflow runs on a server
     or another tracker is used, because it would take long to find out whether their content has changed.
     """
-    database, console, root = sqlite_path(context.tracking_uri), context.console, context.store.root
-    if database is None or not database.exists() or context.trackers:
+    database, console, root = sqlite_path(study.tracking_uri), study.console, study.store.root
+    if database is None or not database.exists() or study.trackers:
         return ""
     files = [database, *(root / name for name in (PARQUET_FILE, CURVES_FILE))]
-    files += sorted(context.store.adapters.glob("*/*"))
-    artifacts = database.parent / ARTIFACTS_FOLDER / context.name
+    files += sorted(study.store.adapters.glob("*/*"))
+    artifacts = database.parent / ARTIFACTS_FOLDER / study.name
     return report_memo.digest(
         [(str(file), file.exists() and (file.stat().st_mtime_ns, file.stat().st_size)) for file in files],
         sorted(map(str, artifacts.rglob("*"))),
         (console.width, console.color_system, console.is_terminal, console.encoding),
-        context.options.save_adapters,
+        study.options.save_adapters,
     )
 
 
 def report_and_close(
-    context: StudyContext,
-    study: StudyFile,
+    study: Study,
     writers: TrackerWriters,
     keeper: AdapterKeeper,
     status: str,
@@ -101,7 +107,6 @@ def report_and_close(
     could be raised inside an import, and Python would never release the lock of this import.
 
     Args:
-        context: The run.
         study: The study at the end of the run.
         writers: The writers to MLflow and other trackers, which are closed.
         keeper: Removes the adapters that a complete study does not keep.
@@ -111,23 +116,24 @@ def report_and_close(
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed while the report was written.
     """
-    budget = context.budget
+    budget = study.budget
     was_interrupted = budget.is_interrupted
-    if should_report and was_interrupted and not _has_time_to_report(budget, study):
+    if should_report and was_interrupted and not _has_time_to_report(study):
         should_report = False
-        command = context.orchestrator_command("report", study.name)
-        context.console.print(f"Without a report: {command} writes it.", markup=False, soft_wrap=True)
-    report_files = [context.folder / name for name in REPORT_FILES] if should_report else []
+        command = study.orchestrator_command("report", study.name)
+        study.console.print(f"Without a report: {command} writes it.", markup=False, soft_wrap=True)
+    report_files = [study.folder / name for name in REPORT_FILES] if should_report else []
     description: tuple[str, Mapping[str, float]] = ("", {})
     lines: list[RenderableType] = []
     try:
         if should_report:
             with graceful_interrupts(budget.request_stop):
-                inputs = _digest_inputs(context, study)  # before the records are read, see `Report`
-                records = [r for f in study.configurations if (r := context.store.get(f)) is not None]
-                if context.options.save_adapters == "best" and status == "FINISHED":
-                    _keep_best(keeper, study, records)
-                description, lines = _write_report(context, study, records, inputs)
+                inputs = _digest_inputs(study)  # before the records are read, see `Report`
+                records = [r for f in study.file.configurations if (r := study.store.get(f)) is not None]
+                is_complete = status == "FINISHED" and len(records) == len(study.file.configurations)
+                if study.options.save_adapters == "best" and is_complete:
+                    keeper.finish(map(study.file.rename, records))
+                description, lines = _write_report(study, records, inputs)
     finally:
         interrupted = budget.is_interrupted and not was_interrupted
         status = "KILLED" if interrupted else status
@@ -135,24 +141,24 @@ def report_and_close(
         end = StudyEnd(status, tuple(existing), *description)
         writers.close(end, _mlflow_seconds(budget, status))
         if should_report:
-            lines += (mlflow_lines := _mlflow_lines(context, writers.mlflow))
-            _print_lines(context.console, mlflow_lines)
+            lines += (mlflow_lines := _mlflow_lines(study, writers.mlflow))
+            _print_lines(study.console, mlflow_lines)
         if not writers.mlflow.is_finished or writers.mlflow.pending_count:
-            _print_delay(context, writers.mlflow)
+            _print_delay(study, writers.mlflow)
         for name, writer in writers.others.items():
-            _print_tracker(context, name, writer)
+            _print_tracker(study, name, writer)
     if interrupted:
         raise KeyboardInterrupt
     if should_report and status == "FINISHED" and writers.mlflow.is_finished and not writers.mlflow.error:
-        _remember_end(context, inputs, lines)
+        _remember_end(study, inputs, lines)
 
 
-def _remember_end(context: StudyContext, inputs: str, lines: Sequence[RenderableType]) -> None:
-    if not report_memo.is_written(context.folder, inputs):
+def _remember_end(study: Study, inputs: str, lines: Sequence[RenderableType]) -> None:
+    if not report_memo.is_written(study.folder, inputs):
         return  # the command `report`, which read fewer records, has replaced the report meanwhile
-    with context.console.capture() as printed:
-        _print_lines(context.console, lines)
-    report_memo.remember(context.folder, inputs, _digest_end(context), printed.get())
+    with study.console.capture() as printed:
+        _print_lines(study.console, lines)
+    report_memo.remember(study.folder, inputs, _digest_end(study), printed.get())
 
 
 def _print_lines(console: Console, lines: Iterable[RenderableType]) -> None:
@@ -160,11 +166,11 @@ def _print_lines(console: Console, lines: Iterable[RenderableType]) -> None:
         console.print(line, markup=False, soft_wrap=isinstance(line, str))
 
 
-def _mlflow_lines(context: StudyContext, writer: TrackerWriter) -> list[RenderableType]:
+def _mlflow_lines(study: Study, writer: TrackerWriter) -> list[RenderableType]:
     """Return the command that opens MLflow on a database, and the address of the ranked table, if any."""
     from orchestrator.analyze.page import mlflow_ui_command
 
-    command = mlflow_ui_command(redact_secrets(context.tracking_uri))
+    command = mlflow_ui_command(redact_secrets(study.tracking_uri))
     labelled = (("MLflow", command), ("" if command else "MLflow", writer.view))
     return [f"{label:8} {where}" for label, where in labelled if where]
 
@@ -178,50 +184,43 @@ def _mlflow_seconds(budget: RunBudget, status: str) -> float:
     return timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS
 
 
-def _print_delay(context: StudyContext, writer: TrackerWriter) -> None:
+def _print_delay(study: Study, writer: TrackerWriter) -> None:
     """Print the number of runs that are not in MLflow, the reason, and the command that logs them."""
     delayed = f"{writer.pending_count} runs" if writer.pending_count else "the study's own run"
-    command = context.orchestrator_command("sync")
+    command = study.orchestrator_command("sync")
     reason = writer.error or "it is slow"
     line = f"MLflow: {delayed} delayed ({reason}); {command} logs them later."
-    context.console.print(line, markup=False, soft_wrap=True)
+    study.console.print(line, markup=False, soft_wrap=True)
 
 
-def _print_tracker(context: StudyContext, name: str, writer: TrackerWriter) -> None:
+def _print_tracker(study: Study, name: str, writer: TrackerWriter) -> None:
     """Print how to look at a tracker, and the number of runs that it lacks, with the reason."""
     if view := writer.view:
-        context.console.print(f"{name:8} {view}", markup=False, soft_wrap=True)
+        study.console.print(f"{name:8} {view}", markup=False, soft_wrap=True)
     if writer.is_finished and not writer.pending_count:
         return
     missing = f"{writer.pending_count} runs are missing" if writer.pending_count else "not ended"
     reason = writer.error or "it is slow"
     line = f"--tracker {name}: {missing} ({reason}); the same command writes them later."
-    context.console.print(line, markup=False, soft_wrap=True)
+    study.console.print(line, markup=False, soft_wrap=True)
 
 
-def _has_time_to_report(budget: RunBudget, study: StudyFile) -> bool:
+def _has_time_to_report(study: Study) -> bool:
     """Return whether a report can be written within the time limit for the end of a run after Ctrl-C."""
     return (
-        budget.interrupt_seconds_left() > timeouts.MIN_REPORT_SECONDS
-        and len(study.configurations) <= MAX_INTERRUPTED_REPORT_CONFIGURATIONS
+        study.budget.interrupt_seconds_left() > timeouts.MIN_REPORT_SECONDS
+        and len(study.file.configurations) <= MAX_INTERRUPTED_REPORT_CONFIGURATIONS
     )
 
 
-def _keep_best(keeper: AdapterKeeper, study: StudyFile, records: Sequence[Record]) -> None:
-    """Keep the adapters of the best lanes only, if every configuration of the study has a record."""
-    if len(records) == len(study.configurations):
-        keeper.finish(map(study.rename, records))
-
-
 def _write_report(
-    context: StudyContext, study: StudyFile, records: Sequence[Record], inputs: str
+    study: Study, records: Sequence[Record], inputs: str
 ) -> tuple[StudyDescription, list[RenderableType]]:
     """Write the store's Parquet files and the study's report, and print the tables.
 
     The report has all configurations of the study, including those of earlier runs.
 
     Args:
-        context: The context of this run.
         study: The study.
         records: Its records.
         inputs: The result of `report_memo.digest_inputs` before the records were read.
@@ -233,20 +232,20 @@ def _write_report(
     from orchestrator.analyze.study_description import describe_summary
     from orchestrator.analyze.table import render_summary
 
-    folder = context.folder
-    write_parquet(context.store, context.options.output)
-    uri = redact_secrets(context.tracking_uri)
-    summary = write_report(study, records, folder, uri, context.store.root)
+    folder = study.folder
+    write_parquet(study.store, study.options.output)
+    uri = redact_secrets(study.tracking_uri)
+    summary = write_report(study.file, records, folder, uri, study.store.root)
     report_memo.remember(folder, inputs)
     if summary.comparison is not None and (looked := summary.comparison.look):
-        study.with_look(looked).write(folder)
+        study.file.with_look(looked).write(folder)
     pictures = [file for name in PICTURES if (file := folder / f"{name}.png").exists()]
     lines: list[tuple[str, object]] = [("Report", folder / "report.html")]
     lines += [("Picture", picture) for picture in pictures[:1]]
-    lines += [("Export", context.orchestrator_command(*words)) for words in export_words(study, records)]
+    lines += [("Export", study.orchestrator_command(*words)) for words in export_words(study.file, records)]
     printed: list[RenderableType] = [render_summary(summary)]
     printed += [f"{what:8} {where}" for what, where in lines]
-    _print_lines(context.console, printed)
+    _print_lines(study.console, printed)
     return describe_summary(summary), printed
 
 
@@ -265,33 +264,31 @@ def export_words(study: StudyFile, records: Sequence[Record]) -> list[list[str]]
     return [["export", study.name, *(["--task", task] if len(tasks) > 1 else [])] for task in finished]
 
 
-def print_missing_results(context: StudyContext, work: StudyWork, command: str) -> int:
+def print_missing_results(study: Study) -> int:
     """Print the number of configurations without a result, and the reason, if there are any.
 
     Args:
-        context: The run.
-        work: Configurations of the study.
-        command: The command that continues the study.
+        study: The study at the end of the run.
 
     Returns:
         The exit code of the run, see `run_study`.
     """
-    store, budget = context.store, context.budget
-    missing = [c.fingerprint for c in work.requested if not context.has_result(c)]
-    num_unsampled = work.total - len(work.requested)
+    store, budget = study.store, study.budget
+    missing = [c.fingerprint for c in study.requested if not study.has_result(c)]
+    num_unsampled = study.total - len(study.requested)
     if not missing and not num_unsampled:
         return 0
     can_continue = num_unsampled or any(store.count_failures(f) < MAX_FAILURES for f in missing)
     if budget.stop_reason and can_continue:
-        line = f"Ended by {budget.stop_reason}: {context.describe_progress(work)}; to go on: {command}"
-        context.console.print(line, markup=False, soft_wrap=True)
+        line = f"Ended by {budget.stop_reason}: {study.describe_progress()}; to go on: {study.file.command}"
+        study.console.print(line, markup=False, soft_wrap=True)
         return EXIT_LIMIT_REACHED
     failed = [r for f in missing if store.count_failures(f) and (r := store.get(f)) is not None]
     advice = ":" if failed else "; see the messages above"
     unsampled = f", {num_unsampled} were not sampled" if num_unsampled else ""
-    context.console.print(f"{len(missing)} configurations failed{unsampled}{advice}", markup=False)
-    for line in describe_failures(failed, context.orchestrator_command):
-        context.console.print(line, markup=False, soft_wrap=True)
+    study.console.print(f"{len(missing)} configurations failed{unsampled}{advice}", markup=False)
+    for line in describe_failures(failed, study.orchestrator_command):
+        study.console.print(line, markup=False, soft_wrap=True)
     return 1
 
 
@@ -316,3 +313,73 @@ def describe_failures(failed: Sequence[Record], command: Callable[..., str]) -> 
     if len(lines) > MAX_REASONS:
         lines[MAX_REASONS:] = [f"  and {len(lines) - MAX_REASONS} more reasons, in the report"]
     return lines
+
+
+@dataclass
+class AdapterKeeper:
+    """Removal of adapters in a study with `--save-adapters best`.
+
+    Which lane of a variant is the best is known only at the end, when all seeds of its points have ended.
+    Until then the study keeps the adapter of the best run of each point, the best points first, as long as
+    all of them together have less than `MAX_RUNNING_BYTES`. It always keeps the best one so far of each
+    variant and task.
+
+    An error of the disk is logged and not raised, because a study's results do not need the kept adapters.
+    """
+
+    store: Store
+    settings: AnalysisSettings
+    """The settings of the study's analysis, by which lanes are compared."""
+    others: Set[str] = frozenset()
+    """Fingerprints of lanes that other studies list or have trained; their adapters are not removed."""
+    lanes: dict[LaneGoal, dict[str, ScoredLane]] = field(default_factory=lambda: defaultdict(dict))
+    """Goal -> fingerprint -> the lane, of all records that were added."""
+    ranked: dict[LaneGoal, list[ScoredLane]] = field(default_factory=dict)
+    """The result of `rank_lanes` for `lanes`."""
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Add records, and remove the adapters that the study need not keep any more."""
+        changed = set()
+        for record in records:
+            lane = score_lane(record, self.settings)
+            self.lanes[lane.goal][lane.fingerprint] = lane
+            changed.add(lane.goal)
+        for goal in changed:  # not all goals for every record: a study may have thousands
+            self.ranked |= rank_lanes(self.lanes[goal].values())
+        # Trainers write an adapter before its record, so only lanes with a record are judged.
+        known = {fingerprint for lanes in self.lanes.values() for fingerprint in lanes}
+        self._remove(known - {lane.fingerprint for lane in self._running()})
+
+    def finish(self, records: Iterable[Record]) -> None:
+        """Remove all adapters but those of the best lanes, at the end of a complete study.
+
+        Args:
+            records: All records of the study.
+        """
+        lanes = [score_lane(record, self.settings) for record in records]
+        best = {ranked[0].fingerprint for ranked in rank_lanes(lanes).values()}
+        self._remove({lane.fingerprint for lane in lanes} - best)
+
+    def _running(self) -> Iterator[ScoredLane]:
+        """Yield the lanes whose adapters a running study keeps."""
+        sizes = {}
+        for path in list_adapters(self.store, "best"):
+            try:
+                sizes[path.stem] = path.stat().st_size
+            except FileNotFoundError:  # another driver, or the user, has removed it
+                continue
+        ranked, total = self.ranked.values(), 0
+        for place in range(max(map(len, ranked), default=0)):
+            for lane in (lanes[place] for lanes in ranked if len(lanes) > place):
+                total += sizes.get(lane.fingerprint, 0)
+                if place == 0 or total <= MAX_RUNNING_BYTES:
+                    yield lane
+
+    def _remove(self, fingerprints: Set[str]) -> None:
+        """Remove the adapters of lanes, except of those in `others`."""
+        for path in list_adapters(self.store, "best"):
+            if path.stem in fingerprints and path.stem not in self.others:
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    _log.warning("%s is not removed: %s", path, error)

@@ -119,7 +119,7 @@ KEPT_OUT = [
     "x/__pycache__/a",
 ]
 SENT = [
-    "orchestrator/launch/run_study.py",
+    "orchestrator/launch/run.py",
     "variants/base.py",
     "experiments/lr_sensitivity.py",
     "constraints.txt",

@@ -1,8 +1,16 @@
-"""Configurations and records for the tests of the broker."""
+"""Configurations and records for the tests of the broker, and a study of such configurations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
 from orchestrator.record.schema import Evaluation, Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import (
     BatchConfig,
     Configuration,
@@ -12,6 +20,10 @@ from orchestrator.study.configuration import (
     TaskChoice,
     VariantChoice,
 )
+from orchestrator.study.options import StudyOptions
+
+if TYPE_CHECKING:
+    from orchestrator.launch.study import Study
 
 STEPS = 4  # a lane reports after each of its steps
 
@@ -36,3 +48,25 @@ def record(point: Configuration, state: str, steps: int = STEPS) -> Record:
     evaluations = tuple(Evaluation(step, "validation", {"loss": 1.0}) for step in range(1, steps + 1))
     stopped_at = steps if state == "stopped" else None
     return Record(point.fingerprint, point, state, steps, evaluations=evaluations, stopped_at=stopped_at)
+
+
+def study_of(
+    points: Sequence[Configuration],
+    store: Store,
+    options: StudyOptions | None = None,
+    **more: Any,
+) -> Study:
+    """Return a study that trains these points and prints into a text. Every point counts as a template."""
+    from orchestrator.launch.experiment import Experiment
+    from orchestrator.launch.study import Study
+
+    return Study(
+        experiment=Experiment("study", "lr_sensitivity", "?", ("lora",), ("letters",), ("letters",)),
+        options=options or StudyOptions(),
+        store=store,
+        file=StudyFile("s", "?", "x", folder=store.root),
+        console=Console(file=StringIO(), width=300),
+        requested=list(points),
+        pending=list(points),
+        **{"templates": tuple(points), **more},
+    )

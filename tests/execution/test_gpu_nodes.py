@@ -35,7 +35,7 @@ LONG = timeouts.NODE_START_SECONDS
             (),
             None,
             None,
-        ),  # no node can join; `study_context` refuses the default study
+        ),  # no node can join; `resolve_study` refuses the default study
         (HEAD, StudyOptions(device="cpu"), QWEN, (), None, None),
         (HEAD, StudyOptions(gpus_per_worker=0.0), QWEN, (), 0.0, None),
         (HEAD, DEFAULT, replace(QWEN, dtype="float32"), (), None, None),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from points import study_of
 
 from orchestrator.execution.search.budget import open_search
 from orchestrator.execution.search.groups import make_groups
@@ -22,7 +21,6 @@ from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.launch.plan import print_plan
-from orchestrator.launch.work import StudyWork
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
@@ -93,12 +91,11 @@ def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, t
     made, space = resolved(bases, **typed)
     assert space is not None
     search = open_search(tmp_path, "qmc", 16, {"letters": space}, made)
-    console = Console(file=StringIO(), width=200)
     options = StudyOptions(task=("letters",), **typed)
-    wanted = list(search.configurations.values())
-    work = StudyWork(wanted, [], [], wanted, search)
-    print_plan(console, made, work, Store(tmp_path / "store"), options, "lora-orchestrator study")
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    wanted, store = list(search.configurations.values()), Store(tmp_path / "store")
+    study = study_of(wanted, store, options, templates=tuple(made), search=search)
+    print_plan(study)
+    said = study.console.file.getvalue()  # type: ignore[attr-defined]
     assert "Search          qmc, points: 16 of lora, 2 of hira\n" in said
     assert "Learning rate   0.01\n" in said
     assert "Fixed           learning_rate=1e-2 weight_decay=0.1\n" in said

@@ -11,8 +11,8 @@ from synthetic import record
 
 from orchestrator.analyze.best_lanes import best_fingerprints
 from orchestrator.analyze.summary import summarize
-from orchestrator.launch import adapter_keeper
-from orchestrator.launch.adapter_keeper import AdapterKeeper
+from orchestrator.launch import reporting
+from orchestrator.launch.reporting import AdapterKeeper
 from orchestrator.record.adapters import adapter_file_name, lanes_of_others, list_adapters
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -74,7 +74,7 @@ def test_a_study_ends_with_the_best_run_of_the_best_point(
         room: The bytes of adapters that the running study may keep.
         monkeypatch: Sets `room`.
     """
-    monkeypatch.setattr(adapter_keeper, "MAX_RUNNING_BYTES", room)
+    monkeypatch.setattr(reporting, "MAX_RUNNING_BYTES", room)
     own = records()
     if order is None:
         own.sort(key=lambda each: BEST_FIRST.index(_point(each)))
@@ -149,6 +149,6 @@ def test_an_adapter_that_cannot_be_removed_does_not_end_the_study(
     path.mkdir(parents=True)  # A folder cannot be unlinked.
     keeper.add([record(rate=1e-4, validation=0.0)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter_keeper, "MAX_RUNNING_BYTES", 0)
+        patch.setattr(reporting, "MAX_RUNNING_BYTES", 0)
         act(keeper, worse, better)
     assert "is not removed" in caplog.text

@@ -13,8 +13,8 @@ from test_own_files import EXPERIMENT, finished, mine, requested, resolve
 from untrained_base import base
 
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.launch.study_context import StudyContext, resolve_study
-from orchestrator.launch.study_settings import drop_replaced
+from orchestrator.launch.settings import drop_replaced
+from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
@@ -28,11 +28,11 @@ def _own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "_own_tasks", {})
 
 
-def finish(context: StudyContext) -> set[str]:
+def finish(study: Study) -> set[str]:
     """Write a record for each configuration of a study, and return the fingerprints."""
-    for configuration in requested(context):
-        assert context.store.put(finished(configuration))
-    return {configuration.fingerprint for configuration in requested(context)}
+    for configuration in requested(study):
+        assert study.store.put(finished(configuration))
+    return {configuration.fingerprint for configuration in requested(study)}
 
 
 def write(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
@@ -97,21 +97,21 @@ def test_warnings_about_the_data_stay_with_the_study(mine: Path, run: Run) -> No
     output, folder = mine.parent / "results", mine.parent / "f"
     write(folder / "train.csv", ROWS[:40])
     write(folder / "test.csv", ROWS[37:])
-    context = resolve_study(EXPERIMENT, options_of(output, folder))
-    finish(context)
-    resolved = context.resolved[0].task
+    study = resolve_study(EXPERIMENT, options_of(output, folder))
+    finish(study)
+    task = study.tasks[0].task
     leak = "2 of 11 test rows have the input of a training row; their scores measure memorization"
     command = (SWEEP, "--data", str(folder), "--variants", "lora", "--model", str(mine / "base"))
     command = (*command, "--seeds", "1", "--output", str(output))
     assert f"Warning         {leak[:60]}" in run(*command, "--plan").stdout
     assert f"! f: {leak}" in " ".join(run(*command).stdout.split())
-    (study,) = output.glob("*/study.json")
-    summary = json.loads((study.parent / "summary.json").read_text())
+    (file,) = output.glob("*/study.json")
+    summary = json.loads((file.parent / "summary.json").read_text())
     assert summary["warnings"][0] == f"f: {leak}"
-    assert leak in (study.parent / "report.html").read_text()
-    kept = StudyFile.read(study.parent)  # all that `report` alone reads
+    assert leak in (file.parent / "report.html").read_text()
+    kept = StudyFile.read(file.parent)  # all that `report` alone reads
     assert kept is not None
-    assert [each.warnings for each in kept.sources if each.name == "f"] == [tuple(resolved.warnings)]
+    assert [each.warnings for each in kept.sources if each.name == "f"] == [tuple(task.warnings)]
 
 
 def test_a_task_file_whose_test_rows_are_its_training_rows_is_refused_in_the_plan(

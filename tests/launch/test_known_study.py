@@ -20,7 +20,7 @@ from orchestrator.finetune.models import loading
 from orchestrator.finetune.resolve import templates
 from orchestrator.finetune.resolve.model_limits import check_attach
 from orchestrator.launch.experiment import Experiment
-from orchestrator.launch.study_context import resolve_study
+from orchestrator.launch.study import resolve_study
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -33,7 +33,7 @@ from variants.source_cache import source_digest
 __all__ = ["base", "restored", "run"]
 
 HEAVY = ("torch", "transformers", "mlflow", "ray", "scipy", "matplotlib", "plotly", "pyarrow", "pandas")
-EXPERIMENT = Experiment("lr_sensitivity", "?", ("lora",), ("letters",), ("letters",))
+EXPERIMENT = Experiment("study", "lr_sensitivity", "?", ("lora",), ("letters",), ("letters",))
 MAIN = """
 import runpy, sys
 class Refuse:
@@ -68,12 +68,12 @@ def words(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
         task=("letters",), variants=("lora", "rslora"), model=str(base), learning_rates=rates, seeds=2,
         output=output, gpus_per_worker=0,
     )  # fmt: skip
-    context = resolve_study(EXPERIMENT, options)
-    assert context.design is not None
-    for configuration in context.design.request({}):
+    study = resolve_study(EXPERIMENT, options)
+    study.look_up()
+    for configuration in study.pending:
         scores = {"loss": 1.0, "exact_match": 0.5 + configuration.optimizer.learning_rate}
         evaluations = tuple(Evaluation(4, split, scores) for split in ("validation", "test"))
-        context.store.put(
+        study.store.put(
             Record(configuration.fingerprint, configuration, "finished", 4, evaluations=evaluations)
         )
     return [

@@ -15,7 +15,7 @@ from orchestrator.finetune.sources import own_files, own_variants
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.task_file import hash_code
 from orchestrator.launch.experiment import Experiment
-from orchestrator.launch.study_context import StudyContext, resolve_study
+from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -59,7 +59,7 @@ from variants.baseline.lora import LoRA
 class Scaled(LoRA):
     peft = None
 '''
-EXPERIMENT = Experiment("lr_sensitivity", "?", ("lora",), ("letters",), ("letters",))
+EXPERIMENT = Experiment("study", "lr_sensitivity", "?", ("lora",), ("letters",), ("letters",))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def renamed(mine: Path) -> Path:
     return other
 
 
-def resolve(output: Path, task: Path, variant: Path, model: Path) -> StudyContext:
+def resolve(output: Path, task: Path, variant: Path, model: Path) -> Study:
     """Resolve a study of LoRA and a variant in a file, with two seeds."""
     options = StudyOptions(
         task=(str(task),),
@@ -97,9 +97,10 @@ def resolve(output: Path, task: Path, variant: Path, model: Path) -> StudyContex
     return resolve_study(EXPERIMENT, options)
 
 
-def requested(context: StudyContext) -> list[Configuration]:
+def requested(study: Study) -> list[Configuration]:
     """Return the configurations of a study."""
-    return context.collect_work().requested
+    study.look_up()
+    return study.requested
 
 
 def finished(configuration: Configuration) -> Record:
@@ -253,19 +254,19 @@ def test_a_task_file_may_have_a_byte_order_mark(mine: Path) -> None:
 def test_a_worker_finds_the_code_in_the_store_where_the_files_are_missing(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", mine / "base")
-    template = context.templates[1]
-    write_own_files(context.templates, context.store.data)
+    study = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    template = study.templates[1]
+    write_own_files(study.templates, study.store.data)
     (mine / "copy_task.py").unlink()
     (mine / "scaled.py").unlink()
     monkeypatch.setattr(tasks, "_own_tasks", {})  # a worker is another process
     monkeypatch.setattr(catalogue, "_loaded_files", {})
-    found = tasks.find(template.task, context.store.data)
+    found = tasks.find(template.task, study.store.data)
     assert (found.name, found.content, found.metric) == ("copy_task.py", template.task.content, "exact_match")
-    variant = own_variants.find(template.variant, context.store.data)
+    variant = own_variants.find(template.variant, study.store.data)
     assert (variant.name, variant.revision) == ("scaled.py", template.variant.revision)
     with pytest.raises(UsageError, match=r"'copy_task\.py' with content 0{16} is not in"):
-        tasks.find(replace(template.task, content="0" * 16), context.store.data)
+        tasks.find(replace(template.task, content="0" * 16), study.store.data)
 
 
 @pytest.mark.parametrize(("option", "added"), [("task", "X = 1\n"), ("task", ""), ("variants", "X = 1\n")])
@@ -306,9 +307,9 @@ def test_files_of_equal_content_are_refused(mine: Path) -> None:
 def test_the_code_of_the_store_is_compared_before_it_is_executed(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", mine / "base")
-    template, folder = context.templates[1], context.store.data
-    write_own_files(context.templates, folder)
+    study = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    template, folder = study.templates[1], study.store.data
+    write_own_files(study.templates, folder)
     monkeypatch.setattr(tasks, "_own_tasks", {})
     monkeypatch.setattr(catalogue, "_loaded_files", {})
     for kind, content in (("task", template.task.content), ("variant", template.variant.revision)):
@@ -323,8 +324,8 @@ def test_a_variant_file_with_other_line_ends_is_found_in_the_store(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (mine / "scaled.py").write_bytes(VARIANT.replace("\n", "\r\n").encode())
-    context = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", mine / "base")
-    choice = context.templates[1].variant
-    write_own_files(context.templates, context.store.data)
+    study = resolve(mine / "results", mine / "copy_task.py", mine / "scaled.py", mine / "base")
+    choice = study.templates[1].variant
+    write_own_files(study.templates, study.store.data)
     monkeypatch.setattr(catalogue, "_loaded_files", {})
-    assert own_variants.find(choice, context.store.data).revision == choice.revision
+    assert own_variants.find(choice, study.store.data).revision == choice.revision

@@ -5,20 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from points import configuration as small
-from points import record
-from rich.console import Console
+from points import record, study_of
 
 from orchestrator.execution.ray import runtime
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.launch.cost import find_card
 from orchestrator.launch.plan import print_plan
-from orchestrator.launch.work import StudyWork, choose_lanes
 from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.store import Store
 from orchestrator.record.tables import write_parquet
@@ -51,10 +48,9 @@ def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
         machine = runtime.Cluster((runtime.Node(4, 0 if gpu is None else 2, 2.0**36),))
         monkeypatch.setattr(runtime, "estimate_local_cluster", lambda: machine)
         monkeypatch.setattr(runtime, "gpu_name", lambda: gpu or "")
-        console = Console(file=StringIO(), width=300)
-        work = StudyWork(list(left), [], [], list(left), None)
-        print_plan(console, left[:1], work, store, StudyOptions(**options))
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        study = study_of(left, store, StudyOptions(**options), templates=tuple(left[:1]))
+        print_plan(study)
+        return study.console.file.getvalue()  # type: ignore[attr-defined]
 
     monkeypatch.setattr(runtime, "running_cluster_address", lambda: None)
     return said
@@ -211,9 +207,9 @@ def test_the_gpu_name_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_trainers_measure_on_gpus_unless_the_number_is_typed(
-    options: StudyOptions, gpus: float, expected: tuple[int, bool]
+    store: Store, options: StudyOptions, gpus: float, expected: tuple[int, bool]
 ) -> None:
-    assert choose_lanes(options, gpus, POINTS, num_per_trainer=20) == expected
+    assert study_of(20 * POINTS, store, options).choose_lanes(2, gpus) == expected
 
 
 @pytest.mark.parametrize(
@@ -229,13 +225,15 @@ def test_trainers_measure_on_gpus_unless_the_number_is_typed(
     ids=["short", "two micro-batches", "long", "images", "search", "early stopping"],
 )
 def test_a_grid_of_short_micro_batches_has_more_lanes_on_a_cpu(
-    batches: BatchConfig, options: StudyOptions, expected: int
+    store: Store, batches: BatchConfig, options: StudyOptions, expected: int
 ) -> None:
     points = [replace(POINTS[0], batches=BatchConfig(16, max_length=13)), replace(POINTS[1], batches=batches)]
-    assert choose_lanes(options, 0.0, points, num_per_trainer=20) == (expected, False)
+    assert study_of(20 * points, store, options).choose_lanes(2, 0.0) == (expected, False)
 
 
 @pytest.mark.parametrize(("num_per_trainer", "expected"), [(3, 4), (6, 6), (9, 8)])
-def test_no_trainer_on_a_cpu_takes_more_than_its_share(num_per_trainer: int, expected: int) -> None:
+def test_no_trainer_on_a_cpu_takes_more_than_its_share(
+    store: Store, num_per_trainer: int, expected: int
+) -> None:
     points = [replace(point, batches=BatchConfig(16, max_length=13)) for point in POINTS]
-    assert choose_lanes(StudyOptions(), 0.0, points, num_per_trainer) == (expected, False)
+    assert study_of(num_per_trainer * points, store).choose_lanes(2, 0.0) == (expected, False)

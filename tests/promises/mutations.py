@@ -43,9 +43,9 @@ class Mutation:
 MUTATIONS: list[Mutation] = [
     Mutation(
         "what is known is trained again",
-        "orchestrator/launch/work.py",
-        "new = [c for c in requested if c.fingerprint not in cached]",
-        "new = list(requested)",
+        "orchestrator/launch/study.py",
+        "self.pending = [c for c in self.requested if c.fingerprint not in known]",
+        "self.pending = list(self.requested)",
         "test_01_dry_run.py::test_a_small_dry_run_is_trained_once",
     ),
     Mutation(
@@ -82,9 +82,9 @@ MUTATIONS += [
     ),
     Mutation(
         "two commands run one study: no lock",
-        "orchestrator/launch/run_study.py",
-        "runtime.exclusive_lock(context.folder / LOCK_FILE, refusal)",
-        'runtime.exclusive_lock(context.folder / f"{LOCK_FILE}-{id(object())}", refusal)',
+        "orchestrator/launch/run.py",
+        "runtime.exclusive_lock(study.folder / LOCK_FILE, refusal)",
+        'runtime.exclusive_lock(study.folder / f"{LOCK_FILE}-{id(object())}", refusal)',
         "test_02_faults.py::test_ctrl_c_once_and_twice",
     ),
 ]

@@ -20,8 +20,8 @@ from mlflow_server import empty_database
 from rich.console import Console
 
 from orchestrator.execution.progress import Progress
-from orchestrator.launch.run_study import _start_writers
-from orchestrator.launch.study_context import load_trackers
+from orchestrator.launch.run import start_writers
+from orchestrator.launch.study import load_trackers
 from orchestrator.record import run_values
 from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.store import Store
@@ -298,7 +298,8 @@ def test_a_tracker_whose_files_cannot_be_used_says_so_at_once_and_does_not_end_t
     record = make_record()
     store.put(record)
     prepare(tmp_path)
-    context = SimpleNamespace(
+    study = SimpleNamespace(
+        file=STUDY,
         tracking_uri=empty_database(tmp_path / "mlflow.db"),
         store=store,
         folder=tmp_path,
@@ -311,7 +312,7 @@ def test_a_tracker_whose_files_cannot_be_used_says_so_at_once_and_does_not_end_t
             progress.notify(line)
             printed.put(line)
 
-        writers = _start_writers(context, STUDY, notify)
+        writers = start_writers(study, notify)
         writers.put(record.fingerprint)
         line = printed.get(timeout=60)  # the study has not ended
     assert line.startswith("--tracker tensorboard: ")

@@ -47,7 +47,7 @@ class SearchBudget:
         self.points: dict[str, Point] = {}
         self.num_asked: Counter[str] = Counter()
         self.other_trials: Mapping[str, list[FrozenTrial]] = {}
-        self.on_point: Callable[[Configuration], None] = lambda configuration: None
+        self.on_point: Callable[[Configuration], object] = lambda configuration: None
 
     def restore(self) -> None:
         """Read the points of earlier runs from the journal.

@@ -1,0 +1,360 @@
+"""A run of a study, from its options to its report: the function that every experiment calls.
+
+`study.resolve_study` checks the options and finds what is to do, `plan.print_plan` prints it (--plan), `Run`
+trains it on Ray, and `reporting` writes the report.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+
+from orchestrator.execution.progress import Progress, format_duration
+from orchestrator.execution.ray import autoscaler, runtime
+from orchestrator.execution.rungs import submission_order
+from orchestrator.execution.settings import Session, TrainerSettings
+from orchestrator.finetune.models import catalogue as model_catalogue
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
+from orchestrator.launch import cost, reporting
+from orchestrator.launch.designs import MakeDesign
+from orchestrator.launch.experiment import Experiment
+from orchestrator.launch.plan import print_plan, print_point_shortfall, print_preset
+from orchestrator.launch.settings import drop_abandoned, drop_replaced, fix_settings, refuse_other_runs
+from orchestrator.launch.study import Study, resolve_study
+from orchestrator.record import scratch
+from orchestrator.record.adapters import lanes_of_others
+from orchestrator.record.mlflow import MlflowTracker
+from orchestrator.record.provenance import current_commit
+from orchestrator.record.schema import Record
+from orchestrator.record.study_file import LOCK_FILE, StudyFile, data_warnings
+from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
+from orchestrator.record.tracking_uri import configured_uri
+from orchestrator.study.config_file import given_values, write_config
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.options import StudyOptions
+from orchestrator.util import atomic_files, timeouts
+from orchestrator.util.errors import UsageError, describe_disk_error
+from orchestrator.util.graceful_interrupts import graceful_interrupts
+from orchestrator.util.redaction import redact_secrets
+from variants import catalogue
+
+
+def run_study(
+    experiment: Experiment,
+    options: StudyOptions,
+    *,
+    make_design: MakeDesign | None = None,
+    replicates: int = 1,
+) -> int:
+    """Train the configurations that have no result yet, log them to MLflow and write the report.
+
+    Args:
+        experiment: Question and defaults of the experiment.
+        options: Options of the command line.
+        make_design: Function that makes the design; None for the grid of learning rates, or for a search.
+        replicates: Number of replicates of a study that tunes each variant several times.
+
+    Returns:
+        The exit code: 0 if all configurations have a result, or after --plan; EXIT_LIMIT_REACHED if a limit
+        ended the run before; else 1.
+
+    Raises:
+        UsageError: The value of an option is wrong. Nothing was trained.
+        StudyError: Something outside the command failed, for example the cluster.
+        KeyboardInterrupt: The run was interrupted. Unfinished lanes keep their checkpoints.
+        OSError: A file could not be written.
+    """
+    if options.plan_gpu is not None:
+        cost.require_card(options.plan_gpu)  # before any data is read
+    if options.plan and options.preset:
+        print_preset(options)  # first, because `resolve_study` fails if the data of a task are missing
+    after = None if options.plan else UsageError
+    with atomic_files.remove_created_folders(options.output, options.store_folder, after=after):
+        study = resolve_study(experiment, options, make_design, replicates)
+    if options.plan:
+        study.look_up()
+        experiment.request.on_plan(print_plan(study))
+        return 0
+    _make_folder(study)
+    refusal = (
+        f"study {study.name!r} is running already in {study.folder}; wait for it, or take another --study."
+    )
+    with (
+        runtime.exclusive_lock(study.folder / LOCK_FILE, refusal),
+        atomic_files.report_unwritable_folders(study.folder, study.store.root),
+    ):
+        _begin(study)
+        experiment.request.on_study(study.name, study.folder)
+        if study.num_to_train or not reporting.print_known_end(study):
+            Run(study).execute()
+        if study.search is not None:
+            usage = study.search.update_usage(study.store)
+            print_point_shortfall(study.console, usage, study.search.file.points)
+        return reporting.print_missing_results(study)
+
+
+def _make_folder(study: Study) -> None:
+    try:
+        study.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if describe_disk_error(error):
+            raise
+        raise UsageError(
+            f"--study {study.name!r}: {study.folder} cannot be made ({error.strerror}); take another --study."
+        ) from None
+
+
+def _begin(study: Study) -> None:
+    """Look up what this run trains, prepare its datasets and write `study.json` and study.yaml."""
+    experiment, options, store = study.experiment, study.options, study.store
+    earlier = StudyFile.read(study.folder)
+    sources = study.sources()
+    study.file = drop_replaced(earlier or study.file, sources, store, study.console.print)
+    scratch.remove_stale_folders(store)
+    study.look_up()
+    variants = dict.fromkeys(template.variant.name for template in study.templates)
+    settings = replace(experiment.settings, select=options.select)
+    settings = fix_settings(settings, study.file, options.search != "grid", study.replicates, variants)
+    if settings.kind == "replicates" and not options.only:
+        refuse_other_runs(study.file, study.requested, study.templates, study.replicates, store)
+    write_own_files(study.templates, store.data)  # also for `export`, if nothing is trained
+    if study.num_to_train:
+        to_prepare = [*study.templates, *study.pending]
+        prepare_datasets(to_prepare, store.bases, store.data, study.console.print)
+        report_data(to_prepare, store.bases, study.console.print, options.max_length is not None)
+    if study.search is not None:
+        study.search.save()
+    requested, known = [c.fingerprint for c in study.requested], study.known_fingerprints()
+    if not options.only:
+        study.file = drop_abandoned(study.file, settings, requested, store)
+    continues = bool(options.only) and earlier is not None  # the study's own command stays
+    study.file = replace(
+        study.file.with_configurations(requested, known),
+        command=study.file.command if continues else experiment.command,
+        tracking_uri=redact_secrets(configured_uri(options.tracking_uri)),
+        settings=settings,
+    ).with_sources(sources)
+    study.file.write(study.folder)
+    if not continues:
+        given = given_values(experiment.request.options or options, catalogue.names())
+        write_config(study.folder, study.file.again(), given, model_catalogue.built_in_names())
+    nothing = "" if study.num_to_train else ", nothing to train"
+    study.console.print(f"{study.name}: {len(known)} of {study.total} known{nothing}")
+    if study.retries_exhausted:
+        study.console.print(
+            f"{len(study.retries_exhausted)} of them failed three times; --retry-failed tries them again"
+        )
+
+
+class Run:
+    """The driver of a study that this process has locked: it trains what is pending and writes the report.
+
+    Args:
+        study: The study, after `look_up`.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.progress = Progress(study.folder, study.total, len(study.known_fingerprints()), study.console)
+        self.progress.max_steps = study.max_steps()
+        self.writers = start_writers(study, self.progress.notify)
+        others = lanes_of_others(study.options.output, study.file)
+        self.keeper = reporting.AdapterKeeper(study.store, study.file.settings, others)
+        self.logged: set[str] = set()
+        """Fingerprints of the records that this run has sent to MLflow and the other trackers."""
+
+    def execute(self) -> None:
+        """Train what is pending, and write the report.
+
+        Raises:
+            UsageError: The options do not fit the cluster that was joined. Nothing was trained.
+            StudyError: The cluster cannot train, or no trainer could be started.
+            KeyboardInterrupt: The run was interrupted; the lanes have saved checkpoints.
+        """
+        study, budget = self.study, self.study.budget
+        status, should_report = "KILLED", False
+        try:
+            if study.num_to_train:
+                self._train()
+            status, should_report = "KILLED" if budget.stop_reason else "FINISHED", True
+        except UsageError:
+            raise  # Nothing was trained, so there is nothing to report.
+        except BaseException as error:
+            should_report = True
+            if isinstance(error, KeyboardInterrupt):
+                if not budget.is_interrupted:
+                    budget.request_stop()
+                line = f"Stopped: {study.describe_progress()}, what is half done is kept"
+                study.console.print(line, markup=False)
+            raise
+        finally:
+            # Log the records of earlier runs, and records whose end was not reported, because the broker was
+            # restarted or the study was stopped.
+            for configuration in study.requested:
+                if configuration.fingerprint not in self.logged:
+                    self.writers.put(configuration.fingerprint)
+            reporting.report_and_close(study, self.writers, self.keeper, status, should_report)
+
+    def _train(self) -> None:
+        """Train the pending configurations, and those that the search or the design adds meanwhile."""
+        study, progress, budget = self.study, self.progress, self.study.budget
+        if study.search is not None:
+            study.search.on_point = self._add
+        with (
+            progress,
+            scratch.scratch_folder(study.store) as scratch_folder,
+            runtime.connect(self._close_writers) as cluster,
+            graceful_interrupts(budget.request_stop),
+        ):
+            # Imported after `connect`, which sets environment variables that Tune reads at its import.
+            from orchestrator.execution.session import train
+
+            session = self._make_session(cluster, scratch_folder)
+            for warning in data_warnings(study.sources()):
+                progress.notify(f"! {warning}")
+            progress.notify(_describe_trainers(session))
+            began = time.monotonic()
+            searcher, lanes = None, session.trainers.expected_lanes
+            if study.search is not None:
+                from orchestrator.execution.search.searcher import PerGroupSearcher
+
+                searcher = PerGroupSearcher(
+                    study.search, study.store, session.scheduler, lanes, session.cached
+                )
+
+            def order(
+                known: Sequence[Configuration], pending: Sequence[Configuration]
+            ) -> list[Configuration]:
+                return submission_order(session.scheduler, known, pending, lanes, session.num_trainers)
+
+            first_stage = order(study.satisfied, study.pending)
+            steps = train(session, first_stage, searcher, lambda: order((), self._next_stage()))
+            used = f", {budget.format_usage()}" if budget.gpus_per_trainer else ""
+            progress.notify(f"{progress.describe_ended(time.monotonic() - began)}{used}")
+            if progress.first_lane_at is not None:
+                wait = format_duration(progress.first_lane_at - began)
+                progress.notify(f"the first lane trained after {wait} of this time")
+            most = sum(c.lr_schedule.steps for c in study.pending)
+            progress.notify(f"{steps} optimizer steps of {most} for all configurations to the end")
+        if budget.is_interrupted:
+            raise KeyboardInterrupt
+
+    def _close_writers(self) -> None:
+        """Close the writers early, when a signal ends the start of Ray."""
+        self.writers.close(StudyEnd("KILLED"), timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS)
+
+    def _make_session(self, cluster: runtime.Cluster, scratch_folder: Path) -> Session:
+        """Check the cluster, and determine the number of trainers and their settings."""
+        from orchestrator.cluster.check import require_usable_cluster
+
+        study = self.study
+        store, node_types = study.store, autoscaler.startable_node_types(cluster)
+        options = autoscaler.adapt_to_cluster(study.options, cluster, study.templates, node_types)
+        require_usable_cluster(cluster, store.root)
+        num_trainers, gpus_per_worker = cluster.plan_trainers(
+            options.trainers, options.gpus_per_worker, options.workers_per_trainer
+        )
+        study.budget.set_gpus_per_trainer(gpus_per_worker * options.workers_per_trainer)
+        max_lanes, is_measured = study.choose_lanes(num_trainers, gpus_per_worker)
+        shared = StudyOptions(**{each.name: getattr(options, each.name) for each in fields(StudyOptions)})
+        settings = TrainerSettings(
+            shared, max_lanes, gpus_per_worker, store.root, scratch_folder, is_measured
+        )
+        if options.kernels == "liger" and not settings.uses_gpus:
+            raise UsageError("--kernels liger: the trainers of this study have no GPU; take --kernels torch.")
+        new_workers = autoscaler.worker_capacity(node_types, gpus_per_worker) or 0
+        return Session(
+            trainers=settings,
+            num_trainers=min(num_trainers, study.num_to_train),
+            cluster=cluster,
+            store=store,
+            progress=self.progress,
+            budget=study.budget,
+            autoscaler_capacity=new_workers // options.workers_per_trainer,
+            autoscaler_memory=sum(each.max_nodes * each.node.memory for each in node_types if each.node),
+            on_record=self._log_record,
+            on_progress=self.writers.put_progress,
+            cached={c.fingerprint for c in study.satisfied},
+            tune_per_seed=study.experiment.settings.kind == "replicates",
+        )
+
+    def _log_record(self, record: Record) -> None:
+        """Send a new record to the trackers; called from another thread."""
+        if not self.logged:
+            threading.Thread(target=reporting.import_report_libraries, daemon=True).start()
+        self.logged.add(record.fingerprint)
+        self.writers.put(record.fingerprint)
+        if self.study.options.save_adapters == "best":
+            self.keeper.add([record])
+
+    def _add(self, *configurations: Configuration) -> list[Configuration]:
+        """Add a point of the search, or a later stage of the design.
+
+        Returns:
+            The configurations that have no result in the store.
+        """
+        new = []
+        for configuration in configurations:
+            if self.study.add(configuration):
+                self.writers.mark_reused(configuration.fingerprint)
+                self.progress.cached += 1
+            else:
+                new.append(configuration)
+        self.progress.total, self.progress.max_steps = self.study.total, self.study.max_steps()
+        return new
+
+    def _next_stage(self) -> list[Configuration]:
+        """Return the configurations of the design's next stage that have no result.
+
+        A stage whose configurations all have results is added and skipped. All earlier configurations must
+        have ended.
+
+        Returns:
+            The configurations to train; an empty list ends the study.
+        """
+        store = self.study.store
+        while not self.study.budget.stop_reason and (named := self.study.name_next_stage()):
+            if new := self._add(*named):
+                self.progress.notify(self._describe_stage(named, len(named) - len(new)))
+                prepare_datasets(new, store.bases, store.data, self.progress.notify)
+                return new
+        return []
+
+    def _describe_stage(self, named: Sequence[Configuration], num_known: int) -> str:
+        """Return a line that says how many configurations a stage has, and why they are trained."""
+        count = f"{len(named)} configurations more" + (f", {num_known} of them known" if num_known else "")
+        assert self.study.design is not None
+        reason = self.study.design.explain(named, self.study.settled_records())
+        return f"next stage: {count}{f': {reason}' if reason else ''}"
+
+
+def start_writers(study: Study, notify: Callable[[str], None]) -> TrackerWriters:
+    """Start the writers to MLflow and to the trackers that --tracker names.
+
+    The first error of such a tracker is printed at once; the end of the study says what MLflow lacks.
+    """
+
+    def report_error(name: str, error: str) -> None:
+        notify(f"--tracker {name}: {error}; the study goes on, and its end says what is missing there")
+
+    store, tags = study.store, {"commit": current_commit()}
+    make_mlflow = partial(MlflowTracker, study.tracking_uri)
+    writers = {"mlflow": TrackerWriter(make_mlflow, store, study.file, tags)}
+    for name, tracker in study.trackers.items():
+        make = partial(tracker, study.folder)
+        writers[name] = TrackerWriter(make, store, study.file, tags, partial(report_error, name))
+    return TrackerWriters(writers)
+
+
+def _describe_trainers(session: Session) -> str:
+    """Return one line that describes the cluster and the trainers."""
+    cluster, settings = session.cluster, session.trainers
+    where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
+    gpus = settings.gpus_per_worker * settings.options.workers_per_trainer
+    each = f", {gpus:g} GPUs each" if gpus else ""
+    lanes = f"{'up to ' if settings.measures_lanes else ''}{settings.max_lanes} lanes"
+    return f"{where}: {session.num_trainers} trainers of {lanes}{each}"

@@ -1,0 +1,478 @@
+"""A study: what is asked, what the store knows of it, and what is left to train.
+
+`resolve_study` fills in and checks the options; `Study.look_up` compares the configurations with the records.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from orchestrator.execution.ray import autoscaler, runtime
+from orchestrator.execution.run_budget import RunBudget
+from orchestrator.execution.rungs import scheduler_settings
+from orchestrator.finetune.models import catalogue as model_catalogue
+from orchestrator.finetune.models.catalogue import UNPREPARED
+from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_tasks
+from orchestrator.finetune.resolve.templates import (
+    build_configuration_templates,
+    check_fit,
+    resolve_base_model,
+)
+from orchestrator.launch.designs import Design, DesignInput, MakeDesign, Records, WideningGrid
+from orchestrator.launch.experiment import Experiment
+from orchestrator.launch.settings import choose_name, find_only, find_sources
+from orchestrator.record.schema import MAX_FAILURES, Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import Source, StudyFile
+from orchestrator.record.tensorboard import TensorBoardTracker
+from orchestrator.record.tracker import MakeTracker
+from orchestrator.record.tracking_uri import resolve_uri
+from orchestrator.record.wandb import WandbTracker
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.options import (
+    DEFAULT_LANES_PER_TRAINER,
+    MAX_MEASURED_LANES,
+    SHORT_LANES_PER_TRAINER,
+    StudyOptions,
+)
+from orchestrator.study.study_name import default_study_name, store_command
+from orchestrator.util.errors import UsageError, suggest_nearest
+
+if TYPE_CHECKING:
+    from orchestrator.execution.search.budget import SearchBudget
+
+NO_TRACKER = "none"
+"""The value of --tracker for MLflow alone."""
+SHORT_LANE_TOKENS = 256
+"""Largest number of tokens in a micro-batch of one lane for which a trainer on a CPU has 8 lanes. `letters`,
+with 208 tokens, trains faster with 8 lanes than with 4; lanes of more tokens were not measured."""
+
+
+@dataclass(frozen=True)
+class FixedDesign(Design):
+    """The configurations that --only names."""
+
+    configurations: tuple[Configuration, ...]
+
+    def request(self, records: Records) -> list[Configuration]:
+        """Return all of them."""
+        return list(self.configurations)
+
+
+@dataclass(kw_only=True)
+class Study:
+    """What is asked, what the store knows of it, and what is left to train.
+
+    The configurations and `file` change when a search or a design adds configurations during the training.
+    """
+
+    experiment: Experiment
+    options: StudyOptions
+    """The options, with all defaults filled in."""
+    store: Store
+    templates: tuple[Configuration, ...]
+    """One configuration per task and variant, with placeholders for learning rate and seed."""
+    file: StudyFile
+    """Content of `study.json`."""
+    console: Console
+    tasks: tuple[ResolvedOptions, ...] = ()
+    """Resolved options of each task."""
+    design: Design | None = None
+    """The rule that names the configurations; None for a search, which samples them."""
+    replicates: int = 1
+    """Number of replicates: repeated tunings of each variant, each with its own seed."""
+    tracking_uri: str = ""
+    trackers: Mapping[str, MakeTracker] = field(default_factory=dict)
+    """The trackers that --tracker names."""
+    budget: RunBudget = field(default_factory=RunBudget)
+    """The limits of this run."""
+    search: SearchBudget | None = None
+    """The search that samples further configurations; None for a design, and before `look_up`."""
+    requested: list[Configuration] = field(default_factory=list)
+    """All configurations that the design or the search has named so far."""
+    satisfied: list[Configuration] = field(default_factory=list)
+    """Those with a result in the store before this run asked for them."""
+    retries_exhausted: list[Configuration] = field(default_factory=list)
+    """Those that failed too often to be tried again."""
+    pending: list[Configuration] = field(default_factory=list)
+    """Those that this run trains."""
+    expected: int = 0
+    """Expected number of configurations of all stages of the design; 0 after the last stage."""
+
+    @property
+    def name(self) -> str:
+        """Name of the study."""
+        return self.file.name
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the study, which may not exist yet."""
+        return self.file.folder
+
+    # -- what is known
+
+    def look_up(self) -> None:
+        """Name the configurations and divide them by the records in the store.
+
+        With --retry-failed and without --plan their counts of failures are reset.
+        """
+        if self.design is None:
+            self.search = self.open_search()
+            self.requested = list(self.search.configurations.values())
+        else:
+            self.requested = self.design.request(self.settled_records())
+        if self.options.retry_failed and not self.options.plan:
+            for configuration in self.requested:
+                self.store.reset_failures(configuration.fingerprint)
+        self.satisfied = [c for c in self.requested if self.has_result(c)]
+        self.retries_exhausted = [
+            c for c in self.requested if self.store.count_failures(c.fingerprint) >= MAX_FAILURES
+        ]
+        known = self.known_fingerprints()
+        self.pending = [c for c in self.requested if c.fingerprint not in known]
+        self.expected = len(self.design.outline()) if self.design and self.pending else 0
+
+    def open_search(self) -> SearchBudget:
+        """Open the search of the study; nothing is written."""
+        from orchestrator.execution.search.budget import open_search  # imports Optuna, which takes a second
+
+        return open_search(
+            self.folder,
+            self.options.search_method,
+            self.options.point_count,
+            {each.task.name: each.space for each in self.tasks if each.space is not None},
+            self.templates,
+            self.replicates,
+        )
+
+    def known_fingerprints(self) -> set[str]:
+        """Return the fingerprints of the configurations that are not trained any more."""
+        return {c.fingerprint for c in (*self.satisfied, *self.retries_exhausted)}
+
+    def settled_records(self) -> SettledRecords:
+        """Return the records of the configurations that have ended, for the design."""
+        return SettledRecords(self.store, self.options.scheduler)
+
+    def has_result(self, configuration: Configuration) -> bool:
+        """Return whether the store has a result of this configuration under the study's early stopping."""
+        stopping_settings = scheduler_settings(self.options.scheduler, configuration)
+        return self.store.get_reusable(configuration.fingerprint, stopping_settings) is not None
+
+    # -- what is to do
+
+    @property
+    def total(self) -> int:
+        """Number of configurations, including those that are not sampled or requested yet."""
+        return self.search.total if self.search else max(len(self.requested), self.expected)
+
+    @property
+    def num_to_train(self) -> int:
+        """Number of configurations to train, including those that are not sampled or requested yet."""
+        return len(self.pending) + self.total - len(self.requested)
+
+    def unnamed(self) -> list[Configuration]:
+        """Return one template for each configuration that the search or the design has not named yet."""
+        if self.search is None:
+            count = self.total - len(self.requested)
+            return [template for template, _ in zip(cycle(self.templates), range(count))]
+        return [
+            group.template
+            for name, group in self.search.groups.items()
+            for _ in range(self.search.num_remaining(name))
+        ]
+
+    def max_steps(self) -> int:
+        """Return the optimizer steps of `pending` and `unnamed`, if no lane ends early."""
+        return sum(c.lr_schedule.steps for c in [*self.pending, *self.unnamed()])
+
+    def name_next_stage(self) -> list[Configuration]:
+        """Return the configurations that the design requests after the ends of all earlier ones."""
+        present = {c.fingerprint for c in self.requested}
+        requested = [] if self.design is None else self.design.request(self.settled_records())
+        named = [c for c in requested if c.fingerprint not in present]
+        if not named:
+            self.expected = 0
+        return named
+
+    def add(self, configuration: Configuration) -> bool:
+        """Add a configuration of a search or of a later stage, also to `study.json`.
+
+        Returns:
+            True if the store has its result already.
+        """
+        fingerprint, is_known = configuration.fingerprint, self.has_result(configuration)
+        self.requested.append(configuration)
+        (self.satisfied if is_known else self.pending).append(configuration)
+        self.file = self.file.with_configurations([fingerprint], [fingerprint] if is_known else [])
+        self.file.write(self.folder)
+        return is_known
+
+    def choose_lanes(self, num_trainers: int, gpus_per_worker: float) -> tuple[int, bool]:
+        """Return the largest number of lanes of a trainer, and whether trainers choose by measurement.
+
+        Args:
+            num_trainers: Number of trainers; 0 counts as one.
+            gpus_per_worker: GPUs of each worker.
+        """
+        options = self.options
+        if options.lanes_per_trainer is not None:
+            return options.lanes_per_trainer, False
+        if gpus_per_worker > 0 and options.device != "cpu":
+            return MAX_MEASURED_LANES, True
+        # A search and early stopping decide by the results of other lanes, so fewer should train at once.
+        is_plain_grid = options.search == "grid" and options.scheduler == "none"
+        lanes = DEFAULT_LANES_PER_TRAINER
+        if is_plain_grid and all(map(_is_short, [*self.templates, *self.pending])):
+            # With more lanes than its share, a trainer would train the lanes of others.
+            share = -(-self.num_to_train // max(1, num_trainers))
+            lanes = max(lanes, min(SHORT_LANES_PER_TRAINER, share))
+        return lanes, False
+
+    # -- what it is made of, and its words
+
+    def sources(self) -> list[Source]:
+        """Return the base models of the study, and its tasks and variants in users' files."""
+        return find_sources(self.templates)
+
+    def describe_progress(self) -> str:
+        """Return a sentence with the number of configurations done and the GPU hours of this run."""
+        states = self.store.states()  # Reading every record would take long.
+        recorded = [c for c in self.requested if states.get(c.fingerprint) not in (None, "failed")]
+        done = sum(states[c.fingerprint] != "stopped" or self.has_result(c) for c in recorded)
+        used = self.budget.format_usage()
+        return f"{done} of {self.total} configurations are done{f', {used} used' if used else ''}"
+
+    def orchestrator_command(self, *words: str) -> str:
+        """Return a command of this program, such as `report x`, with this study's --output and --store."""
+        return store_command(*words, output=self.options.output, store=self.options.store)
+
+
+class SettledRecords(Mapping[str, Record]):
+    """Fingerprint -> record of a configuration that the study does not train any further.
+
+    Such a configuration has finished, diverged, been stopped by the study's own early stopping, or failed too
+    often to be tried again. Each record is read at its first use. It is kept without its curve and its
+    results per item, which take most of the memory and which no design uses. Iteration and length cover all
+    records of the store, also those that are not settled; no design uses them.
+
+    Args:
+        store: The records.
+        scheduler: Early stopping of the study, or "none".
+    """
+
+    def __init__(self, store: Store, scheduler: str) -> None:
+        self._store, self._scheduler = store, scheduler
+        self._settled: dict[str, Record] = {}
+
+    def __getitem__(self, fingerprint: str) -> Record:
+        if fingerprint not in self._settled:
+            self._settled[fingerprint] = replace(self._read(fingerprint), curve=(), items={})
+        return self._settled[fingerprint]
+
+    def _read(self, fingerprint: str) -> Record:
+        record = self._store.get(fingerprint)
+        if record is None:
+            raise KeyError(fingerprint)
+        if record.state == "failed":
+            if self._store.count_failures(fingerprint) < MAX_FAILURES:
+                raise KeyError(fingerprint)
+            return record
+        settings = scheduler_settings(self._scheduler, record.configuration)
+        usable = self._store.get_reusable(fingerprint, settings)
+        if usable is None:
+            raise KeyError(fingerprint)
+        return usable
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.states())
+
+    def __len__(self) -> int:
+        return len(self._store.states())
+
+
+def _is_short(configuration: Configuration) -> bool:
+    tokens = configuration.batches.batch_size * configuration.batches.max_length
+    return 0 < tokens <= SHORT_LANE_TOKENS  # `max_length` is 0 for images
+
+
+def resolve_study(
+    experiment: Experiment,
+    options: StudyOptions,
+    make_design: MakeDesign | None = None,
+    replicates: int = 1,
+) -> Study:
+    """Fill in the defaults of a study's options and check them; without --plan, prepare missing base models.
+
+    Args:
+        experiment: Question and defaults of the experiment.
+        options: Options of the command line.
+        make_design: Function that makes the design; None for the grid of learning rates, or for a search.
+        replicates: Number of replicates of a study that tunes each variant several times.
+
+    Returns:
+        The study, of which nothing has been looked up yet.
+
+    Raises:
+        UsageError: The value of an option is wrong, for example for this machine or the joined cluster.
+        OSError: A folder cannot be written; the error names the folder.
+    """
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    _require_hardware(experiment, options)
+    options = autoscaler.adapt_options(options)
+    options.check_output()
+    store = Store(options.store_folder)
+    tracking_uri = resolve_uri(options.tracking_uri, store)
+    trackers = load_trackers(options.tracker)
+    defaults = experiment.default_tasks(options.dry_run), experiment.default_variants(options.dry_run)
+    tasks = resolve_tasks(options, *defaults, store.bases)
+    budget = _make_budget(options)
+    if not options.plan:
+        _check_before_pretraining(options, tasks, store)
+    progress = None if options.plan else console.print
+    is_search = make_design is None and options.search != "grid"
+    templates: list[Configuration] = []
+    for each in tasks:
+        content = resolve_base_model(each.model, store.bases, progress)
+        templates += build_configuration_templates(options, each, content, store.bases, checks_fit=is_search)
+    _check_contents(templates)
+    models, names = [each.model for each in tasks], [each.task.name for each in tasks]
+    default_name = default_study_name(
+        experiment.script,
+        [options.preset] if options.preset else names,
+        models[0] if len(set(models)) == 1 else None,
+        None if options.search == "grid" else options.search_method,
+    )
+    name = choose_name(options, default_name, find_sources(templates), console)
+    folder = options.study_folder(name)
+    new = StudyFile(name, experiment.question, experiment.command, experiment=experiment.name, folder=folder)
+    study = Study(
+        experiment=experiment,
+        options=options,
+        store=store,
+        templates=tuple(templates),
+        file=StudyFile.read(folder) or new,
+        console=console,
+        tasks=tuple(tasks),
+        replicates=replicates,
+        tracking_uri=tracking_uri,
+        trackers=trackers,
+        budget=budget,
+    )
+    if not is_search:
+        rates = {each.task.name: tuple(each.learning_rates) for each in tasks}
+        given = DesignInput(study.templates, rates)
+        study.design = make_design(given) if make_design else WideningGrid(given, range(options.seed_count))
+    if options.only:
+        design, search = study.design, study.open_search
+        named = design.request(study.settled_records()) if design else search().configurations.values()
+        study.design = FixedDesign(tuple(find_only(options, study.file, named, templates, store)))
+    if study.design is not None:
+        _check_untrained(study, study.design)
+    return study
+
+
+def load_trackers(chosen: Sequence[str]) -> dict[str, MakeTracker]:
+    """Find and check the trackers that a command names beside MLflow.
+
+    Raises:
+        UsageError: A name is unknown, a tracker's package is not installed, or a setting is missing.
+    """
+    known = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
+    names = [name for name in dict.fromkeys(chosen) if name != NO_TRACKER]
+    if names and NO_TRACKER in chosen:
+        raise UsageError(f"--tracker {' '.join(chosen)}: `none` stands alone; take it away.")
+    found: dict[str, MakeTracker] = {}
+    for name in names:
+        if name == "mlflow":
+            raise UsageError("--tracker mlflow: MLflow is always written; leave it out.")
+        if name not in known:
+            raise UsageError(f"--tracker {name!r} is not one. {suggest_nearest(name, [NO_TRACKER, *known])}")
+        known[name].check()
+        found[name] = known[name]
+    return found
+
+
+def _check_before_pretraining(
+    options: StudyOptions, resolved: Sequence[ResolvedOptions], store: Store
+) -> None:
+    """Check whether Ray can start and the variants fit, for each task whose base model is not in the store.
+
+    They come first, because such a model is then pretrained or fetched, which takes longer than the checks.
+
+    Raises:
+        UsageError: A check fails.
+    """
+    for each in resolved:
+        if model_catalogue.find_content(each.model, store.bases) is None:
+            runtime.check_start()
+            build_configuration_templates(options, each, UNPREPARED, store.bases)
+
+
+def _make_budget(options: StudyOptions) -> RunBudget:
+    """Return the limits of the run; without a cluster, refuse more trainers than fit on this machine."""
+    budget = RunBudget(options.max_hours, options.max_gpu_hours)
+    if options.plan_gpu is None and runtime.running_cluster_address() is None:
+        _, gpus = runtime.estimate_local_cluster().plan_trainers(
+            options.trainers, options.gpus_per_worker, options.workers_per_trainer
+        )
+        budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
+    return budget
+
+
+def _check_contents(templates: Sequence[Configuration]) -> None:
+    """Check that no two tasks have the same content and data, which would be the same configurations.
+
+    Raises:
+        UsageError: Two of them have.
+    """
+    names: dict[tuple[str, str], str] = {}
+    for task in (template.task for template in templates if template.task.content):
+        other = names.setdefault((task.content, task.revision), task.name)
+        if other != task.name:
+            raise UsageError(f"{other!r} and {task.name!r} have the same content; leave one of them out.")
+
+
+def _check_untrained(study: Study, design: Design) -> None:
+    """Check that Ray can start, and that the variants that the design may train fit the base model.
+
+    Nothing is checked if nothing is left to train.
+    """
+    records = study.settled_records()
+    outline, requested = design.outline(), design.request(records)
+    untrained = [c for c in requested if c.fingerprint not in records]
+    if not untrained:
+        return
+    if not study.options.plan:
+        runtime.check_start()
+    if len(requested) < len(outline):
+        untrained += outline
+    names = {(c.task.name, c.variant.name) for c in untrained}
+    own = [t for t in study.templates if (t.task.name, t.variant.name) in names]
+    for each in study.tasks:
+        of_task = [t for t in own if t.task.name == each.task.name]
+        check_fit(of_task, study.options, each, study.store.bases)
+
+
+def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
+    """Check that the full study, which needs GPUs, is not started on a machine without GPUs.
+
+    Raises:
+        UsageError: There is neither a GPU nor a Ray cluster.
+    """
+    if options.dry_run or options.plan or options.task or options.data or options.model:
+        return
+    if runtime.running_cluster_address() is None and not any(
+        node.gpus for node in runtime.estimate_local_cluster().nodes
+    ):
+        raise UsageError(
+            f"the full study ({' '.join(experiment.tasks)}) needs a GPU or a Ray cluster "
+            "(ray up cluster.yaml, or RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or "
+            "name a --task or --data for this CPU."
+        )
