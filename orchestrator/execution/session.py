@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from orchestrator.execution.broker.actor import start_broker
 from orchestrator.execution.monitor import StudyMonitor
 from orchestrator.execution.ray.private import (
     light_trial_actors,
+    make_trial,
     retry_after_death_in_reset,
     withhold_cloud_credentials_from_trials,
 )
 from orchestrator.execution.settings import Session
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
-from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limit
-from orchestrator.execution.tune.fifo import ConfigurationListGenerator, LiveTrialFIFOScheduler
-from orchestrator.execution.tune.per_group_scheduler import PerGroupScheduler
+from orchestrator.execution.tune.per_group_scheduler import LiveTrialFIFOScheduler, PerGroupScheduler
 from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES, LaneTrial
 from orchestrator.execution.tune.trial_events import ABORTED, AbortStopper, BrokerCallback, PendingStops
 from orchestrator.study.configuration import Configuration
@@ -32,10 +35,76 @@ withhold_cloud_credentials_from_trials()
 
 MAX_TRIAL_FAILURES = 20
 """Failures of one trial process that Tune survives. Trials run no code of users, but may lose their node."""
+MIN_AUTOSCALED_TRAINERS = 8
+"""Number of trainers that the limit for an autoscaled cluster allows for, as on one node with eight GPUs."""
 
 
 class LaneTrainable(tune.Trainable):
     """The trainable class that the driver registers with Tune. Trial processes run `LaneTrial` instead."""
+
+
+class ConfigurationListGenerator(BasicVariantGenerator):
+    """Generator of one trial per configuration, in the given order, one stage after another.
+
+    This class replaces `grid_search`, for which Ray 2.60 copies the whole grid once per trial. A copy takes
+    0.36 s with 5,000 configurations.
+
+    Args:
+        configurations: The configurations of the first stage.
+        max_concurrent: The largest number of unfinished trials; None for no limit.
+        next_stage: Called whenever all trials have ended. Returns the configurations of the next stage; an
+            empty sequence ends the experiment.
+    """
+
+    def __init__(
+        self,
+        configurations: Sequence[Configuration],
+        max_concurrent: int | None = None,
+        next_stage: Callable[[], Sequence[Configuration]] = tuple,
+    ) -> None:
+        super().__init__(max_concurrent=max_concurrent or 0)
+        self._queue, self._next_stage = deque(configurations), next_stage
+        self._numbers = count()
+        self._spec: dict[str, Any] = {}
+
+    def add_configurations(self, experiments: Any) -> None:
+        """Take the experiment from Tune, which gives exactly one."""
+        (experiment,) = experiments
+        self._spec, self._total_samples = experiment.spec, len(self._queue)
+
+    def next_trial(self) -> Any:
+        """Return the next trial; None while the limit is reached, between stages and at the end."""
+        if self.is_finished() or 0 < self.max_concurrent <= len(self._live_trials):
+            return None
+        if not self._queue:
+            if self._live_trials:  # the next stage depends on their results
+                return None
+            self._queue.extend(self._next_stage())
+            if not self._queue:
+                self.set_finished()
+                return None
+            self._total_samples += len(self._queue)
+        one = {**self._spec, "config": {"configuration": self._queue.popleft().to_json()}}
+        trial = make_trial(self._uuid_prefix, next(self._numbers), one)
+        self._live_trials.add(trial.trial_id)
+        return trial
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles the generator into its scratch folder
+
+    def save_to_dir(self, dirpath: str, session_str: str = "", **more: Any) -> None:
+        """Save nothing, because a study is resumed from its records."""
+
+
+class SearchLimiter(ConcurrencyLimiter):
+    """Limit the unfinished points of a search; `max_concurrent` may change while the search runs."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Return nothing, because a search is continued by the command of its study."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its search algorithm into its scratch folder
 
 
 def train(
@@ -90,6 +159,47 @@ def train(
         last_line = str(results.errors[0]).strip().splitlines()[-1]
         progress.notify(f"{len(results.errors)} trials failed, the first with: {last_line}")
     return sum(monitor.steps_taken.values())
+
+
+def trial_limit(session: Session, is_search: bool = False, capacities: Sequence[int] = ()) -> int:
+    """Return the largest number of concurrent trials.
+
+    It is the number of lanes of all trainers, plus one for each trainer. When a lane ends, the lane of the
+    additional trial replaces it at once, while Tune starts the next trial in the free process. A search has
+    no additional trials, because a waiting trial was suggested without the results of the lanes in training.
+
+    The lanes of a trainer are those in `capacities`. A trainer that has not reported its limit counts with
+    `TrainerSettings.expected_lanes`. In a grid on this machine alone, such a trainer counts with one trial,
+    because the processes of more trials would delay its start.
+
+    All trial processes together may use half of the memory that Ray manages, including the memory of nodes
+    that an autoscaler may start. The other half is for trainers. An elastic pool on a joined cluster grows
+    only if lanes wait, so its limit is computed for more trainers than it has. Their number is the largest of
+    twice its trainers, the trainers for which an autoscaler may start nodes, and, with GPUs,
+    `MIN_AUTOSCALED_TRAINERS`.
+
+    Args:
+        session: The number of trainers and of their lanes, and the nodes with their memory.
+        is_search: True if trials are suggested by a search.
+        capacities: For each trainer that has reported its limit, the number of lanes that it can hold. In a
+            search, it is the number of lanes that may be unfinished for the trainer; see
+            `count_usable_lanes` in `broker/assignment.py`.
+    """
+    num_trainers, trainers, cluster = session.num_trainers, session.trainers, session.cluster
+    if session.is_elastic and not cluster.local:
+        least = MIN_AUTOSCALED_TRAINERS if trainers.gpus_per_worker else 0
+        num_trainers = max(least, 2 * num_trainers, session.autoscaler_capacity)
+    expected, most = trainers.expected_lanes, trainers.max_lanes
+    if is_search:
+        told = [min(one, most) for one in capacities[:num_trainers]]
+    else:
+        told = [max(expected, min(one, most)) + 1 for one in capacities[:num_trainers]]
+        expected += 1
+    if cluster.local and not is_search:
+        expected = 1
+    wanted = sum(told) + max(0, num_trainers - len(told)) * expected
+    memory = max(cluster.memory, session.autoscaler_memory)
+    return max(1, min(wanted, int(memory / 2 / TRIAL_MEMORY_BYTES)))
 
 
 def _make_algorithm(

@@ -26,7 +26,7 @@ USED = [
     "ray.core.generated.common_pb2:ActorDiedErrorContext.NODE_DIED",
     "ray.core.generated.gcs_pb2:PlacementGroupTableData.REMOVED",
     "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE.difference_update",
-    # Overridden in trainers/trainer_run.py, tune/fifo.py and tune/per_group_scheduler.py.
+    # Overridden in trainers/trainer_run.py, session.py and tune/per_group_scheduler.py.
     "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer.fit",
     "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._create_default_callbacks",
     "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._initialize_and_run_controller",

@@ -1,16 +1,49 @@
-"""Early stopping with one of Tune's schedulers for each group of trials, so that variants do not compete."""
+"""Tune's schedulers: first in, first out; and early stopping by a scheduler for each group of trials.
+
+Variants do not compete, because each has a group of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import count
 from math import inf
 from typing import Any
 
-from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from orchestrator.execution.rungs import MIN_SAMPLES, REDUCTION_FACTOR, first_rung, last_rung
-from orchestrator.execution.tune.fifo import LiveTrialFIFOScheduler
 from orchestrator.study.configuration import Configuration
+
+
+class LiveTrialFIFOScheduler(FIFOScheduler):
+    """First-in-first-out scheduler that iterates over unfinished trials only.
+
+    Ray 2.60's own iterates over all trials of the experiment at each step of Tune's loop.
+    """
+
+    # With TUNE_RESULT_BUFFER_LENGTH above 1, Tune would call a method that `LaneTrial` does not have. Without
+    # this support Tune sets the variable to 1. Each result matters at once: to the scheduler, which decides
+    # whether the lane trains on, and to the broker, in which a lane may wait for the next call.
+    _supports_buffered_results = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counter = count()
+        self._arrival_order: dict[str, int] = {}
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Put the trial last in the order, even if the trial is tried again."""
+        self._arrival_order[trial.trial_id] = next(self._counter)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Return the first pending trial, else the first paused one, else None."""
+        for status in (Trial.PENDING, Trial.PAUSED):
+            there = [trial for trial in tune_controller.get_live_trials() if trial.status == status]
+            if there:
+                return min(there, key=lambda trial: self._arrival_order[trial.trial_id])
+        return None
 
 
 class PerGroupScheduler(LiveTrialFIFOScheduler):

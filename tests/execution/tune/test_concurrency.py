@@ -13,7 +13,7 @@ from search_drive import Drive, space
 from session_settings import make_session
 
 from orchestrator.execution.ray.runtime import Cluster, Node
-from orchestrator.execution.tune.concurrency import SearchLimiter, trial_limit
+from orchestrator.execution.session import SearchLimiter, trial_limit
 from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
 HEAVY = ("ray.tune", "ray.train", "torch", "transformers", "pandas", "pyarrow")

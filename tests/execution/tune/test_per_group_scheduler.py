@@ -57,7 +57,7 @@ def test_the_first_lane_groups_are_dealt_out_to_the_trainers() -> None:
 @pytest.mark.parametrize("nodes", [1, 2, 40])
 def test_trials_leave_half_of_the_memory_to_trainers(nodes: int) -> None:
     from orchestrator.execution.ray.runtime import Cluster, Node
-    from orchestrator.execution.tune.concurrency import trial_limit
+    from orchestrator.execution.session import trial_limit
     from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
     for memory in (2 * 2**30, 64 * 2**30):
