@@ -11,11 +11,11 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (347, 27087),
+    "orchestrator": (345, 27075),
     "orchestrator/analyze": (92, 6958),
     "orchestrator/cli": (5, 470),
     "orchestrator/cluster": (3, 246),
-    "orchestrator/execution": (41, 3410),
+    "orchestrator/execution": (39, 3398),
     "orchestrator/experiments": (6, 154),
     "orchestrator/export": (4, 465),
     "orchestrator/finetune": (142, 9440),
@@ -29,7 +29,7 @@ BUDGETS = {
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 54_466
+DOC_WORDS = 54_465
 """Words that all pages may have together."""
 
 
