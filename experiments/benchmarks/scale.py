@@ -36,7 +36,7 @@ from orchestrator.study.configuration import (
     TaskChoice,
     VariantChoice,
 )
-from orchestrator.study.space import build_grid
+from orchestrator.study.grids import build_grid
 from orchestrator.util.command import main
 from orchestrator.util.errors import UsageError
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from orchestrator.finetune.engine.lane_state import evaluation_steps
 from orchestrator.study.configuration import Configuration, warmup_steps
-from orchestrator.study.space import training_order
+from orchestrator.study.grids import training_order
 
 REDUCTION_FACTOR = 4
 """Under ASHA, one lane in this many continues to the next rung; see docs/early_stopping.md."""

@@ -22,25 +22,17 @@ from orchestrator.finetune.resolve.templates import find_settings_error, has_lay
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.record.schema import Record
 from orchestrator.study.bounds import check_grid_size
-from orchestrator.study.configuration import Configuration
+from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value
 from orchestrator.study.factors import (
     Factor,
     choose_factors,
     default_rate,
     factor_levels,
-    has_factor,
     own_settings,
     resweep_rates,
 )
-from orchestrator.study.rates import refine_rates, round_rate
-from orchestrator.study.space import (
-    HYPERPARAMETERS,
-    VARIANT_HYPERPARAMETERS,
-    Value,
-    apply_values,
-    build_grid,
-    format_value,
-)
+from orchestrator.study.grids import build_grid, refine_rates, round_rate
+from orchestrator.study.space import VARIANT_HYPERPARAMETERS, apply_values, format_value, get_value
 from orchestrator.util.errors import UsageError
 
 Records = Mapping[str, Record]
@@ -393,7 +385,7 @@ def _levels(
     is_unknown = factor.name in VARIANT_HYPERPARAMETERS and factor.name not in variant_hyperparameters(
         variant
     )
-    if is_unknown or not has_factor(template, factor):
+    if is_unknown or get_value(template, factor.name) is None:
         notes.append(f"{variant} has no {factor.title}: left out.")
         return []
     found = []

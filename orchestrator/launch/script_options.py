@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from orchestrator.study import bounds
+from orchestrator.study.grids import parse_learning_rates
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.rates import parse_learning_rates
 from orchestrator.util.errors import UsageError
 
 DRY_RUN_RATES_PER_DECADE = 4

@@ -51,7 +51,7 @@ class Field:
     part: str = ""
     """Field of `Configuration` whose field this is; empty for a field of `Configuration` itself."""
     field: str = ""
-    value_type: type = str
+    value_type: type[Value] = str
     choices: tuple[str, ...] = ()
     """All valid values, if the type is a Literal."""
     default: Any = None

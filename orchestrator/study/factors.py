@@ -16,9 +16,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from orchestrator.study import space
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Value, apply_values, format_value, get_value
+from orchestrator.study.configuration import Configuration, Value
+from orchestrator.study.space import VARIANT_HYPERPARAMETERS, apply_values, format_value, get_value
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import canonical_key
 
@@ -111,26 +110,24 @@ def choose_factors(words: Sequence[str], own_settings: Mapping[str, Mapping[str,
         UsageError: A name is unknown, belongs to a variant that is not in the study, or has no levels; or no
             factor but the learning rate is named.
     """
-    own = {
-        f"{variant}.{name}": default
-        for variant, settings in own_settings.items()
-        for name, default in settings.items()
-    }
     table = load_factors()
-    common = [name for name in table if "." not in name]
-    known = {**{name: table[name] for name in common}, **_own_factors(own)}
+    own = {f"{v}.{name}": default for v, each in own_settings.items() for name, default in each.items()}
+    known = {name: factor for name, factor in table.items() if not factor.variant}
+    known |= {
+        name: table.get(name) or _own_factor(name, default)
+        for name, default in own.items()
+        if name in table or (type(default) in (int, float) and float(default) > 0)
+    }
     names = [canonical_key(word) for word in words]
     chosen = list(known) if ALL in names else list(dict.fromkeys(names))
     for name in chosen:
-        if name in known:
-            continue
-        if name in table:
-            rule = f"{table[name].variant!r} is not in this study; add it to --variants"
-            raise UsageError(f"--factors {name}: {rule}, or leave the factor out.")
-        if name in own:
-            rule = f"its default, {format_value(own[name])!r}, is no number above 0, so that it has no levels"
-            raise UsageError(f"--factors {name}: {rule}; leave the factor out.")
-        raise UsageError(f"--factors: no factor {name!r}. {suggest_nearest(name, [*known, ALL])}")
+        if name not in known:
+            rule = f"no factor {name!r}. {suggest_nearest(name, [*known, ALL])}"
+            if name in table:
+                rule = f"{table[name].variant!r} is not in this study; add it to --variants, or leave it out."
+            elif name in own:
+                rule = f"its default, {format_value(own[name])!r}, is no number above 0; leave it out."
+            raise UsageError(f"--factors {name}: {rule}")
     factors = [known[name] for name in chosen if name != RATE]
     if not factors:
         raise UsageError(
@@ -140,33 +137,12 @@ def choose_factors(words: Sequence[str], own_settings: Mapping[str, Mapping[str,
     return factors
 
 
-def _own_factors(own: Mapping[str, Value]) -> dict[str, Factor]:
-    """Return the factors of the variants' own settings: key -> factor.
-
-    A setting without an entry in the table varies over `OWN_RANGE` if its default is a number above 0;
-    otherwise it is no factor.
-
-    Args:
-        own: VARIANT.NAME -> default of the setting.
-    """
-    table, found = load_factors(), {}
-    for name, default in own.items():
-        if name in table:
-            found[name] = table[name]
-        elif isinstance(default, float | int) and not isinstance(default, bool) and default > 0:
-            found[name] = Factor(
-                name, name, "log", OWN_RANGE, relative=True, range=OWN_RANGE, default=default,
-                source="from half to double of the variant's default",
-            )  # fmt: skip
-    return found
-
-
-def has_factor(configuration: Configuration, factor: Factor) -> bool:
-    """Return whether the variant of the configuration has the factor; HiRA, for example, has no alpha."""
-    name = factor.name.rpartition(".")[2]
-    if factor.variant:
-        return factor.variant == configuration.variant.name and name in configuration.variant.extra
-    return get_value(configuration, factor.name) is not None
+def _own_factor(name: str, default: Value) -> Factor:
+    """Return the factor of a variant's numeric setting that has no entry in the table."""
+    source = "from half to double of the variant's default"
+    return Factor(
+        name, name, "log", OWN_RANGE, relative=True, range=OWN_RANGE, default=default, source=source
+    )
 
 
 def factor_levels(factor: Factor, template: Configuration, count: int) -> tuple[Value, ...]:
@@ -183,10 +159,9 @@ def factor_levels(factor: Factor, template: Configuration, count: int) -> tuple[
     Returns:
         Distinct levels in the order of the table; empty if the variant does not have the factor.
     """
-    if not has_factor(template, factor):
-        return ()
     default = get_value(template, factor.name)
-    assert default is not None
+    if default is None:
+        return ()
     levels: list[Value] = []
     for each in factor.levels:
         value = each
@@ -230,10 +205,8 @@ def find_changed_factor(
         The factor; None if the configuration is the default, or differs in more or in something else.
     """
     for factor in factors:
-        if not (has_factor(configuration, factor) and has_factor(default, factor)):
-            continue
-        value = get_value(default, factor.name)
-        if value is None or get_value(configuration, factor.name) == value:
+        value, changed = get_value(default, factor.name), get_value(configuration, factor.name)
+        if value is None or changed in (None, value):
             continue
         restored = apply_values(configuration, {factor.name: value})
         # `apply_values` lowers the number of evaluations of a configuration with few steps.
@@ -244,7 +217,7 @@ def find_changed_factor(
 
 def own_settings(template: Configuration) -> Mapping[str, Value]:
     """Return the settings that only this variant has: name -> value in the template."""
-    return {k: v for k, v in template.variant.extra.items() if k not in space.VARIANT_HYPERPARAMETERS}
+    return {k: v for k, v in template.variant.extra.items() if k not in VARIANT_HYPERPARAMETERS}
 
 
 def resweep_rates(rates: Sequence[float], center: float) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.study import bounds, rates, study_name
+from orchestrator.study import bounds, grids, study_name
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 SCHEDULERS = ("none", "asha", "median")
@@ -67,7 +67,7 @@ class GridOptions:
             UsageError: One of them is empty or out of bounds.
         """
         if self.learning_rates is not None:
-            rates.parse_learning_rates(self.learning_rates)
+            grids.parse_learning_rates(self.learning_rates)
         if self.variants is not None and not self.variants:
             raise UsageError("--variants is empty; name at least one, for example: lora pissa.")
         if self.task is not None and not all(self.task or ("",)):
@@ -186,7 +186,7 @@ class TrainingOptions:
             raise UsageError(f"--accumulation {self.accumulation}: must be 1 or more.")
         if self.head_learning_rate != "same":
             example = "For example: same, or 1e-3."
-            rates.parse_positive_number("--head-learning-rate", self.head_learning_rate, example)
+            grids.parse_positive_number("--head-learning-rate", self.head_learning_rate, example)
 
 
 @dataclass(frozen=True, kw_only=True)

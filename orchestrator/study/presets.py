@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from orchestrator.study.grids import parse_learning_rates
 from orchestrator.study.options import OPTION_OF_HYPERPARAMETER, StudyOptions, setting_key
-from orchestrator.study.rates import parse_learning_rates
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import canonical_name
 

@@ -1,4 +1,4 @@
-"""Hyperparameters by name, the space of a search, and access to values in a configuration.
+"""Hyperparameters by name: their values in a configuration, --set, and the space of a search.
 
 The key of a hyperparameter is NAME, for all variants that have it, or VARIANT.NAME for one variant. NAME is
 one of `HYPERPARAMETERS` or, after a variant, one of this variant's own settings.
@@ -6,22 +6,21 @@ one of `HYPERPARAMETERS` or, after a variant, one of this variant's own settings
 
 from __future__ import annotations
 
-import math
-import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from orchestrator.study.configuration import HYPERPARAMETERS as HYPERPARAMETERS
-from orchestrator.study.configuration import Configuration, Hyperparameter
-from orchestrator.study.configuration import Value as Value
+from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Hyperparameter, Value
+from orchestrator.util.errors import UsageError, suggest_nearest
+from variants.variant_names import canonical_key
 
+VARIANT_HYPERPARAMETERS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
 VariantDefaults = Callable[[str], Mapping[str, Value]]
 """Function from a variant to its settings with their defaults, including rank, alpha and dropout."""
-
-INT_SETTING_RULE = Hyperparameter(value_type=int, ge=0, le=100_000)
-"""Valid values of integers among a variant's own settings. The variant may allow fewer."""
-VARIANT_HYPERPARAMETERS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
+EXAMPLE = "For example: learning_rate=log:1e-4:1e-2 rank=4,8,16 lora_plus.ratio=logint:1:64."
+SET_EXAMPLE = "For example: weight_decay=0.01 lora_plus.ratio=4."
+_KINDS = ("log", "int", "logint")
+_Parsed = TypeVar("_Parsed")
 
 
 @dataclass(frozen=True)
@@ -29,18 +28,21 @@ class Dimension:
     """One hyperparameter of a space: the closed interval from `low` to `high`, or `choices`.
 
     `variant` is empty for a dimension of all variants. With `has_integer_steps` the interval has integers
-    only; their type is int if `is_int`, else float.
+    only, of the hyperparameter's type.
     """
 
-    name: str
+    hyperparameter: Hyperparameter
     variant: str = ""
     low: float = 0.0
     high: float = 0.0
     log: bool = False
     has_integer_steps: bool = False
-    is_int: bool = False
-    significant_digits: int = Hyperparameter.significant_digits
     choices: tuple[Value, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the hyperparameter."""
+        return self.hyperparameter.name
 
     @property
     def key(self) -> str:
@@ -50,7 +52,7 @@ class Dimension:
     @property
     def is_numeric(self) -> bool:
         """True if all values are numbers; choices are then in ascending order."""
-        return not any(isinstance(each, (str, bool)) for each in self.choices)
+        return self.hyperparameter.value_type in (int, float)
 
     @property
     def size(self) -> int | None:
@@ -67,8 +69,8 @@ class Dimension:
     def to_value(self, drawn: float) -> Value:
         """Convert a number sampled from the interval to a value of the hyperparameter."""
         if self.has_integer_steps:
-            return int(drawn) if self.is_int else float(drawn)
-        return min(self.high, max(self.low, float(f"{drawn:.{self.significant_digits}g}")))
+            return self.hyperparameter.value_type(drawn)
+        return min(self.high, max(self.low, float(f"{drawn:.{self.hyperparameter.significant_digits}g}")))
 
     @property
     def spec_text(self) -> str:
@@ -79,21 +81,8 @@ class Dimension:
         return f"{kind}{':' * bool(kind)}{self.low:.10g}:{self.high:.10g}"
 
 
-@dataclass(frozen=True)
-class Space:
-    """Dimensions of each variant: first those of all variants, in the same order, then the variant's own."""
-
-    variants: Mapping[str, tuple[Dimension, ...]]
-
-    @property
-    def dimensions(self) -> tuple[Dimension, ...]:
-        """Distinct dimensions; those of a single variant are the last ones."""
-        found = {d.key: d for dimensions in self.variants.values() for d in dimensions}
-        return tuple(sorted(found.values(), key=lambda d: d.variant != ""))
-
-    def size(self, variant: str) -> float:
-        """Return the number of points of a variant; infinite with an interval of real numbers."""
-        return math.prod(d.size or math.inf for d in self.variants[variant])
+Space = Mapping[str, tuple[Dimension, ...]]
+"""Variant -> its dimensions: first those of all variants, in the same order, then the variant's own."""
 
 
 def apply_values(configuration: Configuration, values: Mapping[str, Value]) -> Configuration:
@@ -115,15 +104,14 @@ def apply_values(configuration: Configuration, values: Mapping[str, Value]) -> C
         if hyperparameter is None or (variant and name in configuration.variant.extra):
             extra = {**configuration.variant.extra, name: value}
             configuration = replace(configuration, variant=replace(configuration.variant, extra=extra))
-        elif name == "batch_size":
-            batches = configuration.batches
-            batches = replace(batches, batch_size=int(value) // batches.accumulation)
-            configuration = replace(configuration, batches=batches)
-        else:
-            part = replace(getattr(configuration, hyperparameter.part), **{hyperparameter.field: value})
-            configuration = replace(configuration, **{hyperparameter.part: part})
-            if name == "steps" and configuration.evaluations > int(value):
-                configuration = replace(configuration, evaluations=int(value))
+            continue
+        if name == "batch_size":
+            value = int(value) // configuration.batches.accumulation
+        if name == "steps":
+            evaluations = min(configuration.evaluations, int(value))
+            configuration = replace(configuration, evaluations=evaluations)
+        part = replace(getattr(configuration, hyperparameter.part), **{hyperparameter.field: value})
+        configuration = replace(configuration, **{hyperparameter.part: part})
     return configuration
 
 
@@ -140,12 +128,12 @@ def get_value(configuration: Configuration, key: str) -> Value | None:
     variant, _, name = key.rpartition(".")
     if variant not in ("", configuration.variant.name):
         return None
-    if variant and name in configuration.variant.extra:
-        return configuration.variant.extra[name]
-    hyperparameter = HYPERPARAMETERS[name]
+    hyperparameter = HYPERPARAMETERS.get(name)
+    if hyperparameter is None or (variant and name in configuration.variant.extra):
+        return configuration.variant.extra.get(name)
     if name == "batch_size":
         return configuration.batches.batch_size * configuration.batches.accumulation
-    value = getattr(getattr(configuration, hyperparameter.part), hyperparameter.field)
+    value: Value | None = getattr(getattr(configuration, hyperparameter.part), hyperparameter.field)
     return None if (name, value) == ("rank", 0) else value  # Rank 0 stands for no rank.
 
 
@@ -156,45 +144,184 @@ def format_value(value: Value) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def build_grid(
-    templates: Sequence[Configuration], learning_rates: Sequence[float], seeds: Iterable[int]
-) -> list[Configuration]:
-    """Return every template at every learning rate and seed.
+def parse_fixed_values(
+    words: Sequence[str], variants: Sequence[str], defaults: VariantDefaults
+) -> dict[str, Value]:
+    """Return the values that --set fixes, by NAME or VARIANT.NAME.
 
     Args:
-        templates: One configuration for each variant and task.
-        learning_rates: The learning rates.
-        seeds: The seeds.
+        words: The NAME=VALUE words.
+        variants: Names of the variants.
+        defaults: Settings of each variant.
+
+    Raises:
+        UsageError: A word is malformed or out of bounds, or a name occurs twice.
     """
-    return [
-        replace(template, optimizer=replace(template.optimizer, learning_rate=rate), seed=seed)
-        for template in templates
-        for seed in seeds
-        for rate in learning_rates
-    ]
+    rule = f"must be NAME=VALUE. {SET_EXAMPLE}"
+    return _parse_words("--set", rule, words, variants, defaults, _parse_fixed)
 
 
-def training_order(configurations: Iterable[Configuration], lanes_per_group: int) -> list[Configuration]:
-    """Return configurations in training order.
+def parse_space(
+    words: Sequence[str],
+    variants: Sequence[str],
+    defaults: VariantDefaults,
+    learning_rates: Sequence[float],
+    fixed_names: Sequence[str] = (),
+) -> Space:
+    """Return the space that --space describes.
 
-    They are trained in blocks of one variant and task. A block is the smallest number of full lane groups
-    that holds all rates of a seed. Only the last block of a variant may be smaller. Blocks with the first
-    seeds come first. The rates of a seed are shuffled deterministically, because early stopping would stop
-    few lanes of a small grid in ascending order. Variants are not mixed, because lane groups would then be
-    nearly empty.
+    A hyperparameter that a variant does not have is left out of its dimensions.
 
     Args:
-        configurations: The configurations of a study.
-        lanes_per_group: Lanes in a full lane group.
+        words: The NAME=SPEC words.
+        variants: Names of the variants.
+        defaults: Settings of each variant.
+        learning_rates: The grid. The learning rate is varied between its ends, unless `words` or
+            `fixed_names` contain it or the grid has one rate.
+        fixed_names: Names to which --set gives a value.
+
+    Raises:
+        UsageError: A word is malformed, out of bounds, or conflicts with another.
     """
-    by_variant: dict[tuple[str, str], dict[int, list[Configuration]]] = defaultdict(lambda: defaultdict(list))
-    for c in sorted(configurations, key=lambda c: (c.seed, c.fingerprint)):
-        by_variant[c.task.name, c.variant.name][c.seed].append(c)
-    blocks: list[tuple[int, str, list[Configuration]]] = []
-    for key, by_seed in by_variant.items():
-        for seed, rates in by_seed.items():
-            random.Random(f"{key}{seed}").shuffle(rates)
-        members = [c for rates in by_seed.values() for c in rates]
-        size = lanes_per_group * math.ceil(len(members) / len(by_seed) / lanes_per_group)
-        blocks += [(start, str(key), members[start : start + size]) for start in range(0, len(members), size)]
-    return [c for _, _, block in sorted(blocks, key=lambda block: block[:2]) for c in block]
+    rule = f"must be NAME=SPEC. {EXAMPLE}"
+    found = _parse_words("--space", rule, words, variants, defaults, _parse_dimension)
+    if both := next((key for key in found if key in fixed_names), None):
+        raise UsageError(f"--space {both}: --set has fixed {both}; take one of the two away.")
+    named = {*found, *fixed_names}
+    if "learning_rate" not in named and len(learning_rates) > 1:
+        ends = min(learning_rates), max(learning_rates)
+        found = {"learning_rate": Dimension(HYPERPARAMETERS["learning_rate"], "", *ends, log=True), **found}
+    space: dict[str, tuple[Dimension, ...]] = {}
+    for variant in variants:
+        settings = variant_settings(variant, defaults)
+        # ReLoRA has a `warmup` of its own, which replaces no value of the schedule's warm-up.
+        replaced = {n for n, each in settings.items() if f"{variant}.{n}" in named and each.field != "extra"}
+        shared = (d for d in found.values() if not d.variant and d.name in settings.keys() - replaced)
+        space[variant] = (*shared, *(d for d in found.values() if d.variant == variant))
+    return space
+
+
+def variant_settings(variant: str, defaults: VariantDefaults) -> dict[str, Hyperparameter]:
+    """Return the hyperparameters and the own settings of a variant by name.
+
+    The type of a setting is that of its default. It hides a hyperparameter of the same name (`warmup`).
+    """
+    has = defaults(variant)
+    settings = {n: each for n, each in HYPERPARAMETERS.items() if each.part != "variant" or n in has}
+    for name in has.keys() - VARIANT_HYPERPARAMETERS:
+        is_int = type(has[name]) is int
+        settings[name] = Hyperparameter(
+            name=name,
+            part="variant",
+            field="extra",
+            value_type=type(has[name]),
+            ge=0 if is_int else None,
+            le=HYPERPARAMETERS["rank"].le if is_int else None,  # the variant may allow fewer
+        )
+    return settings
+
+
+def _parse_words(
+    option: str,
+    rule: str,
+    words: Sequence[str],
+    variants: Sequence[str],
+    defaults: VariantDefaults,
+    parse: Callable[[str, Hyperparameter, str], _Parsed],
+) -> dict[str, _Parsed]:
+    """Return key -> what `parse` returns for the variant, the hyperparameter and the text after the "="."""
+    found: dict[str, _Parsed] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        key = canonical_key(key)
+        try:
+            if not key or not text:
+                raise ValueError(rule)
+            if key in found:
+                raise ValueError(f"{key} occurs twice; name it once.")
+            variant, hyperparameter = _find(key, variants, defaults)
+            found[key] = parse(variant, hyperparameter, text)
+        except ValueError as error:
+            raise UsageError(f"{option} {word!r}: {error}") from None
+    return found
+
+
+def _find(key: str, variants: Sequence[str], defaults: VariantDefaults) -> tuple[str, Hyperparameter]:
+    """Return the variant and the hyperparameter of a key."""
+    variant, dot, name = key.rpartition(".")
+    if not dot:
+        if key in HYPERPARAMETERS:
+            return "", HYPERPARAMETERS[key]
+        own = [f"{each}.{setting}" for each in variants for setting in defaults(each)]
+        raise ValueError(f"no hyperparameter {key!r}. {suggest_nearest(key, [*HYPERPARAMETERS, *own])}")
+    if variant not in variants:
+        raise ValueError(f"{variant!r} is not in this study. {suggest_nearest(variant, variants)}")
+    settings = variant_settings(variant, defaults)
+    if name not in settings:
+        raise ValueError(f"{variant} has no {name!r}. {suggest_nearest(name, settings, cutoff=0.6)}")
+    return variant, settings[name]
+
+
+def parse_value(hyperparameter: Hyperparameter, text: str) -> Value:
+    """Return the value that a text stands for, of the hyperparameter's type.
+
+    Raises:
+        ValueError: There is no such value.
+    """
+    if hyperparameter.value_type is bool:
+        if text not in ("true", "false"):
+            raise ValueError(f"{text!r} must be true or false.")
+        return text == "true"
+    value: Value = text
+    if hyperparameter.value_type is not str:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a number.") from None
+    if broken := hyperparameter.find_violation(value):
+        choices = hyperparameter.choices
+        raise ValueError(f"{text!r} {broken}.{f' {suggest_nearest(text, choices)}' if choices else ''}")
+    return hyperparameter.value_type(value)
+
+
+def _parse_fixed(_variant: str, hyperparameter: Hyperparameter, text: str) -> Value:
+    return parse_value(hyperparameter, text)
+
+
+def _parse_dimension(variant: str, hyperparameter: Hyperparameter, text: str) -> Dimension:
+    dimension = Dimension(hyperparameter, variant)
+    if not hyperparameter.searchable:
+        raise ValueError(f"a search cannot vary {dimension.name}; take hyperparameter_sensitivity.py.")
+    if ":" in text:
+        return _parse_interval(dimension, text)
+    texts = [each for each in text.split(",") if each]
+    if len(texts) <= text.count(","):
+        raise ValueError(f"one of its values is empty; take {dimension.key}={','.join(texts) or 'a,b'}.")
+    values = list(dict.fromkeys(parse_value(hyperparameter, each) for each in texts))
+    if len(values) < 2:
+        raise ValueError(f"it has one value only; take --set {dimension.key}={texts[0]}.")
+    return replace(dimension, choices=tuple(sorted(values, key=float) if dimension.is_numeric else values))
+
+
+def _parse_interval(dimension: Dimension, text: str) -> Dimension:
+    name, value_type = dimension.name, dimension.hyperparameter.value_type
+    *kinds, low_text, high_text = text.split(":")
+    kind = ":".join(kinds)
+    if kinds and kind not in _KINDS:
+        forms = "low:high, log:low:high, int:low:high, logint:low:high or a choice a,b,c"
+        raise ValueError(f"{kind!r} is no kind of range; take {forms}. {suggest_nearest(kind, _KINDS)}")
+    log, has_integer_steps = kind.startswith("log"), kind.endswith("int")
+    if not dimension.is_numeric:
+        raise ValueError(f"{name} has no range; take a choice a,b,c.")
+    if value_type is int and not has_integer_steps:
+        raise ValueError(f"{name} is a whole number; take {kind}int:{low_text}:{high_text}.")
+    low, high = (float(parse_value(dimension.hyperparameter, each)) for each in (low_text, high_text))
+    if has_integer_steps and not (low.is_integer() and high.is_integer()):
+        raise ValueError("the ends must be whole numbers.")
+    if low == high:
+        raise ValueError(f"it has one value only; take --set {dimension.key}={low_text}.")
+    if low > high:
+        raise ValueError(f"it is reversed; did you mean {':'.join([*kinds, high_text, low_text])}?")
+    if log and low <= 0:
+        raise ValueError(f"{low_text!r} must be above 0 for a logarithm.")
+    return replace(dimension, low=low, high=high, log=log, has_integer_steps=has_integer_steps)

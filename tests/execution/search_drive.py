@@ -17,9 +17,8 @@ from orchestrator.execution.search.budget import SearchBudget, open_search
 from orchestrator.execution.search.searcher import PerGroupSearcher
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Configuration, LRSchedule
-from orchestrator.study.space import Space, Value, apply_values
-from orchestrator.study.space_parsing import parse_space
+from orchestrator.study.configuration import Configuration, LRSchedule, Value
+from orchestrator.study.space import Space, apply_values, parse_space
 
 STEPS = 90
 OWN: dict[str, dict[str, Value]] = {
@@ -78,7 +77,7 @@ class Drive:
         self.store = Store(folder / "store")
         self.study = folder / "study"
         self.study.mkdir(exist_ok=True)
-        templates = [build(variant, {}) for variant in over.variants]
+        templates = [build(variant, {}) for variant in over]
         spaces = {"letters": over}
         self.budget: SearchBudget = open_search(self.study, sampler, points, spaces, templates, replicates)
         self.budget.save()

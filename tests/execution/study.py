@@ -25,8 +25,8 @@ from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.record.schema import Evaluation, Provenance, Record
 from orchestrator.record.store import Store
+from orchestrator.study.grids import build_grid
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.space import build_grid
 
 # Ray's core prints this line on a machine without a network route to the outside.
 _RAYS_ASIDE = re.compile(r"^.*network_util\.cc:\d+: Failed to determine local IP .*\n", re.MULTILINE)

@@ -18,9 +18,8 @@ from orchestrator.execution.search.samplers import (
     random_points,
     to_optuna_params,
 )
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Space, Value, apply_values
-from orchestrator.study.space_parsing import parse_space
+from orchestrator.study.configuration import Configuration, Value
+from orchestrator.study.space import Space, apply_values, parse_space
 
 OWN: dict[str, dict[str, Value]] = {
     "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
@@ -32,7 +31,7 @@ WORDS = ("rank=4,8,16,32", "alpha=log:4:64", "lora_plus.ratio=log:1:64", "schedu
 
 
 def groups(over: Space, replicate: int = 0) -> list[SearchGroup]:
-    templates = [configuration(variant) for variant in over.variants]
+    templates = [configuration(variant) for variant in over]
     return list(make_groups({"letters": over}, templates, (replicate,), "letters").values())
 
 
@@ -93,7 +92,7 @@ def test_others_are_each_point_of_a_small_space_once() -> None:
         OWN.__getitem__,
         (1e-4, 1e-2),
         ("learning_rate",),
-    ).variants.values()
+    ).values()
     found = list(random_points(over, 0))
     assert sorted((p["lora.rank"], p["schedule"]) for p in found) == [
         (r, s) for r in (2, 3, 4) for s in ("cosine", "linear")
@@ -102,7 +101,7 @@ def test_others_are_each_point_of_a_small_space_once() -> None:
 
 
 def test_others_of_a_large_space_are_its_own() -> None:
-    (over,) = space(*WORDS, variants=("lora_plus",)).variants.values()
+    (over,) = space(*WORDS, variants=("lora_plus",)).values()
     found = list(random_points(over, 0))
     assert all(from_optuna_params(over, to_optuna_params(over, point)) == point for point in found)
     assert len({tuple(point.values()) for point in found}) > 990
@@ -123,7 +122,7 @@ def test_what_the_variant_refuses_is_passed_over() -> None:
 def test_values_and_draws_are_each_others_inverse() -> None:
     from optuna import create_study
 
-    over = space(*WORDS, "lora_plus.rank=logint:2:64").variants["lora_plus"]
+    over = space(*WORDS, "lora_plus.rank=logint:2:64")["lora_plus"]
     study = create_study(sampler=make_sampler("random", 8, 0))
     for _ in range(20):
         found = from_optuna_params(over, study.ask(fixed_distributions=distributions(over)).params)
@@ -133,7 +132,7 @@ def test_values_and_draws_are_each_others_inverse() -> None:
 def test_a_sampler_does_not_repeat_its_draws_after_a_restart() -> None:
     from optuna import create_study
 
-    over = space(variants=("lora",)).variants["lora"]
+    over = space(variants=("lora",))["lora"]
     firsts = [
         create_study(sampler=make_sampler("tpe", 16, asked))
         .ask(fixed_distributions=distributions(over))

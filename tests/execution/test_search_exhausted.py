@@ -11,9 +11,8 @@ from search_drive import OWN, Drive, score, space
 
 from orchestrator.execution.search import samplers
 from orchestrator.execution.search.groups import SearchGroup
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Value
-from orchestrator.study.space_parsing import parse_space
+from orchestrator.study.configuration import Configuration, Value
+from orchestrator.study.space import parse_space
 
 
 def test_a_small_space_is_used_up_and_said_to_be(tmp_path: Path) -> None:
@@ -49,7 +48,7 @@ def test_choices_give_as_many_different_points_as_were_asked_for(
     assert drive.all() == {"lora": points, "hira": points}
     assert len({point.fingerprint for point in drive.given}) == 2 * points
     assert not drive.budget.file.exhausted
-    for variant in over.variants:
+    for variant in over:
         optuna_trials = [t for t in drive.optuna_trials(variant) if t.state.name == "COMPLETE"]
         mine = [p for p in drive.given if p.variant.name == variant]
         assert sorted(t.value for t in optuna_trials) == sorted(map(score, mine)), "each is told once"

@@ -114,7 +114,7 @@ def test_fixed_values_hold_for_a_grid_too(bases: Path) -> None:
 def test_one_rate_is_no_range(bases: Path) -> None:
     made, space = resolved(bases, search="qmc", learning_rates=("1e-2",), space=("rank=2,4",))
     assert space is not None
-    assert {d.name for dimensions in space.variants.values() for d in dimensions} == {"rank"}
+    assert {d.name for dimensions in space.values() for d in dimensions} == {"rank"}
     assert {c.optimizer.learning_rate for c in made} == {1e-2}
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
 def test_a_head_may_be_searched_where_there_is_one(bases: Path) -> None:
     _, space = resolved(bases, "reviews", **SEARCH, space=("head_learning_rate=log:1e-4:1",))
     assert space is not None
-    assert all("head_learning_rate" in {d.name for d in each} for each in space.variants.values())
+    assert all("head_learning_rate" in {d.name for d in each} for each in space.values())
 
 
 def test_a_fixed_value_that_a_variant_does_not_have_is_no_other_configuration(bases: Path) -> None:

@@ -15,8 +15,8 @@ from orchestrator.finetune.resolve.option_names import resolve_tasks
 from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
+from orchestrator.study.grids import build_grid
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.space import build_grid
 from variants.testing.rig import one_thread
 
 __all__ = ["restored", "run"]

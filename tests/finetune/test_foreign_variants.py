@@ -82,8 +82,8 @@ def test_a_space_varies_a_setting_of_the_variant(name: str, tmp_path: Path) -> N
     )
     space = resolve_options(options, "letters", (), tmp_path).space
     assert space is not None
-    assert [d.key for d in space.variants["lora"]] == ["learning_rate"]
-    found = [d.key for d in space.variants[canonical_name(name)]]
+    assert [d.key for d in space["lora"]] == ["learning_rate"]
+    found = [d.key for d in space[canonical_name(name)]]
     assert found == ["learning_rate", f"{canonical_name(name)}.{HYPERPARAMETERS[name]}"]
 
 

@@ -25,7 +25,7 @@ from orchestrator.launch.designs import (
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.factors import default_rate, resweep_rates
-from orchestrator.study.rates import parse_learning_rates
+from orchestrator.study.grids import parse_learning_rates
 from orchestrator.util.errors import UsageError
 
 Score = Callable[[Configuration], float | None]

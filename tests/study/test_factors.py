@@ -7,7 +7,7 @@ from dataclasses import replace
 from star_records import template
 
 from orchestrator.study import factors
-from orchestrator.study.configuration import BatchConfig
+from orchestrator.study.configuration import HYPERPARAMETERS, BatchConfig
 from orchestrator.study.factors import (
     choose_factors,
     default_rate,
@@ -17,7 +17,7 @@ from orchestrator.study.factors import (
     normalize,
     resweep_rates,
 )
-from orchestrator.study.space import HYPERPARAMETERS, apply_values
+from orchestrator.study.space import apply_values
 
 OWN = {"lora_plus": {"ratio": 16.0}, "adalora": {"orthogonality": 0.5}, "relora": {"merges": 3}}
 

@@ -15,7 +15,7 @@ from orchestrator.study.configuration import (
     TaskChoice,
     VariantChoice,
 )
-from orchestrator.study.space import build_grid, training_order
+from orchestrator.study.grids import build_grid, training_order
 
 TEMPLATE = Configuration(
     VariantChoice("lora"),

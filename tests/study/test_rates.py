@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.study.rates import parse_learning_rates, refine_rates
+from orchestrator.study.grids import parse_learning_rates, refine_rates
 
 
 def test_a_list_is_sorted_and_without_repetition() -> None:

@@ -10,10 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_grid import TEMPLATE
 
-from orchestrator.study import space_parsing
-from orchestrator.study.configuration import Configuration, VariantChoice
-from orchestrator.study.space import HYPERPARAMETERS, Dimension, Value, apply_values
-from orchestrator.study.space_parsing import parse_space
+from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value, VariantChoice
+from orchestrator.study.space import Dimension, apply_values, parse_fixed_values, parse_space
 
 OWN: dict[str, dict[str, Value]] = {
     "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
@@ -38,7 +36,7 @@ def template(variant: str) -> Configuration:
 
 def parsed(*words: str, fixed: tuple[str, ...] = ()) -> dict[str, list[str]]:
     found = parse_space(words, VARIANTS, own, RATES, fixed)
-    return {v: [f"{d.key}={d.spec_text}" for d in dimensions] for v, dimensions in found.variants.items()}
+    return {v: [f"{d.key}={d.spec_text}" for d in dimensions] for v, dimensions in found.items()}
 
 
 def test_the_learning_rate_goes_from_the_lowest_to_the_highest_of_the_grid_unless_named() -> None:
@@ -83,7 +81,7 @@ def test_values_enter_the_configuration() -> None:
 
 
 def test_fixed_values_are_typed_by_the_setting() -> None:
-    found = space_parsing.parse_fixed_values(
+    found = parse_fixed_values(
         ["relora.merges=2", "weight-decay=0.01", "pissa.shared=false", "pissa.svd=fast"], VARIANTS, own
     )
     assert found == {"relora.merges": 2, "weight_decay": 0.01, "pissa.shared": False, "pissa.svd": "fast"}
@@ -122,12 +120,10 @@ def inside(dimension: Dimension, value: Value) -> bool:
 @given(st.lists(SPECS, max_size=4, unique_by=lambda w: w.partition("=")[0]), st.integers(0, 2**30))
 def test_every_draw_lies_in_the_space_and_its_spelling_is_its_value(words: list[str], seed: int) -> None:
     found = parse_space(words, VARIANTS, own, RATES)
-    again = [f"{d.key}={d.spec_text}" for d in found.dimensions]
-    assert parse_space(again, VARIANTS, own, RATES).variants == found.variants, (
-        "the text of a space parses to the same space"
-    )
+    again = [f"{k}={d.spec_text}" for k, d in {d.key: d for each in found.values() for d in each}.items()]
+    assert parse_space(again, VARIANTS, own, RATES) == found, "the text of a space parses to the same space"
     rng = random.Random(seed)
-    for variant, dimensions in found.variants.items():
+    for variant, dimensions in found.items():
         values: dict[str, Value] = {}
         for d in dimensions:
             if d.choices:

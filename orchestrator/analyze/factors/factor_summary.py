@@ -17,8 +17,8 @@ from orchestrator.analyze.statistics.outcome import largest_count
 from orchestrator.analyze.tuned.tuned_results import CONTROLS
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import AnalysisSettings
+from orchestrator.study.configuration import Value
 from orchestrator.study.factors import RATE, Factor, choose_factors, own_settings
-from orchestrator.study.space import Value
 
 REQUIRED_SHARE = 0.8
 """Share of the variants for which the claim must hold."""

@@ -19,9 +19,9 @@ from orchestrator.analyze.run_labels import RunLabel
 from orchestrator.analyze.scores import Split, finite_score
 from orchestrator.analyze.statistics.peak import Peak, find_peak
 from orchestrator.record.schema import Record
-from orchestrator.study.configuration import Configuration
+from orchestrator.study.configuration import Configuration, Value
 from orchestrator.study.factors import Factor, default_rate, find_changed_factor, is_near, normalize
-from orchestrator.study.space import Value, get_value
+from orchestrator.study.space import get_value
 
 Scores = NDArray[np.float64]
 Runs = Mapping[tuple[float, int], Record]

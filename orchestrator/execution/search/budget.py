@@ -14,8 +14,8 @@ from orchestrator.execution.search.journal import JOURNAL_FILE, Point, read_poin
 from orchestrator.execution.search.samplers import NON_ADAPTIVE_SAMPLERS, draw_design
 from orchestrator.execution.search.search_file import SEARCH_FILE, GroupUsage, SearchFile
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Space, Value
+from orchestrator.study.configuration import Configuration, Value
+from orchestrator.study.space import Space
 from orchestrator.util.errors import UsageError
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.finetune.resolve.templates import find_settings_error
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Dimension, Space, Value, apply_values
+from orchestrator.study.configuration import Configuration, Value
+from orchestrator.study.space import Dimension, Space, apply_values
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,6 @@ def make_groups(
         for template in templates:
             task, variant = template.task.name, template.variant.name
             name = group_name(task, variant, replicate, first_task)
-            dimensions = spaces[task].variants[variant]
+            dimensions = spaces[task][variant]
             groups[name] = SearchGroup(name, replace(template, seed=replicate), dimensions)
     return groups

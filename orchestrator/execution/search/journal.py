@@ -21,7 +21,8 @@ from optuna.trial import FrozenTrial, create_trial
 
 from orchestrator.execution.search.groups import SearchGroup
 from orchestrator.execution.search.samplers import distributions, from_optuna_params, to_optuna_params
-from orchestrator.study.space import Dimension, Value
+from orchestrator.study.configuration import Value
+from orchestrator.study.space import Dimension
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, format_error
 

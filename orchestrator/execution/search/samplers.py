@@ -14,7 +14,8 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, create_trial
 
 from orchestrator.execution.search.groups import SearchGroup
-from orchestrator.study.space import Dimension, Value
+from orchestrator.study.configuration import Value
+from orchestrator.study.space import Dimension
 
 logging.set_verbosity(logging.WARNING)  # otherwise Optuna logs a line for each study
 

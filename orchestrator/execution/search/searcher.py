@@ -18,8 +18,7 @@ from orchestrator.execution.search.budget import SearchBudget
 from orchestrator.execution.search.groups import SearchGroup
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Value
+from orchestrator.study.configuration import Configuration, Value
 
 
 @dataclass(frozen=True)

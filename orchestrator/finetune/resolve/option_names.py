@@ -13,9 +13,10 @@ from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks import data_loading
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.study import bounds, rates, space_parsing
+from orchestrator.study import bounds, grids, space
+from orchestrator.study.configuration import Value
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.space import Space, Value
+from orchestrator.study.space import Space
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
 from variants.traits import AdaptationScope
@@ -137,7 +138,7 @@ def resolve_options(
     model = options.model or default_model(task)
     model_catalogue.find_content(model, bases)  # raises UsageError for an unknown model
     typed_rates = options.learning_rates
-    learning_rates = rates.parse_learning_rates(typed_rates) if typed_rates else task.defaults.learning_rates
+    learning_rates = grids.parse_learning_rates(typed_rates) if typed_rates else task.defaults.learning_rates
     bounds.check_grid_size(options.seed_count, len(learning_rates))
     fixed, search_space = _parse_fixed_and_space(options, variants, task, learning_rates)
     return ResolvedOptions(variants, task, model, learning_rates, fixed, search_space)
@@ -250,7 +251,7 @@ def variant_hyperparameters(name: str) -> Mapping[str, Value]:
 def _parse_fixed_and_space(
     options: StudyOptions, variants: Sequence[str], task: Task, learning_rates: Sequence[float]
 ) -> tuple[Mapping[str, Value], Space | None]:
-    fixed = space_parsing.parse_fixed_values(options.set, variants, variant_hyperparameters)
+    fixed = space.parse_fixed_values(options.set, variants, variant_hyperparameters)
     is_search = options.search != "grid"
     for key in fixed:
         name = key.rpartition(".")[2]
@@ -261,7 +262,7 @@ def _parse_fixed_and_space(
         return fixed, None
     if len(learning_rates) == 1:
         fixed.setdefault("learning_rate", learning_rates[0])
-    search_space = space_parsing.parse_space(
+    search_space = space.parse_space(
         options.space or (), variants, variant_hyperparameters, learning_rates, tuple(fixed)
     )
     _check_space(options, search_space, task)
@@ -270,7 +271,8 @@ def _parse_fixed_and_space(
 
 def _check_space(options: StudyOptions, search_space: Space, task: Task) -> None:
     train_size = options.train_size or task.defaults.train_size
-    for dimension in search_space.dimensions:
+    dimensions = {d.key: d for each in search_space.values() for d in each}
+    for dimension in dimensions.values():
         _check_has_head(f"--space {dimension.key}", dimension.name, task)
         if dimension.name == "batch_size":
             if not dimension.choices and (options.accumulation or 1) > 1:
@@ -282,10 +284,10 @@ def _check_space(options: StudyOptions, search_space: Space, task: Task) -> None
                 options.check_batch_size(int(value))
                 bounds.check_bound(f"--space {dimension.key}:", int(value), train_size)
     if options.search_method == "cma-es":
-        for variant, dimensions in search_space.variants.items():
-            if not any(d.is_numeric for d in dimensions):
+        for variant, own in search_space.items():
+            if not any(d.is_numeric for d in own):
                 raise UsageError(f"--sampler cma-es: {variant} has nothing numeric to search; take tpe.")
-    if not search_space.dimensions:
+    if not dimensions:
         raise UsageError(
             f"--search {options.search}: nothing varies, neither the learning rate nor anything in --space; "
             "take a --space, rank=4,8 say, or --search grid."

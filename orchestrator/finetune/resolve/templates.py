@@ -29,11 +29,12 @@ from orchestrator.study.configuration import (
     LRSchedule,
     ModelChoice,
     OptimizerConfig,
+    Value,
     VariantChoice,
     warmup_steps,
 )
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.space import Space, Value, apply_values
+from orchestrator.study.space import Space, apply_values
 from orchestrator.util.errors import UsageError, report_user_errors
 from variants import catalogue
 from variants.source_cache import cached, source_digest
@@ -259,7 +260,7 @@ def corner_configurations(configuration: Configuration, search_space: Space) -> 
     """
     dimensions = [
         d
-        for d in search_space.variants[configuration.variant.name]
+        for d in search_space[configuration.variant.name]
         if d.variant or d.name in space.VARIANT_HYPERPARAMETERS
     ]
     keys = [d.key for d in dimensions]

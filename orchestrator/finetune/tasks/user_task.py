@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Output, Task, TaskDefaults
 from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, Hyperparameter
-from orchestrator.study.rates import MAX_POINTS
+from orchestrator.study.grids import MAX_POINTS
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 MAX_EXAMPLES = 1_000_000_000
