@@ -27,6 +27,7 @@ from orchestrator.record.schema import (
 )
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import read_studies
+from orchestrator.study import configuration
 from orchestrator.util.atomic_files import replace_atomically
 from orchestrator.util.errors import UsageError
 
@@ -39,16 +40,6 @@ PARQUET_FILE = "records.parquet"
 CURVES_FILE = "curves.parquet"
 
 _METADATA = {"record_schema_version": str(SCHEMA_VERSION)}
-
-# The types are fixed, because a type inferred from an empty column would change once the column has values.
-_CONFIGURATION = {
-    "string": "variant task task_title model model_content dtype targets schedule task_revision base_dropout "
-    "test_evaluations",
-    "int64": "seed rank steps_horizon batch_size accumulation max_length task_train_size "
-    "task_validation_size task_test_size task_numerics evaluations variant_numerics loop_numerics",
-    "float64": "learning_rate alpha dropout weight_decay beta1 beta2 epsilon clip_norm head_learning_rate "
-    "warmup final_factor divergence_loss_ratio divergence_share divergence_smoothing",
-}
 
 
 def write_parquet(store: Store, output: Path | None = None) -> Path:
@@ -175,7 +166,10 @@ def _concatenate(curves: Sequence[pa.Table]) -> pa.Table:
 
 
 def _to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Return rows as a table with the fixed columns, and those of the variants and scores in `rows`."""
+    """Return rows as a table with the fixed columns, and those of the variants and scores in `rows`.
+
+    The types are fixed, because a type inferred from an empty column would change once the column has values.
+    """
     import pyarrow as pa
 
     def arrow(types: Mapping[str, Any]) -> dict[str, pa.DataType]:
@@ -186,9 +180,8 @@ def _to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     parts = [column_types(part) for part in (Record, Cost, Provenance)]
     results = arrow(parts[0] | dict.fromkeys((*SCORES, "seconds"), float) | parts[1] | parts[2])
     types = {"fingerprint": results.pop("fingerprint"), "studies": pa.list_(pa.string())}
-    types |= {
-        name: pa.type_for_alias(kind) for kind, names in _CONFIGURATION.items() for name in names.split()
-    }
+    types |= arrow(configuration.column_types())
+    types["task_title"] = pa.string()
     for name in sorted({name for row in rows for name in row} - types.keys() - results.keys()):
         types[name] = _infer_type([row[name] for row in rows if row.get(name) is not None])
     types |= results

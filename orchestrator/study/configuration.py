@@ -378,8 +378,11 @@ HYPERPARAMETERS = {each.name: each for each in FIELDS if isinstance(each, Hyperp
 
 
 def column_types() -> dict[str, type]:
-    """Return column -> Python type (str, int or float) of the columns, but for the variants' own settings."""
-    return {each.column: each.value_type for each in FIELDS if each.column}
+    """Return column -> Python type (str, int or float) of the columns that every configuration has.
+
+    The variants' own settings and the texts that may be empty are left out.
+    """
+    return {each.column: each.value_type for each in FIELDS if each.column and each.default != ""}
 
 
 @lru_cache(maxsize=1)
