@@ -11,21 +11,21 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (344, 27004),
+    "orchestrator": (338, 26882),
     "orchestrator/analyze": (92, 6958),
     "orchestrator/cli": (5, 470),
     "orchestrator/cluster": (3, 246),
     "orchestrator/execution": (39, 3399),
     "orchestrator/experiments": (6, 154),
-    "orchestrator/export": (4, 465),
-    "orchestrator/finetune": (142, 9443),
-    "orchestrator/launch": (10, 1827),
-    "orchestrator/record": (18, 1915),
+    "orchestrator/export": (4, 464),
+    "orchestrator/finetune": (142, 9441),
+    "orchestrator/launch": (10, 1821),
+    "orchestrator/record": (12, 1802),
     "orchestrator/study": (12, 1406),
     "orchestrator/util": (10, 630),
     "variants": (128, 6724),
     "experiments": (16, 1938),
-    "tests": (302, 32601),
+    "tests": (302, 32584),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

@@ -40,7 +40,7 @@ from orchestrator.finetune.models.catalogue import prepare_base_model
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.examples import SPLITS
-from orchestrator.record.provenance import current_commit
+from orchestrator.record.schema import current_commit
 from orchestrator.record.store import Store
 from orchestrator.util.command import main
 

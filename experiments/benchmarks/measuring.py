@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.record.provenance import current_commit
+from orchestrator.record.schema import current_commit
 from orchestrator.util.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:

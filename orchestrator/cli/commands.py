@@ -39,8 +39,8 @@ class Sync(StoreLocation):
     def run(self) -> int:
         """Rebuild the projections and return the exit code."""
         from orchestrator.analyze.study_description import describe_study
+        from orchestrator.record.maintenance import sync_projections
         from orchestrator.record.store import Store
-        from orchestrator.record.sync import sync_projections
 
         store = Store(self.store_folder, create=False)
         return sync_projections(store, self.output, self.tracking_uri, print, describe_study)
@@ -75,9 +75,9 @@ class Report(StoreLocation):
     def run(self) -> int:
         """Write the report and return the exit code."""
         from orchestrator.analyze import report_memo
+        from orchestrator.record.mlflow import study_uri
         from orchestrator.record.store import Store
         from orchestrator.record.study_file import find_study, record_look
-        from orchestrator.record.tracking_uri import study_uri
         from orchestrator.util.redaction import redact_secrets
 
         store = Store(self.store_folder, create=False)
@@ -148,7 +148,7 @@ class Gc(StoreLocation):
         import math
 
         from orchestrator.analyze.best_lanes import best_fingerprints
-        from orchestrator.record.gc import describe_garbage, find_garbage, remove_garbage
+        from orchestrator.record.maintenance import describe_garbage, find_garbage, remove_garbage
         from orchestrator.record.store import Store
 
         if not (math.isfinite(self.older_than) and self.older_than >= 0):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.ray.runtime import Cluster
-from orchestrator.record import provenance
+from orchestrator.record import schema
 from orchestrator.record.store import Store
 from orchestrator.util import atomic_files, timeouts
 from orchestrator.util.errors import UsageError, describe_disk_error
@@ -142,7 +142,7 @@ def node_versions() -> dict[str, str]:
 
     torch's build (+cpu, +cu128) is left out, because a head without a GPU may have another one.
     """
-    versions = dict(provenance.package_versions())
+    versions = dict(schema.package_versions())
     versions.pop(_MAY_DIFFER, None)
     versions["torch"] = versions.get("torch", "none").partition("+")[0]
     return versions | {"code": "-".join(source_digest(folder)[:8] for folder in _SOURCES)}

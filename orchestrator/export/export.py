@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.export.lane_choice import ChosenLane, LaneQuery, choose_lane
 from orchestrator.export.model_card import CardFacts, Form, InputForm, format_scores, render_card
-from orchestrator.record.adapters import find_adapter
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -172,7 +171,7 @@ def _adapter_of(store: Store, output: Path, chosen: ChosenLane) -> Path:
     Raises:
         UsageError: The adapter was not kept. The message has the command that trains the lane again.
     """
-    if (file := find_adapter(store, chosen.record.fingerprint)) is not None:
+    if (file := store.find_adapter(chosen.record.fingerprint)) is not None:
         return file
     study = chosen.study
     lane = chosen.record.fingerprint[:12]

@@ -15,7 +15,6 @@ from orchestrator.analyze import report_memo
 from orchestrator.analyze.best_lanes import LaneGoal, ScoredLane, best_lanes, rank_lanes, score_lane
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.launch.study import Study
-from orchestrator.record.adapters import list_adapters
 from orchestrator.record.mlflow import ARTIFACTS_FOLDER
 from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.store import Store
@@ -363,7 +362,7 @@ class AdapterKeeper:
     def _running(self) -> Iterator[ScoredLane]:
         """Yield the lanes whose adapters a running study keeps."""
         sizes = {}
-        for path in list_adapters(self.store, "best"):
+        for path in self.store.list_adapters("best"):
             try:
                 sizes[path.stem] = path.stat().st_size
             except FileNotFoundError:  # another driver, or the user, has removed it
@@ -377,7 +376,7 @@ class AdapterKeeper:
 
     def _remove(self, fingerprints: Set[str]) -> None:
         """Remove the adapters of lanes, except of those in `others`."""
-        for path in list_adapters(self.store, "best"):
+        for path in self.store.list_adapters("best"):
             if path.stem in fingerprints and path.stem not in self.others:
                 try:
                     path.unlink(missing_ok=True)

@@ -25,14 +25,11 @@ from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import print_plan, print_point_shortfall, print_preset
 from orchestrator.launch.settings import drop_abandoned, drop_replaced, fix_settings, refuse_other_runs
 from orchestrator.launch.study import Study, resolve_study
-from orchestrator.record import scratch
-from orchestrator.record.adapters import lanes_of_others
-from orchestrator.record.mlflow import MlflowTracker
-from orchestrator.record.provenance import current_commit
-from orchestrator.record.schema import Record
+from orchestrator.record.maintenance import lanes_of_others
+from orchestrator.record.mlflow import MlflowTracker, configured_uri
+from orchestrator.record.schema import Record, current_commit
 from orchestrator.record.study_file import LOCK_FILE, StudyFile, data_warnings
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
-from orchestrator.record.tracking_uri import configured_uri
 from orchestrator.study.config_file import given_values, write_config
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
@@ -114,7 +111,7 @@ def _begin(study: Study) -> None:
     earlier = StudyFile.read(study.folder)
     sources = study.sources()
     study.file = drop_replaced(earlier or study.file, sources, store, study.console.print)
-    scratch.remove_stale_folders(store)
+    store.remove_stale_scratch()
     study.look_up()
     variants = dict.fromkeys(template.variant.name for template in study.templates)
     settings = replace(experiment.settings, select=options.select)
@@ -206,7 +203,7 @@ class Run:
             study.search.on_point = self._add
         with (
             progress,
-            scratch.scratch_folder(study.store) as scratch_folder,
+            study.store.scratch_folder() as scratch_folder,
             runtime.connect(self._close_writers) as cluster,
             graceful_interrupts(budget.request_stop),
         ):
@@ -300,7 +297,6 @@ class Run:
         new = []
         for configuration in configurations:
             if self.study.add(configuration):
-                self.writers.mark_reused(configuration.fingerprint)
                 self.progress.cached += 1
             else:
                 new.append(configuration)

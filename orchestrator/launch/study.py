@@ -28,13 +28,12 @@ from orchestrator.finetune.resolve.templates import (
 from orchestrator.launch.designs import Design, DesignInput, MakeDesign, Records, WideningGrid
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.settings import choose_name, find_only, find_sources
+from orchestrator.record.mlflow import resolve_uri
+from orchestrator.record.other_trackers import TensorBoardTracker, WandbTracker
 from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import Source, StudyFile
-from orchestrator.record.tensorboard import TensorBoardTracker
 from orchestrator.record.tracker import MakeTracker
-from orchestrator.record.tracking_uri import resolve_uri
-from orchestrator.record.wandb import WandbTracker
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import (
     DEFAULT_LANES_PER_TRAINER,

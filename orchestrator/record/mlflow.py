@@ -8,25 +8,32 @@ all runs again from the records.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import re
+import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from math import fsum
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from orchestrator.record import run_values
 from orchestrator.record.schema import LaneProgress, Record
+from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.record.tracker import StudyEnd, Tracker
-from orchestrator.record.tracking_uri import connect
+from orchestrator.record.tracker import StudyEnd, Tracker, describe_error
 from orchestrator.study.configuration import Configuration
-from orchestrator.util.sqlite_uri import sqlite_path
+from orchestrator.util import atomic_files
+from orchestrator.util.errors import UsageError
+from orchestrator.util.redaction import REDACTED, redact_secrets
+from orchestrator.util.sqlite_uri import sqlite_path, with_full_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,7 +53,16 @@ _NOTE_TAG = "mlflow.note.content"
 _MAX_TAG_LENGTH = 5000  # characters; MySQL's limit, and that of an experiment's tag in MLflow 2
 _METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100  # the limits of `MlflowClient.log_batch`
 # Codes of errors that a repeated request would cause again.
-_PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+_PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
+
+_ENVIRONMENT = {
+    # By default MLflow repeats a failed request for minutes. If only the answer was lost, a repeated
+    # `create_run` creates a second run. `MlflowTracker.start` is called again instead and reads the runs.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 @dataclass
@@ -162,7 +178,7 @@ class MlflowTracker(Tracker):
             self._log(run, _to_metrics(new, f"validation_{configuration.task.metric}"))
             run.progress = (progress.step, now)
 
-    def log_record(self, record: Record, is_reused: bool) -> None:
+    def log_record(self, record: Record) -> None:
         """Write the run of a record, unless the run is complete and has this record.
 
         A run of a lane in training, or one that a killed driver left incomplete, is completed. A run with an
@@ -174,7 +190,7 @@ class MlflowTracker(Tracker):
         run = self._runs.get(fingerprint)
         if run is not None and run.is_complete and run.record == version:
             return
-        tags = _record_tags(record, self._name, is_reused)
+        tags = _record_tags(record, self._name)
         start, end = run_values.time_range(record)
         missing = None
         if run is not None and not run.is_complete and run.record in ("", version):
@@ -185,7 +201,7 @@ class MlflowTracker(Tracker):
         if run is None or missing is None:
             missing = _to_metrics(run_values.record_values(record, record.curve), _SCORE)
             run = self._create_run(record.configuration, tags, start)
-        new_tags = [] if run.record else [RunTag(key, value) for key, value in tags.items()]
+        new_tags = [RunTag(key, value) for key, value in tags.items()]
         self._log(run, missing, _params(record.configuration), new_tags)
         self._client.set_terminated(run.run_id, _STATUS[record.state], end)
         run.record, run.is_complete = version, True
@@ -281,8 +297,6 @@ class MlflowTracker(Tracker):
 
     def _ensure_experiment(self, study: StudyFile) -> str:
         """Return the id of the study's experiment. It is created if missing, and restored if deleted."""
-        from mlflow import MlflowException
-
         found = self._client.get_experiment_by_name(study.name)
         if found is None:
             folder = self._database.parent / ARTIFACTS_FOLDER / study.name if self._database else None
@@ -290,12 +304,7 @@ class MlflowTracker(Tracker):
             tags = {"mlflow.experimentKind": "custom_model_development", _NOTE_TAG: study.question}
             tags[_VIEW_TAG] = _VIEW
             location = folder.resolve().as_uri() if folder else None
-            try:
-                return self._client.create_experiment(study.name, location, tags)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                return self._ensure_experiment(study)  # another driver has just created it
+            return self._client.create_experiment(study.name, location, tags)
         if found.lifecycle_stage == "deleted":  # its name cannot be used again until it is purged
             self._client.restore_experiment(found.experiment_id)
         if found.tags.get(_VIEW_TAG) != _VIEW:
@@ -337,14 +346,11 @@ def _configuration_tags(configuration: Configuration, study: str) -> dict[str, s
     }
 
 
-def _record_tags(record: Record, study: str, is_reused: bool) -> dict[str, str]:
-    """Return the tags of the run of a record; `reused_from` has time and commit of a reused record."""
-    provenance = record.provenance
+def _record_tags(record: Record, study: str) -> dict[str, str]:
+    """Return the tags of the run of a record."""
     found = _configuration_tags(record.configuration, study)
-    found |= {"record": run_values.record_version(record), "state": record.state, "commit": provenance.commit}
-    if is_reused:
-        made = datetime.fromtimestamp(provenance.ended, UTC)
-        found["reused_from"] = f"{made:%Y-%m-%d %H:%M:%S} UTC, commit {provenance.commit}"
+    found |= {"record": run_values.record_version(record), "state": record.state}
+    found["commit"] = record.provenance.commit
     if record.reason or record.traceback:
         code = f"\n\n```\n{record.traceback[-(_MAX_TAG_LENGTH - 1000) :]}\n```" if record.traceback else ""
         found[_NOTE_TAG] = record.reason[:900] + code
@@ -358,22 +364,11 @@ def _params(configuration: Configuration) -> list[Param]:
 
 
 def _to_metrics(values: Iterable[run_values.Value], score: str) -> list[Metric]:
-    """Return values as metrics. Those with the key `score` come first: MLflow compares runs by this metric.
-
-    A value that is not finite becomes NaN, which a chart shows as a gap. MLflow's database would store
-    infinity as 1.8e308, and one such point would flatten all curves of a chart.
-    """
+    """Return values as metrics. Those of `score` come first: MLflow compares runs by this metric."""
     from mlflow.entities import Metric
 
-    return [
-        Metric(
-            _mlflow_key(each.key),
-            each.value if math.isfinite(each.value) else math.nan,
-            each.timestamp,
-            each.step,
-        )
-        for each in sorted(values, key=lambda value: value.key != score)
-    ]
+    ordered = sorted(values, key=lambda value: value.key != score)
+    return [Metric(_mlflow_key(each.key), each.value, each.timestamp, each.step) for each in ordered]
 
 
 def _mlflow_key(name: str) -> str:
@@ -419,3 +414,106 @@ _VIEW = json.dumps(
 def _view_path(experiment: str) -> str:
     """Return the address of the ranked table, relative to that of the server."""
     return f"#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey=ranking"
+
+
+# -- the tracking URI
+
+
+def configured_uri(option: str | None) -> str:
+    """Return --tracking-uri, else MLFLOW_TRACKING_URI, with the full path of a file; empty if none is set."""
+    return with_full_path(option or os.environ.get("MLFLOW_TRACKING_URI", ""))
+
+
+def default_uri(store: Store) -> str:
+    """Return the URI of the SQLite file in the store."""
+    return f"sqlite:///{store.root.resolve() / 'mlflow.db'}"
+
+
+def resolve_uri(option: str | None, store: Store) -> str:
+    """Return the tracking URI of a new study, and check it.
+
+    Raises:
+        UsageError: MLflow cannot use it.
+    """
+    uri = configured_uri(option) or default_uri(store)
+    check_uri(uri, "MLFLOW_TRACKING_URI" if configured_uri(None) and not option else "--tracking-uri")
+    return uri
+
+
+def study_uri(stored_uri: str, store: Store) -> str:
+    """Return the tracking URI of a study.
+
+    Args:
+        stored_uri: The URI in the study's file, without a password. If MLFLOW_TRACKING_URI is the same URI
+            with a password, the URI with the password is returned.
+        store: The store, whose SQLite file is the default.
+    """
+    variable = configured_uri(None)
+    if variable and redact_secrets(variable) == stored_uri:
+        return variable
+    return stored_uri or default_uri(store)
+
+
+def check_uri(uri: str, option: str = "--tracking-uri") -> None:
+    """Check that MLflow can use a tracking URI, before anything is trained.
+
+    Args:
+        uri: The URI.
+        option: The option or variable that set the URI, for the error.
+
+    Raises:
+        UsageError: The URI has no scheme or lacks its password, its server does not answer, or its file
+            cannot be written or is damaged.
+    """
+    shown = f"{option} {redact_secrets(uri)!r}"
+    if REDACTED in uri:
+        raise UsageError(f"{shown}: passwords are not stored; give the option with the password")
+    if "://" not in uri or uri.startswith("file:") or uri == "sqlite://":
+        raise UsageError(f"{shown}: must be sqlite:///FILE, or a server's address such as http://host:5000")
+    path = sqlite_path(uri)
+    try:
+        if path is None:
+            connect(uri).search_experiments(max_results=1)
+        elif path.exists():
+            with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+                database.execute("select count(*) from sqlite_master").fetchone()
+        else:
+            atomic_files.check_writable(path.parent)
+    except Exception as error:  # of MLflow, SQLAlchemy, a driver that is not installed, or the disk
+        if "database is locked" not in str(error):  # by a study that writes now
+            raise UsageError(
+                f"{shown}: {describe_error(error)}; start that server, name another one or another file, or "
+                "leave it out (a damaged file: remove it, and `sync` makes it again)"
+            ) from error
+
+
+def connect(uri: str) -> MlflowClient:
+    """Return a client. A missing SQLite file is created. The first call takes seconds to import MLflow."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    # The callers report MLflow's errors; its log messages on database migrations are no use to a user.
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    if (path := sqlite_path(uri)) is not None and path.name:
+        _create_database(path)
+    return MlflowClient(uri, uri)
+
+
+def _create_database(path: Path) -> None:
+    """Create MLflow's SQLite file atomically.
+
+    Two processes that open a new file at once break each other's migrations, and a process that is killed
+    during its migrations leaves a file that none can open. The lock prevents the first fault, and the
+    temporary name prevents the second.
+    """
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_files.lock_folder(path.parent):
+        if not path.exists():
+            new = path.with_name(f".{path.name}.new")
+            new.unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{new}", f"sqlite:///{new}").search_experiments()
+            os.replace(new, path)

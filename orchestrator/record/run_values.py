@@ -111,7 +111,11 @@ def progress_values(progress: LaneProgress, timestamp: int, earlier: tuple[int, 
 
 
 def _add_times(values: Sequence[tuple[str, int, float]], times: Mapping[int, int]) -> list[Value]:
-    """Add times to (name, step, value), interpolated linearly between those of `times`: step -> time."""
+    """Add times to (name, step, value), interpolated linearly between those of `times`: step -> time.
+
+    A value that is not finite becomes NaN, which a chart shows as a gap. MLflow's database would store
+    infinity as 1.8e308, and one such point would flatten all curves of a chart.
+    """
     import numpy as np
 
     known = dict(sorted(times.items()))
@@ -119,7 +123,7 @@ def _add_times(values: Sequence[tuple[str, int, float]], times: Mapping[int, int
     ascending = np.maximum.accumulate(list(known.values()))
     timestamps = np.interp([step for _, step, _ in values], list(known), ascending)
     return [
-        Value(key, step, value, round(timestamp))
+        Value(key, step, value if math.isfinite(value) else math.nan, round(timestamp))
         for (key, step, value), timestamp in zip(values, timestamps.tolist(), strict=True)
     ]
 

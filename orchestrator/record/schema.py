@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import re
+import socket
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import TypeAdapter
@@ -23,6 +29,11 @@ SCHEMA_VERSION = 1
 
 MAX_FAILURES = 3
 """A configuration that has failed this many times is not trained again."""
+
+PACKAGES = ("torch", "transformers", "ray")
+"""The packages whose versions a record has."""
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_SOURCES = ("orchestrator", "variants", "experiments")
 
 RecordState = Literal["finished", "diverged", "stopped", "failed"]
 FINAL_STATES = ("finished", "diverged")
@@ -249,3 +260,65 @@ TIME_FIELDS = tuple(name for name, kind in column_types(Cost).items() if kind ==
 @lru_cache(maxsize=1)
 def _type_adapter() -> TypeAdapter[Record]:
     return TypeAdapter(Record)
+
+
+def current_provenance(device: str, **fields: Any) -> Provenance:
+    """Return the provenance of a lane that this process trains.
+
+    No library is imported for its version.
+
+    Args:
+        device: Name of the device.
+        **fields: The fields of `Provenance` that describe the lane: kernels, lane_group_size, workers,
+            attempt, resumed_from, started, ended.
+    """
+    host, versions = socket.gethostname(), package_versions()
+    return Provenance(commit=current_commit(), versions=versions, device=device, host=host, **fields)
+
+
+@lru_cache(maxsize=1)
+def current_commit() -> str:
+    """Return the commit of the running code, as `read_commit` does. It is read once per process."""
+    return read_commit(_REPOSITORY)
+
+
+def read_commit(repository: Path) -> str:
+    """Return the commit that is checked out in `repository`.
+
+    Returns:
+        The commit, with "-dirty" if a source file differs from it or is new. "unknown" without git, outside a
+        repository, or if the repository does not track the sources: an installed copy inside another project
+        must not get that project's commit.
+    """
+    if _git(repository, "ls-files", "--error-unmatch", "orchestrator/__init__.py") is None:
+        return "unknown"
+    head = _git(repository, "rev-parse", "HEAD")
+    if not head:
+        return "unknown"
+    source_folders = [name for name in _SOURCES if (repository / name).is_dir()]
+    return head + ("-dirty" if _git(repository, "status", "--porcelain", "--", *source_folders) else "")
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(repository), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@lru_cache(maxsize=1)
+def package_versions() -> Mapping[str, str]:
+    """Return versions by name: Python, the numerical libraries, and the NVIDIA driver if there is one."""
+    found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    driver = _nvidia_driver(Path("/proc/driver/nvidia/version"))
+    return found | ({"cuda_driver": driver} if driver else {})
+
+
+def _nvidia_driver(file: Path) -> str:
+    try:
+        match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", file.read_text())
+    except OSError:
+        return ""
+    return match[1] if match else ""

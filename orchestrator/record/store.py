@@ -3,11 +3,14 @@
     root/records/<first two hex digits>/<fingerprint>.json           finished or diverged, created exclusively
                                        /<fingerprint>.stopped.json   stopped early, replaced by a later one
                                        /<fingerprint>.failed.json    failed, with the number of failures
-    root/checkpoints/<fingerprint>/<attempt>/    lanes in training     root/bases/      base models
-    root/adapters/<study>/                       adapters that studies keep (kept_adapters.py)
-    root/evidence/                               calibrations, from gradients, inputs or an SVD
-    root/data/                                   examples and token ids of tasks (dataset_cache.py)
-    root/limits/                                 how many lanes fit into memory (lane_capacity.py)
+    root/checkpoints/<fingerprint>/<attempt>/     lanes in training     root/bases/      base models
+    root/adapters/best/<fingerprint>.safetensors  of studies with `--save-adapters best`
+                 /all/<fingerprint>.safetensors   of studies with `--save-adapters all`; nothing removes them
+    root/calibration/                             calibrations, from gradients, inputs or an SVD
+    root/data/                                    examples and token ids of tasks
+    root/lane_capacity/                           how many lanes fit into memory (lane_capacity.py)
+    root/scratch/<host>-<process>-<hex digits>/   files of Ray Tune and Ray Train for a running study
+                /<host>-<process>-<hex digits>.lock    locked while its driver runs
 
 Any number of processes on any number of machines may write at once. A file is written under a temporary name
 in its folder and synced. A final record is then linked: link() fails if the name is taken, so the first one
@@ -23,9 +26,13 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
+
+from filelock import FileLock, Timeout
 
 from orchestrator.record.schema import FINAL_STATES, SCHEMA_VERSION, Record, RecordState
 from orchestrator.util import atomic_files
@@ -45,6 +52,25 @@ _SUFFIXES: Mapping[RecordState, str] = {
 """Suffix of a record's file name, behind the fingerprint."""
 
 _Stamp = tuple[str, int, int]  # path, modification time in ns, size
+
+Keep = Literal["best", "all"]
+"""Which adapters a study keeps: those of its best lanes, or of all lanes that it trains."""
+
+
+def adapter_file_name(fingerprint: str) -> str:
+    """Return the name of the file with the adapter of a lane."""
+    return f"{fingerprint}.safetensors"
+
+
+def is_locked(file: Path) -> bool:
+    """Return whether a process holds this lock file; True if the file cannot be opened."""
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
 
 
 class Store:
@@ -70,6 +96,7 @@ class Store:
         self.calibration = self.root / "calibration"
         self.data = self.root / "data"
         self.lane_capacity = self.root / "lane_capacity"
+        self.scratch = self.root / "scratch"
         self._states: dict[_Stamp, RecordState | None] = {}
         self._warned: set[str] = set()
         if create:
@@ -232,6 +259,47 @@ class Store:
             f"fingerprint {prefix!r}: {len(found)} records begin with it, give more digits: {some}"
         )
 
+    # -- adapters and scratch folders
+
+    def list_adapters(self, keep: Keep) -> list[Path]:
+        """Return the adapters in `best` or `all`, sorted; the stem of a name is the fingerprint."""
+        return sorted((self.adapters / keep).glob("[!.]*.safetensors"))
+
+    def find_adapter(self, fingerprint: str) -> Path | None:
+        """Return the file with the adapter of a lane; None if it is not kept."""
+        files = [self.adapters / keep / adapter_file_name(fingerprint) for keep in ("all", "best")]
+        return next((file for file in files if file.is_file()), None)
+
+    @contextmanager
+    def scratch_folder(self) -> Iterator[Path]:
+        """Make a new scratch folder and remove it after the block."""
+        folder = self.scratch / f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        with FileLock(_lock_file(folder)):  # before the folder exists, which therefore never looks abandoned
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                _remove_scratch(folder)
+
+    def stale_scratch(self) -> list[Path]:
+        """Return the scratch folders of drivers that were killed on this host.
+
+        The lock decides, not the process number: two containers may have the same host name and storage, but
+        they number their processes separately. Folders of other hosts are left out, because a shared file
+        system may keep the locks of each machine separately.
+        """
+        own = re.compile(rf"{re.escape(os.uname().nodename)}-\d+-[0-9a-f]{{8}}")
+        folders = sorted(
+            path for path in self.scratch.glob("*") if path.is_dir() and own.fullmatch(path.name)
+        )
+        return [folder for folder in folders if not is_locked(_lock_file(folder))]
+
+    def remove_stale_scratch(self) -> None:
+        """Remove the scratch folders of drivers that were killed on this host."""
+        for folder in self.stale_scratch():
+            _remove_scratch(folder)
+
     # -- files
 
     def record_path(self, fingerprint: str, kind: str = "") -> Path:
@@ -335,3 +403,12 @@ def _serialize(record: Record, extra: Mapping[str, Any] | None = None) -> bytes:
     return atomic_files.add_checksum(
         json.dumps({**head, **(extra or {}), **data}, separators=(",", ":"), allow_nan=False)
     )
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _remove_scratch(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _lock_file(folder).unlink(missing_ok=True)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.record.run_values import record_version
 from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -64,13 +63,8 @@ class Tracker:
     def log_progress(self, progress: LaneProgress) -> None:
         """Log the start or an evaluation of a lane in training. A resumed lane repeats its evaluations."""
 
-    def log_record(self, record: Record, is_reused: bool) -> None:
-        """Log the record of a lane that has ended. Each later run of the study logs it again.
-
-        Args:
-            record: The record.
-            is_reused: Whether the store had the record before the study requested it.
-        """
+    def log_record(self, record: Record) -> None:
+        """Log the record of a lane that has ended. Each later run of the study logs it again."""
 
     def flush(self) -> None:
         """Write values that depend on several records. Called when no record is queued."""
@@ -86,30 +80,6 @@ class Tracker:
 
 MakeTracker = Callable[[Path], Tracker]
 """Function that makes the tracker of a study from the study's folder."""
-
-
-class LoggedRecords:
-    """A text file of the records that a tracker has logged, with their versions. Later runs skip them.
-
-    Args:
-        path: The file. It lies in the folder of the tracker's files, so that it is deleted with them.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._versions = dict(line.split(" ", 1) for line in lines if " " in line)
-
-    def __contains__(self, record: Record) -> bool:
-        """Return whether this version of the record has been logged."""
-        return self._versions.get(record.fingerprint) == record_version(record)
-
-    def add(self, record: Record) -> None:
-        """Note that a record has been logged."""
-        self._versions[record.fingerprint] = record_version(record)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(f"{record.fingerprint} {self._versions[record.fingerprint]}\n")
 
 
 class TrackerWriter:
@@ -141,14 +111,12 @@ class TrackerWriter:
         self._make_tracker, self._store, self._study, self._tags = make_tracker, store, study, tags
         self._tracker: Tracker | None = None
         self._on_first_error = on_first_error
-        self.reused = set(study.reused)
-        """Fingerprints whose record the store had before the study requested it."""
         self._condition = threading.Condition()
-        self._queue: dict[str, None] = {}  # an ordered set
-        self._progress: dict[str, list[LaneProgress]] = {}
-        """Fingerprint of a lane in training -> its start and evaluations that are not logged yet."""
-        self._progress_due: dict[str, float] = {}
-        """Fingerprint -> value of `time.monotonic` from which its progress may be logged."""
+        self._records: dict[str, None] = {}  # an ordered set
+        """Fingerprints of the records that are queued."""
+        self._progress: dict[str, tuple[float, list[LaneProgress]]] = {}
+        """Fingerprint of a lane in training -> value of `time.monotonic` from which its progress is logged,
+        and its start and evaluations that are not logged yet. The earliest time comes first."""
         self._current = ""
         """Fingerprint of the record that is being logged, or empty."""
         self._rejected: set[str] = set()
@@ -167,7 +135,7 @@ class TrackerWriter:
     def pending_count(self) -> int:
         """Number of records that were queued and are not logged yet, including refused ones."""
         with self._condition:
-            return len({*self._queue, *self._rejected, self._current} - {""})
+            return len({*self._records, *self._rejected, self._current} - {""})
 
     @property
     def view(self) -> str:
@@ -177,18 +145,15 @@ class TrackerWriter:
     def put(self, fingerprint: str) -> None:
         """Queue a record."""
         with self._condition:
-            self._queue[fingerprint] = None
+            self._records[fingerprint] = None
             self._progress.pop(fingerprint, None)
-            self._progress_due.pop(fingerprint, None)
             self._condition.notify()
 
     def put_progress(self, progress: LaneProgress) -> None:
         """Queue the start or an evaluation of a lane that is in training."""
+        due = time.monotonic() + timeouts.TRACKER_PROGRESS_DELAY_SECONDS
         with self._condition:
-            fingerprint = progress.configuration.fingerprint
-            self._progress.setdefault(fingerprint, []).append(progress)
-            due = time.monotonic() + timeouts.TRACKER_PROGRESS_DELAY_SECONDS
-            self._progress_due.setdefault(fingerprint, due)
+            self._progress.setdefault(progress.configuration.fingerprint, (due, []))[1].append(progress)
             self._condition.notify()
 
     def begin_close(self, end: StudyEnd, timeout: float) -> None:
@@ -196,7 +161,6 @@ class TrackerWriter:
         with self._condition:
             self._end = end
             self._progress.clear()
-            self._progress_due.clear()
             self._deadline = time.monotonic() + timeout
             self._condition.notify()
 
@@ -214,9 +178,9 @@ class TrackerWriter:
                 if not is_started:
                     self._tracker.start(self._study, self._tags)
                     is_started = True
-                while (fingerprint := self._take_next()) is not None:
-                    self._log_one(self._tracker, fingerprint)
-                    if not self._queue:  # the next record in the queue would change the means again
+                while (task := self._take_next()) is not None:
+                    self._log(self._tracker, *task)
+                    if not self._records:  # the next record in the queue would change the means again
                         self._tracker.flush()
                     pause = timeouts.MIN_TRACKER_RETRY_SECONDS
                 self._tracker.finish(self._end)
@@ -229,69 +193,59 @@ class TrackerWriter:
                 return
             pause = min(2 * pause, timeouts.MAX_TRACKER_RETRY_SECONDS)
 
-    def _take_next(self) -> str | None:
-        """Wait for the next fingerprint; None when the writer is closed and the queue is empty.
+    def _take_next(self) -> tuple[str, list[LaneProgress]] | None:
+        """Wait for the next task; None when the writer is closed and no record is queued.
 
-        The fingerprint is that of a record or, if no record waits, of a lane in training.
+        Returns:
+            The fingerprint of a record and an empty list or, if no record waits, that of a lane in training
+            and its progress.
         """
         with self._condition:
-            while not self._queue and self._deadline is None:
-                left = min(self._progress_due.values(), default=math.inf) - time.monotonic()
-                if left <= 0:
-                    return min(self._progress_due, key=self._progress_due.__getitem__)
+            while not self._records and self._deadline is None:
+                fingerprint, (due, waiting) = next(iter(self._progress.items()), ("", (math.inf, [])))
+                if (left := due - time.monotonic()) <= 0:
+                    del self._progress[fingerprint]
+                    return fingerprint, waiting
                 self._condition.wait(None if math.isinf(left) else left)
-            fingerprint = next(iter(self._queue), None)
-            if fingerprint is not None:
-                # Removed before the record is read, so that a newer record can be queued meanwhile.
-                del self._queue[fingerprint]
-                self._current = fingerprint
-            return fingerprint
+            if not self._records:
+                return None
+            # Removed before the record is read, so that a newer record can be queued meanwhile.
+            self._current = next(iter(self._records))
+            del self._records[self._current]
+            return self._current, []
 
-    def _log_one(self, tracker: Tracker, fingerprint: str) -> None:
-        """Log the record that `_take_next` took from the queue, or, if it took none, the progress of a lane.
+    def _log(self, tracker: Tracker, fingerprint: str, waiting: list[LaneProgress]) -> None:
+        """Log the progress of a lane, or its record if there is none.
 
-        A record that the tracker refuses is added to `_rejected`, so that it does not block the others.
+        If the tracker does not answer, the rest is queued again. A record that the tracker refuses does not
+        block the others.
         """
-        if not self._current:
-            self._log_progress(tracker, fingerprint)
-            return
-        try:
-            record = self._store.get(fingerprint)
-            if record is not None:
-                tracker.log_record(self._study.rename(record), fingerprint in self.reused)
-            self._rejected.discard(fingerprint)
-        except Exception as error:
-            if tracker.is_outage(error):
-                self.put(fingerprint)
-                raise
-            self._note_error(error, fingerprint)
-            self._rejected.add(fingerprint)
-        finally:
-            with self._condition:
-                self._current = ""
-
-    def _log_progress(self, tracker: Tracker, fingerprint: str) -> None:
-        """Log the progress of a lane.
-
-        If the tracker does not answer, the rest is queued again, unless a record of the lane is queued or the
-        writer closes.
-        """
-        with self._condition:
-            waiting = self._progress.pop(fingerprint, [])
-            self._progress_due.pop(fingerprint, None)
+        is_record = not waiting
         try:
             while waiting:
                 tracker.log_progress(waiting[0])
                 del waiting[0]
+            if is_record:
+                record = self._store.get(fingerprint)
+                if record is not None:
+                    tracker.log_record(self._study.rename(record))
+                self._rejected.discard(fingerprint)
         except Exception as error:
-            if not tracker.is_outage(error):  # not fatal: the lane's record may still be accepted
+            if not tracker.is_outage(error):
                 self._note_error(error, fingerprint)
+                if is_record:  # else the lane's record may still be accepted
+                    self._rejected.add(fingerprint)
                 return
             with self._condition:
-                if fingerprint not in self._queue and self._deadline is None:
-                    self._progress[fingerprint] = [*waiting, *self._progress.get(fingerprint, ())]
-                    self._progress_due[fingerprint] = time.monotonic()
+                if is_record:
+                    self.put(fingerprint)
+                elif fingerprint not in self._records and self._deadline is None:
+                    later = self._progress.pop(fingerprint, (0.0, []))[1]
+                    self._progress = {fingerprint: (time.monotonic(), [*waiting, *later]), **self._progress}
             raise
+        finally:
+            with self._condition:
+                self._current = ""
 
     def _note_error(self, error: Exception, fingerprint: str = "") -> None:
         text = f"{fingerprint[:12]}: {describe_error(error)}" if fingerprint else describe_error(error)
@@ -319,22 +273,16 @@ class TrackerWriters:
     def __init__(self, writers: Mapping[str, TrackerWriter]) -> None:
         self.mlflow = writers["mlflow"]
         self.others = {name: writer for name, writer in writers.items() if name != "mlflow"}
-        self._all = list(writers.values())
 
     def put(self, fingerprint: str) -> None:
         """Queue a record."""
-        for writer in self._all:
+        for writer in (self.mlflow, *self.others.values()):
             writer.put(fingerprint)
 
     def put_progress(self, progress: LaneProgress) -> None:
         """Queue the start or an evaluation of a lane that is in training."""
-        for writer in self._all:
+        for writer in (self.mlflow, *self.others.values()):
             writer.put_progress(progress)
-
-    def mark_reused(self, fingerprint: str) -> None:
-        """Mark a configuration whose record the store had before the study requested it."""
-        for writer in self._all:
-            writer.reused.add(fingerprint)
 
     def close(self, end: StudyEnd, timeout: float) -> None:
         """Wait until the writers have logged their queues and finished the study's runs.
@@ -346,12 +294,10 @@ class TrackerWriters:
                 they have not logged by then are logged when the study's command is run again.
         """
         self.mlflow.begin_close(end, timeout)
+        most, faulty = timeouts.TRACKER_FLUSH_SECONDS, timeouts.FAULTY_TRACKER_FLUSH_SECONDS
         for writer in self.others.values():
-            longest = (
-                timeouts.FAULTY_TRACKER_FLUSH_SECONDS if writer.error else timeouts.TRACKER_FLUSH_SECONDS
-            )
-            writer.begin_close(end, min(longest, timeout))
-        for writer in self._all:
+            writer.begin_close(end, min(faulty if writer.error else most, timeout))
+        for writer in (self.mlflow, *self.others.values()):
             writer.wait_closed()
 
 

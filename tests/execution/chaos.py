@@ -37,7 +37,7 @@ except ModuleNotFoundError:  # run as a module from the project's folder
     from tests.execution.steps import FOLDER, TASK, Steps
 
 from orchestrator.analyze.best_lanes import best_fingerprints
-from orchestrator.record.gc import find_garbage, remove_garbage
+from orchestrator.record.maintenance import find_garbage, remove_garbage
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile

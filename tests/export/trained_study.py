@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.record.adapters import find_adapter
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
@@ -41,7 +40,7 @@ class Trained:
         return self.record(variant, which)
 
     def adapter(self, variant: str) -> Path:
-        path = find_adapter(self.store, self.record(variant).fingerprint)
+        path = self.store.find_adapter(self.record(variant).fingerprint)
         assert path is not None
         return path
 

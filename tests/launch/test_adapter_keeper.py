@@ -13,9 +13,9 @@ from orchestrator.analyze.best_lanes import best_fingerprints
 from orchestrator.analyze.summary import summarize
 from orchestrator.launch import reporting
 from orchestrator.launch.reporting import AdapterKeeper
-from orchestrator.record.adapters import adapter_file_name, lanes_of_others, list_adapters
+from orchestrator.record.maintenance import lanes_of_others
 from orchestrator.record.schema import Record
-from orchestrator.record.store import Store
+from orchestrator.record.store import Store, adapter_file_name
 from orchestrator.record.study_file import AnalysisSettings, StudyFile
 
 SIZE = 100
@@ -54,7 +54,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def kept(store: Store) -> set[str]:
-    return {path.stem for path in list_adapters(store, "best")}
+    return {path.stem for path in store.list_adapters("best")}
 
 
 BEST_FIRST = ((1e-2, 0), (1e-2, 1), (1e-3, 1), (1e-3, 0), (1e-4, 0), (1e-4, 1), (1e-1, 0), (1e-1, 1))

@@ -292,7 +292,7 @@ MUTATIONS += [
     ),
     Mutation(
         name="sync brings the first missing run only",
-        file="orchestrator/record/sync.py",
+        file="orchestrator/record/maintenance.py",
         old="for record in records:\n",
         new="for record in records[:1]:\n",
         test="test_09_trackers.py::test_a_database_that_was_removed_is_made_again",

@@ -56,8 +56,6 @@ def test_sync_rebuilds_both_projections(results, run):
         found[name] = sorted(r.data.tags.get("state", r.info.status) for r in runs)
         experiment = client.get_experiment_by_name(name)
         assert "### Best points: letters on letters-base" in experiment.tags["mlflow.note.content"]
-        reused = [r for r in runs if "reused_from" in r.data.tags]
-        assert len(reused) == (name == "second")
     assert found == {
         "rates": ["FINISHED", "diverged", "failed", "finished", "stopped"],
         "second": ["KILLED", "finished"],

@@ -19,12 +19,11 @@ from mlflow.entities import Run
 from mlflow_runs import PROCESSES, runs_of, stop_at
 from mlflow_server import empty_database, wait
 
-from orchestrator.record.mlflow import MlflowTracker
+from orchestrator.record.mlflow import MlflowTracker, check_uri, default_uri, resolve_uri, study_uri
 from orchestrator.record.schema import Evaluation, LaneProgress, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tracker import StudyEnd, TrackerWriter
-from orchestrator.record.tracking_uri import check_uri, default_uri, resolve_uri, study_uri
 from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:  # a spawned process imports this file, and would find the conftest.py of another folder
@@ -59,7 +58,7 @@ def logged(uri: str, study: StudyFile, *records: Record) -> dict[str, Run]:
     """Log records as one driver does, and return the lanes' runs."""
     tracker = started(uri, study)
     for record in records:
-        tracker.log_record(record, False)
+        tracker.log_record(record)
     tracker.finish(StudyEnd())
     return runs_of(uri, study.name)[1]
 
@@ -91,15 +90,6 @@ def test_a_newer_record_replaces_the_run(uri: str, study: StudyFile, make_record
         record = replace(record, provenance=replace(record.provenance, ended=ended))
         (run,) = logged(uri, study, record).values()
         assert (run.data.tags["state"], run.info.end_time) == (state, ended * 1000)
-
-
-def test_a_reused_record_is_tagged(uri: str, study: StudyFile, make_record: MakeRecord) -> None:
-    tracker, old, new = started(uri, study), make_record(seed=0), make_record(seed=1)
-    tracker.log_record(old, True)
-    tracker.log_record(new, False)
-    runs = runs_of(uri, study.name)[1]
-    assert runs[old.fingerprint].data.tags["reused_from"] == "2001-09-09 01:46:44 UTC, commit abc123"
-    assert "reused_from" not in runs[new.fingerprint].data.tags
 
 
 def test_the_linked_table_is_sorted_by_the_mean_over_seeds(
@@ -153,7 +143,7 @@ def test_a_lane_in_training_has_a_run_that_its_record_completes(
     for progress in progress_of(record, 5, 10, 15):
         tracker.log_progress(progress)
     assert [step for step, _ in history(uri, run, "train_loss")] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
-    tracker.log_record(record, False)
+    tracker.log_record(record)
     tracker.log_progress(progress_of(record, 10)[1])  # a report that comes after the record changes nothing
     tracker.finish(StudyEnd("KILLED"))
     after = runs_of(uri, study.name)[1]
@@ -179,7 +169,7 @@ def test_a_run_in_training_with_other_values_than_the_record_is_replaced(
     start, first = progress_of(record, 5)
     tracker.log_progress(start)
     tracker.log_progress(replace(first, scores={**first.scores, "exact_match": 0.9}))
-    tracker.log_record(record, False)
+    tracker.log_record(record)
     (run,) = runs_of(uri, study.name)[1].values()
     assert history(uri, run, "validation_exact_match")[0] == (5, 0.125)
 
@@ -190,7 +180,7 @@ def test_two_runs_of_one_configuration_become_one(
     """The second driver has read the runs before the first one wrote its run."""
     first, second = started(uri, study), started(uri, study)
     for tracker in (first, second):
-        tracker.log_record(make_record(), False)
+        tracker.log_record(make_record())
     started(uri, study)
     assert len(runs_of(uri, study.name)[1]) == 1
 
@@ -200,9 +190,6 @@ def test_a_deleted_experiment_comes_back(uri: str, study: StudyFile, make_record
     client = MlflowClient(uri, uri)
     client.delete_experiment(client.get_experiment_by_name(study.name).experiment_id)
     assert len(logged(uri, study, make_record())) == 1
-
-
-# -- a server whose answer is lost
 
 
 # -- the thread

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.record import scratch
 from orchestrator.record.store import Store
 
 HOLD = """
 import sys
-from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.store import Store
-with scratch_folder(Store(sys.argv[1])) as folder:
+with Store(sys.argv[1]).scratch_folder() as folder:
     (folder / "tune").write_text("x")
     print(folder, flush=True)
     sys.stdin.read()
@@ -62,7 +60,7 @@ def test_the_folder_of_a_killed_driver_is_removed_by_the_next_command(
     process.kill()
     process.wait()
     assert (folder / "tune").exists()
-    scratch.remove_stale_folders(store)
+    store.remove_stale_scratch()
     assert folder_names(store) == []
 
 
@@ -77,9 +75,9 @@ def test_the_folder_of_a_running_driver_stays_even_if_no_process_has_its_number(
     # The driver keeps the lock, because it is a lock of the file, not of its name.
     for suffix in ("", ".lock"):
         made.with_name(made.name + suffix).rename(folder.with_name(folder.name + suffix))
-    scratch.remove_stale_folders(store)
+    store.remove_stale_scratch()
     assert (folder / "tune").exists()
-    assert scratch.is_in_use(folder)
+    assert store.stale_scratch() == []
 
 
 def test_folders_with_other_names_are_left_alone(store: Store) -> None:
@@ -87,5 +85,5 @@ def test_folders_with_other_names_are_left_alone(store: Store) -> None:
     names = sorted([f"{host}-foo", f"{host}-", f"{host}-12-0123abcd.lock", "another-12-0123abcd", "notes"])
     for name in names:
         (store.root / "scratch" / name).mkdir(parents=True)
-    scratch.remove_stale_folders(store)
+    store.remove_stale_scratch()
     assert folder_names(store) == names

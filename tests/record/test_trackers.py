@@ -23,12 +23,11 @@ from orchestrator.execution.progress import Progress
 from orchestrator.launch.run import start_writers
 from orchestrator.launch.study import load_trackers
 from orchestrator.record import run_values
+from orchestrator.record.other_trackers import TensorBoardTracker, WandbTracker, run_id
 from orchestrator.record.schema import LaneProgress, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.record.tensorboard import TensorBoardTracker
 from orchestrator.record.tracker import StudyEnd, Tracker, TrackerWriter
-from orchestrator.record.wandb import WandbTracker, run_id
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
@@ -158,8 +157,8 @@ def test_wandb_has_one_run_a_lane_that_the_record_completes(tmp_path, make_recor
     again.start(STUDY, {})
     for progress in progress_of(record, 5, 10, 15, 20):
         again.log_progress(progress)
-    again.log_record(record, False)
-    again.log_record(stopped, True)
+    again.log_record(record)
+    again.log_record(stopped)
     assert again.view == f"wandb sync {folder}/wandb/offline-run-*"
     points, run = wandb_rows(folder, identity)
     same(points, expected(record, record.curve))
@@ -173,7 +172,7 @@ def test_wandb_has_one_run_a_lane_that_the_record_completes(tmp_path, make_recor
     count = len(run_folders())
     later = WandbTracker(folder)
     later.start(STUDY, {})
-    later.log_record(record, False)
+    later.log_record(record)
     assert len(run_folders()) == count, "a logged record is logged again"
     secret = [f for f in tmp_path.rglob("*") if f.is_file() and KEY.encode() in f.read_bytes()]
     assert not secret
@@ -190,7 +189,7 @@ def test_tensorboard_has_one_folder_a_lane_without_duplicate_steps(tmp_path, mak
         points, _ = tensorboard_points(folder)
         assert [step for step, _ in points["train_loss"]] == list(range(1, steps[-1] + 1))
         assert points["validation_exact_match"] == [(s, s / 40) for s in steps]
-    tracker.log_record(record, True)
+    tracker.log_record(record)
     points, others = tensorboard_points(folder)
     assert "record/text_summary" in others
     same(points, expected(record, record.curve))
@@ -214,7 +213,7 @@ class Faulty(Tracker):
     def start(self, study: StudyFile, tags: Mapping[str, str]) -> None:
         self.is_closing.wait()
 
-    def log_record(self, record: Record, is_reused: bool) -> None:
+    def log_record(self, record: Record) -> None:
         self.calls.append("log_record")
         raise self.error
 

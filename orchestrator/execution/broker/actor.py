@@ -20,7 +20,7 @@ from orchestrator.execution.broker.lane_entry import NO_INFO, HeldLanes, LaneEnt
 from orchestrator.execution.ray.runtime import driver_node_affinity
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
-from orchestrator.record import provenance
+from orchestrator.record import schema
 from orchestrator.record.schema import FINAL_STATES, Evaluation, Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -256,7 +256,7 @@ def _write_failure(store: Store, entry: LaneEntry, configuration: Configuration,
         steps=entry.reports[-1].step if entry.reports else 0,
         reason=why,
         evaluations=tuple(Evaluation(r.step, "validation", r.scores) for r in entry.reports),
-        provenance=provenance.current_provenance("none", attempt=entry.attempt, ended=time.time()),
+        provenance=schema.current_provenance("none", attempt=entry.attempt, ended=time.time()),
     )
     try:
         if not store.put(record, new_failures=entry.solo_crashes) and (first := store.get(entry.fingerprint)):

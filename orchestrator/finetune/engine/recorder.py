@@ -19,10 +19,8 @@ from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error
 from orchestrator.record import lane_capacity
-from orchestrator.record.adapters import adapter_file_name
-from orchestrator.record.provenance import current_provenance
-from orchestrator.record.schema import FINAL_STATES, Record, RecordState
-from orchestrator.record.store import Store
+from orchestrator.record.schema import FINAL_STATES, Record, RecordState, current_provenance
+from orchestrator.record.store import Store, adapter_file_name
 from orchestrator.util import timeouts
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,7 @@ from scripted import (
 from orchestrator.finetune.engine import adapter_file, recorder
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import variant_settings
-from orchestrator.record.adapters import adapter_file_name
-from orchestrator.record.store import Store
+from orchestrator.record.store import Store, adapter_file_name
 from orchestrator.util.atomic_files import DamagedFileError
 
 VARIANTS = ("lora", "pissa", "hydra_lora", "full")

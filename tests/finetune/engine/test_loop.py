@@ -29,8 +29,7 @@ from orchestrator.finetune.engine.lane_source import Directive, Lease
 from orchestrator.finetune.failures import TrainerBrokenError
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.record.adapters import adapter_file_name
-from orchestrator.record.store import Store
+from orchestrator.record.store import Store, adapter_file_name
 from orchestrator.study.configuration import Configuration, DivergenceConfig, ModelChoice
 
 # -- lanes are independent ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from orchestrator.record import provenance
+from orchestrator.record import schema
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -20,25 +20,25 @@ def test_the_commit_is_marked_dirty_if_a_source_differs(tmp_path):
     source = tmp_path / "orchestrator" / "__init__.py"
     source.parent.mkdir()
     source.write_text("")
-    assert provenance.read_commit(tmp_path) == "unknown"  # There is no repository.
+    assert schema.read_commit(tmp_path) == "unknown"  # There is no repository.
     _git(tmp_path, "init", "-q")
-    assert provenance.read_commit(tmp_path) == "unknown"  # The repository does not track the sources.
+    assert schema.read_commit(tmp_path) == "unknown"  # The repository does not track the sources.
     _git(tmp_path, "add", ".")
     _git(tmp_path, "commit", "-q", "-m", "start")
     head = _git(tmp_path, "rev-parse", "HEAD")
-    assert provenance.read_commit(tmp_path) == head
+    assert schema.read_commit(tmp_path) == head
     (tmp_path / "results.csv").write_text("not a source")
-    assert provenance.read_commit(tmp_path) == head
+    assert schema.read_commit(tmp_path) == head
     (tmp_path / "orchestrator" / "new.py").write_text("a new file counts")
-    assert provenance.read_commit(tmp_path) == f"{head}-dirty"
+    assert schema.read_commit(tmp_path) == f"{head}-dirty"
     (tmp_path / "orchestrator" / "new.py").unlink()
     source.write_text("changed = True")
-    assert provenance.read_commit(tmp_path) == f"{head}-dirty"
+    assert schema.read_commit(tmp_path) == f"{head}-dirty"
 
 
 def test_provenance_has_versions_without_importing_the_packages():
     code = (
-        "import sys; from orchestrator.record.provenance import current_provenance\n"
+        "import sys; from orchestrator.record.schema import current_provenance\n"
         "p = current_provenance('cpu', lane_group_size=3, workers=2, attempt=1, resumed_from=(5,),"
         " started=1.0, ended=2.0)\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
@@ -55,7 +55,7 @@ def test_the_version_of_the_nvidia_driver_is_read_from_proc(tmp_path):
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
         "GCC version:  gcc version 11.4.0\n"
     )
-    assert provenance._nvidia_driver(file) == "535.104.05"
+    assert schema._nvidia_driver(file) == "535.104.05"
     file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n")
-    assert provenance._nvidia_driver(file) == "570.86.15"
-    assert provenance._nvidia_driver(tmp_path / "none") == ""
+    assert schema._nvidia_driver(file) == "570.86.15"
+    assert schema._nvidia_driver(tmp_path / "none") == ""

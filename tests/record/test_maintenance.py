@@ -12,8 +12,7 @@ from filelock import FileLock
 from in_process import ORCHESTRATOR
 
 from orchestrator.analyze.best_lanes import best_fingerprints
-from orchestrator.record.adapters import list_adapters
-from orchestrator.record.gc import find_garbage, remove_garbage
+from orchestrator.record.maintenance import find_garbage, remove_garbage
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 
@@ -145,8 +144,8 @@ def test_adapters_that_a_killed_driver_has_left_are_removed(store, tmp_path, mak
     assert _collect(store, output) == {}, "it is the best lane of the other study"
     StudyFile("other", "", "", names, reused=names).write(output / "other")
     _collect(store, output)
-    assert {path.stem for path in list_adapters(store, "best")} == {best.fingerprint, unknown.stem}
-    assert {path.stem for path in list_adapters(store, "all")} == set(names)
+    assert {path.stem for path in store.list_adapters("best")} == {best.fingerprint, unknown.stem}
+    assert {path.stem for path in store.list_adapters("all")} == set(names)
 
 
 def test_the_command_prints_what_it_removes(run, store, make_record):
