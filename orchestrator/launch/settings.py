@@ -287,7 +287,7 @@ def find_only(
     requested = {configuration.fingerprint: configuration for configuration in named}
     places = [(list(requested), store), (study.configurations, store), *_study_of_config(options)]
     found = {}
-    for digits in options.only:
+    for digits in options.only or ():
         fingerprint, place = _find_fingerprint(digits, places, study.name)
         found[fingerprint] = requested.get(fingerprint) or _recall(fingerprint, place, templates)
     return list(found.values())
@@ -319,7 +319,8 @@ def _find_fingerprint(
 
 def _list_some(fingerprints: Iterable[str], length: int, most: int = 4) -> str:
     short = list(dict.fromkeys(fingerprint[:length] for fingerprint in fingerprints))
-    return ", ".join(short[:most]) + (", ..." if len(short) > most else "")
+    more = f" and {len(short) - most} more" if len(short) > most else ""
+    return f"{', '.join(short[:most])}{more}"
 
 
 def _study_of_config(options: StudyOptions) -> Iterator[tuple[Sequence[str], Store]]:

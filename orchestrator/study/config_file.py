@@ -230,7 +230,7 @@ def option_flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-LISTS = ("variants", "task", "learning_rates", "factors", "tracker")
+LISTS = ("variants", "task", "learning_rates", "factors", "tracker", "only")
 """Options that accept several words in one, separated by commas."""
 PAIRS = ("set", "space", "columns")
 """Options of NAME=VALUE words, which a file or Python may give as a mapping."""

@@ -258,7 +258,7 @@ class OutputOptions:
     save_adapters: Literal["none", "best", "all"] = "best"
     """Trained adapters that the store keeps for the command `export`: of each variant and task the one with
     the best validation score, all, or none."""
-    only: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
     """Train these configurations of the study alone: the first digits of their fingerprints, which the report
     and `show` list."""
     plan: bool = False
@@ -276,6 +276,8 @@ class OutputOptions:
             UsageError: One of them is empty or invalid, or does not go with another.
         """
         _check_not_empty("--tracking-uri", self.tracking_uri)
+        if self.only is not None and not all(self.only or ("",)):
+            raise UsageError("--only is empty; give the first digits of a fingerprint, or leave it out.")
         if not all(self.tracker or ("",)):
             raise UsageError("--tracker is empty; name one, or leave it out.")
         if self.plan_gpu is not None and not self.plan:
