@@ -21,7 +21,6 @@ from orchestrator.execution.ray.private import (
 )
 from orchestrator.execution.settings import Session
 from orchestrator.execution.trainers.pool import TrainerPool
-from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.tune.per_group_scheduler import LiveTrialFIFOScheduler, PerGroupScheduler
 from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES, LaneTrial
 from orchestrator.execution.tune.trial_events import ABORTED, AbortStopper, BrokerCallback, PendingStops
@@ -131,10 +130,8 @@ def train(
         Exception: Any error of the monitor, such as OSError for a full disk.
     """
     ABORTED.clear()
-    progress = session.progress
     broker = start_broker(session.store, session.scheduler)
-    visibility = StorageVisibility(session.trainers.scratch, session.cluster.nodes, progress.notify)
-    pool = TrainerPool(session, broker, visibility)
+    pool = TrainerPool(session, broker)
     pending_stops: PendingStops = {}
     algorithm = _make_algorithm(session, configurations, search, next_stage)
 
@@ -157,7 +154,7 @@ def train(
         raise StudyError(pool.failure_reason)
     if results.errors:
         last_line = str(results.errors[0]).strip().splitlines()[-1]
-        progress.notify(f"{len(results.errors)} trials failed, the first with: {last_line}")
+        session.progress.notify(f"{len(results.errors)} trials failed, the first with: {last_line}")
     return sum(monitor.steps_taken.values())
 
 

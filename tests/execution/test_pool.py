@@ -13,7 +13,6 @@ from session_settings import make_session
 from orchestrator.execution.ray.runtime import Cluster, Node
 from orchestrator.execution.trainers import trainer_run
 from orchestrator.execution.trainers.pool import BrokerState, TrainerPool
-from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer_run import TrainerRun, worker_environment
 from orchestrator.study.options import StudyOptions
 
@@ -36,7 +35,7 @@ def make_pool(
     """
     cluster = Cluster((), "space", local=not can_grow)
     session = make_session(count, 4, 1.0, cluster=cluster, elastic=elastic, autoscaler_capacity=startable)
-    pool = TrainerPool(session, None, StorageVisibility(Path(), (), print))
+    pool = TrainerPool(session, None)
     pool.cluster = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
     names = [f"trainer-{n}" for n in range(placed + unplaced)]
     pool.running = {name: TrainerRun(name, session.trainers, "space") for name in names}

@@ -61,12 +61,12 @@ class TrainerPool:
     Args:
         session: The number of trainers, and the settings of each.
         broker: The handle of the broker's actor.
-        visibility: Checks which nodes can access the store.
     """
 
-    def __init__(self, session: Session, broker: Any, visibility: StorageVisibility) -> None:
-        self.session, self.settings = session, session.trainers
-        self.broker, self.visibility, self.notify = broker, visibility, session.progress.notify
+    def __init__(self, session: Session, broker: Any) -> None:
+        self.session, self.settings, self.broker = session, session.trainers, broker
+        self.notify = session.progress.notify
+        self.visibility = StorageVisibility(self.settings.scratch, session.cluster.nodes, self.notify)
         self.running: dict[str, TrainerRun] = {}
         """The runs that have started and not ended, by trainer name."""
         self.placed: frozenset[str] = frozenset()
