@@ -382,10 +382,8 @@ def _levels(
     variant = template.variant.name
     if factor.variant not in ("", variant):
         return []
-    is_unknown = factor.name in VARIANT_HYPERPARAMETERS and factor.name not in variant_hyperparameters(
-        variant
-    )
-    if is_unknown or get_value(template, factor.name) is None:
+    lacking = VARIANT_HYPERPARAMETERS - set(variant_hyperparameters(variant))
+    if factor.name in lacking or get_value(template, factor.name) is None:
         notes.append(f"{variant} has no {factor.title}: left out.")
         return []
     found = []

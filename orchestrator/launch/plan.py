@@ -1,16 +1,19 @@
-"""Output of --plan: configurations, estimates of their time and cost, and the protocol of a preset."""
+"""Output of --plan: the configurations of a study, and the time and price of those that are not known."""
 
 from __future__ import annotations
 
-import shutil
+import re
 import textwrap
-from collections.abc import Mapping, Sized
-from dataclasses import dataclass, fields
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from orchestrator.execution.progress import format_duration
 from orchestrator.execution.ray import runtime
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.models import loading
@@ -19,45 +22,32 @@ from orchestrator.finetune.resolve.data_lengths import report_truncation
 from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.data_task import DataTask
-from orchestrator.launch.cost import Line, cost_lines, require_card
 from orchestrator.launch.study import Study
-from orchestrator.study.configuration import Configuration
-from orchestrator.study.option_groups import GridOptions, SearchOptions, TrainingOptions
-from orchestrator.study.options import StudyOptions, setting_key
-from orchestrator.study.presets import (
-    Preset,
-    main_grid_runs,
-    preset_defaults,
-    published_words,
-    read_preset,
-    read_variants,
-    split_variants,
-)
+from orchestrator.record.store import Store
+from orchestrator.record.tables import PARQUET_FILE
+from orchestrator.study.configuration import Configuration, ModelChoice
+from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import UsageError, suggest_nearest
 from variants import catalogue
+from variants.traits import AdaptationScope
 
 if TYPE_CHECKING:
     from orchestrator.execution.search.budget import SearchBudget
-    from orchestrator.execution.search.search_file import GroupUsage
 
-LABEL_WIDTH = 15
+Line = tuple[str, str]
+"""Label and text of a printed line."""
 FROM_HUB = (
     "; the study asks the model hub for it; without a hub give --model a folder with a transformers model"
 )
-UNCHECKED_OPTIONS = "--rank and --targets: the base model is not here yet"
-
-
-@dataclass(frozen=True)
-class _Hardware:
-    """The number of trainers of a study and their devices, as far as they are known before it starts."""
-
-    num_trainers: int
-    """Number of trainers; 0 if the cluster decides."""
-    gpus_per_worker: float | None
-    """GPUs of each worker; None if the cluster decides."""
-    device: str
-    """`cpu`, or the name of the GPU; empty if it is unknown."""
-    place: str
-    """Description of the trainers, for the output."""
+NOT_CHECKED = ("Not checked", "--rank and --targets: the base model is not here yet")
+CARDS = {
+    "L4": 121, "A10G": 70, "L40S": 362, "A100": 312, "H100": 989, "H200": 989, "B200": 2250, "RTX 4090": 165,
+}  # fmt: skip
+"""GPU -> peak of dense bfloat16 products in TFLOP/s, from NVIDIA's data sheets; SXM where there are two."""
+PEAK_SHARES = (0.4, 0.15)
+"""The shares of a card's peak between which the training of a large and of a small model is guessed to be."""
+STARTUP_SECONDS = 25.0
+"""Time in which Ray and the first trainer start."""
 
 
 @dataclass(frozen=True)
@@ -88,105 +78,50 @@ def print_plan(study: Study) -> Plan:
     Returns:
         The content of what was printed.
     """
-    options, console = study.options, study.console
-    hardware = _probe_hardware(options)
-    lines = [*_configuration_lines(study), *_trainer_lines(hardware, study)]
-    is_measured = True
-    if study.num_to_train:
-        found, is_measured = cost_lines(
-            [*study.pending, *study.unnamed()],
-            study.store,
-            hardware.device,
-            hardware.num_trainers,
-            1.0 if hardware.gpus_per_worker is None else hardware.gpus_per_worker,
-            options,
-        )
-        lines += found
-    else:
-        lines.append(("Time", "nothing to train"))
+    lines: list[Line] = []
+    for template in {each.task.name: each for each in study.templates}.values():
+        lines += _task_lines(template, study.store.bases, study.options)
+    lines += _configuration_lines(study)
+    lines += _cost_lines(study) if study.num_to_train else [("Time", "nothing to train")]
+    console = study.console
+    wrap = partial(textwrap.fill, width=console.width, break_long_words=False, break_on_hyphens=False)
     for label, text in lines:
-        _print_line(console, label, text)
-    if study.pending and not is_measured and hardware.device != "cpu":
-        # The lowest learning rate is the least likely to diverge early.
-        point = min(study.pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
-        where = f" on a machine with GPUs of type {options.plan_gpu}" if options.plan_gpu else ""
-        text = (
-            f"To know, train one of them{where}, then plan again: "
-            f"the same command with --only {point.fingerprint[:12]} in place of --plan"
-        )
-        console.print(text, markup=False, soft_wrap=True)
+        wrapped = wrap(text, initial_indent=f"{label:15} ", subsequent_indent=" " * 16)
+        console.print(wrapped, markup=False, soft_wrap=True)
     requested, pending = tuple(study.requested), tuple(study.pending)
     return Plan(tuple(lines), requested, pending, study.total, study.num_to_train)
 
 
-def _print_line(console: Console, label: str, text: str) -> None:
-    """Print a line of the plan; where it is wider than the terminal, the text continues below itself."""
-    indent = " " * (LABEL_WIDTH + 1)
-    wrapped = textwrap.fill(
-        text,
-        console.width,
-        initial_indent=f"{label:{LABEL_WIDTH}} ",
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    console.print(wrapped, markup=False, soft_wrap=True)
-
-
-def _probe_hardware(options: StudyOptions) -> _Hardware:
-    if options.plan_gpu is not None:
-        card = require_card(options.plan_gpu)
-        place = f"{options.trainers or 'as many as have room'} on GPUs of type {card}"
-        return _Hardware(options.trainers or 0, options.gpus_per_worker or 1.0, card, place)
-    address = runtime.running_cluster_address()
-    gpus_per_worker: float | None
-    if address is None:
-        num_trainers, gpus_per_worker = runtime.estimate_local_cluster().plan_trainers(
-            options.trainers, options.gpus_per_worker, options.workers_per_trainer
-        )
-        place, device = f"{num_trainers} on this machine", runtime.gpu_name()
-    else:
-        num_trainers, gpus_per_worker, device = options.trainers or 0, options.gpus_per_worker, ""
-        place = f"{num_trainers or 'as many as have room'} on the cluster at {address}"
-    if options.device == "cpu" or gpus_per_worker == 0:
-        gpus_per_worker, device = 0.0, "cpu"
-    return _Hardware(num_trainers, gpus_per_worker, device, place)
-
-
-def _task_lines(template: Configuration, bases: Path, may_truncate: bool) -> list[Line]:
+def _task_lines(template: Configuration, bases: Path, options: StudyOptions) -> list[Line]:
     """Return the lines on a task: its steps, batch size, data and base model, and how many rows are cut."""
-    model, steps = template.model, template.lr_schedule.steps
-    batch = template.batches.batch_size * template.batches.accumulation
-    content, hub = model.content[:12], ""
-    if model.content == UNPREPARED:
-        content, hub = UNPREPARED, FROM_HUB if model.name not in built_in_names() else ""
-    lines = [
-        ("Task", f"{template.task.name}, {steps} steps of {batch}"),
-        ("Base model", f"{model.name} ({content}){hub}"),
-    ]
-    task = tasks.get(template.task.name)
-    lines[1:1] = [("Warning", text) for text in task.warnings]
+    model, batches, task = template.model, template.batches, tasks.get(template.task.name)
+    is_here = model.content != UNPREPARED
+    batch = batches.batch_size * batches.accumulation
+    lines = [("Task", f"{template.task.name}, {template.lr_schedule.steps} steps of {batch}")]
     if isinstance(task, DataTask):
-        lines.insert(1, ("Data", task.describe()))
-        if may_truncate and content != UNPREPARED:
+        lines.append(("Data", task.describe()))
+        if is_here and options.max_length is not None:
             processor = loading.load_processor(model, bases, task)
-            max_length = template.batches.max_length
-            report_truncation(task, processor, max_length, lambda text: lines.insert(2, ("Cut rows", text)))
-    return lines if has_layer_shapes(model) else [*lines, ("Not checked", UNCHECKED_OPTIONS)]
+            report_truncation(
+                task, processor, batches.max_length, lambda cut: lines.append(("Cut rows", cut))
+            )
+    lines += [("Warning", text) for text in task.warnings]
+    hint = "" if is_here or model.name in built_in_names() else FROM_HUB
+    lines.append(("Base model", f"{model.name} ({model.content[:12] if is_here else model.content}){hint}"))
+    return lines if has_layer_shapes(model) else [*lines, NOT_CHECKED]
 
 
 def _configuration_lines(study: Study) -> list[Line]:
-    """Return the lines on the configurations: tasks, variants, learning rates or space, numbers and steps."""
+    """Return the lines on the configurations: variants, learning rates or space, numbers and steps."""
     options, template = study.options, study.templates[0]
-    may_truncate = options.max_length is not None
-    by_task = {t.task.name: t for t in study.templates}
-    lines = [line for each in by_task.values() for line in _task_lines(each, study.store.bases, may_truncate)]
     if study.search is not None:
-        lines += _search_lines(study.search, template)
+        lines = _search_lines(study.search, template)
     else:
         rates = sorted({c.optimizer.learning_rate for c in study.requested})
-        lines.append(("Variants", " ".join(dict.fromkeys(c.variant.name for c in study.requested))))
-        lines.append(("Learning rates", " ".join(f"{rate:g}" for rate in rates)))
+        lines = [
+            ("Variants", " ".join(dict.fromkeys(c.variant.name for c in study.requested))),
+            ("Learning rates", " ".join(f"{rate:g}" for rate in rates)),
+        ]
     if options.set:
         lines.append(("Fixed", " ".join(options.set)))
     return [
@@ -199,138 +134,206 @@ def _configuration_lines(study: Study) -> list[Line]:
 
 
 def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
-    """Return the lines on a search: sampler, budget and space, with one line for each distinct space."""
-    counts = {name: search.num_asked[name] + search.num_remaining(name) for name in search.groups}
-    variants = list(dict.fromkeys(group.template.variant.name for group in search.groups.values()))
-    searches = len(counts) // len(variants)
-    each = "of each variant" if searches == 1 else f"in each of {searches} searches of each variant"
-    if len(set(counts.values())) == 1:
-        budget = f"{next(iter(counts.values()))} points {each}"
-    else:
-        budget = f"points: {', '.join(f'{count} of {name}' for name, count in counts.items())}"
-    lines = [("Search", f"{search.file.sampler}, {budget}")]
-    texts = {
-        name: " ".join(f"{key}={spec}" for key, spec in group.specs.items()) or "nothing"
-        for name, group in search.groups.items()
-    }
+    """Return the lines on a search: sampler and variants, and one for each distinct space and its points."""
+    variants = dict.fromkeys(group.template.variant.name for group in search.groups.values())
+    spaces: dict[str, list[str]] = {}
+    for name, group in search.groups.items():
+        space = " ".join(f"{key}={spec}" for key, spec in group.specs.items()) or "nothing"
+        points = search.num_asked[name] + search.num_remaining(name)
+        spaces.setdefault(f"{points} points of {space}", []).append(name)
+    lines = [
+        ("Search", f"{search.file.sampler}, {len(search.groups)} searches"),
+        ("Variants", " ".join(variants)),
+    ]
     if not any("learning_rate" in group.specs for group in search.groups.values()):
         lines.append(("Learning rate", f"{template.optimizer.learning_rate:g}"))
-    if len(set(texts.values())) == 1:
-        return [*lines, ("Variants", " ".join(variants)), ("Space", next(iter(texts.values())))]
-    spaces = {text: next(name for name, own in texts.items() if own == text) for text in texts.values()}
-    return [*lines, *((f"Space, {name}", text) for text, name in spaces.items())]
+    for space, names in spaces.items():
+        each = f", in each of {len(names)} searches" if len(names) > 1 else ""
+        lines.append(("Space" if len(spaces) == 1 else f"Space, {names[0]}", f"{space}{each}"))
+    return lines
 
 
-def _trainer_lines(hardware: _Hardware, study: Study) -> list[Line]:
-    options = study.options
+def _probe_hardware(options: StudyOptions) -> tuple[str, int, float]:
+    """Return the device of the trainers, their number, and the GPUs of each, before any of them starts.
+
+    The device is `cpu` or the name of the GPU. It is empty, and the number 0, if the cluster decides.
+    """
     workers = options.workers_per_trainer
-    split = f", {workers} workers per trainer" if workers > 1 else ""
-    if hardware.gpus_per_worker and hardware.gpus_per_worker < 1:
-        split = f", up to {int(1 / hardware.gpus_per_worker)} share one GPU"
-    gpus = 1.0 if hardware.gpus_per_worker is None else hardware.gpus_per_worker
-    lanes, is_measured = study.choose_lanes(hardware.num_trainers, gpus)
-    text = f"{lanes} lanes each"
-    if is_measured:
-        text = f"up to {lanes} lanes each: the first trainer measures how many fit into its GPU's memory"
-    lines = [("Trainers", f"{hardware.place}{split}"), ("Lanes", text)]
-    if options.plan_gpu is None and hardware.num_trainers and runtime.running_cluster_address() is not None:
-        gib = runtime.driver_node_gib(hardware.num_trainers)
-        lines.append(("Driver's node", f"{gib:g} GiB of memory for Ray, for this number of trainers"))
+    if options.plan_gpu is not None:
+        return (
+            require_card(options.plan_gpu),
+            options.trainers or 0,
+            workers * (options.gpus_per_worker or 1.0),
+        )
+    gpus: float | None
+    if runtime.running_cluster_address() is not None:
+        device, trainers, gpus = "", options.trainers or 0, options.gpus_per_worker
+    else:
+        device = runtime.gpu_name()
+        cluster = runtime.estimate_local_cluster()
+        trainers, gpus = cluster.plan_trainers(options.trainers, options.gpus_per_worker, workers)
+    if options.device == "cpu" or gpus == 0:
+        return "cpu", trainers, 0.0
+    return device, trainers, workers * (1.0 if gpus is None else gpus)
+
+
+def find_card(device: str) -> str | None:
+    """Return the card of `CARDS` that a name of a GPU means; None for other cards and for MIG slices."""
+    if "MIG" in device:
+        return None
+    return next((card for card in CARDS if re.search(rf"\b{card}\b", device, re.IGNORECASE)), None)
+
+
+def require_card(name: str) -> str:
+    """Return the card that --plan-gpu names.
+
+    Raises:
+        UsageError: `CARDS` has none of this name.
+    """
+    if (card := find_card(name)) is None:
+        raise UsageError(f"--plan-gpu {name!r}: its speed is not known. {suggest_nearest(name, CARDS)}")
+    return card
+
+
+def _cost_lines(study: Study) -> list[Line]:
+    """Return the lines on tokens, time and price of the configurations that are to be trained."""
+    options, store = study.options, study.store
+    to_train = [*study.pending, *study.unnamed()]
+    lines: list[Line] = []
+    if all(each.batches.max_length for each in to_train):
+        tokens = sum(_count_examples(each) * each.batches.max_length for each in to_train)
+        lines.append(("Tokens", f"at most {tokens:,}"))
+    device, num_trainers, gpus = _probe_hardware(options)
+    card, hours, said = find_card(device), list[float](), ""
+    if (measured := _measured_seconds(to_train, store, device)) is not None:
+        seconds, where, source = measured
+        time = f"{format_duration(seconds)} divided by the number of trainers"
+        if num_trainers:
+            time = (
+                f"{format_duration(seconds / num_trainers + STARTUP_SECONDS)} with --trainers {num_trainers}"
+            )
+        lines.append(("Time", f"about {time}, {source}"))
+        if where != "cpu":
+            hours = [seconds * gpus / 3600]
+            said = f"about {_span(*hours)} on {where}"
+    else:
+        lines.append(("Time", "unknown: no lane of this task and model has been trained on such a device"))
+        flops = _count_flops(to_train, store, options.gradient_checkpointing) if card else None
+        if card and flops:
+            lines.append(("FLOPs", f"at most {flops:.2g}, without evaluations"))
+            hours = [flops / (share * CARDS[card] * 1e12) / 3600 for share in PEAK_SHARES]
+            peak = (
+                f"{' to '.join(f'{share:.0%}' for share in PEAK_SHARES)} of its peak of {CARDS[card]} TFLOP/s"
+            )
+            said = f"a guess: {_span(*hours)} of one {card}, at {peak}"
+        elif card:
+            said = "unknown: the model's size is not known, or its inputs are images"
+    if said:
+        fewer = "" if options.scheduler == "none" or not hours else ", less what early stopping saves"
+        lines.append(("GPU hours", f"{said}{fewer}"))
+    if hours and (price := options.price_per_hour) is not None:
+        cost = _span(*(each * price for each in hours))
+        lines.append(("Price", f"{cost} USD, at {price:g} USD for an hour of one GPU"))
+    if study.pending and measured is None and device != "cpu":
+        # The lowest learning rate is the least likely to diverge early.
+        point = min(study.pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
+        command = f"the same command with --only {point.fingerprint[:12]} in place of --plan"
+        lines.append(("To know", f"train one of them on such a device, then plan again: {command}"))
     return lines
 
 
-def print_point_shortfall(console: Console, usage: Mapping[str, GroupUsage], points: int) -> None:
-    """Print the groups of a search that have fewer points than the budget, because their space has no more.
+def _span(*values: float) -> str:
+    return " to ".join(dict.fromkeys(f"{float(f'{value:.2g}'):g}" for value in values))
 
-    Args:
-        console: The console for the output.
-        usage: Name of the group -> its usage of the budget.
-        points: Budget of each group, in points.
+
+def _count_examples(configuration: Configuration) -> int:
+    """Return the number of training examples of all steps."""
+    batches = configuration.batches
+    return configuration.lr_schedule.steps * batches.batch_size * batches.accumulation
+
+
+def _count_flops(to_train: Sequence[Configuration], store: Store, checkpointing: bool) -> float | None:
+    """Return the FLOPs of the training steps of all configurations, None if they cannot be counted.
+
+    A weight of the base model takes 2 for each token in the forward pass, 2 for the gradients of activations,
+    2 for its own gradient if it is trained, and 2 for a second forward pass with checkpointing.
     """
-    for name, used in usage.items():
-        if used.points < points:
-            line = f"{name}: {used.points} points of {points}: its space has no more"
-            console.print(line, markup=False)
+    sizes = {(c.model, c.task.name): _count_weights(c.model, c.task.name, store) for c in to_train}
+    total = 0.0
+    for each in to_train:
+        weights = sizes[each.model, each.task.name]
+        if not weights or not each.batches.max_length:
+            return None
+        is_trained = catalogue.traits(each.variant.name).adaptation_scope is AdaptationScope.FULL_MODEL
+        flops = 4 + 2 * is_trained + 2 * checkpointing
+        total += flops * weights * _count_examples(each) * each.batches.max_length
+    return total
 
 
-MIN_WIDTH = 60
-"""Smallest width of the output in columns, including the labels."""
+def _count_weights(model: ModelChoice, task: str, store: Store) -> float | None:
+    """Return the number of weights of a base model; of one that is not here, the number in its name."""
+    if has_layer_shapes(model):
+        built, _ = loading.build_meta_model(model, store.bases, tasks.get(task))
+        return float(sum(parameter.numel() for parameter in built.parameters()))
+    found = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([BM])(?![a-z])", model.name, re.IGNORECASE)
+    return float(found[1]) * {"B": 1e9, "M": 1e6}[found[2].upper()] if found else None
 
 
-def print_preset(options: StudyOptions) -> None:
-    """Print the protocol of the preset in `options`, and the deviations of this study from it."""
-    assert options.preset is not None
-    width = max(MIN_WIDTH, shutil.get_terminal_size().columns)
-    for label, text in preset_lines(read_preset(options.preset), options):
-        print(textwrap.fill(f"{label:15} {text}", width, subsequent_indent=" " * 16, break_on_hyphens=False))
-    print()
+def _measured_seconds(
+    to_train: Sequence[Configuration], store: Store, device: str
+) -> tuple[float, str, str] | None:
+    """Return the seconds of all configurations by the mean of finished lanes of the same variant.
 
+    A lane's seconds are its share of its trainer's time. They are taken as proportional to the number of
+    training examples.
 
-def preset_lines(preset: Preset, options: StudyOptions) -> list[Line]:
-    """Return the lines that describe the protocol of a preset and the deviations of a study from it.
-
-    Args:
-        preset: The preset.
-        options: Options of the study, completed by the preset.
+    Returns:
+        The seconds of one trainer, the device of the lanes, and a phrase about them; None if no lane of the
+        same task and model has finished on such a device.
     """
-    existing, absent = split_variants(catalogue.names())
-    rates = len(preset.options["learning_rates"])
-    product = f"{len(read_variants())} variants x {rates} rates x {_count(preset.tasks, 'task')}"
-    grids = f"; the main grids together {main_grid_runs():,}" if preset.main_grid else ""
-    lines = [
-        ("Preset", f"{preset.name}, {preset.title} (arXiv 2601.22708)"),
-        ("Protocol", f"{product}, one seed: {preset.runs:,} runs{grids}"),
-        ("Exist here", f"{len(existing)} variants: {len(existing) * preset.runs_per_variant:,} runs"),
-    ]
-    if absent:
-        names = ", ".join(variant.title for variant in absent)
-        count = len(absent) * preset.runs_per_variant
-        lines.append(("Absent here", f"{_count(absent, 'variant')}, {count:,} runs: {names}"))
-    settings = [f"{v.title}: {v.published}{'' if v in existing else ' (absent)'}" for v in read_variants()]
-    differs = [
-        *preset.deviations,
-        *(sentence for variant in existing for sentence in variant.differs),
-        *(
-            f"{variant.title} is trained with the settings of its own file: {variant.published} is not set."
-            for variant in existing
-            if not variant.set and variant.name not in _WITHOUT_SETTINGS
-        ),
-    ]
-    lines += [("As published", text) for text in settings]
-    lines += [("Deviation", text) for text in differs]
-    lines += [("Changed", text) for text in _changes(preset, options)]
-    return lines
+    wanted = {(c.task.name, c.model.name) for c in to_train}
+    fits = partial(_is_same_device, device)
+    runs = [r for r in _read_runs(store) if (r["task"], r["model"]) in wanted and fits(r["device"])]
+    if not runs:
+        return None
+    devices = Counter(run["device"] for run in runs)
+    where = max(devices, key=lambda name: (name != "cpu", devices[name]))
+    times: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for run in (run for run in runs if run["device"] == where):
+        time = run["seconds"] / (run["steps"] * run["batch_size"] * run["accumulation"])
+        times[run["task"], run["model"]].append(time)
+        times[run["task"], run["model"], run["variant"]].append(time)
+    total, others, left_out = 0.0, dict[str, None](), dict[str, None]()
+    for each in to_train:
+        place = each.task.name, each.model.name
+        own = times.get((*place, each.variant.name))
+        if place not in times:
+            left_out[each.task.name] = None
+            continue
+        if own is None:
+            others[each.variant.name] = None
+        total += _count_examples(each) * mean(own or times[place])
+    source = f"from {devices[where]} lanes measured on {where}"
+    source += f", none of {', '.join(others)} (taken as the others)" if others else ""
+    source += f", without {', '.join(left_out)} (not measured)" if left_out else ""
+    return total, where, source
 
 
-_WITHOUT_SETTINGS = ("lora", "hira", "dora", "rslora", "moslora")
-"""Published variants that have no settings of their own."""
+def _is_same_device(device: str, other: str) -> bool:
+    """Return whether lanes on another device tell the time on this one; every device does if it is empty."""
+    card = find_card(device)
+    return not device or device == other or (card is not None and card == find_card(other))
 
 
-def _count(items: Sized, noun: str) -> str:
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+def _read_runs(store: Store) -> list[dict[str, Any]]:
+    """Return the finished lanes of the table that every report writes, if there is a readable one."""
+    path = store.root / PARQUET_FILE
+    columns = ["task", "model", "variant", "device", "steps", "batch_size", "accumulation", "seconds"]
+    if path.exists():
+        from pyarrow import parquet
 
-
-def _changes(preset: Preset, options: StudyOptions) -> list[str]:
-    """Return the options that differ from the preset, each with its value and the preset's value."""
-    own = [each for group in (GridOptions, SearchOptions, TrainingOptions) for each in fields(group)]
-    defaults = {each.name: each.default for each in own if each.name not in ("set", "dry_run")}
-    defaults |= preset_defaults(preset.name, type(options), catalogue.names())
-    changed = [
-        f"{_option(name)} {_text(getattr(options, name))} (preset: {_text(value)})"
-        for name, value in defaults.items()
-        if getattr(options, name) not in (None, value)
-    ]
-    words = {setting_key(word): word for word in published_words(preset.name, options.variants or ())}
-    typed = {setting_key(word): word for word in options.set}
-    changed += [f"--set {w} (preset: {words.get(k, 'none')})" for k, w in typed.items() if words.get(k) != w]
-    return changed
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "not given"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+        with suppress(OSError, ValueError, KeyError):  # another process replaces it, or it is damaged
+            table = parquet.read_table(path, columns=columns, filters=[("state", "==", "finished")])
+            runs: list[dict[str, Any]] = table.to_pylist()
+            return runs
+    return []

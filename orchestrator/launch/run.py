@@ -19,10 +19,10 @@ from orchestrator.execution.rungs import submission_order
 from orchestrator.execution.settings import Session, TrainerSettings
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
-from orchestrator.launch import cost, reporting
+from orchestrator.launch import reporting
 from orchestrator.launch.designs import MakeDesign
 from orchestrator.launch.experiment import Experiment
-from orchestrator.launch.plan import print_plan, print_point_shortfall, print_preset
+from orchestrator.launch.plan import print_plan, require_card
 from orchestrator.launch.settings import drop_abandoned, drop_replaced, fix_settings, refuse_other_runs
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.maintenance import lanes_of_others
@@ -66,9 +66,7 @@ def run_study(
         OSError: A file could not be written.
     """
     if options.plan_gpu is not None:
-        cost.require_card(options.plan_gpu)  # before any data is read
-    if options.plan and options.preset:
-        print_preset(options)  # first, because `resolve_study` fails if the data of a task are missing
+        require_card(options.plan_gpu)  # before any data is read
     after = None if options.plan else UsageError
     with atomic_files.remove_created_folders(options.output, options.store_folder, after=after):
         study = resolve_study(experiment, options, make_design, replicates)
@@ -89,8 +87,11 @@ def run_study(
         if study.num_to_train or not reporting.print_known_end(study):
             Run(study).execute()
         if study.search is not None:
-            usage = study.search.update_usage(study.store)
-            print_point_shortfall(study.console, usage, study.search.file.points)
+            points = study.search.file.points
+            for name, used in study.search.update_usage(study.store).items():
+                if used.points < points:
+                    line = f"{name}: {used.points} points of {points}: its space has no more"
+                    study.console.print(line, markup=False)
         return reporting.print_missing_results(study)
 
 

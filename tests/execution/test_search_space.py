@@ -96,7 +96,8 @@ def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, t
     study = study_of(wanted, store, options, templates=tuple(made), search=search)
     print_plan(study)
     said = study.console.file.getvalue()  # type: ignore[attr-defined]
-    assert "Search          qmc, points: 16 of lora, 2 of hira\n" in said
+    assert "Space, lora     16 points of rank=2,4 lora.alpha=log:1:64\n" in said
+    assert "Space, hira     2 points of rank=2,4\n" in said
     assert "Learning rate   0.01\n" in said
     assert "Fixed           learning_rate=1e-2 weight_decay=0.1\n" in said
     assert "Configurations  18, of them 0 known" in said

@@ -27,7 +27,7 @@ def test_every_replicate_can_be_a_search_on_every_task(run: Run) -> None:
     arguments = ("--search", "qmc", "--points", "8", "--variants", "pissa", "--task", "letters", "digits")
     done = run(TUNED, "--dry-run", "--plan", "--replicates", "3", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "Search          qmc, 8 points in each of 6 searches of each variant" in done.stdout
+    assert "Search          qmc, 12 searches" in done.stdout
     assert f"Configurations  {2 * 2 * 3 * 8}, of them 0 known" in done.stdout
 
 

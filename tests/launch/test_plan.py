@@ -14,8 +14,7 @@ from points import record, study_of
 
 from orchestrator.execution.ray import runtime
 from orchestrator.finetune.models.catalogue import UNPREPARED
-from orchestrator.launch.cost import find_card
-from orchestrator.launch.plan import print_plan
+from orchestrator.launch.plan import find_card, print_plan
 from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.store import Store
 from orchestrator.record.tables import write_parquet
@@ -78,7 +77,9 @@ def test_the_mean_of_finished_lanes_gives_time_hours_and_price(store: Store, pla
     trained(store, device="cpu", seed=2, seconds=1e6)
     said = plan(A10G, price_per_hour=2.0)
     # 100 lanes of 42 s take 4200 s; two trainers take half of it, and 25 s to start.
-    assert "Time            about 35 min 25 s, from 2 lanes measured on NVIDIA A10G\n" in said
+    assert (
+        "Time            about 35 min 25 s with --trainers 2, from 2 lanes measured on NVIDIA A10G\n" in said
+    )
     assert "GPU hours       about 1.2 on NVIDIA A10G\n" in said
     assert "Price           2.3 USD, at 2 USD for an hour of one GPU\n" in said
     assert "plan again" not in said
@@ -108,8 +109,7 @@ def test_an_unknown_time_is_reported_with_the_command_that_measures_it(store: St
     trained(store, device="cpu")
     said = plan(A10G, [configuration(rate=1e-2), configuration(rate=3e-5)])
     assert "Time            unknown: no lane of this task and model has been trained on such a device" in said
-    command = "the same command with --only"
-    assert f"train one of them, then plan again: {command}" in said
+    assert f"the same command with --only {configuration(rate=3e-5).fingerprint[:12]} in place of" in said
 
 
 def test_hours_are_a_guess_between_two_shares_of_the_peak(plan: Plan) -> None:
@@ -159,9 +159,6 @@ def test_a_joined_cluster_is_assumed_to_have_the_gpus_of_the_records(
     store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime, "running_cluster_address", lambda: "10.0.0.1:6379")
-    assert "Driver's node" not in plan(None)
-    assert "Driver's node   32 GiB of memory for Ray" in plan(None, gpus_per_worker=1.0, trainers=64)
-    assert "Driver's node" not in plan(None, plan=True, plan_gpu="H100", trainers=64), "another cluster's"
     trained(store, device="cpu", seed=1, seconds=1.0)
     assert "from 1 lanes measured on cpu\n" in plan(None)
     trained(store)
