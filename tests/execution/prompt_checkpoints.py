@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
+from orchestrator.finetune.engine.checkpoint_writer import CheckpointSchedule
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.recorder import LaneRecorder
 

@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 
 from orchestrator.finetune.engine import adapter_file
 from orchestrator.finetune.engine.checkpoint import Checkpoint
-from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
-from orchestrator.finetune.engine.checkpoint_writer import CheckpointWriter, WriteResult
+from orchestrator.finetune.engine.checkpoint_writer import CheckpointSchedule, CheckpointWriter, WriteResult
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_state import LaneState

@@ -7,17 +7,60 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from orchestrator.finetune.engine import lane_measurement
+import psutil
+
 from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
 from orchestrator.finetune.engine.answer_wait import AnswerWait, sum_generate_seconds
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
+from orchestrator.finetune.engine.lane_group import LaneGroup
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.finetune.engine.lane_state import LaneState
-from orchestrator.finetune.engine.lane_timer import LaneTimer
 from orchestrator.finetune.engine.recovery import FailureRecovery
+from orchestrator.finetune.engine.slots import LaneMemory
 from orchestrator.finetune.failures import Fault
 from orchestrator.finetune.process_group import WorkerError, result_or_error
+from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
+
+SAMPLED_ROWS = 256
+"""The number of training rows whose mean length counts."""
+
+
+def process_start() -> float:
+    """Return the start of this process on the clock of `time.monotonic`."""
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
+
+
+@dataclass
+class LaneTimer:
+    """A timer that divides all time since the start of the process, without gaps, among the lanes.
+
+    Attributes:
+        counted_until: The time up to which seconds have been divided, on the monotonic clock.
+        has_started: True once a lane has been worked on.
+    """
+
+    counted_until: float = field(default_factory=process_start)
+    has_started: bool = False
+
+    def add(self, lanes: Sequence[Lane], kind: str) -> None:
+        """Add the seconds since the last call, in equal shares, to the lanes.
+
+        Args:
+            lanes: The lanes that the time was used for. If there is none, the time is added at the next call.
+            kind: A field of `Cost`, such as "train_seconds".
+        """
+        if not lanes:
+            return
+        now = time.monotonic()
+        for lane in lanes:
+            lane.seconds[kind] += (now - self.counted_until) / len(lanes)
+        self.counted_until = now
+
+    def begin_work(self, lanes: Sequence[Lane]) -> None:
+        """Add the time that has passed since the last step or evaluation, before another one begins."""
+        self.add(lanes, "other_seconds" if self.has_started else "start_seconds")
+        self.has_started = self.has_started or bool(lanes)
 
 
 @dataclass
@@ -137,7 +180,7 @@ class TrainingRounds:
         outcomes_by_rank = active.process_group.all_gather(
             [result_or_error(partial(lane.take_optimizer_step, step)) for lane, step in gradients]
         )
-        lane_measurement.note_step(active, [lane for lane, _ in gradients], self._note_peak_memory())
+        measure_memory(active, [lane for lane, _ in gradients], self._note_peak_memory())
         diverged, mid_step = [], []
         for (lane, _), outcomes in zip(gradients, zip(*outcomes_by_rank, strict=True), strict=True):
             lane.peak_group_size = max(lane.peak_group_size, group_size)
@@ -232,3 +275,41 @@ class TrainingRounds:
         """Complete the scores of the base model, which the lanes' records need."""
         self.active.engine.lane_group.load_or_compute_baseline_scores(wait=True)
         return [None] * len(lanes)
+
+
+def measure_memory(active: ActiveLanes, lanes: Sequence[Lane], peak: int) -> None:
+    """Measure a step of the whole lane group, and set the number of lanes once it follows from the steps.
+
+    All workers call this after each step. The worker with the largest peak and the one with the least memory
+    decide.
+
+    Args:
+        active: The lanes of the trainer.
+        lanes: The lanes that took the step.
+        peak: The peak memory of this worker during the step, in bytes.
+    """
+    slots, engine = active.slots, active.engine
+    if not lanes or len(lanes) < len(active.lanes) or not slots.needs_measurement(lanes):
+        return
+    group_key = lanes[0].configuration.group_key
+    known = slots.memory_by_group_key.setdefault(group_key, LaneMemory())
+    gathered = active.process_group.all_gather((peak, engine.memory_limit))
+    known.peaks[len(lanes)].append(max(one for one, _ in gathered))
+    if known.is_known(1) and known.is_known(2):
+        tokens = _count_tokens(engine.lane_group, lanes[0].configuration)
+        measured = known.choose(min(limit for _, limit in gathered), tokens)
+        slots.max_lanes_by_group_key[group_key] = measured.lanes
+        active.process_group.broadcast_from_rank0(
+            partial(active.recorder.write_measured_lanes, group_key, measured)
+        )
+
+
+def _count_tokens(lane_group: LaneGroup, configuration: Configuration) -> int:
+    """Return the mean number of tokens or image patches in a micro-batch of a lane, without padding."""
+    train, batches = lane_group.data.train, configuration.batches
+    rows = [train[index] for index in range(min(len(train), SAMPLED_ROWS))]
+    config = lane_group.base_model.model.config
+    config = getattr(config, "vision_config", None) or config  # of CLIP
+    patches = (getattr(config, "image_size", 0) // getattr(config, "patch_size", 1)) ** 2
+    lengths = [min(len(row.ids), batches.max_length) if row.image is None else patches for row in rows]
+    return round(sum(lengths) / len(lengths) * batches.batch_size)

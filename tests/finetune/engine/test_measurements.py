@@ -28,9 +28,9 @@ from scripted import (
 
 from orchestrator.finetune.engine import answer_wait
 from orchestrator.finetune.engine.engine import Engine
-from orchestrator.finetune.engine.lane_memory import MEASURED_STEPS, MEMORY_SHARE, LaneMemory
 from orchestrator.finetune.engine.lane_source import Directive, Lease
-from orchestrator.finetune.engine.lane_timer import process_start
+from orchestrator.finetune.engine.rounds import process_start
+from orchestrator.finetune.engine.slots import MEASURED_STEPS, MEMORY_SHARE, LaneMemory
 from orchestrator.finetune.evaluation import evaluate as evaluation
 from orchestrator.record.schema import TIME_FIELDS
 from orchestrator.record.store import Store

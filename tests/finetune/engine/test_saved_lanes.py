@@ -23,8 +23,7 @@ from scripted import (
 
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.finetune.engine.checkpoint import Checkpoint, read_newest
-from orchestrator.finetune.engine.checkpoint_schedule import CheckpointSchedule
-from orchestrator.finetune.engine.checkpoint_writer import copy_to_host
+from orchestrator.finetune.engine.checkpoint_writer import CheckpointSchedule, copy_to_host
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Directive, Lease
 from orchestrator.record.store import Store
