@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -38,21 +37,6 @@ MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
 MAX_REASONS, MAX_REASON_LENGTH = 5, 200
 MAX_RUNNING_BYTES = 2 * 2**30
 """The total size up to which a running study keeps more adapters than the best one of each goal."""
-
-REPORT_LIBRARIES = (
-    "orchestrator.analyze.report",
-    "orchestrator.analyze.table",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.backends.backend_svg",
-    "plotly.graph_objects",
-)
-"""The modules whose import takes most of the time before a report."""
-
-
-def import_report_libraries() -> None:
-    """Import what a report needs, in a thread while trainers train: the imports take a second or two."""
-    for module in REPORT_LIBRARIES:
-        importlib.import_module(module)
 
 
 def print_known_end(study: Study) -> bool:
@@ -142,10 +126,10 @@ def report_and_close(
         if should_report:
             lines += (mlflow_lines := _mlflow_lines(study, writers.mlflow))
             _print_lines(study.console, mlflow_lines)
-        if not writers.mlflow.is_finished or writers.mlflow.pending_count:
-            _print_delay(study, writers.mlflow)
+        _print_missing(study, "MLflow", writers.mlflow, f"{study.orchestrator_command('sync')} logs them")
         for name, writer in writers.others.items():
-            _print_tracker(study, name, writer)
+            _print_lines(study.console, [f"{name:8} {writer.view}"] if writer.view else [])
+            _print_missing(study, f"--tracker {name}", writer, "the same command writes them")
     if interrupted:
         raise KeyboardInterrupt
     if should_report and status == "FINISHED" and writers.mlflow.is_finished and not writers.mlflow.error:
@@ -183,24 +167,12 @@ def _mlflow_seconds(budget: RunBudget, status: str) -> float:
     return timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS
 
 
-def _print_delay(study: Study, writer: TrackerWriter) -> None:
-    """Print the number of runs that are not in MLflow, the reason, and the command that logs them."""
-    delayed = f"{writer.pending_count} runs" if writer.pending_count else "the study's own run"
-    command = study.orchestrator_command("sync")
-    reason = writer.error or "it is slow"
-    line = f"MLflow: {delayed} delayed ({reason}); {command} logs them later."
-    study.console.print(line, markup=False, soft_wrap=True)
-
-
-def _print_tracker(study: Study, name: str, writer: TrackerWriter) -> None:
-    """Print how to look at a tracker, and the number of runs that it lacks, with the reason."""
-    if view := writer.view:
-        study.console.print(f"{name:8} {view}", markup=False, soft_wrap=True)
+def _print_missing(study: Study, tracker: str, writer: TrackerWriter, remedy: str) -> None:
+    """Print the number of runs that a tracker lacks, the reason, and what logs them, if there are any."""
     if writer.is_finished and not writer.pending_count:
         return
-    missing = f"{writer.pending_count} runs are missing" if writer.pending_count else "not ended"
-    reason = writer.error or "it is slow"
-    line = f"--tracker {name}: {missing} ({reason}); the same command writes them later."
+    missing = f"{writer.pending_count} runs are" if writer.pending_count else "the study's own run is"
+    line = f"{tracker}: {missing} missing ({writer.error or 'it is slow'}); {remedy} later."
     study.console.print(line, markup=False, soft_wrap=True)
 
 

@@ -6,7 +6,6 @@ trains it on Ray, and `reporting` writes the report.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -23,7 +22,13 @@ from orchestrator.launch import reporting
 from orchestrator.launch.designs import MakeDesign
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import print_plan, require_card
-from orchestrator.launch.settings import drop_abandoned, drop_replaced, fix_settings, refuse_other_runs
+from orchestrator.launch.settings import (
+    drop_abandoned,
+    drop_replaced,
+    find_sources,
+    fix_settings,
+    refuse_other_runs,
+)
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.maintenance import lanes_of_others
 from orchestrator.record.mlflow import MlflowTracker, configured_uri
@@ -110,7 +115,7 @@ def _begin(study: Study) -> None:
     """Look up what this run trains, prepare its datasets and write `study.json` and study.yaml."""
     experiment, options, store = study.experiment, study.options, study.store
     earlier = StudyFile.read(study.folder)
-    sources = study.sources()
+    sources = find_sources(study.templates)
     study.file = drop_replaced(earlier or study.file, sources, store, study.console.print)
     store.remove_stale_scratch()
     study.look_up()
@@ -159,9 +164,9 @@ class Run:
         self.study = study
         self.progress = Progress(study.folder, study.total, len(study.known_fingerprints()), study.console)
         self.progress.max_steps = study.max_steps()
-        self.writers = start_writers(study, self.progress.notify)
         others = lanes_of_others(study.options.output, study.file)
         self.keeper = reporting.AdapterKeeper(study.store, study.file.settings, others)
+        self.writers = start_writers(study, self.progress.notify)
         self.logged: set[str] = set()
         """Fingerprints of the records that this run has sent to MLflow and the other trackers."""
 
@@ -212,7 +217,7 @@ class Run:
             from orchestrator.execution.session import train
 
             session = self._make_session(cluster, scratch_folder)
-            for warning in data_warnings(study.sources()):
+            for warning in data_warnings(find_sources(study.templates)):
                 progress.notify(f"! {warning}")
             progress.notify(_describe_trainers(session))
             began = time.monotonic()
@@ -282,8 +287,6 @@ class Run:
 
     def _log_record(self, record: Record) -> None:
         """Send a new record to the trackers; called from another thread."""
-        if not self.logged:
-            threading.Thread(target=reporting.import_report_libraries, daemon=True).start()
         self.logged.add(record.fingerprint)
         self.writers.put(record.fingerprint)
         if self.study.options.save_adapters == "best":

@@ -22,6 +22,8 @@ from variants import catalogue
 from variants.traits import VerifiedBy
 from variants.variant_names import FILE_SUFFIX
 
+PLANNED_KINDS = frozenset({"replicates", "factors"})
+"""Kinds of studies whose settings are fixed before there are results."""
 SHORT_FINGERPRINT = 12
 """Digits of a fingerprint in a message."""
 
@@ -47,18 +49,30 @@ def fix_settings(
             command has more replicates than planned.
     """
     before = study.settings if study.configurations else None
-    if settings.kind not in ("replicates", "factors"):
-        if before is not None and before.kind in ("replicates", "factors"):
-            _check_kind(before, settings, study.name)
+    if before is not None and before.kind != settings.kind and {before.kind, settings.kind} & PLANNED_KINDS:
+        raise UsageError(
+            f"--study {study.name!r}: it is a study of another kind ({before.kind}, not {settings.kind}); "
+            "take another --study."
+        )
+    if settings.kind not in PLANNED_KINDS:
         # The points of a search are not a curve over the learning rate.
-        return replace(settings, kind="search") if settings.kind == "curve" and is_search else settings
+        return replace(settings, kind="search") if is_search else settings
     unverified = tuple(name for name in variants if catalogue.traits(name).verified_by is VerifiedBy.NONE)
     found = replace(settings, unverified=unverified)
     planned = settings.max_replicates or (before.max_replicates if before else 0) or replicates
     if settings.kind == "replicates":
         found = replace(found, max_replicates=planned)
-    if before is not None:
-        _check_unchanged(before, found, study.name)
+    for name in ("select", "margin", "max_replicates"):
+        option, new, then = (
+            f"--{name.replace('_', '-')}",
+            getattr(found, name),
+            getattr(before or found, name),
+        )
+        if new != then:
+            raise UsageError(
+                f"{option} {new}: study {study.name!r} began with {then}, which is fixed before there are "
+                f"results; take {option} {then}, or another --study."
+            )
     if settings.kind == "replicates" and replicates > planned:
         raise UsageError(
             f"--replicates {replicates}: study {study.name!r} was planned for at most {planned} "
@@ -66,37 +80,6 @@ def fix_settings(
             "--study."
         )
     return found
-
-
-def _check_kind(before: AnalysisSettings, now: AnalysisSettings, name: str) -> None:
-    if before.kind != now.kind:
-        raise UsageError(
-            f"--study {name!r}: it is a study of another kind ({before.kind}, not {now.kind}); take another "
-            "--study."
-        )
-
-
-def _check_unchanged(before: AnalysisSettings, now: AnalysisSettings, name: str) -> None:
-    """Check that the settings that are fixed at the first run of a study have not changed.
-
-    Raises:
-        UsageError: A setting has changed.
-    """
-    _check_kind(before, now, name)
-    if before.select != now.select:
-        raise UsageError(
-            f"--select {now.select}: study {name!r} began with {before.select}, which is fixed before there "
-            f"are results; take --select {before.select}, or another --study."
-        )
-    for option, then, new in (
-        ("--margin", before.margin, now.margin),
-        ("--max-replicates", before.max_replicates, now.max_replicates),
-    ):
-        if then != new:
-            raise UsageError(
-                f"{option} {new:g}: study {name!r} began with {then:g}, which is fixed before there are "
-                f"results; take {option} {then:g}, or another --study."
-            )
 
 
 def refuse_other_runs(
@@ -233,7 +216,7 @@ def drop_abandoned(
     factors have no final answer while one of their configurations has not ended, and the abandoned ones would
     never end.
     """
-    if settings.kind not in ("replicates", "factors"):
+    if settings.kind not in PLANNED_KINDS:
         return study
     return study.keep({*requested, *store.states()})
 

@@ -32,7 +32,7 @@ from orchestrator.record.mlflow import resolve_uri
 from orchestrator.record.other_trackers import TensorBoardTracker, WandbTracker
 from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import Source, StudyFile
+from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tracker import MakeTracker
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import (
@@ -234,11 +234,7 @@ class Study:
             lanes = max(lanes, min(SHORT_LANES_PER_TRAINER, share))
         return lanes, False
 
-    # -- what it is made of, and its words
-
-    def sources(self) -> list[Source]:
-        """Return the base models of the study, and its tasks and variants in users' files."""
-        return find_sources(self.templates)
+    # -- its words
 
     def describe_progress(self) -> str:
         """Return a sentence with the number of configurations done and the GPU hours of this run."""
@@ -272,22 +268,17 @@ class SettledRecords(Mapping[str, Record]):
 
     def __getitem__(self, fingerprint: str) -> Record:
         if fingerprint not in self._settled:
-            self._settled[fingerprint] = replace(self._read(fingerprint), curve=(), items={})
-        return self._settled[fingerprint]
-
-    def _read(self, fingerprint: str) -> Record:
-        record = self._store.get(fingerprint)
-        if record is None:
-            raise KeyError(fingerprint)
-        if record.state == "failed":
-            if self._store.count_failures(fingerprint) < MAX_FAILURES:
+            record = self._store.get(fingerprint)
+            if record is not None and record.state == "failed":
+                is_final = self._store.count_failures(fingerprint) >= MAX_FAILURES
+                record = record if is_final else None
+            elif record is not None:
+                settings = scheduler_settings(self._scheduler, record.configuration)
+                record = self._store.get_reusable(fingerprint, settings)
+            if record is None:
                 raise KeyError(fingerprint)
-            return record
-        settings = scheduler_settings(self._scheduler, record.configuration)
-        usable = self._store.get_reusable(fingerprint, settings)
-        if usable is None:
-            raise KeyError(fingerprint)
-        return usable
+            self._settled[fingerprint] = replace(record, curve=(), items={})
+        return self._settled[fingerprint]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._store.states())

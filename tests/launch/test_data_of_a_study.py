@@ -13,7 +13,7 @@ from test_own_files import EXPERIMENT, finished, mine, requested, resolve
 from untrained_base import base
 
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.launch.settings import drop_replaced
+from orchestrator.launch.settings import drop_replaced, find_sources
 from orchestrator.launch.study import Study, resolve_study
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.options import StudyOptions
@@ -49,20 +49,25 @@ def test_changed_data_of_a_task_file_leave_the_study(mine: Path) -> None:
     names = (mine / "copy_task.py", mine / "scaled.py", mine / "base")
     first = resolve(mine / "results", *names)
     lines: list[str] = []
-    study = StudyFile("s", "?", "x", tuple(finish(first))).with_sources(first.sources())
-    same = drop_replaced(study, first.sources(), first.store, lines.append)
+    study = StudyFile("s", "?", "x", tuple(finish(first))).with_sources(find_sources(first.templates))
+    same = drop_replaced(study, find_sources(first.templates), first.store, lines.append)
     assert same.configurations == study.configurations
     assert not lines
     (mine / "words.txt").write_text("h g f e")
     second = resolve(mine / "results", *names)
     both = study.with_configurations(finish(second), ())
-    after = drop_replaced(both, second.sources(), second.store, lines.append)
+    after = drop_replaced(both, find_sources(second.templates), second.store, lines.append)
     assert set(after.configurations) == {c.fingerprint for c in requested(second)}
     (line,) = lines
     assert line.startswith(
         "copy_task.py has changed: 4 configurations of its earlier content leave the study"
     )
-    assert drop_replaced(after.with_sources(second.sources()), second.sources(), second.store, lines.append)
+    assert drop_replaced(
+        after.with_sources(find_sources(second.templates)),
+        find_sources(second.templates),
+        second.store,
+        lines.append,
+    )
     assert len(lines) == 1
 
 
@@ -79,7 +84,7 @@ def test_another_file_of_the_same_name_is_another_study(
     write(one, ROWS[:40])
     write(two, ROWS[8:])
     first = resolve_study(EXPERIMENT, options_of(output, one))
-    StudyFile(first.name, "?", "x").with_sources(first.sources()).write(first.folder)
+    StudyFile(first.name, "?", "x").with_sources(find_sources(first.templates)).write(first.folder)
     second = resolve_study(EXPERIMENT, options_of(output, two))
     assert second.name.startswith(f"{first.name}-")
     line = f"The study {first.name} is of {one}; the study of {two} is {second.name}"
