@@ -153,13 +153,3 @@ def sort_lanes(lanes: Mapping[LaneGoal, ScoredLane]) -> list[tuple[LaneGoal, Sco
     Lanes of equal means are sorted by name, LoRA first.
     """
     return sorted(lanes.items(), key=lambda item: (-item[1].mean, item[0].variant != "lora", item[0]))
-
-
-def best_fingerprints(study: StudyFile, records: Sequence[Record]) -> set[str]:
-    """Return the fingerprints of the lanes that `best_lanes` returns.
-
-    Args:
-        study: The study.
-        records: The records of its configurations, as far as they exist.
-    """
-    return {lane.fingerprint for lane in best_lanes(study, records).values()}

@@ -130,31 +130,26 @@ class Gc(StoreLocation):
     """Remove what a crash left in the store.
 
     A study removes its temporary data itself, unless it was killed. This command removes checkpoints of
-    lanes whose record is finished or diverged, adapters that `--save-adapters best` keeps and no complete
-    study calls best, temporary files, and folders of dead studies. It may run while a study runs.
+    lanes whose record is finished or diverged, temporary files, and folders of dead studies. It may run while
+    a study runs.
     """
 
     dry_run: bool = False
     """Only print what would be removed."""
-    stopped: bool = False
-    """Also remove the checkpoints of lanes that early stopping has ended. Their records stay; a later study
-    that trains such a lane to the end starts it from the beginning."""
     older_than: float = 1.0
-    """Hours. Temporary files and, with --stopped, checkpoints that were written since then are kept, because
-    they may be in use."""
+    """Hours. Temporary files that were written since then are kept, because they may be in use."""
 
     def run(self) -> int:
         """Remove the files and return the exit code."""
         import math
 
-        from orchestrator.analyze.best_lanes import best_fingerprints
         from orchestrator.record.maintenance import describe_garbage, find_garbage, remove_garbage
         from orchestrator.record.store import Store
 
         if not (math.isfinite(self.older_than) and self.older_than >= 0):
             raise UsageError(f"--older-than {self.older_than:g}: must be 0 hours or more; the default is 1.")
-        store, seconds = Store(self.store_folder, create=False), self.older_than * 3600
-        found = find_garbage(store, self.output, best_fingerprints, self.stopped, seconds)
+        store = Store(self.store_folder, create=False)
+        found = find_garbage(store, self.output, self.older_than * 3600)
         lines = [*describe_garbage(found)]
         print("\n".join(["would remove" if self.dry_run else "removes", *lines]) if lines else "no garbage")
         if not self.dry_run:

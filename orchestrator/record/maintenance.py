@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from orchestrator.record.mlflow import MlflowTracker, check_uri, study_uri
 from orchestrator.record.schema import FINAL_STATES, Record
-from orchestrator.record.store import Store, is_locked
+from orchestrator.record.store import Store
 from orchestrator.record.study_file import LOCK_FILE, REPORT_FILES, STUDY_FILE, StudyFile, read_studies
 from orchestrator.record.tables import write_parquet
 from orchestrator.record.tracker import StudyEnd, describe_error
@@ -24,8 +24,6 @@ from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
 
-ChooseBest = Callable[[StudyFile, Sequence[Record]], Collection[str]]
-"""Function of a study and its records that returns the fingerprints of the study's best lanes."""
 Describe = Callable[[StudyFile, Sequence[Record]], tuple[str, Mapping[str, float]]]
 """Function of a study and its records that returns the study's description in Markdown and its metrics."""
 
@@ -36,31 +34,20 @@ _TEMPORARY = re.compile(
 _TEMPORARY_BASE = re.compile(r"\..+-[a-z0-9_]{8}")
 
 
-def find_garbage(
-    store: Store,
-    output: Path,
-    choose_best: ChooseBest,
-    include_stopped: bool = False,
-    older_than: float = 3600.0,
-) -> dict[str, list[Path]]:
+def find_garbage(store: Store, output: Path, older_than: float = 3600.0) -> dict[str, list[Path]]:
     """Find the files and folders that no study needs. Other processes may run studies at the same time.
 
     Args:
         store: The store.
         output: The output folder with the studies' folders.
-        choose_best: Chooses the best lanes of a study.
-        include_stopped: Whether checkpoints of lanes that early stopping has ended are garbage.
-        older_than: Seconds; temporary files and checkpoints of stopped lanes that are younger are kept.
+        older_than: Seconds; temporary files that are younger are kept.
 
     Returns:
         Kind of garbage -> files and folders.
     """
     before = time.time() - older_than
-    stopped = _stopped(store, output) if include_stopped else ()
     return {
         "checkpoints and records of lanes that have ended": [*_ended(store)],
-        "checkpoints of stopped lanes": [path for path in stopped if _newest(path) < before],
-        "adapters that no study calls best": [*_needless_adapters(store, output, choose_best)],
         "temporary files": [path for path in _temporary(store, output) if _newest(path) < before],
         "scratch folders of dead processes": store.stale_scratch(),
     }
@@ -98,36 +85,6 @@ def _ended(store: Store) -> Iterator[Path]:
         # `states` reads only the first bytes of a record. `get_reusable` finds damage in the rest.
         if states.get(fingerprint) in FINAL_STATES and store.get_reusable(fingerprint) is not None:
             yield path
-
-
-def _stopped(store: Store, output: Path) -> Iterator[Path]:
-    """Yield the checkpoints of stopped lanes that no running study needs."""
-    running = [study for folder, study in read_studies(output).values() if is_locked(folder / LOCK_FILE)]
-    in_use = {fingerprint for study in running for fingerprint in study.configurations}
-    states = store.states()
-    for folder in sorted(store.checkpoints.glob("*")):
-        if states.get(folder.name) == "stopped" and folder.name not in in_use:
-            yield folder
-
-
-def _needless_adapters(store: Store, output: Path, choose_best: ChooseBest) -> Iterator[Path]:
-    """Yield the adapters in `best` of lanes that a study has trained and that are the best of no study.
-
-    A study that is running or incomplete needs all of its lanes.
-    """
-    needed: set[str] = set()
-    trained: set[str] = set()
-    files = store.list_adapters("best")
-    for folder, study in read_studies(output).values():
-        own = {file.stem for file in files}.intersection(study.configurations)
-        if not own:
-            continue
-        trained |= own.difference(study.reused)
-        records = [record for record in map(store.get, study.configurations) if record is not None]
-        if len(records) == len(study.configurations) and not is_locked(folder / LOCK_FILE):
-            own &= set(choose_best(study, records))
-        needed |= own
-    yield from (file for file in files if file.stem in trained - needed)
 
 
 def lanes_of_others(output: Path, study: StudyFile) -> set[str]:

@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 
 from orchestrator.record.schema import FINAL_STATES, SCHEMA_VERSION, Record, RecordState
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import UsageError
+from orchestrator.util.errors import UsageError, suggest_nearest
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.(stopped|failed))?\.json")
@@ -60,17 +60,6 @@ Keep = Literal["best", "all"]
 def adapter_file_name(fingerprint: str) -> str:
     """Return the name of the file with the adapter of a lane."""
     return f"{fingerprint}.safetensors"
-
-
-def is_locked(file: Path) -> bool:
-    """Return whether a process holds this lock file; True if the file cannot be opened."""
-    if not file.exists():
-        return False
-    try:
-        with FileLock(file, timeout=0):
-            return False
-    except (Timeout, OSError):
-        return True
 
 
 class Store:
@@ -234,10 +223,6 @@ class Store:
             if folder.is_dir():
                 yield from folder.iterdir()
 
-    def find_by_prefix(self, prefix: str) -> list[str]:
-        """Return all fingerprints that start with `prefix`, sorted."""
-        return sorted(f for f in self.states() if f.startswith(prefix.lower()))
-
     def resolve_prefix(self, prefix: str) -> str:
         """Return the only fingerprint that starts with `prefix`.
 
@@ -246,13 +231,14 @@ class Store:
         """
         if not re.fullmatch(r"[0-9a-fA-F]{1,64}", prefix):
             raise UsageError(f"fingerprint {prefix!r}: must be up to 64 hexadecimal digits, as in the report")
-        found = self.find_by_prefix(prefix)
+        states = self.states()
+        found = sorted(fingerprint for fingerprint in states if fingerprint.startswith(prefix.lower()))
         if len(found) == 1:
             return found[0]
         if not found:
-            near = [f[:12] for f in self.find_by_prefix(prefix[:2])][:5]
-            hint = f"nearest: {', '.join(near)}" if near else f"{len(self.states())} records are there"
-            raise UsageError(f"fingerprint {prefix!r}: no record in {self.root} begins with it; {hint}")
+            heads = [fingerprint[: len(prefix)] for fingerprint in states]
+            hint = suggest_nearest(prefix, heads, f"{len(states)} records are there.")
+            raise UsageError(f"fingerprint {prefix!r}: no record in {self.root} begins with it. {hint}")
         length = next(n for n in range(12, 65) if len({f[:n] for f in found}) == len(found))
         some = ", ".join(f[:length] for f in found[:5]) + (", ..." if len(found) > 5 else "")
         raise UsageError(
@@ -293,7 +279,7 @@ class Store:
         folders = sorted(
             path for path in self.scratch.glob("*") if path.is_dir() and own.fullmatch(path.name)
         )
-        return [folder for folder in folders if not is_locked(_lock_file(folder))]
+        return [folder for folder in folders if not _is_locked(_lock_file(folder))]
 
     def remove_stale_scratch(self) -> None:
         """Remove the scratch folders of drivers that were killed on this host."""
@@ -412,3 +398,14 @@ def _lock_file(folder: Path) -> Path:
 def _remove_scratch(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     _lock_file(folder).unlink(missing_ok=True)
+
+
+def _is_locked(file: Path) -> bool:
+    """Return whether a process holds this lock file; True if the file cannot be opened."""
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True

@@ -36,7 +36,6 @@ except ModuleNotFoundError:  # run as a module from the project's folder
     from tests.execution import alone, study
     from tests.execution.steps import FOLDER, TASK, Steps
 
-from orchestrator.analyze.best_lanes import best_fingerprints
 from orchestrator.record.maintenance import find_garbage, remove_garbage
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -196,7 +195,7 @@ def run_with_kills(run: Run, kills: int, seed: int, progress: Callable[[str], No
             raise run.fail(f"the command ended with {code} after {run.starts} starts")
         process = run.start_again(code, progress)
     _measure_resumption(run)
-    remove_garbage(run.store, find_garbage(run.store, run.output, best_fingerprints, older_than=0.0))
+    remove_garbage(run.store, find_garbage(run.store, run.output, older_than=0.0))
 
 
 def _kill(

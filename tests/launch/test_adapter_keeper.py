@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from synthetic import record
 
-from orchestrator.analyze.best_lanes import best_fingerprints
+from orchestrator.analyze.best_lanes import best_lanes
 from orchestrator.analyze.summary import summarize
 from orchestrator.launch import reporting
 from orchestrator.launch.reporting import AdapterKeeper
@@ -94,7 +94,7 @@ def test_a_study_ends_with_the_best_run_of_the_best_point(
 
 def test_the_best_lanes_are_those_of_the_reports_best_rates() -> None:
     study, own = StudyFile("rates", "", ""), records()
-    best = best_fingerprints(study, own)
+    best = {lane.fingerprint for lane in best_lanes(study, own).values()}
     (panel,) = summarize(study, own).panels
     assert len(best) == len(panel.curves) == 2
     for curve in panel.curves:
@@ -107,7 +107,8 @@ def test_the_best_lanes_are_those_of_the_reports_best_rates() -> None:
 def test_every_run_of_a_replicated_study_is_a_point() -> None:
     study = StudyFile("tuned", "", "", settings=AnalysisSettings(kind="replicates"))
     own = [each for each in records() if each.configuration.variant.name == "lora"]
-    assert best_fingerprints(study, own) == {record("lora", 1e-1, 1, 0.95).fingerprint}
+    (best,) = best_lanes(study, own).values()
+    assert best.fingerprint == record("lora", 1e-1, 1, 0.95).fingerprint
 
 
 def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(store: Store) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from filelock import FileLock
 from in_process import ORCHESTRATOR
 
-from orchestrator.analyze.best_lanes import best_fingerprints
 from orchestrator.record.maintenance import find_garbage, remove_garbage
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -44,9 +41,9 @@ def store(tmp_path) -> Store:
     return Store(tmp_path / "results" / "store")
 
 
-def _collect(store: Store, output: Path, **options: Any) -> dict[str, list[Path]]:
+def _collect(store: Store, output: Path) -> dict[str, list[Path]]:
     """Remove the garbage, and return what was found."""
-    found = find_garbage(store, output, best_fingerprints, **options)
+    found = find_garbage(store, output)
     assert all(path.exists() for paths in found.values() for path in paths), "nothing is removed by looking"
     remove_garbage(store, found)
     return {kind: paths for kind, paths in found.items() if paths}
@@ -63,24 +60,7 @@ def test_checkpoints_are_removed_only_after_a_final_record(store, tmp_path, make
     assert len(_collect(store, output)) == 1
     assert {name for name, folder in folders.items() if folder.exists()} == {"stopped", "failed", "training"}
     assert _collect(store, output) == {}, "a second call finds nothing"
-    assert list(_collect(store, output, include_stopped=True)) == ["checkpoints of stopped lanes"]
-    assert {name for name, folder in folders.items() if folder.exists()} == {"failed", "training"}
-    assert store.get(folders["stopped"].name).state == "stopped"
     assert (store.checkpoints / "notes").exists()
-
-
-def test_a_stopped_lane_that_may_be_in_use_stays(store, tmp_path, make_record):
-    output = tmp_path / "results"
-    wanted, young = make_record(seed=1, state="stopped"), make_record(seed=2, state="stopped")
-    for record in (wanted, young):
-        store.put(record)
-    _checkpoint(store, wanted.fingerprint)
-    _checkpoint(store, young.fingerprint, age=5)
-    StudyFile("rates", "", "", (wanted.fingerprint,)).write(output / "rates")
-    with FileLock(output / "rates" / ".lock"):  # A running study holds this lock.
-        assert _collect(store, output, include_stopped=True) == {}
-    _collect(store, output, include_stopped=True)
-    assert [path.name for path in store.checkpoints.iterdir()] == [young.fingerprint]
 
 
 def test_old_temporary_files_of_every_writer_are_removed(store, tmp_path, make_record):
@@ -122,30 +102,6 @@ def test_old_temporary_files_of_every_writer_are_removed(store, tmp_path, make_r
     assert not [path for path in old if path.exists()]
     assert all(path.exists() for path in kept)
     assert store.get(record.fingerprint).to_json() == record.to_json()
-
-
-def test_adapters_that_a_killed_driver_has_left_are_removed(store, tmp_path, make_record):
-    """Those that `--save-adapters all` keeps stay, and so do those of a study that runs or goes on."""
-    output = tmp_path / "results"
-    best, worse = (make_record(seed=seed) for seed in range(2))
-    for record in (best, worse):
-        store.put(record)
-        for keep in ("best", "all"):
-            _file(store.adapters / keep / f"{record.fingerprint}.safetensors")
-    unknown = _file(store.adapters / "best" / f"{'d' * 64}.safetensors")  # another output folder may need it
-    names = (best.fingerprint, worse.fingerprint)
-
-    StudyFile("rates", "", "", (*names, "e" * 64)).write(output / "rates")
-    assert _collect(store, output) == {}, "the study is not complete"
-    StudyFile("rates", "", "", names).write(output / "rates")
-    with FileLock(output / "rates" / ".lock"):
-        assert _collect(store, output) == {}, "the study is running"
-    StudyFile("other", "", "", names[1:], reused=names[1:]).write(output / "other")
-    assert _collect(store, output) == {}, "it is the best lane of the other study"
-    StudyFile("other", "", "", names, reused=names).write(output / "other")
-    _collect(store, output)
-    assert {path.stem for path in store.list_adapters("best")} == {best.fingerprint, unknown.stem}
-    assert {path.stem for path in store.list_adapters("all")} == set(names)
 
 
 def test_the_command_prints_what_it_removes(run, store, make_record):

@@ -195,7 +195,7 @@ class LaneRecorder:
         """
         try:
             path = lane_capacity.write_max_lanes(
-                self.store.lane_capacity, group_key, self.engine.device_key, max_lanes, failed_lanes
+                self.store.lane_capacity, group_key, self.engine.device_key, max_lanes
             )
         except OSError as error:
             outcome = f"not remembered: {error}"
