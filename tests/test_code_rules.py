@@ -11,21 +11,21 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (333, 26629),
+    "orchestrator": (333, 26631),
     "orchestrator/analyze": (92, 6956),
     "orchestrator/cli": (5, 468),
     "orchestrator/cluster": (3, 246),
-    "orchestrator/execution": (39, 3397),
+    "orchestrator/execution": (39, 3400),
     "orchestrator/experiments": (6, 154),
     "orchestrator/export": (4, 464),
     "orchestrator/finetune": (138, 9422),
-    "orchestrator/launch": (9, 1635),
+    "orchestrator/launch": (9, 1634),
     "orchestrator/record": (12, 1758),
     "orchestrator/study": (12, 1408),
     "orchestrator/util": (10, 630),
     "variants": (128, 6724),
     "experiments": (16, 1938),
-    "tests": (303, 32651),
+    "tests": (303, 32661),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

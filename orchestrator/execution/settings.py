@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,22 @@ if TYPE_CHECKING:
     from orchestrator.record.store import Store
 
 
+def shared_options(options: StudyOptions) -> StudyOptions:
+    """Return the options that trainers get: of the class `StudyOptions`, and without the tracking URI.
+
+    A class of an experiment might be sent to the workers as code. The URI may hold a password, and Ray shows
+    the settings of a trainer.
+    """
+    names = [each.name for each in fields(StudyOptions) if each.name != "tracking_uri"]
+    return StudyOptions(**{name: getattr(options, name) for name in names})
+
+
 @dataclass(frozen=True)
 class TrainerSettings:
     """The settings that all trainers of a study share. Ray sends them to each worker."""
 
     options: StudyOptions
-    """The study's options, of this class itself: a class of a script would be sent as code."""
+    """The study's options, see `shared_options`."""
     max_lanes: int
     """The largest number of lanes of a trainer."""
     gpus_per_worker: float

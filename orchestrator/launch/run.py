@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.rungs import submission_order
-from orchestrator.execution.settings import Session, TrainerSettings
+from orchestrator.execution.settings import Session, TrainerSettings, shared_options
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_data, write_own_files
 from orchestrator.launch import reporting
@@ -263,9 +263,8 @@ class Run:
         )
         study.budget.set_gpus_per_trainer(gpus_per_worker * options.workers_per_trainer)
         max_lanes, is_measured = study.choose_lanes(num_trainers, gpus_per_worker)
-        shared = StudyOptions(**{each.name: getattr(options, each.name) for each in fields(StudyOptions)})
         settings = TrainerSettings(
-            shared, max_lanes, gpus_per_worker, store.root, scratch_folder, is_measured
+            shared_options(options), max_lanes, gpus_per_worker, store.root, scratch_folder, is_measured
         )
         if options.kernels == "liger" and not settings.uses_gpus:
             raise UsageError("--kernels liger: the trainers of this study have no GPU; take --kernels torch.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import pickle
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from session_settings import make_session
 
 from orchestrator.execution.ray.runtime import Cluster, Node
+from orchestrator.execution.settings import shared_options
 from orchestrator.execution.trainers import trainer_run
 from orchestrator.execution.trainers.pool import BrokerState, TrainerPool
 from orchestrator.execution.trainers.trainer_run import TrainerRun, worker_environment
@@ -151,6 +153,18 @@ def test_never_stuck_and_never_too_many(
     assert (unplaced + start) * 4 < waiting + 4 or not start
     if elastic and running:
         assert start <= max(0, free + max(0, startable - gpus) - unplaced)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoreOptions(StudyOptions):
+    more: int = 0
+
+
+def test_trainers_get_the_options_without_the_password_of_a_tracking_server() -> None:
+    options = MoreOptions(more=2, gradient_checkpointing=True, tracking_uri="https://me:secret@host")
+    shared = shared_options(options)
+    assert shared == StudyOptions(gradient_checkpointing=True)
+    assert b"secret" not in pickle.dumps(shared)
 
 
 def test_gpu_workers_get_expandable_segments_where_they_work_unless_the_user_has_set_the_allocator(
