@@ -90,6 +90,17 @@ MakeDesign = Callable[[DesignInput], Design]
 """A function that makes the design of an experiment."""
 
 
+@dataclass(frozen=True)
+class FixedDesign(Design):
+    """Configurations that do not depend on results, such as those that --only names."""
+
+    configurations: tuple[Configuration, ...]
+
+    def request(self, records: Records) -> list[Configuration]:
+        """Return all of them."""
+        return list(self.configurations)
+
+
 STEP_DECADES = 0.5
 """Decades by which a grid is extended at one end in one stage."""
 MIN_RATES = 3

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.execution.progress import format_duration
@@ -160,11 +160,8 @@ def _probe_hardware(options: StudyOptions) -> tuple[str, int, float]:
     """
     workers = options.workers_per_trainer
     if options.plan_gpu is not None:
-        return (
-            require_card(options.plan_gpu),
-            options.trainers or 0,
-            workers * (options.gpus_per_worker or 1.0),
-        )
+        card, num_gpus = require_card(options.plan_gpu), options.gpus_per_worker or 1.0
+        return card, options.trainers or 0, workers * num_gpus
     gpus: float | None
     if runtime.running_cluster_address() is not None:
         device, trainers, gpus = "", options.trainers or 0, options.gpus_per_worker
@@ -209,9 +206,8 @@ def _cost_lines(study: Study) -> list[Line]:
         seconds, where, source = measured
         time = f"{format_duration(seconds)} divided by the number of trainers"
         if num_trainers:
-            time = (
-                f"{format_duration(seconds / num_trainers + STARTUP_SECONDS)} with --trainers {num_trainers}"
-            )
+            duration = format_duration(seconds / num_trainers + STARTUP_SECONDS)
+            time = f"{duration} with --trainers {num_trainers}"
         lines.append(("Time", f"about {time}, {source}"))
         if where != "cpu":
             hours = [seconds * gpus / 3600]
@@ -222,10 +218,9 @@ def _cost_lines(study: Study) -> list[Line]:
         if card and flops:
             lines.append(("FLOPs", f"at most {flops:.2g}, without evaluations"))
             hours = [flops / (share * CARDS[card] * 1e12) / 3600 for share in PEAK_SHARES]
-            peak = (
-                f"{' to '.join(f'{share:.0%}' for share in PEAK_SHARES)} of its peak of {CARDS[card]} TFLOP/s"
-            )
-            said = f"a guess: {_span(*hours)} of one {card}, at {peak}"
+            shares = " to ".join(f"{share:.0%}" for share in PEAK_SHARES)
+            speed = f"{shares} of its peak of {CARDS[card]} TFLOP/s"
+            said = f"a guess: {_span(*hours)} of one {card}, at {speed}"
         elif card:
             said = "unknown: the model's size is not known, or its inputs are images"
     if said:
@@ -303,16 +298,16 @@ def _measured_seconds(
         time = run["seconds"] / (run["steps"] * run["batch_size"] * run["accumulation"])
         times[run["task"], run["model"]].append(time)
         times[run["task"], run["model"], run["variant"]].append(time)
+    means = {key: fmean(found) for key, found in times.items()}
     total, others, left_out = 0.0, dict[str, None](), dict[str, None]()
     for each in to_train:
         place = each.task.name, each.model.name
-        own = times.get((*place, each.variant.name))
-        if place not in times:
+        own = *place, each.variant.name
+        if place not in means:
             left_out[each.task.name] = None
-            continue
-        if own is None:
+        elif own not in means:
             others[each.variant.name] = None
-        total += _count_examples(each) * mean(own or times[place])
+        total += _count_examples(each) * means.get(own, means.get(place, 0.0))
     source = f"from {devices[where]} lanes measured on {where}"
     source += f", none of {', '.join(others)} (taken as the others)" if others else ""
     source += f", without {', '.join(left_out)} (not measured)" if left_out else ""

@@ -25,7 +25,7 @@ from orchestrator.finetune.resolve.templates import (
     check_fit,
     resolve_base_model,
 )
-from orchestrator.launch.designs import Design, DesignInput, MakeDesign, Records, WideningGrid
+from orchestrator.launch.designs import Design, DesignInput, FixedDesign, MakeDesign, WideningGrid
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.settings import choose_name, find_only, find_sources
 from orchestrator.record.mlflow import resolve_uri
@@ -52,17 +52,6 @@ NO_TRACKER = "none"
 SHORT_LANE_TOKENS = 256
 """Largest number of tokens in a micro-batch of one lane for which a trainer on a CPU has 8 lanes. `letters`,
 with 208 tokens, trains faster with 8 lanes than with 4; lanes of more tokens were not measured."""
-
-
-@dataclass(frozen=True)
-class FixedDesign(Design):
-    """The configurations that --only names."""
-
-    configurations: tuple[Configuration, ...]
-
-    def request(self, records: Records) -> list[Configuration]:
-        """Return all of them."""
-        return list(self.configurations)
 
 
 @dataclass(kw_only=True)
