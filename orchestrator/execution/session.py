@@ -12,7 +12,7 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from orchestrator.execution.broker.actor import start_broker
-from orchestrator.execution.monitor import StudyMonitor
+from orchestrator.execution.monitor import ABORTED, AbortStopper, BrokerCallback, PendingStops, StudyMonitor
 from orchestrator.execution.ray.private import (
     light_trial_actors,
     make_trial,
@@ -23,7 +23,6 @@ from orchestrator.execution.settings import Session
 from orchestrator.execution.trainers.pool import TrainerPool
 from orchestrator.execution.tune.per_group_scheduler import LiveTrialFIFOScheduler, PerGroupScheduler
 from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES, LaneTrial
-from orchestrator.execution.tune.trial_events import ABORTED, AbortStopper, BrokerCallback, PendingStops
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.errors import StudyError
 
