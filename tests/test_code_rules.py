@@ -25,11 +25,11 @@ BUDGETS = {
     "orchestrator/util": (10, 630),
     "variants": (128, 6724),
     "experiments": (16, 1938),
-    "tests": (303, 32661),
+    "tests": (303, 32662),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 54_451
+DOC_WORDS = 54_449
 """Words that all pages may have together."""
 
 

@@ -37,12 +37,21 @@ from orchestrator.record.study_file import LOCK_FILE, StudyFile, data_warnings
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
 from orchestrator.study.config_file import given_values, write_config
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import StudyOptions
+from orchestrator.study.options import (
+    DEFAULT_LANES_PER_TRAINER,
+    MAX_MEASURED_LANES,
+    SHORT_LANES_PER_TRAINER,
+    StudyOptions,
+)
 from orchestrator.util import atomic_files, timeouts
 from orchestrator.util.errors import UsageError, describe_disk_error
 from orchestrator.util.graceful_interrupts import graceful_interrupts
 from orchestrator.util.redaction import redact_secrets
 from variants import catalogue
+
+SHORT_LANE_TOKENS = 256
+"""Largest number of tokens in a micro-batch of one lane for which a trainer on a CPU has 8 lanes. `letters`,
+with 208 tokens, trains faster with 8 lanes than with 4; lanes of more tokens were not measured."""
 
 
 def run_study(
@@ -262,7 +271,7 @@ class Run:
             options.trainers, options.gpus_per_worker, options.workers_per_trainer
         )
         study.budget.set_gpus_per_trainer(gpus_per_worker * options.workers_per_trainer)
-        max_lanes, is_measured = study.choose_lanes(num_trainers, gpus_per_worker)
+        max_lanes, is_measured = choose_lanes(study, num_trainers, gpus_per_worker)
         settings = TrainerSettings(
             shared_options(options), max_lanes, gpus_per_worker, store.root, scratch_folder, is_measured
         )
@@ -347,6 +356,34 @@ def start_writers(study: Study, notify: Callable[[str], None]) -> TrackerWriters
         make = partial(tracker, study.folder)
         writers[name] = TrackerWriter(make, store, study.file, tags, partial(report_error, name))
     return TrackerWriters(writers)
+
+
+def choose_lanes(study: Study, num_trainers: int, gpus_per_worker: float) -> tuple[int, bool]:
+    """Return the largest number of lanes of a trainer, and whether trainers choose by measurement.
+
+    Args:
+        study: The study.
+        num_trainers: Number of trainers; 0 counts as one.
+        gpus_per_worker: GPUs of each worker.
+    """
+    options = study.options
+    if options.lanes_per_trainer is not None:
+        return options.lanes_per_trainer, False
+    if gpus_per_worker > 0 and options.device != "cpu":
+        return MAX_MEASURED_LANES, True
+    # A search and early stopping decide by the results of other lanes, so fewer should train at once.
+    is_plain_grid = options.search == "grid" and options.scheduler == "none"
+    lanes = DEFAULT_LANES_PER_TRAINER
+    if is_plain_grid and all(map(_is_short, [*study.templates, *study.pending])):
+        # With more lanes than its share, a trainer would train the lanes of others.
+        share = -(-study.num_to_train // max(1, num_trainers))
+        lanes = max(lanes, min(SHORT_LANES_PER_TRAINER, share))
+    return lanes, False
+
+
+def _is_short(configuration: Configuration) -> bool:
+    tokens = configuration.batches.batch_size * configuration.batches.max_length
+    return 0 < tokens <= SHORT_LANE_TOKENS  # `max_length` is 0 for images
 
 
 def _describe_trainers(session: Session) -> str:

@@ -35,12 +35,7 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tracker import MakeTracker
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import (
-    DEFAULT_LANES_PER_TRAINER,
-    MAX_MEASURED_LANES,
-    SHORT_LANES_PER_TRAINER,
-    StudyOptions,
-)
+from orchestrator.study.options import StudyOptions
 from orchestrator.study.study_name import default_study_name, store_command
 from orchestrator.util.errors import UsageError, suggest_nearest
 
@@ -49,9 +44,6 @@ if TYPE_CHECKING:
 
 NO_TRACKER = "none"
 """The value of --tracker for MLflow alone."""
-SHORT_LANE_TOKENS = 256
-"""Largest number of tokens in a micro-batch of one lane for which a trainer on a CPU has 8 lanes. `letters`,
-with 208 tokens, trains faster with 8 lanes than with 4; lanes of more tokens were not measured."""
 
 
 @dataclass(kw_only=True)
@@ -202,27 +194,6 @@ class Study:
         self.file.write(self.folder)
         return is_known
 
-    def choose_lanes(self, num_trainers: int, gpus_per_worker: float) -> tuple[int, bool]:
-        """Return the largest number of lanes of a trainer, and whether trainers choose by measurement.
-
-        Args:
-            num_trainers: Number of trainers; 0 counts as one.
-            gpus_per_worker: GPUs of each worker.
-        """
-        options = self.options
-        if options.lanes_per_trainer is not None:
-            return options.lanes_per_trainer, False
-        if gpus_per_worker > 0 and options.device != "cpu":
-            return MAX_MEASURED_LANES, True
-        # A search and early stopping decide by the results of other lanes, so fewer should train at once.
-        is_plain_grid = options.search == "grid" and options.scheduler == "none"
-        lanes = DEFAULT_LANES_PER_TRAINER
-        if is_plain_grid and all(map(_is_short, [*self.templates, *self.pending])):
-            # With more lanes than its share, a trainer would train the lanes of others.
-            share = -(-self.num_to_train // max(1, num_trainers))
-            lanes = max(lanes, min(SHORT_LANES_PER_TRAINER, share))
-        return lanes, False
-
     # -- its words
 
     def describe_progress(self) -> str:
@@ -274,11 +245,6 @@ class SettledRecords(Mapping[str, Record]):
 
     def __len__(self) -> int:
         return len(self._store.states())
-
-
-def _is_short(configuration: Configuration) -> bool:
-    tokens = configuration.batches.batch_size * configuration.batches.max_length
-    return 0 < tokens <= SHORT_LANE_TOKENS  # `max_length` is 0 for images
 
 
 def resolve_study(

@@ -259,8 +259,8 @@ class OutputOptions:
     """Trained adapters that the store keeps for the command `export`: of each variant and task the one with
     the best validation score, all, or none."""
     only: tuple[str, ...] | None = None
-    """Train these configurations of the study alone: the first digits of their fingerprints, which the report
-    and `show` list."""
+    """Train these configurations alone: the first digits of fingerprints that the study requests or has
+    recorded, or the study of --config, for example to train a lane again in another --output."""
     plan: bool = False
     """Print what would be trained, what the store has already, tokens, and time and price as far as they were
     measured or can be guessed; start nothing."""
