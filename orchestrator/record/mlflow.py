@@ -15,7 +15,7 @@ import re
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,7 +37,7 @@ from orchestrator.util.sqlite_uri import sqlite_path, with_full_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param, Run, RunTag
+    from mlflow.entities import Metric, Param, RunTag
 
 ARTIFACTS_FOLDER = "mlflow-artifacts"
 """Folder of the artifacts beside a SQLite file."""
@@ -72,13 +72,15 @@ class _LaneRun:
     run_id: str
     point: str
     """Equal for runs that differ in the seed only."""
+    start: int
+    """Unix milliseconds."""
     record: str = ""
     """`run_values.record_version` of the record in the run; empty while its lane trains."""
     is_complete: bool = False
     score: float | None = None
     mean: float | None = None
-    progress: tuple[int, int] | None = None
-    """Step and time (Unix milliseconds) of the last progress; None if another process has logged it."""
+    logged: dict[tuple[str, int], Metric] | None = None
+    """Name and step -> metric, for a run that is not complete; None if another process has logged them."""
 
 
 class MlflowTracker(Tracker):
@@ -94,7 +96,7 @@ class MlflowTracker(Tracker):
     def __init__(self, tracking_uri: str) -> None:
         self.tracking_uri = tracking_uri
         self._database = sqlite_path(tracking_uri)
-        self._study: StudyFile | None = None
+        self._study = StudyFile("", "", "")
         self._experiment = ""
         self._study_run = ""
         self._runs: dict[str, _LaneRun] = {}
@@ -131,7 +133,8 @@ class MlflowTracker(Tracker):
 
         self._study, self._runs, self._study_run = study, {}, ""
         self._experiment = self._ensure_experiment(study)
-        for run in self._search_runs():
+        oldest_first, most = ["attributes.start_time ASC"], 50_000  # the most that MLflow returns
+        for run in self._client.search_runs([self._experiment], order_by=oldest_first, max_results=most):
             own = run.data.tags
             if own.get("role") == "study":
                 self._study_run = self._study_run or run.info.run_id
@@ -142,6 +145,7 @@ class MlflowTracker(Tracker):
                 self._runs[fingerprint] = _LaneRun(
                     run.info.run_id,
                     own.get("point", ""),
+                    run.info.start_time,
                     own.get("record", ""),
                     run.info.status in ("FINISHED", "FAILED"),
                     run.data.metrics.get(_SCORE),
@@ -153,9 +157,8 @@ class MlflowTracker(Tracker):
             self._client.update_run(self._study_run, "RUNNING")
         else:
             tags[_NOTE_TAG] = study.question
-            self._study_run = self._client.create_run(
-                self._experiment, tags=tags, run_name=study.name
-            ).info.run_id
+            made = self._client.create_run(self._experiment, tags=tags, run_name=study.name)
+            self._study_run = made.info.run_id
 
     def log_progress(self, progress: LaneProgress) -> None:
         """Log the start or an evaluation of a lane in training. A run that has a record is not changed."""
@@ -164,48 +167,49 @@ class MlflowTracker(Tracker):
         if run is not None and run.record:
             return
         if run is None:
-            run = self._create_run(configuration, _configuration_tags(configuration, self._name), now)
-            run.progress = (0, now)
-            self._log(run, (), _params(configuration))
+            run = self._create_run(configuration, _configuration_tags(configuration, self._study.name), now)
+            self._log(run, [], _params(configuration))
         elif not progress.step:
             self._client.update_run(run.run_id, "RUNNING")  # an earlier driver has left it KILLED
-        if run.progress is None:
-            history = self._client.get_metric_history(run.run_id, "train_loss")
-            run.progress = max(((each.step, each.timestamp) for each in history), default=(0, now))
-        if progress.step > (last := run.progress[0]):
-            values = run_values.progress_values(progress, now, run.progress)
-            new = [value for value in values if value.step > last]
+        times = [(metric.step, metric.timestamp) for metric in self._logged(run).values()]
+        if progress.step > (last := max(times, default=(0, run.start)))[0]:
+            values = run_values.progress_values(progress, now, last)
+            new = [value for value in values if value.step > last[0]]
             self._log(run, _to_metrics(new, f"validation_{configuration.task.metric}"))
-            run.progress = (progress.step, now)
 
     def log_record(self, record: Record) -> None:
         """Write the run of a record, unless the run is complete and has this record.
 
         A run of a lane in training, or one that a killed driver left incomplete, is completed. A run with an
-        older record (stopped, now finished), or with other values than the record's, is replaced.
+        older record (stopped, now finished) or other values than the record's is replaced. The times of
+        missing metrics are interpolated between those of the logged ones.
         """
         from mlflow.entities import RunTag
 
-        fingerprint, version = record.fingerprint, run_values.record_version(record)
-        run = self._runs.get(fingerprint)
+        run, version = self._runs.get(record.fingerprint), run_values.record_version(record)
         if run is not None and run.is_complete and run.record == version:
             return
-        tags = _record_tags(record, self._name)
-        start, end = run_values.time_range(record)
-        missing = None
-        if run is not None and not run.is_complete and run.record in ("", version):
-            missing, end = self._missing_metrics(run, record)
-        if run is not None and missing is None:
+        if run is not None and (run.is_complete or run.record not in ("", version)):
             self._client.delete_run(run.run_id)
             run = None
-        if run is None or missing is None:
-            missing = _to_metrics(run_values.record_values(record, record.curve), _SCORE)
-            run = self._create_run(record.configuration, tags, start)
+        start, end = run_values.time_range(record)
+        logged = self._logged(run) if run is not None else {}
+        times = {0: run.start if run is not None else start}
+        times |= {metric.step: metric.timestamp for metric in logged.values()}
+        metrics = _to_metrics(run_values.record_values(record, record.curve, times), _SCORE)
+        final = {(metric.key, metric.step): metric.value for metric in metrics}
+        is_same = all(_is_same(metric.value, final.get(key, math.inf)) for key, metric in logged.items())
+        if run is not None and not is_same:  # the lane was trained again on another kind of device
+            self._client.delete_run(run.run_id)
+            run, logged = None, {}
+        tags = _record_tags(record, self._study.name)
+        run = run or self._create_run(record.configuration, tags, start)
+        missing = [metric for metric in metrics if (metric.key, metric.step) not in logged]
         new_tags = [RunTag(key, value) for key, value in tags.items()]
         self._log(run, missing, _params(record.configuration), new_tags)
-        self._client.set_terminated(run.run_id, _STATUS[record.state], end)
-        run.record, run.is_complete = version, True
-        run.score, run.mean = run_values.latest_values(record).get(_SCORE), None
+        self._client.set_terminated(run.run_id, _STATUS[record.state], max(end, *times.values()))
+        run.record, run.is_complete, run.logged = version, True, None
+        run.score, run.mean = final.get((_SCORE, record.steps)), None
 
     def flush(self) -> None:
         """Write to each run the mean validation score over the seeds of its point."""
@@ -216,7 +220,7 @@ class MlflowTracker(Tracker):
             if run.is_complete:
                 points[run.point].append(run)
         for runs in points.values():
-            scores = [run.score for run in runs if run.score is not None]
+            scores = [run.score for run in runs if run.score is not None and math.isfinite(run.score)]
             for run in runs if scores else ():
                 mean = fsum(scores) / len(scores)
                 if run.mean != mean:
@@ -234,9 +238,8 @@ class MlflowTracker(Tracker):
         self.flush()
         now = round(time.time() * 1000)
         if end.description:
-            question = self._study.question if self._study is not None else ""
             link = f"[Ranked table]({_view_path(self._experiment)})"
-            note = _limit_note(f"{link} | {end.description}\n\n*{question}*")
+            note = _limit_note(f"{link} | {end.description}\n\n*{self._study.question}*")
             self._client.set_experiment_tag(self._experiment, _NOTE_TAG, note)
             metrics = [Metric(_mlflow_key(key), value, now, 0) for key, value in end.metrics.items()]
             self._client.log_batch(self._study_run, metrics, tags=[RunTag(_NOTE_TAG, note)])
@@ -247,39 +250,19 @@ class MlflowTracker(Tracker):
                 self._client.set_terminated(run.run_id, "KILLED")
         self._client.set_terminated(self._study_run, end.status)
 
-    @property
-    def _name(self) -> str:
-        assert self._study is not None, "call start before"
-        return self._study.name
-
-    def _missing_metrics(self, run: _LaneRun, record: Record) -> tuple[list[Metric] | None, int]:
-        """Return the metrics of a record that its run lacks, and the time of its end.
-
-        Times are in Unix milliseconds. Those of the missing metrics are interpolated between those of the
-        logged ones. The metrics are None if the run has a value that differs from the record's, for example
-        because the lane was trained again on another kind of device.
-        """
-        found = self._client.get_run(run.run_id)
-        logged = {
-            (metric.key, metric.step): metric
-            for key in found.data.metrics
-            if key != MEAN_METRIC
-            for metric in self._client.get_metric_history(run.run_id, key)
-        }
-        times = {0: found.info.start_time, **{step: each.timestamp for (_, step), each in logged.items()}}
-        values = run_values.record_values(record, record.curve, times)
-        metrics = {(metric.key, metric.step): metric for metric in _to_metrics(values, _SCORE)}
-        end = max([run_values.time_range(record)[1], *times.values()])
-        for key, metric in logged.items():
-            if key not in metrics or not _is_same(metric.value, metrics[key].value):
-                return None, end
-        return [metric for key, metric in metrics.items() if key not in logged], end
+    def _logged(self, run: _LaneRun) -> dict[tuple[str, int], Metric]:
+        """Return the metrics that a run has: name and step -> metric."""
+        if run.logged is None and not run.is_complete:
+            names = [name for name in self._client.get_run(run.run_id).data.metrics if name != MEAN_METRIC]
+            histories = [self._client.get_metric_history(run.run_id, name) for name in names]
+            run.logged = {(each.key, each.step): each for history in histories for each in history}
+        return {} if run.logged is None else run.logged
 
     def _create_run(self, configuration: Configuration, tags: Mapping[str, str], start: int) -> _LaneRun:
         """Create the run of a configuration with its tags. `start` is in Unix milliseconds."""
         name = run_values.run_name(configuration)
         made = self._client.create_run(self._experiment, start, dict(tags), name)
-        run = _LaneRun(made.info.run_id, tags["point"], tags.get("record", ""))
+        run = _LaneRun(made.info.run_id, tags["point"], start, tags.get("record", ""), logged={})
         self._runs[configuration.fingerprint] = run
         return run
 
@@ -291,8 +274,11 @@ class MlflowTracker(Tracker):
         tags: Sequence[RunTag] = (),
     ) -> None:
         """Log metrics, parameters and tags, in several calls if MLflow's limits require it."""
+        logged = self._logged(run)
         while metrics or params or tags:
-            self._client.log_batch(run.run_id, metrics[:_METRICS_PER_CALL], params[:_PARAMS_PER_CALL], tags)
+            batch = metrics[:_METRICS_PER_CALL]
+            self._client.log_batch(run.run_id, batch, params[:_PARAMS_PER_CALL], tags)
+            logged.update({(metric.key, metric.step): metric for metric in batch})
             metrics, params, tags = metrics[_METRICS_PER_CALL:], params[_PARAMS_PER_CALL:], ()
 
     def _ensure_experiment(self, study: StudyFile) -> str:
@@ -310,21 +296,6 @@ class MlflowTracker(Tracker):
         if found.tags.get(_VIEW_TAG) != _VIEW:
             self._client.set_experiment_tag(found.experiment_id, _VIEW_TAG, _VIEW)
         return str(found.experiment_id)
-
-    def _search_runs(self) -> Iterator[Run]:
-        """Yield all runs that are not deleted, oldest first."""
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [self._experiment],
-                order_by=["attributes.start_time ASC"],
-                max_results=1000,
-                page_token=token,
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
 
 
 # -- content of the runs, derived from the record alone, so that logging a record again writes the same values
