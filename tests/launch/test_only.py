@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,25 @@ def test_what_this_command_cannot_train_is_refused(options: StudyOptions, tmp_pa
             find_only(replace(options, only=(digits,)), file, [], study.templates, store)
         assert str(refused.value).startswith("--only ")
         assert "\n" not in str(refused.value)
+
+
+def test_a_printed_command_trains_a_recorded_configuration_in_another_output(
+    options: StudyOptions, run: Run, tmp_path: Path
+) -> None:
+    """The options of study.yaml need not request it any more."""
+    study = resolve_study(EXPERIMENT, options)
+    point = requested(study)[0]
+    record(study, [point])
+    (study.folder / "study.yaml").write_text(
+        f"task: letters\nvariants: [lora, rslora]\nmodel: {options.model}\nlearning_rates: 5e-3\n"
+    )
+    command = shlex.split(
+        study.file.again("--only", point.fingerprint[:12], "--output", str(tmp_path / "again"))
+    )
+    planned = run(ORCHESTRATOR, *command[1:], "--plan")
+    assert planned.returncode == 0, planned.stderr
+    assert "Learning rates  0.001\n" in planned.stdout
+    assert "Configurations  1, of them 0 known" in planned.stdout
 
 
 @pytest.mark.slow
