@@ -1,14 +1,23 @@
-"""What the end of a study prints."""
+"""What the end of a study prints, and the adapters that `--save-adapters best` keeps until then."""
 
 from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 from synthetic import record
 
+from orchestrator.analyze.best_lanes import best_lanes
 from orchestrator.analyze.page import mlflow_ui_command
-from orchestrator.launch.reporting import describe_failures, export_words
+from orchestrator.analyze.summary import summarize
+from orchestrator.launch import reporting
+from orchestrator.launch.reporting import AdapterKeeper, describe_failures, export_words
+from orchestrator.record.maintenance import lanes_of_others
 from orchestrator.record.schema import Record
-from orchestrator.record.study_file import StudyFile
+from orchestrator.record.store import Store, adapter_file_name
+from orchestrator.record.study_file import AnalysisSettings, StudyFile
 
 LETTERS, DIGITS, FAILED = record(), record(task="digits"), record(task="digits", state="failed")
 
@@ -50,3 +59,140 @@ def test_mlflow_is_opened_with_one_worker_on_a_database_only() -> None:
     """A busy machine does not start its four workers within their time limit."""
     assert mlflow_ui_command("sqlite:///a.db") == "mlflow ui --workers 1 --backend-store-uri sqlite:///a.db"
     assert mlflow_ui_command("http://server:5000") == ""
+
+
+SIZE = 100
+SCORES = {1e-4: (0.2, 0.3), 1e-3: (0.9, 0.6), 1e-2: (0.8, 0.85), 1e-1: (None, 0.95)}
+"""Rate -> validation scores of two seeds. The rate with the best single run is not the best rate."""
+
+
+def records() -> list[Record]:
+    return [
+        record(variant, rate, seed, score)
+        for variant in ("lora", "hira")
+        for rate, scores in SCORES.items()
+        for seed, score in enumerate(scores)
+    ]
+
+
+def write(store: Store, record: Record) -> None:
+    """Write what a trainer writes before the record of a finished lane."""
+    if record.state == "finished":
+        folder = store.adapters / "best"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / adapter_file_name(record.fingerprint)).write_bytes(b"x" * SIZE)
+
+
+def names(own: Iterable[Record]) -> set[str]:
+    return {each.fingerprint for each in own}
+
+
+def _point(own: Record) -> tuple[float, int]:
+    return own.configuration.optimizer.learning_rate, own.configuration.seed
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def kept(store: Store) -> set[str]:
+    return {path.stem for path in store.list_adapters("best")}
+
+
+BEST_FIRST = ((1e-2, 0), (1e-2, 1), (1e-3, 1), (1e-3, 0), (1e-4, 0), (1e-4, 1), (1e-1, 0), (1e-1, 1))
+"""Rates and seeds in an order in which 1e-2 is the best rate from the first record on."""
+
+
+@pytest.mark.parametrize("room", [0, 2 * SIZE, 100 * SIZE])
+@pytest.mark.parametrize("order", [None, *range(3)])
+def test_a_study_ends_with_the_best_run_of_the_best_point(
+    store: Store, order: int | None, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for all points, in any order; with less room, if that point was the best from the start.
+
+    Args:
+        store: The store.
+        order: Seed of a random order of the records; None for `BEST_FIRST`.
+        room: The bytes of adapters that the running study may keep.
+        monkeypatch: Sets `room`.
+    """
+    monkeypatch.setattr(reporting, "MAX_RUNNING_BYTES", room)
+    own = records()
+    if order is None:
+        own.sort(key=lambda each: BEST_FIRST.index(_point(each)))
+    else:
+        random.Random(order).shuffle(own)
+    keeper = AdapterKeeper(store, AnalysisSettings())
+    for each in own:
+        write(store, each)
+        keeper.add([each])
+        assert len(kept(store)) <= max(2, room // SIZE)
+    best = [record(variant, 1e-2, 1, 0.85) for variant in ("lora", "hira")]
+    keeper.finish(own)
+    assert kept(store) <= names(best)
+    if order is None or room > len(own) * SIZE:
+        assert kept(store) == names(best)
+
+
+def test_the_best_lanes_are_those_of_the_reports_best_rates() -> None:
+    study, own = StudyFile("rates", "", ""), records()
+    best = {lane.fingerprint for lane in best_lanes(study, own).values()}
+    (panel,) = summarize(study, own).panels
+    assert len(best) == len(panel.curves) == 2
+    for curve in panel.curves:
+        point = curve.point_at_rate(curve.best_rate)
+        assert point is not None
+        run = max(point.runs, key=lambda run: run.validation or 0.0)
+        assert run.fingerprint in best
+
+
+def test_every_run_of_a_replicated_study_is_a_point() -> None:
+    study = StudyFile("tuned", "", "", settings=AnalysisSettings(kind="replicates"))
+    own = [each for each in records() if each.configuration.variant.name == "lora"]
+    (best,) = best_lanes(study, own).values()
+    assert best.fingerprint == record("lora", 1e-1, 1, 0.95).fingerprint
+
+
+def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(store: Store) -> None:
+    scores = {1e-3: 0.7, 1e-2: 0.8, 1e-1: 0.1}
+    good, better, unseen = (record(rate=rate, validation=score) for rate, score in scores.items())
+    keeper = AdapterKeeper(store, AnalysisSettings())
+    for each in (good, better, unseen):
+        write(store, each)
+    keeper.add([good])
+    keeper.add([better])
+    assert unseen.fingerprint in kept(store)
+    keeper.finish([good, better, unseen])
+    assert kept(store) == names([better])
+
+
+def test_the_lanes_of_other_studies_and_earlier_ones_are_not_removed(store: Store, tmp_path: Path) -> None:
+    own = {rate: record(rate=rate, validation=rate) for rate in (1e-4, 1e-3, 1e-2, 1e-1)}
+    shared, reused, mine, best = (each.fingerprint for each in own.values())
+    study = StudyFile("rates", "", "", (shared, reused, mine, best), reused=(reused,))
+    study.write(tmp_path / "rates")
+    StudyFile("other", "", "", (shared,)).write(tmp_path / "other")
+    StudyFile("damaged", "", "").write(tmp_path / "damaged")
+    (tmp_path / "damaged" / "study.json").write_text("{")
+    for each in own.values():
+        write(store, each)
+    keeper = AdapterKeeper(store, AnalysisSettings(), lanes_of_others(tmp_path, study))
+    keeper.finish(own.values())
+    assert kept(store) == {shared, reused, best}
+
+
+@pytest.mark.parametrize("act", [lambda k, w, b: k.add([b]), lambda k, w, b: k.finish([w, b])])
+def test_an_adapter_that_cannot_be_removed_does_not_end_the_study(
+    store: Store, act: Callable[[AdapterKeeper, Record, Record], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    worse, better = record(rate=1e-3, validation=0.1), record(rate=1e-2, validation=0.9)
+    keeper = AdapterKeeper(store, AnalysisSettings())
+    keeper.add([worse])
+    path = store.adapters / "best" / adapter_file_name(worse.fingerprint)
+    path.mkdir(parents=True)  # A folder cannot be unlinked.
+    keeper.add([record(rate=1e-4, validation=0.0)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "MAX_RUNNING_BYTES", 0)
+        act(keeper, worse, better)
+    assert "is not removed" in caplog.text
