@@ -11,21 +11,21 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (332, 26595),
-    "orchestrator/analyze": (92, 6956),
+    "orchestrator": (332, 26532),
+    "orchestrator/analyze": (92, 6952),
     "orchestrator/cli": (5, 468),
     "orchestrator/cluster": (3, 246),
     "orchestrator/execution": (38, 3392),
     "orchestrator/experiments": (6, 154),
     "orchestrator/export": (4, 464),
-    "orchestrator/finetune": (138, 9422),
-    "orchestrator/launch": (9, 1629),
+    "orchestrator/finetune": (138, 9421),
+    "orchestrator/launch": (9, 1628),
     "orchestrator/record": (12, 1735),
-    "orchestrator/study": (12, 1408),
+    "orchestrator/study": (12, 1351),
     "orchestrator/util": (10, 630),
     "variants": (128, 6724),
     "experiments": (16, 1938),
-    "tests": (302, 32673),
+    "tests": (300, 32648),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

@@ -28,7 +28,6 @@ from orchestrator.study.factors import (
     choose_factors,
     default_rate,
     factor_levels,
-    own_settings,
     resweep_rates,
 )
 from orchestrator.study.grids import build_grid, refine_rates, round_rate
@@ -362,7 +361,7 @@ def make_star(
     Raises:
         UsageError: A factor is unknown, or no variant of the study has one of the factors.
     """
-    chosen = choose_factors(factors, {t.variant.name: own_settings(t) for t in given.templates})
+    chosen = choose_factors(factors, given.templates)
     notes: list[str] = []
     levels = tuple(
         tuple(c for factor in chosen for c in _levels(template, factor, num_levels, bases, notes))

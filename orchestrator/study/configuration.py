@@ -28,12 +28,6 @@ from variants.variant_names import FILE_SUFFIX
 Dtype = Literal["float32", "bfloat16", "nf4"]
 LRScheduleName = Literal["constant", "linear", "cosine"]
 Value = float | int | str | bool
-_BOUNDS = (
-    ("gt", "above", operator.gt),
-    ("ge", "at least", operator.ge),
-    ("lt", "below", operator.lt),
-    ("le", "at most", operator.le),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +51,19 @@ class Field:
     default: Any = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Hyperparameter(Field):
-    """A field whose value a user may set and a search may vary. The bounds are those of `annotated_types`."""
+    """A field whose value a user may set and a search may vary, with the bounds of its values."""
 
-    name: str = ""
-    """Name in --set, --space and --factors; the field's name if empty."""
     help: str = ""
     """One sentence for --help."""
+    name: str = ""
+    """Name in --set, --space and --factors; the field's name if empty."""
     gt: float | None = None
     ge: float | None = None
     lt: float | None = None
     le: float | None = None
-    significant_digits: int = 3
+    digits: int = 3
     """Significant digits of a sampled number. Reports show three digits, so they show the exact value."""
     searchable: bool = True
     """False if a search cannot vary it, because its points would not be comparable or need other data."""
@@ -86,11 +80,17 @@ class Hyperparameter(Field):
             return "must be a finite number"
         if self.value_type is int and value != int(value):
             return "must be a whole number"
-        limits = [(words, holds, getattr(self, name)) for name, words, holds in _BOUNDS]
-        limits = [each for each in limits if each[2] is not None]
-        if all(holds(value, limit) for _, holds, limit in limits):
+        limits = (
+            (self.gt, operator.gt, "above"),
+            (self.ge, operator.ge, "at least"),
+            (self.lt, operator.lt, "below"),
+            (self.le, operator.le, "at most"),
+        )
+        if all(limit is None or holds(value, limit) for limit, holds, _ in limits):
             return None
-        return f"must be {' and '.join(f'{words} {limit:g}' for words, _, limit in limits)}"
+        return "must be " + " and ".join(
+            f"{word} {limit:g}" for limit, _, word in limits if limit is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,10 @@ class VariantChoice:
     """
 
     name: str
-    rank: Annotated[int, Hyperparameter(ge=1, le=100_000, help="Rank of the update.")] = 8
-    alpha: Annotated[float | None, Hyperparameter(gt=0, help="LoRA's alpha, which scales the update.")] = 16.0
-    dropout: Annotated[
-        float,
-        Hyperparameter(ge=0, lt=1, help="Probability that an input of an adapter is zeroed in training."),
-    ] = 0.0
-    targets: Annotated[
-        str, Hyperparameter(searchable=False, help="Layers that get an adapter, or `blocks` for all of them.")
-    ] = "blocks"
+    rank: Annotated[int, Hyperparameter("Rank of the update.", ge=1, le=100_000)] = 8
+    alpha: Annotated[float | None, Hyperparameter("LoRA's alpha, which scales the update.", gt=0)] = 16.0
+    dropout: Annotated[float, Hyperparameter("Rate at which adapter inputs are zeroed.", ge=0, lt=1)] = 0.0
+    targets: Annotated[str, Hyperparameter("Layers that get an adapter.", searchable=False)] = "blocks"
     extra: Annotated[Mapping[str, Value], Field(column="")] = field(default_factory=dict)
     numerics: int = 1
     revision: str = ""
@@ -131,7 +126,7 @@ class TaskChoice:
     name: str
     revision: str
     train_size: Annotated[
-        int, Hyperparameter(ge=1, le=10_000_000, searchable=False, help="Number of training examples.")
+        int, Hyperparameter("Number of training examples.", ge=1, le=10_000_000, searchable=False)
     ]
     validation_size: int
     test_size: int
@@ -164,19 +159,13 @@ class OptimizerConfig:
     rate of a task's head; None stands for `learning_rate`.
     """
 
-    learning_rate: Annotated[float, Hyperparameter(gt=0, help="Peak of the learning rate.")]
-    weight_decay: Annotated[float, Hyperparameter(ge=0, help="Weight decay of AdamW.")] = 0.0
-    beta1: Annotated[
-        float, Hyperparameter(ge=0, lt=1, significant_digits=6, help="Decay of AdamW's mean of gradients.")
-    ] = 0.9
-    beta2: Annotated[
-        float, Hyperparameter(ge=0, lt=1, significant_digits=6, help="Decay of AdamW's mean of squares.")
-    ] = 0.999
-    epsilon: Annotated[float, Hyperparameter(gt=0, help="Term in the denominator of AdamW.")] = 1e-8
-    clip_norm: Annotated[float, Hyperparameter(gt=0, help="Maximum of a lane's gradient norm.")] = 1.0
-    head_learning_rate: Annotated[
-        float | None, Hyperparameter(gt=0, help="Learning rate of a task's head.")
-    ] = None
+    learning_rate: Annotated[float, Hyperparameter("Peak of the learning rate.", gt=0)]
+    weight_decay: Annotated[float, Hyperparameter("Weight decay of AdamW.", ge=0)] = 0.0
+    beta1: Annotated[float, Hyperparameter("Decay of AdamW's mean of gradients.", ge=0, lt=1, digits=6)] = 0.9
+    beta2: Annotated[float, Hyperparameter("Decay of AdamW's mean of squares.", ge=0, lt=1, digits=6)] = 0.999
+    epsilon: Annotated[float, Hyperparameter("Term in the denominator of AdamW.", gt=0)] = 1e-8
+    clip_norm: Annotated[float, Hyperparameter("Maximum of the gradient norm of a fine-tune.", gt=0)] = 1.0
+    head_learning_rate: Annotated[float | None, Hyperparameter("Learning rate of the head.", gt=0)] = None
 
 
 @dataclass(frozen=True)
@@ -189,21 +178,11 @@ class LRSchedule:
 
     steps: Annotated[
         int,
-        Hyperparameter(
-            column="steps_horizon", ge=1, le=10_000_000, searchable=False, help="Number of optimizer steps."
-        ),
+        Hyperparameter("Optimizer steps.", column="steps_horizon", ge=1, le=10_000_000, searchable=False),
     ]
-    name: Annotated[
-        LRScheduleName,
-        Hyperparameter(name="schedule", column="schedule", help="Curve of the learning rate after warm-up."),
-    ] = "cosine"
-    warmup: Annotated[
-        float, Hyperparameter(ge=0, le=1, help="Fraction of the steps with a rising learning rate.")
-    ] = 0.05
-    final_factor: Annotated[
-        float,
-        Hyperparameter(ge=0, lt=1, help="Last learning rate of the schedule as a fraction of its peak."),
-    ] = 0.0
+    name: Annotated[LRScheduleName, Hyperparameter("Curve.", "schedule", column="schedule")] = "cosine"
+    warmup: Annotated[float, Hyperparameter("Fraction of the steps in linear warm-up.", ge=0, le=1)] = 0.05
+    final_factor: Annotated[float, Hyperparameter("Last rate as a fraction of the peak.", ge=0, lt=1)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -213,9 +192,7 @@ class BatchConfig:
     Training examples of more than `max_length` tokens are truncated.
     """
 
-    batch_size: Annotated[
-        int, Hyperparameter(ge=1, le=1_000_000, help="Examples per optimizer step, in all micro-batches.")
-    ]
+    batch_size: Annotated[int, Hyperparameter("Examples per optimizer step.", ge=1, le=1_000_000)]
     accumulation: int = 1
     max_length: int = 512
 
@@ -334,34 +311,24 @@ def _identity(configuration: Configuration) -> dict[str, Any]:
     return data
 
 
-def read_fields(owner: type, part: str = "") -> Iterator[Field]:
-    """Yield the fields of a configuration's dataclass and of its parts, with what their annotations say.
-
-    Args:
-        owner: The dataclass.
-        part: Field of the configuration that holds it; empty for the configuration itself.
-    """
+def _read_fields(owner: type, part: str = "") -> Iterator[Field]:
+    """Yield the fields of a dataclass of the configuration and of its parts."""
     hints = get_type_hints(owner, include_extras=True)
     for each in fields(owner):
         hint = hints[each.name]
         if isinstance(hint, type) and is_dataclass(hint):
-            yield from read_fields(hint, each.name)
+            yield from _read_fields(hint, each.name)
             continue
         plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         found: Field = next((note for note in notes if isinstance(note, Field)), Field())
-        choices = get_args(plain) if get_origin(plain) is Literal else ()
-        kind = str if choices else (get_args(plain) or (plain,))[0]
-        column = _column_name(part, each.name) if found.column is None else found.column
-        found = replace(
-            found,
-            part=part,
-            field=each.name,
-            column=column,
-            value_type=kind,
-            choices=choices,
-            default=each.default,
-        )
-        yield replace(found, name=found.name or each.name) if isinstance(found, Hyperparameter) else found
+        facts: dict[str, Any] = {"part": part, "field": each.name, "default": each.default}
+        facts["choices"] = get_args(plain) if get_origin(plain) is Literal else ()
+        facts["value_type"] = str if facts["choices"] else (get_args(plain) or (plain,))[0]
+        if found.column is None:
+            facts["column"] = _column_name(part, each.name)
+        if isinstance(found, Hyperparameter) and not found.name:
+            facts["name"] = each.name
+        yield replace(found, **facts)
 
 
 def _column_name(part: str, field: str) -> str:
@@ -371,7 +338,7 @@ def _column_name(part: str, field: str) -> str:
     return f"{part}_{field}" if needs_part else field
 
 
-FIELDS: tuple[Field, ...] = tuple(read_fields(Configuration))
+FIELDS: tuple[Field, ...] = tuple(_read_fields(Configuration))
 """All fields of a configuration, those of its parts included, in the order of their declaration."""
 HYPERPARAMETERS = {each.name: each for each in FIELDS if isinstance(each, Hyperparameter)}
 """Name of a hyperparameter -> its field."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
@@ -99,25 +99,27 @@ def load_factors() -> Mapping[str, Factor]:
     return TypeAdapter(dict[str, Factor]).validate_python(entries)
 
 
-def choose_factors(words: Sequence[str], own_settings: Mapping[str, Mapping[str, Value]]) -> list[Factor]:
+def choose_factors(words: Sequence[str], configurations: Iterable[Configuration]) -> list[Factor]:
     """Return the factors that --factors names, without the learning rate, which every study has.
 
     Args:
         words: Names of factors, or `all`.
-        own_settings: Variant of the study -> its own settings (see `own_settings`) -> default.
+        configurations: At least one configuration of each variant of the study. A numeric setting that only
+            one variant has is a factor, also without an entry in the table, if it is above 0.
 
     Raises:
-        UsageError: A name is unknown, belongs to a variant that is not in the study, or has no levels; or no
-            factor but the learning rate is named.
+        UsageError: A name is unknown, belongs to a variant that is not in the study, or has no levels.
     """
     table = load_factors()
-    own = {f"{v}.{name}": default for v, each in own_settings.items() for name, default in each.items()}
     known = {name: factor for name, factor in table.items() if not factor.variant}
-    known |= {
-        name: table.get(name) or _own_factor(name, default)
-        for name, default in own.items()
-        if name in table or (type(default) in (int, float) and float(default) > 0)
-    }
+    for variant in (each.variant for each in configurations):
+        for setting, value in variant.extra.items():
+            name = f"{variant.name}.{setting}"
+            if name in table:
+                known[name] = table[name]
+            elif setting not in VARIANT_HYPERPARAMETERS and type(value) in (int, float) and float(value) > 0:
+                source = f"from half to double of {variant.name}'s default"
+                known[name] = Factor(name, name, "log", OWN_RANGE, True, OWN_RANGE, source=source)
     names = [canonical_key(word) for word in words]
     chosen = list(known) if ALL in names else list(dict.fromkeys(names))
     for name in chosen:
@@ -125,24 +127,8 @@ def choose_factors(words: Sequence[str], own_settings: Mapping[str, Mapping[str,
             rule = f"no factor {name!r}. {suggest_nearest(name, [*known, ALL])}"
             if name in table:
                 rule = f"{table[name].variant!r} is not in this study; add it to --variants, or leave it out."
-            elif name in own:
-                rule = f"its default, {format_value(own[name])!r}, is no number above 0; leave it out."
             raise UsageError(f"--factors {name}: {rule}")
-    factors = [known[name] for name in chosen if name != RATE]
-    if not factors:
-        raise UsageError(
-            "--factors: the learning rate is compared with other factors; name at least one, for example: "
-            "alpha rank batch_size, or all."
-        )
-    return factors
-
-
-def _own_factor(name: str, default: Value) -> Factor:
-    """Return the factor of a variant's numeric setting that has no entry in the table."""
-    source = "from half to double of the variant's default"
-    return Factor(
-        name, name, "log", OWN_RANGE, relative=True, range=OWN_RANGE, default=default, source=source
-    )
+    return [known[name] for name in chosen if name != RATE]
 
 
 def factor_levels(factor: Factor, template: Configuration, count: int) -> tuple[Value, ...]:
@@ -213,11 +199,6 @@ def find_changed_factor(
         if replace(restored, evaluations=default.evaluations) == default:
             return factor
     return None
-
-
-def own_settings(template: Configuration) -> Mapping[str, Value]:
-    """Return the settings that only this variant has: name -> value in the template."""
-    return {k: v for k, v in template.variant.extra.items() if k not in VARIANT_HYPERPARAMETERS}
 
 
 def resweep_rates(rates: Sequence[float], center: float) -> tuple[float, ...]:

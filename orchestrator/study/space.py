@@ -14,11 +14,13 @@ from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Hyp
 from orchestrator.util.errors import UsageError, suggest_nearest
 from variants.variant_names import canonical_key
 
+Defaults = Mapping[str, Mapping[str, Value]]
+"""Variant of the study -> its settings -> default, including rank, alpha, dropout and targets."""
 VARIANT_HYPERPARAMETERS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
-VariantDefaults = Callable[[str], Mapping[str, Value]]
-"""Function from a variant to its settings with their defaults, including rank, alpha and dropout."""
-EXAMPLE = "For example: learning_rate=log:1e-4:1e-2 rank=4,8,16 lora_plus.ratio=logint:1:64."
-SET_EXAMPLE = "For example: weight_decay=0.01 lora_plus.ratio=4."
+EXAMPLES = {
+    "--set": "must be NAME=VALUE. For example: weight_decay=0.01 lora_plus.ratio=4.",
+    "--space": "must be NAME=SPEC. For example: rank=4,8,16 learning_rate=log:1e-4:1e-2 alpha=logint:1:64.",
+}
 _KINDS = ("log", "int", "logint")
 _Parsed = TypeVar("_Parsed")
 
@@ -70,7 +72,7 @@ class Dimension:
         """Convert a number sampled from the interval to a value of the hyperparameter."""
         if self.has_integer_steps:
             return self.hyperparameter.value_type(drawn)
-        return min(self.high, max(self.low, float(f"{drawn:.{self.hyperparameter.significant_digits}g}")))
+        return min(self.high, max(self.low, float(f"{drawn:.{self.hyperparameter.digits}g}")))
 
     @property
     def spec_text(self) -> str:
@@ -144,27 +146,23 @@ def format_value(value: Value) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def parse_fixed_values(
-    words: Sequence[str], variants: Sequence[str], defaults: VariantDefaults
-) -> dict[str, Value]:
+def parse_fixed_values(words: Sequence[str], defaults: Defaults) -> dict[str, Value]:
     """Return the values that --set fixes, by NAME or VARIANT.NAME.
 
     Args:
         words: The NAME=VALUE words.
-        variants: Names of the variants.
         defaults: Settings of each variant.
 
     Raises:
         UsageError: A word is malformed or out of bounds, or a name occurs twice.
     """
-    rule = f"must be NAME=VALUE. {SET_EXAMPLE}"
-    return _parse_words("--set", rule, words, variants, defaults, _parse_fixed)
+    settings = _settings(defaults)
+    return _parse_words("--set", words, settings, lambda named, text: parse_value(named.hyperparameter, text))
 
 
 def parse_space(
     words: Sequence[str],
-    variants: Sequence[str],
-    defaults: VariantDefaults,
+    defaults: Defaults,
     learning_rates: Sequence[float],
     fixed_names: Sequence[str] = (),
 ) -> Space:
@@ -174,7 +172,6 @@ def parse_space(
 
     Args:
         words: The NAME=SPEC words.
-        variants: Names of the variants.
         defaults: Settings of each variant.
         learning_rates: The grid. The learning rate is varied between its ends, unless `words` or
             `fixed_names` contain it or the grid has one rate.
@@ -183,8 +180,8 @@ def parse_space(
     Raises:
         UsageError: A word is malformed, out of bounds, or conflicts with another.
     """
-    rule = f"must be NAME=SPEC. {EXAMPLE}"
-    found = _parse_words("--space", rule, words, variants, defaults, _parse_dimension)
+    settings = _settings(defaults)
+    found = _parse_words("--space", words, settings, _parse_dimension)
     if both := next((key for key in found if key in fixed_names), None):
         raise UsageError(f"--space {both}: --set has fixed {both}; take one of the two away.")
     named = {*found, *fixed_names}
@@ -192,74 +189,60 @@ def parse_space(
         ends = min(learning_rates), max(learning_rates)
         found = {"learning_rate": Dimension(HYPERPARAMETERS["learning_rate"], "", *ends, log=True), **found}
     space: dict[str, tuple[Dimension, ...]] = {}
-    for variant in variants:
-        settings = variant_settings(variant, defaults)
+    for variant in defaults:
+        own = settings[variant]
         # ReLoRA has a `warmup` of its own, which replaces no value of the schedule's warm-up.
-        replaced = {n for n, each in settings.items() if f"{variant}.{n}" in named and each.field != "extra"}
-        shared = (d for d in found.values() if not d.variant and d.name in settings.keys() - replaced)
+        replaced = {name for name in own if f"{variant}.{name}" in named and own[name].field != "extra"}
+        shared = (d for d in found.values() if not d.variant and d.name in own.keys() - replaced)
         space[variant] = (*shared, *(d for d in found.values() if d.variant == variant))
     return space
 
 
-def variant_settings(variant: str, defaults: VariantDefaults) -> dict[str, Hyperparameter]:
-    """Return the hyperparameters and the own settings of a variant by name.
+def _settings(defaults: Defaults) -> dict[str, Mapping[str, Hyperparameter]]:
+    """Return variant -> name -> hyperparameter or own setting, and HYPERPARAMETERS for the name "".
 
-    The type of a setting is that of its default. It hides a hyperparameter of the same name (`warmup`).
+    The type of an own setting is that of its default. It hides a hyperparameter of the same name (`warmup`).
     """
-    has = defaults(variant)
-    settings = {n: each for n, each in HYPERPARAMETERS.items() if each.part != "variant" or n in has}
-    for name in has.keys() - VARIANT_HYPERPARAMETERS:
-        is_int = type(has[name]) is int
-        settings[name] = Hyperparameter(
-            name=name,
-            part="variant",
-            field="extra",
-            value_type=type(has[name]),
-            ge=0 if is_int else None,
-            le=HYPERPARAMETERS["rank"].le if is_int else None,  # the variant may allow fewer
-        )
+    settings: dict[str, Mapping[str, Hyperparameter]] = {"": HYPERPARAMETERS}
+    for variant, has in defaults.items():
+        known = {
+            name: each for name, each in HYPERPARAMETERS.items() if each.part != "variant" or name in has
+        }
+        for name in has.keys() - VARIANT_HYPERPARAMETERS:
+            rule = Hyperparameter(ge=0, le=100_000) if type(has[name]) is int else Hyperparameter()
+            known[name] = replace(rule, name=name, field="extra", value_type=type(has[name]))
+        settings[variant] = known
     return settings
 
 
 def _parse_words(
     option: str,
-    rule: str,
     words: Sequence[str],
-    variants: Sequence[str],
-    defaults: VariantDefaults,
-    parse: Callable[[str, Hyperparameter, str], _Parsed],
+    settings: Mapping[str, Mapping[str, Hyperparameter]],
+    parse: Callable[[Dimension, str], _Parsed],
 ) -> dict[str, _Parsed]:
-    """Return key -> what `parse` returns for the variant, the hyperparameter and the text after the "="."""
+    """Return key -> what `parse` makes of a dimension without values and the text after the "="."""
     found: dict[str, _Parsed] = {}
     for word in words:
         key, _, text = word.partition("=")
         key = canonical_key(key)
+        variant, _, name = key.rpartition(".")
         try:
             if not key or not text:
-                raise ValueError(rule)
+                raise ValueError(EXAMPLES[option])
             if key in found:
                 raise ValueError(f"{key} occurs twice; name it once.")
-            variant, hyperparameter = _find(key, variants, defaults)
-            found[key] = parse(variant, hyperparameter, text)
+            if variant not in settings:
+                raise ValueError(f"{variant!r} is not in this study. {suggest_nearest(variant, settings)}")
+            if name not in settings[variant]:
+                own = [f"{each}.{setting}" for each in settings if each for setting in settings[each]]
+                known = settings[variant] if variant else [*HYPERPARAMETERS, *own]
+                fault = f"{variant or 'the study'} has no {name!r}"
+                raise ValueError(f"{fault}. {suggest_nearest(name, known, cutoff=0.6)}")
+            found[key] = parse(Dimension(settings[variant][name], variant), text)
         except ValueError as error:
             raise UsageError(f"{option} {word!r}: {error}") from None
     return found
-
-
-def _find(key: str, variants: Sequence[str], defaults: VariantDefaults) -> tuple[str, Hyperparameter]:
-    """Return the variant and the hyperparameter of a key."""
-    variant, dot, name = key.rpartition(".")
-    if not dot:
-        if key in HYPERPARAMETERS:
-            return "", HYPERPARAMETERS[key]
-        own = [f"{each}.{setting}" for each in variants for setting in defaults(each)]
-        raise ValueError(f"no hyperparameter {key!r}. {suggest_nearest(key, [*HYPERPARAMETERS, *own])}")
-    if variant not in variants:
-        raise ValueError(f"{variant!r} is not in this study. {suggest_nearest(variant, variants)}")
-    settings = variant_settings(variant, defaults)
-    if name not in settings:
-        raise ValueError(f"{variant} has no {name!r}. {suggest_nearest(name, settings, cutoff=0.6)}")
-    return variant, settings[name]
 
 
 def parse_value(hyperparameter: Hyperparameter, text: str) -> Value:
@@ -284,12 +267,9 @@ def parse_value(hyperparameter: Hyperparameter, text: str) -> Value:
     return hyperparameter.value_type(value)
 
 
-def _parse_fixed(_variant: str, hyperparameter: Hyperparameter, text: str) -> Value:
-    return parse_value(hyperparameter, text)
-
-
-def _parse_dimension(variant: str, hyperparameter: Hyperparameter, text: str) -> Dimension:
-    dimension = Dimension(hyperparameter, variant)
+def _parse_dimension(dimension: Dimension, text: str) -> Dimension:
+    """Return a dimension with the values that the SPEC in `text` gives it."""
+    hyperparameter = dimension.hyperparameter
     if not hyperparameter.searchable:
         raise ValueError(f"a search cannot vary {dimension.name}; take hyperparameter_sensitivity.py.")
     if ":" in text:
@@ -318,8 +298,6 @@ def _parse_interval(dimension: Dimension, text: str) -> Dimension:
     low, high = (float(parse_value(dimension.hyperparameter, each)) for each in (low_text, high_text))
     if has_integer_steps and not (low.is_integer() and high.is_integer()):
         raise ValueError("the ends must be whole numbers.")
-    if low == high:
-        raise ValueError(f"it has one value only; take --set {dimension.key}={low_text}.")
     if low > high:
         raise ValueError(f"it is reversed; did you mean {':'.join([*kinds, high_text, low_text])}?")
     if log and low <= 0:

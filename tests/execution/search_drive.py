@@ -34,8 +34,13 @@ def build(variant: str, values: Mapping[str, Value]) -> Configuration:
     return apply_values(point, values)
 
 
+def own(*variants: str) -> dict[str, dict[str, Value]]:
+    """Return the settings of variants."""
+    return {variant: OWN[variant] for variant in variants}
+
+
 def space(*words: str, variants: tuple[str, ...] = ("lora", "hira")) -> Space:
-    return parse_space(words, variants, OWN.__getitem__, (1e-4, 1.0))
+    return parse_space(words, own(*variants), (1e-4, 1.0))
 
 
 def score(point: Configuration) -> float:

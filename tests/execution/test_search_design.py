@@ -39,8 +39,12 @@ def build(variant: str, found: Mapping[str, Value]) -> Configuration:
     return apply_values(configuration(variant), found)
 
 
+def own(*variants: str) -> dict[str, dict[str, Value]]:
+    return {variant: OWN[variant] for variant in variants}
+
+
 def space(*words: str, variants: tuple[str, ...] = tuple(OWN)) -> Space:
-    return parse_space(words, variants, OWN.__getitem__, (1e-4, 1.0))
+    return parse_space(words, own(*variants), (1e-4, 1.0))
 
 
 def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_random() -> None:
@@ -67,7 +71,7 @@ def test_choices_come_up_equally_often() -> None:
 
 
 def test_a_space_with_few_points_gives_them_all() -> None:
-    over = parse_space(["rank=4,8,16"], ("lora", "full"), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    over = parse_space(["rank=4,8,16"], own("lora", "full"), (1e-2,), ("learning_rate",))
     found = draw_design("qmc", groups(over), 16)
     assert sorted(p["rank"] for p in found["lora"]) == [4, 8, 16]
     assert found["full"] == [{}]
@@ -77,7 +81,7 @@ def test_a_space_with_few_points_gives_them_all() -> None:
 def test_many_choices_are_all_found(name: str) -> None:
     """Random draws alone would hardly find the last points: each comes up once in 240 draws on average."""
     words = ["rank=int:1:60", "schedule=linear,cosine", "batch_size=8,16"]
-    over = parse_space(words, ("lora", "hira"), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    over = parse_space(words, own("lora", "hira"), (1e-2,), ("learning_rate",))
     found = draw_design(name, groups(over), 240)
     for points in found.values():
         assert len({tuple(point.values()) for point in points}) == 240
@@ -88,8 +92,7 @@ def test_many_choices_are_all_found(name: str) -> None:
 def test_others_are_each_point_of_a_small_space_once() -> None:
     (over,) = parse_space(
         ["rank=int:3:6", "lora.rank=int:2:4", "schedule=linear,cosine"],
-        ("lora",),
-        OWN.__getitem__,
+        own("lora"),
         (1e-4, 1e-2),
         ("learning_rate",),
     ).values()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from ray.tune.search import Searcher
-from search_drive import OWN, Drive, score, space
+from search_drive import Drive, own, score, space
 
 from orchestrator.execution.search import samplers
 from orchestrator.execution.search.groups import SearchGroup
@@ -16,7 +16,7 @@ from orchestrator.study.space import parse_space
 
 
 def test_a_small_space_is_used_up_and_said_to_be(tmp_path: Path) -> None:
-    over = parse_space(["rank=4,8,16"], ("lora", "full"), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    over = parse_space(["rank=4,8,16"], own("lora", "full"), (1e-2,), ("learning_rate",))
     drive = Drive(tmp_path, over, points=9)
     assert drive.budget.total == 4
     assert drive.all() == {"lora": 3, "full": 1}
@@ -41,9 +41,7 @@ def test_choices_give_as_many_different_points_as_were_asked_for(
     """Samplers return to their best points; alone they would suggest only ten of the twenty points."""
     make_sampler = samplers.make_sampler
     monkeypatch.setattr(samplers, "make_sampler", lambda *given: make_sampler(*given[:4], replicate=seed))
-    over = parse_space(
-        ["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora", "hira"), OWN.__getitem__, ()
-    )
+    over = parse_space(["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], own("lora", "hira"), ())
     drive = Drive(tmp_path, over, points, sampler)
     assert drive.all() == {"lora": points, "hira": points}
     assert len({point.fingerprint for point in drive.given}) == 2 * points
@@ -56,9 +54,7 @@ def test_choices_give_as_many_different_points_as_were_asked_for(
 
 def test_a_point_that_the_sampler_does_not_find_is_asked_and_counts(tmp_path: Path) -> None:
     """A driver dies after 19 of 20 points. The last point is found, and then the space is exhausted."""
-    over = parse_space(
-        ["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora",), OWN.__getitem__, ()
-    )
+    over = parse_space(["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], own("lora"), ())
     assert Drive(tmp_path, over, points=19).all() == {"lora": 19}
     assert Drive(tmp_path, over, points=30).all() == {"lora": 1}
     last = Drive(tmp_path, over, points=30)
@@ -79,7 +75,7 @@ def accept_only(drive: Drive, accepts: Callable[[Mapping[str, Value]], bool]) ->
 
 def with_one_rank(folder: Path, rank: int) -> Drive:
     """Return a search for two of 2,000 ranks, of which LoRA refuses all but `rank`."""
-    over = parse_space(["rank=int:1:2000"], ("lora",), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    over = parse_space(["rank=int:1:2000"], own("lora"), (1e-2,), ("learning_rate",))
     drive = Drive(folder, over, points=2)
     accept_only(drive, lambda values: values["rank"] == rank)
     return drive

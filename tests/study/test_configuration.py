@@ -6,6 +6,10 @@ import pickle
 from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import get_scheduler
 
 from orchestrator.study import configuration
 from orchestrator.study.configuration import (
@@ -17,6 +21,8 @@ from orchestrator.study.configuration import (
     OptimizerConfig,
     TaskChoice,
     VariantChoice,
+    lr_factor,
+    warmup_steps,
 )
 from orchestrator.util.atomic_files import canonical_json
 
@@ -121,3 +127,56 @@ def test_every_field_is_in_a_column() -> None:
     assert flat.keys() - types.keys() == {"variant_svd"}
     for what, changed in CHANGES.items():
         assert changed.to_columns() != flat, f"{what} is in no column"
+
+
+schedules = st.builds(
+    LRSchedule,
+    steps=st.integers(1, 400),
+    name=st.sampled_from(["constant", "linear", "cosine"]),
+    warmup=st.floats(0, 1),
+    final_factor=st.floats(0, 1, exclude_max=True),
+)
+
+
+@given(schedules)
+def test_the_factor_rises_from_zero_to_the_peak_and_never_rises_afterwards(schedule: LRSchedule) -> None:
+    factors = [lr_factor(schedule, step) for step in range(schedule.steps)]
+    warm = warmup_steps(schedule)
+    assert all(0 <= f <= 1 for f in factors)
+    assert all(factors[1:]), "only the first step of a warm-up is taken at rate zero"
+    assert factors[:warm] == sorted(factors[:warm])
+    assert factors[warm:] == sorted(factors[warm:], reverse=True)
+    assert factors[0] == (0.0 if warm else 1.0)
+    assert warm == schedule.steps or factors[warm] == 1.0
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "cosine to a tenth"])
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(20, 0.2), (60, 0.05), (1562, 0.03), (5, 0.0), (7, 0.99), (4, 1.0)]
+)
+def test_the_factors_are_those_of_transformers_schedules(name: str, steps: int, warmup: float) -> None:
+    """The survey's cosine ends at a tenth of the peak."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = LRSchedule(steps, name.split()[0], warmup, 0.1 if " " in name else 0.0)  # type: ignore[arg-type]
+    full_name = {"constant": "constant_with_warmup", "cosine to a tenth": "cosine_with_min_lr"}.get(
+        name, name
+    )
+    end = {"min_lr_rate": 0.1} if " " in name else None
+    theirs = get_scheduler(full_name, optimizer, warmup_steps(schedule), steps, end)
+    for step in range(steps):
+        assert lr_factor(schedule, step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_schedule_ends_at_its_final_factor(name: str) -> None:
+    schedule = LRSchedule(1562, name, 0.03, final_factor=0.1)  # type: ignore[arg-type]
+    assert lr_factor(schedule, 1561) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_warmup_is_rounded_up_but_not_by_rounding_errors() -> None:
+    assert warmup_steps(LRSchedule(steps=100, warmup=0.07)) == 7
+    assert warmup_steps(LRSchedule(steps=60, warmup=0.05)) == 3
+    assert warmup_steps(LRSchedule(steps=10, warmup=0.11)) == 2
+    assert warmup_steps(LRSchedule(steps=1, warmup=0.001)) == 1

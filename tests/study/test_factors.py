@@ -19,7 +19,11 @@ from orchestrator.study.factors import (
 )
 from orchestrator.study.space import apply_values
 
-OWN = {"lora_plus": {"ratio": 16.0}, "adalora": {"orthogonality": 0.5}, "relora": {"merges": 3}}
+STUDY = [
+    template("lora_plus", ratio=16.0),
+    template("adalora", orthogonality=0.5),
+    template("relora", merges=3),
+]
 
 
 def test_every_factor_of_the_table_has_what_a_study_needs() -> None:
@@ -49,14 +53,14 @@ def test_every_level_of_the_table_is_a_valid_value() -> None:
 
 
 def test_all_takes_the_table_and_the_own_settings_of_the_variants() -> None:
-    names = [factor.name for factor in choose_factors(["all"], OWN)]
+    names = [factor.name for factor in choose_factors(["all"], STUDY)]
     assert {"alpha", "rank", "train_size", "lora_plus.ratio", "relora.merges"} <= {*names}
     assert "learning_rate" not in names
     assert "pissa.svd" not in names  # PiSSA is not in the study
 
 
 def test_a_setting_without_an_entry_is_varied_from_half_to_double() -> None:
-    (factor,) = choose_factors(["adalora.orthogonality"], OWN)
+    (factor,) = choose_factors(["adalora.orthogonality"], STUDY)
     default = template("adalora", orthogonality=0.5)
     assert factor_levels(factor, default, 2) == (0.25, 1.0)
 

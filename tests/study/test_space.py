@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from test_grid import TEMPLATE
+from test_grids import TEMPLATE
 
 from orchestrator.study.configuration import HYPERPARAMETERS, Configuration, Value, VariantChoice
 from orchestrator.study.space import Dimension, apply_values, parse_fixed_values, parse_space
@@ -20,12 +20,7 @@ OWN: dict[str, dict[str, Value]] = {
     "pissa": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "svd": "exact", "shared": True},
     "full": {},
 }
-VARIANTS = tuple(OWN)
 RATES = (1e-4, 1e-3, 1e-1)
-
-
-def own(variant: str) -> dict[str, Value]:
-    return OWN[variant]
 
 
 def template(variant: str) -> Configuration:
@@ -35,7 +30,7 @@ def template(variant: str) -> Configuration:
 
 
 def parsed(*words: str, fixed: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    found = parse_space(words, VARIANTS, own, RATES, fixed)
+    found = parse_space(words, OWN, RATES, fixed)
     return {v: [f"{d.key}={d.spec_text}" for d in dimensions] for v, dimensions in found.items()}
 
 
@@ -82,7 +77,7 @@ def test_values_enter_the_configuration() -> None:
 
 def test_fixed_values_are_typed_by_the_setting() -> None:
     found = parse_fixed_values(
-        ["relora.merges=2", "weight-decay=0.01", "pissa.shared=false", "pissa.svd=fast"], VARIANTS, own
+        ["relora.merges=2", "weight-decay=0.01", "pissa.shared=false", "pissa.svd=fast"], OWN
     )
     assert found == {"relora.merges": 2, "weight_decay": 0.01, "pissa.shared": False, "pissa.svd": "fast"}
     assert isinstance(found["relora.merges"], int)
@@ -119,9 +114,9 @@ def inside(dimension: Dimension, value: Value) -> bool:
 
 @given(st.lists(SPECS, max_size=4, unique_by=lambda w: w.partition("=")[0]), st.integers(0, 2**30))
 def test_every_draw_lies_in_the_space_and_its_spelling_is_its_value(words: list[str], seed: int) -> None:
-    found = parse_space(words, VARIANTS, own, RATES)
+    found = parse_space(words, OWN, RATES)
     again = [f"{k}={d.spec_text}" for k, d in {d.key: d for each in found.values() for d in each}.items()]
-    assert parse_space(again, VARIANTS, own, RATES) == found, "the text of a space parses to the same space"
+    assert parse_space(again, OWN, RATES) == found, "the text of a space parses to the same space"
     rng = random.Random(seed)
     for variant, dimensions in found.items():
         values: dict[str, Value] = {}

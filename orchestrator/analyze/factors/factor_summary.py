@@ -17,8 +17,7 @@ from orchestrator.analyze.statistics.outcome import largest_count
 from orchestrator.analyze.tuned.tuned_results import CONTROLS
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import AnalysisSettings
-from orchestrator.study.configuration import Value
-from orchestrator.study.factors import RATE, Factor, choose_factors, own_settings
+from orchestrator.study.factors import ALL, RATE, Factor, choose_factors
 
 REQUIRED_SHARE = 0.8
 """Share of the variants for which the claim must hold."""
@@ -50,10 +49,7 @@ def summarize_factors(stars: Sequence[Star], settings: AnalysisSettings) -> Fact
 
 def _known_factors(records: Iterable[Record]) -> list[Factor]:
     """Return the factors of `factors.toml` and those of the variants' own settings in the records."""
-    settings: dict[str, Mapping[str, Value]] = {}
-    for record in records:
-        settings.setdefault(record.configuration.variant.name, own_settings(record.configuration))
-    return choose_factors(["all"], settings)
+    return choose_factors([ALL], (record.configuration for record in records))
 
 
 def _summarize_task(stars: Sequence[Star], settings: AnalysisSettings) -> TaskFactors:

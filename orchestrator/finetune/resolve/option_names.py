@@ -251,7 +251,8 @@ def variant_hyperparameters(name: str) -> Mapping[str, Value]:
 def _parse_fixed_and_space(
     options: StudyOptions, variants: Sequence[str], task: Task, learning_rates: Sequence[float]
 ) -> tuple[Mapping[str, Value], Space | None]:
-    fixed = space.parse_fixed_values(options.set, variants, variant_hyperparameters)
+    own = {name: variant_hyperparameters(name) for name in variants}
+    fixed = space.parse_fixed_values(options.set, own)
     is_search = options.search != "grid"
     for key in fixed:
         name = key.rpartition(".")[2]
@@ -262,9 +263,7 @@ def _parse_fixed_and_space(
         return fixed, None
     if len(learning_rates) == 1:
         fixed.setdefault("learning_rate", learning_rates[0])
-    search_space = space.parse_space(
-        options.space or (), variants, variant_hyperparameters, learning_rates, tuple(fixed)
-    )
+    search_space = space.parse_space(options.space or (), own, learning_rates, tuple(fixed))
     _check_space(options, search_space, task)
     return fixed, search_space
 
