@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from orchestrator.record.schema import Record
+from orchestrator.record.schema import (
+    Bytes,
+    Cost,
+    Provenance,
+    Record,
+    Seconds,
+    UnixTime,
+    column_types,
+    column_values,
+)
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
 from orchestrator.study.study_name import store_command
@@ -37,8 +46,10 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
             "whole record of it; its study's command trains it again"
         )
     studies = [s for _folder, s in read_studies(output).values() if fingerprint in s.configurations]
+    parts = ("cost", record.cost), ("provenance", record.provenance)
     header = _format_header(record, store.count_failures(fingerprint))
-    lines = [*header, *_format_scores(record), *_format_cost(record)]
+    lines = [*header, *_format_scores(record), ""]
+    lines += [_wrap_pairs([*_format_columns(part)], title) for title, part in parts]
     if record.traceback:
         lines += ["", record.traceback.rstrip()]
     if record.state == "finished" and studies:
@@ -78,30 +89,22 @@ def _format_scores(record: Record) -> Iterator[str]:
         yield f"{e.step:>8}  {e.split:<10}" + "".join(f"  {cell}" for cell in cells)
 
 
-def _format_cost(record: Record) -> Iterator[str]:
-    cost, provenance = record.cost, record.provenance
-    yield ""
-    yield (
-        f"cost         {cost.train_seconds:.1f} s training, {cost.evaluate_seconds:.1f} s evaluating, "
-        f"{cost.tokens} tokens, {cost.trainable_parameters} parameters"
-    )
-    if cost.start_seconds or cost.other_seconds:
-        yield (
-            f"time         {cost.generate_seconds:.1f} s of the evaluation for generated answers; also "
-            f"{cost.start_seconds:.1f} s for the trainer's start, {cost.other_seconds:.1f} s for other work"
-        )
-    if cost.peak_memory:
-        yield f"memory       {cost.peak_memory / 2**20:.0f} MiB at most, the lane group and its base model"
-    if provenance.ended:
-        ended = datetime.fromtimestamp(provenance.ended, UTC)
-        yield f"made         {ended:%Y-%m-%d %H:%M:%S} UTC on {provenance.host}"
-    yield f"with         {provenance.device}, {provenance.kernels} kernels, commit {provenance.commit}"
-    if provenance.versions:
-        yield _wrap_pairs([f"{k} {v}" for k, v in provenance.versions.items()])
-    steps = ", ".join(map(str, provenance.resumed_from))
-    resumed = f", resumed from step {steps}" if steps else ""
-    group = f"{provenance.lane_group_size} lanes, {provenance.workers} workers"
-    yield f"             attempt {provenance.attempt}{resumed}, {group}"
+def _format_columns(part: Cost | Provenance) -> Iterator[str]:
+    """Yield the columns that are not empty, with their units."""
+    types = column_types(type(part))
+    for name, value in column_values(part).items():
+        if not value:
+            continue
+        if types[name] == Seconds:
+            yield f"{name} {value:.1f} s"
+        elif types[name] == Bytes:
+            yield f"{name} {value / 2**20:.0f} MiB"
+        elif types[name] == UnixTime:
+            yield f"{name} {datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        elif isinstance(value, Mapping):
+            yield from (f"{key} {each}" for key, each in value.items())
+        else:
+            yield f"{name} {', '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Iterator[str]:
@@ -114,11 +117,13 @@ def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Ite
     yield f"  {study.again(*words)}"
 
 
-def _wrap_pairs(pairs: Sequence[str]) -> str:
-    """Return the pairs in indented lines of at most 78 columns, which break between pairs only."""
+def _wrap_pairs(pairs: Sequence[str], title: str = "") -> str:
+    """Return the pairs in lines of at most 78 columns beside a title. Lines break between pairs only."""
     text = ", ".join(pair.replace(" ", "\0") for pair in pairs)
-    indent = " " * 13
-    lines = textwrap.wrap(text, 78, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    indent = f"{title:<13}", " " * 13
+    lines = textwrap.wrap(
+        text, 78, initial_indent=indent[0], subsequent_indent=indent[1], break_on_hyphens=False
+    )
     return "\n".join(lines).replace("\0", " ")
 
 

@@ -192,12 +192,9 @@ class Store:
         seen: dict[_Stamp, RecordState | None] = {}
         for path in self._list_files():
             match = _NAME.fullmatch(path.name)
-            if match is None:
+            if match is None or path != self.record_path(match[1], match[2] or ""):
                 if not path.name.startswith("."):  # temporary files, and files of the file system
-                    self._skip_file(path, "is not a record")
-                continue
-            if path != self.record_path(match[1], match[2] or ""):
-                self._skip_file(path, f"belongs in {self.records_folder / match[1][:2]}")
+                    self._skip_file(path, "is not a record, or is in the wrong folder")
                 continue
             try:
                 status = path.stat()
@@ -350,12 +347,9 @@ class Store:
             where = ".".join(str(part) for part in first["loc"])
             self._skip_file(path, f"is not a record ({where}: {first['msg']})")
             return None
-        if not path.name.startswith(f"{record.fingerprint}."):
-            self._skip_file(path, f"holds the record of another configuration ({record.fingerprint[:12]})")
-            return None
-        suffix = _SUFFIXES[record.state]
-        if path.name != record.fingerprint + suffix:
-            self._skip_file(path, f"does not have the name of a {record.state} record (*{suffix})")
+        name = record.fingerprint + _SUFFIXES[record.state]
+        if path.name != name:
+            self._skip_file(path, f"does not have the name of a {record.state} record ({name})")
             return None
         return record
 

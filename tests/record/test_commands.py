@@ -88,8 +88,8 @@ def test_show_prints_one_record(results, make_record):
     expected += (
         "variant lora",
         "learning_rate 0.001",
-        "2.0 s training, 0.5 s evaluating, 4096 tokens",
-        "3 MiB at most",
+        "train_seconds 2.0 s, evaluate_seconds 0.5 s, tokens 4096",
+        "peak_memory 3 MiB",
         f"  lora-orchestrator export rates {record.fingerprint[:12]}\n",
     )
     for text in (record.fingerprint, *expected):
