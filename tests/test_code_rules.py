@@ -25,7 +25,7 @@ BUDGETS = {
     "orchestrator/util": (10, 630),
     "variants": (128, 6724),
     "experiments": (16, 1938),
-    "tests": (300, 32648),
+    "tests": (297, 32602),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

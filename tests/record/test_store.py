@@ -5,12 +5,18 @@ import logging
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator.record.schema import Record
+from orchestrator.record.schema import FINAL_STATES, Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
@@ -47,11 +53,6 @@ def test_a_stopped_record_is_reusable_with_equal_settings_only(store, make_recor
     assert store.get_reusable(fingerprint, "asha 4").state == "stopped"
     store.put(make_record(state="diverged"))
     assert {store.get_reusable(fingerprint, s).state for s in ("", "asha 2", "asha 4")} == {"diverged"}
-
-
-def test_a_stopped_record_is_not_reusable_without_early_stopping(store, make_record):
-    store.put(make_record(state="stopped", stopping_settings=""))
-    assert store.get_reusable(make_record().fingerprint) is None
 
 
 def test_states_sees_changes_of_another_process(store, make_record):
@@ -220,3 +221,107 @@ def test_a_record_under_the_name_of_another_state_is_skipped(store, make_record,
     assert f"does not have the name of a {state} record" in caplog.text
     assert again.put(make_record(state="diverged"))
     assert list(Store(store.root).states().values()) == ["diverged"]
+
+
+_STATES: Sequence[RecordState] = ("finished", "diverged", "stopped", "failed")
+_writes = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(_STATES)), max_size=12)
+
+
+@given(writes=_writes, reopen=st.booleans())
+def test_a_final_record_is_never_lost_or_overwritten(make_record, writes, reopen):
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        model: dict[str, tuple[RecordState, int]] = {}
+        failures: dict[str, int] = {}
+        for number, (seed, state) in enumerate(writes):
+            record = make_record(seed=seed, state=state, steps=20 + number)
+            fingerprint = record.fingerprint
+            before = model.get(fingerprint)
+            has_final = before is not None and before[0] in FINAL_STATES
+            assert store.put(record) is not has_final
+            if not has_final:
+                model[fingerprint] = (state, record.steps)
+                failures[fingerprint] = failures.get(fingerprint, 0) + 1 if state == "failed" else 0
+            if reopen:
+                store = Store(folder)
+            assert store.states() == {f: s for f, (s, _) in model.items()}
+            kept = store.get(fingerprint)
+            assert (kept.state, kept.steps) == model[fingerprint]
+            reusable = store.get_reusable(fingerprint)
+            assert (reusable is not None) == (model[fingerprint][0] in FINAL_STATES)
+            assert store.count_failures(fingerprint) == failures[fingerprint]
+        assert {r.fingerprint: (r.state, r.steps) for r in store.records()} == model
+
+
+# -- scratch folders
+
+HOLD = """
+import sys
+from orchestrator.record.store import Store
+with Store(sys.argv[1]).scratch_folder() as folder:
+    (folder / "tune").write_text("x")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def driver(store: Store) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Start a process that holds a scratch folder until its standard input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(store.root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    yield process, Path(process.stdout.readline().strip())
+    process.kill()
+    process.wait()
+
+
+def folder_names(store: Store) -> list[str]:
+    return sorted(path.name for path in (store.root / "scratch").iterdir())
+
+
+def test_the_folder_goes_with_the_study(store: Store, driver: tuple[subprocess.Popen[str], Path]) -> None:
+    process, folder = driver
+    assert folder.is_dir()
+    process.communicate("")
+    assert folder_names(store) == []
+
+
+def test_the_folder_of_a_killed_driver_is_removed_by_the_next_command(
+    store: Store, driver: tuple[subprocess.Popen[str], Path]
+) -> None:
+    process, folder = driver
+    process.kill()
+    process.wait()
+    assert (folder / "tune").exists()
+    store.remove_stale_scratch()
+    assert folder_names(store) == []
+
+
+def test_the_folder_of_a_running_driver_stays_even_if_no_process_has_its_number(
+    store: Store, driver: tuple[subprocess.Popen[str], Path]
+) -> None:
+    """The driver may run in a container with this host's name, so no process here has its number."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    _, made = driver
+    folder = made.with_name(f"{os.uname().nodename}-{gone.pid}-0123abcd")
+    # The driver keeps the lock, because it is a lock of the file, not of its name.
+    for suffix in ("", ".lock"):
+        made.with_name(made.name + suffix).rename(folder.with_name(folder.name + suffix))
+    store.remove_stale_scratch()
+    assert (folder / "tune").exists()
+    assert store.stale_scratch() == []
+
+
+def test_folders_with_other_names_are_left_alone(store: Store) -> None:
+    host = os.uname().nodename
+    names = sorted([f"{host}-foo", f"{host}-", f"{host}-12-0123abcd.lock", "another-12-0123abcd", "notes"])
+    for name in names:
+        (store.root / "scratch" / name).mkdir(parents=True)
+    store.remove_stale_scratch()
+    assert folder_names(store) == names
