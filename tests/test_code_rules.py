@@ -11,7 +11,7 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (332, 26530),
+    "orchestrator": (332, 26507),
     "orchestrator/analyze": (92, 6952),
     "orchestrator/cli": (5, 468),
     "orchestrator/cluster": (3, 246),
@@ -19,17 +19,17 @@ BUDGETS = {
     "orchestrator/experiments": (6, 154),
     "orchestrator/export": (4, 464),
     "orchestrator/finetune": (138, 9421),
-    "orchestrator/launch": (9, 1628),
+    "orchestrator/launch": (9, 1607),
     "orchestrator/record": (12, 1733),
-    "orchestrator/study": (12, 1351),
-    "orchestrator/util": (10, 630),
+    "orchestrator/study": (12, 1350),
+    "orchestrator/util": (10, 629),
     "variants": (128, 6724),
     "experiments": (16, 1938),
-    "tests": (297, 32602),
+    "tests": (297, 32597),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""
-DOC_WORDS = 54_449
+DOC_WORDS = 54_423
 """Words that all pages may have together."""
 
 

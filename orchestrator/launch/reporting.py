@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
-"""Largest number of configurations of a study whose report is written after Ctrl-C."""
-
 MAX_REASONS, MAX_REASON_LENGTH = 5, 200
 MAX_RUNNING_BYTES = 2 * 2**30
 """The total size up to which a running study keeps more adapters than the best one of each goal."""
@@ -86,8 +83,8 @@ def report_and_close(
 ) -> None:
     """Write the report, then wait for MLflow and other trackers to log the remaining runs.
 
-    Ctrl-C does not interrupt the report, but shortens the wait for MLflow. An exception during the report
-    could be raised inside an import, and Python would never release the lock of this import.
+    After Ctrl-C there is no report. Ctrl-C during the report does not interrupt it, but shortens the wait for
+    MLflow: an exception could be raised inside an import, whose lock Python would never release.
 
     Args:
         study: The study at the end of the run.
@@ -100,12 +97,10 @@ def report_and_close(
         KeyboardInterrupt: Ctrl-C was pressed while the report was written.
     """
     budget = study.budget
-    was_interrupted = budget.is_interrupted
-    if should_report and was_interrupted and not _has_time_to_report(study):
+    if should_report and budget.is_interrupted:
         should_report = False
         command = study.orchestrator_command("report", study.name)
         study.console.print(f"Without a report: {command} writes it.", markup=False, soft_wrap=True)
-    report_files = [study.folder / name for name in REPORT_FILES] if should_report else []
     description: tuple[str, Mapping[str, float]] = ("", {})
     lines: list[RenderableType] = []
     try:
@@ -118,10 +113,10 @@ def report_and_close(
                     keeper.finish(map(study.file.rename, records))
                 description, lines = _write_report(study, records, inputs)
     finally:
-        interrupted = budget.is_interrupted and not was_interrupted
+        interrupted = should_report and budget.is_interrupted
         status = "KILLED" if interrupted else status
-        existing = [file for file in report_files if file.exists()]
-        end = StudyEnd(status, tuple(existing), *description)
+        files = [study.folder / name for name in REPORT_FILES] if should_report else []
+        end = StudyEnd(status, tuple(file for file in files if file.exists()), *description)
         writers.close(end, _mlflow_seconds(budget, status))
         if should_report:
             lines += (mlflow_lines := _mlflow_lines(study, writers.mlflow))
@@ -174,14 +169,6 @@ def _print_missing(study: Study, tracker: str, writer: TrackerWriter, remedy: st
     missing = f"{writer.pending_count} runs are" if writer.pending_count else "the study's own run is"
     line = f"{tracker}: {missing} missing ({writer.error or 'it is slow'}); {remedy} later."
     study.console.print(line, markup=False, soft_wrap=True)
-
-
-def _has_time_to_report(study: Study) -> bool:
-    """Return whether a report can be written within the time limit for the end of a run after Ctrl-C."""
-    return (
-        study.budget.interrupt_seconds_left() > timeouts.MIN_REPORT_SECONDS
-        and len(study.file.configurations) <= MAX_INTERRUPTED_REPORT_CONFIGURATIONS
-    )
 
 
 def _write_report(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from rich.console import Console
 
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.record.store import Store
@@ -16,7 +13,7 @@ from orchestrator.record.study_file import AnalysisSettings, Source, StudyFile
 from orchestrator.study.config_file import read_config
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
-from orchestrator.study.study_name import DEFAULT_STORE_NAME, MAX_NAME_BYTES, nearest_valid_name
+from orchestrator.study.study_name import DEFAULT_STORE_NAME
 from orchestrator.util.errors import UsageError
 from variants import catalogue
 from variants.traits import VerifiedBy
@@ -136,48 +133,27 @@ def find_sources(templates: Sequence[Configuration]) -> list[Source]:
     ]
 
 
-def choose_name(options: StudyOptions, default_name: str, sources: Sequence[Source], console: Console) -> str:
-    """Return the name of the study: --study, or the default one.
+def refuse_other_files(study: StudyFile, sources: Sequence[Source]) -> None:
+    """Check that a study was not made from other files of the same names as those of this command.
 
-    Two projects may each have a `train.csv`, and their studies must stay apart. If the study that already has
-    the default name was made from other files of the same names, a hash of this run's paths is appended.
-
-    Raises:
-        UsageError: --study names a study that was made from other files of the same names.
-    """
-    name = options.study or default_name
-    study = StudyFile.read(options.study_folder(name))
-    others = _other_files(study, sources) if study is not None else []
-    if not others:
-        return name
-    theirs, mine = others[0]
-    if options.study:
-        raise UsageError(
-            f"--study {name!r} has results of {theirs.path}; {mine.path} is another file of this name: take "
-            "another --study, or rename the file."
-        )
-    suffix = hashlib.sha256("\n".join(own.path for _, own in others).encode()).hexdigest()[:8]
-    own_name = f"{nearest_valid_name(name, MAX_NAME_BYTES - len(suffix) - 1)}-{suffix}"
-    line = f"The study {name} is of {theirs.path}; the study of {mine.path} is {own_name}"
-    console.print(line, soft_wrap=True)
-    return own_name
-
-
-def _other_files(study: StudyFile, sources: Sequence[Source]) -> list[tuple[Source, Source]]:
-    """Return the sources of a study whose name belongs to a different file in this run.
-
-    Files with equal contents count as the same file, so that a file may be moved.
+    Two projects may each have a `train.csv`, and their studies must stay apart. Files with equal contents
+    count as the same file, so that a file may be moved.
 
     Args:
-        study: The study before this run.
-        sources: The models, tasks and variants of this run; see `StudyFile.sources`.
+        study: The study before this command.
+        sources: The models, tasks and variants of this command; see `StudyFile.sources`.
 
-    Returns:
-        Pairs of the source of the study and the source of the run.
+    Raises:
+        UsageError: It was.
     """
-    mine = {source.name: source for source in sources if source.path}
-    pairs = [(each, mine[each.name]) for each in _earlier_contents(study, sources)]
-    return [(theirs, own) for theirs, own in pairs if _place(theirs.path) != _place(own.path)]
+    mine = {source.name: source.path for source in sources if source.path}
+    for theirs in _earlier_contents(study, sources):
+        path = mine[theirs.name]
+        if _place(theirs.path) != _place(path):
+            raise UsageError(
+                f"--study {study.name!r} has results of {theirs.path}; {path} is another file of this name: "
+                "take another --study, or rename the file."
+            )
 
 
 def drop_replaced(

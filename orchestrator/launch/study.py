@@ -27,7 +27,7 @@ from orchestrator.finetune.resolve.templates import (
 )
 from orchestrator.launch.designs import Design, DesignInput, FixedDesign, MakeDesign, WideningGrid
 from orchestrator.launch.experiment import Experiment
-from orchestrator.launch.settings import choose_name, find_only, find_sources
+from orchestrator.launch.settings import find_only, find_sources, refuse_other_files
 from orchestrator.record.mlflow import resolve_uri
 from orchestrator.record.other_trackers import TensorBoardTracker, WandbTracker
 from orchestrator.record.schema import MAX_FAILURES, Record
@@ -288,21 +288,22 @@ def resolve_study(
         templates += build_configuration_templates(options, each, content, store.bases, checks_fit=is_search)
     _check_contents(templates)
     models, names = [each.model for each in tasks], [each.task.name for each in tasks]
-    default_name = default_study_name(
+    name = options.study or default_study_name(
         experiment.script,
         [options.preset] if options.preset else names,
         models[0] if len(set(models)) == 1 else None,
         None if options.search == "grid" else options.search_method,
     )
-    name = choose_name(options, default_name, find_sources(templates), console)
     folder = options.study_folder(name)
     new = StudyFile(name, experiment.question, experiment.command, experiment=experiment.name, folder=folder)
+    file = StudyFile.read(folder) or new
+    refuse_other_files(file, find_sources(templates))
     study = Study(
         experiment=experiment,
         options=options,
         store=store,
         templates=tuple(templates),
-        file=StudyFile.read(folder) or new,
+        file=file,
         console=console,
         tasks=tuple(tasks),
         replicates=replicates,

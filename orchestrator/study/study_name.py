@@ -21,8 +21,6 @@ STORE_FOLDERS = (  # record/store.py
 """Folders inside the folder of a store."""
 MAX_NAME_BYTES = 200
 """Largest length of a name on the command line, in UTF-8. File systems allow 255 bytes."""
-SUFFIX_BYTES = 20
-"""Largest length of the suffix that a script with two studies adds to a name, for example "-grid"."""
 
 
 def default_study_name(
@@ -65,36 +63,27 @@ def store_command(*words: str, output: Path | None, store: Path | None = None) -
     return shlex.join([PROGRAM, *words, *folders])
 
 
-def check_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> None:
+def check_name(name: str) -> None:
     """Check that `name` can be the name of a study.
-
-    Args:
-        name: The name.
-        max_bytes: Largest length in UTF-8.
 
     Raises:
         UsageError: The name is empty or too long, has a character that the name of a folder cannot have or
             that is not printable, or starts or ends with a character that it may only have inside. The error
             names a similar valid name.
     """
-    near = nearest_valid_name(name, max_bytes)
+    near = nearest_valid_name(name)
     if name != near:
-        characters = f"1 to {max_bytes} bytes of printable characters, none of them '/' or '\\'"
+        characters = f"1 to {MAX_NAME_BYTES} bytes of printable characters, none of them '/' or '\\'"
         ends = "with no '.', '-' or space at the start and no space at the end"
         raise UsageError(
             f"--study {quote_value(name)}: must be {characters}, {ends}; take {quote_value(near)}."
         )
 
 
-def nearest_valid_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> str:
-    """Return `name` if `check_name` accepts it, else a similar name that `check_name` accepts.
-
-    Args:
-        name: The name.
-        max_bytes: Largest length in UTF-8.
-    """
+def nearest_valid_name(name: str) -> str:
+    """Return `name` if `check_name` accepts it, else a similar name that `check_name` accepts."""
     shown = "".join(c if c.isprintable() and c not in "/\\" else "-" for c in name)
-    shown = shown.lstrip(".- ").encode()[:max_bytes].decode(errors="ignore").rstrip()
+    shown = shown.lstrip(".- ").encode()[:MAX_NAME_BYTES].decode(errors="ignore").rstrip()
     return shown or "study"
 
 
@@ -110,7 +99,7 @@ def resolve_study_folder(name: str, output: Path, store: Path) -> Path:
         UsageError: The name is not valid, or the folder is that of the store or of the default store, or is
             one of their `STORE_FOLDERS` or inside it.
     """
-    check_name(name, MAX_NAME_BYTES + SUFFIX_BYTES)
+    check_name(name)
     found = output / name
     # In Python 3.11 Path.resolve raises RuntimeError for a cycle of symbolic links.
     real = Path(os.path.realpath(found))

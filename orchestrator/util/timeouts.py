@@ -31,8 +31,6 @@ TRACKER_FLUSH_SECONDS = 30.0
 """Time for another tracker to log the rest at the end of a study."""
 FAULTY_TRACKER_FLUSH_SECONDS = 5.0
 """`TRACKER_FLUSH_SECONDS` for a tracker that has had an error."""
-MIN_REPORT_SECONDS = 4.0
-"""Time for the report; with less time left after Ctrl-C, the report is skipped."""
 
 # -- trainers, lanes and the broker
 
