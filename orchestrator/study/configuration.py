@@ -4,8 +4,9 @@ All defaults are filled in before a configuration is made, so that two ways to w
 same fingerprint. Device, lane group size and versions do not change the results; they belong to the
 provenance of the record, not to the configuration.
 
-A hyperparameter is a field that is annotated with a `Hyperparameter`. From the annotations follow --set,
---space, the options of the command line, and the columns. The table of all fields is `FIELDS`.
+A hyperparameter is a field that is annotated with a `Hyperparameter`. From the annotation follow --set,
+--space, the help of the command line, the columns of tables and the parameters in MLflow. To add one, add its
+field with a default and `omit_default`, and use it where it acts.
 
 The learning rate schedule is here as well: linear warm-up, then a constant, linear or cosine curve.
 """

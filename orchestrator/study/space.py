@@ -1,4 +1,4 @@
-"""Hyperparameters by name: their values in a configuration, --set, and the space of a search.
+"""The values of hyperparameters in a configuration, --set, and the space of a search.
 
 The key of a hyperparameter is NAME, for all variants that have it, or VARIANT.NAME for one variant. NAME is
 one of `HYPERPARAMETERS` or, after a variant, one of this variant's own settings.
@@ -222,6 +222,7 @@ def _parse_words(
     parse: Callable[[Dimension, str], _Parsed],
 ) -> dict[str, _Parsed]:
     """Return key -> what `parse` makes of a dimension without values and the text after the "="."""
+    variants = [variant for variant in settings if variant]
     found: dict[str, _Parsed] = {}
     for word in words:
         key, _, text = word.partition("=")
@@ -233,12 +234,11 @@ def _parse_words(
             if key in found:
                 raise ValueError(f"{key} occurs twice; name it once.")
             if variant not in settings:
-                raise ValueError(f"{variant!r} is not in this study. {suggest_nearest(variant, settings)}")
+                raise ValueError(f"{variant!r} is not in this study. {suggest_nearest(variant, variants)}")
             if name not in settings[variant]:
-                own = [f"{each}.{setting}" for each in settings if each for setting in settings[each]]
-                known = settings[variant] if variant else [*HYPERPARAMETERS, *own]
-                fault = f"{variant or 'the study'} has no {name!r}"
-                raise ValueError(f"{fault}. {suggest_nearest(name, known, cutoff=0.6)}")
+                own = [f"{v}.{n}" for v in variants for n in settings[v] if settings[v][n].field == "extra"]
+                nearest = suggest_nearest(name, [*settings[variant], *own])
+                raise ValueError(f"{variant or 'the study'} has no {name!r}. {nearest}")
             found[key] = parse(Dimension(settings[variant][name], variant), text)
         except ValueError as error:
             raise UsageError(f"{option} {word!r}: {error}") from None
