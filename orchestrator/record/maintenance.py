@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -91,12 +92,10 @@ def lanes_of_others(output: Path, study: StudyFile) -> set[str]:
     """Return the fingerprints of lanes whose adapters a study must not remove, because it shares them."""
     found = set(study.reused)
     for path in output.glob(f"*/{STUDY_FILE}"):
-        try:
+        with suppress(UsageError):  # a damaged file of another study must not end this one
             other = StudyFile.read(path.parent)
-        except UsageError:  # a damaged file of another study must not end this one
-            continue
-        if other is not None and other.name != study.name:
-            found.update(other.configurations)
+            if other is not None and other.name != study.name:
+                found.update(other.configurations)
     return found
 
 
@@ -144,14 +143,12 @@ def sync_projections(
         UsageError: A tracking URI cannot be used.
     """
     studies = read_studies(output)
-    uris = {
-        name: tracking_uri or study_uri(study.tracking_uri, store) for name, (_, study) in studies.items()
-    }
-    for uri in set(uris.values()):
+    uris = [tracking_uri or study_uri(study.tracking_uri, store) for _, study in studies.values()]
+    for uri in set(uris):
         check_uri(uri)
     notify(f"{write_parquet(store, output)}: {len(store.states())} records")
-    for name, (folder, study) in studies.items():
-        tracker = MlflowTracker(uris[name])
+    for uri, (name, (folder, study)) in zip(uris, studies.items(), strict=True):
+        tracker = MlflowTracker(uri)
         try:
             with FileLock(folder / LOCK_FILE, timeout=0):
                 count = _sync_study(store, folder, study, tracker, describe)
@@ -165,7 +162,7 @@ def sync_projections(
             return 1
         else:
             of = f"{count} of {len(study.configurations)} configurations"
-            notify(f"{name}: {of} in {redact_secrets(uris[name])}")
+            notify(f"{name}: {of} in {redact_secrets(uri)}")
     return 0
 
 

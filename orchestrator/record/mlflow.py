@@ -15,7 +15,7 @@ import re
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -168,14 +168,14 @@ class MlflowTracker(Tracker):
             return
         if run is None:
             run = self._create_run(configuration, _configuration_tags(configuration, self._study.name), now)
-            self._log(run, [], _params(configuration))
+            self._log(run, [], _params(configuration), [])
         elif not progress.step:
             self._client.update_run(run.run_id, "RUNNING")  # an earlier driver has left it KILLED
         times = [(metric.step, metric.timestamp) for metric in self._logged(run).values()]
         if progress.step > (last := max(times, default=(0, run.start)))[0]:
             values = run_values.progress_values(progress, now, last)
             new = [value for value in values if value.step > last[0]]
-            self._log(run, _to_metrics(new, f"validation_{configuration.task.metric}"))
+            self._log(run, _to_metrics(new, f"validation_{configuration.task.metric}"), [], [])
 
     def log_record(self, record: Record) -> None:
         """Write the run of a record, unless the run is complete and has this record.
@@ -266,20 +266,14 @@ class MlflowTracker(Tracker):
         self._runs[configuration.fingerprint] = run
         return run
 
-    def _log(
-        self,
-        run: _LaneRun,
-        metrics: Sequence[Metric],
-        params: Sequence[Param] = (),
-        tags: Sequence[RunTag] = (),
-    ) -> None:
+    def _log(self, run: _LaneRun, metrics: list[Metric], params: list[Param], tags: list[RunTag]) -> None:
         """Log metrics, parameters and tags, in several calls if MLflow's limits require it."""
         logged = self._logged(run)
         while metrics or params or tags:
             batch = metrics[:_METRICS_PER_CALL]
             self._client.log_batch(run.run_id, batch, params[:_PARAMS_PER_CALL], tags)
             logged.update({(metric.key, metric.step): metric for metric in batch})
-            metrics, params, tags = metrics[_METRICS_PER_CALL:], params[_PARAMS_PER_CALL:], ()
+            metrics, params, tags = metrics[_METRICS_PER_CALL:], params[_PARAMS_PER_CALL:], []
 
     def _ensure_experiment(self, study: StudyFile) -> str:
         """Return the id of the study's experiment. It is created if missing, and restored if deleted."""
@@ -303,17 +297,14 @@ class MlflowTracker(Tracker):
 
 def _configuration_tags(configuration: Configuration, study: str) -> dict[str, str]:
     """Return the tags of a run that are known before its training ends."""
+    columns, names = configuration.to_columns(), ("variant", "task", "model", "model_content", "seed")
     return {
         "role": RUN_ROLE,
         "study": study,
         "fingerprint": configuration.fingerprint,
         "point": replace(configuration, seed=0).fingerprint,
         "state": "training",
-        "variant": configuration.variant.name,
-        "task": configuration.task.name,
-        "model": configuration.model.name,
-        "model_content": configuration.model.content,
-        "seed": str(configuration.seed),
+        **{name: str(columns.get(name, "")) for name in names},
     }
 
 

@@ -91,8 +91,6 @@ class WandbTracker(_OptionalTracker):
         self._view = ""
         self._runs: dict[str, Run] = {}
         """Fingerprint of a lane in training -> its open run."""
-        self._next_steps: dict[str, int] = {}
-        """Fingerprint of a lane in training -> the first step that its run still accepts."""
 
     @classmethod
     def check(cls) -> None:
@@ -130,7 +128,6 @@ class WandbTracker(_OptionalTracker):
             wandb.teardown()  # the service would refuse the id of a run whose creation has failed
         self._study = study.name
         self._runs.clear()
-        self._next_steps.clear()
 
     def log_progress(self, progress: LaneProgress) -> None:
         """Create or continue the run of a lane in training, and log its new steps."""
@@ -146,12 +143,12 @@ class WandbTracker(_OptionalTracker):
         run.summary.update({**run_values.latest_values(record), "state": record.state})
         if record.reason:
             run.notes = redact_secrets(record.reason)
-        self._end_run(record.fingerprint, 1 if record.state == "failed" else 0)
+        self._runs.pop(record.fingerprint).finish(1 if record.state == "failed" else 0)
 
     def finish(self, end: StudyEnd) -> None:
         """End the runs of lanes that are not finished; a later run of the study continues them."""
-        for fingerprint in list(self._runs):
-            self._end_run(fingerprint, 1)
+        while self._runs:
+            self._runs.popitem()[1].finish(1)
 
     @property
     def view(self) -> str:
@@ -196,25 +193,18 @@ class WandbTracker(_OptionalTracker):
         self._view = (run.url or "").partition("/runs/")[0]
         if run.offline:
             self._view = f"wandb sync {shlex.quote(str(self._folder))}/offline-run-*"
-        self._next_steps[fingerprint] = run.step
         return run
 
     def _log(self, configuration: Configuration, values: Iterable[run_values.Value]) -> Run:
         """Log the values of the steps that the lane's run still accepts, and return the run."""
-        run, fingerprint = self._open_run(configuration), configuration.fingerprint
+        run = self._open_run(configuration)
         by_step: dict[int, dict[str, float]] = defaultdict(dict)
         for value in values:
             by_step[value.step] |= {value.key: value.value, "_timestamp": value.timestamp / 1000}
         for step, row in sorted(by_step.items()):
-            if step >= self._next_steps[fingerprint]:
-                is_whole = step < configuration.lr_schedule.steps  # the record adds values to the last step
-                run.log(row, step=step, commit=is_whole)
-                self._next_steps[fingerprint] = step + is_whole
+            if step >= run.step:  # the record adds values to the last step, which therefore stays open
+                run.log(row, step=step, commit=step < configuration.lr_schedule.steps)
         return run
-
-    def _end_run(self, fingerprint: str, exit_code: int) -> None:
-        self._next_steps.pop(fingerprint)
-        self._runs.pop(fingerprint).finish(exit_code)
 
 
 def run_id(study: str, fingerprint: str) -> str:
