@@ -11,7 +11,7 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (332, 26487),
+    "orchestrator": (332, 26483),
     "orchestrator/analyze": (92, 6952),
     "orchestrator/cli": (5, 468),
     "orchestrator/cluster": (3, 246),
@@ -19,13 +19,13 @@ BUDGETS = {
     "orchestrator/experiments": (6, 154),
     "orchestrator/export": (4, 464),
     "orchestrator/finetune": (138, 9421),
-    "orchestrator/launch": (9, 1607),
+    "orchestrator/launch": (9, 1603),
     "orchestrator/record": (12, 1713),
     "orchestrator/study": (12, 1350),
     "orchestrator/util": (10, 629),
     "variants": (128, 6724),
     "experiments": (16, 1938),
-    "tests": (297, 32597),
+    "tests": (297, 32596),
 }
 """Package -> (modules, lines of code) that it may have at most. A change that makes one smaller
 lowers its numbers; a change that raises one says what that is worth."""

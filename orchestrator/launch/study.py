@@ -42,8 +42,8 @@ from orchestrator.util.errors import UsageError, suggest_nearest
 if TYPE_CHECKING:
     from orchestrator.execution.search.budget import SearchBudget
 
-NO_TRACKER = "none"
-"""The value of --tracker for MLflow alone."""
+TRACKERS = {"none": None, "wandb": WandbTracker, "tensorboard": TensorBoardTracker}
+"""Value of --tracker -> the tracker beside MLflow."""
 
 
 @dataclass(kw_only=True)
@@ -330,18 +330,14 @@ def load_trackers(chosen: Sequence[str]) -> dict[str, MakeTracker]:
     Raises:
         UsageError: A name is unknown, a tracker's package is not installed, or a setting is missing.
     """
-    known = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
-    names = [name for name in dict.fromkeys(chosen) if name != NO_TRACKER]
-    if names and NO_TRACKER in chosen:
-        raise UsageError(f"--tracker {' '.join(chosen)}: `none` stands alone; take it away.")
     found: dict[str, MakeTracker] = {}
-    for name in names:
-        if name == "mlflow":
-            raise UsageError("--tracker mlflow: MLflow is always written; leave it out.")
-        if name not in known:
-            raise UsageError(f"--tracker {name!r} is not one. {suggest_nearest(name, [NO_TRACKER, *known])}")
-        known[name].check()
-        found[name] = known[name]
+    for name in chosen:
+        if name not in TRACKERS:
+            nearest = suggest_nearest(name, TRACKERS)
+            raise UsageError(f"--tracker {name!r} is not one; MLflow is always written. {nearest}")
+        if (tracker := TRACKERS[name]) is not None:
+            tracker.check()
+            found[name] = tracker
     return found
 
 
