@@ -11,17 +11,17 @@ FOLDERS = ("docs", "experiments", "orchestrator", "tests", "variants")
 PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
 PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 BUDGETS = {
-    "orchestrator": (332, 26483),
+    "orchestrator": (332, 26478),
     "orchestrator/analyze": (92, 6952),
     "orchestrator/cli": (5, 468),
     "orchestrator/cluster": (3, 246),
     "orchestrator/execution": (38, 3392),
     "orchestrator/experiments": (6, 154),
     "orchestrator/export": (4, 464),
-    "orchestrator/finetune": (138, 9421),
+    "orchestrator/finetune": (138, 9414),
     "orchestrator/launch": (9, 1603),
     "orchestrator/record": (12, 1713),
-    "orchestrator/study": (12, 1350),
+    "orchestrator/study": (12, 1352),
     "orchestrator/util": (10, 629),
     "variants": (128, 6724),
     "experiments": (16, 1938),

@@ -39,7 +39,8 @@ class Field:
     """
 
     column: str | None = None
-    """Name of the column; empty for no column. None stands for the name that `_column_name` gives."""
+    """Name of the column; empty for no column. None stands for the hyperparameter's name, if it is given, or
+    for what `_column_name` returns."""
     omit_default: bool = False
     """True for a field that was added after records had been written: with its default, the fingerprint is as
     without the field, so that these records are found again."""
@@ -69,13 +70,13 @@ class Hyperparameter(Field):
     searchable: bool = True
     """False if a search cannot vary it, because its points would not be comparable or need other data."""
 
-    def find_violation(self, value: Value) -> str | None:
+    def find_violation(self, value: object) -> str | None:
         """Return the rule that `value` violates, as a phrase for an error message; None if it is valid."""
         if self.choices:
             return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
         if self.value_type is str:
             return None if isinstance(value, str) and value else "must be a text"
-        if isinstance(value, (str, bool)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             return "must be a number"
         if not math.isfinite(value):
             return "must be a finite number"
@@ -161,11 +162,11 @@ class OptimizerConfig:
     """
 
     learning_rate: Annotated[float, Hyperparameter("Peak of the learning rate.", gt=0)]
-    weight_decay: Annotated[float, Hyperparameter("Weight decay of AdamW.", ge=0)] = 0.0
-    beta1: Annotated[float, Hyperparameter("Decay of AdamW's mean of gradients.", ge=0, lt=1, digits=6)] = 0.9
-    beta2: Annotated[float, Hyperparameter("Decay of AdamW's mean of squares.", ge=0, lt=1, digits=6)] = 0.999
+    weight_decay: Annotated[float, Hyperparameter("Weight decay of AdamW. Default: the task's.", ge=0)] = 0.0
+    beta1: Annotated[float, Hyperparameter("Decay of AdamW's mean gradient.", ge=0, lt=1, digits=6)] = 0.9
+    beta2: Annotated[float, Hyperparameter("Decay of AdamW's mean square.", ge=0, lt=1, digits=6)] = 0.999
     epsilon: Annotated[float, Hyperparameter("Term in the denominator of AdamW.", gt=0)] = 1e-8
-    clip_norm: Annotated[float, Hyperparameter("Maximum of the gradient norm of a fine-tune.", gt=0)] = 1.0
+    clip_norm: Annotated[float, Hyperparameter("Norm to which larger gradients are scaled down.", gt=0)] = 1.0
     head_learning_rate: Annotated[float | None, Hyperparameter("Learning rate of the head.", gt=0)] = None
 
 
@@ -181,8 +182,10 @@ class LRSchedule:
         int,
         Hyperparameter("Optimizer steps.", column="steps_horizon", ge=1, le=10_000_000, searchable=False),
     ]
-    name: Annotated[LRScheduleName, Hyperparameter("Curve.", "schedule", column="schedule")] = "cosine"
-    warmup: Annotated[float, Hyperparameter("Fraction of the steps in linear warm-up.", ge=0, le=1)] = 0.05
+    name: Annotated[LRScheduleName, Hyperparameter("Curve of the learning rate.", "schedule")] = "cosine"
+    warmup: Annotated[
+        float, Hyperparameter("Fraction of the steps in warm-up. Default: the task's.", ge=0, le=1)
+    ] = 0.05
     final_factor: Annotated[float, Hyperparameter("Last rate as a fraction of the peak.", ge=0, lt=1)] = 0.0
 
 
@@ -326,9 +329,9 @@ def _read_fields(owner: type, part: str = "") -> Iterator[Field]:
         facts["choices"] = get_args(plain) if get_origin(plain) is Literal else ()
         facts["value_type"] = str if facts["choices"] else (get_args(plain) or (plain,))[0]
         if found.column is None:
-            facts["column"] = _column_name(part, each.name)
-        if isinstance(found, Hyperparameter) and not found.name:
-            facts["name"] = each.name
+            facts["column"] = getattr(found, "name", "") or _column_name(part, each.name)
+        if isinstance(found, Hyperparameter):
+            facts["name"] = found.name or each.name
         yield replace(found, **facts)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Output, Task, TaskDefaults
 from orchestrator.study.configuration import HYPERPARAMETERS, Dtype, Hyperparameter
@@ -52,8 +51,8 @@ def _find_missing(task: Task) -> Iterator[str]:
         yield f"the task has no examples; add def examples(self, split, count) for {', '.join(SPLITS)}"
     if not hasattr(task, "floor"):
         yield "the task has no floor, the score of a diverged run; add floor = 0.0, or the score of a guess"
-    elif not _is_finite(task.floor):
-        yield f"floor is {task.floor!r}; must be a finite number"
+    elif rule := Hyperparameter(value_type=float).find_violation(task.floor):
+        yield f"floor is {task.floor!r}; {rule}"
 
 
 def _find_unknown_choices(task: Task) -> Iterator[str]:
@@ -76,7 +75,7 @@ def _find_bad_learning_rates(rates: Sequence[float]) -> Iterator[str]:
     if len(rates) > MAX_POINTS:
         yield f"learning_rates has {len(rates)} rates; must have {MAX_POINTS} or fewer"
     for rate in rates:
-        if rule := _broken_rule(HYPERPARAMETERS["learning_rate"], rate):
+        if rule := HYPERPARAMETERS["learning_rate"].find_violation(rate):
             yield f"learning_rates has {rate!r}; {rule}"
 
 
@@ -110,15 +109,5 @@ def _default_rules(task: Task) -> dict[str, Hyperparameter]:
 
 def _find_broken_rules(owner: object, rules: Mapping[str, Hyperparameter]) -> Iterator[str]:
     for name, hyperparameter in rules.items():
-        if rule := _broken_rule(hyperparameter, getattr(owner, name)):
+        if rule := hyperparameter.find_violation(getattr(owner, name)):
             yield f"{name} is {getattr(owner, name)!r}; {rule}"
-
-
-def _broken_rule(hyperparameter: Hyperparameter, value: Any) -> str | None:
-    if hyperparameter.choices or _is_finite(value):
-        return hyperparameter.find_violation(value)
-    return "must be a finite number"
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
