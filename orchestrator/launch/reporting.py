@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
@@ -16,7 +17,7 @@ from orchestrator.execution.run_budget import RunBudget
 from orchestrator.launch.study import Study
 from orchestrator.record.mlflow import ARTIFACTS_FOLDER
 from orchestrator.record.schema import MAX_FAILURES, Record
-from orchestrator.record.store import Store
+from orchestrator.record.store import Store, adapter_file_name
 from orchestrator.record.study_file import PICTURES, REPORT_FILES, AnalysisSettings, StudyFile
 from orchestrator.record.tables import CURVES_FILE, PARQUET_FILE, write_parquet
 from orchestrator.record.tracker import StudyEnd, TrackerWriter, TrackerWriters
@@ -290,23 +291,20 @@ class AdapterKeeper:
     """The settings of the study's analysis, by which lanes are compared."""
     others: Set[str] = frozenset()
     """Fingerprints of lanes that other studies list or have trained; their adapters are not removed."""
-    lanes: dict[LaneGoal, dict[str, ScoredLane]] = field(default_factory=lambda: defaultdict(dict))
-    """Goal -> fingerprint -> the lane, of all records that were added."""
-    ranked: dict[LaneGoal, list[ScoredLane]] = field(default_factory=dict)
-    """The result of `rank_lanes` for `lanes`."""
+    lanes: dict[str, ScoredLane] = field(default_factory=dict)
+    """Fingerprint -> the lane, of all records that were added."""
 
-    def add(self, records: Iterable[Record]) -> None:
-        """Add records, and remove the adapters that the study need not keep any more."""
-        changed = set()
-        for record in records:
-            lane = score_lane(record, self.settings)
-            self.lanes[lane.goal][lane.fingerprint] = lane
-            changed.add(lane.goal)
-        for goal in changed:  # not all goals for every record: a study may have thousands
-            self.ranked |= rank_lanes(self.lanes[goal].values())
+    def add(self, record: Record) -> None:
+        """Add a record, and remove the adapters that the study need not keep any more."""
+        self.lanes[record.fingerprint] = score_lane(record, self.settings)
+        kept, total = set(), 0
+        for place, lanes in enumerate(zip_longest(*rank_lanes(self.lanes.values()).values())):
+            for lane in filter(None, lanes):
+                total += _size(self.store.adapters / "best" / adapter_file_name(lane.fingerprint))
+                if place == 0 or total <= MAX_RUNNING_BYTES:
+                    kept.add(lane.fingerprint)
         # Trainers write an adapter before its record, so only lanes with a record are judged.
-        known = {fingerprint for lanes in self.lanes.values() for fingerprint in lanes}
-        self._remove(known - {lane.fingerprint for lane in self._running()})
+        self._remove(self.lanes.keys() - kept)
 
     def finish(self, records: Iterable[Record]) -> None:
         """Remove all adapters but those of the best lanes, at the end of a complete study.
@@ -318,21 +316,6 @@ class AdapterKeeper:
         best = {ranked[0].fingerprint for ranked in rank_lanes(lanes).values()}
         self._remove({lane.fingerprint for lane in lanes} - best)
 
-    def _running(self) -> Iterator[ScoredLane]:
-        """Yield the lanes whose adapters a running study keeps."""
-        sizes = {}
-        for path in self.store.list_adapters("best"):
-            try:
-                sizes[path.stem] = path.stat().st_size
-            except FileNotFoundError:  # another driver, or the user, has removed it
-                continue
-        ranked, total = self.ranked.values(), 0
-        for place in range(max(map(len, ranked), default=0)):
-            for lane in (lanes[place] for lanes in ranked if len(lanes) > place):
-                total += sizes.get(lane.fingerprint, 0)
-                if place == 0 or total <= MAX_RUNNING_BYTES:
-                    yield lane
-
     def _remove(self, fingerprints: Set[str]) -> None:
         """Remove the adapters of lanes, except of those in `others`."""
         for path in self.store.list_adapters("best"):
@@ -341,3 +324,11 @@ class AdapterKeeper:
                     path.unlink(missing_ok=True)
                 except OSError as error:
                     _log.warning("%s is not removed: %s", path, error)
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file in bytes; 0 without it: another driver, or the user, may have removed it."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -298,7 +298,7 @@ class Run:
         self.logged.add(record.fingerprint)
         self.writers.put(record.fingerprint)
         if self.study.options.save_adapters == "best":
-            self.keeper.add([record])
+            self.keeper.add(record)
 
     def _add(self, *configurations: Configuration) -> list[Configuration]:
         """Add a point of the search, or a later stage of the design.

@@ -126,7 +126,7 @@ def test_a_study_ends_with_the_best_run_of_the_best_point(
     keeper = AdapterKeeper(store, AnalysisSettings())
     for each in own:
         write(store, each)
-        keeper.add([each])
+        keeper.add(each)
         assert len(kept(store)) <= max(2, room // SIZE)
     best = [record(variant, 1e-2, 1, 0.85) for variant in ("lora", "hira")]
     keeper.finish(own)
@@ -160,8 +160,8 @@ def test_an_adapter_of_a_trainer_whose_record_the_driver_has_not_seen_stays(stor
     keeper = AdapterKeeper(store, AnalysisSettings())
     for each in (good, better, unseen):
         write(store, each)
-    keeper.add([good])
-    keeper.add([better])
+    keeper.add(good)
+    keeper.add(better)
     assert unseen.fingerprint in kept(store)
     keeper.finish([good, better, unseen])
     assert kept(store) == names([better])
@@ -182,16 +182,16 @@ def test_the_lanes_of_other_studies_and_earlier_ones_are_not_removed(store: Stor
     assert kept(store) == {shared, reused, best}
 
 
-@pytest.mark.parametrize("act", [lambda k, w, b: k.add([b]), lambda k, w, b: k.finish([w, b])])
+@pytest.mark.parametrize("act", [lambda k, w, b: k.add(b), lambda k, w, b: k.finish([w, b])])
 def test_an_adapter_that_cannot_be_removed_does_not_end_the_study(
     store: Store, act: Callable[[AdapterKeeper, Record, Record], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     worse, better = record(rate=1e-3, validation=0.1), record(rate=1e-2, validation=0.9)
     keeper = AdapterKeeper(store, AnalysisSettings())
-    keeper.add([worse])
+    keeper.add(worse)
     path = store.adapters / "best" / adapter_file_name(worse.fingerprint)
     path.mkdir(parents=True)  # A folder cannot be unlinked.
-    keeper.add([record(rate=1e-4, validation=0.0)])
+    keeper.add(record(rate=1e-4, validation=0.0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reporting, "MAX_RUNNING_BYTES", 0)
         act(keeper, worse, better)
